@@ -1,0 +1,34 @@
+"""mlx-openelm: Apple's OpenELM language models on Apple silicon.
+
+    from mlx_openelm import load, generate
+    model, tokenizer = load("tiny")
+    print(generate(model, tokenizer, "Once upon a time"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import backend
+
+__version__ = "0.1.0"
+__all__ = ["convert", "generate", "load", "stream_generate"]
+
+if TYPE_CHECKING:
+    from .generation.stream import generate, stream_generate
+    from .loading import convert, load
+
+# MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
+backend.preload_blas()
+
+_HOMES = {"load": "loading", "convert": "loading", "generate": "generation.stream", "stream_generate": "generation.stream"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that `import mlx_openelm` and `--help` stay quick.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    with backend.naming_the_extra():
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,202 @@
+"""What this machine is (Metal, CUDA, CPU) and what follows from it: BLAS, types, memory.
+
+`preload_blas` runs before MLX is imported, so nothing here imports MLX at the top of the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OpenELMError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# Set to 0 to leave MLX with the BLAS of its wheel, or to the path of another library with cblas_sgemm.
+BLAS_VARIABLE = "MLX_OPENELM_BLAS"
+_BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
+BLAS_ADVICE = "install OpenBLAS (Debian and Ubuntu: apt-get install libopenblas0; Fedora: dnf install openblas)"
+
+_GIB = 1 << 30
+
+
+@dataclass
+class Blas:
+    """Which BLAS serves MLX's float32 matrix products on a CPU.
+
+    `state` is one of: loaded, off (by the environment variable), late (MLX came first),
+    missing (no library found), unneeded (macOS, or an MLX built for a GPU).
+    """
+
+    state: str
+    library: str = ""
+
+
+blas = Blas("unneeded")
+
+
+def preload_blas() -> None:
+    """Load a system OpenBLAS ahead of MLX, whose Linux wheel for CPUs bundles the slow reference BLAS.
+
+    MLX calls `cblas_sgemm`; the dynamic linker binds it to whichever library with global symbols came
+    first. Measured: 4 GFLOP/s with the bundled one, 162 with OpenBLAS, nothing gained after the import.
+    """
+    global blas
+    wanted = os.environ.get(BLAS_VARIABLE, "")
+    if not sys.platform.startswith("linux") or _mlx_is_for_cuda():
+        blas = Blas("unneeded")
+    elif wanted.lower() in ("0", "off", "false", "no"):
+        blas = Blas("off")
+    elif "mlx.core" in sys.modules:
+        blas = Blas("late")
+    else:
+        blas = Blas("missing", wanted)
+        for name in (wanted,) if wanted else _BLAS_NAMES:
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+                blas = Blas("loaded", name)
+                break
+
+
+def _mlx_is_for_cuda() -> bool:
+    """Whether a CUDA wheel of MLX is installed; asked of the file names, since MLX must not be imported yet."""
+    spec = find_spec("mlx")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        with contextlib.suppress(OSError):
+            if any(name.startswith("mlx_cuda_") for name in os.listdir(Path(folder).parent)):
+                return True
+    return False
+
+
+def blas_warning() -> str | None:
+    """One line when MLX runs on a CPU with the slow BLAS though nobody asked for that, else None."""
+    if on_gpu():
+        return None
+    if blas.state == "late":
+        return (
+            "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
+        )
+    if blas.state == "missing" and blas.library:
+        return f"{BLAS_VARIABLE}={blas.library} cannot be loaded, so MLX uses its slow bundled BLAS."
+    if blas.state == "missing":
+        return f"No OpenBLAS was found, so MLX uses its slow bundled BLAS; {BLAS_ADVICE}."
+    return None
+
+
+@contextlib.contextmanager
+def naming_the_extra() -> Iterator[None]:
+    """Turn a failed import of MLX into one line that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        if not (error.name or "").startswith("mlx.") and "libmlx" not in str(error) and "mlx.core" not in str(error):
+            raise
+        if "GLIBC" in str(error):
+            raise OpenELMError(f"MLX needs a Linux with glibc 2.35 or newer: {error}.") from None
+        raise OpenELMError(
+            f"MLX is not installed ({error}); on Linux install one of the extras: "
+            "pip install 'mlx-openelm[cpu]', 'mlx-openelm[cuda12]' or 'mlx-openelm[cuda13]'."
+        ) from None
+
+
+def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU (Metal or CUDA); its fused kernels exist only there."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The type to compute in, for weights stored as `stored`.
+
+    On a GPU bfloat16, unless the file already holds half precision; on a CPU float32, since half
+    precision products are 10 to 100 times slower there.
+    """
+    import mlx.core as mx
+
+    if not on_gpu():
+        return mx.float32
+    return stored if stored in (mx.float16, mx.bfloat16) else mx.bfloat16
+
+
+def prefill_step_size() -> int:
+    """Prompt tokens to process at a time.
+
+    A CPU computes masked scores like any other, so shorter pieces save a good part of the attention.
+    """
+    return 2048 if on_gpu() else 256
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, or None where the system does not say."""
+    if sys.platform == "darwin":
+        total = total_memory()
+        import mlx.core as mx
+
+        return None if total is None else max(0, total - mx.get_active_memory() - 4 * _GIB)
+    values = _meminfo()
+    available = values.get("MemAvailable")
+    limit = _cgroup_headroom()
+    return min((v for v in (available, limit) if v is not None), default=None)
+
+
+def total_memory() -> int | None:
+    """Bytes of memory in this machine."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _meminfo() -> dict[str, int]:
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return {}
+
+
+def _cgroup_headroom() -> int | None:
+    """What a container may still use, where it is limited (cgroup v2)."""
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup")
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    return None
+
+
+@contextlib.contextmanager
+def wired_limit() -> Iterator[None]:
+    """Let Metal keep the model's memory resident while generating, as macOS 15 and newer allow."""
+    import mlx.core as mx
+
+    if not (mx.metal.is_available() and on_gpu()):
+        yield
+        return
+    previous = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(previous)
+
+
+def describe() -> dict[str, Any]:
+    """The facts `doctor` prints: device, MLX's version, memory in bytes, BLAS."""
+    import mlx.core as mx
+
+    kind = ("Metal" if mx.metal.is_available() else "CUDA") if on_gpu() else "CPU"
+    return {
+        "device": kind,
+        "device_name": mx.device_info().get("device_name", "unknown"),
+        "mlx_version": mx.__version__,
+        "memory_total": total_memory(),
+        "memory_available": available_memory(),
+        "blas": blas.state,
+        "blas_library": blas.library,
+    }

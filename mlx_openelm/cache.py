@@ -1,0 +1,456 @@
+"""Key-value caches, one a layer: growing, sliding, quantized, and for batches of rows of different lengths.
+
+Class names, methods and `state` are those of mlx-lm, so that its generators drive our caches, ours
+drive its models, and saved prompt caches are read by both. Keys and values are [B, K, T, D]
+(rows, key-value heads, positions, head_dim); buffers grow in steps and are longer than what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import mlx.core as mx
+
+from .errors import RequestError
+
+STEP = 256
+
+
+class _Cache:
+    """What every cache shares. `keys` and `values` are None until the first update."""
+
+    keys: Any = None
+    values: Any = None
+    offset: Any = 0
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    def empty(self) -> bool:
+        return self.keys is None
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, count: int) -> int:
+        """Forget the last `count` positions; returns how many there were to forget."""
+        count = min(self.offset, count)
+        self.offset -= count
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the unused part included."""
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+class KVCache(_Cache):
+    """The past of one sequence (or of rows of equal length)."""
+
+    def __init__(self) -> None:
+        self.keys, self.values, self.offset = None, None, 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values [B, K, L, D]; returns all of them."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        if self.keys is None or self.offset > self.keys.shape[2]:
+            self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
+        self.keys[..., start : self.offset, :] = keys
+        self.values[..., start : self.offset, :] = values
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def size(self) -> int:
+        return self.offset
+
+    @property
+    def state(self) -> tuple[Any, Any, int]:
+        return self.keys, self.values, self.offset
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.keys, self.values, self.offset = state
+
+    def make_mask(
+        self, length: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What `length` new positions may see: None (all), "causal", or booleans [length, total]."""
+        if window_size is not None or (return_array and length > 1):
+            return causal_mask(length, self.offset, window_size)
+        return "causal" if length > 1 else None
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
+        """The same past in fewer bits."""
+        cache = QuantizedKVCache(group_size, bits)
+        if self.keys is not None:
+            cache.update_and_fetch(self.keys[..., : self.offset, :], self.values[..., : self.offset, :])
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[KVCache]) -> BatchKVCache:
+        """One cache with a row for each of `caches`, padded on the left to the longest."""
+        return BatchKVCache.merge(caches)
+
+
+class QuantizedKVCache(_Cache):
+    """The past of one sequence in `bits` a value, with a scale and a bias for every `group_size` values."""
+
+    def __init__(self, group_size: int = 64, bits: int = 8) -> None:
+        self.keys, self.values, self.offset = None, None, 0
+        self.group_size, self.bits = group_size, bits
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append keys and values [B, K, L, D]; returns all of them as (packed, scales, biases)."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        packed = [mx.quantize(x, group_size=self.group_size, bits=self.bits) for x in (keys, values)]
+        if self.keys is None or self.offset > self.keys[0].shape[2]:
+            olds = (self.keys or (None,) * 3, self.values or (None,) * 3)
+            self.keys, self.values = (
+                tuple(_grow(old, new, start) for old, new in zip(part, news, strict=True))
+                for part, news in zip(olds, packed, strict=True)
+            )
+        for buffers, news in zip((self.keys, self.values), packed, strict=True):
+            for buffer, new in zip(buffers, news, strict=True):
+                buffer[..., start : self.offset, :] = new
+        keys, values = (tuple(b[..., : self.offset, :] for b in part) for part in (self.keys, self.values))
+        return keys, values
+
+    def size(self) -> int:
+        return self.offset
+
+    @property
+    def state(self) -> tuple[Any, Any, int, int, int]:
+        return self.keys, self.values, self.offset, self.group_size, self.bits
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.keys, self.values, self.offset, self.group_size, self.bits = state
+
+    make_mask = KVCache.make_mask
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else sum(part.nbytes for part in (*self.keys, *self.values))
+
+
+class RotatingKVCache(_Cache):
+    """The first `keep` positions and the latest of the rest, `max_size` in all.
+
+    A single new position overwrites the oldest in place: order does not matter to attention, since
+    keys are already rotated by their positions. Longer updates first put the past back in order.
+    """
+
+    def __init__(self, max_size: int, keep: int = 0) -> None:
+        self.keys, self.values, self.offset = None, None, 0
+        self.max_size, self.keep = max_size, keep
+        self._idx = 0  # where the next single position is written
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L."""
+        length = keys.shape[2]
+        if length > 1 or self.keys is None or self.keys.shape[2] > self.max_size:
+            # Each new position still sees max_size positions, itself included.
+            self.keys, self.values = (
+                self._append(old, new) for old, new in ((self.keys, keys), (self.values, values))
+            )
+            self._idx = self.keys.shape[2]
+        else:
+            held = self.size()
+            if self._idx >= self.max_size:
+                self._idx = self.keep
+            elif self._idx >= self.keys.shape[2]:
+                extra = min(STEP, self.max_size - held)
+                self.keys, self.values = (_pad(x, extra) for x in (self.keys, self.values))
+            self.keys[..., self._idx : self._idx + 1, :] = keys
+            self.values[..., self._idx : self._idx + 1, :] = values
+            self._idx += 1
+        self.offset += length
+        held = min(self.offset, self.keys.shape[2])
+        return self.keys[..., :held, :], self.values[..., :held, :]
+
+    def _append(self, old: mx.array | None, new: mx.array) -> mx.array:
+        if old is None:
+            return new
+        old = self.in_order(old)
+        excess = max(0, old.shape[2] - (self.max_size - 1))
+        return mx.concatenate([old[..., : self.keep, :], old[..., self.keep + excess :, :], new], axis=2)
+
+    def in_order(self, buffer: mx.array) -> mx.array:
+        """What `buffer` holds, oldest first."""
+        if self._idx < min(self.offset, buffer.shape[2]):
+            parts = (buffer[..., : self.keep, :], buffer[..., self._idx :, :], buffer[..., self.keep : self._idx, :])
+            return mx.concatenate(parts, axis=2)
+        return buffer[..., : self._idx, :]
+
+    def size(self) -> int:
+        return min(self.offset, self.max_size)
+
+    @property
+    def state(self) -> tuple[Any, Any, int, int, int, int]:
+        return self.keys, self.values, self.offset, self.keep, self.max_size, self._idx
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.keys, self.values, self.offset, self.keep, self.max_size, self._idx = state
+
+    def is_trimmable(self) -> bool:
+        return self.offset < self.max_size
+
+    def trim(self, count: int) -> int:
+        count = super().trim(count)
+        self._idx -= count
+        return count
+
+    def make_mask(
+        self, length: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What `length` new positions may see of what `update_and_fetch` will return."""
+        if length == 1:
+            return None
+        window = window_size or self.max_size
+        past = min(self.offset, self.max_size - 1)
+        if past + length > window or return_array:
+            return causal_mask(length, past, window, keep=self.keep)
+        return "causal"
+
+    @classmethod
+    def merge(cls, caches: Sequence[RotatingKVCache]) -> BatchRotatingKVCache:
+        """One cache with a row for each of `caches`, padded on the left to the longest."""
+        return BatchRotatingKVCache.merge(caches)
+
+
+class BatchKVCache(_Cache):
+    """The pasts of several sequences, each row padded on the left: `left_padding[b]` columns hold nothing.
+
+    `offset` is an array [B]: the position of each row's next token, negative while it is still padding.
+    """
+
+    def __init__(self, left_padding: Sequence[int]) -> None:
+        self.keys, self.values = None, None
+        self.left_padding = mx.array(left_padding)
+        self.offset = -self.left_padding
+        self._idx = 0  # columns in use
+        self._right_padding: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values [B, K, L, D]; returns all of them, padding included."""
+        start, self._idx = self._idx, self._idx + keys.shape[2]
+        self.offset = self.offset + keys.shape[2]
+        if self.keys is None or self._idx > self.keys.shape[2]:
+            self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
+        self.keys[..., start : self._idx, :] = keys
+        self.values[..., start : self._idx, :] = values
+        return self.keys[..., : self._idx, :], self.values[..., : self._idx, :]
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce that the coming rows are padded; `right_padding` is moved to the left by `finalize`."""
+        if left_padding is not None:
+            if self.keys is not None:
+                raise ValueError("Padding on the left can only be added to an empty cache.")
+            self.left_padding = self.left_padding + mx.array(left_padding)
+            self.offset = self.offset - mx.array(left_padding)
+        if right_padding is not None and max(right_padding) > 0:
+            self._right_padding = mx.array(right_padding)
+
+    def finalize(self) -> None:
+        """After rows padded on the right: move their padding to the left."""
+        if self._right_padding is None:
+            return
+        padding = self._right_padding
+        columns = (mx.arange(self._idx) - padding[:, None]) % self._idx
+        index = columns[:, None, :, None]
+        self.keys = mx.take_along_axis(self.keys[..., : self._idx, :], index, axis=2)
+        self.values = mx.take_along_axis(self.values[..., : self._idx, :], index, axis=2)
+        self.offset = self.offset - padding
+        self.left_padding = self.left_padding + padding
+        self._right_padding = None
+
+    def size(self) -> int:
+        return self._idx
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.keys, self.values, self.offset, self.left_padding, self._idx
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.keys, self.values, self.offset, self.left_padding, self._idx = state
+        self._right_padding = None
+
+    def trim(self, count: int) -> int:
+        count = min(self._idx, count)
+        self._idx -= count
+        self.offset = self.offset - count
+        return count
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """Booleans [B, 1, length, total]: causal, and blind to each row's padding."""
+        mask = causal_mask(length, self._idx, window_size)
+        return mask & (mx.arange(self._idx + length) >= self.left_padding.reshape(-1, 1, 1, 1))
+
+    def filter(self, rows: Any) -> None:
+        """Keep the given rows, and drop the padding that all of them share."""
+        rows = mx.array(rows)
+        shared = max(0, int(self.left_padding[rows].min()))
+        if self.keys is not None:
+            self.keys, self.values = (x[rows][..., shared:, :] for x in (self.keys, self.values))
+        self._idx -= shared
+        self.left_padding = self.left_padding[rows] - shared
+        self.offset = self.offset[rows]
+
+    def extend(self, other: Self) -> None:
+        """Add the rows of another cache."""
+        length = max(self._idx, other._idx)
+        self.left_padding = mx.concatenate([c.left_padding + (length - c._idx) for c in (self, other)])
+        pairs = [c._padded_to(length, like) for c, like in ((self, other), (other, self))]
+        self.offset = mx.concatenate([self.offset, other.offset])
+        self._idx = length
+        if pairs[0] is not None and pairs[1] is not None:
+            self.keys, self.values = (mx.concatenate(parts) for parts in zip(*pairs, strict=True))
+
+    def _padded_to(self, length: int, like: Self) -> tuple[mx.array, mx.array] | None:
+        """Keys and values of `length` columns, padding added on the left; zeros shaped as `like`'s if empty."""
+        if self.keys is None and like.keys is None:
+            return None
+        if self.keys is None:
+            shapes = [(self.offset.shape[0], x.shape[1], length, x.shape[3]) for x in (like.keys, like.values)]
+            return mx.zeros(shapes[0], like.keys.dtype), mx.zeros(shapes[1], like.values.dtype)
+        left = [(0, 0), (0, 0), (length - self._idx, 0), (0, 0)]
+        return mx.pad(self.keys[..., : self._idx, :], left), mx.pad(self.values[..., : self._idx, :], left)
+
+    def _row(self, row: int) -> tuple[mx.array, mx.array]:
+        padding = max(0, int(self.left_padding[row]))
+        return tuple(mx.contiguous(x[row : row + 1, :, padding : self._idx]) for x in (self.keys, self.values))
+
+    def extract(self, row: int) -> KVCache:
+        """One row as a cache of its own."""
+        cache = KVCache()
+        cache.keys, cache.values = self._row(row)
+        cache.offset = cache.keys.shape[2]
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> Self:
+        """Rows from caches of single sequences, padded on the left to the longest."""
+        return cls._merged(cls([0] * len(caches)), caches, lambda c, x: x[..., : c.offset, :])
+
+    @staticmethod
+    def _merged(merged: Any, caches: Sequence[Any], held: Any) -> Any:
+        lengths = [c.size() for c in caches]
+        longest = max(lengths)
+        if longest == 0:
+            return merged
+        merged.left_padding = mx.array([longest - length for length in lengths])
+        merged.offset = mx.array([c.offset for c in caches])
+        merged._idx = longest
+        filled = next(c for c in caches if c.keys is not None)
+
+        def rows(name: str) -> mx.array:
+            like = getattr(filled, name)
+            empty = mx.zeros((1, like.shape[1], 0, like.shape[3]), like.dtype)
+            parts = [empty if c.keys is None else held(c, getattr(c, name)) for c in caches]
+            return mx.concatenate([mx.pad(x, [(0, 0), (0, 0), (longest - x.shape[2], 0), (0, 0)]) for x in parts])
+
+        merged.keys, merged.values = rows("keys"), rows("values")
+        return merged
+
+
+class BatchRotatingKVCache(BatchKVCache):
+    """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept)."""
+
+    def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
+        super().__init__(left_padding)
+        self.max_size = max_size
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L columns."""
+        self._drop(self._idx - (self.max_size - 1))
+        return super().update_and_fetch(keys, values)
+
+    def _drop(self, excess: int) -> None:
+        """Forget the oldest columns. A row that is about to be padded on the right keeps what it will still need."""
+        if excess > 0:
+            self.keys, self.values = (x[..., excess : self._idx, :] for x in (self.keys, self.values))
+            self._idx -= excess
+            self.left_padding = self.left_padding - excess
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        past = min(self._idx, self.max_size - 1)
+        padding = self.left_padding - (self._idx - past)
+        mask = causal_mask(length, past, window_size or self.max_size)
+        return mask & (mx.arange(past + length) >= padding.reshape(-1, 1, 1, 1))
+
+    def size(self) -> int:
+        return min(self._idx, self.max_size)
+
+    def is_trimmable(self) -> bool:
+        return self._idx < self.max_size
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return *BatchKVCache.state.fget(self), self.max_size
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        *rest, self.max_size = state
+        BatchKVCache.state.fset(self, rest)
+
+    def extract(self, row: int) -> RotatingKVCache:
+        cache = RotatingKVCache(self.max_size)
+        cache.keys, cache.values = self._row(row)
+        cache.offset = int(self.offset[row])
+        cache._idx = cache.keys.shape[2]
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[RotatingKVCache]) -> Self:
+        if len({c.max_size for c in caches}) > 1:
+            raise ValueError("Only caches of one maximum size can be merged.")
+        empty = cls(caches[0].max_size, [0] * len(caches))
+        return cls._merged(empty, caches, lambda c, x: c.in_order(x)[..., -c.size() :, :])
+
+
+def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
+    """Empty caches for one sequence: growing, or holding the first 4 and the latest up to `max_kv_size`.
+
+    Raises:
+        RequestError: `max_kv_size` does not leave room beside the 4 kept.
+    """
+    if max_kv_size is None:
+        return [KVCache() for _ in range(num_layers)]
+    if max_kv_size < 8:
+        raise RequestError(f"--max-kv-size must be at least 8, got {max_kv_size}.")
+    return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
+
+
+def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0) -> mx.array:
+    """Booleans [length, past + length], True where visible: itself and the past, or the last `window` of them.
+
+    The first `keep` columns stay visible whatever the window.
+    """
+    rows = mx.arange(past, past + length)[:, None]
+    columns = mx.arange(past + length)
+    mask = rows >= columns
+    if window is not None:
+        mask = mask & ((rows < columns + window) | (columns < keep))
+    return mask
+
+
+def _grow(buffer: mx.array | None, new: mx.array, used: int) -> mx.array:
+    """`buffer` with what it holds and room for `new` [B, K, L, D] behind its `used` columns, in whole steps."""
+    room = -(-new.shape[2] // STEP) * STEP
+    zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
+    return zeros if buffer is None else mx.concatenate([buffer[..., :used, :], zeros], axis=2)
+
+
+def _pad(buffer: mx.array, columns: int) -> mx.array:
+    return mx.pad(buffer, [(0, 0), (0, 0), (0, columns), (0, 0)])

@@ -1,0 +1,118 @@
+"""The eight OpenELM releases: names, repositories, draft models and published scores."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import RequestError
+
+ASSETS = Path(__file__).parent / "assets"
+TINY = "tiny"
+TINY_FOLDER = ASSETS / "tiny"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One published model.
+
+    `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
+    `hub_repo` holds the float32 weights and no tokenizer; `tokenizer_repo` is the ungated community copy that
+    carries one. `draft` is the `name` of the release that drafts for this one in speculative decoding.
+    """
+
+    name: str
+    size: str
+    instruct: bool
+    hub_repo: str
+    tokenizer_repo: str
+    aliases: tuple[str, ...]
+    draft: str | None
+    float16: bool
+
+    @property
+    def display_name(self) -> str:
+        """The name as the paper prints it: `OpenELM-1.1B-Instruct`."""
+        return self.name.replace("_", ".")
+
+    def scores(self, suite: str = "zero_shot") -> dict[str, float]:
+        """Published scores in percent by task, with their `average`.
+
+        Suites are named after the paper (arXiv:2404.14619): `zero_shot`, `llm360`, `openllm`.
+        Raises RequestError for another suite.
+        """
+        suites = published_scores()["scores"]
+        if suite not in suites:
+            raise RequestError(
+                f"there are no published scores for the suite {suite!r}; known: {', '.join(suites)}"
+            )
+        return dict(suites[suite][self.name])
+
+
+def _release(size: str, instruct: bool) -> Release:
+    suffix = "-Instruct" if instruct else ""
+    name = f"OpenELM-{size.replace('.', '_')}{suffix}"
+    return Release(
+        name=name,
+        size=size,
+        instruct=instruct,
+        hub_repo=f"apple/{name}",
+        tokenizer_repo=f"mlx-community/{name}",
+        aliases=(f"{size}{suffix}".lower(),),
+        draft=None if size == "270M" else f"OpenELM-270M{suffix}",
+        # The 3B model's activations leave float16's range; bfloat16 and float32 hold them.
+        float16=size != "3B",
+    )
+
+
+_RELEASES = tuple(
+    _release(size, instruct) for size in ("270M", "450M", "1.1B", "3B") for instruct in (False, True)
+)
+
+
+def _key(name: str) -> str:
+    """What is left of a name once everything that may be spelled in two ways is gone."""
+    return name.strip().lower().removeprefix("apple/").replace("_", ".")
+
+
+_BY_KEY = {_key(name): release for release in _RELEASES for name in (release.name, *release.aliases)}
+
+
+def releases() -> tuple[Release, ...]:
+    """The eight releases, smallest first, each base model before its instruct model."""
+    return _RELEASES
+
+
+def find(name: str) -> Release | None:
+    """The release that `name` means, or None.
+
+    An alias (`1.1b-instruct`) or Apple's name, with or without `apple/`, in any case, with `1.1B` or `1_1B`.
+    Repositories of others (`mlx-community/OpenELM-270M`) are not releases: their weights differ.
+    """
+    return _BY_KEY.get(_key(name))
+
+
+def suggest(name: str) -> list[str]:
+    """At most three known names close to `name`, closest first, for an error message."""
+    known = [TINY]
+    for release in _RELEASES:
+        known += [
+            *release.aliases,
+            release.name,
+            release.display_name,
+            release.hub_repo,
+            release.tokenizer_repo,
+        ]
+    spelling = {text.lower(): text for text in known}
+    return [spelling[text] for text in difflib.get_close_matches(name.strip().lower(), spelling, n=3)]
+
+
+def published_scores() -> dict[str, Any]:
+    """Everything published about the models' quality: suites, shots, settings, scores in percent.
+
+    From the model card of apple/OpenELM and arXiv:2404.14619. Read from package data when asked for.
+    """
+    return json.loads((ASSETS / "published_scores.json").read_text(encoding="utf-8"))

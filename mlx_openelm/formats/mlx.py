@@ -1,0 +1,179 @@
+"""Model folders in Hugging Face's layout, plain or quantized by MLX: `apple/OpenELM-*`, mlx-community, mlx-lm, ours.
+
+`config.json` and safetensors. Quantized matrices are stored as `.weight` (packed uint32), `.scales` and,
+in affine mode, `.biases`; `quantization` in the config holds group_size, bits and mode, and entries by
+module path for matrices that differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import ModelConfig, read_json
+from ..errors import RequestError
+from ..quantization.uniform import Quantization
+from . import safetensors
+
+_LISTED = 8  # tensors named in an error before the rest is only counted
+
+
+@dataclass
+class Checkpoint:
+    """A model as stored: lazy weights by Hugging Face name, and how each quantized matrix is packed."""
+
+    config: ModelConfig
+    weights: dict[str, mx.array]
+    quantization: dict[str, Quantization] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The stored floating-point type (of the final norm, which is never quantized)."""
+        return self.weights["transformer.norm.weight"].dtype
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's configuration and the whole of its `config.json`.
+
+    Raises:
+        RequestError: missing, damaged, not OpenELM, or impossible sizes.
+    """
+    values = read_json(folder / "config.json")
+    try:
+        return ModelConfig.from_dict(values), values
+    except RequestError as error:
+        raise RequestError(f"{folder / 'config.json'}: {error}") from None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`. Headers are checked against the configuration; no weight is read yet.
+
+    Raises:
+        RequestError: damaged files, or one list of every missing, unexpected or wrongly shaped tensor.
+    """
+    config, values = read_config(folder)
+    files = safetensors.weight_files(folder)
+    tensors = safetensors.read_headers(files)
+    if config.share_input_output_layers:
+        # Some writers store the shared output layer again, whole or packed like the embedding.
+        tensors = {name: info for name, info in tensors.items() if not name.startswith("lm_head.")}
+    quantization = _read_quantization(config, values, tensors)
+    _check(folder, config, quantization, tensors)
+    weights = safetensors.read_lazily(files)
+    return Checkpoint(config, {name: weights[name] for name in tensors}, quantization)
+
+
+def _read_quantization(
+    config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
+) -> dict[str, Quantization]:
+    """How each matrix with scales is packed: its own entry, else the common one, else what the shapes tell."""
+    paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    if not paths:
+        return {}
+    settings = values.get("quantization") or values.get("quantization_config")
+    if not isinstance(settings, dict):
+        raise RequestError("The weights are quantized, but config.json has no quantization entry.")
+    shapes = config.tensor_shapes()
+    quantization = {}
+    for path in paths:
+        entry = settings.get(path)
+        entry = entry if isinstance(entry, dict) else None
+        common = settings | (entry or {})
+        try:
+            choice = Quantization(int(common["group_size"]), int(common["bits"]), common.get("mode", "affine"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"config.json has no usable quantization for {path}: {error}.") from None
+        shape = shapes.get(f"{path}.weight")
+        if entry is None and shape is not None and f"{path}.weight" in tensors:
+            choice = _from_shapes(choice, shape, tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
+        quantization[path] = choice
+    return quantization
+
+
+def _from_shapes(
+    common: Quantization, shape: tuple[int, ...], packed: tuple[int, ...], scales: tuple[int, ...]
+) -> Quantization:
+    """`common`, or what packed parts of other shapes must have been packed with."""
+    if common.packed_shapes(shape)["weight"] == packed and common.packed_shapes(shape)["scales"] == scales:
+        return common
+    try:
+        return Quantization(shape[1] // scales[-1], packed[-1] * 32 // shape[1], common.mode)
+    except (RequestError, ZeroDivisionError, IndexError):
+        return common  # the check of all shapes will name the tensor
+
+
+def _check(
+    folder: Path,
+    config: ModelConfig,
+    quantization: Mapping[str, Quantization],
+    tensors: Mapping[str, safetensors.TensorInfo],
+) -> None:
+    """Compare every tensor with what the configuration asks for; one error names all that is wrong."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in config.tensor_shapes().items():
+        path = name.removesuffix(".weight")
+        if path in quantization and len(shape) == 2:
+            parts = quantization[path].packed_shapes(shape)
+            expected.update({f"{path}.{part}": part_shape for part, part_shape in parts.items()})
+        else:
+            expected[name] = shape
+    wrong = [
+        f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    wrong += [
+        f"{name} is stored as {tensors[name].dtype}"
+        for name in expected
+        if name in tensors and tensors[name].dtype in (mx.uint8, mx.uint32) and not _packed_part(name, quantization)
+    ]
+    problems = []
+    for kind, names in (
+        ("missing", [name for name in expected if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in expected]),
+        ("wrong", wrong),
+    ):
+        if names:
+            rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            problems.append(f"{kind}: {', '.join(names[:_LISTED])}{rest}")
+    if problems:
+        raise RequestError(f"The weights in {folder} do not fit its config.json; {'; '.join(problems)}.")
+
+
+def _packed_part(name: str, quantization: Mapping[str, Quantization]) -> bool:
+    path, _, part = name.rpartition(".")
+    return path in quantization and (part == "weight" or (part == "scales" and quantization[path].mode != "affine"))
+
+
+def write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+) -> None:
+    """Write weights, index and `config.json` as mlx-lm and mlx-swift read them; empties `checkpoint.weights`."""
+    values = checkpoint.config.to_dict() | {"torch_dtype": str(checkpoint.dtype).removeprefix("mlx.core.")}
+    if checkpoint.quantization:
+        common = _most_common(checkpoint.quantization)
+        entries = {path: choice.to_dict() for path, choice in checkpoint.quantization.items() if choice != common}
+        # Hugging Face's pages read the second name.
+        values["quantization"] = values["quantization_config"] = common.to_dict() | entries
+    safetensors.write_shards(
+        folder,
+        checkpoint.weights,
+        metadata={"format": "mlx"},
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    (folder / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n")
+
+
+def _most_common(quantization: Mapping[str, Quantization]) -> Quantization:
+    choices = list(quantization.values())
+    return max(choices, key=choices.count)

@@ -1,0 +1,244 @@
+"""Load and convert: from a name to a model, from a folder to a folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import atomic, backend, catalog, hub
+from .chat_template import CORENET_TEMPLATE
+from .config import SIZES, ModelConfig
+from .errors import RequestError
+from .formats import mlx as mlx_format
+from .formats.mlx import Checkpoint
+from .model import OpenELM
+from .quantization.uniform import (
+    Quantization,
+    bits_per_weight,
+    dequantize_weights,
+    plan,
+    quantize_weights,
+)
+from .tokenizer import Tokenizer
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+# Expanding quantized weights leaves at least this share of the free memory to everything else.
+_FREE_SHARE = 0.2
+
+
+def load(
+    model: str | Path = "tiny",
+    adapter_path: str | Path | None = None,
+    dtype: str | mx.Dtype | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    expand: bool | None = None,
+) -> tuple[OpenELM, Tokenizer]:
+    """A model, ready to run, and its tokenizer.
+
+    Args:
+        model: `tiny`, an alias (`270m`, `1.1b-instruct`), a hub name, or a folder.
+        dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
+        tokenizer: a tokenizer file or folder, in place of the model's own.
+        revision: a branch, tag or commit on the hub.
+        expand: whether to unpack quantized weights at load. By default only on a CPU, where products with
+            packed weights are slower, and only while free memory allows.
+
+    Raises:
+        RequestError: unknown names, damaged or unfitting files, a tokenizer that is missing or does not fit.
+        OpenELMError: a download that failed.
+    """
+    if adapter_path is not None:
+        raise RequestError("This version loads no adapters; fuse them into the model first (mlx_lm.fuse).")
+    if (warning := backend.blas_warning()) is not None:
+        warnings.warn(warning, stacklevel=2)
+    folder = hub.resolve(model, revision=revision)
+    checkpoint = mlx_format.read(folder)
+    text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
+    return build_model(checkpoint, dtype=dtype, expand=expand), text
+
+
+def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, expand: bool | None = None) -> OpenELM:
+    """The model of a checkpoint, its weights read and cast one at a time; takes the weights out of `checkpoint`.
+
+    The result's `quantization` tells how its matrices were stored, `expanded` whether they were unpacked.
+    """
+    compute = _parse_dtype(dtype, checkpoint.config) or _default_dtype(checkpoint)
+    packed = checkpoint.quantization
+    expanded = bool(packed) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
+    weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
+    weights = {name: _cast(weight, compute) for name, weight in weights.items()}
+    checkpoint.weights = {}
+
+    model = OpenELM(checkpoint.config)
+    if packed and not expanded:
+        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
+    model.load_weights(list(weights.items()))
+    model.eval()
+    # One by one: what a cast or an unpacking started from is freed before the next is read.
+    weights.clear()
+    for _, weight in tree_flatten(model.parameters()):
+        mx.eval(weight)
+    model.quantization, model.expanded = packed, expanded
+    return model
+
+
+def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:
+    return weight.astype(dtype) if mx.issubdtype(weight.dtype, mx.floating) else weight
+
+
+def _default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
+    dtype = backend.compute_dtype(checkpoint.dtype)
+    return mx.bfloat16 if dtype == mx.float16 and _needs_range(checkpoint.config) else dtype
+
+
+def _parse_dtype(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        dtype = DTYPES[dtype]
+    if dtype is not None and dtype == mx.float16 and _needs_range(config):
+        raise RequestError(
+            "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
+        )
+    return dtype
+
+
+def _needs_range(config: ModelConfig) -> bool:
+    """Whether this is the 3B model, or one of its shape."""
+    return (config.num_transformer_layers, config.model_dim, config.head_dim) == SIZES["3B"]
+
+
+def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
+    if backend.on_gpu():
+        return False
+    available = backend.available_memory()
+    return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available
+
+
+def find_tokenizer(
+    model: str | Path, folder: Path, config: ModelConfig, named: str | Path | None = None
+) -> Tokenizer:
+    """The tokenizer named by the user, else the folder's, else for published models the one mlx-community carries.
+
+    Raises:
+        RequestError: none of them, or one that does not fit the model.
+        OpenELMError: a download that failed.
+    """
+    if named is not None:
+        tokenizer = Tokenizer.from_file(Path(named).expanduser(), eos_token_ids=config.eos_token_ids)
+    elif any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = Tokenizer.from_folder(folder)
+    elif (release := _release(model, folder, config)) is not None:
+        tokenizer = Tokenizer.from_folder(hub.download_tokenizer(release), eos_token_ids=config.eos_token_ids)
+        if (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) != (32000, 1, 2):
+            raise RequestError(
+                f"The tokenizer of {release.tokenizer_repo} is not OpenELM's (32000 pieces, bos 1, eos 2); "
+                "give the right one with --tokenizer."
+            )
+    else:
+        raise RequestError(
+            f"{folder} holds no tokenizer.json or tokenizer.model; give one with --tokenizer "
+            "(OpenELM uses Llama 2's; mlx-community/OpenELM-270M carries it)."
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise RequestError(
+            f"The tokenizer has {tokenizer.vocab_size} pieces, the model only {config.vocab_size}; "
+            "give the one that belongs to it with --tokenizer."
+        )
+    return tokenizer
+
+
+def _release(model: str | Path, folder: Path, config: ModelConfig) -> catalog.Release | None:
+    """The published model this is, by its name, its folder's name, or its sizes."""
+    found = catalog.find(str(model)) or catalog.find(folder.resolve().name) or catalog.find(Path(model).name)
+    if found is not None:
+        return found
+    same_size = (r for r in catalog.releases() if ModelConfig.from_name(r.name).tensor_shapes() == config.tensor_shapes())
+    return next(same_size, None)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` wrote: where, how many bits a parameter takes, and matrices packed unlike the others."""
+
+    path: Path
+    bits_per_weight: float
+    exceptions: dict[str, str]
+
+
+def convert(
+    model: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    dequantize: bool = False,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write a model as an MLX folder, which appears complete or not at all.
+
+    Args:
+        model: an alias, a hub name, or a folder.
+        dtype: the type of what is not quantized, and of scales and biases; bfloat16 unless told.
+        quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
+        dequantize: unpack a quantized model.
+        overwrite: replace `mlx_path` if it exists.
+        progress: called with the bytes written so far and in all.
+
+    Raises:
+        RequestError: a request that cannot be right; nothing was written.
+        OpenELMError: a download or writing failed; nothing was left behind.
+    """
+    if quantize and dequantize:
+        raise RequestError("Choose either -q or --dequantize.")
+    if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
+        raise RequestError("--q-bits, --q-group-size and --q-mode need -q.")
+    wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    with atomic.new_folder(Path(mlx_path), overwrite=overwrite) as partial:
+        folder = hub.resolve(model, revision=revision)
+        checkpoint = mlx_format.read(folder)
+        text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
+        exceptions = _requantize(checkpoint, _parse_dtype(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+        bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
+        release = _release(model, folder, checkpoint.config)
+        instruct = release is not None and release.instruct
+        text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
+        mlx_format.write(partial, checkpoint, progress=progress)
+    return Conversion(Path(mlx_path), bits, exceptions)
+
+
+def _requantize(
+    checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool
+) -> dict[str, str]:
+    """Cast, pack or unpack the checkpoint's lazy weights in place; returns what was packed unlike the rest."""
+    if wanted is not None and checkpoint.quantization:
+        bits = next(iter(checkpoint.quantization.values())).bits
+        raise RequestError(f"The model is already quantized to {bits} bits; convert the original, or --dequantize it.")
+    if dequantize:
+        if not checkpoint.quantization:
+            raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
+        checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
+        checkpoint.quantization = {}
+    checkpoint.weights = {name: _cast(weight, dtype) for name, weight in checkpoint.weights.items()}
+    if wanted is None:
+        return {}
+    checkpoint.quantization, exceptions = plan(checkpoint.config, wanted)
+    checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
+    return exceptions

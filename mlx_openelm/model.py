@@ -1,0 +1,157 @@
+"""OpenELM in MLX (arXiv:2404.14619): pre-norm decoder, grouped-query attention, SwiGLU, layer-wise scaling.
+
+Modules carry the names of the Hugging Face checkpoint, so a checkpoint's keys are the module paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import ops
+from .config import ModelConfig
+
+ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, through `ops.linear`."""
+
+    def __init__(self, in_dims: int, out_dims: int):
+        super().__init__(in_dims, out_dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self["weight"])
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings that also serve as the output layer."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self["weight"])
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalization, through `ops.rms_norm`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self["weight"], self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalized over head_dim, then rotated."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        heads, kv_heads = self.num_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = Linear(config.model_dim, (heads + 2 * kv_heads) * config.head_dim)
+        self.out_proj = Linear(heads * config.head_dim, config.model_dim)
+        if config.normalize_qk_projections:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
+        norms = (self["q_norm"]["weight"], self["k_norm"]["weight"], self.eps) if "q_norm" in self else None
+        return self["out_proj"](attend(self["qkv_proj"](x), shape, self.num_heads, norms, cache))
+
+
+class FeedForward(nn.Module):
+    """proj_2(silu(gate) * up); without GLU proj_2(activation(proj_1))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        inner = config.ffn_dims[layer]
+        self.gated = config.ffn_with_glu
+        self.activation = config.activation_fn_name
+        self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
+        self.proj_2 = Linear(inner, config.model_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.proj_1(x)
+        activation = ACTIVATIONS[self.activation]
+        if not self.gated:
+            return self.proj_2(activation(x))
+        if activation is nn.silu:
+            return self.proj_2(ops.swiglu(x))
+        gate, up = mx.split(x, 2, axis=-1)
+        return self.proj_2(activation(gate) * up)
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.ffn = FeedForward(config, layer)
+        self.attn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
+        x = x + self["attn"](self["attn_norm"](x), attend, shape, cache)
+        return x + self["ffn"](self["ffn_norm"](x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
+        self.layers = [TransformerLayer(config, layer) for layer in range(config.num_transformer_layers)]
+        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+
+
+class OpenELM(nn.Module):
+    """The language model.
+
+    Calling it with tokens [batch, length] gives logits [batch, length, vocab]: `logits(hidden_states(tokens))`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model_type = "openelm"
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = Linear(config.model_dim, config.vocab_size)
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        return self.transformer.layers
+
+    def hidden_states(
+        self, tokens: mx.array, cache: Sequence[Any] | None = None, mask: mx.array | str | None = None
+    ) -> mx.array:
+        """tokens [batch, length] to hidden states [batch, length, model_dim] after the final norm.
+
+        Args:
+            cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence.
+            mask: what each position may see, in place of the causal mask: booleans or numbers to add,
+                [length, total] or [batch, 1, length, total].
+        """
+        shape = batch, length = tokens.shape
+        caches = cache if cache is not None else [None] * len(self.layers)
+        first = caches[0]
+        offset = 0 if first is None else first.offset
+        if mask is None and first is not None:
+            mask = first.make_mask(length, return_array=False, window_size=None)
+        elif mask is None and length > 1:
+            mask = "causal"
+        attend = ops.Attend(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
+        # Layers see one row a position: matrix products of two dimensions need no reshaping.
+        x = self.transformer.token_embeddings(tokens.reshape(-1))
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, attend, shape, layer_cache)
+        return self.transformer.norm(x).reshape(batch, length, -1)
+
+    def logits(self, hidden_states: mx.array) -> mx.array:
+        """hidden states [..., model_dim] to logits [..., vocab]."""
+        if self.config.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden_states)
+        return self.lm_head(hidden_states)
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[Any] | None = None, mask: mx.array | str | None = None
+    ) -> mx.array:
+        return self.logits(self.hidden_states(tokens, cache, mask))

@@ -1,0 +1,218 @@
+"""What a layer computes, in the form that is fastest on the device: fused kernels on a GPU, few primitives on a CPU.
+
+`mx.fast` has no CPU kernels: there its functions expand into many primitives, and RoPE's angles are
+computed anew in every layer. So on a CPU the same mathematics is spelled out here in as few
+primitives as it needs; the model reads the same everywhere.
+
+Shapes: B rows, L new positions, N = B * L, T positions with the past, H query heads, K key-value
+heads, D head_dim. Activations between layers are [N, model_dim].
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+_GPU = mx.DeviceType.gpu
+
+# OpenBLAS multiplies matrices of at most a million elements without copying them into packed panels first.
+# For a single row that copy is most of the work, so larger weights are multiplied in blocks of this size.
+_UNPACKED_ELEMENTS = 1_000_000
+_SMALLEST_BLOCK = 32
+
+
+def _on_gpu() -> bool:
+    # backend.on_gpu without its import: this is asked many times a token.
+    return mx.default_device().type == _GPU
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """x [..., in] times weight [out, in] transposed: [..., out]."""
+    blocks = _blocks(*weight.shape)
+    if blocks is None or x.size != blocks[2] or _on_gpu():
+        return x @ weight.T
+    # Three dimensions on both sides, since MLX would join the blocks again for a matrix of two.
+    output = weight.reshape(blocks) @ x.reshape(1, -1, 1)
+    return output.reshape((*x.shape[:-1], -1))
+
+
+@lru_cache
+def _blocks(out_dims: int, in_dims: int) -> tuple[int, int, int] | None:
+    """The shape [blocks, rows, in] with the most rows that divide `out_dims` and fit an unpacked product."""
+    rows = _UNPACKED_ELEMENTS // in_dims
+    if rows >= out_dims:
+        return None
+    while rows >= _SMALLEST_BLOCK and out_dims % rows:
+        rows -= 1
+    return (out_dims // rows, rows, in_dims) if rows >= _SMALLEST_BLOCK else None
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x [N, dim] over its root mean square, times weight [dim] (paper, section 2.1)."""
+    if _on_gpu():
+        return mx.fast.rms_norm(x, weight, eps)
+    return _normalized(x, eps) * weight
+
+
+def _normalized(x: mx.array, eps: float) -> mx.array:
+    """x [N, dim] over its root mean square; the mean and eps in one matrix product."""
+    mean_column, eps_array = _norm_constants(x.shape[-1], eps)
+    if x.dtype != mx.float32:
+        return _normalized(x.astype(mx.float32), eps).astype(x.dtype)
+    return x * mx.rsqrt(mx.addmm(eps_array, mx.square(x), mean_column))
+
+
+@lru_cache
+def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
+    constants = mx.full((dims, 1), 1 / dims), mx.array([[eps]])
+    mx.eval(constants)
+    return constants
+
+
+def swiglu(gate_and_up: mx.array) -> mx.array:
+    """silu(gate) * up for gate_and_up [..., 2 * inner], gate first."""
+    return (_compiled_swiglu if _on_gpu() else _swiglu)(gate_and_up)
+
+
+def _swiglu(gate_and_up: mx.array) -> mx.array:
+    gate, up = mx.split(gate_and_up, 2, axis=-1)
+    return gate * mx.sigmoid(gate) * up
+
+
+_compiled_swiglu = mx.compile(_swiglu)
+
+
+class Attend:
+    """Attention as one forward pass needs it: positions and mask are made once and shared by all layers.
+
+    Args:
+        head_dim, base: RoPE in halves, with angles position / base ** (2i / D).
+        offset: the first position, an int, or an array [B] with one for each row.
+        mask: None, "causal", booleans (True: visible) or numbers to add, [L, T] or [B, 1, L, T].
+    """
+
+    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
+        self.head_dim, self.base, self.offset, self.mask = head_dim, base, offset, mask
+        self.scale = head_dim**-0.5
+        self.fused = _on_gpu()
+        if not self.fused:
+            self.key_rotation = _rotation_matrices(head_dim, base, offset, length)
+            # Scaling the queries' rotation once spares every layer from scaling its queries.
+            self.query_rotation = self.key_rotation * self.scale
+
+    def __call__(
+        self,
+        qkv: mx.array,
+        shape: tuple[int, int],
+        num_heads: tuple[int, int],
+        norms: tuple[mx.array, mx.array, float] | None,
+        cache: Any,
+    ) -> mx.array:
+        """Projected queries, keys and values [N, (H + 2K) * D] to mixed values [N, H * D].
+
+        Args:
+            shape: B, L.
+            num_heads: H, K.
+            norms: weights [D] for queries and keys, and eps, if they are normalized before RoPE.
+            cache: extended in place, ours or mlx-lm's; or None.
+        """
+        heads = qkv.reshape(*shape, -1, self.head_dim)
+        queries, keys, values = (self._fused_heads if self.fused else self._plain_heads)(heads, num_heads, norms)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        if hasattr(cache, "bits"):
+            output = self._mix_quantized(queries, keys, values, cache)
+        elif self.fused:
+            output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
+        else:
+            output = self._mix(queries, keys, values)
+        return output.swapaxes(1, 2).reshape(qkv.shape[0], -1)
+
+    def _fused_heads(self, heads, num_heads, norms):
+        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]."""
+        queries, keys, values = mx.split(heads, [num_heads[0], sum(num_heads)], axis=2)
+        if norms is not None:
+            query_weight, key_weight, eps = norms
+            queries = mx.fast.rms_norm(queries, query_weight, eps)
+            keys = mx.fast.rms_norm(keys, key_weight, eps)
+        rope = {"traditional": False, "base": self.base, "scale": 1.0, "offset": self.offset}
+        queries, keys = (mx.fast.rope(x.swapaxes(1, 2), self.head_dim, **rope) for x in (queries, keys))
+        return queries, keys, values.swapaxes(1, 2)
+
+    def _plain_heads(self, heads, num_heads, norms):
+        """The same with the queries already scaled; queries and keys are normalized together."""
+        rotated, values = mx.split(heads, [sum(num_heads)], axis=2)
+        if norms is None:
+            queries, keys = mx.split(rotated, [num_heads[0]], axis=2)
+        else:
+            query_weight, key_weight, eps = norms
+            normalized = _normalized(rotated.reshape(-1, self.head_dim), eps).reshape(rotated.shape)
+            queries, keys = mx.split(normalized, [num_heads[0]], axis=2)
+            queries, keys = queries * query_weight, keys * key_weight
+        queries = (queries @ self.query_rotation).astype(heads.dtype)
+        keys = (keys @ self.key_rotation).astype(heads.dtype)
+        return queries.swapaxes(1, 2), keys.swapaxes(1, 2), values.swapaxes(1, 2)
+
+    def _mix(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        batch, kv_heads = keys.shape[:2]
+        # The query heads of a group are rows of one product: keys and values are not repeated.
+        rows = queries.reshape(batch, kv_heads, -1, self.head_dim)
+        weights = self._softmax(rows @ keys.swapaxes(-1, -2), queries.shape[2])
+        return (weights @ values).reshape(queries.shape)
+
+    def _mix_quantized(self, queries: mx.array, keys: tuple, values: tuple, cache: Any) -> mx.array:
+        """The same with keys and values as packed weights, scales and biases."""
+        batch, kv_heads = keys[0].shape[:2]
+        packing = {"group_size": cache.group_size, "bits": cache.bits}
+        rows = (queries * self.scale if self.fused else queries).reshape(batch, kv_heads, -1, self.head_dim)
+        scores = mx.quantized_matmul(rows, *keys, transpose=True, **packing)
+        weights = self._softmax(scores, queries.shape[2])
+        return mx.quantized_matmul(weights, *values, transpose=False, **packing).reshape(queries.shape)
+
+    def _softmax(self, scores: mx.array, length: int) -> mx.array:
+        """Attention weights from scores [B, K, H / K * L, T]."""
+        if self.mask is None:
+            return mx.softmax(scores, axis=-1, precise=True)
+        batch, kv_heads, _, total = scores.shape
+        grouped = scores.reshape(batch, kv_heads, -1, length, total) + self._additive_mask(length, total, scores.dtype)
+        return mx.softmax(grouped, axis=-1, precise=True).reshape(scores.shape)
+
+    def _additive_mask(self, length: int, total: int, dtype: mx.Dtype) -> mx.array:
+        """The mask as numbers to add to scores [B, K, H / K, L, T], made by the first layer that asks.
+
+        Hidden positions get the lowest finite number: a padded row that sees nothing must not become NaN.
+        """
+        mask = self.mask
+        if isinstance(mask, str):
+            mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)
+        if mask.dtype == mx.bool_:
+            mask = mx.where(mask, 0.0, mx.finfo(dtype).min).astype(dtype)
+            self.mask = mask = mask[:, :, None] if mask.ndim == 4 else mask
+        return mask
+
+
+def _rotation_matrices(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+    """[1 or B, L, D, D]: for each position the matrix that rotates a row vector.
+
+    One small matrix product replaces the half dozen element-wise passes of a rotation in every layer.
+    """
+    identity, swap, frequencies = _rotation_constants(head_dim, base)
+    if isinstance(offset, mx.array):
+        offset = offset.reshape(-1, 1)
+    positions = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32)
+    angles = positions * frequencies
+    return identity * mx.cos(angles) + swap * mx.sin(angles)
+
+
+@lru_cache
+def _rotation_constants(head_dim: int, base: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Identity [D, D], the signed swap of halves [D, D], the frequency of each output column [D]."""
+    half = head_dim // 2
+    frequencies = 1.0 / (base ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim))
+    # Output column j < half takes minus input row j + half; the others plus input row j - half.
+    swap = mx.eye(head_dim, k=half) - mx.eye(head_dim, k=-half)
+    constants = mx.eye(head_dim), swap, mx.concatenate([frequencies, frequencies])
+    mx.eval(constants)
+    return constants

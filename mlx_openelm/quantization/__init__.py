@@ -1,0 +1,1 @@
+"""Fewer bits a weight: what to quantize, how, and what it costs."""

@@ -1,0 +1,336 @@
+"""Text to token ids and back, from a `tokenizer.json` or a SentencePiece `tokenizer.model`.
+
+Both give the ids SentencePiece gives. Encoding is the tokenizers or the sentencepiece package's, whichever reads the
+file; decoding is ours, so that streaming and decoding all at once cannot differ.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import chat_template as chat
+from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.sentencepiece import SPACE, SentencePieceEngine, TokenizersEngine
+
+Engine = TokenizersEngine | SentencePieceEngine
+ENGINES: dict[str, type[Engine]] = {
+    "tokenizer.json": TokenizersEngine,
+    "tokenizer.model": SentencePieceEngine,
+}
+UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
+ONE_PER_BYTE = "mlx_openelm.one_per_byte"
+# SentencePiece's rule for bytes that are no UTF-8: one replacement character for each of them.
+codecs.register_error(ONE_PER_BYTE, lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
+
+
+class Tokenizer:
+    """A SentencePiece-style tokenizer: spaces are part of the pieces, and unknown characters become bytes.
+
+    Make one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
+    `eos_token_ids` every token that ends a generation, `chat_template` the folder's own template (jinja source).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        config: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+        chat_template: str | None = None,
+    ):
+        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids."""
+        self._engine = engine
+        self._config = config or {}
+        self._pieces: dict[int, bytes | None] = {}
+        self.chat_template = chat_template
+        model_config = model_config or {}
+        self.bos_token_id = self._special_id("bos", engine.bos_token_id, model_config)
+        self.eos_token_id = self._special_id("eos", engine.eos_token_id, model_config)
+        if isinstance(engine, TokenizersEngine):  # a SentencePiece model says itself which tokens are special
+            engine.mark_special((self.bos_token_id, self.eos_token_id))
+        if eos_token_ids is None:
+            eos_token_ids = [self.eos_token_id, *_ids(model_config, "eos_token_id")]
+        self.eos_token_ids = {self._checked(token_id, "eos_token_id") for token_id in eos_token_ids}
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+        """The tokenizer of a model folder: its `tokenizer.json`, else its `tokenizer.model`.
+
+        The special ids come from `tokenizer_config.json`, the tokenizer itself, `generation_config.json` and
+        `config.json`. `eos_token_ids` replaces the set of ending tokens.
+        Raises `RequestError` when there is none, or when a file is damaged.
+        """
+        folder = Path(folder)
+        path = next((p for name in ENGINES if (p := folder / name).is_file()), None)
+        if path is None:
+            raise RequestError(
+                f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
+            )
+        config = read_json_object(folder / "tokenizer_config.json")
+        model_config = read_json_object(folder / "config.json")
+        generation_config = read_json_object(folder / "generation_config.json")
+        model_config.update((key, value) for key, value in generation_config.items() if value is not None)
+        return cls(
+            ENGINES[path.name](path),
+            config=config,
+            model_config=model_config,
+            eos_token_ids=eos_token_ids,
+            chat_template=_own_template(folder, config),
+        )
+
+    @classmethod
+    def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+        """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
+
+        For a file only the `tokenizer_config.json` beside it is read: other files there may be another model's.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls.from_folder(path, eos_token_ids=eos_token_ids)
+        if not path.is_file():
+            raise RequestError(
+                f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one"
+            )
+        if path.suffix not in (".json", ".model"):
+            raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
+        config = read_json_object(path.parent / "tokenizer_config.json")
+        return cls(ENGINES[f"tokenizer{path.suffix}"](path), config=config, eos_token_ids=eos_token_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are, special ones included."""
+        return self._engine.vocab_size
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """The ids of `text`, BOS first. Special tokens typed in it are text; a lone surrogate becomes U+FFFD."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self._engine.encode(text)
+        return [self.bos_token_id, *ids] if add_bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, as SentencePiece decodes it.
+
+        BOS, EOS and other control tokens, and ids that are no token, have no text; the unknown token shows as
+        " \u2047 "; the space that encoding put in front is removed; a byte that is no UTF-8 shows as U+FFFD.
+        """
+        decoder = self.streaming_decoder()
+        return "".join([*map(decoder.add, ids), decoder.finish()])
+
+    def streaming_decoder(self, after: Iterable[int] = ()) -> StreamingDecoder:
+        """A decoder to be fed token by token. With `after`, it goes on where the text of those ids ended: its text
+        is then what it adds to theirs, the space between two words included."""
+        return StreamingDecoder(self, after)
+
+    def id_to_token(self, token_id: int) -> str:
+        """The piece of an id, spaces written as U+2581; `RequestError` when there is no such token."""
+        token = self._token(token_id)
+        if token is None:
+            raise RequestError(f"there is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
+        return token
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a piece, written as `id_to_token` gives it; None when there is no such piece."""
+        return self._engine.token_to_id(token)
+
+    def add_eos_token(self, token: str) -> None:
+        """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
+        token_id = int(token) if token.isascii() and token.isdigit() else self.token_to_id(token)
+        if token_id is None or self._token(token_id) is None:
+            raise RequestError(
+                f"{token!r} is no token of this tokenizer: give a token such as </s>, or an id"
+            )
+        self.eos_token_ids.add(token_id)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[chat.Message],
+        template: str | Path | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
+
+        `template` is `plain`, `corenet`, the path of a jinja file, or None for the folder's own, else `corenet`.
+        Contents are encoded literally. `add_generation_prompt` opens the assistant's turn;
+        `continue_final_message` leaves the last message, the assistant's, open instead.
+        Raises `RequestError` for bad messages and templates.
+        """
+        if template is None:
+            source = self.chat_template or chat.CORENET_TEMPLATE
+        else:
+            source = chat.find_template(template)
+        bos_token, eos_token = self.id_to_token(self.bos_token_id), self.id_to_token(self.eos_token_id)
+        own = {bos_token: self.bos_token_id, eos_token: self.eos_token_id}
+        runs = chat.render(
+            messages,
+            source,
+            {**self._engine.special_tokens(), **own},
+            bos_token=bos_token,
+            eos_token=eos_token,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        ids: list[int] = []
+        for run in runs:
+            ids += [run] if isinstance(run, int) else self.encode(run, add_bos=False)
+        # OpenELM needs BOS, also where a template forgets it.
+        return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
+
+    def save(self, folder: Path, *, chat_template: str | None = None) -> None:
+        """Write the tokenizer so that transformers and mlx-lm read it to the same ids.
+
+        `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` when there is one, and
+        `chat_template.jinja` with `chat_template` (jinja source) or the folder's own.
+        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        """
+        folder = Path(folder)
+        bos_token = self.id_to_token(self.bos_token_id)
+        spec = self._engine.to_tokenizer_json(self.bos_token_id)
+        tokens = {"bos_token": bos_token, "eos_token": self.id_to_token(self.eos_token_id)}
+        if self._engine.unk_token_id is not None:
+            tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
+        kept = {
+            k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
+            **tokens,
+            **kept,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False, indent=1))
+        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        if chat_template or self.chat_template:
+            _write(folder / "chat_template.jinja", chat_template or self.chat_template or "")
+        model_file, target = self._engine.model_file, folder / "tokenizer.model"
+        if model_file is not None and not (target.exists() and target.samefile(model_file)):
+            shutil.copyfile(model_file, target)
+
+    def _token(self, token_id: int) -> str | None:
+        # The packages raise an OverflowError for what is no 32-bit id.
+        return self._engine.id_to_token(token_id) if 0 <= token_id < 2**31 else None
+
+    def _piece(self, token_id: int) -> bytes | None:
+        """What a token adds to the text, in bytes; None for tokens without text."""
+        try:
+            return self._pieces[token_id]
+        except KeyError:
+            piece = self._pieces[token_id] = self._make_piece(token_id)
+            return piece
+
+    def _make_piece(self, token_id: int) -> bytes | None:
+        engine = self._engine
+        token = self._token(token_id)
+        if token is None or engine.is_control(token_id):
+            return None
+        if token_id == engine.unk_token_id:
+            return UNKNOWN_TEXT
+        if engine.is_byte(token_id):
+            return bytes([int(token[3:5], 16)])  # "<0x0A>"
+        return token.replace(SPACE, " ").encode()
+
+    def _special_id(self, name: str, engine_id: int | None, model_config: dict[str, Any]) -> int:
+        """The id of BOS or EOS: the tokenizer config's word first, then the tokenizer's, then the model config's."""
+        token = self._config.get(f"{name}_token")
+        if isinstance(token, dict):  # older files spell a token out with its flags
+            token = token.get("content")
+        token_id = self._engine.token_to_id(token) if isinstance(token, str) else None
+        if token_id is None:
+            token_id = engine_id
+        if token_id is None:
+            token_id = next(iter(_ids(model_config, f"{name}_token_id")), None)
+        if token_id is None:
+            raise RequestError(
+                f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
+            )
+        return self._checked(token_id, f"{name}_token_id")
+
+    def _checked(self, token_id: int, key: str) -> int:
+        if self._token(token_id) is None:
+            raise RequestError(
+                f"{key} is {token_id}, but the tokenizer has {self.vocab_size} tokens: it belongs to another model"
+            )
+        return token_id
+
+
+class StreamingDecoder:
+    """Decodes token by token; the pieces joined, `finish()` included, are exactly `decode` of all tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")(ONE_PER_BYTE)
+        self._strip_space = tokenizer._engine.adds_space
+        for token_id in after:
+            self.add(token_id)
+
+    def add(self, token_id: int) -> str:
+        """The whole characters that this token completes; empty while a character's bytes are still coming."""
+        piece = self._tokenizer._piece(token_id)
+        if piece is None:
+            return self.finish()  # bytes on two sides of a control token are not one character
+        if self._strip_space:
+            self._strip_space = False
+            if self._tokenizer.id_to_token(token_id).startswith(SPACE):
+                piece = piece[1:]
+        return self._characters.decode(piece)
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for each byte of an unfinished character."""
+        return self._characters.decode(b"", True)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty when there is no such file; `RequestError` when it is damaged or something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is damaged ({error}): download or write it again") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _ids(config: dict[str, Any], key: str) -> list[int]:
+    """An id, a list of ids or null, as a list."""
+    value = config.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int for item in values):
+        raise RequestError(f"{key} must be a token id or a list of them, not {value!r}")
+    return values
+
+
+def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """`chat_template.jinja`, else the one in `tokenizer_config.json` (of several named ones, "default")."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return chat.find_template(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise RequestError(f"chat_template in {folder / 'tokenizer_config.json'} must be text")
+    return template
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

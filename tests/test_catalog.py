@@ -1,0 +1,158 @@
+"""The eight releases: names in every spelling, pairings, and the numbers of the paper."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_openelm import catalog
+from mlx_openelm.errors import RequestError
+
+NAMES = [f"OpenELM-{size}{kind}" for size in ("270M", "450M", "1_1B", "3B") for kind in ("", "-Instruct")]
+
+
+def test_the_eight_releases_in_order() -> None:
+    assert [release.name for release in catalog.releases()] == NAMES
+    assert [release.size for release in catalog.releases()][::2] == ["270M", "450M", "1.1B", "3B"]
+    assert [release.instruct for release in catalog.releases()] == [False, True] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repositories(name: str) -> None:
+    release = catalog.find(name)
+    assert release is not None
+    assert release.hub_repo == f"apple/{name}"
+    assert release.tokenizer_repo == f"mlx-community/{name}"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("270m", "OpenELM-270M"),
+        ("450m-instruct", "OpenELM-450M-Instruct"),
+        ("1.1b", "OpenELM-1_1B"),
+        ("1_1B", "OpenELM-1_1B"),
+        ("1.1B-Instruct", "OpenELM-1_1B-Instruct"),
+        ("3b", "OpenELM-3B"),
+        ("OpenELM-1.1B", "OpenELM-1_1B"),
+        ("openelm-1_1b-instruct", "OpenELM-1_1B-Instruct"),
+        ("apple/OpenELM-270M", "OpenELM-270M"),
+        ("Apple/openelm-3b-INSTRUCT", "OpenELM-3B-Instruct"),
+        (" 3b ", "OpenELM-3B"),
+    ],
+)
+def test_find_in_every_spelling(spelling: str, name: str) -> None:
+    release = catalog.find(spelling)
+    assert release is not None and release.name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "tiny", "7b", "OpenELM", "mlx-community/OpenELM-270M", "me/OpenELM-270M"]
+)
+def test_find_nothing(name: str) -> None:
+    assert catalog.find(name) is None
+
+
+def test_aliases_are_one_each() -> None:
+    assert [release.aliases for release in catalog.releases()] == [
+        ("270m",),
+        ("270m-instruct",),
+        ("450m",),
+        ("450m-instruct",),
+        ("1.1b",),
+        ("1.1b-instruct",),
+        ("3b",),
+        ("3b-instruct",),
+    ]
+
+
+def test_drafts_are_the_smallest_of_the_same_kind() -> None:
+    drafts = {release.name: release.draft for release in catalog.releases()}
+    assert drafts == {
+        name: None if "270M" in name else "OpenELM-270M-Instruct" if "Instruct" in name else "OpenELM-270M"
+        for name in NAMES
+    }
+
+
+def test_only_the_3b_models_cannot_be_float16() -> None:
+    assert [r.name for r in catalog.releases() if not r.float16] == ["OpenELM-3B", "OpenELM-3B-Instruct"]
+
+
+def test_display_name_is_the_papers() -> None:
+    assert [r.display_name for r in catalog.releases()][4:6] == ["OpenELM-1.1B", "OpenELM-1.1B-Instruct"]
+
+
+@pytest.mark.parametrize(
+    ("name", "suite", "task", "percent"),
+    [
+        ("270m", "zero_shot", "arc_challenge", 26.45),
+        ("270m-instruct", "zero_shot", "average", 55.11),
+        ("1.1b", "openllm", "average", 45.93),
+        ("3b-instruct", "llm360", "mmlu", 24.8),
+        ("3b", "zero_shot", "average", 67.39),
+    ],
+)
+def test_published_scores(name: str, suite: str, task: str, percent: float) -> None:
+    release = catalog.find(name)
+    assert release is not None and release.scores(suite)[task] == percent
+
+
+def test_zero_shot_averages_agree_with_their_tasks() -> None:
+    for release in catalog.releases():
+        scores = release.scores()
+        average = scores.pop("average")
+        assert len(scores) == 7
+        assert sum(scores.values()) / 7 == pytest.approx(average, abs=0.011)
+
+
+def test_unknown_suite_names_the_known_ones() -> None:
+    with pytest.raises(RequestError, match="known: zero_shot, llm360, openllm"):
+        catalog.releases()[0].scores("mmlu")
+
+
+def test_scores_handed_out_are_a_copy() -> None:
+    catalog.releases()[0].scores().clear()
+    assert catalog.releases()[0].scores()["sciq"] == 84.7
+
+
+def test_packaged_scores_are_complete() -> None:
+    path = Path(catalog.__file__).parent / "assets" / "published_scores.json"
+    data = json.loads(path.read_text())
+    assert {suite: sorted(rows) for suite, rows in data["scores"].items()} == {
+        suite: sorted(NAMES) for suite in ("zero_shot", "llm360", "openllm")
+    }
+    assert data["lm_eval_settings"]["add_bos_token"] is True
+
+
+@pytest.mark.parametrize(
+    ("wrong", "first"),
+    [
+        ("tinny", "tiny"),
+        ("270", "270m"),
+        ("3b-instrct", "3b-instruct"),
+        ("OpenELM-270", "OpenELM-270M"),
+        ("openelm-1.1b-instuct", "OpenELM-1.1B-Instruct"),
+        ("apple/OpenELM-3B-Instuct", "apple/OpenELM-3B-Instruct"),
+        ("mlx-comunity/OpenELM-450M", "mlx-community/OpenELM-450M"),
+    ],
+)
+def test_suggest(wrong: str, first: str) -> None:
+    assert catalog.suggest(wrong)[0] == first
+
+
+def test_suggest_nothing_for_what_is_far() -> None:
+    assert catalog.suggest("gpt2") == []
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import mlx_openelm.catalog, mlx_openelm.hub;"
+        "heavy = {'huggingface_hub', 'httpx2', 'httpx', 'requests', 'transformers', 'mlx_lm', 'tqdm'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
