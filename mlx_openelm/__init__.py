@@ -1,18 +1,18 @@
 """mlx-openelm: Apple's OpenELM language models on Apple silicon.
 
-    from mlx_openelm import load, generate
-    model, tokenizer = load("tiny")
-    print(generate(model, tokenizer, "Once upon a time"))
+from mlx_openelm import load, generate
+model, tokenizer = load("tiny")
+print(generate(model, tokenizer, "Once upon a time"))
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import backend
+from . import backend as backend
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["convert", "generate", "load", "stream_generate"]
+__all__ = ["__version__", "convert", "generate", "load", "stream_generate"]
 
 if TYPE_CHECKING:
     from .generation.stream import generate, stream_generate
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
 backend.preload_blas()
 
-_HOMES = {"load": "loading", "convert": "loading", "generate": "generation.stream", "stream_generate": "generation.stream"}
+_HOMES = {
+    "load": "loading",
+    "convert": "loading",
+    "generate": "generation.stream",
+    "stream_generate": "generation.stream",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -81,9 +81,7 @@ def blas_warning() -> str | None:
     if on_gpu():
         return None
     if blas.state == "late":
-        return (
-            "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
-        )
+        return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
     if blas.state == "missing" and blas.library:
         return f"{BLAS_VARIABLE}={blas.library} cannot be loaded, so MLX uses its slow bundled BLAS."
     if blas.state == "missing":
@@ -178,7 +176,7 @@ def wired_limit() -> Iterator[None]:
     if not (mx.metal.is_available() and on_gpu()):
         yield
         return
-    previous = mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+    previous = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     try:
         yield
     finally:
@@ -188,13 +186,15 @@ def wired_limit() -> Iterator[None]:
 
 def describe() -> dict[str, Any]:
     """The facts `doctor` prints: device, MLX's version, memory in bytes, BLAS."""
+    from importlib.metadata import version
+
     import mlx.core as mx
 
     kind = ("Metal" if mx.metal.is_available() else "CUDA") if on_gpu() else "CPU"
     return {
         "device": kind,
         "device_name": mx.device_info().get("device_name", "unknown"),
-        "mlx_version": mx.__version__,
+        "mlx_version": version("mlx"),
         "memory_total": total_memory(),
         "memory_available": available_memory(),
         "blas": blas.state,

@@ -23,6 +23,7 @@ class _Cache:
     keys: Any = None
     values: Any = None
     offset: Any = 0
+    state: Any
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:
@@ -102,7 +103,7 @@ class QuantizedKVCache(_Cache):
         self.keys, self.values, self.offset = None, None, 0
         self.group_size, self.bits = group_size, bits
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append keys and values [B, K, L, D]; returns all of them as (packed, scales, biases)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
         packed = [mx.quantize(x, group_size=self.group_size, bits=self.bits) for x in (keys, values)]
@@ -115,8 +116,7 @@ class QuantizedKVCache(_Cache):
         for buffers, news in zip((self.keys, self.values), packed, strict=True):
             for buffer, new in zip(buffers, news, strict=True):
                 buffer[..., start : self.offset, :] = new
-        keys, values = (tuple(b[..., : self.offset, :] for b in part) for part in (self.keys, self.values))
-        return keys, values
+        return tuple(tuple(b[..., : self.offset, :] for b in part) for part in (self.keys, self.values))
 
     def size(self) -> int:
         return self.offset
@@ -153,9 +153,7 @@ class RotatingKVCache(_Cache):
         length = keys.shape[2]
         if length > 1 or self.keys is None or self.keys.shape[2] > self.max_size:
             # Each new position still sees max_size positions, itself included.
-            self.keys, self.values = (
-                self._append(old, new) for old, new in ((self.keys, keys), (self.values, values))
-            )
+            self.keys, self.values = (self._append(old, new) for old, new in ((self.keys, keys), (self.values, values)))
             self._idx = self.keys.shape[2]
         else:
             held = self.size()
@@ -181,7 +179,7 @@ class RotatingKVCache(_Cache):
     def in_order(self, buffer: mx.array) -> mx.array:
         """What `buffer` holds, oldest first."""
         if self._idx < min(self.offset, buffer.shape[2]):
-            parts = (buffer[..., : self.keep, :], buffer[..., self._idx :, :], buffer[..., self.keep : self._idx, :])
+            parts = [buffer[..., : self.keep, :], buffer[..., self._idx :, :], buffer[..., self.keep : self._idx, :]]
             return mx.concatenate(parts, axis=2)
         return buffer[..., : self._idx, :]
 
@@ -230,7 +228,7 @@ class BatchKVCache(_Cache):
 
     def __init__(self, left_padding: Sequence[int]) -> None:
         self.keys, self.values = None, None
-        self.left_padding = mx.array(left_padding)
+        self.left_padding = mx.array(list(left_padding))
         self.offset = -self.left_padding
         self._idx = 0  # columns in use
         self._right_padding: mx.array | None = None
@@ -256,10 +254,11 @@ class BatchKVCache(_Cache):
         if left_padding is not None:
             if self.keys is not None:
                 raise ValueError("Padding on the left can only be added to an empty cache.")
-            self.left_padding = self.left_padding + mx.array(left_padding)
-            self.offset = self.offset - mx.array(left_padding)
+            padding = mx.array(list(left_padding))
+            self.left_padding = self.left_padding + padding
+            self.offset = self.offset - padding
         if right_padding is not None and max(right_padding) > 0:
-            self._right_padding = mx.array(right_padding)
+            self._right_padding = mx.array(list(right_padding))
 
     def finalize(self) -> None:
         """After rows padded on the right: move their padding to the left."""
@@ -327,11 +326,11 @@ class BatchKVCache(_Cache):
         left = [(0, 0), (0, 0), (length - self._idx, 0), (0, 0)]
         return mx.pad(self.keys[..., : self._idx, :], left), mx.pad(self.values[..., : self._idx, :], left)
 
-    def _row(self, row: int) -> tuple[mx.array, mx.array]:
+    def _row(self, row: int) -> tuple[mx.array, ...]:
         padding = max(0, int(self.left_padding[row]))
         return tuple(mx.contiguous(x[row : row + 1, :, padding : self._idx]) for x in (self.keys, self.values))
 
-    def extract(self, row: int) -> KVCache:
+    def extract(self, row: int) -> Any:
         """One row as a cache of its own."""
         cache = KVCache()
         cache.keys, cache.values = self._row(row)
@@ -397,14 +396,15 @@ class BatchRotatingKVCache(BatchKVCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        return *BatchKVCache.state.fget(self), self.max_size
+        return self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        *rest, self.max_size = state
-        BatchKVCache.state.fset(self, rest)
+        self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size = state
+        self._right_padding = None
 
     def extract(self, row: int) -> RotatingKVCache:
+        """One row as a cache of its own."""
         cache = RotatingKVCache(self.max_size)
         cache.keys, cache.values = self._row(row)
         cache.offset = int(self.offset[row])

@@ -46,9 +46,7 @@ class Release:
         """
         suites = published_scores()["scores"]
         if suite not in suites:
-            raise RequestError(
-                f"there are no published scores for the suite {suite!r}; known: {', '.join(suites)}"
-            )
+            raise RequestError(f"there are no published scores for the suite {suite!r}; known: {', '.join(suites)}")
         return dict(suites[suite][self.name])
 
 
@@ -68,9 +66,7 @@ def _release(size: str, instruct: bool) -> Release:
     )
 
 
-_RELEASES = tuple(
-    _release(size, instruct) for size in ("270M", "450M", "1.1B", "3B") for instruct in (False, True)
-)
+_RELEASES = tuple(_release(size, instruct) for size in ("270M", "450M", "1.1B", "3B") for instruct in (False, True))
 
 
 def _key(name: str) -> str:

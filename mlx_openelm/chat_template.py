@@ -81,9 +81,7 @@ def render(
     if source == PLAIN_TEMPLATE:
         return [special_tokens[bos_token], "\n".join(message["content"] for message in messages)]
     if source == CORENET_TEMPLATE:
-        runs = _render_corenet(
-            messages, special_tokens[eos_token], add_generation_prompt, continue_final_message
-        )
+        runs = _render_corenet(messages, special_tokens[eos_token], add_generation_prompt, continue_final_message)
         return [special_tokens[bos_token], *runs]
     # A mark nobody can have typed stands for each special token the template writes, and for the point where the
     # last message ends, so that both are found in the rendered text whatever the messages say.
@@ -145,9 +143,7 @@ def _render_jinja(source: str, variables: Mapping[str, Any]) -> str:
     def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     try:

@@ -19,8 +19,21 @@ SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64),
 
 ACTIVATIONS = ("swish", "silu", "gelu", "relu")
 
-# The smallest and largest value of a size that could be meant; beyond it a file is damaged or hostile.
+_SIZE_FIELDS = (
+    "num_transformer_layers",
+    "model_dim",
+    "head_dim",
+    "vocab_size",
+    "num_gqa_groups",
+    "ffn_dim_divisor",
+    "rope_max_length",
+    "max_context_length",
+)
+_SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
+
+# The largest size and the largest number that could be meant; beyond them a file is damaged or hostile.
 _MAX_SIZE = 1 << 24
+_MAX_NUMBER = 1e12
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -78,12 +91,9 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_transformer_layers model_dim head_dim vocab_size num_gqa_groups ffn_dim_divisor"
-            " rope_max_length max_context_length"
-        ).split():
+        for name in _SIZE_FIELDS:
             _check_size(name, getattr(self, name))
-        for name in "ffn_with_glu normalize_qk_projections share_input_output_layers".split():
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "true or false")
         for name in ("rms_norm_eps", "rope_freq_constant"):
@@ -196,7 +206,7 @@ class ModelConfig:
         if model_type != "openelm":
             raise RequestError(f"This is a {model_type!r} model; mlx-openelm runs model_type 'openelm'.")
         known = {f.name for f in fields(cls)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size"):
             if given.get(name) is None:
                 raise RequestError(f"The configuration has no {name}.")
@@ -278,7 +288,7 @@ def _check_size(name: str, value: object) -> None:
 
 
 def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
         raise _invalid(name, value, "a positive number")
 
 

@@ -52,9 +52,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Path:
     place = _locate(name)
     if isinstance(place, Path):
         if revision is not None:
-            raise RequestError(
-                f"{name} is a local folder, which has no revision {revision!r}: leave the revision out"
-            )
+            raise RequestError(f"{name} is a local folder, which has no revision {revision!r}: leave the revision out")
         return place
     folder = download(place, revision=revision)
     _check_is_model(place, folder)
@@ -153,9 +151,7 @@ def _packaged_tiny() -> Path:
 
 def _check_is_model(repo: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise RequestError(
-            f"the repository {repo} has no config.json, so it is not a model{_did_you_mean(repo)}"
-        )
+        raise RequestError(f"the repository {repo} has no config.json, so it is not a model{_did_you_mean(repo)}")
     if not any(folder.glob("*.safetensors")):
         raise RequestError(
             f"the repository {repo} has no *.safetensors; pickled weights (.bin, .pt) are never downloaded"
@@ -216,27 +212,20 @@ def _explain(error: Exception, repo: str, revision: str | None) -> OpenELMError:
     from huggingface_hub import errors
 
     if not _host():
-        return RequestError(
-            "HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it"
-        )
+        return RequestError("HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it")
     # "Not in the cache" is raised from the reason why the hub could not be asked.
     is_absent = isinstance(error, errors.LocalEntryNotFoundError)
     cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, errors.HFValidationError):
         return RequestError(
-            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name)"
-            f"{_did_you_mean(repo)}"
+            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name){_did_you_mean(repo)}"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         return _explain_answer(cause, repo, revision)
     if isinstance(cause, errors.FileMetadataError):
-        return OpenELMError(
-            f"{_host()} does not answer like a model hub: check HF_ENDPOINT and your proxy settings"
-        )
+        return OpenELMError(f"{_host()} does not answer like a model hub: check HF_ENDPOINT and your proxy settings")
     if isinstance(cause, UnicodeEncodeError):  # a token goes into a header, which is ASCII
-        return OpenELMError(
-            "your token holds characters that no token has: correct HF_TOKEN, or run `hf auth login`"
-        )
+        return OpenELMError("your token holds characters that no token has: correct HF_TOKEN, or run `hf auth login`")
     if is_absent:
         return _explain_absent(error, cause, repo)
     if _is_disk_full(cause):
@@ -246,8 +235,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> OpenELMError:
         )
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OpenELMError(
-            f"cannot write to the download cache {_cache_folder()} ({cause.strerror}): "
-            "set HF_HOME to a folder you own"
+            f"cannot write to the download cache {_cache_folder()} ({cause.strerror}): set HF_HOME to a folder you own"
         )
     return OpenELMError(
         f"the transfer of {repo} from {_host()} broke off ({_first_line(cause)}): "
@@ -270,22 +258,14 @@ def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError
             "a private one needs `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return RequestError(
-            f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash"
-        )
+        return RequestError(f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash")
     status = error.response.status_code
     if status == 401:
-        return OpenELMError(
-            f"{_host()} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN"
-        )
+        return OpenELMError(f"{_host()} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN")
     if status == 403:
-        return OpenELMError(
-            f"{_host()} refuses access to {repo}: your token may lack the permission to read it"
-        )
+        return OpenELMError(f"{_host()} refuses access to {repo}: your token may lack the permission to read it")
     if status == 429:
-        return OpenELMError(
-            f"{_host()} limits your requests: wait a few minutes, or log in with `hf auth login`"
-        )
+        return OpenELMError(f"{_host()} limits your requests: wait a few minutes, or log in with `hf auth login`")
     if status >= 500:
         return OpenELMError(f"{_host()} has a problem of its own (HTTP {status}): try again later")
     return OpenELMError(f"{_host()} refused to send {repo} (HTTP {status})")
@@ -296,11 +276,7 @@ def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMErr
     from huggingface_hub import errors
 
     is_partial = hasattr(error, "snapshot_path")  # IncompleteSnapshotError, which older releases lack
-    what = (
-        f"only a part of {repo} is in the download cache"
-        if is_partial
-        else f"{repo} is not in the download cache"
-    )
+    what = f"only a part of {repo} is in the download cache" if is_partial else f"{repo} is not in the download cache"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return OpenELMError(
             f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "

@@ -85,7 +85,7 @@ def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, 
     model.eval()
     # One by one: what a cast or an unpacking started from is freed before the next is read.
     weights.clear()
-    for _, weight in tree_flatten(model.parameters()):
+    for weight in dict(tree_flatten(model.parameters())).values():
         mx.eval(weight)
     model.quantization, model.expanded = packed, expanded
     return model
@@ -124,9 +124,7 @@ def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available
 
 
-def find_tokenizer(
-    model: str | Path, folder: Path, config: ModelConfig, named: str | Path | None = None
-) -> Tokenizer:
+def find_tokenizer(model: str | Path, folder: Path, config: ModelConfig, named: str | Path | None = None) -> Tokenizer:
     """The tokenizer named by the user, else the folder's, else for published models the one mlx-community carries.
 
     Raises:
@@ -162,7 +160,9 @@ def _release(model: str | Path, folder: Path, config: ModelConfig) -> catalog.Re
     found = catalog.find(str(model)) or catalog.find(folder.resolve().name) or catalog.find(Path(model).name)
     if found is not None:
         return found
-    same_size = (r for r in catalog.releases() if ModelConfig.from_name(r.name).tensor_shapes() == config.tensor_shapes())
+    same_size = (
+        r for r in catalog.releases() if ModelConfig.from_name(r.name).tensor_shapes() == config.tensor_shapes()
+    )
     return next(same_size, None)
 
 

@@ -130,7 +130,7 @@ class OpenELM(nn.Module):
             mask: what each position may see, in place of the causal mask: booleans or numbers to add,
                 [length, total] or [batch, 1, length, total].
         """
-        shape = batch, length = tokens.shape
+        batch, length = tokens.shape
         caches = cache if cache is not None else [None] * len(self.layers)
         first = caches[0]
         offset = 0 if first is None else first.offset
@@ -142,7 +142,7 @@ class OpenELM(nn.Module):
         # Layers see one row a position: matrix products of two dimensions need no reshaping.
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, attend, shape, layer_cache)
+            x = layer(x, attend, (batch, length), layer_cache)
         return self.transformer.norm(x).reshape(batch, length, -1)
 
     def logits(self, hidden_states: mx.array) -> mx.array:

@@ -10,10 +10,14 @@ heads, D head_dim. Activations between layers are [N, model_dim].
 
 from __future__ import annotations
 
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+
+Norms = tuple[mx.array, mx.array, float]
+Heads = tuple[mx.array, mx.array, mx.array]
 
 _GPU = mx.DeviceType.gpu
 
@@ -21,6 +25,9 @@ _GPU = mx.DeviceType.gpu
 # For a single row that copy is most of the work, so larger weights are multiplied in blocks of this size.
 _UNPACKED_ELEMENTS = 1_000_000
 _SMALLEST_BLOCK = 32
+
+# On a CPU mx.compile runs a C++ compiler, half a second once a kernel; long prompts repay it, a first word does not.
+_COMPILED_ROWS = 64
 
 
 def _on_gpu() -> bool:
@@ -61,7 +68,11 @@ def _normalized(x: mx.array, eps: float) -> mx.array:
     mean_column, eps_array = _norm_constants(x.shape[-1], eps)
     if x.dtype != mx.float32:
         return _normalized(x.astype(mx.float32), eps).astype(x.dtype)
-    return x * mx.rsqrt(mx.addmm(eps_array, mx.square(x), mean_column))
+    if x.shape[0] == 1:
+        mean_square = mx.addmm(eps_array, x, x.T, alpha=1 / x.shape[1])
+    else:
+        mean_square = mx.addmm(eps_array, mx.square(x), mean_column)
+    return x * mx.rsqrt(mean_square)
 
 
 @lru_cache
@@ -72,8 +83,10 @@ def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
 
 
 def swiglu(gate_and_up: mx.array) -> mx.array:
-    """silu(gate) * up for gate_and_up [..., 2 * inner], gate first."""
-    return (_compiled_swiglu if _on_gpu() else _swiglu)(gate_and_up)
+    """silu(gate) * up for gate_and_up [N, 2 * inner], gate first."""
+    if _on_gpu() or gate_and_up.shape[0] >= _COMPILED_ROWS:
+        return _compiled_swiglu(gate_and_up)
+    return _swiglu(gate_and_up)
 
 
 def _swiglu(gate_and_up: mx.array) -> mx.array:
@@ -95,19 +108,20 @@ class Attend:
 
     def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
         self.head_dim, self.base, self.offset, self.mask = head_dim, base, offset, mask
+        self._added: mx.array | None = None  # the mask as numbers to add, made by the first layer that needs it
         self.scale = head_dim**-0.5
         self.fused = _on_gpu()
         if not self.fused:
-            self.key_rotation = _rotation_matrices(head_dim, base, offset, length)
+            self.rotate_keys = _Rotation(head_dim, base, offset, length)
             # Scaling the queries' rotation once spares every layer from scaling its queries.
-            self.query_rotation = self.key_rotation * self.scale
+            self.rotate_queries = self.rotate_keys.scaled(self.scale)
 
     def __call__(
         self,
         qkv: mx.array,
         shape: tuple[int, int],
         num_heads: tuple[int, int],
-        norms: tuple[mx.array, mx.array, float] | None,
+        norms: Norms | None,
         cache: Any,
     ) -> mx.array:
         """Projected queries, keys and values [N, (H + 2K) * D] to mixed values [N, H * D].
@@ -130,18 +144,20 @@ class Attend:
             output = self._mix(queries, keys, values)
         return output.swapaxes(1, 2).reshape(qkv.shape[0], -1)
 
-    def _fused_heads(self, heads, num_heads, norms):
+    def _fused_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: Norms | None) -> Heads:
         """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]."""
         queries, keys, values = mx.split(heads, [num_heads[0], sum(num_heads)], axis=2)
         if norms is not None:
             query_weight, key_weight, eps = norms
             queries = mx.fast.rms_norm(queries, query_weight, eps)
             keys = mx.fast.rms_norm(keys, key_weight, eps)
-        rope = {"traditional": False, "base": self.base, "scale": 1.0, "offset": self.offset}
-        queries, keys = (mx.fast.rope(x.swapaxes(1, 2), self.head_dim, **rope) for x in (queries, keys))
-        return queries, keys, values.swapaxes(1, 2)
+        queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
+        return self._rope(queries), self._rope(keys), values
 
-    def _plain_heads(self, heads, num_heads, norms):
+    def _rope(self, x: mx.array) -> mx.array:
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=self.offset)
+
+    def _plain_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: Norms | None) -> Heads:
         """The same with the queries already scaled; queries and keys are normalized together."""
         rotated, values = mx.split(heads, [sum(num_heads)], axis=2)
         if norms is None:
@@ -151,8 +167,7 @@ class Attend:
             normalized = _normalized(rotated.reshape(-1, self.head_dim), eps).reshape(rotated.shape)
             queries, keys = mx.split(normalized, [num_heads[0]], axis=2)
             queries, keys = queries * query_weight, keys * key_weight
-        queries = (queries @ self.query_rotation).astype(heads.dtype)
-        keys = (keys @ self.key_rotation).astype(heads.dtype)
+        queries, keys = self.rotate_queries(queries), self.rotate_keys(keys)
         return queries.swapaxes(1, 2), keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
     def _mix(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
@@ -162,48 +177,73 @@ class Attend:
         weights = self._softmax(rows @ keys.swapaxes(-1, -2), queries.shape[2])
         return (weights @ values).reshape(queries.shape)
 
-    def _mix_quantized(self, queries: mx.array, keys: tuple, values: tuple, cache: Any) -> mx.array:
+    def _mix_quantized(self, queries: mx.array, keys: Any, values: Any, cache: Any) -> mx.array:
         """The same with keys and values as packed weights, scales and biases."""
         batch, kv_heads = keys[0].shape[:2]
-        packing = {"group_size": cache.group_size, "bits": cache.bits}
         rows = (queries * self.scale if self.fused else queries).reshape(batch, kv_heads, -1, self.head_dim)
-        scores = mx.quantized_matmul(rows, *keys, transpose=True, **packing)
-        weights = self._softmax(scores, queries.shape[2])
-        return mx.quantized_matmul(weights, *values, transpose=False, **packing).reshape(queries.shape)
+        weights = self._softmax(_packed_product(rows, keys, True, cache), queries.shape[2])
+        return _packed_product(weights, values, False, cache).reshape(queries.shape)
 
     def _softmax(self, scores: mx.array, length: int) -> mx.array:
         """Attention weights from scores [B, K, H / K * L, T]."""
         if self.mask is None:
             return mx.softmax(scores, axis=-1, precise=True)
         batch, kv_heads, _, total = scores.shape
-        grouped = scores.reshape(batch, kv_heads, -1, length, total) + self._additive_mask(length, total, scores.dtype)
+        if self._added is None:
+            self._added = _additive_mask(self.mask, length, total, scores.dtype)
+        grouped = scores.reshape(batch, kv_heads, -1, length, total) + self._added
         return mx.softmax(grouped, axis=-1, precise=True).reshape(scores.shape)
 
-    def _additive_mask(self, length: int, total: int, dtype: mx.Dtype) -> mx.array:
-        """The mask as numbers to add to scores [B, K, H / K, L, T], made by the first layer that asks.
 
-        Hidden positions get the lowest finite number: a padded row that sees nothing must not become NaN.
-        """
-        mask = self.mask
-        if isinstance(mask, str):
-            mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)
-        if mask.dtype == mx.bool_:
-            mask = mx.where(mask, 0.0, mx.finfo(dtype).min).astype(dtype)
-            self.mask = mask = mask[:, :, None] if mask.ndim == 4 else mask
-        return mask
+def _packed_product(x: mx.array, packed: Any, transpose: bool, cache: Any) -> mx.array:
+    weight, scales, biases = packed
+    return mx.quantized_matmul(
+        x, weight, scales, biases, transpose=transpose, group_size=cache.group_size, bits=cache.bits
+    )
 
 
-def _rotation_matrices(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
-    """[1 or B, L, D, D]: for each position the matrix that rotates a row vector.
+def _additive_mask(mask: mx.array | str, length: int, total: int, dtype: mx.Dtype) -> mx.array:
+    """A mask in any form as numbers to add to scores [B, K, H / K, L, T].
 
-    One small matrix product replaces the half dozen element-wise passes of a rotation in every layer.
+    Hidden positions get the lowest finite number: a padded row that sees nothing must not become NaN.
     """
-    identity, swap, frequencies = _rotation_constants(head_dim, base)
-    if isinstance(offset, mx.array):
-        offset = offset.reshape(-1, 1)
-    positions = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32)
-    angles = positions * frequencies
-    return identity * mx.cos(angles) + swap * mx.sin(angles)
+    if isinstance(mask, str):
+        mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, mx.finfo(dtype).min)
+    mask = mask.astype(dtype)
+    return mask[:, :, None] if mask.ndim == 4 else mask
+
+
+class _Rotation:
+    """RoPE in halves for one forward pass: angles position / base ** (2i / D).
+
+    A single position is one matrix that rotates a row vector: one small product in place of six passes.
+    More positions take the passes, since so many matrices would cost memory.
+    """
+
+    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int):
+        identity, self.swap, frequencies = _rotation_constants(head_dim, base)
+        if isinstance(offset, mx.array):
+            offset = offset.reshape(-1, 1)
+        angles = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32) * frequencies
+        self.cos, self.sin = mx.cos(angles), mx.sin(angles)
+        self.matrix = identity * self.cos + self.swap * self.sin if length == 1 else None
+
+    def scaled(self, scale: float) -> _Rotation:
+        """The same rotation followed by a multiplication."""
+        rotation = copy(self)
+        if self.matrix is not None:
+            rotation.matrix = self.matrix * scale
+        else:
+            rotation.cos, rotation.sin = self.cos * scale, self.sin * scale
+        return rotation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotate x [B, L, heads, D]."""
+        if self.matrix is not None:
+            return (x @ self.matrix).astype(x.dtype)
+        return (x * self.cos + (x @ self.swap) * self.sin).astype(x.dtype)
 
 
 @lru_cache

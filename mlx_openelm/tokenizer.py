@@ -95,9 +95,7 @@ class Tokenizer:
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids)
         if not path.is_file():
-            raise RequestError(
-                f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one"
-            )
+            raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
         config = read_json_object(path.parent / "tokenizer_config.json")
@@ -146,9 +144,7 @@ class Tokenizer:
         """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
         token_id = int(token) if token.isascii() and token.isdigit() else self.token_to_id(token)
         if token_id is None or self._token(token_id) is None:
-            raise RequestError(
-                f"{token!r} is no token of this tokenizer: give a token such as </s>, or an id"
-            )
+            raise RequestError(f"{token!r} is no token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
     def apply_chat_template(
@@ -200,9 +196,7 @@ class Tokenizer:
         tokens = {"bos_token": bos_token, "eos_token": self.id_to_token(self.eos_token_id)}
         if self._engine.unk_token_id is not None:
             tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
-        kept = {
-            k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None
-        }
+        kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
             **tokens,
@@ -254,9 +248,7 @@ class Tokenizer:
         if token_id is None:
             token_id = next(iter(_ids(model_config, f"{name}_token_id")), None)
         if token_id is None:
-            raise RequestError(
-                f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
-            )
+            raise RequestError(f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json")
         return self._checked(token_id, f"{name}_token_id")
 
     def _checked(self, token_id: int, key: str) -> int:

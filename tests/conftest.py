@@ -5,8 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx_openelm  # noqa: F401  # before MLX, which binds its BLAS when it is imported
+
+# isort: split
+import mlx.core as mx
 import pytest
 from fake_hub import FakeHub
+
+# The references were computed in float32 on a CPU; a GPU may use TF32.
+mx.set_default_device(mx.cpu)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run tests of large models and long runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
 
 
 @pytest.fixture

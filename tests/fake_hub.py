@@ -29,9 +29,7 @@ class Repo:
     broken: str | None = None  # the file whose transfers break off half-way, every time
 
     def files(self) -> list[str]:
-        return sorted(
-            path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()
-        )
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
 
     def commit(self) -> str:
         content = hashlib.sha1()
@@ -78,11 +76,7 @@ class FakeHub:
     @property
     def files_sent(self) -> list[str]:
         """The names of the files whose content was asked for, in order."""
-        return [
-            path.split("/", 5)[-1]
-            for method, path in self.requests
-            if method == "GET" and "/resolve/" in path
-        ]
+        return [path.split("/", 5)[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
     def add(self, name: str, folder: Path, **switches: object) -> Repo:
         self.repos[name] = Repo(Path(folder), **switches)  # type: ignore[arg-type]
@@ -149,9 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(tree)
         else:
             siblings = [{"rfilename": file} for file in repo.files()]
-            self._send_json(
-                {"id": name, "modelId": name, "sha": repo.commit(), "siblings": siblings, "tags": []}
-            )
+            self._send_json({"id": name, "modelId": name, "sha": repo.commit(), "siblings": siblings, "tags": []})
 
     def _answer_file(self, name: str, revision: str, file: str) -> None:
         repo = self._repo_at(name, revision)

@@ -50,9 +50,7 @@ def test_find_in_every_spelling(spelling: str, name: str) -> None:
     assert release is not None and release.name == name
 
 
-@pytest.mark.parametrize(
-    "name", ["", "tiny", "7b", "OpenELM", "mlx-community/OpenELM-270M", "me/OpenELM-270M"]
-)
+@pytest.mark.parametrize("name", ["", "tiny", "7b", "OpenELM", "mlx-community/OpenELM-270M", "me/OpenELM-270M"])
 def test_find_nothing(name: str) -> None:
     assert catalog.find(name) is None
 

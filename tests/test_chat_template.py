@@ -79,9 +79,7 @@ def test_a_message_is_left_open_to_be_continued(tmp_path):
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("messages", [HI, TALK, ANSWER, HOSTILE])
 @pytest.mark.parametrize(("name", "source"), [("plain", PLAIN_TEMPLATE), ("corenet", CORENET_TEMPLATE)])
-def test_jinja_renders_what_the_built_in_templates_do(
-    tmp_path, name, source, messages, add_generation_prompt
-):
+def test_jinja_renders_what_the_built_in_templates_do(tmp_path, name, source, messages, add_generation_prompt):
     options = {"add_generation_prompt": add_generation_prompt}
     expected = tokenizer.apply_chat_template(messages, name, **options)
     assert with_template(tmp_path, source + "{# #}", messages, **options) == expected
@@ -131,9 +129,7 @@ def test_a_template_file_renders_as_in_transformers(tmp_path):
 {%- endfor %}
 {%- if add_generation_prompt %}<|assistant|> {{ tools is none }} {{ strftime_now('%Y') | length }}{% endif %}
 """
-    expected = theirs.apply_chat_template(
-        TALK, chat_template=template, add_generation_prompt=True, return_dict=False
-    )
+    expected = theirs.apply_chat_template(TALK, chat_template=template, add_generation_prompt=True, return_dict=False)
     assert with_template(tmp_path, template, TALK) == expected
 
 
@@ -150,9 +146,7 @@ def test_the_folders_own_template_is_the_default(tmp_path):
         '[{"name": "default", "template": "Q: {{ messages[0].content }}"}]',
     ):
         (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ' + value + "}")
-        assert Tokenizer.from_folder(tmp_path).apply_chat_template(HI) == tokenizer.encode(
-            "Q: Hi"
-        )  # BOS added
+        assert Tokenizer.from_folder(tmp_path).apply_chat_template(HI) == tokenizer.encode("Q: Hi")  # BOS added
 
 
 @pytest.mark.parametrize(

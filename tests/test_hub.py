@@ -302,17 +302,13 @@ def test_terminal_shows_bars_only_for_a_download(
     assert capfd.readouterr() == ("", "")
 
 
-def test_environment_is_honoured_in_a_new_process(
-    hub: FakeHub, hub_env: dict[str, str], repo_folder: Path
-) -> None:
+def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     code = "from mlx_openelm import hub; print(hub.resolve('270m'))"
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | hub_env | more
-        return subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-        )
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
 
     first = run()
     assert first.stdout.startswith(hub_env["HF_HOME"])
@@ -378,9 +374,7 @@ def test_no_network_and_nothing_cached(hub: FakeHub) -> None:
         names.resolve("270m")
     text = message_of(error)
     assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
-    assert (
-        f"{REPO} is not in the download cache: connect once, or download the model on another machine" in text
-    )
+    assert f"{REPO} is not in the download cache: connect once, or download the model on another machine" in text
     assert error.value.exit_code == 1
 
 
@@ -411,9 +405,7 @@ def test_server_errors(status: int, text: str, hub: FakeHub) -> None:
     assert error.value.exit_code == 1
 
 
-def test_broken_transfer_leaves_nothing_that_looks_complete(
-    hub: FakeHub, repo_folder: Path, no_waiting: None
-) -> None:
+def test_broken_transfer_leaves_nothing_that_looks_complete(hub: FakeHub, repo_folder: Path, no_waiting: None) -> None:
     hub.add(REPO, repo_folder, broken="model-00002-of-00002.safetensors")
     with pytest.raises(OpenELMError) as error:
         names.resolve("270m")
@@ -440,9 +432,7 @@ def test_broken_transfer_leaves_nothing_that_looks_complete(
         RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_disk_full(
-    failure: Exception, hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_full(failure: Exception, hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise failure
 
@@ -457,9 +447,7 @@ def test_disk_full(
     assert error.value.exit_code == 1
 
 
-def test_cache_that_cannot_be_written(
-    hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_that_cannot_be_written(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -467,9 +455,7 @@ def test_cache_that_cannot_be_written(
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(OpenELMError) as error:
         names.resolve("270m")
-    assert f"cannot write to the download cache {hub_cache()} (Permission denied): set HF_HOME" in message_of(
-        error
-    )
+    assert f"cannot write to the download cache {hub_cache()} (Permission denied): set HF_HOME" in message_of(error)
 
 
 def test_signed_addresses_and_tokens_stay_out_of_messages(
@@ -517,16 +503,12 @@ def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pyt
 
 def test_repository_without_a_model(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "licence"}))
-    with pytest.raises(
-        RequestError, match=r"apple/OpenELM has no config.json, so it is not a model \(did you mean"
-    ):
+    with pytest.raises(RequestError, match=r"apple/OpenELM has no config.json, so it is not a model \(did you mean"):
         names.resolve("apple/OpenELM")
 
 
 def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add(
-        "me/pickled", make_folder(tmp_path / "pickled", {"config.json": "{}", "pytorch_model.bin": "pickle"})
-    )
+    hub.add("me/pickled", make_folder(tmp_path / "pickled", {"config.json": "{}", "pytorch_model.bin": "pickle"}))
     with pytest.raises(RequestError, match=r"me/pickled has no \*.safetensors; pickled weights"):
         names.resolve("me/pickled")
     assert hub.files_sent == ["config.json"]

@@ -96,9 +96,7 @@ def test_supports_of_the_filters(seed, spread):
                 each_row(min_p_support, logprobs, min_p, at_least),
             )
     for k in (1, 2, 17, 59, 60, 61, 10**12):
-        np.testing.assert_array_equal(
-            support(apply_top_k(x, k), logprobs), each_row(top_k_support, logprobs, k)
-        )
+        np.testing.assert_array_equal(support(apply_top_k(x, k), logprobs), each_row(top_k_support, logprobs, k))
     for threshold in (0.0, 0.02, 0.1, 0.5):
         for special in ((), (3, 7)):
             np.testing.assert_array_equal(
@@ -200,15 +198,11 @@ def test_temperature_zero_is_the_most_likely_token_whatever_else_is_set():
 
 
 @pytest.mark.parametrize("temp", [5e-324, 1e-45, 1e-30, 1e-6, 1.0, 1000.0])
-@pytest.mark.parametrize(
-    "filters", [{}, {"top_p": 1e-300}, {"top_k": 2}, {"min_p": 1.0}, {"xtc_probability": 1.0}]
-)
+@pytest.mark.parametrize("filters", [{}, {"top_p": 1e-300}, {"top_k": 2}, {"min_p": 1.0}, {"xtc_probability": 1.0}])
 def test_extreme_values_never_pick_a_banned_token(temp, filters):
     vocab = 12
     bias = {t: -INF for t in range(4)} | {4: -1e30, 5: -100.0}
-    params = SamplingParams(
-        temp=temp, repetition_penalty=1000, frequency_penalty=1000, logit_bias=bias, **filters
-    )
+    params = SamplingParams(temp=temp, repetition_penalty=1000, frequency_penalty=1000, logit_bias=bias, **filters)
     params.validate(vocab)
     logits = mx.array(np.random.default_rng(0).normal(size=(200, vocab)).astype(np.float32))
     for process in make_logits_processors(params):
@@ -284,9 +278,7 @@ def test_penalties_against_a_loop(params):
             result = logits
             for process in make_logits_processors(params):
                 result = process(mx.array(tokens, dtype=mx.uint32), result)
-            np.testing.assert_allclose(
-                np.array(result), penalized(params, tokens, values), rtol=1e-5, atol=1e-5
-            )
+            np.testing.assert_allclose(np.array(result), penalized(params, tokens, values), rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(np.array(logits), values)  # the caller's logits stay as they are
 
 

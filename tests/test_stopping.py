@@ -12,9 +12,7 @@ from mlx_openelm.generation.stopping import StopStrings
 # Two or three letters only, so that stop strings overlap, nest and nearly match all the time.
 LETTERS = st.text("ab", max_size=12) | st.text("abc", max_size=30) | st.text("aé🙂\n", max_size=12)
 PIECES = st.lists(LETTERS, max_size=10)
-STOPS = st.lists(
-    st.text("ab", min_size=1, max_size=5) | st.text("abcé🙂\n", min_size=1, max_size=4), max_size=4
-)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=5) | st.text("abcé🙂\n", min_size=1, max_size=4), max_size=4)
 
 
 def stream(stops, pieces):

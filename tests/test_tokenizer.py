@@ -69,9 +69,7 @@ processor = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokeni
 from_model = Tokenizer.from_folder(FOLDER)
 VOCAB = processor.vocab_size()
 # Half of the ids are bytes and control tokens, which is where decoding can go wrong.
-token_ids = st.one_of(
-    st.integers(0, VOCAB - 1), st.integers(0, 260), st.sampled_from([0, 1, 2, 1982, 3 + 32])
-)
+token_ids = st.one_of(st.integers(0, VOCAB - 1), st.integers(0, 260), st.sampled_from([0, 1, 2, 1982, 3 + 32]))
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,7 @@ def test_odd_texts_encode_as_sentencepiece_does(from_json, text):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    text=st.one_of(
-        st.text(), st.text(" abehint<s>/\n=", max_size=60), st.sampled_from(" -=ha.").map(lambda c: c * 37)
-    )
+    text=st.one_of(st.text(), st.text(" abehint<s>/\n=", max_size=60), st.sampled_from(" -=ha.").map(lambda c: c * 37))
 )
 def test_any_text_encodes_as_sentencepiece_does(from_json, text):
     expected = processor.encode(text)
@@ -230,9 +226,7 @@ def test_transformers_and_mlx_lm_read_the_same_ids(saved):
     utils = pytest.importorskip("mlx_lm.tokenizer_utils")
     theirs = [transformers.AutoTokenizer.from_pretrained(saved), utils.load(saved)]
     # Only a special token typed in the text differs: to them it is one.
-    for text in [t for t in ODD_TEXTS if not any(s in t for s in ("<s>", "</s>", "<unk>"))] + DOCUMENTS[0][
-        :3
-    ].split():
+    for text in [t for t in ODD_TEXTS if not any(s in t for s in ("<s>", "</s>", "<unk>"))] + DOCUMENTS[0][:3].split():
         ids = from_model.encode(text)
         assert [tokenizer.encode(text) for tokenizer in theirs] == [ids, ids]
         assert theirs[0].decode(ids, skip_special_tokens=True) == from_model.decode(ids)
@@ -332,9 +326,7 @@ def test_no_tokenizer_is_a_clear_error(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="is no tokenizer"):
         Tokenizer.from_file(tmp_path / "notes.txt")
-    assert Tokenizer.from_file(FOLDER).encode("a") == Tokenizer.from_file(FOLDER / "tokenizer.model").encode(
-        "a"
-    )
+    assert Tokenizer.from_file(FOLDER).encode("a") == Tokenizer.from_file(FOLDER / "tokenizer.model").encode("a")
 
 
 def test_other_kinds_of_tokenizer_are_refused(saved, tmp_path):
@@ -345,9 +337,7 @@ def test_other_kinds_of_tokenizer_are_refused(saved, tmp_path):
     with pytest.raises(RequestError, match="no SentencePiece-style tokenizer"):  # not an aborted process
         Tokenizer.from_folder(folder)
     with pytest.raises(RequestError, match="removes spaces or rewrites"):
-        Tokenizer.from_folder(
-            edited_json(saved, tmp_path, lambda spec: spec.update(normalizer={"type": "NFKC"}))
-        )
+        Tokenizer.from_folder(edited_json(saved, tmp_path, lambda spec: spec.update(normalizer={"type": "NFKC"})))
 
 
 # From tokenizer.model to tokenizer.json
@@ -414,9 +404,7 @@ def test_what_cannot_be_converted_still_encodes_but_is_not_saved(tmp_path, optio
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize(
-    "options", [{"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}]
-)
+@pytest.mark.parametrize("options", [{"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}])
 def test_tokenizers_that_rewrite_text_are_refused(tmp_path, options):
     with pytest.raises(RequestError, match="removes spaces or rewrites"):
         trained(tmp_path, **options)
@@ -444,9 +432,7 @@ def test_a_damaged_sentencepiece_model_is_recognised(tmp_path_factory, cut, data
             read(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("tokenizer.json", "sentencepiece"), ("tokenizer.model", "tokenizers")]
-)
+@pytest.mark.parametrize(("name", "other"), [("tokenizer.json", "sentencepiece"), ("tokenizer.model", "tokenizers")])
 def test_only_the_needed_package_is_imported(saved, name, other):
     heavy = [other, "transformers", "torch", "mlx_lm", "jinja2"]
     code = f"""

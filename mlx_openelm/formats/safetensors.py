@@ -128,7 +128,7 @@ def read_lazily(files: Iterable[Path]) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for path in files:
         # The format is named, since files in the hub's cache may be links to names without an ending.
-        weights.update(mx.load(str(path), format="safetensors"))
+        weights.update(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
     return weights
 
 
@@ -160,13 +160,17 @@ def write_shards(
         with (folder / file_name).open("wb") as file:
             file.write(_header({name: remaining[name] for name in shard}, metadata or {}))
             for name in shard:
-                file.write(memoryview(mx.contiguous(remaining.pop(name).reshape(-1)).view(mx.uint8)))
+                file.write(_bytes(remaining.pop(name)))
                 written += sizes[name]
                 if progress is not None:
                     progress(written, total)
     weight_map = {name: file_name for shard, file_name in zip(shards, names, strict=True) for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(tensor: mx.array) -> memoryview:
+    return memoryview(mx.contiguous(tensor.reshape(-1)).view(mx.uint8))  # type: ignore[arg-type]
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

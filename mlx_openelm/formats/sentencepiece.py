@@ -51,9 +51,7 @@ def read_model(path: Path) -> SentencePieceModel:
     try:
         return parse_model(path.read_bytes())
     except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise RequestError(
-            f"{path} is damaged or no SentencePiece model ({error}): download it again"
-        ) from None
+        raise RequestError(f"{path} is damaged or no SentencePiece model ({error}): download it again") from None
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
@@ -155,9 +153,7 @@ def to_tokenizer_json(model: SentencePieceModel, bos_token_id: int) -> dict[str,
 
 def _require_convertible(model: SentencePieceModel) -> None:
     normal_scores = [
-        s
-        for s, t, p in zip(model.scores, model.types, model.pieces, strict=True)
-        if t == NORMAL and len(p) > 1
+        s for s, t, p in zip(model.scores, model.types, model.pieces, strict=True) if t == NORMAL and len(p) > 1
     ]
     reason = None
     if model.model_type != "bpe":
@@ -318,9 +314,7 @@ class TokenizersEngine:
         try:
             return Tokenizer.from_buffer(data)
         except Exception as error:  # noqa: BLE001 (the package raises nothing more specific)
-            raise RequestError(
-                f"{self._path} is damaged or no tokenizer ({error}): download it again"
-            ) from None
+            raise RequestError(f"{self._path} is damaged or no tokenizer ({error}): download it again") from None
 
     def _correct(self, path: Path) -> None:
         """Make spaces those of SentencePiece."""
@@ -366,9 +360,7 @@ class TokenizersEngine:
         model = spec["model"]
         pairs = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges", []))
         model["merges"] = [
-            pair
-            for pair in pairs
-            if (piece := "".join(pair)) not in self._special and not BYTE_TOKEN.fullmatch(piece)
+            pair for pair in pairs if (piece := "".join(pair)) not in self._special and not BYTE_TOKEN.fullmatch(piece)
         ]
         model["ignore_merges"] = False
         self._tokenizer = self._parse(json.dumps(spec).encode())

@@ -130,9 +130,7 @@ class KeyStream:
         return key
 
 
-def make_sampler(
-    params: SamplingParams, special_ids: Collection[int] = (), key: mx.array | None = None
-) -> Sampler:
+def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key: mx.array | None = None) -> Sampler:
     """A function from log-probabilities [batch, vocab] to tokens [batch]; `params.validate` comes before.
 
     `special_ids` (end of text, a newline) are never dropped by XTC, which would make texts endless. The same

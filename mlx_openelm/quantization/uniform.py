@@ -36,7 +36,9 @@ class Quantization:
         if self.bits not in bits:
             raise RequestError(f"--q-bits must be {_any_of(bits)} in mode {self.mode}, got {self.bits}.")
         if self.group_size not in group_sizes:
-            raise RequestError(f"--q-group-size must be {_any_of(group_sizes)} in mode {self.mode}, got {self.group_size}.")
+            raise RequestError(
+                f"--q-group-size must be {_any_of(group_sizes)} in mode {self.mode}, got {self.group_size}."
+            )
 
     @classmethod
     def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Quantization:
@@ -55,7 +57,7 @@ class Quantization:
         """The shapes that replace a matrix of `shape` [out, in], by name of the part."""
         out_dims, in_dims = shape
         scales = (out_dims, in_dims // self.group_size)
-        parts = {"weight": (out_dims, in_dims * self.bits // 32), "scales": scales}
+        parts: dict[str, tuple[int, ...]] = {"weight": (out_dims, in_dims * self.bits // 32), "scales": scales}
         return parts | {"biases": scales} if self.mode == "affine" else parts
 
     def pack(self, weight: mx.array) -> dict[str, mx.array]:
@@ -68,8 +70,8 @@ class Quantization:
         scales, biases = parts["scales"], parts.get("biases")
         if self.mode == "affine":
             scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
-        packing = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.dequantize(parts["weight"], scales, biases, **packing).astype(dtype)
+        full = mx.dequantize(parts["weight"], scales, biases, self.group_size, self.bits, self.mode)
+        return full.astype(dtype)
 
 
 def _any_of(values: tuple[int, ...]) -> str:

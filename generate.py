@@ -1,0 +1,11 @@
+"""`python generate.py --prompt "..."`: the command `mlx-openelm generate`, for people who cloned the repository."""
+
+import sys
+
+try:
+    from mlx_openelm.cli.main import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; in this folder run: pip install '.[cpu]'")
+
+if __name__ == "__main__":
+    main(["generate", *sys.argv[1:]])

@@ -1,0 +1,116 @@
+"""What every command prints with: one-line errors and warnings, sizes, JSON, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+# Work that takes less than this shows no progress, in seconds.
+QUIET_SECONDS = 1.0
+# How often a line of progress is printed where there is no terminal, in seconds.
+_LINE_SECONDS = 5.0
+
+
+def prepare_streams() -> None:
+    """One line a warning, and no crash where the terminal cannot show a character."""
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    say(f"warning: {' '.join(str(message).split())}")
+
+
+def say(line: str) -> None:
+    """A line on standard error, where everything goes that is not the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_error(message: str) -> None:
+    say(f"error: {' '.join(message.split())}")
+
+
+def print_json(values: Any) -> None:
+    """One JSON object on standard output; numbers JSON does not have (NaN, infinity) become null."""
+    print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+class Progress:
+    """Call it with what is done and how much there is; it shows work that takes over a second.
+
+    On a terminal a bar that vanishes at the end; otherwise, with `lines`, a plain line every few seconds.
+    Use it in a `with` block, so that a bar does not outlive an error.
+    """
+
+    def __init__(self, label: str, *, unit: str = "", lines: bool = True):
+        self._label, self._unit, self._lines = label, unit, lines
+        self._started = self._spoke = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total:
+            self.close()
+        elif self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif not sys.stderr.isatty():
+            if self._lines and now - self._spoke >= _LINE_SECONDS:
+                self._spoke = now
+                say(f"{self._label}: {self._amount(done)} of {self._amount(total)}")
+        elif self._expected_seconds(now, done, total) > QUIET_SECONDS:
+            self._open(done, total)
+
+    def _expected_seconds(self, now: float, done: int, total: int) -> float:
+        spent = now - self._started
+        return spent * total / done if done else spent
+
+    def _amount(self, count: int) -> str:
+        return size(count) if self._unit == "bytes" else f"{count:,}{' ' * bool(self._unit)}{self._unit}"
+
+    def _open(self, done: int, total: int) -> None:
+        # rich costs a tenth of a second, so it is imported when there is something to show.
+        from rich import progress
+        from rich.console import Console
+
+        is_bytes = self._unit == "bytes"
+        counts = progress.DownloadColumn() if is_bytes else progress.MofNCompleteColumn()
+        columns = (progress.TextColumn(self._label), progress.BarColumn(), counts, progress.TimeRemainingColumn())
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(self._label, total=total, completed=done)
+        self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,168 @@
+"""Perplexity and KL divergence over windows of text; logits exist for a few positions at a time only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import RequestError
+from ..model import OpenELM
+from ..tokenizer import Tokenizer
+
+# Positions whose logits exist at once: 256 rows of 32000 float32 are 33 MB.
+_CHUNK = 256
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class NLL:
+    """The mean negative log-likelihood a token (natural), over `tokens` tokens, with its standard error."""
+
+    nll: float
+    tokens: int
+    standard_error: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def load_documents(path: str | Path) -> list[str]:
+    """The documents of a `.jsonl` file, one object with `text` a line, or a text file as one document.
+
+    Raises:
+        RequestError: unreadable, empty, or a line that is no such object, by its number.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}.") from None
+    if path.suffix != ".jsonl":
+        documents = [content]
+    else:
+        lines = enumerate(content.split("\n"), 1)
+        documents = [_document(path, number, line) for number, line in lines if line.strip()]
+    if not any(documents):
+        raise RequestError(f"{path} holds no text.")
+    return documents
+
+
+def _document(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise RequestError(f"{path}, line {number}: expected a JSON object with the string 'text'.")
+    return text
+
+
+def make_windows(tokenizer: Tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
+    """Windows of BOS and `length` tokens: documents as BOS, ids, EOS are joined and cut, the rest dropped.
+
+    Raises:
+        RequestError: the text is shorter than one window.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    joined = [token for document in documents for token in (*tokenizer.encode(document), eos)]
+    starts = range(0, len(joined) - length + 1, length)
+    if length < 1 or not starts:
+        raise RequestError(f"The text has {len(joined)} tokens, fewer than a window of {length}.")
+    return [[bos, *joined[start : start + length]] for start in starts]
+
+
+def mean_nll(
+    model: OpenELM,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> NLL:
+    """The mean loss over every token of `windows` (equal lengths) but each window's first.
+
+    Args:
+        progress: called with the windows done so far and in all.
+    """
+    total, squares, count = 0.0, 0.0, 0
+    for inputs, targets in _batches(windows, batch_size, progress):
+        hidden_states = model.hidden_states(inputs)
+        for rows, wanted in _chunks(hidden_states, targets):
+            losses = _cross_entropy(model.logits(rows), wanted)
+            total += _number(losses.sum())
+            squares += _number(mx.square(losses).sum())
+            count += wanted.size
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return NLL(mean, count, math.sqrt(variance / count))
+
+
+def kl_divergence(
+    reference: OpenELM,
+    model: OpenELM,
+    windows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> float:
+    """The mean over positions of KL(reference || model), in nats: what replacing `reference` by `model` costs.
+
+    Raises:
+        RequestError: the two vocabularies differ in size.
+    """
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise RequestError("The two models have vocabularies of different sizes, so they cannot be compared.")
+    total, count = 0.0, 0
+    for inputs, targets in _batches(windows, batch_size, progress):
+        pairs = zip(
+            _chunks(reference.hidden_states(inputs), targets),
+            _chunks(model.hidden_states(inputs), targets),
+            strict=True,
+        )
+        for (reference_rows, _), (rows, wanted) in pairs:
+            expected = _log_softmax(reference.logits(reference_rows))
+            divergence = mx.exp(expected) * (expected - _log_softmax(model.logits(rows)))
+            total, count = total + _number(divergence.sum()), count + wanted.size
+    return total / count
+
+
+def _batches(
+    windows: Sequence[Sequence[int]], batch_size: int, progress: Progress | None
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Inputs and targets [batch, length]: each window without its last token, and without its first."""
+    if not windows or len(windows[0]) < 2:
+        raise RequestError("There is nothing to measure: give at least one window of two tokens.")
+    if batch_size < 1:
+        raise RequestError(f"--batch-size must be 1 or more, got {batch_size}.")
+    for start in range(0, len(windows), batch_size):
+        batch = mx.array([list(window) for window in windows[start : start + batch_size]])
+        yield batch[:, :-1], batch[:, 1:]
+        if progress is not None:
+            progress(min(start + batch_size, len(windows)), len(windows))
+
+
+def _chunks(hidden_states: mx.array, targets: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
+    """Hidden states [rows, model_dim] with their targets [rows], a few rows at a time."""
+    rows, wanted = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
+    for start in range(0, wanted.size, _CHUNK):
+        yield rows[start : start + _CHUNK], wanted[start : start + _CHUNK]
+
+
+def _number(scalar: mx.array) -> float:
+    return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

@@ -1,0 +1,140 @@
+"""The decoding loop: prompt in pieces, then a token at a time, the next one computed while the last is delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .. import backend
+from ..cache import make_cache
+from ..errors import RequestError
+from ..model import OpenELM
+from .sampling import LogitsProcessor, Sampler, greedy
+
+# Free MLX's buffers now and then, as lengths change with every token.
+_CLEAR_EVERY = 256
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the past is kept.
+
+    - `max_kv_size`: hold at most this many positions, the first 4 and the latest; None holds all.
+    - `kv_bits`, `kv_group_size`: keep keys and values in fewer bits, from position `quantized_kv_start` on;
+      the group size is head_dim up to 64 unless told.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int | None = None
+    quantized_kv_start: int = 0
+
+    def validate(self, head_dim: int) -> None:
+        """Raise a `RequestError` that names the flag if a value cannot be right."""
+        if self.quantized_kv_start < 0:
+            raise RequestError(f"--quantized-kv-start must be 0 or more, got {self.quantized_kv_start}.")
+        if self.kv_bits is None:
+            if self.kv_group_size is not None:
+                raise RequestError("--kv-group-size needs --kv-bits.")
+            return
+        if self.max_kv_size is not None:
+            raise RequestError("--kv-bits cannot be combined with --max-kv-size.")
+        if self.kv_bits not in (2, 3, 4, 5, 6, 8):
+            raise RequestError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
+        if self.group_size(head_dim) not in (32, 64, 128) or head_dim % self.group_size(head_dim):
+            raise RequestError(
+                f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {head_dim}; got {self.kv_group_size}."
+            )
+
+    def group_size(self, head_dim: int) -> int:
+        return self.kv_group_size or min(64, head_dim)
+
+
+def generate_step(
+    model: OpenELM,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler = greedy,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    cache: list[Any] | None = None,
+    options: CacheOptions | None = None,
+    prefill_step_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Tokens after `prompt` with their log-probabilities (natural; after penalties and bias, before the filters).
+
+    Args:
+        prompt: token ids, at least one.
+        max_tokens: how many at most; -1 goes on to the end of the context.
+        cache: key-value caches, one a layer, that may already hold what precedes the prompt; extended in place.
+        prefill_step_size: prompt tokens processed at a time; by default what suits the device.
+        progress: called with the prompt tokens processed so far and in all.
+    """
+    options = options or CacheOptions()
+    cache = make_cache(len(model.layers), options.max_kv_size) if cache is None else cache
+    count = token_limit(model, cache, len(prompt), max_tokens)
+    step_size = prefill_step_size or backend.prefill_step_size()
+    pending = context = mx.array(list(prompt))
+
+    def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """The next token [1] and its log-probability [1], unevaluated."""
+        hidden_states = model.hidden_states(tokens[None], cache)
+        _quantize(cache, options, model.config.head_dim)
+        logits = model.logits(hidden_states[:, -1]).astype(mx.float32)
+        for processor in logits_processors:
+            logits = processor(context, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        token = sampler(logprobs)
+        return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
+
+    done = 0
+    if progress is not None:
+        progress(0, len(prompt))
+    while len(prompt) - done > step_size:
+        # Only the cache is evaluated: nothing computes logits that nobody reads.
+        model.hidden_states(pending[None, done : done + step_size], cache)
+        _quantize(cache, options, model.config.head_dim)
+        mx.eval([c.state[:2] for c in cache])
+        mx.clear_cache()
+        done += step_size
+        if progress is not None:
+            progress(done, len(prompt))
+
+    upcoming = step(pending[done:])
+    mx.async_eval(*upcoming)
+    for n in range(1, count + 1):
+        token, logprob = upcoming
+        if n < count:
+            if logits_processors:
+                context = mx.concatenate([context, token])
+            upcoming = step(token)
+            mx.async_eval(*upcoming)
+        value = int(token.item())  # type: ignore[arg-type]
+        if n == 1 and progress is not None:
+            progress(len(prompt), len(prompt))
+        yield value, float(logprob.item())  # type: ignore[arg-type]
+        if n % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+
+def token_limit(model: OpenELM, cache: Sequence[Any] | None, prompt_tokens: int, max_tokens: int) -> int:
+    """How many tokens can follow: `max_tokens` (-1 for no limit), as far as the model's positions reach.
+
+    The last token needs no position of its own, since nothing is computed from it.
+    """
+    past = int(cache[0].offset) if cache else 0
+    room = model.config.rope_max_length - past - prompt_tokens + 1
+    return room if max_tokens < 0 else min(max_tokens, room)
+
+
+def _quantize(cache: list[Any], options: CacheOptions, head_dim: int) -> None:
+    """Turn caches that have reached `quantized_kv_start` into quantized ones, in place."""
+    if options.kv_bits is None:
+        return
+    for i, layer in enumerate(cache):
+        if hasattr(layer, "to_quantized") and layer.offset >= options.quantized_kv_start:
+            cache[i] = layer.to_quantized(group_size=options.group_size(head_dim), bits=options.kv_bits)
