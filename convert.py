@@ -1,4 +1,4 @@
-"""`python convert.py --model ... --mlx-path ...`: the command `mlx-openelm convert`, for people who cloned the repository."""
+"""`python convert.py --model ... -q`: the command `mlx-openelm convert`, for people who cloned the repository."""
 
 import sys
 

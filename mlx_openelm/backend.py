@@ -95,7 +95,7 @@ def naming_the_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        if not (error.name or "").startswith("mlx.") and "libmlx" not in str(error) and "mlx.core" not in str(error):
+        if (error.name or "").split(".")[0] != "mlx" and "libmlx" not in str(error) and "mlx.core" not in str(error):
             raise
         if "GLIBC" in str(error):
             raise OpenELMError(f"MLX needs a Linux with glibc 2.35 or newer: {error}.") from None

@@ -60,9 +60,9 @@ class KVCache(_Cache):
         start, self.offset = self.offset, self.offset + keys.shape[2]
         if self.keys is None or self.offset > self.keys.shape[2]:
             self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        self.keys[:, :, start : self.offset] = keys
+        self.values[:, :, start : self.offset] = values
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def size(self) -> int:
         return self.offset
@@ -87,7 +87,7 @@ class KVCache(_Cache):
         """The same past in fewer bits."""
         cache = QuantizedKVCache(group_size, bits)
         if self.keys is not None:
-            cache.update_and_fetch(self.keys[..., : self.offset, :], self.values[..., : self.offset, :])
+            cache.update_and_fetch(self.keys[:, :, : self.offset], self.values[:, :, : self.offset])
         return cache
 
     @classmethod
@@ -115,8 +115,8 @@ class QuantizedKVCache(_Cache):
             )
         for buffers, news in zip((self.keys, self.values), packed, strict=True):
             for buffer, new in zip(buffers, news, strict=True):
-                buffer[..., start : self.offset, :] = new
-        return tuple(tuple(b[..., : self.offset, :] for b in part) for part in (self.keys, self.values))
+                buffer[:, :, start : self.offset] = new
+        return tuple(tuple(b[:, :, : self.offset] for b in part) for part in (self.keys, self.values))
 
     def size(self) -> int:
         return self.offset
@@ -162,26 +162,26 @@ class RotatingKVCache(_Cache):
             elif self._idx >= self.keys.shape[2]:
                 extra = min(STEP, self.max_size - held)
                 self.keys, self.values = (_pad(x, extra) for x in (self.keys, self.values))
-            self.keys[..., self._idx : self._idx + 1, :] = keys
-            self.values[..., self._idx : self._idx + 1, :] = values
+            self.keys[:, :, self._idx : self._idx + 1] = keys
+            self.values[:, :, self._idx : self._idx + 1] = values
             self._idx += 1
         self.offset += length
         held = min(self.offset, self.keys.shape[2])
-        return self.keys[..., :held, :], self.values[..., :held, :]
+        return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _append(self, old: mx.array | None, new: mx.array) -> mx.array:
         if old is None:
             return new
         old = self.in_order(old)
         excess = max(0, old.shape[2] - (self.max_size - 1))
-        return mx.concatenate([old[..., : self.keep, :], old[..., self.keep + excess :, :], new], axis=2)
+        return mx.concatenate([old[:, :, : self.keep], old[:, :, self.keep + excess :], new], axis=2)
 
     def in_order(self, buffer: mx.array) -> mx.array:
         """What `buffer` holds, oldest first."""
         if self._idx < min(self.offset, buffer.shape[2]):
-            parts = [buffer[..., : self.keep, :], buffer[..., self._idx :, :], buffer[..., self.keep : self._idx, :]]
+            parts = [buffer[:, :, : self.keep], buffer[:, :, self._idx :], buffer[:, :, self.keep : self._idx]]
             return mx.concatenate(parts, axis=2)
-        return buffer[..., : self._idx, :]
+        return buffer[:, :, : self._idx]
 
     def size(self) -> int:
         return min(self.offset, self.max_size)
@@ -239,9 +239,9 @@ class BatchKVCache(_Cache):
         self.offset = self.offset + keys.shape[2]
         if self.keys is None or self._idx > self.keys.shape[2]:
             self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
-        self.keys[..., start : self._idx, :] = keys
-        self.values[..., start : self._idx, :] = values
-        return self.keys[..., : self._idx, :], self.values[..., : self._idx, :]
+        self.keys[:, :, start : self._idx] = keys
+        self.values[:, :, start : self._idx] = values
+        return self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
 
     def prepare(
         self,
@@ -267,8 +267,8 @@ class BatchKVCache(_Cache):
         padding = self._right_padding
         columns = (mx.arange(self._idx) - padding[:, None]) % self._idx
         index = columns[:, None, :, None]
-        self.keys = mx.take_along_axis(self.keys[..., : self._idx, :], index, axis=2)
-        self.values = mx.take_along_axis(self.values[..., : self._idx, :], index, axis=2)
+        self.keys = mx.take_along_axis(self.keys[:, :, : self._idx], index, axis=2)
+        self.values = mx.take_along_axis(self.values[:, :, : self._idx], index, axis=2)
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
         self._right_padding = None
@@ -301,7 +301,7 @@ class BatchKVCache(_Cache):
         rows = mx.array(rows)
         shared = max(0, int(self.left_padding[rows].min()))
         if self.keys is not None:
-            self.keys, self.values = (x[rows][..., shared:, :] for x in (self.keys, self.values))
+            self.keys, self.values = (x[rows][:, :, shared:] for x in (self.keys, self.values))
         self._idx -= shared
         self.left_padding = self.left_padding[rows] - shared
         self.offset = self.offset[rows]
@@ -324,7 +324,7 @@ class BatchKVCache(_Cache):
             shapes = [(self.offset.shape[0], x.shape[1], length, x.shape[3]) for x in (like.keys, like.values)]
             return mx.zeros(shapes[0], like.keys.dtype), mx.zeros(shapes[1], like.values.dtype)
         left = [(0, 0), (0, 0), (length - self._idx, 0), (0, 0)]
-        return mx.pad(self.keys[..., : self._idx, :], left), mx.pad(self.values[..., : self._idx, :], left)
+        return mx.pad(self.keys[:, :, : self._idx], left), mx.pad(self.values[:, :, : self._idx], left)
 
     def _row(self, row: int) -> tuple[mx.array, ...]:
         padding = max(0, int(self.left_padding[row]))
@@ -340,7 +340,7 @@ class BatchKVCache(_Cache):
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Self:
         """Rows from caches of single sequences, padded on the left to the longest."""
-        return cls._merged(cls([0] * len(caches)), caches, lambda c, x: x[..., : c.offset, :])
+        return cls._merged(cls([0] * len(caches)), caches, lambda c, x: x[:, :, : c.offset])
 
     @staticmethod
     def _merged(merged: Any, caches: Sequence[Any], held: Any) -> Any:
@@ -378,7 +378,7 @@ class BatchRotatingKVCache(BatchKVCache):
     def _drop(self, excess: int) -> None:
         """Forget the oldest columns. A row that is about to be padded on the right keeps what it will still need."""
         if excess > 0:
-            self.keys, self.values = (x[..., excess : self._idx, :] for x in (self.keys, self.values))
+            self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
             self._idx -= excess
             self.left_padding = self.left_padding - excess
 
@@ -416,7 +416,7 @@ class BatchRotatingKVCache(BatchKVCache):
         if len({c.max_size for c in caches}) > 1:
             raise ValueError("Only caches of one maximum size can be merged.")
         empty = cls(caches[0].max_size, [0] * len(caches))
-        return cls._merged(empty, caches, lambda c, x: c.in_order(x)[..., -c.size() :, :])
+        return cls._merged(empty, caches, lambda c, x: c.in_order(x)[:, :, -c.size() :])
 
 
 def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
@@ -433,15 +433,15 @@ def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
 
 
 def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0) -> mx.array:
-    """Booleans [length, past + length], True where visible: itself and the past, or the last `window` of them.
+    """Booleans [length, past + length], True where visible: itself and the past, or `window` of them in all.
 
-    The first `keep` columns stay visible whatever the window.
+    Those are the first `keep` columns and the latest of the rest.
     """
     rows = mx.arange(past, past + length)[:, None]
     columns = mx.arange(past + length)
     mask = rows >= columns
     if window is not None:
-        mask = mask & ((rows < columns + window) | (columns < keep))
+        mask = mask & ((rows < columns + (window - keep)) | (columns < keep))
     return mask
 
 
@@ -449,7 +449,7 @@ def _grow(buffer: mx.array | None, new: mx.array, used: int) -> mx.array:
     """`buffer` with what it holds and room for `new` [B, K, L, D] behind its `used` columns, in whole steps."""
     room = -(-new.shape[2] // STEP) * STEP
     zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
-    return zeros if buffer is None else mx.concatenate([buffer[..., :used, :], zeros], axis=2)
+    return zeros if buffer is None else mx.concatenate([buffer[:, :, :used], zeros], axis=2)
 
 
 def _pad(buffer: mx.array, columns: int) -> mx.array:

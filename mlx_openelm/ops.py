@@ -32,7 +32,7 @@ _COMPILED_ROWS = 64
 
 def _on_gpu() -> bool:
     # backend.on_gpu without its import: this is asked many times a token.
-    return mx.default_device().type == _GPU
+    return mx.default_device().type is _GPU
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
@@ -65,19 +65,19 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 def _normalized(x: mx.array, eps: float) -> mx.array:
     """x [N, dim] over its root mean square; the mean and eps in one matrix product."""
-    mean_column, eps_array = _norm_constants(x.shape[-1], eps)
-    if x.dtype != mx.float32:
-        return _normalized(x.astype(mx.float32), eps).astype(x.dtype)
-    if x.shape[0] == 1:
-        mean_square = mx.addmm(eps_array, x, x.T, alpha=1 / x.shape[1])
+    rows, dims = x.shape
+    eps_array, mean_column = _norm_constants(dims, eps)
+    exact = x.astype(mx.float32)
+    if rows == 1:
+        mean_square = mx.addmm(eps_array, exact, exact.T, 1 / dims)
     else:
-        mean_square = mx.addmm(eps_array, mx.square(x), mean_column)
-    return x * mx.rsqrt(mean_square)
+        mean_square = mx.addmm(eps_array, mx.square(exact), mean_column)
+    return (exact * mx.rsqrt(mean_square)).astype(x.dtype)
 
 
 @lru_cache
 def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
-    constants = mx.full((dims, 1), 1 / dims), mx.array([[eps]])
+    constants = mx.array([[eps]]), mx.full((dims, 1), 1 / dims)
     mx.eval(constants)
     return constants
 

@@ -18,7 +18,7 @@ _LINE_SECONDS = 5.0
 
 def prepare_streams() -> None:
     """One line a warning, and no crash where the terminal cannot show a character."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -38,8 +38,8 @@ def say_error(message: str) -> None:
 
 
 def print_json(values: Any) -> None:
-    """One JSON object on standard output; numbers JSON does not have (NaN, infinity) become null."""
-    print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, indent=2))
+    """One JSON object on one line of standard output; numbers JSON does not have (NaN, infinity) become null."""
+    print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

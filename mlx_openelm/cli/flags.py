@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
 import typer
 
@@ -83,7 +83,7 @@ def of_dataclass(options: type, help: Mapping[str, str]) -> Callable[[Callable[.
     def parameter(name: str) -> inspect.Parameter:
         declaration = typer.Option(f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), help=help[name])
         kind, default = (list[str] | None, None) if name in _REPEATABLE else (hints[name], defaults[name])
-        annotation = Annotated[kind, declaration]
+        annotation = Annotated[kind, declaration]  # type: ignore[valid-type]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -166,7 +166,7 @@ def _print_result(
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
     if pieces:
         last = dataclasses.asdict(pieces[-1])
-        names = "prompt_tokens generation_tokens prompt_tps generation_tps peak_memory".split()
+        names = ["prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
         values |= {"finish_reason": last["finish_reason"]} | {name: last[name] for name in names}
     if interrupted:
         values["finish_reason"] = "interrupted"
@@ -194,7 +194,8 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
     if pieces:
         last = pieces[-1]
         console.say(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s")
-        console.say(f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s")
+        speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
+        console.say(f"Generation: {last.generation_tokens} tokens{speed}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if seed is not None:
         console.say(f"Seed: {seed}")

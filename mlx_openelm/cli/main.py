@@ -31,11 +31,11 @@ COMMANDS = {
 }
 
 # typer carries a copy of click, whose errors about flags and values have no public name of their own.
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _APP: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
-class Group(QuickHelp, TyperGroup):
+class Group(QuickHelp, TyperGroup):  # type: ignore[misc]
     """The commands by name, each imported when it is asked for."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
@@ -123,14 +123,15 @@ def _run(args: Sequence[str]) -> int:
 def _usage_line(error: Any) -> str:
     """What is wrong with the flags, and where to look."""
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else PROGRAM
-    name = getattr(error, "option_name", None)
-    if hasattr(error, "possibilities"):
-        known = [flag for param in context.command.params for flag in param.opts] if context is not None else []
-        close = difflib.get_close_matches(name, known, n=2)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        return f"{command} has no flag {name}{hint}; see {command} --help."
-    return f"{error.format_message().rstrip('.')}; see {command} --help."
+    if context is None:
+        return f"{error.format_message().rstrip('.')}; see --help."
+    command = context.command_path
+    if not hasattr(error, "possibilities"):
+        return f"{error.format_message().rstrip('.')}; see {command} --help."
+    known = [flag for param in context.command.params for flag in (*param.opts, *param.secondary_opts)]
+    close = difflib.get_close_matches(error.option_name, known, n=2, cutoff=0.7)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    return f"{command} has no flag {error.option_name}{hint}; see {command} --help."
 
 
 def _leave_pipe() -> int:

@@ -31,7 +31,7 @@ class QuickHelp:
         return option
 
 
-class Command(QuickHelp, TyperCommand):
+class Command(QuickHelp, TyperCommand):  # type: ignore[misc]
     """A command whose flags are int, float, str, bool, or lists of these, None where they may be absent.
 
     A flag that has a `--no-` form also takes a word, as mlx-lm's `--verbose False` does.
@@ -81,7 +81,7 @@ class Command(QuickHelp, TyperCommand):
 
 def _value(param: Any, given: Any, declared: inspect.Parameter) -> Any:
     """The value of one flag: what was typed, converted, else its default."""
-    flag = param.opts[-1] if param.param_type_name == "option" else param.name.upper()
+    flag = next((flag for flag in param.opts if flag.startswith("--")), param.name)
     if not isinstance(given, str | bool | list | tuple):  # absent
         if declared.default is inspect.Parameter.empty:
             raise RequestError(f"{flag} is missing: {param.help}")

@@ -1,0 +1,64 @@
+"""`mlx-openelm convert`: from a name to an MLX folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import catalog
+from ..loading import convert
+from . import console, flags
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Option("--model", "--hf-path", help="A name (270m, 1.1b-instruct, tiny), a hub repository, or a folder."),
+    ] = catalog.TINY,
+    mlx_path: Annotated[str, typer.Option(help="The folder to write.")] = "mlx_model",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16 for what is not quantized; bfloat16 unless told."),
+    ] = None,
+    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Pack every matrix into few bits.")] = False,
+    q_bits: Annotated[int | None, typer.Option(help="Bits per weight; affine: 4 unless told.")] = None,
+    q_group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; affine: 64 unless told.")
+    ] = None,
+    q_mode: Annotated[str, typer.Option(help="affine, mxfp4, nvfp4 or mxfp8.")] = "affine",
+    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model.")] = False,
+    tokenizer: flags.Tokenizer = None,
+    revision: flags.Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Write a model as an MLX folder, quantized if you like.
+
+    The folder appears complete or not at all, and mlx-lm reads it too.
+    """
+    with console.Progress("Writing", unit="bytes") as progress:
+        result = convert(
+            model,
+            Path(mlx_path).expanduser(),
+            dtype=dtype,
+            quantize=quantize,
+            q_bits=q_bits,
+            q_group_size=q_group_size,
+            q_mode=q_mode,
+            dequantize=dequantize,
+            tokenizer=tokenizer,
+            revision=revision,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    written = sum(path.stat().st_size for path in result.path.iterdir())
+    if as_json:
+        values = {"model": model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}
+        console.print_json(values | {"size": written, "exceptions": result.exceptions})
+        return
+    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(written)}")
+    for path, what in result.exceptions.items():
+        print(f"  {path}: {what}")

@@ -1,0 +1,173 @@
+"""`mlx-openelm doctor`: what this machine offers, and what to do about what is slow or missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+from .. import backend, catalog
+from ..errors import OpenELMError
+from ..version import __version__
+from . import console, flags
+
+_MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
+_MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
+_REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2")
+_OPTIONAL = {
+    "mlx-lm": "to compare with, and for adapters of its making",
+    "transformers": "only the tests compare with it",
+    "torch": "only the tests compare with it",
+    "numpy": "only the tests need it",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; `advice` where something is to be done, `failed` where nothing works without it."""
+
+    name: str
+    value: str
+    advice: str | None = None
+    failed: bool = False
+
+
+def run(as_json: flags.Json = False, debug: flags.Debug = False) -> None:
+    """Show what this machine offers, and what to do about what is slow or missing."""
+    findings = list(examine())
+    failed = any(finding.failed for finding in findings)
+    if as_json:
+        console.print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            print(f"{finding.name:{width}}  {finding.value}")
+            if finding.advice:
+                print(f"{'':{width}}  -> {finding.advice}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, those that need MLX first found out with it missing."""
+    yield Finding("mlx-openelm", __version__)
+    yield Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}, {platform.machine()}")
+    yield from _glibc()
+    yield from _mlx()
+    yield from _packages()
+    yield from _hub()
+
+
+def _glibc() -> Iterator[Finding]:
+    name, text = platform.libc_ver()
+    if not sys.platform.startswith("linux"):
+        return
+    numbers = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    needs = (
+        f"MLX's wheels need glibc {'.'.join(map(str, _MLX_GLIBC))} or newer: use a newer Linux or a container of one"
+    )
+    is_enough = name == "glibc" and numbers >= _MLX_GLIBC
+    yield Finding("C library", f"{name or 'not glibc'} {text}".strip(), None if is_enough else needs)
+
+
+def _mlx() -> Iterator[Finding]:
+    try:
+        with backend.naming_the_extra():
+            facts = backend.describe()
+    # A wheel of another platform fails in ways of its own.
+    except Exception as error:
+        reason = str(error) if isinstance(error, OpenELMError) else f"MLX cannot be imported: {error}"
+        yield Finding("MLX", "missing", " ".join(reason.split()), failed=True)
+        return
+    wheels = [name for name in _MLX_WHEELS if _version(name)]
+    several = f"{' and '.join(wheels)} overwrite each other: uninstall all, then install one" if wheels[1:] else None
+    yield Finding("MLX", f"{facts['mlx_version']} ({', '.join(wheels) or 'mlx'})", several)
+    yield Finding("Device", f"{facts['device']}, {facts['device_name']}")
+    total, available = (
+        "unknown" if facts[key] is None else console.size(facts[key]) for key in ("memory_total", "memory_available")
+    )
+    yield Finding("Memory", f"{total}, {available} available")
+    if facts["device"] == "CPU":
+        yield _blas(facts["blas"], facts["blas_library"])
+        yield _compiler()
+
+
+def _blas(state: str, library: str) -> Finding:
+    """Which BLAS multiplies matrices, how fast that is, and how to have a faster one."""
+    names = {
+        "loaded": library,
+        "off": f"the one in MLX's wheel, since {backend.BLAS_VARIABLE} says so",
+        "unneeded": "the system's",
+    }
+    advice = backend.blas_warning()
+    if state == "off":
+        advice = f"unset {backend.BLAS_VARIABLE}, if the speed of a system OpenBLAS is wanted"
+    name = names.get(state, "the slow one in MLX's wheel")
+    return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
+
+
+def _gigaflops(size: int = 512) -> float:
+    """The speed of a product of two float32 matrices, the best of three."""
+    import mlx.core as mx
+
+    matrix = mx.ones((size, size))
+    mx.eval(matrix @ matrix)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _compiler() -> Finding:
+    found = shutil.which("g++")
+    advice = "install g++ (Debian and Ubuntu: apt-get install g++): MLX compiles element-wise kernels with it"
+    return Finding("Compiler", found or "no g++", None if found else advice)
+
+
+def _packages() -> Iterator[Finding]:
+    missing = [name for name in _REQUIRED if not _version(name)]
+    present = ", ".join(f"{name} {_version(name)}" for name in _REQUIRED if name not in missing)
+    advice = f"pip install {' '.join(missing)}" if missing else None
+    yield Finding("Packages", present, advice)
+    for name, purpose in _OPTIONAL.items():
+        yield Finding(name, _version(name) or f"not installed ({purpose})")
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package, which is not imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _hub() -> Iterator[Finding]:
+    is_there = (catalog.TINY_FOLDER / "config.json").is_file()
+    yield Finding(
+        "tiny", "in the package" if is_there else "missing", None if is_there else "install mlx-openelm again"
+    )
+    try:
+        from huggingface_hub import constants, get_token
+    except ImportError:
+        return
+    yield Finding("Hub token", "present" if get_token() else "none (not needed for OpenELM)")
+    if os.environ.get("HF_HUB_OFFLINE"):
+        yield Finding("Hub", "offline, since HF_HUB_OFFLINE says so")
+    cache = Path(constants.HF_HUB_CACHE)
+    models = sorted(path for path in cache.glob("models--*") if "openelm" in path.name.lower())
+    held = [f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_held(path))})" for path in models]
+    yield Finding("Hub cache", f"{cache}: {', '.join(held) or 'no OpenELM models'}")
+
+
+def _held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("blobs/*"))

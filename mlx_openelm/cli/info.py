@@ -1,0 +1,102 @@
+"""`mlx-openelm info`: the layer table, in which layer-wise scaling can be seen, and what the model needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from .. import catalog
+from ..errors import RequestError
+from ..summary import Summary, summarize
+from . import console, flags
+
+_BAR = 24  # characters of the largest layer's bar
+
+
+def run(
+    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]"),
+    ] = None,
+    revision: flags.Revision = None,
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
+) -> None:
+    """Show a model's layers, its size, and the memory it needs.
+
+    No weights are downloaded: what is not on this machine is told from what is known of it.
+    """
+    if name is not None and model is not None:
+        raise RequestError("Give the model once: as the argument or with --model.")
+    summary = summarize(name or model or catalog.TINY, revision=revision)
+    if as_json:
+        console.print_json(_to_json(summary))
+    else:
+        print("\n".join([*_layer_lines(summary), "", *_total_lines(summary)]))
+
+
+def _to_json(summary: Summary) -> dict[str, Any]:
+    values = dataclasses.asdict(summary)
+    values["config"] = summary.config.to_dict()
+    values["folder"] = None if summary.folder is None else str(summary.folder)
+    values["memory"]["total"] = summary.memory.total
+    return values
+
+
+def _layer_lines(summary: Summary) -> list[str]:
+    lines = ["layer  query heads  kv heads  inner size  parameters   share"]
+    largest = max(layer.parameters for layer in summary.layers)
+    for layer in summary.layers:
+        bar = "█" * max(1, round(_BAR * layer.parameters / largest))
+        lines.append(
+            f"{layer.layer:5d}  {layer.query_heads:11d}  {layer.kv_heads:8d}  {layer.inner_size:10d}  "
+            f"{layer.parameters:10,d}  {layer.share:5.1%}  {bar}"
+        )
+    return lines
+
+
+def _total_lines(summary: Summary) -> list[str]:
+    memory, total = summary.memory, summary.parameters
+    layers = sum(layer.parameters for layer in summary.layers)
+    head = f"{summary.head:,} ({summary.head / total:.1%})" if summary.head else "shared with the embedding"
+    quantization = "none"
+    if summary.quantization is not None:
+        quantization = "{bits} bits, group size {group_size}, mode {mode}".format(**summary.quantization)
+    needs = f"{console.size(memory.total)} (weights {console.size(memory.weights)}, " + (
+        f"key-value cache {console.size(memory.kv_cache)}, computing in {memory.dtype})"
+    )
+    if memory.expanded is not None:
+        unpacked = console.size(memory.expanded + memory.kv_cache)
+        needs += f"; {unpacked} with the weights unpacked, as is the default on a CPU"
+    stored = f"{console.size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight, {summary.dtype}"
+    rows = {
+        "Model": summary.name,
+        "Parameters": f"{total:,}",
+        "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
+        "  layers": f"{layers:,} ({layers / total:.1%})",
+        "  head": head,
+        "  norms": f"{summary.norms:,} (those of layers are counted there too)",
+        "Stored": stored,
+        "Quantization": quantization,
+        f"Memory at {memory.tokens} tokens": needs,
+        "Tokenizer": _tokenizer_line(summary),
+    }
+    width = max(map(len, rows))
+    lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
+    if summary.source == "published":
+        lines += ["", "The model is not on this machine: these are the published sizes, no file was read."]
+    elif summary.source == "config":
+        lines += ["", "The weights are not on this machine: this is what the repository's config.json says."]
+    return lines
+
+
+def _tokenizer_line(summary: Summary) -> str:
+    if summary.tokenizer is not None:
+        return summary.tokenizer
+    release = catalog.find(summary.name)
+    if release is not None:
+        return f"none of its own; taken from {release.tokenizer_repo}"
+    return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"

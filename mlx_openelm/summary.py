@@ -1,0 +1,223 @@
+"""What a model is made of: parameters by layer, bits as stored, memory it needs. Nothing here loads weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import backend, catalog, hub
+from .config import ModelConfig
+from .errors import RequestError
+from .formats import mlx as mlx_format
+from .quantization.uniform import Quantization, bits_per_weight, plan
+
+# What the published models were trained on; the length that memory is given for.
+CONTEXT = 2048
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: its sizes, its parameters, and their share of the whole model, from 0 to 1."""
+
+    layer: int
+    query_heads: int
+    kv_heads: int
+    inner_size: int
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes needed to generate on this machine, in the type it computes in.
+
+    `expanded` is what the weights of a quantized model take once unpacked, as a CPU does by default.
+    """
+
+    tokens: int
+    dtype: str
+    weights: int
+    kv_cache: int
+    expanded: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model's layers and totals (`head` is 0 where the embedding is shared), as stored and as it runs.
+
+    `source` is "files" (headers read), "config" (a `config.json` alone), or "published" (the known sizes, no
+    file read). `quantization` is None, or the settings most matrices share; `tokenizer` is a file's name,
+    or None where there is none or nobody looked.
+    """
+
+    name: str
+    source: str
+    config: ModelConfig = field(repr=False)
+    layers: tuple[Layer, ...] = field(repr=False)
+    parameters: int
+    embedding: int
+    head: int
+    norms: int
+    dtype: str
+    quantization: dict[str, Any] | None
+    bits_per_weight: float
+    storage_bytes: int
+    memory: Memory
+    tokenizer: str | None = None
+    folder: Path | None = None
+
+
+def summarize(name: str, *, revision: str | None = None) -> Summary:
+    """The summary of a model by any of its names; nothing but a `config.json` is ever downloaded.
+
+    A published model that is not in the download cache is summarized from what is known of it.
+
+    Raises:
+        RequestError: no such model, or files that do not fit each other.
+        OpenELMError: a configuration had to be downloaded and could not be.
+    """
+    repo = hub.source_repo(name)
+    folder = hub.resolve(name) if repo is None else _cached_folder(repo, revision)
+    if folder is not None and any(folder.glob("*.safetensors")):
+        return summarize_folder(folder, name)
+    if repo is None:
+        raise RequestError(f"{folder} holds no *.safetensors, so there is no model in it.")
+    if (release := catalog.find(name)) is not None:
+        return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
+    return _summarize_declared(hub.download(repo, revision=revision, patterns=["config.json"]), name)
+
+
+def summarize_folder(folder: Path, name: str | None = None) -> Summary:
+    """The summary of a model folder, from the headers of its files."""
+    checkpoint = mlx_format.read(folder)
+    return summarize_config(
+        checkpoint.config,
+        checkpoint.quantization,
+        name=name or folder.name,
+        source="files",
+        dtype=_dtype_name(checkpoint.dtype),
+        storage_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        tokenizer=next((name for name in _TOKENIZERS if (folder / name).is_file()), None),
+        folder=folder,
+    )
+
+
+def summarize_config(
+    config: ModelConfig,
+    quantization: Mapping[str, Quantization] | None = None,
+    *,
+    name: str,
+    source: str,
+    dtype: str = "float32",
+    storage_bytes: int | None = None,
+    tokenizer: str | None = None,
+    folder: Path | None = None,
+) -> Summary:
+    """The summary of a configuration, stored in `dtype` but for what `quantization` packs."""
+    choices = dict(quantization or {})
+    shapes = config.tensor_shapes()
+    counts = {key: math.prod(shape) for key, shape in shapes.items()}
+    bits = bits_per_weight(config, choices, _DTYPE_BYTES[dtype])
+    return Summary(
+        name=name,
+        source=source,
+        config=config,
+        layers=layer_table(config),
+        parameters=config.num_parameters,
+        embedding=counts["transformer.token_embeddings.weight"],
+        head=counts.get("lm_head.weight", 0),
+        norms=sum(count for key, count in counts.items() if len(shapes[key]) == 1),
+        dtype=dtype,
+        quantization=_most_common(choices),
+        bits_per_weight=bits,
+        storage_bytes=round(bits * config.num_parameters / 8) if storage_bytes is None else storage_bytes,
+        memory=memory_needed(config, choices, dtype),
+        tokenizer=tokenizer,
+        folder=folder,
+    )
+
+
+def layer_table(config: ModelConfig) -> tuple[Layer, ...]:
+    """Each layer's sizes and parameters, norms included; the embedding is in no layer."""
+    per_layer = [0] * config.num_transformer_layers
+    for name, shape in config.tensor_shapes().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            per_layer[int(parts[2])] += math.prod(shape)
+    total = config.num_parameters
+    sizes = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, per_layer, strict=True)
+    return tuple(
+        Layer(index, query, kv, inner, count, count / total) for index, (query, kv, inner, count) in enumerate(sizes)
+    )
+
+
+def memory_needed(
+    config: ModelConfig, quantization: Mapping[str, Quantization], stored: str, tokens: int = CONTEXT
+) -> Memory:
+    """What weights and key-value cache take while generating, `tokens` into a text."""
+    compute = backend.compute_dtype(getattr(mx, stored))
+    weights = bits_per_weight(config, quantization, compute.size) * config.num_parameters / 8
+    expands = bool(quantization) and not backend.on_gpu()
+    return Memory(
+        tokens=tokens,
+        dtype=_dtype_name(compute),
+        weights=round(weights),
+        kv_cache=2 * sum(config.num_kv_heads) * config.head_dim * tokens * compute.size,
+        expanded=config.num_parameters * compute.size if expands else None,
+    )
+
+
+def _cached_folder(repo: str, revision: str | None) -> Path | None:
+    """The folder of a model in the download cache, or None. Asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def _summarize_declared(folder: Path, name: str) -> Summary:
+    """The summary of a `config.json` whose weights are not here: as stored is what it says of them."""
+    config, values = mlx_format.read_config(folder)
+    stored = str(values.get("torch_dtype") or values.get("dtype"))
+    dtype = stored if stored in _DTYPE_BYTES else "float32"
+    return summarize_config(config, _declared(config, values), name=name, source="config", dtype=dtype)
+
+
+def _declared(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Quantization]:
+    """The quantization that a `config.json` declares, by module path; empty where it declares none we know."""
+    settings = values.get("quantization")
+    if not isinstance(settings, dict):
+        return {}
+    try:
+        common = _quantization(settings)
+        choices, _ = plan(config, common)
+        own = {path: _quantization(settings | entry) for path, entry in settings.items() if isinstance(entry, dict)}
+    except (KeyError, TypeError, ValueError):  # a RequestError is a ValueError
+        return {}
+    unpacked = {path for path, entry in settings.items() if entry is False}
+    return {path: own.get(path, choice) for path, choice in choices.items() if path not in unpacked}
+
+
+def _quantization(settings: Mapping[str, Any]) -> Quantization:
+    return Quantization(int(settings["group_size"]), int(settings["bits"]), settings.get("mode", "affine"))
+
+
+def _most_common(quantization: Mapping[str, Quantization]) -> dict[str, Any] | None:
+    choices = list(quantization.values())
+    return max(choices, key=choices.count).to_dict() if choices else None
+
+
+def _dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

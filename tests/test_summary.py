@@ -1,0 +1,142 @@
+"""The summary of a model: numbers that the paper, the files and arithmetic agree on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+
+from mlx_openelm.catalog import TINY_FOLDER
+from mlx_openelm.config import ModelConfig
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.loading import convert
+from mlx_openelm.quantization.uniform import Quantization, plan
+from mlx_openelm.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
+
+SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+# arXiv:2404.14619 and the weights published with it.
+PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "3B": 3_036_647_424}
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_layers_embedding_and_final_norm_are_the_whole_model(size: str) -> None:
+    config = ModelConfig.from_name(size)
+    summary = summarize_config(config, name=size, source="published")
+    layers = sum(layer.parameters for layer in summary.layers)
+    assert layers + summary.embedding + config.model_dim == summary.parameters == PARAMETERS[size]
+    assert sum(layer.share for layer in summary.layers) == pytest.approx(layers / PARAMETERS[size])
+    assert summary.embedding == 32000 * config.model_dim
+    assert summary.head == 0
+    assert summary.norms == config.model_dim * (1 + 2 * len(summary.layers)) + 2 * config.head_dim * len(summary.layers)
+
+
+def test_layer_wise_scaling_shows_in_the_table() -> None:
+    layers = layer_table(ModelConfig.from_name("270M"))
+    assert [layer.query_heads for layer in layers] == [12] * 5 + [16] * 7 + [20] * 4
+    assert [layer.kv_heads for layer in layers] == [3] * 5 + [4] * 7 + [5] * 4
+    assert (layers[0].inner_size, layers[-1].inner_size) == (768, 5120)
+    # 1280 x (12 + 2 x 3) x 64 + 12 x 64 x 1280 + 3 x 768 x 1280, the norms 2 x 1280 + 2 x 64
+    assert layers[0].parameters == 1_474_560 + 983_040 + 2_949_120 + 2_688
+    assert [layer.layer for layer in layers] == list(range(16))
+
+
+def test_head_of_its_own_is_counted() -> None:
+    values = ModelConfig.from_name("270M").to_dict() | {"share_input_output_layers": False}
+    summary = summarize_config(ModelConfig.from_dict(values), name="x", source="config")
+    assert summary.head == summary.embedding == 40_960_000
+    assert summary.parameters == PARAMETERS["270M"] + 40_960_000
+
+
+def test_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
+    memory = memory_needed(ModelConfig.from_name("270M"), {}, "bfloat16")
+    # Keys and values, 63 key-value heads in all, 64 wide, 2048 positions, 4 bytes.
+    assert memory.kv_cache == 2 * 63 * 64 * 2048 * 4 == 66_060_288
+    assert (memory.dtype, memory.weights, memory.expanded) == ("float32", 4 * PARAMETERS["270M"], None)
+    assert memory.total == memory.weights + memory.kv_cache
+
+
+def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: True)
+    config = ModelConfig.from_name("270M")
+    memory = memory_needed(config, {}, "float32")
+    assert (memory.dtype, memory.weights, memory.kv_cache) == ("bfloat16", 2 * PARAMETERS["270M"], 33_030_144)
+    choices, _ = plan(config, Quantization(64, 4))
+    packed = memory_needed(config, choices, "bfloat16")
+    assert packed.weights / PARAMETERS["270M"] == pytest.approx(4.5 / 8, rel=1e-3)
+    assert packed.expanded is None
+
+
+def test_quantized_weights_on_a_cpu_have_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
+    memory = summarize_folder(TINY_FOLDER).memory
+    assert memory.expanded == 4 * 2_485_056
+    assert memory.weights < memory.expanded / 3
+
+
+def test_a_folder_is_read_from_its_headers() -> None:
+    summary = summarize(str(SHAKESPEARE))
+    assert (summary.source, summary.dtype, summary.quantization) == ("files", "float32", None)
+    assert (summary.bits_per_weight, summary.tokenizer) == (32, "tokenizer.model")
+    assert summary.storage_bytes == (SHAKESPEARE / "model.safetensors").stat().st_size
+
+
+def test_tiny_is_quantized() -> None:
+    summary = summarize("tiny")
+    assert summary.quantization == {"bits": 8, "group_size": 32, "mode": "affine"}
+    # 8 bits, and two bfloat16 numbers for every 32 weights; the norms have 16 bits.
+    assert summary.bits_per_weight == pytest.approx(9.0, abs=0.02)
+    assert summary.storage_bytes == pytest.approx(summary.bits_per_weight * 2_485_056 / 8, rel=0.01)
+    assert summary.tokenizer == "tokenizer.json"
+
+
+def test_a_published_model_needs_no_hub(hub: FakeHub) -> None:
+    summary = summarize("3b-instruct")
+    assert (summary.name, summary.source, summary.parameters) == ("OpenELM-3B-Instruct", "published", PARAMETERS["3B"])
+    assert summary.storage_bytes == 4 * PARAMETERS["3B"]
+    assert hub.requests == []
+
+
+def test_a_cached_model_is_read(hub: FakeHub) -> None:
+    from mlx_openelm.hub import resolve
+
+    hub.add("apple/OpenELM-270M", SHAKESPEARE)
+    resolve("270m")
+    summary = summarize("270m")
+    assert (summary.source, summary.parameters) == ("files", 2_485_056)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_path: Path, group_size: int) -> None:
+    folder = tmp_path / "model"
+    convert(SHAKESPEARE, folder, quantize=True, q_group_size=group_size)
+    hub.add("someone/model", folder)
+    summary = summarize("someone/model")
+    assert not any("safetensors" in path for _, path in hub.requests)
+    read = summarize_folder(folder)
+    assert (summary.source, read.source) == ("config", "files")
+    assert summary.bits_per_weight == read.bits_per_weight
+    assert summary.quantization == read.quantization
+    assert summary.layers == read.layers
+
+
+def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tmp_path: Path) -> None:
+    values = json.loads((SHAKESPEARE / "config.json").read_text()) | {"quantization": {"bits": "many"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    hub.add("someone/model", tmp_path)
+    assert summarize("someone/model").quantization is None
+
+
+def test_what_cannot_be_summarized(hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no model named 'nothing'"):
+        summarize("nothing")
+    with pytest.raises(RequestError, match="no hub repository named someone/nothing"):
+        summarize("someone/nothing")
+    (tmp_path / "config.json").write_text((SHAKESPEARE / "config.json").read_text())
+    with pytest.raises(RequestError, match="holds no"):
+        summarize(str(tmp_path))
+    hub.status = 500
+    with pytest.raises(OpenELMError):
+        summarize("someone/other")
