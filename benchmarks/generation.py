@@ -150,11 +150,11 @@ def cold_start(whose: str, folder: Path) -> float:
 def make_weights(size: str, folder: Path, tokenizer: Path) -> None:
     """A float32 MLX folder of a published size with random weights of the scale of trained ones."""
     import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
-    import mlx.core as mx
-
     from mlx_openelm.config import ModelConfig
     from mlx_openelm.formats.mlx import Checkpoint, write
     from mlx_openelm.tokenizer import Tokenizer
+
+    import mlx.core as mx
 
     mx.random.seed(0)
     config = ModelConfig.from_name(size)
@@ -185,6 +185,7 @@ def load_ours(folder: str) -> tuple[Any, Callable[[], list[Any]]]:
 
 def load_theirs(folder: str) -> tuple[Any, Callable[[], list[Any]]]:
     import mlx_openelm  # noqa: F401 (the same BLAS, unless MLX_OPENELM_BLAS=0)
+
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
@@ -284,6 +285,7 @@ def memory(whose: str, folder: str) -> dict[str, float]:
     import resource
 
     import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
+
     import mlx.core as mx
 
     model, _ = load_ours(folder) if whose == "ours" else load_theirs(folder)

@@ -149,7 +149,7 @@ def _render_jinja(source: str, variables: Mapping[str, Any]) -> str:
     try:
         return environment.from_string(source).render(**variables)
     # A template is a program of the user's: it can raise anything, from a syntax error to a division by zero.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise RequestError(

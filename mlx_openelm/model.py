@@ -47,7 +47,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         heads, kv_heads = self.num_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
-        self.eps = config.rms_norm_eps
+        self.norms = ops.HeadNorms(config.rms_norm_eps) if config.normalize_qk_projections else None
         self.qkv_proj = Linear(config.model_dim, (heads + 2 * kv_heads) * config.head_dim)
         self.out_proj = Linear(heads * config.head_dim, config.model_dim)
         if config.normalize_qk_projections:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        norms = (self["q_norm"]["weight"], self["k_norm"]["weight"], self.eps) if "q_norm" in self else None
+        norms = self.norms and self.norms.use(self["q_norm"]["weight"], self["k_norm"]["weight"])
         return self["out_proj"](attend(self["qkv_proj"](x), shape, self.num_heads, norms, cache))
 
 
@@ -66,19 +66,20 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
-        self.activation = config.activation_fn_name
+        self.activation = ACTIVATIONS[config.activation_fn_name]
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.proj_1(x)
-        activation = ACTIVATIONS[self.activation]
+        x = self["proj_1"](x)
         if not self.gated:
-            return self.proj_2(activation(x))
-        if activation is nn.silu:
-            return self.proj_2(ops.swiglu(x))
-        gate, up = mx.split(x, 2, axis=-1)
-        return self.proj_2(activation(gate) * up)
+            x = self.activation(x)
+        elif self.activation is nn.silu:
+            x = ops.swiglu(x)
+        else:
+            gate, up = mx.split(x, 2, axis=-1)
+            x = self.activation(gate) * up
+        return self["proj_2"](x)
 
 
 class TransformerLayer(nn.Module):
@@ -141,6 +142,8 @@ class OpenELM(nn.Module):
         attend = ops.Attend(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
         # Layers see one row a position: matrix products of two dimensions need no reshaping.
         x = self.transformer.token_embeddings(tokens.reshape(-1))
+        # Where a packing's scales are no floating-point numbers, embeddings come out as bfloat16.
+        x = x.astype(self.transformer.norm["weight"].dtype)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, attend, (batch, length), layer_cache)
         return self.transformer.norm(x).reshape(batch, length, -1)

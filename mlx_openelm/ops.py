@@ -10,13 +10,11 @@ heads, D head_dim. Activations between layers are [N, model_dim].
 
 from __future__ import annotations
 
-from copy import copy
 from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-Norms = tuple[mx.array, mx.array, float]
 Heads = tuple[mx.array, mx.array, mx.array]
 
 _GPU = mx.DeviceType.gpu
@@ -24,6 +22,8 @@ _GPU = mx.DeviceType.gpu
 # OpenBLAS multiplies matrices of at most a million elements without copying them into packed panels first.
 # For a single row that copy is most of the work, so larger weights are multiplied in blocks of this size.
 _UNPACKED_ELEMENTS = 1_000_000
+# Below this, a product in blocks saves less time than its larger graph costs.
+_WORTH_BLOCKS = 4_000_000
 _SMALLEST_BLOCK = 32
 
 # On a CPU mx.compile runs a C++ compiler, half a second once a kernel; long prompts repay it, a first word does not.
@@ -48,9 +48,9 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
 @lru_cache
 def _blocks(out_dims: int, in_dims: int) -> tuple[int, int, int] | None:
     """The shape [blocks, rows, in] with the most rows that divide `out_dims` and fit an unpacked product."""
-    rows = _UNPACKED_ELEMENTS // in_dims
-    if rows >= out_dims:
+    if out_dims * in_dims < _WORTH_BLOCKS:
         return None
+    rows = _UNPACKED_ELEMENTS // in_dims
     while rows >= _SMALLEST_BLOCK and out_dims % rows:
         rows -= 1
     return (out_dims // rows, rows, in_dims) if rows >= _SMALLEST_BLOCK else None
@@ -64,11 +64,11 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def _normalized(x: mx.array, eps: float) -> mx.array:
-    """x [N, dim] over its root mean square; the mean and eps in one matrix product."""
-    rows, dims = x.shape
+    """x [..., dim] over its root mean square; mean and eps in one matrix product."""
+    dims = x.shape[-1]
     eps_array, mean_column = _norm_constants(dims, eps)
     exact = x.astype(mx.float32)
-    if rows == 1:
+    if x.size == dims and x.ndim == 2:
         mean_square = mx.addmm(eps_array, exact, exact.T, 1 / dims)
     else:
         mean_square = mx.addmm(eps_array, mx.square(exact), mean_column)
@@ -97,6 +97,29 @@ def _swiglu(gate_and_up: mx.array) -> mx.array:
 _compiled_swiglu = mx.compile(_swiglu)
 
 
+class HeadNorms:
+    """The norms of an attention's queries and keys: their weights [D], and eps."""
+
+    def __init__(self, eps: float):
+        self.eps = eps
+        self.query_weight = self.key_weight = mx.zeros(0)
+        self._joined: mx.array | None = None
+
+    def use(self, query_weight: mx.array, key_weight: mx.array) -> HeadNorms:
+        """Itself, for these weights; what was derived from others is forgotten."""
+        if query_weight is not self.query_weight or key_weight is not self.key_weight:
+            self.query_weight, self.key_weight, self._joined = query_weight, key_weight, None
+        return self
+
+    def joined(self, num_heads: tuple[int, int], scale: float) -> mx.array:
+        """[H + K, D]: the weight of every head, the queries' times `scale`, so that one product serves all."""
+        if self._joined is None:
+            weights = (self.query_weight * scale, self.key_weight)
+            rows = [mx.broadcast_to(w, (n, w.size)) for w, n in zip(weights, num_heads, strict=True)]
+            self._joined = mx.concatenate(rows)
+        return self._joined
+
+
 class Attend:
     """Attention as one forward pass needs it: positions and mask are made once and shared by all layers.
 
@@ -112,16 +135,14 @@ class Attend:
         self.scale = head_dim**-0.5
         self.fused = _on_gpu()
         if not self.fused:
-            self.rotate_keys = _Rotation(head_dim, base, offset, length)
-            # Scaling the queries' rotation once spares every layer from scaling its queries.
-            self.rotate_queries = self.rotate_keys.scaled(self.scale)
+            self.rotate = _Rotation(head_dim, base, offset, length)
 
     def __call__(
         self,
         qkv: mx.array,
         shape: tuple[int, int],
         num_heads: tuple[int, int],
-        norms: Norms | None,
+        norms: HeadNorms | None,
         cache: Any,
     ) -> mx.array:
         """Projected queries, keys and values [N, (H + 2K) * D] to mixed values [N, H * D].
@@ -129,7 +150,7 @@ class Attend:
         Args:
             shape: B, L.
             num_heads: H, K.
-            norms: weights [D] for queries and keys, and eps, if they are normalized before RoPE.
+            norms: how queries and keys are normalized before RoPE, if they are.
             cache: extended in place, ours or mlx-lm's; or None.
         """
         heads = qkv.reshape(*shape, -1, self.head_dim)
@@ -144,31 +165,25 @@ class Attend:
             output = self._mix(queries, keys, values)
         return output.swapaxes(1, 2).reshape(qkv.shape[0], -1)
 
-    def _fused_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: Norms | None) -> Heads:
+    def _fused_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
         """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]."""
         queries, keys, values = mx.split(heads, [num_heads[0], sum(num_heads)], axis=2)
         if norms is not None:
-            query_weight, key_weight, eps = norms
-            queries = mx.fast.rms_norm(queries, query_weight, eps)
-            keys = mx.fast.rms_norm(keys, key_weight, eps)
+            queries = mx.fast.rms_norm(queries, norms.query_weight, norms.eps)
+            keys = mx.fast.rms_norm(keys, norms.key_weight, norms.eps)
         queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
         return self._rope(queries), self._rope(keys), values
 
     def _rope(self, x: mx.array) -> mx.array:
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=self.offset)
 
-    def _plain_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: Norms | None) -> Heads:
-        """The same with the queries already scaled; queries and keys are normalized together."""
+    def _plain_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
+        """The same with the queries already scaled; queries and keys are normalized and rotated together."""
         rotated, values = mx.split(heads, [sum(num_heads)], axis=2)
-        if norms is None:
-            queries, keys = mx.split(rotated, [num_heads[0]], axis=2)
-        else:
-            query_weight, key_weight, eps = norms
-            normalized = _normalized(rotated.reshape(-1, self.head_dim), eps).reshape(rotated.shape)
-            queries, keys = mx.split(normalized, [num_heads[0]], axis=2)
-            queries, keys = queries * query_weight, keys * key_weight
-        queries, keys = self.rotate_queries(queries), self.rotate_keys(keys)
-        return queries.swapaxes(1, 2), keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        if norms is not None:
+            rotated = _normalized(rotated, norms.eps) * norms.joined(num_heads, self.scale)
+        queries, keys = mx.split(self.rotate(rotated).swapaxes(1, 2), [num_heads[0]], axis=1)
+        return queries if norms is not None else queries * self.scale, keys, values.swapaxes(1, 2)
 
     def _mix(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         batch, kv_heads = keys.shape[:2]
@@ -229,15 +244,6 @@ class _Rotation:
         angles = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32) * frequencies
         self.cos, self.sin = mx.cos(angles), mx.sin(angles)
         self.matrix = identity * self.cos + self.swap * self.sin if length == 1 else None
-
-    def scaled(self, scale: float) -> _Rotation:
-        """The same rotation followed by a multiplication."""
-        rotation = copy(self)
-        if self.matrix is not None:
-            rotation.matrix = self.matrix * scale
-        else:
-            rotation.cos, rotation.sin = self.cos * scale, self.sin * scale
-        return rotation
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate x [B, L, heads, D]."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import mlx_openelm  # noqa: F401  # before MLX, which binds its BLAS when it is imported
+import mlx_openelm  # noqa: F401 (before MLX, which binds its BLAS when it is imported)
 
-# isort: split
 import mlx.core as mx
+import numpy as np
 import pytest
 from fake_hub import FakeHub
 
@@ -68,3 +70,12 @@ def hub_env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1,localhost",
     }
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, Any]:
+    """What the reference implementation answers: ids, greedy tokens, texts, loss, and `logits_0` to `logits_3`."""
+    folder = Path(__file__).parent / "fixtures"
+    answers = json.loads((folder / "shakespeare-reference.json").read_text())
+    with np.load(folder / "shakespeare-reference.npz") as arrays:
+        return answers | dict(arrays)

@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.config import SIZES, ModelConfig, make_divisible, read_json, spread
+from mlx_openelm.errors import RequestError
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mlx_openelm.config import SIZES, ModelConfig, make_divisible, read_json, spread
-from mlx_openelm.errors import RequestError
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1_1B": 1_079_891_456, "3B": 3_036_647_424}

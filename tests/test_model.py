@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-
 from mlx_openelm import ops
 from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
@@ -19,9 +16,10 @@ from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 
-# isort: split
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-from fake_hub import FakeHub
-
 from mlx_openelm.catalog import TINY_FOLDER
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.loading import convert
 from mlx_openelm.quantization.uniform import Quantization, plan
 from mlx_openelm.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
+
+import pytest
+from fake_hub import FakeHub
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 # arXiv:2404.14619 and the weights published with it.
@@ -124,8 +124,10 @@ def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_p
 
 def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tmp_path: Path) -> None:
     values = json.loads((SHAKESPEARE / "config.json").read_text()) | {"quantization": {"bits": "many"}}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    hub.add("someone/model", tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    hub.add("someone/model", folder)
     assert summarize("someone/model").quantization is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 import warnings
@@ -17,8 +18,11 @@ _LINE_SECONDS = 5.0
 
 
 def prepare_streams() -> None:
-    """One line a warning, and no crash where the terminal cannot show a character."""
+    """One line a warning, and no crash where a stream is closed or cannot show a character."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -66,7 +70,7 @@ class Progress:
     Use it in a `with` block, so that a bar does not outlive an error.
     """
 
-    def __init__(self, label: str, *, unit: str = "", lines: bool = True):
+    def __init__(self, label: str, *, unit: str, lines: bool = True):
         self._label, self._unit, self._lines = label, unit, lines
         self._started = self._spoke = time.monotonic()
         self._bar: Any = None
@@ -81,7 +85,7 @@ class Progress:
         elif not sys.stderr.isatty():
             if self._lines and now - self._spoke >= _LINE_SECONDS:
                 self._spoke = now
-                say(f"{self._label}: {self._amount(done)} of {self._amount(total)}")
+                say(f"{self._label}: {self._amounts(done, total)}")
         elif self._expected_seconds(now, done, total) > QUIET_SECONDS:
             self._open(done, total)
 
@@ -89,8 +93,10 @@ class Progress:
         spent = now - self._started
         return spent * total / done if done else spent
 
-    def _amount(self, count: int) -> str:
-        return size(count) if self._unit == "bytes" else f"{count:,}{' ' * bool(self._unit)}{self._unit}"
+    def _amounts(self, done: int, total: int) -> str:
+        if self._unit == "bytes":
+            return f"{size(done)} of {size(total)}"
+        return f"{done:,} of {total:,} {self._unit}"
 
     def _open(self, done: int, total: int) -> None:
         # rich costs a tenth of a second, so it is imported when there is something to show.

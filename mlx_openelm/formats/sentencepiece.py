@@ -313,7 +313,7 @@ class TokenizersEngine:
             raise RequestError(NOT_SENTENCEPIECE.format(self._path))
         try:
             return Tokenizer.from_buffer(data)
-        except Exception as error:  # noqa: BLE001 (the package raises nothing more specific)
+        except Exception as error:
             raise RequestError(f"{self._path} is damaged or no tokenizer ({error}): download it again") from None
 
     def _correct(self, path: Path) -> None:

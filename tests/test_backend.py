@@ -1,0 +1,114 @@
+"""BLAS before MLX, types by device, and one line where MLX is missing; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mlx_openelm import backend
+from mlx_openelm.errors import OpenELMError
+
+import mlx.core as mx
+import pytest
+
+linux_cpu = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or backend.blas.state == "unneeded",
+    reason="only MLX for Linux CPUs needs a BLAS",
+)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+
+
+@linux_cpu
+def test_the_variable_turns_preloading_off():
+    done = python(
+        "import mlx_openelm.backend as b, mlx.core; print(b.blas.state, b.blas_warning(), "
+        "'openblas' in open('/proc/self/maps').read())",
+        MLX_OPENELM_BLAS="0",
+    )
+    assert done.stdout.split() == ["off", "None", "False"]
+
+
+@linux_cpu
+def test_a_library_that_cannot_be_loaded_is_named():
+    done = python(
+        "import mlx_openelm.backend as b; print(b.blas.state, b.blas_warning())", MLX_OPENELM_BLAS="/no/such/lib.so"
+    )
+    assert done.stdout.startswith("missing MLX_OPENELM_BLAS=/no/such/lib.so cannot be loaded")
+
+
+@linux_cpu
+def test_mlx_imported_first_is_noticed_by_load_once():
+    done = python("import mlx.core; from mlx_openelm import load; load('tiny')", MLX_OPENELM_BLAS="")
+    assert done.stderr.count("mlx.core was imported before mlx_openelm") == 1
+    assert done.returncode == 0
+
+
+@linux_cpu
+@pytest.mark.skipif(backend.blas.state != "loaded", reason="no OpenBLAS on this machine")
+def test_the_preloaded_library_serves_matrix_products():
+    """The bundled reference BLAS reaches 4 GFLOP/s on the machine it was measured on, OpenBLAS 162."""
+    code = """
+import mlx_openelm, time, mlx.core as mx
+a = mx.random.normal((1024, 1024)); mx.eval(a, a @ a)
+best = 1e9
+for _ in range(5):
+    started = time.perf_counter(); mx.eval(a @ a); best = min(best, time.perf_counter() - started)
+print(best)
+"""
+    fast, slow = float(python(code).stdout), float(python(code, MLX_OPENELM_BLAS="0").stdout)
+    assert slow / fast > 4
+
+
+def test_a_missing_mlx_names_the_extra(tmp_path: Path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    code = """
+import sys; sys.path.insert(0, sys.argv[1]) if len(sys.argv) > 1 else None
+from mlx_openelm.errors import OpenELMError
+try:
+    from mlx_openelm import load
+except OpenELMError as error:
+    print(error)
+"""
+    done = python(code, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}")
+    assert "mlx-openelm[cpu]" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_old_glibc_is_explained():
+    with pytest.raises(OpenELMError, match="glibc 2.35"), backend.naming_the_extra():
+        raise ImportError("/lib/libm.so.6: version `GLIBC_2.35' not found (required by libmlx.so)")
+
+
+def test_other_import_errors_pass_through():
+    with pytest.raises(ImportError, match="numpy"), backend.naming_the_extra():
+        raise ImportError("No module named numpy", name="numpy")
+
+
+def test_a_cpu_computes_in_float32_whatever_is_stored():
+    for stored in (mx.float32, mx.float16, mx.bfloat16):
+        assert backend.compute_dtype(stored) == mx.float32
+
+
+def test_a_gpu_computes_in_half_precision(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    assert backend.compute_dtype(mx.float32) == mx.bfloat16
+    assert backend.compute_dtype(mx.bfloat16) == mx.bfloat16
+    assert backend.compute_dtype(mx.float16) == mx.float16
+    assert backend.blas_warning() is None
+    assert backend.prefill_step_size() == 2048
+
+
+def test_memory_is_reported_in_bytes():
+    total = backend.total_memory()
+    assert total is not None
+    assert total > 1 << 30
+    available = backend.available_memory()
+    assert available is None or 0 < available <= total

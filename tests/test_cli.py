@@ -1,0 +1,689 @@
+"""The command line: the installed command in processes of its own, every flag's effect, every error's line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import backend, load, stream_generate
+from mlx_openelm.cli import console, flags
+from mlx_openelm.cli.main import COMMANDS
+from mlx_openelm.generation.stream import GenerationOptions
+
+import pytest
+from fake_hub import FakeHub
+
+ROOT = Path(__file__).parent.parent
+SHAKESPEARE = ROOT / "tests" / "fixtures" / "shakespeare-hf"
+VALID = ROOT / "tests" / "fixtures" / "valid.jsonl"
+PROMPT = "ROMEO. But soft, what light"
+
+
+def run(
+    *args: object, stdin: str | bytes = b"", env: dict[str, str] | None = None, start: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; nothing from the hub unless `env` names one."""
+    command = [*(start or (sys.executable, "-m", "mlx_openelm")), *map(str, args)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=60)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def result(*args: object, **more: Any) -> dict[str, Any]:
+    """The JSON of a command that must succeed."""
+    done = run(*args, "--json", **more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def generated(*args: object, prompt: str = PROMPT, tokens: int = 24) -> str:
+    return result("generate", "--prompt", prompt, "--max-tokens", tokens, *args)["text"]
+
+
+def refused(*args: object, code: int = 2, **more: Any) -> str:
+    """The one line of a command that must fail."""
+    done = run(*args, **more)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The processes share compiled bytecode, as an installed package has it, outside of the source tree."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return load("tiny")
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny: Any) -> list[Any]:
+    """The pieces Python gives for PROMPT."""
+    return list(stream_generate(*tiny, PROMPT, max_tokens=24))
+
+
+@pytest.fixture(scope="module")
+def greedy_text(greedy: list[Any]) -> str:
+    return "".join(piece.text for piece in greedy)
+
+
+# The group.
+
+
+def test_help_lists_every_command_without_importing_mlx() -> None:
+    code = (
+        "import sys\nfrom mlx_openelm.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print([m for m in sys.modules if m.split('.')[0] == 'mlx'])"
+    )
+    done = run(start=(sys.executable, "-c", code))
+    assert done.stdout.endswith("[]\n")
+    for name, line in COMMANDS.items():
+        assert f"\n  {name} " in done.stdout
+        assert line.split()[0] in done.stdout
+    assert run().stdout + "[]\n" == done.stdout.replace("python -c", "mlx-openelm")
+
+
+def test_every_command_has_help() -> None:
+    for name in COMMANDS:
+        done = run(name, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
+        assert "--debug" in done.stdout
+
+
+def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: str, tmp_path: Path) -> None:
+    from mlx_openelm import __version__
+
+    script = Path(sys.executable).parent / "mlx-openelm"
+    assert run("--version", start=(str(script),)).stdout == f"mlx-openelm {__version__}\n"
+    door = run("--prompt", PROMPT, "-m", 24, start=(sys.executable, str(ROOT / "generate.py")))
+    assert door.stdout == greedy_text + "\n"
+    door = run("--mlx-path", tmp_path / "out", "-d", start=(sys.executable, str(ROOT / "convert.py")))
+    assert door.returncode == 0, door.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["genrate"], "mlx-openelm has no command 'genrate'; did you mean generate?"),
+        (["dance"], "no command 'dance'; there are generate, convert"),
+        (["--verson"], "mlx-openelm has no flag --verson (did you mean --version?); see mlx-openelm --help."),
+        (["generate", "--max-tokns", "3"], "generate has no flag --max-tokns (did you mean --max-tokens?)"),
+        (["generate", "--prompt"], "--prompt"),
+        (["generate", "-m", "x"], "--max-tokens must be a whole number, got 'x'."),
+        (["generate", "--temp", "warm"], "--temp must be a number, got 'warm'."),
+        (["generate", "--verbose=maybe"], "--verbose must be True or False, got 'maybe'."),
+        (["generate", "--prompt", "two", "words"], "has no use for 'words'"),
+        (["info", "tiny", "--model", "tiny"], "Give the model once"),
+        (["perplexity"], "--data is missing"),
+    ],
+)
+def test_usage_errors_are_one_line(args: list[str], line: str) -> None:
+    assert line in refused(*args)
+
+
+def test_debug_shows_the_traceback_before_and_after_the_command() -> None:
+    for args in (["--debug", "info", "nothing"], ["info", "nothing", "--debug"]):
+        done = run(*args)
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: there is no model named 'nothing'")
+
+
+def test_what_nobody_expected_is_one_line_too() -> None:
+    code = (
+        "import sys\nfrom mlx_openelm import summary\nfrom mlx_openelm.cli.main import main\n"
+        "def broken(*args, **kwargs): raise KeyError('two\\nlines')\n"
+        "summary.summarize = broken\nmain(['info', *sys.argv[1:]])"
+    )
+    start = (sys.executable, "-c", code)
+    line = refused(start=start, code=1)
+    assert "KeyError" in line
+    assert "run again with --debug for the traceback" in line
+    done = run("--debug", start=start)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, True)
+
+
+def test_closed_streams_are_no_crash() -> None:
+    closed = ("sh", "-c", f'"{sys.executable}" -m mlx_openelm "$@" <&- >&-', "sh")
+    done = run("generate", "-p", PROMPT, "-m", 2, "--verbose", "False", start=closed)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "The prompt is empty" in refused("generate", start=closed)
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "mlx_openelm", "generate", "-p", PROMPT, "-m", "-1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+# generate: where the prompt comes from, where the text goes.
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(greedy_text: str) -> None:
+    done = run("generate", "--prompt", PROMPT, "--max-tokens", 24)
+    assert (done.returncode, done.stdout) == (0, greedy_text + "\n")
+    lines = done.stderr.splitlines()
+    if not backend.on_gpu():
+        assert lines.pop(0).startswith("Weights: 8 bits, expanded at load")
+    assert lines[0].startswith("Prompt: 9 tokens, ")
+    assert lines[1].startswith("Generation: 24 tokens, ")
+    assert lines[2].startswith("Peak memory: 0.0")
+    assert len(lines) == 3  # greedy decoding draws no seed
+
+
+@pytest.mark.parametrize("quiet", [["--verbose", "False"], ["--verbose=F"], ["--no-verbose"]])
+def test_quiet(quiet: list[str]) -> None:
+    done = run("generate", "--prompt", PROMPT, "-m", 3, *quiet)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_word_after_another_flag_is_no_switch() -> None:
+    values = result("generate", "-m", 3, "--prompt", "--verbose", "--verbose", "true")
+    assert values["prompt"] == "--verbose"
+
+
+def test_prompts_from_everywhere(greedy_text: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT + "\r\n")
+    for args, stdin in (
+        (["--prompt-file", path], "ignored"),
+        (["--prompt", "-"], PROMPT + "\n"),
+        ([], PROMPT),
+        (["-p", PROMPT], "ignored"),
+    ):
+        assert run("generate", *args, "-m", 24, stdin=stdin).stdout == greedy_text + "\n"
+    assert result("generate", "-m", 2, stdin="line\n\n")["prompt"] == "line\n"
+
+
+def test_no_prompt_on_a_terminal() -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "mlx_openelm", "generate"]
+    done = subprocess.run(command, stdin=child, capture_output=True, timeout=60)
+    os.close(child)
+    os.close(parent)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: There is no prompt; give one with --prompt")
+
+
+def test_bad_prompts(tmp_path: Path) -> None:
+    assert "The prompt is empty" in refused("generate", "--prompt", "")
+    assert "The prompt is empty" in refused("generate", stdin="\n")
+    assert "not UTF-8" in refused("generate", stdin=b"\xff\xfe\xfa")
+    assert "missing.txt cannot be read" in refused("generate", "--prompt-file", tmp_path / "missing.txt")
+    assert "Give either" in refused("generate", "--prompt", "x", "--prompt-file", "y")
+    assert "too long" in refused("generate", stdin="word " * 5000)
+
+
+def test_a_prompt_beyond_the_context_is_one_warning() -> None:
+    done = run("generate", "-m", 2, "--verbose", "False", stdin="and the king " * 200)
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: The prompt has ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_json(greedy: list[Any], greedy_text: str) -> None:
+    done = run("generate", "--prompt", PROMPT, "-m", 24, "--json", "--logprobs")
+    assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+    values = json.loads(done.stdout)
+    assert (values["model"], values["prompt"], values["text"]) == ("tiny", PROMPT, greedy_text)
+    assert (values["finish_reason"], values["prompt_tokens"], values["generation_tokens"]) == ("length", 9, 24)
+    assert values["tokens"] == [piece.token for piece in greedy]
+    assert values["logprobs"] == pytest.approx([piece.logprob for piece in greedy], abs=1e-4)
+    assert len(values["token_texts"]) == 24
+    assert min(values[key] for key in ("prompt_tps", "generation_tps", "peak_memory")) > 0
+    assert values["seed"] is None
+
+
+def test_logprobs_without_json(greedy: list[Any], greedy_text: str) -> None:
+    done = run("generate", "--prompt", PROMPT, "-m", 24, "--logprobs", "--verbose", "False")
+    assert done.stdout == greedy_text + "\n"
+    rows = [line.split() for line in done.stderr.splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == [piece.token for piece in greedy]
+    assert [float(row[1]) for row in rows] == pytest.approx([piece.logprob for piece in greedy], abs=1e-3)
+
+
+def test_ctrl_c_ends_with_the_statistics() -> None:
+    for flag, out in (("--verbose", "text"), ("--json", "json")):
+        command = [sys.executable, "-u", "-m", "mlx_openelm", "generate", "-p", PROMPT, "-m", "-1", flag]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type]
+        )
+        assert process.stdout is not None
+        first = process.stdout.read(1) if out == "text" else b""
+        if out == "json":
+            time.sleep(1.2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert b"Traceback" not in stderr
+        if out == "text":
+            assert (first + stdout).endswith(b"\n")
+            assert b"Generation: " in stderr and b"Peak memory" in stderr
+        else:
+            assert json.loads(stdout)["finish_reason"] == "interrupted"
+
+
+# generate: what the flags do.
+
+
+def test_every_option_has_a_flag() -> None:
+    assert set(flags.GENERATION) == {field.name for field in fields(GenerationOptions)}
+    text = run("generate", "--help").stdout
+    assert all(f"--{name.replace('_', '-')}" in text for name in flags.GENERATION)
+    assert "[default: 256]" in text
+
+
+def test_a_seed_gives_the_same_text_and_a_drawn_one_is_told(greedy_text: str) -> None:
+    first = generated("--temp", 1, "--seed", 7)
+    assert first == generated("--temp", 1, "--seed", 7) != greedy_text
+    assert generated("--temp", 1, "--seed", 8) != first
+    done = run("generate", "-p", PROMPT, "-m", 24, "--temp", 1)
+    seed = done.stderr.splitlines()[-1].removeprefix("Seed: ")
+    assert generated("--temp", 1, "--seed", seed) + "\n" == done.stdout
+
+
+@pytest.mark.parametrize("args", [["--top-k", 1], ["--top-p", 1e-6], ["--min-p", 1]])
+def test_filters_that_leave_one_token(greedy_text: str, args: list[Any]) -> None:
+    assert generated("--temp", 1, "--seed", 7, *args) == greedy_text
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--min-p", 1, "--min-tokens-to-keep", 20, "--temp", 1, "--seed", 7],
+        ["--xtc-probability", 1, "--xtc-threshold", 0.01, "--temp", 0.01, "--seed", 7],
+        ["--repetition-penalty", 1.5],
+        ["--presence-penalty", 2],
+        ["--frequency-penalty", 2],
+        ["--kv-bits", 2],
+    ],
+)
+def test_flags_that_change_the_text(greedy_text: str, args: list[Any]) -> None:
+    assert generated(*args) != greedy_text
+
+
+def test_context_sizes_limit_the_penalties() -> None:
+    for name, penalty in (("repetition", 1.5), ("presence", 2), ("frequency", 2)):
+        flag, size = f"--{name}-penalty", f"--{name}-context-size"
+        everything = generated(flag, penalty)
+        assert generated(flag, penalty, size, 1) != everything
+        assert generated(flag, penalty, size, 1000) == everything
+
+
+def test_logit_bias_in_both_spellings(greedy: list[Any]) -> None:
+    token = greedy[0].token
+    pairs = result("generate", "-p", PROMPT, "-m", 4, "--logit-bias", f"{token}=-inf", "--logprobs")
+    assert pairs["tokens"][0] != token
+    both = result("generate", "-p", PROMPT, "-m", 4, "--logprobs", "--logit-bias", '{"5": 100}', "--logit-bias", "9=90")
+    assert both["tokens"] == [5, 5, 5, 5]
+    for bad in ("5", "x=1", "[1]", '{"1": "much"}', "{"):
+        assert "--logit-bias must be ID=VALUE" in refused("generate", "-p", "x", "--logit-bias", bad)
+
+
+def test_stop_strings(greedy_text: str) -> None:
+    assert "Enter" in greedy_text
+    values = result("generate", "-p", PROMPT, "--stop", "nowhere", "--stop", "Enter")
+    assert values["text"] == greedy_text[: greedy_text.index("Enter")]
+    assert values["finish_reason"] == "stop"
+
+
+def test_extra_eos_tokens(greedy: list[Any], tiny: Any) -> None:
+    by_id = result("generate", "-p", PROMPT, "--extra-eos-token", greedy[2].token, "--extra-eos-token", "<0x0A>")
+    by_name = result("generate", "-p", PROMPT, "--extra-eos-token", tiny[1].id_to_token(greedy[2].token))
+    assert (by_id["finish_reason"], by_id["generation_tokens"]) == ("stop", 3)
+    assert by_name["generation_tokens"] == 3
+    assert "no token of this tokenizer" in refused("generate", "-p", "x", "--extra-eos-token", "nothing such")
+
+
+def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}")
+
+    def prompt_tokens(*args: object) -> int:
+        return result("generate", "-p", "Speak", "-m", 1, *args)["prompt_tokens"]
+
+    def encoded(messages: list[dict[str, str]], template: object, continued: bool = False) -> int:
+        return len(tiny[1].apply_chat_template(messages, template, continue_final_message=continued))
+
+    user = {"role": "user", "content": "Speak"}
+    system = {"role": "system", "content": "You are a king."}
+    start = {"role": "assistant", "content": "My lord,"}
+    bare = len(tiny[1].encode("Speak"))
+    assert prompt_tokens() == prompt_tokens("--ignore-chat-template") == bare
+    assert prompt_tokens("--chat-template", "corenet") == encoded([user], "corenet") > bare
+    assert prompt_tokens("--chat-template", template) == encoded([user], str(template))
+    assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")
+    args = ("--chat-template", "corenet", "--prefill-response", start["content"])
+    assert prompt_tokens(*args) == encoded([user, start], "corenet", continued=True)
+    assert "cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
+
+
+@pytest.mark.parametrize("args", [["--system-prompt", "x"], ["--chat-template", "plain"], ["--prefill-response", "x"]])
+def test_no_template_takes_no_messages(args: list[str]) -> None:
+    line = refused("generate", "-p", "x", "--ignore-chat-template", *args)
+    assert "--ignore-chat-template cannot be combined" in line
+
+
+def test_the_text_goes_on_after_a_prefill() -> None:
+    whole = generated("--ignore-chat-template", prompt="ROMEO\nI am")
+    assert generated("--prefill-response", "I am", prompt="ROMEO") == whole
+
+
+def test_flags_that_leave_the_text_as_it_is(greedy_text: str) -> None:
+    assert generated("--prefill-step-size", 2) == greedy_text
+    assert generated("--max-kv-size", 64) == greedy_text
+    assert generated("--kv-bits", 2, "--quantized-kv-start", 500) == greedy_text
+    assert generated("--kv-bits", 8, "--kv-group-size", 32)
+    assert generated("--expand") == greedy_text
+
+
+def test_a_short_memory_changes_the_text(greedy_text: str) -> None:
+    assert generated("--max-kv-size", 8) != greedy_text
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--max-tokens", 0], "--max-tokens"),
+        (["--temp", -1], "--temp must be between"),
+        (["--top-p", 2], "--top-p"),
+        (["--seed", -1], "--seed"),
+        (["--stop", ""], "--stop"),
+        (["--prefill-step-size", 0], "--prefill-step-size"),
+        (["--kv-group-size", 32], "--kv-group-size needs --kv-bits"),
+        (["--kv-bits", 7], "--kv-bits must be"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--revision", "main"], "revision"),
+        (["--model", "4b"], "no model named '4b'"),
+        (["--model", "./nowhere"], "does not exist"),
+        (["--quantized-kv-start", -1], "--quantized-kv-start"),
+    ],
+)
+def test_values_that_cannot_be_right(args: list[Any], line: str) -> None:
+    assert line in refused("generate", "--prompt", "x", *args)
+
+
+def test_packed_weights_are_not_reported_as_expanded() -> None:
+    done = run("generate", "-p", PROMPT, "-m", 2, "--no-expand")
+    assert done.returncode == 0
+    assert "expanded" not in done.stderr
+
+
+def test_model_tokenizer_and_dtype(greedy_text: str) -> None:
+    model = ("--model", SHAKESPEARE)
+    text = generated(*model)
+    assert generated(*model, "--tokenizer", SHAKESPEARE / "tokenizer.model", "--dtype", "float32") == text
+    assert generated(*model, "--dtype", "bfloat16", "--no-verbose")
+
+
+# What `generate --model tiny` costs before its first token.
+
+
+def test_generate_imports_nothing_heavy() -> None:
+    heavy = [
+        "transformers",
+        "mlx_lm",
+        "torch",
+        "numpy",
+        "huggingface_hub",
+        "rich",
+        "pydantic",
+        "jinja2",
+        "mlx_openelm.summary",
+    ]
+    code = (
+        "import sys\nfrom mlx_openelm.cli.main import main\n"
+        "try: main(['generate', '--model', 'tiny', '--prompt', 'x', '--max-tokens', '2'])\n"
+        f"except SystemExit: print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = run(start=(sys.executable, "-c", code))
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_cold_start() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run("generate", "--prompt", "x", "--max-tokens", 1)
+        seconds.append(time.perf_counter() - started)
+    assert statistics.median(seconds) < 1.5  # about 0.25 on an idle machine
+
+
+# convert, info, doctor, perplexity.
+
+
+def test_convert_says_what_it_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("convert", "--model", SHAKESPEARE, "--mlx-path", out, "-q", "--q-group-size", 128)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"Wrote {out}: 4.")
+    assert "bits per weight, 1.5 MB" in lines[0]
+    assert "  transformer.layers.0.attn.out_proj: group size 32, since 128 does not divide 96" in lines
+    assert generated("--model", out)
+    assert "exists; delete it" in refused("convert", "--mlx-path", out)
+    assert run("convert", "--mlx-path", out, "--overwrite", "--dequantize", "--dtype", "float32").returncode == 0
+    assert result("info", out)["bits_per_weight"] == 32
+
+
+def test_convert_json(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    values = result(
+        "convert", "--hf-path", SHAKESPEARE, "--mlx-path", out, "--quantize", "--q-mode", "mxfp8", "--dtype", "float16"
+    )
+    assert values["mlx_path"] == str(out)
+    assert values["size"] == sum(path.stat().st_size for path in out.iterdir())
+    assert values["exceptions"] == {}
+    assert values["bits_per_weight"] == pytest.approx(8.25, abs=0.05)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"] == {"bits": 8, "group_size": 32, "mode": "mxfp8"}
+    assert config["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--q-bits", 4], "need -q"),
+        (["-q", "-d"], "either -q or --dequantize"),
+        (["-q", "--q-bits", 7], "--q-bits must be"),
+        (["-q", "--q-mode", "int4"], "--q-mode must be one of"),
+        (["-q"], "already quantized"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--revision", "main"], "revision"),
+    ],
+)
+def test_convert_refuses(tmp_path: Path, args: list[Any], line: str) -> None:
+    assert line in refused("convert", "--mlx-path", tmp_path / "out", *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_shows_layer_wise_scaling() -> None:
+    done = run("info", "tiny")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["layer", "query", "heads", "kv", "heads", "inner", "size", "parameters", "share"]
+    assert lines[1].split()[:6] == ["0", "3", "1", "128", "123,328", "5.0%"]
+    bars = [line.count("█") for line in lines[1:7]]
+    assert bars == sorted(bars) and bars[0] < bars[-1]
+    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 2048 tokens"):
+        assert text in done.stdout
+
+
+def test_info_json() -> None:
+    values = result("info", "--model", "tiny")
+    assert (values["parameters"], len(values["layers"]), values["source"]) == (2_485_056, 6, "files")
+    assert values["layers"][0]["kv_heads"] == 1
+    assert values["memory"]["total"] == values["memory"]["weights"] + values["memory"]["kv_cache"]
+    assert values["config"]["model_type"] == "openelm"
+
+
+def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str]) -> None:
+    done = run("info", "3b", env=hub_env)
+    assert done.returncode == 0, done.stderr
+    assert "3,036,647,424" in done.stdout
+    assert done.stdout.endswith("these are the published sizes, no file was read.\n")
+    assert hub.requests == []
+    hub.add("someone/model", SHAKESPEARE)
+    assert "2,485,056" in run("info", "someone/model", "--revision", "main", env=hub_env).stdout
+    assert "has no revision" in refused("info", "someone/model", "--revision", "v9", env=hub_env)
+
+
+def test_a_failure_while_working_exits_with_1(hub: FakeHub, hub_env: dict[str, str]) -> None:
+    hub.status = 500
+    assert "problem of its own" in refused("generate", "--model", "a/b", "-p", "x", env=hub_env, code=1)
+
+
+def test_doctor() -> None:
+    values = result("doctor", env={"HF_TOKEN": "hf_secret"})
+    assert values["ok"] is True
+    found = {finding["name"]: finding for finding in values["findings"]}
+    assert {"mlx-openelm", "Python", "MLX", "Device", "Memory", "Packages", "tiny", "Hub token"} <= set(found)
+    assert found["Hub token"]["value"] == "present"
+    assert found["tiny"]["advice"] is None
+    done = run("doctor", env={"HF_TOKEN": "hf_secret"})
+    assert done.returncode == 0
+    assert "hf_secret" not in done.stdout + json.dumps(values)
+
+
+@pytest.mark.skipif(backend.blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
+def test_doctor_has_advice_about_blas() -> None:
+    for variable, value, advice in (("0", "since MLX_OPENELM_BLAS says so", "unset"), ("none.so", "slow", "none.so")):
+        findings = result("doctor", env={"MLX_OPENELM_BLAS": variable})["findings"]
+        blas = next(finding for finding in findings if finding["name"] == "BLAS")
+        assert value in blas["value"] and advice in blas["advice"]
+    code = "import mlx.core\nfrom mlx_openelm.cli.main import main\nmain(['doctor'])"
+    done = run(start=(sys.executable, "-c", code))
+    assert done.returncode == 0
+    assert "mlx.core was imported before mlx_openelm" in done.stdout
+
+
+def test_without_mlx_doctor_runs_and_the_rest_names_the_extra() -> None:
+    code = (
+        "import sys\nimport mlx_openelm\nsys.modules['mlx'] = None\n"
+        "from mlx_openelm.cli.main import main\nmain(sys.argv[1:])"
+    )
+    start = (sys.executable, "-c", code)
+    done = run("doctor", start=start)
+    assert done.returncode == 1
+    assert "mlx-openelm[cpu]" in done.stdout and "Packages" in done.stdout
+    assert "mlx-openelm[cpu]" in refused("generate", "-p", "x", start=start, code=1)
+
+
+def test_perplexity(tmp_path: Path) -> None:
+    args = ("perplexity", "--data", VALID, "--sequence-length", 64, "--num-samples", 8)
+    values = result(*args, "--reference-model", SHAKESPEARE)
+    assert (values["windows"], values["tokens"], values["sequence_length"]) == (8, 512, 64)
+    assert 0 < values["kl_divergence"] < 0.01
+    assert 20 < values["perplexity"] < 80
+    assert values["standard_error"] > 0
+    one_by_one = result(*args, "--batch-size", 1, "--no-expand")
+    assert one_by_one["nll"] == pytest.approx(values["nll"], abs=1e-3)
+    assert result(*args, "--seed", 1)["nll"] != values["nll"]
+    done = run(*args)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Perplexity: {values['perplexity']:.4f}\n")
+
+
+@pytest.mark.slow
+def test_perplexity_is_the_reference() -> None:
+    expected = json.loads((ROOT / "tests" / "fixtures" / "shakespeare-reference.json").read_text())["valid"]
+    length = expected["window_tokens"]
+    values = result("perplexity", "--model", SHAKESPEARE, "--data", VALID, "--sequence-length", length)
+    assert values["windows"] == expected["windows"]
+    assert values["nll"] == pytest.approx(expected["mean_nll"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--data", "nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--data", VALID, "--sequence-length", 5000], "--sequence-length must be from 1 to 1024"),
+        (["--data", VALID, "--num-samples", 0], "--num-samples must be 1 or more"),
+        (["--data", VALID, "--batch-size", 0], "--batch-size must be 1 or more"),
+    ],
+)
+def test_perplexity_refuses(args: list[Any], line: str) -> None:
+    assert line in refused("perplexity", *args)
+
+
+# The helpers.
+
+
+def test_sizes() -> None:
+    sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_600: "1.0 MB", 3_100_000: "3.1 MB", 12_146_589_696: "12.1 GB"}
+    assert {count: console.size(count) for count in sizes} == sizes
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"a": float("nan"), "b": [float("-inf"), 1.5], "é": ()})
+    assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "é": []}\n'
+
+
+class FakeTime:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_progress_is_lines_when_piped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(console, "time", clock)
+    with console.Progress("Writing", unit="bytes") as progress:
+        for done in range(0, 13_000_000, 1_000_000):
+            progress(done, 12_000_000)
+            clock.now += 1
+    assert capsys.readouterr().err == "Writing: 5.0 MB of 12.0 MB\nWriting: 10.0 MB of 12.0 MB\n"
+
+
+def test_progress_is_a_bar_on_a_terminal_when_it_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr(console, "time", clock)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with console.Progress("Reading", unit="tokens", lines=False) as quick:
+        quick(0, 100)
+        clock.now += 0.05
+        quick(50, 100)
+        quick(100, 100)
+    assert capsys.readouterr().err == ""
+    with console.Progress("Reading", unit="tokens", lines=False) as slow:
+        slow(0, 100)
+        clock.now += 0.4
+        slow(20, 100)
+        assert slow._bar is not None
+        slow(40, 100)
+        slow(100, 100)
+        assert slow._bar is None
+    assert "Reading" in capsys.readouterr().err

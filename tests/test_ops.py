@@ -1,0 +1,120 @@
+"""The CPU's and the GPU's form of each layer compute the same; the fused functions also run, slowly, on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_openelm import load, ops
+from mlx_openelm.cache import BatchKVCache, make_cache
+from mlx_openelm.generation.decoding import CacheOptions, generate_step
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(FIXTURES / "shakespeare-hf", dtype="float32")[0]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+
+
+@pytest.mark.parametrize("prompt", range(4))
+def test_the_fused_form_gives_the_reference_logits(model, fused, prompt, reference):
+    ids, logits = reference["ids"][prompt], reference[f"logits_{prompt}"]
+    assert np.abs(np.array(model(mx.array([ids]))[0]) - logits).max() < 1e-4
+
+
+def test_the_fused_form_generates_the_reference_tokens(model, fused, reference):
+    tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=48, prefill_step_size=4)]
+    assert tokens == reference["greedy"][0]
+
+
+def test_both_forms_agree_on_rows_at_different_offsets(model, monkeypatch):
+    rows = mx.array([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13]])
+
+    def run() -> mx.array:
+        caches = [BatchKVCache([0, 2]) for _ in model.layers]
+        first = model(rows, cache=caches)[:, -1:]
+        return mx.concatenate([first, model(mx.array([[3], [4]]), cache=caches)], axis=1)
+
+    plain = run()
+    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+    assert mx.abs(run() - plain).max().item() < 1e-4
+    alone = model(mx.array([[11, 12, 13, 4]]))[0, -2:]
+    assert mx.abs(plain[1] - alone).max().item() < 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_both_forms_agree_on_quantized_caches(model, monkeypatch, bits):
+    def run() -> list[float]:
+        options = CacheOptions(kv_bits=bits)
+        return [logprob for _, logprob in generate_step(model, [1, 5, 9, 300], max_tokens=12, options=options)]
+
+    plain = run()
+    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+    assert np.abs(np.array(run()) - np.array(plain)).max() < 1e-3
+
+
+def test_a_quantized_cache_stays_close_to_an_exact_one(model):
+    prompt = mx.array([[1, *range(20, 60)]])
+    exact = model(prompt, cache=make_cache(len(model.layers)))
+    quantized = [c.to_quantized(group_size=32, bits=8) for c in make_cache(len(model.layers))]
+    assert 0 < mx.abs(model(prompt, cache=quantized) - exact).max().item() < 0.5
+
+
+@pytest.mark.parametrize(("out_dims", "in_dims"), [(2560, 1280), (1280, 5120), (1009, 1100), (7, 200_000), (64, 64)])
+def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
+    weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))
+    x = mx.random.normal((1, in_dims), key=mx.random.key(2))
+    expected = np.array(x, dtype=np.float64) @ np.array(weight, dtype=np.float64).T
+    assert np.abs(np.array(ops.linear(x, weight)) - expected).max() < 1e-5 * in_dims**0.5 * 10
+    assert ops.linear(x[None], weight).shape == (1, 1, out_dims)
+    two = mx.concatenate([x, x])
+    assert np.abs(np.array(ops.linear(two, weight))[1] - expected[0]).max() < 1e-5 * in_dims**0.5 * 10
+
+
+def test_blocks_divide_the_matrix_and_stay_below_the_packing_limit():
+    assert ops._blocks(2560, 1280) == (4, 640, 1280)
+    assert ops._blocks(1280, 5120) == (8, 160, 5120)
+    assert ops._blocks(64, 64) is None
+    assert ops._blocks(1009, 1100) is None  # a prime number of rows
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rms_norm_in_every_type_is_that_of_numpy(rows):
+    x = mx.random.normal((rows, 96), key=mx.random.key(0)) * 3
+    weight = mx.random.uniform(shape=(96,), key=mx.random.key(1))
+    wide = np.array(x, dtype=np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.array(weight)
+    assert np.abs(np.array(ops.rms_norm(x, weight, 1e-6)) - expected).max() < 1e-5
+    half = ops.rms_norm(x.astype(mx.bfloat16), weight.astype(mx.bfloat16), 1e-6)
+    assert half.dtype == mx.bfloat16
+    assert np.abs(np.array(half.astype(mx.float32)) - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_swiglu_is_silu_of_the_first_half_times_the_second(rows):
+    x = mx.random.normal((rows, 64), key=mx.random.key(3)) * 4
+    wide = np.array(x, dtype=np.float64)
+    gate, up = wide[:, :32], wide[:, 32:]
+    assert np.abs(np.array(ops.swiglu(x)) - gate / (1 + np.exp(-gate)) * up).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_rotation_of_one_and_of_many_positions_is_rope_in_halves(length):
+    x = mx.random.normal((2, length, 3, 8), key=mx.random.key(4))
+    offsets = np.array([7, 1000])
+    angles = (offsets[:, None] + np.arange(length))[:, :, None, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
+    low, high = np.array(x)[..., :4], np.array(x)[..., 4:]
+    expected = np.concatenate(
+        [low * np.cos(angles) - high * np.sin(angles), high * np.cos(angles) + low * np.sin(angles)], axis=-1
+    )
+    rotation = ops._Rotation(8, 100.0, mx.array(offsets), length)
+    assert np.abs(np.array(rotation(x)) - expected).max() < 1e-3

@@ -1,0 +1,126 @@
+"""Loss and divergence against the reference implementation and brute force."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlx_openelm import load
+from mlx_openelm.errors import RequestError
+from mlx_openelm.evaluation import perplexity
+from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(FIXTURES / "shakespeare-hf", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def windows(loaded):
+    return make_windows(loaded[1], load_documents(FIXTURES / "valid.jsonl"), 256)
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    wide = np.array(logits, dtype=np.float64)
+    shifted = wide - wide.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_the_mean_loss_is_the_references(loaded, windows, reference):
+    expected = reference["valid"]
+    assert len(windows) == expected["windows"]
+    result = mean_nll(loaded[0], windows)
+    assert result.tokens == expected["windows"] * expected["window_tokens"]
+    assert abs(result.nll - expected["mean_nll"]) < 1e-4
+    assert abs(result.perplexity - np.exp(expected["mean_nll"])) < 1e-2
+
+
+def test_loss_and_error_are_those_of_a_loop_whatever_the_batch_and_chunk(loaded, windows, monkeypatch):
+    model = loaded[0]
+    losses = []
+    for window in windows[:3]:
+        logprobs = log_softmax(model(mx.array([window[:-1]]))[0])
+        losses += [-logprobs[i, token] for i, token in enumerate(window[1:])]
+    monkeypatch.setattr(perplexity, "_CHUNK", 100)
+    for batch_size in (1, 2):
+        result = mean_nll(model, windows[:3], batch_size=batch_size)
+        assert result.nll == pytest.approx(np.mean(losses), abs=1e-5)
+        assert result.standard_error == pytest.approx(np.std(losses) / len(losses) ** 0.5, rel=1e-3)
+
+
+def test_divergence_is_that_of_a_loop_and_zero_from_itself(loaded, windows):
+    model = loaded[0]
+    quantized = load("tiny")[0]
+    expected = []
+    for window in windows[:2]:
+        p, q = (log_softmax(m(mx.array([window[:-1]]))[0]) for m in (model, quantized))
+        expected.append((np.exp(p) * (p - q)).sum(-1))
+    assert kl_divergence(model, quantized, windows[:2], batch_size=2) == pytest.approx(np.mean(expected), rel=1e-3)
+    assert np.mean(expected) < 1e-3
+    assert kl_divergence(model, model, windows[:2]) == 0
+
+
+def test_logits_exist_for_a_few_positions_at_a_time(loaded, windows, monkeypatch):
+    model, seen = loaded[0], []
+    logits = type(model).logits
+    monkeypatch.setattr(type(model), "logits", lambda self, rows: seen.append(rows.shape[0]) or logits(self, rows))
+    mean_nll(model, windows[:4], batch_size=4)
+    assert sum(seen) == 4 * 256
+    assert max(seen) <= 256
+
+
+def test_progress_counts_windows(loaded, windows):
+    steps: list[tuple[int, int]] = []
+    mean_nll(loaded[0], windows[:3], batch_size=2, progress=lambda *step: steps.append(step))
+    assert steps == [(2, 3), (3, 3)]
+
+
+def test_windows_start_with_bos_and_drop_the_rest(loaded):
+    tokenizer = loaded[1]
+    ids = [*tokenizer.encode("To be"), 2, *tokenizer.encode("or not to be"), 2]
+    cut = make_windows(tokenizer, ["To be", "or not to be"], 4)
+    assert cut == [[1, *ids[start : start + 4]] for start in range(0, len(ids) - 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"txt": 1}\n', "line 2"),
+        ("a.jsonl", "[1]\n", "line 1"),
+        ("a.jsonl", "not json\n", "line 1"),
+        ("a.jsonl", "\n\n", "no text"),
+        ("a.txt", "", "no text"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(RequestError, match=message):
+        load_documents(path)
+
+
+def test_missing_files_short_texts_and_empty_requests_are_refused(loaded, tmp_path):
+    with pytest.raises(RequestError, match="cannot be read"):
+        load_documents(tmp_path / "absent.txt")
+    with pytest.raises(RequestError, match="fewer than a window of 256"):
+        make_windows(loaded[1], ["To be"], 256)
+    with pytest.raises(RequestError, match="nothing to measure"):
+        mean_nll(loaded[0], [])
+    with pytest.raises(RequestError, match="--batch-size"):
+        mean_nll(loaded[0], [[1, 2]], batch_size=0)
+
+
+def test_text_files_are_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("first\nsecond\n")
+    assert load_documents(path) == ["first\nsecond\n"]
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_text(json.dumps({"text": "a b"}) + "\n" + json.dumps({"text": "c"}) + "\n")
+    assert load_documents(jsonl) == ["a b", "c"]
