@@ -59,7 +59,8 @@ def _replace(partial: Path, path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    pattern = re.compile(re.escape(f".{path.name}.partial-") + r"(\d+)$")
+    # What was to be replaced goes only where it was: otherwise it is the only copy.
+    pattern = re.compile(re.escape(f".{path.name}.partial-") + (r"(\d+)(-previous)?$" if path.exists() else r"(\d+)$"))
     for entry in path.parent.iterdir():
         match = pattern.match(entry.name)
         if match and not _is_running(int(match[1])):

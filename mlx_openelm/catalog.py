@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.errors import RequestError
+from .errors import RequestError
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.errors import RequestError
+from .errors import RequestError
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, Any]

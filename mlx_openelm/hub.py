@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlx_openelm import catalog
-from mlx_openelm.errors import OpenELMError, RequestError
+from . import catalog
+from .errors import OpenELMError, RequestError
 
 TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 # What a model cannot be read without, as far as the repository has it.

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import chat_template as chat
-from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.sentencepiece import SPACE, SentencePieceEngine, TokenizersEngine
+from . import chat_template as chat
+from .config import read_json
+from .errors import RequestError
+from .formats.sentencepiece import SentencePieceEngine
+from .formats.tokenizer_json import SPACE, TokenizersEngine
 
 Engine = TokenizersEngine | SentencePieceEngine
 ENGINES: dict[str, type[Engine]] = {
@@ -73,9 +75,9 @@ class Tokenizer:
             raise RequestError(
                 f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
             )
-        config = read_json_object(folder / "tokenizer_config.json")
-        model_config = read_json_object(folder / "config.json")
-        generation_config = read_json_object(folder / "generation_config.json")
+        config = _read_if_there(folder / "tokenizer_config.json")
+        model_config = _read_if_there(folder / "config.json")
+        generation_config = _read_if_there(folder / "generation_config.json")
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
             ENGINES[path.name](path),
@@ -98,7 +100,7 @@ class Tokenizer:
             raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
-        config = read_json_object(path.parent / "tokenizer_config.json")
+        config = _read_if_there(path.parent / "tokenizer_config.json")
         return cls(ENGINES[f"tokenizer{path.suffix}"](path), config=config, eos_token_ids=eos_token_ids)
 
     @property
@@ -285,17 +287,8 @@ class StreamingDecoder:
         return self._characters.decode(b"", True)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file; `RequestError` when it is damaged or something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is damaged ({error}): download or write it again") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _ids(config: dict[str, Any], key: str) -> list[int]:

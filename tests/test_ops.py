@@ -69,7 +69,7 @@ def test_a_quantized_cache_stays_close_to_an_exact_one(model):
     assert 0 < mx.abs(model(prompt, cache=quantized) - exact).max().item() < 0.5
 
 
-@pytest.mark.parametrize(("out_dims", "in_dims"), [(2560, 1280), (1280, 5120), (1009, 1100), (7, 200_000), (64, 64)])
+@pytest.mark.parametrize(("out_dims", "in_dims"), [(5120, 1280), (1280, 5120), (4093, 1100), (40, 200_000), (64, 64)])
 def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
     weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))
     x = mx.random.normal((1, in_dims), key=mx.random.key(2))
@@ -81,10 +81,10 @@ def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
 
 
 def test_blocks_divide_the_matrix_and_stay_below_the_packing_limit():
-    assert ops._blocks(2560, 1280) == (4, 640, 1280)
+    assert ops._blocks(5120, 1280) == (8, 640, 1280)
     assert ops._blocks(1280, 5120) == (8, 160, 5120)
-    assert ops._blocks(64, 64) is None
-    assert ops._blocks(1009, 1100) is None  # a prime number of rows
+    assert ops._blocks(2560, 1280) is None  # too small to be worth it
+    assert ops._blocks(4093, 1100) is None  # a prime number of rows
 
 
 @pytest.mark.parametrize("rows", [1, 3])

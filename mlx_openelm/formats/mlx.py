@@ -62,14 +62,14 @@ def read(folder: Path) -> Checkpoint:
     if config.share_input_output_layers:
         # Some writers store the shared output layer again, whole or packed like the embedding.
         tensors = {name: info for name, info in tensors.items() if not name.startswith("lm_head.")}
-    quantization = _read_quantization(config, values, tensors)
+    quantization = _read_quantization(folder / "config.json", config, values, tensors)
     _check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)
     return Checkpoint(config, {name: weights[name] for name in tensors}, quantization)
 
 
 def _read_quantization(
-    config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
+    file: Path, config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
 ) -> dict[str, Quantization]:
     """How each matrix with scales is packed: its own entry, else the common one, else what the shapes tell."""
     paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
@@ -77,7 +77,7 @@ def _read_quantization(
         return {}
     settings = values.get("quantization") or values.get("quantization_config")
     if not isinstance(settings, dict):
-        raise RequestError("The weights are quantized, but config.json has no quantization entry.")
+        raise RequestError(f"The weights are quantized, but {file} has no quantization entry.")
     shapes = config.tensor_shapes()
     quantization = {}
     for path in paths:
@@ -86,8 +86,8 @@ def _read_quantization(
         common = settings | (entry or {})
         try:
             choice = Quantization(int(common["group_size"]), int(common["bits"]), common.get("mode", "affine"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"config.json has no usable quantization for {path}: {error}.") from None
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"{file} has no usable quantization for {path}: {error}.") from None
         shape = shapes.get(f"{path}.weight")
         if entry is None and shape is not None and f"{path}.weight" in tensors:
             choice = _from_shapes(choice, shape, tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
@@ -128,9 +128,9 @@ def _check(
         if name in tensors and tensors[name].shape != shape
     ]
     wrong += [
-        f"{name} is stored as {tensors[name].dtype}"
+        f"{name} is stored as {str(tensors[name].dtype).removeprefix('mlx.core.')}"
         for name in expected
-        if name in tensors and tensors[name].dtype in (mx.uint8, mx.uint32) and not _packed_part(name, quantization)
+        if name in tensors and not _fits(tensors[name].dtype, name, quantization)
     ]
     problems = []
     for kind, names in (
@@ -145,9 +145,14 @@ def _check(
         raise RequestError(f"The weights in {folder} do not fit its config.json; {'; '.join(problems)}.")
 
 
-def _packed_part(name: str, quantization: Mapping[str, Quantization]) -> bool:
+def _fits(dtype: mx.Dtype, name: str, quantization: Mapping[str, Quantization]) -> bool:
+    """Whether a tensor is of the kind its place needs: packed weights, byte-sized scales, floating-point values."""
     path, _, part = name.rpartition(".")
-    return path in quantization and (part == "weight" or (part == "scales" and quantization[path].mode != "affine"))
+    if path in quantization and part == "weight":
+        return dtype == mx.uint32
+    if path in quantization and part == "scales" and quantization[path].mode != "affine":
+        return dtype == mx.uint8
+    return mx.issubdtype(dtype, mx.floating)
 
 
 def write(

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -55,14 +56,13 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RequestError(f"{index} has no weight_map.")
-    names = set(weight_map.values())
-    for name in names:
+    for name in weight_map.values():
         # A shard is a file beside its index; anything else could read what is not the model's.
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise RequestError(f"{index} names {name!r}, which is not a file in its folder.")
         if not (folder / name).is_file():
             raise RequestError(f"{index} names {name}, which is missing; download the folder again.")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -71,20 +71,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         RequestError: the file is truncated, corrupt, or holds a type that is not supported.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise _damaged(path, "its header is cut off")
-        raw = file.read(length)
     try:
-        header = json.loads(raw)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise _damaged(path, "its header is cut off")
+            raw = file.read(length)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        header = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    return {name: _tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for (_, end, _), (start, _, name) in pairwise(spans):
+        if start < end:
+            raise _damaged(path, f"{name} overlaps another tensor")
+    return tensors
 
 
 def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
@@ -95,7 +103,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> Tenso
         well_formed = False
     if not well_formed:
         raise _damaged(path, f"its header entry for {name} is malformed")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise RequestError(f"{path} stores {name} as {dtype}, which is not supported; expected {', '.join(_DTYPES)}.")
     if end - start != math.prod(shape) * _DTYPES[dtype].size:
         raise _damaged(path, f"the bytes of {name} do not match its shape")
@@ -128,7 +136,10 @@ def read_lazily(files: Iterable[Path]) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for path in files:
         # The format is named, since files in the hub's cache may be links to names without an ending.
-        weights.update(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
+        try:
+            weights.update(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(path, f"MLX cannot read it ({error})") from None
     return weights
 
 
