@@ -15,6 +15,7 @@ import mlx.core as mx
 from .errors import RequestError
 
 STEP = 256
+SMALLEST_WINDOW = 8  # of a sliding cache: the 4 it keeps, and room beside them
 
 
 class _Cache:
@@ -262,16 +263,18 @@ class BatchKVCache(_Cache):
 
     def finalize(self) -> None:
         """After rows padded on the right: move their padding to the left."""
-        if self._right_padding is None:
-            return
-        padding = self._right_padding
+        if self._right_padding is not None:
+            self._move_left(self._right_padding)
+            self._right_padding = None
+
+    def _move_left(self, padding: mx.array) -> None:
+        """Move the last `padding[b]` columns of each row to its left, as columns that hold nothing."""
         columns = (mx.arange(self._idx) - padding[:, None]) % self._idx
         index = columns[:, None, :, None]
         self.keys = mx.take_along_axis(self.keys[:, :, : self._idx], index, axis=2)
         self.values = mx.take_along_axis(self.values[:, :, : self._idx], index, axis=2)
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
-        self._right_padding = None
 
     def size(self) -> int:
         return self._idx
@@ -369,14 +372,38 @@ class BatchRotatingKVCache(BatchKVCache):
     def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
         super().__init__(left_padding)
         self.max_size = max_size
+        self._ends: mx.array | None = None  # where rows that are being padded on the right end
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """As of `BatchKVCache`; `right_padding` needs the `lengths` of the coming rows."""
+        super().prepare(left_padding=left_padding)
+        if right_padding is not None and lengths is not None and max(right_padding) > 0:
+            self._ends = self.offset + mx.array(list(lengths))
+
+    def finalize(self) -> None:
+        """After rows padded on the right: move their padding to the left."""
+        self._settle()
+        self._ends = None
+
+    def _settle(self) -> None:
+        if self._ends is not None and self.keys is not None:
+            self._move_left(mx.maximum(0, self.offset - self._ends))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L columns."""
+        # A row that has ended must not lose what it holds to the padding of later pieces.
+        self._settle()
         self._drop(self._idx - (self.max_size - 1))
         return super().update_and_fetch(keys, values)
 
     def _drop(self, excess: int) -> None:
-        """Forget the oldest columns. A row that is about to be padded on the right keeps what it will still need."""
+        """Forget the oldest columns."""
         if excess > 0:
             self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
             self._idx -= excess
@@ -401,7 +428,7 @@ class BatchRotatingKVCache(BatchKVCache):
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
         self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size = state
-        self._right_padding = None
+        self._right_padding = self._ends = None
 
     def extract(self, row: int) -> RotatingKVCache:
         """One row as a cache of its own."""
@@ -427,8 +454,8 @@ def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
     """
     if max_kv_size is None:
         return [KVCache() for _ in range(num_layers)]
-    if max_kv_size < 8:
-        raise RequestError(f"--max-kv-size must be at least 8, got {max_kv_size}.")
+    if max_kv_size < SMALLEST_WINDOW:
+        raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {max_kv_size}.")
     return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
 
 

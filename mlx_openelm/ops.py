@@ -15,6 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import cpu_math
+
 Heads = tuple[mx.array, mx.array, mx.array]
 
 _GPU = mx.DeviceType.gpu
@@ -26,8 +28,8 @@ _UNPACKED_ELEMENTS = 1_000_000
 _WORTH_BLOCKS = 4_000_000
 _SMALLEST_BLOCK = 32
 
-# On a CPU mx.compile runs a C++ compiler, half a second once a kernel; long prompts repay it, a first word does not.
-_COMPILED_ROWS = 64
+# From here on a CPU's own exponential pays: it costs several primitives, and compiles once a machine.
+_MANY_ROWS = 64
 
 
 def _on_gpu() -> bool:
@@ -84,17 +86,18 @@ def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
 
 def swiglu(gate_and_up: mx.array) -> mx.array:
     """silu(gate) * up for gate_and_up [N, 2 * inner], gate first."""
-    if _on_gpu() or gate_and_up.shape[0] >= _COMPILED_ROWS:
-        return _compiled_swiglu(gate_and_up)
-    return _swiglu(gate_and_up)
+    if _on_gpu():
+        return _fused_swiglu(gate_and_up)
+    gate, up = mx.split(gate_and_up, 2, axis=-1)
+    if gate.shape[0] < _MANY_ROWS:
+        return gate * mx.sigmoid(gate) * up
+    return cpu_math.swiglu(gate, up)
 
 
-def _swiglu(gate_and_up: mx.array) -> mx.array:
+@mx.compile
+def _fused_swiglu(gate_and_up: mx.array) -> mx.array:
     gate, up = mx.split(gate_and_up, 2, axis=-1)
     return gate * mx.sigmoid(gate) * up
-
-
-_compiled_swiglu = mx.compile(_swiglu)
 
 
 class HeadNorms:
@@ -189,25 +192,29 @@ class Attend:
         batch, kv_heads = keys.shape[:2]
         # The query heads of a group are rows of one product: keys and values are not repeated.
         rows = queries.reshape(batch, kv_heads, -1, self.head_dim)
-        weights = self._softmax(rows @ keys.swapaxes(-1, -2), queries.shape[2])
-        return (weights @ values).reshape(queries.shape)
+        weights, total = self._softmax(rows @ keys.swapaxes(-1, -2), queries.shape[2])
+        output = weights @ values
+        return (output if total is None else output / total).reshape(queries.shape)
 
     def _mix_quantized(self, queries: mx.array, keys: Any, values: Any, cache: Any) -> mx.array:
         """The same with keys and values as packed weights, scales and biases."""
         batch, kv_heads = keys[0].shape[:2]
         rows = (queries * self.scale if self.fused else queries).reshape(batch, kv_heads, -1, self.head_dim)
-        weights = self._softmax(_packed_product(rows, keys, True, cache), queries.shape[2])
-        return _packed_product(weights, values, False, cache).reshape(queries.shape)
+        weights, total = self._softmax(_packed_product(rows, keys, True, cache), queries.shape[2])
+        output = _packed_product(weights, values, False, cache)
+        return (output if total is None else output / total).reshape(queries.shape)
 
-    def _softmax(self, scores: mx.array, length: int) -> mx.array:
-        """Attention weights from scores [B, K, H / K * L, T]."""
-        if self.mask is None:
-            return mx.softmax(scores, axis=-1, precise=True)
-        batch, kv_heads, _, total = scores.shape
-        if self._added is None:
-            self._added = _additive_mask(self.mask, length, total, scores.dtype)
-        grouped = scores.reshape(batch, kv_heads, -1, length, total) + self._added
-        return mx.softmax(grouped, axis=-1, precise=True).reshape(scores.shape)
+    def _softmax(self, scores: mx.array, length: int) -> tuple[mx.array, mx.array | None]:
+        """Attention weights from scores [B, K, H / K * L, T]; with many rows unnormalized, and their sums."""
+        shape = scores.shape
+        if self.mask is not None:
+            if self._added is None:
+                self._added = _additive_mask(self.mask, length, shape[3], scores.dtype)
+            scores = (scores.reshape(*shape[:2], -1, length, shape[3]) + self._added).reshape(shape)
+        if self.fused or length < _MANY_ROWS:
+            return mx.softmax(scores, axis=-1, precise=True), None
+        weights = cpu_math.exp_below(scores, mx.max(scores, axis=-1, keepdims=True))
+        return weights, mx.sum(weights, axis=-1, keepdims=True)
 
 
 def _packed_product(x: mx.array, packed: Any, transpose: bool, cache: Any) -> mx.array:

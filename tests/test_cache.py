@@ -262,8 +262,6 @@ class Rows:
         self.histories[row] = history
 
 
-# Fails for rotating caches in chunks: a row that has ended is dropped column by column while the padding of the
-# later chunks comes in (BatchRotatingKVCache._drop); the padding must move to the left before each drop.
 @pytest.mark.parametrize("chunk", [100, 3], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("kind", ["plain", "rotating"])
 @pytest.mark.parametrize("seed", range(6))

@@ -376,15 +376,12 @@ def test_a_call_is_logits_of_hidden_states(shakespeare: OpenELM) -> None:
 
 def test_large_single_rows_take_blocks_to_the_same_numbers() -> None:
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((3000, 700)).astype(np.float32)
+    weight = rng.standard_normal((6000, 700)).astype(np.float32)
     x = rng.standard_normal((1, 700)).astype(np.float32)
-    assert ops._blocks(3000, 700) == (3, 1000, 700)
-    assert ops._blocks(1000, 1000) is None
-    assert ops._blocks(10_007, 1000) is None  # a prime number of rows
-    assert ops._blocks(8, 2_000_000) is None
+    assert ops._blocks(6000, 700) is not None
     assert_close(ops.linear(mx.array(x), mx.array(weight)), x.astype(np.float64) @ weight.T, 1e-3)
-    assert ops.linear(mx.array(x[None]), mx.array(weight)).shape == (1, 1, 3000)
-    assert ops.linear(mx.array(x[0]), mx.array(weight)).shape == (3000,)
+    assert ops.linear(mx.array(x[None]), mx.array(weight)).shape == (1, 1, 6000)
+    assert ops.linear(mx.array(x[0]), mx.array(weight)).shape == (6000,)
 
 
 # Masks.
@@ -506,13 +503,27 @@ def test_gradients_are_those_of_finite_differences(form: str, changes: dict) -> 
         assert abs(float((gradients[name] * mx.array(direction)).sum()) - expected) < 5e-3 * max(1, abs(expected))
 
 
+def test_gradients_over_many_rows_are_the_fused_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough rows that element-wise parts may be compiled."""
+    model = make_model(make_config())
+    ids = mx.array(tokens_for(model.config, 2, 60))
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(ops, "_on_gpu", lambda fused=fused: fused)
+        value, gradients = nn.value_and_grad(model, loss)(model, ids)
+        found.append({"loss": value} | dict(tree_flatten(gradients)))
+    for name, gradient in found[0].items():
+        assert float(mx.abs(gradient).max()) > 0
+        assert_close(gradient, np.array(found[1][name]), 1e-4)
+
+
 def test_gradients_of_large_single_rows() -> None:
-    weight, x = mx.random.normal((3000, 700), key=mx.random.key(0)), mx.random.normal((1, 700), key=mx.random.key(1))
+    weight, x = mx.random.normal((6000, 700), key=mx.random.key(0)), mx.random.normal((1, 700), key=mx.random.key(1))
     ours = mx.grad(lambda w, x: ops.linear(x, w).square().sum(), argnums=(0, 1))(weight, x)
     plain = mx.grad(lambda w, x: (x @ w.T).square().sum(), argnums=(0, 1))(weight, x)
     for a, b in zip(ours, plain, strict=True):
         assert a.shape == b.shape
-        assert_close(a, np.array(b), 0.05)
+        assert_close(a, np.array(b), 1e-5 * float(mx.abs(b).max()))
 
 
 def test_checkpointed_layers_have_the_same_gradients() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from .. import catalog
 from ..errors import RequestError
+from ..generation.sampling import random_seed
 from ..generation.stream import GenerationOptions, Piece, stream_generate
 from ..loading import load
 from ..model import OpenELM
@@ -64,7 +64,7 @@ def run(
     text = _read_prompt(prompt, prompt_file)
     options |= {"stop": options["stop"] or (), "logit_bias": _parse_logit_bias(options["logit_bias"])}
     if options["seed"] is None and options["temp"] > 0:
-        options["seed"] = secrets.randbits(32)  # short enough to type again
+        options["seed"] = random_seed()
     loaded, its_tokenizer = load(model, dtype=dtype, tokenizer=tokenizer, revision=revision, expand=expand)
     for token in extra_eos_token or ():
         its_tokenizer.add_eos_token(token)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backend
-from ..cache import make_cache
+from ..cache import SMALLEST_WINDOW, make_cache
 from ..errors import RequestError
 from ..model import OpenELM
 from .sampling import LogitsProcessor, Sampler, greedy
@@ -36,6 +36,8 @@ class CacheOptions:
         """Raise a `RequestError` that names the flag if a value cannot be right."""
         if self.quantized_kv_start < 0:
             raise RequestError(f"--quantized-kv-start must be 0 or more, got {self.quantized_kv_start}.")
+        if self.max_kv_size is not None and (type(self.max_kv_size) is not int or self.max_kv_size < SMALLEST_WINDOW):
+            raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {self.max_kv_size}.")
         if self.kv_bits is None:
             if self.kv_group_size is not None:
                 raise RequestError("--kv-group-size needs --kv-bits.")
@@ -50,7 +52,7 @@ class CacheOptions:
             )
 
     def group_size(self, head_dim: int) -> int:
-        return self.kv_group_size or min(64, head_dim)
+        return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
 
 
 def generate_step(

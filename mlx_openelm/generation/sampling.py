@@ -15,7 +15,7 @@ which a program that embeds us may use for itself.
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -113,6 +113,11 @@ def _check(flag: str, value: object, low: float, high: float, wanted: str, kind:
         raise RequestError(f"{flag} must be {wanted}, got {value}")
 
 
+def random_seed() -> int:
+    """A seed from the operating system, short enough to type again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
 def make_key(seed: int) -> mx.array:
     """The random key of a seed from 0 to 2**64 - 1; any other seed raises `RequestError`."""
     _check("--seed", seed, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", kind=Integral)
@@ -139,7 +144,7 @@ def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key:
     """
     if params.temp == 0:
         return greedy
-    keys = KeyStream(make_key(secrets.randbits(64)) if key is None else key)
+    keys = KeyStream(make_key(random_seed()) if key is None else key)
     inverse_temp = 1.0 / max(float(params.temp), MIN_TEMP)
 
     def sample(logprobs: mx.array) -> mx.array:

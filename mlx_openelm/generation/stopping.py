@@ -20,9 +20,10 @@ class StopStrings:
     Raises `RequestError` for an empty stop string, or one that is no string.
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: str | Sequence[str] | None):
         if isinstance(stops, str):  # a sequence of strings too, but nobody means its characters
             stops = [stops]
+        stops = stops or []
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise RequestError(f"--stop must be text that is not empty, got {stop!r}")

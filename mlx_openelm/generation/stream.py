@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
 from .decoding import CacheOptions, generate_step, token_limit
-from .sampling import SamplingParams, make_key, make_logits_processors, make_sampler
+from .sampling import SamplingParams, make_key, make_logits_processors, make_sampler, random_seed
 from .stopping import StopStrings
 
 
@@ -32,7 +32,7 @@ class GenerationOptions(SamplingParams, CacheOptions):
 
     max_tokens: int = 256
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     prefill_step_size: int | None = None
 
 
@@ -101,7 +101,9 @@ def make_options(model: OpenELM, options: dict[str, Any]) -> GenerationOptions:
     CacheOptions.validate(chosen, model.config.head_dim)
     if type(chosen.max_tokens) is not int or chosen.max_tokens < -1 or chosen.max_tokens == 0:
         raise RequestError(f"--max-tokens must be 1 or more, or -1 for no limit, got {chosen.max_tokens}.")
-    if chosen.prefill_step_size is not None and chosen.prefill_step_size < 1:
+    if chosen.prefill_step_size is not None and (
+        type(chosen.prefill_step_size) is not int or chosen.prefill_step_size < 1
+    ):
         raise RequestError(f"--prefill-step-size must be 1 or more, got {chosen.prefill_step_size}.")
     if chosen.seed is not None:
         make_key(chosen.seed)
@@ -115,7 +117,10 @@ def _prompt_ids(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int
             raise RequestError("The prompt is empty; give some text with --prompt.")
         ids = tokenizer.encode(prompt)
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        values = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+        if not isinstance(values, Iterable) or not all(map(_is_whole, values)):
+            raise RequestError("The prompt must be text or a list of token ids.")
+        ids = [int(token) for token in values]  # type: ignore[arg-type]
     if not ids:
         raise RequestError("The prompt is empty; give at least one token.")
     config = model.config
@@ -135,6 +140,10 @@ def _prompt_ids(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int
     return ids
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _pieces(
     model: OpenELM,
     tokenizer: Tokenizer,
@@ -143,7 +152,7 @@ def _pieces(
     cache: list[Any] | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Piece]:
-    seed = secrets.randbits(64) if options.seed is None else options.seed
+    seed = random_seed() if options.seed is None else options.seed
     special = {tokenizer.bos_token_id, *tokenizer.eos_token_ids}
     sampler = make_sampler(options, special, make_key(seed))
     decoder, stops = tokenizer.streaming_decoder(), StopStrings(options.stop)
