@@ -1,7 +1,7 @@
 """Exponentials for large arrays on a CPU, where MLX computes them one element at a time.
 
 Measured on 2.6 million elements: mx.exp 45 ms, this 12 ms in plain primitives and 3 when mx.compile finds a
-C++ compiler. Relative error 2e-7 near zero, 9e-6 at e ** -87, where float32 ends. Gradients are given, since the
+C++ compiler. Relative error 2e-7 near zero, 7e-6 at e ** -69, where it ends. Gradients are given, since the
 bits of a float have none.
 """
 
@@ -27,8 +27,11 @@ _ROUNDER = 1.5 * 2**23
 
 
 def _exp(x: mx.array) -> mx.array:
-    """e ** x in float32: 2 ** n as bits of the exponent, times a polynomial. NaN stays NaN; below -87 it is 1e-38."""
-    power = mx.clip(x * _LOG2_E, -126.0, 127.0)
+    """e ** x in float32: 2 ** n as bits of the exponent, times a polynomial. NaN stays NaN; it ends at 8e-31.
+
+    Beside a 1 that is nothing, and further down products would become subnormal numbers, which are slow.
+    """
+    power = mx.clip(x * _LOG2_E, -100.0, 127.0)
     rounded = power + _ROUNDER
     fraction = power - (rounded - _ROUNDER)
     polynomial = mx.array(_POWERS_OF_TWO[-1])

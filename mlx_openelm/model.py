@@ -26,6 +26,10 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"])
 
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        """residual + self(x), in one product."""
+        return ops.linear(x, self["weight"], residual)
+
 
 class Embedding(nn.Embedding):
     """Token embeddings that also serve as the output layer."""
@@ -41,6 +45,11 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self["weight"], self.eps)
 
 
+def add_projection(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+    """residual + layer(x); in one product while the layer is a plain matrix, not quantized and without adapters."""
+    return layer.onto(residual, x) if type(layer) is Linear else residual + layer(x)
+
+
 class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized over head_dim, then rotated."""
 
@@ -54,9 +63,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
+    def __call__(
+        self, x: mx.array, residual: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any
+    ) -> mx.array:
         norms = self.norms and self.norms.use(self["q_norm"]["weight"], self["k_norm"]["weight"])
-        return self["out_proj"](attend(self["qkv_proj"](x), shape, self.num_heads, norms, cache))
+        mixed = attend(self["qkv_proj"](x), shape, self.num_heads, norms, cache)
+        return add_projection(residual, self["out_proj"], mixed)
 
 
 class FeedForward(nn.Module):
@@ -70,7 +82,7 @@ class FeedForward(nn.Module):
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         x = self["proj_1"](x)
         if not self.gated:
             x = self.activation(x)
@@ -79,7 +91,7 @@ class FeedForward(nn.Module):
         else:
             gate, up = mx.split(x, 2, axis=-1)
             x = self.activation(gate) * up
-        return self["proj_2"](x)
+        return add_projection(residual, self["proj_2"], x)
 
 
 class TransformerLayer(nn.Module):
@@ -91,8 +103,8 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        x = x + self["attn"](self["attn_norm"](x), attend, shape, cache)
-        return x + self["ffn"](self["ffn_norm"](x))
+        x = self["attn"](self["attn_norm"](x), x, attend, shape, cache)
+        return self["ffn"](self["ffn_norm"](x), x)
 
 
 class Transformer(nn.Module):

@@ -28,6 +28,9 @@ _UNPACKED_ELEMENTS = 1_000_000
 _WORTH_BLOCKS = 4_000_000
 _SMALLEST_BLOCK = 32
 
+# Rotation matrices made at a time while decoding: 2 MB of them for the largest head.
+_MATRICES = 32
+
 # From here on a CPU's own exponential pays: it costs several primitives, and compiles once a machine.
 _MANY_ROWS = 64
 
@@ -37,14 +40,14 @@ def _on_gpu() -> bool:
     return mx.default_device().type is _GPU
 
 
-def linear(x: mx.array, weight: mx.array) -> mx.array:
-    """x [..., in] times weight [out, in] transposed: [..., out]."""
+def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> mx.array:
+    """x [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out]."""
     blocks = _blocks(*weight.shape)
     if blocks is None or x.size != blocks[2] or _on_gpu():
-        return x @ weight.T
+        return x @ weight.T if residual is None else mx.addmm(residual, x, weight.T)
     # Three dimensions on both sides, since MLX would join the blocks again for a matrix of two.
-    output = weight.reshape(blocks) @ x.reshape(1, -1, 1)
-    return output.reshape((*x.shape[:-1], -1))
+    output = (weight.reshape(blocks) @ x.reshape(1, -1, 1)).reshape((*x.shape[:-1], -1))
+    return output if residual is None else residual + output
 
 
 @lru_cache
@@ -166,7 +169,9 @@ class Attend:
             output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
         else:
             output = self._mix(queries, keys, values)
-        return output.swapaxes(1, 2).reshape(qkv.shape[0], -1)
+        if shape[1] > 1:
+            output = output.swapaxes(1, 2)
+        return output.reshape(qkv.shape[0], -1)
 
     def _fused_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
         """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]."""
@@ -245,18 +250,45 @@ class _Rotation:
     """
 
     def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int):
-        identity, self.swap, frequencies = _rotation_constants(head_dim, base)
-        if isinstance(offset, mx.array):
-            offset = offset.reshape(-1, 1)
-        angles = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32) * frequencies
-        self.cos, self.sin = mx.cos(angles), mx.sin(angles)
-        self.matrix = identity * self.cos + self.swap * self.sin if length == 1 else None
+        self.matrix = None
+        if length > 1:
+            self.cos, self.sin = _rotation_angles(head_dim, base, offset, length)
+            self.swap = _rotation_constants(head_dim, base)[1]
+        elif isinstance(offset, mx.array):
+            self.matrix = _rotation_matrices(head_dim, base, offset, 1)
+        else:
+            start = offset - offset % _MATRICES
+            self.matrix = _matrices_from(head_dim, base, start)[:, offset - start : offset - start + 1]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate x [B, L, heads, D]."""
         if self.matrix is not None:
             return (x @ self.matrix).astype(x.dtype)
         return (x * self.cos + (x @ self.swap) * self.sin).astype(x.dtype)
+
+
+def _rotation_angles(head_dim: int, base: float, offset: int | mx.array, length: int) -> tuple[mx.array, mx.array]:
+    """Cosine and sine [1 or B, L, 1, D] of each position's angle in each output column."""
+    frequencies = _rotation_constants(head_dim, base)[2]
+    if isinstance(offset, mx.array):
+        offset = offset.reshape(-1, 1)
+    angles = (mx.arange(length) + offset).reshape(-1, length, 1, 1).astype(mx.float32) * frequencies
+    return mx.cos(angles), mx.sin(angles)
+
+
+def _rotation_matrices(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+    """[1 or B, L, D, D]: for each position the matrix that rotates a row vector."""
+    identity, swap, _ = _rotation_constants(head_dim, base)
+    cos, sin = _rotation_angles(head_dim, base, offset, length)
+    return identity * cos + swap * sin
+
+
+@lru_cache(maxsize=4)
+def _matrices_from(head_dim: int, base: float, start: int) -> mx.array:
+    """The matrices of `_MATRICES` positions, computed once for as many tokens."""
+    matrices = _rotation_matrices(head_dim, base, start, _MATRICES)
+    mx.eval(matrices)
+    return matrices
 
 
 @lru_cache
