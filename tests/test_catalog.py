@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from mlx_openelm import catalog
 from mlx_openelm.errors import RequestError
+
+import pytest
 
 NAMES = [f"OpenELM-{size}{kind}" for size in ("270M", "450M", "1_1B", "3B") for kind in ("", "-Instruct")]
 

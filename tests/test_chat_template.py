@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from mlx_openelm.chat_template import CORENET_TEMPLATE, PLAIN_TEMPLATE
 from mlx_openelm.errors import RequestError
 from mlx_openelm.tokenizer import Tokenizer
+
+import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
 tokenizer = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from fake_hub import FakeHub
-
 from mlx_openelm import catalog
 from mlx_openelm import hub as names
 from mlx_openelm.errors import OpenELMError, RequestError
+
+import pytest
+from fake_hub import FakeHub
 
 REPO = "apple/OpenELM-270M"
 WANTED = {

@@ -6,14 +6,12 @@ import math
 import re
 from pathlib import Path
 
+import mlx_openelm  # noqa: F401  (loads BLAS before MLX)
+
 import numpy as np
 import pytest
 
-import mlx_openelm  # noqa: F401  (loads BLAS before MLX)
-
 # isort: split
-import mlx.core as mx
-
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.sampling import (
     KeyStream,
@@ -27,6 +25,8 @@ from mlx_openelm.generation.sampling import (
     make_logits_processors,
     make_sampler,
 )
+
+import mlx.core as mx
 
 INF = math.inf
 

@@ -2,12 +2,12 @@
 
 import time
 
+from mlx_openelm.errors import RequestError
+from mlx_openelm.generation.stopping import StopStrings
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from mlx_openelm.errors import RequestError
-from mlx_openelm.generation.stopping import StopStrings
 
 # Two or three letters only, so that stop strings overlap, nest and nearly match all the time.
 LETTERS = st.text("ab", max_size=12) | st.text("abc", max_size=30) | st.text("aé🙂\n", max_size=12)

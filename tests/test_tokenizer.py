@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.sentencepiece import read_model, to_tokenizer_json
+from mlx_openelm.tokenizer import Tokenizer
+
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.sentencepiece import read_model, to_tokenizer_json
-from mlx_openelm.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = FIXTURES / "shakespeare-hf"
