@@ -45,13 +45,17 @@ def _exp_below(x: mx.array, top: mx.array) -> mx.array:
     return _exp(x.astype(mx.float32) - top).astype(x.dtype)
 
 
-@mx.custom_function
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
     """e ** (x - top), for a softmax: x [..., n] and its largest value, top [..., 1]."""
+    return _differentiable_exp_below(x, top)
+
+
+@mx.custom_function
+def _differentiable_exp_below(x, top):
     return _exp_below(x, top)
 
 
-@exp_below.vjp
+@_differentiable_exp_below.vjp
 def _exp_below_vjp(primals, cotangent, output):
     # What is divided by its sum does not depend on `top`.
     return cotangent * output, mx.zeros_like(primals[1])
@@ -63,15 +67,20 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return (exact / (1.0 + _exp(-exact)) * up).astype(gate.dtype)
 
 
-@mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
+    """silu(gate) * up, for arrays of one shape."""
+    return _differentiable_swiglu(gate, up)
+
+
+@mx.custom_function
+def _differentiable_swiglu(gate, up):
     return _swiglu(gate, up)
 
 
-@swiglu.vjp
+@_differentiable_swiglu.vjp
 def _swiglu_vjp(primals, cotangent, _):
-    return _swiglu_gradients(*primals, cotangent)
+    gate, up = primals
+    return _swiglu_gradients(gate, up, cotangent)
 
 
 @mx.compile

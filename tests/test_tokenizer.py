@@ -349,7 +349,7 @@ def trained(folder: Path, **options) -> Tokenizer:
     """A small SentencePiece model trained on a scene or two, Llama's settings unless told."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(DOCUMENTS[0][:40000].splitlines() + ["=" * 30, "ha" * 20, " " * 12 + "x"]),
+        sentence_iterator=iter([*DOCUMENTS[0][:40000].splitlines(), "=" * 30, "ha" * 20, " " * 12 + "x"]),
         model_writer=model,
         minloglevel=2,
         **{
