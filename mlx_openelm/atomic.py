@@ -22,11 +22,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         RequestError: `path` exists and `overwrite` is not asked for, or its parent cannot hold it.
         OpenELMError: the disk is full, or writing failed otherwise.
     """
-    path = Path(os.path.abspath(path.expanduser()))
-    if os.path.lexists(path) and not overwrite:
-        raise RequestError(f"{path} exists; delete it, choose another --mlx-path, or give --overwrite.")
-    if path.exists() and not path.is_dir():
-        raise RequestError(f"{path} is a file, not a folder.")
+    path = check_target(path, overwrite=overwrite)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +37,20 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OpenELMError(f"Writing {path} failed: {error.strerror or error}; nothing was left there.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: Path, *, overwrite: bool = False) -> Path:
+    """Where `path` really lies; asked before long work too, so that it is not done in vain.
+
+    Raises:
+        RequestError: it exists and `overwrite` is not asked for, or it is a file.
+    """
+    path = Path(os.path.realpath(path.expanduser()))
+    if path.exists() and not overwrite:
+        raise RequestError(f"{path} exists; delete it, choose another --mlx-path, or give --overwrite.")
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path} is a file, not a folder.")
+    return path
 
 
 def _replace(partial: Path, path: Path) -> None:

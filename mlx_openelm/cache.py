@@ -1,4 +1,4 @@
-"""Key-value caches, one a layer: growing, sliding, quantized, and for batches of rows of different lengths.
+"""Key-value caches, one a layer: growing, sliding, quantized. Those for rows of different lengths: `batch_cache`.
 
 Class names, methods and `state` are those of mlx-lm, so that its generators drive our caches, ours
 drive its models, and saved prompt caches are read by both. Keys and values are [B, K, T, D]
@@ -18,7 +18,7 @@ STEP = 256
 SMALLEST_WINDOW = 8  # of a sliding cache: the 4 it keeps, and room beside them
 
 
-class _Cache:
+class Cache:
     """What every cache shares. `keys` and `values` are None until the first update."""
 
     keys: Any = None
@@ -50,7 +50,7 @@ class _Cache:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
 
-class KVCache(_Cache):
+class KVCache(Cache):
     """The past of one sequence (or of rows of equal length)."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class KVCache(_Cache):
         """Append keys and values [B, K, L, D]; returns all of them."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
         if self.keys is None or self.offset > self.keys.shape[2]:
-            self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
+            self.keys, self.values = (grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
@@ -92,12 +92,14 @@ class KVCache(_Cache):
         return cache
 
     @classmethod
-    def merge(cls, caches: Sequence[KVCache]) -> BatchKVCache:
+    def merge(cls, caches: Sequence[KVCache]) -> Any:
         """One cache with a row for each of `caches`, padded on the left to the longest."""
+        from .batch_cache import BatchKVCache
+
         return BatchKVCache.merge(caches)
 
 
-class QuantizedKVCache(_Cache):
+class QuantizedKVCache(Cache):
     """The past of one sequence in `bits` a value, with a scale and a bias for every `group_size` values."""
 
     def __init__(self, group_size: int = 64, bits: int = 8) -> None:
@@ -111,7 +113,7 @@ class QuantizedKVCache(_Cache):
         if self.keys is None or self.offset > self.keys[0].shape[2]:
             olds = (self.keys or (None,) * 3, self.values or (None,) * 3)
             self.keys, self.values = (
-                tuple(_grow(old, new, start) for old, new in zip(part, news, strict=True))
+                tuple(grow(old, new, start) for old, new in zip(part, news, strict=True))
                 for part, news in zip(olds, packed, strict=True)
             )
         for buffers, news in zip((self.keys, self.values), packed, strict=True):
@@ -137,7 +139,7 @@ class QuantizedKVCache(_Cache):
         return 0 if self.keys is None else sum(part.nbytes for part in (*self.keys, *self.values))
 
 
-class RotatingKVCache(_Cache):
+class RotatingKVCache(Cache):
     """The first `keep` positions and the latest of the rest, `max_size` in all.
 
     A single new position overwrites the oldest in place: order does not matter to attention, since
@@ -216,234 +218,11 @@ class RotatingKVCache(_Cache):
         return "causal"
 
     @classmethod
-    def merge(cls, caches: Sequence[RotatingKVCache]) -> BatchRotatingKVCache:
+    def merge(cls, caches: Sequence[RotatingKVCache]) -> Any:
         """One cache with a row for each of `caches`, padded on the left to the longest."""
+        from .batch_cache import BatchRotatingKVCache
+
         return BatchRotatingKVCache.merge(caches)
-
-
-class BatchKVCache(_Cache):
-    """The pasts of several sequences, each row padded on the left: `left_padding[b]` columns hold nothing.
-
-    `offset` is an array [B]: the position of each row's next token, negative while it is still padding.
-    """
-
-    def __init__(self, left_padding: Sequence[int]) -> None:
-        self.keys, self.values = None, None
-        self.left_padding = mx.array(list(left_padding))
-        self.offset = -self.left_padding
-        self._idx = 0  # columns in use
-        self._right_padding: mx.array | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values [B, K, L, D]; returns all of them, padding included."""
-        start, self._idx = self._idx, self._idx + keys.shape[2]
-        self.offset = self.offset + keys.shape[2]
-        if self.keys is None or self._idx > self.keys.shape[2]:
-            self.keys, self.values = (_grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
-        self.keys[:, :, start : self._idx] = keys
-        self.values[:, :, start : self._idx] = values
-        return self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
-
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Announce that the coming rows are padded; `right_padding` is moved to the left by `finalize`."""
-        if left_padding is not None:
-            if self.keys is not None:
-                raise ValueError("Padding on the left can only be added to an empty cache.")
-            padding = mx.array(list(left_padding))
-            self.left_padding = self.left_padding + padding
-            self.offset = self.offset - padding
-        if right_padding is not None and max(right_padding) > 0:
-            self._right_padding = mx.array(list(right_padding))
-
-    def finalize(self) -> None:
-        """After rows padded on the right: move their padding to the left."""
-        if self._right_padding is not None:
-            self._move_left(self._right_padding)
-            self._right_padding = None
-
-    def _move_left(self, padding: mx.array) -> None:
-        """Move the last `padding[b]` columns of each row to its left, as columns that hold nothing."""
-        columns = (mx.arange(self._idx) - padding[:, None]) % self._idx
-        index = columns[:, None, :, None]
-        self.keys = mx.take_along_axis(self.keys[:, :, : self._idx], index, axis=2)
-        self.values = mx.take_along_axis(self.values[:, :, : self._idx], index, axis=2)
-        self.offset = self.offset - padding
-        self.left_padding = self.left_padding + padding
-
-    def size(self) -> int:
-        return self._idx
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        return self.keys, self.values, self.offset, self.left_padding, self._idx
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        self.keys, self.values, self.offset, self.left_padding, self._idx = state
-        self._right_padding = None
-
-    def trim(self, count: int) -> int:
-        count = min(self._idx, count)
-        self._idx -= count
-        self.offset = self.offset - count
-        return count
-
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Booleans [B, 1, length, total]: causal, and blind to each row's padding."""
-        mask = causal_mask(length, self._idx, window_size)
-        return mask & (mx.arange(self._idx + length) >= self.left_padding.reshape(-1, 1, 1, 1))
-
-    def filter(self, rows: Any) -> None:
-        """Keep the given rows, and drop the padding that all of them share."""
-        rows = mx.array(rows)
-        shared = max(0, int(self.left_padding[rows].min()))
-        if self.keys is not None:
-            self.keys, self.values = (x[rows][:, :, shared:] for x in (self.keys, self.values))
-        self._idx -= shared
-        self.left_padding = self.left_padding[rows] - shared
-        self.offset = self.offset[rows]
-
-    def extend(self, other: Self) -> None:
-        """Add the rows of another cache."""
-        length = max(self._idx, other._idx)
-        self.left_padding = mx.concatenate([c.left_padding + (length - c._idx) for c in (self, other)])
-        pairs = [c._padded_to(length, like) for c, like in ((self, other), (other, self))]
-        self.offset = mx.concatenate([self.offset, other.offset])
-        self._idx = length
-        if pairs[0] is not None and pairs[1] is not None:
-            self.keys, self.values = (mx.concatenate(parts) for parts in zip(*pairs, strict=True))
-
-    def _padded_to(self, length: int, like: Self) -> tuple[mx.array, mx.array] | None:
-        """Keys and values of `length` columns, padding added on the left; zeros shaped as `like`'s if empty."""
-        if self.keys is None and like.keys is None:
-            return None
-        if self.keys is None:
-            shapes = [(self.offset.shape[0], x.shape[1], length, x.shape[3]) for x in (like.keys, like.values)]
-            return mx.zeros(shapes[0], like.keys.dtype), mx.zeros(shapes[1], like.values.dtype)
-        left = [(0, 0), (0, 0), (length - self._idx, 0), (0, 0)]
-        return mx.pad(self.keys[:, :, : self._idx], left), mx.pad(self.values[:, :, : self._idx], left)
-
-    def _row(self, row: int) -> tuple[mx.array, ...]:
-        padding = max(0, int(self.left_padding[row]))
-        return tuple(mx.contiguous(x[row : row + 1, :, padding : self._idx]) for x in (self.keys, self.values))
-
-    def extract(self, row: int) -> Any:
-        """One row as a cache of its own."""
-        cache = KVCache()
-        cache.keys, cache.values = self._row(row)
-        cache.offset = cache.keys.shape[2]
-        return cache
-
-    @classmethod
-    def merge(cls, caches: Sequence[Any]) -> Self:
-        """Rows from caches of single sequences, padded on the left to the longest."""
-        return cls._merged(cls([0] * len(caches)), caches, lambda c, x: x[:, :, : c.offset])
-
-    @staticmethod
-    def _merged(merged: Any, caches: Sequence[Any], held: Any) -> Any:
-        lengths = [c.size() for c in caches]
-        longest = max(lengths)
-        if longest == 0:
-            return merged
-        merged.left_padding = mx.array([longest - length for length in lengths])
-        merged.offset = mx.array([c.offset for c in caches])
-        merged._idx = longest
-        filled = next(c for c in caches if c.keys is not None)
-
-        def rows(name: str) -> mx.array:
-            like = getattr(filled, name)
-            empty = mx.zeros((1, like.shape[1], 0, like.shape[3]), like.dtype)
-            parts = [empty if c.keys is None else held(c, getattr(c, name)) for c in caches]
-            return mx.concatenate([mx.pad(x, [(0, 0), (0, 0), (longest - x.shape[2], 0), (0, 0)]) for x in parts])
-
-        merged.keys, merged.values = rows("keys"), rows("values")
-        return merged
-
-
-class BatchRotatingKVCache(BatchKVCache):
-    """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept)."""
-
-    def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
-        super().__init__(left_padding)
-        self.max_size = max_size
-        self._ends: mx.array | None = None  # where rows that are being padded on the right end
-
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """As of `BatchKVCache`; `right_padding` needs the `lengths` of the coming rows."""
-        super().prepare(left_padding=left_padding)
-        if right_padding is not None and lengths is not None and max(right_padding) > 0:
-            self._ends = self.offset + mx.array(list(lengths))
-
-    def finalize(self) -> None:
-        """After rows padded on the right: move their padding to the left."""
-        self._settle()
-        self._ends = None
-
-    def _settle(self) -> None:
-        if self._ends is not None and self.keys is not None:
-            self._move_left(mx.maximum(0, self.offset - self._ends))
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L columns."""
-        # A row that has ended must not lose what it holds to the padding of later pieces.
-        self._settle()
-        self._drop(self._idx - (self.max_size - 1))
-        return super().update_and_fetch(keys, values)
-
-    def _drop(self, excess: int) -> None:
-        """Forget the oldest columns."""
-        if excess > 0:
-            self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
-            self._idx -= excess
-            self.left_padding = self.left_padding - excess
-
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        past = min(self._idx, self.max_size - 1)
-        padding = self.left_padding - (self._idx - past)
-        mask = causal_mask(length, past, window_size or self.max_size)
-        return mask & (mx.arange(past + length) >= padding.reshape(-1, 1, 1, 1))
-
-    def size(self) -> int:
-        return min(self._idx, self.max_size)
-
-    def is_trimmable(self) -> bool:
-        return self._idx < self.max_size
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        return self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size = state
-        self._right_padding = self._ends = None
-
-    def extract(self, row: int) -> RotatingKVCache:
-        """One row as a cache of its own."""
-        cache = RotatingKVCache(self.max_size)
-        cache.keys, cache.values = self._row(row)
-        cache.offset = int(self.offset[row])
-        cache._idx = cache.keys.shape[2]
-        return cache
-
-    @classmethod
-    def merge(cls, caches: Sequence[RotatingKVCache]) -> Self:
-        if len({c.max_size for c in caches}) > 1:
-            raise ValueError("Only caches of one maximum size can be merged.")
-        empty = cls(caches[0].max_size, [0] * len(caches))
-        return cls._merged(empty, caches, lambda c, x: c.in_order(x)[:, :, -c.size() :])
 
 
 def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
@@ -472,7 +251,7 @@ def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0
     return mask
 
 
-def _grow(buffer: mx.array | None, new: mx.array, used: int) -> mx.array:
+def grow(buffer: mx.array | None, new: mx.array, used: int) -> mx.array:
     """`buffer` with what it holds and room for `new` [B, K, L, D] behind its `used` columns, in whole steps."""
     room = -(-new.shape[2] // STEP) * STEP
     zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)

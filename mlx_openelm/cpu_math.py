@@ -47,7 +47,7 @@ def _exp_below(x: mx.array, top: mx.array) -> mx.array:
 
 def exp_below(x: mx.array, top: mx.array) -> mx.array:
     """e ** (x - top), for a softmax: x [..., n] and its largest value, top [..., 1]."""
-    return _differentiable_exp_below(x, top)
+    return _differentiable_exp_below(x, top)  # type: ignore[return-value]
 
 
 @mx.custom_function
@@ -69,7 +69,7 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, for arrays of one shape."""
-    return _differentiable_swiglu(gate, up)
+    return _differentiable_swiglu(gate, up)  # type: ignore[return-value]
 
 
 @mx.custom_function

@@ -211,14 +211,15 @@ def convert(
     wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    atomic.check_target(Path(mlx_path), overwrite=overwrite)
+    folder = hub.resolve(model, revision=revision)
+    checkpoint = mlx_format.read(folder)
+    text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
+    exceptions = _requantize(checkpoint, _parse_dtype(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
+    release = _release(model, folder, checkpoint.config)
+    instruct = release is not None and release.instruct
     with atomic.new_folder(Path(mlx_path), overwrite=overwrite) as partial:
-        folder = hub.resolve(model, revision=revision)
-        checkpoint = mlx_format.read(folder)
-        text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
-        exceptions = _requantize(checkpoint, _parse_dtype(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
-        bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
-        release = _release(model, folder, checkpoint.config)
-        instruct = release is not None and release.instruct
         text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
         mlx_format.write(partial, checkpoint, progress=progress)
     return Conversion(Path(mlx_path), bits, exceptions)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_openelm import load, ops
-from mlx_openelm.cache import BatchKVCache, make_cache
+from mlx_openelm.batch_cache import BatchKVCache
+from mlx_openelm.cache import make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 
 import mlx.core as mx
