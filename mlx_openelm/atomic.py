@@ -43,13 +43,21 @@ def check_target(path: Path, *, overwrite: bool = False) -> Path:
     """Where `path` really lies; asked before long work too, so that it is not done in vain.
 
     Raises:
-        RequestError: it exists and `overwrite` is not asked for, or it is a file.
+        RequestError: no path, a file, a folder that exists while `overwrite` is not asked for, or one that
+            is no model's and so is never replaced.
     """
+    if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(path.expanduser())):
+        raise RequestError(f"{str(path)!r} is the folder you are in, or above it; name a new one with --mlx-path.")
     path = Path(os.path.realpath(path.expanduser()))
-    if path.exists() and not overwrite:
-        raise RequestError(f"{path} exists; delete it, choose another --mlx-path, or give --overwrite.")
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        return path
+    if not path.is_dir():
         raise RequestError(f"{path} is a file, not a folder.")
+    if not overwrite:
+        raise RequestError(f"{path} exists; choose another --mlx-path, or replace it with --overwrite.")
+    entries = list(path.iterdir())
+    if entries and (not (path / "config.json").is_file() or any(entry.is_dir() for entry in entries)):
+        raise RequestError(f"{path} holds more than a model, so it is not overwritten; choose another --mlx-path.")
     return path
 
 

@@ -29,6 +29,8 @@ from .tokenizer import Tokenizer
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+_NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
+
 # Expanding quantized weights leaves at least this share of the free memory to everything else.
 _FREE_SHARE = 0.2
 
@@ -60,6 +62,7 @@ def load(
         raise RequestError("This version loads no adapters; fuse them into the model first (mlx_lm.fuse).")
     if (warning := backend.blas_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
+    _check_range(model, dtype)
     folder = hub.resolve(model, revision=revision)
     checkpoint = mlx_format.read(folder)
     text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
@@ -106,10 +109,15 @@ def _parse_dtype(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype 
             raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         dtype = DTYPES[dtype]
     if dtype is not None and dtype == mx.float16 and _needs_range(config):
-        raise RequestError(
-            "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
-        )
+        raise RequestError(_NO_FLOAT16)
     return dtype
+
+
+def _check_range(model: str | Path, dtype: str | mx.Dtype | None) -> None:
+    """Refuse float16 for a model known by name to leave its range, before anything is downloaded."""
+    release = catalog.find(str(model))
+    if release is not None and not release.float16 and dtype in ("float16", mx.float16):
+        raise RequestError(_NO_FLOAT16)
 
 
 def _needs_range(config: ModelConfig) -> bool:
@@ -211,8 +219,11 @@ def convert(
     wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    atomic.check_target(Path(mlx_path), overwrite=overwrite)
+    target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
+    _check_range(model, dtype)
     folder = hub.resolve(model, revision=revision)
+    if folder.resolve().is_relative_to(target):
+        raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
     checkpoint = mlx_format.read(folder)
     text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
     exceptions = _requantize(checkpoint, _parse_dtype(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)

@@ -774,7 +774,7 @@ def test_a_failure_while_overwriting_keeps_the_old(small: Path, tmp_path: Path) 
 
 
 def test_what_exists_is_kept_unless_asked(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    convert(small, tmp_path / "out")
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(RequestError, match="exists.*--overwrite"):
         convert(small, tmp_path / "out")
@@ -788,13 +788,6 @@ def test_what_exists_is_kept_unless_asked(small: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="file"):
             convert(small, tmp_path / "file", overwrite=overwrite)
     assert (tmp_path / "file").read_text() == "x"
-
-
-def test_a_model_may_be_overwritten_by_its_conversion(small: Path) -> None:
-    expected = {n: w.astype(mx.bfloat16) for n, w in mlx_format.read(small).weights.items()}
-    mx.eval(expected)
-    convert(small, small, overwrite=True)
-    assert same(mlx_format.read(small).weights, expected)
 
 
 def test_folders_on_the_way_are_made_and_a_file_on_the_way_is_an_error(small: Path, tmp_path: Path) -> None:
@@ -1024,3 +1017,40 @@ def test_folders_written_hold_what_they_need_and_nothing_else(small: Path, tmp_p
     ]
     assert safetensors.weight_files(tmp_path / "out") == [tmp_path / "out" / WEIGHTS]
     assert load(tmp_path / "out")[1].encode(REFERENCE["prompts"][3]) == REFERENCE["ids"][3]
+
+
+def test_overwriting_never_takes_more_than_a_model(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "shakespeare-hf", source)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="holds more than a model"):
+        convert(source, precious, overwrite=True)
+    with pytest.raises(RequestError, match="is the model to convert"):
+        convert(source, source, overwrite=True)
+    monkeypatch.chdir(precious)
+    for path in ("", ".", "..", str(tmp_path)):
+        with pytest.raises(RequestError, match="the folder you are in"):
+            convert(source, path, overwrite=True)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in (FIXTURES / "shakespeare-hf").iterdir())
+
+
+def test_overwriting_through_a_link_replaces_what_it_points_to(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    convert(FIXTURES / "shakespeare-hf", target)
+    link.symlink_to(target)
+    convert(FIXTURES / "shakespeare-hf", link, quantize=True, overwrite=True)
+    assert link.is_symlink()
+    assert "quantization" in (target / "config.json").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+@pytest.mark.parametrize("name", ["3b", "apple/OpenELM-3B-Instruct"])
+def test_float16_is_refused_for_the_3b_before_any_download(tmp_path, hub, name):
+    with pytest.raises(RequestError, match="leave its range"):
+        convert(name, tmp_path / "out", dtype="float16")
+    with pytest.raises(RequestError, match="leave its range"):
+        load(name, dtype="float16")
+    assert hub.requests == []

@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 GENERATION = {
     "max_tokens": "How many tokens at most; -1 goes on to the end of the context.",
     "temp": "Sampling temperature; 0 takes the most likely token.",
-    "top_p": "Sample from the most likely tokens that hold this much probability; 1 is off.",
+    "top_p": "Sample from the most likely tokens that hold this much probability; 0 or 1 is off.",
     "top_k": "Sample from this many of the most likely tokens; 0 is off.",
     "min_p": "Sample from tokens at least this likely relative to the most likely one; 0 is off.",
     "min_tokens_to_keep": "The fewest tokens --min-p leaves.",

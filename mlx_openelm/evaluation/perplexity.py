@@ -74,7 +74,9 @@ def make_windows(tokenizer: Tokenizer, documents: Sequence[str], length: int) ->
     joined = [token for document in documents for token in (*tokenizer.encode(document), eos)]
     starts = range(0, len(joined) - length + 1, length)
     if length < 1 or not starts:
-        raise RequestError(f"The text has {len(joined)} tokens, fewer than a window of {length}.")
+        raise RequestError(
+            f"The text has {len(joined)} tokens, fewer than a window of {length}; give a shorter --sequence-length."
+        )
     return [[bos, *joined[start : start + length]] for start in starts]
 
 
