@@ -164,7 +164,10 @@ def _cgroup_headroom() -> int | None:
     """What a container may still use, where it is limited (cgroup v2)."""
     with contextlib.suppress(OSError, ValueError):
         folder = Path("/sys/fs/cgroup")
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        used = int((folder / "memory.current").read_text())
+        # Files that were read count as used, but are given up when memory is needed.
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / "memory.max").read_text()) - used + int(statistics.get("inactive_file", 0))
     return None
 
 

@@ -104,7 +104,10 @@ def _fused_swiglu(gate_and_up: mx.array) -> mx.array:
 
 
 class HeadNorms:
-    """The norms of an attention's queries and keys: their weights [D], and eps."""
+    """The norms of an attention's queries and keys: their weights [D], and eps.
+
+    Weights are told apart by identity: replace them to change them, do not write into them.
+    """
 
     def __init__(self, eps: float):
         self.eps = eps
@@ -122,7 +125,13 @@ class HeadNorms:
         if self._joined is None:
             weights = (self.query_weight * scale, self.key_weight)
             rows = [mx.broadcast_to(w, (n, w.size)) for w, n in zip(weights, num_heads, strict=True)]
-            self._joined = mx.concatenate(rows)
+            joined = mx.concatenate(rows)
+            try:
+                # Only an evaluated array may be shared: two threads that evaluate one graph wait for each other.
+                mx.eval(joined)
+            except (ValueError, RuntimeError):
+                return joined  # the weights are being traced, so these belong to the trace
+            self._joined = joined
         return self._joined
 
 
@@ -166,6 +175,8 @@ class Attend:
         if hasattr(cache, "bits"):
             output = self._mix_quantized(queries, keys, values, cache)
         elif self.fused:
+            if isinstance(self.mask, mx.array) and self.mask.dtype != mx.bool_:
+                self.mask = self.mask.astype(queries.dtype)  # the kernel takes no wider type
             output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
         else:
             output = self._mix(queries, keys, values)

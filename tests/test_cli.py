@@ -497,7 +497,7 @@ def test_convert_says_what_it_wrote(tmp_path: Path) -> None:
     assert "bits per weight, 1.5 MB" in lines[0]
     assert "  transformer.layers.0.attn.out_proj: group size 32, since 128 does not divide 96" in lines
     assert generated("--model", out)
-    assert "exists; delete it" in refused("convert", "--mlx-path", out)
+    assert "exists; choose another" in refused("convert", "--mlx-path", out)
     assert run("convert", "--mlx-path", out, "--overwrite", "--dequantize", "--dtype", "float32").returncode == 0
     assert result("info", out)["bits_per_weight"] == 32
 

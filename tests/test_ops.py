@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from mlx_openelm import load, ops
@@ -10,6 +12,7 @@ from mlx_openelm.cache import make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -119,3 +122,45 @@ def test_rotation_of_one_and_of_many_positions_is_rope_in_halves(length):
     )
     rotation = ops._Rotation(8, 100.0, mx.array(offsets), length)
     assert np.abs(np.array(rotation(x)) - expected).max() < 1e-3
+
+
+def test_two_threads_may_share_a_fresh_model(reference):
+    """What a model derives from its weights on first use must not tie two threads' graphs together."""
+    code = """
+import threading
+from mlx_openelm import load, generate
+model, tokenizer = load("tiny")
+texts = []
+threads = [threading.Thread(target=lambda: texts.append(generate(model, tokenizer, "ROMEO", max_tokens=16)))
+           for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(texts) == 2 and texts[0] == texts[1], texts
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_replaced_norm_weights_are_used_and_gradients_reach_them(model):
+    tokens = mx.array([[1, 5, 9]])
+    attention = model.layers[0].attn
+    before, weight = model(tokens), attention.q_norm.weight
+    try:
+        attention.q_norm.weight = weight * 2
+        assert mx.abs(model(tokens) - before).max().item() > 0.01
+    finally:
+        attention.q_norm.weight = weight
+    assert mx.abs(model(tokens) - before).max().item() == 0
+    _, gradients = nn.value_and_grad(model, lambda m, t: m(t).square().mean())(model, tokens)
+    assert mx.abs(gradients["transformer"]["layers"][0]["attn"]["q_norm"]["weight"]).max().item() > 0
+    assert mx.abs(model(tokens) - before).max().item() == 0
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_masks_of_numbers_work_in_every_type_of_the_fused_form(fused, dtype):
+    model, _ = load(FIXTURES / "shakespeare-hf", dtype=dtype)
+    tokens = mx.array([[1, 5, 9, 11]])
+    mask = mx.where(mx.arange(4)[:, None] >= mx.arange(4), 0.0, -1e9)
+    difference = model(tokens, mask=mask) - model(tokens)
+    assert mx.abs(difference).max().item() < (0.3 if dtype == mx.bfloat16 else 1e-4)
