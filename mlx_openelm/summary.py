@@ -14,7 +14,7 @@ from . import backend, catalog, hub
 from .config import ModelConfig
 from .errors import RequestError
 from .formats import mlx as mlx_format
-from .quantization.uniform import Quantization, bits_per_weight, plan
+from .quantization.uniform import Quantization, bits_per_weight, most_common, plan
 
 # What the published models were trained on; the length that memory is given for.
 CONTEXT = 2048
@@ -140,7 +140,7 @@ def summarize_config(
         head=counts.get("lm_head.weight", 0),
         norms=sum(count for key, count in counts.items() if len(shapes[key]) == 1),
         dtype=dtype,
-        quantization=_most_common(choices),
+        quantization=most_common(choices).to_dict() if choices else None,
         bits_per_weight=bits,
         storage_bytes=round(bits * config.num_parameters / 8) if storage_bytes is None else storage_bytes,
         memory=memory_needed(config, choices, dtype),
@@ -212,11 +212,6 @@ def _declared(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Quant
 
 def _quantization(settings: Mapping[str, Any]) -> Quantization:
     return Quantization(int(settings["group_size"]), int(settings["bits"]), settings.get("mode", "affine"))
-
-
-def _most_common(quantization: Mapping[str, Quantization]) -> dict[str, Any] | None:
-    choices = list(quantization.values())
-    return max(choices, key=choices.count).to_dict() if choices else None
 
 
 def _dtype_name(dtype: mx.Dtype) -> str:

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig, read_json
 from ..errors import RequestError
-from ..quantization.uniform import Quantization
+from ..quantization.uniform import Quantization, most_common
 from . import safetensors
 
 _LISTED = 8  # tensors named in an error before the rest is only counted
@@ -165,7 +165,7 @@ def write(
     """Write weights, index and `config.json` as mlx-lm and mlx-swift read them; empties `checkpoint.weights`."""
     values = checkpoint.config.to_dict() | {"torch_dtype": str(checkpoint.dtype).removeprefix("mlx.core.")}
     if checkpoint.quantization:
-        common = _most_common(checkpoint.quantization)
+        common = most_common(checkpoint.quantization)
         entries = {path: choice.to_dict() for path, choice in checkpoint.quantization.items() if choice != common}
         # Hugging Face's pages read the second name.
         values["quantization"] = values["quantization_config"] = common.to_dict() | entries
@@ -177,8 +177,3 @@ def write(
         progress=progress,
     )
     (folder / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n")
-
-
-def _most_common(quantization: Mapping[str, Quantization]) -> Quantization:
-    choices = list(quantization.values())
-    return max(choices, key=choices.count)

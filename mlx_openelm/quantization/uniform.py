@@ -78,6 +78,12 @@ def _any_of(values: tuple[int, ...]) -> str:
     return " or ".join(str(v) for v in sorted(values))
 
 
+def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
+    """What most matrices are packed with; `quantization` by module path, at least one."""
+    choices = list(quantization.values())
+    return max(choices, key=choices.count)
+
+
 def plan(config: ModelConfig, wanted: Quantization) -> tuple[dict[str, Quantization], dict[str, str]]:
     """A quantization for each matrix by module path, and what was done differently for some, by path.
 
