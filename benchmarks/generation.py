@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--size", default="270M", help="the true size to measure beside tiny: 270M, 450M, 1_1B, 3B")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
     parser.add_argument("--only", help="measure only rows whose name contains this")
+    parser.add_argument("--without-bundled", action="store_true", help="leave out the rows that take minutes")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--worker", nargs=3, metavar=("WHAT", "WHOSE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
         print(json.dumps(WORKERS[arguments.worker[0]](*arguments.worker[1:])))
         return
     rows = []
-    for row in measure(arguments.size, arguments.repeats, arguments.only or ""):
+    for row in measure(arguments.size, arguments.repeats, arguments.only or "", not arguments.without_bundled):
         rows.append(row)
         if not arguments.json:
             print(as_text(row), flush=True)
@@ -50,7 +51,7 @@ def main() -> None:
         print(json.dumps(rows, indent=2))
 
 
-def measure(size: str, repeats: int, only: str) -> Iterator[dict[str, Any]]:
+def measure(size: str, repeats: int, only: str, with_bundled: bool) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as temporary:
         tiny = Path(temporary) / "tiny"
         run([sys.executable, "-m", "mlx_openelm", "convert", "--model", "tiny", "--dequantize", "--dtype", "float32",
@@ -74,7 +75,7 @@ def measure(size: str, repeats: int, only: str) -> Iterator[dict[str, Any]]:
             *((f"prompt of {n} (tokens/s), {size}, mlx-lm as its wheel comes", f"bundled.prompt_{n}", large, 15.0, True)
               for n in PROMPT_LENGTHS),
         ]  # fmt: skip
-        plans = [plan for plan in plans if only in plan[0]]
+        plans = [plan for plan in plans if only in plan[0] and (with_bundled or not plan[1].startswith("bundled"))]
         if any(plan[2] == large for plan in plans):
             make_weights(size, large, tiny)
         results: dict[tuple[str, Path], dict[str, dict[str, list[float]]]] = {}
@@ -274,7 +275,7 @@ def generation(whose: str, model: Any) -> Callable[[int, int], float]:
 def interleaved(runs: dict[str, Callable[[int, int], float]], folder: str) -> dict[str, dict[str, float]]:
     count = 128 if Path(folder).name == "tiny" else 24
     for seconds in runs.values():
-        seconds(16, 4)
+        seconds(PROMPT_LENGTHS[0], 4)
     answer: dict[str, dict[str, float]] = {}
     for whose, seconds in runs.items():
         answer[whose] = {"decode": 1 / seconds(16, count)}
