@@ -295,8 +295,11 @@ def memory(whose: str, folder: str) -> dict[str, float]:
 
     model, _ = load_ours(folder) if whose == "ours" else load_theirs(folder)
     generation(whose, model)(128, 8)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    process = peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if sys.platform.startswith("linux"):
+        # There ru_maxrss starts from the parent's memory; this is the process's own.
+        status = Path("/proc/self/status").read_text()
+        process = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6  # type: ignore[index]
     return {"process": process, "mlx": mx.get_peak_memory() / 1e6}
 
 
