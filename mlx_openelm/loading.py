@@ -62,7 +62,7 @@ def load(
         raise RequestError("This version loads no adapters; fuse them into the model first (mlx_lm.fuse).")
     if (warning := backend.blas_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
-    _check_range(model, dtype)
+    _check_dtype(model, dtype)
     folder = hub.resolve(model, revision=revision)
     checkpoint = mlx_format.read(folder)
     text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
@@ -74,7 +74,7 @@ def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, 
 
     The result's `quantization` tells how its matrices were stored, `expanded` whether they were unpacked.
     """
-    compute = _parse_dtype(dtype, checkpoint.config) or _default_dtype(checkpoint)
+    compute = _dtype_for(dtype, checkpoint.config) or _default_dtype(checkpoint)
     packed = checkpoint.quantization
     expanded = bool(packed) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
     weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
@@ -103,20 +103,26 @@ def _default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     return mx.bfloat16 if dtype == mx.float16 and _needs_range(checkpoint.config) else dtype
 
 
-def _parse_dtype(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
+def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-        dtype = DTYPES[dtype]
-    if dtype is not None and dtype == mx.float16 and _needs_range(config):
-        raise RequestError(_NO_FLOAT16)
+        return DTYPES[dtype]
     return dtype
 
 
-def _check_range(model: str | Path, dtype: str | mx.Dtype | None) -> None:
-    """Refuse float16 for a model known by name to leave its range, before anything is downloaded."""
-    release = catalog.find(str(model))
-    if release is not None and not release.float16 and dtype in ("float16", mx.float16):
+def _dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
+    """The type asked for; float16 is refused for the 3B model."""
+    parsed = _parse_dtype(dtype)
+    if parsed is not None and parsed == mx.float16 and _needs_range(config):
+        raise RequestError(_NO_FLOAT16)
+    return parsed
+
+
+def _check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
+    """Refuse what is known to be wrong from the model's name alone, before anything is downloaded."""
+    parsed, release = _parse_dtype(dtype), catalog.find(str(model))
+    if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
 
 
@@ -217,16 +223,14 @@ def convert(
     if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
         raise RequestError("--q-bits, --q-group-size and --q-mode need -q.")
     wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    _check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
-    _check_range(model, dtype)
     folder = hub.resolve(model, revision=revision)
     if folder.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
     checkpoint = mlx_format.read(folder)
     text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
-    exceptions = _requantize(checkpoint, _parse_dtype(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    exceptions = _requantize(checkpoint, _dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
     bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
     release = _release(model, folder, checkpoint.config)
     instruct = release is not None and release.instruct

@@ -724,7 +724,7 @@ def test_float16_is_refused_for_the_3b_model() -> None:
     with pytest.raises(RequestError, match="float16 cannot hold the 3B model's activations"):
         build_model(checkpoint, dtype="float16")
     with pytest.raises(RequestError, match="use bfloat16 or float32"):
-        loading._parse_dtype(mx.float16, config)
+        loading._dtype_for(mx.float16, config)
     assert loading._parse_dtype("bfloat16", config) == mx.bfloat16
     assert loading._parse_dtype("float16", ModelConfig.from_name("1.1b")) == mx.float16
 
@@ -1054,3 +1054,13 @@ def test_float16_is_refused_for_the_3b_before_any_download(tmp_path, hub, name):
     with pytest.raises(RequestError, match="leave its range"):
         load(name, dtype="float16")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32", mx.bfloat16])
+def test_the_3b_in_a_type_that_holds_it_goes_on_to_the_hub(tmp_path, hub, dtype):
+    with pytest.raises(RequestError, match="OpenELM-3B"):
+        load("3b", dtype=dtype)
+    assert hub.requests
+    if dtype is None or isinstance(dtype, str):
+        with pytest.raises(RequestError, match="OpenELM-3B"):
+            convert("3b", tmp_path / "out", dtype=dtype)

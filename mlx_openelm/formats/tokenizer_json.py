@@ -134,6 +134,7 @@ class TokenizersEngine:
         self._control = set(self._special.values()) - {self.unk_token_id}
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text` without BOS; special tokens typed in it are text."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if self._sound or self._control.isdisjoint(ids):
             return ids
@@ -171,6 +172,7 @@ class TokenizersEngine:
         return self._special
 
     def to_tokenizer_json(self, bos_token_id: int) -> dict[str, Any]:
+        """The contents of a `tokenizer.json` that other programs read to the same ids, BOS first."""
         self._remove_merges_into_special_tokens()
         spec = json.loads(self._tokenizer.to_str())
         bos_token = self.id_to_token(bos_token_id) or ""
