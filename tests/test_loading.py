@@ -725,8 +725,8 @@ def test_float16_is_refused_for_the_3b_model() -> None:
         build_model(checkpoint, dtype="float16")
     with pytest.raises(RequestError, match="use bfloat16 or float32"):
         loading._dtype_for(mx.float16, config)
-    assert loading._parse_dtype("bfloat16", config) == mx.bfloat16
-    assert loading._parse_dtype("float16", ModelConfig.from_name("1.1b")) == mx.float16
+    assert loading._dtype_for("bfloat16", config) == mx.bfloat16
+    assert loading._dtype_for("float16", ModelConfig.from_name("1.1b")) == mx.float16
 
 
 def test_float16_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
