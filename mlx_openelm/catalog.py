@@ -14,6 +14,19 @@ ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / "tiny"
 
+# Where Apple publishes what CoreNet wrote: intermediate checkpoints, those with the state of the training, the average
+# of the last five (which is the published model), and the folders of CoreNet's own MLX port.
+# From CoreNet's README-pretraining.md and mlx_examples/open_elm/README.md.
+CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
+CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
+_CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
+_CORENET_CHECKPOINTS = (
+    "checkpoint_average",
+    *(f"checkpoint_epoch_0_iter_{iteration - 1}" for iteration in CORENET_ITERATIONS),
+    *(f"training_checkpoint_epoch_0_iter_{iteration - 1}" for iteration in CORENET_ITERATIONS),
+    "training_checkpoint_last",
+)
+
 
 @dataclass(frozen=True)
 class Release:
@@ -89,6 +102,35 @@ def find(name: str) -> Release | None:
     Repositories of others (`mlx-community/OpenELM-270M`) are not releases: their weights differ.
     """
     return _BY_KEY.get(_key(name))
+
+
+def corenet_files(name: str) -> tuple[str, ...]:
+    """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
+
+    NAME is a checkpoint's without `.pt`, or `mlx` or `mlx-4bit` for a folder of the MLX port.
+    Raises RequestError for a size or a name that was never published.
+    """
+    size, _, file = name.removeprefix("corenet:").partition("/")
+    release = find(size)
+    sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
+    if release is None or release.instruct:
+        raise RequestError(
+            f"{name!r} names no size that CoreNet's files have: give corenet:SIZE/NAME with "
+            f"{', '.join(sizes)} as SIZE, as in corenet:270M/checkpoint_average"
+        )
+    file = file.removesuffix(".pt")
+    if file in _CORENET_PORTS:
+        folder = f"mlx/{release.size}{_CORENET_PORTS[file]}"
+        return f"{folder}/config.json", f"{folder}/weights.safetensors"
+    if file in _CORENET_CHECKPOINTS:
+        return (f"pretrained/{release.size}/{file}.pt",)
+    close = difflib.get_close_matches(file, (*_CORENET_CHECKPOINTS, *_CORENET_PORTS), n=2)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    first, last = (f"checkpoint_epoch_0_iter_{CORENET_ITERATIONS[i] - 1}" for i in (0, -1))
+    raise RequestError(
+        f"{name!r} names no file that was published{hint}: after corenet:{release.size}/ comes checkpoint_average, "
+        f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit"
+    )
 
 
 def suggest(name: str) -> list[str]:

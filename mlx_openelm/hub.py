@@ -6,18 +6,16 @@ HF_HUB_OFFLINE. It is imported inside the functions that need it, because a loca
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from . import catalog
 from .errors import OpenELMError, RequestError
+from .hub_errors import did_you_mean, explain_download
 
 TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 # What a model cannot be read without, as far as the repository has it.
@@ -29,12 +27,12 @@ _READ_PATTERNS = (
     *TOKENIZER_PATTERNS,
     "chat_template.jinja",
 )
-_DOCUMENT_PATTERNS = ("LICENSE*", "README.md")
-MODEL_PATTERNS = (*_READ_PATTERNS, *_DOCUMENT_PATTERNS)
+DOCUMENT_PATTERNS = ("LICENSE*", "README.md")
+MODEL_PATTERNS = (*_READ_PATTERNS, *DOCUMENT_PATTERNS)
 
 # Code and pickles are never downloaded, whatever patterns are asked for; nor are subfolders, which hold
 # copies of the weights for other programs (`*` in a pattern matches `/` too).
-_NEVER_PATTERNS = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*")
+NEVER_PATTERNS = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*")
 
 _FILE_TYPES = {".safetensors", ".gguf", ".pt", ".pth", ".bin", ".json", ".yaml", ".yml", ".model", ".npz"}
 
@@ -87,7 +85,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
             repo,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=list(_NEVER_PATTERNS),
+            ignore_patterns=list(NEVER_PATTERNS),
             tqdm_class=progress,
         )
     # Everything, because the transfer library in Rust raises kinds of its own.
@@ -95,7 +93,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
         is_absent = isinstance(error, LocalEntryNotFoundError)
         cached = _cached_without_documents(repo, revision, patterns) if is_absent else None
         if cached is None:
-            raise _explain(error, repo, revision) from error
+            raise explain_download(error, repo, revision) from error
         folder = cached
     if not os.path.isdir(folder):
         raise RequestError(f"the repository {repo} has none of these files: {', '.join(patterns)}")
@@ -133,7 +131,7 @@ def _locate(name: str | Path) -> Path | str:
     if owner and repo:
         return text
     raise RequestError(
-        f"there is no model named {text!r}{_did_you_mean(text)}; give {_known_names()}, a local folder, "
+        f"there is no model named {text!r}{did_you_mean(text)}; give {_known_names()}, a local folder, "
         "or a hub repository as owner/name"
     )
 
@@ -151,7 +149,7 @@ def _packaged_tiny() -> Path:
 
 def _check_is_model(repo: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise RequestError(f"the repository {repo} has no config.json, so it is not a model{_did_you_mean(repo)}")
+        raise RequestError(f"the repository {repo} has no config.json, so it is not a model{did_you_mean(repo)}")
     if not any(folder.glob("*.safetensors")):
         raise RequestError(
             f"the repository {repo} has no *.safetensors; pickled weights (.bin, .pt) are never downloaded"
@@ -168,7 +166,7 @@ def _cached(repo: str, revision: str | None, patterns: list[str]) -> str | None:
             repo,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=list(_NEVER_PATTERNS),
+            ignore_patterns=list(NEVER_PATTERNS),
             local_files_only=True,
         )
     except (LocalEntryNotFoundError, HFValidationError):
@@ -180,7 +178,7 @@ def _cached_without_documents(repo: str, revision: str | None, patterns: list[st
 
     Other programs (mlx-lm) fill the same cache and leave those out; huggingface_hub then calls it incomplete.
     """
-    needed = [pattern for pattern in patterns if pattern not in _DOCUMENT_PATTERNS]
+    needed = [pattern for pattern in patterns if pattern not in DOCUMENT_PATTERNS]
     return _cached(repo, revision, needed) if needed != patterns else None
 
 
@@ -205,119 +203,6 @@ def _progress_class(repo: str) -> Any:
                     print(f"Downloading {repo} ...", file=sys.stderr, flush=True)
 
     return Announcement
-
-
-def _explain(error: Exception, repo: str, revision: str | None) -> OpenELMError:
-    """What went wrong and what to do, in one line without addresses or tokens."""
-    from huggingface_hub import errors
-
-    if not _host():
-        return RequestError("HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it")
-    # "Not in the cache" is raised from the reason why the hub could not be asked.
-    is_absent = isinstance(error, errors.LocalEntryNotFoundError)
-    cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, errors.HFValidationError):
-        return RequestError(
-            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name){_did_you_mean(repo)}"
-        )
-    if isinstance(cause, errors.HfHubHTTPError):
-        return _explain_answer(cause, repo, revision)
-    if isinstance(cause, errors.FileMetadataError):
-        return OpenELMError(f"{_host()} does not answer like a model hub: check HF_ENDPOINT and your proxy settings")
-    if isinstance(cause, UnicodeEncodeError):  # a token goes into a header, which is ASCII
-        return OpenELMError("your token holds characters that no token has: correct HF_TOKEN, or run `hf auth login`")
-    if is_absent:
-        return _explain_absent(error, cause, repo)
-    if _is_disk_full(cause):
-        return OpenELMError(
-            f"the disk is full, {repo} did not fit: free some space in {_cache_folder()}, "
-            "or set HF_HOME to a folder on another disk"
-        )
-    if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OpenELMError(
-            f"cannot write to the download cache {_cache_folder()} ({cause.strerror}): set HF_HOME to a folder you own"
-        )
-    return OpenELMError(
-        f"the transfer of {repo} from {_host()} broke off ({_first_line(cause)}): "
-        "run the same command again, files that arrived whole are kept"
-    )
-
-
-def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError:
-    """The server answered, and the answer was no."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return OpenELMError(
-            f"{repo} is gated: accept its conditions at https://huggingface.co/{repo}, "
-            "then log in with `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return RequestError(
-            f"there is no folder and no hub repository named {repo}{_did_you_mean(repo)}; "
-            "a private one needs `hf auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return RequestError(f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash")
-    status = error.response.status_code
-    if status == 401:
-        return OpenELMError(f"{_host()} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN")
-    if status == 403:
-        return OpenELMError(f"{_host()} refuses access to {repo}: your token may lack the permission to read it")
-    if status == 429:
-        return OpenELMError(f"{_host()} limits your requests: wait a few minutes, or log in with `hf auth login`")
-    if status >= 500:
-        return OpenELMError(f"{_host()} has a problem of its own (HTTP {status}): try again later")
-    return OpenELMError(f"{_host()} refused to send {repo} (HTTP {status})")
-
-
-def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMError:
-    """The hub could not be asked, and the cache does not help."""
-    from huggingface_hub import errors
-
-    is_partial = hasattr(error, "snapshot_path")  # IncompleteSnapshotError, which older releases lack
-    what = f"only a part of {repo} is in the download cache" if is_partial else f"{repo} is not in the download cache"
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return OpenELMError(
-            f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "
-            "or download the model on another machine and give the folder"
-        )
-    reason = f" ({_first_line(cause)})" if cause is not error else ""
-    return OpenELMError(
-        f"cannot reach {_host()}{reason} and {what}: connect once, "
-        "or download the model on another machine and give the folder"
-    )
-
-
-def _is_disk_full(error: Exception) -> bool:
-    # The transfer library in Rust raises no OSError; it passes on the text of the system.
-    is_out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_out_of_space or "No space left on device" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of another program's message, without addresses (they can be signed) and tokens."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].rstrip(".") if lines else type(error).__name__
-    return re.sub(r"\bhf_\w+", "hf_...", re.sub(r"\w+://\S+", "the hub", text))
-
-
-def _host() -> str:
-    """The name of the hub's machine; never the whole endpoint, which can hold a password."""
-    from huggingface_hub import constants
-
-    return urlsplit(constants.ENDPOINT).hostname or ""
-
-
-def _cache_folder() -> str:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_CACHE
-
-
-def _did_you_mean(name: str) -> str:
-    close = [text for text in catalog.suggest(name) if text != name]
-    return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
 def _known_names() -> str:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import atomic, backend, catalog, hub
+from . import atomic, backend, catalog, model_card
 from .chat_template import CORENET_TEMPLATE
 from .config import SIZES, ModelConfig
 from .errors import RequestError
@@ -25,6 +25,7 @@ from .quantization.uniform import (
     plan,
     quantize_weights,
 )
+from .sources import CORENET_PREFIX, Source, open_source
 from .tokenizer import Tokenizer
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -41,15 +42,18 @@ def load(
     dtype: str | mx.Dtype | None = None,
     *,
     tokenizer: str | Path | None = None,
+    config_yaml: str | Path | None = None,
     revision: str | None = None,
     expand: bool | None = None,
 ) -> tuple[OpenELM, Tokenizer]:
     """A model, ready to run, and its tokenizer.
 
     Args:
-        model: `tiny`, an alias (`270m`, `1.1b-instruct`), a hub name, or a folder.
+        model: `tiny`, an alias (`270m`, `1.1b-instruct`), a hub name, a folder, a CoreNet checkpoint (`.pt`),
+            a `.gguf` file, or `corenet:SIZE/NAME`.
         dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
         tokenizer: a tokenizer file or folder, in place of the model's own.
+        config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         expand: whether to unpack quantized weights at load. By default only on a CPU, where products with
             packed weights are slower, and only while free memory allows.
@@ -63,10 +67,9 @@ def load(
     if (warning := backend.blas_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
     _check_dtype(model, dtype)
-    folder = hub.resolve(model, revision=revision)
-    checkpoint = mlx_format.read(folder)
-    text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
-    return build_model(checkpoint, dtype=dtype, expand=expand), text
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    with source.reading():
+        return build_model(source.checkpoint, dtype=dtype, expand=expand), source.tokenizer
 
 
 def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, expand: bool | None = None) -> OpenELM:
@@ -74,7 +77,7 @@ def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, 
 
     The result's `quantization` tells how its matrices were stored, `expanded` whether they were unpacked.
     """
-    compute = _dtype_for(dtype, checkpoint.config) or _default_dtype(checkpoint)
+    compute = dtype_for(dtype, checkpoint.config) or _default_dtype(checkpoint)
     packed = checkpoint.quantization
     expanded = bool(packed) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
     weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
@@ -111,7 +114,7 @@ def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     return dtype
 
 
-def _dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
+def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
     """The type asked for; float16 is refused for the 3B model."""
     parsed = _parse_dtype(dtype)
     if parsed is not None and parsed == mx.float16 and _needs_range(config):
@@ -138,48 +141,6 @@ def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available
 
 
-def find_tokenizer(model: str | Path, folder: Path, config: ModelConfig, named: str | Path | None = None) -> Tokenizer:
-    """The tokenizer named by the user, else the folder's, else for published models the one mlx-community carries.
-
-    Raises:
-        RequestError: none of them, or one that does not fit the model.
-        OpenELMError: a download that failed.
-    """
-    if named is not None:
-        tokenizer = Tokenizer.from_file(Path(named).expanduser(), eos_token_ids=config.eos_token_ids)
-    elif any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = Tokenizer.from_folder(folder)
-    elif (release := _release(model, folder, config)) is not None:
-        tokenizer = Tokenizer.from_folder(hub.download_tokenizer(release), eos_token_ids=config.eos_token_ids)
-        if (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) != (32000, 1, 2):
-            raise RequestError(
-                f"The tokenizer of {release.tokenizer_repo} is not OpenELM's (32000 pieces, bos 1, eos 2); "
-                "give the right one with --tokenizer."
-            )
-    else:
-        raise RequestError(
-            f"{folder} holds no tokenizer.json or tokenizer.model; give one with --tokenizer "
-            "(OpenELM uses Llama 2's; mlx-community/OpenELM-270M carries it)."
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise RequestError(
-            f"The tokenizer has {tokenizer.vocab_size} pieces, the model only {config.vocab_size}; "
-            "give the one that belongs to it with --tokenizer."
-        )
-    return tokenizer
-
-
-def _release(model: str | Path, folder: Path, config: ModelConfig) -> catalog.Release | None:
-    """The published model this is, by its name, its folder's name, or its sizes."""
-    found = catalog.find(str(model)) or catalog.find(folder.resolve().name) or catalog.find(Path(model).name)
-    if found is not None:
-        return found
-    same_size = (
-        r for r in catalog.releases() if ModelConfig.from_name(r.name).tensor_shapes() == config.tensor_shapes()
-    )
-    return next(same_size, None)
-
-
 @dataclass(frozen=True)
 class Conversion:
     """What `convert` wrote: where, how many bits a parameter takes, and matrices packed unlike the others."""
@@ -200,6 +161,7 @@ def convert(
     q_mode: str = "affine",
     dequantize: bool = False,
     tokenizer: str | Path | None = None,
+    config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -207,10 +169,11 @@ def convert(
     """Write a model as an MLX folder, which appears complete or not at all.
 
     Args:
-        model: an alias, a hub name, or a folder.
+        model: an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`.
         dtype: the type of what is not quantized, and of scales and biases; bfloat16 unless told.
         quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
         dequantize: unpack a quantized model.
+        config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         overwrite: replace `mlx_path` if it exists.
         progress: called with the bytes written so far and in all.
 
@@ -225,19 +188,55 @@ def convert(
     wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
     _check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
-    folder = hub.resolve(model, revision=revision)
-    if folder.resolve().is_relative_to(target):
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    if source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
-    checkpoint = mlx_format.read(folder)
-    text = find_tokenizer(model, folder, checkpoint.config, tokenizer)
-    exceptions = _requantize(checkpoint, _dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    checkpoint = source.checkpoint
+    exceptions = _requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
     bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
-    release = _release(model, folder, checkpoint.config)
-    instruct = release is not None and release.instruct
-    with atomic.new_folder(Path(mlx_path), overwrite=overwrite) as partial:
-        text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
-        mlx_format.write(partial, checkpoint, progress=progress)
+    command = model_card.command_line(
+        "convert",
+        {
+            "model": str(model),
+            "mlx_path": Path(mlx_path),
+            "dtype": dtype,
+            "quantize": quantize,
+            "q_bits": q_bits,
+            "q_group_size": q_group_size,
+            "q_mode": q_mode if quantize else None,
+            "dequantize": dequantize,
+            "tokenizer": None if tokenizer is None else Path(tokenizer),
+            "config_yaml": None if config_yaml is None else Path(config_yaml),
+            "revision": revision,
+        },
+    )
+    write_source(source, Path(mlx_path), command=command, overwrite=overwrite, progress=progress)
     return Conversion(Path(mlx_path), bits, exceptions)
+
+
+def write_source(
+    source: Source,
+    mlx_path: Path,
+    *,
+    command: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a source as an MLX folder, which appears once its files turn out unchanged; empties its weights.
+
+    Raises:
+        RequestError: `mlx_path` exists and `overwrite` is not asked for, or it cannot be made.
+        OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
+    """
+    text = source.tokenizer
+    instruct = source.release is not None and source.release.instruct
+    is_published = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
+    base_model = source.release.hub_repo if is_published and source.release is not None else None
+    origin = model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
+    with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
+        text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
+        mlx_format.write(partial, source.checkpoint, progress=progress)
+        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, command=command)
 
 
 def _requantize(

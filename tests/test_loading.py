@@ -724,9 +724,9 @@ def test_float16_is_refused_for_the_3b_model() -> None:
     with pytest.raises(RequestError, match="float16 cannot hold the 3B model's activations"):
         build_model(checkpoint, dtype="float16")
     with pytest.raises(RequestError, match="use bfloat16 or float32"):
-        loading._dtype_for(mx.float16, config)
-    assert loading._dtype_for("bfloat16", config) == mx.bfloat16
-    assert loading._dtype_for("float16", ModelConfig.from_name("1.1b")) == mx.float16
+        loading.dtype_for(mx.float16, config)
+    assert loading.dtype_for("bfloat16", config) == mx.bfloat16
+    assert loading.dtype_for("float16", ModelConfig.from_name("1.1b")) == mx.float16
 
 
 def test_float16_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1008,6 +1008,7 @@ def test_a_folders_own_template_is_kept(tmp_path: Path) -> None:
 def test_folders_written_hold_what_they_need_and_nothing_else(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "model.safetensors.index.json",

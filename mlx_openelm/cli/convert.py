@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
+from .. import catalog, publishing
 from ..loading import convert
+from ..publishing import UploadOptions
 from . import console, flags
+from . import upload as upload_command
 
 
+@flags.of_dataclass(UploadOptions, flags.UPLOAD)
 def run(
     model: Annotated[
         str,
-        typer.Option("--model", "--hf-path", help="A name (270m, 1.1b-instruct, tiny), a hub repository, or a folder."),
+        typer.Option(
+            "--model",
+            "--hf-path",
+            help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), "
+            "a .gguf file, or corenet:SIZE/NAME.",
+        ),
     ] = catalog.TINY,
     mlx_path: Annotated[str, typer.Option(help="The folder to write.")] = "mlx_model",
     dtype: Annotated[
@@ -30,15 +38,22 @@ def run(
     q_mode: Annotated[str, typer.Option(help="affine, mxfp4, nvfp4 or mxfp8.")] = "affine",
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model.")] = False,
     tokenizer: flags.Tokenizer = None,
+    config_yaml: Annotated[
+        str | None,
+        typer.Option(help="The training configuration of a CoreNet checkpoint; published sizes need none."),
+    ] = None,
     revision: flags.Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     as_json: flags.Json = False,
     debug: flags.Debug = False,
+    **options: Any,
 ) -> None:
     """Write a model as an MLX folder, quantized if you like.
 
     The folder appears complete or not at all, and mlx-lm reads it too.
     """
+    upload = UploadOptions(**options)
+    publishing.check(upload)
     with console.Progress("Writing", unit="bytes") as progress:
         result = convert(
             model,
@@ -50,6 +65,7 @@ def run(
             q_mode=q_mode,
             dequantize=dequantize,
             tokenizer=tokenizer,
+            config_yaml=config_yaml,
             revision=revision,
             overwrite=overwrite,
             progress=progress,
@@ -57,8 +73,13 @@ def run(
     written = sum(path.stat().st_size for path in result.path.iterdir())
     if as_json:
         values = {"model": model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}
-        console.print_json(values | {"size": written, "exceptions": result.exceptions})
+        values |= {"size": written, "exceptions": result.exceptions}
+        if upload.upload_repo is not None:
+            values["upload"] = upload_command.to_json(publishing.publish(result.path, upload))
+        console.print_json(values)
         return
     print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(written)}")
     for path, what in result.exceptions.items():
         print(f"  {path}: {what}")
+    if upload.upload_repo is not None:
+        upload_command.show(publishing.publish(result.path, upload))

@@ -71,6 +71,14 @@ GENERATION = {
     "kv_group_size": "How many of them share a scale.",
     "quantized_kv_start": "Keep them in fewer bits from this token on.",
 }
+# The help of every field of UploadOptions.
+UPLOAD = {
+    "upload_repo": "The hub repository to upload to, as owner/name; made if it does not exist.",
+    "private": "Make the repository private.",
+    "upload_revision": "The branch to upload to; made if it does not exist.  [default: main]",
+    "commit_message": "The commit's message.",
+    "dry_run": "Show what would be uploaded; send nothing, ask nobody.",
+}
 _SHORT = {"max_tokens": ("-m",)}
 _REPEATABLE = ("stop", "logit_bias")
 

@@ -34,7 +34,8 @@ class QuickHelp:
 class Command(QuickHelp, TyperCommand):  # type: ignore[misc]
     """A command whose flags are int, float, str, bool, or lists of these, None where they may be absent.
 
-    A flag that has a `--no-` form also takes a word, as mlx-lm's `--verbose False` does.
+    What a command takes without a flag is a list too. A flag that has a `--no-` form also takes a word, as mlx-lm's
+    `--verbose False` does.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -58,7 +59,7 @@ class Command(QuickHelp, TyperCommand):  # type: ignore[misc]
     def _with_switches(self, args: Sequence[str]) -> list[str]:
         """`--verbose False` and `--verbose=False` as `--no-verbose`; values of other flags stay untouched."""
         result: list[str] = []
-        flags = {flag: param for param in self.params for flag in param.opts}
+        flags = {flag: param for param in self.params for flag in param.opts if flag.startswith("-")}
         rest = list(args)
         while rest:
             arg = rest.pop(0)

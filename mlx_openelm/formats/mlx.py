@@ -62,13 +62,13 @@ def read(folder: Path) -> Checkpoint:
     if config.share_input_output_layers:
         # Some writers store the shared output layer again, whole or packed like the embedding.
         tensors = {name: info for name, info in tensors.items() if not name.startswith("lm_head.")}
-    quantization = _read_quantization(folder / "config.json", config, values, tensors)
-    _check(folder, config, quantization, tensors)
+    quantization = read_quantization(folder / "config.json", config, values, tensors)
+    check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)
     return Checkpoint(config, {name: weights[name] for name in tensors}, quantization)
 
 
-def _read_quantization(
+def read_quantization(
     file: Path, config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
 ) -> dict[str, Quantization]:
     """How each matrix with scales is packed: its own entry, else the common one, else what the shapes tell."""
@@ -107,13 +107,18 @@ def _from_shapes(
         return common  # the check of all shapes will name the tensor
 
 
-def _check(
-    folder: Path,
+def check(
+    place: Path,
     config: ModelConfig,
     quantization: Mapping[str, Quantization],
     tensors: Mapping[str, safetensors.TensorInfo],
+    described_by: str = "its config.json",
 ) -> None:
-    """Compare every tensor with what the configuration asks for; one error names all that is wrong."""
+    """Compare every tensor in `place` with what the configuration asks for.
+
+    Raises:
+        RequestError: one list of every missing, unexpected or wrongly shaped tensor.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in config.tensor_shapes().items():
         path = name.removesuffix(".weight")
@@ -142,7 +147,7 @@ def _check(
             rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             problems.append(f"{kind}: {', '.join(names[:_LISTED])}{rest}")
     if problems:
-        raise RequestError(f"The weights in {folder} do not fit its config.json; {'; '.join(problems)}.")
+        raise RequestError(f"The weights in {place} do not fit {described_by}; {'; '.join(problems)}.")
 
 
 def _fits(dtype: mx.Dtype, name: str, quantization: Mapping[str, Quantization]) -> bool:

@@ -21,14 +21,14 @@ from ..errors import RequestError
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
-_DTYPES = {
+DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 
 
@@ -103,13 +103,13 @@ def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> Tenso
         well_formed = False
     if not well_formed:
         raise _damaged(path, f"its header entry for {name} is malformed")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise RequestError(f"{path} stores {name} as {dtype}, which is not supported; expected {', '.join(_DTYPES)}.")
-    if end - start != math.prod(shape) * _DTYPES[dtype].size:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise RequestError(f"{path} stores {name} as {dtype}, which is not supported; expected {', '.join(DTYPES)}.")
+    if end - start != math.prod(shape) * DTYPES[dtype].size:
         raise _damaged(path, f"the bytes of {name} do not match its shape")
     if end > data_bytes:
         raise _damaged(path, f"{name} is cut off")
-    return TensorInfo(_DTYPES[dtype], tuple(shape), path)
+    return TensorInfo(DTYPES[dtype], tuple(shape), path)
 
 
 def _damaged(path: Path, why: str) -> RequestError:
@@ -202,7 +202,7 @@ def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> byt
     start = 0
     for name, tensor in tensors.items():
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.nbytes],
         }

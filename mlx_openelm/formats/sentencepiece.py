@@ -108,6 +108,44 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
+def serialize_model(model: SentencePieceModel, *, bos_piece: str, eos_piece: str) -> bytes:
+    """The bytes of a `tokenizer.model`, as `parse_model` and the sentencepiece package read them."""
+    special = {45: model.pieces[model.types.index(UNKNOWN)], 46: bos_piece, 47: eos_piece}
+    number = next(number for number, name in MODEL_TYPES.items() if name == model.model_type)
+    trainer = _integer(3, number) + _integer(4, len(model.pieces)) + _integer(35, int(model.byte_fallback))
+    trainer += b"".join(_bytes(field, piece.encode()) for field, piece in special.items())
+    normalizer = _bytes(1, b"identity") + b"".join(
+        _integer(field, int(switch))
+        for field, switch in (
+            (3, model.add_dummy_prefix),
+            (4, model.remove_extra_whitespaces),
+            (5, model.escape_whitespaces),
+        )
+    )
+    pieces = (
+        _bytes(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _integer(3, kind)  # 0x15: field 2, 4 bytes
+        for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True)
+    )
+    return b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint_bytes(field << 3 | 2) + _varint_bytes(len(value)) + value
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _varint_bytes(field << 3) + _varint_bytes(value)
+
+
+def _varint_bytes(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
 def to_tokenizer_json(model: SentencePieceModel, bos_token_id: int) -> dict[str, Any]:
     """The `tokenizer.json` whose ids equal SentencePiece's for every text, BOS first.
 

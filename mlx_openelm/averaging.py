@@ -1,0 +1,112 @@
+"""The mean of several checkpoints: CoreNet's published models are that of the last five of their training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import atomic
+from .errors import RequestError
+from .loading import dtype_for, write_source
+from .sources import CORENET_PREFIX, Source, open_source
+
+# Fields that change what a model computes from the same weights.
+_BEHAVIOUR = (
+    "activation_fn_name",
+    "rms_norm_eps",
+    "rope_freq_constant",
+    "num_query_heads",
+    "num_kv_heads",
+    "ffn_with_glu",
+)
+
+
+def average(
+    models: Sequence[str | Path],
+    mlx_path: str | Path = "mlx_model",
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    config_yaml: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the mean of checkpoints, tensor by tensor, as an MLX folder, which appears complete or not at all.
+
+    Args:
+        models: two or more, each an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or
+            `corenet:SIZE/NAME`. Means are computed in float32.
+        dtype: the type to write; by default what the checkpoints are stored in, float32 where they differ.
+        tokenizer: a tokenizer file or folder, in place of the models' own; by default the first's is written.
+        config_yaml: the training configuration of CoreNet checkpoints.
+        overwrite: replace `mlx_path` if it exists.
+        progress: called with the bytes written so far and in all.
+
+    Raises:
+        RequestError: fewer than two, a quantized one, or models that are not of one shape; nothing was written.
+        OpenELMError: reading, a download or writing failed, or a file changed meanwhile; nothing was left behind.
+    """
+    if len(models) < 2:
+        raise RequestError("An average needs at least two checkpoints.")
+    target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
+    sources = [_open(model, tokenizer, config_yaml) for model in models]
+    first = sources[0]
+    for source in sources:
+        if source.path.resolve().is_relative_to(target):
+            raise RequestError(f"{target} is one of the models to average, or holds it; choose another --mlx-path.")
+        _check_alike(first, source)
+    dtypes = [source.checkpoint.dtype for source in sources]
+    stored = dtypes[0] if all(kind == dtypes[0] for kind in dtypes) else mx.float32
+    wanted = dtype_for(dtype, first.checkpoint.config) or stored
+    mean = replace(
+        first,
+        name=", ".join(source.name for source in sources),
+        checkpoint=replace(first.checkpoint, weights=_means(sources, wanted)),
+        stamps={path: stamp for source in sources for path, stamp in source.stamps.items()},
+    )
+    write_source(mean, Path(mlx_path), overwrite=overwrite, progress=progress)
+    return Path(mlx_path)
+
+
+def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
+    # Folders among the checkpoints bring a configuration of their own.
+    is_bare = str(model).lower().endswith((".pt", ".pth")) or str(model).lower().startswith(CORENET_PREFIX)
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
+    if source.checkpoint.quantization:
+        raise RequestError(f"{model} is quantized, so its mean would be rough; --dequantize it with convert first.")
+    return source
+
+
+def _check_alike(first: Source, other: Source) -> None:
+    """Refuse two models whose tensors, or what they compute with them, differ."""
+    expected, shapes = first.checkpoint.config.tensor_shapes(), other.checkpoint.config.tensor_shapes()
+    odd = [name for name in expected | shapes if expected.get(name) != shapes.get(name)]
+    if odd:
+        name = odd[0]
+        raise RequestError(
+            f"{first.name} and {other.name} are not of one shape: {len(odd)} tensors differ, as {name} does "
+            f"({_shape(expected.get(name))} and {_shape(shapes.get(name))})."
+        )
+    for field in _BEHAVIOUR:
+        ours, theirs = getattr(first.checkpoint.config, field), getattr(other.checkpoint.config, field)
+        if ours != theirs:
+            raise RequestError(f"{first.name} and {other.name} differ in {field}: {ours} and {theirs}.")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
+
+
+def _means(sources: Sequence[Source], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The lazy mean of each tensor; takes the weights out of the sources, so that each is dropped once it is used."""
+    weights = [source.checkpoint.weights for source in sources]
+    means = {}
+    for name in list(weights[0]):
+        total = weights[0].pop(name).astype(mx.float32)
+        for others in weights[1:]:
+            total = total + others.pop(name).astype(mx.float32)
+        means[name] = (total / len(weights)).astype(dtype)
+    return means

@@ -1,0 +1,75 @@
+"""`mlx-openelm upload`: publish a model folder on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..model_files import CARD
+from ..publishing import Upload, UploadOptions, publish
+from . import console, flags
+
+
+@flags.of_dataclass(UploadOptions, flags.UPLOAD)
+def run(
+    path: Annotated[str, typer.Option("--path", help="The model folder, or a .gguf file.")],
+    as_json: flags.Json = False,
+    debug: flags.Debug = False,
+    **options: Any,
+) -> None:
+    """Publish a model folder on the Hugging Face Hub, with a model card.
+
+    Only the files of the model are sent. A card of your own (README.md) is sent as it is.
+    """
+    show(publish(path, UploadOptions(**options)), as_json=as_json)
+
+
+def show(done: Upload, *, as_json: bool = False) -> None:
+    """Tell what was sent and where it is, or what would be."""
+    if as_json:
+        console.print_json(to_json(done))
+    elif done.url is not None:
+        if all(file.name != CARD for file in done.files):
+            print("The README.md in the repository is somebody's own, so it was kept.")
+        print(f"Uploaded {len(done.files)} files, {console.size(done.size)}: {done.url}")
+    else:
+        print("\n".join(_plan_lines(done)))
+
+
+def to_json(done: Upload) -> dict[str, Any]:
+    """What was sent, or would be, in plain values."""
+    return {
+        "path": str(done.path),
+        "repo": done.repo,
+        "private": done.private,
+        "revision": done.revision,
+        "commit_message": done.commit_message,
+        "files": [{"name": file.name, "size": file.size} for file in done.files],
+        "size": done.size,
+        "left_out": list(done.left_out),
+        "card": done.card,
+        "own_card": done.own_card,
+        "url": done.url,
+    }
+
+
+def _plan_lines(plan: Upload) -> list[str]:
+    owner = "" if "/" in plan.repo else " (of the token's owner)"
+    visibility = "private" if plan.private else "public if it is new; one that exists keeps its visibility"
+    width = max(len(file.name) for file in plan.files)
+    card = "yours, as it is" if plan.own_card else "written for this model"
+    return [
+        f"Would upload {plan.path}; nothing was sent.",
+        f"  repository      {plan.repo}{owner}",
+        f"  visibility      {visibility}",
+        f"  revision        {plan.revision}",
+        f"  commit message  {plan.commit_message}",
+        *(f"  {file.name:{width}}  {console.size(file.size):>9}" for file in plan.files),
+        f"  {len(plan.files)} files, {console.size(plan.size)}",
+        *([f"Not sent: {', '.join(plan.left_out)}"] if plan.left_out else []),
+        "Older weights (model*.safetensors) in the repository that are not in this list would be removed from it.",
+        f"README.md ({card}):",
+        "",
+        plan.card.rstrip(),
+    ]

@@ -1,0 +1,149 @@
+"""Downloads of what Apple published from CoreNet, which lies on a plain web server: `corenet:SIZE/NAME`.
+
+The hub's cache knows nothing of it, so the files have one of their own: `~/.cache/mlx-openelm`, or where
+XDG_CACHE_HOME or MLX_OPENELM_CACHE says. MLX_OPENELM_CORENET_URL names a mirror.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import catalog
+from .errors import OpenELMError, RequestError
+
+URL_VARIABLE = "MLX_OPENELM_CORENET_URL"
+CACHE_VARIABLE = "MLX_OPENELM_CACHE"
+
+# A transfer that breaks off goes on where it stopped, this often before it is given up, and after this many seconds.
+_ATTEMPTS = 4
+_PAUSE = 1.0
+_TIMEOUT = 30.0
+
+
+def download(name: str) -> Path:
+    """The checkpoint file, or the folder of CoreNet's MLX port, that `corenet:SIZE/NAME` means.
+
+    What was downloaded before is not asked for again; a download that broke off goes on where it stopped.
+
+    Raises:
+        RequestError: a size or name that was never published, or that the server does not have.
+        OpenELMError: the network, the server or the disk failed.
+    """
+    paths = [cache_folder() / "corenet" / path for path in catalog.corenet_files(name)]
+    for part, path in zip(catalog.corenet_files(name), paths, strict=True):
+        if not path.is_file():
+            _fetch(name, part, path)
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def cache_folder() -> Path:
+    """Where downloads that are not the hub's are kept."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-openelm"
+
+
+def _fetch(name: str, part: str, path: Path) -> None:
+    """Bring one file to `path`, where it appears complete or not at all."""
+    import httpx2 as httpx  # what huggingface_hub 2 talks with
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    url = f"{os.environ.get(URL_VARIABLE) or catalog.CORENET_URL}".rstrip("/") + f"/{part}"
+    if constants.HF_HUB_OFFLINE:
+        raise OpenELMError(f"HF_HUB_OFFLINE is set and {name} was not downloaded yet: unset it and connect once.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that want the same file: the second finds it complete.
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if path.is_file():
+                return
+            has_bar = sys.stderr.isatty()
+            if not has_bar:
+                print(f"Downloading {name} ...", file=sys.stderr, flush=True)
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    _transfer(httpx, url, name, path)
+                    break
+                except httpx.TransportError as error:
+                    if attempt == _ATTEMPTS or isinstance(error, httpx.UnsupportedProtocol | httpx.ConnectError):
+                        raise
+                    time.sleep(_PAUSE)
+            if not has_bar:
+                print(f"Downloaded {name}", file=sys.stderr, flush=True)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+        raise RequestError(f"{URL_VARIABLE} must be a whole address, like {catalog.CORENET_URL}.") from None
+    except httpx.ConnectError:
+        raise OpenELMError(f"Cannot reach {_host(url)} for {name}: connect once, or set {URL_VARIABLE}.") from None
+    except httpx.HTTPError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OpenELMError(
+            f"The transfer of {name} broke off ({reason}): run the same command again, it goes on where it stopped."
+        ) from None
+    except OSError as error:
+        raise _disk_error(error, name) from None
+
+
+def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
+    """One attempt: ask for what is missing, append it, and put the file in place once it has its whole size."""
+    from huggingface_hub.utils import tqdm
+
+    partial, tag_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.tag")
+    tag = tag_file.read_text() if tag_file.is_file() and partial.is_file() else ""
+    start = partial.stat().st_size if tag else 0
+    # With If-Range a server whose file has changed sends the whole of the new one.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-", "If-Range": tag} if start else {})
+    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as answer:
+        if answer.status_code == 416:  # nothing is missing, or what is there belongs to another file
+            partial.unlink(missing_ok=True)
+            raise httpx.ReadError("the server has another file by now")
+        _check_status(answer.status_code, url, name)
+        start = start if answer.status_code == 206 else 0
+        length = int(answer.headers.get("Content-Length") or 0)
+        total = start + length if length else 0
+        bar = tqdm(desc=name, initial=start, total=total or None, unit="B", unit_scale=True, leave=False, disable=None)
+        with partial.open("r+b" if start else "wb") as file, bar:
+            file.seek(start)
+            # After the file was emptied: a tag beside another file's bytes would make a mixture of both.
+            tag_file.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
+            for chunk in answer.iter_raw():  # as they arrive, so that all that did is kept
+                file.write(chunk)
+                bar.update(len(chunk))
+            size = file.tell()
+    if total and size != total:
+        raise httpx.ReadError(f"{size} of {total} bytes arrived")
+    partial.replace(path)
+    tag_file.unlink(missing_ok=True)
+
+
+def _check_status(status: int, url: str, name: str) -> None:
+    if status == 404:
+        raise RequestError(f"{_host(url)} has no {name}: names look like corenet:270M/checkpoint_average.")
+    if status >= 500:
+        raise OpenELMError(f"{_host(url)} has a problem of its own (HTTP {status}): try again later.")
+    if status not in (200, 206):
+        raise OpenELMError(f"{_host(url)} refused to send {name} (HTTP {status}).")
+
+
+def _disk_error(error: OSError, name: str) -> OpenELMError:
+    place = cache_folder()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OpenELMError(
+            f"The disk is full, {name} did not fit: free some space in {place}, or set {CACHE_VARIABLE} to a folder "
+            "on another disk."
+        )
+    return OpenELMError(
+        f"Cannot write to {place} ({error.strerror or error}): set {CACHE_VARIABLE} to a folder you own."
+    )
+
+
+def _host(url: str) -> str:
+    """The name of the server's machine; never the whole address, which can hold a password."""
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).hostname or url

@@ -1,0 +1,209 @@
+"""Models for other programs: Hugging Face folders for transformers, GGUF files for llama.cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import atomic, catalog
+from .chat_template import CORENET_TEMPLATE
+from .errors import OpenELMError, RequestError
+from .formats import gguf, huggingface
+from .formats.mlx import Checkpoint
+from .loading import DTYPES
+from .quantization.uniform import bits_per_weight, dequantize_weights
+from .sources import CORENET_PREFIX, Source, open_source
+
+FORMATS = ("huggingface", "gguf")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote: where, its bytes, bits a parameter takes, and matrices stored unlike the others."""
+
+    path: Path
+    type: str  # the weights' type: a GGUF type, or float32 and alike
+    size: int
+    bits_per_weight: float
+    exceptions: dict[str, str] = field(default_factory=dict)
+
+
+def export(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    format: str,
+    gguf_type: str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    config_yaml: str | Path | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Write a model as a Hugging Face folder or a GGUF file, which appears complete or not at all.
+
+    Args:
+        model: whatever `sources.open_source` opens; a quantized model is dequantized first.
+        output: the folder or file to write; by default `NAME-hf`, or `NAME-TYPE.gguf`.
+        format: huggingface or gguf.
+        gguf_type: f32, f16, bf16, q8_0 or q4_0. By default f16, and bf16 for the 3B model, whose activations
+            leave the range of float16, in which llama.cpp multiplies by float16 matrices.
+        dtype: the type of a Hugging Face folder's weights; by default the stored one, of a model that is
+            quantized or stored in several types float32, which holds all their values.
+        overwrite: replace `output` if it exists.
+        progress: called with the bytes written so far and in all.
+
+    Raises:
+        RequestError: a request that cannot be right; nothing was written.
+        OpenELMError: a download, reading or writing failed; nothing was left behind.
+    """
+    _check_request(format, gguf_type, dtype)
+    if output is not None:  # before a download, so that it is not done in vain
+        _check_output(Path(output), format, overwrite=overwrite)
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    if format == "gguf":
+        return _export_gguf(source, output, gguf_type, overwrite=overwrite, progress=progress)
+    return _export_huggingface(source, output, dtype, overwrite=overwrite, progress=progress)
+
+
+def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> None:
+    if format not in FORMATS:
+        raise RequestError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if gguf_type is not None and format != "gguf":
+        raise RequestError("--gguf-type needs --format gguf; for huggingface there is --dtype.")
+    if gguf_type is not None and gguf_type not in gguf.FILE_TYPES:
+        raise RequestError(f"--gguf-type must be one of {', '.join(gguf.FILE_TYPES)}, got {gguf_type!r}.")
+    if dtype is not None and format != "huggingface":
+        raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def _export_gguf(
+    source: Source,
+    output: str | Path | None,
+    gguf_type: str | None,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Export:
+    config, name = source.checkpoint.config, _name(source)
+    needs_range = source.release is not None and not source.release.float16
+    chosen = gguf_type or ("bf16" if needs_range else "f16")
+    gguf.check_representable(config, chosen)
+    path = Path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
+    target = _check_output(path, "gguf", overwrite=overwrite)
+    _keep_source(source, target)
+    template = source.tokenizer.chat_template or _instruct_template(source)
+    with _new_file(target) as partial, source.reading():
+        exceptions = gguf.write(
+            partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
+        )
+    return Export(path, chosen, target.stat().st_size, gguf.bits_per_weight(config, chosen), exceptions)
+
+
+def _export_huggingface(
+    source: Source,
+    output: str | Path | None,
+    dtype: str | None,
+    *,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Export:
+    checkpoint = source.checkpoint
+    if dtype == "float16" and source.release is not None and not source.release.float16:
+        raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
+    path = Path(output) if output is not None else Path(f"{_name(source)}-hf")
+    target = _check_output(path, "huggingface", overwrite=overwrite)
+    _keep_source(source, target)
+    _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
+    stored, bits = checkpoint.dtype, bits_per_weight(checkpoint.config, {}, checkpoint.dtype.size)
+    template = source.tokenizer.chat_template or _instruct_template(source)
+    with atomic.new_folder(target, overwrite=overwrite) as partial, source.reading():
+        source.tokenizer.save(partial, chat_template=template)
+        huggingface.write(partial, checkpoint, release=source.release, progress=progress)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    return Export(path, str(stored).removeprefix("mlx.core."), size, bits)
+
+
+def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
+    """Dequantize and cast the checkpoint's lazy weights in place, so that they are of one type."""
+    if dtype is None and not checkpoint.quantization and len({w.dtype for w in checkpoint.weights.values()}) == 1:
+        return
+    dtype = dtype or mx.float32
+    weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
+    checkpoint.weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    checkpoint.quantization = {}
+
+
+def _instruct_template(source: Source) -> str | None:
+    """What CoreNet tuned the instruct models with, whose repositories have no template."""
+    return CORENET_TEMPLATE if source.release is not None and source.release.instruct else None
+
+
+def _name(source: Source) -> str:
+    """What the model is called in the names of files: an alias's release, else the end of what was typed."""
+    path = Path(source.name).expanduser()
+    if path.exists():
+        return path.resolve().stem if path.is_file() else path.resolve().name
+    if (release := catalog.find(source.name)) is not None:
+        return release.name
+    if source.name.lower().startswith(CORENET_PREFIX):
+        return "OpenELM-" + source.name[len(CORENET_PREFIX) :].replace("/", "-")
+    return path.name
+
+
+# Where to.
+
+
+def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
+    """Where `path` really lies; `RequestError` for what must not be written to."""
+    target = Path(os.path.realpath(path.expanduser()))
+    if target.exists() and not overwrite and target.is_dir() == (format == "huggingface"):
+        raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
+    if format == "huggingface":
+        return atomic.check_target(path, overwrite=overwrite)
+    if target.is_dir():
+        raise RequestError(f"{target} is a folder; name a file with --output.")
+    if target.exists() and not _is_gguf(target):
+        raise RequestError(f"{target} is no GGUF file, so it is not overwritten; choose another --output.")
+    return target
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _keep_source(source: Source, target: Path) -> None:
+    if source.path.resolve().is_relative_to(target):
+        raise RequestError(f"{target} is the model to export, or holds it; choose another --output.")
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes `path`'s place when the block ends well and vanishes when it does not.
+
+    It lies in a folder `.NAME.partial-PID` beside it, which the next run removes if this one is killed.
+    """
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic._remove_leftovers(path)
+        partial.mkdir()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be made: {error.strerror}.") from None
+    try:
+        yield partial / path.name
+        os.replace(partial / path.name, path)
+    except OSError as error:
+        raise OpenELMError(f"Writing {path} failed: {error.strerror or error}; nothing was left there.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""The keys of llama.cpp's `openelm` architecture: a configuration into them, and back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import ModelConfig, make_divisible, spread
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+ARCHITECTURE = "openelm"
+
+
+def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) -> None:
+    """Add the keys of a model; `file_type` is the name of a LlamaFileType."""
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(config.num_parameters, 0, 0, 0))
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_transformer_layers)
+    writer.add_context_length(config.max_context_length)
+    writer.add_embedding_length(config.model_dim)
+    writer.add_feed_forward_length(list(config.ffn_dims))
+    writer.add_head_count(list(config.num_query_heads))
+    writer.add_head_count_kv(list(config.num_kv_heads))
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(float(config.rope_freq_constant))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def check_architecture(values: dict[str, Any], path: Path) -> None:
+    """Raises `RequestError` for the keys of another architecture."""
+    if (architecture := values.get("general.architecture")) != ARCHITECTURE:
+        raise RequestError(f"{path} is a {architecture!r} model; mlx-openelm runs {ARCHITECTURE!r}.")
+
+
+def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: int) -> ModelConfig:
+    """The configuration that a file's keys describe.
+
+    Args:
+        vocab_size: the rows of the embedding, which no key tells for certain.
+        most_layers: a bound for what a damaged file may claim.
+
+    Raises:
+        RequestError: a key that is missing or cannot be right, or positions scaled in a way OpenELM has not.
+    """
+
+    def key(name: str, default: Any = None) -> Any:
+        value = values.get(f"{ARCHITECTURE}.{name}", default)
+        if value is None:
+            raise RequestError(f"{path} has no {ARCHITECTURE}.{name}.")
+        return value
+
+    def count(name: str, most: int = 1 << 24) -> int:
+        value = key(name)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {value}, which cannot be.")
+        return value
+
+    layers, model_dim = count("block_count", most_layers), count("embedding_length")
+    head_dim, context = count("attention.key_length"), count("context_length")
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if key(name, head_dim) != head_dim:
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {key(name)}, but the heads have {head_dim}.")
+    if (scaling := key("rope.scaling.type", "none")) != "none":
+        raise RequestError(f"{path} scales its positions ({scaling}), which OpenELM does not.")
+    widths, heads, kv_heads = (
+        tuple(value) if isinstance(value := key(name), list) else (value,) * layers
+        for name in ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    )
+    for size in (*widths, *heads, *kv_heads):
+        if not isinstance(size, int) or size < 1:
+            raise RequestError(f"{path}: {size} in {ARCHITECTURE}'s sizes of layers cannot be.")
+    groups = max(1, heads[0] // kv_heads[0])
+    multipliers, divisor = _multipliers(widths, (0.5, 4.0), model_dim, (256, 128, 64))
+    query_widths = tuple(count * head_dim for count in heads)
+    query_multipliers, _ = _multipliers(query_widths, (0.5, 1.0), model_dim, (head_dim * groups,))
+    try:
+        return ModelConfig(
+            num_transformer_layers=layers,
+            model_dim=model_dim,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            num_query_heads=heads,
+            num_kv_heads=kv_heads,
+            ffn_multipliers=multipliers,
+            qkv_multipliers=(0.5, 1.0) if query_multipliers == spread((0.5, 1.0), layers) else query_multipliers,
+            num_gqa_groups=groups,
+            ffn_dim_divisor=divisor,
+            normalize_qk_projections=True,
+            share_input_output_layers=True,
+            rms_norm_eps=_decimal(key("attention.layer_norm_rms_epsilon")),
+            rope_freq_constant=_decimal(key("rope.freq_base", 10000.0)),
+            rope_max_length=2 * context,  # llama.cpp has no such limit; the published models have this one
+            max_context_length=context,
+            bos_token_id=values.get("tokenizer.ggml.bos_token_id", 1),
+            eos_token_id=values.get("tokenizer.ggml.eos_token_id", 2),
+        )
+    except (RequestError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def _multipliers(
+    widths: tuple[int, ...], bounds: tuple[float, float], model_dim: int, divisors: tuple[int, ...]
+) -> tuple[tuple[float, ...], int]:
+    """Multipliers of model_dim and the divisor that give the widths: the paper's where they do, else exact ones."""
+    spaced = spread(bounds, len(widths))
+    for divisor in divisors:
+        if tuple(make_divisible(m * model_dim, divisor) for m in spaced) == widths:
+            return spaced, divisor
+    return tuple(width / model_dim for width in widths), math.gcd(*widths)
+
+
+def _decimal(value: float) -> float:
+    """The number whose float32 a file holds: 1e-06, not 9.999999974752427e-07."""
+    number = float(f"{value:.7g}")
+    return int(number) if number.is_integer() else number

@@ -1,0 +1,188 @@
+"""What went wrong with the Hugging Face Hub and what to do, in one line without addresses or tokens."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from . import catalog
+from .errors import OpenELMError, RequestError
+
+_NO_ADDRESS = "HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it"
+_NO_HUB = "{} does not answer like a model hub: check HF_ENDPOINT and your proxy settings"
+_NO_TOKEN_TEXT = "your token holds characters that no token has: correct HF_TOKEN, or run `hf auth login`"
+_BAD_TOKEN = "{} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN"
+_TOO_MANY = "{} limits your requests: wait a few minutes"
+_BROKEN = "{} has a problem of its own (HTTP {}): try again later"
+
+
+def explain_download(error: Exception, repo: str, revision: str | None) -> OpenELMError:
+    """Why files of `repo` could not be downloaded."""
+    from huggingface_hub import errors
+
+    if not host():
+        return RequestError(_NO_ADDRESS)
+    # "Not in the cache" is raised from the reason why the hub could not be asked.
+    is_absent = isinstance(error, errors.LocalEntryNotFoundError)
+    cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, errors.HFValidationError):
+        return RequestError(
+            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
+        )
+    if isinstance(cause, errors.HfHubHTTPError):
+        return _explain_answer(cause, repo, revision)
+    if isinstance(cause, errors.FileMetadataError):
+        return OpenELMError(_NO_HUB.format(host()))
+    if isinstance(cause, UnicodeEncodeError):  # a token goes into a header, which is ASCII
+        return OpenELMError(_NO_TOKEN_TEXT)
+    if is_absent:
+        return _explain_absent(error, cause, repo)
+    if _is_disk_full(cause):
+        return OpenELMError(
+            f"the disk is full, {repo} did not fit: free some space in {_cache_folder()}, "
+            "or set HF_HOME to a folder on another disk"
+        )
+    if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OpenELMError(
+            f"cannot write to the download cache {_cache_folder()} ({cause.strerror}): set HF_HOME to a folder you own"
+        )
+    return OpenELMError(
+        f"the transfer of {repo} from {host()} broke off ({_first_line(cause)}): "
+        "run the same command again, files that arrived whole are kept"
+    )
+
+
+def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError:
+    """The server answered, and the answer was no."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return OpenELMError(
+            f"{repo} is gated: accept its conditions at https://huggingface.co/{repo}, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return RequestError(
+            f"there is no folder and no hub repository named {repo}{did_you_mean(repo)}; "
+            "a private one needs `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return RequestError(f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash")
+    status = error.response.status_code
+    if status == 401:
+        return OpenELMError(_BAD_TOKEN.format(host()))
+    if status == 403:
+        return OpenELMError(f"{host()} refuses access to {repo}: your token may lack the permission to read it")
+    if status == 429:
+        return OpenELMError(f"{_TOO_MANY.format(host())}, or log in with `hf auth login`")
+    if status >= 500:
+        return OpenELMError(_BROKEN.format(host(), status))
+    return OpenELMError(f"{host()} refused to send {repo} (HTTP {status})")
+
+
+def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMError:
+    """The hub could not be asked, and the cache does not help."""
+    from huggingface_hub import errors
+
+    is_partial = hasattr(error, "snapshot_path")  # IncompleteSnapshotError, which older releases lack
+    what = f"only a part of {repo} is in the download cache" if is_partial else f"{repo} is not in the download cache"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return OpenELMError(
+            f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "
+            "or download the model on another machine and give the folder"
+        )
+    reason = f" ({_first_line(cause)})" if cause is not error else ""
+    return OpenELMError(
+        f"cannot reach {host()}{reason} and {what}: connect once, "
+        "or download the model on another machine and give the folder"
+    )
+
+
+def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMError:
+    """Why nothing could be uploaded to `repo`; `sending` is whether files were already on their way."""
+    from huggingface_hub import errors
+
+    if not host():
+        return RequestError(_NO_ADDRESS)
+    if isinstance(error, ValueError) and "Invalid metadata in README.md" in str(error):
+        reason = " ".join(line.strip("- ") for line in str(error).splitlines()[1:])
+        return RequestError(f"{host()} refuses the front matter of README.md ({_clean(reason)}): correct it")
+    # What goes wrong in a thread that sends a file comes wrapped.
+    causes = [error]
+    while isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    if answer is not None:
+        return _explain_refusal(answer, repo)
+    if isinstance(error, UnicodeEncodeError):  # a token goes into a header, which is ASCII
+        return OpenELMError(_NO_TOKEN_TEXT)
+    if isinstance(error, ValueError | KeyError):  # an answer that is not JSON, or not the JSON of a hub
+        return OpenELMError(_NO_HUB.format(host()))
+    if sending:
+        return OpenELMError(f"the transfer of {repo} to {host()} broke off ({_first_line(causes[-1])})")
+    return OpenELMError(f"cannot reach {host()} ({_first_line(causes[-1])}): check your network")
+
+
+def _explain_refusal(error: Any, repo: str) -> OpenELMError:
+    """The server answered an upload, and the answer was no."""
+    from huggingface_hub import errors
+
+    status = error.response.status_code
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return OpenELMError(
+            f"{host()} has no repository {repo} that your token may write to: check the name, and the token's rights"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return RequestError(f"{repo} has no such revision: give the name of a branch")
+    if status == 401:
+        return OpenELMError(_BAD_TOKEN.format(host()))
+    if status == 403:
+        return OpenELMError(
+            f"{host()} refuses your token to write to {repo}: use a name of yours or of an organization "
+            "you may write to, and a token with write permission"
+        )
+    if status in (409, 412):
+        return OpenELMError(f"{repo} was changed by someone else meanwhile: try again")
+    if status == 429:
+        return OpenELMError(_TOO_MANY.format(host()))
+    if status >= 500:
+        return OpenELMError(_BROKEN.format(host(), status))
+    reason = f": {_clean(error.server_message)}" if error.server_message else ""
+    return OpenELMError(f"{host()} refused the upload to {repo} (HTTP {status}){reason}")
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # The transfer library in Rust raises no OSError; it passes on the text of the system.
+    is_out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_out_of_space or "No space left on device" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of another program's message, without addresses (they can be signed) and tokens."""
+    lines = str(error).strip().splitlines()
+    return _clean(lines[0].rstrip(".") if lines else type(error).__name__)
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"\bhf_\w+", "hf_...", re.sub(r"\w+://\S+", "the hub", text))
+
+
+def host() -> str:
+    """The name of the hub's machine; never the whole endpoint, which can hold a password."""
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).hostname or ""
+
+
+def _cache_folder() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def did_you_mean(name: str) -> str:
+    """` (did you mean ...?)`, or nothing where no known name is close."""
+    close = [text for text in catalog.suggest(name) if text != name]
+    return f" (did you mean {', '.join(close)}?)" if close else ""

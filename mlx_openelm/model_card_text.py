@@ -1,0 +1,291 @@
+"""The text of a model card: what the model is, how it was made, what it costs, how to use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import catalog
+from .formats import mlx as mlx_format
+from .formats import safetensors
+from .formats.mlx import Checkpoint
+from .quantization.uniform import Quantization, bits_per_weight, most_common
+
+Layout = Literal["mlx", "huggingface", "gguf"]
+
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured on a text: perplexity, that of the model before quantization, KL divergence in nats a token."""
+
+    text: str
+    tokens: int
+    perplexity: float
+    full_perplexity: float | None = None
+    kl_divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells that the files do not. `parameters` and `layers` only where no config.json holds them."""
+
+    source: str | None
+    command: str | None = None
+    method: str | None = None
+    recipe: str | None = None
+    quality: tuple[Quality, ...] = ()
+    parameters: int | None = None
+    layers: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML, absent ones left out."""
+        values = asdict(self)
+        values["quality"] = [_present(entry) for entry in values["quality"]]
+        return _present(values)
+
+    @classmethod
+    def from_dict(cls, values: object) -> Facts | None:
+        """The reverse; None for anything but what `to_dict` gives."""
+        if not isinstance(values, dict):
+            return None
+        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        try:
+            quality = tuple(Quality(**entry) for entry in known.pop("quality", ()))
+            facts = cls(**{"source": None} | known, quality=quality)
+        except TypeError:
+            return None
+        numbers = [facts.parameters, facts.layers, *(q.tokens for q in quality), *(q.perplexity for q in quality)]
+        numbers += [value for q in quality for value in (q.full_perplexity, q.kl_divergence)]
+        are_numbers = all(value is None or isinstance(value, int | float) for value in numbers)
+        return facts if are_numbers else None
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, (), [])}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a model say. `checkpoint` is None for GGUF; `code` is the repository `auto_map` names."""
+
+    layout: Layout
+    files: tuple[Path, ...]
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
+    code: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Contents:
+        """From the headers of the files in a folder, or of one GGUF file.
+
+        Raises:
+            RequestError: no model, or files that do not fit each other.
+        """
+        if path.is_file():
+            return cls("gguf", (path,))
+        ggufs = tuple(sorted(path.glob("*.gguf")))
+        if ggufs and not any(path.glob("*.safetensors")):
+            return cls("gguf", ggufs)
+        checkpoint = mlx_format.read(path)
+        _, values = mlx_format.read_config(path)
+        auto_map = values.get("auto_map")
+        entries = [str(entry) for entry in auto_map.values()] if isinstance(auto_map, dict) else []
+        code = next((entry.partition("--")[0] for entry in entries if "--" in entry), None)
+        layout: Layout = "huggingface" if entries and not checkpoint.quantization else "mlx"
+        return cls(layout, tuple(safetensors.weight_files(path)), checkpoint, code)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.checkpoint is None else self.checkpoint.config.tensor_shapes()
+
+    @property
+    def common(self) -> Quantization | None:
+        """How most matrices are packed."""
+        packed = self.checkpoint.quantization if self.checkpoint is not None else {}
+        return most_common(packed) if packed else None
+
+
+def render(contents: Contents, name: str, metadata: Mapping[str, Any], facts: Facts) -> str:
+    """The card's text for a model that is to be found under `name`."""
+    parts = [
+        f"# {name.rpartition('/')[2]}",
+        _introduction(contents, metadata, facts),
+        _sizes(contents, facts),
+        *_making(facts),
+        *_quantization(contents, facts),
+        *_quality(facts),
+        "## Licence",
+        _license(metadata),
+        "## How to use",
+        *_usage(contents, name),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(contents: Contents, metadata: Mapping[str, Any], facts: Facts) -> str:
+    base = metadata.get("base_model")
+    names = [base] if isinstance(base, str) else [str(item) for item in base or ()]
+    what = " and ".join(f"[{repo}](https://huggingface.co/{repo})" for repo in names)
+    relation = metadata.get("base_model_relation")
+    if facts.source == catalog.TINY:
+        what = "the small model inside mlx-openelm, trained on Shakespeare's plays and poems (public domain)"
+    elif what and relation in ("finetune", "adapter", "merge"):
+        what = f"a model derived from {what} ({relation})"
+    elif not what:
+        what = f"an OpenELM model ({facts.source})" if facts.source else "an OpenELM model"
+    form = {"mlx": "for MLX", "huggingface": "in Hugging Face's layout", "gguf": "as GGUF, for llama.cpp"}
+    packed = f", quantized to {contents.common.bits} bits" if contents.common is not None else ""
+    maker = "converted" if facts.source else "published"
+    return (
+        f"This is {what}, {form[contents.layout]}{packed}, {maker} with mlx-openelm. OpenELM is Apple's family of "
+        "open language models with layer-wise scaling ([paper](https://arxiv.org/abs/2404.14619))."
+    )
+
+
+def _sizes(contents: Contents, facts: Facts) -> str:
+    checkpoint = contents.checkpoint
+    rows = {}
+    if checkpoint is not None:
+        dtype = str(checkpoint.dtype).removeprefix("mlx.core.")
+        bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
+        rows["Parameters"] = f"{checkpoint.config.num_parameters:,}"
+        rows["Layers"] = str(checkpoint.config.num_transformer_layers)
+        rows["Context"] = f"{checkpoint.config.max_context_length:,} tokens"
+        rows["Type" if contents.common is None else "Type of what is not packed"] = dtype
+        rows["Bits per weight"] = f"{bits:.2f}"
+    else:
+        rows |= {"Parameters": f"{facts.parameters:,}"} if facts.parameters is not None else {}
+        rows |= {"Layers": str(facts.layers)} if facts.layers is not None else {}
+        rows |= {f"`{file.name}`": _megabytes(file.stat().st_size) for file in contents.files}
+    rows["Weights on disk"] = _megabytes(contents.size)
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _making(facts: Facts) -> Iterator[str]:
+    if facts.command is not None:
+        yield "## How it was made"
+        yield f"```shell\n{facts.command}\n```"
+
+
+def _quantization(contents: Contents, facts: Facts) -> Iterator[str]:
+    checkpoint = contents.checkpoint
+    if contents.common is None and (checkpoint is not None or facts.method is None):
+        return
+    yield "## Quantization"
+    how = [f"method `{facts.method}`"] if facts.method else []
+    how += [f"recipe `{facts.recipe}`"] if facts.recipe else []
+    if how:
+        yield f"Quantized with {' and '.join(how)}."
+    if contents.common is None or checkpoint is None:
+        return
+    matrices = [path.removesuffix(".weight") for path, shape in contents.shapes.items() if len(shape) == 2]
+    groups: dict[Quantization | None, list[str]] = {contents.common: []}
+    for path in matrices:
+        groups.setdefault(checkpoint.quantization.get(path), []).append(path)
+    rows = ["| matrices | bits | group size | mode | which |", "| --- | --- | --- | --- | --- |"]
+    for choice, paths in groups.items():
+        everything = "all" if len(groups) == 1 else "all others"
+        which = everything if choice == contents.common else _which(paths)
+        settings = "not packed | | |" if choice is None else f"{choice.bits} | {choice.group_size} | {choice.mode} |"
+        rows.append(f"| {len(paths)} | {settings} {which} |")
+    yield "\n".join(rows)
+
+
+def _which(paths: list[str]) -> str:
+    """Module paths in few words: `ffn.proj_2` of layers 0-3, 7."""
+    layers: dict[str, list[int]] = {}
+    for path in paths:
+        match = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
+        part = match[2] if match else path.removeprefix("transformer.")
+        layers.setdefault(part, []).extend([int(match[1])] if match else [])
+    named = [f"`{part}`" + _layers(numbers) for part, numbers in layers.items()]
+    return "; ".join(named)
+
+
+def _layers(numbers: list[int]) -> str:
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f" of layer{'s' * (len(numbers) > 1)} {text}" if numbers else ""
+
+
+def _quality(facts: Facts) -> Iterator[str]:
+    if not facts.quality:
+        return
+    yield "## Measured quality"
+    rows = [
+        "| text | tokens | perplexity | before quantization | KL divergence (nats a token) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for entry in facts.quality:
+        full = "" if entry.full_perplexity is None else f"{entry.full_perplexity:.4f}"
+        divergence = "" if entry.kl_divergence is None else f"{entry.kl_divergence:.6f}"
+        rows.append(f"| {entry.text} | {entry.tokens:,} | {entry.perplexity:.4f} | {full} | {divergence} |")
+    yield "\n".join(rows)
+
+
+def _license(metadata: Mapping[str, Any]) -> str:
+    name = metadata.get("license_name") or metadata.get("license")
+    link = metadata.get("license_link")
+    if not name and not link:
+        return "No licence came with the original, so none is stated here; ask its authors before you share the model."
+    text = f"[{name or 'its licence'}]({link})" if link else str(name)
+    return f"The weights are under the licence of the original: {text}."
+
+
+def _usage(contents: Contents, name: str) -> Iterator[str]:
+    if contents.layout == "gguf":
+        yield from _gguf_usage(contents, name)
+        return
+    yield "With mlx-openelm, in a terminal:"
+    yield f'```shell\nmlx-openelm generate --model {name} --prompt "{PROMPT}"\n```'
+    yield "or in Python:"
+    yield (
+        "```python\nfrom mlx_openelm import generate, load\n\n"
+        f'model, tokenizer = load("{name}")\nprint(generate(model, tokenizer, "{PROMPT}"))\n```'
+    )
+    if contents.layout == "mlx":
+        yield "With mlx-lm:"
+        yield f'```shell\nmlx_lm.generate --model {name} --prompt "{PROMPT}"\n```'
+    elif contents.code is not None:
+        yield "With transformers 4:"
+        yield (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        )
+        yield (
+            f"`trust_remote_code=True` runs the model's code from [{contents.code}](https://huggingface.co/"
+            f"{contents.code}), which fails in transformers 5."
+        )
+
+
+def _gguf_usage(contents: Contents, name: str) -> Iterator[str]:
+    file = contents.files[0].name
+    is_repo = "/" in name
+    place = f"--hf-repo {name} --hf-file {file}" if is_repo else f"-m {file}"
+    yield "With llama.cpp:"
+    yield f'```shell\nllama-cli {place} -p "{PROMPT}"\n```'
+    yield "With mlx-openelm, which makes an MLX folder of it:"
+    fetch = f"hf download {name} {file} --local-dir .\n" if is_repo else ""
+    yield (
+        f"```shell\n{fetch}mlx-openelm convert --model {file} --mlx-path mlx_model\n"
+        f'mlx-openelm generate --model mlx_model --prompt "{PROMPT}"\n```'
+    )

@@ -1,0 +1,63 @@
+"""Which files of a folder are the model, and so may be published."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from . import hub
+from .errors import RequestError
+from .formats import mlx as mlx_format
+from .formats import safetensors
+
+CARD = "README.md"
+# What belongs to a model beside its weights.
+_PATTERNS = ("config.json", "generation_config.json", *hub.TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
+_GGUF_MAGIC = b"GGUF"
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files of a model folder that are published, but for its card; a GGUF file is its own list.
+
+    Weights are those the model is read from, checked against `config.json`. Code, pickles, subfolders, hidden
+    files and whatever else lies there is never sent.
+
+    Raises:
+        RequestError: no model, damaged files, or a link that leads out of the folder.
+    """
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RequestError(f"{path} is a file: give the folder that holds the model, or a .gguf file.")
+        _check_gguf(path)
+        return [path]
+    if not path.is_dir():
+        raise RequestError(f"The folder {path} does not exist.")
+    if re.fullmatch(r"\..*\.partial-\d+(-previous)?", path.resolve().name):
+        raise RequestError(f"{path} is what an interrupted conversion left; convert again, and upload the result.")
+    entries = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    ggufs = [entry for entry in entries if entry.suffix == ".gguf"]
+    weights: list[Path] = []
+    if not ggufs or any(entry.suffix == ".safetensors" for entry in entries):
+        mlx_format.read(path)
+        weights = safetensors.weight_files(path)
+        weights += [path / safetensors.INDEX] if (path / safetensors.INDEX).is_file() else []
+    for file in ggufs:
+        _check_gguf(file)
+    others = [entry for entry in entries if _belongs(entry.name)]
+    files = [*others, *weights, *ggufs]
+    for file in [*files, path / CARD]:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise RequestError(f"{file} is a link to a file outside the folder, which is not uploaded: copy it there.")
+    return files
+
+
+def _belongs(name: str) -> bool:
+    is_code = any(fnmatch(name, pattern) for pattern in hub.NEVER_PATTERNS)
+    return not is_code and any(fnmatch(name, pattern) for pattern in _PATTERNS)
+
+
+def _check_gguf(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(4) != _GGUF_MAGIC:
+            raise RequestError(f"{file} is not a GGUF file; export it again.")

@@ -1,0 +1,60 @@
+"""GPTQ (arXiv:2210.17323): round a matrix column by column, each error made good in the columns still to come."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .rounding import Grid
+from .uniform import Quantization
+
+# Columns whose corrections are applied to the rest of the matrix at once.
+_BLOCK = 64
+# Added to the diagonal of the moments, as a share of its mean, so that they can be inverted.
+_DAMPING = 0.01
+
+
+def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quantization) -> mx.array:
+    """Levels [out, groups, group_size] for weight [out, in] that keep its products, given what enters it.
+
+    Args:
+        moments: the mean of x xᵀ [in, in] over inputs x.
+        grid: scales and biases, which stay as they are. Columns are taken in order of their inputs' size, the
+            largest first, so that every group keeps its own (GPTQ's static groups and activation order).
+    """
+    out_dims, in_dims = weight.shape
+    order = mx.argsort(-mx.diag(moments))
+    factor = _inverse_factor(moments[order][:, order])
+    rest = weight.astype(mx.float32)[:, order]
+    group = order // choice.group_size
+    most = 2**choice.bits - 1
+    columns = []
+    for start in range(0, in_dims, _BLOCK):
+        end = min(start + _BLOCK, in_dims)
+        block, errors = rest[:, start:end], []
+        scales, biases = grid.scales[:, group[start:end]], grid.biases[:, group[start:end]]
+        safe = mx.where(scales == 0, 1.0, scales)
+        for column in range(end - start):
+            value = block[:, column]
+            level = mx.clip(mx.round((value - biases[:, column]) / safe[:, column]), 0, most)
+            columns.append(level)
+            position = start + column
+            error = (value - (level * scales[:, column] + biases[:, column])) / factor[position, position]
+            errors.append(error)
+            block = block - error[:, None] * factor[position, start:end]
+        mx.eval(columns[start:], errors)
+        if end < in_dims:
+            rest = rest - mx.pad(mx.stack(errors, axis=1) @ factor[start:end, end:], ((0, 0), (end, 0)))
+            mx.eval(rest)
+    level = mx.stack(columns, axis=1)[:, mx.argsort(order)]
+    return level.reshape(out_dims, -1, choice.group_size)
+
+
+def _inverse_factor(moments: mx.array) -> mx.array:
+    """The upper Cholesky factor of the inverse of damped moments; MLX has these on the CPU alone."""
+    size = moments.shape[0]
+    with mx.stream(mx.cpu):
+        damping = _DAMPING * mx.mean(mx.diag(moments)) + 1e-12
+        lower = mx.linalg.cholesky(moments + damping * mx.eye(size))
+        factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
+        mx.eval(factor)
+    return factor

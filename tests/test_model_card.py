@@ -1,0 +1,318 @@
+"""Model cards: what the hub reads, what a person reads, and what is carried over from the original's card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from mlx_openelm import catalog, convert, model_card
+from mlx_openelm.config import ModelConfig
+from mlx_openelm.errors import RequestError
+from mlx_openelm.model_card import Quality, find_origin
+
+import pytest
+from huggingface_hub import ModelCard, metadata_load
+
+SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+APPLE = "---\nlicense: other\nlicense_name: apple-amlr\nlicense_link: LICENSE\nlanguage: en\n---\n\n# OpenELM\n"
+PARAMETERS = 2_485_056
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized folder without a card."""
+    out = tmp_path_factory.mktemp("models") / "packed"
+    convert(SHAKESPEARE, out, quantize=True, q_group_size=128)
+    (out / "README.md").unlink(missing_ok=True)
+    return out
+
+
+@pytest.fixture
+def folder(packed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(packed, tmp_path / "my-model")
+
+
+@pytest.fixture
+def apple(tmp_path: Path) -> Path:
+    """What a download of Apple's repository holds beside the weights."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / "README.md").write_text(APPLE)
+    (folder / "LICENSE").write_text("Apple's licence\n")
+    return folder
+
+
+def sections(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("#")]
+
+
+def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -> None:
+    origin = find_origin(apple, repo="apple/OpenELM-270M")
+    model_card.write(folder, name="my-model", origin=origin, command="mlx-openelm convert")
+    metadata = metadata_load(folder / "README.md")
+    facts = metadata.pop("mlx_openelm")
+    assert metadata == {
+        "license": "other",
+        "license_name": "apple-amlr",
+        "license_link": "LICENSE",
+        "language": "en",
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["mlx", "openelm", "4-bit"],
+        "base_model": "apple/OpenELM-270M",
+        "base_model_relation": "quantized",
+    }
+    assert facts["source"] == "apple/OpenELM-270M" and facts["command"] == "mlx-openelm convert"
+    assert ModelCard.load(folder / "README.md").data.base_model == "apple/OpenELM-270M"
+    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+
+
+def test_text_tells_sizes_from_the_files(folder: Path, apple: Path) -> None:
+    quality = [Quality("a play", 12345, 10.5, 10.125, 0.0123), Quality("a poem", 7, 3.0)]
+    model_card.write(
+        folder,
+        name="my-model",
+        origin=find_origin(apple, repo="apple/OpenELM-270M"),
+        command="mlx-openelm convert --model 270m -q",
+        method="gptq",
+        recipe="mixed_3_6",
+        quality=quality,
+    )
+    text = ModelCard.load(folder / "README.md").text
+    assert sections(text) == [
+        "# my-model",
+        "## How it was made",
+        "## Quantization",
+        "## Measured quality",
+        "## Licence",
+        "## How to use",
+    ]
+    weights = folder / "model.safetensors"
+    # Everything but the header is weights.
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    bits = 8 * (weights.stat().st_size - header) / PARAMETERS
+    assert f"| Parameters | {PARAMETERS:,} |" in text and "| Layers | 6 |" in text
+    assert f"| Bits per weight | {bits:.2f} |" in text
+    assert f"| Weights on disk | {weights.stat().st_size / 1e6:.1f} MB |" in text
+    # 128 divides no row of 192, so those take 64; the first output projection is 96 wide and takes 32.
+    rows = [row.split("|")[1:-1] for row in text.splitlines() if "| affine |" in row]
+    config = json.loads((folder / "config.json").read_text())["quantization"]
+    own = [entry for entry in config.values() if isinstance(entry, dict)]
+    counts = [int(row[0]) for row in rows]
+    assert sum(counts) == 4 * 6 + 1 and sum(counts[1:]) == len(own)
+    assert [row[1].strip() for row in rows] == ["4"] * len(rows)
+    assert [int(row[2]) for row in rows] == [64, 32, 128]
+    assert rows[1][4].strip() == "`attn.out_proj` of layer 0" and rows[2][4].strip() == "`ffn.proj_2` of layers 0-5"
+    assert "method `gptq` and recipe `mixed_3_6`" in text
+    assert "| a play | 12,345 | 10.5000 | 10.1250 | 0.012300 |" in text
+    assert "| a poem | 7 | 3.0000 |  |  |" in text
+    assert "[apple-amlr](LICENSE)" in text
+    assert "mlx-openelm convert --model 270m -q\n" in text
+    assert "mlx-openelm generate --model my-model --prompt" in text and "mlx_lm.generate --model my-model" in text
+    assert "transformers" not in text and "llama-cli" not in text
+
+
+def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    convert(SHAKESPEARE, out, dtype="float32")
+    model_card.write(out, name="plain", origin=find_origin(SHAKESPEARE))
+    metadata, text = metadata_load(out / "README.md"), (out / "README.md").read_text()
+    assert metadata["tags"] == ["mlx", "openelm"]
+    assert not {"license", "base_model", "base_model_relation", "language"} & set(metadata)
+    assert "## Quantization" not in text and "| Type | float32 |" in text and "| Bits per weight | 32.00 |" in text
+    assert "No licence came with the original" in text
+
+
+# Where a model came from
+
+
+def test_tiny_is_ours() -> None:
+    origin = find_origin(catalog.TINY_FOLDER)
+    assert (origin.name, origin.base_model, origin.metadata["license"]) == ("tiny", None, "mit")
+
+
+def test_tiny_s_card(tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    convert("tiny", out)
+    model_card.write(out, name="small", origin=find_origin(catalog.TINY_FOLDER))
+    assert "Shakespeare's plays and poems (public domain)" in (out / "README.md").read_text()
+    # And converted once more, it is still that model.
+    again = find_origin(out)
+    assert (again.name, again.base_model, again.metadata["license"]) == ("tiny", None, "mit")
+
+
+def test_our_folder_converted_again_keeps_its_base_model(folder: Path, apple: Path) -> None:
+    model_card.write(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
+    for repo in (None, "me/x"):
+        again = find_origin(folder, repo=repo)
+        assert again.base_model == again.name == "apple/OpenELM-270M" and again.relation is None
+        assert again.metadata["license_link"] == "LICENSE" and again.licenses == (folder / "LICENSE",)
+
+
+@pytest.mark.parametrize(
+    ("card", "repo", "base", "relation"),
+    [
+        ("library_name: mlx\nbase_model: apple/OpenELM-1_1B", "mlx-community/a", "apple/OpenELM-1_1B", None),
+        ("library_name: mlx\nbase_model: a/b\nbase_model_relation: finetune", "me/tuned", "me/tuned", None),
+        ("library_name: mlx\nbase_model: a/b\nbase_model_relation: finetune", None, "a/b", "finetune"),
+        ("library_name: transformers\nbase_model: a/b", "me/tuned", "me/tuned", None),
+        ("license: mit", "apple/OpenELM-3B", "apple/OpenELM-3B", None),
+        ("license: mit", None, None, None),
+        ("license: [broken", "me/x", "me/x", None),
+        ("- a\n- list", "me/x", "me/x", None),
+    ],
+)
+def test_base_model(card: str, repo: str | None, base: str | None, relation: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext\n")
+    origin = find_origin(tmp_path, repo=repo)
+    assert (origin.base_model, origin.relation) == (base, relation)
+
+
+def test_a_fine_tune_stays_one_when_quantized(folder: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "README.md").write_text("---\nbase_model: apple/OpenELM-270M\nbase_model_relation: finetune\n---\n")
+    model_card.write(folder, name="x", origin=find_origin(tuned))
+    assert metadata_load(folder / "README.md")["base_model_relation"] == "finetune"
+    assert "derived from [apple/OpenELM-270M]" in (folder / "README.md").read_text()
+
+
+def test_folder_in_the_hub_s_cache_is_its_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--apple--OpenELM-270M" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    assert find_origin(snapshot).base_model == "apple/OpenELM-270M"
+
+
+def test_folder_named_like_a_release_of_other_sizes_is_not_it(tmp_path: Path) -> None:
+    impostor = shutil.copytree(SHAKESPEARE, tmp_path / "OpenELM-270M")
+    assert find_origin(impostor).base_model is None
+
+
+def test_what_lies_beside_a_file_is_taken_only_from_our_own_folders(folder: Path, apple: Path) -> None:
+    (apple / "model.gguf").write_bytes(b"GGUF")
+    assert find_origin(apple / "model.gguf").metadata == {} and find_origin(apple / "model.gguf").licenses == ()
+    model_card.write(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
+    assert find_origin(folder / "model.safetensors").base_model == "apple/OpenELM-270M"
+
+
+def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) -> None:
+    (apple / "LICENSE").unlink()
+    linked = find_origin(apple, repo="apple/OpenELM-270M").metadata["license_link"]
+    assert linked == "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"
+    assert "license_link" not in find_origin(apple).metadata
+
+
+def test_code_called_licence_is_not_copied(apple: Path) -> None:
+    (apple / "LICENSE.py").write_text("code")
+    assert find_origin(apple).licenses == (apple / "LICENSE",)
+
+
+# Other layouts
+
+
+def test_hugging_face_layout_says_plainly_what_transformers_needs(tmp_path: Path) -> None:
+    out = shutil.copytree(SHAKESPEARE, tmp_path / "exported")
+    config = json.loads((out / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "apple/OpenELM-270M--configuration_openelm.OpenELMConfig"}
+    (out / "config.json").write_text(json.dumps(config))
+    model_card.write(out, name="exported", origin=model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
+    metadata, text = metadata_load(out / "README.md"), (out / "README.md").read_text()
+    assert (metadata["library_name"], metadata["tags"]) == ("transformers", ["openelm"])
+    assert 'from_pretrained("exported", trust_remote_code=True)' in text
+    assert "runs the model's code from [apple/OpenELM-270M]" in text and "fails in transformers 5" in text
+    assert "mlx_lm" not in text
+
+
+def test_gguf(tmp_path: Path) -> None:
+    out = tmp_path / "gguf"
+    out.mkdir()
+    (out / "openelm-270m-q8_0.gguf").write_bytes(b"GGUF" + bytes(2_000_000 - 4))
+    origin = model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
+    model_card.write(out, name="gguf", origin=origin, method="q8_0", config=ModelConfig.from_name("OpenELM-270M"))
+    metadata = metadata_load(out / "README.md")
+    assert (metadata["library_name"], metadata["tags"]) == ("gguf", ["gguf", "openelm"])
+    assert metadata["base_model_relation"] == "quantized"
+    text = model_card.for_upload(out, "me/openelm").text
+    assert "| Parameters | 271,527,168 |" in text and "| Layers | 16 |" in text
+    assert "| `openelm-270m-q8_0.gguf` | 2.0 MB |" in text
+    assert "Quantized with method `q8_0`." in text
+    assert "llama-cli --hf-repo me/openelm --hf-file openelm-270m-q8_0.gguf" in text
+    assert "mlx-openelm convert --model openelm-270m-q8_0.gguf" in text
+
+
+# Cards at upload
+
+
+def test_upload_names_the_repository_and_keeps_what_is_known(folder: Path, apple: Path) -> None:
+    origin = find_origin(apple, repo="apple/OpenELM-270M")
+    model_card.write(folder, name="x", origin=origin, method="awq", quality=[Quality("a play", 10, 2.5)])
+    before = (folder / "README.md").read_text()
+    card = model_card.for_upload(folder, "me/OpenELM-4bit")
+    assert not card.is_own and (folder / "README.md").read_text() == before
+    assert "# OpenELM-4bit\n" in card.text and 'load("me/OpenELM-4bit")' in card.text
+    assert "mlx_lm.generate --model me/OpenELM-4bit" in card.text
+    assert "method `awq`" in card.text and "| a play | 10 | 2.5000 |" in card.text
+    # What was uploaded can be uploaded again elsewhere.
+    (folder / "README.md").write_text(card.text)
+    again = model_card.for_upload(folder, "you/other").text
+    assert again == card.text.replace("me/OpenELM-4bit", "you/other").replace("# OpenELM-4bit", "# other").replace(
+        metadata_load(folder / "README.md")["mlx_openelm"]["text"], again.split("  text: ")[1][:16]
+    )
+
+
+def test_front_matter_changed_by_hand_is_kept(folder: Path) -> None:
+    model_card.write(folder, name="x", origin=find_origin(SHAKESPEARE))
+    file = folder / "README.md"
+    file.write_text(file.read_text().replace("- openelm\n", "- openelm\n- verse\n").replace("\n", "\r\n"), newline="")
+    card = model_card.for_upload(folder, "me/x")
+    assert not card.is_own and "- verse\n" in card.text and "--model me/x" in card.text
+
+
+def test_edited_and_hand_written_cards_are_sent_as_they_are(folder: Path) -> None:
+    model_card.write(folder, name="x", origin=find_origin(SHAKESPEARE))
+    file = folder / "README.md"
+    for text in (file.read_text() + "My notes.\n", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n", ""):
+        file.write_text(text)
+        card = model_card.for_upload(folder, "me/x")
+        assert card.is_own and card.text == text
+
+
+def test_a_folder_without_a_card_gets_one(folder: Path) -> None:
+    card = model_card.for_upload(folder, "me/x")
+    assert not card.is_own and f"{PARAMETERS:,}" in card.text and "license:" not in card.text
+    assert "How it was made" not in card.text and not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n# x\n", b"---\n- a\n---\n", b"\xff\xfe\x00"])
+def test_a_damaged_card_is_refused_before_anything_is_sent(content: bytes, folder: Path) -> None:
+    (folder / "README.md").write_bytes(content)
+    with pytest.raises(RequestError, match="README.md.*correct"):
+        model_card.for_upload(folder, "me/x")
+
+
+@pytest.mark.parametrize("facts", ["[]", "{quality: 3}", "{quality: [{text: a}]}", "{parameters: many}", "{text: 0}"])
+def test_facts_that_we_did_not_write_make_a_card_a_person_s(facts: str, folder: Path) -> None:
+    text = f"---\nmlx_openelm: {facts}\n---\n# x\n"
+    (folder / "README.md").write_text(text)
+    assert model_card.for_upload(folder, "me/x") == model_card.Card(text, is_own=True)
+
+
+def test_command_line_tells_no_folders() -> None:
+    flags = {
+        "model": "/home/someone/private/model",
+        "mlx_path": Path("/home/someone/out put"),
+        "tokenizer": "~/tokens/tokenizer.model",
+        "quantize": True,
+        "dequantize": False,
+        "q_bits": 4,
+        "dtype": None,
+        "recipe": "mixed_3_6",
+        "revision": "v1.0",
+        "stop": ["a", "b c"],
+    }
+    assert model_card.command_line("convert", flags) == (
+        "mlx-openelm convert --model model --mlx-path 'out put' --tokenizer tokenizer.model --quantize --q-bits 4 "
+        "--recipe mixed_3_6 --revision v1.0 --stop a --stop 'b c'"
+    )
+    assert model_card.command_line("convert", {"model": "apple/OpenELM-270M"}).endswith("--model apple/OpenELM-270M")

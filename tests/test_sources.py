@@ -1,0 +1,406 @@
+"""Models from anywhere: what a name means, downloads of CoreNet's files, sources that change while they are read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import catalog, convert, corenet_files, load, loading
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.sources import open_source
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from fake_hub import FakeHub
+
+FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+BYTES = bytes(range(256)) * 4000  # a megabyte
+AVERAGE = "pretrained/270M/checkpoint_average.pt"
+
+
+# What a name means.
+
+
+def test_a_folder() -> None:
+    source = open_source(str(FOLDER))
+    assert (source.name, source.path, source.repo, source.release) == (str(FOLDER), FOLDER, None, None)
+    assert source.checkpoint.weights.keys() == source.checkpoint.config.tensor_shapes().keys()
+    assert source.tokenizer.vocab_size == 2048
+
+
+def test_a_hub_name(hub: FakeHub, tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "served")
+    hub.add("apple/OpenELM-270M", tmp_path / "served")
+    for name in ("270m", "apple/OpenELM-270M"):
+        source = open_source(name)
+        assert (source.repo, source.release) == ("apple/OpenELM-270M", catalog.find("270m"))
+    hub.add("somebody/shakespeare", tmp_path / "served")
+    source = open_source("somebody/shakespeare")
+    assert (source.repo, source.release) == ("somebody/shakespeare", None)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "b/c.pth", "/nowhere/model.gguf", "~/none.GGUF"])
+def test_a_file_that_is_not_there(name: str, hub: FakeHub) -> None:
+    with pytest.raises(RequestError, match=f"file {name} does not exist"):
+        open_source(name)
+    assert hub.requests == []
+
+
+def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_openelm.formats import gguf
+
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    whole = open_source(FOLDER)
+    monkeypatch.setattr(gguf, "read", lambda given: (whole.checkpoint, whole.tokenizer) if given == path else None)
+    source = open_source(str(path))
+    assert (source.path, source.checkpoint, source.tokenizer) == (path, whole.checkpoint, whole.tokenizer)
+    other = open_source(path, tokenizer=FOLDER / "tokenizer.model")
+    assert other.tokenizer is not whole.tokenizer
+    with pytest.raises(RequestError, match="--config-yaml belongs"):
+        open_source(path, config_yaml=tmp_path / "run.yaml")
+
+
+def test_what_belongs_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.pt").write_bytes(b"x")
+    for model in (tmp_path / "c.pt", "corenet:270M/checkpoint_average"):
+        with pytest.raises(RequestError, match="no revision 'main'"):
+            open_source(model, revision="main")
+    with pytest.raises(RequestError, match="--config-yaml belongs"):
+        open_source(FOLDER, config_yaml=tmp_path / "run.yaml")
+
+
+# A source that changes.
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FOLDER, tmp_path / "small"))
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b" ")
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def replace(path: Path) -> None:
+    """Another file with the same content and times."""
+    status = path.stat()
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("change", [append, touch, replace, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model"])
+def test_a_source_that_changes_while_it_is_converted(small: Path, change: Callable[[Path], None], name: str) -> None:
+    done = []
+
+    def progress(written: int, total: int) -> None:
+        if not done:
+            done.append(change(small / name))
+
+    with pytest.raises(OpenELMError, match=f"{name} was changed while it was being read") as caught:
+        convert(small, small.parent / "out", progress=progress)
+    assert caught.value.exit_code == 1
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_what_is_not_the_models_may_change(small: Path) -> None:
+    convert(small, small.parent / "out", progress=lambda *_: (small / "notes.txt").write_text("x") and None)
+    assert (small.parent / "out" / "config.json").is_file()
+
+
+def test_a_source_cut_short_while_it_is_read(small: Path) -> None:
+    """MLX finds the rest missing."""
+    with pytest.raises(OpenELMError, match="was changed while"):
+        convert(small, small.parent / "out", progress=lambda *_: os.truncate(small / "model.safetensors", 10**6))
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_a_disk_that_cannot_be_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[read] Unable to\nread from file.")
+
+    monkeypatch.setattr(mlx_format, "write", write)
+    with pytest.raises(OpenELMError) as caught:
+        convert(small, small.parent / "out")
+    assert "small failed ([read] Unable to read from file.)" in str(caught.value)
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_a_full_disk_leaves_nothing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def progress(written: int, total: int) -> None:
+        if written > total // 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OpenELMError, match="No space left on device; nothing was left"):
+        convert(small, small.parent / "out", progress=progress)
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_after_a_kill_the_next_run_cleans_up(small: Path) -> None:
+    code = f"""
+import time
+from mlx_openelm import convert
+def progress(written, total):
+    if written > total // 2:
+        print("half", flush=True)
+        time.sleep(60)
+convert({str(small)!r}, {str(small.parent / "out")!r}, progress=progress)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in small.parent.iterdir())
+    assert left == [f".out.partial-{process.pid}", "small"]
+    convert(small, small.parent / "out")
+    assert sorted(path.name for path in small.parent.iterdir()) == ["out", "small"]
+    assert loading.load(small.parent / "out")[0].parameters()
+
+
+# Downloads of CoreNet's files.
+
+
+class Server:
+    """Apple's file server on loopback: files by path, ranges, and transfers that break off."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.tags: dict[str, str] = {}
+        self.requests: list[tuple[str, str | None]] = []  # path, and the range asked for
+        self.breaks: list[int] = []  # for each transfer to come: after how many bytes it ends
+        self.status: int | None = None
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path, asked = self.path.lstrip("/"), self.headers.get("Range")
+                server.requests.append((path, asked))
+                data = server.files.get(path)
+                status = server.status or (404 if data is None else None)
+                if status is not None or data is None:
+                    self.send_response(status or 404)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                tag = server.tags.get(path, '"one"')
+                start = 0
+                if asked and self.headers.get("If-Range") == tag:
+                    start = int(asked.removeprefix("bytes=").rstrip("-"))
+                self.send_response(206 if start else 200)
+                self.send_header("ETag", tag)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                end = start + server.breaks.pop(0) if server.breaks else len(data)
+                self.wfile.write(data[start:end])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: FakeHub) -> Iterator[Server]:
+    server = Server()
+    monkeypatch.setenv(corenet_files.URL_VARIABLE, server.url)
+    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(corenet_files, "_PAUSE", 0.0)
+    yield server
+    server.close()
+
+
+def cached(tmp_path: Path) -> list[str]:
+    """The files in the cache, without locks."""
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock")
+
+
+def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    server.files[AVERAGE] = BYTES
+    name = "corenet:270M/checkpoint_average"
+    path = corenet_files.download(name)
+    assert path.read_bytes() == BYTES
+    assert capfd.readouterr().err == f"Downloading {name} ...\nDownloaded {name}\n"
+    assert corenet_files.download("corenet:270m/checkpoint_average.pt") == path
+    assert server.requests == [(AVERAGE, None)]
+    assert cached(tmp_path) == ["checkpoint_average.pt"]
+
+
+def test_a_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    server.files[AVERAGE] = BYTES
+    server.breaks = [300_000, 200_000]
+    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
+    assert server.requests == [(AVERAGE, None), (AVERAGE, "bytes=300000-"), (AVERAGE, "bytes=500000-")]
+
+
+def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
+    server.files[AVERAGE] = BYTES
+    server.breaks = [100_000] * 4
+    with pytest.raises(OpenELMError, match="broke off.*run the same command again") as caught:
+        corenet_files.download("corenet:270M/checkpoint_average")
+    assert caught.value.exit_code == 1
+    assert "checkpoint_average.pt" not in cached(tmp_path)
+    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
+    assert server.requests[-1] == (AVERAGE, "bytes=400000-")
+    assert cached(tmp_path) == ["checkpoint_average.pt"]
+
+
+def test_a_file_that_changed_meanwhile_is_taken_whole(server: Server, tmp_path: Path) -> None:
+    server.files[AVERAGE] = BYTES
+    server.breaks = [100_000] * 4
+    with pytest.raises(OpenELMError):
+        corenet_files.download("corenet:270M/checkpoint_average")
+    server.files[AVERAGE], server.tags[AVERAGE] = BYTES[::-1], '"two"'
+    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES[::-1]
+
+
+def test_addresses(server: Server, tmp_path: Path) -> None:
+    for name, path in {
+        "corenet:1.1B/checkpoint_epoch_0_iter_49999": "pretrained/1.1B/checkpoint_epoch_0_iter_49999.pt",
+        "corenet:1_1B/checkpoint_epoch_0_iter_349999": "pretrained/1.1B/checkpoint_epoch_0_iter_349999.pt",
+        "corenet:3B/training_checkpoint_last": "pretrained/3B/training_checkpoint_last.pt",
+        "corenet:450M/mlx": "mlx/450M/weights.safetensors",
+        "corenet:450M/mlx-4bit": "mlx/450M-4bit/weights.safetensors",
+    }.items():
+        server.files |= {path: path.encode(), str(Path(path).parent / "config.json"): b"{}"}
+        found = corenet_files.download(name)
+        is_port = path.endswith("safetensors")
+        assert (found / "weights.safetensors" if is_port else found).read_bytes() == path.encode()
+        assert not is_port or (found / "config.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("corenet:7B/checkpoint_average", "270M, 450M, 1.1B, 3B"),
+        ("corenet:270M-instruct/checkpoint_average", "names no size"),
+        ("corenet:", "corenet:270M/checkpoint_average"),
+        ("corenet:270M", "checkpoint_average"),
+        ("corenet:270M/checkpoint_averag", "did you mean checkpoint_average"),
+        (
+            "corenet:270M/checkpoint_epoch_0_iter_50000",
+            "checkpoint_epoch_0_iter_49999 to checkpoint_epoch_0_iter_349999",
+        ),
+        ("corenet:270M/../../etc/passwd", "names no file"),
+        ("corenet:../270M/mlx", "names no size"),
+    ],
+)
+def test_names_never_published_are_refused_before_any_request(server: Server, name: str, words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        load(name)
+    assert words in str(caught.value)
+    assert server.requests == []
+
+
+def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "corenet:270M/checkpoint_average"
+    with pytest.raises(RequestError, match="127.0.0.1 has no corenet:270M/checkpoint_average"):
+        corenet_files.download(name)
+    for status, words in ((503, "problem of its own"), (403, "refused to send"), (302, "refused to send")):
+        server.status = status
+        with pytest.raises(OpenELMError, match=words) as caught:
+            corenet_files.download(name)
+        assert caught.value.exit_code == 1
+    server.close()
+    with pytest.raises(OpenELMError, match="Cannot reach 127.0.0.1"):
+        corenet_files.download(name)
+    monkeypatch.setenv(corenet_files.URL_VARIABLE, "somewhere")
+    with pytest.raises(RequestError, match="must be a whole address"):
+        corenet_files.download(name)
+    assert cached(tmp_path) == []
+
+
+def test_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    server.files[AVERAGE] = BYTES
+    name = "corenet:270M/checkpoint_average"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OpenELMError, match="HF_HUB_OFFLINE"):
+        corenet_files.download(name)
+    assert server.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    path = corenet_files.download(name)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert corenet_files.download(name) == path
+
+
+def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files[AVERAGE] = BYTES
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    with pytest.raises(OpenELMError, match="Cannot write to"):
+        corenet_files.download("corenet:270M/checkpoint_average")
+    if Path("/dev/full").exists():  # a disk on which nothing fits
+        place = tmp_path / "cache" / "corenet" / "pretrained" / "270M"
+        place.mkdir(parents=True)
+        (place / ".checkpoint_average.pt.partial").symlink_to("/dev/full")
+        monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+        with pytest.raises(OpenELMError, match="The disk is full"):
+            corenet_files.download("corenet:270M/checkpoint_average")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (corenet_files.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert corenet_files.cache_folder() == tmp_path / ".cache" / "mlx-openelm"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert corenet_files.cache_folder() == tmp_path / "xdg" / "mlx-openelm"
+    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert corenet_files.cache_folder() == tmp_path / "mine"
+
+
+def test_two_processes_share_one_transfer(server: Server) -> None:
+    server.files[AVERAGE] = BYTES
+    found: list[bytes] = []
+    name = "corenet:270M/checkpoint_average"
+    threads = [
+        threading.Thread(target=lambda: found.append(corenet_files.download(name).read_bytes())) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [BYTES] * 4
+    assert len(server.requests) == 1
+
+
+def test_a_downloaded_port_folder_loads(server: Server, tmp_path: Path, reference: dict[str, Any]) -> None:
+    weights = {n.removeprefix("transformer."): w for n, w in mx.load(str(FOLDER / "model.safetensors")).items()}
+    mx.save_safetensors(str(tmp_path / "w.safetensors"), weights)
+    values = json.loads((FOLDER / "config.json").read_text()) | {"model_name": "custom", "padding_index": 2048}
+    server.files["mlx/270M/weights.safetensors"] = (tmp_path / "w.safetensors").read_bytes()
+    server.files["mlx/270M/config.json"] = json.dumps(values).encode()
+    source = open_source("corenet:270M/mlx", tokenizer=FOLDER / "tokenizer.model")
+    assert (source.repo, source.release) == ("apple/OpenELM-270M", catalog.find("270m"))
+    model, _ = load("corenet:270M/mlx", dtype="float32", tokenizer=FOLDER / "tokenizer.model")
+    logits = np.array(model(mx.array([reference["ids"][0]])))[0]
+    assert np.abs(logits - reference["logits_0"]).max() < 1e-4
+    assert len(server.requests) == 2
