@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +155,18 @@ def make_weights(size: str, folder: Path, tokenizer: Path) -> None:
     import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
     from mlx_openelm.config import ModelConfig
     from mlx_openelm.formats.mlx import Checkpoint, write
+    from mlx_openelm.formats.weights import Tensor, Weights
     from mlx_openelm.tokenizer import Tokenizer
 
     import mlx.core as mx
 
+    def values(shape: tuple[int, ...]) -> mx.array:
+        return mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
+
     mx.random.seed(0)
     config = ModelConfig.from_name(size)
-    weights = {
-        name: mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
-        for name, shape in config.tensor_shapes().items()
-    }
+    shapes = config.tensor_shapes()
+    weights = Weights({name: Tensor(mx.float32, shape, partial(values, shape)) for name, shape in shapes.items()})
     folder.mkdir()
     write(folder, Checkpoint(config, weights))
     Tokenizer.from_folder(tokenizer).save(folder)

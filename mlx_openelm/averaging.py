@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from . import atomic
+from . import atomic, model_card
 from .errors import RequestError
-from .loading import dtype_for, write_source
+from .formats.weights import Tensor, Weights
+from .loading import dtype_for, find_origin, write_source
+from .model_card import Origin
 from .sources import CORENET_PREFIX, Source, open_source
 
 # Fields that change what a model computes from the same weights.
@@ -67,8 +71,35 @@ def average(
         checkpoint=replace(first.checkpoint, weights=_means(sources, wanted)),
         stamps={path: stamp for source in sources for path, stamp in source.stamps.items()},
     )
-    write_source(mean, Path(mlx_path), overwrite=overwrite, progress=progress)
+    command = model_card.command_line(
+        " ".join(["average", *(shlex.quote(model_card.without_folders(model)) for model in models)]),
+        {
+            "mlx_path": Path(mlx_path),
+            "dtype": dtype,
+            "tokenizer": None if tokenizer is None else Path(tokenizer),
+            "config_yaml": None if config_yaml is None else Path(config_yaml),
+        },
+    )
+    write_source(mean, Path(mlx_path), command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
     return Path(mlx_path)
+
+
+def _origin(sources: Sequence[Source]) -> Origin:
+    """What a model card tells of the mean: every model it derives from, and the licence where they share one."""
+    origins = [find_origin(source) for source in sources]
+    first = origins[0]
+    stated = [o.base_model for o in origins if o.base_model is not None]
+    bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))
+    shared = {k: v for k, v in first.metadata.items() if all(o.metadata.get(k) == v for o in origins)}
+    terms = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
+    is_one_licence = all(other == terms[0] for other in terms)
+    return Origin(
+        "the mean of " + ", ".join(origin.name for origin in origins),
+        bases[0] if len(bases) == 1 else bases or None,
+        "merge" if bases else None,
+        shared if is_one_licence else {k: v for k, v in shared.items() if k not in terms[0]},
+        first.licenses if is_one_licence else (),
+    )
 
 
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
@@ -100,13 +131,16 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
-def _means(sources: Sequence[Source], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The lazy mean of each tensor; takes the weights out of the sources, so that each is dropped once it is used."""
+def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
+    """The mean of each tensor, to be read once: that takes it out of the sources."""
     weights = [source.checkpoint.weights for source in sources]
-    means = {}
-    for name in list(weights[0]):
-        total = weights[0].pop(name).astype(mx.float32)
+
+    def read(name: str) -> mx.array:
+        total = weights[0].take(name).astype(mx.float32)
         for others in weights[1:]:
-            total = total + others.pop(name).astype(mx.float32)
-        means[name] = (total / len(weights)).astype(dtype)
-    return means
+            total = total + others.take(name).astype(mx.float32)
+            mx.eval(total)  # so that the next is read when this one is gone
+        return (total / len(weights)).astype(dtype)
+
+    shapes = sources[0].checkpoint.config.tensor_shapes()
+    return Weights({name: Tensor(dtype, shapes[name], partial(read, name)) for name in weights[0]})

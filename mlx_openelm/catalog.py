@@ -104,6 +104,11 @@ def find(name: str) -> Release | None:
     return _BY_KEY.get(_key(name))
 
 
+def find_repo(repo: object) -> Release | None:
+    """The release that Apple publishes as the hub repository `repo` (`apple/OpenELM-270M`), or None."""
+    return next((release for release in _RELEASES if release.hub_repo == repo), None)
+
+
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
 

@@ -259,6 +259,11 @@ class ModelConfig:
             shapes["lm_head.weight"] = (self.vocab_size, dim)
         return shapes
 
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape [out, in] of every matrix by module path: what can be quantized."""
+        shapes = self.tensor_shapes().items()
+        return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
+
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 
-from . import atomic, catalog
+from . import atomic, catalog, model_card
 from .chat_template import CORENET_TEMPLATE
-from .errors import OpenELMError, RequestError
+from .errors import RequestError
 from .formats import gguf, huggingface
 from .formats.mlx import Checkpoint
-from .loading import DTYPES
-from .quantization.uniform import bits_per_weight, dequantize_weights
+from .loading import DTYPES, find_origin
+from .quantization.uniform import cast_weights, dequantize_weights
 from .sources import CORENET_PREFIX, Source, open_source
 
 FORMATS = ("huggingface", "gguf")
@@ -25,13 +23,19 @@ FORMATS = ("huggingface", "gguf")
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` wrote: where, its bytes, bits a parameter takes, and matrices stored unlike the others."""
+    """What `export` wrote: where, its bytes, bits a parameter takes, and matrices stored unlike the others.
+
+    A folder holds its own model card and licence. For a file, `card` gives the card's text by the name of the
+    repository it is to be in, and `licenses` are the original's.
+    """
 
     path: Path
     type: str  # the weights' type: a GGUF type, or float32 and alike
     size: int
     bits_per_weight: float
     exceptions: dict[str, str] = field(default_factory=dict)
+    card: Callable[[str], str] | None = field(default=None, repr=False)
+    licenses: tuple[Path, ...] = ()
 
 
 def export(
@@ -68,9 +72,22 @@ def export(
     if output is not None:  # before a download, so that it is not done in vain
         _check_output(Path(output), format, overwrite=overwrite)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    command = model_card.command_line(
+        "export",
+        {
+            "model": str(model),
+            "format": format,
+            "output": None if output is None else Path(output),
+            "gguf_type": gguf_type,
+            "dtype": dtype,
+            "tokenizer": None if tokenizer is None else Path(tokenizer),
+            "config_yaml": None if config_yaml is None else Path(config_yaml),
+            "revision": revision,
+        },
+    )
     if format == "gguf":
-        return _export_gguf(source, output, gguf_type, overwrite=overwrite, progress=progress)
-    return _export_huggingface(source, output, dtype, overwrite=overwrite, progress=progress)
+        return _export_gguf(source, output, gguf_type, command, overwrite=overwrite, progress=progress)
+    return _export_huggingface(source, output, dtype, command, overwrite=overwrite, progress=progress)
 
 
 def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> None:
@@ -90,6 +107,7 @@ def _export_gguf(
     source: Source,
     output: str | Path | None,
     gguf_type: str | None,
+    command: str,
     *,
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
@@ -101,18 +119,26 @@ def _export_gguf(
     path = Path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
     _keep_source(source, target)
+    origin = find_origin(source)
     template = source.tokenizer.chat_template or _instruct_template(source)
-    with _new_file(target) as partial, source.reading():
+    with atomic.new_file(target) as partial, source.reading():
         exceptions = gguf.write(
             partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
         )
-    return Export(path, chosen, target.stat().st_size, gguf.bits_per_weight(config, chosen), exceptions)
+    method = chosen if chosen.startswith("q") else None  # a type that is no float
+
+    def card(repo: str) -> str:
+        return model_card.compose(path, name=repo, origin=origin, command=command, method=method, config=config)
+
+    bits = gguf.bits_per_weight(config, chosen)
+    return Export(path, chosen, target.stat().st_size, bits, exceptions, card, origin.licenses)
 
 
 def _export_huggingface(
     source: Source,
     output: str | Path | None,
     dtype: str | None,
+    command: str,
     *,
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
@@ -124,22 +150,24 @@ def _export_huggingface(
     target = _check_output(path, "huggingface", overwrite=overwrite)
     _keep_source(source, target)
     _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
-    stored, bits = checkpoint.dtype, bits_per_weight(checkpoint.config, {}, checkpoint.dtype.size)
+    stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
+    origin = find_origin(source)
     template = source.tokenizer.chat_template or _instruct_template(source)
-    with atomic.new_folder(target, overwrite=overwrite) as partial, source.reading():
+    with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
         source.tokenizer.save(partial, chat_template=template)
         huggingface.write(partial, checkpoint, release=source.release, progress=progress)
+        model_card.write(partial, name=target.name, origin=origin, command=command)
     size = sum(file.stat().st_size for file in target.iterdir())
     return Export(path, str(stored).removeprefix("mlx.core."), size, bits)
 
 
 def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
-    """Dequantize and cast the checkpoint's lazy weights in place, so that they are of one type."""
-    if dtype is None and not checkpoint.quantization and len({w.dtype for w in checkpoint.weights.values()}) == 1:
+    """Dequantize and cast the checkpoint's unread weights in place, so that they are of one type."""
+    stored = {tensor.dtype for tensor in checkpoint.weights.tensors().values()}
+    if dtype is None and not checkpoint.quantization and len(stored) == 1:
         return
     dtype = dtype or mx.float32
-    weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
-    checkpoint.weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    checkpoint.weights = cast_weights(dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype), {}, dtype)
     checkpoint.quantization = {}
 
 
@@ -166,12 +194,12 @@ def _name(source: Source) -> str:
 def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     """Where `path` really lies; `RequestError` for what must not be written to."""
     target = Path(os.path.realpath(path.expanduser()))
-    if target.exists() and not overwrite and target.is_dir() == (format == "huggingface"):
-        raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
     if format == "huggingface":
-        return atomic.check_target(path, overwrite=overwrite)
+        return atomic.check_target(path, overwrite=overwrite, flag="--output")
     if target.is_dir():
         raise RequestError(f"{target} is a folder; name a file with --output.")
+    if target.exists() and not overwrite:
+        raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
     if target.exists() and not _is_gguf(target):
         raise RequestError(f"{target} is no GGUF file, so it is not overwritten; choose another --output.")
     return target
@@ -185,25 +213,3 @@ def _is_gguf(path: Path) -> bool:
 def _keep_source(source: Source, target: Path) -> None:
     if source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to export, or holds it; choose another --output.")
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes `path`'s place when the block ends well and vanishes when it does not.
-
-    It lies in a folder `.NAME.partial-PID` beside it, which the next run removes if this one is killed.
-    """
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic._remove_leftovers(path)
-        partial.mkdir()
-    except OSError as error:
-        raise RequestError(f"{path} cannot be made: {error.strerror}.") from None
-    try:
-        yield partial / path.name
-        os.replace(partial / path.name, path)
-    except OSError as error:
-        raise OpenELMError(f"Writing {path} failed: {error.strerror or error}; nothing was left there.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from . import atomic, backend, catalog, model_card
 from .chat_template import CORENET_TEMPLATE
@@ -17,12 +17,13 @@ from .config import SIZES, ModelConfig
 from .errors import RequestError
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
+from .formats.weights import Weights, streaming
 from .model import OpenELM
+from .model_card import Origin
+from .quantization.recipes import Plan, planner
 from .quantization.uniform import (
-    Quantization,
-    bits_per_weight,
+    cast_weights,
     dequantize_weights,
-    plan,
     quantize_weights,
 )
 from .sources import CORENET_PREFIX, Source, open_source
@@ -66,7 +67,7 @@ def load(
         raise RequestError("This version loads no adapters; fuse them into the model first (mlx_lm.fuse).")
     if (warning := backend.blas_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
-    _check_dtype(model, dtype)
+    check_dtype(model, dtype)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     with source.reading():
         return build_model(source.checkpoint, dtype=dtype, expand=expand), source.tokenizer
@@ -81,18 +82,21 @@ def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, 
     packed = checkpoint.quantization
     expanded = bool(packed) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
     weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
-    weights = {name: _cast(weight, compute) for name, weight in weights.items()}
-    checkpoint.weights = {}
+    checkpoint.weights = Weights({})
 
     model = OpenELM(checkpoint.config)
     if packed and not expanded:
         nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
-    model.load_weights(list(weights.items()))
+    loaded = []
+    with streaming():
+        # One by one, so that what a cast or an unpacking starts from is freed before the next is read; the largest
+        # first, while least is held.
+        for name in sorted(weights, key=lambda name: -weights.tensor(name).nbytes):
+            weight = _cast(weights.take(name), compute)
+            mx.eval(weight)
+            loaded.append((name, weight))
+    model.load_weights(loaded)
     model.eval()
-    # One by one: what a cast or an unpacking started from is freed before the next is read.
-    weights.clear()
-    for weight in dict(tree_flatten(model.parameters())).values():
-        mx.eval(weight)
     model.quantization, model.expanded = packed, expanded
     return model
 
@@ -122,7 +126,7 @@ def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | N
     return parsed
 
 
-def _check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
+def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
     """Refuse what is known to be wrong from the model's name alone, before anything is downloaded."""
     parsed, release = _parse_dtype(dtype), catalog.find(str(model))
     if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
@@ -159,6 +163,7 @@ def convert(
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str = "affine",
+    recipe: str | None = None,
     dequantize: bool = False,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
@@ -170,8 +175,10 @@ def convert(
 
     Args:
         model: an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`.
-        dtype: the type of what is not quantized, and of scales and biases; bfloat16 unless told.
+        dtype: the type of what is not quantized; bfloat16 unless told. Scales and biases have 16 bits in any case.
         quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
+        recipe: more bits for some matrices than for others, in place of q_bits: mixed_2_6, mixed_3_4, mixed_3_6
+            or mixed_4_6.
         dequantize: unpack a quantized model.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         overwrite: replace `mlx_path` if it exists.
@@ -183,17 +190,17 @@ def convert(
     """
     if quantize and dequantize:
         raise RequestError("Choose either -q or --dequantize.")
-    if not quantize and (q_bits, q_group_size, q_mode) != (None, None, "affine"):
-        raise RequestError("--q-bits, --q-group-size and --q-mode need -q.")
-    wanted = Quantization.make(q_mode, q_bits, q_group_size) if quantize else None
-    _check_dtype(model, dtype)
+    if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
+        raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
+    wanted = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
+    check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     if source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
     checkpoint = source.checkpoint
-    exceptions = _requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
-    bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
+    exceptions = requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    bits = checkpoint.bits_per_weight
     command = model_card.command_line(
         "convert",
         {
@@ -203,14 +210,17 @@ def convert(
             "quantize": quantize,
             "q_bits": q_bits,
             "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize else None,
+            "q_mode": q_mode if quantize and recipe is None else None,
+            "recipe": recipe,
             "dequantize": dequantize,
             "tokenizer": None if tokenizer is None else Path(tokenizer),
             "config_yaml": None if config_yaml is None else Path(config_yaml),
             "revision": revision,
         },
     )
-    write_source(source, Path(mlx_path), command=command, overwrite=overwrite, progress=progress)
+    write_source(
+        source, Path(mlx_path), command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe}
+    )
     return Conversion(Path(mlx_path), bits, exceptions)
 
 
@@ -219,10 +229,20 @@ def write_source(
     mlx_path: Path,
     *,
     command: str | None = None,
+    origin: Origin | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    card: Mapping[str, Any] | None = None,
+    extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a source as an MLX folder, which appears once its files turn out unchanged; empties its weights.
+
+    Args:
+        command: how the folder was made, for the model card.
+        origin: what is known of the model, where that is not what the source's own files tell.
+        progress: called with the bytes written so far and in all.
+        card: what else the card tells (see `model_card.write`).
+        extra: writes further files into the folder it is given.
 
     Raises:
         RequestError: `mlx_path` exists and `overwrite` is not asked for, or it cannot be made.
@@ -230,19 +250,24 @@ def write_source(
     """
     text = source.tokenizer
     instruct = source.release is not None and source.release.instruct
-    is_published = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
-    base_model = source.release.hub_repo if is_published and source.release is not None else None
-    origin = model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
+    origin = origin or find_origin(source)
     with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
         text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
         mlx_format.write(partial, source.checkpoint, progress=progress)
-        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, command=command)
+        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, command=command, **(card or {}))
+        if extra is not None:
+            extra(partial)
 
 
-def _requantize(
-    checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Quantization | None, dequantize: bool
-) -> dict[str, str]:
-    """Cast, pack or unpack the checkpoint's lazy weights in place; returns what was packed unlike the rest."""
+def find_origin(source: Source) -> Origin:
+    """What a model card tells of a source: where it comes from, and its licence."""
+    is_published = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
+    base_model = source.release.hub_repo if is_published and source.release is not None else None
+    return model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
+
+
+def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Plan | None, dequantize: bool) -> dict[str, str]:
+    """Cast, pack or unpack the checkpoint's unread weights in place; returns what was packed unlike the rest."""
     if wanted is not None and checkpoint.quantization:
         bits = next(iter(checkpoint.quantization.values())).bits
         raise RequestError(f"The model is already quantized to {bits} bits; convert the original, or --dequantize it.")
@@ -251,9 +276,9 @@ def _requantize(
             raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
         checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
         checkpoint.quantization = {}
-    checkpoint.weights = {name: _cast(weight, dtype) for name, weight in checkpoint.weights.items()}
+    checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
     if wanted is None:
         return {}
-    checkpoint.quantization, exceptions = plan(checkpoint.config, wanted)
+    checkpoint.quantization, exceptions = wanted(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions

@@ -8,19 +8,20 @@ So a card can be written again under another name, and one that a person has edi
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from . import catalog, hub, model_card_text
 from .config import ModelConfig
-from .errors import RequestError
+from .errors import OpenELMError, RequestError
 from .model_card_text import Contents, Facts, Quality
-from .model_files import CARD
+from .model_files import CARD, leads_out
 
 _KEY = "mlx_openelm"
 
@@ -56,26 +57,34 @@ class Card:
     is_own: bool
 
 
-def find_origin(path: Path, *, repo: str | None = None, base_model: str | None = None) -> Origin:
+def find_origin(path: Path, *, repo: str | None = None, base_model: str | None = None, offline: bool = False) -> Origin:
     """What is known of the model in `path`, from its name and from the card and the licence beside it.
+
+    One of Apple's models that came without a licence, as CoreNet's files do, gets that of Apple's repository.
 
     Args:
         path: the folder (or file) it is read from.
         repo: the hub repository that was asked for, None for what is local.
         base_model: the hub repository it is the same model as, where its files came from elsewhere.
+        offline: ask nobody.
     """
+    origin = _local_origin(path, repo, base_model)
+    return origin if offline else _with_license(origin)
+
+
+def _local_origin(path: Path, repo: str | None, base_model: str | None) -> Origin:
+    """What is known without asking anybody."""
     if path == catalog.TINY_FOLDER:
         return Origin(catalog.TINY, metadata={"license": "mit", "language": "en"})
     folder = path if path.is_dir() else path.parent
-    card = _read(folder / CARD) or _Parsed({}, "", None)
+    card = _read_safely(folder)
     # What lies beside a single file need not belong to it, unless we wrote it.
     belongs = folder == path or card.facts is not None
     if not belongs:
         card = _Parsed({}, "", None)
     repo = base_model or repo or _repo_of(path)
-    licenses = tuple(sorted(file for file in folder.glob("LICENSE*") if _is_license(file))) if belongs else ()
-    carried = {key: card.metadata[key] for key in _CARRIED if card.metadata.get(key)}
-    metadata = _with_whole_link(carried, repo, licenses)
+    licenses = _licenses(folder) if belongs else ()
+    metadata = _terms(card, repo, licenses)
 
     name = card.facts.source if card.facts is not None else None
     stated, relation = card.metadata.get("base_model"), card.metadata.get("base_model_relation")
@@ -87,6 +96,20 @@ def find_origin(path: Path, *, repo: str | None = None, base_model: str | None =
     if repo is not None:
         return Origin(repo, repo, None, metadata, licenses)
     return Origin(name or path.name, None, None, metadata, licenses)
+
+
+def _with_license(origin: Origin) -> Origin:
+    """Licence and language of Apple's repository, for a model of Apple's that came without a licence."""
+    release = catalog.find_repo(origin.base_model)
+    if release is None or origin.relation is not None or origin.metadata.get("license") or origin.licenses:
+        return origin
+    try:
+        folder = hub.download(release.hub_repo, patterns=hub.DOCUMENT_PATTERNS)
+    except OpenELMError:  # no network, perhaps; the card then names the repository for the licence
+        return origin
+    licenses = _licenses(folder)
+    terms = _terms(_read_safely(folder), release.hub_repo, licenses)
+    return replace(origin, metadata={**origin.metadata, **terms}, licenses=licenses)
 
 
 def write(folder: Path, *, name: str, origin: Origin, **making: Any) -> None:
@@ -145,7 +168,8 @@ def for_upload(path: Path, repo: str) -> Card:
         return Card((folder / CARD).read_text(encoding="utf-8"), is_own=True)
     contents = Contents.read(path)
     if card is None:
-        origin = find_origin(path) if path.is_dir() else Origin(path.name)
+        # A dry run asks nobody, and shows what is sent without it too.
+        origin = find_origin(path, offline=True) if path.is_dir() else Origin(path.name)
         facts, metadata = Facts(None), _metadata(contents, origin)
     else:
         assert card.facts is not None
@@ -162,7 +186,7 @@ def may_replace(text: str) -> bool:
 def command_line(command: str, flags: Mapping[str, Any]) -> str:
     """`mlx-openelm COMMAND` with its flags as a person types them, safe to publish.
 
-    None, False and empty lists are left out; of a Path, or a text that begins as one, only the last part is told.
+    None, False and empty lists are left out; of a Path, or a text that means one, only the last part is told.
     """
     words = ["mlx-openelm", command]
     for key, value in flags.items():
@@ -171,15 +195,17 @@ def command_line(command: str, flags: Mapping[str, Any]) -> str:
             if item is True:
                 words.append(flag)
             elif item is not None and item is not False:
-                words += [flag, shlex.quote(_without_folders(item))]
+                words += [flag, shlex.quote(without_folders(item))]
     return " ".join(words)
 
 
-def _without_folders(value: object) -> str:
-    """Where a person keeps their files is nobody's business."""
+def without_folders(value: object) -> str:
+    """The last part of a path, and other text as it is: where a person keeps their files is nobody's business."""
     text = str(value)
-    is_path = isinstance(value, Path) or text.startswith((".", "~", "/")) or Path(text).is_absolute()
-    return Path(text).name or "." if is_path else text
+    path = text.strip()  # as the loaders read it
+    is_path = isinstance(value, Path) or path.startswith((".", "~", "/")) or Path(path).is_absolute()
+    is_path = is_path or os.path.exists(path)  # `clients/acme`, which looks like a hub repository
+    return Path(path).name or "." if is_path else text
 
 
 @dataclass(frozen=True)
@@ -211,6 +237,11 @@ def _read(file: Path, *, strict: bool = False) -> _Parsed | None:
     if card is None and strict:
         raise RequestError(f"The front matter of {file} is not valid YAML; correct it, or remove the file.")
     return card
+
+
+def _read_safely(folder: Path) -> _Parsed:
+    """The card in a folder; an empty one where there is none to be trusted."""
+    return (None if leads_out(folder / CARD) else _read(folder / CARD)) or _Parsed({}, "", None)
 
 
 def _parse(text: str) -> _Parsed | None:
@@ -267,13 +298,18 @@ def _repo_of(path: Path) -> str | None:
     return release.hub_repo if is_same else None
 
 
+def _licenses(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(file for file in folder.glob("LICENSE*") if _is_license(file)))
+
+
 def _is_license(file: Path) -> bool:
     is_code = any(fnmatch(file.name, pattern) for pattern in hub.NEVER_PATTERNS)
-    return file.is_file() and not is_code and file.stat().st_size <= _MAX_LICENSE
+    return file.is_file() and not is_code and not leads_out(file) and file.stat().st_size <= _MAX_LICENSE
 
 
-def _with_whole_link(metadata: dict[str, Any], repo: str | None, licenses: Sequence[Path]) -> dict[str, Any]:
-    """A link to a licence file that is not copied points to the original repository."""
+def _terms(card: _Parsed, repo: str | None, licenses: Sequence[Path]) -> dict[str, Any]:
+    """What a card takes over; a link to a licence file that is not copied points to the original repository."""
+    metadata = {key: card.metadata[key] for key in _CARRIED if card.metadata.get(key)}
     link = metadata.get("license_link")
     if not isinstance(link, str) or "://" in link or link in [file.name for file in licenses]:
         return metadata

@@ -12,7 +12,7 @@ from . import catalog
 from .formats import mlx as mlx_format
 from .formats import safetensors
 from .formats.mlx import Checkpoint
-from .quantization.uniform import Quantization, bits_per_weight, most_common
+from .quantization.uniform import Quantization, most_common
 
 Layout = Literal["mlx", "huggingface", "gguf"]
 
@@ -156,7 +156,7 @@ def _sizes(contents: Contents, facts: Facts) -> str:
     rows = {}
     if checkpoint is not None:
         dtype = str(checkpoint.dtype).removeprefix("mlx.core.")
-        bits = bits_per_weight(checkpoint.config, checkpoint.quantization, checkpoint.dtype.size)
+        bits = checkpoint.bits_per_weight
         rows["Parameters"] = f"{checkpoint.config.num_parameters:,}"
         rows["Layers"] = str(checkpoint.config.num_transformer_layers)
         rows["Context"] = f"{checkpoint.config.max_context_length:,} tokens"
@@ -245,6 +245,10 @@ def _license(metadata: Mapping[str, Any]) -> str:
     name = metadata.get("license_name") or metadata.get("license")
     link = metadata.get("license_link")
     if not name and not link:
+        base = metadata.get("base_model")
+        is_conversion = metadata.get("base_model_relation") in (None, "quantized")
+        if is_conversion and catalog.find_repo(base) is not None:
+            return f"The weights are under the licence of [{base}](https://huggingface.co/{base}): see its page."
         return "No licence came with the original, so none is stated here; ask its authors before you share the model."
     text = f"[{name or 'its licence'}]({link})" if link else str(name)
     return f"The weights are under the licence of the original: {text}."

@@ -33,7 +33,7 @@ def model_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise RequestError(f"The folder {path} does not exist.")
-    if re.fullmatch(r"\..*\.partial-\d+(-previous)?", path.resolve().name):
+    if re.fullmatch(r"\..*\.partial-\d+(-\d+)?(-previous)?", path.resolve().name):
         raise RequestError(f"{path} is what an interrupted conversion left; convert again, and upload the result.")
     entries = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
     ggufs = [entry for entry in entries if entry.suffix == ".gguf"]
@@ -50,6 +50,17 @@ def model_files(path: Path) -> list[Path]:
         if not file.resolve().is_relative_to(path.resolve()):
             raise RequestError(f"{file} is a link to a file outside the folder, which is not uploaded: copy it there.")
     return files
+
+
+def leads_out(file: Path) -> bool:
+    """Whether `file` is a link to anything but its own folder, or the contents that the hub's cache keeps for it.
+
+    A model folder is somebody else's work: what such a link names must not be copied or published as its own.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    cache = folder.parent.parent
+    is_cached = folder.parent.name == "snapshots" and cache.name.startswith("models--")
+    return not (target.is_relative_to(folder) or (is_cached and target.is_relative_to(cache / "blobs")))
 
 
 def _belongs(name: str) -> bool:

@@ -16,7 +16,7 @@ from . import model_card
 from .errors import OpenELMError, RequestError
 from .formats import safetensors
 from .hub_errors import explain_upload, host
-from .model_files import CARD, model_files
+from .model_files import CARD, leads_out, model_files
 
 MAIN = "main"
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -46,7 +46,10 @@ class File:
 
 @dataclass(frozen=True)
 class Upload:
-    """What is sent, or was. `url` is None for a dry run; `left_out` names what lies in the folder and is not sent."""
+    """What is sent, or was. `url` is None for a dry run; `left_out` names what lies in the folder and is not sent.
+
+    `removes` are patterns: what fits one in the repository, outside its folders, and is not sent is removed from it.
+    """
 
     path: Path
     repo: str
@@ -57,6 +60,7 @@ class Upload:
     left_out: tuple[str, ...]
     card: str
     own_card: bool
+    removes: tuple[str, ...] = ()
     url: str | None = None
 
     @property
@@ -129,10 +133,14 @@ def upload(
 
     Raises:
         RequestError: a bad name, or a folder that is no model, is damaged, or links to files elsewhere.
-        OpenELMError: no token, no network, a refusal, a broken transfer. The folder is kept.
+        OpenELMError: no token, no network, a refusal, a broken transfer, or somebody else changed the repository
+            meanwhile. The folder is kept.
     """
     path = Path(path).expanduser()
     repo, revision = _checked_name(repo), _checked_revision(revision)
+    for file in licenses:
+        if leads_out(file):
+            raise RequestError(f"{file} is a link to a file outside its folder, which is not uploaded: copy it there.")
 
     def planned(repo: str) -> Upload:
         files = [*model_files(path), *licenses]
@@ -218,9 +226,13 @@ def _ask(repo: str, private: bool) -> None:
         except RepositoryNotFoundError:
             return
     if is_public:
-        raise OpenELMError(
-            f"{repo} exists and is public: make it private in its settings, or choose another --upload-repo."
-        )
+        raise _public_error(repo)
+
+
+def _public_error(repo: str) -> OpenELMError:
+    return OpenELMError(
+        f"{repo} exists and is public: make it private in its settings, or choose another --upload-repo."
+    )
 
 
 @contextlib.contextmanager
@@ -261,6 +273,7 @@ def _plan(
         left_out=tuple(entry.name + "/" * entry.is_dir() for entry in entries if entry.name not in sent),
         card=card.text,
         own_card=card.is_own,
+        removes=_WEIGHTS if any(name.endswith(".safetensors") for name in sent) else (),
     )
 
 
@@ -276,16 +289,25 @@ def _send(plan: Upload) -> Upload:
         api.create_repo(plan.repo, private=plan.private or None, exist_ok=True)
         if plan.revision != MAIN and not plan.revision.startswith("refs/"):
             api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
-        there = api.list_repo_files(plan.repo, revision=plan.revision)
-        files = [file for file in plan.files if file.name != CARD or _takes_card(plan, there)]
+        info = api.model_info(plan.repo, revision=plan.revision)
+        if plan.private and not info.private:  # somebody else made it since we asked
+            raise _public_error(plan.repo)
+        there = [sibling.rfilename for sibling in info.siblings or ()]
+        files = [file for file in plan.files if file.name != CARD or _takes_card(plan, there, info.sha)]
     operations: list[Any] = [CommitOperationAdd(file.name, _content(file, plan)) for file in files]
-    if any(file.name.endswith(".safetensors") for file in files):
-        names = {file.name for file in files}
-        stale = [name for name in there if name not in names and any(fnmatch(name, weights) for weights in _WEIGHTS)]
-        # fnmatch lets `*` stand for folders too, and what lies in those is not the model's.
-        operations += [CommitOperationDelete(name) for name in stale if "/" not in name]
+    names = {file.name for file in files}
+    stale = [name for name in there if name not in names and any(fnmatch(name, weights) for weights in plan.removes)]
+    # fnmatch lets `*` stand for folders too, and what lies in those is not the model's.
+    operations += [CommitOperationDelete(name) for name in stale if "/" not in name]
     with _explaining(plan.repo, sending=True), _showing(plan):
-        api.create_commit(plan.repo, operations, commit_message=plan.commit_message, revision=plan.revision)
+        # With its parent: what was decided from the list of files holds for that commit alone.
+        api.create_commit(
+            plan.repo,
+            operations,
+            commit_message=plan.commit_message,
+            revision=plan.revision,
+            parent_commit=info.sha,
+        )
     return Upload(**{**vars(plan), "files": tuple(files), "url": _url(plan.repo, plan.revision)})
 
 
@@ -293,13 +315,13 @@ def _content(file: File, plan: Upload) -> str | bytes:
     return plan.card.encode() if file.path is None else str(file.path)
 
 
-def _takes_card(plan: Upload, there: list[str]) -> bool:
+def _takes_card(plan: Upload, there: list[str], commit: str | None) -> bool:
     """Whether our card may be sent: one that a person wrote in the repository is never replaced by it."""
     from huggingface_hub import hf_hub_download
 
     if plan.own_card or CARD not in there:
         return True
-    found = hf_hub_download(plan.repo, CARD, revision=plan.revision)
+    found = hf_hub_download(plan.repo, CARD, revision=commit)
     return model_card.may_replace(Path(found).read_text(encoding="utf-8-sig", errors="replace"))
 
 

@@ -27,11 +27,11 @@ Stamp = tuple[int, int, int]
 
 @dataclass
 class Source:
-    """A model from anywhere: lazy weights, tokenizer, and where both came from."""
+    """A model from anywhere: unread weights, tokenizer, and where both came from."""
 
     name: str  # what the user typed
     path: Path  # the folder or file it was read from
-    checkpoint: Checkpoint  # config, lazy weights by Hugging Face name, quantization
+    checkpoint: Checkpoint  # config, unread weights by Hugging Face name, quantization
     tokenizer: Tokenizer
     repo: str | None  # the hub repository it stands for, None when local
     release: catalog.Release | None

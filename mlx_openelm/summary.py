@@ -108,6 +108,7 @@ def summarize_folder(folder: Path, name: str | None = None) -> Summary:
         name=name or folder.name,
         source="files",
         dtype=_dtype_name(checkpoint.dtype),
+        bits=checkpoint.bits_per_weight,
         storage_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         tokenizer=next((name for name in _TOKENIZERS if (folder / name).is_file()), None),
         folder=folder,
@@ -121,15 +122,20 @@ def summarize_config(
     name: str,
     source: str,
     dtype: str = "float32",
+    bits: float | None = None,
     storage_bytes: int | None = None,
     tokenizer: str | None = None,
     folder: Path | None = None,
 ) -> Summary:
-    """The summary of a configuration, stored in `dtype` but for what `quantization` packs."""
+    """The summary of a configuration, stored in `dtype` but for what `quantization` packs.
+
+    Args:
+        bits: per weight as stored, where that is known from the files.
+    """
     choices = dict(quantization or {})
     shapes = config.tensor_shapes()
     counts = {key: math.prod(shape) for key, shape in shapes.items()}
-    bits = bits_per_weight(config, choices, _DTYPE_BYTES[dtype])
+    bits = bits_per_weight(config, choices, _DTYPE_BYTES[dtype]) if bits is None else bits
     return Summary(
         name=name,
         source=source,
@@ -168,7 +174,7 @@ def memory_needed(
 ) -> Memory:
     """What weights and key-value cache take while generating, `tokens` into a text."""
     compute = backend.compute_dtype(getattr(mx, stored))
-    weights = bits_per_weight(config, quantization, compute.size) * config.num_parameters / 8
+    weights = bits_per_weight(config, quantization, compute.size, scale_bytes=compute.size) * config.num_parameters / 8
     expands = bool(quantization) and not backend.on_gpu()
     return Memory(
         tokens=tokens,

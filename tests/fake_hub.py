@@ -325,7 +325,11 @@ class _Handler(BaseHTTPRequestHandler):
         return {"path": item["path"], "oid": oid} | mode
 
     def _commit(self, name: str, revision: str, repo: Repo, lines: list[dict[str, Any]]) -> None:
-        record: dict[str, Any] = {"repo": name, "revision": revision, "files": [], "deleted": []}
+        parent = lines[0]["value"].get("parentCommit")
+        if parent not in (None, repo.commit()):
+            self._send_error(412, "", "A commit has happened since. Please refresh and try again.")
+            return
+        record: dict[str, Any] = {"repo": name, "revision": revision, "files": [], "deleted": [], "parent": parent}
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -338,6 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
                 data = self.hub.objects[value["oid"]] if is_large else base64.b64decode(value["content"])
                 (repo.folder / value["path"]).write_bytes(data)
                 record["files"].append(value["path"])
+        record["commit"] = repo.commit()
         self.hub.commits.append(record)
         self._send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit()}", "commitOid": repo.commit()})
 

@@ -175,3 +175,41 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         main(["average"])
     assert stop.value.code == 2
     assert capfd.readouterr().err.startswith("error: models is missing")
+
+
+def card(folder: Path) -> dict[str, Any]:
+    from huggingface_hub import metadata_load
+
+    return metadata_load(folder / "README.md")
+
+
+def test_the_card_names_every_model_and_keeps_a_licence_they_share(tmp_path: Path) -> None:
+    for number, (base, terms) in enumerate([("them/one", "mit"), ("them/two", "mit"), ("them/two", "apple-amlr")]):
+        write(tmp_path / f"model{number}", number)
+        front = f"license: other\nlicense_name: {terms}\nlicense_link: LICENSE\nlanguage: en\n"
+        front += f"base_model: {base}\nlibrary_name: mlx\n"
+        (tmp_path / f"model{number}" / "README.md").write_text(f"---\n{front}---\n# A model\n")
+        (tmp_path / f"model{number}" / "LICENSE").write_text(terms)
+    average([tmp_path / "model0", tmp_path / "model1"], tmp_path / "alike")
+    facts = card(tmp_path / "alike")
+    assert (facts["base_model"], facts["base_model_relation"]) == (["them/one", "them/two"], "merge")
+    assert [facts[key] for key in ("license_name", "license_link", "language")] == ["mit", "LICENSE", "en"]
+    assert (tmp_path / "alike" / "LICENSE").read_text() == "mit"
+    text = (tmp_path / "alike" / "README.md").read_text()
+    assert "mlx-openelm average model0 model1 --mlx-path alike" in text
+    assert str(tmp_path) not in text
+
+    average([tmp_path / "model1", tmp_path / "model2"], tmp_path / "unlike")
+    facts = card(tmp_path / "unlike")
+    assert (facts["base_model"], facts["language"]) == ("them/two", "en")
+    assert (
+        not {"license", "license_name", "license_link"} & set(facts) and not (tmp_path / "unlike" / "LICENSE").exists()
+    )
+
+
+def test_the_card_of_models_nobody_knows_names_no_base(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, 0)
+    average([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert "base_model" not in card(tmp_path / "out")
+    assert "an OpenELM model (the mean of a, b)" in (tmp_path / "out" / "README.md").read_text()

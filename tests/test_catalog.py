@@ -55,6 +55,13 @@ def test_find_nothing(name: str) -> None:
     assert catalog.find(name) is None
 
 
+def test_find_by_repository() -> None:
+    assert [catalog.find_repo(f"apple/{name}") for name in NAMES] == list(catalog.releases())
+    # Only the very repository: aliases, folders and other people's copies are not it.
+    for other in ("270m", "OpenELM-270M", "mlx-community/OpenELM-270M", "", None, ["apple/OpenELM-270M"]):
+        assert catalog.find_repo(other) is None
+
+
 def test_aliases_are_one_each() -> None:
     assert [release.aliases for release in catalog.releases()] == [
         ("270m",),

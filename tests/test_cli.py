@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm import backend, load, stream_generate
-from mlx_openelm.cli import console, flags
+from mlx_openelm.cli import console, doctor, flags
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.stream import GenerationOptions
 
@@ -579,6 +581,18 @@ def test_doctor() -> None:
     done = run("doctor", env={"HF_TOKEN": "hf_secret"})
     assert done.returncode == 0
     assert "hf_secret" not in done.stdout + json.dumps(values)
+
+
+def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that extra of pyproject.toml brings it."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    missing = {finding.name: finding.value for finding in doctor.examine() if "pip install" in finding.value}
+    assert {"torch", "pyyaml", "gguf", "matplotlib"} <= set(missing)
+    for package, text in missing.items():
+        named = re.search(r"not installed \(.+: pip install 'mlx-openelm\[(\w+)\]'\)", text)
+        assert named is not None, text
+        assert package in [re.split("[<>=]", needed)[0] for needed in extras[named[1]]]
 
 
 @pytest.mark.skipif(backend.blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")

@@ -1,62 +1,181 @@
-import os, subprocess, sys
+"""`convert --upload-repo`, from the command line to a stand-in for the hub and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
 import mlx_openelm
+from mlx_openelm.cli import convert as convert_command
+from mlx_openelm.cli.main import main
+from mlx_openelm.loading import Conversion
+
+import pytest
 from fake_hub import FakeHub
+from huggingface_hub import metadata_load
 
-ROOT = Path(__file__).parent.parent
-S = ROOT / "tests/fixtures/shakespeare-hf"
-
-
-def run(*a, env):
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_openelm", *map(str, a)],
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+REPO = "me/shakespeare-4bit"
+WRITER = {"HF_TOKEN": "hf_writer"}
 
 
-def test(hub, hub_env, tmp_path):
-    print(mlx_openelm.__file__)
+def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "mlx_openelm", "convert", *map(str, args)]
+    root = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.run(command, env=os.environ | env | root, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    """A trained model with the card and the licence of its authors."""
+    folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "original"))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
+    (folder / "LICENSE").write_text("Do as you like it.\n")
+    return folder
+
+
+def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
+    """What arrived in a repository."""
+    folder = hub.repos[repo].folder
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_without_a_token_nothing_is_begun(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Uploading needs a token that may write" in one_line(done)
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--private"], "--private needs --upload-repo"),
+        (["--upload-repo", "me/two words"], "'me/two words' is no valid name for a repository"),
+        (["--upload-repo", REPO, "--upload-revision", "a b"], "--upload-revision must be the name of a branch"),
+    ],
+)
+def test_requests_that_cannot_be_right(
+    args: list[str], message: str, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    done = convert("--mlx-path", tmp_path / "out", *args, env=hub_env | WRITER)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in one_line(done)
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+def test_a_dry_run_writes_the_folder_and_asks_nobody(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    d = run(
-        "convert", "--model", S, "--mlx-path", out, "-q", "--q-group-size", 64, "--upload-repo", "me/x", env=hub_env
-    )
-    assert d.returncode == 1 and not out.exists(), d
-    d = run("convert", "--model", S, "--mlx-path", out, "--private", env=hub_env)
-    assert d.returncode == 2 and not out.exists(), d
-    d = run(
-        "convert",
-        "--model",
-        S,
-        "--mlx-path",
-        out,
-        "-q",
-        "--q-group-size",
-        64,
-        "--upload-repo",
-        "me/x",
-        "--dry-run",
-        env=hub_env,
-    )
-    assert d.returncode == 0 and hub.requests == [], d
-    d = run(
-        "convert",
-        "--model",
-        S,
-        "--mlx-path",
-        out,
-        "-q",
-        "--q-group-size",
-        64,
-        "--upload-repo",
-        "me/x",
-        "--overwrite",
-        env=hub_env | {"HF_TOKEN": "hf_writer"},
-    )
-    print(d.stdout, d.stderr, (out / "README.md").read_text())
-    assert d.returncode == 0
-    assert hub.commits
-    d = run("convert", "--model", "me/x", "--mlx-path", tmp_path / "again", "-d", env=hub_env)
-    print(d.stdout, d.stderr, (tmp_path / "again" / "README.md").read_text()[:600])
+    done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, "--dry-run", env=hub_env)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"Wrote {out}: 16.00 bits per weight")
+    assert f"Would upload {out}; nothing was sent." in lines
+    files = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+    assert files <= {line.split()[0] for line in lines if line.startswith("  ")}
+    assert hub.requests == []
+
+
+def test_what_was_written_arrives_byte_for_byte(
+    original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["-q", "--upload-repo", REPO, "--private", "--commit-message", "Four bits", "--json"]
+    done = convert("--model", original, "--mlx-path", out, *flags, env=hub_env | WRITER)
+    assert done.returncode == 0, done.stderr
+    arrived = sent(hub)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert arrived.keys() == written.keys()
+    assert {name for name in written if arrived[name] != written[name]} == {"README.md"}  # it names the repository
+    assert f'load("{REPO}")' in arrived["README.md"].decode()
+    assert arrived["LICENSE"] == b"Do as you like it.\n"
+    assert hub.repos[REPO].private
+    assert [(commit["repo"], commit["message"]) for commit in hub.commits] == [(REPO, "Four bits")]
+    values = json.loads(done.stdout)
+    assert values["mlx_path"] == str(out)
+    assert values["upload"]["url"] == f"{hub.url}/{REPO}"
+    assert {file["name"]: file["size"] for file in values["upload"]["files"]} == {n: len(b) for n, b in arrived.items()}
+
+
+def test_licence_and_base_survive_a_second_conversion(
+    original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    """From the authors' repository to ours, and from ours to a third."""
+    hub.add("them/plays", original)
+    first = ["--model", "them/plays", "--mlx-path", tmp_path / "first", "-q", "--upload-repo", REPO]
+    second = ["--model", REPO, "--mlx-path", tmp_path / "second", "-d", "--upload-repo", "me/again"]
+    for args in (first, second):
+        done = convert(*args, env=hub_env | WRITER)
+        assert done.returncode == 0, done.stderr
+    cards = {}
+    for repo in (REPO, "me/again"):
+        cards[repo] = metadata_load(hub.repos[repo].folder / "README.md")
+        assert sent(hub, repo)["LICENSE"] == b"Do as you like it.\n"
+        facts = [cards[repo][key] for key in ("base_model", "license", "license_name", "license_link", "library_name")]
+        assert facts == ["them/plays", "other", "plays", "LICENSE", "mlx"]
+    assert cards[REPO]["base_model_relation"] == "quantized" and "4-bit" in cards[REPO]["tags"]
+    assert "base_model_relation" not in cards["me/again"] and "4-bit" not in cards["me/again"]["tags"]
+
+
+def test_a_refused_upload_keeps_the_folder_and_says_so(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    hub.forbids = True
+    out = tmp_path / "out"
+    args = ["--model", SHAKESPEARE, "--mlx-path", out]
+    done = convert(*args, "--upload-repo", "apple/OpenELM-270M", env=hub_env | WRITER)
+    assert done.returncode == 1 and done.stdout.startswith(f"Wrote {out}: ")
+    message = one_line(done)
+    assert "refuses your token to write to apple/OpenELM-270M" in message
+    again = f"mlx-openelm upload --path {out} --upload-repo apple/OpenELM-270M"
+    assert f"{out} is kept; `{again}` tries again" in message
+    assert (out / "model.safetensors").is_file() and hub.commits == []
+
+
+def test_a_hub_that_fails_on_the_way(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    """It answers who the user is, before the work, and nothing after that."""
+    hub.fails_at = "/api/repos/create"
+    out = tmp_path / "out"
+    done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, env=hub_env | WRITER)
+    assert done.returncode == 1
+    assert "has a problem of its own (HTTP 500)" in one_line(done) and f"{out} is kept" in done.stderr
+    assert (out / "model.safetensors").is_file() and hub.repos == {}
+
+
+def test_a_network_that_is_gone_after_the_work(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def convert_then_stop(*args: Any, **options: Any) -> Conversion:
+        result = mlx_openelm.convert(*args, **options)
+        assert ("GET", "/api/whoami-v2") in hub.requests
+        hub.stop()
+        return result
+
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.setattr(convert_command, "convert", convert_then_stop)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        main(["convert", "--model", str(SHAKESPEARE), "--mlx-path", str(out), "--upload-repo", REPO])
+    assert end.value.code == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: cannot reach 127.0.0.1") and errors.count("\n") == 1
+    assert f"{out} is kept; `mlx-openelm upload --path {out} --upload-repo {REPO}` tries again" in errors
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_hub_that_is_not_there_stops_before_the_work(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    hub.stop()
+    done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env | WRITER)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot reach 127.0.0.1" in one_line(done)
+    assert not (tmp_path / "out").exists()

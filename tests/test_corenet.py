@@ -201,6 +201,31 @@ def test_weights_are_read_when_they_are_used(tmp_path: Path, config_yaml: Path) 
     assert np.array_equal(np.array(weights["transformer.norm.weight"]), np.full(192, 3))
 
 
+def test_weights_are_read_tensor_by_tensor(tmp_path: Path, config_yaml: Path) -> None:
+    """Converted in a process of its own, where nothing else counts into the peak; one tensor is transposed."""
+    torch = pytest.importorskip("torch")
+    weights = fixture_weights()
+    state = tensors(weights)
+    name = "layers.1.ffn.proj_1.weight"
+    state[name] = torch.from_numpy(np.ascontiguousarray(weights[name].T)).t()
+    path = torch_save(tmp_path / "c.pt", state)
+    code = """
+import sys
+from mlx_openelm import convert
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+path, config_yaml, tokenizer, out = sys.argv[1:]
+convert(path, out, tokenizer=tokenizer, config_yaml=config_yaml)
+print(mx.get_peak_memory())
+"""
+    command = [sys.executable, "-c", code, str(path), str(config_yaml), str(TOKENIZER), str(tmp_path / "out")]
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 4 * PADDED * 192 <= peak <= 2.5 * 4 * PADDED * 192
+    written = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    expected = mx.array(weights[name]).astype(mx.bfloat16)
+    assert mx.array_equal(written[f"transformer.{name}"], expected).item()
+
+
 # What is refused.
 
 

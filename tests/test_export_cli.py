@@ -107,7 +107,8 @@ def test_a_quantized_model_is_dequantized_then_stored_as_asked(tmp_path: Path, g
     result = export(packed, tmp_path / "a.gguf", format="gguf", gguf_type=gguf_type)
     name = "transformer.layers.2.attn.out_proj"
     weights = mlx_format.read(packed).weights
-    codes, scales, biases = (np.array(weights[f"{name}.{part}"]) for part in ("weight", "scales", "biases"))
+    codes = np.array(weights[f"{name}.weight"])
+    scales, biases = (np.array(weights[f"{name}.{part}"].astype(mx.float32)) for part in ("scales", "biases"))
     values = (codes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(192, -1).astype(np.float32)
     full = values * scales.repeat(64, axis=1) + biases.repeat(64, axis=1)
     tensor = next(t for t in gguf.GGUFReader(result.path).tensors if t.name == "blk.2.attn_output.weight")
@@ -278,3 +279,55 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RequestError, match=r"pip install 'mlx-openelm\[gguf\]'"):
         gguf_format.read(tmp_path / "a.gguf")
     assert names(tmp_path) == set()
+
+
+# Memory.
+
+
+def test_files_are_written_and_read_tensor_by_tensor(tmp_path: Path) -> None:
+    """In a process of its own, where nothing else counts into the peak."""
+    code = """
+import json, sys
+from mlx_openelm import convert
+from mlx_openelm.averaging import average
+from mlx_openelm.exporting import export
+from mlx_openelm.quantization import uniform
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+uniform._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
+model, out = sys.argv[1:]
+peaks = {}
+def measure(name, work):
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    work()
+    peaks[name] = mx.get_peak_memory()
+measure("to huggingface", lambda: export(model, f"{out}/hf", format="huggingface", dtype="float16"))
+for kind in ("f32", "q8_0"):
+    measure(f"to {kind}", lambda: export(model, f"{out}/{kind}.gguf", format="gguf", gguf_type=kind))
+    measure(f"from {kind}", lambda: convert(f"{out}/{kind}.gguf", f"{out}/{kind}"))
+    measure(f"packed from {kind}", lambda: convert(f"{out}/{kind}.gguf", f"{out}/packed-{kind}", quantize=True))
+measure("mxfp4", lambda: convert(model, f"{out}/mxfp4", quantize=True, q_mode="mxfp4"))
+measure("dequantized", lambda: export(f"{out}/mxfp4", f"{out}/mxfp4-hf", format="huggingface"))
+measure("average", lambda: average([model, f"{out}/hf", f"{out}/f32"], f"{out}/mean"))
+print(json.dumps(peaks))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SHAKESPEARE), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    peaks, largest = json.loads(done.stdout), 4 * 2048 * 192  # the embedding
+    assert len(peaks) == 10
+    assert max(peaks.values()) <= 3 * largest < 4 * PARAMETERS / 1.8, peaks
+
+
+@pytest.mark.parametrize("format", ["huggingface", "gguf"])
+def test_messages_name_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    (tmp_path / "precious" / "photos").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path / "precious")
+    outputs: list[tuple[object, bool]] = [(".", True), (tmp_path / "precious", False), (tmp_path / "precious", True)]
+    outputs += [(tmp_path / "file", True), (tmp_path / "file", False)] if format == "gguf" else []
+    for output, overwrite in outputs:
+        with pytest.raises(RequestError, match="--output"):
+            export(SHAKESPEARE, output, format=format, overwrite=overwrite)  # type: ignore[arg-type]
+    assert names(tmp_path) == {"precious", "file"}

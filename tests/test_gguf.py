@@ -16,6 +16,7 @@ from mlx_openelm.formats import gguf_tokenizer
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.formats.sentencepiece import read_model
+from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.tokenizer import Tokenizer
 
@@ -157,7 +158,7 @@ def small_checkpoint(vocab_size: int = 2048, **changes: Any) -> Checkpoint:
     weights = {
         name: mx.array(rng.standard_normal(shape, np.float32) / 8) for name, shape in config.tensor_shapes().items()
     }
-    return Checkpoint(config, weights)
+    return Checkpoint(config, Weights.of_arrays(weights))
 
 
 def test_rows_that_blocks_do_not_divide_fall_back_to_float16(tmp_path: Path) -> None:

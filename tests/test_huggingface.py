@@ -14,6 +14,7 @@ from mlx_openelm.exporting import export
 from mlx_openelm.formats import huggingface
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint
+from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.quantization.uniform import Quantization
 from mlx_openelm.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def test_an_export_of_a_float32_conversion_is_the_original_folder(exported: Path
     assert config["auto_map"] == {name: repo + code for name, code in original["auto_map"].items()}
     assert read_json(exported / "generation_config.json") == read_json(SHAKESPEARE / "generation_config.json")
     assert {file.name for file in exported.iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     }
 
@@ -145,7 +146,8 @@ def test_an_untied_head_is_kept(tmp_path: Path) -> None:
     checkpoint = mlx_format.read(SHAKESPEARE)
     config = ModelConfig.from_dict(checkpoint.config.to_dict() | {"share_input_output_layers": False})
     head = mx.arange(2048 * 192, dtype=mx.float32).reshape(2048, 192)
-    huggingface.write(tmp_path, Checkpoint(config, checkpoint.weights | {"lm_head.weight": head}))
+    untied = Weights.of_arrays(dict(checkpoint.weights) | {"lm_head.weight": head})
+    huggingface.write(tmp_path, Checkpoint(config, untied))
     assert np.array_equal(weights(tmp_path)["lm_head.weight"].ravel(), np.arange(2048 * 192))
     assert read_json(tmp_path / "config.json")["share_input_output_layers"] is False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import struct
@@ -664,18 +665,25 @@ def test_convert_defaults_to_bfloat16_and_four_bits(tmp_path: Path) -> None:
     assert {w.dtype for w in checkpoint.weights.values()} == {mx.bfloat16, mx.uint32}
 
 
-def test_quantizing_is_what_mlx_does(tmp_path: Path) -> None:
-    convert(FOLDER, tmp_path / "q", quantize=True, q_bits=3, q_group_size=32, dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_quantizing_is_what_mlx_does(tmp_path: Path, dtype: str) -> None:
+    """Scales and biases of float32 weights are stored in 16 bits all the same."""
+    done = convert(FOLDER, tmp_path / "q", quantize=True, q_bits=3, q_group_size=32, dtype=dtype)
     weights, source = mlx_format.read(tmp_path / "q").weights, mlx_format.read(FOLDER).weights
-    name = "transformer.layers.4.ffn.proj_2"
-    for part, expected in zip(
-        ("weight", "scales", "biases"), mx.quantize(source[f"{name}.weight"], 32, 3), strict=True
-    ):
+    name, kind = "transformer.layers.4.ffn.proj_2", loading.DTYPES[dtype]
+    packed, scales, biases = mx.quantize(source[f"{name}.weight"].astype(kind), 32, 3)
+    stored = mx.float16 if dtype == "float16" else mx.bfloat16
+    scales, biases = scales.astype(stored), biases.astype(stored)
+    for part, expected in zip(("weight", "scales", "biases"), (packed, scales, biases), strict=True):
+        assert weights[f"{name}.{part}"].dtype == expected.dtype
         assert mx.array_equal(weights[f"{name}.{part}"], expected)
+    norms = sum(math.prod(tensor.shape) for tensor in weights.tensors().values() if len(tensor.shape) == 1)
+    bits = (3 + 32 / 32) * (2_485_056 - norms) + 8 * kind.size * norms
+    assert done.bits_per_weight == pytest.approx(bits / 2_485_056, rel=1e-12)
     convert(tmp_path / "q", tmp_path / "back", dequantize=True, dtype="float32")
     back = mlx_format.read(tmp_path / "back")
     assert back.quantization == {}
-    expected = mx.dequantize(*mx.quantize(source[f"{name}.weight"], 32, 3), group_size=32, bits=3)
+    expected = mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=3)
     assert mx.array_equal(back.weights[f"{name}.weight"], expected)
     with pytest.raises(RequestError, match="already quantized to 3 bits"):
         convert(tmp_path / "q", tmp_path / "again", quantize=True)

@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from mlx_openelm import catalog, convert, model_card
+from mlx_openelm import catalog, convert, hub, model_card
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.model_card import Quality, find_origin
 
 import pytest
+from fake_hub import FakeHub
 from huggingface_hub import ModelCard, metadata_load
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
@@ -179,9 +180,9 @@ def test_a_fine_tune_stays_one_when_quantized(folder: Path, tmp_path: Path) -> N
 
 
 def test_folder_in_the_hub_s_cache_is_its_repository(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--apple--OpenELM-270M" / "snapshots" / ("0" * 40)
+    snapshot = tmp_path / "models--them--plays" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    assert find_origin(snapshot).base_model == "apple/OpenELM-270M"
+    assert find_origin(snapshot).base_model == "them/plays"
 
 
 def test_folder_named_like_a_release_of_other_sizes_is_not_it(tmp_path: Path) -> None:
@@ -206,6 +207,141 @@ def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) 
 def test_code_called_licence_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)
+
+
+# Links: a folder that somebody else made must not name files of this machine as its own
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt"])
+def test_a_licence_that_is_a_link_to_a_private_file_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine example.com password secret")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / name).symlink_to(tmp_path / ".netrc")
+    origin = find_origin(source)
+    assert origin.licenses == ()
+    model_card.write(folder, name="x", origin=origin)
+    assert not (folder / name).exists()
+    assert not any(b"secret" in path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_card_that_is_a_link_to_a_private_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "private.md").write_text("---\nlicense: secret\nbase_model: me/secret\n---\n")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").symlink_to(tmp_path / "private.md")
+    origin = find_origin(source)
+    assert (origin.name, origin.base_model, dict(origin.metadata)) == ("source", None, {})
+
+
+def test_links_within_a_folder_and_a_linked_folder_are_fine(apple: Path, tmp_path: Path) -> None:
+    (apple / "LICENSE").rename(apple / "TERMS")
+    (apple / "LICENSE").symlink_to("TERMS")
+    (tmp_path / "shortcut").symlink_to(apple, target_is_directory=True)
+    for path in (apple, tmp_path / "shortcut"):
+        origin = find_origin(path, repo="apple/OpenELM-270M")
+        assert [file.read_text() for file in origin.licenses] == ["Apple's licence\n"]
+        assert origin.metadata["license_name"] == "apple-amlr"
+
+
+def test_links_of_the_hub_s_cache_lead_to_its_own_contents_only(apple: Path, hub: FakeHub) -> None:
+    hub.add("them/plays", apple)
+    snapshot = hub_folder("them/plays")
+    assert (snapshot / "LICENSE").is_symlink()  # otherwise this shows nothing
+    assert [file.name for file in find_origin(snapshot).licenses] == ["LICENSE"]
+    assert find_origin(snapshot).metadata["license_name"] == "apple-amlr"
+    # Another repository's contents are not this one's, and neither is what a content links to.
+    cache = snapshot.parent.parent
+    other = cache.with_name("models--me--private") / "blobs"
+    other.mkdir(parents=True)
+    (other / "secret").write_text("secret")
+    (cache / "blobs" / "linked").symlink_to(other / "secret")
+    for target in (other / "secret", cache / "blobs" / "linked"):
+        (snapshot / "LICENSE").unlink()
+        (snapshot / "LICENSE").symlink_to(target)
+        assert find_origin(snapshot).licenses == ()
+
+
+def hub_folder(repo: str) -> Path:
+    return hub.download(repo, patterns=hub.DOCUMENT_PATTERNS)
+
+
+# The licence of Apple's models whose files came without one
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkpoint that came from elsewhere, with nothing beside it."""
+    (tmp_path / "corenet").mkdir()
+    (tmp_path / "corenet" / "checkpoint_average.pt").write_bytes(b"")
+    return tmp_path / "corenet" / "checkpoint_average.pt"
+
+
+def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
+    apple: Path, bare: Path, folder: Path, hub: FakeHub
+) -> None:
+    (apple / "model.safetensors").write_bytes(b"weights")
+    hub.add("apple/OpenELM-270M", apple)
+    origin = find_origin(bare, base_model="apple/OpenELM-270M")
+    assert dict(origin.metadata) == {
+        "license": "other",
+        "license_name": "apple-amlr",
+        "license_link": "LICENSE",
+        "language": "en",
+    }
+    assert sorted(hub.files_sent) == ["LICENSE", "README.md"]
+    model_card.write(folder, name="x", origin=origin)
+    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+    text = (folder / "README.md").read_text()
+    assert "under the licence of the original: [apple-amlr](LICENSE)" in text
+
+
+@pytest.mark.parametrize("trouble", ["offline", "refused", "gone", "broken"])
+def test_without_the_repository_the_card_names_it(
+    trouble: str, bare: Path, folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif trouble == "gone":
+        hub.stop()
+    elif trouble == "broken":
+        hub.status = 500
+    origin = find_origin(bare, base_model="apple/OpenELM-270M")  # "refused": there is no such repository
+    assert (dict(origin.metadata), origin.licenses) == ({}, ())
+    model_card.write(folder, name="x", origin=origin)
+    metadata, text = metadata_load(folder / "README.md"), (folder / "README.md").read_text()
+    assert not {"license", "license_name", "license_link"} & set(metadata)
+    page = "[apple/OpenELM-270M](https://huggingface.co/apple/OpenELM-270M)"
+    assert f"The weights are under the licence of {page}: see its page." in text
+    assert "No licence came with" not in text
+
+
+def test_nobody_is_asked_where_no_known_model_is_without_a_licence(
+    apple: Path, folder: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    hub.add("apple/OpenELM-270M", apple)
+    hub.add("them/plays", apple)
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "README.md").write_text("---\nbase_model: apple/OpenELM-270M\nbase_model_relation: finetune\n---\n")
+    assert find_origin(SHAKESPEARE).base_model is None
+    assert find_origin(folder).licenses == ()
+    assert find_origin(folder, repo="them/plays").metadata == {}
+    assert find_origin(tuned).metadata == {}  # Apple's terms need not be those of the one who tuned it
+    assert find_origin(catalog.TINY_FOLDER).metadata["license"] == "mit"
+    assert find_origin(apple, repo="apple/OpenELM-270M").licenses == (apple / "LICENSE",)
+    # The card for an upload is the same in a dry run, which asks nobody.
+    (folder / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: apple/OpenELM-270M\n---\n")
+    model_card.for_upload(folder, "me/x")
+    (folder / "README.md").unlink()
+    model_card.for_upload(folder.rename(tmp_path / "OpenELM-270M"), "me/x")
+    assert hub.requests == []
+
+
+def test_offline_asks_nobody_even_for_a_known_model(bare: Path, apple: Path, hub: FakeHub) -> None:
+    hub.add("apple/OpenELM-270M", apple)
+    assert find_origin(bare, base_model="apple/OpenELM-270M", offline=True).metadata == {}
+    assert hub.requests == []
 
 
 # Other layouts
@@ -316,3 +452,17 @@ def test_command_line_tells_no_folders() -> None:
         "--recipe mixed_3_6 --revision v1.0 --stop a --stop 'b c'"
     )
     assert model_card.command_line("convert", {"model": "apple/OpenELM-270M"}).endswith("--model apple/OpenELM-270M")
+
+
+def test_command_line_tells_no_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of two parts looks like a hub repository; what is on this machine is told by its last name."""
+    shutil.copytree(SHAKESPEARE, tmp_path / "acme-secret" / "run7")
+    monkeypatch.chdir(tmp_path)
+    named = {"model": "acme-secret/run7", "a": "acme-secret/run7/", "b": " acme-secret/run7 ", "c": "~nobody/x/y"}
+    line = model_card.command_line("convert", named | {"d": "apple/OpenELM-270M", "e": "corenet:270M/mlx", "f": "me/x"})
+    assert line == (
+        "mlx-openelm convert --model run7 --a run7 --b run7 --c y --d apple/OpenELM-270M --e corenet:270M/mlx --f me/x"
+    )
+    convert("acme-secret/run7", "out")
+    assert "acme-secret" not in (tmp_path / "out" / "README.md").read_text()
+    assert metadata_load(tmp_path / "out" / "README.md")["mlx_openelm"]["source"] == "run7"

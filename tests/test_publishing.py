@@ -192,6 +192,66 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
     assert "base_model_relation: quantized" in text and "--hf-repo me/OpenELM-4bit" in text
 
 
+def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
+    file, source = tmp_path / "openelm.gguf", tmp_path / "source"
+    file.write_bytes(b"GGUF" + bytes(1000))
+    source.mkdir()
+    (tmp_path / ".netrc").write_text("secret")
+    (source / "LICENSE").symlink_to(tmp_path / ".netrc")
+    options = UploadOptions(upload_repo=REPO)
+    with pytest.raises(RequestError, match="LICENSE is a link to a file outside its folder"):
+        publishing.publish(file, options, card=lambda repo: "# x\n", licenses=[source / "LICENSE"])
+    assert writer.requests == []
+
+
+# What others do meanwhile
+
+
+def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(
+    folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = writer.add(REPO, writer.new_folder()).folder
+    (there / "model.safetensors.index.json").write_text("old")
+    takes_card = publishing._takes_card
+
+    def someone_commits(*args: Any) -> bool:
+        (there / "README.md").write_text("# Mine\n")
+        (there / "model-00001-of-00002.safetensors").write_text("somebody's new weights")
+        return takes_card(*args)
+
+    monkeypatch.setattr(publishing, "_takes_card", someone_commits)
+    assert failure(folder).startswith(f"{REPO} was changed by someone else meanwhile: try again.")
+    names = {"README.md", "model.safetensors.index.json", "model-00001-of-00002.safetensors"}
+    assert set(arrived(writer)) == names and (there / "README.md").read_text() == "# Mine\n"
+    assert writer.commits == []
+
+
+def test_each_commit_names_the_one_it_was_decided_on(folder: Path, writer: FakeHub) -> None:
+    writer.add(REPO, writer.new_folder())
+    publishing.upload(folder, REPO, revision="q4")
+    (folder / "LICENSE").write_text("another")
+    publishing.upload(folder, REPO, revision="q4")
+    parents = [commit["parent"] for commit in writer.commits]
+    assert parents[1] == writer.commits[0]["commit"] and len(set(parents)) == 2
+
+
+def test_a_public_repository_that_somebody_makes_meanwhile_gets_nothing_private(
+    folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    create = HfApi.create_repo
+
+    def someone_is_faster(*args: Any, **kwargs: Any) -> Any:
+        writer.add(REPO, writer.new_folder())
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_repo", someone_is_faster)
+    with pytest.raises(OpenELMError, match="exists and is public"):
+        publishing.upload(folder, REPO, private=True)
+    assert writer.commits == [] and writer.objects == {} and arrived(writer) == {}
+
+
 # Cards
 
 
@@ -241,6 +301,26 @@ def test_dry_run_shows_everything_and_asks_nobody(folder: Path, hub: FakeHub, hu
     )
     assert f'model, tokenizer = load("{REPO}")' in lines
     assert hub.requests == [] and before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_dry_run_says_what_it_does_not_know(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
+    def plan(path: Path) -> list[str]:
+        done = run("upload", "--path", path, "--upload-repo", REPO, "--dry-run", env=hub_env)
+        assert done.returncode == 0, done.stderr
+        return [" ".join(line.split()) for line in done.stdout.splitlines()]
+
+    unknown = "The hub was not asked. If the repository exists, its files of these names are replaced. Of the others:"
+    removed = "model*.safetensors or weights*.safetensors or model.safetensors.index.json"
+    ours = plan(folder)
+    assert unknown in ours and f"older weights removed if their names fit {removed}" in ours
+    assert "README.md kept, and this one not sent, if a person wrote or edited it" in ours
+    assert "anything else kept" in ours
+    (folder / "README.md").write_text("# Mine\n")
+    assert "README.md replaced by yours" in plan(folder)
+    file = folder / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(1000))
+    assert "older weights kept" in plan(file)  # what a GGUF file leaves there
+    assert hub.requests == []
 
 
 def test_dry_run_is_what_is_sent(folder: Path, writer: FakeHub, hub_env: dict[str, str]) -> None:

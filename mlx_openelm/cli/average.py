@@ -24,8 +24,8 @@ def run(
         typer.Option(help="float32, float16 or bfloat16; as stored unless told, float32 where they differ."),
     ] = None,
     tokenizer: flags.Tokenizer = None,
-    config_yaml: Annotated[str | None, typer.Option(help="The training configuration of CoreNet checkpoints.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    config_yaml: flags.ConfigYaml = None,
+    overwrite: flags.Overwrite = False,
     as_json: flags.Json = False,
     debug: flags.Debug = False,
 ) -> None:

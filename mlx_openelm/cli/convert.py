@@ -36,14 +36,19 @@ def run(
         int | None, typer.Option(help="Weights that share a scale; affine: 64 unless told.")
     ] = None,
     q_mode: Annotated[str, typer.Option(help="affine, mxfp4, nvfp4 or mxfp8.")] = "affine",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "--quant-predicate",
+            help="With -q, more bits where they matter: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.",
+        ),
+    ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model.")] = False,
     tokenizer: flags.Tokenizer = None,
-    config_yaml: Annotated[
-        str | None,
-        typer.Option(help="The training configuration of a CoreNet checkpoint; published sizes need none."),
-    ] = None,
+    config_yaml: flags.ConfigYaml = None,
     revision: flags.Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: flags.Overwrite = False,
     as_json: flags.Json = False,
     debug: flags.Debug = False,
     **options: Any,
@@ -63,6 +68,7 @@ def run(
             q_bits=q_bits,
             q_group_size=q_group_size,
             q_mode=q_mode,
+            recipe=recipe,
             dequantize=dequantize,
             tokenizer=tokenizer,
             config_yaml=config_yaml,

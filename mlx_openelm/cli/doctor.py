@@ -22,11 +22,13 @@ from . import console, flags
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2")
+# What else can be used, what for, and the extra that brings it.
 _OPTIONAL = {
-    "mlx-lm": "to compare with, and for adapters of its making",
-    "transformers": "only the tests compare with it",
-    "torch": "only the tests compare with it",
-    "numpy": "only the tests need it",
+    "gguf": ("reads and writes llama.cpp's files", "gguf"),
+    "torch": ("reads CoreNet's .pt files", "corenet"),
+    "pyyaml": ("reads the configurations of those", "corenet"),
+    "matplotlib": ("draws quantize --report-plot", "plots"),
+    "mlx-lm": ("benchmarks compare with it", "dev"),
 }
 
 
@@ -139,8 +141,8 @@ def _packages() -> Iterator[Finding]:
     present = ", ".join(f"{name} {_version(name)}" for name in _REQUIRED if name not in missing)
     advice = f"pip install {' '.join(missing)}" if missing else None
     yield Finding("Packages", present, advice)
-    for name, purpose in _OPTIONAL.items():
-        yield Finding(name, _version(name) or f"not installed ({purpose})")
+    for name, (purpose, extra) in _OPTIONAL.items():
+        yield Finding(name, _version(name) or f"not installed ({purpose}: pip install 'mlx-openelm[{extra}]')")
 
 
 def _version(package: str) -> str | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
-from ..exporting import export
+from .. import catalog, publishing
+from ..errors import RequestError
+from ..exporting import Export, export
+from ..publishing import Upload, UploadOptions
 from . import console, flags
+from . import upload as upload_command
 
 
+@flags.of_dataclass(UploadOptions, flags.UPLOAD)
 def run(
     format: Annotated[
         str, typer.Option(help="huggingface (a folder as apple/OpenELM-*) or gguf (a file for llama.cpp).")
@@ -36,16 +40,21 @@ def run(
         ),
     ] = None,
     tokenizer: flags.Tokenizer = None,
-    config_yaml: Annotated[str | None, typer.Option(help="The training configuration of a CoreNet .pt file.")] = None,
+    config_yaml: flags.ConfigYaml = None,
     revision: flags.Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: flags.Overwrite = False,
     as_json: flags.Json = False,
     debug: flags.Debug = False,
+    **options: Any,
 ) -> None:
     """Write a model for transformers (huggingface) or llama.cpp (gguf).
 
     Quantized models are dequantized first. The output appears complete or not at all.
     """
+    upload = UploadOptions(**options)
+    publishing.check(upload)
+    if upload.upload_repo is not None and format == "gguf" and output is not None and Path(output).suffix != ".gguf":
+        raise RequestError(f"The hub knows GGUF files by their ending .gguf, which --output {output} lacks; add it.")
     with console.Progress("Writing", unit="bytes") as progress:
         result = export(
             model,
@@ -60,9 +69,19 @@ def run(
             progress=progress,
         )
     if as_json:
-        console.print_json({"model": model, "format": format} | asdict(result) | {"path": str(result.path)})
+        values: dict[str, Any] = {"model": model, "format": format, "path": str(result.path), "type": result.type}
+        values |= {"size": result.size, "bits_per_weight": result.bits_per_weight, "exceptions": result.exceptions}
+        if upload.upload_repo is not None:
+            values["upload"] = upload_command.to_json(_publish(result, upload))
+        console.print_json(values)
         return
     bits = f"{result.bits_per_weight:.2f} bits per weight"
     print(f"Wrote {result.path}: {result.type}, {bits}, {console.size(result.size)}")
     for name, what in result.exceptions.items():
         print(f"  {name}: {what}")
+    if upload.upload_repo is not None:
+        upload_command.show(_publish(result, upload))
+
+
+def _publish(result: Export, options: UploadOptions) -> Upload:
+    return publishing.publish(result.path, options, card=result.card, licenses=result.licenses)

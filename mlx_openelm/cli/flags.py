@@ -31,6 +31,13 @@ Model = Annotated[
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="A tokenizer file or folder, in place of the model's own.")
 ]
+ConfigYaml = Annotated[
+    str | None,
+    typer.Option(
+        "--config-yaml", help="The training configuration of a CoreNet checkpoint; published sizes need none."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is to be written if it exists.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")]
 Dtype = Annotated[
     str | None,
@@ -79,8 +86,26 @@ UPLOAD = {
     "commit_message": "The commit's message.",
     "dry_run": "Show what would be uploaded; send nothing, ask nobody.",
 }
+# The help of every field of QuantizeOptions.
+QUANTIZE = {
+    "q_bits": "Bits per weight; affine: 4 unless told.",
+    "q_group_size": "Weights that share a scale; affine: 64 unless told.",
+    "q_mode": "affine, mxfp4, nvfp4 or mxfp8.",
+    "recipe": "More bits where they matter: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.",
+    "target_bpw": "At most this many bits per weight, given to the matrices that need them most.",
+    "method": "Learn from text how to round: awq, gptq, dwq, or several with commas.",
+    "calibration": "That text: a text file, or .jsonl with `text` on every line; by default one is bundled.",
+    "num_samples": "Windows of that text.",
+    "sequence_length": "Tokens a window.",
+    "sensitivities": "What matrices cost, as an earlier --target-bpw saved it, in place of measuring.",
+    "seed": "The same seed picks the same windows, and gives the same model.",
+    "report": "Compare with other bits, modes and recipes on text that is kept for it.",
+    "report_data": "Compare on this text file or .jsonl instead.",
+}
 _SHORT = {"max_tokens": ("-m",)}
-_REPEATABLE = ("stop", "logit_bias")
+# `--quant-predicate` is mlx-lm's name.
+_ALSO = {"recipe": ("--quant-predicate",)}
+_REPEATABLE = ("stop", "logit_bias", "method")
 
 
 def of_dataclass(options: type, help: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -89,7 +114,9 @@ def of_dataclass(options: type, help: Mapping[str, str]) -> Callable[[Callable[.
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
 
     def parameter(name: str) -> inspect.Parameter:
-        declaration = typer.Option(f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), help=help[name])
+        declaration = typer.Option(
+            f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), *_ALSO.get(name, ()), help=help[name]
+        )
         kind, default = (list[str] | None, None) if name in _REPEATABLE else (hints[name], defaults[name])
         annotation = Annotated[kind, declaration]  # type: ignore[valid-type]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -25,8 +25,9 @@ PROGRAM = "mlx-openelm"
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
-    "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
+    "quantize": "Quantize a model, knowing what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
+    "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
     "info": "Show a model's layers, its size, and the memory it needs.",
     "doctor": "Show what this machine offers, and what to do about what is slow or missing.",

@@ -50,6 +50,7 @@ def to_json(done: Upload) -> dict[str, Any]:
         "left_out": list(done.left_out),
         "card": done.card,
         "own_card": done.own_card,
+        "removes": list(done.removes),
         "url": done.url,
     }
 
@@ -59,6 +60,8 @@ def _plan_lines(plan: Upload) -> list[str]:
     visibility = "private" if plan.private else "public if it is new; one that exists keeps its visibility"
     width = max(len(file.name) for file in plan.files)
     card = "yours, as it is" if plan.own_card else "written for this model"
+    weights = f"removed if their names fit {' or '.join(plan.removes)}" if plan.removes else "kept"
+    theirs = "replaced by yours" if plan.own_card else "kept, and this one not sent, if a person wrote or edited it"
     return [
         f"Would upload {plan.path}; nothing was sent.",
         f"  repository      {plan.repo}{owner}",
@@ -68,7 +71,10 @@ def _plan_lines(plan: Upload) -> list[str]:
         *(f"  {file.name:{width}}  {console.size(file.size):>9}" for file in plan.files),
         f"  {len(plan.files)} files, {console.size(plan.size)}",
         *([f"Not sent: {', '.join(plan.left_out)}"] if plan.left_out else []),
-        "Older weights (model*.safetensors) in the repository that are not in this list would be removed from it.",
+        "The hub was not asked. If the repository exists, its files of these names are replaced. Of the others:",
+        f"  older weights   {weights}",
+        f"  README.md       {theirs}",
+        "  anything else   kept",
         f"README.md ({card}):",
         "",
         plan.card.rstrip(),

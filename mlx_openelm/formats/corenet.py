@@ -23,6 +23,7 @@ from . import mlx as mlx_format
 from . import raw, safetensors
 from .mlx import Checkpoint
 from .raw import Span
+from .weights import Tensor, Weights
 
 _EMBEDDING = "transformer.token_embeddings"
 _HEAD = "lm_head"
@@ -64,8 +65,8 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
     else:
         config, pieces = config_from_section(section, str(config_yaml))
     mlx_format.check(path, config, {}, infos, described_by=str(config_yaml or "a published model"))
-    weights = _read_weights(path, tensors)
-    return Checkpoint(config, {_hub_name(name): weight for name, weight in weights.items()}), pieces
+    weights = _weights(path, tensors)
+    return Checkpoint(config, Weights({_hub_name(name): weight for name, weight in weights.items()})), pieces
 
 
 def read_port(folder: Path) -> tuple[Checkpoint, int]:
@@ -85,17 +86,24 @@ def read_port(folder: Path) -> tuple[Checkpoint, int]:
     mlx_format.check(folder, config, quantization, infos)
     weights = safetensors.read_lazily([weight_file])
     named = {_hub_name(name): weight for name, weight in weights.items()}
-    return Checkpoint(config, named, quantization), pieces
+    return Checkpoint(config, Weights.of_arrays(named), quantization), pieces
 
 
 def cut_vocabulary(checkpoint: Checkpoint, size: int) -> None:
-    """Keep the first `size` rows of the embedding, and of an output layer of its own; stays lazy."""
+    """Keep the first `size` rows of the embedding, and of an output layer of its own; nothing is read yet."""
     if size == checkpoint.config.vocab_size:
         return
     checkpoint.config = replace(checkpoint.config, vocab_size=size)
-    for name, weight in checkpoint.weights.items():
-        if name.rpartition(".")[0] in (_EMBEDDING, _HEAD):
-            checkpoint.weights[name] = weight[:size]
+    checkpoint.weights = Weights(
+        {
+            name: _first_rows(tensor, size) if name.rpartition(".")[0] in (_EMBEDDING, _HEAD) else tensor
+            for name, tensor in checkpoint.weights.tensors().items()
+        }
+    )
+
+
+def _first_rows(tensor: Tensor, size: int) -> Tensor:
+    return Tensor(tensor.dtype, (size, *tensor.shape[1:]), lambda: tensor.read()[:size])
 
 
 # Configurations.
@@ -256,14 +264,14 @@ def _missing(what: str, package: str) -> RequestError:
     return RequestError(f"Reading {what} needs {package}: pip install 'mlx-openelm[corenet]'.")
 
 
-def _read_weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, mx.array]:
-    """Lazy weights where they lie in the file as they are used; others (transposed, or compressed) now."""
+def _weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors unread where they lie in the file as they are used; others (transposed, or compressed) by PyTorch."""
     is_plain = _is_plain_archive(path)
     spans = {name: span for name, tensor in tensors.items() if is_plain and (span := _span(tensor)) is not None}
-    weights = raw.read_lazily(path, spans) if spans else {}
+    weights = raw.tensors(path, spans)
     if len(spans) < len(tensors):
         loaded = _read_tensors(path, map_location="cpu", mmap=is_plain)
-        weights |= {name: _to_mlx(loaded[name]) for name in tensors if name not in spans}
+        weights |= {name: _of_torch(loaded[name]) for name in tensors if name not in spans}
     return {name: weights[name] for name in tensors}
 
 
@@ -290,6 +298,10 @@ def _is_plain_archive(path: Path) -> bool:
         UnicodeDecodeError,
     ):  # a file of an old PyTorch, or one that only it can read
         return False
+
+
+def _of_torch(tensor: Any) -> Tensor:
+    return Tensor(_DTYPES[str(tensor.dtype)], tuple(tensor.shape), lambda: _to_mlx(tensor))
 
 
 def _to_mlx(tensor: Any) -> mx.array:

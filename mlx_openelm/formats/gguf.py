@@ -17,9 +17,10 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..quantization.uniform import dequantize_weights
 from ..tokenizer import Tokenizer
-from . import gguf_metadata, gguf_tokenizer
+from . import gguf_metadata, gguf_tokenizer, raw
 from .mlx import Checkpoint
-from .raw import Span, read_lazily
+from .raw import Span
+from .weights import Tensor, Weights, streaming
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,12 +122,13 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         written, total = 0, sum(sizes.values())
-        for tensor, weight in _weights(checkpoint):
-            writer.write_tensor_data(_encode(weight, gguf.GGMLQuantizationType[types[tensor]]))
-            del weight
-            written += sizes[tensor]
-            if progress is not None:
-                progress(written, total)
+        with streaming():
+            for tensor, weight in _weights(checkpoint):
+                writer.write_tensor_data(_encode(weight, gguf.GGMLQuantizationType[types[tensor]]))
+                del weight
+                written += sizes[tensor]
+                if progress is not None:
+                    progress(written, total)
     finally:
         writer.close()
     return exceptions
@@ -181,11 +183,11 @@ def bits_per_weight(config: ModelConfig, gguf_type: str) -> float:
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, mx.array]]:
     """The tensors in the file's order, packed ones as float32, each taken out of the checkpoint."""
     weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, mx.float32)
-    checkpoint.weights, checkpoint.quantization = {}, {}
+    checkpoint.weights, checkpoint.quantization = Weights({}), {}
     gate = up = None
     for tensor, (source, _) in _tensors(checkpoint.config).items():
         if tensor.endswith("ffn_gate.weight"):
-            gate, up = mx.split(weights.pop(source), 2)
+            gate, up = mx.split(weights.take(source), 2)
             yield tensor, gate
             del gate
         elif tensor.endswith("ffn_up.weight"):
@@ -193,7 +195,7 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, mx.array]]:
             yield tensor, up
             up = None
         else:
-            yield tensor, weights.pop(source)
+            yield tensor, weights.take(source)
 
 
 def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
@@ -253,13 +255,13 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
             spans[name] = Span(mx.uint8, (shape[0], shape[1] // BLOCK, _BLOCK_BYTES[kind]), int(tensor.data_offset))
         else:
             spans[name] = Span(_FLOATS[kind], shape, int(tensor.data_offset))
-    raw = read_lazily(path, spans)
-    parts: dict[str, list[mx.array]] = {}
+    stored = raw.tensors(path, spans)
+    parts: dict[str, list[Tensor]] = {}
     for name, (source, shape) in _tensors(config).items():
         kind = found[name].tensor_type.name
-        weight = _unpack(raw[name], kind).reshape(shape) if kind in _BLOCK_BYTES else raw[name]
-        parts.setdefault(source, []).append(weight)
-    weights = {source: mx.concatenate(halves) if len(halves) == 2 else halves[0] for source, halves in parts.items()}
+        tensor = _unpacked(stored[name], kind, shape) if kind in _BLOCK_BYTES else stored[name]
+        parts.setdefault(source, []).append(tensor)
+    weights = Weights({source: _joined(*halves) for source, halves in parts.items()})
     tokenizer = gguf_tokenizer.read(values, path)
     if tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{path} has {tokenizer.vocab_size} tokens, but an embedding of {config.vocab_size} rows.")
@@ -310,6 +312,20 @@ def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]], found: 
     if problems:
         rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise RequestError(f"The tensors in {path} do not fit its keys: {'; '.join(problems[:8])}{rest}.")
+
+
+def _joined(first: Tensor, second: Tensor | None = None) -> Tensor:
+    """A tensor of the rows of two, or the only one."""
+    if second is None:
+        return first
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    # Of two types that differ, one is float32, or they are the two half precisions: float32 holds both.
+    dtype = first.dtype if first.dtype == second.dtype else mx.float32
+    return Tensor(dtype, shape, lambda: mx.concatenate([first.cast(dtype).read(), second.cast(dtype).read()]))
+
+
+def _unpacked(blocks: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(mx.float32, shape, lambda: _unpack(blocks.read(), kind).reshape(shape))
 
 
 def _unpack(blocks: mx.array, kind: str) -> mx.array:

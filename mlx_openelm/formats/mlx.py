@@ -19,22 +19,28 @@ from ..config import ModelConfig, read_json
 from ..errors import RequestError
 from ..quantization.uniform import Quantization, most_common
 from . import safetensors
+from .weights import Weights
 
 _LISTED = 8  # tensors named in an error before the rest is only counted
 
 
 @dataclass
 class Checkpoint:
-    """A model as stored: lazy weights by Hugging Face name, and how each quantized matrix is packed."""
+    """A model as stored: unread weights by Hugging Face name, and how each quantized matrix is packed."""
 
     config: ModelConfig
-    weights: dict[str, mx.array]
+    weights: Weights
     quantization: dict[str, Quantization] = field(default_factory=dict)
 
     @property
     def dtype(self) -> mx.Dtype:
         """The stored floating-point type (of the final norm, which is never quantized)."""
-        return self.weights["transformer.norm.weight"].dtype
+        return self.weights.tensor("transformer.norm.weight").dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over parameters, scales and biases included, before weights are taken."""
+        return 8 * sum(tensor.nbytes for tensor in self.weights.tensors().values()) / self.config.num_parameters
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -65,7 +71,7 @@ def read(folder: Path) -> Checkpoint:
     quantization = read_quantization(folder / "config.json", config, values, tensors)
     check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)
-    return Checkpoint(config, {name: weights[name] for name in tensors}, quantization)
+    return Checkpoint(config, Weights.of_arrays({name: weights[name] for name in tensors}), quantization)
 
 
 def read_quantization(

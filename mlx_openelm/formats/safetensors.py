@@ -6,9 +6,10 @@ tensor's dtype, shape and byte range within the data.
 
 from __future__ import annotations
 
+import collections
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ import mlx.core as mx
 
 from ..config import read_json
 from ..errors import RequestError
+from .weights import Tensor, Weights, streaming
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -30,6 +32,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
+# Of the largest tensor: what is prepared while one is written; the next matrix, and seldom one more.
+_AHEAD_SHARE = 16
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
 
 
 def read_lazily(files: Iterable[Path]) -> dict[str, mx.array]:
-    """Every tensor in `files`, unevaluated: its bytes are read when it is first used."""
+    """Every tensor in `files`, unevaluated: MLX reads its bytes, with several threads, when it is first used."""
     weights: dict[str, mx.array] = {}
     for path in files:
         # The format is named, since files in the hub's cache may be links to names without an ending.
@@ -145,39 +149,61 @@ def read_lazily(files: Iterable[Path]) -> dict[str, mx.array]:
 
 def write_shards(
     folder: Path,
-    tensors: Mapping[str, mx.array],
+    weights: Weights,
     *,
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write `tensors` to `folder` in shards of at most `max_shard_bytes`, with the index.
+    """Write `weights` to `folder` in shards of at most `max_shard_bytes`, with the index; empties them.
 
-    Each tensor is evaluated, written and dropped before the next, so lazy tensors never fill memory
-    together; `tensors` is emptied on the way if it is a dict that nobody else holds.
+    Each tensor is dropped once it is written, and few are read ahead, so that they never fill memory together.
 
     Args:
         progress: called with the bytes written so far and in all.
     """
+    tensors = weights.tensors()
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     shards = _split(sizes, max_shard_bytes)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    remaining, written, total = dict(tensors), 0, sum(sizes.values())
-    if isinstance(tensors, dict):
-        tensors.clear()
-    for shard, file_name in zip(shards, names, strict=True):
-        with (folder / file_name).open("wb") as file:
-            file.write(_header({name: remaining[name] for name in shard}, metadata or {}))
-            for name in shard:
-                file.write(_bytes(remaining.pop(name)))
-                written += sizes[name]
-                if progress is not None:
-                    progress(written, total)
+    headers = [_header({name: tensors[name] for name in shard}, metadata or {}) for shard in shards]
+    del tensors
+    written, total = 0, sum(sizes.values())
+    with streaming():
+        values = _evaluated(weights, max(sizes.values(), default=0) // _AHEAD_SHARE)
+        for shard, file_name, header in zip(shards, names, headers, strict=True):
+            with (folder / file_name).open("wb") as file:
+                file.write(header)
+                for name in shard:
+                    file.write(_bytes(next(values)))
+                    written += sizes[name]
+                    if progress is not None:
+                        progress(written, total)
     weight_map = {name: file_name for shard, file_name in zip(shards, names, strict=True) for name in shard}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _evaluated(weights: Weights, ahead: int) -> Iterator[mx.array]:
+    """Every tensor in order, taken out of `weights`; while the caller writes one, the next are read and computed.
+
+    At least `ahead` bytes of them: a matrix behind small tensors, or behind parts of one before, must not wait.
+    """
+    waiting: collections.deque[mx.array] = collections.deque()
+    behind = 0  # bytes of all that wait but the first
+    for name in list(weights):
+        tensor = weights.take(name)
+        mx.async_eval(tensor)
+        behind += tensor.nbytes if waiting else 0
+        waiting.append(tensor)
+        del tensor
+        while len(waiting) > 1 and behind >= ahead:
+            yield waiting.popleft()
+            behind -= waiting[0].nbytes
+    while waiting:
+        yield waiting.popleft()
 
 
 def _bytes(tensor: mx.array) -> memoryview:
@@ -197,7 +223,7 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, tensor in tensors.items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +14,14 @@ from ..model import OpenELM, TransformerLayer
 # The matrices of a layer, by path within it, in the order a token meets them.
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 EMBEDDING = "transformer.token_embeddings"
+HEAD = "lm_head"
+
+# Positions whose logits exist at once.
+CHUNK = 256
 
 Batches = Sequence[mx.array]
+# Called with how much is done and how much there is.
+Progress = Callable[[int, int], None]
 
 
 class _Recorder(nn.Module):
@@ -75,29 +80,97 @@ class Stream:
         """The mean of x xᵀ [in, in] over the rows x that enter each matrix of `layer`, by path within it."""
         sizes = {path: module_at(layer, path)["weight"].shape[1] for path in MATRICES}
         with recording(layer, sizes) as recorders:
-            for _ in self._outputs(layer):
+            for _ in self.through([layer]):
                 mx.eval([recorder.moments for recorder in recorders.values()])
         rows = sum(hidden.shape[0] for hidden in self.hidden)
         return {path: recorder.moments / rows for path, recorder in recorders.items()}
 
     def advance(self, layer: TransformerLayer) -> None:
         """Let the text pass `layer`."""
-        for index, output in enumerate(self._outputs(layer)):
+        for index, output in enumerate(self.through([layer])):
             mx.eval(output)
             self.hidden[index] = output
 
-    def _outputs(self, layer: TransformerLayer) -> Iterator[mx.array]:
+    def through(self, layers: Sequence[TransformerLayer]) -> Iterator[mx.array]:
+        """What comes out of `layers`, batch by batch; the text itself stays where it is."""
         config = self._model.config
         for hidden, shape in zip(self.hidden, self._shapes, strict=True):
             attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
-            yield layer(hidden, attend, shape, None)
+            for layer in layers:
+                hidden = layer(hidden, attend, shape, None)
+            yield hidden
 
-    def final_moments(self) -> mx.array:
-        """The mean of x xᵀ [model_dim, model_dim] over the rows x that enter the output layer."""
-        norm: Any = self._model.transformer.norm
-        total, rows = mx.zeros((self._model.config.model_dim,) * 2), 0
-        for hidden in self.hidden:
-            x = norm(hidden).astype(mx.float32)
-            total, rows = total + x.T @ x, rows + x.shape[0]
-            mx.eval(total)
-        return total / rows
+
+class Teacher:
+    """What the full model says to each token, against which others are measured.
+
+    Kept as hidden states [rows, model_dim] after the final norm, with a head of its own: logits of all rows would
+    fill memory. The model may change afterwards.
+    """
+
+    def __init__(self, model: OpenELM, batches: Batches, progress: Progress | None = None):
+        self._head = head_weight(model)
+        self.hidden: list[mx.array] = []
+        total = mx.zeros((model.config.model_dim,) * 2)
+        for output in Stream(model, batches).through(model.layers):
+            hidden = model.transformer.norm(output)
+            x = hidden.astype(mx.float32)
+            total = total + x.T @ x
+            mx.eval(hidden, total)
+            self.hidden.append(hidden)
+            if progress is not None:
+                progress(len(self.hidden), len(batches))
+        self.tokens = sum(hidden.shape[0] for hidden in self.hidden)
+        self.moments = total / self.tokens
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden states [rows, model_dim] of the full model to its logits [rows, vocab]."""
+        return hidden @ self._head.T
+
+    def compare(
+        self, model: OpenELM, outputs: Iterator[mx.array], targets: Sequence[mx.array] | None = None
+    ) -> tuple[float, float]:
+        """The mean over tokens of KL(full model || model) and of the model's loss, in nats.
+
+        Args:
+            outputs: what comes out of the model's last layer, batch by batch.
+            targets: the tokens [rows] that follow, batch by batch; without them the loss is 0.
+        """
+        distance = loss = 0.0
+        for index, (output, expected) in enumerate(zip(outputs, self.hidden, strict=True)):
+            hidden = model.transformer.norm(output)
+            for start in range(0, hidden.shape[0], CHUNK):
+                rows = slice(start, start + CHUNK)
+                logits = model.logits(hidden[rows]).astype(mx.float32)
+                parts = [divergence(logits, self.logits(expected[rows]))]
+                if targets is not None:
+                    chosen = mx.take_along_axis(logits, targets[index][rows, None], axis=-1)[:, 0]
+                    parts.append((mx.logsumexp(logits, axis=-1) - chosen).sum())
+                mx.eval(parts)
+                numbers = [float(part.item()) for part in parts]  # type: ignore[arg-type]
+                distance, loss = distance + numbers[0], loss + sum(numbers[1:])
+        return max(distance / self.tokens, 0.0), loss / self.tokens
+
+
+def output_moments(model: OpenELM, teacher: Teacher, path: str) -> mx.array:
+    """What stands for x xᵀ [model_dim, model_dim] where the embedding or the head is rounded.
+
+    As a head a matrix meets the teacher's hidden states; as an embedding its rows are read as they are, so every
+    error counts alike. A shared one is both, in equal parts.
+    """
+    read = mx.diag(teacher.moments).mean() * mx.eye(model.config.model_dim)
+    if path == HEAD:
+        return teacher.moments
+    return teacher.moments + read if model.config.share_input_output_layers else read
+
+
+def head_weight(model: OpenELM) -> mx.array:
+    """The output layer's matrix [vocab, model_dim], shared with the embedding or not."""
+    shared = model.config.share_input_output_layers
+    return (model.transformer.token_embeddings if shared else model.lm_head)["weight"]
+
+
+def divergence(student: mx.array, teacher: mx.array) -> mx.array:
+    """The sum over rows of KL(teacher || student), both logits [rows, vocab], in nats."""
+    expected = nn.log_softmax(teacher.astype(mx.float32), axis=-1)
+    return (mx.exp(expected) * (expected - nn.log_softmax(student.astype(mx.float32), axis=-1))).sum()

@@ -5,60 +5,159 @@ Levels stay as they are. Scales and biases move by fractions of a step, so one l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten
 
+from .. import ops
+from ..errors import OpenELMError
 from ..model import OpenELM
-from .calibration import EMBEDDING, replace_module
+from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
 from .rounding import Grid
 from .uniform import Quantization
 
-# Positions whose logits exist at once, forward and backward.
-_CHUNK = 256
+# The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
+_LEARNING_RATE = 0.002
+_WARMUP_SHARE = 0.05
+_EPOCHS = 2
+# One batch in so many is not trained on, but tells which of the states on the way is the best.
+_HELD_OUT = 8
+_CHECKS = 4
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Packed:
+    """A matrix as levels packed by MLX, uint32 [out, in * bits / 32], and the grid they refer to."""
+
+    levels: mx.array
+    grid: Grid
+    choice: Quantization
+
+    def full(self, grid: Grid | None = None) -> mx.array:
+        """The matrix [out, in] in float32, on its own grid or another."""
+        grid = grid or self.grid
+        return mx.dequantize(self.levels, grid.scales, grid.biases, self.choice.group_size, self.choice.bits)
 
 
 class Distilled(nn.Module):
-    """A matrix whose levels are packed and whose scales and biases are trained, in steps of their first values."""
+    """A packed matrix whose scales and biases are trained, in steps of their first values."""
 
-    def __init__(self, packed: mx.array, grid: Grid, choice: Quantization):
+    def __init__(self, packed: Packed):
         super().__init__()
-        self._packed, self._grid, self._choice = packed, grid, choice
-        self.slope = mx.zeros_like(grid.scales)
-        self.shift = mx.zeros_like(grid.scales)
+        self._packed = packed
+        self.slope = mx.zeros_like(packed.grid.scales)
+        self.shift = mx.zeros_like(packed.grid.scales)
 
     def grid(self) -> Grid:
         """The scales and biases as trained so far, in float32."""
-        middle = (2**self._choice.bits - 1) / 2
-        scales = self._grid.scales * (1 + self.slope / middle)
+        first, middle = self._packed.grid, (2**self._packed.choice.bits - 1) / 2
         # A change of slope turns around the middle level, so that the two parameters hardly disturb each other.
-        biases = self._grid.biases + self._grid.scales * (self.shift - self.slope)
-        return Grid(scales, biases)
+        scales = first.scales * (1 + self.slope / middle)
+        return Grid(scales, first.biases + first.scales * (self.shift - self.slope))
 
-    def weight(self) -> mx.array:
-        """The matrix [out, in] in float32."""
-        grid = self.grid()
-        return mx.dequantize(self._packed, grid.scales, grid.biases, self._choice.group_size, self._choice.bits)
+    def full(self) -> mx.array:
+        """The matrix [out, in] as trained so far, in float32."""
+        return self._packed.full(self.grid())
 
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight().astype(x.dtype).T
+        return x @ self.full().astype(x.dtype).T
 
 
 class DistilledEmbedding(Distilled):
-    """The same for the embedding that is also the output layer."""
+    """The same for the embedding; the rows of some tokens are unpacked, not all."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self.weight()[tokens]
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """hidden states [..., model_dim] to logits [..., vocab]."""
-        return super().__call__(x)
+        grid, packed = self.grid(), self._packed
+        rows = Packed(packed.levels[tokens], Grid(grid.scales[tokens], grid.biases[tokens]), packed.choice)
+        return rows.full()
 
 
-def divergence(student: mx.array, teacher: mx.array) -> mx.array:
-    """The sum over rows of KL(teacher || student), both logits [rows, vocab], in nats."""
-    expected = nn.log_softmax(teacher.astype(mx.float32), axis=-1)
-    return (mx.exp(expected) * (expected - nn.log_softmax(student.astype(mx.float32), axis=-1))).sum()
+def distill(
+    model: OpenELM,
+    packed: Mapping[str, Packed],
+    teacher: Teacher,
+    batches: Batches,
+    dtype: mx.Dtype,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Grid]:
+    """Grids by module path, as `dtype` stores them, under which the packed model is closest to its teacher.
+
+    Args:
+        model: the quantized model; its packed matrices are replaced by trained ones.
+        batches: tokens [batch, length], the same that the teacher has read.
+
+    Raises:
+        OpenELMError: the divergence is not finite.
+    """
+    model.freeze()
+    trained = {path: (DistilledEmbedding if path == EMBEDDING else Distilled)(part) for path, part in packed.items()}
+    for path, module in trained.items():
+        replace_module(model, path, module)
+    held_out = range(0, len(batches), _HELD_OUT) if len(batches) >= _HELD_OUT else range(0)
+    training = [index for index in range(len(batches)) if index not in held_out] * _EPOCHS
+    random.Random(seed).shuffle(training)
+
+    def loss(index: int) -> mx.array:
+        return _divergence(model, teacher, batches, index)
+
+    def check() -> float:
+        total = 0.0
+        for index in held_out:
+            total += float(loss(index).item())  # type: ignore[arg-type]
+        return total
+
+    gradient = nn.value_and_grad(model, loss)
+    optimizer = optimizers.Adam(learning_rate=_schedule(len(training)))
+    # Without held-out text the last state is the best there is.
+    best, least = _state(trained), check()
+    for step, index in enumerate(training, 1):
+        value, gradients = gradient(index)
+        optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), optimizer.state, value)
+        if not mx.isfinite(value).item():
+            raise OpenELMError("Distilling diverged: the loss is not finite; leave dwq out for this model.")
+        checked = step == len(training) or step % max(1, len(training) // _CHECKS) == 0
+        if checked and (error := check()) <= least:
+            best, least = _state(trained), error
+        if progress is not None:
+            progress(step, len(training))
+    for path, module in trained.items():
+        module.slope, module.shift = best[path]
+    return {path: module.grid().stored(dtype) for path, module in trained.items()}
+
+
+def _state(trained: Mapping[str, Distilled]) -> dict[str, tuple[mx.array, mx.array]]:
+    return {path: (module.slope, module.shift) for path, module in trained.items()}
+
+
+def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
+    warmup = max(1, int(steps * _WARMUP_SHARE))
+    rise = optimizers.linear_schedule(0.0, _LEARNING_RATE, warmup)
+    fall = optimizers.cosine_decay(_LEARNING_RATE, max(1, steps - warmup), 0.05 * _LEARNING_RATE)
+    return optimizers.join_schedules([rise, fall], [warmup])
+
+
+def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
+    """The mean over one batch's tokens of KL(teacher || model); layers and logits are computed again going back."""
+    tokens, config = batches[index], model.config
+    shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
+    attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
+    x = model.transformer.token_embeddings(tokens.reshape(-1)).astype(teacher.hidden[index].dtype)
+    for layer in model.layers:
+        x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend, shape, None))(x)  # type: ignore[misc]
+    hidden, expected = model.transformer.norm(x), teacher.hidden[index]
+    head = model.transformer.token_embeddings if config.share_input_output_layers else model.lm_head
+    # Unpacked once for all rows.
+    weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
+    part = mx.checkpoint(lambda rows, wanted, matrix: divergence(rows @ matrix.T, teacher.logits(wanted)))
+    starts = range(0, hidden.shape[0], CHUNK)
+    total = sum((part(hidden[s : s + CHUNK], expected[s : s + CHUNK], weight) for s in starts), mx.array(0.0))
+    return total / hidden.shape[0]

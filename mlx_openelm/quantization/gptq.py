@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..errors import OpenELMError
 from .rounding import Grid
 from .uniform import Quantization
 
 # Columns whose corrections are applied to the rest of the matrix at once.
 _BLOCK = 64
-# Added to the diagonal of the moments, as a share of its mean, so that they can be inverted.
-_DAMPING = 0.01
+# Added to the diagonal of the moments, as a share of its mean, so that they can be inverted; more if need be.
+_DAMPING = (0.01, 0.1, 1.0)
 
 
 def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quantization) -> mx.array:
@@ -20,6 +21,9 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
         moments: the mean of x xᵀ [in, in] over inputs x.
         grid: scales and biases, which stay as they are. Columns are taken in order of their inputs' size, the
             largest first, so that every group keeps its own (GPTQ's static groups and activation order).
+
+    Raises:
+        OpenELMError: the moments are not finite.
     """
     out_dims, in_dims = weight.shape
     order = mx.argsort(-mx.diag(moments))
@@ -30,7 +34,7 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
     columns = []
     for start in range(0, in_dims, _BLOCK):
         end = min(start + _BLOCK, in_dims)
-        block, errors = rest[:, start:end], []
+        block, errors = rest[:, : end - start], []
         scales, biases = grid.scales[:, group[start:end]], grid.biases[:, group[start:end]]
         safe = mx.where(scales == 0, 1.0, scales)
         for column in range(end - start):
@@ -43,18 +47,29 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
             block = block - error[:, None] * factor[position, start:end]
         mx.eval(columns[start:], errors)
         if end < in_dims:
-            rest = rest - mx.pad(mx.stack(errors, axis=1) @ factor[start:end, end:], ((0, 0), (end, 0)))
+            rest = rest[:, end - start :] - mx.stack(errors, axis=1) @ factor[start:end, end:]
             mx.eval(rest)
     level = mx.stack(columns, axis=1)[:, mx.argsort(order)]
     return level.reshape(out_dims, -1, choice.group_size)
 
 
 def _inverse_factor(moments: mx.array) -> mx.array:
-    """The upper Cholesky factor of the inverse of damped moments; MLX has these on the CPU alone."""
-    size = moments.shape[0]
+    """The upper Cholesky factor of the inverse of damped moments; MLX has these on the CPU alone.
+
+    Raises:
+        OpenELMError: the moments are not finite, or cannot be made positive.
+    """
+    diagonal = mx.diag(moments)
+    indices = mx.arange(moments.shape[0])
     with mx.stream(mx.cpu):
-        damping = _DAMPING * mx.mean(mx.diag(moments)) + 1e-12
-        lower = mx.linalg.cholesky(moments + damping * mx.eye(size))
-        factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
-        mx.eval(factor)
-    return factor
+        for damping in _DAMPING:
+            added = damping * mx.mean(diagonal) + 1e-12
+            damped = moments.at[indices, indices].add(added)
+            lower = mx.linalg.cholesky(damped)
+            # MLX gives back whatever LAPACK had made when it stopped, so the factor is checked.
+            again = mx.square(lower).sum(axis=1)
+            if mx.all(mx.abs(again - diagonal - added) <= 1e-2 * (diagonal + added)).item():
+                factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
+                if mx.all(mx.isfinite(factor)).item():
+                    return factor
+    raise OpenELMError("GPTQ cannot use what this text gives its matrices as input; try another --calibration.")

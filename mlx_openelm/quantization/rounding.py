@@ -115,7 +115,18 @@ def pack(level: mx.array, bits: int) -> mx.array:
     return mx.stack(words, axis=-1).reshape(rows, columns * bits // 32)
 
 
-def packed(grouped_levels: mx.array, grid: Grid, bits: int, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The parts of a quantized matrix as stored, by name, from levels [out, groups, group_size]."""
-    words = pack(grouped_levels.reshape(grouped_levels.shape[0], -1), bits)
-    return {"weight": words, "scales": grid.scales.astype(dtype), "biases": grid.biases.astype(dtype)}
+def round_nearest(weight: mx.array, moments: mx.array, choice: Quantization, dtype: mx.Dtype) -> mx.array:
+    """weight [out, in] as it reads back after rounding to the nearest level of its best grid, in float32.
+
+    Args:
+        moments: the mean of x xᵀ [in, in] over the inputs x.
+    """
+    grid = search(weight, mx.diag(moments), choice, dtype)
+    level = levels(groups(weight.astype(mx.float32), choice.group_size), grid, choice.bits)
+    return values(level, grid).reshape(weight.shape)
+
+
+def round_error(weight: mx.array, moments: mx.array, choice: Quantization, dtype: mx.Dtype) -> float:
+    """The mean square of what `round_nearest` changes in the products of weight [out, in], summed over out."""
+    difference = round_nearest(weight, moments, choice, dtype) - weight.astype(mx.float32)
+    return float(((difference @ moments) * difference).sum().item())  # type: ignore[arg-type]

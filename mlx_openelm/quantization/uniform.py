@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..formats.weights import Tensor, Weights
 
 # Mode: the bits and group sizes MLX has for it, its default first.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -19,6 +21,9 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
+
+PARTS = ("weight", "scales", "biases")
+_PIECE = 1 << 20  # weights packed at a time
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,18 @@ class Quantization:
         return parts | {"biases": scales} if self.mode == "affine" else parts
 
     def pack(self, weight: mx.array) -> dict[str, mx.array]:
-        """weight [out, in] as its packed parts, by name."""
-        parts = mx.quantize(weight, group_size=self.group_size, bits=self.bits, mode=self.mode)
-        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+        """weight [out, in] as its packed parts, by name; scales and biases in 16 bits or less."""
+        if self.mode == "affine":
+            packed, scales, biases = mx.quantize(weight, self.group_size, self.bits)
+            stored = scale_dtype(weight.dtype)
+            return {"weight": packed, "scales": scales.astype(stored), "biases": biases.astype(stored)}
+        mx.eval(weight)  # once, not once for every piece
+        pieces = []
+        for rows in _row_pieces(*weight.shape):
+            pieces.append(mx.quantize(weight[rows], self.group_size, self.bits, self.mode))
+            mx.eval(pieces[-1])
+        packed, scales = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
+        return {"weight": packed, "scales": scales}
 
     def unpack(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
         """The matrix [out, in] that packed parts stand for, with the scales' own precision taken into account."""
@@ -72,6 +86,13 @@ class Quantization:
             scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
         full = mx.dequantize(parts["weight"], scales, biases, self.group_size, self.bits, self.mode)
         return full.astype(dtype)
+
+
+def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
+    """A matrix's rows, some at a time: without a kernel for a mode, as on a CPU, MLX makes many float32 copies."""
+    step = max(1, _PIECE // columns)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def _any_of(values: tuple[int, ...]) -> str:
@@ -84,59 +105,105 @@ def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
     return max(choices, key=choices.count)
 
 
-def plan(config: ModelConfig, wanted: Quantization) -> tuple[dict[str, Quantization], dict[str, str]]:
+def plan(
+    config: ModelConfig, wanted: Quantization | Callable[[str], Quantization]
+) -> tuple[dict[str, Quantization], dict[str, str]]:
     """A quantization for each matrix by module path, and what was done differently for some, by path.
 
     A matrix whose rows the group size does not divide takes the largest that does; where no group size
     of the mode divides them it stays as it is.
+
+    Args:
+        wanted: the same for every matrix, or a function that gives it for a module path.
     """
     choices: dict[str, Quantization] = {}
     exceptions: dict[str, str] = {}
-    for name, shape in config.tensor_shapes().items():
-        if len(shape) != 2:
+    for path, (_, in_dims) in config.matrix_shapes().items():
+        choice = wanted(path) if callable(wanted) else wanted
+        if in_dims % choice.group_size == 0:
+            choices[path] = choice
             continue
-        path = name.removesuffix(".weight")
-        if shape[1] % wanted.group_size == 0:
-            choices[path] = wanted
-            continue
-        sizes = [size for size in MODES[wanted.mode][1] if shape[1] % size == 0]
+        sizes = [size for size in MODES[choice.mode][1] if in_dims % size == 0]
         if sizes:
-            choices[path] = Quantization(max(sizes), wanted.bits, wanted.mode)
-            exceptions[path] = f"group size {max(sizes)}, since {wanted.group_size} does not divide {shape[1]}"
+            choices[path] = Quantization(max(sizes), choice.bits, choice.mode)
+            exceptions[path] = f"group size {max(sizes)}, since {choice.group_size} does not divide {in_dims}"
         else:
-            exceptions[path] = f"not quantized, since no group size divides {shape[1]}"
+            exceptions[path] = f"not quantized, since no group size divides {in_dims}"
     return choices, exceptions
 
 
-def quantize_weights(weights: Mapping[str, mx.array], choices: Mapping[str, Quantization]) -> dict[str, mx.array]:
-    """Weights by name with the chosen matrices packed; everything stays lazy."""
-    packed: dict[str, mx.array] = {}
-    for name, weight in weights.items():
+def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """What scales and biases are stored in beside weights of `dtype`: 16 bits, so that bits per weight mean what
+    they say."""
+    return mx.float16 if dtype == mx.float16 else mx.bfloat16
+
+
+def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
+    """Weights in `dtype`, the scales and biases of matrices that are packed in `scale_dtype`; nothing is read yet."""
+    cast = weights.tensors()
+    for name, tensor in cast.items():
+        if mx.issubdtype(tensor.dtype, mx.floating):
+            cast[name] = tensor.cast(scale_dtype(dtype) if name.rpartition(".")[0] in choices else dtype)
+    return Weights(cast)
+
+
+def quantize_weights(weights: Weights, choices: Mapping[str, Quantization]) -> Weights:
+    """Weights with the chosen matrices packed; nothing is read yet."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in weights.tensors().items():
         path = name.removesuffix(".weight")
-        if path in choices:
-            packed.update({f"{path}.{part}": value for part, value in choices[path].pack(weight).items()})
-        else:
-            packed[name] = weight
-    return packed
+        packed |= _packed(path, tensor, choices[path]) if path in choices else {name: tensor}
+    return Weights(packed)
 
 
-def dequantize_weights(
-    weights: Mapping[str, mx.array], choices: Mapping[str, Quantization], dtype: mx.Dtype
-) -> dict[str, mx.array]:
-    """The reverse: packed matrices as full ones of `dtype`; everything stays lazy."""
-    full: dict[str, mx.array] = {}
-    for name, weight in weights.items():
+def _packed(path: str, tensor: Tensor, choice: Quantization) -> dict[str, Tensor]:
+    """The parts of a matrix: all are made when the first is read, and each is kept until it is."""
+    made: dict[str, mx.array] = {}
+
+    def read(part: str) -> mx.array:
+        if part not in made:
+            made.update(choice.pack(tensor.read()))
+        return made.pop(part)
+
+    scales = scale_dtype(tensor.dtype) if choice.mode == "affine" else mx.uint8
+    return {
+        f"{path}.{part}": Tensor(mx.uint32 if part == "weight" else scales, shape, functools.partial(read, part))
+        for part, shape in choice.packed_shapes(tensor.shape).items()
+    }
+
+
+def dequantize_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
+    """The reverse: packed matrices as full ones of `dtype`, the rest as it is; nothing is read yet."""
+    tensors = weights.tensors()
+    full: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")
         if path not in choices:
-            full[name] = weight
+            full[name] = tensor
         elif part == "weight":
-            parts = {p: weights[f"{path}.{p}"] for p in ("weight", "scales", "biases") if f"{path}.{p}" in weights}
-            full[name] = choices[path].unpack(parts, dtype)
-    return full
+            parts = {p: tensors[f"{path}.{p}"] for p in PARTS if f"{path}.{p}" in tensors}
+            full[name] = _unpacked(parts, choices[path], dtype)
+    return Weights(full)
 
 
-def bits_per_weight(config: ModelConfig, choices: Mapping[str, Quantization], dtype_bytes: int) -> float:
-    """Stored bits over parameters, scales and biases included; what is not quantized has `dtype_bytes` a value."""
+def _unpacked(parts: Mapping[str, Tensor], choice: Quantization, dtype: mx.Dtype) -> Tensor:
+    rows, words = parts["weight"].shape
+    return Tensor(
+        dtype,
+        (rows, words * 32 // choice.bits),
+        lambda: choice.unpack({name: part.read() for name, part in parts.items()}, dtype),
+    )
+
+
+def bits_per_weight(
+    config: ModelConfig, choices: Mapping[str, Quantization], dtype_bytes: int, scale_bytes: int = 2
+) -> float:
+    """Stored bits over parameters, scales and biases included.
+
+    Args:
+        dtype_bytes: of a value that is not quantized.
+        scale_bytes: of a scale or bias in affine mode; in the others scales always have one.
+    """
     total = 0
     for name, shape in config.tensor_shapes().items():
         choice = choices.get(name.removesuffix(".weight"))
@@ -144,6 +211,6 @@ def bits_per_weight(config: ModelConfig, choices: Mapping[str, Quantization], dt
             total += math.prod(shape) * dtype_bytes
         else:
             parts = choice.packed_shapes(shape)
-            scale_bytes = dtype_bytes if choice.mode == "affine" else 1
-            total += 4 * math.prod(parts.pop("weight")) + scale_bytes * sum(math.prod(s) for s in parts.values())
+            each = scale_bytes if choice.mode == "affine" else 1
+            total += 4 * math.prod(parts.pop("weight")) + each * sum(math.prod(s) for s in parts.values())
     return 8 * total / config.num_parameters

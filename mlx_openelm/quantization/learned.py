@@ -1,0 +1,116 @@
+"""The learned methods, one layer after the other: AWQ's scaling, GPTQ's rounding, then distillation of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import RequestError
+from ..model import OpenELM
+from . import awq, dwq, gptq, rounding
+from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
+from .dwq import Packed
+from .uniform import Quantization
+
+METHODS = ("awq", "gptq", "dwq")
+# The order AWQ folds in: `proj_2` gives its scales to the up half of `proj_1`, which is scaled after that.
+_FOLDED = ("attn.qkv_proj", "ffn.proj_2", "ffn.proj_1")
+
+# Called with what is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+
+
+def parse_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Method names, comma-separated or one by one, in the order they are applied.
+
+    Raises:
+        RequestError: a name that is no method.
+    """
+    asked = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
+    for name in asked:
+        if name not in METHODS:
+            raise RequestError(f"--method must be one or more of {', '.join(METHODS)}, got {name!r}.")
+    return tuple(method for method in METHODS if method in asked)
+
+
+def quantize_model(
+    model: OpenELM,
+    choices: Mapping[str, Quantization],
+    methods: Sequence[str],
+    batches: Batches,
+    dtype: mx.Dtype,
+    scale_dtype: mx.Dtype,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, mx.array]:
+    """The tensors of a quantized checkpoint by name; the model, full before, is used up.
+
+    Without a method, weights are rounded to the nearest level of the grid that suits the calibration text best.
+    Each layer is calibrated with what the quantized layers before it give.
+
+    Args:
+        choices: affine quantizations by module path.
+        batches: calibration tokens [batch, length].
+        dtype: what is not quantized is stored in this type, scales and biases in `scale_dtype`.
+
+    Raises:
+        OpenELMError: a method failed: the text gives a matrix nothing usable, or distillation diverged.
+    """
+
+    def report(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: None if progress is None else progress(stage, done, total)
+
+    teacher = Teacher(model, batches, report("Reading the text"))
+    packed: dict[str, Packed] = {}
+    done = 0
+
+    def pack(path: str, moments: mx.array) -> None:
+        nonlocal done
+        module = module_at(model, path)
+        packed[path] = _pack(module["weight"], moments, choices[path], "gptq" in methods, scale_dtype)
+        module["weight"] = packed[path].full().astype(module["weight"].dtype)
+        mx.eval(module["weight"])
+        done += 1
+        report("Quantizing")(done, len(choices))
+
+    for path in (EMBEDDING, HEAD):
+        if path in choices:
+            pack(path, output_moments(model, teacher, path))
+    stream = Stream(model, batches)
+    for index, layer in enumerate(model.layers):
+        moments = stream.moments(layer)
+        paths = {name: f"transformer.layers.{index}.{name}" for name in MATRICES}
+        for name in _FOLDED if "awq" in methods else ():
+            if paths[name] in choices:
+                moments[name] = awq.fold(layer, name, moments[name], choices[paths[name]], dtype, scale_dtype)
+        for name, path in paths.items():
+            if path in choices:
+                pack(path, moments[name])
+        stream.advance(layer)
+    grids = {path: part.grid for path, part in packed.items()}
+    tensors = {
+        name: weight.astype(dtype)
+        for name, weight in dict(tree_flatten(model.parameters())).items()  # type: ignore[union-attr]
+        if name.rpartition(".")[0] not in packed
+    }
+    if "dwq" in methods:
+        grids = dwq.distill(model, packed, teacher, batches, scale_dtype, seed=seed, progress=report("Distilling"))
+    for path, part in packed.items():
+        scales, biases = grids[path].scales.astype(scale_dtype), grids[path].biases.astype(scale_dtype)
+        tensors |= {f"{path}.weight": part.levels, f"{path}.scales": scales, f"{path}.biases": biases}
+    model.clear()  # whoever still holds it holds no weights
+    return tensors
+
+
+def _pack(weight: mx.array, moments: mx.array, choice: Quantization, by_gptq: bool, dtype: mx.Dtype) -> Packed:
+    grid = rounding.search(weight, mx.diag(moments), choice, dtype)
+    if by_gptq:
+        level = gptq.round_matrix(weight, moments, grid, choice)
+    else:
+        level = rounding.levels(rounding.groups(weight.astype(mx.float32), choice.group_size), grid, choice.bits)
+    words = rounding.pack(level.reshape(weight.shape), choice.bits)
+    mx.eval(words, grid.scales, grid.biases)
+    return Packed(words, grid, choice)

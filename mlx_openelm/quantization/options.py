@@ -1,0 +1,97 @@
+"""What can be asked of `quantize`, checked before any work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .learned import parse_methods
+from .recipes import Plan, planner
+
+NUM_SAMPLES = 128
+SEQUENCE_LENGTH = 512
+
+# The flags that say what to write; with --report and none of them nothing is written.
+_WAYS = ("q_bits", "q_group_size", "q_mode", "recipe", "target_bpw")
+_FILES = ("calibration", "sensitivities", "report_data")
+# The flags that have a say in which text is read.
+_TEXT = ("calibration", "num_samples", "sequence_length", "seed")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How to quantize. The flags of `quantize`, with the same names and defaults.
+
+    `num_samples` and `sequence_length` are 128 and 512 where None. With `report` and nothing that says how to
+    quantize, no model is written.
+
+    Raises:
+        RequestError: a combination that cannot be meant, or a file that is not there.
+    """
+
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str | None = None
+    recipe: str | None = None
+    target_bpw: float | None = None
+    method: tuple[str, ...] = ()
+    calibration: str | None = None
+    num_samples: int | None = None
+    sequence_length: int | None = None
+    sensitivities: str | None = None
+    seed: int | None = None
+    report: bool = False
+    report_data: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", parse_methods(self.method))
+        if self.target_bpw is not None:
+            given = [name for name in _WAYS if name != "target_bpw" and getattr(self, name) is not None]
+            if given:
+                raise RequestError(f"--target-bpw chooses bits and groups itself; leave {_flag(given[0])} out.")
+            if not 0 < self.target_bpw < math.inf:
+                raise RequestError(f"--target-bpw must be a positive number, got {self.target_bpw:g}.")
+        if self.q_mode not in (None, "affine") and self.method:
+            raise RequestError(f"--method needs scales to learn, which --q-mode {self.q_mode} does not have.")
+        self.plan()
+        if self.sensitivities is not None and self.target_bpw is None:
+            raise RequestError("--sensitivities needs --target-bpw, which they serve.")
+        if self.report_data is not None and not self.report:
+            raise RequestError("--report-data needs --report.")
+        for name in _TEXT if not (self.is_learned or self.report) else ():
+            if getattr(self, name) is not None:
+                raise RequestError(f"{_flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
+        for name in ("num_samples", "sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RequestError(f"{_flag(name)} must be 1 or more, got {value}.")
+        for name in _FILES:
+            if (value := getattr(self, name)) is not None and not Path(value).expanduser().is_file():
+                raise RequestError(f"{_flag(name)} {value} is no file.")
+
+    def plan(self) -> Plan:
+        """What bits or a recipe make of a model, where no budget is given."""
+        return planner(self.q_mode or "affine", self.q_bits, self.q_group_size, self.recipe)
+
+    @property
+    def writes(self) -> bool:
+        """Whether a model is to be written, and not only a report made."""
+        return bool(self.method) or any(getattr(self, name) is not None for name in _WAYS) or not self.report
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether text has a say in what is written."""
+        return bool(self.method) or self.target_bpw is not None
+
+    def making(self) -> dict[str, Any]:
+        """What the model depends on, as far as it was given: flags by name, files as paths."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: Path(values[name]) for name in _FILES if values[name] is not None}
+        values["method"] = ",".join(self.method) or None
+        return {name: value for name, value in values.items() if value is not None and not name.startswith("report")}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,54 @@
+"""mlx-lm's mixed-bit recipes (`--quant-predicate`), mapped to OpenELM's matrices.
+
+They follow llama.cpp's Q4_K_M: more bits for the first and the last eighth of the layers and every third between,
+there for what carries values into and out of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import ModelConfig
+from ..errors import RequestError
+from .uniform import Quantization, plan
+
+# Low and high bits by name.
+RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+
+
+Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
+
+
+def planner(
+    mode: str = "affine", bits: int | None = None, group_size: int | None = None, recipe: str | None = None
+) -> Plan:
+    """What a request for bits or a recipe makes of a model: see `uniform.plan` for what the function returns.
+
+    Raises:
+        RequestError: a combination MLX does not have, an unknown recipe, or a recipe with bits or another mode.
+    """
+    if recipe is None:
+        wanted = Quantization.make(mode, bits, group_size)
+        return lambda config: plan(config, wanted)
+    if recipe not in RECIPES:
+        raise RequestError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.")
+    if bits is not None or mode != "affine":
+        raise RequestError("--recipe says how many bits there are, in affine mode; leave --q-bits and --q-mode out.")
+    low, high = (Quantization.make("affine", bits, group_size) for bits in RECIPES[recipe])
+    return lambda config: plan(config, lambda path: high if _takes_more(path, config) else low)
+
+
+def _takes_more(path: str, config: ModelConfig) -> bool:
+    """Whether a matrix gets the high bits.
+
+    mlx-lm gives them to `v_proj` and `down_proj` of chosen layers and to `lm_head`. OpenELM keeps its values in
+    `qkv_proj` and calls the other `proj_2`; its tied embedding is its head.
+    """
+    parts = path.split(".")
+    if "layers" not in parts:
+        return path == ("transformer.token_embeddings" if config.share_input_output_layers else "lm_head")
+    if parts[-1] not in ("qkv_proj", "proj_2"):
+        return False
+    layer, count = int(parts[parts.index("layers") + 1]), config.num_transformer_layers
+    eighth = count // 8
+    return layer < eighth or layer >= 7 * count // 8 or (layer - eighth) % 3 == 2

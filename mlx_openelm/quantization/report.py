@@ -1,0 +1,174 @@
+"""What each way to quantize a model costs on held-out text, and quality drawn over size."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..model import OpenELM
+from .calibration import Progress, Stream, Teacher, module_at
+from .recipes import RECIPES, planner
+from .uniform import MODES, Quantization, bits_per_weight
+
+_WIDTH, _HEIGHT = 64, 16
+# Below this a divergence is rounding noise, and drawn as it.
+_LEAST = 1e-6
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice: `size` in bytes, `kl_divergence` from the full model in nats a token."""
+
+    name: str
+    bits_per_weight: float
+    size: int
+    perplexity: float
+    kl_divergence: float
+
+
+class Yardstick:
+    """Held-out windows, and what the full model says to them."""
+
+    def __init__(
+        self, model: OpenELM, windows: Sequence[Sequence[int]], batch_size: int = 4, progress: Progress | None = None
+    ):
+        """windows: BOS and tokens, all of one length; the model is read now and may change afterwards."""
+        arrays = [mx.array([list(w) for w in windows[i : i + batch_size]]) for i in range(0, len(windows), batch_size)]
+        self._inputs = [array[:, :-1] for array in arrays]
+        self._targets = [array[:, 1:].reshape(-1) for array in arrays]
+        self._teacher = Teacher(model, self._inputs, progress)
+        self.tokens = self._teacher.tokens
+
+    def measure(self, model: OpenELM) -> tuple[float, float]:
+        """The perplexity of a model, and the mean over tokens of KL(full model || model) in nats."""
+        outputs = Stream(model, self._inputs).through(model.layers)
+        divergence, loss = self._teacher.compare(model, outputs, self._targets)
+        return (math.exp(loss) if loss < 700 else math.inf), divergence
+
+
+def plain_choices(config: ModelConfig) -> dict[str, dict[str, Quantization]]:
+    """What a report compares with, by name: each mode and bit width at its usual group size, and the recipes."""
+    choices = {}
+    for mode, (bits, _) in MODES.items():
+        for width in sorted(bits):
+            choices[f"affine {width}-bit" if mode == "affine" else mode] = planner(mode, width)(config)[0]
+    for name in RECIPES:
+        choices[name] = planner(recipe=name)(config)[0]
+    return choices
+
+
+def compare(
+    model: OpenELM, yardstick: Yardstick, dtype: mx.Dtype, *, progress: Progress | None = None
+) -> Iterator[Row]:
+    """A row for the full model, then one for each of `plain_choices`; the model is itself again afterwards.
+
+    Args:
+        dtype: what is not quantized is stored in this type.
+    """
+    choices: dict[str, dict[str, Quantization]] = {"not quantized": {}, **plain_choices(model.config)}
+    for done, (name, choice) in enumerate(choices.items(), 1):
+        yield row_of(name, model, choice, yardstick, dtype)
+        if progress is not None:
+            progress(done, len(choices))
+
+
+def row_of(
+    name: str, model: OpenELM, choices: Mapping[str, Quantization], yardstick: Yardstick, dtype: mx.Dtype
+) -> Row:
+    """A row for a full model rounded as `convert` does it; the model is itself again afterwards."""
+    full = {path: module_at(model, path)["weight"] for path in choices}
+    try:
+        for path, choice in choices.items():
+            rounded = choice.unpack(choice.pack(full[path].astype(dtype)), full[path].dtype)
+            module_at(model, path)["weight"] = rounded
+            mx.eval(rounded)
+        return make_row(name, model.config, choices, dtype, *yardstick.measure(model))
+    finally:
+        for path, weight in full.items():
+            module_at(model, path)["weight"] = weight
+
+
+def make_row(
+    name: str,
+    config: ModelConfig,
+    choices: Mapping[str, Quantization],
+    dtype: mx.Dtype,
+    perplexity: float,
+    kl_divergence: float,
+) -> Row:
+    """A row, its size from the shapes alone."""
+    bits = bits_per_weight(config, choices, dtype.size)
+    return Row(name, bits, round(bits * config.num_parameters / 8), perplexity, kl_divergence)
+
+
+def chart(rows: Sequence[Row]) -> list[str]:
+    """Lines of text that draw KL divergence (logarithmic, downwards better) over bits per weight.
+
+    Points are lettered as the rows are, the full model left out.
+    """
+    points = [(letter(index), row) for index, row in enumerate(rows) if 0 < row.kl_divergence < math.inf]
+    if not points:
+        return []
+    heights = [math.log10(max(row.kl_divergence, _LEAST)) for _, row in points]
+    widths = [row.bits_per_weight for _, row in points]
+    low, high = math.floor(min(heights)), math.ceil(max(heights))
+    left, right = math.floor(min(widths)), math.ceil(max(widths))
+    field = [[" "] * _WIDTH for _ in range(_HEIGHT)]
+    for (mark, _), height, width in zip(points, heights, widths, strict=True):
+        column = round((width - left) / max(right - left, 1) * (_WIDTH - 1))
+        line = round((high - height) / max(high - low, 1) * (_HEIGHT - 1))
+        # Where two points fall together the second moves aside.
+        free = [index for index, cell in enumerate(field[line]) if cell == " "]
+        field[line][min(free, key=lambda index: abs(index - column))] = mark
+    lines = []
+    for index, cells in enumerate(field):
+        value = 10 ** (high - index / (_HEIGHT - 1) * (high - low))
+        label = f"{value:8.1g}" if index % 5 == 0 else " " * 8
+        lines.append(f"{label} |{''.join(cells).rstrip()}")
+    axis = f"{left:<{_WIDTH // 2}}{right:>{_WIDTH - _WIDTH // 2}}"
+    return [*lines, " " * 9 + "+" + "-" * _WIDTH, " " * 10 + axis, " " * 10 + "bits per weight".center(_WIDTH)]
+
+
+def letter(index: int) -> str:
+    """The mark of a row: a to z, then A to Z."""
+    return "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[index % 52]
+
+
+def check_picture(path: Path) -> None:
+    """Ask before long work whether `draw` can write there.
+
+    Raises:
+        RequestError: matplotlib is missing, the ending is none it draws, the file exists or its folder does not.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("Drawing a picture needs matplotlib: pip install 'mlx-openelm[plots]'.")
+    if path.suffix.lower() not in _PICTURES:
+        raise RequestError(f"{path} must end in {', '.join(_PICTURES)}, the kinds of picture there are.")
+    if path.exists():
+        raise RequestError(f"{path} exists; name another file for the picture.")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"The folder of {path} does not exist.")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The same as a picture (PNG, SVG or PDF, by the ending of `path`); see `check_picture`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row.kl_divergence > 0:
+            axes.plot(row.bits_per_weight, row.kl_divergence, "o")
+            axes.annotate(row.name, (row.bits_per_weight, row.kl_divergence), (5, 4), textcoords="offset points")
+    axes.set(xlabel="bits per weight", ylabel="KL divergence from the full model (nats a token)", yscale="log")
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

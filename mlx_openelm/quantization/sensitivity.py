@@ -1,0 +1,222 @@
+"""How much each matrix minds few bits, and the best bits for each under a budget.
+
+The cost of a choice is the KL divergence of the output, in nats a token, when that matrix alone is rounded so. It is
+measured at few bits; from there it falls with the square of the error that rounding makes in the matrix's products.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import ModelConfig, read_json
+from ..errors import RequestError
+from ..model import OpenELM
+from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
+from .rounding import round_error, round_nearest
+from .uniform import MODES, Quantization, bits_per_weight
+
+# Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
+_MEASURED = (2, 3, 4)
+_BITS = (2, 3, 4, 5, 6, 8)
+# Steps the budget is cut into when matrices compete for it.
+_STEPS = 4000
+# Rows of a matrix that stand for all when errors are compared.
+_ROWS = 128
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Costs by module path and choice, and the text they were measured on."""
+
+    costs: dict[str, dict[Quantization, float]]
+    text: str
+    tokens: int
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON, to be read back by `read`."""
+        costs = {
+            module: [{"bits": c.bits, "group_size": c.group_size, "kl_divergence": cost} for c, cost in options.items()]
+            for module, options in self.costs.items()
+        }
+        values = {"calibration": self.text, "tokens": self.tokens, "sensitivities": costs}
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path, config: ModelConfig) -> Sensitivities:
+    """Sensitivities from a file that `Sensitivities.save` wrote.
+
+    Raises:
+        RequestError: unreadable, damaged, or measured on a model of another shape.
+    """
+    content = read_json(path)
+    try:
+        costs = {
+            module: {Quantization(o["group_size"], o["bits"]): float(o["kl_divergence"]) for o in options}
+            for module, options in content["sensitivities"].items()
+        }
+        if not all(0 <= cost < math.inf for options in costs.values() for cost in options.values()):
+            raise ValueError
+        found = Sensitivities(costs, str(content["calibration"]), int(content["tokens"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise RequestError(f"{path} holds no sensitivities; leave --sensitivities out to measure them.") from None
+    expected = {path: set(options) for path, options in candidates(config).items()}
+    if {path: set(options) for path, options in costs.items()} != expected:
+        raise RequestError(f"{path} was measured on a model of another shape; leave --sensitivities out.")
+    return found
+
+
+def candidates(config: ModelConfig) -> dict[str, list[Quantization]]:
+    """The choices for each matrix by module path: every affine bit width with every group size that divides it."""
+    sizes = sorted(MODES["affine"][1])
+    return {
+        path: options
+        for path, (_, in_dims) in config.matrix_shapes().items()
+        if (options := [Quantization(size, bits) for bits in _BITS for size in sizes if in_dims % size == 0])
+    }
+
+
+def measure(
+    model: OpenELM, batches: Batches, *, text: str, dtype: mx.Dtype = mx.bfloat16, progress: Progress | None = None
+) -> Sensitivities:
+    """The cost of every choice for every matrix of a full model, on `batches` of tokens [batch, length].
+
+    Args:
+        text: what to call that text in a saved file.
+        dtype: what scales and biases will be stored in.
+        progress: called with the matrices done so far and in all.
+    """
+    choices = candidates(model.config)
+    stream, teacher = Stream(model, batches), Teacher(model, batches)
+    costs: dict[str, dict[Quantization, float]] = {}
+    total = len(choices)
+    for path in (EMBEDDING, HEAD):
+        if path in choices:
+            moments = output_moments(model, teacher, path)
+
+            def rerun() -> float:
+                return teacher.compare(model, Stream(model, batches).through(model.layers))[0]
+
+            costs[path] = _costs(model, path, moments, choices[path], dtype, rerun)
+            _report(progress, len(costs), total)
+    for index, layer in enumerate(model.layers):
+        moments_here = stream.moments(layer)
+        for name in MATRICES:
+            path = f"transformer.layers.{index}.{name}"
+            if path not in choices:
+                continue
+
+            def rerun_from(index: int = index) -> float:
+                return teacher.compare(model, stream.through(model.layers[index:]))[0]
+
+            costs[path] = _costs(model, path, moments_here[name], choices[path], dtype, rerun_from)
+            _report(progress, len(costs), total)
+        stream.advance(layer)
+    return Sensitivities(costs, text, teacher.tokens)
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
+
+
+def _costs(
+    model: OpenELM,
+    path: str,
+    moments: mx.array,
+    options: list[Quantization],
+    dtype: mx.Dtype,
+    divergence: Callable[[], float],
+) -> dict[Quantization, float]:
+    """The cost of each option for the matrix at `path`; `divergence` measures the model as it is at that moment."""
+    module = module_at(model, path)
+    weight = module["weight"]
+    size = max((o.group_size for o in options if o.group_size <= 64), default=options[0].group_size)
+    measured: dict[int, tuple[float, float]] = {}  # bits to cost and error
+    sample = weight[:: max(1, weight.shape[0] // _ROWS)]
+    for bits in _MEASURED:
+        choice = Quantization(size, bits)
+        module["weight"] = round_nearest(weight, moments, choice, dtype).astype(weight.dtype)
+        measured[bits] = divergence(), round_error(sample, moments, choice, dtype)
+        module["weight"] = weight
+    costs = {}
+    for option in options:
+        cost, error = measured[min(option.bits, max(_MEASURED))]
+        costs[option] = cost * round_error(sample, moments, option, dtype) / max(error, 1e-30)
+    return costs
+
+
+def assign(
+    costs: Mapping[str, Mapping[Quantization, float]], config: ModelConfig, target_bpw: float, dtype: mx.Dtype
+) -> dict[str, Quantization]:
+    """The choice for each matrix with the least sum of costs, at no more than `target_bpw` bits a parameter.
+
+    Dynamic programming over the budget in equal steps: each matrix adds its best option at every budget.
+
+    Args:
+        dtype: what is not quantized is stored in this type.
+
+    Raises:
+        RequestError: fewer bits than the smallest choices need.
+    """
+    shapes = config.matrix_shapes()
+    sizes = {path: {o: _bits(o, shapes[path]) for o in options} for path, options in costs.items()}
+    smallest = sum(min(options.values()) for options in sizes.values())
+    spare = (target_bpw - check_target(target_bpw, config, dtype)) * config.num_parameters
+    largest = sum(max(options.values()) for options in sizes.values()) - smallest
+    # Each matrix may waste a step: where the budget has room for the largest choices, they must fit even so.
+    room = min(spare, largest * _STEPS / (_STEPS - len(sizes)))
+    unit = room / _STEPS or 1.0
+    steps = int(room / unit + 1e-9)
+    with mx.stream(mx.cpu):
+        best = mx.zeros((steps + 1,))
+        taken: list[tuple[str, list[Quantization], list[int], mx.array]] = []
+        for path, options in sizes.items():
+            names = list(options)
+            # What an option takes beyond the smallest, rounded up so that the budget is never passed.
+            extra = [-int(-(options[o] - min(options.values())) // unit) for o in names]
+            table = mx.stack(
+                [
+                    mx.concatenate([mx.full((min(e, steps + 1),), mx.inf), best[: max(0, steps + 1 - e)]])
+                    + costs[path][o]
+                    for o, e in zip(names, extra, strict=True)
+                ]
+            )
+            best = table.min(axis=0)
+            taken.append((path, names, extra, table.argmin(axis=0)))
+        mx.eval(best, [t[3] for t in taken])
+    left, result = steps, {}
+    for path, names, extra, choice in reversed(taken):
+        index = int(choice[left].item())  # type: ignore[arg-type]
+        result[path] = names[index]
+        left -= extra[index]
+    return {path: result[path] for path in costs}
+
+
+def check_target(target_bpw: float, config: ModelConfig, dtype: mx.Dtype) -> float:
+    """The least bits a parameter the model can have; asked before anything is measured.
+
+    Raises:
+        RequestError: `target_bpw` is less than that.
+    """
+    smallest = {
+        path: min(options, key=lambda o: _bits(o, config.matrix_shapes()[path]))
+        for path, options in candidates(config).items()
+    }
+    least = bits_per_weight(config, smallest, dtype.size)
+    if not target_bpw >= least:
+        raise RequestError(f"--target-bpw {target_bpw:g} is too small: this model takes {least:.2f} at least.")
+    return least
+
+
+def _bits(choice: Quantization, shape: tuple[int, int]) -> int:
+    """What a matrix of `shape` takes, its scales and biases (16 bits each) included."""
+    parts = choice.packed_shapes(shape)
+    return 32 * math.prod(parts["weight"]) + 32 * math.prod(parts["scales"])

@@ -1,0 +1,70 @@
+"""The text that quantization learns from and is judged by."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..catalog import ASSETS
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..evaluation.perplexity import load_documents, make_windows
+from ..tokenizer import Tokenizer
+from .options import NUM_SAMPLES, SEQUENCE_LENGTH, QuantizeOptions
+
+BUNDLED = ASSETS / "calibration.jsonl"
+_BUNDLED_NAME = "the bundled text"
+
+# One window in so many of the calibration text is kept for the report, and never learned from.
+_HELD_OUT = 8
+_REPORT_WINDOWS = 32
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows to calibrate on and windows to measure on, each BOS and tokens of one length, and what to call them."""
+
+    name: str
+    windows: list[list[int]]
+    held_out: list[list[int]]
+    held_out_name: str
+
+    def batches(self, count: int | None = None) -> list[mx.array]:
+        """Tokens [batch, length] of the first `count` windows."""
+        windows = self.windows[:count]
+        return [mx.array(windows[i : i + _BATCH]) for i in range(0, len(windows), _BATCH)]
+
+    def __str__(self) -> str:
+        return f"{len(self.windows)} windows of {len(self.windows[0]) - 1} tokens of {self.name}"
+
+
+def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOptions) -> CalibrationText:
+    """The windows asked for, shuffled by the seed; every eighth is kept to measure on, whether that is asked or not.
+
+    Raises:
+        RequestError: unreadable text, less than a window of it, or nothing left to measure on.
+    """
+    length = min(options.sequence_length or SEQUENCE_LENGTH, config.max_context_length)
+    path = BUNDLED if options.calibration is None else Path(options.calibration).expanduser()
+    name = _BUNDLED_NAME if options.calibration is None else path.name
+    windows = _shuffled(tokenizer, path, length, options)
+    held_out, held_out_name = windows[::_HELD_OUT], f"a part of {name} kept for it"
+    if len(windows) > 1:
+        windows = [window for index, window in enumerate(windows) if index % _HELD_OUT]
+    elif options.report and options.report_data is None:
+        raise RequestError(f"{name} is one window long, which leaves nothing to measure on; give --report-data.")
+    if options.report_data is not None:
+        data = Path(options.report_data).expanduser()
+        held_out, held_out_name = _shuffled(tokenizer, data, length, options), data.name
+    count = options.num_samples or NUM_SAMPLES
+    return CalibrationText(name, windows[:count], held_out[:_REPORT_WINDOWS], held_out_name)
+
+
+def _shuffled(tokenizer: Tokenizer, path: Path, length: int, options: QuantizeOptions) -> list[list[int]]:
+    windows = make_windows(tokenizer, load_documents(path), length)
+    random.Random(options.seed or 0).shuffle(windows)
+    return windows

@@ -1,0 +1,160 @@
+"""Folders and files that appear complete or not at all: kills, threads, and what others do meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from mlx_openelm import atomic
+from mlx_openelm.errors import OpenELMError, RequestError
+
+import pytest
+
+
+def model(folder: Path, text: str) -> Path:
+    """A folder that is taken for a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def killed_between_the_renames(target: Path) -> int:
+    """Overwrite `target` in a process that dies when the old folder is away and the new one not yet there."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from mlx_openelm import atomic
+rename = Path.rename
+def once(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once
+with atomic.new_folder(Path(sys.argv[1]), overwrite=True) as partial:
+    (partial / "config.json").write_text("new")
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(target)]) as process:
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not target.exists() and len(names(target.parent)) == 2  # the old one and the new one
+    return process.pid
+
+
+def test_the_next_run_puts_back_what_a_killed_one_moved_away(tmp_path: Path) -> None:
+    target = model(tmp_path / "out", "old")
+    killed_between_the_renames(target)
+    with pytest.raises(RequestError, match="exists; choose another"), atomic.new_folder(target):
+        pass
+    assert (target / "config.json").read_text() == "old"
+    with atomic.new_folder(target, overwrite=True) as partial:
+        model(partial, "newer")
+    assert (target / "config.json").read_text() == "newer" and names(tmp_path) == {"out"}
+
+
+def test_it_is_put_back_even_if_the_next_run_fails(tmp_path: Path) -> None:
+    target = model(tmp_path / "out", "old")
+    killed_between_the_renames(target)
+    with pytest.raises(OpenELMError), atomic.new_folder(target, overwrite=True):
+        raise OSError("no space")
+    assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
+
+
+def test_asking_before_long_work_puts_it_back(tmp_path: Path) -> None:
+    target = model(tmp_path / "out", "old")
+    killed_between_the_renames(target)
+    assert atomic.check_target(target, overwrite=True) == target
+    assert (target / "config.json").read_text() == "old"
+
+
+def test_what_a_running_process_moved_away_stays_its_own(tmp_path: Path) -> None:
+    previous = model(tmp_path / f".out.partial-{os.getppid()}-previous", "old")
+    assert not atomic.check_target(tmp_path / "out").exists()
+    with atomic.new_folder(tmp_path / "out") as partial:
+        model(partial, "new")
+    assert names(tmp_path) == {"out", previous.name}
+
+
+def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
+    """In a container pids begin anew, so the process that was killed had the same one as this."""
+    for name in ("", "-2", "-previous", "-2-previous"):
+        model(tmp_path / f".out.partial-{os.getpid()}{name}", "left")
+    model(tmp_path / "out", "old")
+    model(tmp_path / ".out.partial-x", "not ours")
+    with atomic.new_folder(tmp_path / "out", overwrite=True) as partial:
+        model(partial, "new")
+    assert names(tmp_path) == {"out", ".out.partial-x"} and (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_nested_writers_to_one_place_have_folders_of_their_own(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic.new_folder(target, overwrite=True) as first:
+        model(first, "first")
+        with atomic.new_folder(target, overwrite=True) as second:
+            assert second != first and (first / "config.json").read_text() == "first"
+            assert names(tmp_path) == {f".out.partial-{os.getpid()}", f".out.partial-{os.getpid()}-2"}
+            model(second, "second")
+        assert (target / "config.json").read_text() == "second"
+    assert (target / "config.json").read_text() == "first" and names(tmp_path) == {"out"}
+
+
+def test_nested_writers_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they spell it."""
+    monkeypatch.chdir(tmp_path)
+    with atomic.new_file(Path("a.gguf")) as first:
+        first.write_text("first")
+        with atomic.new_file(tmp_path / "a.gguf") as second:
+            second.write_text("second")
+        assert Path("a.gguf").read_text() == "second"
+    assert Path("a.gguf").read_text() == "first" and names(tmp_path) == {"a.gguf"}
+
+
+def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path) -> None:
+    target, errors = model(tmp_path / "out", "old"), []
+    start = threading.Barrier(6)
+
+    def write(number: int) -> None:
+        try:
+            start.wait()
+            for _ in range(10):
+                with atomic.new_folder(target, overwrite=True) as partial:
+                    model(partial, str(number))
+                    (partial / "weights").write_text(str(number))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and names(tmp_path) == {"out"}
+    assert (target / "config.json").read_text() == (target / "weights").read_text() in "012345"
+
+
+def test_what_appeared_meanwhile_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OpenELMError, match="made by somebody else meanwhile"), atomic.new_folder(target) as partial:
+        model(partial, "ours")
+        model(target, "theirs")
+    assert (target / "config.json").read_text() == "theirs" and names(tmp_path) == {"out"}
+
+
+def test_a_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = model(tmp_path / "out", "old"), Path.rename
+
+    def fails(self: Path, to: Path) -> Path:
+        if self.name.endswith(str(os.getpid())):
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OpenELMError, match="Writing .* failed"), atomic.new_folder(target, overwrite=True) as partial:
+        model(partial, "new")
+    assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}

@@ -1,0 +1,112 @@
+"""AWQ's folding: the function of the full model stays, the error of rounding falls."""
+
+from __future__ import annotations
+
+from mlx_openelm.quantization import awq
+from mlx_openelm.quantization.calibration import Stream
+from mlx_openelm.quantization.rounding import round_error
+from mlx_openelm.quantization.uniform import Quantization
+
+import mlx.core as mx
+import numpy as np
+import numpy_model
+import pytest
+from mlx.utils import tree_flatten
+from quantization_models import is_bfloat16, random_windows, tiny_model
+
+CHOICE = Quantization(32, 3)
+PATHS = ("attn.qkv_proj", "ffn.proj_2", "ffn.proj_1")
+
+
+def parameters(model) -> dict[str, np.ndarray]:
+    return {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+
+
+def with_outliers(model) -> None:
+    """Norms that let some columns through much larger than others, as trained models have."""
+    for layer in model.layers:
+        for norm in (layer.attn_norm, layer.ffn_norm):
+            norm["weight"] = norm["weight"] * mx.where(mx.arange(64) % 16 == 3, 20.0, 1.0)
+
+
+def fold(model, index: int, path: str, dtype: mx.Dtype = mx.bfloat16) -> tuple[mx.array, mx.array]:
+    """Moments before and after, of text that has passed the layers before."""
+    stream = Stream(model, [mx.array(random_windows(4, 24))])
+    for layer in model.layers[:index]:
+        stream.advance(layer)
+    before = stream.moments(model.layers[index])[path]
+    return before, awq.fold(model.layers[index], path, before, CHOICE, dtype, mx.bfloat16)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_full_models_logits_stay(index, path, gated):
+    model = tiny_model(ffn_with_glu=gated)
+    with_outliers(model)
+    tokens = np.array(random_windows(2, 20, seed=1))
+    expected = numpy_model.logits(model.config, parameters(model), tokens)
+    before = parameters(model)
+    fold(model, index, path)
+    changed = {name for name, weight in parameters(model).items() if not np.array_equal(weight, before[name])}
+    prefix = f"transformer.layers.{index}."
+    feeding = {"attn.qkv_proj": "attn_norm", "ffn.proj_1": "ffn_norm", "ffn.proj_2": "ffn.proj_1"}[path]
+    both = {f"{prefix}{path}.weight", f"{prefix}{feeding}.weight"}
+    assert changed == (set() if path == "ffn.proj_2" and not gated else both)
+    assert np.abs(np.array(model(mx.array(tokens))) - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_the_gate_is_not_touched():
+    model = tiny_model()
+    inner = model.config.ffn_dims[0]
+    before = parameters(model)["transformer.layers.0.ffn.proj_1.weight"]
+    fold(model, 0, "ffn.proj_2")
+    after = parameters(model)["transformer.layers.0.ffn.proj_1.weight"]
+    assert np.array_equal(before[:inner], after[:inner]) and not np.array_equal(before[inner:], after[inner:])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_moments_returned_are_those_of_the_folded_model(path):
+    model = tiny_model()
+    with_outliers(model)
+    _, after = fold(model, 0, path)
+    measured = Stream(model, [mx.array(random_windows(4, 24))]).moments(model.layers[0])[path]
+    assert np.allclose(np.array(after), np.array(measured), rtol=1e-3, atol=1e-4 * float(measured.max().item()))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rounding_costs_less_afterwards(path):
+    model = tiny_model()
+    with_outliers(model)
+    weights = parameters(model)
+    before, after = fold(model, 1, path)
+    name = f"transformer.layers.1.{path}.weight"
+    plain = round_error(mx.array(weights[name]), before, CHOICE, mx.bfloat16)
+    folded = round_error(mx.array(parameters(model)[name]), after, CHOICE, mx.bfloat16)
+    assert folded < (0.8 if path != "ffn.proj_2" else 1.001) * plain
+
+
+@pytest.mark.parametrize("path,norm", [("attn.qkv_proj", "attn_norm"), ("ffn.proj_1", "ffn_norm")])
+def test_norms_are_stored_exactly_and_zeros_and_signs_kept(path, norm):
+    model = tiny_model()
+    with_outliers(model)
+    weight = getattr(model.layers[0], norm)["weight"]
+    weight[5], weight[9] = 0.0, -weight[9]
+    tokens = mx.array(random_windows(2, 20, seed=1))
+    before, expected = np.array(weight), np.array(model(tokens))
+    matrix = parameters(model)[f"transformer.layers.0.{path}.weight"]
+    fold(model, 0, path)
+    after = np.array(getattr(model.layers[0], norm)["weight"])
+    assert is_bfloat16(mx.array(after)) and not np.array_equal(before, after)
+    assert after[5] == 0 and after[9] < 0
+    # A column that nothing feeds is left alone.
+    assert np.array_equal(parameters(model)[f"transformer.layers.0.{path}.weight"][:, 5], matrix[:, 5])
+    assert np.abs(np.array(model(tokens)) - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_scales_are_one_where_nothing_is_gained():
+    # On 8 bits' grid a matrix of whole numbers up to 255 is exact already.
+    weight = np.random.default_rng(0).integers(0, 256, (16, 32)).astype(np.float32)
+    weight[:, 0], weight[:, 1] = 0, 255
+    scales = awq.column_scales(mx.array(weight), mx.eye(32), Quantization(32, 8), mx.float32)
+    assert np.array_equal(np.array(scales), np.ones(32))

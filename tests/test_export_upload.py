@@ -1,0 +1,153 @@
+"""`export --upload-repo`: what arrives for other programs, and the card it comes with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mlx_openelm import convert, exporting, publishing
+from mlx_openelm.publishing import UploadOptions
+
+import pytest
+from fake_hub import FakeHub
+from huggingface_hub import metadata_load
+
+SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+PARAMETERS = "2,485,056"
+REPO = "me/plays-export"
+WRITER = {"HF_TOKEN": "hf_writer"}
+GGUF, FOLDER = ("--format", "gguf"), ("--format", "huggingface")
+
+
+def export(*args: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in `folder`."""
+    command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | env
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def original(hub: FakeHub, tmp_path: Path) -> Path:
+    """`them/plays` on the hub, with the card and the licence of its authors."""
+    folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "served"))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
+    (folder / "LICENSE").write_text("Do as you like it.\n")
+    hub.add("them/plays", folder)
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
+    """What arrived in a repository."""
+    folder = hub.repos[repo].folder
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "f16"])
+def test_a_gguf_file_with_card_and_licence(
+    kind: str, original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path
+) -> None:
+    pytest.importorskip("gguf")
+    args = ["--model", "them/plays", *GGUF, "--gguf-type", kind, "--upload-repo", REPO]
+    done = export(*args, env=hub_env | WRITER, folder=out)
+    assert done.returncode == 0, done.stderr
+    file = f"plays-{kind}.gguf"
+    assert [path.name for path in out.iterdir()] == [file]
+    arrived = sent(hub)
+    assert arrived.keys() == {file, "README.md", "LICENSE"}
+    assert arrived[file] == (out / file).read_bytes() and arrived["LICENSE"] == b"Do as you like it.\n"
+    card = metadata_load(hub.repos[REPO].folder / "README.md")
+    facts = [card[key] for key in ("base_model", "license", "license_name", "library_name", "pipeline_tag")]
+    assert facts == ["them/plays", "other", "plays", "gguf", "text-generation"]
+    assert card.get("base_model_relation") == ("quantized" if kind == "q8_0" else None)
+    text = arrived["README.md"].decode()
+    assert f"| Parameters | {PARAMETERS} |" in text and "| Layers | 6 |" in text
+    assert f"llama-cli --hf-repo {REPO} --hf-file {file}" in text
+    assert f"mlx-openelm export --model them/plays --format gguf --gguf-type {kind}" in text
+    assert done.stdout.splitlines()[-1].endswith(f"{hub.url}/{REPO}")
+
+
+def test_a_hugging_face_folder(original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
+    args = ["--model", "them/plays", *FOLDER, "--output", "hf", "--upload-repo", REPO, "--json"]
+    done = export(*args, env=hub_env | WRITER, folder=out)
+    assert done.returncode == 0, done.stderr
+    arrived, written = sent(hub), {path.name: path.read_bytes() for path in (out / "hf").iterdir()}
+    assert arrived.keys() == written.keys() and "LICENSE" in written
+    assert {name for name in written if arrived[name] != written[name]} == {"README.md"}  # it names the repository
+    for name in ("README.md", "LICENSE"):
+        assert (out / "hf" / name).is_file()
+    card = metadata_load(hub.repos[REPO].folder / "README.md")
+    assert [card[key] for key in ("base_model", "license", "library_name")] == ["them/plays", "other", "transformers"]
+    assert "mlx-openelm export --model them/plays --format huggingface --output hf" in arrived["README.md"].decode()
+    values = json.loads(done.stdout)
+    assert values["path"] == "hf" and values["upload"]["url"] == f"{hub.url}/{REPO}"
+
+
+def test_the_folder_has_a_card_without_an_upload(tmp_path: Path) -> None:
+    packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True).path
+    exporting.export(packed, tmp_path / "hf", format="huggingface")
+    card = metadata_load(tmp_path / "hf" / "README.md")
+    assert card["library_name"] == "transformers" and "base_model" not in card
+    assert f"| Parameters | {PARAMETERS} |" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
+    """Everything the card tells was read before the weights were written."""
+    pytest.importorskip("gguf")
+    model = Path(shutil.copytree(SHAKESPEARE, tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: mit\nbase_model: them/plays\n---\n# Plays\n")
+    result = exporting.export(model, tmp_path / "a.gguf", format="gguf", gguf_type="q4_0")
+    shutil.rmtree(model)
+    options = UploadOptions(upload_repo=REPO, dry_run=True)
+    plan = publishing.publish(result.path, options, card=result.card, licenses=result.licenses)
+    assert {file.name for file in plan.files} == {"a.gguf", "README.md"}
+    front = plan.card.split("---")[1]
+    assert "license: mit" in front and "base_model: them/plays" in front and "relation: quantized" in front
+    assert "mlx-openelm export --model model --format gguf --output a.gguf --gguf-type q4_0" in plan.card
+    assert str(tmp_path) not in plan.card
+
+
+def test_a_dry_run_asks_nobody(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
+    args = ["--model", SHAKESPEARE, *FOLDER, "--upload-repo", REPO, "--dry-run"]
+    done = export(*args, env=hub_env, folder=out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Would upload shakespeare-hf-hf; nothing was sent." in done.stdout
+    assert (out / "shakespeare-hf-hf" / "model.safetensors").is_file() and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([*FOLDER, "--upload-repo", REPO], 1, "Uploading needs a token that may write"),
+        ([*FOLDER, "--dry-run"], 2, "--dry-run needs --upload-repo"),
+        ([*GGUF, "--output", "a.bin", "--upload-repo", REPO, "--dry-run"], 2, "which --output a.bin lacks"),
+    ],
+)
+def test_refused_before_any_work(
+    args: list[str], code: int, message: str, hub: FakeHub, hub_env: dict[str, str], out: Path
+) -> None:
+    done = export("--model", SHAKESPEARE, *args, env=hub_env, folder=out)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert list(out.iterdir()) == [] and hub.requests == []
+
+
+def test_a_refused_upload_keeps_the_file(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
+    pytest.importorskip("gguf")
+    hub.forbids = True
+    done = export(
+        "--model", SHAKESPEARE, *GGUF, "--output", "a.gguf", "--upload-repo", REPO, env=hub_env | WRITER, folder=out
+    )
+    assert done.returncode == 1 and done.stdout.startswith("Wrote a.gguf: f16")
+    assert "refuses your token to write" in done.stderr
+    assert "a.gguf is kept; `mlx-openelm upload --path a.gguf" in done.stderr
+    assert (out / "a.gguf").is_file() and hub.commits == []

@@ -1,0 +1,122 @@
+"""The `quantize` command, and recipes in `convert`, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mlx_openelm.evaluation.perplexity import load_documents
+from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.quantization.recipes import planner
+
+import pytest
+from quantization_models import FIXTURES, write_tiny
+
+LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length", 32)
+
+
+def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in `folder`, which holds a model and a text."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quantize-cli")
+    write_tiny(path / "model")
+    (path / "play.txt").write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:4000])
+    return path
+
+
+def test_a_budget_a_report_and_an_upload_that_is_only_shown(folder):
+    done = run("quantize", "--model", "model", "--mlx-path", "small", "--target-bpw", 4.2, "--method", "gptq",
+               "--method", "awq", *LEARNING, "--report", "--report-plot", "plot.svg", "--json", "--upload-repo", "me/small",
+               "--dry-run", folder=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bits_per_weight"] <= 4.2 and result["mlx_path"] == "small"
+    assert set(result["choices"]) == set(mlx_format.read_config(folder / "small")[0].matrix_shapes())
+    assert all(set(c) == {"group_size", "bits", "mode", "kl_divergence"} for c in result["choices"].values())
+    assert len(result["report"]) == 15
+    assert result["report"][-1]["name"] == "this model: --target-bpw 4.2 --method awq,gptq"
+    assert result["report"][-1]["bits_per_weight"] == result["bits_per_weight"]
+    assert (folder / "plot.svg").read_text().startswith("<?xml") and "me/small" in json.dumps(result["upload"])
+    assert "sensitivities.json" in json.dumps(result["upload"])
+    info = json.loads(run("info", "--model", "small", "--json", folder=folder).stdout)
+    assert info["bits_per_weight"] == pytest.approx(result["bits_per_weight"], rel=1e-6)
+
+    shown = run("quantize", "--model", "model", "--mlx-path", "again", "--target-bpw", 4.2, "--sensitivities",
+                "small/sensitivities.json", *LEARNING, folder=folder)  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "Measuring" not in shown.stderr
+    for path, choice in result["choices"].items():
+        line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [path])
+        bits, size, cost = line.split()[1:]
+        assert (int(bits), int(size)) == (choice["bits"], choice["group_size"])
+        assert float(cost) == pytest.approx(choice["kl_divergence"], rel=0.06)
+    assert f"Wrote again: {result['bits_per_weight']:.2f} bits per weight" in shown.stdout
+
+
+def test_a_report_is_a_table_and_a_drawing_and_writes_nothing(folder):
+    pytest.importorskip("matplotlib")
+    before = sorted(path.name for path in folder.iterdir())
+    done = run("quantize", "--model", "model", "--report", *LEARNING, folder=folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["bits/weight", "size", "perplexity", "KL", "divergence"]
+    rows = {line[4:20].strip(): line.split() for line in lines[1:15]}
+    assert rows["not quantized"][0] == "a" and rows["not quantized"][-1] == "0.00000"
+    assert rows["affine 4-bit"][0] == "d" and rows["mixed_4_6"][0] == "n"
+    field = "".join(line.partition("|")[2] for line in lines[15:] if "|" in line)
+    assert sorted(field.replace(" ", "")) == list("bcdefghijklmn")
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_methods_may_be_joined_by_commas_or_repeated(folder):
+    for name, flags in {
+        "joined": ("--method", "gptq,dwq"),
+        "repeated": ("--method", "dwq", "--method", "gptq"),
+    }.items():
+        done = run("quantize", "--model", "model", "--mlx-path", name, "--q-bits", 3, *flags, *LEARNING, folder=folder)
+        assert done.returncode == 0, done.stderr
+        assert f"Wrote {name}: " in done.stdout and "group size 32, since 64 does not divide 32" in done.stdout
+        assert "--method gptq,dwq" in (folder / name / "README.md").read_text()
+    first, second = ((folder / name / "model.safetensors").read_bytes() for name in ("joined", "repeated"))
+    assert first == second
+
+
+@pytest.mark.parametrize("flag", ["--recipe", "--quant-predicate"])
+def test_convert_takes_recipes_under_both_names(flag, folder):
+    name = f"by{flag}"
+    done = run("convert", "--model", "model", "--mlx-path", name, "-q", flag, "mixed_4_6", "--json", folder=folder)
+    assert done.returncode == 0, done.stderr
+    stored = mlx_format.read(folder / name)
+    assert stored.quantization == planner(recipe="mixed_4_6")(stored.config)[0]
+    assert {choice.bits for choice in stored.quantization.values()} == {4, 6}
+    assert json.loads(done.stdout)["bits_per_weight"] == pytest.approx(stored.bits_per_weight)
+    assert "--recipe mixed_4_6" in (folder / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("quantize", "--target-bpw", 4, "--q-bits", 4), "leave --q-bits out"),
+        (("quantize", "--method", "hqq"), "--method must be one or more of"),
+        (("quantize", "--q-bits", 4, "--report-plot", "a.png"), "--report-plot needs --report"),
+        (("quantize", "--report", "--report-plot", "a.xyz"), "cannot be drawn"),
+        (("quantize", "--report", "--upload-repo", "me/x", "--dry-run"), "--upload-repo needs a model to upload"),
+        (("convert", "--recipe", "mixed_4_6"), "--recipe need -q"),
+        (("convert", "-q", "--recipe", "mixed_4_6", "--q-bits", 4), "leave --q-bits and --q-mode out"),
+    ],
+)
+def test_bad_requests_are_one_line_and_exit_with_2(flags, message, folder):
+    if "a.xyz" in flags:
+        pytest.importorskip("matplotlib")
+    done = run(*flags, "--model", "model", "--mlx-path", "refused", folder=folder)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (folder / "refused").exists()

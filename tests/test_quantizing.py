@@ -1,0 +1,398 @@
+"""`quantize` from folder to folder: what is written, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import convert, load, quantizing
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
+from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.quantization import dwq, learned, sensitivity
+from mlx_openelm.quantization.uniform import Quantization
+from mlx_openelm.quantizing import QuantizeOptions, quantize
+from mlx_openelm.summary import summarize
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from quantization_models import FIXTURES, SHAKESPEARE, write_tiny
+
+TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
+# Few short windows: what is tested here is not the quality.
+SMALL: dict[str, Any] = {"num_samples": 4, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("quantizing") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "play.txt"
+    path.write_text(TEXT[:6000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def budgeted(source, text, tmp_path_factory):
+    """One model under a budget, with its folder, for all who look at it."""
+    target = tmp_path_factory.mktemp("budgeted") / "out"
+    return quantize(source, target, QuantizeOptions(target_bpw=4.2, calibration=str(text), **SMALL))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the card, which tells the command and so the folder's own name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+
+
+def options(text: Path, **values: Any) -> QuantizeOptions:
+    return QuantizeOptions(**SMALL | {"calibration": str(text)} | values)
+
+
+# What is written.
+
+
+def test_what_is_written_under_a_budget_is_within_it_and_told_truly(budgeted, source):
+    assert 4.0 < budgeted.bits_per_weight <= 4.2
+    stored = mlx_format.read(budgeted.path)
+    assert stored.quantization == budgeted.choices and len(set(budgeted.choices.values())) > 2
+    assert stored.bits_per_weight == pytest.approx(budgeted.bits_per_weight, rel=1e-9)
+    assert summarize(budgeted.path).bits_per_weight == pytest.approx(budgeted.bits_per_weight, rel=1e-9)
+    size = sum(array.nbytes for array in mx.load(str(budgeted.path / "model.safetensors")).values())
+    assert size * 8 / stored.config.num_parameters == pytest.approx(budgeted.bits_per_weight, rel=1e-9)
+    assert set(budgeted.costs) == set(stored.config.matrix_shapes())
+    assert "--target-bpw 4.2" in (budgeted.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("values", [{"target_bpw": 4.2}, {"recipe": "mixed_3_6", "method": ("awq", "gptq")}])
+def test_mlx_lm_reads_it_and_gives_the_same_logits(values, budgeted, source, text, tmp_path):
+    mlx_lm_utils = pytest.importorskip("mlx_lm.utils")
+    path = budgeted.path
+    if "method" in values:
+        path = quantize(source, tmp_path / "out", options(text, **values)).path
+    theirs, _ = mlx_lm_utils.load_model(path)
+    theirs.apply(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a)
+    tokens = mx.array(np.random.default_rng(0).integers(3, 2048, (2, 24)))
+    expected = np.array(theirs(tokens))
+    for expand in (True, False):
+        ours = np.array(load(path, dtype="float32", expand=expand)[0](tokens))
+        assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_saved_sensitivities_give_the_same_choices_without_measuring(budgeted, source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "measure", lambda *_, **__: pytest.fail("measured again"))
+    file = budgeted.path / "sensitivities.json"
+    again = quantize(source, tmp_path / "out", options(text, target_bpw=4.2, sensitivities=str(file)))
+    assert again.choices == budgeted.choices and again.costs == budgeted.costs
+    assert contents(again.path) == contents(budgeted.path)
+    other = quantize(source, tmp_path / "other", options(text, target_bpw=5, sensitivities=str(file)))
+    assert 4.2 < other.bits_per_weight <= 5
+
+
+def test_plain_bits_are_what_convert_writes(source, tmp_path):
+    for name, values in {
+        "bits": {"q_bits": 3, "q_group_size": 32}, "mode": {"q_mode": "mxfp4"}, "recipe": {"recipe": "mixed_2_6"},
+    }.items():  # fmt: skip
+        result = quantize(source, tmp_path / name, QuantizeOptions(**values))
+        converted = convert(source, tmp_path / f"{name}-converted", quantize=True, **values)
+        assert contents(result.path) == contents(converted.path)
+        assert result.bits_per_weight == converted.bits_per_weight
+    assert contents(quantize(source, tmp_path / "nothing").path) == contents(
+        convert(source, tmp_path / "plain", quantize=True).path
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
+def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    plain = quantize(source, tmp_path / "plain", QuantizeOptions(q_bits=4), dtype=dtype)
+    reported = quantize(source, tmp_path / "out", options(text, q_bits=4, report=True), dtype=dtype)
+    first, second = (mx.load(str(result.path / "model.safetensors")) for result in (plain, reported))
+    assert set(first) == set(second)
+    for key in first:
+        assert first[key].dtype == second[key].dtype and mx.array_equal(first[key], second[key])
+    name, last = reported.report[-1].name, reported.report[-1]
+    assert name == "this model: --q-bits 4" and last.bits_per_weight == plain.bits_per_weight
+    documents = load_documents(text)
+    full, tokenizer = load(source, dtype="float32")
+    windows = make_windows(tokenizer, documents, 32)
+    random.Random(0).shuffle(windows)
+    expected = kl_divergence(full, load(plain.path, dtype="float32")[0], windows[::8][:32])
+    assert last.kl_divergence == pytest.approx(expected, rel=1e-3)
+    card = (reported.path / "README.md").read_text()
+    assert "kept for it" in card and f"{last.perplexity:.2f}"[:3] in card
+
+
+def test_a_report_alone_writes_nothing(source, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = quantize(source, tmp_path / "out", options(text, report=True))
+    assert result.path is None and result.bits_per_weight is None
+    assert len(result.report) == 14 and result.report[0].name == "not quantized"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_reads_the_text_it_is_given(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": TEXT[i : i + 900]}) + "\n" for i in (20000, 30000)))
+    result = quantize(source, tmp_path / "out", options(text, report=True, report_data=str(other)))
+    full, tokenizer = load(source, dtype="float32")
+    windows = make_windows(tokenizer, load_documents(other), 32)
+    assert len(windows) <= 32
+    from mlx_openelm.evaluation.perplexity import mean_nll
+
+    assert result.report[0].perplexity == pytest.approx(mean_nll(full, windows).perplexity, rel=1e-4)
+
+
+def test_text_for_the_report_is_never_calibrated_on(source, text):
+    _, tokenizer = load(source)
+    config = mlx_format.read_config(source)[0]
+    for size in (6000, 700, 300):
+        text = text.parent / "part.txt"
+        text.write_text(TEXT[:size])
+        read = quantizing._read_text(tokenizer, config, options(text, num_samples=1000, report=True))
+        held_out = {tuple(window) for window in read.held_out}
+        windows = make_windows(tokenizer, load_documents(text), 32)
+        assert held_out and read.calibration
+        assert not held_out & {tuple(window) for window in read.calibration}
+        assert len(read.held_out) + len(read.calibration) == len(windows)
+        assert {len(window) for window in read.calibration} == {33}
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_calibration_text_may_be_plain_or_json_lines(ending, source, text, tmp_path):
+    path = tmp_path / f"text.{ending}"
+    content = text.read_text()
+    path.write_text(content if ending == "txt" else json.dumps({"text": content}) + "\n")
+    result = quantize(source, tmp_path / "out", options(path, q_bits=3, method=("gptq",)))
+    reference = quantize(source, tmp_path / "reference", options(text, q_bits=3, method=("gptq",)))
+    assert contents(result.path) == contents(reference.path)
+
+
+def test_the_bundled_text_is_the_default(source, tmp_path):
+    result = quantize(source, tmp_path / "out", QuantizeOptions(q_bits=4, method=("gptq",), **SMALL))
+    assert set(result.choices.values()) == {Quantization(64, 4), Quantization(32, 4)}
+    assert result.exceptions and all("64 does not divide" in what for what in result.exceptions.values())
+
+
+# Methods.
+
+
+def test_methods_are_applied_in_one_order_however_they_are_asked_for(source, text, tmp_path):
+    folders = []
+    for asked in (("dwq,gptq", "awq"), ("awq", "gptq", "dwq", "gptq"), (" AWQ , gptq,dwq",)):
+        chosen = options(text, q_bits=3, method=asked)
+        assert chosen.method == ("awq", "gptq", "dwq")
+        folders.append(contents(quantize(source, tmp_path / str(len(folders)), chosen).path))
+    assert folders[0] == folders[1] == folders[2]
+    assert "AWQ + GPTQ + DWQ" in (tmp_path / "0" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", learned.METHODS)
+def test_each_method_alone_writes_another_model_and_the_same_seed_the_same(method, source, text, tmp_path):
+    plain = contents(quantize(source, tmp_path / "plain", QuantizeOptions(q_bits=3)).path)
+    first, again, other = (
+        contents(quantize(source, tmp_path / name, options(text, q_bits=3, method=(method,), seed=seed)).path)
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again
+    assert first["model.safetensors"] not in (plain["model.safetensors"], other["model.safetensors"])
+
+
+def test_only_what_dwq_trains_differs_from_what_it_starts_from(source, text, tmp_path):
+    results = [
+        quantize(source, tmp_path / ",".join(methods), options(text, q_bits=3, method=methods)).path
+        for methods in (("gptq",), ("gptq", "dwq"))
+    ]
+    first, trained = (mx.load(str(path / "model.safetensors")) for path in results)
+    differing = {name for name in first if not np.array_equal(np.array(first[name].astype(mx.float32)),
+                                                              np.array(trained[name].astype(mx.float32)))}  # fmt: skip
+    assert differing and {name.rpartition(".")[2] for name in differing} <= {"scales", "biases"}
+
+
+@pytest.mark.parametrize("changes", [{"ffn_with_glu": False}, {"share_input_output_layers": False}])
+def test_other_shapes_of_model_are_quantized_too(changes, text, tmp_path):
+    folder = write_tiny(tmp_path / "model", **changes)
+    result = quantize(folder, tmp_path / "out", options(text, target_bpw=4.5, method=("awq", "gptq", "dwq")))
+    assert result.bits_per_weight <= 4.5
+    assert ("lm_head" in result.choices) == ("share_input_output_layers" in changes)
+    tokens = mx.array([[1, 20, 300, 7]])
+    assert np.isfinite(np.array(load(result.path)[0](tokens))).all()
+
+
+# What quality is worth, on the trained checkpoint.
+
+
+def test_methods_keep_the_trained_model_closer_than_plain_rounding(tmp_path, monkeypatch):
+    # Fewer choices to measure; the bars on the whole play are a benchmark's.
+    every = sensitivity.candidates
+    monkeypatch.setattr(
+        sensitivity,
+        "candidates",
+        lambda config: {
+            path: [o for o in options if o.group_size == max(c.group_size for c in options if c.group_size <= 64)]
+            for path, options in every(config).items()
+        },
+    )
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:16000])
+    full, tokenizer = load(SHAKESPEARE, dtype="float32")
+    held_out = make_windows(tokenizer, [TEXT[60000:75000]], 128)[:16]
+
+    def cost(**values: Any) -> tuple[float, float]:
+        name = "-".join(f"{k}{v}" for k, v in values.items() if k != "calibration")
+        result = quantize(SHAKESPEARE, tmp_path / name, QuantizeOptions(**values))
+        return kl_divergence(full, load(result.path, dtype="float32")[0], held_out), result.bits_per_weight
+
+    learning = {"calibration": str(text), "num_samples": 16, "sequence_length": 128}
+    plain, bits = cost(q_bits=3)
+    by_gptq, same = cost(q_bits=3, method=("gptq",), **learning)
+    under_budget, fewer = cost(target_bpw=bits, method=("gptq",), **learning)
+    assert same == bits and fewer <= bits
+    assert by_gptq < 0.8 * plain, by_gptq / plain
+    assert under_budget < 0.65 * plain, under_budget / plain
+
+
+def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:16000])
+    full, tokenizer = load(SHAKESPEARE, dtype="float32")
+    held_out = make_windows(tokenizer, [TEXT[60000:75000]], 128)[:16]
+    learning = {"calibration": str(text), "num_samples": 20, "sequence_length": 64}
+    costs = []
+    for values in ({}, {"method": ("awq", "gptq", "dwq")} | learning):
+        path = quantize(SHAKESPEARE, tmp_path / str(len(costs)), QuantizeOptions(q_bits=2, **values)).path
+        costs.append(kl_divergence(full, load(path, dtype="float32")[0], held_out))
+    assert costs[1] < 0.6 * costs[0], costs
+
+
+# What is refused, before anything is read.
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"target_bpw": 4.0, "q_bits": 4}, "leave --q-bits out"),
+        ({"target_bpw": 4.0, "q_group_size": 32}, "leave --q-group-size out"),
+        ({"target_bpw": 4.0, "q_mode": "affine"}, "leave --q-mode out"),
+        ({"target_bpw": 4.0, "recipe": "mixed_3_6"}, "leave --recipe out"),
+        ({"q_mode": "mxfp4", "method": ("gptq",)}, "--method needs scales to learn"),
+        ({"recipe": "mixed_3_6", "q_bits": 4}, "leave --q-bits and --q-mode out"),
+        ({"recipe": "mixed_1_2"}, "--recipe must be one of"),
+        ({"q_bits": 7}, "--q-bits must be"),
+        ({"q_bits": 3, "q_mode": "mxfp4"}, "--q-bits must be 4 in mode mxfp4"),
+        ({"q_group_size": 48}, "--q-group-size must be"),
+        ({"q_mode": "int8"}, "--q-mode must be one of"),
+        ({"method": ("hqq",)}, "--method must be one or more of awq, gptq, dwq, got 'hqq'"),
+        ({"sensitivities": "s.json"}, "--sensitivities needs --target-bpw"),
+        ({"sensitivities": "s.json", "q_bits": 4}, "--sensitivities needs --target-bpw"),
+        ({"report_data": "t.txt", "q_bits": 4}, "--report-data needs --report"),
+        ({"calibration": "t.txt", "q_bits": 4}, "--calibration needs --target-bpw, --method or --report"),
+        ({"method": ("gptq",), "num_samples": 0}, "--num-samples must be 1 or more"),
+        ({"method": ("gptq",), "sequence_length": -1}, "--sequence-length must be 1 or more"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(values, message):
+    with pytest.raises(RequestError, match=message) as raised:
+        QuantizeOptions(**values)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    quantize(source, target, QuantizeOptions(q_bits=8))
+    before = contents(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "open_source", lambda *_, **__: pytest.fail("read before it was refused"))
+        for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
+            with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
+                quantize(source, target, QuantizeOptions(**values))
+    assert contents(target) == before
+    quantize(source, target, options(text, q_bits=4, method=("gptq",)), overwrite=True)
+    assert contents(target) != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("values", [{"q_bits": 4}, {"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}])
+def test_the_source_is_not_a_target(values, source, text, tmp_path):
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    values = values if values == {"q_bits": 4} else values | {"calibration": str(text)}
+    for target in (folder, tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(folder)
+        with pytest.raises(RequestError, match="choose another --mlx-path"):
+            quantize(folder, target, QuantizeOptions(**values), overwrite=True)
+    assert contents(folder) == contents(source)
+
+
+@pytest.mark.parametrize("values", [{"q_bits": 4}, {"method": ("gptq",)}, {"target_bpw": 4.5}, {"report": True}])
+def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
+    with pytest.raises(RequestError, match="already quantized"):
+        quantize(budgeted.path, tmp_path / "out", QuantizeOptions(**values))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [("Too short.", "fewer than a window of 32; give a shorter --sequence-length"), ("", "holds no text"),
+     (None, "cannot be read")],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["calibration", "report_data"])
+def test_text_that_is_too_short_or_missing_is_refused(field, content, message, source, text, tmp_path):
+    path = tmp_path / "short.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RequestError, match=message):
+        quantize(source, tmp_path / "out", options(text, **{"report": True, "method": ("gptq",), field: str(path)}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text, budgeted, tmp_path):
+    file = budgeted.path / "sensitivities.json"
+    with pytest.raises(RequestError, match="--target-bpw 2 is too small"):
+        quantize(source, tmp_path / "out", options(text, target_bpw=2.0, sensitivities=str(file)))
+    with pytest.raises(RequestError, match="--dtype must be one of"):
+        quantize(source, tmp_path / "out", options(text, method=("gptq",)), dtype="int8")
+    with pytest.raises(RequestError, match="a model of another shape"):
+        quantize(SHAKESPEARE, tmp_path / "out", options(text, target_bpw=4.0, sensitivities=str(file)))
+    assert list(tmp_path.iterdir()) == []
+
+
+# What goes wrong on the way.
+
+
+@pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
+def test_nothing_is_left_behind_where_it_fails_in_the_middle(place, source, text, tmp_path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    expected: type[Exception] = OpenELMError
+    if place == "weights":
+        monkeypatch.setattr(mlx_format, "write", fail)
+    elif place == "sensitivities":
+        monkeypatch.setattr(sensitivity.Sensitivities, "save", fail)
+    else:
+        monkeypatch.setattr(dwq, "divergence", lambda *_: mx.array(float("nan")))
+    with pytest.raises(expected, match="leave dwq out" if place == "distilling" else "No space left"):
+        quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_being_done_is_told_to_its_end(source, text, tmp_path):
+    told: dict[str, list[tuple[int, int]]] = {}
+    quantize(
+        source,
+        tmp_path / "out",
+        options(text, target_bpw=4.5, method=("gptq", "dwq"), report=True),
+        progress=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
+    )
+    assert list(told) == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
+    for steps in told.values():
+        assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert told["Quantizing"][-1] == (9, 9)

@@ -1,0 +1,108 @@
+"""Mixed-bit recipes: spelled out by hand, and beside mlx-lm's own rule."""
+
+from __future__ import annotations
+
+import importlib
+
+from mlx_openelm.config import ModelConfig
+from mlx_openelm.errors import RequestError
+from mlx_openelm.quantization.recipes import RECIPES, planner
+from mlx_openelm.quantization.uniform import Quantization, bits_per_weight
+
+import mlx.nn as nn
+import pytest
+from quantization_models import tiny_config
+
+# The first and the last eighth of the layers, and every third between.
+MORE = {
+    "270M": {0, 1, 4, 7, 10, 13, 14, 15},
+    "1.1B": {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27},
+}
+BITS = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+
+
+@pytest.mark.parametrize("size", MORE)
+@pytest.mark.parametrize("recipe", BITS)
+def test_each_matrix_gets_the_bits_of_the_rule(size, recipe):
+    config = ModelConfig.from_name(size)
+    low, high = BITS[recipe]
+    expected = {"transformer.token_embeddings": high}
+    for layer in range(config.num_transformer_layers):
+        more = high if layer in MORE[size] else low
+        for name, bits in {"attn.qkv_proj": more, "attn.out_proj": low, "ffn.proj_1": low, "ffn.proj_2": more}.items():
+            expected[f"transformer.layers.{layer}.{name}"] = bits
+    choices, exceptions = planner(recipe=recipe)(config)
+    assert exceptions == {}
+    assert choices == {path: Quantization(64, bits) for path, bits in expected.items()}
+    assert low + 0.5 < bits_per_weight(config, choices, 2) < high + 0.5
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 8, 16, 20, 28, 36])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_layers_are_those_that_mlx_lm_chooses(layers, recipe):
+    # Its function is hidden behind a name of the package.
+    pytest.importorskip("mlx_lm")
+    theirs = importlib.import_module("mlx_lm.convert")
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"):
+                setattr(self, name, nn.Linear(1, 1))
+
+    class Llama(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Module()
+            self.model.layers = [Block() for _ in range(layers)]
+            self.lm_head = nn.Linear(1, 1)
+
+        @property
+        def layers(self) -> list[nn.Module]:
+            return self.model.layers
+
+    llama = Llama()
+    rule = theirs.mixed_quant_predicate_builder(recipe, llama, 64)
+    mine, _ = planner(recipe=recipe)(tiny_config(num_transformer_layers=layers, num_query_heads=4, num_kv_heads=2,
+                                                 ffn_multipliers=2.0, share_input_output_layers=False))  # fmt: skip
+    same = {"attn.qkv_proj": "v_proj", "attn.out_proj": "o_proj", "ffn.proj_1": "gate_proj", "ffn.proj_2": "down_proj"}
+    for layer in range(layers):
+        for ours, name in same.items():
+            expected = rule(f"model.layers.{layer}.{name}", None)
+            assert mine[f"transformer.layers.{layer}.{ours}"].to_dict() == expected
+    assert mine["lm_head"].to_dict() == rule("lm_head", None)
+
+
+def test_an_untied_head_takes_the_bits_and_the_embedding_does_not():
+    choices, _ = planner(recipe="mixed_3_6")(tiny_config(share_input_output_layers=False))
+    assert choices["lm_head"].bits == 6 and choices["transformer.token_embeddings"].bits == 3
+
+
+def test_the_group_size_may_be_chosen_and_gives_way_where_it_does_not_fit():
+    choices, exceptions = planner(group_size=128, recipe="mixed_4_6")(tiny_config())
+    inner = "transformer.layers.1.ffn.proj_2"  # 128 wide
+    assert choices[inner] == Quantization(128, 6) and inner not in exceptions
+    assert choices["transformer.layers.0.attn.out_proj"] == Quantization(32, 4)
+    assert "128 does not divide 32" in exceptions["transformer.layers.0.attn.out_proj"]
+    assert {c.group_size for c in planner(group_size=32, recipe="mixed_4_6")(tiny_config())[0].values()} == {32}
+
+
+def test_without_a_recipe_all_are_alike():
+    choices, _ = planner("affine", 5, 32)(tiny_config())
+    assert set(choices) == set(tiny_config().matrix_shapes()) and set(choices.values()) == {Quantization(32, 5)}
+
+
+@pytest.mark.parametrize(
+    "request_,message",
+    [
+        ({"recipe": "mixed_5_6"}, "--recipe must be one of mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6"),
+        ({"recipe": "mixed_3_6", "bits": 4}, "leave --q-bits and --q-mode out"),
+        ({"recipe": "mixed_3_6", "mode": "mxfp4"}, "leave --q-bits and --q-mode out"),
+        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32 or 64 or 128"),
+        ({"bits": 7}, "--q-bits must be"),
+        ({"mode": "nf4"}, "--q-mode must be one of"),
+    ],
+)
+def test_what_cannot_be_is_refused(request_, message):
+    with pytest.raises(RequestError, match=message):
+        planner(**request_)
