@@ -80,8 +80,8 @@ def average(
             "config_yaml": None if config_yaml is None else Path(config_yaml),
         },
     )
-    write_source(mean, Path(mlx_path), command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
-    return Path(mlx_path)
+    write_source(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
+    return target
 
 
 def _origin(sources: Sequence[Source]) -> Origin:

@@ -116,7 +116,7 @@ def _export_gguf(
     needs_range = source.release is not None and not source.release.float16
     chosen = gguf_type or ("bf16" if needs_range else "f16")
     gguf.check_representable(config, chosen)
-    path = Path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
+    path = Path(output).expanduser() if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
     _keep_source(source, target)
     origin = find_origin(source)
@@ -146,7 +146,7 @@ def _export_huggingface(
     checkpoint = source.checkpoint
     if dtype == "float16" and source.release is not None and not source.release.float16:
         raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
-    path = Path(output) if output is not None else Path(f"{_name(source)}-hf")
+    path = Path(output).expanduser() if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
     _keep_source(source, target)
     _unpack(checkpoint, None if dtype is None else DTYPES[dtype])

@@ -219,9 +219,9 @@ def convert(
         },
     )
     write_source(
-        source, Path(mlx_path), command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe}
+        source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe}
     )
-    return Conversion(Path(mlx_path), bits, exceptions)
+    return Conversion(target, bits, exceptions)
 
 
 def write_source(

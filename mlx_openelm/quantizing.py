@@ -218,7 +218,9 @@ def _keeping(run: _Run, target: Path) -> Iterator[None]:
     except BaseException:
         kept = target.parent / f"{target.name}-{SENSITIVITIES}"
         if run.known is not None and run.options.sensitivities is None and not kept.exists():
-            run.known.save(kept)
+            # What went wrong first is what to tell.
+            with contextlib.suppress(OSError):
+                run.known.save(kept)
         raise
 
 

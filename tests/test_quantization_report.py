@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.quantization.recipes import planner
-from mlx_openelm.quantization.report import Row, Yardstick, chart, compare, draw, letter, plain_choices
+from mlx_openelm.quantization.report import Row, Yardstick, chart, check_picture, compare, draw, letter, plain_choices
 from mlx_openelm.quantization.uniform import Quantization, plan, quantize_weights
 
 import mlx.core as mx
@@ -69,7 +69,7 @@ def test_rows_are_those_of_models_as_they_would_be_stored():
         "not quantized", *(f"affine {bits}-bit" for bits in (2, 3, 4, 5, 6, 8)), "mxfp4", "nvfp4", "mxfp8",
         "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6",
     ]  # fmt: skip
-    assert steps == [(done, 13) for done in range(1, 14)]
+    assert steps[-1] == (14, 14) and steps == sorted(steps)
     parameters = model.config.num_parameters
     assert rows[0].bits_per_weight == 16 and rows[0].size == 2 * parameters and rows[0].kl_divergence == 0
     assert rows[0].perplexity == pytest.approx(mean_nll(tiny_model(), WINDOWS).perplexity, rel=1e-5)
@@ -166,12 +166,19 @@ def test_a_picture_is_written(ending, head, tmp_path):
 @pytest.mark.parametrize("name", ["report.xyz", "missing/report.png", "report"])
 def test_a_picture_that_cannot_be_is_refused(name, tmp_path):
     pytest.importorskip("matplotlib")
-    with pytest.raises(RequestError, match="cannot be drawn"):
-        draw([row("four bits", 4.5, 0.02)], tmp_path / name)
+    with pytest.raises(RequestError, match="must end in .png, .svg|does not exist"):
+        check_picture(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"mlx-openelm\[plots\]"):
-        draw([], tmp_path / "report.png")
+        check_picture(tmp_path / "report.png")
+
+
+def test_a_picture_that_exists_is_kept(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report.png").write_bytes(b"mine")
+    with pytest.raises(RequestError, match="exists"):
+        check_picture(tmp_path / "report.png")

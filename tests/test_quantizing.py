@@ -13,6 +13,7 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.quantization import dwq, learned, sensitivity
+from mlx_openelm.quantization.text import read_text
 from mlx_openelm.quantization.uniform import Quantization
 from mlx_openelm.quantizing import QuantizeOptions, quantize
 from mlx_openelm.summary import summarize
@@ -118,7 +119,7 @@ def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_pa
     for key in first:
         assert first[key].dtype == second[key].dtype and mx.array_equal(first[key], second[key])
     name, last = reported.report[-1].name, reported.report[-1]
-    assert name == "this model: --q-bits 4" and last.bits_per_weight == plain.bits_per_weight
+    assert name.startswith("this: --q-bits 4") and last.bits_per_weight == plain.bits_per_weight
     documents = load_documents(text)
     full, tokenizer = load(source, dtype="float32")
     windows = make_windows(tokenizer, documents, 32)
@@ -156,13 +157,13 @@ def test_text_for_the_report_is_never_calibrated_on(source, text):
     for size in (6000, 700, 300):
         text = text.parent / "part.txt"
         text.write_text(TEXT[:size])
-        read = quantizing._read_text(tokenizer, config, options(text, num_samples=1000, report=True))
+        read = read_text(tokenizer, config, options(text, num_samples=1000, report=True))
         held_out = {tuple(window) for window in read.held_out}
         windows = make_windows(tokenizer, load_documents(text), 32)
-        assert held_out and read.calibration
-        assert not held_out & {tuple(window) for window in read.calibration}
-        assert len(read.held_out) + len(read.calibration) == len(windows)
-        assert {len(window) for window in read.calibration} == {33}
+        assert held_out and read.windows
+        assert not held_out & {tuple(window) for window in read.windows}
+        assert len(read.held_out) + len(read.windows) == len(windows)
+        assert {len(window) for window in read.windows} == {33}
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
@@ -178,7 +179,7 @@ def test_calibration_text_may_be_plain_or_json_lines(ending, source, text, tmp_p
 def test_the_bundled_text_is_the_default(source, tmp_path):
     result = quantize(source, tmp_path / "out", QuantizeOptions(q_bits=4, method=("gptq",), **SMALL))
     assert set(result.choices.values()) == {Quantization(64, 4), Quantization(32, 4)}
-    assert result.exceptions and all("64 does not divide" in what for what in result.exceptions.values())
+    assert result.calibrated_on == "4 windows of 32 tokens of the bundled text"
 
 
 # Methods.
@@ -229,6 +230,7 @@ def test_other_shapes_of_model_are_quantized_too(changes, text, tmp_path):
 # What quality is worth, on the trained checkpoint.
 
 
+@pytest.mark.slow
 def test_methods_keep_the_trained_model_closer_than_plain_rounding(tmp_path, monkeypatch):
     # Fewer choices to measure; the bars on the whole play are a benchmark's.
     every = sensitivity.candidates
@@ -266,10 +268,10 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
     held_out = make_windows(tokenizer, [TEXT[60000:75000]], 128)[:16]
     learning = {"calibration": str(text), "num_samples": 20, "sequence_length": 64}
     costs = []
-    for values in ({}, {"method": ("awq", "gptq", "dwq")} | learning):
+    for values in ({}, {"method": ("gptq",)} | learning, {"method": ("awq", "gptq", "dwq")} | learning):
         path = quantize(SHAKESPEARE, tmp_path / str(len(costs)), QuantizeOptions(q_bits=2, **values)).path
         costs.append(kl_divergence(full, load(path, dtype="float32")[0], held_out))
-    assert costs[1] < 0.6 * costs[0], costs
+    assert costs[1] < 0.8 * costs[0] and costs[2] < 0.6 * costs[0], costs
 
 
 # What is refused, before anything is read.
@@ -341,7 +343,7 @@ def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [("Too short.", "fewer than a window of 32; give a shorter --sequence-length"), ("", "holds no text"),
-     (None, "cannot be read")],
+     (None, "is no file")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["calibration", "report_data"])
 def test_text_that_is_too_short_or_missing_is_refused(field, content, message, source, text, tmp_path):
@@ -368,7 +370,7 @@ def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text,
 
 
 @pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
-def test_nothing_is_left_behind_where_it_fails_in_the_middle(place, source, text, tmp_path, monkeypatch):
+def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, text, tmp_path, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -381,6 +383,18 @@ def test_nothing_is_left_behind_where_it_fails_in_the_middle(place, source, text
         monkeypatch.setattr(dwq, "divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(expected, match="leave dwq out" if place == "distilling" else "No space left"):
         quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
+    # What took long to measure is kept, where it can be.
+    kept = [] if place == "sensitivities" else ["out-sensitivities.json"]
+    assert [path.name for path in tmp_path.iterdir()] == kept
+    if kept:
+        config = mlx_format.read_config(source)[0]
+        assert sensitivity.read(tmp_path / kept[0], config).text == "play.txt"
+
+
+def test_a_failure_is_told_where_there_is_no_folder_yet_to_keep_anything_in(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(dwq, "divergence", lambda *_: mx.array(float("nan")))
+    with pytest.raises(OpenELMError, match="leave dwq out"):
+        quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -392,7 +406,12 @@ def test_what_is_being_done_is_told_to_its_end(source, text, tmp_path):
         options(text, target_bpw=4.5, method=("gptq", "dwq"), report=True),
         progress=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
     )
-    assert list(told) == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
+    stages = [
+        stage
+        for stage in told
+        if stage in ("Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing")
+    ]
+    assert stages == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
     for steps in told.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert told["Quantizing"][-1] == (9, 9)
