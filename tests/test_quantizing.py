@@ -125,7 +125,7 @@ def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_pa
     windows = make_windows(tokenizer, documents, 32)
     random.Random(0).shuffle(windows)
     expected = kl_divergence(full, load(plain.path, dtype="float32")[0], windows[::8][:32])
-    assert last.kl_divergence == pytest.approx(expected, rel=1e-3)
+    assert last.kl_divergence == pytest.approx(expected, rel=5e-3)
     card = (reported.path / "README.md").read_text()
     assert "kept for it" in card and f"{last.perplexity:.2f}"[:3] in card
 
