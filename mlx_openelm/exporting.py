@@ -14,8 +14,8 @@ from .chat_template import CORENET_TEMPLATE
 from .errors import RequestError
 from .formats import gguf, huggingface
 from .formats.mlx import Checkpoint
+from .formats.packing import cast_weights, dequantize_weights
 from .loading import DTYPES, find_origin
-from .quantization.uniform import cast_weights, dequantize_weights
 from .sources import CORENET_PREFIX, Source, open_source
 
 FORMATS = ("huggingface", "gguf")
@@ -200,14 +200,9 @@ def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
         raise RequestError(f"{target} is a folder; name a file with --output.")
     if target.exists() and not overwrite:
         raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
-    if target.exists() and not _is_gguf(target):
+    if target.exists() and not gguf.is_gguf(target):
         raise RequestError(f"{target} is no GGUF file, so it is not overwritten; choose another --output.")
     return target
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _keep_source(source: Source, target: Path) -> None:

@@ -17,15 +17,15 @@ from .config import SIZES, ModelConfig
 from .errors import RequestError
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
-from .formats.weights import Weights, streaming
-from .model import OpenELM
-from .model_card import Origin
-from .quantization.recipes import Plan, planner
-from .quantization.uniform import (
+from .formats.packing import (
     cast_weights,
     dequantize_weights,
     quantize_weights,
 )
+from .formats.weights import Weights, streaming
+from .model import OpenELM
+from .model_card import Origin
+from .quantization.recipes import Plan, planner
 from .sources import CORENET_PREFIX, Source, open_source
 from .tokenizer import Tokenizer
 
@@ -218,9 +218,7 @@ def convert(
             "revision": revision,
         },
     )
-    write_source(
-        source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe}
-    )
+    write_source(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
     return Conversion(target, bits, exceptions)
 
 

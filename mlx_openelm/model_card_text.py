@@ -12,7 +12,7 @@ from . import catalog
 from .formats import mlx as mlx_format
 from .formats import safetensors
 from .formats.mlx import Checkpoint
-from .quantization.uniform import Quantization, most_common
+from .formats.packing import Quantization, most_common
 
 Layout = Literal["mlx", "huggingface", "gguf"]
 

@@ -10,11 +10,11 @@ from . import hub
 from .errors import RequestError
 from .formats import mlx as mlx_format
 from .formats import safetensors
+from .formats.gguf import is_gguf
 
 CARD = "README.md"
 # What belongs to a model beside its weights.
 _PATTERNS = ("config.json", "generation_config.json", *hub.TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
-_GGUF_MAGIC = b"GGUF"
 
 
 def model_files(path: Path) -> list[Path]:
@@ -69,6 +69,5 @@ def _belongs(name: str) -> bool:
 
 
 def _check_gguf(file: Path) -> None:
-    with file.open("rb") as opened:
-        if opened.read(4) != _GGUF_MAGIC:
-            raise RequestError(f"{file} is not a GGUF file; export it again.")
+    if not is_gguf(file):
+        raise RequestError(f"{file} is not a GGUF file; export it again.")

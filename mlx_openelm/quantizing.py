@@ -14,6 +14,7 @@ from . import atomic, backend, model_card
 from .config import ModelConfig
 from .errors import RequestError
 from .formats.mlx import Checkpoint
+from .formats.packing import Quantization, bits_per_weight, scale_dtype
 from .formats.weights import Weights
 from .loading import build_model, check_dtype, dtype_for, requantize, write_source
 from .model import OpenELM
@@ -23,7 +24,6 @@ from .quantization.options import QuantizeOptions
 from .quantization.report import Row, Yardstick
 from .quantization.sensitivity import Sensitivities
 from .quantization.text import CalibrationText, read_text
-from .quantization.uniform import Quantization, bits_per_weight, scale_dtype
 from .sources import open_source
 
 SENSITIVITIES = "sensitivities.json"

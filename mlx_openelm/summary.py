@@ -14,7 +14,8 @@ from . import backend, catalog, hub
 from .config import ModelConfig
 from .errors import RequestError
 from .formats import mlx as mlx_format
-from .quantization.uniform import Quantization, bits_per_weight, most_common, plan
+from .formats.packing import Quantization, bits_per_weight, most_common
+from .quantization.recipes import plan
 
 # What the published models were trained on; the length that memory is given for.
 CONTEXT = 2048

@@ -291,10 +291,10 @@ import json, sys
 from mlx_openelm import convert
 from mlx_openelm.averaging import average
 from mlx_openelm.exporting import export
-from mlx_openelm.quantization import uniform
+from mlx_openelm.formats import packing
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-uniform._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
+packing._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
 model, out = sys.argv[1:]
 peaks = {}
 def measure(name, work):

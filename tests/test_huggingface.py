@@ -14,9 +14,9 @@ from mlx_openelm.exporting import export
 from mlx_openelm.formats import huggingface
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint
+from mlx_openelm.formats.packing import Quantization
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
-from mlx_openelm.quantization.uniform import Quantization
 from mlx_openelm.tokenizer import Tokenizer
 
 import mlx.core as mx

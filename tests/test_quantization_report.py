@@ -7,10 +7,10 @@ import importlib.util
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
+from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.formats.weights import Weights
-from mlx_openelm.quantization.recipes import planner
+from mlx_openelm.quantization.recipes import plan, planner
 from mlx_openelm.quantization.report import Row, Yardstick, chart, check_picture, compare, draw, letter, plain_choices
-from mlx_openelm.quantization.uniform import Quantization, plan, quantize_weights
 
 import mlx.core as mx
 import numpy as np

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.packing import Quantization, dequantize_weights, quantize_weights
 from mlx_openelm.formats.raw import Span, tensors
 from mlx_openelm.formats.weights import Tensor, Weights, streaming
-from mlx_openelm.quantization.uniform import Quantization, dequantize_weights, quantize_weights
 
 import mlx.core as mx
 import numpy as np

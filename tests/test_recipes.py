@@ -6,8 +6,8 @@ import importlib
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.packing import Quantization, bits_per_weight
 from mlx_openelm.quantization.recipes import RECIPES, planner
-from mlx_openelm.quantization.uniform import Quantization, bits_per_weight
 
 import mlx.nn as nn
 import pytest

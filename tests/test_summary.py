@@ -8,8 +8,9 @@ from pathlib import Path
 from mlx_openelm.catalog import TINY_FOLDER
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.formats.packing import Quantization
 from mlx_openelm.loading import convert
-from mlx_openelm.quantization.uniform import Quantization, plan
+from mlx_openelm.quantization.recipes import plan
 from mlx_openelm.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
 
 import pytest

@@ -15,10 +15,10 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..quantization.uniform import dequantize_weights
 from ..tokenizer import Tokenizer
 from . import gguf_metadata, gguf_tokenizer, raw
 from .mlx import Checkpoint
+from .packing import dequantize_weights
 from .raw import Span
 from .weights import Tensor, Weights, streaming
 
@@ -217,6 +217,12 @@ def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 # In.
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file says of itself that it is GGUF."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def read(path: Path) -> tuple[Checkpoint, Tokenizer]:

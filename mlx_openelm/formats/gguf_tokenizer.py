@@ -127,7 +127,8 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     kind = values.get(_PREFIX + "model")
     if kind != MODEL:
         raise RequestError(f"{path} holds a tokenizer of kind {kind!r}; OpenELM's is {MODEL!r} (SentencePiece).")
-    pieces, scores, types = (_list(values, key, path) for key in ("tokens", "scores", "token_type"))
+    kinds = {"tokens": str, "scores": float, "token_type": int}
+    pieces, scores, types = (_list(values, key, kind, path) for key, kind in kinds.items())
     if not len(pieces) == len(scores) == len(types):
         raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must be as many.")
     while types and types[-1] == UNUSED:  # what fills the vocabulary up to the model's rows
@@ -155,7 +156,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     (file / "tokenizer.model").write_bytes(serialize_model(model, bos_piece=special["bos"], eos_piece=special["eos"]))
     config = {f"{name}_token": piece for name, piece in special.items()}
     (file / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    if template := values.get("tokenizer.chat_template"):
+    if isinstance(template := values.get("tokenizer.chat_template"), str):
         (file / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
         tokenizer = Tokenizer.from_folder(file)
@@ -166,8 +167,8 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _list(values: dict[str, Any], key: str, path: Path) -> list[Any]:
+def _list(values: dict[str, Any], key: str, kind: type, path: Path) -> list[Any]:
     value = values.get(_PREFIX + key)
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
         raise RequestError(f"The tokenizer in {path} has no {_PREFIX}{key}.")
     return value

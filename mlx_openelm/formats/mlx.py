@@ -17,8 +17,8 @@ import mlx.core as mx
 
 from ..config import ModelConfig, read_json
 from ..errors import RequestError
-from ..quantization.uniform import Quantization, most_common
 from . import safetensors
+from .packing import Quantization, most_common
 from .weights import Weights
 
 _LISTED = 8  # tensors named in an error before the rest is only counted

@@ -15,10 +15,10 @@ import mlx.optimizers as optimizers
 
 from .. import ops
 from ..errors import OpenELMError
+from ..formats.packing import Quantization
 from ..model import OpenELM
 from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
 from .rounding import Grid
-from .uniform import Quantization
 
 # The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
 _LEARNING_RATE = 0.002

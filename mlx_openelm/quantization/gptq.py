@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import OpenELMError
+from ..formats.packing import Quantization
 from .rounding import Grid
-from .uniform import Quantization
 
 # Columns whose corrections are applied to the rest of the matrix at once.
 _BLOCK = 64

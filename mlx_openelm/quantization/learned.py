@@ -8,11 +8,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import RequestError
+from ..formats.packing import Quantization
 from ..model import OpenELM
 from . import awq, dwq, gptq, rounding
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
 from .dwq import Packed
-from .uniform import Quantization
 
 METHODS = ("awq", "gptq", "dwq")
 # The order AWQ folds in: `proj_2` gives its scales to the up half of `proj_1`, which is scaled after that.

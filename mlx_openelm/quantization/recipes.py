@@ -1,7 +1,7 @@
-"""mlx-lm's mixed-bit recipes (`--quant-predicate`), mapped to OpenELM's matrices.
+"""Which matrix gets how many bits where no text has a say: all alike, or by mlx-lm's recipes (`--quant-predicate`).
 
-They follow llama.cpp's Q4_K_M: more bits for the first and the last eighth of the layers and every third between,
-there for what carries values into and out of the residual stream.
+The recipes follow llama.cpp's Q4_K_M: more bits for the first and the last eighth of the layers and every third
+between, there for what carries values into and out of the residual stream.
 """
 
 from __future__ import annotations
@@ -10,10 +10,37 @@ from collections.abc import Callable
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from .uniform import Quantization, plan
+from ..formats.packing import MODES, Quantization
 
 # Low and high bits by name.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+
+
+def plan(
+    config: ModelConfig, wanted: Quantization | Callable[[str], Quantization]
+) -> tuple[dict[str, Quantization], dict[str, str]]:
+    """A quantization for each matrix by module path, and what was done differently for some, by path.
+
+    A matrix whose rows the group size does not divide takes the largest that does; where no group size
+    of the mode divides them it stays as it is.
+
+    Args:
+        wanted: the same for every matrix, or a function that gives it for a module path.
+    """
+    choices: dict[str, Quantization] = {}
+    exceptions: dict[str, str] = {}
+    for path, (_, in_dims) in config.matrix_shapes().items():
+        choice = wanted(path) if callable(wanted) else wanted
+        if in_dims % choice.group_size == 0:
+            choices[path] = choice
+            continue
+        sizes = [size for size in MODES[choice.mode][1] if in_dims % size == 0]
+        if sizes:
+            choices[path] = Quantization(max(sizes), choice.bits, choice.mode)
+            exceptions[path] = f"group size {max(sizes)}, since {choice.group_size} does not divide {in_dims}"
+        else:
+            exceptions[path] = f"not quantized, since no group size divides {in_dims}"
+    return choices, exceptions
 
 
 Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
@@ -22,7 +49,7 @@ Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
 def planner(
     mode: str = "affine", bits: int | None = None, group_size: int | None = None, recipe: str | None = None
 ) -> Plan:
-    """What a request for bits or a recipe makes of a model: see `uniform.plan` for what the function returns.
+    """What a request for bits or a recipe makes of a model: see `plan` for what the function returns.
 
     Raises:
         RequestError: a combination MLX does not have, an unknown recipe, or a recipe with bits or another mode.

@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..formats.packing import MODES, Quantization, bits_per_weight
 from ..model import OpenELM
 from .calibration import Progress, Stream, Teacher, module_at
 from .recipes import RECIPES, planner
-from .uniform import MODES, Quantization, bits_per_weight
 
 _WIDTH, _HEIGHT = 64, 16
 # Below this a divergence is rounding noise, and drawn as it.

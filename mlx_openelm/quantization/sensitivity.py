@@ -16,10 +16,10 @@ import mlx.core as mx
 
 from ..config import ModelConfig, read_json
 from ..errors import RequestError
+from ..formats.packing import MODES, Quantization, bits_per_weight
 from ..model import OpenELM
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
 from .rounding import round_error, round_nearest
-from .uniform import MODES, Quantization, bits_per_weight
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
 _MEASURED = (2, 3, 4)

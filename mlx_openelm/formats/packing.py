@@ -1,10 +1,10 @@
-"""Every matrix quantized alike, in any mode MLX has."""
+"""How MLX packs matrices: few bits a weight, and a scale (in affine mode also a bias) for each group of a row."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..formats.weights import Tensor, Weights
+from .weights import Tensor, Weights
 
 # Mode: the bits and group sizes MLX has for it, its default first.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -103,33 +103,6 @@ def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
     """What most matrices are packed with; `quantization` by module path, at least one."""
     choices = list(quantization.values())
     return max(choices, key=choices.count)
-
-
-def plan(
-    config: ModelConfig, wanted: Quantization | Callable[[str], Quantization]
-) -> tuple[dict[str, Quantization], dict[str, str]]:
-    """A quantization for each matrix by module path, and what was done differently for some, by path.
-
-    A matrix whose rows the group size does not divide takes the largest that does; where no group size
-    of the mode divides them it stays as it is.
-
-    Args:
-        wanted: the same for every matrix, or a function that gives it for a module path.
-    """
-    choices: dict[str, Quantization] = {}
-    exceptions: dict[str, str] = {}
-    for path, (_, in_dims) in config.matrix_shapes().items():
-        choice = wanted(path) if callable(wanted) else wanted
-        if in_dims % choice.group_size == 0:
-            choices[path] = choice
-            continue
-        sizes = [size for size in MODES[choice.mode][1] if in_dims % size == 0]
-        if sizes:
-            choices[path] = Quantization(max(sizes), choice.bits, choice.mode)
-            exceptions[path] = f"group size {max(sizes)}, since {choice.group_size} does not divide {in_dims}"
-        else:
-            exceptions[path] = f"not quantized, since no group size divides {in_dims}"
-    return choices, exceptions
 
 
 def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
