@@ -165,6 +165,7 @@ def convert(plan: Plan, whose: str, source: Path, out: Path) -> tuple[float, flo
     """Seconds and peak memory in MB of one conversion; what it writes is removed."""
     if whose == "ours":
         command, *options = plan.ours
+        out = out.with_suffix(".gguf") if "gguf" in options else out
         target = "--mlx-path" if command == "convert" else "--output"
         arguments = ["-m", "mlx_openelm", command, "--model", str(source), *options, target, str(out)]
         if source.is_file():

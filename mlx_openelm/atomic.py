@@ -71,11 +71,17 @@ def _partial_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
     except OSError as error:
-        raise OpenELMError(f"Writing {path} failed: {error.strerror or error}; nothing was left there.") from None
+        raise _failed(path, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with _lock:
             _live.discard(partial)
+
+
+def _failed(path: Path, error: OSError) -> OpenELMError:
+    # NumPy says how many bytes it could not write, and not why; there is one reason.
+    reason = error.strerror or f"the disk is probably full ({error})"
+    return OpenELMError(f"Writing {path} failed: {reason}; nothing was left there.")
 
 
 def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path") -> Path:

@@ -106,8 +106,10 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
     # Folders among the checkpoints bring a configuration of their own.
     is_bare = str(model).lower().endswith((".pt", ".pth")) or str(model).lower().startswith(CORENET_PREFIX)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
-    if source.checkpoint.quantization:
-        raise RequestError(f"{model} is quantized, so its mean would be rough; --dequantize it with convert first.")
+    if (rounding := source.checkpoint.rounding) is not None:
+        raise RequestError(
+            f"{model} is quantized to {rounding}, so the mean would be rough; unpack it with convert first."
+        )
     return source
 
 

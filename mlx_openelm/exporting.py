@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -126,9 +127,11 @@ def _export_gguf(
             partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
         )
     method = chosen if chosen.startswith("q") else None  # a type that is no float
+    rounded_to = source.checkpoint.rounding
 
     def card(repo: str) -> str:
-        return model_card.compose(path, name=repo, origin=origin, command=command, method=method, config=config)
+        making: dict[str, Any] = {"command": command, "method": method, "config": config, "rounded_to": rounded_to}
+        return model_card.compose(path, name=repo, origin=origin, **making)
 
     bits = gguf.bits_per_weight(config, chosen)
     return Export(path, chosen, target.stat().st_size, bits, exceptions, card, origin.licenses)
@@ -156,7 +159,8 @@ def _export_huggingface(
     with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
         source.tokenizer.save(partial, chat_template=template)
         huggingface.write(partial, checkpoint, release=source.release, progress=progress)
-        model_card.write(partial, name=target.name, origin=origin, command=command)
+        making = {"command": command, "rounded_to": checkpoint.rounded_to}
+        model_card.write(partial, name=target.name, origin=origin, **making)
     size = sum(file.stat().st_size for file in target.iterdir())
     return Export(path, str(stored).removeprefix("mlx.core."), size, bits)
 
@@ -168,7 +172,7 @@ def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
         return
     dtype = dtype or mx.float32
     checkpoint.weights = cast_weights(dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype), {}, dtype)
-    checkpoint.quantization = {}
+    checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
 
 
 def _instruct_template(source: Source) -> str | None:

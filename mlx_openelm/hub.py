@@ -120,7 +120,7 @@ def _locate(name: str | Path) -> Path | str:
     if text and os.path.isdir(text) and (not shadows or os.path.isfile(os.path.join(text, "config.json"))):
         return Path(text)
     if not shadows and os.path.isfile(text):
-        raise RequestError(f"{name} is a file: give the folder that holds the model")
+        raise RequestError(f"{name} is a file: give the folder that holds the model, or a .pt or .gguf file")
     if isinstance(name, Path) or _looks_like_path(str(name).strip()):
         raise RequestError(f"the folder {name} does not exist")
     if is_tiny:

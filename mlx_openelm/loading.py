@@ -252,7 +252,8 @@ def write_source(
     with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
         text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
         mlx_format.write(partial, source.checkpoint, progress=progress)
-        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, command=command, **(card or {}))
+        making = {"command": command, "rounded_to": source.checkpoint.rounded_to, **(card or {})}
+        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, **making)
         if extra is not None:
             extra(partial)
 
@@ -266,14 +267,16 @@ def find_origin(source: Source) -> Origin:
 
 def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Plan | None, dequantize: bool) -> dict[str, str]:
     """Cast, pack or unpack the checkpoint's unread weights in place; returns what was packed unlike the rest."""
-    if wanted is not None and checkpoint.quantization:
-        bits = next(iter(checkpoint.quantization.values())).bits
-        raise RequestError(f"The model is already quantized to {bits} bits; convert the original, or --dequantize it.")
+    if wanted is not None and checkpoint.rounding is not None:
+        raise RequestError(
+            f"The model is already quantized to {checkpoint.rounding}; convert the original, or unpack it into a "
+            f"folder first{', with --dequantize' if checkpoint.quantization else ', without -q'}."
+        )
     if dequantize:
         if not checkpoint.quantization:
             raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
         checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
-        checkpoint.quantization = {}
+        checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
     if wanted is None:
         return {}

@@ -134,6 +134,7 @@ def compose(
     recipe: str | None = None,
     quality: Sequence[Quality] = (),
     config: ModelConfig | None = None,
+    rounded_to: str | None = None,
 ) -> str:
     """The card of a model: of a folder, or of a GGUF file.
 
@@ -143,13 +144,14 @@ def compose(
         method, recipe: how it was quantized, where more than plain rounding; for GGUF its type (`q8_0`).
         quality: what was measured.
         config: the model's, for GGUF, which has no config.json.
+        rounded_to: what the weights had been quantized to before they were unpacked.
 
     Raises:
         RequestError: there is no model, or files are damaged.
     """
     contents = Contents.read(path)
     sizes = (None, None) if config is None else (config.num_parameters, config.num_transformer_layers)
-    facts = Facts(origin.name, command, method, recipe, tuple(quality), *sizes)
+    facts = Facts(origin.name, command, method, recipe, tuple(quality), sizes[0], sizes[1], rounded_to)
     return _compose(contents, name, _metadata(contents, origin, method), facts)
 
 

@@ -41,6 +41,7 @@ class Facts:
     quality: tuple[Quality, ...] = ()
     parameters: int | None = None
     layers: int | None = None
+    rounded_to: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, absent ones left out."""
@@ -165,6 +166,8 @@ def _sizes(contents: Contents, facts: Facts) -> str:
     else:
         rows |= {"Parameters": f"{facts.parameters:,}"} if facts.parameters is not None else {}
         rows |= {"Layers": str(facts.layers)} if facts.layers is not None else {}
+        if facts.parameters is not None:
+            rows["Bits per weight"] = f"{8 * contents.size / facts.parameters / max(len(contents.files), 1):.2f}"
         rows |= {f"`{file.name}`": _megabytes(file.stat().st_size) for file in contents.files}
     rows["Weights on disk"] = _megabytes(contents.size)
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
@@ -178,6 +181,8 @@ def _making(facts: Facts) -> Iterator[str]:
     if facts.command is not None:
         yield "## How it was made"
         yield f"```shell\n{facts.command}\n```"
+    if facts.rounded_to is not None:
+        yield f"The weights came quantized to {facts.rounded_to} and were unpacked; they are no more precise than that."
 
 
 def _quantization(contents: Contents, facts: Facts) -> Iterator[str]:
@@ -287,9 +292,6 @@ def _gguf_usage(contents: Contents, name: str) -> Iterator[str]:
     place = f"--hf-repo {name} --hf-file {file}" if is_repo else f"-m {file}"
     yield "With llama.cpp:"
     yield f'```shell\nllama-cli {place} -p "{PROMPT}"\n```'
-    yield "With mlx-openelm, which makes an MLX folder of it:"
+    yield "With mlx-openelm (extra `gguf`):"
     fetch = f"hf download {name} {file} --local-dir .\n" if is_repo else ""
-    yield (
-        f"```shell\n{fetch}mlx-openelm convert --model {file} --mlx-path mlx_model\n"
-        f'mlx-openelm generate --model mlx_model --prompt "{PROMPT}"\n```'
-    )
+    yield f'```shell\n{fetch}mlx-openelm generate --model {file} --prompt "{PROMPT}"\n```'

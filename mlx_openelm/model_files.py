@@ -8,9 +8,8 @@ from pathlib import Path
 
 from . import hub
 from .errors import RequestError
+from .formats import gguf, safetensors
 from .formats import mlx as mlx_format
-from .formats import safetensors
-from .formats.gguf import is_gguf
 
 CARD = "README.md"
 # What belongs to a model beside its weights.
@@ -29,7 +28,7 @@ def model_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix != ".gguf":
             raise RequestError(f"{path} is a file: give the folder that holds the model, or a .gguf file.")
-        _check_gguf(path)
+        gguf.check(path)
         return [path]
     if not path.is_dir():
         raise RequestError(f"The folder {path} does not exist.")
@@ -43,7 +42,7 @@ def model_files(path: Path) -> list[Path]:
         weights = safetensors.weight_files(path)
         weights += [path / safetensors.INDEX] if (path / safetensors.INDEX).is_file() else []
     for file in ggufs:
-        _check_gguf(file)
+        gguf.check(file)
     others = [entry for entry in entries if _belongs(entry.name)]
     files = [*others, *weights, *ggufs]
     for file in [*files, path / CARD]:
@@ -66,8 +65,3 @@ def leads_out(file: Path) -> bool:
 def _belongs(name: str) -> bool:
     is_code = any(fnmatch(name, pattern) for pattern in hub.NEVER_PATTERNS)
     return not is_code and any(fnmatch(name, pattern) for pattern in _PATTERNS)
-
-
-def _check_gguf(file: Path) -> None:
-    if not is_gguf(file):
-        raise RequestError(f"{file} is not a GGUF file; export it again.")

@@ -28,7 +28,7 @@ from .sources import open_source
 
 SENSITIVITIES = "sensitivities.json"
 # Windows that sensitivities are measured on.
-_SENSITIVITY_WINDOWS = 16
+_SENSITIVITY_WINDOWS = 8
 # Bytes a parameter that calibrating in float32 takes: the model, and the matrices a report puts in their place.
 _BYTES_NEEDED = 9
 
@@ -84,8 +84,11 @@ def quantize(
     places: dict[str, Any] = {"tokenizer": tokenizer, "config_yaml": config_yaml, "revision": revision}
     source = open_source(model, **places)
     config, stored = source.checkpoint.config, dtype_for(dtype, source.checkpoint.config) or mx.bfloat16
-    if source.checkpoint.quantization:
-        raise RequestError(f"{model} is already quantized; quantize the original, or convert --dequantize it first.")
+    if (rounding := source.checkpoint.rounding) is not None:
+        raise RequestError(
+            f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
+            f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
+        )
     if options.writes and source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to quantize, or holds it; choose another --mlx-path.")
     if options.target_bpw is not None:

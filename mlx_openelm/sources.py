@@ -96,7 +96,10 @@ def open_source(
     repo = None
     if is_download:
         from . import corenet_files
+        from .formats import corenet
 
+        if any(path.endswith(".pt") for path in catalog.corenet_files(str(model).strip())):
+            corenet.require_torch()  # before gigabytes come that cannot be read
         path = corenet_files.download(str(model).strip())
     elif file is not None:
         path = file

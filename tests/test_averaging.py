@@ -131,7 +131,7 @@ def test_what_cannot_be_averaged(tmp_path: Path) -> None:
         (["a", "wide"], "transformer.token_embeddings.weight does .2048 x 64 and 2048 x 96"),
         (["a", "deep"], "not of one shape"),
         (["a", "relu"], "activation_fn_name: swish and relu"),
-        (["a", "packed"], "packed is quantized.*--dequantize"),
+        (["a", "packed"], "packed is quantized to 4 bits.*unpack it with convert"),
         (["a", "absent"], "absent does not exist"),
     ):
         with pytest.raises(RequestError, match=words):

@@ -460,7 +460,7 @@ def test_configurations_that_are_none(small: Path, text: str) -> None:
 
 
 def test_empty_folders(tmp_path: Path) -> None:
-    refused(tmp_path, "config.json", "does not exist")
+    refused(tmp_path, "config.json", "holds no")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "no model*.safetensors")
     with pytest.raises(RequestError, match="does not exist"):

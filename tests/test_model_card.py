@@ -374,7 +374,7 @@ def test_gguf(tmp_path: Path) -> None:
     assert "| `openelm-270m-q8_0.gguf` | 2.0 MB |" in text
     assert "Quantized with method `q8_0`." in text
     assert "llama-cli --hf-repo me/openelm --hf-file openelm-270m-q8_0.gguf" in text
-    assert "mlx-openelm convert --model openelm-270m-q8_0.gguf" in text
+    assert "mlx-openelm generate --model openelm-270m-q8_0.gguf" in text
 
 
 # Cards at upload

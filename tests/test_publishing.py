@@ -17,6 +17,7 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.publishing import UploadOptions
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import metadata_load
@@ -66,6 +67,17 @@ def writer(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub waits a second or more before each of its five retries."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+def write_gguf(path: Path) -> None:
+    """A whole GGUF file, of one tensor."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "openelm")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def model_names(folder: Path) -> set[str]:
@@ -162,7 +174,7 @@ def test_weights_of_another_upload_do_not_stay_beside_the_new(folder: Path, writ
 
 def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
     file = tmp_path / "openelm-q8_0.gguf"
-    file.write_bytes(b"GGUF" + bytes(1000))
+    write_gguf(file)
     (tmp_path / "README.md").write_text("not this one's")
     there = writer.new_folder()
     (there / "model.safetensors").write_text("kept")
@@ -175,7 +187,7 @@ def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
 
 def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_path: Path) -> None:
     file = tmp_path / "openelm-q8_0.gguf"
-    file.write_bytes(b"GGUF" + bytes(1000))
+    write_gguf(file)
     source = tmp_path / "source"
     source.mkdir()
     (source / "LICENSE").write_text("licence")
@@ -194,7 +206,7 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
 
 def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
     file, source = tmp_path / "openelm.gguf", tmp_path / "source"
-    file.write_bytes(b"GGUF" + bytes(1000))
+    write_gguf(file)
     source.mkdir()
     (tmp_path / ".netrc").write_text("secret")
     (source / "LICENSE").symlink_to(tmp_path / ".netrc")
@@ -318,7 +330,7 @@ def test_dry_run_says_what_it_does_not_know(folder: Path, hub: FakeHub, hub_env:
     (folder / "README.md").write_text("# Mine\n")
     assert "README.md replaced by yours" in plan(folder)
     file = folder / "model.gguf"
-    file.write_bytes(b"GGUF" + bytes(1000))
+    write_gguf(file)
     assert "older weights kept" in plan(file)  # what a GGUF file leaves there
     assert hub.requests == []
 

@@ -65,7 +65,9 @@ def test_a_budget_a_report_and_an_upload_that_is_only_shown(folder):
 def test_a_report_is_a_table_and_a_drawing_and_writes_nothing(folder):
     pytest.importorskip("matplotlib")
     before = sorted(path.name for path in folder.iterdir())
-    done = run("quantize", "--model", "model", "--report", *LEARNING, folder=folder)
+    done = run(
+        "quantize", "--model", "model", "--report", "--calibration", "play.txt", "--sequence-length", 32, folder=folder
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["bits/weight", "size", "perplexity", "KL", "divergence"]

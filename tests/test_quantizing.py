@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -53,7 +54,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def options(text: Path, **values: Any) -> QuantizeOptions:
-    return QuantizeOptions(**SMALL | {"calibration": str(text)} | values)
+    """A few short windows of `text`, as far as the other options read any."""
+    small = SMALL | {"calibration": str(text)}
+    if not values.get("method") and values.get("target_bpw") is None:
+        small.pop("num_samples")
+        if "report_data" in values:
+            small.pop("calibration")
+    return QuantizeOptions(**small | values)
 
 
 # What is written.
@@ -157,7 +164,8 @@ def test_text_for_the_report_is_never_calibrated_on(source, text):
     for size in (6000, 700, 300):
         text = text.parent / "part.txt"
         text.write_text(TEXT[:size])
-        read = read_text(tokenizer, config, options(text, num_samples=1000, report=True))
+        with pytest.warns(UserWarning, match="windows to learn from, not 1000"):
+            read = read_text(tokenizer, config, options(text, num_samples=1000, report=True, method=("gptq",)))
         held_out = {tuple(window) for window in read.held_out}
         windows = make_windows(tokenizer, load_documents(text), 32)
         assert held_out and read.windows
@@ -297,13 +305,23 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
         ({"report_data": "t.txt", "q_bits": 4}, "--report-data needs --report"),
         ({"calibration": "t.txt", "q_bits": 4}, "--calibration needs --target-bpw, --method or --report"),
         ({"method": ("gptq",), "num_samples": 0}, "--num-samples must be 1 or more"),
-        ({"method": ("gptq",), "sequence_length": -1}, "--sequence-length must be 1 or more"),
+        ({"method": ("gptq",), "sequence_length": -1}, "--sequence-length must be 16 or more"),
+        ({"method": ("gptq",), "sequence_length": 15}, "--sequence-length must be 16 or more"),
+        ({"report": True, "num_samples": 8}, "--num-samples needs --target-bpw or --method"),
+        ({"report": True, "calibration": "t.txt", "report_data": "t.txt"}, "nothing reads --calibration"),
+        ({"target_bpw": math.nan}, "--target-bpw must be a positive number"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(RequestError, match=message) as raised:
         QuantizeOptions(**values)
     assert "\n" not in str(raised.value)
+
+
+def test_windows_longer_than_the_context_are_refused(source, text, tmp_path):
+    with pytest.raises(RequestError, match="--sequence-length must be at most"):
+        quantize(source, tmp_path / "out", options(text, method=("gptq",), sequence_length=100_000))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path, monkeypatch):
@@ -343,7 +361,7 @@ def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
 @pytest.mark.parametrize(
     "content,message",
     [("Too short.", "fewer than a window of 32; give a shorter --sequence-length"), ("", "holds no text"),
-     (None, "is no file")],
+     (None, "must name a file")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["calibration", "report_data"])
 def test_text_that_is_too_short_or_missing_is_refused(field, content, message, source, text, tmp_path):

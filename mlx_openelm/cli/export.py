@@ -52,9 +52,9 @@ def run(
     Quantized models are dequantized first. The output appears complete or not at all.
     """
     upload = UploadOptions(**options)
+    if format == "gguf" and output is not None and Path(output).suffix.lower() != ".gguf":
+        raise RequestError(f"Programs know GGUF files by their ending .gguf, which --output {output} lacks; add it.")
     publishing.check(upload)
-    if upload.upload_repo is not None and format == "gguf" and output is not None and Path(output).suffix != ".gguf":
-        raise RequestError(f"The hub knows GGUF files by their ending .gguf, which --output {output} lacks; add it.")
     with console.Progress("Writing", unit="bytes") as progress:
         result = export(
             model,

@@ -26,7 +26,10 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug, is_eager=True)
 ]
 Model = Annotated[
-    str, typer.Option("--model", help="A name (270m, 1.1b-instruct, tiny), a hub repository, or a folder.")
+    str,
+    typer.Option(
+        "--model", help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a .pt or .gguf file."
+    ),
 ]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="A tokenizer file or folder, in place of the model's own.")

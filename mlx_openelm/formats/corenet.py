@@ -6,6 +6,7 @@ embedding has rows that belong to no token: `cut_vocabulary` drops them once the
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import re
 import warnings
@@ -258,6 +259,16 @@ def _numpy_scalars() -> list[Any]:
 
 def _damaged(path: Path) -> RequestError:
     return RequestError(f"{path} is damaged, or no PyTorch checkpoint of plain tensors: download it again.")
+
+
+def require_torch() -> None:
+    """Ask before a download whether a `.pt` file could be read.
+
+    Raises:
+        RequestError: PyTorch is missing.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise _missing("CoreNet's .pt files", "PyTorch")
 
 
 def _missing(what: str, package: str) -> RequestError:

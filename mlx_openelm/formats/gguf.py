@@ -6,6 +6,7 @@ queries and keys, and has a feed-forward gated by silu, whose `proj_1` it keeps 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,18 @@ def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
 # In.
 
 
+def check(path: Path) -> None:
+    """Ask whether a file is GGUF and whole, as far as can be told; types that `read` does not know are fine.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not is_gguf(path):
+        raise RequestError(f"{path} is not a GGUF file; export it again.")
+    if importlib.util.find_spec("gguf") is not None:
+        _open(path)
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a file says of itself that it is GGUF."""
     with path.open("rb") as file:
@@ -271,7 +284,12 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
     tokenizer = gguf_tokenizer.read(values, path)
     if tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{path} has {tokenizer.vocab_size} tokens, but an embedding of {config.vocab_size} rows.")
-    return Checkpoint(config, weights), tokenizer
+    blocks = sorted({tensor.tensor_type.name for tensor in reader.tensors} & _BLOCK_BYTES.keys())
+    return Checkpoint(config, weights, rounded_to=" and ".join(blocks).lower() or None), tokenizer
+
+
+class _Unreadable(ValueError):
+    """Why a file cannot be read, in words for people."""
 
 
 def _open(path: Path) -> Any:
@@ -285,18 +303,20 @@ def _open(path: Path) -> Any:
         def _get(self, offset: int, *args: Any, **kwargs: Any) -> Any:
             self.values_read += 1
             if offset >= len(self.data):
-                raise ValueError("it is cut off")
+                raise _Unreadable("it is cut off")
             if self.values_read > _MOST_VALUES:
-                raise ValueError(f"its header has more than {_MOST_VALUES} values")
+                raise _Unreadable(f"its header has more than {_MOST_VALUES} values")
             return super()._get(offset, *args, **kwargs)
 
     try:
         return Reader(path)
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
-    # Whatever a damaged file makes the package stumble over.
+    # Whatever a damaged file makes the package, and NumPy under it, stumble over.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise _damaged(path, str(error)) from None
+        # Our own reasons are for people, NumPy's are not.
+        reason = str(error) if isinstance(error, _Unreadable) else "its header or its end is not as it should be"
+        raise _damaged(path, reason) from None
 
 
 def _damaged(path: Path, why: str) -> RequestError:

@@ -26,11 +26,23 @@ _LISTED = 8  # tensors named in an error before the rest is only counted
 
 @dataclass
 class Checkpoint:
-    """A model as stored: unread weights by Hugging Face name, and how each quantized matrix is packed."""
+    """A model as stored: unread weights by Hugging Face name, and how each quantized matrix is packed.
+
+    `rounded_to` says what full weights had been quantized to before, where that is known: they are no more precise.
+    """
 
     config: ModelConfig
     weights: Weights
     quantization: dict[str, Quantization] = field(default_factory=dict)
+    rounded_to: str | None = None
+
+    @property
+    def rounding(self) -> str | None:
+        """What its matrices are, or were, quantized to; None for full precision."""
+        if not self.quantization:
+            return self.rounded_to
+        common = most_common(self.quantization)
+        return f"{common.bits} bits" if common.mode == "affine" else common.mode
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -49,6 +61,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         RequestError: missing, damaged, not OpenELM, or impossible sizes.
     """
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{folder} holds no config.json, so it is no model; give the folder that holds one.")
     values = read_json(folder / "config.json")
     try:
         return ModelConfig.from_dict(values), values

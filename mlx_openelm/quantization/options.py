@@ -13,6 +13,7 @@ from .recipes import Plan, planner
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512
+_SHORTEST = 16
 
 # The flags that say what to write; with --report and none of them nothing is written.
 _WAYS = ("q_bits", "q_group_size", "q_mode", "recipe", "target_bpw")
@@ -64,12 +65,16 @@ class QuantizeOptions:
         for name in _TEXT if not (self.is_learned or self.report) else ():
             if getattr(self, name) is not None:
                 raise RequestError(f"{_flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
-        for name in ("num_samples", "sequence_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"{_flag(name)} must be 1 or more, got {value}.")
+        if self.num_samples is not None and not self.is_learned:
+            raise RequestError("--num-samples needs --target-bpw or --method: a report alone learns from nothing.")
+        if self.calibration is not None and self.report_data is not None and not self.is_learned:
+            raise RequestError("With --report-data nothing reads --calibration but --target-bpw and --method.")
+        for name, least in (("num_samples", 1), ("sequence_length", _SHORTEST)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise RequestError(f"{_flag(name)} must be {least} or more, got {value}.")
         for name in _FILES:
             if (value := getattr(self, name)) is not None and not Path(value).expanduser().is_file():
-                raise RequestError(f"{_flag(name)} {value} is no file.")
+                raise RequestError(f"{_flag(name)} must name a file, which {value} is not.")
 
     def plan(self) -> Plan:
         """What bits or a recipe make of a model, where no budget is given."""

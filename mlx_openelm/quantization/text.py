@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
     Raises:
         RequestError: unreadable text, less than a window of it, or nothing left to measure on.
     """
-    length = min(options.sequence_length or SEQUENCE_LENGTH, config.max_context_length)
+    length = options.sequence_length or min(SEQUENCE_LENGTH, config.max_context_length)
+    if length > config.max_context_length:
+        raise RequestError(f"--sequence-length must be at most {config.max_context_length}, the model's context.")
     path = BUNDLED if options.calibration is None else Path(options.calibration).expanduser()
     name = _BUNDLED_NAME if options.calibration is None else path.name
     windows = _shuffled(tokenizer, path, length, options)
@@ -61,6 +64,8 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
         data = Path(options.report_data).expanduser()
         held_out, held_out_name = _shuffled(tokenizer, data, length, options), data.name
     count = options.num_samples or NUM_SAMPLES
+    if options.num_samples is not None and count > len(windows):
+        warnings.warn(f"{name} has {len(windows)} windows to learn from, not {count}; all are used.", stacklevel=2)
     return CalibrationText(name, windows[:count], held_out[:_REPORT_WINDOWS], held_out_name)
 
 
