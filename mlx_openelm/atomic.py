@@ -108,8 +108,8 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
         if not overwrite:
             raise RequestError(f"{path} exists; choose another {flag}, or replace it with --overwrite.")
         entries = list(path.iterdir())
-    if entries and (not (path / "config.json").is_file() or any(entry.is_dir() for entry in entries)):
-        raise RequestError(f"{path} holds more than a model, so it is not overwritten; choose another {flag}.")
+        if entries and (not (path / "config.json").is_file() or any(entry.is_dir() for entry in entries)):
+            raise RequestError(f"{path} holds more than a model, so it is not overwritten; choose another {flag}.")
     return path
 
 
