@@ -141,15 +141,16 @@ def _costs(
     size = max((o.group_size for o in options if o.group_size <= 64), default=options[0].group_size)
     measured: dict[int, tuple[float, float]] = {}  # bits to cost and error
     sample = weight[:: max(1, weight.shape[0] // _ROWS)]
+    errors = {option: round_error(sample, moments, option, dtype) for option in options}
     for bits in _MEASURED:
         choice = Quantization(size, bits)
         module["weight"] = round_nearest(weight, moments, choice, dtype).astype(weight.dtype)
-        measured[bits] = divergence(), round_error(sample, moments, choice, dtype)
+        measured[bits] = divergence(), errors[choice]
         module["weight"] = weight
     costs = {}
     for option in options:
         cost, error = measured[min(option.bits, max(_MEASURED))]
-        costs[option] = cost * round_error(sample, moments, option, dtype) / max(error, 1e-30)
+        costs[option] = cost * errors[option] / max(error, 1e-30)
     return costs
 
 
