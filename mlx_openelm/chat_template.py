@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def render(
         runs = _render_corenet(messages, special_tokens[eos_token], add_generation_prompt, continue_final_message)
         return [special_tokens[bos_token], *runs]
     # A mark nobody can have typed stands for each special token the template writes, and for the point where the
-    # last message ends, so that both are found in the rendered text whatever the messages say.
-    mark = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
+    # last message ends, so that both are found in the rendered text whatever the messages say. No text that comes
+    # out holds it, so one a process serves, and a template is compiled once.
+    mark = _mark()
     copies = [dict(message) for message in messages]
     variables = {
         "messages": copies,
@@ -98,7 +100,7 @@ def render(
     end = f"{mark}end;"
     if continue_final_message:
         copies[-1]["content"] += end
-    text = _render_jinja(_mark_special_tokens(source, special_tokens, mark), variables)
+    text = _render_jinja(_mark_special_tokens(source, tuple(special_tokens.items()), mark), variables)
     if continue_final_message:
         if end not in text:
             raise RequestError("this chat template does not show the last message, so it cannot be continued")
@@ -121,15 +123,37 @@ def _render_corenet(
     return [*runs, text + ("<|assistant|>\n" if add_generation_prompt else "")]
 
 
-def _mark_special_tokens(source: str, special_tokens: Mapping[str, int], mark: str) -> str:
+@lru_cache(maxsize=1)
+def _mark() -> str:
+    return "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
+
+
+@lru_cache(maxsize=8)
+def _mark_special_tokens(source: str, special_tokens: tuple[tuple[str, int], ...], mark: str) -> str:
     """Replace the special tokens written out in a template (`</s>` instead of `eos_token`) by their marks."""
-    longest_first = sorted(special_tokens, key=len, reverse=True)
+    ids = dict(special_tokens)
+    longest_first = sorted(ids, key=len, reverse=True)
     pattern = "|".join(re.escape(token) for token in longest_first)
-    return re.sub(pattern, lambda found: f"{mark}{special_tokens[found[0]]};", source)
+    return re.sub(pattern, lambda found: f"{mark}{ids[found[0]]};", source)
 
 
 def _render_jinja(source: str, variables: Mapping[str, Any]) -> str:
-    """Render as transformers does: a sandbox, blocks trimmed, and the functions templates on the hub rely on."""
+    import jinja2
+
+    try:
+        return _compile(source).render(**variables)
+    # A template is a program of the user's: it can raise anything, from a syntax error to a division by zero.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise RequestError(
+            f"the chat template failed{line}: {reason}; correct it, or use --chat-template plain or corenet"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> Any:
+    """A template as transformers has them: a sandbox, blocks trimmed, and the functions those on the hub rely on."""
     import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -146,12 +170,4 @@ def _render_jinja(source: str, variables: Mapping[str, Any]) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    try:
-        return environment.from_string(source).render(**variables)
-    # A template is a program of the user's: it can raise anything, from a syntax error to a division by zero.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise RequestError(
-            f"the chat template failed{line}: {reason}; correct it, or use --chat-template plain or corenet"
-        ) from None
+    return environment.from_string(source)

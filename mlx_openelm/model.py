@@ -5,7 +5,7 @@ Modules carry the names of the Hugging Face checkpoint, so a checkpoint's keys a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -46,8 +46,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 def add_projection(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
-    """residual + layer(x); in one product while the layer is a plain matrix, not quantized and without adapters."""
-    return layer.onto(residual, x) if type(layer) is Linear else residual + layer(x)
+    """residual + layer(x); in one product where the layer can, as a plain matrix does and MLX's quantized ones do not."""
+    onto = getattr(type(layer), "onto", None)
+    return residual + layer(x) if onto is None else onto(layer, residual, x)
 
 
 class Attention(nn.Module):
@@ -64,10 +65,11 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, residual: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any
+        self, qkv: mx.array, residual: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any
     ) -> mx.array:
+        """residual + out_proj(attention), from what `qkv_proj` gave."""
         norms = self.norms and self.norms.use(self["q_norm"]["weight"], self["k_norm"]["weight"])
-        mixed = attend(self["qkv_proj"](x), shape, self.num_heads, norms, cache)
+        mixed = attend(qkv, shape, self.num_heads, norms, cache)
         return add_projection(residual, self["out_proj"], mixed)
 
 
@@ -83,7 +85,7 @@ class FeedForward(nn.Module):
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        x = self["proj_1"](x)
+        """residual + proj_2(activation), from what `proj_1` gave."""
         if not self.gated:
             x = self.activation(x)
         elif self.activation is nn.silu:
@@ -95,6 +97,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
+    """Attention, then the feed-forward, in two stages each: a norm and a projection, then what follows up to the residual.
+
+    Training keeps what goes from stage to stage and computes the rest again in the backward pass.
+    """
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn = Attention(config, layer)
@@ -103,8 +110,16 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        x = self["attn"](self["attn_norm"](x), x, attend, shape, cache)
-        return self["ffn"](self["ffn_norm"](x), x)
+        x = self["attn"](self.project(x), x, attend, shape, cache)
+        return self["ffn"](self.expand(x), x)
+
+    def project(self, x: mx.array) -> mx.array:
+        """Queries, keys and values of x [N, model_dim]."""
+        return self["attn"]["qkv_proj"](self["attn_norm"](x))
+
+    def expand(self, x: mx.array) -> mx.array:
+        """The feed-forward's gate and up of x [N, model_dim]."""
+        return self["ffn"]["proj_1"](self["ffn_norm"](x))
 
 
 class Transformer(nn.Module):
@@ -134,7 +149,12 @@ class OpenELM(nn.Module):
         return self.transformer.layers
 
     def hidden_states(
-        self, tokens: mx.array, cache: Sequence[Any] | None = None, mask: mx.array | str | None = None
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        mask: mx.array | str | None = None,
+        *,
+        run_layer: Callable[..., mx.array] = TransformerLayer.__call__,
     ) -> mx.array:
         """tokens [batch, length] to hidden states [batch, length, model_dim] after the final norm.
 
@@ -142,6 +162,7 @@ class OpenELM(nn.Module):
             cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence.
             mask: what each position may see, in place of the causal mask: booleans or numbers to add,
                 [length, total] or [batch, 1, length, total].
+            run_layer: calls a layer, as training does in its own way.
         """
         batch, length = tokens.shape
         caches = cache if cache is not None else [None] * len(self.layers)
@@ -157,7 +178,7 @@ class OpenELM(nn.Module):
         # Where a packing's scales are no floating-point numbers, embeddings come out as bfloat16.
         x = x.astype(self.transformer.norm["weight"].dtype)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = layer(x, attend, (batch, length), layer_cache)
+            x = run_layer(layer, x, attend, (batch, length), layer_cache)
         return self.transformer.norm(x).reshape(batch, length, -1)
 
     def logits(self, hidden_states: mx.array) -> mx.array:

@@ -168,8 +168,7 @@ class Attend:
             norms: how queries and keys are normalized before RoPE, if they are.
             cache: extended in place, ours or mlx-lm's; or None.
         """
-        heads = qkv.reshape(*shape, -1, self.head_dim)
-        queries, keys, values = (self._fused_heads if self.fused else self._plain_heads)(heads, num_heads, norms)
+        queries, keys, values = self.heads(qkv, shape, num_heads, norms)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if hasattr(cache, "bits"):
@@ -183,6 +182,13 @@ class Attend:
         if shape[1] > 1:
             output = output.swapaxes(1, 2)
         return output.reshape(qkv.shape[0], -1)
+
+    def heads(
+        self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
+    ) -> Heads:
+        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; unless `fused`, queries are scaled."""
+        heads = qkv.reshape(*shape, -1, self.head_dim)
+        return (self._fused_heads if self.fused else self._plain_heads)(heads, num_heads, norms)
 
     def _fused_heads(self, heads: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
         """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]."""

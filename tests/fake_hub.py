@@ -2,6 +2,7 @@
 
     with FakeHub() as hub:
         hub.add("apple/OpenELM-270M", folder)
+        hub.add("datasets/owner/name", folder)
         hub.url         # for HF_ENDPOINT
         hub.requests    # [("GET", "/apple/OpenELM-270M/resolve/<commit>/config.json"), ...]
 
@@ -99,7 +100,8 @@ class FakeHub:
     @property
     def files_sent(self) -> list[str]:
         """The names of the files whose content was asked for, in order."""
-        return [path.split("/", 5)[-1] for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        asked = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return [path.partition("/resolve/")[2].partition("/")[2] for path in asked]
 
     def add(self, name: str, folder: Path, **switches: object) -> Repo:
         self.repos[name] = Repo(Path(folder), **switches)  # type: ignore[arg-type]
@@ -160,15 +162,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_writer(path)
         elif path.startswith("/api/models/"):
             self._answer_api(path.removeprefix("/api/models/"))
+        elif path.startswith("/api/datasets/"):
+            self._answer_api(path.removeprefix("/api/datasets/"), "datasets/")
         else:
             name, _, rest = path.lstrip("/").partition("/resolve/")
             revision, _, file = rest.partition("/")
             self._answer_file(name, revision, file)
 
-    def _answer_api(self, path: str) -> None:
+    def _answer_api(self, path: str, kind: str = "") -> None:
         """`owner/repo`, `owner/repo/revision/REV` or `owner/repo/tree/REV`."""
         parts = path.split("/", 3)
-        name, what, revision = "/".join(parts[:2]), parts[2:3], "/".join(parts[3:]) or "main"
+        name, what, revision = kind + "/".join(parts[:2]), parts[2:3], "/".join(parts[3:]) or "main"
         repo = self._repo_at(name, revision)
         if repo is None:
             return

@@ -1,0 +1,47 @@
+"""An adapter as such: low-rank changes of a model's matrices, whatever file they come from or model they are put in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+EMBEDDING = "transformer.token_embeddings"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one matrix: `scale * a @ b`.
+
+    Args:
+        a: [in, rank]; for the embedding [vocab, rank].
+        b: [rank, out]; for the embedding [rank, model_dim].
+        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        magnitude: DoRA's length of each output row [out] (arXiv:2402.09353); for the embedding of each
+            column [model_dim], as PEFT has it. None for LoRA.
+        output_side: of an embedding that is the output layer too: whether logits are changed as well. mlx-lm does
+            so; PEFT and CoreNet change the input side only.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    magnitude: mx.array | None = None
+    output_side: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+@dataclass
+class Adapter:
+    """The changes of a model, by module path (`transformer.layers.0.attn.qkv_proj`).
+
+    `weights` holds whole tensors by name, as full fine-tuning leaves them; an adapter has these or `modules`.
+    """
+
+    modules: dict[str, LowRank] = field(default_factory=dict)
+    weights: dict[str, mx.array] = field(default_factory=dict)
+    dropout: float = 0.0
+    base_model: str | None = None

@@ -1,0 +1,180 @@
+"""Configuration files: our flat names in YAML, and mlx-lm's nested ones as aliases (see `mlx_lm_config`)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import RequestError
+from . import mlx_lm_config
+from .options import TrainOptions, conform, field_types, flag
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+# What a file may say beside the options: which model, for the command.
+MODEL_KEYS = ("model", "tokenizer", "config_yaml", "revision", "dtype", "chat_template")
+
+# What mlx-lm has and we do not offer, with the values that ask for nothing, and what to do instead.
+_NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hf_dataset": ((), "name the data set in data"),
+    "trust_remote_code": ((False,), "no code of a model's repository is run here"),
+    "clear_cache_threshold": ((0,), "MLX's memory limits can be set in its environment"),
+    "config": ((), "a file cannot name another one; give --config on the command line"),
+}
+# Two ways to say one thing.
+_RIVALS = (("alpha", "scale"), ("iters", "epochs"))
+# What the meaning of other keys hangs on.
+_OWNERS = ("optimizer", "fine_tune_type")
+_OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout")
+_OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum", "bias_correction")
+_OF_SCHEDULE = ("min_learning_rate", "decay_steps")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they are there; `1e-5` is a number.
+
+    Raises:
+        RequestError: it cannot be read, is no YAML, or no list of keys and values.
+    """
+    import yaml
+
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} must hold keys with values, like `rank: 8`.")
+    return values
+
+
+def merge(
+    options: type[Options],
+    file_values: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    *,
+    model_keys: tuple[str, ...] = MODEL_KEYS,
+    place: str = "The configuration file",
+) -> tuple[Options, dict[str, Any]]:
+    """The options of a run, and what is said about the model: flags come before the file, the file before defaults.
+
+    Where a flag chooses another optimizer, schedule or kind of fine-tuning, what the file says about its own is left
+    out. A null in the file is as good as no key.
+
+    Args:
+        options: the dataclass to make; it is not checked yet.
+        file_values: as `read` gives them.
+        flags: those that were given, by field or by model key.
+        model_keys: what may be said beside the options.
+        place: what messages call the file.
+
+    Raises:
+        RequestError: an unknown key, one that is not offered, a value of a wrong type, or two that exclude another.
+    """
+    types = {**{key: str | None for key in model_keys}, **field_types(options)}
+    values = {key: value for key, value in file_values.items() if value is not None}
+    values = _offered(values, place)
+    for key in values.keys() - types.keys() - set(mlx_lm_config.KEYS):
+        raise RequestError(f"{place} has an unknown key {key!r}; {_hint(key, [*types, *mlx_lm_config.KEYS])}")
+    given = {key: value for key, value in flags.items() if value is not None}
+    if "optimizer" in values and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
+        values = {key: value for key, value in values.items() if key not in _OF_OPTIMIZER}
+    chosen = {key: given.get(key) or values.get(key) or _default(options, key) for key in _OWNERS}
+    values = mlx_lm_config.flatten(values, place, **chosen)
+    flat = {key: _conform(types[key], key, value, place) for key, value in values.items()}
+    _check_rivals(flat, f"{place} has both {{}} and {{}}, which say one thing in two ways; keep one.")
+    _check_rivals(given, "{} and {} say one thing in two ways; give one of them.", flag)
+    merged = _without_overruled(flat, given) | given
+    found = {key: merged.pop(key) for key in model_keys if key in merged}
+    return options(**merged), found
+
+
+def to_dict(options: TrainOptions) -> dict[str, Any]:
+    """The options as JSON and YAML have them; `merge` makes the same options of it.
+
+    `iters` is left out where `epochs` takes its place.
+    """
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+    if options.epochs is not None:
+        del values["iters"]
+    return values
+
+
+def _loader() -> Any:
+    """A safe YAML loader to which 1e-5 is a number, as in YAML 1.2, and a key given twice is an error."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+        loader.flatten_mapping(node)
+        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+    number = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    return Loader
+
+
+def _offered(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    for key, (harmless, instead) in _NOT_OFFERED.items():
+        if key in values and values[key] not in harmless:
+            raise RequestError(f"{place} has {key}, which is not offered here; {instead}.")
+    return {key: value for key, value in values.items() if key not in _NOT_OFFERED}
+
+
+def _hint(key: Any, known: list[str]) -> str:
+    """What may have been meant by an unknown key."""
+    close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else "see `mlx-openelm lora --help` for the names."
+
+
+def _conform(kind: Any, key: str, value: Any, place: str) -> Any:
+    if key == "target_modules" and isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    try:
+        return conform(kind, value)
+    except ValueError as expected:
+        quotes = "; put it in quotes" if str(expected) == "text" and not isinstance(value, dict | list) else ""
+        raise RequestError(f"{place}: {key} must be {expected}, got {value!r}{quotes}.") from None
+
+
+def _default(options: type[TrainOptions], name: str) -> Any:
+    return next((field.default for field in fields(options) if field.name == name), None)
+
+
+def _check_rivals(values: Mapping[str, Any], message: str, name: Any = str) -> None:
+    for pair in _RIVALS:
+        if all(key in values for key in pair):
+            raise RequestError(message.format(*map(name, pair)))
+
+
+def _without_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's values without those that a flag has made meaningless."""
+    overruled: set[str] = set()
+    for one, other in _RIVALS:
+        overruled |= {other} if one in flags else set()
+        overruled |= {one} if other in flags else set()
+    if flags.get("fine_tune_type") == "full":
+        overruled |= set(_OF_LORA)
+    if flags.get("lr_schedule") == "constant":
+        overruled |= set(_OF_SCHEDULE)
+    if flags.get("warmup") == 0:
+        overruled.add("warmup_init")
+    if "scale" in flags:
+        overruled.add("use_rslora")
+    if flags.get("resume"):
+        overruled.add("resume_adapter_file")  # what the run started from
+    return {key: value for key, value in values.items() if key not in overruled}

@@ -1,0 +1,264 @@
+"""From what `--data` names to records: a folder, one file, or a data set on the hub, as train, valid and test.
+
+The formats are JSON lines (`.jsonl`), JSON arrays (`.json`), both also gzipped, and `.parquet`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .kinds import KEYS, Faults, Record, recognise
+
+# Best first, where a data set on the hub comes in several formats: what needs no further package wins.
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SPLITS = ("train", "valid", "test")
+_OTHER_NAMES = {"validation": "valid", "val": "valid", "dev": "valid"}
+_SPLIT_NAME = re.compile(rf"({'|'.join((*SPLITS, *_OTHER_NAMES))})(?:[-_.].*)?")
+_SHARD = re.compile(r"-\d+-of-(\d+).*$")
+# What describes a data set on the hub, and is none of its data.
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")
+_EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or .json, .parquet)"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The records of each split, in the order of their files; a split that was not needed or is not there is empty.
+
+    `notes` are lines to show before training: what was held out for validation, and from what.
+    """
+
+    train: list[Record] = field(default_factory=list)
+    valid: list[Record] = field(default_factory=list)
+    test: list[Record] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+def read_splits(
+    data: str | Path, *, valid_fraction: float = 0.1, seed: int = 0, need: Sequence[str] = ("train",)
+) -> Splits:
+    """The records that `data` names.
+
+    A folder holds `train`, `valid` (or `validation`, `val`, `dev`) and `test` files, in itself or in its `data`
+    folder, whole or in shards. Where there is no validation file, and with one file alone, `valid_fraction` of the
+    training records are drawn by `seed` and held out, the same ones for the same file. One file serves `need` =
+    ("test",) as a whole.
+
+    Args:
+        data: a folder, a file, or a data set on the hub, `owner/name`.
+        need: the splits that must be there. With `train` the validation records come too; others are not read.
+
+    Raises:
+        RequestError: nothing there, nothing of what is needed, files that cannot be told apart, or bad records, the
+            first by file and line (or item, or row) with the number of others.
+        OpenELMError: a download that failed.
+    """
+    if not 0 <= valid_fraction < 1:
+        raise RequestError(f"--valid-fraction must be at least 0 and less than 1, got {valid_fraction}.")
+    files = _find_files(data, need)
+    missing = [split for split in need if split not in files]
+    if missing:
+        found = f"only {', '.join(files)}" if files else "nothing"
+        raise RequestError(f"{data} has no {' and no '.join(missing)} data ({found}); give a folder with {_EXPECTED}.")
+    wanted = {*need, "valid"} if "train" in need else {*need}
+    records = {split: read_records(files[split]) for split in SPLITS if split in files and split in wanted}
+    notes: tuple[str, ...] = ()
+    if "train" in need and "valid" not in files:
+        name = files["train"][0].name if len(files["train"]) == 1 else str(data)
+        records["train"], records["valid"] = hold_out(records["train"], valid_fraction, seed)
+        notes = (_hold_out_note(name, len(records["train"]), len(records["valid"])),)
+    return Splits(**records, notes=notes)
+
+
+def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """`records` without a `fraction` drawn by `seed`, and that fraction; both in their order.
+
+    At least one is drawn if `fraction` is not 0, and at least one is left.
+    """
+    number = min(max(1, round(len(records) * fraction)), len(records) - 1) if fraction else 0
+    drawn = set(random.Random(seed).sample(range(len(records)), number))
+    kept = [record for index, record in enumerate(records) if index not in drawn]
+    return kept, [records[index] for index in sorted(drawn)]
+
+
+def _hold_out_note(name: str, kept: int, held_out: int) -> str:
+    if not held_out:
+        return f"{name} has no validation data beside it: training goes without validation."
+    return (
+        f"{name} has no validation data beside it: {held_out} of its {kept + held_out} examples, drawn by the seed, "
+        "are held out for validation."
+    )
+
+
+def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of each split."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        names = [
+            found.relative_to(path).as_posix()
+            for folder in (path, path / "data")
+            if folder.is_dir()
+            for found in folder.iterdir()
+            if found.is_file() and not found.name.startswith(".")
+        ]
+        splits = find_splits(names, str(data))
+        if not splits:
+            raise RequestError(f"{data} holds no data: name its files {_EXPECTED}.")
+        return {split: [path / name for name in files] for split, files in splits.items()}
+    if path.is_file():
+        if suffix_of(path.name) is None:
+            raise RequestError(
+                f'{data} is no data file: give one of {", ".join(SUFFIXES)} (plain text as {{"text": ...}}, '
+                "one example a line)."
+            )
+        return {"test" if tuple(need) == ("test",) else "train": [path]}
+    owner, _, name = str(data).partition("/")
+    is_path = suffix_of(path.name) is not None or not owner or not name or "/" in name or owner in (".", "..", "~")
+    if is_path:
+        raise RequestError(f"there is no folder or file {data}; give one, or a data set on the hub as owner/name.")
+    from .hub_data import download_splits
+
+    files = download_splits(str(data))
+    return files if set(files) != {"all"} else {"test" if tuple(need) == ("test",) else "train": files["all"]}
+
+
+def suffix_of(name: str) -> str | None:
+    """The ending of a data file, None for other files."""
+    if name.rpartition("/")[2] in _DESCRIPTIONS:
+        return None
+    return next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), None)
+
+
+def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False) -> dict[str, list[str]]:
+    """The files of each split among `names`, paths below one folder; shards in order.
+
+    A split is told by a file's name (`train.jsonl`, `train-00000-of-00002.parquet`), else by its folder's
+    (`data/train/0000.parquet`).
+
+    Args:
+        choose_format: of several formats take the one of `SUFFIXES` that comes first, rather than refuse.
+
+    Raises:
+        RequestError: several candidates for a split, such as `train.json` and `train.jsonl`.
+    """
+    candidates: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for name in sorted(names):
+        suffix = suffix_of(name)
+        if suffix is None:
+            continue
+        folder, _, stem = name[: -len(suffix)].rpartition("/")
+        family = _SHARD.sub("", stem)
+        found = _SPLIT_NAME.fullmatch(stem.lower())
+        if found is None:
+            folder, _, family = folder.rpartition("/")
+            found = _SPLIT_NAME.fullmatch(family.lower())
+        if found is not None:
+            split = _OTHER_NAMES.get(found[1], found[1])
+            candidates.setdefault(split, {}).setdefault((f"{folder}/{family}", suffix), []).append(name)
+    return {split: _only_one(candidates[split], split, where, choose_format) for split in SPLITS if split in candidates}
+
+
+def _only_one(families: dict[tuple[str, str], list[str]], split: str, where: str, choose_format: bool) -> list[str]:
+    """The files of the one candidate for `split`."""
+    # A name that is the split's own (`train`) goes before others that begin with it (`train_sft`).
+    exact = {key: files for key, files in families.items() if key[0].rpartition("/")[2].lower() == split}
+    families = exact or families
+    if choose_format:
+        best = min(SUFFIXES.index(suffix) for _, suffix in families)
+        families = {key: files for key, files in families.items() if key[1] == SUFFIXES[best]}
+    if len(families) > 1:
+        names = ", ".join(sorted(files[0] for files in families.values()))
+        raise RequestError(f"{where} has several files for {split} ({names}): keep one, or give one file alone.")
+    files = next(iter(families.values()))
+    shards = _SHARD.search(files[0].removesuffix(next(iter(families))[1]))
+    if shards is not None and len(files) != int(shards[1]):
+        raise RequestError(f"{where} has {len(files)} of the {int(shards[1])} files of {split} ({files[0]}).")
+    return files
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The records of files that belong together, each checked to be an example of one kind.
+
+    Raises:
+        RequestError: an unreadable or empty file, or bad records, by file and line.
+    """
+    records: list[Record] = []
+    faults = Faults()
+    for path in paths:
+        before = len(records), faults.number
+        for value, source in _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_json(path):
+            if isinstance(value, dict):
+                records.append(Record(value, source))
+            else:
+                faults.add(source, value.reason if isinstance(value, _NotJSON) else "is no JSON object {...}")
+        if (len(records), faults.number) == before:
+            raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
+    faults.check()
+    recognise(records)
+    return records
+
+
+@dataclass(frozen=True)
+class _NotJSON:
+    """Stands in the place of a value that could not be read."""
+
+    reason: str
+
+
+def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
+    """The values of a file of JSON lines or with a JSON array, whatever it is called, and where each stands."""
+    try:
+        content = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    # JSON lines are objects, so what begins with a bracket is an array, unless it is called otherwise.
+    if content.lstrip()[:1] == b"[" and ".jsonl" not in path.name.lower():
+        array = _parse(content)
+        if isinstance(array, _NotJSON):
+            raise RequestError(f"{path.name}: {array.reason}.")
+        for number, value in enumerate(array, 1):
+            yield value, f"{path.name}, item {number}"
+        return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield _parse(line), f"{path.name}, line {number}"
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _NotJSON(f"is not UTF-8 text (byte {error.start + 1})")
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return _NotJSON(f"is not JSON ({error.msg}: {place})")
+    except (RecursionError, ValueError) as error:
+        return _NotJSON(f"is not JSON ({error})")
+
+
+def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise RequestError(f"Reading {path.name} needs the package pyarrow: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            # Other columns may be large, and nothing reads them; without any known one they tell what is wrong.
+            columns = [name for name in file.schema_arrow.names if name in KEYS]
+            rows = file.read(columns=columns or None).to_pylist()
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path.name} cannot be read as parquet ({reason}).") from None
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path.name}, row {number}"

@@ -1,0 +1,115 @@
+"""Data-parallel training: several processes, started by `mlx.launch`, that do one run together.
+
+Each takes its share of every batch, and the gradients are summed, so the run is the same as one process's to
+rounding. Rank 0 alone writes and prints. A process that dies closes its connections, on which the others fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from ..errors import OpenELMError, RequestError
+
+# How the backends say that another process is gone.
+_LOST = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "distributed")
+
+
+class Processes:
+    """The processes of a run; a single one where `mlx.launch` was not used."""
+
+    def __init__(self) -> None:
+        self.group = mx.distributed.init()
+        self.rank, self.size = self.group.rank(), self.group.size()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """The sum over all processes, exact for whole numbers below 2**24 in each."""
+        if self.size == 1:
+            return value
+        return mx.distributed.all_sum(mx.array(float(value)), group=self.group, stream=mx.cpu).item()  # type: ignore[return-value]
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in at least one process."""
+        return value if self.size == 1 else self.sum(value) > 0
+
+    def share(self, text: str | None) -> str:
+        """A text of the leading process, in all of them; the others' own is not looked at."""
+        if self.size == 1:
+            assert text is not None
+            return text
+        data = (text or "").encode() if self.leads else b""
+        length = int(self.sum(len(data)))
+        own = mx.array(list(data) if self.leads else [0] * length, dtype=mx.int32)
+        values: list[int] = mx.distributed.all_sum(own, group=self.group, stream=mx.cpu).tolist() if length else []  # type: ignore[assignment]
+        return bytes(values).decode()
+
+    def share_tensors(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The leading process's tensors, bit for bit, in all of them, which have ones of the same names and shapes."""
+        if self.size == 1:
+            return tensors
+        shared = {}
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            # As bytes, whose sum with zeros keeps every bit.
+            parts = mx.contiguous(tensor.reshape(-1)).view(mx.uint8)
+            parts = parts if self.leads else mx.zeros_like(parts)
+            total = mx.distributed.all_sum(parts, group=self.group, stream=mx.cpu)
+            shared[name] = total.view(tensor.dtype).reshape(tensor.shape)
+            mx.eval(shared[name])
+        return shared
+
+    def check_equal(self, what: str, text: str) -> None:
+        """Refuse to go on with processes that were told different things.
+
+        Raises:
+            RequestError: `text` is not the same in all processes.
+        """
+        if self.size == 1:
+            return
+        own = mx.array(list(hashlib.sha256(text.encode()).digest()), dtype=mx.int32)
+        rows = mx.distributed.all_gather(own[None], group=self.group, stream=mx.cpu)
+        if not mx.all(rows == own).item():
+            raise RequestError(f"The {self.size} processes have different {what}; start all with the same.")
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch that cannot be shared evenly.
+
+        Raises:
+            RequestError: it is not a multiple of the number of processes.
+        """
+        if batch_size % self.size:
+            raise RequestError(
+                f"--batch-size {batch_size} cannot be shared by {self.size} processes; "
+                f"take a multiple of {self.size}, such as {-(-batch_size // self.size) * self.size}."
+            )
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that all do; what goes wrong in one of them, and the loss of one, ends it in one line.
+
+        Raises:
+            OpenELMError: another process is gone. What is raised in a process that does not lead names its rank.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not str(error).startswith(_LOST):
+                raise
+            raise OpenELMError(
+                f"{self._me()}another process of the run is gone, so it ended ({error}); start it again with --resume."
+            ) from None
+        except OpenELMError as error:
+            if self.leads:
+                raise
+            raise type(error)(f"{self._me()}{error}") from None
+
+    def _me(self) -> str:
+        return "" if self.leads else f"Process {self.rank}: "

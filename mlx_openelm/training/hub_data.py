@@ -1,0 +1,97 @@
+"""Data sets on the Hugging Face Hub: finding the files of the splits and downloading those, and no code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import OpenELMError, RequestError
+from ..hub_errors import explain_download
+from .data import SUFFIXES, find_splits, suffix_of
+
+
+def download_splits(name: str) -> dict[str, list[Path]]:
+    """The files of each split of the data set `name` (`owner/name`), downloaded if the cache has not got them.
+
+    A repository with one data file under another name gives that as the split `all`. Without a network the files in
+    the cache are used, where they are complete.
+
+    Raises:
+        RequestError: no such data set, or none of its files can be told to be a split.
+        OpenELMError: access refused, or a download that failed.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        names = [file.rfilename for file in HfApi().dataset_info(name).siblings or []]
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        if not isinstance(error, GatedRepoError):
+            raise _explain(error, name) from error
+        names = _cached_names(name, error)
+    except Exception as error:
+        names = _cached_names(name, error)
+    splits = find_splits(names, name, choose_format=True)
+    if not splits:
+        files = [file for file in names if suffix_of(file) is not None]
+        if len(files) != 1:
+            raise RequestError(
+                f"The data set {name} has no files for train, valid or test among its {len(files)} of "
+                f"{', '.join(SUFFIXES)}; download what you need and give a folder."
+            )
+        splits = {"all": files}
+    wanted = [file for files in splits.values() for file in files]
+    try:
+        folder = snapshot_download(
+            name,
+            repo_type="dataset",
+            allow_patterns=[_literally(file) for file in wanted],
+            tqdm_class=None if sys.stderr.isatty() else _silent(),
+        )
+    except Exception as error:
+        raise _explain(error, name) from error
+    return {split: [Path(folder, file) for file in files] for split, files in splits.items()}
+
+
+def _cached_names(name: str, reason: Exception) -> list[str]:
+    """The data files in the cache, for when the hub cannot be asked; raises `reason`, explained, if there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except IncompleteSnapshotError as error:  # other files of the repository are not here, and were never wanted
+        folder = error.snapshot_path
+    except LocalEntryNotFoundError as error:
+        error.__cause__ = reason
+        raise _explain(error, name) from reason
+    files = (file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
+    return [file for file in files if suffix_of(file) is not None]
+
+
+def _literally(file: str) -> str:
+    """A file's name as a pattern that matches it alone."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in file)
+
+
+def _silent() -> type:
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return Silent
+
+
+def _explain(error: Exception, name: str) -> OpenELMError:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, HFValidationError):
+        return RequestError(f"{name!r} is no folder or file here and no valid name of a data set (owner/name).")
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return RequestError(
+            f"there is no folder or file {name}, and no data set of that name on the hub; "
+            "a private one needs `hf auth login`"
+        )
+    return explain_download(error, f"datasets/{name}", None)

@@ -1,0 +1,102 @@
+"""Cross-entropy of a language model without [tokens x vocabulary]: logits exist for a few positions at a time.
+
+The gradient is made in the forward pass, while a chunk's logits are at hand (as in Liger Kernel, arXiv:2410.10989), so
+that nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .. import cpu_math
+from ..backend import on_gpu
+from ..model import OpenELM
+from .batches import IGNORED
+from .recompute import substituted, trainable
+
+# Positions whose logits exist at once: 128 rows of 32000 float32 are 16 MB, and products are as fast as with more.
+CHUNK = 128
+
+
+def cross_entropy(
+    model: OpenELM,
+    hidden_states: mx.array,
+    targets: mx.array,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    differentiable: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """The summed loss of predicting `targets` [rows] from hidden states [rows, model_dim]: objective and likelihood.
+
+    Args:
+        targets: ids; rows with `IGNORED` add nothing.
+        z_loss: this times the square of logsumexp(logits) is added for each row (arXiv:2204.02311, section 5).
+        label_smoothing: this share of each target is spread over the whole vocabulary, as in PyTorch.
+        differentiable: False to have no gradients made.
+
+    Returns:
+        what is to be minimized, and the negative log-likelihood alone, which has no gradient: two float32 scalars.
+    """
+    head = model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
+    places, weights = trainable([head])
+
+    def logits_of(rows: mx.array, *values: mx.array) -> mx.array:
+        with substituted(places, values):
+            return model.logits(rows)
+
+    def losses(hidden_states: mx.array, *weights: mx.array) -> list[mx.array]:
+        """Objective, likelihood, and the objective's gradients for all arguments."""
+        objective = likelihood = mx.array(0.0)
+        by_rows: list[mx.array] = []
+        by_weights = [mx.zeros_like(weight) for weight in weights]
+        for start in range(0, targets.size, CHUNK):
+            rows, wanted = hidden_states[start : start + CHUNK], targets[start : start + CHUNK]
+            # One chunk after the other, so that their logits do not exist at the same time.
+            rows = mx.depends(rows, [objective, *by_rows[-1:], *by_weights])
+            logits = logits_of(rows, *weights)
+            sums, slope = _chunk(logits, wanted, z_loss, label_smoothing)
+            objective, likelihood = objective + sums[0], likelihood + sums[1]
+            if differentiable:
+                gradients = mx.vjp(lambda *a: [logits_of(*a)], [rows, *weights], [slope])[1]
+                by_rows.append(gradients[0])
+                by_weights = [a + b for a, b in zip(by_weights, gradients[1:], strict=True)]
+        return [objective, likelihood, *([mx.concatenate(by_rows), *by_weights] if differentiable else [])]
+
+    if not differentiable:
+        objective, likelihood = losses(hidden_states, *weights)
+        return objective, likelihood
+    function = mx.custom_function(losses)
+
+    @function.vjp
+    def _(primals, cotangents, outputs):
+        return [(gradient * cotangents[0]).astype(gradient.dtype) for gradient in outputs[2:]]
+
+    objective, likelihood, *_ = function(hidden_states, *weights)
+    return objective, likelihood
+
+
+def _chunk(
+    logits: mx.array, targets: mx.array, z_loss: float, label_smoothing: float
+) -> tuple[tuple[mx.array, mx.array], mx.array]:
+    """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits."""
+    exact = logits.astype(mx.float32)
+    top = mx.max(exact, axis=-1, keepdims=True)
+    powers = mx.exp(exact - top) if on_gpu() else cpu_math.exp_below(exact, top)
+    total = mx.sum(powers, axis=-1, keepdims=True)
+    lse = top + mx.log(total)
+    learned = (targets != IGNORED)[:, None]
+    index = mx.where(learned, targets[:, None], 0)
+    likelihood = lse - mx.take_along_axis(exact, index, axis=-1)
+    objective = likelihood
+    if label_smoothing:
+        even = lse - mx.mean(exact, axis=-1, keepdims=True)
+        objective = (1 - label_smoothing) * likelihood + label_smoothing * even
+    if z_loss:
+        objective = objective + z_loss * mx.square(lse)
+    # d lse / d logits is powers / total; the rest is what is subtracted from lse.
+    weight = (1 + 2 * z_loss * lse) / total
+    hit = mx.arange(logits.shape[-1]) == index
+    slope = powers * weight - mx.where(hit, 1 - label_smoothing, 0.0) - label_smoothing / logits.shape[-1]
+    slope = mx.where(learned, slope, 0.0).astype(logits.dtype)
+    return (mx.sum(mx.where(learned, objective, 0.0)), mx.sum(mx.where(learned, likelihood, 0.0))), slope

@@ -1,0 +1,127 @@
+"""mlx-lm's nested keys of a configuration file: `lora_parameters`, `lr_schedule`, `optimizer_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import RequestError
+from .options import TARGET_MODULES
+
+# lr_schedule is flat where it is a name.
+KEYS = ("lora_parameters", "lr_schedule", "optimizer_config")
+
+_SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+# What their optimizers may be told, by our name; `betas` has a branch of its own.
+_SETTINGS = {
+    "eps": "eps",
+    "weight_decay": "weight_decay",
+    "bias_correction": "bias_correction",
+    "momentum": "momentum",
+    "beta_1": "beta1",
+}
+# What else they may be told, as far as it is what we do anyway.
+_SAME_HERE: dict[str, dict[str, Any]] = {
+    "sgd": {"dampening": 0, "nesterov": False},
+    "muon": {"nesterov": True, "ns_steps": 5},
+    "adafactor": {"relative_step": False, "scale_parameter": False, "warmup_init": False, "clip_threshold": 1.0},
+}
+# Their paths, within a layer or in the whole model, of what can have an adapter.
+_MODULES = {
+    **{f"attn.{name}": name for name in ("qkv_proj", "out_proj")},
+    **{f"ffn.{name}": name for name in ("proj_1", "proj_2")},
+    "transformer.token_embeddings": "token_embeddings",
+    **{name: name for name in TARGET_MODULES},
+}
+
+
+def flatten(values: Mapping[str, Any], place: str, *, optimizer: str, fine_tune_type: str | None) -> dict[str, Any]:
+    """The values of a file with flat names alone; a nested one comes before a flat one, as in mlx-lm.
+
+    Args:
+        place: what messages call the file.
+        optimizer: the one in use, whose part of `optimizer_config` counts.
+        fine_tune_type: the one in use; `full` has no use for `lora_parameters`, which mlx-lm's files have all the same.
+
+    Raises:
+        RequestError: what is nested cannot be carried over; the message names it.
+    """
+    flat = {key: value for key, value in values.items() if key not in KEYS}
+    readers: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
+        "lora_parameters": _lora if fine_tune_type != "full" else lambda *_: {},
+        "lr_schedule": _schedule,
+        "optimizer_config": lambda section, where: _optimizer(section, optimizer, where),
+    }
+    for key, reader in readers.items():
+        section = values.get(key)
+        where = f"{place}: {key}"
+        if isinstance(section, dict):
+            flat |= reader({name: value for name, value in section.items() if value is not None}, where)
+        elif key == "lr_schedule" and section is not None:
+            flat[key] = section
+        elif section is not None:
+            raise RequestError(f"{where} must hold keys with values, got {section!r}.")
+    return flat
+
+
+def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
+    _refuse_others(section, ("rank", "scale", "alpha", "dropout", "keys"), where)
+    flat: dict[str, Any] = {key: section[key] for key in ("rank", "scale", "alpha", "dropout") if key in section}
+    if "keys" in section:
+        keys = section["keys"]
+        if not isinstance(keys, list):
+            raise RequestError(f"{where}.keys must be a list, got {keys!r}.")
+        unknown = next((key for key in keys if key not in _MODULES), None)
+        if unknown is not None:
+            raise RequestError(
+                f"{where}.keys has {unknown!r}, which OpenELM has not; there are {', '.join(TARGET_MODULES)}."
+            )
+        flat["target_modules"] = [_MODULES[key] for key in dict.fromkeys(keys)]
+    return flat
+
+
+def _schedule(section: dict[str, Any], where: str) -> dict[str, Any]:
+    """Theirs are functions of MLX with their arguments: the first rate, steps and the last one, in its order."""
+    _refuse_others(section, ("name", "warmup", "warmup_init", "arguments"), where)
+    name, arguments = section.get("name"), section.get("arguments")
+    if name not in _SCHEDULES:
+        raise RequestError(f"{where}.name must be {' or '.join(_SCHEDULES)}, got {name!r}.")
+    order = ("learning_rate", "decay_steps", "min_learning_rate")
+    if name == "linear_schedule":
+        order = ("learning_rate", "min_learning_rate", "decay_steps")
+    least = 3 if name == "linear_schedule" else 2
+    if not isinstance(arguments, list) or not least <= len(arguments) <= 3:
+        raise RequestError(f"{where}.arguments must be the list {', '.join(order)}, got {arguments!r}.")
+    flat = {"lr_schedule": _SCHEDULES[name], "min_learning_rate": 0.0}
+    flat |= dict(zip(order, arguments, strict=False))
+    if section.get("warmup"):
+        flat |= {key: section[key] for key in ("warmup", "warmup_init") if key in section}
+    return flat
+
+
+def _optimizer(section: dict[str, Any], optimizer: str, where: str) -> dict[str, Any]:
+    settings = section.get(optimizer) or {}
+    where = f"{where}.{optimizer}"
+    if not isinstance(settings, dict):
+        raise RequestError(f"{where} must hold keys with values, got {settings!r}.")
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        same = _SAME_HERE.get(optimizer, {})
+        if key == "betas":
+            if not isinstance(value, list) or len(value) != 2:
+                raise RequestError(f"{where}.betas must be a list of two numbers, got {value!r}.")
+            flat |= dict(zip(("beta1", "beta2"), value, strict=True))
+        elif key in same:
+            if value != same[key]:
+                raise RequestError(f"{where}.{key} is {same[key]} here, and nothing else is offered; got {value!r}.")
+        elif key in _SETTINGS:
+            flat[_SETTINGS[key]] = value
+        else:
+            raise RequestError(f"{where} has {key}, which is not offered here; leave it out.")
+    return flat
+
+
+def _refuse_others(section: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in section:
+        if key not in known:
+            raise RequestError(f"{where} has an unknown key {key!r}; there are {', '.join(known)}.")

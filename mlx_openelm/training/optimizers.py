@@ -1,0 +1,108 @@
+"""The optimizers, from MLX, with what training adds: vectors do not decay, and one rate is right for every part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from .options import TrainOptions
+
+# What each optimizer has where nothing is told: MLX's numbers, and for Muon's AdamW those of its authors.
+_WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.01}
+_BETAS = {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "lion": (0.9, 0.99), "muon": (0.9, 0.95)}
+_EPS = 1e-8
+_MUON_MOMENTUM = 0.95
+
+
+def make_optimizer(options: TrainOptions) -> optim.Optimizer:
+    """The optimizer that checked options name.
+
+    Weight decay is for matrices: norms and DoRA's magnitudes have none. Adafactor steps by the learning rate itself,
+    not by one relative to step and weights. Muon is for the matrices within layers; embeddings, the output layer and
+    vectors have AdamW beside it.
+    """
+    name, rate = options.optimizer, options.learning_rate
+    decay = _WEIGHT_DECAY.get(name, 0.0) if options.weight_decay is None else options.weight_decay
+    if name == "sgd":
+        return _SGD(rate, momentum=options.momentum or 0.0, weight_decay=decay)
+    if name == "adafactor":
+        return _Adafactor(rate, beta_1=options.beta1, weight_decay=decay, scale_parameter=False, relative_step=False)
+    usual = _BETAS[name]
+    betas = [
+        usual[0] if options.beta1 is None else options.beta1,
+        usual[1] if options.beta2 is None else options.beta2,
+    ]
+    if name == "lion":
+        return _Lion(rate, betas, weight_decay=decay)
+    eps = _EPS if options.eps is None else options.eps
+    if name == "adam":
+        return optim.Adam(rate, betas, eps, bias_correction=options.bias_correction)
+    adamw = _AdamW(rate, betas, eps, weight_decay=decay, bias_correction=options.bias_correction)
+    if name == "adamw":
+        return adamw
+    momentum = _MUON_MOMENTUM if options.momentum is None else options.momentum
+    muon = _Muon(rate, momentum=momentum, weight_decay=decay)
+    return optim.MultiOptimizer([muon, adamw], [_is_matrix_of_layer])
+
+
+def set_learning_rate(optimizer: optim.Optimizer, rate: mx.array) -> None:
+    """Let every part of an optimizer go by `rate`, a float32 scalar; within a compiled function, too."""
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        part.state["learning_rate"] = rate
+
+
+def _is_matrix_of_layer(path: str, parameter: mx.array) -> bool:
+    return parameter.ndim == 2 and "layers." in path
+
+
+class _MatrixDecay:
+    """Decays matrices and leaves vectors alone."""
+
+    weight_decay: float
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        decay = self.weight_decay
+        self.weight_decay = decay if parameter.ndim > 1 else 0.0
+        try:
+            return super().apply_single(gradient, parameter, state)  # type: ignore[misc]
+        finally:
+            self.weight_decay = decay
+
+
+class _AdamW(_MatrixDecay, optim.AdamW):
+    pass
+
+
+class _Lion(_MatrixDecay, optim.Lion):
+    pass
+
+
+class _Adafactor(_MatrixDecay, optim.Adafactor):
+    pass
+
+
+class _SGD(_MatrixDecay, optim.SGD):
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        if self.momentum > 0:  # MLX would keep zeros as large as the weights
+            super().init_single(parameter, state)
+
+
+class _Muon(optim.Muon):
+    """Muon whose updates are as large as AdamW's, so that one learning rate suits both (arXiv:2502.16982, section 2.2).
+
+    Weights decay beside the update as in AdamW; MLX's would add them to what is orthogonalized.
+    """
+
+    def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float):
+        super().__init__(learning_rate, momentum=momentum, weight_decay=0.0)
+        self._decay = weight_decay
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        rows, columns = parameter.shape
+        change = super().apply_single(gradient, mx.zeros((), parameter.dtype), state)
+        # An orthogonal matrix has a root mean square of 1 / sqrt(its longer side), AdamW's update one of about 0.2.
+        # MLX has multiplied by the first root already.
+        change = change * (0.2 * max(rows, columns) ** 0.5 / max(1, rows / columns) ** 0.5)
+        return parameter * (1 - self.learning_rate.astype(parameter.dtype) * self._decay) + change

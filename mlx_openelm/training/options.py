@@ -1,0 +1,338 @@
+"""What a run is told: the fields are the command's flags, the YAML keys and the Python arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import RequestError
+from . import trackers
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
+SCHEDULES = ("constant", "cosine", "linear")
+FINE_TUNE_TYPES = ("lora", "dora", "full")
+TARGET_MODULES = ("token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2")
+LONG_EXAMPLES = ("truncate", "refuse")
+ADAPTER_FORMATS = ("mlx", "peft")
+
+# mlx-lm's scale where neither scale nor alpha is given.
+DEFAULT_SCALE = 20.0
+
+# The optimizers that have what a flag sets.
+_OPTIMIZERS_WITH = {
+    "weight_decay": ("adamw", "sgd", "lion", "adafactor", "muon"),
+    "beta1": ("adam", "adamw", "lion", "adafactor", "muon"),
+    "beta2": ("adam", "adamw", "lion", "muon"),
+    "eps": ("adam", "adamw", "muon"),
+    "momentum": ("sgd", "muon"),
+}
+_CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "lr_schedule": SCHEDULES,
+    "fine_tune_type": FINE_TUNE_TYPES,
+    "long_examples": LONG_EXAMPLES,
+    "adapter_format": ADAPTER_FORMATS,
+}
+# The least a number may be, itself included.
+_LEAST = {
+    "batch_size": 1,
+    "grad_accumulation_steps": 1,
+    "max_seq_length": 2,  # a token and the one it predicts
+    "seed": 0,
+    "iters": 1,
+    "decay_steps": 1,
+    "min_learning_rate": 0,
+    "warmup": 0,
+    "warmup_init": 0,
+    "weight_decay": 0,
+    "beta1": 0,
+    "beta2": 0,
+    "momentum": 0,
+    "z_loss": 0,
+    "label_smoothing": 0,
+    "steps_per_report": 1,
+    "steps_per_eval": 1,
+    "val_batches": -1,
+    "early_stop": 1,
+    "save_every": 1,
+    "keep_last": 1,
+    "keep_every": 1,
+    "test_batches": -1,
+    "valid_fraction": 0,
+    "num_layers": -1,
+    "rank": 1,
+    "dropout": 0,
+    "sample_tokens": 1,
+}
+_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
+_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What every kind of training shares. A step, or iteration, is one update of the weights.
+
+    Args:
+        epochs: passes over the data, in place of `iters`.
+        decay_steps: the steps from the end of the warm-up to `min_learning_rate`; None: all that are left.
+        weight_decay, beta1, beta2, eps, momentum: None is what the optimizer usually has; see `optimizers`.
+        val_batches: -1 is all of them, 0 no validation.
+        early_stop: stop after so many validations without a new best.
+        keep_last, keep_every: keep the last so many checkpoints, and those at multiples of so many steps.
+
+    Raises (by `check`):
+        RequestError: a value that cannot be right, by its flag.
+    """
+
+    batch_size: int = 4
+    grad_accumulation_steps: int = 1
+    max_seq_length: int = 2048
+    packing: bool = False
+    seed: int = 0
+
+    iters: int = 1000
+    epochs: float | None = None
+    optimizer: str = "adam"
+    learning_rate: float = 1e-5
+    lr_schedule: str = "constant"
+    min_learning_rate: float = 0.0
+    decay_steps: int | None = None
+    warmup: int = 0
+    warmup_init: float = 0.0
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    bias_correction: bool = True
+    max_grad_norm: float | None = None
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    grad_checkpoint: bool = False
+
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    val_batches: int = 25
+    early_stop: int | None = None
+    save_every: int = 100
+    keep_last: int = 2
+    keep_every: int | None = None
+    report_to: str | None = None
+    project_name: str | None = None
+
+    def __post_init__(self) -> None:
+        for field, kind in field_types(type(self)).items():
+            with contextlib.suppress(ValueError):  # `check` tells
+                object.__setattr__(self, field, conform(kind, getattr(self, field)))
+
+    def check(self) -> None:
+        """Refuse what cannot be right, before any work.
+
+        Raises:
+            RequestError: it names the flag.
+        """
+        self._check_values()
+        self._check_optimizer()
+        self._check_schedule()
+        if self.early_stop is not None and self.val_batches == 0:
+            raise RequestError("--early-stop needs validation, which --val-batches 0 turns off.")
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            raise RequestError(
+                f"--keep-every must be a multiple of --save-every ({self.save_every}), got {self.keep_every}."
+            )
+        trackers.check(self.report_to)
+
+    def _check_values(self) -> None:
+        for field, kind in field_types(type(self)).items():
+            value = getattr(self, field)
+            try:
+                conform(kind, value)
+            except ValueError as expected:
+                raise RequestError(f"{flag(field)} must be {expected}, got {value!r}.") from None
+            if value is None:
+                continue
+            if field in _LEAST and value < _LEAST[field]:
+                raise RequestError(f"{flag(field)} must be {_LEAST[field]} or more, got {value}.")
+            if field in _POSITIVE and value <= 0:
+                raise RequestError(f"{flag(field)} must be more than 0, got {value}.")
+            if field in _BELOW_ONE and value >= 1:
+                raise RequestError(f"{flag(field)} must be less than 1, got {value}.")
+            if field in _CHOICES and value not in _CHOICES[field]:
+                raise RequestError(f"{flag(field)} must be {one_of(_CHOICES[field])}, got {value!r}.")
+
+    def _check_optimizer(self) -> None:
+        for field, owners in _OPTIMIZERS_WITH.items():
+            if getattr(self, field) is not None and self.optimizer not in owners:
+                hint = "use adamw" if field == "weight_decay" else f"it is for {one_of(owners)}"
+                raise RequestError(f"--optimizer {self.optimizer} has no {flag(field)}; {hint}.")
+
+    def _check_schedule(self) -> None:
+        if self.min_learning_rate > self.learning_rate:
+            raise RequestError(
+                f"--min-learning-rate {self.min_learning_rate:g} is more than --learning-rate {self.learning_rate:g}."
+            )
+        if self.warmup_init > self.learning_rate:
+            raise RequestError(
+                f"--warmup-init {self.warmup_init:g} is more than --learning-rate {self.learning_rate:g}."
+            )
+        if self.warmup_init and not self.warmup:
+            raise RequestError("--warmup-init needs --warmup, the steps from there to --learning-rate.")
+        for field in ("min_learning_rate", "decay_steps"):
+            if getattr(self, field) and self.lr_schedule == "constant":
+                raise RequestError(f"{flag(field)} needs --lr-schedule cosine or linear.")
+        if self.epochs is None and self.warmup >= self.iters:
+            raise RequestError(f"--warmup must be less than --iters ({self.iters}), got {self.warmup}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions(TrainOptions):
+    """What `mlx-openelm lora` is told beside the model.
+
+    Args:
+        valid_fraction: how much of one file without a validation set becomes one; 0 is none.
+        long_examples: truncate or refuse those longer than `max_seq_length`.
+        num_layers: the last so many layers; -1 is all.
+        target_modules: some of `TARGET_MODULES`; None is the four matrices of a layer.
+        alpha, scale: what the low-rank product is multiplied by, see `lora_scale`; one of them at most.
+    """
+
+    data: str | None = None
+    train: bool = False
+    test: bool = False
+    test_batches: int = 500
+    valid_fraction: float = 0.1
+    mask_prompt: bool = False
+    long_examples: str = "truncate"
+
+    fine_tune_type: str = "lora"
+    num_layers: int = -1
+    target_modules: tuple[str, ...] | None = None
+    rank: int = 8
+    alpha: float | None = None
+    scale: float | None = None
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+    adapter_path: str = "adapters"
+    adapter_format: str = "mlx"
+    resume: bool = False
+    resume_adapter_file: str | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+    @property
+    def lora_scale(self) -> float:
+        """`scale`; or alpha / rank, with `use_rslora` alpha / sqrt(rank) (arXiv:2312.03732); or mlx-lm's 20."""
+        if self.scale is not None:
+            return float(self.scale)
+        if self.alpha is None:
+            return DEFAULT_SCALE
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def check(self) -> None:
+        """Refuse what cannot be right, before any work.
+
+        Raises:
+            RequestError: it names the flag.
+        """
+        super().check()
+        if not (self.train or self.test):
+            raise RequestError("There is nothing to do; give --train, --test or both.")
+        if self.data is None:
+            raise RequestError("--data is needed: a folder, a file, or the name of a data set.")
+        for field in ("test_batches", "num_layers"):
+            if getattr(self, field) == 0:
+                raise RequestError(f"{flag(field)} must be 1 or more, or -1 for all, got 0.")
+        if self.train and not self.adapter_path:
+            raise RequestError("--adapter-path must name a folder to train into.")
+        self._check_adapter()
+        self._check_continuing()
+
+    def _check_adapter(self) -> None:
+        for name in self.target_modules or ():
+            if name not in TARGET_MODULES:
+                raise RequestError(f"--target-modules must be of {', '.join(TARGET_MODULES)}{_instead_of(name)}")
+        if self.target_modules == ():
+            raise RequestError(f"--target-modules must name at least one of {', '.join(TARGET_MODULES)}.")
+        if self.alpha is not None and self.scale is not None:
+            raise RequestError("--alpha and --scale say the same in two ways; give one.")
+        if self.use_rslora and self.alpha is None:
+            raise RequestError("--use-rslora divides --alpha by the root of the rank; give --alpha.")
+        if self.fine_tune_type != "full":
+            return
+        for field in ("target_modules", "alpha", "scale", "dropout"):
+            if getattr(self, field):
+                raise RequestError(f"{flag(field)} belongs to LoRA and DoRA; --fine-tune-type full has none.")
+        if self.adapter_format == "peft":
+            raise RequestError("--adapter-format peft holds LoRA and DoRA; --fine-tune-type full needs mlx.")
+
+    def _check_continuing(self) -> None:
+        if self.resume and self.resume_adapter_file is not None:
+            raise RequestError(
+                "--resume continues a run and --resume-adapter-file starts one from an adapter; give one of them."
+            )
+        for field in ("resume", "resume_adapter_file"):
+            if getattr(self, field) and not self.train:
+                raise RequestError(f"{flag(field)} needs --train; to test an adapter, give --adapter-path.")
+
+
+# The names and types of values, which YAML files share.
+
+
+def flag(field: str) -> str:
+    """The flag that sets a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def field_types(options: type[TrainOptions]) -> dict[str, Any]:
+    """The type of every field, by name."""
+    hints = typing.get_type_hints(options)
+    return {field.name: hints[field.name] for field in fields(options)}
+
+
+def conform(kind: Any, value: Any) -> Any:
+    """`value` as what a field of this type holds: 1e3 is a whole number, and a list a tuple.
+
+    Raises:
+        ValueError: it is something else; the message says what was expected.
+    """
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        _expect(isinstance(value, bool), "true or false")
+        return value
+    if kind is int:
+        _expect(number and value == value // 1, "a whole number")
+        return int(value)
+    if kind is float:
+        _expect(number and abs(value) < math.inf, "a number")
+        return float(value)
+    if kind is str:
+        _expect(isinstance(value, str), "text")
+        return value
+    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
+    return tuple(value)
+
+
+def _expect(right: bool, expected: str) -> None:
+    if not right:
+        raise ValueError(expected)
+
+
+def one_of(choices: Sequence[str]) -> str:
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def _instead_of(name: str) -> str:
+    """The end of a sentence that lists `TARGET_MODULES`, of which `name` is none."""
+    close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
+    return f", not {name!r}; did you mean {' or '.join(close)}?" if close else f", not {name!r}."

@@ -1,0 +1,258 @@
+"""The folder of a run: what it was told (`run.json`), whether it may be used, and what is put there at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import atomic
+from ..errors import OpenELMError, RequestError
+from ..version import __version__
+from . import metrics
+from .options import TrainOptions, flag
+
+RUN, CHECKPOINTS = "run.json", "checkpoints"
+_LOCK = ".lock"
+# What a run leaves in its folder beside checkpoints; with --overwrite this is removed, and nothing else.
+_FILES = (
+    RUN,
+    metrics.FILE,
+    metrics.PICTURE,
+    "adapter_config.json",
+    "adapters.safetensors",
+    "adapter_model.safetensors",
+    "wandb-run.txt",
+)
+
+# What may be different when a run is continued. These do not change what is trained...
+_FREE = (
+    "data",  # the path; what is in it is compared
+    "train",
+    "test",
+    "test_batches",
+    "iters",
+    "epochs",
+    "grad_checkpoint",
+    "steps_per_report",
+    "steps_per_eval",
+    "early_stop",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "report_to",
+    "project_name",
+    "adapter_path",
+    "adapter_format",
+    "resume",
+    "resume_adapter_file",
+    "sample_prompts",
+    "sample_tokens",
+)
+# ...and these do, on purpose: what helps where a loss was not finite. A line says so.
+_CHANGEABLE = (
+    "learning_rate",
+    "lr_schedule",
+    "min_learning_rate",
+    "decay_steps",
+    "warmup",
+    "warmup_init",
+    "max_grad_norm",
+    "weight_decay",
+)
+
+
+def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, or with `resume` one that does not.
+
+    Raises:
+        RequestError: it names what to do.
+    """
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"--adapter-path {path} is a file, not a folder.")
+    if resume and overwrite:
+        raise RequestError("--resume continues a run and --overwrite removes it; give one of them.")
+    if resume and not (path / RUN).is_file():
+        raise RequestError(f"There is no run in {path} to --resume; start one without it.")
+    if not resume and not overwrite and holds_run(path):
+        raise RequestError(
+            f"{path} holds a run already; continue it with --resume, replace it with --overwrite, "
+            "or choose another --adapter-path."
+        )
+
+
+def holds_run(path: Path) -> bool:
+    return any((path / name).exists() for name in (*_FILES, CHECKPOINTS))
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What the run in a folder was told.
+
+    Raises:
+        RequestError: there is none, or its `run.json` cannot be read.
+    """
+    try:
+        record = json.loads((path / RUN).read_text(encoding="utf-8"))
+        if isinstance(record["options"], dict) and isinstance(record["data"], dict) and "model" in record:
+            return record
+    except FileNotFoundError:
+        raise RequestError(f"There is no run in {path} to --resume; start one without it.") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise RequestError(f"{path / RUN} is damaged, so what the run was told is not known; start anew with --overwrite.")
+
+
+def make_record(
+    model: str, options: TrainOptions, *, loading: Mapping[str, Any], data: Mapping[str, Any], processes: int
+) -> dict[str, Any]:
+    """All that repeats a run, as `run.json` has it.
+
+    Args:
+        loading: how the model was loaded: dtype, tokenizer and so on.
+        data: the fingerprint and size of what is learned from.
+    """
+    return {
+        "model": model,
+        "loading": dict(loading),
+        "options": dataclasses.asdict(options) | {"resume": False},
+        "data": dict(data),
+        "processes": processes,
+        "command": _command(),
+        "versions": {"mlx_openelm": __version__, "mlx": mx.__version__, "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "device": str(mx.default_device())},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resumed": [],
+    }
+
+
+def _command() -> list[str]:
+    program = Path(sys.argv[0]).name
+    return ["mlx-openelm" if program == "__main__.py" else program, *sys.argv[1:]]
+
+
+def compare(
+    model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any]
+) -> list[str]:
+    """What a continued run does differently, on purpose.
+
+    Raises:
+        RequestError: it would not be the same run, by the flag that differs.
+    """
+    _refuse_change("--model", model, before["model"])
+    for name, value in loading.items():
+        _refuse_change(flag(name), value, before.get("loading", {}).get(name))
+    changes = []
+    now, then = json.loads(json.dumps(dataclasses.asdict(options))), before["options"]
+    for name, value in now.items():
+        if name in _FREE or name not in then or value == then[name]:
+            continue
+        if name not in _CHANGEABLE:
+            _refuse_change(flag(name), value, then[name])
+        changes.append(f"{flag(name)} is {_show(value)}, {_show(then[name])} before")
+    if now["lr_schedule"] != "constant" and _length(now) != _length(then):
+        changes.append("The run has another length, over which the learning rate falls")
+    return changes
+
+
+def continue_record(record: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Let the record of a continued run tell how it began, and how often it went on.
+
+    Raises:
+        RequestError: the data is not the same.
+    """
+    if record["data"]["fingerprint"] != before["data"].get("fingerprint"):
+        raise RequestError(
+            "The data is not what this run learned from before, or is read in another way; --resume needs the same. "
+            "To learn from other data, start a new run with --resume-adapter-file."
+        )
+    resumed = {"at": record["started"], "command": record["command"]}
+    record["resumed"] = [*before.get("resumed", ()), resumed]
+    record["started"], record["command"] = before.get("started"), before.get("command")
+    record["options"]["resume_adapter_file"] = before["options"].get("resume_adapter_file")
+
+
+def _length(options: Mapping[str, Any]) -> tuple[Any, Any]:
+    return options.get("iters") if options.get("epochs") is None else None, options.get("epochs")
+
+
+def _refuse_change(name: str, value: Any, old: Any) -> None:
+    if value != old:
+        raise RequestError(
+            f"The run to --resume has {name} {_show(old)}, not {_show(value)}; leave {name} out, or start a new run "
+            "in another --adapter-path."
+        )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with atomic.new_file(path / RUN) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_run(path: Path) -> None:
+    """Remove a run's files, checkpoints aside; others in its folder stay."""
+    for name in _FILES:
+        (path / name).unlink(missing_ok=True)
+
+
+def place(path: Path, write: Callable[[Path], None]) -> None:
+    """Files that appear in a folder, each complete: `write` makes them elsewhere, the configuration comes last.
+
+    Raises:
+        OpenELMError: the disk is full, or writing failed otherwise; what was there stays.
+    """
+    try:
+        for leftover in path.glob(".writing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as partial:
+            write(Path(partial))
+            for file in sorted(Path(partial).iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+                os.replace(file, path / file.name)
+    except OSError as error:
+        raise OpenELMError(f"Writing into {path} failed: {error.strerror or error}.") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The folder for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        RequestError: another process trains into it, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / _LOCK).open("w")
+    except OSError as error:
+        raise RequestError(f"--adapter-path {path} cannot be written to: {error.strerror}.") from None
+    with file:
+        _lock(file, path)
+        yield
+
+
+def _lock(file: Any, path: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"Another process is training into {path}; wait, or choose another --adapter-path.") from None
+    except OSError:  # a file system without locks
+        pass

@@ -1,0 +1,237 @@
+"""What a run needs to go on as if it had never stopped: checkpoints that are whole or not there, and their numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import atomic
+from ..errors import OpenELMError
+
+BEST = "best"
+_STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+_VERSION = 1
+_CHUNK = 1 << 20
+
+
+@dataclass
+class RunState:
+    """Where a run is, beside its weights and its optimizer. Losses are means over learned tokens, in nats.
+
+    Args:
+        step: updates done; also the position in the data, whose order derives from seed and step.
+        trained_tokens: learned tokens so far.
+        seconds: time spent in updates so far.
+        window_loss: the sum over learned tokens since the last report; `window_tokens` is how many they are.
+        reported: the loss last reported.
+        validated: the step of the last validation, -1 before the first; `val_loss` is its loss.
+        best_step: the step with the lowest validation loss, `best_loss`.
+        stale: validations since then.
+    """
+
+    step: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    window_loss: float = 0.0
+    window_tokens: int = 0
+    reported: float | None = None
+    validated: int = -1
+    val_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of a run: `FOLDER/0000100` and so on, and `FOLDER/best`, a link to the best of them.
+
+    Args:
+        keep_last: how many of the newest are kept.
+        keep_every: those of every so manyth step are kept too; None for none.
+        export: writes further files into a checkpoint, so that it can be used as it is.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        export: Callable[[Path], None] | None = None,
+    ):
+        self.folder, self._keep_last, self._keep_every, self._export = folder, keep_last, keep_every, export
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:07d}"
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints, in order."""
+        names = (entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else ()
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{7,}", name))
+
+    def save(self, state: RunState, tensors: Mapping[str, mx.array]) -> Path:
+        """Write a checkpoint; older ones that need not be kept are removed once it is complete.
+
+        Args:
+            tensors: what `Updater.state` gives.
+
+        Raises:
+            OpenELMError: the disk is full, or writing failed otherwise; the checkpoints before are as they were.
+        """
+        path = self.path(state.step)
+        if path.exists():  # damaged, or the run would have gone on from it
+            shutil.rmtree(path)
+        parts = {
+            name: {key: tensors[key] for key in sorted(tensors) if key.startswith(prefix)}
+            for name, prefix in ((_WEIGHTS, "weights."), (_OPTIMIZER, "optimizer."))
+        }
+        try:
+            with atomic.new_folder(path, flag="--adapter-path") as partial:
+                sums = {name: _write(partial / name, part) for name, part in parts.items()}
+                if self._export is not None:
+                    self._export(partial)
+                record = {"version": _VERSION, "state": dataclasses.asdict(state), "files": sums}
+                _write_text(partial / _STATE, json.dumps(record, indent=2) + "\n")
+        except OpenELMError as error:
+            raise OpenELMError(f"{error} {self.advice()}") from None
+        self._prune(state)
+        return path
+
+    def load(self, warn: Callable[[str], None]) -> tuple[RunState, dict[str, mx.array]] | None:
+        """The newest checkpoint that is whole, its tensors evaluated; None where there is none at all.
+
+        Args:
+            warn: told of each newer one that is damaged, by name.
+
+        Raises:
+            OpenELMError: there are some, and all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            reason = _damage(self.path(step))
+            if reason is None:
+                state = RunState(**_read_record(self.path(step))["state"])
+                return state, self.tensors(step)
+            warn(f"The checkpoint {self.path(step)} is damaged: {reason}; the one before it is used.")
+        if steps:
+            raise OpenELMError(
+                f"All checkpoints in {self.folder} are damaged; start anew with --overwrite in place of --resume."
+            )
+        return None
+
+    def tensors(self, step: int) -> dict[str, mx.array]:
+        """The weights and the optimizer's state of one checkpoint, as `Updater.restore` takes them.
+
+        Raises:
+            OpenELMError: it is gone or damaged.
+        """
+        path = self.path(step)
+        if (reason := _damage(path)) is not None:
+            raise OpenELMError(f"The checkpoint {path} is damaged: {reason}.")
+        tensors: dict[str, mx.array] = {}
+        for name in (_WEIGHTS, _OPTIMIZER):
+            tensors.update(mx.load(str(path / name)))  # type: ignore[arg-type]
+        mx.eval(tensors)  # MLX reads lazily, and the file may be removed
+        return tensors
+
+    def advice(self) -> str:
+        """What is intact and how to go on, for a person whose run just stopped."""
+        whole = [step for step in self.steps() if _damage(self.path(step)) is None]
+        if not whole:
+            return "No checkpoint was saved yet; --resume starts from the beginning."
+        return f"The checkpoint of step {whole[-1]} is intact ({self.path(whole[-1])}); go on from it with --resume."
+
+    def remove_all(self) -> None:
+        """Remove every checkpoint and what killed processes left; nothing that is not one of ours."""
+        self.remove_leftovers()
+        for step in self.steps():
+            shutil.rmtree(self.path(step))
+        if (self.folder / BEST).is_symlink():
+            (self.folder / BEST).unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes were writing; only while no other process writes here."""
+        for entry in self.folder.glob(".*.partial-*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+    def _prune(self, state: RunState) -> None:
+        done = [step for step in self.steps() if step <= state.step]
+        kept = {state.best_step, *done[-self._keep_last :]}
+        if self._keep_every is not None:
+            kept |= {step for step in done if step % self._keep_every == 0}
+        if state.best_step in done:
+            self._link_best(self.path(state.best_step))
+        for step in done:
+            if step not in kept:
+                # Renamed first: a process killed here must not leave half a checkpoint under its name.
+                going = self.folder / f".{step:07d}.partial-{os.getpid()}-going"
+                self.path(step).rename(going)
+                shutil.rmtree(going, ignore_errors=True)
+
+    def _link_best(self, path: Path) -> None:
+        link = self.folder / f".{BEST}.partial-{os.getpid()}"
+        with contextlib.suppress(OSError):  # a file system without links; state.json names the best as well
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(self.folder / BEST)
+
+
+def _write(path: Path, tensors: Mapping[str, mx.array]) -> dict[str, int]:
+    """Write tensors, and return the file's size and checksum."""
+    # Through a Python file, whose errors tell a full disk from others; MLX's own writing does not.
+    with path.open("wb") as file:
+        mx.save_safetensors(file, dict(tensors))  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is whole."""
+    try:
+        record = _read_record(path)
+        if record["version"] != _VERSION:
+            return f"{_STATE} is of a version this program does not know"
+        RunState(**record["state"])
+        for name in (_WEIGHTS, _OPTIMIZER):
+            expected, actual = record["files"][name], (path / name).stat().st_size
+            if actual != expected["bytes"]:
+                return f"{name} has {actual:,} bytes, not {expected['bytes']:,}"
+            if _checksum(path / name) != expected["crc32"]:
+                return f"the checksum of {name} is wrong"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return f"{_STATE} cannot be read"
+    return None
+
+
+def _read_record(path: Path) -> dict:
+    return json.loads((path / _STATE).read_text(encoding="utf-8"))

@@ -1,0 +1,48 @@
+"""What a model says to prompts of one's choice, before training and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..generation.stream import generate
+from ..model import OpenELM
+from ..tokenizer import Tokenizer
+from .examples import Report, instruction_prompt
+from .kinds import INSTRUCTION
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and how the model goes on, greedily, before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def prompt_tokens(prompt: str, tokenizer: Tokenizer, report: Report, chat_template: str | Path | None) -> list[int]:
+    """A prompt as the model saw prompts in training: in the chat or instruction template of its examples, or as it is.
+
+    Args:
+        report: of the training examples.
+        chat_template: as `tokenize` was given it.
+    """
+    if report.chat_template is not None:
+        own = report.chat_template == "the tokenizer's own"
+        template = chat_template or (None if own else report.chat_template)
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], template)
+    return tokenizer.encode(instruction_prompt(prompt) if report.kind == INSTRUCTION.name else prompt)
+
+
+def continue_prompts(
+    model: OpenELM, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_tokens: int
+) -> list[str]:
+    """The most likely continuation of each prompt."""
+    training = model.training
+    model.eval()
+    try:
+        return [generate(model, tokenizer, tokens, max_tokens=max_tokens, temp=0.0) for tokens in prompts]
+    finally:
+        model.train(training)

@@ -1,0 +1,32 @@
+"""The learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import RequestError
+from .options import TrainOptions
+
+
+def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
+    """The rate of an update; the first is step 0, the last `total_steps - 1`.
+
+    It rises in a straight line from `warmup_init` at step 0 to `learning_rate` at step `warmup`. From there it stays
+    (constant), or falls along half a cosine or a straight line to `min_learning_rate`: at the last step, or
+    `decay_steps` later, after which it stays.
+
+    Raises:
+        RequestError: no step of the run comes after the warm-up.
+    """
+    top, low = options.learning_rate, options.min_learning_rate
+    if options.warmup >= total_steps:
+        raise RequestError(f"--warmup {options.warmup} leaves none of the {total_steps} steps of the run.")
+    if step < options.warmup:
+        return options.warmup_init + (top - options.warmup_init) * step / options.warmup
+    if options.lr_schedule == "constant":
+        return top
+    length = options.decay_steps or max(1, total_steps - 1 - options.warmup)
+    done = min(1.0, (step - options.warmup) / length)
+    if options.lr_schedule == "linear":
+        return top + (low - top) * done
+    return low + (top - low) * (1 + math.cos(math.pi * done)) / 2

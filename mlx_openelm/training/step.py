@@ -1,0 +1,250 @@
+"""One update of the weights: gradients of each micro-batch, summed over all machines, clipped, and applied."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..adapters.attaching import dropout_layers
+from ..model import OpenELM
+from .batches import IGNORED, Batch
+from .forward import hidden_states, packed_mask
+from .loss import CHUNK, cross_entropy
+from .optimizers import set_learning_rate
+from .recompute import Parameters, substituted, trainable
+
+# Inputs, targets of every position, segments, the positions whose loss counts.
+_Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array]
+
+_WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step gave, not evaluated yet: three float32 scalars.
+
+    `loss` is the mean negative log-likelihood of the learned tokens of the whole step, over all machines, before the
+    update; `objective` what was minimized, z-loss and label smoothing included; `grad_norm` the gradient's norm before
+    clipping.
+    """
+
+    loss: mx.array
+    objective: mx.array
+    grad_norm: mx.array
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean negative log-likelihood (natural) of so many learned tokens."""
+
+    loss: float
+    tokens: int
+
+
+class Updater:
+    """Updates the trainable parameters of a model, which are its master weights, in float32.
+
+    Args:
+        optimizer: as `optimizers.make_optimizer` gives it.
+        compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32.
+        grad_checkpoint: keep only each layer's input for the backward pass.
+        max_grad_norm: scale gradients down to this norm.
+        z_loss, label_smoothing: as in `loss.cross_entropy`.
+        seed: random numbers, for dropout, derive from it, the step and the micro-batch.
+        group: the machines that share the work, `mx.distributed.init()`.
+    """
+
+    def __init__(
+        self,
+        model: OpenELM,
+        optimizer: optim.Optimizer,
+        *,
+        compute_dtype: mx.Dtype | None = None,
+        grad_checkpoint: bool = False,
+        max_grad_norm: float | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        group: mx.distributed.Group | None = None,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self._places, values = trainable([model])
+        self._cast = (lambda a: a) if compute_dtype is None else (lambda a: a.astype(compute_dtype))
+        self._grad_checkpoint, self._max_grad_norm = grad_checkpoint, max_grad_norm
+        self._loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        self._seed, self._group = seed, group
+        self._dropout_layers = dropout_layers(model)
+        self._names = _names(model, self._places)
+        for (module, name), value in zip(self._places, values, strict=True):
+            module[name] = value.astype(mx.float32)
+        optimizer.init(self._tree(self._values()))
+        # A compiled function holds on to what it was made with, so a graph is made anew only for new shapes.
+        self._gradients: Callable[..., Any] = mx.compile(self._compute_gradients)
+        self._apply: Callable[..., Any] = mx.compile(self._apply_gradients)
+
+    def update(self, batches: Sequence[Batch], num_targets: int, learning_rate: float, step: int) -> Update:
+        """Update the weights once.
+
+        Args:
+            batches: the micro-batches of this process; none where the others have all the examples of the step.
+            num_targets: the learned tokens of the step, over all micro-batches and processes: each counts the same.
+            step: the number of the update, from which random numbers derive.
+        """
+        weights = self._values()
+        sums = [mx.array(0.0), mx.array(0.0)]
+        gradients = [mx.zeros_like(weight) for weight in weights]
+        share = mx.array(1.0 / max(1, num_targets))
+        for index, batch in enumerate(batch for batch in batches if batch.num_targets):
+            if index:
+                mx.eval(gradients)  # else the next micro-batch could be computed beside this one
+            arrays = (batch.inputs, batch.targets.reshape(-1), batch.segments, _learned_rows(batch))
+            sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index), share)
+        state = self.optimizer.state
+        values, state, scalars = self._apply(weights, gradients, sums, state, mx.array(learning_rate))
+        self.optimizer.state = state
+        self._set(values)
+        return Update(*scalars)
+
+    def state(self) -> dict[str, mx.array]:
+        """All that an update changes, by name: the weights and what the optimizer remembers."""
+        weights = dict(zip((_WEIGHTS + name for name in self._names), self._values(), strict=True))
+        return weights | {_OPTIMIZER + name: value for name, value in tree_flatten(self.optimizer.state)}
+
+    def restore(self, state: dict[str, mx.array]) -> None:
+        """Go back to what `state` gave."""
+        self._set([state[_WEIGHTS + name] for name in self._names])
+        prefix = len(_OPTIMIZER)
+        own = [(name[prefix:], value) for name, value in state.items() if name.startswith(_OPTIMIZER)]
+        self.optimizer.state = tree_unflatten(own)
+
+    def evaluate(self, batches: Iterable[Batch], progress: Callable[[Batch], None] | None = None) -> Evaluation:
+        """The loss on other batches, as the model computes it when it is used.
+
+        Args:
+            progress: called with each batch that is done.
+        """
+        with substituted(self._places, [self._cast(value) for value in self._values()]):
+            return evaluate(self.model, batches, group=self._group, progress=progress)
+
+    def _values(self) -> list[mx.array]:
+        return [module[name] for module, name in self._places]
+
+    def _set(self, values: Sequence[mx.array]) -> None:
+        for (module, name), value in zip(self._places, values, strict=True):
+            module[name] = value
+
+    def _tree(self, values: Sequence[mx.array]) -> Any:
+        return tree_unflatten(list(zip(self._names, values, strict=True)))
+
+    def _keys(self, step: int, micro_batch: int) -> list[mx.array]:
+        """One key a layer with dropout, unlike those of other steps, micro-batches and processes."""
+        if not self._dropout_layers:
+            return []
+        rank = 0 if self._group is None else self._group.rank()
+        number = random.Random(f"{self._seed} {step} {micro_batch} {rank}").getrandbits(63)
+        return list(mx.random.split(mx.random.key(number), len(self._dropout_layers)))
+
+    def _compute_gradients(
+        self,
+        weights: list[mx.array],
+        gradients: list[mx.array],
+        sums: list[mx.array],
+        batch: _Arrays,
+        keys: list[mx.array],
+        share: mx.array,
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """`sums` and `gradients` with those of a batch added, both times `share`."""
+
+        def objective(weights: list[mx.array]) -> tuple[mx.array, mx.array]:
+            with substituted(self._places, [self._cast(weight) for weight in weights]):
+                hidden = hidden_states(self.model, batch[0], batch[2], grad_checkpoint=self._grad_checkpoint)
+                rows = hidden[batch[3]]
+                losses = cross_entropy(self.model, rows, batch[1][batch[3]], **self._loss_options)
+            return share * losses[0], share * losses[1]
+
+        with self._dropout(keys):  # in the backward pass, too, which computes much again
+            found, slopes = mx.value_and_grad(objective)(weights)
+        added = [a + b for a, b in zip(gradients, slopes, strict=True)]
+        return [a + b for a, b in zip(sums, found, strict=True)], added
+
+    @contextmanager
+    def _dropout(self, keys: list[mx.array]) -> Iterator[None]:
+        layers = self._dropout_layers
+        for layer, key in zip(layers, keys, strict=True):
+            layer._dropout_key = key
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._dropout_key = None
+
+    def _apply_gradients(
+        self, weights: list[mx.array], gradients: list[mx.array], sums: list[mx.array], state: Any, rate: mx.array
+    ) -> tuple[list[mx.array], Any, list[mx.array]]:
+        """New weights, the optimizer's new state, and the likelihood, objective and gradient norm of the step."""
+        (objective, likelihood), gradients = self._over_all_machines(sums, gradients)
+        norm = mx.sqrt(sum(mx.sum(mx.square(gradient)) for gradient in gradients))
+        if self._max_grad_norm is not None:
+            factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
+            gradients = [gradient * factor for gradient in gradients]
+        self.optimizer.state = state
+        set_learning_rate(self.optimizer, rate)
+        updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(weights))
+        by_name = dict(tree_flatten(updated))
+        return [by_name[name] for name in self._names], self.optimizer.state, [likelihood, objective, norm]
+
+    def _over_all_machines(self, *trees: list[mx.array]) -> Any:
+        if self._group is None or self._group.size() == 1:
+            return trees
+        size = self._group.size()
+        # What is averaged here are shares of the whole step, which add up.
+        return tree_map(lambda a: a * size, nn.average_gradients(trees, self._group))
+
+
+def evaluate(
+    model: OpenELM,
+    batches: Iterable[Batch],
+    *,
+    group: mx.distributed.Group | None = None,
+    progress: Callable[[Batch], None] | None = None,
+) -> Evaluation:
+    """The mean negative log-likelihood of the learned tokens of `batches`; with `group`, of all machines' batches."""
+    total, count = 0.0, 0
+    for batch in batches:
+        if batch.num_targets:
+            rows = _learned_rows(batch)
+            hidden = model.hidden_states(batch.inputs, mask=packed_mask(batch.segments)).reshape(batch.inputs.size, -1)
+            targets = batch.targets.reshape(-1)[rows]
+            total += cross_entropy(model, hidden[rows], targets, differentiable=False)[1].item()
+            count += batch.num_targets
+        if progress is not None:
+            progress(batch)
+    if group is not None and group.size() > 1:
+        # Numbers of tokens are exact in two float32 halves; sums of losses need no more.
+        parts = mx.distributed.all_sum(mx.array([total, count // 65536, count % 65536]), group=group).tolist()
+        total, count = parts[0], int(parts[1]) * 65536 + int(parts[2])
+    return Evaluation(total / count if count else float("nan"), count)
+
+
+def _learned_rows(batch: Batch) -> mx.array:
+    """The positions that are learned, in order, and as many others as fill the last chunk of the loss.
+
+    Logits are computed for these alone; whole chunks, so that few different shapes have to be compiled.
+    """
+    targets = batch.targets.reshape(-1)
+    count = min(targets.size, -(-batch.num_targets // CHUNK) * CHUNK)
+    return mx.sort(mx.argsort(targets == IGNORED)[:count])
+
+
+def _names(model: nn.Module, places: Parameters) -> list[str]:
+    """The path of each parameter in the model."""
+    prefixes = {id(module): path for path, module in model.named_modules()}
+    return [f"{prefixes[id(module)]}.{name}".lstrip(".") for module, name in places]

@@ -1,0 +1,141 @@
+"""Services that show a run's numbers elsewhere, through one small interface (`--report-to tensorboard,wandb`)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import atomic
+from ..errors import OpenELMError, RequestError
+
+TRACKERS = ("tensorboard", "wandb")
+_DEFAULT_PROJECT = "mlx-openelm"
+_INSTALL = "pip install 'mlx-openelm[trackers]'"
+# Where in the run's folder each keeps what it needs.
+_TENSORBOARD, _WANDB_ID = "tensorboard", "wandb-run.txt"
+# How long TensorBoard's writer may keep what a killed process would lose; its own default is two minutes.
+_FLUSH_SECONDS = 1
+
+
+class Tracker(Protocol):
+    """Where numbers go beside `metrics.jsonl`."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check(report_to: str | None) -> tuple[str, ...]:
+    """The trackers that `--report-to` names, each known and installed.
+
+    Raises:
+        RequestError: an unknown name, or a package that is missing.
+    """
+    names = tuple(dict.fromkeys(name.strip().lower() for name in (report_to or "").split(",") if name.strip()))
+    for name in names:
+        if name not in TRACKERS:
+            raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {name!r}.")
+        if name == "tensorboard" and _tensorboard_module() is None:
+            raise RequestError(f"--report-to tensorboard needs tensorboardX: {_INSTALL}.")
+        if name == "wandb" and not _has("wandb"):
+            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {_INSTALL}.")
+    return names
+
+
+def make_trackers(
+    report_to: str | None,
+    folder: Path,
+    project_name: str | None,
+    config: Mapping[str, Any],
+    resume_step: int | None = None,
+) -> list[Tracker]:
+    """The trackers of a run.
+
+    Args:
+        folder: the run's, which TensorBoard's events go to, in `tensorboard`.
+        project_name: Weights & Biases' project; `mlx-openelm` unless told.
+        config: the settings to show with the numbers.
+        resume_step: the step after which the run is continued, in the same curves.
+
+    Raises:
+        RequestError: an unknown name, or a package that is missing.
+        OpenELMError: a service did not start.
+    """
+    trackers: list[Tracker] = []
+    for name in check(report_to):
+        if name == "tensorboard":
+            trackers.append(_TensorBoard(folder / _TENSORBOARD, resume_step))
+        else:
+            trackers.append(_WeightsAndBiases(folder, project_name or _DEFAULT_PROJECT, config, resume_step))
+    return trackers
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, resume_step: int | None):
+        # What an earlier run wrote after that step is hidden.
+        purge = None if resume_step is None else resume_step + 1
+        module = importlib.import_module(_tensorboard_module() or "tensorboardX")
+        self._writer = module.SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], resume_step: int | None):
+        import wandb
+
+        # Its run goes on under its id; it keeps its first numbers of steps that are done again.
+        file = folder / _WANDB_ID
+        run_id = None
+        if resume_step is not None:
+            with contextlib.suppress(OSError):
+                run_id = file.read_text(encoding="utf-8").strip() or None
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.resolve().name,
+                dir=str(folder),
+                config=dict(config),
+                id=run_id,
+                resume=None if run_id is None else "allow",
+            )
+        except Exception as error:  # its errors have no common class of their own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OpenELMError(
+                f"Weights & Biases did not start: {reason}. WANDB_MODE=offline keeps the numbers here."
+            ) from None
+        with atomic.new_file(file) as path:
+            path.write_text(f"{self._run.id}\n", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _tensorboard_module() -> str | None:
+    """Whichever writes TensorBoard's files here; PyTorch's needs the package `tensorboard` as well."""
+    if _has("tensorboardX"):
+        return "tensorboardX"
+    return "torch.utils.tensorboard" if _has("torch") and _has("tensorboard") else None
+
+
+def _has(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, such as Weights & Biases makes, is none."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # ValueError: it is there, and does not say where it comes from
+        return package in sys.modules
+    return spec is not None and spec.origin is not None

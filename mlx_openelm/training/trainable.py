@@ -1,0 +1,128 @@
+"""What of a model is trained: a new adapter, one that was trained before, or the model's own weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..adapters.adapter import EMBEDDING, Adapter
+from ..adapters.attaching import attach, attach_new, target_paths
+from ..adapters.files import read_adapter
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..model import OpenELM
+from .options import FineTuneOptions
+
+
+def check_model(model: OpenELM, options: FineTuneOptions) -> None:
+    """Refuse what the options ask of a model and it cannot have.
+
+    Raises:
+        RequestError: more layers than there are, or quantized weights that would have to be trained.
+    """
+    target_paths(model.config, options.target_modules, options.num_layers)
+    if options.fine_tune_type == "full" and model.quantization:
+        raise RequestError(
+            "Quantized weights cannot be trained; use --fine-tune-type lora, or unpack the model first with "
+            "mlx-openelm convert --dequantize."
+        )
+
+
+def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
+    """Freeze a model but for what is to be trained, which an adapter is put in for, or read from a file.
+
+    Full fine-tuning trains everything where neither layers nor modules are chosen, else the layers or the matrices
+    that are; embedding and norms are trained only with everything.
+
+    Raises:
+        RequestError: as `check_model`; an adapter file that cannot be read, or is unlike what the options describe.
+    """
+    check_model(model, options)
+    file = options.resume_adapter_file
+    adapter = None if file is None else read_adapter(file, model.config)
+    if options.fine_tune_type == "full":
+        _unfreeze(model, options)
+        if adapter is not None:
+            _start_from_weights(model, adapter, str(file))
+    elif adapter is not None:
+        _check_like(adapter, options, model.config, str(file))
+        attach(model, replace(adapter, dropout=options.dropout))
+    else:
+        attach_new(
+            model,
+            target_modules=options.target_modules,
+            num_layers=options.num_layers,
+            rank=options.rank,
+            scale=options.lora_scale,
+            dropout=options.dropout,
+            dora=options.fine_tune_type == "dora",
+            seed=options.seed,
+        )
+
+
+def count(model: OpenELM) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are in all."""
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    own = model.config.tensor_shapes()
+    added = sum(value.size for name, value in trained.items() if name not in own)
+    return sum(value.size for value in trained.values()), model.config.num_parameters + added
+
+
+def _unfreeze(model: OpenELM, options: FineTuneOptions) -> None:
+    model.freeze()
+    if options.target_modules is not None:
+        paths = set(target_paths(model.config, options.target_modules, options.num_layers))
+        for path, module in model.named_modules():
+            if path in paths:
+                module.unfreeze(recurse=False)
+    elif options.num_layers == -1:
+        model.unfreeze()
+    else:
+        for layer in model.layers[-options.num_layers :]:
+            layer.unfreeze()
+
+
+def _start_from_weights(model: OpenELM, adapter: Adapter, file: str) -> None:
+    if adapter.modules:
+        raise RequestError(
+            f"--resume-adapter-file {file} holds a low-rank adapter, which --fine-tune-type full cannot go on from; "
+            "fuse it into the model first, with mlx-openelm fuse."
+        )
+    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    for name, weight in adapter.weights.items():
+        if name not in trained:
+            raise RequestError(
+                f"--resume-adapter-file {file} changes {name}, which is not trained now; give the same --num-layers."
+            )
+        if weight.shape != model.config.tensor_shapes()[name]:
+            raise RequestError(f"--resume-adapter-file {file} does not fit the model: {name} has another shape.")
+    model.load_weights(list(adapter.weights.items()), strict=False)
+    mx.eval(model.parameters())
+
+
+def _check_like(adapter: Adapter, options: FineTuneOptions, config: ModelConfig, file: str) -> None:
+    """Refuse an adapter whose layers, ranks or scales are not those the options describe: `run.json` would be wrong."""
+
+    def refuse(what: str) -> RequestError:
+        return RequestError(f"--resume-adapter-file {file} {what}.")
+
+    if adapter.weights:
+        raise refuse("holds whole weights; go on from it with --fine-tune-type full")
+    expected = set(target_paths(config, options.target_modules, options.num_layers))
+    if adapter.modules.keys() != expected:
+        names = sorted({path.rpartition(".")[2] for path in adapter.modules})
+        layers = {path.split(".")[2] for path in adapter.modules if path != EMBEDDING}
+        raise refuse(
+            f"changes {', '.join(names)} in {len(layers)} layers; give the --target-modules and --num-layers it has"
+        )
+    for path, change in adapter.modules.items():
+        if (change.magnitude is not None) != (options.fine_tune_type == "dora"):
+            kind = "lora" if change.magnitude is None else "dora"
+            raise refuse(f"is of another kind; give --fine-tune-type {kind}")
+        if change.rank != options.rank:
+            raise refuse(f"has rank {change.rank} in {path}; give --rank {change.rank}")
+        if abs(change.scale - options.lora_scale) > 1e-6 * abs(change.scale):
+            raise refuse(f"has scale {change.scale:g} in {path}, not {options.lora_scale:g}; give --scale {change.scale:g}")
+

@@ -1,0 +1,314 @@
+"""Configuration files: our names, mlx-lm's nested ones, and CoreNet's recipes under `lora/configs`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import RequestError
+from mlx_openelm.training.config_file import merge, read, to_dict
+from mlx_openelm.training.options import TARGET_MODULES, FineTuneOptions, TrainOptions
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+
+CONFIGS = Path(__file__).parent.parent / "lora" / "configs"
+# The configuration in mlx-lm's documentation (LORA.md, examples/lora_config.yaml), with nothing left out.
+MLX_LM = """
+model: "270m"
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adam: {}
+  adamw: {betas: [0.9, 0.98], eps: 1e-6, weight_decay: 0.05, bias_correction: true}
+data: "my_data"
+seed: 0
+num_layers: 16
+batch_size: 4
+iters: 1000
+val_batches: 25
+learning_rate: 1e-5
+report_to: null
+project_name: null
+steps_per_report: 10
+steps_per_eval: 200
+grad_accumulation_steps: 1
+resume_adapter_file: null
+adapter_path: "adapters"
+save_every: 100
+test: false
+test_batches: 100
+max_seq_length: 2048
+grad_checkpoint: false
+lora_parameters:
+  keys: ["attn.qkv_proj", "ffn.proj_2"]
+  rank: 16
+  scale: 10.0
+  dropout: 0.05
+lr_schedule:
+  name: cosine_decay
+  warmup: 100
+  warmup_init: 1e-7
+  arguments: [2e-5, 1000, 1e-7]
+trust_remote_code: false
+clear_cache_threshold: 0
+hf_dataset: null
+config: null
+mask_prompt: false
+"""
+
+
+def of(text: str, tmp_path: Path, **flags: Any) -> tuple[FineTuneOptions, dict[str, Any]]:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return merge(FineTuneOptions, read(path), flags)
+
+
+def refusal(text: str, tmp_path: Path, **flags: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        of(text, tmp_path, **flags)
+    return str(caught.value)
+
+
+def test_flags_come_before_the_file_and_the_file_before_defaults(tmp_path: Path) -> None:
+    options, rest = of("model: 270m\nrank: 4\niters: 7\n", tmp_path, rank=2, model=None, batch_size=None)
+    assert (options.rank, options.iters, options.batch_size) == (2, 7, 4)
+    assert rest == {"model": "270m"}
+    assert of("model: 270m\n", tmp_path, model="tiny")[1] == {"model": "tiny"}
+    assert of("", tmp_path) == (FineTuneOptions(), {})
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    numbers = {"1e-5": 1e-5, "1E5": 1e5, "+1.5e3": 1500.0, ".5e-3": 5e-4, "3.e-4": 3e-4, "1e+2": 100.0, "2": 2.0}
+    for text, number in numbers.items():
+        (tmp_path / "n.yaml").write_text(f"learning_rate: {text}\nnames: [e5, 1e, '1e-5']\n")
+        found = read(tmp_path / "n.yaml")
+        assert found == {"learning_rate": number, "names": ["e5", "1e", "1e-5"]}
+    assert of("iters: 1e3", tmp_path)[0].iters == 1000
+
+
+def test_an_mlx_lm_file(tmp_path: Path) -> None:
+    options, rest = of(MLX_LM, tmp_path)
+    options.check()
+    assert rest == {"model": "270m"}
+    assert options == FineTuneOptions(
+        train=True,
+        data="my_data",
+        num_layers=16,
+        test_batches=100,
+        optimizer="adamw",
+        beta1=0.9,
+        beta2=0.98,
+        eps=1e-6,
+        weight_decay=0.05,
+        rank=16,
+        scale=10.0,
+        dropout=0.05,
+        target_modules=("qkv_proj", "proj_2"),
+        lr_schedule="cosine",
+        learning_rate=2e-5,
+        decay_steps=1000,
+        min_learning_rate=1e-7,
+        warmup=100,
+        warmup_init=1e-7,
+    )
+
+
+def test_every_default_of_mlx_lm_is_read(tmp_path: Path) -> None:
+    """A file with all of mlx-lm's defaults, as it saves them in `adapter_config.json`."""
+    defaults = pytest.importorskip("mlx_lm.lora").CONFIG_DEFAULTS
+    options, rest = of(json.dumps(defaults | {"train": True}), tmp_path)
+    options.check()
+    assert rest == {"model": defaults["model"]}
+    expected = FineTuneOptions(train=True, data=defaults["data"], num_layers=16, rank=8, scale=20.0)
+    assert options == expected
+
+
+def test_flags_come_before_nested_keys(tmp_path: Path) -> None:
+    options, _ = of(MLX_LM, tmp_path, rank=3, learning_rate=1e-4, alpha=6.0, target_modules=["proj_1"], eps=1e-4)
+    assert (options.rank, options.learning_rate, options.eps) == (3, 1e-4, 1e-4)
+    assert (options.alpha, options.scale, options.lora_scale) == (6.0, None, 2.0)
+    assert options.target_modules == ("proj_1",)
+
+
+def test_what_a_flag_makes_meaningless_is_left_out(tmp_path: Path) -> None:
+    def checked(text: str, **flags: Any) -> FineTuneOptions:
+        options, _ = of(text, tmp_path, train=True, data="d", **flags)
+        options.check()
+        return options
+
+    flat = "optimizer: adamw\nbeta2: 0.95\nweight_decay: 0.1\neps: 1e-6\n"
+    assert checked(flat, optimizer="sgd") == replace(checked(""), optimizer="sgd")
+    assert checked(flat, optimizer="adamw").beta2 == 0.95
+    assert checked("beta2: 0.95", optimizer="adamw").beta2 == 0.95
+    # Of nested ones the other optimizer's own count.
+    assert checked(MLX_LM, optimizer="adam") == replace(
+        checked(MLX_LM), optimizer="adam", beta1=None, beta2=None, eps=None, weight_decay=None
+    )
+    constant = checked(MLX_LM, lr_schedule="constant")
+    assert (constant.min_learning_rate, constant.decay_steps, constant.learning_rate) == (0.0, None, 2e-5)
+    assert checked(MLX_LM, warmup=0).warmup_init == 0.0
+    full = checked(MLX_LM, fine_tune_type="full")
+    assert (full.scale, full.target_modules, full.dropout) == (None, None, 0.0)
+    assert checked("fine_tune_type: full\nlora_parameters: {scale: 5.0}").scale is None
+    assert checked("fine_tune_type: full\nlora_parameters: {scale: 5.0}", fine_tune_type="lora").scale == 5.0
+    assert checked("iters: 5", epochs=2.0).iters == 1000
+    assert checked("epochs: 5", iters=3).epochs is None
+    assert checked("alpha: 5\nuse_rslora: true", scale=3.0).lora_scale == 3.0
+    assert checked("resume_adapter_file: a", resume=True).resume_adapter_file is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("{name: cosine_decay, arguments: [1e-3, 9]}", ("cosine", 1e-3, 9, 0.0, 0)),
+        ("{name: linear_schedule, arguments: [1e-3, 1e-4, 9]}", ("linear", 1e-3, 9, 1e-4, 0)),
+        ("{name: cosine_decay, arguments: [1e-3, 9, 0], warmup: 3}", ("cosine", 1e-3, 9, 0.0, 3)),
+        ("{name: cosine_decay, arguments: [1e-3, 9], warmup: 0, warmup_init: 1e-7}", ("cosine", 1e-3, 9, 0.0, 0)),
+        ("cosine", ("cosine", 1e-5, None, 0.0, 0)),
+    ],
+)
+def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> None:
+    found, _ = of(f"lr_schedule: {schedule}", tmp_path, train=True, data="d")
+    found.check()
+    assert (
+        found.lr_schedule,
+        found.learning_rate,
+        found.decay_steps,
+        found.min_learning_rate,
+        found.warmup,
+    ) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("leaning_rate: 1", "has an unknown key 'leaning_rate'; did you mean learning_rate or min_learning_rate?"),
+        ("batch-size: 1", "has an unknown key 'batch-size'; did you mean batch_size?"),
+        ("zzz: 1", "has an unknown key 'zzz'; see `mlx-openelm lora --help`"),
+        ("5: 1", "has an unknown key 5;"),
+        ("rank: many", "rank must be a whole number, got 'many'."),
+        ("rank: 2.5", "rank must be a whole number, got 2.5."),
+        ("learning_rate: fast", "learning_rate must be a number, got 'fast'."),
+        ("train: maybe", "train must be true or false, got 'maybe'."),
+        ("target_modules: 5", "target_modules must be a list of texts, got 5."),
+        ("revision: 1234567", "revision must be text, got 1234567; put it in quotes."),
+        ("model: [a]", "model must be text, got ['a']."),
+        ("alpha: 1\nscale: 2", "has both alpha and scale"),
+        ("alpha: 1\nlora_parameters: {scale: 2}", "has both alpha and scale"),
+        ("iters: 1\nepochs: 2", "has both iters and epochs"),
+        ("hf_dataset: {path: x}", "has hf_dataset, which is not offered here; name the data set in data."),
+        ("trust_remote_code: true", "has trust_remote_code, which is not offered here"),
+        ("clear_cache_threshold: 5", "has clear_cache_threshold, which is not offered here"),
+        ("config: other.yaml", "has config, which is not offered here"),
+        ("lora_parameters: 5", "lora_parameters must hold keys with values, got 5."),
+        ("lora_parameters: {r: 5}", "lora_parameters has an unknown key 'r'; there are rank, scale,"),
+        ("lora_parameters: {rank: x}", "rank must be a whole number, got 'x'."),
+        (
+            "lora_parameters: {keys: [self_attn.q_proj]}",
+            "lora_parameters.keys has 'self_attn.q_proj', which OpenELM has not; there are token_embeddings, qkv_proj,",
+        ),
+        ("lora_parameters: {keys: attn}", "lora_parameters.keys must be a list, got 'attn'."),
+        (
+            "lr_schedule: {name: step_decay, arguments: [1, 2]}",
+            "lr_schedule.name must be cosine_decay or linear_schedule, got 'step_decay'.",
+        ),
+        ("lr_schedule: {name: cosine_decay}", "lr_schedule.arguments must be the list learning_rate, decay_steps,"),
+        ("lr_schedule: {name: linear_schedule, arguments: [1, 2]}", "lr_schedule.arguments must be the list"),
+        ("optimizer_config: {adam: {betas: 0.9}}", "optimizer_config.adam.betas must be a list of two numbers"),
+        ("optimizer_config: {adam: {amsgrad: true}}", "optimizer_config.adam has amsgrad, which is not offered"),
+        ("optimizer_config: {adam: 3}", "optimizer_config.adam must hold keys with values, got 3."),
+        (
+            "optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}",
+            "optimizer_config.sgd.nesterov is False here, and nothing else is offered; got True.",
+        ),
+        ("rank: 1\nrank: 2", "is no YAML: rank is there twice"),
+        ("lora_parameters: {rank: 1, rank: 2}", "is no YAML: rank is there twice"),
+        ("rank: [", "is no YAML:"),
+        ("- rank", "must hold keys with values"),
+        ("rank: !!python/object/apply:os.getcwd []", "is no YAML:"),
+    ],
+)
+def test_what_cannot_be_right_is_named(text: str, message: str, tmp_path: Path) -> None:
+    found = refusal(text, tmp_path)
+    assert message in found
+    assert "\n" not in found
+
+
+def test_flags_that_exclude_another(tmp_path: Path) -> None:
+    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("--alpha and --scale say one thing")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="none.yaml cannot be read: No such file or directory."):
+        read(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(RequestError, match="bytes.yaml is no YAML"):
+        read(tmp_path / "bytes.yaml")
+
+
+def test_yaml_anchors_and_merge_keys(tmp_path: Path) -> None:
+    options, _ = of("optimizer_config:\n  sgd: &a {}\n  adam:\n    <<: *a\n    eps: 1e-6\n", tmp_path)
+    assert options.eps == 1e-6
+
+
+def test_modules_may_be_written_with_commas(tmp_path: Path) -> None:
+    assert of("target_modules: qkv_proj, proj_1", tmp_path)[0].target_modules == ("qkv_proj", "proj_1")
+
+
+def test_other_kinds_of_training_have_their_own_options(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("rank: 5\n")
+    with pytest.raises(RequestError, match="unknown key 'rank'"):
+        merge(TrainOptions, read(tmp_path / "c.yaml"), {}, place="c.yaml")
+
+
+@pytest.mark.parametrize("flags", [{}, {"epochs": 2.0}, {"iters": 5, "target_modules": ["proj_1"]}])
+def test_options_as_json_give_the_same_options(flags: dict[str, Any], tmp_path: Path) -> None:
+    options, _ = of(MLX_LM, tmp_path, sample_prompts=["a, b", "c"], **flags)
+    written = json.loads(json.dumps(to_dict(options)))
+    assert merge(FineTuneOptions, written, {}) == (options, {})
+    assert of(yaml.safe_dump(written), tmp_path)[0] == options
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("size", ["270m", "450m", "1.1b", "3b"])
+def test_corenets_recipes(size: str, kind: str) -> None:
+    """The numbers of CoreNet's `openelm_lora_*.yaml`; its DoRA is the same with `use_dora`."""
+    flags = {"train": True, "data": "d"} | ({"fine_tune_type": "dora"} if kind == "dora" else {})
+    options, rest = merge(FineTuneOptions, read(CONFIGS / f"{size}.yaml"), flags)
+    options.check()
+    assert rest == {"model": size}
+    assert options == FineTuneOptions(
+        train=True,
+        data="d",
+        fine_tune_type=kind,
+        target_modules=TARGET_MODULES,
+        num_layers=-1,
+        rank=32,
+        alpha=32.0,
+        dropout=0.1,
+        adapter_format="peft",
+        mask_prompt=False,
+        max_seq_length=2048,
+        z_loss=1e-4,
+        batch_size=8,
+        grad_accumulation_steps=2,
+        iters=4375,
+        optimizer="adamw",
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lr_schedule="cosine",
+        learning_rate=3e-4,
+        min_learning_rate=3e-5,
+        warmup=1000,
+        warmup_init=1e-6,
+        grad_checkpoint=size != "270m",
+    )
+    assert options.lora_scale == 1.0

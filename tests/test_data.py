@@ -1,0 +1,342 @@
+"""From files to records: folders, single files, data sets on the hub, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+from pathlib import Path
+
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.training.data import find_splits, read_records, read_splits
+
+import pytest
+from fake_hub import FakeHub
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def texts(number: int, prefix: str = "t") -> list[dict]:
+    return [{"text": f"{prefix}{index}"} for index in range(number)]
+
+
+def as_lines(records: list) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def write(path: Path, content: str | bytes | list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        content = as_lines(content) if ".jsonl" in path.name else json.dumps(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def said(records) -> list[str]:
+    return [record.values["text"] for record in records]
+
+
+def message(call, *arguments, **options) -> str:
+    with pytest.raises(RequestError) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_folder_with_three_splits(tmp_path, ending):
+    for split, number in (("train", 3), ("valid", 2), ("test", 1)):
+        write(tmp_path / f"{split}.{ending}", texts(number, split))
+    splits = read_splits(tmp_path, need=("train", "test"))
+    assert said(splits.train) == ["train0", "train1", "train2"]
+    assert (said(splits.valid), said(splits.test)) == (["valid0", "valid1"], ["test0"])
+    assert splits.notes == ()
+    word = "line" if ending == "jsonl" else "item"
+    assert [record.source for record in splits.train] == [f"train.{ending}, {word} {n}" for n in (1, 2, 3)]
+
+
+def test_only_what_is_needed_is_read(tmp_path):
+    write(tmp_path / "train.jsonl", "broken")
+    write(tmp_path / "test.jsonl", texts(2))
+    splits = read_splits(tmp_path, need=("test",))
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (0, 0, 2)
+
+
+def test_missing_splits_are_named(tmp_path):
+    write(tmp_path / "train.jsonl", texts(4))
+    assert "has no test data (only train)" in message(read_splits, str(tmp_path), need=("train", "test"))
+    assert "holds no data" in message(read_splits, str(write(tmp_path / "empty" / "notes.md", "x").parent))
+
+
+def test_without_validation_data_a_part_is_held_out_and_said(tmp_path):
+    write(tmp_path / "train.json", texts(40))
+    splits = read_splits(tmp_path)
+    assert (len(splits.train), len(splits.valid)) == (36, 4)
+    assert len(splits.notes) == 1 and "4 of its 40 examples" in splits.notes[0]
+    without = read_splits(tmp_path, valid_fraction=0)
+    assert (len(without.train), len(without.valid)) == (40, 0)
+    assert "without validation" in without.notes[0]
+
+
+@pytest.mark.parametrize("name", ["validation.jsonl", "val.json", "dev.jsonl", "data/valid.jsonl"])
+def test_other_names_for_validation(tmp_path, name):
+    write(tmp_path / "train.jsonl", texts(3))
+    write(tmp_path / name, texts(2, "v"))
+    splits = read_splits(tmp_path)
+    assert (len(splits.train), said(splits.valid)) == (3, ["v0", "v1"])
+
+
+def test_two_files_for_one_split_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", texts(3))
+    write(tmp_path / "train.json", texts(3))
+    assert "several files for train (train.json, train.jsonl)" in message(read_splits, tmp_path)
+
+
+def test_shards_are_joined_in_order_and_must_all_be_there(tmp_path):
+    for index in (1, 0):
+        write(tmp_path / "data" / f"train-0000{index}-of-00002.jsonl", texts(2, f"s{index}-"))
+    assert said(read_splits(tmp_path, valid_fraction=0).train) == ["s0-0", "s0-1", "s1-0", "s1-1"]
+    (tmp_path / "data" / "train-00001-of-00002.jsonl").unlink()
+    assert "1 of the 2 files of train" in message(read_splits, tmp_path)
+
+
+def test_the_sets_of_the_paper_are_read():
+    folder = Path("/work/shared/data/commonsense/openbookqa")
+    if not folder.is_dir():
+        pytest.skip("needs the data of the paper's evaluation")
+    splits = read_splits(folder, need=("train", "test"))
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (4461, 496, 500)
+
+
+# One file
+
+
+@settings(max_examples=60, deadline=None)
+@given(number=st.integers(1, 60), fraction=st.floats(0, 0.99), seed=st.integers(0, 5))
+def test_one_file_is_split_without_loss_or_overlap(tmp_path_factory, number, fraction, seed):
+    path = write(tmp_path_factory.mktemp("data") / "mine.jsonl", texts(number))
+    splits = read_splits(path, valid_fraction=fraction, seed=seed)
+    train, valid = said(splits.train), said(splits.valid)
+    assert sorted(train + valid) == sorted(said(read_records([path])))
+    assert train and (not valid) == (fraction == 0 or number == 1)
+    assert len(valid) <= max(1, round(number * fraction))
+    assert [r.values for r in read_splits(path, valid_fraction=fraction, seed=seed).valid] == texts_of(valid)
+
+
+def texts_of(values: list[str]) -> list[dict]:
+    return [{"text": value} for value in values]
+
+
+def test_another_seed_holds_out_others(tmp_path):
+    path = write(tmp_path / "mine.jsonl", texts(100))
+    drawn = {tuple(said(read_splits(path, seed=seed).valid)) for seed in range(5)}
+    assert len(drawn) == 5
+
+
+def test_one_file_serves_a_test_as_a_whole(tmp_path):
+    path = write(tmp_path / "mine.jsonl", texts(5))
+    assert len(read_splits(path, need=("test",)).test) == 5
+    assert "has no test data" in message(read_splits, path, need=("train", "test"))
+
+
+def test_json_lines_called_json_byte_order_marks_blank_lines_and_gzip(tmp_path):
+    lines = as_lines(texts(3))
+    expected = ["t0", "t1", "t2"]
+    assert said(read_records([write(tmp_path / "a.json", lines)])) == expected
+    assert said(read_records([write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + lines.encode())])) == expected
+    spaced = read_records([write(tmp_path / "c.jsonl", lines.replace("\n", "\r\n\n"))])
+    assert said(spaced) == expected and spaced[1].source == "c.jsonl, line 3"
+    assert said(read_records([write(tmp_path / "d.jsonl.gz", gzip.compress(lines.encode()))])) == expected
+    odd = write(tmp_path / "e.jsonl", json.dumps({"text": "one\u2028line\x0b"}, ensure_ascii=False))
+    assert said(read_records([odd])) == ["one\u2028line\x0b"]
+
+
+def test_what_is_no_data_is_refused(tmp_path):
+    assert "no data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
+    for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
+        assert "there is no folder or file" in message(read_splits, str(name))
+    assert "--valid-fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
+    damaged = write(tmp_path / "a.jsonl.gz", b"not gzip")
+    assert "cannot be read" in message(read_splits, damaged)
+
+
+# Bad records
+
+GOOD = '{"text": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([GOOD, '{"text": "a"'], "line 2: is not JSON (Expecting ',' delimiter: column 13)"),
+        ([GOOD, "[1, 2]"], "line 2: is no JSON object"),
+        ([GOOD, "null"], "line 2: is no JSON object"),
+        ([GOOD, '{"texts": "a"}'], "line 2: has no 'text'"),
+        (['{"question": "a", "answer": "b"}'], "line 1: has none of the sets of keys"),
+        ([GOOD, '{"text": 3}'], "line 2: 'text' is a number, not text"),
+        ([GOOD, '{"text": null}'], "line 2: 'text' is null, not text"),
+        ([GOOD, '{"text": ["a"]}'], "line 2: 'text' is a list, not text"),
+        (['{"prompt": "a", "completion": true}'], "line 1: 'completion' is true or false, not text"),
+        (['{"prompt": "a", "completion": "b"}', '{"prompt": "a"}'], "line 2: has no 'completion'"),
+        (['{"instruction": "a", "input": 3, "output": "b"}'], "line 1: 'input' is a number, not text"),
+        (['{"messages": []}'], "line 1: messages must be a list with at least one"),
+        (['{"messages": [{"role": "king", "content": "a"}]}'], "line 1: message 0 has role 'king'"),
+        (['{"messages": [{"role": "user", "content": null}]}'], "line 1: the content of message 0 must be text"),
+        (
+            [GOOD, '{"messages": [{"role": "user", "content": "a"}]}'],
+            "line 2: holds chat messages, but bad.jsonl, line 1",
+        ),
+        ([GOOD, "[" * 100_000], "line 2: is not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, lines, expected):
+    path = write(tmp_path / "bad.jsonl", "\n".join(lines))
+    assert f"bad.jsonl, {expected}" in message(read_records, [path])
+
+
+def test_the_first_of_several_bad_lines_is_named_and_the_others_counted(tmp_path):
+    path = write(tmp_path / "bad.jsonl", "\n".join([GOOD, "{", GOOD, "3", "{}x"]))
+    said = message(read_records, [path])
+    assert said.startswith("bad.jsonl, line 2:") and "2 more bad entries" in said
+    path = write(tmp_path / "worse.json", json.dumps([{"text": "a"}, {"text": 1}, {"test": "a"}]))
+    said = message(read_records, [path])
+    assert said.startswith("worse.json, item 2:") and "1 more bad entry" in said
+
+
+def test_files_that_are_empty_not_text_or_no_array(tmp_path):
+    for content in ("", "\n\n", "[]"):
+        assert "train.json is empty" in message(read_records, [write(tmp_path / "train.json", content)])
+    assert "line 2: is not UTF-8 text (byte 11)" in message(
+        read_records, [write(tmp_path / "latin.jsonl", GOOD.encode() + b'\n{"text": "\xe9"}')]
+    )
+    assert "train.json: is not JSON" in message(read_records, [write(tmp_path / "train.json", '[{"text": "a"},')])
+
+
+def test_a_bad_shard_does_not_hide_behind_a_good_one(tmp_path):
+    write(tmp_path / "train-00000-of-00002.jsonl", texts(2))
+    write(tmp_path / "train-00001-of-00002.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert "train-00001-of-00002.jsonl, line 1: holds prompt and completion" in message(read_splits, tmp_path)
+
+
+# Parquet
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pa.table({"text": ["a", "b", "c"], "number": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    records = read_splits(tmp_path, valid_fraction=0).train
+    assert said(records) == ["a", "b", "c"] and records[2].source == "train.parquet, row 3"
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    parquet.write_table(pa.table({"messages": chats}), tmp_path / "train.parquet")
+    assert read_splits(tmp_path, valid_fraction=0).train[0].values == {"messages": chats[0]}
+    parquet.write_table(pa.table({"prompt": [None], "completion": [None], "text": ["a"]}), tmp_path / "train.parquet")
+    assert said(read_splits(tmp_path, valid_fraction=0).train) == ["a"]
+    parquet.write_table(pa.table({"question": ["a"]}), tmp_path / "train.parquet")
+    assert "row 1: has none of the sets of keys" in message(read_splits, tmp_path)
+    write(tmp_path / "train.parquet", b"PAR1 and nothing more")
+    assert "cannot be read as parquet" in message(read_splits, tmp_path)
+
+
+def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert "pip install pyarrow" in message(read_splits, write(tmp_path / "train.parquet", b"PAR1"))
+
+
+# Which files are splits
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["data/train-00000-of-00001.parquet", "README.md"], {"train": ["data/train-00000-of-00001.parquet"]}),
+        (
+            ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "data/validation-00000-of-00001-0b.parquet"],
+            {
+                "train": ["data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"],
+                "valid": ["data/validation-00000-of-00001-0b.parquet"],
+            },
+        ),
+        (["train.jsonl", "test.jsonl", "x.py"], {"train": ["train.jsonl"], "test": ["test.jsonl"]}),
+        (
+            ["default/train/0000.parquet", "default/train/0001.parquet"],
+            {"train": ["default/train/0000.parquet", "default/train/0001.parquet"]},
+        ),
+        (["train.jsonl", "train.parquet"], {"train": ["train.jsonl"]}),
+        (["train.jsonl", "train_small.jsonl"], {"train": ["train.jsonl"]}),
+        (["train_sft-00000-of-00001.parquet"], {"train": ["train_sft-00000-of-00001.parquet"]}),
+        (["trainer_state.json", "testimony.jsonl", "dataset_infos.json"], {}),
+    ],
+)
+def test_the_layouts_of_the_hub(names, expected):
+    assert find_splits(names, "owner/name", choose_format=True) == expected
+
+
+def test_configurations_that_nobody_chose_are_refused():
+    names = ["main/train-00000-of-00001.parquet", "other/train-00000-of-00001.parquet"]
+    assert "several files for train (main/" in message(find_splits, names, "owner/name", choose_format=True)
+
+
+# The hub
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    folder = tmp_path / "served"
+    write(folder / "data" / "train.jsonl", texts(20))
+    write(folder / "data" / "validation.jsonl", texts(4, "v"))
+    write(folder / "load_script.py", "raise SystemExit('code of a repository ran')")
+    write(folder / "README.md", "card")
+    return folder
+
+
+def test_a_data_set_on_the_hub(hub: FakeHub, served):
+    hub.add("datasets/me/plays", served)
+    splits = read_splits("me/plays")
+    assert (len(splits.train), len(splits.valid), splits.notes) == (20, 4, ())
+    assert splits.train[0].source == "train.jsonl, line 1"
+    assert sorted(hub.files_sent) == ["data/train.jsonl", "data/validation.jsonl"]
+
+
+def test_a_data_set_in_the_cache_needs_no_network(hub: FakeHub, served):
+    hub.add("datasets/me/plays", served)
+    first = read_splits("me/plays")
+    sent = len(hub.files_sent)
+    assert read_splits("me/plays") == first and len(hub.files_sent) == sent
+    hub.stop()
+    assert read_splits("me/plays") == first
+
+
+def test_one_file_under_another_name_is_split(hub: FakeHub, tmp_path):
+    write(tmp_path / "served" / "alpaca_data.json", [{"instruction": "a", "output": "b"}] * 20)
+    hub.add("datasets/me/alpaca", tmp_path / "served")
+    splits = read_splits("me/alpaca")
+    assert (len(splits.train), len(splits.valid)) == (18, 2)
+
+
+def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
+    hub.add("datasets/me/pictures", write(tmp_path / "pictures" / "a.png", "x").parent)
+    hub.add("datasets/me/gated", served, gated=403)
+    assert "no folder or file me/nothing, and no data set" in message(read_splits, "me/nothing")
+    assert "me/pictures has no files for train" in message(read_splits, "me/pictures")
+    assert "no valid name of a data set" in message(read_splits, "me/a b")
+    with pytest.raises(OpenELMError, match="datasets/me/gated is gated.*https://huggingface.co/datasets/me/gated"):
+        read_splits("me/gated")
+    hub.stop()
+    with pytest.raises(
+        OpenELMError, match="cannot reach 127.0.0.1 .*datasets/me/other is not in the download cache"
+    ) as error:
+        read_splits("me/other")
+    assert not isinstance(error.value, RequestError)

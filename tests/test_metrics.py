@@ -1,0 +1,274 @@
+"""`metrics.jsonl`, which survives what a run may meet, and the picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training import metrics
+from mlx_openelm.training.metrics import Metrics
+
+import pytest
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text()
+    assert text.endswith("\n") or not text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_line_a_step_is_there_at_once(tmp_path: Path) -> None:
+    tracker = Recorder()
+    with Metrics(tmp_path / "run", trackers=[tracker], plot=False) as log:
+        log.log(1, {"train_loss": 2.5, "tokens": 512})
+        assert lines(tmp_path / "run") == [{"step": 1, "train_loss": 2.5, "tokens": 512}]
+        log.log(1, {"val_loss": 2.25})
+        log.log(2, {"train_loss": 0.1 + 0.2})
+        assert not tracker.closed
+    assert lines(tmp_path / "run")[1:] == [{"step": 1, "val_loss": 2.25}, {"step": 2, "train_loss": 0.1 + 0.2}]
+    expected = [(1, {"train_loss": 2.5, "tokens": 512}), (1, {"val_loss": 2.25}), (2, {"train_loss": 0.1 + 0.2})]
+    assert tracker.rows == expected
+    assert tracker.closed
+    assert isinstance(lines(tmp_path / "run")[0]["tokens"], int)
+
+
+def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    tracker = Recorder()
+    with Metrics(tmp_path, trackers=[tracker], plot=False) as log:
+        log.log(1, {"train_loss": math.nan, "grad_norm": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "train_loss": None, "grad_norm": None}
+    assert math.isnan(tracker.rows[0][1]["train_loss"])
+
+
+def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0):
+        with Metrics(tmp_path, plot=False) as log:
+            log.log(1, {"train_loss": loss})
+    assert lines(tmp_path) == [{"step": 1, "train_loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"step": 3, "train', b'{"step": 3, "train_loss": 1.0}', b"\x00\x00\x00", b"[1]\n"]
+)
+def test_resume_takes_back_what_came_after(tail: bytes, tmp_path: Path) -> None:
+    with Metrics(tmp_path, plot=False) as log:
+        for step in range(1, 6):
+            log.log(step, {"train_loss": float(step)})
+        log.log(5, {"val_loss": 1.0})
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes() + tail)
+    with Metrics(tmp_path, resume_step=3, plot=False) as log:
+        whole = tail == b'{"step": 3, "train_loss": 1.0}'
+        kept = [{"step": step, "train_loss": float(step)} for step in (1, 2, 3)] + ([json.loads(tail)] if whole else [])
+        assert lines(tmp_path) == kept
+        log.log(4, {"train_loss": -4.0})
+    assert lines(tmp_path) == [*kept, {"step": 4, "train_loss": -4.0}]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_cut_line_is_repaired_where_nothing_else_is_to_do(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1}\n{"step": 2, "a"')
+    with Metrics(tmp_path, resume_step=9, plot=False) as log:
+        log.log(10, {"a": 2})
+    assert lines(tmp_path) == [{"step": 1, "a": 1}, {"step": 10, "a": 2}]
+
+
+def test_a_file_that_is_right_is_left_alone(tmp_path: Path) -> None:
+    with Metrics(tmp_path, plot=False) as log:
+        log.log(1, {"train_loss": 1 / 3})
+    before = (tmp_path / "metrics.jsonl").stat()
+    Metrics(tmp_path, resume_step=1, plot=False).close()
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_resume_without_a_file(tmp_path: Path) -> None:
+    with Metrics(tmp_path, resume_step=3, plot=False) as log:
+        log.log(4, {"train_loss": 1.0})
+    assert lines(tmp_path) == [{"step": 4, "train_loss": 1.0}]
+
+
+def test_kill_9_loses_no_line(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from mlx_openelm.training.metrics import Metrics\n"
+        "log = Metrics(pathlib.Path(sys.argv[1]), plot=False)\n"
+        "for step in range(1, 10**9):\n"
+        "    log.log(step, {'train_loss': 1 / step})\n"
+        "    if step == 50: print('there', flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        process.send_signal(signal.SIGKILL)
+    Metrics(tmp_path, resume_step=10**9, plot=False).close()
+    rows = lines(tmp_path)
+    assert len(rows) >= 50
+    assert rows == [{"step": step, "train_loss": 1 / step} for step in range(1, len(rows) + 1)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = Metrics(tmp_path, plot=False)
+    with pytest.raises(OpenELMError, match="metrics.jsonl failed: No space left on device"):
+        log.log(1, {"train_loss": 1.0})
+
+
+# The picture.
+
+
+def read_png(path: Path) -> Any:
+    return pytest.importorskip("matplotlib.image").imread(path)
+
+
+def test_the_picture_shows_what_was_logged(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with Metrics(tmp_path) as log:
+        for step in range(1, 41):
+            log.log(step, {"train_loss": 3 - step / 20, "learning_rate": 1e-4 * step})
+        log.log(20, {"val_loss": 2.5})
+        log.log(40, {"val_loss": 2.75, "train_loss": math.nan})
+    pixels = read_png(tmp_path / "losses.png")
+    assert pixels.shape == (720, 960, 4)
+    # matplotlib's first three colours: training and validation in the upper panel, the rate in the lower one.
+    colours = {"C0": (31, 119, 180), "C1": (255, 127, 14), "C2": (44, 160, 44)}
+    rows = {
+        name: (abs(pixels[:, :, :3] * 255 - colour).max(axis=2) < 2).nonzero()[0] for name, colour in colours.items()
+    }
+    assert min(len(found) for found in rows.values()) > 100
+    assert max(rows["C0"]) < min(rows["C2"]) and max(rows["C1"]) < min(rows["C2"])
+    assert sorted(os.listdir(tmp_path)) == ["losses.png", "metrics.jsonl"]
+
+
+def test_axes_and_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    curves = {"train_loss": [(1, 3.0), (2, 2.0)], "val_loss": [(1, 2.5), (2, 2.75)], "learning_rate": [(1, 0.1)]}
+    losses, rates = metrics.figure(curves).axes
+    drawn = [list(zip(*line.get_data(), strict=True)) for line in losses.lines[:2]]
+    assert drawn == [curves["train_loss"], curves["val_loss"]]
+    assert list(zip(*rates.lines[0].get_data(), strict=True)) == curves["learning_rate"]
+    labels = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert labels == ["training", "validation", "best: 2.5 at step 1"]
+    assert (losses.get_ylabel(), rates.get_ylabel(), rates.get_xlabel()) == (
+        "loss (nats a token)",
+        "learning rate",
+        "step",
+    )
+    assert metrics.figure({"train_loss": [], "val_loss": [], "learning_rate": []}).axes[0].get_legend() is None
+
+
+def test_a_resumed_picture_has_the_old_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(metrics, "draw", lambda curves, path: drawn.append(curves))
+    for resume_step, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        with Metrics(tmp_path, resume_step=resume_step) as log:
+            for step in steps:
+                log.log(step, {"train_loss": step * (1.0 if resume_step is None else 10.0)})
+    assert drawn[-1]["train_loss"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+
+
+def test_drawing_does_not_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    begun, go_on, drawn = threading.Event(), threading.Event(), []
+
+    def draw(curves: Mapping[str, Any], path: Path) -> None:
+        drawn.append(len(curves["train_loss"]))
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(metrics, "draw", draw)
+    monkeypatch.setattr(metrics, "_PAUSE_SECONDS", 0.0)
+    log = Metrics(tmp_path)
+    for step in range(1, 101):
+        log.log(step, {"train_loss": 1.0})
+    assert begun.wait(10)
+    assert drawn == [1]  # one at a time, of what there was when it began
+    go_on.set()
+    log.close()
+    assert drawn == [1, 100]
+
+
+def test_pictures_are_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most a hundredth of the time goes into them, and none into the first seconds."""
+    pytest.importorskip("matplotlib")
+    now, begun = [0.0], []
+
+    def draw(curves: Mapping[str, Any], path: Path) -> None:
+        begun.append(now[0])
+        now[0] += 2
+
+    monkeypatch.setattr(metrics, "draw", draw)
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    log = Metrics(tmp_path)
+    while now[0] < 500:
+        now[0] += 0.5
+        log.log(1, {"train_loss": 1.0})
+        for thread in threading.enumerate():
+            if thread.name == "metrics picture":
+                thread.join()
+    assert begun == [10.0, 212.0, 414.0]
+    log.close()
+    assert len(begun) == 4
+
+
+def test_a_picture_that_fails_is_a_line_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+
+    def draw(curves: Mapping[str, Any], path: Path) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(metrics, "draw", draw)
+    log = Metrics(tmp_path)
+    log.log(1, {"train_loss": 1.0})
+    with pytest.warns(UserWarning, match="could not be drawn: no fonts"):
+        log.close()
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = metrics.importlib.util.find_spec
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.warns(UserWarning, match=r"mlx-openelm\[plots\]") as caught:
+        log = Metrics(tmp_path)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.log(1, {"train_loss": 1.0})
+        log.close()
+        Metrics(tmp_path, plot=False).close()
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_neither_matplotlib_nor_numpy_is_imported_for_numbers_alone(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from mlx_openelm.training.metrics import Metrics\n"
+        "log = Metrics(pathlib.Path(sys.argv[1]))\n"
+        "log.log(1, {'train_loss': 1.0})\n"
+        "assert not {'matplotlib', 'wandb', 'tensorboardX', 'yaml'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], check=True)
