@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,9 @@ from .quantization.recipes import Plan, planner
 from .sources import CORENET_PREFIX, Source, open_source
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # most models are loaded without
+    from .adapters.switching import AdapterPaths
+
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
@@ -39,7 +42,7 @@ _FREE_SHARE = 0.2
 
 def load(
     model: str | Path = "tiny",
-    adapter_path: str | Path | None = None,
+    adapter_path: AdapterPaths | None = None,
     dtype: str | mx.Dtype | None = None,
     *,
     tokenizer: str | Path | None = None,
@@ -52,6 +55,8 @@ def load(
     Args:
         model: `tiny`, an alias (`270m`, `1.1b-instruct`), a hub name, a folder, a CoreNet checkpoint (`.pt`),
             a `.gguf` file, or `corenet:SIZE/NAME`.
+        adapter_path: an adapter: a folder or file in the format of mlx-lm, PEFT or CoreNet, or a hub repository;
+            LoRA adapters may be several, or have weights: `["a", "b"]`, `"a=0.7"`, `{"a": 0.7, "b": 0.3}`.
         dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
         tokenizer: a tokenizer file or folder, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
@@ -63,14 +68,21 @@ def load(
         RequestError: unknown names, damaged or unfitting files, a tokenizer that is missing or does not fit.
         OpenELMError: a download that failed.
     """
-    if adapter_path is not None:
-        raise RequestError("This version loads no adapters; fuse them into the model first (mlx_lm.fuse).")
     if (warning := backend.blas_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
     check_dtype(model, dtype)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    if adapter_path is None:
+        with source.reading():
+            return build_model(source.checkpoint, dtype=dtype, expand=expand), source.tokenizer
+    from .adapters.attaching import attach
+    from .adapters.switching import read_mixture
+
+    adapter = read_mixture(adapter_path, source.checkpoint.config)
     with source.reading():
-        return build_model(source.checkpoint, dtype=dtype, expand=expand), source.tokenizer
+        loaded = build_model(source.checkpoint, dtype=dtype, expand=expand)
+    attach(loaded, adapter)
+    return loaded, source.tokenizer
 
 
 def build_model(checkpoint: Checkpoint, *, dtype: str | mx.Dtype | None = None, expand: bool | None = None) -> OpenELM:

@@ -46,7 +46,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def add_projection(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
-    """residual + layer(x); in one product where the layer can, as a plain matrix does and MLX's quantized ones do not."""
+    """residual + layer(x); in one product where the layer can, as a plain matrix does and a quantized one does not."""
     onto = getattr(type(layer), "onto", None)
     return residual + layer(x) if onto is None else onto(layer, residual, x)
 
@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention, then the feed-forward, in two stages each: a norm and a projection, then what follows up to the residual.
+    """Attention, then the feed-forward, each in two stages: a norm and a projection, then the rest up to the residual.
 
     Training keeps what goes from stage to stage and computes the rest again in the backward pass.
     """

@@ -135,6 +135,7 @@ def compose(
     quality: Sequence[Quality] = (),
     config: ModelConfig | None = None,
     rounded_to: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> str:
     """The card of a model: of a folder, or of a GGUF file.
 
@@ -145,13 +146,14 @@ def compose(
         quality: what was measured.
         config: the model's, for GGUF, which has no config.json.
         rounded_to: what the weights had been quantized to before they were unpacked.
+        adapters: what was fused into them, in words.
 
     Raises:
         RequestError: there is no model, or files are damaged.
     """
     contents = Contents.read(path)
     sizes = (None, None) if config is None else (config.num_parameters, config.num_transformer_layers)
-    facts = Facts(origin.name, command, method, recipe, tuple(quality), sizes[0], sizes[1], rounded_to)
+    facts = Facts(origin.name, command, method, recipe, tuple(quality), sizes[0], sizes[1], rounded_to, tuple(adapters))
     return _compose(contents, name, _metadata(contents, origin, method), facts)
 
 

@@ -42,11 +42,13 @@ class Facts:
     parameters: int | None = None
     layers: int | None = None
     rounded_to: str | None = None
+    adapters: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, absent ones left out."""
         values = asdict(self)
         values["quality"] = [_present(entry) for entry in values["quality"]]
+        values["adapters"] = list(values["adapters"])
         return _present(values)
 
     @classmethod
@@ -57,7 +59,8 @@ class Facts:
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         try:
             quality = tuple(Quality(**entry) for entry in known.pop("quality", ()))
-            facts = cls(**{"source": None} | known, quality=quality)
+            adapters = tuple(str(entry) for entry in known.pop("adapters", ()))
+            facts = cls(**{"source": None} | known, quality=quality, adapters=adapters)
         except TypeError:
             return None
         numbers = [facts.parameters, facts.layers, *(q.tokens for q in quality), *(q.perplexity for q in quality)]
@@ -181,6 +184,8 @@ def _making(facts: Facts) -> Iterator[str]:
     if facts.command is not None:
         yield "## How it was made"
         yield f"```shell\n{facts.command}\n```"
+    if facts.adapters:
+        yield f"Fused into the base: {'; '.join(facts.adapters)}."
     if facts.rounded_to is not None:
         yield f"The weights came quantized to {facts.rounded_to} and were unpacked; they are no more precise than that."
 

@@ -186,7 +186,7 @@ class Attend:
     def heads(
         self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
     ) -> Heads:
-        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; unless `fused`, queries are scaled."""
+        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; queries scaled unless `fused`."""
         heads = qkv.reshape(*shape, -1, self.head_dim)
         return (self._fused_heads if self.fused else self._plain_heads)(heads, num_heads, norms)
 

@@ -21,13 +21,15 @@ from . import console, flags
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
-_REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2")
+_REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
 # What else can be used, what for, and the extra that brings it.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
     "torch": ("reads CoreNet's .pt files", "corenet"),
-    "pyyaml": ("reads the configurations of those", "corenet"),
-    "matplotlib": ("draws quantize --report-plot", "plots"),
+    "matplotlib": ("draws quantize --report-plot and the losses of a training run", "plots"),
+    "pyarrow": ("reads training data in parquet files", "data"),
+    "tensorboardX": ("shows a training run in TensorBoard", "trackers"),
+    "wandb": ("shows a training run at Weights & Biases", "trackers"),
     "mlx-lm": ("benchmarks compare with it", "dev"),
 }
 

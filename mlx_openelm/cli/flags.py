@@ -105,22 +105,94 @@ QUANTIZE = {
     "report": "Compare with other bits, modes and recipes on text that is kept for it.",
     "report_data": "Compare on this text file or .jsonl instead.",
 }
+# The help of every field of FineTuneOptions, in the order `--help` shows them.
+FINE_TUNE = {
+    "data": "A folder with train, valid and test files (.jsonl, .json, .parquet), one file, or a data set on the hub.",
+    "train": "Train.",
+    "test": "Measure the perplexity on the test examples, after training or of the adapter in --adapter-path.",
+    "adapter_path": "The folder for the adapter and all that belongs to the run.",
+    "fine_tune_type": "lora, dora or full.",
+    "num_layers": "Train the last so many layers; -1 is all.",
+    "target_modules": "What gets an adapter: token_embeddings, qkv_proj, out_proj, proj_1, proj_2; repeatable, or with "
+    "commas; by default the last four.",
+    "rank": "The rank of an adapter's matrices.",
+    "alpha": "Multiply an adapter's change by alpha / rank.",
+    "scale": "Multiply it by this instead; 20 unless told, as in mlx-lm.",
+    "use_rslora": "Divide --alpha by the root of the rank (rsLoRA).",
+    "dropout": "The share of its input that an adapter does not see, in training.",
+    "iters": "How many updates of the weights.",
+    "epochs": "Train so many times over the data, in place of --iters.",
+    "batch_size": "Examples a batch.",
+    "grad_accumulation_steps": "Batches an update.",
+    "max_seq_length": "Tokens an example; what is longer is cut.",
+    "long_examples": "truncate what is longer, or refuse it.",
+    "packing": "Fill rows with several examples, which do not see one another.",
+    "mask_prompt": "Learn completions and assistants' turns alone, not prompts.",
+    "valid_fraction": "How much is held out for validation where there is no valid file; 0 is nothing.",
+    "optimizer": "adam, adamw, sgd, lion, adafactor or muon.",
+    "learning_rate": "The learning rate, after the warm-up.",
+    "lr_schedule": "constant, cosine or linear.",
+    "min_learning_rate": "Where cosine and linear schedules end.",
+    "decay_steps": "How many steps they take to get there; by default all that are left.",
+    "warmup": "Raise the learning rate over so many steps at first.",
+    "warmup_init": "From this learning rate.",
+    "weight_decay": "Weight decay, of matrices alone.",
+    "beta1": "The optimizer's first momentum.",
+    "beta2": "Its second.",
+    "eps": "What keeps it from dividing by zero.",
+    "momentum": "Momentum of sgd and muon.",
+    "bias_correction": "Let Adam make up for its momenta's start at zero.",
+    "max_grad_norm": "Scale gradients down to this norm.",
+    "z_loss": "Keep logits small: this times the squared log of their sum; CoreNet takes 1e-4.",
+    "label_smoothing": "Give other tokens this share of the probability that is learned.",
+    "grad_checkpoint": "Compute activations again in the backward pass: less memory, more time.",
+    "seed": "The same seed gives the same adapter.",
+    "steps_per_report": "Report the loss every so many steps.",
+    "steps_per_eval": "Validate every so many steps.",
+    "val_batches": "On so many batches; -1 is all, 0 no validation.",
+    "test_batches": "Test on so many batches; -1 is all.",
+    "early_stop": "Stop after so many validations without a new best, which is what is kept.",
+    "sample_prompts": "Show how the model goes on from this, before and after; repeatable.",
+    "sample_tokens": "With so many tokens.",
+    "save_every": "Save a checkpoint every so many steps.",
+    "keep_last": "Keep so many of the last checkpoints, and the best.",
+    "keep_every": "Keep those of every so many steps too.",
+    "resume": "Go on with the run in --adapter-path, exactly; other flags need not be repeated.",
+    "resume_adapter_file": "Start from the weights of this adapter.",
+    "adapter_format": "mlx, for mlx-lm and here, or peft.",
+    "report_to": "Show the numbers in tensorboard, wandb, or both with a comma.",
+    "project_name": "The project at Weights & Biases.",
+}
 _SHORT = {"max_tokens": ("-m",)}
 # `--quant-predicate` is mlx-lm's name.
-_ALSO = {"recipe": ("--quant-predicate",)}
-_REPEATABLE = ("stop", "logit_bias", "method")
+_ALSO = {"recipe": ("--quant-predicate",), "sample_prompts": ("--sample-prompt",)}
+_REPEATABLE = ("stop", "logit_bias", "method", "target_modules", "sample_prompts")
 
 
-def of_dataclass(options: type, help: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes `**options` one flag a field, with the field's name, type and default."""
+def of_dataclass(
+    options: type, help: Mapping[str, str], *, may_be_absent: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `**options` one flag a field, with the field's name, type and default.
+
+    Args:
+        may_be_absent: the command is given None for a flag that was not typed, so that a configuration file can speak
+            first; what is on by default, or in that file, has a `--no-` form.
+    """
     hints = get_type_hints(options)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
 
     def parameter(name: str) -> inspect.Parameter:
-        declaration = typer.Option(
-            f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), *_ALSO.get(name, ()), help=help[name]
-        )
-        kind, default = (list[str] | None, None) if name in _REPEATABLE else (hints[name], defaults[name])
+        kind, default, text = hints[name], defaults[name], help[name]
+        flag = f"--{name.replace('_', '-')}"
+        if name in _REPEATABLE:
+            kind, default = list[str] | None, None
+        elif may_be_absent:
+            if kind is bool:
+                flag, text = f"{flag}/--no-{flag[2:]}", f"{text}  [default: on]" if default else text
+            elif default is not None:
+                text = f"{text}  [default: {default}]"
+            kind, default = kind | None, None
+        declaration = typer.Option(flag, *_SHORT.get(name, ()), *_ALSO.get(name, ()), help=text)
         annotation = Annotated[kind, declaration]  # type: ignore[valid-type]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

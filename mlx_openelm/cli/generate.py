@@ -40,6 +40,13 @@ def run(
     extra_eos_token: Annotated[
         list[str] | None, typer.Option(help="A token, or its id, that ends the text too; repeatable.")
     ] = None,
+    adapter_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter-path",
+            help="An adapter: a folder, file or hub repository; repeatable, and PATH=WEIGHT, to mix LoRA adapters.",
+        ),
+    ] = None,
     tokenizer: flags.Tokenizer = None,
     revision: flags.Revision = None,
     dtype: flags.Dtype = None,
@@ -65,7 +72,9 @@ def run(
     options |= {"stop": options["stop"] or (), "logit_bias": _parse_logit_bias(options["logit_bias"])}
     if options["seed"] is None and options["temp"] > 0:
         options["seed"] = random_seed()
-    loaded, its_tokenizer = load(model, dtype=dtype, tokenizer=tokenizer, revision=revision, expand=expand)
+    loaded, its_tokenizer = load(
+        model, adapter_path or None, dtype, tokenizer=tokenizer, revision=revision, expand=expand
+    )
     for token in extra_eos_token or ():
         its_tokenizer.add_eos_token(token)
     ids = _encode(

@@ -27,6 +27,8 @@ COMMANDS = {
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model, knowing what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
+    "lora": "Fine-tune a model on your examples: LoRA, DoRA, or all weights.",
+    "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
     "info": "Show a model's layers, its size, and the memory it needs.",

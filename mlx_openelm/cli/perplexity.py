@@ -20,6 +20,13 @@ from . import console, flags
 def run(
     data: Annotated[str, typer.Option("--data", help="A text file, or a .jsonl file with `text` on every line.")],
     model: flags.Model = catalog.TINY,
+    adapter_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter-path",
+            help="An adapter: a folder, file or hub repository; repeatable, and PATH=WEIGHT, to mix LoRA adapters.",
+        ),
+    ] = None,
     reference_model: Annotated[
         str | None, typer.Option(help="Also give the KL divergence from this model, in nats a token.")
     ] = None,
@@ -43,7 +50,9 @@ def run(
     The text is cut into windows, each read from its beginning. The loss is the mean over tokens, in nats.
     """
     documents = load_documents(Path(data).expanduser())
-    loaded, its_tokenizer = load(model, dtype=dtype, tokenizer=tokenizer, revision=revision, expand=expand)
+    loaded, its_tokenizer = load(
+        model, adapter_path or None, dtype, tokenizer=tokenizer, revision=revision, expand=expand
+    )
     length = _checked_length(sequence_length, loaded.config)
     windows = _sample(make_windows(its_tokenizer, documents, length), num_samples, seed)
     with console.Progress("Measuring", unit="windows") as progress:

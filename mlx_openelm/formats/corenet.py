@@ -114,12 +114,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The section `model.language_modeling.general_gpt` of a training configuration.
 
     Raises:
-        RequestError: PyYAML is missing, or the file is, or it is no YAML, or has no such section.
+        RequestError: the file is missing, or it is no YAML, or has no such section.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise _missing("CoreNet's YAML files", "PyYAML") from None
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -15,7 +15,7 @@ from .. import cpu_math
 from ..ops import Attend, HeadNorms
 
 # Queries in a block. Smaller ones save more of the hidden half, larger ones make better matrix products.
-_BLOCK = 128
+BLOCK = 128
 
 
 def attention(
@@ -42,17 +42,17 @@ def attention(
         primals = primals if isinstance(primals, tuple | list) else [primals]
         primals = mx.depends(list(primals), [cotangent])
         cotangent, mixed = (a.reshape(*shape, num_heads[0], -1).swapaxes(1, 2) for a in (cotangent, mixed))
-        projected = heads(*primals)
-        gradients = _gradients(attend, *projected, mixed, cotangent)
+        queries, keys, values = heads(*primals)
+        gradients = _gradients(attend, queries, keys, values, mixed, cotangent)
         return mx.vjp(heads, primals, gradients)[1]
 
-    return mix(qkv, *weights)
+    return mix(qkv, *weights)  # type: ignore[return-value]
 
 
 def _blocks(attend: Attend, length: int) -> Iterator[tuple[slice, mx.array]]:
     """Each block of queries, with what it may see of the keys up to its end [block, T] or [B, 1, block, T]."""
-    for start in range(0, length, _BLOCK):
-        rows = slice(start, min(length, start + _BLOCK))
+    for start in range(0, length, BLOCK):
+        rows = slice(start, min(length, start + BLOCK))
         if isinstance(attend.mask, mx.array):
             visible = attend.mask[..., rows, : rows.stop]
         else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import signal
+import threading
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -34,11 +36,19 @@ class Processes:
         """The sum over all processes, exact for whole numbers below 2**24 in each."""
         if self.size == 1:
             return value
-        return mx.distributed.all_sum(mx.array(float(value)), group=self.group, stream=mx.cpu).item()  # type: ignore[return-value]
+        return float(mx.distributed.all_sum(mx.array(float(value)), group=self.group, stream=mx.cpu).item())  # type: ignore[arg-type]
 
     def any(self, value: bool) -> bool:
         """Whether it is true in at least one process."""
         return value if self.size == 1 else self.sum(value) > 0
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        if self.size == 1:
+            return value
+        most = mx.distributed.all_max(mx.array(value), group=self.group, stream=mx.cpu).item()
+        assert isinstance(most, int)
+        return most
 
     def share(self, text: str | None) -> str:
         """A text of the leading process, in all of them; the others' own is not looked at."""
@@ -91,6 +101,11 @@ class Processes:
                 f"take a multiple of {self.size}, such as {-(-batch_size // self.size) * self.size}."
             )
 
+    def speak_last(self) -> None:
+        """Before an error: let mlx.launch, which ends all when one is gone, not end this one before it is told."""
+        if self.size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Work that all do; what goes wrong in one of them, and the loss of one, ends it in one line.
@@ -103,6 +118,7 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not str(error).startswith(_LOST):
                 raise
+            self.speak_last()
             raise OpenELMError(
                 f"{self._me()}another process of the run is gone, so it ended ({error}); start it again with --resume."
             ) from None

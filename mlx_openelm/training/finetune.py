@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,39 +19,25 @@ from .. import backend
 from ..adapters.attaching import attach, extract
 from ..adapters.files import read_adapter, write_adapter
 from ..chat_template import find_template
-from ..config import ModelConfig
 from ..errors import RequestError
-from ..loading import check_dtype, load
-from ..model import OpenELM
-from ..tokenizer import Tokenizer
+from ..loading import check_dtype
 from . import run_folder, schedule
-from .batches import Batch, Batches, validation_batches
+from .batches import Batch, Batches
 from .config_file import to_dict
-from .data import Splits, read_splits
 from .distributed import Processes
-from .examples import Examples, tokenize
 from .metrics import Metrics
 from .optimizers import make_optimizer
 from .options import FineTuneOptions
+from .preparing import Loading, prepare
 from .run_state import Checkpoints, RunState
 from .samples import Sample, continue_prompts, prompt_tokens
 from .step import Evaluation, Updater, evaluate
 from .trackers import make_trackers
-from .trainable import check_model, count, make_trainable
+from .trainable import count, make_trainable
 from .trainer import INTERRUPTED, Listener, Result, train
 
 _DEFAULT_FOLDER = FineTuneOptions().adapter_path
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How the model is loaded and prompts are rendered, as `load` and `tokenize` have it."""
-
-    dtype: str | None = None
-    tokenizer: str | None = None
-    config_yaml: str | None = None
-    revision: str | None = None
-    chat_template: str | None = None
+_AS_USUAL = Loading()
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,7 @@ def finetune(
     model: str,
     options: FineTuneOptions,
     *,
-    loading: Loading = Loading(),  # noqa: B008 (frozen)
+    loading: Loading = _AS_USUAL,
     overwrite: bool = False,
     listener: Listener | None = None,
 ) -> FineTuned:
@@ -92,8 +80,8 @@ def finetune(
     """
     processes = Processes()
     with processes.together(), backend.wired_limit():
-        work = _Work(model, options, loading, overwrite, processes, (listener or Listener()) if processes.leads else Listener())
-        return work.do()
+        told = listener if listener is not None and processes.leads else Listener()
+        return _Work(model, options, loading, overwrite, processes, told).do()
 
 
 def saved_options(adapter_path: str) -> dict[str, Any]:
@@ -131,10 +119,10 @@ class _Work:
 
     def do(self) -> FineTuned:
         self.check()
-        splits = self.read_data()
-        self.model, self.tokenizer = self.load()
-        self.tokenize(splits)
-        self.processes.check_equal("data, options or models", self.identity())
+        self.ready = prepare(self.name, self.options, self.loading, self.listener)
+        self.model = self.ready.model
+        told = [self.name, to_dict(self.options), self.ready.fingerprint(), self.model.config.to_dict()]
+        self.processes.check_equal("data, options or models", json.dumps(told))
         return self.train() if self.options.train else self.test_alone()
 
     # Before anything is loaded.
@@ -169,63 +157,6 @@ class _Work:
         path = self.options.adapter_path
         return path != "" and (path != _DEFAULT_FOLDER or self.folder.exists())
 
-    def read_data(self) -> Splits:
-        options = self.options
-        need = [name for name, wanted in (("train", options.train), ("test", options.test)) if wanted]
-        assert options.data is not None  # options.check
-        splits = read_splits(options.data, valid_fraction=options.valid_fraction, seed=options.seed, need=need)
-        if options.train:
-            for note in splits.notes:
-                self.listener.say(note)
-            if options.early_stop is not None and not splits.valid:
-                raise RequestError("--early-stop needs validation data: a valid file, or --valid-fraction.")
-        return splits
-
-    def load(self) -> tuple[OpenELM, Tokenizer]:
-        values = dataclasses.asdict(self.loading)
-        del values["chat_template"]
-        model, tokenizer = load(self.name, **values)
-        if self.options.train:
-            check_model(model, self.options)
-        return model, tokenizer
-
-    def tokenize(self, splits: Splits) -> None:
-        """Make examples of the records, and show what they are."""
-        self.max_seq_length = self.usable_length(self.model.config)
-        self.examples: dict[str, Examples] = {}
-        for split in ("train", "valid", "test"):
-            records = getattr(splits, split)
-            if not records or (split == "valid" and self.options.val_batches == 0):
-                continue
-            self.examples[split] = tokenize(
-                records,
-                self.tokenizer,
-                max_seq_length=self.max_seq_length,
-                mask_prompt=self.options.mask_prompt,
-                chat_template=self.loading.chat_template,
-                long_examples=self.options.long_examples,
-                progress=lambda done, total, split=split: self.listener.working(f"Tokenizing {split}", done, total),
-            )
-            for line in _describe(split, self.examples[split], self.max_seq_length):
-                self.listener.say(line)
-        first = self.examples["train" if self.options.train else "test"].report
-        self.listener.say("An example, with what is learned between ⟦ and ⟧:")
-        self.listener.say(first.sample_text())
-
-    def usable_length(self, config: ModelConfig) -> int:
-        """`max_seq_length`, or as far as the model's positions go."""
-        wanted, most = self.options.max_seq_length, config.rope_max_length
-        if wanted > most:
-            self.listener.say(f"--max-seq-length is {most}, not {wanted}: the model's positions end there.")
-        return min(wanted, most)
-
-    def identity(self) -> str:
-        """What must be the same in all processes."""
-        return json.dumps([self.name, to_dict(self.options), self.fingerprint(), self.model.config.to_dict()])
-
-    def fingerprint(self) -> str:
-        return " ".join(examples.fingerprint() for split, examples in self.examples.items() if split != "test")
-
     # Training.
 
     def train(self) -> FineTuned:
@@ -250,8 +181,10 @@ class _Work:
                 # An adapter is small beside the state of the run; all weights once more would not be.
                 export=None if options.fine_tune_type == "full" else self.write_adapter,
             )
-            state = self.begin(checkpoints)
-            result = self.run(batches, checkpoints, state)
+            total_steps = self.total_steps(batches)
+            self.check_format()
+            state = self.begin(checkpoints, total_steps)
+            result = self.run(batches, total_steps, checkpoints, state)
             self.choose(result, checkpoints)
             if self.processes.leads:
                 run_folder.place(self.folder, self.write_adapter)
@@ -282,34 +215,39 @@ class _Work:
     def make_batches(self) -> Batches:
         options = self.options
         return Batches(
-            self.examples["train"].examples,
+            self.ready.examples["train"].examples,
             batch_size=options.batch_size,
             grad_accumulation_steps=options.grad_accumulation_steps,
             world_size=self.processes.size,
             packing=options.packing,
-            max_seq_length=self.max_seq_length,
+            max_seq_length=self.ready.max_seq_length,
             seed=options.seed,
         )
 
-    def begin(self, checkpoints: Checkpoints) -> RunState | None:
-        """Write down what is about to run, or find where it stopped, and go back there."""
-        options = self.options
-        if self.processes.leads:
-            data = {"fingerprint": self.fingerprint()} | {
-                split: examples.report.num_examples for split, examples in self.examples.items()
-            }
-            loading = dataclasses.asdict(self.loading)
-            record = run_folder.make_record(
-                self.name, options, loading=loading, data=data, processes=self.processes.size
-            )
-            if options.resume:
+    def begin(self, checkpoints: Checkpoints, total_steps: int) -> RunState | None:
+        """Go back to where the run stopped, or make room for a new one; and write down what runs now."""
+        options, examples = self.options, self.ready.examples
+        data: dict[str, Any] = {"fingerprint": self.ready.fingerprint()}
+        data |= {split: len(examples[split].examples) for split in examples}
+        loading = dataclasses.asdict(self.loading)
+        record = run_folder.make_record(self.name, options, loading=loading, data=data, processes=self.processes.size)
+        state = None
+        if options.resume:
+            if self.processes.leads:
                 run_folder.continue_record(record, self.before)
                 checkpoints.remove_leftovers()
-            else:
-                checkpoints.remove_all()
-                run_folder.remove_run(self.folder)
+            state = self.restore(checkpoints)
+            if state is not None and state.step > total_steps:
+                raise RequestError(
+                    f"The run stopped after step {state.step} already; --iters must be at least that, or --epochs "
+                    "as much."
+                )
+        elif self.processes.leads:
+            checkpoints.remove_all()
+            run_folder.remove_run(self.folder)
+        if self.processes.leads:
             run_folder.write_record(self.folder, record)
-        return self.restore(checkpoints) if options.resume else None
+        return state
 
     def restore(self, checkpoints: Checkpoints) -> RunState | None:
         """Where the run stopped; the updater has the weights of then. None if nothing was saved yet."""
@@ -318,18 +256,25 @@ class _Work:
         if state is None:
             self.listener.say("Nothing was saved before the run stopped; it starts from the beginning.")
             return None
-        tensors = found[1] if found else self.updater.state()
-        self.updater.restore(self.processes.share_tensors(tensors))
+        self.updater.restore(self.processes.share_tensors(found[1] if found else self.updater.state()))
         self.listener.say(f"Going on after step {state['step']}.")
         return RunState(**state)
 
-    def run(self, batches: Batches, checkpoints: Checkpoints, state: RunState | None) -> Result:
-        options = self.options
-        total_steps = options.iters
+    def total_steps(self, batches: Batches) -> int:
+        options, total = self.options, self.options.iters
         if options.epochs is not None:
-            total_steps = max(1, math.ceil(options.epochs * batches.steps_per_epoch))
-        schedule.learning_rate(options, 0, total_steps)  # refuses what does not fit
-        examples = batches.examples
+            total = max(1, math.ceil(options.epochs * batches.steps_per_epoch))
+        schedule.learning_rate(options, 0, total)  # refuses a warm-up that does not fit
+        return total
+
+    def check_format(self) -> None:
+        """Refuse now what could not be written in the end, and warn of what a format cannot carry."""
+        if self.options.fine_tune_type != "full":
+            with tempfile.TemporaryDirectory() as folder:
+                self.write_adapter(Path(folder), warn=True)
+
+    def run(self, batches: Batches, total_steps: int, checkpoints: Checkpoints, state: RunState | None) -> Result:
+        options, examples = self.options, batches.examples
         with self.open_metrics(state) as metrics:
             return train(
                 self.updater,
@@ -356,40 +301,26 @@ class _Work:
         with Metrics(self.folder, resume_step=step, trackers=trackers) as metrics:
             yield metrics
 
-    def validation(self) -> Callable[[Callable[[Batch], None]], Evaluation] | None:
+    def validation(self) -> Callable[[Callable[[], None]], Evaluation] | None:
         """Measures the validation loss; None without validation."""
-        if "valid" not in self.examples:
+        if "valid" not in self.ready.examples:
             return None
-        batches = self.held_out("valid", self.options.val_batches)
+        batches = self.ready.held_out("valid", self.options.val_batches, self.options, self.processes)
+        most = self.processes.largest(len(batches))
 
-        def measure(progress: Callable[[Batch], None]) -> Evaluation:
-            return self.updater.evaluate(batches, self.counting("Validating", len(batches), progress))
+        def checked(check: Callable[[], None]) -> Iterator[Batch]:
+            for index in range(most):
+                self.listener.working("Validating", index, most)
+                check()
+                yield from batches[index : index + 1]
 
-        return measure
+        return lambda check: self.updater.evaluate(checked(check))
 
-    def held_out(self, split: str, num_batches: int) -> list[Batch]:
-        return validation_batches(
-            self.examples[split].examples,
-            self.options.batch_size,
-            num_batches=num_batches,
-            max_seq_length=self.max_seq_length,
-            world_size=self.processes.size,
-            rank=self.processes.rank,
-            seed=self.options.seed,
-        )
-
-    def counting(
-        self, what: str, total: int, then: Callable[[Batch], None] = lambda _: None
-    ) -> Callable[[Batch], None]:
-        done = 0
-
-        def progress(batch: Batch) -> None:
-            nonlocal done
-            done += 1
-            self.listener.working(what, done, total)
-            then(batch)
-
-        return progress
+    def counting(self, what: str, batches: list[Batch]) -> Iterator[Batch]:
+        for index, batch in enumerate(batches):
+            self.listener.working(what, index, len(batches))
+            yield batch
+        self.listener.working(what, len(batches), len(batches))
 
     def choose(self, result: Result, checkpoints: Checkpoints) -> None:
         """With early stopping the best weights are what is left, else the last."""
@@ -403,9 +334,12 @@ class _Work:
         self.updater.restore(self.processes.share_tensors(tensors))
         self.listener.say(f"The weights of step {best}, where validation was best, are kept.")
 
-    def write_adapter(self, folder: Path) -> None:
+    def write_adapter(self, folder: Path, warn: bool = False) -> None:
         adapter = extract(self.model, base_model=self.name)
-        write_adapter(adapter, folder, self.model.config, format=self.options.adapter_format)
+        with warnings.catch_warnings():
+            if not warn:  # it was said once
+                warnings.simplefilter("ignore")
+            write_adapter(adapter, folder, self.model.config, format=self.options.adapter_format)
 
     def to_compute_dtype(self) -> None:
         """Weights that were trained in float32 compute as the others again."""
@@ -419,21 +353,18 @@ class _Work:
         options = self.options
         if not (options.sample_prompts and self.processes.leads):
             return []
-        report = self.examples["train" if options.train else "test"].report
-        prompts = [
-            prompt_tokens(prompt, self.tokenizer, report, self.loading.chat_template)
-            for prompt in options.sample_prompts
-        ]
-        return continue_prompts(self.model, self.tokenizer, prompts, options.sample_tokens)
+        tokenizer, report, template = self.ready.tokenizer, self.ready.shown.report, self.loading.chat_template
+        prompts = [prompt_tokens(prompt, tokenizer, report, template) for prompt in options.sample_prompts]
+        return continue_prompts(self.model, tokenizer, prompts, options.sample_tokens)
 
     def test(self) -> Evaluation | None:
         if not self.options.test:
             return None
-        batches = self.held_out("test", self.options.test_batches)
-        progress = self.counting("Testing", len(batches))
+        held_out = self.ready.held_out("test", self.options.test_batches, self.options, self.processes)
+        batches = self.counting("Testing", held_out)
         if self.options.train:
-            return self.updater.evaluate(batches, progress)
-        return evaluate(self.model, batches, group=self.processes.group, progress=progress)
+            return self.updater.evaluate(batches)
+        return evaluate(self.model, batches, group=self.processes.group)
 
     def test_alone(self) -> FineTuned:
         """Test the adapter in the folder, or the base model where there is none."""
@@ -458,18 +389,3 @@ def _is_missing(path: str) -> bool:
         return False
     owner, _, name = path.partition("/")
     return not name or "/" in name or not owner.strip(".~") or bool(local.suffix in (".safetensors", ".pt"))
-
-
-def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[str]:
-    """Lines that say what the examples of a split are, and what was done to them."""
-    report = examples.report
-    template = "" if report.chat_template is None else f", chat template: {report.chat_template}"
-    yield (
-        f"{split}: {report.num_examples:,} examples ({report.kind}{template}), {report.num_tokens:,} tokens, "
-        f"{report.num_targets:,} of them learned; the longest has {report.longest:,}"
-    )
-    if report.num_truncated:
-        emptied = f", {report.num_emptied:,} of them before anything that is learned" if report.num_emptied else ""
-        yield f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
-    if report.num_unlearned > report.num_emptied:
-        yield f"{split}: {report.num_unlearned - report.num_emptied:,} have nothing to learn"

@@ -72,7 +72,7 @@ def cross_entropy(
     def _(primals, cotangents, outputs):
         return [(gradient * cotangents[0]).astype(gradient.dtype) for gradient in outputs[2:]]
 
-    objective, likelihood, *_ = function(hidden_states, *weights)
+    objective, likelihood, *_ = function(hidden_states, *weights)  # type: ignore[misc]
     return objective, likelihood
 
 

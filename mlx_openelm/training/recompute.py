@@ -61,4 +61,4 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., mx.array], 
         # Those of parameters first: left for the end, they would keep alive what they are made of.
         return [*mx.depends(gradients[:count], gradients[count:]), *gradients[count:]] if values else gradients
 
-    return kept(*inputs, *values)
+    return kept(*inputs, *values)  # type: ignore[return-value]

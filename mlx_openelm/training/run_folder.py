@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def make_record(
         "data": dict(data),
         "processes": processes,
         "command": _command(),
-        "versions": {"mlx_openelm": __version__, "mlx": mx.__version__, "python": platform.python_version()},
+        "versions": {"mlx_openelm": __version__, "mlx": version("mlx"), "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "device": str(mx.default_device())},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed": [],
@@ -141,9 +143,7 @@ def _command() -> list[str]:
     return ["mlx-openelm" if program == "__main__.py" else program, *sys.argv[1:]]
 
 
-def compare(
-    model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any]
-) -> list[str]:
+def compare(model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """What a continued run does differently, on purpose.
 
     Raises:
@@ -248,11 +248,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _lock(file: Any, path: Path) -> None:
-    import fcntl
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RequestError(f"Another process is training into {path}; wait, or choose another --adapter-path.") from None
+        raise RequestError(
+            f"Another process is training into {path}; wait for it, or choose another --adapter-path."
+        ) from None
     except OSError:  # a file system without locks
         pass

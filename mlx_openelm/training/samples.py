@@ -36,9 +36,7 @@ def prompt_tokens(prompt: str, tokenizer: Tokenizer, report: Report, chat_templa
     return tokenizer.encode(instruction_prompt(prompt) if report.kind == INSTRUCTION.name else prompt)
 
 
-def continue_prompts(
-    model: OpenELM, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_tokens: int
-) -> list[str]:
+def continue_prompts(model: OpenELM, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
     """The most likely continuation of each prompt."""
     training = model.training
     model.eval()

@@ -13,16 +13,19 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..adapters.attaching import dropout_layers
+from ..adapters.attaching import adapted_layers, dropout_layers
 from ..model import OpenELM
 from .batches import IGNORED, Batch
-from .forward import hidden_states, packed_mask
+from .forward import hidden_states
 from .loss import CHUNK, cross_entropy
 from .optimizers import set_learning_rate
 from .recompute import Parameters, substituted, trainable
 
 # Inputs, targets of every position, segments, the positions whose loss counts.
 _Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array]
+
+# So much of the weights and of what the optimizer keeps for them is evaluated at a time.
+SETTLED_BYTES = 200_000_000
 
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
@@ -77,9 +80,10 @@ class Updater:
     ):
         self.model, self.optimizer = model, optimizer
         self._places, values = trainable([model])
-        self._cast = (lambda a: a) if compute_dtype is None else (lambda a: a.astype(compute_dtype))
+        self._compute_dtype = compute_dtype
+        self._adapted = {id(layer) for _, layer in adapted_layers(model)}
         self._grad_checkpoint, self._max_grad_norm = grad_checkpoint, max_grad_norm
-        self._loss_options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        self._z_loss, self._label_smoothing = z_loss, label_smoothing
         self._seed, self._group = seed, group
         self._dropout_layers = dropout_layers(model)
         self._names = _names(model, self._places)
@@ -99,24 +103,42 @@ class Updater:
             step: the number of the update, from which random numbers derive.
         """
         weights = self._values()
-        sums = [mx.array(0.0), mx.array(0.0)]
-        gradients = [mx.zeros_like(weight) for weight in weights]
+        sums, gradients = [mx.array(0.0), mx.array(0.0)], None
         share = mx.array(1.0 / max(1, num_targets))
         for index, batch in enumerate(batch for batch in batches if batch.num_targets):
             if index:
                 mx.eval(gradients)  # else the next micro-batch could be computed beside this one
             arrays = (batch.inputs, batch.targets.reshape(-1), batch.segments, _learned_rows(batch))
             sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index), share)
+        if gradients is None:
+            gradients = [mx.zeros_like(weight) for weight in weights]
         state = self.optimizer.state
         values, state, scalars = self._apply(weights, gradients, sums, state, mx.array(learning_rate))
         self.optimizer.state = state
         self._set(values)
+        del weights, gradients, values, state  # what they hold is not to live longer than it is needed
+        self._settle()
         return Update(*scalars)
+
+    def _settle(self) -> None:
+        """Evaluate large weights some at a time: MLX works ahead, and would hold many of them old and new."""
+        by_parameter: dict[str, list[mx.array]] = {}
+        for name, value in self._flat_state():
+            by_parameter.setdefault(name.rpartition(".")[0], []).append(value)
+        for name, value in zip(self._names, self._values(), strict=True):
+            by_parameter.setdefault(name, []).append(value)
+        group: list[mx.array] = []
+        for arrays in by_parameter.values():
+            group += arrays
+            if sum(array.nbytes for array in group) > SETTLED_BYTES:
+                mx.eval(group)
+                group = []
 
     def state(self) -> dict[str, mx.array]:
         """All that an update changes, by name: the weights and what the optimizer remembers."""
         weights = dict(zip((_WEIGHTS + name for name in self._names), self._values(), strict=True))
-        return weights | {_OPTIMIZER + name: value for name, value in tree_flatten(self.optimizer.state)}
+        remembered: dict[str, mx.array] = {_OPTIMIZER + name: value for name, value in self._flat_state()}
+        return weights | remembered
 
     def restore(self, state: dict[str, mx.array]) -> None:
         """Go back to what `state` gave."""
@@ -131,8 +153,16 @@ class Updater:
         Args:
             progress: called with each batch that is done.
         """
-        with substituted(self._places, [self._cast(value) for value in self._values()]):
+        with substituted(self._places, self._cast(self._values())):
             return evaluate(self.model, batches, group=self._group, progress=progress)
+
+    def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
+        """The master weights in the type to compute in; low-rank layers cast their own, in part after using them."""
+        dtype = self._compute_dtype
+        if dtype is None:
+            return list(values)
+        pairs = zip(self._places, values, strict=True)
+        return [value if id(module) in self._adapted else value.astype(dtype) for (module, _), value in pairs]
 
     def _values(self) -> list[mx.array]:
         return [module[name] for module, name in self._places]
@@ -140,6 +170,9 @@ class Updater:
     def _set(self, values: Sequence[mx.array]) -> None:
         for (module, name), value in zip(self._places, values, strict=True):
             module[name] = value
+
+    def _flat_state(self) -> list[tuple[str, mx.array]]:
+        return tree_flatten(self.optimizer.state)  # type: ignore[return-value]
 
     def _tree(self, values: Sequence[mx.array]) -> Any:
         return tree_unflatten(list(zip(self._names, values, strict=True)))
@@ -155,25 +188,29 @@ class Updater:
     def _compute_gradients(
         self,
         weights: list[mx.array],
-        gradients: list[mx.array],
+        gradients: list[mx.array] | None,
         sums: list[mx.array],
         batch: _Arrays,
         keys: list[mx.array],
         share: mx.array,
     ) -> tuple[list[mx.array], list[mx.array]]:
-        """`sums` and `gradients` with those of a batch added, both times `share`."""
+        """`sums` and `gradients`, if there are any yet, with those of a batch added, both times `share`."""
+        self.model.train()
 
         def objective(weights: list[mx.array]) -> tuple[mx.array, mx.array]:
-            with substituted(self._places, [self._cast(weight) for weight in weights]):
+            with substituted(self._places, self._cast(weights)):
                 hidden = hidden_states(self.model, batch[0], batch[2], grad_checkpoint=self._grad_checkpoint)
                 rows = hidden[batch[3]]
-                losses = cross_entropy(self.model, rows, batch[1][batch[3]], **self._loss_options)
+                targets = batch[1][batch[3]]
+                losses = cross_entropy(
+                    self.model, rows, targets, z_loss=self._z_loss, label_smoothing=self._label_smoothing
+                )
             return share * losses[0], share * losses[1]
 
         with self._dropout(keys):  # in the backward pass, too, which computes much again
             found, slopes = mx.value_and_grad(objective)(weights)
-        added = [a + b for a, b in zip(gradients, slopes, strict=True)]
-        return [a + b for a, b in zip(sums, found, strict=True)], added
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+        return sums, slopes if gradients is None else [a + b for a, b in zip(gradients, slopes, strict=True)]
 
     @contextmanager
     def _dropout(self, keys: list[mx.array]) -> Iterator[None]:
@@ -191,7 +228,8 @@ class Updater:
     ) -> tuple[list[mx.array], Any, list[mx.array]]:
         """New weights, the optimizer's new state, and the likelihood, objective and gradient norm of the step."""
         (objective, likelihood), gradients = self._over_all_machines(sums, gradients)
-        norm = mx.sqrt(sum(mx.sum(mx.square(gradient)) for gradient in gradients))
+        squares = [mx.sum(mx.square(gradient)) for gradient in gradients]
+        norm = mx.sqrt(mx.sum(mx.stack(squares)))
         if self._max_grad_norm is not None:
             factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
             gradients = [gradient * factor for gradient in gradients]
@@ -217,20 +255,22 @@ def evaluate(
     progress: Callable[[Batch], None] | None = None,
 ) -> Evaluation:
     """The mean negative log-likelihood of the learned tokens of `batches`; with `group`, of all machines' batches."""
+    model.eval()
     total, count = 0.0, 0
     for batch in batches:
         if batch.num_targets:
             rows = _learned_rows(batch)
-            hidden = model.hidden_states(batch.inputs, mask=packed_mask(batch.segments)).reshape(batch.inputs.size, -1)
+            hidden = hidden_states(model, batch.inputs, batch.segments)  # whose attention holds less than the model's
             targets = batch.targets.reshape(-1)[rows]
-            total += cross_entropy(model, hidden[rows], targets, differentiable=False)[1].item()
+            total += float(cross_entropy(model, hidden[rows], targets, differentiable=False)[1].item())  # type: ignore[arg-type]
             count += batch.num_targets
         if progress is not None:
             progress(batch)
     if group is not None and group.size() > 1:
         # Numbers of tokens are exact in two float32 halves; sums of losses need no more.
-        parts = mx.distributed.all_sum(mx.array([total, count // 65536, count % 65536]), group=group).tolist()
-        total, count = parts[0], int(parts[1]) * 65536 + int(parts[2])
+        parts = mx.distributed.all_sum(mx.array([total, count // 65536, count % 65536]), group=group)
+        total, high, low = (float(part.item()) for part in parts)  # type: ignore[arg-type]
+        count = int(high) * 65536 + int(low)
     return Evaluation(total / count if count else float("nan"), count)
 
 

@@ -16,20 +16,6 @@ from ..model import OpenELM
 from .options import FineTuneOptions
 
 
-def check_model(model: OpenELM, options: FineTuneOptions) -> None:
-    """Refuse what the options ask of a model and it cannot have.
-
-    Raises:
-        RequestError: more layers than there are, or quantized weights that would have to be trained.
-    """
-    target_paths(model.config, options.target_modules, options.num_layers)
-    if options.fine_tune_type == "full" and model.quantization:
-        raise RequestError(
-            "Quantized weights cannot be trained; use --fine-tune-type lora, or unpack the model first with "
-            "mlx-openelm convert --dequantize."
-        )
-
-
 def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
     """Freeze a model but for what is to be trained, which an adapter is put in for, or read from a file.
 
@@ -37,9 +23,9 @@ def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
     that are; embedding and norms are trained only with everything.
 
     Raises:
-        RequestError: as `check_model`; an adapter file that cannot be read, or is unlike what the options describe.
+        RequestError: more layers than there are; an adapter file that cannot be read, or is unlike what the options
+            describe.
     """
-    check_model(model, options)
     file = options.resume_adapter_file
     adapter = None if file is None else read_adapter(file, model.config)
     if options.fine_tune_type == "full":
@@ -64,10 +50,14 @@ def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
 
 def count(model: OpenELM) -> tuple[int, int]:
     """How many parameters are trained, and how many there are in all."""
-    trained = dict(tree_flatten(model.trainable_parameters()))
+    trained = _trained(model)
     own = model.config.tensor_shapes()
     added = sum(value.size for name, value in trained.items() if name not in own)
     return sum(value.size for value in trained.values()), model.config.num_parameters + added
+
+
+def _trained(model: OpenELM) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
 
 
 def _unfreeze(model: OpenELM, options: FineTuneOptions) -> None:
@@ -90,7 +80,7 @@ def _start_from_weights(model: OpenELM, adapter: Adapter, file: str) -> None:
             f"--resume-adapter-file {file} holds a low-rank adapter, which --fine-tune-type full cannot go on from; "
             "fuse it into the model first, with mlx-openelm fuse."
         )
-    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    trained = _trained(model)
     for name, weight in adapter.weights.items():
         if name not in trained:
             raise RequestError(
@@ -124,5 +114,5 @@ def _check_like(adapter: Adapter, options: FineTuneOptions, config: ModelConfig,
         if change.rank != options.rank:
             raise refuse(f"has rank {change.rank} in {path}; give --rank {change.rank}")
         if abs(change.scale - options.lora_scale) > 1e-6 * abs(change.scale):
-            raise refuse(f"has scale {change.scale:g} in {path}, not {options.lora_scale:g}; give --scale {change.scale:g}")
-
+            scale = f"{change.scale:g}"
+            raise refuse(f"has scale {scale} in {path}, not {options.lora_scale:g}; give --scale {scale}")

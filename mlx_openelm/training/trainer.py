@@ -101,6 +101,12 @@ class Result:
     peak_memory: float
 
 
+def _number(scalar: mx.array) -> float:
+    value = scalar.item()
+    assert isinstance(value, float)
+    return value
+
+
 class _Stop(Exception):
     """A validation was left since a person asked for the end."""
 
@@ -115,7 +121,7 @@ def train(
     checkpoints: Checkpoints,
     metrics: Log | None = None,
     state: RunState | None = None,
-    evaluate: Callable[[Callable[[Batch], None]], Evaluation] | None = None,
+    evaluate: Callable[[Callable[[], None]], Evaluation] | None = None,
     describe: Callable[[int], str] = "example {}".format,
     listener: Listener | None = None,
     processes: Processes | None = None,
@@ -128,7 +134,8 @@ def train(
 
     Args:
         learning_rate: of an update, counted from 0.
-        evaluate: measures the validation loss, calling what it is given with each batch; None for no validation.
+        evaluate: measures the validation loss; before each batch, and as often in every process, it calls what it is
+            given, which raises if a person asked for the end. None for no validation.
         describe: names an example, by its index, for errors.
 
     Raises:
@@ -137,11 +144,14 @@ def train(
     processes = processes or Processes()
     run = _Run(updater, steps, options, total_steps, learning_rate, checkpoints, metrics, state or RunState(),
                evaluate, describe, listener or Listener(), processes)  # fmt: skip
-    with Interrupts(run.noticed) as run.interrupts:
-        try:
+    try:
+        with Interrupts(run.noticed) as run.interrupts:
             return run.go()
-        finally:
-            run.listener.close()
+    except Exception:
+        processes.speak_last()
+        raise
+    finally:
+        run.listener.close()
 
 
 @dataclass
@@ -154,7 +164,7 @@ class _Run:
     checkpoints: Checkpoints
     metrics: Log | None
     state: RunState
-    evaluate: Callable[[Callable[[Batch], None]], Evaluation] | None
+    evaluate: Callable[[Callable[[], None]], Evaluation] | None
     describe: Callable[[int], str]
     listener: Listener
     processes: Processes
@@ -216,7 +226,7 @@ class _Run:
         mx.async_eval(results)
         upcoming = self._build(state.step + 1)
         mx.eval(results)
-        loss, norm = float(update.loss.item()), float(update.grad_norm.item())
+        loss, norm = _number(update.loss), _number(update.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(loss, norm, step)
         seconds = time.perf_counter() - started
@@ -274,9 +284,9 @@ class _Run:
         # What no update has changed need not be saved.
         return improved and state.step > 0
 
-    def _check_interrupt(self, _: Batch) -> None:
-        """Leave the validation if a person asked for the end; several processes must leave together, so they do after."""
-        if self.interrupts.requested and self.processes.size == 1:
+    def _check_interrupt(self) -> None:
+        # Asked together, so that all processes leave, and notice at once if one is gone.
+        if self.processes.any(self.interrupts.requested):
             raise _Stop
 
     def _log(self, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,367 @@
+"""Fine-tuning beside mlx-lm's trainer: tokens a second, peak memory, losses; one command, one run.
+
+    python benchmarks/training.py                                  # tiny and the 270M size
+    python benchmarks/training.py --size tiny --json
+    python benchmarks/training.py --openbookqa openbookqa/train.json   # of LLM-Adapters: instruction, input, output
+
+Weights of the true sizes are random and made on the spot; both programs train the same float32 weights, from the same
+adapter, with the same optimizer and BLAS, in turns within one process: a step of ours, a step of mlx-lm's. On texts
+each forms batches in its own way, and only tokens of examples count. Medians of all turns count. Memory is the peak of
+MLX's buffers above the weights, in a process for each program. mlx-lm's step is that of `mlx_lm.tuner.trainer.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RANK, SCALE, RATE = 8, 20.0, 1e-5
+BATCH_SIZE = 4
+# Rows, length: of the equal batches.
+SHAPES = {"tiny": (4, 256), "270M": (2, 512)}
+BARS = {"equal": 1.05, "openbookqa": 1.15, "mixed": 1.3, "memory": 0.7, "memory, checkpointing": 0.55, "time": 1.05}
+# How many steps a turn of training on texts takes.
+STEPS = {"tiny": 40, "270M": 6}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", action="append", help="tiny, 270M, 450M, 1_1B; repeatable, by default tiny and 270M")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
+    parser.add_argument(
+        "--openbookqa", help="openbookqa/train.json of LLM-Adapters; without it those rows are left out"
+    )
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--worker", nargs=2, metavar=("WHAT", "ARGUMENTS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        what, values = arguments.worker
+        print(json.dumps(WORKERS[what](**json.loads(values))))
+        return
+    rows = []
+    for size in arguments.size or ["tiny", "270M"]:
+        for row in measure(size, arguments.repeats, arguments.openbookqa, arguments.only):
+            rows.append(row)
+            if not arguments.json:
+                print(as_text(row), flush=True)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+
+
+def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as temporary:
+        folder = str(make_model(size, Path(temporary)))
+        for method in ("lora", "full"):
+            name = f"equal batches (tokens/s), {method}, {size}"
+            if only in name:
+                answer = worker("equal", folder=folder, size=size, method=method, turns=repeats)
+                yield make_row(name, answer["ours"], answer["mlx-lm"], BARS["equal"])
+                name = f"losses of those steps, largest difference, {method}, {size}"
+                yield make_row(name, answer["difference"], None, 0.01, larger=False)
+            for data in ("openbookqa", "mixed"):
+                name = f"{data} (tokens/s), {method}, {size}"
+                if only not in name or (data == "openbookqa" and openbookqa is None):
+                    continue
+                source = openbookqa if data == "openbookqa" else None
+                answer = worker("texts", folder=folder, size=size, method=method, turns=repeats, source=source)
+                yield make_row(name, answer["ours"], answer["mlx-lm"], BARS[data])
+                for whose in ("ours", "mlx-lm"):
+                    note = f"  padding of {data}, positions in vain to 100 of examples, {whose}"
+                    yield make_row(note, answer[f"padding, {whose}"], None, None)
+        for checkpointing in (False, True):
+            kind = ", checkpointing" if checkpointing else ""
+            name = f"peak memory above the weights (MB), lora{kind}, {size}"
+            if only in name:
+                options = {"folder": folder, "size": size, "grad_checkpoint": checkpointing}
+                ours, other, bare = (worker("memory", whose=w, **options) for w in ("ours", "mlx-lm", "without loss"))
+                yield make_row(name, ours, other, BARS[f"memory{kind}"], larger=False)
+                yield make_row(f"  the same beside sum(hidden²) for a loss{kind}", ours, bare, 1.05, larger=False)
+            name = f"time of a step (s), lora{kind}, {size}"
+            if checkpointing and only in name:
+                answer = worker("equal", folder=folder, size=size, method="lora", turns=repeats, grad_checkpoint=True)
+                tokens = SHAPES.get(size, SHAPES["270M"])
+                seconds = [tokens[0] * tokens[1] / answer[whose] for whose in ("ours", "mlx-lm")]
+                yield make_row(name, *seconds, BARS["time"], larger=False)
+
+
+def make_row(name: str, ours: float, other: float | None, bar: float | None, larger: bool = True) -> dict[str, Any]:
+    """A row; without the other's number the bar is for ours."""
+    ratio = ours if other is None else ours / other
+    passed = bar is None or (ratio >= bar if larger else ratio <= bar)
+    return {"name": name, "ours": ours, "other": other, "ratio": None if other is None else ratio, "bar": bar,
+            "pass": passed}  # fmt: skip
+
+
+def as_text(row: dict[str, Any]) -> str:
+    other = "" if row["other"] is None else f"  other {row['other']:10.4g}  ratio {row['ratio']:.3f}"
+    bar = "" if row["bar"] is None else f"  (bar {row['bar']:g}: {'pass' if row['pass'] else 'FAIL'})"
+    return f"{row['name']:64} ours {row['ours']:10.4g}{other}{bar}"
+
+
+def worker(what: str, **values: Any) -> Any:
+    command = [sys.executable, __file__, "--worker", what, json.dumps(values)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{what} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_model(size: str, folder: Path) -> Path:
+    """A float32 MLX folder: `tiny`, or a published size with random weights of the scale of trained ones."""
+    import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
+    from mlx_openelm import convert
+    from mlx_openelm.config import ModelConfig
+    from mlx_openelm.formats.mlx import Checkpoint, write
+    from mlx_openelm.formats.weights import Tensor, Weights
+    from mlx_openelm.tokenizer import Tokenizer
+
+    import mlx.core as mx
+
+    tiny = convert("tiny", folder / "tiny", dequantize=True, dtype="float32").path
+    if size == "tiny":
+        return tiny
+
+    def values(shape: tuple[int, ...]) -> mx.array:
+        return mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
+
+    mx.random.seed(0)
+    config = ModelConfig.from_name(size)
+    shapes = config.tensor_shapes()
+    weights = Weights({name: Tensor(mx.float32, shape, partial(values, shape)) for name, shape in shapes.items()})
+    target = folder / size
+    target.mkdir()
+    write(target, Checkpoint(config, weights))
+    Tokenizer.from_folder(tiny).save(target)
+    return target
+
+
+# What runs in a process of its own.
+
+
+class Program:
+    """A program's model in training: `step` makes one update and waits for it."""
+
+    step: Callable[[Any], float]
+
+    def __init__(self, whose: str, folder: str, method: str, grad_checkpoint: bool = False):
+        import mlx_openelm  # noqa: F401 (the same BLAS for both)
+
+        import mlx.core as mx
+        import mlx.optimizers as optim
+
+        self.folder = folder
+        optimizer = optim.Adam(RATE)
+        if whose == "mlx-lm":
+            self._prepare_theirs(folder, method, grad_checkpoint, optimizer)
+        else:
+            self._prepare_ours(folder, method, grad_checkpoint, optimizer)
+        mx.eval(self.model.parameters())
+
+    def _prepare_ours(self, folder: str, method: str, grad_checkpoint: bool, optimizer: Any) -> None:
+        from mlx_openelm import load
+        from mlx_openelm.adapters.attaching import attach_new
+        from mlx_openelm.training.step import Updater
+
+        import mlx.core as mx
+
+        self.model, self.tokenizer = load(folder)
+        if method == "lora":
+            attach_new(self.model, rank=RANK, scale=SCALE, seed=0)
+        else:
+            self.model.freeze()
+            for layer in self.model.layers:
+                layer.unfreeze()
+        self.model.train()
+        updater = Updater(self.model, optimizer, grad_checkpoint=grad_checkpoint)
+
+        def step(batch: Any) -> float:
+            update = updater.update([batch], batch.num_targets, RATE, 0)
+            mx.eval(update.loss, updater.state())
+            return float(update.loss.item())
+
+        self.step = step
+
+    def _prepare_theirs(self, folder: str, method: str, grad_checkpoint: bool, optimizer: Any) -> None:
+        """The step of mlx_lm.tuner.trainer.train, which is a function within that one."""
+        import mlx.core as mx
+        import mlx.nn as nn
+        from mlx_lm.tuner import trainer
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+        from mlx_lm.utils import load_model
+
+        self.model, _ = load_model(Path(folder))
+        self.model.freeze()
+        if method == "lora":
+            options = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+            linear_to_lora_layers(self.model, len(self.model.layers), options)
+        else:
+            for layer in self.model.layers:
+                layer.unfreeze()
+        self.model.train()
+        if grad_checkpoint:
+            trainer.grad_checkpoint(self.model.layers[0])
+        value_and_grad = nn.value_and_grad(self.model, trainer.default_loss)
+        state = [self.model.state, optimizer.state, mx.random.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def update(batch: Any, lengths: Any) -> Any:
+            (loss, tokens), gradients = value_and_grad(self.model, batch, lengths)
+            optimizer.update(self.model, gradients)
+            return loss, tokens
+
+        def step(batch: tuple[Any, Any]) -> float:
+            loss, tokens = update(*batch)
+            mx.eval(state, loss, tokens)
+            return float(loss.item())
+
+        self.step = step
+
+    def take_weights_from(self, other: Program) -> None:
+        """The other's trainable parameters, so that both go the same way."""
+        from mlx.utils import tree_flatten, tree_unflatten
+
+        theirs = dict(tree_flatten(other.model.trainable_parameters()))
+        own = [name for name, _ in tree_flatten(self.model.trainable_parameters())]
+        assert sorted(own) == sorted(theirs), "the programs train different weights"
+        self.model.update(tree_unflatten([(name, theirs[name]) for name in own]))
+
+
+def both(folder: str, method: str, grad_checkpoint: bool = False) -> dict[str, Program]:
+    programs = {whose: Program(whose, folder, method, grad_checkpoint) for whose in ("ours", "mlx-lm")}
+    programs["ours"].take_weights_from(programs["mlx-lm"])
+    return programs
+
+
+def equal(folder: str, size: str, method: str, turns: int, grad_checkpoint: bool = False) -> dict[str, float]:
+    """Tokens a second on the same full batches, and the largest relative difference of losses along the way."""
+    programs = both(folder, method, grad_checkpoint)
+    seconds: dict[str, list[float]] = {whose: [] for whose in programs}
+    losses: dict[str, list[float]] = {whose: [] for whose in programs}
+    rows, length = SHAPES.get(size, SHAPES["270M"])
+    count = 3 * turns if size != "tiny" else 10 * turns
+    for number in range(count + 2):
+        for whose, program in programs.items():
+            batch = token_batch(whose, rows, length, seed=number % 2)
+            started = time.perf_counter()
+            losses[whose].append(program.step(batch))
+            if number >= 2:  # the first steps trace and compile
+                seconds[whose].append(time.perf_counter() - started)
+    differences = [abs(a - b) / b for a, b in zip(losses["ours"], losses["mlx-lm"], strict=True)]
+    answer = {whose: rows * length / statistics.median(values) for whose, values in seconds.items()}
+    return answer | {"difference": max(differences)}
+
+
+def token_batch(whose: str, rows: int, length: int, seed: int = 0) -> Any:
+    """A full batch of random tokens in a program's own form."""
+    from mlx_openelm.training.batches import Batch
+
+    import mlx.core as mx
+
+    tokens = mx.random.randint(3, 2000, (rows, length + 1), key=mx.random.key(seed))
+    mx.eval(tokens)
+    if whose == "mlx-lm":
+        return tokens, mx.array([[0, length]] * rows)
+    return Batch(tokens[:, :-1], tokens[:, 1:], None, tuple(range(rows)), rows * length, rows * length)
+
+
+def texts(folder: str, size: str, method: str, turns: int, source: str | None) -> dict[str, float]:
+    """Tokens of examples a second on texts, each program making its own batches of them."""
+    programs = both(folder, method)
+    records = instructions(source) if source else mixed_texts()
+    sources = {"ours": our_batches(programs["ours"], records), "mlx-lm": their_batches(programs["mlx-lm"], records)}
+    rates: dict[str, list[float]] = {whose: [] for whose in programs}
+    positions = {whose: [0, 0] for whose in programs}
+    for turn in range(turns + 1):
+        for whose, program in programs.items():
+            counted, spent = 0, 0.0
+            for _ in range(STEPS.get(size, STEPS["270M"])):
+                started = time.perf_counter()
+                batch, tokens, padded = next(sources[whose])
+                program.step(batch)
+                spent += time.perf_counter() - started
+                counted += tokens
+                positions[whose][0] += tokens
+                positions[whose][1] += padded
+            if turn:  # the first turn meets most shapes, which are traced and compiled
+                rates[whose].append(counted / spent)
+    answer = {whose: statistics.median(values) for whose, values in rates.items()}
+    return answer | {f"padding, {whose}": 100 * (all_ / own - 1) for whose, (own, all_) in positions.items()}
+
+
+def instructions(path: str) -> list[str]:
+    """The examples of LLM-Adapters' file as text, in CoreNet's template."""
+    from mlx_openelm.training.examples import instruction_prompt
+
+    values = json.loads(Path(path).read_text())
+    return [instruction_prompt(item["instruction"], item["input"]) + item["output"] for item in values]
+
+
+def mixed_texts() -> list[str]:
+    """400 texts of 10 to 500 words, most of them short (lognormal lengths)."""
+    draw = random.Random(0)
+    words = ["the", "king", "and", "all", "his", "men", "rode", "out", "into", "night", "to", "seek", "a", "crown"]
+    lengths = [min(500, max(10, round(draw.lognormvariate(4.0, 1.0)))) for _ in range(400)]
+    return [" ".join(draw.choices(words, k=length)) for length in lengths]
+
+
+def our_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
+    """Batches as `mlx-openelm lora` makes them, with their tokens and their positions."""
+    from mlx_openelm.training.batches import Batches
+    from mlx_openelm.training.examples import tokenize
+    from mlx_openelm.training.kinds import Record
+
+    examples = tokenize([Record({"text": text}, "") for text in records], program.tokenizer, max_seq_length=1024)
+    batches = Batches(examples.examples, batch_size=BATCH_SIZE, max_seq_length=1024, seed=0)
+    for index in range(10**9):
+        step = batches.step(index)
+        yield step.batches[0], step.num_tokens, step.batches[0].inputs.size
+
+
+def their_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
+    """Batches as mlx_lm.lora makes them of a .jsonl file."""
+    from mlx_lm.tuner.datasets import CacheDataset, TextDataset
+    from mlx_lm.tuner.trainer import iterate_batches
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(program.folder))
+    data = CacheDataset(TextDataset([{"text": text} for text in records], tokenizer))
+    for batch, lengths in iterate_batches(data, BATCH_SIZE, 1025, loop=True, seed=0):
+        yield (batch, lengths), int((lengths[:, 1] - 1).sum().item()), batch[:, 1:].size
+
+
+def memory(whose: str, folder: str, size: str, grad_checkpoint: bool) -> float:
+    """MB (1e6 bytes) that the third step of LoRA takes at most above the weights."""
+    import mlx_openelm  # noqa: F401 (before MLX)
+    from mlx_openelm.training import step as step_module
+
+    import mlx.core as mx
+
+    if whose == "without loss":
+        step_module.cross_entropy = lambda model, hidden, targets, **_: (mx.sum(mx.square(hidden)),) * 2
+        whose = "ours"
+    program = Program(whose, folder, "lora", grad_checkpoint)
+    mx.clear_cache()
+    weights = mx.get_active_memory()
+    for _ in range(3):
+        batch = token_batch(whose, *SHAPES.get(size, SHAPES["270M"]))
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        program.step(batch)
+    return (mx.get_peak_memory() - weights) / 1e6
+
+
+WORKERS: dict[str, Callable[..., Any]] = {"equal": equal, "texts": texts, "memory": memory}
+
+if __name__ == "__main__":
+    main()

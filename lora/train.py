@@ -1,0 +1,14 @@
+"""`python lora/train.py --train --data lora/data`: the command `mlx-openelm lora`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+try:
+    from mlx_openelm.cli.main import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; in the folder above this one run: pip install '.[cpu]'")
+
+if __name__ == "__main__":
+    main(["lora", *sys.argv[1:]])

@@ -1,0 +1,258 @@
+"""Adapters in a model: put beside its matrices, made anew for training, taken out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..model import Embedding, Linear, OpenELM
+from .adapter import EMBEDDING, Adapter, LowRank
+from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
+
+Adapted = LoRALinear | LoRAEmbedding
+# What whole weights took the place of, by path: tensors, or packed modules.
+Replaced = dict[str, nn.Module | mx.array]
+
+PROJECTIONS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
+TARGET_MODULES = ("token_embeddings", *PROJECTIONS)
+_LAYERS = "transformer.layers."
+_PARAMETERS = ("lora_a", "lora_b", "m")
+
+
+def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -> Replaced:
+    """Put an adapter in a model, in place of any that is there; what it changes is all that can be trained then.
+
+    Whole weights, which full fine-tuning leaves, replace the model's own.
+
+    Args:
+        dtype: of whole weights; by default the type the model computes in. Low-rank parameters are float32.
+
+    Returns:
+        what `put` brings back in place of whole weights; low-rank layers are taken out by `detach`.
+
+    Raises:
+        RequestError: the adapter changes what the model does not have, or in another shape; the model is as it was.
+    """
+    layers = make_layers(model, adapter)
+    detach(model)
+    model.freeze()
+    put(model, layers)
+    return _replace_weights(model, adapter.weights, dtype or model.transformer.norm["weight"].dtype)
+
+
+def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
+    """The layers that an adapter puts before a model's own, by path; the model is left as it is.
+
+    Raises:
+        RequestError: the adapter changes what the model does not have, or in another shape.
+    """
+    check_fits(adapter, model.config)
+    layers = {}
+    for path, change in adapter.modules.items():
+        module = _module(model, path)
+        base = base_of(module) if isinstance(module, Adapted) else module
+        layers[path] = _adapted(base, change, adapter.dropout)
+        mx.eval(layers[path].trainable_parameters())  # threads may share what is evaluated
+    return layers
+
+
+def put(model: OpenELM, parts: Mapping[str, nn.Module | mx.array]) -> None:
+    """Put modules, or tensors, where their paths say."""
+    for path, part in parts.items():
+        _set(model, path, part)
+
+
+def attach_new(
+    model: OpenELM,
+    *,
+    target_modules: Sequence[str] | None = None,
+    num_layers: int = -1,
+    rank: int = 8,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    dora: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Put a new adapter in a model, in place of any that is there, and nothing else can be trained then.
+
+    It changes nothing yet: `a` is uniform within 1 / sqrt(inputs), `b` is zero. The same seed gives the same adapter.
+
+    Args:
+        target_modules: of `TARGET_MODULES`, by default the four projections.
+        num_layers: how many layers, counted from the last; -1 means all.
+        scale: what the change is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        dropout: the share of a projection's inputs that its adapter does not see, in training.
+
+    Returns:
+        the module paths.
+
+    Raises:
+        RequestError: an unknown module, or numbers that cannot be right.
+    """
+    paths = target_paths(model.config, target_modules, num_layers)
+    if rank < 1:
+        raise RequestError(f"--rank must be 1 or more, got {rank}.")
+    if not 0 <= dropout < 1:
+        raise RequestError(f"--dropout must be from 0 to below 1, got {dropout}.")
+    detach(model)
+    model.freeze()
+    shapes = model.config.matrix_shapes()
+    for path, key in zip(paths, mx.random.split(mx.random.key(seed), len(paths)), strict=True):
+        inputs, outputs = shapes[path] if path == EMBEDDING else shapes[path][::-1]
+        bound = 1 / math.sqrt(inputs)
+        a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
+        change = LowRank(a, mx.zeros((rank, outputs)), scale)
+        _set(model, path, _adapted(_module(model, path), change, dropout, dora=dora))
+    mx.eval(model.trainable_parameters())
+    return paths
+
+
+def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = None, num_layers: int = -1) -> list[str]:
+    """The module paths that `target_modules` and `num_layers` mean, as in `attach_new`.
+
+    Raises:
+        RequestError: an unknown module, none at all, or a number of layers that cannot be right.
+    """
+    wanted = PROJECTIONS if target_modules is None else target_modules
+    unknown = [name for name in wanted if name not in TARGET_MODULES]
+    if unknown or not wanted:
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise RequestError(f"--target-modules must be among {', '.join(TARGET_MODULES)}; got {got}.")
+    total = config.num_transformer_layers
+    if num_layers != -1 and not 1 <= num_layers <= total:
+        raise RequestError(f"--num-layers must be from 1 to {total}, or -1 for all, got {num_layers}.")
+    first = 0 if num_layers == -1 else total - num_layers
+    paths = []
+    for path in config.matrix_shapes():
+        in_range = not path.startswith(_LAYERS) or int(path.removeprefix(_LAYERS).partition(".")[0]) >= first
+        if path.rpartition(".")[2] in wanted and in_range:
+            paths.append(path)
+    return paths
+
+
+def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
+    """The adapter in a model as it is now; of a model without low-rank layers, the weights that can be trained."""
+    layers = dict(adapted_layers(model))
+    adapter = Adapter({path: layer.change() for path, layer in layers.items()}, base_model=base_model)
+    adapter.dropout = max((layer.dropout for layer in layers.values()), default=0.0)
+    if not layers:
+        adapter.weights = dict(_trainable(model))
+    return adapter
+
+
+def detach(model: OpenELM) -> None:
+    """Take the low-rank layers out of a model: it is the base again."""
+    for path, layer in list(adapted_layers(model)):
+        _set(model, path, base_of(layer))
+
+
+def adapted_layers(model: OpenELM) -> Iterator[tuple[str, Adapted]]:
+    """Path and layer of every matrix that has an adapter, in the order of the model."""
+    for path in model.config.matrix_shapes():
+        module = _module(model, path)
+        if isinstance(module, Adapted):
+            yield path, module
+
+
+def base_of(layer: Adapted) -> nn.Module:
+    """The linear layer or embedding that an adapter stands before."""
+    return layer["embedding"] if isinstance(layer, LoRAEmbedding) else layer["linear"]
+
+
+def dropout_layers(model: OpenELM) -> list[LoRALinear]:
+    """The layers that need a `_dropout_key` before each forward pass in training, in the order of the model."""
+    return [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinear) and layer.dropout > 0]
+
+
+def check_fits(adapter: Adapter, config: ModelConfig, place: str = "The adapter") -> None:
+    """Compare everything an adapter changes with what a model of this configuration has.
+
+    Raises:
+        RequestError: the first module or tensor that does not fit.
+    """
+    shapes = config.matrix_shapes()
+    for path, change in adapter.modules.items():
+        if path not in shapes:
+            raise RequestError(f"{place} changes {path}, which the model does not have.")
+        inputs, outputs = shapes[path] if path == EMBEDDING else shapes[path][::-1]
+        expected: dict[str, tuple[int, ...]] = {"a": (inputs, change.rank), "b": (change.rank, outputs)}
+        if change.magnitude is not None:
+            expected["magnitude"] = (inputs if change.output_side else outputs,)
+        for part, shape in expected.items():
+            got = getattr(change, part).shape
+            if got != shape:
+                raise RequestError(
+                    f"{place} does not fit the model: {part} of {path} has shape {list(got)} instead of "
+                    f"{list(shape)}; was it made for another size?"
+                )
+    tensors = config.tensor_shapes()
+    for name, weight in adapter.weights.items():
+        if name not in tensors:
+            raise RequestError(f"{place} has {name}, which the model does not have.")
+        if weight.shape != tensors[name]:
+            raise RequestError(
+                f"{place} does not fit the model: {name} has shape {list(weight.shape)} instead of "
+                f"{list(tensors[name])}; was it made for another size?"
+            )
+
+
+def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:
+    """A layer with this change, of which only that can be trained."""
+    dora = dora or change.magnitude is not None
+    layer: Adapted
+    if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
+        layer = DoRAEmbedding(base, change) if dora else LoRAEmbedding(base, change)
+    else:
+        layer = DoRALinear(base, change, dropout) if dora else LoRALinear(base, change, dropout)
+    layer.train(base.training)
+    layer.freeze()
+    layer.unfreeze(recurse=False, keys=[name for name in _PARAMETERS if name in layer])
+    return layer
+
+
+def _replace_weights(model: OpenELM, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> Replaced:
+    """Put whole tensors in place; a packed matrix makes room for a plain one."""
+    replaced: Replaced = {}
+    for name, weight in weights.items():
+        path, _, leaf = name.rpartition(".")
+        module = _module(model, path)
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            replaced[path] = module
+            module = _plain(module, *weight.shape)
+            _set(model, path, module)
+        else:
+            replaced[name] = module[leaf]
+        module[leaf] = weight.astype(dtype)
+        module.unfreeze(recurse=False, keys=[leaf])
+        mx.eval(module[leaf])
+    return replaced
+
+
+def _plain(packed: nn.Module, rows: int, columns: int) -> nn.Module:
+    plain = Embedding(rows, columns) if isinstance(packed, nn.QuantizedEmbedding) else Linear(columns, rows)
+    plain.train(packed.training)
+    return plain
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    for path, module in model.named_modules():
+        for name, value in module.trainable_parameters().items():
+            if isinstance(value, mx.array):
+                yield f"{path}.{name}".lstrip("."), value
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    module = model
+    for part in path.split("."):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def _set(model: nn.Module, path: str, part: nn.Module | mx.array) -> None:
+    parent, _, name = path.rpartition(".")
+    (_module(model, parent) if parent else model)[name] = part

@@ -1,0 +1,102 @@
+"""Adapters in files, recognised by what they are: mlx-lm's and PEFT's formats, in and out, and CoreNet's, in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import hub
+from ..config import ModelConfig, read_json
+from ..errors import RequestError
+from ..formats import mlx_adapter, peft
+from .adapter import Adapter
+
+FORMATS = {"mlx": mlx_adapter, "peft": peft}
+CONFIG = "adapter_config.json"
+_TORCH_SUFFIXES = (".pt", ".pth")
+_CORENET_PREFIX = "corenet:"
+_PATTERNS = (CONFIG, mlx_adapter.WEIGHTS, peft.WEIGHTS)
+
+
+def read_adapter(
+    path: str | Path, config: ModelConfig, *, revision: str | None = None, alpha: float | None = None
+) -> Adapter:
+    """The adapter that `path` means, whatever its format, checked against the model it is for.
+
+    Args:
+        path: a folder, a `.safetensors` file beside its `adapter_config.json`, a `.pt` file of CoreNet's, a hub
+            repository (`owner/name`), or `corenet:SIZE/lora` or `/dora`, which Apple publishes.
+        config: of the model.
+        revision: a branch, tag or commit on the hub.
+        alpha: what an adapter of CoreNet's was trained with; its rank unless told. Other formats tell theirs.
+
+    Raises:
+        RequestError: no adapter there, damaged files, one that does not fit the model, or one of a kind that cannot
+            be used, by its name.
+        OpenELMError: a download that failed.
+    """
+    place = _find(path, revision)
+    if place.suffix.lower() in _TORCH_SUFFIXES and place.is_file():
+        from ..formats import corenet_adapter
+
+        return _checked(corenet_adapter.read(place, config, alpha), place)
+    if alpha is not None:
+        raise RequestError(f"{path} tells its own alpha; only CoreNet's .pt files do not.")
+    folder = place if place.is_dir() else place.parent
+    if not (folder / CONFIG).is_file():
+        raise RequestError(f"{folder} holds no {CONFIG}, so it is no adapter; name the folder that holds one.")
+    format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
+    file = place if place.is_file() else folder / format.WEIGHTS
+    if not file.is_file():
+        pickled = " (pickled ones are never read: save it as safetensors)" if list(folder.glob("*.bin")) else ""
+        raise RequestError(f"{folder} has no {file.name}{pickled}.")
+    return _checked(format.read(file, config), file)
+
+
+def write_adapter(
+    adapter: Adapter, folder: Path, config: ModelConfig, format: str = "mlx", base_model: str | None = None
+) -> None:
+    """Write an adapter's files into a folder that exists.
+
+    Args:
+        format: `mlx` (mlx-lm's) or `peft`.
+        base_model: what the files call the model it is for; by default what the adapter knows.
+
+    Raises:
+        RequestError: an unknown format, or one that cannot carry the adapter.
+    """
+    if format not in FORMATS:
+        raise RequestError(f"--adapter-format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    FORMATS[format].write(adapter, folder, config, base_model)
+
+
+def _checked(adapter: Adapter, file: Path) -> Adapter:
+    if not adapter.modules and not adapter.weights:
+        raise RequestError(f"{file} holds no adapter: nothing in it changes the model.")
+    # Read now, since they are small, and the file may be written over; whole weights are read one at a time.
+    mx.eval([(change.a, change.b, change.magnitude) for change in adapter.modules.values()])
+    return adapter
+
+
+def _find(path: str | Path, revision: str | None) -> Path:
+    """The local file or folder; downloaded if it has to be."""
+    text = str(path).strip()
+    if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
+        from .. import corenet_files
+        from ..formats import corenet
+
+        corenet.require_torch()
+        return corenet_files.download(text)
+    local = Path(text).expanduser()
+    if text and local.exists():
+        if revision is not None:
+            raise RequestError(f"{path} is no hub repository, so it has no revision {revision!r}.")
+        return local
+    owner, _, name = text.partition("/")
+    is_repo = owner.strip(".~") and name and "/" not in name and not isinstance(path, Path)
+    if not is_repo or local.suffix.lower() in (*_TORCH_SUFFIXES, ".safetensors"):
+        raise RequestError(
+            f"There is no adapter {text!r}: adapters are folders, .safetensors or .pt files, or hub repositories."
+        )
+    return hub.download(text, revision=revision, patterns=_PATTERNS)

@@ -1,0 +1,264 @@
+"""Linear layers and embeddings with a low-rank change beside their own weights, which stay as they are.
+
+LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. Parameters have mlx-lm's names, `lora_a`, `lora_b` and `m`; they are
+float32, and cast to the activations' type where they are used. OpenELM's matrices have no biases.
+
+With `lora_b` at zero, and DoRA's `m` as it starts, outputs are the base's bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..formats.packing import PARTS, Quantization
+from ..model import add_projection
+from .adapter import LowRank
+
+Factors = tuple[mx.array, ...]
+
+# No row is taken to be shorter, so that an empty one is not divided by zero.
+_SHORTEST = 1e-12
+
+
+class _Adapted(nn.Module):
+    """The factors, their scale, and dropout.
+
+    Dropout must drop the same when activations are computed again in the backward pass, so the training step sets
+    `_dropout_key` before each forward pass; None, which it is otherwise, means no dropout.
+    """
+
+    def __init__(self, change: LowRank, dropout: float = 0.0):
+        super().__init__()
+        self.lora_a = change.a.astype(mx.float32)
+        self.lora_b = change.b.astype(mx.float32)
+        self.scale = change.scale
+        self.dropout = dropout
+        self._dropout_key: mx.array | None = None
+        self._ready = _Ready()
+
+    def change(self) -> LowRank:
+        """The change as it is now."""
+        return LowRank(self.lora_a, self.lora_b, self.scale)
+
+    def _factors(self, dtype: mx.Dtype) -> Factors:
+        """What `_make_factors` gives; outside of training it is made once, until a parameter is replaced."""
+        if self.training:
+            return self._make_factors(dtype)
+        sources = self._sources()
+        factors = self._ready.find(sources, dtype)
+        if factors is None:
+            factors = self._make_factors(dtype)
+            self._ready.keep(sources, dtype, factors)
+        return factors
+
+    def _sources(self) -> Factors:
+        return self["lora_a"], self["lora_b"]
+
+    def _make_factors(self, dtype: mx.Dtype) -> Factors:
+        """What an output is computed with, in the activations' type: first `lora_a` and `lora_b`."""
+        return self["lora_a"].astype(dtype), self["lora_b"].astype(dtype)
+
+    def _low_rank(self, x: mx.array, a: mx.array) -> tuple[mx.array, float]:
+        """x @ a after dropout, and what it is to be scaled by."""
+        if self._dropout_key is None or not self.dropout:
+            return x @ a, self.scale
+        kept = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
+        return mx.where(kept, x, mx.zeros((), x.dtype)) @ a, self.scale / (1 - self.dropout)
+
+
+class _Ready:
+    """What was made of some parameters, which are told apart by identity, for each type."""
+
+    def __init__(self) -> None:
+        self._kept: dict[mx.Dtype, tuple[Factors, Factors]] = {}
+
+    def find(self, sources: Factors, dtype: mx.Dtype) -> Factors | None:
+        known, factors = self._kept.get(dtype, ((), None))
+        return factors if len(known) == len(sources) and all(map(operator.is_, known, sources)) else None
+
+    def keep(self, sources: Factors, dtype: mx.Dtype, factors: Factors) -> None:
+        try:
+            # Only evaluated arrays may be shared: two threads that evaluate one graph wait for each other.
+            mx.eval(factors)
+        except (ValueError, RuntimeError):
+            return  # the parameters are being traced, so what was made of them belongs to the trace
+        self._kept[dtype] = sources, factors
+
+
+class LoRALinear(_Adapted):
+    """x W^T + scale * (x a) b, for a linear layer of any kind, packed or not.
+
+    Args:
+        linear: the base; it is used as it is, and not trained.
+        change: a [in, rank], b [rank, out].
+        dropout: the share of inputs of `a` that are dropped in training.
+    """
+
+    def __init__(self, linear: nn.Module, change: LowRank, dropout: float = 0.0):
+        super().__init__(change, dropout)
+        self.linear = linear
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._add(self["linear"](x), x)
+
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        """residual + self(x), with what the base saves by that."""
+        return self._add(add_projection(residual, self["linear"], x), x)
+
+    def _add(self, y: mx.array, x: mx.array) -> mx.array:
+        a, b = self._factors(x.dtype)
+        z, scale = self._low_rank(x, a)
+        return mx.addmm(y, z, b, scale)
+
+
+class DoRALinear(LoRALinear):
+    """(x W^T + scale * (x a) b) * m / |W + scale * (a b)^T|, the length being each row's.
+
+    The length has no gradient (arXiv:2402.09353, section 4.3). The adapted matrix is never made: of a row w changed by
+    d, |w + d|^2 = |w|^2 + 2 w.d + |d|^2, of which the first is known and the others are small products.
+    """
+
+    def __init__(self, linear: nn.Module, change: LowRank, dropout: float = 0.0):
+        super().__init__(linear, change, dropout)
+        self._squares = _row_squares(matrix_of(linear))
+        self.m = _lengths(self._squares) if change.magnitude is None else change.magnitude.astype(mx.float32)
+
+    def change(self) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b, self.scale, self.m)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self["linear"](x)
+        return self._add_scaled(y, y, x)
+
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        if self.training and x.dtype != mx.float32:
+            return residual + self(x)  # in 16 bits the gradient of m needs more than what is left of y below
+        sum = add_projection(residual, self["linear"], x)
+        return self._add_scaled(sum, sum - residual, x)
+
+    def _add_scaled(self, sum: mx.array, y: mx.array, x: mx.array) -> mx.array:
+        """`sum`, in which the base's output y is once, with what makes that m / length times the adapted one."""
+        a, b, excess = self._factors(x.dtype)
+        z, scale = self._low_rank(x, a)
+        return mx.addmm(sum + excess * y, z, b, scale)
+
+    def _sources(self) -> Factors:
+        return self["lora_a"], self["lora_b"], self["m"], self._squares
+
+    def _make_factors(self, dtype: mx.Dtype) -> Factors:
+        a, b = (mx.stop_gradient(self[name].astype(mx.float32)) for name in ("lora_a", "lora_b"))
+        products = mx.stop_gradient(self["linear"](a.T.astype(dtype)))
+        ratio = self["m"] / _changed_lengths(self._squares, products, a, b, self.scale)
+        scaled = (self["lora_b"] * ratio).astype(dtype)
+        return self["lora_a"].astype(dtype), scaled, (ratio - 1).astype(dtype)
+
+
+class LoRAEmbedding(_Adapted):
+    """W[tokens] + scale * a[tokens] b, in float32; there is no dropout, as in PEFT and CoreNet.
+
+    Args:
+        embedding: the base; it is used as it is, and not trained.
+        change: a [vocab, rank], b [rank, dim]; `output_side` says whether `as_linear` is changed alike.
+    """
+
+    def __init__(self, embedding: nn.Module, change: LowRank):
+        super().__init__(change)
+        self.embedding = embedding
+        self.output_side = change.output_side
+
+    def change(self) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b, self.scale, output_side=self.output_side)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        y = self["embedding"](tokens).astype(mx.float32)
+        return mx.addmm(y, self["lora_a"][tokens].astype(mx.float32), self["lora_b"].astype(mx.float32), self.scale)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits of hidden states x [..., dim]."""
+        y = self["embedding"].as_linear(x)
+        if not self.output_side:
+            return y
+        a, b, *ratio = self._factors(x.dtype)
+        y = mx.addmm(y, x @ b.T, a.T, self.scale)
+        return y * ratio[0] if ratio else y
+
+
+class DoRAEmbedding(LoRAEmbedding):
+    """The same times m over the adapted embedding's lengths: of its columns, as in PEFT, `m` being [dim].
+
+    With `output_side` as mlx-lm has it: of its rows, `m` being [vocab].
+    """
+
+    def __init__(self, embedding: nn.Module, change: LowRank):
+        super().__init__(embedding, change)
+        matrix = matrix_of(embedding)
+        self._squares = _row_squares(matrix if self.output_side else matrix.T)
+        self.m = _lengths(self._squares) if change.magnitude is None else change.magnitude.astype(mx.float32)
+
+    def change(self) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b, self.scale, self.m, self.output_side)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        ratio = self._factors(mx.float32)[2]
+        return super().__call__(tokens) * (ratio[tokens][..., None] if self.output_side else ratio)
+
+    def _sources(self) -> Factors:
+        return self["lora_a"], self["lora_b"], self["m"], self._squares
+
+    def _make_factors(self, dtype: mx.Dtype) -> Factors:
+        a, b = (mx.stop_gradient(self[name].astype(mx.float32)) for name in ("lora_a", "lora_b"))
+        if self.output_side:
+            products = mx.stop_gradient(self["embedding"].as_linear(b.astype(dtype)))
+            lengths = _changed_lengths(self._squares, products, b.T, a.T, self.scale)
+        else:
+            products = mx.stop_gradient(_columns_times(self["embedding"], a))
+            lengths = _changed_lengths(self._squares, products, a, b, self.scale)
+        return (*super()._make_factors(dtype), (self["m"] / lengths).astype(dtype))
+
+
+def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
+    """a^T W [rank, dim] for an embedding W [vocab, dim] and a [vocab, rank]."""
+    if not isinstance(embedding, nn.QuantizedEmbedding):
+        return a.T.astype(embedding["weight"].dtype) @ embedding["weight"]
+    return mx.quantized_matmul(
+        a.T,
+        embedding["weight"],
+        embedding["scales"],
+        embedding.get("biases"),
+        transpose=False,
+        group_size=embedding.group_size,
+        bits=embedding.bits,
+        mode=embedding.mode,
+    )
+
+
+def matrix_of(base: nn.Module) -> mx.array:
+    """The weight [out, in] or [vocab, dim] of a linear layer or embedding in float32, unpacked."""
+    if not isinstance(base, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return base["weight"].astype(mx.float32)
+    packing = Quantization(base.group_size, base.bits, base.mode)
+    return packing.unpack({part: base[part] for part in PARTS if part in base}, mx.float32)
+
+
+def _row_squares(matrix: mx.array) -> mx.array:
+    """The squared length of each row; evaluated, so that the matrix is gone and the result may be shared."""
+    squares = mx.sum(mx.square(matrix), axis=1)
+    mx.eval(squares)
+    return squares
+
+
+def _lengths(squares: mx.array) -> mx.array:
+    return mx.sqrt(mx.maximum(squares, _SHORTEST**2))
+
+
+def _changed_lengths(squares: mx.array, products: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """The length of each row of W + scale * (a b)^T; exactly `_lengths(squares)` where b is zero.
+
+    Args:
+        squares: of W's rows [rows]. products: a^T W^T [rank, rows]. a [columns, rank], b [rank, rows].
+    """
+    change = 2 * scale * products.astype(mx.float32) + scale**2 * ((a.T @ a) @ b)
+    return _lengths(squares + mx.sum(change * b, axis=0))

@@ -1,0 +1,175 @@
+"""Several adapters on one base: switch between them without loading it again, or mix them with weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..model import OpenELM
+from .adapter import Adapter, LowRank
+from .attaching import Adapted, Replaced, attach, check_fits, detach, make_layers, put
+from .files import read_adapter
+
+# One adapter, several, or several with weights; a text may end in `=WEIGHT`.
+AdapterPaths = str | Path | Sequence[str | Path] | Mapping[str, float]
+
+
+class AdapterSwitch:
+    """Adapters by name, of which a model uses one, a mixture, or none.
+
+    Key-value caches belong to what was used when they were filled. Not to be called while the model runs.
+    """
+
+    def __init__(self, model: OpenELM):
+        """The model must have no adapter yet."""
+        self.model = model
+        self.in_use: dict[str, float] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._layers: dict[str, dict[str, Adapted]] = {}
+        self._replaced: Replaced = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._adapters)
+
+    def add(self, name: str, adapter: str | Path | Adapter) -> None:
+        """Make an adapter known by a name; it is not used yet.
+
+        Raises:
+            RequestError: the name is taken, or as `read_adapter`.
+        """
+        if name in self._adapters:
+            raise RequestError(f"An adapter named {name!r} is there already; remove it first.")
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(adapter, self.model.config)
+        check_fits(adapter, self.model.config, f"The adapter {name}")
+        mx.eval([[change.a, change.b] for change in adapter.modules.values()])
+        self._adapters[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; if it is in use, the model is the base then."""
+        self._known(name)
+        if name in self.in_use:
+            self.use(None)
+        del self._adapters[name]
+        self._layers.pop(name, None)
+
+    def use(self, choice: str | Mapping[str, float] | None) -> None:
+        """Use one adapter, a mixture (weight by name), or with None the base alone.
+
+        Raises:
+            RequestError: an unknown name, or a mixture that cannot be; what was in use still is.
+        """
+        wanted = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
+        if choice is not None and not wanted:
+            raise RequestError("A mixture needs an adapter; give None for the base alone.")
+        parts = [(name, self._known(name), weight) for name, weight in wanted.items()]
+        mixed = mix(parts)
+        self._clear()
+        if list(wanted.values()) == [1.0]:
+            (name,) = wanted
+            self._use_one(name)
+        else:
+            put(self.model, make_layers(self.model, mixed))
+        self.in_use = wanted
+
+    def _use_one(self, name: str) -> None:
+        """With its layers, which are kept: what DoRA knows of the base's lengths is not measured again."""
+        adapter = self._adapters[name]
+        if adapter.weights:
+            self._replaced = attach(self.model, adapter)
+            return
+        if name not in self._layers:
+            self._layers[name] = make_layers(self.model, adapter)
+        put(self.model, self._layers[name])
+
+    def _clear(self) -> None:
+        detach(self.model)
+        put(self.model, self._replaced)
+        self._replaced, self.in_use = {}, {}
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise RequestError(f"No adapter is named {name!r}; there are {', '.join(self._adapters) or 'none'}.")
+        return self._adapters[name]
+
+
+def mix(adapters: Sequence[tuple[str, Adapter, float]]) -> Adapter:
+    """One adapter that adds the changes of several, each so many times: their ranks stand beside each other.
+
+    Args:
+        adapters: name, adapter and weight.
+
+    Raises:
+        RequestError: a weight that is no number, or something else than LoRA, which has no sum of changes.
+    """
+    if len(adapters) == 1 and adapters[0][2] == 1:
+        return adapters[0][1]
+    changes: dict[str, list[tuple[LowRank, float]]] = {}
+    for name, adapter, weight in adapters:
+        if not math.isfinite(weight):
+            raise RequestError(f"The weight of the adapter {name} must be a number, got {weight}.")
+        method = "full fine-tuning" if adapter.weights else "DoRA" if _is_dora(adapter) else None
+        if method is not None:
+            raise RequestError(f"The adapter {name} is {method}, which can only be used alone, with weight 1.")
+        for path, change in adapter.modules.items():
+            changes.setdefault(path, []).append((change, weight))
+    return Adapter({path: _sum(path, parts) for path, parts in changes.items()})
+
+
+def _is_dora(adapter: Adapter) -> bool:
+    return any(change.magnitude is not None for change in adapter.modules.values())
+
+
+def _sum(path: str, parts: Sequence[tuple[LowRank, float]]) -> LowRank:
+    output_sides = {change.output_side for change, _ in parts}
+    if len(output_sides) > 1:
+        raise RequestError(
+            f"One adapter changes {path} as mlx-lm does, on the output side too, and another does not: "
+            "they cannot be mixed."
+        )
+    a = mx.concatenate([change.a for change, _ in parts], axis=1)
+    b = mx.concatenate([weight * change.scale * change.b for change, weight in parts], axis=0)
+    return LowRank(a, b, 1.0, output_side=output_sides.pop())
+
+
+def read_mixture(adapter_path: AdapterPaths, config: ModelConfig) -> Adapter:
+    """The adapter, or the mixture of adapters, that paths mean.
+
+    Raises:
+        RequestError: as `parse_paths`, `read_adapter` and `mix`.
+        OpenELMError: a download that failed.
+    """
+    return mix([(path, read_adapter(path, config), weight) for path, weight in parse_paths(adapter_path)])
+
+
+def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
+    """Adapters with their weights, from one path, several, `PATH=WEIGHT`, or a mapping.
+
+    Raises:
+        RequestError: none at all.
+    """
+    if isinstance(adapter_path, Mapping):
+        found = [(str(path), float(weight)) for path, weight in adapter_path.items()]
+    else:
+        paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
+        found = [_parse_path(path) for path in paths]
+    if not found:
+        raise RequestError("--adapter-path is missing: name an adapter.")
+    return found
+
+
+def _parse_path(path: str | Path) -> tuple[str, float]:
+    """Path and weight; a path that exists may itself end in `=` and a number."""
+    name, equals, number = str(path).rpartition("=")
+    if isinstance(path, Path) or not equals or Path(path).expanduser().exists():
+        return str(path), 1.0
+    try:
+        return name, float(number)
+    except ValueError:
+        return str(path), 1.0

@@ -1,0 +1,130 @@
+"""A training run on standard error: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..training.trainer import Listener
+from . import console
+
+# The share of the latest step in the pace that the time left is told by.
+_LATEST = 0.1
+_WARMUP = 3
+
+
+class RunProgress(Listener):
+    """Shows a run: its reports as lines, and on a terminal a bar with the latest step below them.
+
+    Use it in a `with` block, so that a bar does not outlive an error.
+    """
+
+    def __init__(self) -> None:
+        self._total = self._step = 0
+        self._pace: float | None = None  # seconds a step, reports and validations included
+        self._measured = 0
+        self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._work: tuple[str, console.Progress] | None = None
+        self._live = sys.stderr.isatty()
+
+    def started(self, step: int, total_steps: int) -> None:
+        self._end_work()
+        self._step, self._total, self._last = step, total_steps, time.monotonic()
+        if self._live and step < total_steps:
+            self._open()
+
+    def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
+        now = time.monotonic()
+        latest, self._last, self._step = now - self._last, now, step
+        # The first step of a process is slower than others: it is traced and compiled.
+        if self._pace is None or self._measured < _WARMUP:
+            self._pace = latest
+        else:
+            self._pace += _LATEST * (latest - self._pace)
+        self._measured += 1
+        memory = console.size(mx.get_peak_memory())
+        facts = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}  {self._left()} left"
+        self._show(completed=step, facts=facts)
+
+    def reported(self, step: int, values: Mapping[str, Any]) -> None:
+        self.say(
+            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
+            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
+            f"{values['trained_tokens']:,} tokens learned, peak memory {values['peak_memory']:.3f} GB, "
+            f"{self._left()} left"
+        )
+
+    def working(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._show(facts=f"{what} {done:,} of {total:,}")
+            return
+        if self._work is None or self._work[0] != what:
+            self._end_work()
+            self._work = what, console.Progress(what, unit="")
+        self._work[1](done, total)
+
+    def validated(self, step: int, values: Mapping[str, Any]) -> None:
+        self._end_work()
+        self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}, {values['val_seconds']:.1f} s")
+
+    def saved(self, step: int, path: Path) -> None:
+        self.say(f"Step {step:,}: saved {path}")
+
+    def say(self, line: str) -> None:
+        bar = self._bar
+        if bar is None:
+            console.say(line)
+        else:
+            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        self.say(f"warning: {line}")
+
+    def close(self) -> None:
+        bar, self._bar, self._live = self._bar, None, False
+        if bar is not None:
+            bar.stop()
+        self._end_work()
+
+    def __enter__(self) -> RunProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.TextColumn("{task.completed:,}/{task.total:,}"),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.fields[facts]}"),
+        )
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("", total=self._total, completed=self._step, facts="")
+        self._bar.start()
+
+    def _show(self, **fields: Any) -> None:
+        bar = self._bar  # another thread may close it
+        if bar is not None:
+            bar.update(self._task, **fields)
+
+    def _left(self) -> str:
+        if self._pace is None:
+            return "?"
+        minutes, seconds = divmod(round(self._pace * (self._total - self._step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+    def _end_work(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work[1].close()

@@ -1,0 +1,97 @@
+"""What files of adapters share: their tensors by name, each checked when it is taken, and written with MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..adapters.adapter import EMBEDDING
+from ..config import ModelConfig
+from ..errors import RequestError
+from . import safetensors
+
+
+class Tensors:
+    """The tensors of one file; what is taken out must be there and have the right shape."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, mx.array]):
+        self.file = file
+        self._left = dict(tensors)
+
+    @classmethod
+    def read(cls, file: Path) -> Tensors:
+        """A safetensors file, its values unread.
+
+        Raises:
+            RequestError: missing, damaged, or with a tensor that holds no floating-point numbers.
+        """
+        for name, info in safetensors.read_header(file).items():
+            if not mx.issubdtype(info.dtype, mx.floating):
+                kind = str(info.dtype).removeprefix("mlx.core.")
+                raise RequestError(f"{file} stores {name} as {kind}; adapters hold floating-point numbers.")
+        return cls(file, safetensors.read_lazily([file]))
+
+    def paths(self, endings: Iterable[str]) -> list[str]:
+        """What precedes these endings in the tensors' names, each once."""
+        endings = tuple(endings)
+        found = (name.removesuffix(ending) for name in self._left for ending in endings if name.endswith(ending))
+        return list(dict.fromkeys(found))
+
+    def take(self, name: str, shape: tuple[int | None, ...]) -> mx.array:
+        """The tensor of that name, in float32 if it was in fewer bits; None in a shape stands for any number but 0.
+
+        Raises:
+            RequestError: it is not there, or has another shape.
+        """
+        if name not in self._left:
+            raise RequestError(f"{self.file} has no {name}, which belongs to an adapter; it is incomplete.")
+        tensor = self._left.pop(name)
+        fits = len(tensor.shape) == len(shape) and all(
+            n == want or (want is None and n > 0) for n, want in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("rank" if want is None else str(want) for want in shape)
+            raise RequestError(
+                f"{self.file} does not fit the model: {name} has shape {list(tensor.shape)} instead of [{wanted}]; "
+                "the adapter was made for another model."
+            )
+        return tensor.astype(mx.float32)
+
+    def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+        """The tensors of those names that are there, in the type they are stored in."""
+        found = {name: self._left[name] for name in shapes if name in self._left}
+        for name in found:
+            self.take(name, shapes[name])
+        return found
+
+    def take_if_there(self, name: str, shape: tuple[int | None, ...]) -> mx.array | None:
+        return self.take(name, shape) if name in self._left else None
+
+    def check_empty(self, what: str) -> None:
+        """Raises RequestError if a tensor is left, which `what` does not have."""
+        if self._left:
+            names = list(self._left)
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RequestError(f"{self.file} holds {names[0]}{more}, which {what} does not have; it cannot be used.")
+
+
+def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
+    """The size of a module's input, for the embedding the vocabulary, and of its output.
+
+    Raises:
+        RequestError: the model has no such module.
+    """
+    shape = config.matrix_shapes().get(path)
+    if shape is None:
+        raise RequestError(f"{file} changes {path}, which the model does not have, or which is no matrix.")
+    return shape if path == EMBEDDING else (shape[1], shape[0])
+
+
+def write(file: Path, tensors: Mapping[str, mx.array], kind: str) -> None:
+    """Write a safetensors file whose metadata says `kind`: `mlx`, or `pt` for PyTorch."""
+    mx.eval(list(tensors.values()))  # they may come from the file that is written over
+    # Through a Python file, whose errors tell of a full disk; MLX's own writing says nothing.
+    with file.open("wb") as stream:
+        mx.save_safetensors(stream, dict(tensors), {"format": kind})  # type: ignore[arg-type]

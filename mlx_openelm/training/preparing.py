@@ -1,0 +1,138 @@
+"""What training needs before it begins: the records, the model, and examples of the records, shown to the person."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from ..adapters.attaching import target_paths
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..loading import load
+from ..model import OpenELM
+from ..tokenizer import Tokenizer
+from .batches import Batch, validation_batches
+from .data import Splits, read_splits
+from .distributed import Processes
+from .examples import Examples, tokenize
+from .options import FineTuneOptions
+from .trainer import Listener
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded and prompts are rendered, as `load` and `tokenize` have it."""
+
+    dtype: str | None = None
+    tokenizer: str | None = None
+    config_yaml: str | None = None
+    revision: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, and the examples of `train`, `valid` and `test`, as far as they are there and needed.
+
+    `max_seq_length` is what the options say, or less, where the model's positions end.
+    """
+
+    model: OpenELM
+    tokenizer: Tokenizer
+    examples: dict[str, Examples]
+    max_seq_length: int
+
+    @property
+    def shown(self) -> Examples:
+        """The examples that tell what the data is."""
+        return self.examples["train" if "train" in self.examples else "test"]
+
+    def fingerprint(self) -> str:
+        """A hash of all that training learns from and is validated on."""
+        return " ".join(examples.fingerprint() for split, examples in self.examples.items() if split != "test")
+
+    def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Batch]:
+        """This process's batches of a split to measure the loss on, the same ones each time."""
+        return validation_batches(
+            self.examples[split].examples,
+            options.batch_size,
+            num_batches=num_batches,
+            max_seq_length=self.max_seq_length,
+            world_size=processes.size,
+            rank=processes.rank,
+            seed=options.seed,
+        )
+
+
+def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Listener) -> Prepared:
+    """Read the data, which fails sooner, then load the model, then make examples.
+
+    Raises:
+        RequestError: data, a model or a combination of them that cannot be right.
+        OpenELMError: a download that failed.
+    """
+    splits = _read(options, listener)
+    values = dataclasses.asdict(loading)
+    del values["chat_template"]
+    trains_weights = options.train and options.fine_tune_type == "full"
+    model, tokenizer = load(name, expand=True if trains_weights else None, **values)
+    target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that are not there
+    if trains_weights and model.quantization:
+        listener.say("The model's weights are quantized; what is trained of them becomes full precision.")
+    length = _usable_length(options.max_seq_length, model.config, listener)
+    examples = {}
+    for split in ("train", "valid", "test"):
+        records = getattr(splits, split)
+        if not records or (split == "valid" and options.val_batches == 0):
+            continue
+        examples[split] = tokenize(
+            records,
+            tokenizer,
+            max_seq_length=length,
+            mask_prompt=options.mask_prompt,
+            chat_template=loading.chat_template,
+            long_examples=options.long_examples,
+            progress=partial(listener.working, f"Tokenizing {split}"),
+        )
+        for line in _describe(split, examples[split], length):
+            listener.say(line)
+    prepared = Prepared(model, tokenizer, examples, length)
+    listener.say("An example, with what is learned between ⟦ and ⟧:")
+    listener.say(prepared.shown.report.sample_text())
+    return prepared
+
+
+def _read(options: FineTuneOptions, listener: Listener) -> Splits:
+    need = [split for split, wanted in (("train", options.train), ("test", options.test)) if wanted]
+    assert options.data is not None  # FineTuneOptions.check
+    splits = read_splits(options.data, valid_fraction=options.valid_fraction, seed=options.seed, need=need)
+    if options.train:
+        for note in splits.notes:
+            listener.say(note)
+        if options.early_stop is not None and not splits.valid:
+            raise RequestError("--early-stop needs validation data: a valid file, or --valid-fraction.")
+    return splits
+
+
+def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
+    most = config.rope_max_length
+    if wanted > most:
+        listener.say(f"--max-seq-length is {most}, not {wanted}: the model's positions end there.")
+    return min(wanted, most)
+
+
+def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[str]:
+    """Lines that say what the examples of a split are, and what was done to them."""
+    report = examples.report
+    template = "" if report.chat_template is None else f", chat template: {report.chat_template}"
+    yield (
+        f"{split}: {report.num_examples:,} examples ({report.kind}{template}), {report.num_tokens:,} tokens, "
+        f"{report.num_targets:,} of them learned; the longest has {report.longest:,}"
+    )
+    if report.num_truncated:
+        emptied = f", {report.num_emptied:,} of them before anything that is learned" if report.num_emptied else ""
+        yield f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
+    if report.num_unlearned > report.num_emptied:
+        yield f"{split}: {report.num_unlearned - report.num_emptied:,} have nothing to learn"

@@ -1,0 +1,427 @@
+"""Fine-tuning as a whole: exact resume, the methods, what is left in the folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from mlx_openelm import convert
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.loading import load
+from mlx_openelm.training import finetune as finetune_module
+from mlx_openelm.training import preparing
+from mlx_openelm.training.finetune import FineTuned, Loading, finetune, saved_options
+from mlx_openelm.training.metrics import Metrics
+from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.step import Updater
+from mlx_openelm.training.trainer import Listener
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from training_runs import kill_after, metrics, run, trained, write_run_folder
+
+# Seven steps an epoch, and something to save at nearly every step.
+SHORT = FineTuneOptions(train=True, data="data", iters=9, batch_size=4, learning_rate=1e-2, max_seq_length=48,
+                        steps_per_report=2, steps_per_eval=3, val_batches=-1, save_every=2, keep_last=2, rank=4,
+                        dropout=0.1, optimizer="adamw", lr_schedule="cosine", warmup=2, max_grad_norm=1.0)  # fmt: skip
+FLAGS = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48,
+         "--learning-rate", 1e-2, "--rank", 4, "--dropout", 0.1, "--optimizer", "adamw", "--lr-schedule", "cosine",
+         "--warmup", 2, "--steps-per-report", 3, "--steps-per-eval", 5, "--val-batches", -1)  # fmt: skip
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    warn = say
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_run_folder(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch) -> Path:
+    """A new folder to train into, with the model and the data beside."""
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.chdir(tmp_path)
+    # Pictures take a second each, and have tests of their own.
+    monkeypatch.setattr(finetune_module, "Metrics", partial(Metrics, plot=False))
+    return tmp_path
+
+
+def tune(options: FineTuneOptions = SHORT, listener: Listener | None = None, **rest) -> FineTuned:
+    return finetune("model", options, listener=listener, **rest)
+
+
+# Exact resume.
+
+
+def _killed_again_and_again(folder: Path, flags: tuple, kills: int, seed: int) -> None:
+    """Kill a run at random instants until it is through; what is left is what the run that never stopped left."""
+    whole = run(*flags, "--adapter-path", "whole", folder=folder)
+    assert whole.returncode == 0, whole.stderr
+    draw = random.Random(seed)
+    for attempt in range(kills):
+        told = flags if attempt == 0 else ("--resume",)
+        said = kill_after(draw.randint(1, 9), draw.random() * 0.05, *told, "--adapter-path", "parts", folder=folder)
+        assert "error" not in said and "damaged" not in said, said
+    last = run("--resume", "--adapter-path", "parts", "--json", folder=folder)
+    assert last.returncode == 0, last.stderr
+    assert json.loads(last.stdout)["stopped"] == "finished"
+    assert trained(folder / "parts") == trained(folder / "whole")
+    assert metrics(folder / "parts") == metrics(folder / "whole")
+    names = [sorted(p.name for p in (folder / name / "checkpoints").iterdir()) for name in ("parts", "whole")]
+    assert names[0] == names[1]
+
+
+def test_killed_and_continued_it_is_the_run_that_never_stopped(here):
+    _killed_again_and_again(here, (*FLAGS, "--iters", 30, "--save-every", 1), 3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [
+    ("--fine-tune-type", "dora", "--grad-accumulation-steps", 2),
+    ("--fine-tune-type", "full", "--optimizer", "muon", "--rank", 4, "--dropout", 0),
+    ("--packing", "--optimizer", "sgd", "--momentum", 0.9),
+    ("--optimizer", "adafactor", "--target-modules", "qkv_proj,token_embeddings", "--adapter-format", "mlx"),
+])  # fmt: skip
+def test_killed_many_times_whatever_is_trained(here, extra):
+    # Of a flag that is there twice, the last counts.
+    _killed_again_and_again(here, (*FLAGS, "--iters", 60, "--save-every", 1, *extra), 8, seed=len(extra))
+
+
+def test_stopped_at_any_step_in_one_process(here):
+    tune(replace(SHORT, adapter_path="whole"))
+    for end in (1, 2, 5, 8):
+        listener = Notes()
+        # Another number of steps would be another cosine, so that the run is stopped by an error instead.
+        _stop_after(end, replace(SHORT, adapter_path="parts", resume=end > 1, save_every=1), listener)
+    done = tune(replace(SHORT, adapter_path="parts", resume=True, save_every=1))
+    assert done.training.stopped == "finished"
+    assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
+
+
+def _stop_after(steps: int, options: FineTuneOptions, listener: Listener) -> None:
+    update = Updater.update
+
+    def stop(self, batches, num_targets, learning_rate, step):
+        if step == steps:
+            raise OpenELMError("stopped")
+        return update(self, batches, num_targets, learning_rate, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updater, "update", stop)
+        with pytest.raises(OpenELMError, match="stopped"):
+            tune(options, listener)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_is_the_same(here):
+    tune(replace(SHORT, adapter_path="whole"))
+    _stop_after(7, replace(SHORT, adapter_path="parts"), Notes())
+    newest = here / "parts" / "checkpoints" / "0000006" / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    notes = Notes()
+    tune(replace(SHORT, adapter_path="parts", resume=True), notes)
+    assert any("0000006 is damaged: weights.safetensors has" in line for line in notes.lines)
+    assert "Going on after step 4." in notes.lines
+    assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
+
+
+# What is refused.
+
+
+def test_a_folder_with_a_run_is_left_alone(here):
+    tune()
+    before = trained(here / "adapters")
+    with pytest.raises(RequestError, match="adapters holds a run already; .*--resume.*--overwrite"):
+        tune()
+    assert trained(here / "adapters") == before
+    (here / "adapters" / "notes.txt").write_text("mine")
+    tune(replace(SHORT, seed=1), overwrite=True)
+    assert (here / "adapters" / "notes.txt").read_text() == "mine"
+    assert trained(here / "adapters") != before and len(metrics(here / "adapters")) == 9
+    with pytest.raises(RequestError, match="give one of them"):
+        tune(replace(SHORT, resume=True), overwrite=True)
+
+
+def test_overwriting_waits_until_all_is_checked(here):
+    tune()
+    before = trained(here / "adapters")
+    with pytest.raises(RequestError, match="--num-layers must be"):
+        tune(replace(SHORT, num_layers=9), overwrite=True)
+    with pytest.raises(RequestError, match="rank 4.*--rank 4"):
+        tune(replace(SHORT, rank=3, resume_adapter_file="adapters/adapters.safetensors"), overwrite=True)
+    assert trained(here / "adapters") == before
+
+
+def test_nothing_to_resume(here):
+    with pytest.raises(RequestError, match="no run in adapters to --resume"):
+        tune(replace(SHORT, resume=True))
+    assert not (here / "adapters").exists()
+    # Killed before the first checkpoint: the beginning is where it goes on.
+    tune()
+    shutil.rmtree(here / "adapters" / "checkpoints")
+    notes, before = Notes(), (here / "adapters" / "adapters.safetensors").read_bytes()
+    done = tune(replace(SHORT, resume=True), notes)
+    assert "Nothing was saved before the run stopped; it starts from the beginning." in notes.lines
+    assert done.training.steps == 9 and (here / "adapters" / "adapters.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rank": 5}, "--rank 4, not 5"),
+        ({"batch_size": 2}, "--batch-size 4, not 2"),
+        ({"seed": 3}, "--seed 0, not 3"),
+        ({"packing": True}, "--packing off, not on"),
+        ({"target_modules": ("qkv_proj",)}, "--target-modules unset, not qkv_proj"),
+        ({"data": "other"}, "not what this run learned from"),
+    ],
+)
+def test_another_run_is_no_continuation(here, changes, named):
+    _stop_after(3, SHORT, Notes())
+    lines = (here / "data" / "train.jsonl").read_text().splitlines()
+    shutil.copytree(here / "data", here / "other")
+    (here / "other" / "train.jsonl").write_text("\n".join([*lines[:-1], lines[0]]))
+    with pytest.raises(RequestError, match=named):
+        tune(replace(SHORT, resume=True, **changes))
+    shutil.copytree(here / "data", here / "moved")  # the same data elsewhere is the same data
+    free = {"data": "moved", "steps_per_report": 1, "save_every": 3, "keep_last": 1, "iters": 9}
+    assert tune(replace(SHORT, resume=True, **free)).training.steps == 9
+
+
+def test_a_run_is_not_shortened_behind_where_it_is(here):
+    tune()
+    before = (here / "adapters" / "run.json").read_text()
+    with pytest.raises(RequestError, match="after step 9 already; --iters must be at least that"):
+        tune(replace(SHORT, resume=True, iters=5))
+    assert (here / "adapters" / "run.json").read_text() == before
+
+
+def test_another_model_is_no_continuation(here):
+    _stop_after(3, SHORT, Notes())
+    shutil.copytree(here / "model", here / "model2")
+    with pytest.raises(RequestError, match="--model model, not model2"):
+        finetune("model2", replace(SHORT, resume=True))
+    with pytest.raises(RequestError, match="--dtype unset, not bfloat16"):
+        tune(replace(SHORT, resume=True), loading=Loading(dtype="bfloat16"))
+
+
+def test_what_may_be_changed_on_purpose_is_said(here):
+    _stop_after(3, SHORT, Notes())
+    notes = Notes()
+    tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
+    assert any(line.startswith("--learning-rate is 0.001, 0.01 before;") for line in notes.lines)
+    assert any("another length" in line for line in notes.lines)
+    record = json.loads((here / "adapters" / "run.json").read_text())
+    assert record["options"]["learning_rate"] == 1e-3 and len(record["resumed"]) == 1
+    assert saved_options("adapters")["learning_rate"] == 1e-3
+
+
+def test_two_at_once_are_refused(here):
+    class Second(Listener):
+        def saved(self, step, path):
+            with pytest.raises(RequestError, match="Another process is training into adapters"):
+                tune(SHORT, overwrite=True)
+
+    assert tune(SHORT, Second()).training.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": False}, "--train"),
+        ({"train": False, "test": True, "adapter_path": "nowhere/at/all"}, "no adapter in nowhere/at/all"),
+        ({"resume_adapter_file": "nothing.safetensors"}, "--resume-adapter-file nothing.safetensors does not exist"),
+        ({"adapter_path": "data/train.jsonl"}, "is a file"),
+        ({"data": "data/none.jsonl"}, "data/none.jsonl"),
+        ({"num_layers": 3}, "--num-layers must be from 1 to 2"),
+        ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "--early-stop needs validation data"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(here, changes, named):
+    with pytest.raises(RequestError, match=named):
+        tune(replace(SHORT, **changes))
+    assert not (here / "adapters" / "run.json").exists()
+
+
+def test_what_can_be_known_before_is_refused_before_loading(here, monkeypatch):
+    monkeypatch.setattr(preparing, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    (here / "adapters").mkdir()
+    (here / "adapters" / "run.json").write_text("{}")
+    for changes in ({}, {"resume": True}, {"data": "nowhere.jsonl"}, {"rank": 0}):
+        with pytest.raises(RequestError):
+            tune(replace(SHORT, **changes), overwrite=changes == {"data": "nowhere.jsonl"})
+    with pytest.raises(RequestError, match="chat template"):
+        tune(replace(SHORT, adapter_path="new"), loading=Loading(chat_template="missing.jinja"))
+
+
+def test_a_quantized_model_under_an_adapter_and_trained_itself(here):
+    convert("model", "small", quantize=True, q_group_size=32)
+    for kind, rate in (("lora", 1e-2), ("full", 1e-3)):
+        options = replace(SHORT, dropout=0.0, fine_tune_type=kind, learning_rate=rate, num_layers=1, test=True,
+                          adapter_path=kind)  # fmt: skip
+        done = finetune("small", options)
+        assert done.training.val_loss < metrics(here / kind)[0]["val_loss"]
+        again = finetune("small", replace(options, train=False))
+        assert again.test.loss == pytest.approx(done.test.loss, rel=1e-5)
+        # Packed as it is, too: what was trained takes the place of what is packed.
+        model, _ = load("small", adapter_path=kind, expand=False)
+        expanded, _ = load("small", adapter_path=kind, expand=True)
+        tokens = mx.array([[1, 5, 6, 7]])
+        assert mx.allclose(model(tokens), expanded(tokens), rtol=1e-3, atol=1e-3).item()
+
+
+# The methods, and what they leave.
+
+
+def _weights(name: str = "model", **options) -> dict[str, np.ndarray]:
+    model, _ = load(name, **options)
+    return {path: np.array(value) for path, value in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, None),
+        ({"num_layers": 1}, "transformer.layers.1."),
+    ],
+)
+def test_full_fine_tuning_changes_what_is_chosen_and_nothing_else(here, options, changed):
+    done = tune(replace(SHORT, fine_tune_type="full", dropout=0.0, learning_rate=1e-3, **options))
+    before, after = _weights(), _weights(adapter_path="adapters")
+    assert before.keys() == after.keys()
+    for name in before:
+        same = np.array_equal(before[name], after[name])
+        assert same == (changed is not None and not name.startswith(changed)), name
+    expected = sum(v.size for n, v in before.items() if changed is None or n.startswith(changed))
+    assert (done.trained_parameters, done.total_parameters) == (expected, sum(v.size for v in before.values()))
+    assert done.training.val_loss < metrics(here / "adapters")[0]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [({}, 20.0), ({"scale": 3.0}, 3.0), ({"alpha": 6.0}, 1.5), ({"alpha": 6.0, "use_rslora": True}, 3.0)],
+)
+def test_the_scale_of_an_adapter(here, options, scale):
+    tune(replace(SHORT, iters=3, **options))
+    config = json.loads((here / "adapters" / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["scale"] == pytest.approx(scale)
+    assert config["lora_parameters"]["rank"] == 4 and config["fine_tune_type"] == "lora"
+
+
+@pytest.mark.slow
+def test_an_adapter_is_what_mlx_lm_loads(here):
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    for kind in ("lora", "dora"):
+        tune(replace(SHORT, fine_tune_type=kind, adapter_path=kind))
+        ours, tokenizer = load("model", adapter_path=kind)
+        theirs = load_adapters(load_model(here / "model")[0], kind)
+        theirs.eval()
+        tokens = mx.array([tokenizer.encode("the king went to see")])
+        base, _ = load("model")
+        assert mx.allclose(ours(tokens), theirs(tokens), rtol=1e-4, atol=1e-4).item()
+        assert mx.max(mx.abs(ours(tokens) - base(tokens))).item() > 0.1
+    # A checkpoint is an adapter as well.
+    checkpoint, _ = load("model", adapter_path="dora/checkpoints/0000009")
+    assert mx.array_equal(checkpoint(tokens), ours(tokens)).item()
+
+
+def test_the_loss_of_the_adapter_is_the_test_loss(here):
+    """The perplexity that is reported, against one computed from logits in NumPy."""
+    done = tune(replace(SHORT, test=True, test_batches=-1))
+    again = tune(replace(SHORT, train=False, test=True, test_batches=-1))
+    base = tune(replace(SHORT, train=False, test=True, test_batches=-1, adapter_path=""))
+    model, tokenizer = load("model", adapter_path="adapters")
+    total, count = 0.0, 0
+    for line in (here / "data" / "test.jsonl").read_text().splitlines():
+        tokens = [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id][:49]
+        logits = np.array(model(mx.array([tokens[:-1]])))[0].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        total -= logprobs[np.arange(len(tokens) - 1), tokens[1:]].sum()
+        count += len(tokens) - 1
+    assert done.test.tokens == again.test.tokens == count
+    assert done.test.loss == pytest.approx(total / count, rel=1e-5)
+    assert again.test.loss == pytest.approx(total / count, rel=1e-5)
+    assert base.test.loss > done.test.loss + 0.5 and base.adapter_path is None and base.trained_parameters == 0
+    assert again.training is None and again.adapter_path == "adapters"
+
+
+def test_early_stopping_keeps_the_best(here):
+    # A rate at which it gets worse soon.
+    options = replace(SHORT, iters=200, learning_rate=0.1, lr_schedule="constant", warmup=0, early_stop=2, test=True,
+                      steps_per_eval=2, max_grad_norm=None)  # fmt: skip
+    notes = Notes()
+    result = tune(options, notes).training
+    losses = {row["step"]: row["val_loss"] for row in metrics(here / "adapters") if "val_loss" in row}
+    best = min(losses, key=losses.get)
+    assert result.stopped == "stopped early" and result.steps == best + 4 == max(losses) and result.best_step == best
+    if best:
+        assert f"The weights of step {best}, where validation was best, are kept." in notes.lines
+        left = (here / "adapters" / "adapters.safetensors").read_bytes()
+        assert left == (here / "adapters" / "checkpoints" / "best" / "adapters.safetensors").read_bytes()
+        assert left != (here / "adapters" / "checkpoints" / f"{result.steps:07d}" / "adapters.safetensors").read_bytes()
+
+
+def test_starting_from_an_adapter(here):
+    first = tune(replace(SHORT, dropout=0.0, adapter_path="first"))
+    options = replace(SHORT, adapter_path="second", resume_adapter_file="first/adapters.safetensors", dropout=0.0)
+    tune(options)
+    assert metrics(here / "second")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
+    for changes, named in (
+        ({"rank": 8}, "has rank 4 .*--rank 4"),
+        ({"scale": 10.0}, "has scale 20 .*--scale 20"),
+        ({"fine_tune_type": "dora"}, "--fine-tune-type lora"),
+        ({"num_layers": 1}, "2 layers; give"),
+        ({"fine_tune_type": "full"}, "fuse it into the model first"),
+    ):
+        with pytest.raises(RequestError, match=named):
+            tune(replace(options, adapter_path="third", **changes))
+    full = replace(SHORT, dropout=0.0, fine_tune_type="full", learning_rate=1e-3, adapter_path="full")
+    first = tune(full)
+    tune(replace(full, adapter_path="full2", resume_adapter_file="full/adapters.safetensors"))
+    assert metrics(here / "full2")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
+
+
+def test_epochs_are_counted_in_steps(here):
+    assert tune(replace(SHORT, epochs=1.5)).training.total_steps == 9  # 23 examples are 6 batches
+    tune(replace(SHORT, epochs=1.0, grad_accumulation_steps=2, adapter_path="b"))
+    assert metrics(here / "b")[-1]["step"] == 3
+
+
+def test_what_is_said_before_training(here):
+    notes = Notes()
+    done = tune(replace(SHORT, max_seq_length=5000, sample_prompts=("the king",), sample_tokens=4), notes)
+    text = "\n".join(notes.lines)
+    assert "--max-seq-length is" in text and "train: 23 examples (text)" in text and "<s>⟦" in text
+    trainable = sum(v.size for v in mx.load("adapters/adapters.safetensors").values())
+    assert f"({trainable / 1e6:.3f}M/" in text and done.trained_parameters == trainable
+    sample = done.samples[0]
+    assert sample.prompt == "the king" and sample.before and sample.before != sample.after
+
+
+def test_a_loss_that_is_not_finite_names_the_lines(here):
+    with pytest.raises(OpenELMError) as caught:
+        tune(replace(SHORT, learning_rate=1e30, warmup=0, max_grad_norm=None, optimizer="sgd", iters=50))
+    message = str(caught.value)
+    assert "at step" in message and "train.jsonl, line " in message and "--resume" in message
+    steps = [int(path.name) for path in (here / "adapters" / "checkpoints").glob("0*")]
+    saved = [mx.load(str(here / "adapters" / "checkpoints" / f"{step:07d}" / "weights.safetensors")) for step in steps]
+    assert all(mx.all(mx.isfinite(value)).item() for tensors in saved for value in tensors.values())
+    assert all(math.isfinite(row["train_loss"]) for row in metrics(here / "adapters") if "train_loss" in row)

@@ -1,0 +1,133 @@
+"""The `fuse` command: what it prints, what it sends, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import convert
+from mlx_openelm.adapters.fusing import fuse
+from mlx_openelm.cli.main import main
+from mlx_openelm.formats import mlx as mlx_format
+
+import pytest
+from fake_hub import FakeHub
+from quantization_models import FIXTURES, SHAKESPEARE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a model lies, and adapters: one that does much, one that unties the head."""
+    shutil.copytree(SHAKESPEARE, tmp_path / "model")
+    for name, adapter in {"adapters": "peft-lora", "embedding": "peft-lora-embedding"}.items():
+        shutil.copytree(FIXTURES / adapter, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: object) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fuse", *map(str, args)])
+    return stop.value.code
+
+
+def test_it_says_what_was_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", "model") == 0
+    lines, warnings = capfd.readouterr()
+    size = sum(path.stat().st_size for path in (folder / "fused_model").iterdir()) / 1e6
+    assert lines.splitlines() == [
+        f"Wrote {folder / 'fused_model'}: 32.00 bits per weight, {size:.1f} MB",
+        "  24 tensors changed by 16.11% (root mean square)",
+    ]
+    assert warnings == ""
+
+
+def test_json_holds_what_python_gives(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    convert("model", "packed", quantize=True, q_bits=8)
+    assert run("--model", "packed", "--adapter-path", "embedding", "--save-path", "fused", "--json") == 0
+    values: dict[str, Any] = json.loads(capfd.readouterr().out)
+    done = fuse("packed", "embedding", "again")
+    assert values["save_path"] == str(folder / "fused") and values["adapter_path"] == ["embedding"]
+    assert (values["untied"], values["requantized"], values["exceptions"]) == (True, True, {})
+    assert values["bits_per_weight"] == pytest.approx(done.bits_per_weight)
+    assert values["error"] == pytest.approx(done.overall.relative_error) and 0.005 < values["error"] < 0.01
+    assert (values["change"], values["kept"]) == (done.overall.relative_change, done.overall.kept)
+    path = "transformer.layers.3.attn.qkv_proj"
+    assert values["matrices"].keys() == done.matrices.keys()
+    assert values["matrices"][path]["error"] == pytest.approx(done.matrices[path].relative_error)
+    assert "kl_divergence" not in values and "upload" not in values
+
+
+def test_what_packing_again_costs_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "text.txt").write_text((SHAKESPEARE / "config.json").read_text() * 4)
+    convert("model", "packed", quantize=True)
+    assert run("--model", "packed", "--adapter-path", "embedding", "--report", "--report-data", "text.txt") == 0
+    lines, warnings = capfd.readouterr()
+    assert "packing them again costs an error of " in lines and "of the change" in lines
+    assert "KL divergence from the base with the adapter: 0." in lines and "(of the base without it: " in lines
+    assert "the output layer is now one of its own (lm_head)" in lines
+    assert warnings == ""
+
+    weak = ("--model", "packed", "--adapter-path", "adapters=0.1", "--overwrite")
+    assert run(*weak) == 0
+    assert "warning: rounding took most of the adapter's change back. Use --dequantize" in capfd.readouterr().err
+    assert run(*weak, "--dequantize") == 0
+    assert capfd.readouterr().err == ""
+    assert not mlx_format.read(folder / "fused_model").quantization
+
+
+def test_adapters_are_mixed_and_matrices_packed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(FIXTURES / "peft-rslora-attention", folder / "other")
+    flags = ("--adapter-path", "adapters=0.75", "--adapter-path", "other=0.25", "-q", "--recipe", "mixed_3_6")
+    assert run("--model", "model", "--save-path", "mixed", "--dtype", "bfloat16", *flags) == 0
+    assert "storing them costs an error of" in capfd.readouterr().out
+    fuse("model", {"adapters": 0.75, "other": 0.25}, "full", dtype="bfloat16", quantize=True, recipe="mixed_3_6")
+    assert (folder / "mixed" / "model.safetensors").read_bytes() == (folder / "full" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--adapter-path", "absent"), "There is no adapter 'absent'"),
+        (("--model", "tiny", "--q-bits", 4), "need -q"),
+        (("--model", "model", "--save-path", "adapters"), "exists; choose another --save-path"),
+        (("--model", "model", "--private"), "--private needs --upload-repo"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    flags: tuple[object, ...], message: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    assert run(*flags) == 2
+    out, error = capfd.readouterr()
+    assert out == "" and error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_dry_run_writes_the_folder_and_asks_nobody(
+    folder: Path, hub: FakeHub, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model", "model", "--upload-repo", "me/fused", "--dry-run") == 0
+    out = capfd.readouterr().out
+    assert f"Would upload {folder / 'fused_model'}; nothing was sent." in out
+    assert "# fused" in out and "Fused into the base: the LoRA adapter `adapters` (rank 8, on 24 matrices)." in out
+    assert hub.requests == []
+
+
+def test_it_uploads(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
+    """In a process of its own, with a token that may write."""
+    environment = os.environ | hub_env | {"HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mlx_openelm", "fuse", "--model", "model", "--upload-repo", "me/fused", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["upload"]["repo"] == "me/fused"
+    sent = hub.repos["me/fused"].folder
+    assert (sent / "model.safetensors").read_bytes() == (folder / "fused_model" / "model.safetensors").read_bytes()
+    assert "mlx-openelm generate --model me/fused" in (sent / "README.md").read_text()

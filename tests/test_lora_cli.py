@@ -1,0 +1,224 @@
+"""The `lora` command: which of flags, file and defaults counts, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.cli import flags, lora
+from mlx_openelm.cli.main import _run
+from mlx_openelm.training.finetune import FineTuned, Loading
+from mlx_openelm.training.options import FineTuneOptions
+
+import pytest
+from training_runs import command, environment, metrics, run, trained, write_run_folder
+
+# Tiny enough to be over in a second.
+SMALL = ("--train", "--model", "model", "--data", "data", "--iters", 6, "--max-seq-length", 48, "--rank", 2,
+         "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 3, "--val-batches", -1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_run_folder(tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict[str, Any]:
+    """What `finetune` was asked for, which does nothing."""
+    seen: dict[str, Any] = {}
+
+    def finetune(model, options, *, loading, overwrite, listener):
+        seen.update(model=model, options=options, loading=loading, overwrite=overwrite)
+        return FineTuned(model, None, 0, 1)
+
+    monkeypatch.setattr(lora, "finetune", finetune)
+    return seen
+
+
+def test_every_option_has_a_flag_with_its_own_words():
+    assert set(flags.FINE_TUNE) == {field.name for field in fields(FineTuneOptions)}
+    assert len(set(flags.FINE_TUNE.values())) == len(flags.FINE_TUNE)
+    assert all(text[0].isupper() or text.startswith(("lora,", "constant,", "adam,", "truncate", "mlx,"))
+               for text in flags.FINE_TUNE.values())  # fmt: skip
+    assert all(text.endswith(".") for text in flags.FINE_TUNE.values())
+
+
+def test_without_flags_there_are_the_defaults(asked):
+    assert _run(["lora"]) == 0
+    assert asked == {"model": "tiny", "options": FineTuneOptions(), "loading": Loading(), "overwrite": False}
+
+
+def test_every_flag_reaches_its_option(asked):
+    words = ["lora", "--model", "m", "--dtype", "float32", "--tokenizer", "t", "--revision", "r", "--chat-template",
+             "corenet", "--config-yaml", "y", "--overwrite"]  # fmt: skip
+    expected: dict[str, Any] = {}
+    for number, field in enumerate(fields(FineTuneOptions), 3):
+        flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+        if field.name in ("target_modules", "sample_prompts"):
+            words += [flag, f"a{number}", flag, "b"]
+            expected[field.name] = (f"a{number}", "b")
+        elif kind == "bool":
+            words.append(f"--no-{flag[2:]}" if field.default else flag)
+            expected[field.name] = not field.default
+        else:
+            value: Any = number + 0.5 if "float" in kind else number if "int" in kind else f"w{number}"
+            words += [flag, str(value)]
+            expected[field.name] = value
+    for one in ("--epochs", "--scale", "--resume"):  # which exclude others
+        index = words.index(one)
+        del words[index : index + (1 if one == "--resume" else 2)]
+        del expected[one[2:]]
+    assert _run(words) == 0
+    assert asked["options"] == FineTuneOptions(**expected)
+    assert asked["model"] == "m" and asked["overwrite"]
+    assert asked["loading"] == Loading("float32", "t", "y", "r", "corenet")
+
+
+def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path):
+    file = tmp_path / "lora.yaml"
+    file.write_text("model: small\ntrain: true\nrank: 16\nlearning_rate: 3e-4\nbias_correction: false\n"
+                    "target_modules: [qkv_proj]\ngrad_checkpoint: true\nseed: 7\n")  # fmt: skip
+    assert _run(["lora", "-c", str(file)]) == 0
+    from_file = FineTuneOptions(train=True, rank=16, learning_rate=3e-4, bias_correction=False, grad_checkpoint=True,
+                                target_modules=("qkv_proj",), seed=7)  # fmt: skip
+    assert (asked["model"], asked["options"]) == ("small", from_file)
+    # A flag with the value of a default is given all the same.
+    words = ["--rank", "8", "--no-grad-checkpoint", "--bias-correction", "--seed", "0", "--model", "other",
+             "--target-modules", "proj_1, proj_2"]  # fmt: skip
+    assert _run(["lora", "--config", str(file), *words]) == 0
+    assert asked["model"] == "other"
+    assert asked["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
+
+
+def test_a_run_and_what_it_prints(folder):
+    done = run(*SMALL, "--test", "--sample-prompt", "the king", "--sample-tokens", 3, folder=folder)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert any(re.fullmatch(r"Trainable parameters: \d+\.\d{3}% \(0\.\d{3}M/0\.\d{3}M\)", line) for line in said)
+    steps = [line for line in said if re.match(r"Step [246] of 6: train loss \d", line)]
+    assert len(steps) == 3 and all("tokens/s" in line and "GB" in line and "left" in line for line in steps)
+    assert [line.split(":")[0] for line in said if "validation loss" in line] == ["Step 0", "Step 3", "Step 6"]
+    assert "Trained 6 steps" in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
+    assert "before" in done.stdout and "after" in done.stdout
+    names = {path.name for path in (folder / "adapters").iterdir()}
+    assert {"adapters.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "checkpoints"} <= names
+    record = json.loads((folder / "adapters" / "run.json").read_text())
+    assert record["model"] == "model" and record["options"]["rank"] == 2
+    assert record["command"][:2] == ["mlx-openelm", "lora"] and "--sample-prompt" in record["command"]
+    assert set(record["versions"]) == {"mlx_openelm", "mlx", "python"} and record["data"]["train"] == 23
+
+    # Continued without a word about it, with more steps.
+    more = run("--resume", "--iters", 8, "--json", folder=folder)
+    assert more.returncode == 0, more.stderr
+    result = json.loads(more.stdout)
+    assert (result["steps"], result["total_steps"], result["stopped"]) == (8, 8, "finished")
+    assert result["adapter_path"] == "adapters" and result["samples"][0]["prompt"] == "the king"
+    assert result["test_perplexity"] > 1 and result["tokens_per_second"] > 0 and result["peak_memory"] > 0
+    assert metrics(folder / "adapters")[-1]["step"] == 8
+
+    refused = run(*SMALL, folder=folder)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.count("\n") == 1 and "--resume" in refused.stderr and "--overwrite" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "--train"),
+        (("--train",), "--data is needed"),
+        (("--resume", "--adapter-path", "none"), "no run in none to --resume"),
+        (("--train", "--rank", "eight"), "--rank must be a whole number"),
+        (("--train", "--data", "data", "--optimizer", "adamm"), "--optimizer must be adam"),
+        (("-c", "none.yaml"), "none.yaml cannot be read"),
+        (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert _run(["lora", *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert named in output.err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+    words = command(*SMALL[:5], "--iters", 100000, "--max-seq-length", 48, "--rank", 2, "--adapter-path", "stopped run")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+                               cwd=folder)  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Step 10 "):
+            break
+    process.send_signal(signal.SIGINT)
+    output, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Ctrl-C again stops at once" in said and "Traceback" not in said
+    step = re.search(r"Stopped after step (\d+) of 100,000", output)
+    assert step is not None
+    assert "go on with: mlx-openelm lora --resume --adapter-path 'stopped run'" in output
+    assert (folder / "stopped run" / "checkpoints" / f"{int(step[1]):07d}" / "state.json").exists()
+    assert (folder / "stopped run" / "adapters.safetensors").exists()
+
+
+def test_on_a_terminal_there_is_one_live_line(folder):
+    terminal, theirs = pty.openpty()
+    words = command(*SMALL[:5], "--iters", 400, "--max-seq-length", 48, "--steps-per-report", 200, "--adapter-path",
+                    "live", "--val-batches", 2)  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=theirs, cwd=folder,
+                               env=environment() | {"TERM": "xterm"})  # fmt: skip
+    os.close(theirs)
+    shown = _read_all(terminal, process)
+    assert process.wait() == 0, shown
+    live = re.findall(r"(\d+)/400 .*?loss \d+\.\d+  [\d,]+ tokens/s  [\d.]+ MB  \d+:\d\d left", shown)
+    assert len(set(live)) > 2
+    assert re.search(r"Step 200 of 400: train loss", shown)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
+
+
+def _read_all(terminal: int, process: subprocess.Popen) -> str:
+    data, end = b"", time.monotonic() + 60
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                piece = os.read(terminal, 65536)
+            except OSError:  # the other side is closed
+                break
+            if not piece:
+                break
+            data += piece
+        elif process.poll() is not None:
+            break
+    return data.decode(errors="replace")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        stopped = run(*SMALL, "--adapter-path", disk / "run", "--save-every", 1, "--keep-last", 9, folder=folder)
+        assert stopped.returncode == 1
+        errors = [line for line in stopped.stderr.splitlines() if "error" in line]
+        assert len(errors) == 1 and "No space left on device" in errors[0] and "is intact" in errors[0], errors
+        subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
+        resumed = run("--resume", "--adapter-path", disk / "run", folder=folder)
+        assert resumed.returncode == 0, resumed.stderr
+        whole = run(*SMALL, "--adapter-path", "whole", "--save-every", 1, folder=folder)
+        assert whole.returncode == 0
+        assert trained(disk / "run") == trained(folder / "whole")
+        assert metrics(disk / "run") == metrics(folder / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)

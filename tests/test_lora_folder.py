@@ -1,0 +1,224 @@
+"""The folder `lora/`: its data, read by other means than it was made, and every command of its README, on `tiny`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import convert, load
+from mlx_openelm.adapters import fusing
+from mlx_openelm.cli.main import PROGRAM, main
+from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.training.options import FineTuneOptions
+
+import pytest
+from test_readme import blocks
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "lora"
+SPLITS = ("train", "valid", "test")
+SYMBOLS = {"$": "USD", "dollars": "USD", "€": "EUR", "euros": "EUR", "£": "GBP", "pounds": "GBP", "francs": "CHF"}
+SYMBOLS |= {code: code for code in SYMBOLS.values()}
+CATEGORIES = {"food", "transport", "office", "travel", "software", "utilities"}
+DATES = {
+    r"\d{4}-\d\d-\d\d": "%Y-%m-%d",
+    r"\d{1,2} [A-Z][a-z]{3,} \d{4}": "%d %B %Y",
+    r"[A-Z][a-z]+ \d{1,2}, \d{4}": "%B %d, %Y",
+    r"[A-Z][a-z]{2} \d{1,2} \d{4}": "%b %d %Y",
+    r"\d{1,2} [A-Z][a-z]{2} \d{4}": "%d %b %Y",
+    r"\d{1,2} of [A-Z][a-z]+ \d{4}": "%d of %B %Y",
+}
+
+
+# The data.
+
+
+def examples(split: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (FOLDER / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def read_note(note: str) -> dict[str, Any]:
+    """Date, amount and currency of a note, by patterns."""
+    plain = re.sub(r"(\d)(st|nd|rd|th) of", r"\1 of", note)
+    dates = set()
+    for pattern, form in DATES.items():
+        for found in re.findall(rf"(?<![\w-]){pattern}(?![\w-])", plain):
+            try:
+                dates.add(datetime.strptime(found, form).date().isoformat())
+            except ValueError:
+                continue  # a month's name of three letters where a long one is read, and the reverse
+    signs = "|".join(map(re.escape, SYMBOLS))
+    amounts = re.findall(rf"({signs}) ?(\d+(?:\.\d\d)?)(?![\d-])|(?<![\d.])(\d+(?:\.\d\d)?) ({signs})\b", note)
+    assert len(dates) == 1 and len(amounts) == 1, note
+    before, first, second, after = amounts[0]
+    return {"date": dates.pop(), "amount": float(first or second), "currency": SYMBOLS[before or after]}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answer_is_what_the_note_says(split: str) -> None:
+    for example in examples(split):
+        assert set(example) == {"prompt", "completion"}
+        note = re.fullmatch(r"Note: (.+[.?]) JSON:", example["prompt"])
+        assert note is not None and example["completion"].startswith(" {")
+        answer = json.loads(example["completion"])
+        assert list(answer) == ["date", "shop", "amount", "currency", "category"]
+        assert {key: answer[key] for key in ("date", "amount", "currency")} == read_note(note[1])
+        assert answer["shop"] in note[1] and answer["category"] in CATEGORIES
+
+
+def test_nothing_is_said_twice_and_the_splits_share_no_shop() -> None:
+    read = {split: examples(split) for split in SPLITS}
+    assert {split: len(found) for split, found in read.items()} == {"train": 320, "valid": 40, "test": 40}
+    prompts = [example["prompt"] for found in read.values() for example in found]
+    assert len(set(prompts)) == len(prompts)
+    shops = {split: {json.loads(e["completion"])["shop"] for e in found} for split, found in read.items()}
+    assert not shops["train"] & shops["valid"] and not (shops["train"] | shops["valid"]) & shops["test"]
+    # A shop belongs to one category, so that this can be learned; and all of them occur everywhere.
+    categories: dict[str, set[str]] = {}
+    for found in read.values():
+        answers = [json.loads(example["completion"]) for example in found]
+        assert {answer["category"] for answer in answers} == CATEGORIES
+        for answer in answers:
+            categories.setdefault(answer["shop"], set()).add(answer["category"])
+    assert all(len(found) == 1 for found in categories.values())
+
+
+def test_the_script_writes_these_files(tmp_path: Path) -> None:
+    script = Path(shutil.copy(FOLDER / "data" / "make.py", tmp_path))
+    spec = importlib.util.spec_from_file_location("make", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / "data" / f"{split}.jsonl").read_bytes()
+
+
+# The README, and the guide.
+
+README, GUIDE = FOLDER / "README.md", ROOT / "docs" / "fine-tuning.md"
+
+
+def commands(document: Path) -> list[str]:
+    return [line for block in blocks(document, "bash") for line in block.splitlines() if line.strip()]
+
+
+def ours(document: Path) -> list[str]:
+    return [line for line in commands(document) if line.startswith((PROGRAM, "python lora/"))]
+
+
+def adapted(command: str) -> list[str]:
+    """A command's words, with `tiny` in the place of published sizes, and two steps in that of many."""
+    words = shlex.split(command)
+    if "-c" in words:  # the file names a size
+        words += ["--model", "270m"]
+    if words[1] == "generate":
+        words += ["--max-tokens", "8"]
+    for index, word in enumerate(words[:-1]):
+        if word == "--model" and words[index + 1] == "270m":
+            words[index + 1] = "tiny-unpacked"
+        if word in ("--iters", "--epochs"):
+            words[index : index + 2] = ["--iters", "2"]
+        smaller = {"--warmup": "1", "--num-layers": "2"}
+        words[index + 1] = smaller.get(word, words[index + 1])
+    return words
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (README, FOLDER / "data" / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            assert target.startswith("https://") or (document.parent / target).is_file(), target
+
+
+def test_only_programs_everybody_has_are_not_run() -> None:
+    assert len(ours(README)) > 18 and len(ours(GUIDE)) > 5
+    others = [line.split()[0] for path in (README, GUIDE) for line in commands(path) if line not in ours(path)]
+    assert others == ["python3", "head", "mlx.launch"]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone, with a few of the examples, and `tiny` unpacked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fusing, "_WINDOWS", 1)
+    shutil.copytree(FOLDER, "lora")
+    for split, count in {"train": 8, "valid": 2, "test": 2}.items():
+        lines = (FOLDER / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / "lora" / "data" / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    convert("tiny", "tiny-unpacked", dequantize=True)
+    return tmp_path
+
+
+def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A command of a document, adapted; it must succeed and say something."""
+    words = adapted(command)
+    if words[0] == "python":
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, *words[1:]], env=environment, capture_output=True, text=True, timeout=120
+        )
+        code, output, errors = done.returncode, done.stdout, done.stderr
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main(words[1:])
+        code, (output, errors) = stop.value.code, capfd.readouterr()
+    assert code == 0, (command, errors)
+    assert output.strip(), command
+
+
+def test_every_command_of_the_readme_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in ours(README):
+        run(command, capfd)
+    assert (clone / "expenses" / "losses.png").stat().st_size > 1000
+    assert not mlx_format.read(clone / "expenses-unpacked").quantization
+    for folder in ("tiny-fused", "expenses-270m-4bit", "expenses-packed"):
+        assert mlx_format.read(clone / folder).quantization
+    load("expenses-mixed")
+
+
+def test_the_guide_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the reader's files in their places: data, two other adapters, a quantized model."""
+    shutil.copytree(clone / "lora" / "data", "my_data")
+    first, *rest = ours(GUIDE)
+    run(first, capfd)
+    for name in ("my_other", "my_qlora"):
+        shutil.copytree("my_adapter", name)
+    convert("tiny-unpacked", "my_4bit", quantize=True)
+    for command in rest:
+        if "--save-path my_model" in command:
+            shutil.rmtree("my_model", ignore_errors=True)
+        run(command, capfd)
+    (snippet,) = blocks(GUIDE, "python")
+    exec(snippet.replace("270m", "tiny-unpacked"), {})
+    assert str(clone / "my_model-bf16") in capfd.readouterr().out
+
+
+def test_the_guide_names_every_setting_with_its_default() -> None:
+    settings = GUIDE.read_text().partition("## Settings")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(--[\w-]+)` \| (\S*) ?\|", settings, flags=re.MULTILINE))
+    for field in dataclasses.fields(FineTuneOptions):
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        if field.name == "sample_prompts":
+            flag, default = "--sample-prompt", None
+        elif default is True:
+            flag, default = flag.replace("--", "--no-", 1), None
+        is_off = default is None or default is False or default == ()
+        shown = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        assert rows.pop(flag) == ("" if is_off else shown), flag
+    assert not rows
+
+
+def test_the_json_of_the_readme_is_json() -> None:
+    shown = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
+    assert shown[0] == examples("train")[0]
+    assert len(shown) == 5

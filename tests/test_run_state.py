@@ -1,0 +1,204 @@
+"""Checkpoints: whole or not there, kept and removed as told, damage noticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training import run_state
+from mlx_openelm.training.run_state import Checkpoints, RunState
+
+import mlx.core as mx
+import pytest
+
+
+def tensors(step: int) -> dict[str, mx.array]:
+    """A state as an updater gives it, unlike that of other steps; the optimizer counts in 64 bits."""
+    weight = mx.random.normal((64, 64), key=mx.random.key(step))
+    count = mx.array(step, dtype=mx.uint64)
+    return {"weights.layer.lora_a": weight, "optimizer.layer.m": weight * 0.1, "optimizer.step": count}
+
+
+def checkpoints(folder: Path, **options) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", **{"keep_last": 2} | options)
+
+
+def no_warning(line: str) -> None:
+    pytest.fail(line)
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    state = RunState(step=7, trained_tokens=123456, seconds=1.1, window_loss=2.000000000000001, window_tokens=9,
+                     reported=1 / 3, validated=5, val_loss=0.1 + 0.2, best_step=5, best_loss=0.1, stale=2)  # fmt: skip
+    path = checkpoints(tmp_path).save(state, tensors(7))
+    assert path == tmp_path / "checkpoints" / "0000007"
+    loaded = checkpoints(tmp_path).load(no_warning)
+    assert loaded is not None and loaded[0] == state
+    assert loaded[1].keys() == tensors(7).keys()
+    for name, tensor in tensors(7).items():
+        assert loaded[1][name].dtype == tensor.dtype and mx.array_equal(loaded[1][name], tensor).item(), name
+
+
+def test_nothing_to_load(tmp_path):
+    assert checkpoints(tmp_path).load(no_warning) is None
+    assert "starts from the beginning" in checkpoints(tmp_path).advice()
+
+
+def test_the_last_every_kth_and_the_best_are_kept(tmp_path):
+    kept = checkpoints(tmp_path, keep_last=2, keep_every=40)
+    for step in range(10, 110, 10):
+        kept.save(RunState(step=step, best_step=30 if step >= 30 else None), tensors(step))
+        assert kept.steps()[-1] == step
+    assert kept.steps() == [30, 40, 80, 90, 100]
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "0000030"
+    kept.save(RunState(step=110, best_step=110), tensors(110))
+    assert kept.steps() == [40, 80, 100, 110]
+    assert (tmp_path / "checkpoints" / "best").resolve() == tmp_path / "checkpoints" / "0000110"
+    assert not [entry for entry in (tmp_path / "checkpoints").iterdir() if entry.name.startswith(".")]
+
+
+def test_older_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+    kept = checkpoints(tmp_path, keep_last=1)
+    kept.save(RunState(step=1), tensors(1))
+    seen = []
+    write = run_state._write
+    monkeypatch.setattr(run_state, "_write", lambda *args: seen.append(kept.steps()) or write(*args))
+    kept.save(RunState(step=2), tensors(2))
+    assert seen == [[1], [1]] and kept.steps() == [2]
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path / "weights.safetensors", 1000)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+
+
+def _remove(path: Path) -> None:
+    (path / "weights.safetensors").unlink()
+
+
+def _garble(path: Path) -> None:
+    (path / "state.json").write_text('{"version": 1, "state"')
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (_cut, "weights.safetensors has 1,000 bytes"),
+        (_flip, "checksum of optimizer.safetensors"),
+        (_remove, "weights.safetensors cannot be read (No such file"),
+        (_garble, "state.json cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, named):
+    kept = checkpoints(tmp_path)
+    for step in (1, 2):
+        kept.save(RunState(step=step), tensors(step))
+    harm(kept.path(2))
+    said: list[str] = []
+    state, loaded = kept.load(said.append)
+    assert state.step == 1 and mx.array_equal(loaded["optimizer.step"], mx.array(1)).item()
+    assert len(said) == 1 and named in said[0] and "0000002" in said[0]
+    assert "step 1 is intact" in kept.advice()
+    # Reached again, the damaged one is replaced.
+    kept.save(RunState(step=2), tensors(2))
+    assert kept.load(no_warning)[0].step == 2
+
+    for step in kept.steps():
+        harm(kept.path(step))
+    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start anew with --overwrite"):
+        kept.load(said.append)
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
+    kept = checkpoints(tmp_path)
+    kept.save(RunState(step=1), tensors(1))
+    before = {path.name: path.read_bytes() for path in kept.path(1).iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OpenELMError, match="0000002 failed: No space left on device.* step 1 is intact.*--resume"):
+        kept.save(RunState(step=2), tensors(2))
+    assert {path.name: path.read_bytes() for path in kept.path(1).iterdir()} == before
+    assert [entry.name for entry in kept.folder.iterdir()] == ["0000001"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        kept = checkpoints(disk)
+        kept.save(RunState(step=1), tensors(1))
+        with pytest.raises(OpenELMError, match=r"No space left on device.* step \d is intact"):
+            for step in range(2, 5):
+                kept.save(RunState(step=step), tensors(step))
+        state, _ = checkpoints(disk).load(no_warning)
+        assert kept.steps()[-1] == state.step >= 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+SAVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_run_state import checkpoints, tensors
+from mlx_openelm.training.run_state import RunState
+kept = checkpoints(Path({folder!r}), keep_last=2, keep_every=10)
+kept.remove_leftovers()
+start = (kept.load(print) or (RunState(), None))[0].step
+print("ready", flush=True)
+for step in range(start + 1, start + 1000000):
+    kept.save(RunState(step=step, best_step=step // 7 * 7 or None), tensors(step))
+"""
+
+
+def test_killed_at_any_instant_what_is_there_is_whole(tmp_path):
+    script = SAVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    reached = 0
+    for attempt in range(4):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.1 + 0.0137 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = checkpoints(tmp_path)
+        for step in kept.steps():  # every one of them, not the newest alone
+            assert mx.array_equal(kept.tensors(step)["optimizer.step"], mx.array(step)).item()
+            record = json.loads((kept.path(step) / "state.json").read_text())
+            assert record["state"]["step"] == step
+        newest = kept.load(no_warning)[0].step
+        assert newest > reached
+        assert newest - 1 in kept.steps() and set(range(10, newest, 10)) <= set(kept.steps())
+        reached = newest
+
+
+def test_removing_leaves_what_is_not_ours(tmp_path):
+    kept = checkpoints(tmp_path)
+    kept.save(RunState(step=1, best_step=1), tensors(1))
+    (kept.folder / "notes.txt").write_text("mine")
+    (kept.folder / ".0000002.partial-4194305").mkdir()
+    kept.remove_all()
+    assert [entry.name for entry in kept.folder.iterdir()] == ["notes.txt"]
+    shutil.rmtree(kept.folder)
+    kept.save(RunState(step=1), tensors(1))
+    kept.remove_all()
+    assert not kept.folder.exists()

@@ -1,0 +1,292 @@
+"""The loop: what it reports, when it validates, saves and stops; with an updater whose losses are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training import trainer
+from mlx_openelm.training.batches import Batch
+from mlx_openelm.training.metrics import Metrics, read
+from mlx_openelm.training.options import TrainOptions
+from mlx_openelm.training.run_state import Checkpoints
+from mlx_openelm.training.step import Evaluation, Update
+from mlx_openelm.training.trainer import Listener, train
+
+import mlx.core as mx
+import pytest
+
+TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
+
+
+@dataclass(frozen=True)
+class Step:
+    batches: tuple[Batch, ...]
+    num_targets: int
+    num_tokens: int
+    examples: tuple[int, ...]
+    epoch: float
+
+
+class Data:
+    """Step i learns from examples 2i and 2i + 1, and i + 1 tokens."""
+
+    def __init__(self):
+        self.asked: list[int] = []
+
+    def step(self, index: int, rank: int) -> Step:
+        self.asked.append(index)
+        tokens = mx.full((1, index + 1), index)
+        batch = Batch(tokens, tokens, None, (2 * index, 2 * index + 1), index + 1, index + 1)
+        return Step((batch,), index + 1, index + 1, batch.examples, index / 10)
+
+
+class Counting:
+    """Its loss at step i is 10 - i (or what `losses` says); its weights are the sum of the rates of all updates."""
+
+    def __init__(self, losses: dict[int, float] | None = None, seconds: float = 0.0):
+        self.weight, self.losses, self.seconds = mx.array(0.0), losses or {}, seconds
+        self.rates: list[float] = []
+
+    def update(self, batches, num_targets, learning_rate, step):
+        assert num_targets == step + 1 and batches[0].num_tokens == step + 1
+        time.sleep(self.seconds)
+        self.rates.append(learning_rate)
+        self.weight = self.weight + learning_rate
+        loss = mx.array(self.losses.get(step, 10.0 - step))
+        return Update(loss, loss, mx.array(math.inf if self.losses.get(step) == 77.0 else 2.0))
+
+    def state(self):
+        return {"weights.w": self.weight, "optimizer.step": mx.array(len(self.rates), dtype=mx.uint64)}
+
+    def restore(self, state):
+        self.weight = state["weights.w"]
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.lines, self.saved_steps, self.losses = [], [], []
+
+    def stepped(self, step, loss, tokens_per_second):
+        self.losses.append(loss)
+
+    def saved(self, step, path):
+        self.saved_steps.append(step)
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+OPTIONS = TrainOptions(steps_per_report=3, steps_per_eval=4, save_every=5)
+
+
+def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPTIONS, *, val=None, **rest):
+    """Train in `folder`, continuing what is there; `val` maps steps to validation losses."""
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=options.keep_last, keep_every=options.keep_every)
+    found = checkpoints.load(pytest.fail)
+    if found is not None:
+        updater.restore(found[1])
+    state = found[0] if found else None
+    start = state.step if state else 0
+    notes, data = Notes(), Data()
+    evaluated = []
+
+    def evaluate(progress):
+        evaluated.append(start + len(notes.losses))
+        return Evaluation(val(evaluated[-1]), 5)
+
+    with Metrics(folder, resume_step=start if state else None, plot=False) as metrics:
+        result = train(updater, data, options, total_steps=total, learning_rate=lambda step: 0.5 ** (step + 1),
+                       checkpoints=checkpoints, metrics=metrics, state=state, listener=notes,
+                       evaluate=evaluate if val else None, **rest)  # fmt: skip
+    return result, notes, data, evaluated, checkpoints
+
+
+def rows(folder: Path) -> list[dict]:
+    """The metrics without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
+
+
+def test_losses_are_weighed_by_tokens_and_everything_happens_when_it_is_due(tmp_path):
+    updater = Counting()
+    result, notes, data, evaluated, checkpoints = run(tmp_path, updater, 10, val=lambda step: 20.0 - step)
+    assert updater.rates == [0.5 ** (i + 1) for i in range(10)] and data.asked == list(range(10))
+    assert evaluated == [0, 4, 8, 10]
+    reports = [row for row in rows(tmp_path) if "train_loss" in row]
+    assert [row["step"] for row in reports] == [3, 6, 9, 10]
+    for row, window in zip(reports, ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9]), strict=True):
+        expected = sum((10 - i) * (i + 1) for i in window) / sum(i + 1 for i in window)
+        assert row["train_loss"] == pytest.approx(expected, rel=1e-12)
+        assert row["trained_tokens"] == sum(range(1, row["step"] + 1))
+        assert row["learning_rate"] == 0.5 ** row["step"] and row["grad_norm"] == 2.0
+    assert [(r["step"], r["val_loss"]) for r in rows(tmp_path) if "val_loss" in r] == [
+        (0, 20.0), (4, 16.0), (8, 12.0), (10, 10.0)]  # fmt: skip
+    # Every save_every, where validation was best, and the end.
+    assert notes.saved_steps == [4, 5, 8, 10] and checkpoints.steps() == [8, 10]
+    assert (result.steps, result.stopped, result.best_step, result.best_val_loss) == (10, "finished", 10, 10.0)
+    assert result.train_loss == 1.0 and result.val_loss == 10.0 and result.trained_tokens == 55
+
+
+def test_a_continued_run_is_the_run_that_never_stopped(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, Counting(), 11, val=lambda step: abs(6.0 - step))
+    # Stopped by an error after step 7: the checkpoint of step 5 is what is left, the metrics go on to 6.
+    with pytest.raises(OpenELMError):
+        run(parts, Counting({7: math.nan}), 11, val=lambda step: abs(6.0 - step))
+    assert rows(parts)[-1]["step"] == 6
+    result, _, data, evaluated, checkpoints = run(parts, Counting(), 11, val=lambda step: abs(6.0 - step))
+    assert data.asked == list(range(5, 11)) and evaluated == [8, 11]
+    assert rows(parts) == rows(whole) and result.trained_tokens == 66
+    expected = Checkpoints(whole / "checkpoints", keep_last=2).load(pytest.fail)
+    found = checkpoints.load(pytest.fail)
+    assert found[1]["weights.w"].item() == expected[1]["weights.w"].item() == 1 - 0.5**11
+    assert replace(found[0], seconds=0.0) == replace(expected[0], seconds=0.0)
+    # Nothing is left to do, and nothing is done.
+    again, _, data, evaluated, _ = run(parts, Counting(), 11, val=lambda step: abs(6.0 - step))
+    assert (again.steps, again.stopped, data.asked, evaluated) == (11, "finished", [], [])
+    assert rows(parts) == rows(whole)
+
+
+@pytest.mark.parametrize(("loss", "what"), [(math.nan, "loss is nan"), (77.0, "gradient's norm is inf (loss 77")])
+def test_what_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, loss, what):
+    # Step 10 (index 9) would be saved.
+    with pytest.raises(OpenELMError) as caught:
+        run(tmp_path, Counting({9: loss}), 20, describe="train.jsonl, line {}".format)
+    message = str(caught.value)
+    assert what in message and "at step 10" in message and "train.jsonl, line 18, train.jsonl, line 19" in message
+    assert "step 5 is intact" in message and "0000005" in message and "--resume" in message
+    assert Checkpoints(tmp_path / "checkpoints", keep_last=2).steps() == [5]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_it_too(tmp_path):
+    with pytest.raises(OpenELMError, match="validation loss is nan after step 8.*step 5 is intact"):
+        run(tmp_path, Counting(), 20, val=lambda step: math.nan if step == 8 else 1.0)
+
+
+def test_early_stop_counts_validations_without_a_new_best_across_a_resume(tmp_path):
+    losses = {0: 9.0, 4: 5.0, 8: 6.0, 12: 4.0, 16: 4.0, 20: 4.5, 24: 3.0}
+    options = replace(OPTIONS, early_stop=2, keep_last=1, save_every=9)
+    with pytest.raises(OpenELMError):
+        run(tmp_path, Counting({18: math.nan}), 40, options, val=losses.get)
+    result, notes, _, evaluated, checkpoints = run(tmp_path, Counting(), 40, options, val=losses.get)
+    assert evaluated == [20] and notes.saved_steps == [20]
+    assert (result.stopped, result.steps, result.best_step, result.best_val_loss) == ("stopped early", 20, 12, 4.0)
+    assert checkpoints.steps() == [12, 20]
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "0000012"
+
+
+def _signal_when(notes_steps: int, updater: Counting, number: int = signal.SIGINT) -> None:
+    """Send this process a signal once so many updates are done."""
+
+    def wait() -> None:
+        while len(updater.rates) < notes_steps:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_continues(tmp_path, number):
+    updater = Counting(seconds=0.03)
+    before = signal.getsignal(number)
+    _signal_when(3, updater, number)
+    result, notes, *_ = run(tmp_path, updater, 100)
+    assert result.stopped == "interrupted" and 3 <= result.steps <= 6
+    assert notes.saved_steps[-1] == result.steps and "Ctrl-C again" in notes.lines[0]
+    assert signal.getsignal(number) == before
+    total = result.steps + 4
+    finished, *_ = run(tmp_path, Counting(), total)
+    run(tmp_path / "whole", Counting(), total)
+    assert finished.steps == total and rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path):
+    def evaluate(check):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2000):
+            time.sleep(0.001)
+            check()
+        raise AssertionError("it went on")
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    result = train(Counting(), Data(), OPTIONS, total_steps=10, learning_rate=lambda _: 1.0, checkpoints=checkpoints,
+                   evaluate=evaluate)  # fmt: skip
+    assert (result.stopped, result.steps, checkpoints.steps()) == ("interrupted", 0, [0])
+    _, _, _, evaluated, _ = run(tmp_path, Counting(), 10, val=lambda step: 1.0)
+    assert evaluated == [0, 4, 8, 10]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_trainer import Counting, run
+import mlx.core as mx
+class Slow(Counting):
+    def update(self, *args):
+        print("step", flush=True)
+        time.sleep(0.1)
+        x = mx.random.normal((1500, 1500))
+        for _ in range(1000): x = x @ x / 1500
+        mx.eval(x)
+run(Path({folder!r}), Slow(), 100)
+"""
+
+
+def test_the_second_interrupt_ends_it_at_once_even_within_a_step(tmp_path):
+    script = SLOW.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b"step\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130 and time.monotonic() - started < 2
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    save = mx.save_safetensors
+
+    def full(file, tensors):
+        if any(float(value) > 0.99 for value in tensors.values() if value.dtype == mx.float32):
+            raise OSError(28, "No space left on device")
+        save(file, tensors)
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OpenELMError, match="No space left on device.*step 5 is intact.*--resume"):
+        run(tmp_path, Counting(), 20)
+    monkeypatch.undo()
+    result, *_ = run(tmp_path, Counting(), 20)
+    run(tmp_path / "whole", Counting(), 20)
+    assert result.steps == 20 and rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_the_next_step_is_built_while_the_device_computes(tmp_path, monkeypatch):
+    order: list[str] = []
+    launch, data = mx.async_eval, Data()
+    monkeypatch.setattr(trainer.mx, "async_eval", lambda *args: order.append("launched") or launch(*args))
+    build = data.step
+    monkeypatch.setattr(data, "step", lambda *args: order.append(f"built {args[0]}") or build(*args))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    train(Counting(), data, OPTIONS, total_steps=3, learning_rate=lambda _: 1.0, checkpoints=checkpoints)
+    assert order == ["built 0", "launched", "built 1", "launched", "built 2", "launched"]
+
+
+def test_what_is_saved_is_plain_json(tmp_path):
+    run(tmp_path, Counting(), 5, val=lambda step: 1.0)
+    record = json.loads((tmp_path / "checkpoints" / "0000005" / "state.json").read_text())
+    assert record["state"]["step"] == 5 and record["state"]["best_step"] == 0

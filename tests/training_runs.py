@@ -1,0 +1,86 @@
+"""Short fine-tuning runs of tiny models, and what of two runs must be the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.training.metrics import read
+
+from quantization_models import write_tiny
+
+ROOT = Path(__file__).parent.parent
+# What is measured with a clock, and memory.
+TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
+WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
+
+
+def write_data(folder: Path, train: int = 23, valid: int = 6, test: int = 6) -> Path:
+    """Random texts of mixed lengths, the same ones each time."""
+    folder.mkdir()
+    draw = random.Random(0)
+    for name, number in (("train", train), ("valid", valid), ("test", test)):
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(3, 30))) for _ in range(number)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_run_folder(folder: Path) -> Path:
+    """A folder with `model` and `data`, for the commands below."""
+    write_tiny(folder / "model")
+    write_data(folder / "data")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+def command(*args: object, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    return [*python, "-m", "mlx_openelm", "lora", *map(str, args)]
+
+
+def run(*args: object, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`mlx-openelm lora` in `folder`."""
+    return subprocess.run(
+        command(*args), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
+    )
+
+
+def kill_after(lines: int, delay: float, *args: object, folder: Path) -> str:
+    """`mlx-openelm lora`, killed so long after it has printed so many lines of progress; what it printed."""
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=environment(), cwd=folder)  # fmt: skip
+    assert process.stderr is not None
+    said = []
+    while lines and (line := process.stderr.readline()):
+        said.append(line)
+        lines -= line.startswith("Step")
+    try:
+        process.wait(timeout=delay)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    rest = process.stderr.read()
+    process.wait()
+    process.stderr.close()
+    return "".join(said) + rest
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The numbers of a run that do not hang on the clock."""
+    rows = read(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def trained(folder: Path) -> dict[str, bytes]:
+    """The files that hold what a run has learned: the adapter, and the weights and optimizer of the last checkpoint."""
+    last = max(path for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    files = [folder / "adapters.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"]
+    return {f"{file.parent.name}/{file.name}".removeprefix(folder.name): file.read_bytes() for file in files}
