@@ -12,11 +12,25 @@ from typing import TYPE_CHECKING, Any
 from . import backend as backend
 from .version import __version__
 
-__all__ = ["__version__", "convert", "generate", "load", "stream_generate"]
+__all__ = [
+    "AdapterSwitch",
+    "FineTuneOptions",
+    "__version__",
+    "convert",
+    "finetune",
+    "fuse",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 if TYPE_CHECKING:
+    from .adapters.fusing import fuse
+    from .adapters.switching import AdapterSwitch
     from .generation.stream import generate, stream_generate
     from .loading import convert, load
+    from .training.finetune import finetune
+    from .training.options import FineTuneOptions
 
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
 backend.preload_blas()
@@ -26,6 +40,10 @@ _HOMES = {
     "convert": "loading",
     "generate": "generation.stream",
     "stream_generate": "generation.stream",
+    "finetune": "training.finetune",
+    "FineTuneOptions": "training.options",
+    "fuse": "adapters.fusing",
+    "AdapterSwitch": "adapters.switching",
 }
 
 

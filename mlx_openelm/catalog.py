@@ -15,11 +15,12 @@ TINY = "tiny"
 TINY_FOLDER = ASSETS / "tiny"
 
 # Where Apple publishes what CoreNet wrote: intermediate checkpoints, those with the state of the training, the average
-# of the last five (which is the published model), and the folders of CoreNet's own MLX port.
-# From CoreNet's README-pretraining.md and mlx_examples/open_elm/README.md.
+# of the last five (which is the published model), the folders of CoreNet's own MLX port, and adapters.
+# From CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
 CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
 CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
 _CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
+_CORENET_ADAPTERS = ("lora", "dora")
 _CORENET_CHECKPOINTS = (
     "checkpoint_average",
     *(f"checkpoint_epoch_0_iter_{iteration - 1}" for iteration in CORENET_ITERATIONS),
@@ -112,7 +113,8 @@ def find_repo(repo: object) -> Release | None:
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
 
-    NAME is a checkpoint's without `.pt`, or `mlx` or `mlx-4bit` for a folder of the MLX port.
+    NAME is a checkpoint's without `.pt`, `mlx` or `mlx-4bit` for a folder of the MLX port, or `lora` or `dora` for an
+    adapter, trained on CommonSense170k, whose file holds its base too.
     Raises RequestError for a size or a name that was never published.
     """
     size, _, file = name.removeprefix("corenet:").partition("/")
@@ -129,12 +131,14 @@ def corenet_files(name: str) -> tuple[str, ...]:
         return f"{folder}/config.json", f"{folder}/weights.safetensors"
     if file in _CORENET_CHECKPOINTS:
         return (f"pretrained/{release.size}/{file}.pt",)
-    close = difflib.get_close_matches(file, (*_CORENET_CHECKPOINTS, *_CORENET_PORTS), n=2)
+    if file in _CORENET_ADAPTERS:
+        return (f"peft/openelm_{file}_{release.size}.pt",)
+    close = difflib.get_close_matches(file, (*_CORENET_CHECKPOINTS, *_CORENET_PORTS, *_CORENET_ADAPTERS), n=2)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     first, last = (f"checkpoint_epoch_0_iter_{CORENET_ITERATIONS[i] - 1}" for i in (0, -1))
     raise RequestError(
         f"{name!r} names no file that was published{hint}: after corenet:{release.size}/ comes checkpoint_average, "
-        f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit"
+        f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit, or with --adapter-path lora or dora"
     )
 
 

@@ -95,6 +95,8 @@ def open_source(
         return _open_gguf(model, file, tokenizer)
     repo = None
     if is_download:
+        if catalog.corenet_files(str(model).strip())[0].startswith("peft/"):
+            raise RequestError(f"{model} is an adapter: give it with --adapter-path, and its base model with --model.")
         from . import corenet_files
         from .formats import corenet
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,21 @@ def test_dora_on_the_embedding_goes_around(model: OpenELM, tmp_path: Path) -> No
         assert far(logits(model), before) < 5e-5
 
 
+def test_an_output_side_is_not_written_for_peft(model: OpenELM, tmp_path: Path) -> None:
+    """Only where the embedding is the output layer too, or the magnitudes are those of its rows."""
+    lora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True)})
+    dora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True, magnitude=mx.ones(ROWS))})
+    untied = replace(model.config, share_input_output_layers=False)
+    for adapter, config in ((lora, model.config), (dora, model.config), (dora, untied)):
+        with pytest.raises(RequestError, match="on the output side too; PEFT's format cannot tell that"):
+            write_adapter(adapter, tmp_path, config, "peft")
+    with pytest.raises(RequestError, match="not the weights of full fine-tuning; write mlx-lm's format"):
+        write_adapter(Adapter(weights={"transformer.norm.weight": mx.ones(DIM)}), tmp_path, model.config, "peft")
+    assert not list(tmp_path.iterdir())
+    write_adapter(lora, tmp_path, untied, "peft")
+    assert not read_adapter(tmp_path, untied).modules[EMBEDDING].output_side
+
+
 def test_a_mixture_of_methods_is_not_written(model: OpenELM, tmp_path: Path) -> None:
     modules = {QKV: low_rank(model, QKV), PROJ_1: low_rank(model, PROJ_1, magnitude=mx.ones(1280 // 1))}
     for format in ("mlx", "peft"):
@@ -367,7 +383,7 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         lora_alpha=6,
         target_modules=["token_embeddings", "qkv_proj", "proj_2"],
         rank_pattern={"layers.1.attn.qkv_proj": 2, r".*\.2\.ffn.proj_2": 6},
-        alpha_pattern={"layers.3.attn.qkv_proj": 9, "proj_2": 5},
+        alpha_pattern={"layers.3.attn.qkv_proj": 9, "oj_2": 50, "proj_2": 5},  # part of a name means no module
         use_rslora=rslora,
         use_dora=dora,
         lora_dropout=0.1,
@@ -402,7 +418,9 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         ({"use_qalora": True}, "use_qalora is true"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is"),
         ({"something_new": {"a": 1}}, "something_new is"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changes the base model too"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too; let PEFT convert"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the base model too; merge it into that"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
         ({"r": 16}, "proj_2 has rank 8, but adapter_config.json says 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number, got '8'"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is no regular expression"),
@@ -420,7 +438,7 @@ def test_what_peft_has_and_we_do_not_is_refused(
 
 def test_harmless_settings_are_let_pass(model: OpenELM, tmp_path: Path) -> None:
     more = {"loftq_config": {"bits": 4}, "task_type": "CAUSAL_LM", "peft_version": "0.18", "qalora_group_size": 16}
-    folder = edit(FIXTURES / "peft-lora", tmp_path / "a", init_lora_weights="gaussian", lora_dropout=None, **more)
+    folder = edit(FIXTURES / "peft-lora", tmp_path / "a", init_lora_weights="Gaussian", lora_dropout=None, **more)
     assert len(read_adapter(folder, model.config).modules) == 24
 
 
@@ -490,6 +508,7 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
             ({"fine_tune_type": "prefix"}, "fine_tune_type is 'prefix'; known are lora, dora, full"),
             ({"lora_parameters": {"rank": 8, "alpha": 16}}, "lora_parameters has no scale that is a number"),
             ({"lora_parameters": None}, "lora_parameters has no scale"),
+            ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "lora_parameters has no scale that is a number"),
             ({"fine_tune_type": "dora"}, "has no transformer.layers.*.m, which belongs to an adapter"),
             ({"fine_tune_type": "full"}, "holds transformer.* and 5 more, which the model does not have"),
         ]
@@ -511,6 +530,7 @@ def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> Non
         "": "There is no adapter ''",
         "owner/run.safetensors": "There is no adapter",
         FOLDER: "holds no adapter_config.json",
+        FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is no adapter: name its folder",
     }.items():
         with pytest.raises(RequestError, match=message):
             read_adapter(place, model.config)
@@ -545,6 +565,10 @@ def test_files_can_be_written_over_what_was_read(model: OpenELM, tmp_path: Path)
         after = {name: np.array(value) for name, value in mx.load(file).items()}
         assert before.keys() == after.keys()
         assert all(np.array_equal(before[name], after[name]) for name in before)
+    folder = write(uneven(model), tmp_path / "low rank", model)
+    adapter, file = read_adapter(folder, model.config), folder / "adapters.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert mx.array_equal(adapter.modules[QKV].a[:, :2], uneven(model).modules[QKV].a).item()
 
 
 def test_hub_repositories(model: OpenELM, hub: FakeHub, expected: dict[str, np.ndarray]) -> None:

@@ -221,6 +221,24 @@ def test_half_precision_is_close_and_keeps_its_type(cls: type) -> None:
         assert close(got_onto, onto, 0.1)
 
 
+def test_what_is_added_to_does_not_blur_gradients_of_magnitudes() -> None:
+    linear, x, residual = Linear(128, 96), normal(64, 128), 100 * normal(64, 96, seed=5)
+    linear.weight, pull = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
+    layer = DoRALinear(linear, change(128, 96))
+    layer.train()
+
+    def gradient(dtype: mx.Dtype) -> np.ndarray:
+        def loss(m: mx.array) -> mx.array:
+            layer.m = m
+            return mx.sum(pull * layer.onto(residual.astype(dtype), x.astype(dtype)))
+
+        return np.array(mx.grad(loss)(layer.m))
+
+    exact = gradient(mx.float32)
+    # A hundredth; from a sum in 16 bits that is a hundred times as large it would be half.
+    assert np.linalg.norm(gradient(mx.bfloat16) - exact) < 0.02 * np.linalg.norm(exact)
+
+
 # What is kept outside of training.
 
 
@@ -258,6 +276,7 @@ def test_what_is_traced_is_not_kept() -> None:
     compiled = mx.compile(run)
     doubled = compiled(2 * original)
     layer.lora_b = original
+    assert not layer._ready._kept
     plain = layer(x)
     assert not same(plain, doubled)
     assert close(run(2 * original), np.array(doubled))

@@ -227,6 +227,10 @@ def test_packing_is_close_to_the_best_there_is(lengths):
     assert len(pack(range(len(lengths)), lengths, 50)) <= 11 / 9 * fewest_rows(lengths, 50) + 1
 
 
+def test_what_just_fits_shares_a_row():
+    assert pack([0, 1, 2], [5, 3, 8], 8) == [(2,), (0, 1)]
+
+
 def test_packed_rows_do_not_mix_examples():
     examples = make_examples(mixed(300, 60))
     batches = Batches(examples, batch_size=4, packing=True, max_seq_length=128)
@@ -279,6 +283,14 @@ def test_rows_are_padded_little_and_to_few_lengths():
         assert 0 <= extra < max(8, length / 16 + 1) and padded(length) % 8 == 0
         assert padded(padded(length)) == padded(length)
     assert [padded(length) for length in (1, 8, 9, 256, 257, 512, 513, 1025)] == [8, 8, 16, 256, 272, 512, 544, 1088]
+
+
+def test_the_batch_that_is_not_full_holds_long_examples_and_short_ones_in_turn():
+    lengths = mixed(41, 500)
+    batches = Batches(make_examples(lengths), batch_size=4, max_seq_length=512)
+    left = [rows[0][0] for epoch in range(60) for rows in batches.plan(epoch) if len(rows) < 4]
+    assert len(left) == 60
+    assert min(lengths[i] for i in left) < 100 and max(lengths[i] for i in left) > 400
 
 
 def test_examples_of_about_the_same_length_share_a_batch():

@@ -153,6 +153,34 @@ def test_suggest_nothing_for_what_is_far() -> None:
     assert catalog.suggest("gpt2") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("corenet:270M/checkpoint_average", ["pretrained/270M/checkpoint_average.pt"]),
+        ("corenet:450m/mlx-4bit", ["mlx/450M-4bit/config.json", "mlx/450M-4bit/weights.safetensors"]),
+        ("corenet:270M/lora", ["peft/openelm_lora_270M.pt"]),
+        ("corenet:1_1b/dora", ["peft/openelm_dora_1.1B.pt"]),
+        ("corenet:3B/dora.pt", ["peft/openelm_dora_3B.pt"]),
+    ],
+)
+def test_files_of_corenet(name: str, files: list[str]) -> None:
+    assert list(catalog.corenet_files(name)) == files
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("corenet:270M/nothing", "or with --adapter-path lora or dora"),
+        ("corenet:270M/loro", "did you mean lora"),
+        ("corenet:270M-instruct/lora", "names no size"),
+    ],
+)
+def test_files_corenet_never_had(name: str, words: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        catalog.corenet_files(name)
+    assert words in str(caught.value)
+
+
 def test_importing_is_light() -> None:
     code = (
         "import sys; before = set(sys.modules); import mlx_openelm.catalog, mlx_openelm.hub;"

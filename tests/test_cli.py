@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import backend, load, stream_generate
+from mlx_openelm import backend, corenet_files, load, stream_generate
 from mlx_openelm.cli import console, doctor, flags
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.stream import GenerationOptions
@@ -24,6 +24,7 @@ from mlx_openelm.generation.stream import GenerationOptions
 import mlx.core as mx
 import pytest
 from fake_hub import FakeHub
+from test_sources import Server
 
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = ROOT / "tests" / "fixtures" / "shakespeare-hf"
@@ -49,8 +50,8 @@ def result(*args: object, **more: Any) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def generated(*args: object, prompt: str = PROMPT, tokens: int = 24) -> str:
-    return result("generate", "--prompt", prompt, "--max-tokens", tokens, *args)["text"]
+def generated(*args: object, prompt: str = PROMPT, tokens: int = 24, **more: Any) -> str:
+    return result("generate", "--prompt", prompt, "--max-tokens", tokens, *args, **more)["text"]
 
 
 def refused(*args: object, code: int = 2, **more: Any) -> str:
@@ -566,6 +567,42 @@ def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str])
     assert "has no revision" in refused("info", "someone/model", "--revision", "v9", env=hub_env)
 
 
+def test_adapters_that_apple_published(tmp_path: Path) -> None:
+    """`corenet:SIZE/lora` is an adapter, downloaded once, and no model."""
+    torch = pytest.importorskip("torch")
+    loaded, _ = load(SHAKESPEARE, dtype="float32")
+    qkv = "layers.0.attn.qkv_proj"
+    rows, columns = loaded.transformer.layers[0].attn.qkv_proj.weight.shape
+    draw = torch.Generator().manual_seed(0)
+    torch.save(
+        {
+            f"{qkv}.base_layer.weight": torch.zeros(rows, columns),
+            f"{qkv}.lora_A.lora.weight": torch.randn(4, columns, generator=draw),
+            f"{qkv}.lora_B.lora.weight": torch.randn(rows, 4, generator=draw),
+        },
+        tmp_path / "mine.pt",
+    )
+    server = Server()
+    try:
+        server.files["peft/openelm_lora_270M.pt"] = (tmp_path / "mine.pt").read_bytes()
+        env = {
+            corenet_files.URL_VARIABLE: server.url,
+            corenet_files.CACHE_VARIABLE: str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+        }
+        name = "corenet:270M/lora"
+        texts = [
+            generated("--model", SHAKESPEARE, *more, env=env)
+            for more in ([], ["--adapter-path", tmp_path / "mine.pt"], ["--adapter-path", name])
+        ]
+        assert texts[0] != texts[1] == texts[2]
+        assert "give it with --adapter-path" in refused("generate", "--model", name, "-p", PROMPT, env=env)
+        assert [path for path, _ in server.requests] == ["peft/openelm_lora_270M.pt"]
+    finally:
+        server.close()
+
+
 def test_a_failure_while_working_exits_with_1(hub: FakeHub, hub_env: dict[str, str]) -> None:
     hub.status = 500
     assert "problem of its own" in refused("generate", "--model", "a/b", "-p", "x", env=hub_env, code=1)
@@ -588,7 +625,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     missing = {finding.name: finding.value for finding in doctor.examine() if "pip install" in finding.value}
-    assert {"torch", "pyyaml", "gguf", "matplotlib"} <= set(missing)
+    assert {"torch", "gguf", "matplotlib", "pyarrow", "tensorboardX", "wandb"} <= set(missing)
     for package, text in missing.items():
         named = re.search(r"not installed \(.+: pip install 'mlx-openelm\[(\w+)\]'\)", text)
         assert named is not None, text

@@ -101,6 +101,8 @@ def test_shards_are_joined_in_order_and_must_all_be_there(tmp_path):
     assert said(read_splits(tmp_path, valid_fraction=0).train) == ["s0-0", "s0-1", "s1-0", "s1-1"]
     (tmp_path / "data" / "train-00001-of-00002.jsonl").unlink()
     assert "1 of the 2 files of train" in message(read_splits, tmp_path)
+    write(tmp_path / "data" / "train-00001-of-00003.jsonl", texts(2))  # two files, but not the two
+    assert "files of several data sets for train (data/train-00000-of-00002.jsonl" in message(read_splits, tmp_path)
 
 
 def test_the_sets_of_the_paper_are_read():
@@ -158,6 +160,7 @@ def test_what_is_no_data_is_refused(tmp_path):
     assert "no data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
     for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
         assert "there is no folder or file" in message(read_splits, str(name))
+    assert "--data is empty" in message(read_splits, " ")
     assert "--valid-fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
     damaged = write(tmp_path / "a.jsonl.gz", b"not gzip")
     assert "cannot be read" in message(read_splits, damaged)

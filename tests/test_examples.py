@@ -430,6 +430,8 @@ def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
         "chat messages": {"messages": [USER, LAST], "text": "ab"},
         "instruction, input, output": {"instruction": "a", "input": "", "output": "b", "text": "ab"},
     }
+    both = kinds["prompt and completion"] | kinds["chat messages"]  # as mlx-lm has it
+    assert tokenize(records(both), tokenizer, max_seq_length=512).report.kind == "prompt and completion"
     for name, values in kinds.items():
         assert tokenize(records(values), tokenizer, max_seq_length=512).report.kind == name
     for options, expected in (
@@ -459,8 +461,9 @@ def test_the_fingerprint_changes_with_tokens_and_with_what_is_learned():
         fingerprint(*values, mask_prompt=True),
         fingerprint(*values, max_seq_length=3),
         fingerprint(values[0]),
+        fingerprint(values[0], {"prompt": "a", "completion": "d"}),  # as long, in other tokens
     ]
-    assert len({first, *changed}) == 5
+    assert len({first, *changed}) == 6
 
 
 def test_progress_is_told_to_the_end():

@@ -18,6 +18,7 @@ from mlx_openelm.training import preparing
 from mlx_openelm.training.finetune import FineTuned, Loading, finetune, saved_options
 from mlx_openelm.training.metrics import Metrics
 from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.run_state import Checkpoints
 from mlx_openelm.training.step import Updater
 from mlx_openelm.training.trainer import Listener
 
@@ -397,6 +398,71 @@ def test_starting_from_an_adapter(here):
     first = tune(full)
     tune(replace(full, adapter_path="full2", resume_adapter_file="full/adapters.safetensors"))
     assert metrics(here / "full2")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
+
+
+def test_a_run_from_an_adapter_goes_on_from_it_however_early_it_was_stopped(here):
+    tune(replace(SHORT, adapter_path="first"))
+    options = replace(SHORT, resume_adapter_file="first/adapters.safetensors")
+    tune(replace(options, adapter_path="whole"))
+    _stop_after(1, replace(options, adapter_path="parts"), Notes())
+    shutil.rmtree(here / "first")
+    tune(replace(SHORT, adapter_path="parts", resume=True))
+    assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
+
+
+def test_an_adapter_that_changes_the_output_layer_is_not_gone_on_from(here):
+    options = replace(SHORT, target_modules=("token_embeddings",), iters=3)
+    tune(replace(options, adapter_path="first"))
+    settings = json.loads((here / "first" / "adapter_config.json").read_text())
+    assert settings.pop("embedding_output_side") is False
+    tune(replace(options, adapter_path="second", resume_adapter_file="first"))
+    (here / "first" / "adapter_config.json").write_text(json.dumps(settings))  # as mlx-lm writes it
+    with pytest.raises(RequestError, match="first changes the output layer .*token_embeddings"):
+        tune(replace(options, adapter_path="third", resume_adapter_file="first"))
+
+
+def test_a_damaged_best_checkpoint_does_not_lose_what_was_trained(here, monkeypatch):
+    options = replace(SHORT, iters=200, learning_rate=3e-2, lr_schedule="constant", warmup=0, early_stop=2,
+                      steps_per_eval=2, max_grad_norm=None)  # fmt: skip
+    monkeypatch.setattr(Checkpoints, "tensors", lambda self, step: _raise(f"The checkpoint {step} is damaged: so."))
+    notes = Notes()
+    result = tune(options, notes).training
+    assert result.best_step > 0
+    assert f"The checkpoint {result.best_step} is damaged: so. The last weights are kept" in "".join(notes.lines)
+    last = here / "adapters" / "checkpoints" / f"{result.steps:07d}" / "adapters.safetensors"
+    assert (here / "adapters" / "adapters.safetensors").read_bytes() == last.read_bytes()
+
+
+def _raise(message: str) -> None:
+    raise OpenELMError(message)
+
+
+def test_overwriting_removes_what_tensorboard_was_told(here):
+    pytest.importorskip("tensorboardX")
+    tune(replace(SHORT, iters=3, report_to="tensorboard"))
+    (events,) = (here / "adapters" / "tensorboard").iterdir()
+    events = events.rename(events.with_name("events.out.tfevents.1.there"))
+    (here / "adapters" / "tensorboard" / "notes.txt").write_text("mine")
+    tune(replace(SHORT, iters=3, report_to="tensorboard", seed=1), overwrite=True)
+    assert not events.exists()
+    assert len(list((here / "adapters" / "tensorboard").iterdir())) == 2
+
+
+def test_options_reach_what_they_are_for(here, monkeypatch):
+    seen = {}
+    for name in ("Updater", "Batches", "Checkpoints"):
+        make = getattr(finetune_module, name)
+        note = lambda *args, _make=make, **told: seen.update(told) or _make(*args, **told)  # noqa: E731
+        monkeypatch.setattr(finetune_module, name, note)
+    values = {"grad_checkpoint": True, "max_grad_norm": 0.5, "z_loss": 0.1, "label_smoothing": 0.2, "seed": 5,
+              "packing": True, "batch_size": 2, "grad_accumulation_steps": 3, "keep_last": 4,
+              "keep_every": 6}  # fmt: skip
+    done = tune(replace(SHORT, iters=3, dropout=0.0, fine_tune_type="full", test=True, **values),
+                loading=Loading(dtype="bfloat16"))  # fmt: skip
+    assert {name: seen[name] for name in values} == values
+    # Computed with in 16 bits, kept in 32.
+    assert seen["compute_dtype"] == mx.bfloat16 and math.isfinite(done.test.loss)
+    assert {value.dtype for value in mx.load("adapters/adapters.safetensors").values()} == {mx.float32}
 
 
 def test_epochs_are_counted_in_steps(here):

@@ -16,6 +16,7 @@ from mlx_openelm.adapters.attaching import attach
 from mlx_openelm.adapters.files import read_adapter
 from mlx_openelm.adapters.fusing import Fusion, fuse
 from mlx_openelm.adapters.merging import merge
+from mlx_openelm.adapters.switching import read_mixture
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
@@ -333,12 +334,23 @@ def test_a_small_change_of_few_bits_costs_no_more_than_itself(packed: dict[str, 
     assert 0 < done.overall.relative_error <= done.overall.relative_change * 1.001
 
 
-@pytest.mark.parametrize("flags", [{}, {"q_bits": 8, "q_group_size": 32}, {"q_mode": "nvfp4"}, {"recipe": "mixed_3_6"}])
-def test_quantizing_while_fusing_is_fusing_and_then_quantizing(flags: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        ("float32", {}),
+        ("float16", {}),
+        ("float32", {"q_bits": 8, "q_group_size": 32}),
+        ("float32", {"q_mode": "nvfp4"}),
+        ("float32", {"recipe": "mixed_3_6"}),
+    ],
+)
+def test_quantizing_while_fusing_is_fusing_and_then_quantizing(
+    dtype: str, flags: dict[str, Any], tmp_path: Path
+) -> None:
     name = FIXTURES / "peft-lora-embedding"
-    at_once = fuse(SHAKESPEARE, name, tmp_path / "at once", dtype="float32", quantize=True, **flags)
-    fuse(SHAKESPEARE, name, tmp_path / "full", dtype="float32")
-    later = convert(tmp_path / "full", tmp_path / "later", dtype="float32", quantize=True, **flags)
+    at_once = fuse(SHAKESPEARE, name, tmp_path / "at once", dtype=dtype, quantize=True, **flags)
+    fuse(SHAKESPEARE, name, tmp_path / "full", dtype=dtype)
+    later = convert(tmp_path / "full", tmp_path / "later", dtype=dtype, quantize=True, **flags)
     assert (at_once.bits_per_weight, at_once.exceptions) == (later.bits_per_weight, later.exceptions)
     ours, theirs = mlx_format.read(tmp_path / "at once"), mlx_format.read(tmp_path / "later")
     assert (ours.quantization, ours.config) == (theirs.quantization, theirs.config)
@@ -378,13 +390,13 @@ def test_scales_keep_their_type(scales: str, tmp_path: Path) -> None:
 def test_the_report_is_the_divergence_from_the_adapter_on_the_base(packed: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "play.txt"
     text.write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:3000])
-    adapter = FIXTURES / "peft-lora"
-    done = fuse(packed["3 bits in groups of 32"], adapter, tmp_path / "fused", report=True, report_data=str(text))
+    adapters = {str(FIXTURES / "peft-lora"): 0.9, str(FIXTURES / "peft-rslora-attention"): 0.5}
+    done = fuse(packed["3 bits in groups of 32"], adapters, tmp_path / "fused", report=True, report_data=str(text))
     attached, tokenizer = load(packed["3 bits in groups of 32"])
     windows = make_windows(tokenizer, load_documents(text), 512)
     assert len(windows) < 9  # so that all are read
     base, _ = load(packed["3 bits in groups of 32"])
-    attach(attached, read_adapter(adapter, attached.config))
+    attach(attached, read_mixture(adapters, attached.config))
     fused, _ = load(tmp_path / "fused")
     assert done.kl_divergence == pytest.approx(kl_divergence(attached, fused, windows), rel=1e-3)
     assert done.base_kl_divergence == pytest.approx(kl_divergence(attached, base, windows), rel=1e-3)
@@ -402,7 +414,7 @@ def test_rounding_takes_back_what_is_small_beside_its_steps(packed: dict[str, Pa
     assert original.overall.kept == pytest.approx(1, abs=0.05)
 
 
-def test_the_card_names_adapter_and_base(tmp_path: Path) -> None:
+def test_the_card_names_adapter_and_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import metadata_load
 
     base = shutil.copytree(SHAKESPEARE, tmp_path / "base")
@@ -424,6 +436,10 @@ def test_the_card_names_adapter_and_base(tmp_path: Path) -> None:
         "the LoRA adapter `peft-lora`, 0.5 times (rank 8, on 24 matrices)." in text
     )
     assert str(tmp_path) not in text and str(FIXTURES) not in text
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / "peft-lora", tmp_path / "clients" / "acme")
+    fuse(base, "clients/acme=0.5", tmp_path / "weighed")
+    assert "clients" not in (tmp_path / "weighed" / "README.md").read_text()
     # What is made of the result still derives from the same base.
     convert(tmp_path / "fused", tmp_path / "again", dequantize=True)
     card = metadata_load(tmp_path / "again" / "README.md")
@@ -508,6 +524,19 @@ print(json.dumps(result))
 # Refusals.
 
 
+def test_a_quantized_base_goes_into_another_packing(packed: dict[str, Path], tmp_path: Path) -> None:
+    base = packed["4 bits"]
+    fuse(base, FIXTURES / "peft-rslora-attention", tmp_path / "full", dequantize=True, dtype="float32")
+    with pytest.warns(UserWarning, match="already quantized to 4 bits, so with -q it is rounded twice"):
+        fuse(base, FIXTURES / "peft-rslora-attention", tmp_path / "fused", quantize=True, q_bits=8)
+    model, _ = load(tmp_path / "fused")
+    # Matrices the adapter does not change are packed anew as well.
+    assert {choice.bits for choice in model.quantization.values()} == {8}
+    assert len(model.quantization) == len(planner(bits=8)(model.config)[0])
+    difference = np.abs(logits(model) - logits(load(tmp_path / "full")[0]))
+    assert difference.max() < 0.5 and difference.mean() < 0.05
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -529,7 +558,6 @@ print(json.dumps(result))
         ({"save_path": "exists"}, "exists; choose another --save-path, or replace it with --overwrite"),
         ({"model": "model", "save_path": "model", "overwrite": True}, "is the model to fuse, or holds it"),
         ({"adapter_path": "exists", "save_path": "exists", "overwrite": True}, "is the adapter exists to fuse"),
-        ({"model": "packed", "quantize": True}, "already quantized to 4 bits: leave -q out, and it is packed again"),
         ({"model": "other"}, "which the model does not have"),
     ],
 )
@@ -542,8 +570,6 @@ def test_what_cannot_be_fused(
         shutil.copytree(FIXTURES / name, name)
     (tmp_path / "exists").mkdir()
     (tmp_path / "exists" / "config.json").write_text("{}")
-    if changes.get("model") == "packed":
-        convert("model", "packed", quantize=True)
     if changes.get("model") == "other":
         write_tiny(tmp_path / "other")
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -185,9 +185,10 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
         load(tmp_path / "m", dtype="int8")
 
 
-def test_adapters_are_refused(small: Path) -> None:
-    with pytest.raises(RequestError, match="adapters"):
-        load(small, adapter_path="somewhere")
+def test_an_adapter_that_is_not_there_is_named(small: Path) -> None:
+    for path in ("somewhere", ["somewhere=0.5"], {"somewhere": 2}):
+        with pytest.raises(RequestError, match="There is no adapter 'somewhere'"):
+            load(small, adapter_path=path)
 
 
 # What does not fit, all in one message.

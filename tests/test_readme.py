@@ -67,6 +67,8 @@ def why_not_run(command: str) -> str | None:
         return "the hub"
     if {"--report", "--target-bpw", "--method"} & set(given):
         return "minutes"  # what they do is tested beside quantizing.py
+    if given[1] == "lora":
+        return "minutes"  # shortened below, and in test_lora_folder.py
     return None
 
 
@@ -79,7 +81,7 @@ def run(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with what a clone has at its top, where commands may write."""
-    for name in ("generate.py", "convert.py", "tests"):
+    for name in ("generate.py", "convert.py", "lora", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -119,6 +121,20 @@ def test_every_command_is_one_that_its_program_understands(document: Path) -> No
         group = typer.main.get_command(typer.Typer(cls=Group, callback=lambda: None))
         command = group.get_command(typer.Context(group), line[1])
         command.make_context(line[1], line[2:])  # parses, and calls nothing
+
+
+def test_fine_tuning_runs_in_its_order(clone: Path) -> None:
+    """The README's section, in two steps instead of many, and on `tiny` in the place of the 270M model."""
+    section = (ROOT / "README.md").read_text().partition("## Fine-tuning\n")[2].partition("\n## ")[0]
+    lines = [line for line in commands(ROOT / "README.md") if line in section]
+    assert [words(line)[1] for line in lines] == ["lora", "lora", "lora", "lora", "generate", "fuse"]
+    for line in lines:
+        shorter = re.sub(r"--(iters|epochs) \d+", "--iters 2", line).replace("--model 270m", "--model tiny")
+        shorter = shorter.replace("--data", "--val-batches 1 --test-batches 1 --data")
+        done = run(f"{shorter} --max-tokens 4" if "generate" in line else shorter, clone)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout.strip(), line
+    assert (clone / "expenses-270m" / "model.safetensors").is_file()
 
 
 def test_a_flag_that_does_not_exist_is_noticed() -> None:

@@ -138,6 +138,11 @@ def test_removing_what_is_in_use_leaves_the_base(switch: AdapterSwitch) -> None:
         assert name not in switch.names
     with pytest.raises(RequestError, match="No adapter is named 'full'"):
         switch.remove("full")
+    switch.add("peft-dora", FIXTURES / "peft-lora")  # another one by a name that was used
+    switch.use("peft-lora")
+    expected = logits(switch.model)
+    switch.use("peft-dora")
+    assert np.array_equal(logits(switch.model), expected)
 
 
 def test_output_sides_do_not_mix() -> None:
@@ -158,3 +163,5 @@ def test_paths_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert parse_paths({"a=1": 2}) == [("a=1", 2.0)]
     with pytest.raises(RequestError, match="--adapter-path is missing"):
         parse_paths([])
+    with pytest.raises(RequestError, match="The weight of the adapter a must be a number, got 'much'"):
+        parse_paths({"a": "much"})  # type: ignore[dict-item]

@@ -104,7 +104,8 @@ def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPT
         evaluated.append(start + len(notes.losses))
         return Evaluation(val(evaluated[-1]), 5)
 
-    with Metrics(folder, resume_step=start if state else None, plot=False) as metrics:
+    validated = state.validated if state else None
+    with Metrics(folder, resume_step=start if state else None, validated=validated, plot=False) as metrics:
         result = train(updater, data, options, total_steps=total, learning_rate=lambda step: 0.5 ** (step + 1),
                        checkpoints=checkpoints, metrics=metrics, state=state, listener=notes,
                        evaluate=evaluate if val else None, **rest)  # fmt: skip
@@ -224,6 +225,27 @@ def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path
     assert (result.stopped, result.steps, checkpoints.steps()) == ("interrupted", 0, [0])
     _, _, _, evaluated, _ = run(tmp_path, Counting(), 10, val=lambda step: 1.0)
     assert evaluated == [0, 4, 8, 10]
+
+
+def test_an_interrupt_of_the_last_validation_leaves_it_to_be_done(tmp_path):
+    losses = {0: 9.0, 4: 5.0, 8: 6.0}
+
+    def leave(step: int) -> float:
+        if step == 8:
+            raise trainer._Stop  # as a check does
+        return losses[step]
+
+    def told(folder: Path) -> list[tuple[int, float]]:
+        return [(row["step"], row["val_loss"]) for row in rows(folder) if "val_loss" in row]
+
+    result, *_ = run(tmp_path, Counting(), 8, val=leave)
+    assert (result.stopped, result.steps, result.val_loss) == ("interrupted", 8, 5.0)
+    result, _, data, evaluated, _ = run(tmp_path, Counting(), 8, val=losses.get)
+    assert (result.stopped, result.val_loss, data.asked, evaluated) == ("finished", 6.0, [], [8])
+    assert told(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0)]
+    # Step 8 is saved without that validation, so it is done once more, and told once.
+    result, *_ = run(tmp_path, Counting(), 9, val=lambda step: losses.get(step, 4.0))
+    assert told(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0), (9, 4.0)]
 
 
 SLOW = """

@@ -6,6 +6,7 @@ import math
 
 from mlx_openelm import load
 from mlx_openelm.model import OpenELM
+from mlx_openelm.training import loss as loss_module
 from mlx_openelm.training.batches import IGNORED
 from mlx_openelm.training.loss import CHUNK, cross_entropy
 
@@ -121,6 +122,31 @@ def test_bfloat16_hidden_states_get_bfloat16_gradients():
     gradient = mx.grad(lambda h: cross_entropy(model, h, targets)[0])(hidden.astype(mx.bfloat16))
     assert gradient.dtype == mx.bfloat16
     assert mx.abs(gradient - expected).max().item() < 0.05 * mx.abs(expected).max().item()
+
+
+def test_the_heads_gradient_in_bfloat16_does_not_depend_on_the_number_of_chunks(monkeypatch):
+    model = load("tiny", expand=True, dtype="bfloat16")[0]
+    model.freeze()
+    head = model.transformer.token_embeddings
+    head.unfreeze()
+    keys = mx.random.split(mx.random.key(0))
+    hidden = (mx.random.normal((1024, model.config.model_dim), key=keys[0]) + 0.5).astype(mx.bfloat16)
+    targets = mx.random.randint(0, 64, (1024,), key=keys[1])  # a few tokens that come again and again
+    weight = head.weight
+
+    def gradient(function):
+        def call(weight):
+            head.weight = weight
+            return function()
+
+        found = mx.grad(call)(weight)
+        head.weight = weight
+        return found.astype(mx.float32)
+
+    expected = gradient(lambda: plain(model, hidden, targets, 0.0, 0.0))
+    monkeypatch.setattr(loss_module, "CHUNK", 8)
+    ours = gradient(lambda: cross_entropy(model, hidden, targets)[0])
+    assert mx.sqrt(mx.sum((ours - expected) ** 2) / mx.sum(expected**2)).item() < 5e-3
 
 
 def test_logits_exist_for_one_chunk_at_a_time(model):

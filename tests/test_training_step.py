@@ -13,7 +13,7 @@ from mlx_openelm.training import step as step_module
 from mlx_openelm.training.batches import IGNORED, Batch
 from mlx_openelm.training.forward import hidden_states
 from mlx_openelm.training.recompute import recomputed, substituted, trainable
-from mlx_openelm.training.step import Updater, evaluate
+from mlx_openelm.training.step import Evaluation, Updater, evaluate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -154,6 +154,46 @@ def test_micro_batches_add_up_to_one_batch(model, method):
     assert_equal_gradients(gradients, expected, 1e-5)
 
 
+def test_half_precision_loses_nothing_in_steps_of_many_tokens():
+    """A token's share of a step may be 1e-6; times that, float16's gradients of activations would be zero."""
+    batch, found = rows_of(sequences([100, 60])), {}
+    for dtype in ("float32", "float16"):
+        model = load("tiny", expand=True, dtype=dtype)[0]
+        adapt(model)
+        updater, before = Updater(model, optim.SGD(1.0)), dict(tree_flatten(model.trainable_parameters()))
+        updater.update([batch], 1_000_000, 1e6, 0)
+        found[dtype] = {name: value - before[name] for name, value in tree_flatten(model.trainable_parameters())}
+    for name, change in found["float32"].items():
+        error = mx.sqrt(mx.sum(mx.square(found["float16"][name] - change)) / mx.sum(mx.square(change)))
+        assert error.item() < 0.01, name
+
+
+def test_graphs_of_a_few_shapes_alone_are_kept(model, monkeypatch):
+    monkeypatch.setattr(step_module, "GRAPHS", 3)
+    adapt(model)
+    updater = Updater(model, optim.SGD(0.0))
+    batches = [rows_of(sequences([10 + number])) for number in range(5)]
+    losses, graphs = [], []
+    for number in (0, 1, 2, 0, 3, 3, 4, 0):  # the fourth shape, number 3, makes them all go
+        losses.append((number, updater.update([batches[number]], 10, 0.0, 0).loss.item()))
+        graphs.append(updater._gradients)
+    assert graphs == [graphs[0]] * 4 + [graphs[4]] * 4 and graphs[0] is not graphs[4]
+    assert len(set(losses)) == 5
+
+
+def test_what_is_learned_is_among_few_numbers_of_rows(model):
+    adapt(model)
+    sizes = set()
+    for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
+        targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
+        rows = step_module._learned_rows(Batch(targets, targets, None, (0,), count, 4096))
+        learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
+        assert rows.tolist() == sorted(rows.tolist()) and set(learned) <= set(rows.tolist())
+        assert len(set(rows.tolist())) == rows.size <= max(128, count * 1.125 + 128)
+        sizes.add(rows.size)
+    assert sizes == {128, 256, 1024, 2048, 2304, 2560, 4096}
+
+
 def test_padding_changes_nothing(model):
     adapt(model)
     examples = sequences([30, 12])
@@ -186,6 +226,11 @@ def test_a_step_without_learned_tokens_leaves_the_weights(model):
     assert all(mx.abs(gradient).max().item() == 0 for gradient in gradients.values())
     assert our_gradients(model, [])[0] == 0
     assert math.isnan(evaluate(model, [batch]).loss)
+
+
+def test_perplexity_has_no_end():
+    assert Evaluation(math.log(7), 1).perplexity == pytest.approx(7)
+    assert Evaluation(1e5, 1).perplexity == math.inf
 
 
 def test_gradients_are_clipped_to_the_norm(model):
@@ -330,14 +375,14 @@ def test_what_is_kept_does_not_depend_on_the_trainable_parameters_place(model):
         assert mx.allclose(gradient, other, rtol=1e-5).item(), name
 
 
-def peak(model: OpenELM, batch: Batch, **options: object) -> int:
+def peak(model: OpenELM, *batches: Batch, **options: object) -> int:
     """The most bytes an update takes above what was there before, measured at the second."""
     updater = Updater(model, optim.Adam(1e-5), **options)  # type: ignore[arg-type]
     for step in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        update = updater.update([batch], batch.num_targets, 1e-5, step)
+        update = updater.update(batches, sum(batch.num_targets for batch in batches), 1e-5, step)
         mx.eval(update.loss, updater.state())
     return mx.get_peak_memory() - before
 
@@ -371,6 +416,11 @@ def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, monkeypatch
         step_module, "cross_entropy", lambda model, hidden, targets, **_: (mx.sum(mx.square(hidden)),) * 2
     )
     assert ours <= 1.05 * peak(wide, batch, grad_checkpoint=grad_checkpoint)
+
+
+def test_micro_batches_are_computed_one_after_the_other(wide):
+    batch = rows_of(sequences([257, 257], vocab=4000))
+    assert peak(wide, *[batch] * 4) <= 1.1 * peak(wide, batch)
 
 
 def test_recomputing_saves_memory(wide):

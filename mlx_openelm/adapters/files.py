@@ -14,7 +14,7 @@ from .adapter import Adapter
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
 CONFIG = "adapter_config.json"
-_TORCH_SUFFIXES = (".pt", ".pth")
+_TORCH_SUFFIXES, _SAFETENSORS = (".pt", ".pth"), ".safetensors"
 _CORENET_PREFIX = "corenet:"
 _PATTERNS = (CONFIG, mlx_adapter.WEIGHTS, peft.WEIGHTS)
 
@@ -43,6 +43,8 @@ def read_adapter(
         return _checked(corenet_adapter.read(place, config, alpha), place)
     if alpha is not None:
         raise RequestError(f"{path} tells its own alpha; only CoreNet's .pt files do not.")
+    if place.is_file() and place.suffix.lower() != _SAFETENSORS:
+        raise RequestError(f"{place} is no adapter: name its folder, a {_SAFETENSORS} file in it, or a .pt file.")
     folder = place if place.is_dir() else place.parent
     if not (folder / CONFIG).is_file():
         raise RequestError(f"{folder} holds no {CONFIG}, so it is no adapter; name the folder that holds one.")
@@ -95,7 +97,7 @@ def _find(path: str | Path, revision: str | None) -> Path:
         return local
     owner, _, name = text.partition("/")
     is_repo = owner.strip(".~") and name and "/" not in name and not isinstance(path, Path)
-    if not is_repo or local.suffix.lower() in (*_TORCH_SUFFIXES, ".safetensors"):
+    if not is_repo or local.suffix.lower() in (*_TORCH_SUFFIXES, _SAFETENSORS):
         raise RequestError(
             f"There is no adapter {text!r}: adapters are folders, .safetensors or .pt files, or hub repositories."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -172,12 +173,15 @@ def _typed(path: str, weight: float) -> str:
 
 
 def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool) -> None:
-    """Refuse to unpack what is not packed, and to pack what was rounded before."""
+    """Refuse to unpack what is not packed, and warn of packing what was rounded before."""
     if dequantize and not base.quantization:
         raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
     if quantize and base.rounding is not None:
-        how = "leave -q out, and it is packed again as it is" if base.quantization else "leave -q out"
-        raise RequestError(f"The model is already quantized to {base.rounding}: {how}, or fuse into the original.")
+        warnings.warn(
+            f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
+            "original loses less.",
+            stacklevel=3,
+        )
 
 
 def _check_places(target: Path, source: Source, adapters: Adapters) -> None:

@@ -90,9 +90,9 @@ class _Change:
     @property
     def by_column(self) -> bool:
         """Whether DoRA's lengths are those of columns: of an embedding that is changed as the input alone."""
-        value = self.value
-        is_input = self.is_embedding and isinstance(value, LowRank) and not value.output_side
-        return is_input and isinstance(value, LowRank) and value.magnitude is not None
+        if not (self.is_embedding and isinstance(self.value, LowRank)):
+            return False
+        return self.value.magnitude is not None and not self.value.output_side
 
     def added(self, rows: slice) -> mx.array:
         """Some rows of what a low-rank change adds, before any magnitude."""
@@ -133,7 +133,7 @@ def merge(
 
     Args:
         dtype: the type to store what is not packed in; as it is stored unless told.
-        plan: packs matrices of a checkpoint that is not quantized.
+        plan: packs the matrices, those that were packed in another way as well.
         dequantize: unpacks all.
 
     Raises:
@@ -155,8 +155,8 @@ def merge(
         choices, merged.exceptions = plan(config)
 
     rest = Weights({name: tensor for name, tensor in tensors.items() if _weight_name(name) not in changes})
-    if dequantize:
-        rest = dequantize_weights(rest, packed, stored)
+    if dequantize or plan is not None:
+        rest = dequantize_weights(rest, packed, stored if dequantize else mx.float32)
     if dtype is not None:
         rest = cast_weights(rest, choices if plan is None else {}, dtype)
     if plan is not None:

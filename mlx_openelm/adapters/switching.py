@@ -152,16 +152,23 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
     """Adapters with their weights, from one path, several, `PATH=WEIGHT`, or a mapping.
 
     Raises:
-        RequestError: none at all.
+        RequestError: none at all, or a weight that is no number.
     """
     if isinstance(adapter_path, Mapping):
-        found = [(str(path), float(weight)) for path, weight in adapter_path.items()]
+        found = [(str(path), _to_weight(str(path), weight)) for path, weight in adapter_path.items()]
     else:
         paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
         found = [_parse_path(path) for path in paths]
     if not found:
         raise RequestError("--adapter-path is missing: name an adapter.")
     return found
+
+
+def _to_weight(path: str, weight: object) -> float:
+    try:
+        return float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RequestError(f"The weight of the adapter {path} must be a number, got {weight!r}.") from None
 
 
 def _parse_path(path: str | Path) -> tuple[str, float]:

@@ -31,6 +31,14 @@ Model = Annotated[
         "--model", help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a .pt or .gguf file."
     ),
 ]
+AdapterPath = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter-path",
+        help="An adapter: a folder, a file, a hub repository, or corenet:270M/lora; repeatable, and with PATH=WEIGHT, "
+        "to mix LoRA adapters.",
+    ),
+]
 Tokenizer = Annotated[
     str | None, typer.Option("--tokenizer", help="A tokenizer file or folder, in place of the model's own.")
 ]
@@ -113,8 +121,8 @@ FINE_TUNE = {
     "adapter_path": "The folder for the adapter and all that belongs to the run.",
     "fine_tune_type": "lora, dora or full.",
     "num_layers": "Train the last so many layers; -1 is all.",
-    "target_modules": "What gets an adapter: token_embeddings, qkv_proj, out_proj, proj_1, proj_2; repeatable, or with "
-    "commas; by default the last four.",
+    "target_modules": "What gets an adapter, or with full is trained: token_embeddings, qkv_proj, out_proj, proj_1, "
+    "proj_2; repeatable, or with commas; by default the last four, with full everything.",
     "rank": "The rank of an adapter's matrices.",
     "alpha": "Multiply an adapter's change by alpha / rank.",
     "scale": "Multiply it by this instead; 20 unless told, as in mlx-lm.",

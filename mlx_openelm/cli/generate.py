@@ -40,13 +40,7 @@ def run(
     extra_eos_token: Annotated[
         list[str] | None, typer.Option(help="A token, or its id, that ends the text too; repeatable.")
     ] = None,
-    adapter_path: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter-path",
-            help="An adapter: a folder, file or hub repository; repeatable, and PATH=WEIGHT, to mix LoRA adapters.",
-        ),
-    ] = None,
+    adapter_path: flags.AdapterPath = None,
     tokenizer: flags.Tokenizer = None,
     revision: flags.Revision = None,
     dtype: flags.Dtype = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import warnings
 from dataclasses import asdict
@@ -108,7 +107,7 @@ def _show(done: FineTuned) -> None:
             print(f"Stopped early, after step {result.steps:,} of {result.total_steps:,}")
         print(f"Wrote {folder}; use it with --adapter-path {shlex.quote(str(folder))}")
     if done.test is not None:
-        print(f"Test loss {done.test.loss:.3f}, perplexity {math.exp(done.test.loss):.3f}, {done.test.tokens:,} tokens")
+        print(f"Test loss {done.test.loss:.3f}, perplexity {done.test.perplexity:.3f}, {done.test.tokens:,} tokens")
     if done.samples:
         _show_samples(done.samples)
 
@@ -135,11 +134,11 @@ def _to_json(done: FineTuned) -> dict[str, Any]:
         "total_parameters": done.total_parameters,
     }
     if done.training is not None:
-        values |= asdict(done.training)
+        values |= asdict(done.training) | {"planned_memory": done.planned_memory}
     if done.test is not None:
         values |= {
             "test_loss": done.test.loss,
-            "test_perplexity": math.exp(done.test.loss),
+            "test_perplexity": done.test.perplexity,
             "test_tokens": done.test.tokens,
         }
     return values | {"samples": [asdict(sample) for sample in done.samples]}

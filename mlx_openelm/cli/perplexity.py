@@ -20,13 +20,7 @@ from . import console, flags
 def run(
     data: Annotated[str, typer.Option("--data", help="A text file, or a .jsonl file with `text` on every line.")],
     model: flags.Model = catalog.TINY,
-    adapter_path: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter-path",
-            help="An adapter: a folder, file or hub repository; repeatable, and PATH=WEIGHT, to mix LoRA adapters.",
-        ),
-    ] = None,
+    adapter_path: flags.AdapterPath = None,
     reference_model: Annotated[
         str | None, typer.Option(help="Also give the KL divergence from this model, in nats a token.")
     ] = None,

@@ -46,19 +46,19 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
         config_yaml: the training configuration; without it the sizes must be those of a published model.
 
     Raises:
-        RequestError: PyTorch or PyYAML is missing, the file is damaged, holds code or an adapter, or does not fit
+        RequestError: PyTorch is missing, the file is damaged, holds code or an adapter, or does not fit
             its configuration.
     """
     section = None if config_yaml is None else read_yaml(config_yaml)
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     adapter = next((name for name in tensors if ".lora_" in name or ".base_layer." in name), None)
     if adapter is not None:
         raise RequestError(
-            f"{path} holds a LoRA or DoRA adapter ({adapter}), not a whole model: "
-            "give the checkpoint that the adapter was trained on."
+            f"{path} holds a LoRA or DoRA adapter ({adapter}): give it with --adapter-path, and the checkpoint "
+            "it was trained on with --model."
         )
     infos = {
-        _hub_name(name): safetensors.TensorInfo(_dtype(path, name, tensor), tuple(tensor.shape), path)
+        hub_name(name): safetensors.TensorInfo(dtype_of(path, name, tensor), tuple(tensor.shape), path)
         for name, tensor in tensors.items()
     }
     if section is None:
@@ -66,8 +66,8 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
     else:
         config, pieces = config_from_section(section, str(config_yaml))
     mlx_format.check(path, config, {}, infos, described_by=str(config_yaml or "a published model"))
-    weights = _weights(path, tensors)
-    return Checkpoint(config, Weights({_hub_name(name): weight for name, weight in weights.items()})), pieces
+    weights = read_lazily(path, tensors)
+    return Checkpoint(config, Weights({hub_name(name): weight for name, weight in weights.items()})), pieces
 
 
 def read_port(folder: Path) -> tuple[Checkpoint, int]:
@@ -82,11 +82,11 @@ def read_port(folder: Path) -> tuple[Checkpoint, int]:
     file, weight_file = folder / "config.json", folder / "weights.safetensors"
     section = read_json(file)
     config, pieces = config_from_section(section, str(file))
-    infos = {_hub_name(name): info for name, info in safetensors.read_header(weight_file).items()}
+    infos = {hub_name(name): info for name, info in safetensors.read_header(weight_file).items()}
     quantization = mlx_format.read_quantization(file, config, section, infos)
     mlx_format.check(folder, config, quantization, infos)
     weights = safetensors.read_lazily([weight_file])
-    named = {_hub_name(name): weight for name, weight in weights.items()}
+    named = {hub_name(name): weight for name, weight in weights.items()}
     return Checkpoint(config, Weights.of_arrays(named), quantization), pieces
 
 
@@ -184,13 +184,18 @@ def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -
 # Tensors.
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
     """Hugging Face's name of a CoreNet tensor."""
     path, _, part = name.rpartition(".")
     return f"{_HEAD}.{part}" if path == _CORENET_HEAD else f"transformer.{name}"
 
 
-def _dtype(path: Path, name: str, tensor: Any) -> mx.Dtype:
+def dtype_of(path: Path, name: str, tensor: Any) -> mx.Dtype:
+    """MLX's type of a torch tensor, which `path` holds under `name`.
+
+    Raises:
+        RequestError: a type that weights do not have.
+    """
     kind = str(tensor.dtype)
     if kind not in _DTYPES:
         kinds = ", ".join(known.removeprefix("torch.") for known in _DTYPES)
@@ -198,8 +203,14 @@ def _dtype(path: Path, name: str, tensor: Any) -> mx.Dtype:
     return _DTYPES[kind]
 
 
-def _read_tensors(path: Path, **options: Any) -> dict[str, Any]:
-    """The model's torch tensors by CoreNet's names; by default without values (on torch's meta device)."""
+def read_tensors(path: Path, **options: Any) -> dict[str, Any]:
+    """The torch tensors in a `.pt` file by CoreNet's names; by default without values (on torch's meta device).
+
+    Of a full training checkpoint, the model's. `options` are those of `torch.load`. Nothing in the file is run.
+
+    Raises:
+        RequestError: PyTorch is missing, the file is damaged, or holds more than tensors by name.
+    """
     state = _torch_load(path, **({"map_location": "meta"} | options))
     for key in _STATE_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -221,7 +232,7 @@ def _torch_load(path: Path, **options: Any) -> Any:
     try:
         import torch
     except ImportError:
-        raise _missing("CoreNet's .pt files", "PyTorch") from None
+        raise _missing_torch() from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's version, which the errors below tell better
@@ -266,20 +277,23 @@ def require_torch() -> None:
         RequestError: PyTorch is missing.
     """
     if importlib.util.find_spec("torch") is None:
-        raise _missing("CoreNet's .pt files", "PyTorch")
+        raise _missing_torch()
 
 
-def _missing(what: str, package: str) -> RequestError:
-    return RequestError(f"Reading {what} needs {package}: pip install 'mlx-openelm[corenet]'.")
+def _missing_torch() -> RequestError:
+    return RequestError("Reading CoreNet's .pt files needs PyTorch: pip install 'mlx-openelm[corenet]'.")
 
 
-def _weights(path: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors unread where they lie in the file as they are used; others (transposed, or compressed) by PyTorch."""
+def read_lazily(path: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Some of a file's tensors, as `read_tensors` gives them, to be read when they are used.
+
+    From where they lie in the file; those that do not lie there as they are (transposed, or compressed) by PyTorch.
+    """
     is_plain = _is_plain_archive(path)
     spans = {name: span for name, tensor in tensors.items() if is_plain and (span := _span(tensor)) is not None}
     weights = raw.tensors(path, spans)
     if len(spans) < len(tensors):
-        loaded = _read_tensors(path, map_location="cpu", mmap=is_plain)
+        loaded = read_tensors(path, map_location="cpu", mmap=is_plain)
         weights |= {name: _of_torch(loaded[name]) for name in tensors if name not in spans}
     return {name: weights[name] for name in tensors}
 

@@ -34,13 +34,13 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
         RequestError: PyTorch is missing, the file is damaged, holds code or no adapter, or tensors that the model does
             not have.
     """
-    infos = corenet._read_tensors(file)
-    names = {name: corenet._hub_name(name) for name in infos if ".lora_" in name}
+    infos = corenet.read_tensors(file)
+    names = {name: corenet.hub_name(name) for name in infos if ".lora_" in name}
     if not names:
         raise RequestError(f"{file} holds no LoRA or DoRA adapter; a whole checkpoint is given as --model.")
     for name in names:
-        corenet._dtype(file, name, infos[name])
-    weights = Weights(corenet._weights(file, {name: infos[name] for name in names}))
+        corenet.dtype_of(file, name, infos[name])
+    weights = Weights(corenet.read_lazily(file, {name: infos[name] for name in names}))
     tensors = Tensors(file, {names[name]: weights.take(name) for name in list(weights)})
     adapter = Adapter()
     for path in tensors.paths((_A, _B, _EMBEDDING_A, _EMBEDDING_B)):
@@ -77,10 +77,10 @@ def _take_embedding(tensors: Tensors, config: ModelConfig, alpha: float | None) 
 def _shortening(file: Path, a: mx.array, b: mx.array, scale: float, rows: int) -> mx.array:
     """What dropping the padded rows leaves of each column's length: DoRA divides by the lengths of all rows."""
     name = f"{EMBEDDING.removeprefix('transformer.')}.base_layer.weight"
-    info = corenet._read_tensors(file).get(name)
+    info = corenet.read_tensors(file).get(name)
     if info is None or tuple(info.shape) != (a.shape[1], b.shape[0]):
         raise RequestError(f"{file} has no {name} of shape {[a.shape[1], b.shape[0]]}, which its DoRA needs.")
-    base = corenet._weights(file, {name: info})[name].read().astype(mx.float32)
+    base = corenet.read_lazily(file, {name: info})[name].read().astype(mx.float32)
     squares = mx.square(base + scale * (b @ a).T)
     return mx.sqrt(mx.sum(squares[:rows], axis=0) / mx.sum(squares, axis=0))
 

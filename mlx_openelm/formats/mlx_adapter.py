@@ -8,6 +8,7 @@ Source: mlx_lm/tuner/utils.py.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def _take(tensors: Tensors, path: str, config: ModelConfig, scale: float, dora: 
 
 def _number(values: Mapping[str, Any], name: str, file: Path) -> float:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RequestError(f"{file}: lora_parameters has no {name} that is a number.")
     return float(value)
 

@@ -25,7 +25,6 @@ from .mlx_adapter import uses_dora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_LAYERS = "transformer.layers."
 
 # What a configuration may say without changing what the tensors mean.
 _HARMLESS = {
@@ -56,8 +55,10 @@ _HARMLESS = {
     "use_dora",
     "use_rslora",
 }
-# These begin by changing the base's weights, so what they learned belongs to another base.
-_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "loftq")
+# Beginnings that leave the base's weights as they are. With others (`loftq`, `lora_ga`) an adapter belongs to a changed
+# base; of these PEFT can take the change out again.
+_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_CONVERTIBLE = ("pissa", "corda", "olora")
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -90,11 +91,12 @@ def _check(settings: Mapping[str, Any], file: Path) -> None:
     if kind != "LORA":
         raise RequestError(f"{file}: peft_type {kind} cannot be used here; LORA can, with or without DoRA.")
     initial = settings.get("init_lora_weights")
+    initial = initial.lower() if isinstance(initial, str) else initial
     if initial not in _INITIAL:
-        raise RequestError(
-            f"{file}: init_lora_weights {initial!r} changes the base model too; let PEFT convert the adapter to LoRA "
-            "when it saves it (path_initial_model_for_weight_conversion)."
-        )
+        way = "merge it into that with PEFT, and give the merged model as --model"
+        if str(initial).startswith(_CONVERTIBLE):
+            way = "let PEFT convert the adapter to LoRA when it saves it (path_initial_model_for_weight_conversion)"
+        raise RequestError(f"{file}: init_lora_weights {initial!r} changes the base model too; {way}.")
     if settings.get("bias") not in (None, "none"):
         raise RequestError(f"{file}: bias is {settings['bias']!r}, but OpenELM has no biases.")
     for name, value in settings.items():
@@ -136,7 +138,7 @@ def _of_module(settings: Mapping[str, Any], pattern: str, common: str, path: str
 
 def _number(values: Mapping[str, Any], name: str, file: Path, default: float = 0.0) -> float:
     value = default if values.get(name) is None else values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RequestError(f"{file}: {name} must be a number, got {value!r}.")
     return float(value)
 

@@ -33,20 +33,20 @@ def attention(
         queries, keys, values = heads(qkv, *weights)
         if attend.fused:
             mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=attend.mask)
-        else:
-            mixed = mx.concatenate(list(_mixed(attend, queries, keys, values)), axis=2)
-        return mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1)
+            return [mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1)]
+        mixed, sums = _mix(attend, queries, keys, values)
+        return [mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1), sums]
 
     @mix.vjp
-    def _(primals, cotangent, mixed):
+    def _(primals, cotangents, outputs):
         primals = primals if isinstance(primals, tuple | list) else [primals]
-        primals = mx.depends(list(primals), [cotangent])
-        cotangent, mixed = (a.reshape(*shape, num_heads[0], -1).swapaxes(1, 2) for a in (cotangent, mixed))
+        primals = mx.depends(list(primals), [cotangents[0]])
+        cotangent, mixed = (a.reshape(*shape, num_heads[0], -1).swapaxes(1, 2) for a in (cotangents[0], outputs[0]))
         queries, keys, values = heads(*primals)
-        gradients = _gradients(attend, queries, keys, values, mixed, cotangent)
+        gradients = _gradients(attend, queries, keys, values, mixed, cotangent, *outputs[1:])
         return mx.vjp(heads, primals, gradients)[1]
 
-    return mix(qkv, *weights)  # type: ignore[return-value]
+    return mix(qkv, *weights)[0]  # type: ignore[index]
 
 
 def _blocks(attend: Attend, length: int) -> Iterator[tuple[slice, mx.array]]:
@@ -60,62 +60,73 @@ def _blocks(attend: Attend, length: int) -> Iterator[tuple[slice, mx.array]]:
         yield rows, visible
 
 
-def _weights(attend: Attend, queries: mx.array, keys: mx.array, visible: mx.array) -> tuple[mx.array, mx.array]:
-    """Attention weights [B, K, H / K, block, T] before they are divided by their sums, and the sums."""
+def _grouped(queries: mx.array, rows: slice, kv_heads: int) -> mx.array:
+    """A block of queries [B, H, L, D] as the rows of one product for each key-value head [B, K, H / K * block, D]."""
+    batch, _, length, dim = queries.shape
+    return queries.reshape(batch, kv_heads, -1, length, dim)[..., rows, :].reshape(batch, kv_heads, -1, dim)
+
+
+def _scores(attend: Attend, queries: mx.array, keys: mx.array, visible: mx.array) -> mx.array:
+    """Scores [B, K, H / K * block, T] of a block, hidden ones at the lowest number; float32 if `fused`."""
     scores = queries @ keys.swapaxes(-1, -2)
     if attend.fused:
         scores = scores.astype(mx.float32) * attend.scale  # elsewhere queries come scaled
-    scores = mx.where(visible if visible.ndim == 2 else visible[:, None], scores, mx.finfo(scores.dtype).min)
-    top = mx.max(scores, axis=-1, keepdims=True)
-    weights = mx.exp(scores - top) if attend.fused else cpu_math.exp_below(scores, top)
-    return weights, mx.sum(weights, axis=-1, keepdims=True)
+    batch, heads, _, total = shape = scores.shape
+    visible = visible if visible.ndim == 2 else visible[:, None]
+    apart = scores.reshape(batch, heads, -1, visible.shape[-2], total)
+    return mx.where(visible, apart, mx.finfo(scores.dtype).min).reshape(shape)
 
 
-def _grouped(queries: mx.array, kv_heads: int) -> mx.array:
-    """[B, H, L, D] as [B, K, H / K, L, D]: the query heads of each key-value head."""
-    batch, _, length, dim = queries.shape
-    return queries.reshape(batch, kv_heads, -1, length, dim)
-
-
-def _mixed(attend: Attend, queries: mx.array, keys: mx.array, values: mx.array) -> Iterator[mx.array]:
-    """The mixed values [B, H, block, D] of each block."""
-    grouped = _grouped(queries, keys.shape[1])
-    for rows, visible in _blocks(attend, queries.shape[2]):
-        past = (slice(None), slice(None), None, slice(rows.stop))
-        weights, total = _weights(attend, grouped[..., rows, :], keys[past], visible)
-        mixed = (weights @ values[past]) / total
-        # One block after the other.
-        grouped = mx.depends(grouped, [mixed])
-        yield mixed.reshape(*queries.shape[:2], -1, queries.shape[3])
+def _mix(attend: Attend, queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """The mixed values [B, H, L, D], and logsumexp of each query's scores [B, K, H / K, L, 1]."""
+    batch, kv_heads, length, dim = keys.shape
+    mixed: list[mx.array] = []
+    sums: list[mx.array] = []
+    for rows, visible in _blocks(attend, length):
+        past = (slice(None), slice(None), slice(rows.stop))
+        scores = _scores(attend, _grouped(queries, rows, kv_heads), keys[past], visible)
+        top = mx.max(scores, axis=-1, keepdims=True)
+        weights = cpu_math.exp_below(scores, top)
+        total = mx.sum(weights, axis=-1, keepdims=True)
+        block = ((weights @ values[past]) / total, top + mx.log(total))
+        queries = mx.depends(queries, [*block])  # one block after the other
+        for blocks, part in zip((mixed, sums), block, strict=True):
+            blocks.append(part.reshape(batch, kv_heads, -1, rows.stop - rows.start, part.shape[-1]))
+    return mx.concatenate(mixed, axis=3).reshape(batch, -1, length, dim), mx.concatenate(sums, axis=3)
 
 
 def _gradients(
-    attend: Attend, queries: mx.array, keys: mx.array, values: mx.array, mixed: mx.array, cotangent: mx.array
+    attend: Attend,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mixed: mx.array,
+    cotangent: mx.array,
+    sums: mx.array | None = None,
 ) -> list[mx.array]:
-    """The gradients of queries, keys and values, from the mixed values and their gradient, all [B, heads, L, D]."""
-    kv_heads, length = keys.shape[1], queries.shape[2]
+    """The gradients of queries, keys and values, from the mixed values and their gradient, all [B, heads, L, D].
+
+    `sums` as `_mix` gives them spare the maximum and the sum of each row.
+    """
+    batch, kv_heads, length, dim = keys.shape
     scale = attend.scale if attend.fused else 1.0
     # How a weight's gradient changes through the sum all weights are divided by: the same for a whole row.
-    shift = _grouped(mx.sum((mixed * cotangent).astype(mx.float32), axis=-1, keepdims=True), kv_heads)
-    grouped, wanted = _grouped(queries, kv_heads), _grouped(cotangent, kv_heads)
+    shift = mx.sum(mixed.astype(mx.float32) * cotangent, axis=-1, keepdims=True)
     by_queries, by_keys, by_values = [], mx.zeros_like(keys), mx.zeros_like(values)
     for rows, visible in _blocks(attend, length):
-        past = (slice(None), slice(None), None, slice(rows.stop))
-        block, slope = grouped[..., rows, :], wanted[..., rows, :]
-        weights, total = _weights(attend, block, keys[past], visible)
-        slopes = weights * (slope @ values[past].swapaxes(-1, -2) - shift[..., rows, :]) * (scale / total)
-        slopes = slopes.astype(queries.dtype)
-        by_queries.append(slopes @ keys[past])
+        past = (slice(None), slice(None), slice(rows.stop))
+        block, wanted, moved = (_grouped(a, rows, kv_heads) for a in (queries, cotangent, shift))
+        scores = _scores(attend, block, keys[past], visible)
+        if sums is None:
+            weights = mx.softmax(scores, axis=-1)
+        else:
+            weights = cpu_math.exp_below(scores, sums[..., rows, :].reshape(batch, kv_heads, -1, 1))
+        slopes = weights * (wanted @ values[past].swapaxes(-1, -2) - moved) * scale
+        slopes, weights = slopes.astype(queries.dtype), weights.astype(queries.dtype)
         # The heads of a group share keys and values, so their gradients add up: the sum is part of the product.
-        normalized = (slope / total).astype(queries.dtype)
-        by_keys[:, :, : rows.stop] += _rows(slopes).swapaxes(-1, -2) @ _rows(block)
-        by_values[:, :, : rows.stop] += _rows(weights.astype(queries.dtype)).swapaxes(-1, -2) @ _rows(normalized)
-        grouped = mx.depends(grouped, [by_queries[-1], by_keys, by_values])
-    joined = mx.concatenate(by_queries, axis=3)
-    return [joined.reshape(queries.shape), by_keys, by_values]
-
-
-def _rows(grouped: mx.array) -> mx.array:
-    """[B, K, H / K, L, n] as [B, K, H / K * L, n]."""
-    batch, heads, _, _, size = grouped.shape
-    return grouped.reshape(batch, heads, -1, size)
+        by_keys[past] += slopes.swapaxes(-1, -2) @ block
+        by_values[past] += weights.swapaxes(-1, -2) @ wanted
+        by_block = slopes @ keys[past]
+        queries = mx.depends(queries, [by_block, by_keys, by_values])
+        by_queries.append(by_block.reshape(batch, kv_heads, -1, rows.stop - rows.start, dim))
+    return [mx.concatenate(by_queries, axis=3).reshape(queries.shape), by_keys, by_values]

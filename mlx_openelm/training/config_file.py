@@ -22,14 +22,14 @@ MODEL_KEYS = ("model", "tokenizer", "config_yaml", "revision", "dtype", "chat_te
 _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hf_dataset": ((), "name the data set in data"),
     "trust_remote_code": ((False,), "no code of a model's repository is run here"),
-    "clear_cache_threshold": ((0,), "MLX's memory limits can be set in its environment"),
+    "clear_cache_threshold": ((0,), "in Python, call mx.set_cache_limit before finetune"),
     "config": ((), "a file cannot name another one; give --config on the command line"),
 }
 # Two ways to say one thing.
 _RIVALS = (("alpha", "scale"), ("iters", "epochs"))
 # What the meaning of other keys hangs on.
 _OWNERS = ("optimizer", "fine_tune_type")
-_OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout")
+_OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout", "adapter_format")
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum", "bias_correction")
 _OF_SCHEDULE = ("min_learning_rate", "decay_steps")
 

@@ -100,6 +100,8 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each split."""
+    if not str(data).strip():  # which would be the folder one is in
+        raise RequestError(f"--data is empty: name a file, or a folder with {_EXPECTED}.")
     path = Path(data).expanduser()
     if path.is_dir():
         names = [
@@ -178,9 +180,13 @@ def _only_one(families: dict[tuple[str, str], list[str]], split: str, where: str
         names = ", ".join(sorted(files[0] for files in families.values()))
         raise RequestError(f"{where} has several files for {split} ({names}): keep one, or give one file alone.")
     files = next(iter(families.values()))
-    shards = _SHARD.search(files[0].removesuffix(next(iter(families))[1]))
-    if shards is not None and len(files) != int(shards[1]):
-        raise RequestError(f"{where} has {len(files)} of the {int(shards[1])} files of {split} ({files[0]}).")
+    ending = next(iter(families))[1]
+    shards = [_SHARD.search(name.removesuffix(ending)) for name in files]
+    totals = {int(shard[1]) for shard in shards if shard is not None}
+    if len(totals) > 1:
+        raise RequestError(f"{where} has files of several data sets for {split} ({', '.join(files[:4])}): keep one.")
+    if totals and totals != {len(files)}:
+        raise RequestError(f"{where} has {len(files)} of the {totals.pop()} files of {split} ({files[0]}).")
     return files
 
 

@@ -19,9 +19,9 @@ from .. import backend
 from ..adapters.attaching import attach, extract
 from ..adapters.files import read_adapter, write_adapter
 from ..chat_template import find_template
-from ..errors import RequestError
+from ..errors import OpenELMError, RequestError
 from ..loading import check_dtype
-from . import run_folder, schedule
+from . import planning, run_folder, schedule
 from .batches import Batch, Batches
 from .config_file import to_dict
 from .distributed import Processes
@@ -42,7 +42,11 @@ _AS_USUAL = Loading()
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What fine-tuning gave. `adapter_path` is the folder with the adapter, None where the base was tested alone."""
+    """What fine-tuning gave.
+
+    `adapter_path` is the folder with the adapter, None where the base was tested alone. `planned_memory` is what
+    training was expected to take at most, in GB (1e9 bytes).
+    """
 
     model: str
     adapter_path: str | None
@@ -51,6 +55,7 @@ class FineTuned:
     training: Result | None = None
     test: Evaluation | None = None
     samples: tuple[Sample, ...] = ()
+    planned_memory: float | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -183,6 +188,7 @@ class _Work:
             )
             total_steps = self.total_steps(batches)
             self.check_format()
+            planned = self.plan(batches)
             state = self.begin(checkpoints, total_steps)
             result = self.run(batches, total_steps, checkpoints, state)
             self.choose(result, checkpoints)
@@ -194,7 +200,15 @@ class _Work:
             prompts = options.sample_prompts if result.stopped != INTERRUPTED else ()
             after = self.continuations() if prompts else []
             samples = tuple(map(Sample, prompts, before, after))
-            return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples)
+            return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples, planned)
+
+    def plan(self, batches: Batches) -> float:
+        """Tell the memory the run will need, and what to turn on if that is too much; in GB (1e9 bytes)."""
+        planned = planning.plan(self.updater, self.options, batches.largest_shape())
+        self.listener.say(f"Memory: {planned.memory}")
+        if (warning := planned.warning()) is not None:
+            self.listener.warn(warning)
+        return planned.memory.peak / 1e9
 
     def make_updater(self) -> Updater:
         options = self.options
@@ -246,6 +260,9 @@ class _Work:
             checkpoints.remove_all()
             run_folder.remove_run(self.folder)
         if self.processes.leads:
+            if options.resume_adapter_file is not None:
+                # What a run starts from is part of it: before anything else is saved, --resume goes on from here.
+                checkpoints.save(RunState(), self.updater.state())
             run_folder.write_record(self.folder, record)
         return state
 
@@ -298,7 +315,8 @@ class _Work:
             return
         options, step = self.options, None if state is None else state.step
         trackers = make_trackers(options.report_to, self.folder, options.project_name, to_dict(options), step)
-        with Metrics(self.folder, resume_step=step, trackers=trackers) as metrics:
+        validated = None if state is None else state.validated
+        with Metrics(self.folder, resume_step=step, validated=validated, trackers=trackers) as metrics:
             yield metrics
 
     def validation(self) -> Callable[[Callable[[], None]], Evaluation] | None:
@@ -330,9 +348,14 @@ class _Work:
         if best == 0:
             self.listener.warn("No validation was better than the one before training; the last weights are kept.")
             return
-        tensors = checkpoints.tensors(best) if self.processes.leads else self.updater.state()
+        tensors, kept = self.updater.state(), f"The weights of step {best}, where validation was best, are kept."
+        if self.processes.leads:
+            try:
+                tensors = checkpoints.tensors(best)
+            except OpenELMError as error:  # what was trained is not to be lost by that
+                kept = f"{error} The last weights are kept in place of the best."
         self.updater.restore(self.processes.share_tensors(tensors))
-        self.listener.say(f"The weights of step {best}, where validation was best, are kept.")
+        self.listener.say(kept)
 
     def write_adapter(self, folder: Path, warn: bool = False) -> None:
         adapter = extract(self.model, base_model=self.name)

@@ -49,7 +49,8 @@ def cross_entropy(
         """Objective, likelihood, and the objective's gradients for all arguments."""
         objective = likelihood = mx.array(0.0)
         by_rows: list[mx.array] = []
-        by_weights = [mx.zeros_like(weight) for weight in weights]
+        # In 16 bits a sum of many chunks would lose most of what is added.
+        by_weights = [mx.zeros(weight.shape) for weight in weights]
         for start in range(0, targets.size, CHUNK):
             rows, wanted = hidden_states[start : start + CHUNK], targets[start : start + CHUNK]
             # One chunk after the other, so that their logits do not exist at the same time.
@@ -61,7 +62,10 @@ def cross_entropy(
                 gradients = mx.vjp(lambda *a: [logits_of(*a)], [rows, *weights], [slope])[1]
                 by_rows.append(gradients[0])
                 by_weights = [a + b for a, b in zip(by_weights, gradients[1:], strict=True)]
-        return [objective, likelihood, *([mx.concatenate(by_rows), *by_weights] if differentiable else [])]
+        if not differentiable:
+            return [objective, likelihood]
+        rounded = [sum.astype(weight.dtype) for sum, weight in zip(by_weights, weights, strict=True)]
+        return [objective, likelihood, mx.concatenate(by_rows), *rounded]
 
     if not differentiable:
         objective, likelihood = losses(hidden_states, *weights)

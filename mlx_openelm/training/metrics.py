@@ -34,6 +34,7 @@ class Metrics:
         folder: where `metrics.jsonl` and `losses.png` go.
         resume_step: the last step that counts of a run that is continued: what was written after it is removed, and
             so is a line that a killed process left cut. None for a new run, which starts a new file.
+        validated: the last step whose validation counts, where a later one, broken off, will be done again.
         trackers: where numbers go as well; they are closed with this.
         plot: keep the picture up to date, where matplotlib is installed.
 
@@ -42,11 +43,17 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, *, resume_step: int | None = None, trackers: Sequence[Tracker] = (), plot: bool = True
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None = None,
+        validated: int | None = None,
+        trackers: Sequence[Tracker] = (),
+        plot: bool = True,
     ):
         self._path = folder / FILE
         self._trackers = trackers
-        rows = [] if resume_step is None else _keep_until(self._path, resume_step)
+        rows = [] if resume_step is None else _keep_until(self._path, resume_step, validated)
         self._curves: dict[str, Points] = {TRAIN_LOSS: [], VALID_LOSS: [], LEARNING_RATE: []}
         for row in rows:
             self._remember(row["step"], row)
@@ -105,11 +112,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [row for line in path.read_bytes().splitlines() if (row := _row(line)) is not None]
 
 
-def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows of `path` up to that step, which are all that is left in it."""
+def _keep_until(path: Path, last_step: int, validated: int | None) -> list[dict[str, Any]]:
+    """The rows of `path` up to that step, of validations up to `validated`, which are all that is left in it."""
+    last_validation = last_step if validated is None else validated
     try:
         before = path.read_bytes()
-        rows = [row for row in read(path) if row["step"] <= last_step]
+        rows = [row for row in read(path) if row["step"] <= (last_validation if VALID_LOSS in row else last_step)]
     except FileNotFoundError:
         return []
     except OSError as error:

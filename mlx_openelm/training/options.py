@@ -32,6 +32,7 @@ _OPTIMIZERS_WITH = {
     "eps": ("adam", "adamw", "muon"),
     "momentum": ("sgd", "muon"),
 }
+_WITH_BIAS_CORRECTION = ("adam", "adamw", "muon")
 _CHOICES = {
     "optimizer": OPTIMIZERS,
     "lr_schedule": SCHEDULES,
@@ -171,6 +172,8 @@ class TrainOptions:
             if getattr(self, field) is not None and self.optimizer not in owners:
                 hint = "use adamw" if field == "weight_decay" else f"it is for {one_of(owners)}"
                 raise RequestError(f"--optimizer {self.optimizer} has no {flag(field)}; {hint}.")
+        if not self.bias_correction and self.optimizer not in _WITH_BIAS_CORRECTION:
+            raise RequestError(f"--no-bias-correction is for --optimizer {one_of(_WITH_BIAS_CORRECTION)}.")
 
     def _check_schedule(self) -> None:
         if self.min_learning_rate > self.learning_rate:
@@ -198,7 +201,7 @@ class FineTuneOptions(TrainOptions):
         valid_fraction: how much of one file without a validation set becomes one; 0 is none.
         long_examples: truncate or refuse those longer than `max_seq_length`.
         num_layers: the last so many layers; -1 is all.
-        target_modules: some of `TARGET_MODULES`; None is the four matrices of a layer.
+        target_modules: some of `TARGET_MODULES`; None is the four matrices of a layer, or with full everything.
         alpha, scale: what the low-rank product is multiplied by, see `lora_scale`; one of them at most.
     """
 
@@ -266,7 +269,7 @@ class FineTuneOptions(TrainOptions):
             raise RequestError("--use-rslora divides --alpha by the root of the rank; give --alpha.")
         if self.fine_tune_type != "full":
             return
-        for field in ("target_modules", "alpha", "scale", "dropout"):
+        for field in ("alpha", "scale", "dropout"):
             if getattr(self, field):
                 raise RequestError(f"{flag(field)} belongs to LoRA and DoRA; --fine-tune-type full has none.")
         if self.adapter_format == "peft":

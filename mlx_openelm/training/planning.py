@@ -1,7 +1,6 @@
 """The memory a run will need, told before it starts, and what to turn on if that is too much.
 
-Activations are counted as `forward` keeps and recomputes them; the factors of what one layer's backward pass holds for a
-moment were measured on a CPU, as the tests do for several shapes.
+Activations are counted as `forward` keeps and recomputes them. What is held for a moment was measured.
 """
 
 from __future__ import annotations
@@ -9,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..backend import available_memory
 from ..config import ModelConfig
 from .attention import BLOCK
 from .loss import CHUNK
-from .step import SETTLED_BYTES
+from .options import TrainOptions
+from .step import SETTLED_BYTES, Updater
 
 # What is held for a moment, measured on a CPU, where MLX allocates for some ten operations ahead of the one it does:
 # arrays of a chunk's logits in the loss, and of the output layer where it is trained;
@@ -24,17 +28,96 @@ _WEIGHTS, _QKV = 10.0, 6.4
 # and of new weights with the optimizer's numbers for them, before the old ones go.
 _RENEWED = int(1.25 * SETTLED_BYTES)
 
+# More of the free memory than this, and a run is warned about.
+_USABLE_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the model with what is trained, of what the optimizer keeps, of gradients, of activations at their most,
-    and the most at a time, which is less than their sum where gradients come as activations go."""
+    """Bytes of the model, of what the optimizer keeps, of gradients, of activations, and of all at the worst moment.
+
+    `activations` is their most with what is held beside them for a moment, the gradients made by then included.
+    """
 
     model: int
     optimizer: int
     gradients: int
     activations: int
     peak: int
+
+    def __str__(self) -> str:
+        return (
+            f"about {_size(self.peak)}: the model {_size(self.model)}, the optimizer {_size(self.optimizer)}, "
+            f"gradients {_size(self.gradients)}, activations up to {_size(self.activations)}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, and what other settings would: (flags, memory), which need less."""
+
+    memory: Memory
+    alternatives: tuple[tuple[str, Memory], ...]
+
+    def warning(self) -> str | None:
+        """One line if the free memory will hardly do, with what to turn on."""
+        free = available_memory()
+        if free is None or self.memory.peak <= _USABLE_SHARE * (free + self.memory.model):
+            return None
+        ways = ", ".join(f"{flags} {_size(memory.peak)}" for flags, memory in self.alternatives)
+        advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
+        there = _size(free + self.memory.model)
+        return f"The run needs about {_size(self.memory.peak)}, and {there} are there{advice}."
+
+
+def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
+    """The memory of a run, and of ways to need less.
+
+    Args:
+        updater: of a model that is loaded and made trainable.
+        shape: [rows, length] of the largest batch, as `Batches.largest_shape` gives it.
+    """
+    model, state = updater.model, updater.state()
+    sizes = {name: value.nbytes for name, value in state.items()}
+    trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+
+    def needs(rows: int, length: int, grad_checkpoint: bool, accumulates: bool) -> Memory:
+        return estimate(
+            model.config,
+            model_bytes=sum(value.nbytes for _, value in parameters),
+            optimizer_bytes=sum(sizes.values()) - sum(trained.values()),
+            trained=trained,
+            rows=rows,
+            length=length,
+            itemsize=updater.compute_dtype.size,
+            grad_checkpoint=grad_checkpoint,
+            accumulates=accumulates,
+        )
+
+    rows, length = shape
+    checkpoints, accumulates = options.grad_checkpoint, options.grad_accumulation_steps > 1
+    memory = needs(rows, length, checkpoints, accumulates)
+    ways = []
+    if not checkpoints:
+        checkpoints = True
+        ways.append(("--grad-checkpoint", needs(rows, length, True, accumulates)))
+    if rows > 1:
+        steps = rows * options.grad_accumulation_steps
+        flags = f"--batch-size {options.batch_size // rows} --grad-accumulation-steps {steps}"
+        both = "that and " if ways else ""
+        ways.append((f"{both}{flags}", needs(1, length, checkpoints, True)))
+    if length > 512:
+        both = "those and " if len(ways) > 1 else "that and " if ways else ""
+        ways.append(
+            (f"{both}--max-seq-length {length // 2}", needs(1 if ways else rows, length // 2, checkpoints, True))
+        )
+    return Plan(memory, tuple(way for way in ways if way[1].peak < memory.peak))
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them (1 GB is 1e9 bytes)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def estimate(

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from .. import catalog
 from ..adapters.attaching import target_paths
+from ..chat_template import CORENET_TEMPLATE
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..loading import load
@@ -78,9 +80,13 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     del values["chat_template"]
     trains_weights = options.train and options.fine_tune_type == "full"
     model, tokenizer = load(name, expand=True if trains_weights else None, **values)
+    was_given_template = loading.chat_template is None and _give_template(name, tokenizer)
     target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that are not there
     if trains_weights and model.quantization:
-        listener.say("The model's weights are quantized; what is trained of them becomes full precision.")
+        listener.say(
+            "The model's weights are quantized; what is trained of them becomes full precision. mlx-lm cannot put such "
+            "weights into the quantized model: fuse them."
+        )
     length = _usable_length(options.max_seq_length, model.config, listener)
     examples = {}
     for split in ("train", "valid", "test"):
@@ -99,6 +105,11 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
         for line in _describe(split, examples[split], length):
             listener.say(line)
     prepared = Prepared(model, tokenizer, examples, length)
+    if was_given_template and prepared.shown.report.chat_template is not None:
+        listener.say(
+            f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned with; "
+            "prompt the result with --chat-template corenet too."
+        )
     listener.say("An example, with what is learned between ⟦ and ⟧:")
     listener.say(prepared.shown.report.sample_text())
     return prepared
@@ -107,13 +118,26 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
 def _read(options: FineTuneOptions, listener: Listener) -> Splits:
     need = [split for split, wanted in (("train", options.train), ("test", options.test)) if wanted]
     assert options.data is not None  # FineTuneOptions.check
-    splits = read_splits(options.data, valid_fraction=options.valid_fraction, seed=options.seed, need=need)
+    fraction = options.valid_fraction if options.val_batches else 0.0  # or examples would be held out for nothing
+    splits = read_splits(options.data, valid_fraction=fraction, seed=options.seed, need=need)
     if options.train:
         for note in splits.notes:
             listener.say(note)
         if options.early_stop is not None and not splits.valid:
             raise RequestError("--early-stop needs validation data: a valid file, or --valid-fraction.")
     return splits
+
+
+def _give_template(name: str, tokenizer: Tokenizer) -> bool:
+    """Let the tokenizer of a release that was tuned for chats have CoreNet's template; whether it had none.
+
+    Apple's repositories have no tokenizer, and the one that is found for them need not have a template.
+    """
+    release = catalog.find(name)
+    if release is None or not release.instruct or tokenizer.chat_template is not None:
+        return False
+    tokenizer.chat_template = CORENET_TEMPLATE
+    return True
 
 
 def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:

@@ -22,7 +22,7 @@ import mlx.core as mx
 from .. import atomic
 from ..errors import OpenELMError, RequestError
 from ..version import __version__
-from . import metrics
+from . import metrics, trackers
 from .options import TrainOptions, flag
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
@@ -209,8 +209,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def remove_run(path: Path) -> None:
     """Remove a run's files, checkpoints aside; others in its folder stay."""
-    for name in _FILES:
-        (path / name).unlink(missing_ok=True)
+    for file in (*(path / name for name in _FILES), *trackers.event_files(path)):
+        file.unlink(missing_ok=True)
 
 
 def place(path: Path, write: Callable[[Path], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ _Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array]
 # So much of the weights and of what the optimizer keeps for them is evaluated at a time.
 SETTLED_BYTES = 200_000_000
 
+# The shapes of batches whose graphs are kept; one is up to 2 MB a layer, and many sets have hundreds of shapes.
+GRAPHS = 64
+
 _WEIGHTS, _OPTIMIZER = "weights.", "optimizer."
 
 
@@ -50,6 +54,10 @@ class Evaluation:
 
     loss: float
     tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Updater:
@@ -80,7 +88,8 @@ class Updater:
     ):
         self.model, self.optimizer = model, optimizer
         self._places, values = trainable([model])
-        self._compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype or model.transformer.norm["weight"].dtype
+        self._casts = compute_dtype is not None
         self._adapted = {id(layer) for _, layer in adapted_layers(model)}
         self._grad_checkpoint, self._max_grad_norm = grad_checkpoint, max_grad_norm
         self._z_loss, self._label_smoothing = z_loss, label_smoothing
@@ -90,9 +99,11 @@ class Updater:
         for (module, name), value in zip(self._places, values, strict=True):
             module[name] = value.astype(mx.float32)
         optimizer.init(self._tree(self._values()))
+        self._settles = sum(value.nbytes for value in self.state().values()) > SETTLED_BYTES
         # A compiled function holds on to what it was made with, so a graph is made anew only for new shapes.
         self._gradients: Callable[..., Any] = mx.compile(self._compute_gradients)
         self._apply: Callable[..., Any] = mx.compile(self._apply_gradients)
+        self._shapes: set[tuple[Any, ...]] = set()
 
     def update(self, batches: Sequence[Batch], num_targets: int, learning_rate: float, step: int) -> Update:
         """Update the weights once.
@@ -109,6 +120,7 @@ class Updater:
             if index:
                 mx.eval(gradients)  # else the next micro-batch could be computed beside this one
             arrays = (batch.inputs, batch.targets.reshape(-1), batch.segments, _learned_rows(batch))
+            self._forget_graphs(batch.inputs.shape, arrays[3].size, gradients is None)
             sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index), share)
         if gradients is None:
             gradients = [mx.zeros_like(weight) for weight in weights]
@@ -117,8 +129,16 @@ class Updater:
         self.optimizer.state = state
         self._set(values)
         del weights, gradients, values, state  # what they hold is not to live longer than it is needed
-        self._settle()
+        if self._settles:
+            self._settle()
         return Update(*scalars)
+
+    def _forget_graphs(self, *shape: Any) -> None:
+        """Before a batch of this shape: let go of all graphs if there are too many, which MLX never does."""
+        if shape not in self._shapes and len(self._shapes) == GRAPHS:
+            self._gradients = mx.compile(self._compute_gradients)
+            self._shapes.clear()
+        self._shapes.add(shape)
 
     def _settle(self) -> None:
         """Evaluate large weights some at a time: MLX works ahead, and would hold many of them old and new."""
@@ -128,11 +148,13 @@ class Updater:
         for name, value in zip(self._names, self._values(), strict=True):
             by_parameter.setdefault(name, []).append(value)
         group: list[mx.array] = []
+        size = 0
         for arrays in by_parameter.values():
             group += arrays
-            if sum(array.nbytes for array in group) > SETTLED_BYTES:
+            size += sum(array.nbytes for array in arrays)
+            if size > SETTLED_BYTES:
                 mx.eval(group)
-                group = []
+                group, size = [], 0
 
     def state(self) -> dict[str, mx.array]:
         """All that an update changes, by name: the weights and what the optimizer remembers."""
@@ -158,10 +180,10 @@ class Updater:
 
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; low-rank layers cast their own, in part after using them."""
-        dtype = self._compute_dtype
-        if dtype is None:
+        if not self._casts:
             return list(values)
         pairs = zip(self._places, values, strict=True)
+        dtype = self.compute_dtype
         return [value if id(module) in self._adapted else value.astype(dtype) for (module, _), value in pairs]
 
     def _values(self) -> list[mx.array]:
@@ -194,7 +216,10 @@ class Updater:
         keys: list[mx.array],
         share: mx.array,
     ) -> tuple[list[mx.array], list[mx.array]]:
-        """`sums` and `gradients`, if there are any yet, with those of a batch added, both times `share`."""
+        """`sums` and `gradients`, if there are any yet, with those of a batch added, both times `share`.
+
+        The share, which is small, comes last: gradients of activations in float16 would become zero by it.
+        """
         self.model.train()
 
         def objective(weights: list[mx.array]) -> tuple[mx.array, mx.array]:
@@ -205,11 +230,12 @@ class Updater:
                 losses = cross_entropy(
                     self.model, rows, targets, z_loss=self._z_loss, label_smoothing=self._label_smoothing
                 )
-            return share * losses[0], share * losses[1]
+            return losses
 
         with self._dropout(keys):  # in the backward pass, too, which computes much again
             found, slopes = mx.value_and_grad(objective)(weights)
-        sums = [a + b for a, b in zip(sums, found, strict=True)]
+        sums = [a + share * b for a, b in zip(sums, found, strict=True)]
+        slopes = [share * slope for slope in slopes]
         return sums, slopes if gradients is None else [a + b for a, b in zip(gradients, slopes, strict=True)]
 
     @contextmanager
@@ -275,12 +301,15 @@ def evaluate(
 
 
 def _learned_rows(batch: Batch) -> mx.array:
-    """The positions that are learned, in order, and as many others as fill the last chunk of the loss.
+    """The positions that are learned, in order, and as many others as fill the last chunks of the loss.
 
-    Logits are computed for these alone; whole chunks, so that few different shapes have to be compiled.
+    Logits are computed for these alone; whole chunks, of many an eighth at a time, so that few different shapes have
+    to be compiled.
     """
     targets = batch.targets.reshape(-1)
-    count = min(targets.size, -(-batch.num_targets // CHUNK) * CHUNK)
+    chunks = -(-batch.num_targets // CHUNK)
+    unit = CHUNK << max(0, chunks.bit_length() - 4)
+    count = min(targets.size, -(-batch.num_targets // unit) * unit)
     return mx.sort(mx.argsort(targets == IGNORED)[:count])
 
 

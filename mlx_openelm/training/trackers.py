@@ -76,6 +76,11 @@ def make_trackers(
     return trackers
 
 
+def event_files(folder: Path) -> list[Path]:
+    """What TensorBoard was told of the runs in a folder: another run's curves would be shown as one with these."""
+    return sorted((folder / _TENSORBOARD).glob("events.out.tfevents.*"))
+
+
 class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None):
         # What an earlier run wrote after that step is hidden.

@@ -142,8 +142,9 @@ def train(
         OpenELMError: a loss or a gradient is not finite; nothing was saved since. A checkpoint could not be written.
     """
     processes = processes or Processes()
+    saved_step = None if state is None else state.step
     run = _Run(updater, steps, options, total_steps, learning_rate, checkpoints, metrics, state or RunState(),
-               evaluate, describe, listener or Listener(), processes)  # fmt: skip
+               evaluate, describe, listener or Listener(), processes, saved_step)  # fmt: skip
     try:
         with Interrupts(run.noticed) as run.interrupts:
             return run.go()
@@ -168,10 +169,10 @@ class _Run:
     describe: Callable[[int], str]
     listener: Listener
     processes: Processes
+    saved_step: int | None
 
     def __post_init__(self) -> None:
         self.interrupts = Interrupts()
-        self.saved_step = self.state.step if self.state.step else None
         # Since the last report, and in all of this process's time; they are not saved, nothing depends on them.
         self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
         self.first_seconds, self.tokens = self.state.seconds, 0
@@ -204,7 +205,8 @@ class _Run:
         due = self.state.step > 0 and self.state.step % self.options.save_every == 0
         if due or improved or finished or stopped or early:
             self._save()
-        if finished:
+        # A validation that was left out is still to be done.
+        if finished and not (stopped and self._validation_is_due(finished)):
             return FINISHED
         return INTERRUPTED if stopped else EARLY if early else None
 

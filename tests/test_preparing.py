@@ -1,0 +1,98 @@
+"""What is made ready before training: how the releases that were tuned for chats have their examples written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.preparing import Loading, prepare
+from mlx_openelm.training.samples import prompt_tokens
+from mlx_openelm.training.trainer import Listener
+
+import pytest
+import sentencepiece
+from fake_hub import FakeHub
+from quantization_models import write_tiny
+
+COMPLETION = {"prompt": "Who is there?", "completion": "A friend."}
+CHAT = {"messages": [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A friend."}]}
+NOTE = "has no chat template, so it was given CoreNet's"
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture
+def served(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the hub serves as Apple's instruct model, its base, and somebody's copy; none has a template."""
+    folder = write_tiny(tmp_path / "served")
+    for name in ("apple/OpenELM-270M-Instruct", "apple/OpenELM-270M", "me/OpenELM-270M-Instruct"):
+        hub.add(name, folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def prepared(name: str, example: dict[str, Any], **loading: Any) -> tuple[Any, str]:
+    """What is made ready of a file with one example twice, and what was said."""
+    Path("data").mkdir(exist_ok=True)
+    Path("data", "train.jsonl").write_text(2 * (json.dumps(example) + "\n"))
+    notes = Notes()
+    options = FineTuneOptions(train=True, data="data", mask_prompt="text" not in example, valid_fraction=0.0)
+    return prepare(name, options, Loading(**loading), notes), "\n".join(notes.lines)
+
+
+def in_corenets_words(served: Path) -> tuple[list[int], list[int]]:
+    """The ids of the example's prompt and answer as CoreNet's tuning wrote them, by SentencePiece itself."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
+    prompt = [1, *pieces.encode("<|user|>\nWho is there?"), 2, *pieces.encode("\n<|assistant|>\n")]
+    whole = [*prompt[: prompt.index(2) + 1], *pieces.encode("\n<|assistant|>\nA friend."), 2]
+    return prompt, whole
+
+
+@pytest.mark.parametrize("example", [COMPLETION, CHAT])
+def test_an_instruct_release_has_corenets_template(served: Path, example: dict[str, Any]) -> None:
+    prompt, whole = in_corenets_words(served)
+    ready, said = prepared("270m-instruct", example)
+    (first, second) = ready.examples["train"].examples
+    assert list(first.tokens) == list(second.tokens) == whole
+    # What is learned ends with the token that closes the turn, and begins where the assistant does.
+    assert first.learned[0][1] == len(whole) and first.learned[0][0] in (len(prompt) - 1, len(prompt))
+    assert said.count(NOTE) == 1 and "--chat-template corenet" in said
+    # The samples that are shown before and after are prompted alike.
+    assert prompt_tokens("Who is there?", ready.tokenizer, ready.shown.report, None) == prompt
+
+
+def test_what_is_no_conversation_is_left_as_it_is(served: Path) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
+    ready, said = prepared("270m-instruct", {"text": "Who is there?"})
+    assert list(ready.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?"), 2]
+    assert NOTE not in said
+    ready, said = prepared("270m-instruct", COMPLETION, chat_template="plain")
+    assert list(ready.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?A friend."), 2]
+    assert NOTE not in said
+
+
+@pytest.mark.parametrize("name", ["270m", "me/OpenELM-270M-Instruct"])
+def test_other_models_have_no_template(served: Path, name: str) -> None:
+    """Base models were not tuned for chats, and of somebody's copy nobody knows."""
+    ready, said = prepared(name, COMPLETION)
+    assert ready.tokenizer.chat_template is None and ready.shown.report.chat_template is None
+    assert NOTE not in said
+
+
+def test_a_template_that_is_there_is_kept(served: Path) -> None:
+    (served / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    )
+    ready, said = prepared("270m-instruct", CHAT)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
+    whole = [1, *pieces.encode("Who is there?"), 2, *pieces.encode("A friend."), 2]
+    assert list(ready.examples["train"].examples[0].tokens) == whole
+    assert NOTE not in said
