@@ -118,6 +118,7 @@ def test_a_value_that_cannot_be_right(values: dict[str, Any], message: str) -> N
         ({"optimizer": "lion", "bias_correction": False}, ("--no-bias-correction", "adam, adamw or muon")),
         ({"min_learning_rate": 1e-4, "lr_schedule": "cosine"}, ("--min-learning-rate", "--learning-rate")),
         ({"min_learning_rate": 1e-6}, ("--min-learning-rate", "--lr-schedule")),
+        ({"project_name": "mine", "report_to": "tensorboard"}, ("--project-name", "--report-to wandb")),
         ({"decay_steps": 10}, ("--decay-steps", "--lr-schedule")),
         ({"warmup_init": 1e-4, "warmup": 5}, ("--warmup-init", "--learning-rate")),
         ({"warmup_init": 1e-6}, ("--warmup-init", "--warmup")),

@@ -111,5 +111,5 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch):
 def test_the_parts_are_told():
     text = str(planned().memory)
     assert text.startswith("about ")
-    for part in ("the model 10 MB", "the optimizer 1 MB", "gradients 0 MB", "activations up to"):
+    for part in ("the model 10 MB", "the optimizer 0.5 MB", "gradients 0.2 MB", "activations up to"):
         assert part in text

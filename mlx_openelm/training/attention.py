@@ -112,7 +112,8 @@ def _gradients(
     scale = attend.scale if attend.fused else 1.0
     # How a weight's gradient changes through the sum all weights are divided by: the same for a whole row.
     shift = mx.sum(mixed.astype(mx.float32) * cotangent, axis=-1, keepdims=True)
-    by_queries, by_keys, by_values = [], mx.zeros_like(keys), mx.zeros_like(values)
+    # Summed in float32: there may be many blocks.
+    by_queries, by_keys, by_values = [], mx.zeros(keys.shape), mx.zeros(values.shape)
     for rows, visible in _blocks(attend, length):
         past = (slice(None), slice(None), slice(rows.stop))
         block, wanted, moved = (_grouped(a, rows, kv_heads) for a in (queries, cotangent, shift))
@@ -129,4 +130,5 @@ def _gradients(
         by_block = slopes @ keys[past]
         queries = mx.depends(queries, [by_block, by_keys, by_values])
         by_queries.append(by_block.reshape(batch, kv_heads, -1, rows.stop - rows.start, dim))
-    return [mx.concatenate(by_queries, axis=3).reshape(queries.shape), by_keys, by_values]
+    joined = mx.concatenate(by_queries, axis=3).reshape(queries.shape)
+    return [joined, by_keys.astype(keys.dtype), by_values.astype(values.dtype)]

@@ -148,6 +148,8 @@ class TrainOptions:
                 f"--keep-every must be a multiple of --save-every ({self.save_every}), got {self.keep_every}."
             )
         trackers.check(self.report_to)
+        if self.project_name is not None and "wandb" not in (self.report_to or ""):
+            raise RequestError("--project-name is a project at Weights & Biases; it needs --report-to wandb.")
 
     def _check_values(self) -> None:
         for field, kind in field_types(type(self)).items():

@@ -117,7 +117,9 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
 
 def _size(count: float) -> str:
     """Bytes as people read them (1 GB is 1e9 bytes)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def estimate(

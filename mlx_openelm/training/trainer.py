@@ -224,7 +224,7 @@ class _Run:
         state, rate = self.state, self.learning_rate(self.state.step)
         started = time.perf_counter()
         update = self.updater.update(step.batches, step.num_targets, rate, state.step)
-        results = [update.loss, update.grad_norm, self.updater.state()]
+        results = [update.loss, update.objective, update.grad_norm, self.updater.state()]
         mx.async_eval(results)
         upcoming = self._build(state.step + 1)
         mx.eval(results)
@@ -243,10 +243,10 @@ class _Run:
         self.tokens += step.num_tokens
         self.listener.stepped(state.step, loss, step.num_tokens / seconds)
         if state.step % self.options.steps_per_report == 0 or state.step == self.total_steps:
-            self._report(rate, norm, step.epoch)
+            self._report(rate, norm, _number(update.objective), step.epoch)
         return upcoming
 
-    def _report(self, rate: float, norm: float, epoch: float) -> None:
+    def _report(self, rate: float, norm: float, objective: float, epoch: float) -> None:
         state = self.state
         state.reported = state.window_loss / max(1, state.window_tokens)
         values = {
@@ -259,6 +259,8 @@ class _Run:
             "iterations_per_second": self.window_steps / self.window_seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
+        if self.options.z_loss or self.options.label_smoothing:
+            values["objective"] = objective  # what is minimized; train_loss is the likelihood alone
         state.window_loss, state.window_tokens = 0.0, 0
         self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
         self._log(values)
