@@ -336,6 +336,7 @@ def test_validation_takes_every_example_or_a_fair_part_always_the_same():
     part = validation_batches(examples, 4, num_batches=10, max_seq_length=64)
     chosen = [i for batch in part for i in batch.examples]
     assert len(part) == 10 and len(set(chosen)) == 40
+    assert all(examples[i].num_targets for i in chosen)
     again = validation_batches(examples, 4, num_batches=10, max_seq_length=64)
     assert [batch.examples for batch in again] == [batch.examples for batch in part]
     # Neither the first ones nor the shortest.

@@ -91,6 +91,13 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     assert of("iters: 1e3", tmp_path)[0].iters == 1000
 
 
+def test_sample_prompt_is_another_spelling(tmp_path: Path) -> None:
+    assert of("sample_prompt: the king", tmp_path)[0].sample_prompts == ("the king",)
+    assert of("sample_prompt: [a, b]", tmp_path)[0].sample_prompts == ("a", "b")
+    with pytest.raises(RequestError, match="both sample_prompt and sample_prompts"):
+        of("sample_prompt: a\nsample_prompts: [b]", tmp_path)
+
+
 def test_an_mlx_lm_file(tmp_path: Path) -> None:
     options, rest = of(MLX_LM, tmp_path)
     options.check()

@@ -332,7 +332,8 @@ def test_one_file_under_another_name_is_split(hub: FakeHub, tmp_path):
 def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
     hub.add("datasets/me/pictures", write(tmp_path / "pictures" / "a.png", "x").parent)
     hub.add("datasets/me/gated", served, gated=403)
-    assert "no folder or file me/nothing, and no data set" in message(read_splits, "me/nothing")
+    said = message(read_splits, "me/nothing")
+    assert said.startswith("There is no file or folder me/nothing here, and no data set")
     assert "me/pictures has no files for train" in message(read_splits, "me/pictures")
     assert "no valid name of a data set" in message(read_splits, "me/a b")
     with pytest.raises(OpenELMError, match="datasets/me/gated is gated.*https://huggingface.co/datasets/me/gated"):
@@ -343,3 +344,5 @@ def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
     ) as error:
         read_splits("me/other")
     assert not isinstance(error.value, RequestError)
+    said = str(error.value)
+    assert said.startswith("There is no file or folder me/other here, and ") and "the model" not in said

@@ -156,6 +156,38 @@ def test_a_folder_with_a_run_is_left_alone(here):
     assert trained(here / "adapters") != before and len(metrics(here / "adapters")) == 9
     with pytest.raises(RequestError, match="give one of them"):
         tune(replace(SHORT, resume=True), overwrite=True)
+    (here / "adapters" / "run.json").write_text("{")
+    with pytest.raises(RequestError, match="run.json is damaged; replace it with --overwrite") as refused:
+        tune()
+    assert "--resume" not in str(refused.value)
+
+
+def test_a_folder_with_an_adapter_alone_is_no_run(here):
+    (here / "adapters").mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (here / "adapters" / name).write_text("mine")
+    with pytest.raises(RequestError, match="adapters holds an adapter already; replace it with --overwrite") as refused:
+        tune()
+    assert "--resume" not in str(refused.value)
+
+
+def test_a_complete_run_says_so(here):
+    tune()
+    notes = Notes()
+    tune(replace(SHORT, resume=True), notes)
+    assert "The run is complete, after 9 steps; raise --iters to go on." in notes.lines
+    assert not any(line.startswith("Going on") for line in notes.lines)
+
+
+def test_one_file_is_tested_as_a_whole_and_that_is_said(here):
+    notes = Notes()
+    alone = FineTuneOptions(test=True, data="data/train.jsonl", adapter_path="", max_seq_length=48, test_batches=1)
+    tune(alone, notes)
+    line = "train.jsonl is tested as a whole; it should not hold what was trained on."
+    assert notes.lines.count(line) == 1
+    notes = Notes()
+    tune(replace(alone, data="data"), notes)
+    assert line not in notes.lines
 
 
 def test_overwriting_waits_until_all_is_checked(here):
@@ -225,7 +257,9 @@ def test_what_may_be_changed_on_purpose_is_said(here):
     _stop_after(3, SHORT, Notes())
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
-    assert any(line.startswith("--learning-rate is 0.001, 0.01 before;") for line in notes.lines)
+    assert any(
+        line.startswith("--learning-rate is 0.001, 0.01 before; from here on the run differs") for line in notes.lines
+    )
     assert any("another length" in line for line in notes.lines)
     record = json.loads((here / "adapters" / "run.json").read_text())
     assert record["options"]["learning_rate"] == 1e-3 and len(record["resumed"]) == 1

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert
-from mlx_openelm.adapters.fusing import fuse
+from mlx_openelm.adapters.fusing import Fusion, fuse
+from mlx_openelm.adapters.merging import Deviation
 from mlx_openelm.cli import fuse as cli_fuse
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
@@ -83,6 +84,34 @@ def test_what_packing_again_costs_is_told(folder: Path, capfd: pytest.CaptureFix
     assert run(*weak, "--dequantize") == 0
     assert "warning" not in capfd.readouterr().err
     assert not mlx_format.read(folder / "fused_model").quantization
+
+
+def test_a_type_for_what_stays_packed_is_warned_about(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    convert("model", "packed", quantize=True)
+    words = ("--model", "packed", "--dtype", "float16", "--overwrite")
+    assert run(*words) == 0
+    said = capfd.readouterr().err
+    assert "warning: The matrices stay packed in 4 bits" in said and "--dequantize gives float16 throughout." in said
+    assert run(*words, "--dequantize") == 0
+    assert "packed in" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("divergences", "requantized", "advice"),
+    [((0.3, 0.2), True, "with more bits or --dequantize."), ((0.3, 0.2), False, "with more bits."),
+     ((0.2, 0.3), True, None)],
+)  # fmt: skip
+def test_a_result_further_away_than_the_base_is_warned_about(
+    divergences: tuple[float, float],
+    requantized: bool,
+    advice: str | None,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    cli_fuse._lines(Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences))
+    said = capfd.readouterr().err
+    further = f"The result is further from the adapter on the base than the base alone is: fuse {advice}\n"
+    assert said == (f"warning: {further}" if advice else "")
 
 
 def test_adapters_are_mixed_and_matrices_packed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,20 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     assert (folder / "stopped run" / "adapters.safetensors").exists()
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_ctrl_c_before_training_says_that_nothing_was_saved(began, monkeypatch, capsys):
+    def finetune(model, options, *, listener, **_):
+        if began:
+            listener.started(0, 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "finetune", finetune)
+    assert _run(["lora", "--train", "--data", "data"]) == 130
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == ("" if began else "Stopped before training began; nothing was saved.\n")
+
+
 def test_on_a_terminal_there_is_one_live_line(folder):
     terminal, theirs = pty.openpty()
     words = command(*SMALL[:5], "--iters", 400, "--max-seq-length", 48, "--steps-per-report", 200, "--adapter-path",

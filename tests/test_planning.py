@@ -8,6 +8,7 @@ import sys
 
 from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
+from mlx_openelm.errors import RequestError
 from mlx_openelm.training import planning
 from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import TrainOptions
@@ -19,10 +20,12 @@ import pytest
 SHAPES = [
     ([6, 192, 2048], "lora", 4, 256, False),
     ([6, 192, 2048], "full", 4, 256, False),
-    ([8, 512, 8000], "lora", 4, 512, True),
-    ([8, 512, 8000], "full", 4, 256, True),
+    ([8, 512, 8000], "lora", 2, 512, True),
+    ([8, 512, 8000], "full", 2, 256, True),
     ([4, 768, 32000], "dora", 2, 256, False),
     ([4, 256, 32000], "lora", 1, 2048, False),
+    ([6, 192, 2048], "last", 4, 256, False),
+    ([6, 192, 8000], "lora", 1, 24, False),
 ]
 LARGE = [("270M", "lora", 2, 512, False), ("270M", "lora", 2, 512, True), ("270M", "full", 1, 256, False)]
 
@@ -48,7 +51,8 @@ else:
         "vocab_size": vocab, "ffn_multipliers": [0.5, 4.0], "qkv_multipliers": [0.5, 1.0],
         "max_context_length": 2048, "rope_max_length": 4096, "share_input_output_layers": True})
 model = OpenELM(config)
-attach_new(model, rank=8, dora=method == "dora") if method != "full" else model.unfreeze()
+layers = 1 if method == "last" else -1
+attach_new(model, rank=8, dora=method == "dora", num_layers=layers) if method != "full" else model.unfreeze()
 options = TrainOptions(grad_checkpoint=grad_checkpoint)
 updater = Updater(model, make_optimizer(options), grad_checkpoint=grad_checkpoint)
 mx.eval(model.parameters(), updater.state())
@@ -97,15 +101,44 @@ def test_a_run_that_fits_is_not_warned_about(monkeypatch):
 
 
 def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch):
-    monkeypatch.setattr(planning, "available_memory", lambda: 10_000_000)
     plan = planned(batch_size=4, grad_accumulation_steps=2)
-    warning = plan.warning()
-    assert warning is not None
-    flags = [flags for flags, _ in plan.alternatives]
-    assert flags == ["--grad-checkpoint", "that and --batch-size 1 --grad-accumulation-steps 8"]
-    assert all(name in warning for name in flags)
-    peaks = [plan.memory.peak, *(memory.peak for _, memory in plan.alternatives)]
+    needs = dict(plan.alternatives)
+    assert list(needs) == [
+        "--grad-checkpoint",
+        "--grad-checkpoint --batch-size 2 --grad-accumulation-steps 4",
+        "--grad-checkpoint --batch-size 1 --grad-accumulation-steps 8",
+    ]
+    peaks = [plan.memory.peak, *(memory.peak for memory in needs.values())]
     assert peaks == sorted(peaks, reverse=True)
+    # Room for two of the three: what comes first costs least time.
+    free = round(peaks[2] / 0.9) - plan.memory.model + 1000
+    monkeypatch.setattr(planning, "available_memory", lambda: free)
+    warning = plan.warning()
+    assert warning is not None and f"with {list(needs)[1]}: " in warning and f" or {list(needs)[2]}: " in warning
+    monkeypatch.setattr(planning, "available_memory", lambda: 1000)
+    warning = plan.warning()  # nothing will do, so the least is named
+    assert warning is not None and f"with {list(needs)[2]}: " in warning and " or " not in warning
+
+
+def test_a_run_that_no_memory_here_could_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(planning, "available_memory", lambda: 1000)
+    monkeypatch.setattr(planning, "total_memory", lambda: 10_000_000)
+    with pytest.raises(RequestError, match="The run needs about .* with --grad-checkpoint"):
+        planned().warning()
+
+
+def test_only_layers_with_something_below_to_train_are_kept():
+    last = planned_layers(num_layers=1)
+    assert last < 0.8 * planned_layers(num_layers=-1)
+    embedding = planned_layers(num_layers=1, target_modules=("token_embeddings", "qkv_proj"))
+    assert embedding == pytest.approx(planned_layers(target_modules=("token_embeddings", "qkv_proj")), rel=0.02)
+
+
+def planned_layers(**what: object) -> int:
+    model, _ = load("tiny", expand=True)
+    attach_new(model, rank=4, **what)  # type: ignore[arg-type]
+    options = TrainOptions()
+    return planning.plan(Updater(model, make_optimizer(options)), options, (4, 256)).memory.activations
 
 
 def test_the_parts_are_told():

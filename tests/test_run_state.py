@@ -122,6 +122,19 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, named):
         kept.load(said.append)
 
 
+def test_damage_of_the_adapter_in_a_checkpoint_is_noticed(tmp_path):
+    def export(folder: Path) -> None:
+        (folder / "adapters.safetensors").write_bytes(b"an adapter")
+
+    kept = checkpoints(tmp_path, export=export)
+    for step in (1, 2):
+        kept.save(RunState(step=step), tensors(step))
+    (kept.path(2) / "adapters.safetensors").write_bytes(b"an Adapter")
+    said: list[str] = []
+    assert kept.load(said.append)[0].step == 1
+    assert "the checksum of adapters.safetensors is wrong" in said[0]
+
+
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     kept = checkpoints(tmp_path)
     kept.save(RunState(step=1), tensors(1))

@@ -113,7 +113,7 @@ def fuse(
     source = open_source(model, **places)
     _check_places(target, source, adapters)
     base = source.checkpoint
-    _check_packing(base, quantize=quantize, dequantize=dequantize)
+    _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
     windows = read_text(source.tokenizer, base.config, reading).held_out[:_WINDOWS] if report else []
 
     read = _read_all(adapters, source)
@@ -172,14 +172,20 @@ def _typed(path: str, weight: float) -> str:
     return path if weight == 1 else f"{path}={weight:g}"
 
 
-def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool) -> None:
-    """Refuse to unpack what is not packed, and warn of packing what was rounded before."""
+def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype: str | None) -> None:
+    """Refuse to unpack what is not packed, and warn of packing what was rounded before, and of what stays packed."""
     if dequantize and not base.quantization:
         raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
     if quantize and base.rounding is not None:
         warnings.warn(
             f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
             "original loses less.",
+            stacklevel=3,
+        )
+    if dtype is not None and base.quantization and not (quantize or dequantize):
+        warnings.warn(
+            f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; --dequantize "
+            f"gives {dtype} throughout.",
             stacklevel=3,
         )
 

@@ -132,7 +132,7 @@ FINE_TUNE = {
     "epochs": "Train so many times over the data, in place of --iters.",
     "batch_size": "Examples a batch.",
     "grad_accumulation_steps": "Batches an update.",
-    "max_seq_length": "Tokens an example; what is longer is cut.",
+    "max_seq_length": "Positions an example takes; what is longer is cut.",
     "long_examples": "truncate what is longer, or refuse it.",
     "packing": "Fill rows with several examples, which do not see one another.",
     "mask_prompt": "Learn completions and assistants' turns alone, not prompts.",

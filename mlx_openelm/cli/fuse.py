@@ -36,7 +36,7 @@ def run(
         typer.Option(help="float32, float16 or bfloat16 for what is not quantized; as it is stored unless told."),
     ] = None,
     quantize: Annotated[
-        bool, typer.Option("--quantize", "-q", help="Pack every matrix of a model that is not quantized.")
+        bool, typer.Option("--quantize", "-q", help="Pack the matrices of a full model, or those of a packed one anew.")
     ] = False,
     q_bits: Annotated[int | None, typer.Option(help="Bits per weight; affine: 4 unless told.")] = None,
     q_group_size: Annotated[
@@ -139,6 +139,9 @@ def _lines(result: Fusion) -> list[str]:
     if result.untied:
         lines.append("  the adapter changes the embedding alone, so the output layer is now one of its own (lm_head)")
     lines += [f"  {path}: {what}" for path, what in result.exceptions.items()]
+    if (result.kl_divergence or 0) > (result.base_kl_divergence or 0):
+        way = "with more bits or --dequantize" if result.requantized else "with more bits"
+        console.say(f"warning: The result is further from the adapter on the base than the base alone is: fuse {way}.")
     if overall.kept < _MOSTLY_LOST:
         console.say(
             "warning: rounding took most of the adapter's change back. Use --dequantize, or fuse into the model before "

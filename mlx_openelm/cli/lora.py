@@ -63,8 +63,14 @@ def run(
     leads = Processes().leads
     if not leads:
         warnings.simplefilter("ignore")  # the first process says the same
-    with RunProgress() as progress:
-        done = finetune(name, options, loading=Loading(**said), overwrite=overwrite, listener=progress)
+    progress = RunProgress()
+    try:
+        with progress:
+            done = finetune(name, options, loading=Loading(**said), overwrite=overwrite, listener=progress)
+    except KeyboardInterrupt:
+        if options.train and leads and not progress.began:
+            console.say("Stopped before training began; nothing was saved.")
+        raise typer.Exit(130) from None
     if not leads:
         return  # without an error, on which mlx.launch would end the first, which may be writing
     if as_json:

@@ -25,6 +25,7 @@ class RunProgress(Listener):
     """
 
     def __init__(self) -> None:
+        self.began = False  # training, as opposed to what comes before it
         self._total = self._step = 0
         self._pace: float | None = None  # seconds a step, reports and validations included
         self._measured = 0
@@ -35,6 +36,7 @@ class RunProgress(Listener):
         self._live = sys.stderr.isatty()
 
     def started(self, step: int, total_steps: int) -> None:
+        self.began = True
         self._end_work()
         self._step, self._total, self._last = step, total_steps, time.monotonic()
         if self._live and step < total_steps:

@@ -200,10 +200,11 @@ def validation_batches(
     _check(examples, batch_size, world_size, max_seq_length)
     if num_batches == 0 or num_batches < -1:
         raise RequestError(f"The number of batches must be 1 or more, or -1 for all, got {num_batches}.")
-    # What teaches nothing has no loss to measure.
-    drawn: Sequence[int] = [index for index, example in enumerate(examples) if example.num_targets]
-    if 0 < num_batches * batch_size < len(drawn):
-        drawn = sorted(random.Random(seed).sample(drawn, num_batches * batch_size))
+    drawn: Sequence[int] = range(len(examples))
+    if 0 < num_batches * batch_size < len(examples):
+        # Of those that have a loss to measure, which some lose when they are cut.
+        measured = [index for index in drawn if examples[index].num_targets]
+        drawn = sorted(random.Random(seed).sample(measured, min(num_batches * batch_size, len(measured))))
     rows: list[Row] = [(index,) for index in sorted(drawn, key=lambda index: examples[index].num_positions)]
     parts = (chunk[rank::world_size] for chunk in _chunks(rows, batch_size))
     return [make_batch(examples, part, max_seq_length) for part in parts if part]

@@ -27,6 +27,7 @@ _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Two ways to say one thing.
 _RIVALS = (("alpha", "scale"), ("iters", "epochs"))
+_SPELLINGS = (("sample_prompt", "sample_prompts"),)
 # What the meaning of other keys hangs on.
 _OWNERS = ("optimizer", "fine_tune_type")
 _OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout", "adapter_format")
@@ -80,7 +81,7 @@ def merge(
     """
     types = {**{key: str | None for key in model_keys}, **field_types(options)}
     values = {key: value for key, value in file_values.items() if value is not None}
-    values = _offered(values, place)
+    values = _respelled(_offered(values, place), place)
     for key in values.keys() - types.keys() - set(mlx_lm_config.KEYS):
         raise RequestError(f"{place} has an unknown key {key!r}; {_hint(key, [*types, *mlx_lm_config.KEYS])}")
     given = {key: value for key, value in flags.items() if value is not None}
@@ -135,6 +136,18 @@ def _offered(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _NOT_OFFERED}
 
 
+def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`sample_prompt`, as the flag is called, becomes `sample_prompts`; one text needs no list."""
+    flat = dict(values)
+    if "sample_prompt" in flat:
+        _check_rivals(
+            flat, f"{place} has both {{}} and {{}}, which say one thing in two ways; keep one.", pairs=_SPELLINGS
+        )
+        value = flat.pop("sample_prompt")
+        flat["sample_prompts"] = [value] if isinstance(value, str) else value
+    return flat
+
+
 def _hint(key: Any, known: list[str]) -> str:
     """What may have been meant by an unknown key."""
     close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=2)
@@ -155,8 +168,10 @@ def _default(options: type[TrainOptions], name: str) -> Any:
     return next((field.default for field in fields(options) if field.name == name), None)
 
 
-def _check_rivals(values: Mapping[str, Any], message: str, name: Any = str) -> None:
-    for pair in _RIVALS:
+def _check_rivals(
+    values: Mapping[str, Any], message: str, name: Any = str, pairs: tuple[tuple[str, str], ...] = _RIVALS
+) -> None:
+    for pair in pairs:
         if all(key in values for key in pair):
             raise RequestError(message.format(*map(name, pair)))
 

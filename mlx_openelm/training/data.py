@@ -98,6 +98,12 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
     )
 
 
+def whole_file_note(data: str | Path) -> str | None:
+    """What to say where `data` is one file and serves a test alone; None where it is not one file."""
+    path = Path(data).expanduser()
+    return f"{path.name} is tested as a whole; it should not hold what was trained on." if path.is_file() else None
+
+
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each split."""
     if not str(data).strip():  # which would be the folder one is in

@@ -242,11 +242,10 @@ def _cut(spans: Spans, length: int) -> Spans:
 
 def _refuse(examples: list[Example], lengths: list[int], max_seq_length: int, number: int) -> None:
     first = next(index for index, length in enumerate(lengths) if length > max_seq_length + 1)
-    others = f", and {number - 1} more are too long" if number > 1 else ""
+    others = f"; {number - 1} more are too long (the longest takes {max(lengths) - 1})" if number > 1 else ""
     raise RequestError(
-        f"{examples[first].source}: {lengths[first]} tokens, where --max-seq-length {max_seq_length} allows "
-        f"{max_seq_length + 1}{others} (the longest has {max(lengths)}); raise it, shorten them, or let them be cut "
-        "with --long-examples truncate."
+        f"{examples[first].source}: takes {lengths[first] - 1} positions, and --max-seq-length is {max_seq_length}"
+        f"{others}; raise it, shorten what is too long, or let it be cut with --long-examples truncate."
     )
 
 

@@ -24,6 +24,7 @@ from ..loading import check_dtype
 from . import planning, run_folder, schedule
 from .batches import Batch, Batches
 from .config_file import to_dict
+from .data import whole_file_note
 from .distributed import Processes
 from .metrics import Metrics
 from .optimizers import make_optimizer
@@ -146,7 +147,7 @@ class _Work:
                 self.before = run_folder.read_run(self.folder)
                 loading = dataclasses.asdict(self.loading)
                 for change in run_folder.compare(self.name, options, loading, self.before):
-                    self.listener.warn(f"{change}; so from here on it is another run than it was.")
+                    self.listener.warn(f"{change}; from here on the run differs from one that never stopped.")
         if options.resume_adapter_file is not None and _is_missing(options.resume_adapter_file):
             raise RequestError(f"--resume-adapter-file {options.resume_adapter_file} does not exist.")
         if self.overwrite and not options.train:
@@ -250,7 +251,7 @@ class _Work:
             if self.processes.leads:
                 run_folder.continue_record(record, self.before)
                 checkpoints.remove_leftovers()
-            state = self.restore(checkpoints)
+            state = self.restore(checkpoints, total_steps)
             if state is not None and state.step > total_steps:
                 raise RequestError(
                     f"The run stopped after step {state.step} already; --iters must be at least that, or --epochs "
@@ -266,7 +267,7 @@ class _Work:
             run_folder.write_record(self.folder, record)
         return state
 
-    def restore(self, checkpoints: Checkpoints) -> RunState | None:
+    def restore(self, checkpoints: Checkpoints, total_steps: int) -> RunState | None:
         """Where the run stopped; the updater has the weights of then. None if nothing was saved yet."""
         found = checkpoints.load(self.listener.warn) if self.processes.leads else None
         state = json.loads(self.processes.share(json.dumps(dataclasses.asdict(found[0]) if found else None)))
@@ -274,7 +275,12 @@ class _Work:
             self.listener.say("Nothing was saved before the run stopped; it starts from the beginning.")
             return None
         self.updater.restore(self.processes.share_tensors(found[1] if found else self.updater.state()))
-        self.listener.say(f"Going on after step {state['step']}.")
+        step = state["step"]
+        if step == total_steps:
+            longer = "--iters" if self.options.epochs is None else "--epochs"
+            self.listener.say(f"The run is complete, after {step} steps; raise {longer} to go on.")
+        elif step < total_steps:
+            self.listener.say(f"Going on after step {step}.")
         return RunState(**state)
 
     def total_steps(self, batches: Batches) -> int:
@@ -391,6 +397,9 @@ class _Work:
 
     def test_alone(self) -> FineTuned:
         """Test the adapter in the folder, or the base model where there is none."""
+        assert self.options.data is not None  # FineTuneOptions.check
+        if (note := whole_file_note(self.options.data)) is not None:
+            self.listener.say(note)
         before = self.continuations()
         path = self.options.adapter_path if self.tests_adapter() else None
         if path is not None:

@@ -49,7 +49,7 @@ def download_splits(name: str) -> dict[str, list[Path]]:
             tqdm_class=None if sys.stderr.isatty() else _silent(),
         )
     except Exception as error:
-        raise _explain(error, name) from error
+        raise _explain(error, name, is_there=True) from error
     return {split: [Path(folder, file) for file in files] for split, files in splits.items()}
 
 
@@ -84,14 +84,19 @@ def _silent() -> type:
     return Silent
 
 
-def _explain(error: Exception, name: str) -> OpenELMError:
+def _explain(error: Exception, name: str, *, is_there: bool = False) -> OpenELMError:
+    """What went wrong; unless the data set `is_there`, its name may be a folder's that was mistyped."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, HFValidationError):
         return RequestError(f"{name!r} is no folder or file here and no valid name of a data set (owner/name).")
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return RequestError(
-            f"there is no folder or file {name}, and no data set of that name on the hub; "
+            f"There is no file or folder {name} here, and no data set of that name on the hub; "
             "a private one needs `hf auth login`"
         )
-    return explain_download(error, f"datasets/{name}", None)
+    found = explain_download(error, f"datasets/{name}", None)
+    reason = str(found).replace("download the model", "download the data set")
+    if is_there or isinstance(error, GatedRepoError):
+        return type(found)(reason)
+    return type(found)(f"There is no file or folder {name} here, and {reason}")

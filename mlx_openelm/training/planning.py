@@ -5,22 +5,26 @@ Activations are counted as `forward` keeps and recomputes them. What is held for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..backend import available_memory
+from ..adapters.adapter import EMBEDDING
+from ..backend import available_memory, total_memory
 from ..config import ModelConfig
+from ..errors import RequestError
 from .attention import BLOCK
 from .loss import CHUNK
 from .options import TrainOptions
 from .step import SETTLED_BYTES, Updater
 
 # What is held for a moment, measured on a CPU, where MLX allocates for some ten operations ahead of the one it does:
-# arrays of a chunk's logits in the loss, and of the output layer where it is trained;
-_LOGITS, _HEAD = 17.0, 6.0
+# arrays of a chunk's logits in the loss, at first, for each further chunk, and at most; of the output layer where it
+# is trained;
+_LOGITS_FIRST, _LOGITS_MORE, _LOGITS_MOST, _HEAD = 8.0, 4.0, 17.0, 6.0
 # [rows, inner] arrays while the gradients of a feed-forward are made;
 _INNER = 14.5
 # a block's attention weights, and arrays as large as queries, keys and values, while theirs are made;
@@ -28,8 +32,8 @@ _WEIGHTS, _QKV = 10.0, 6.4
 # and of new weights with the optimizer's numbers for them, before the old ones go.
 _RENEWED = int(1.25 * SETTLED_BYTES)
 
-# More of the free memory than this, and a run is warned about.
-_USABLE_SHARE = 0.9
+# A run that needs more of the free memory than this is warned about, one that needs more of all memory refused.
+_USABLE_SHARE, _HOPELESS = 0.9, 1.5
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,23 @@ class Plan:
     alternatives: tuple[tuple[str, Memory], ...]
 
     def warning(self) -> str | None:
-        """One line if the free memory will hardly do, with what to turn on."""
+        """One line if the free memory will hardly do, with what to turn on.
+
+        Raises:
+            RequestError: the machine does not have nearly as much.
+        """
         free = available_memory()
         if free is None or self.memory.peak <= _USABLE_SHARE * (free + self.memory.model):
             return None
-        ways = ", ".join(f"{flags} {_size(memory.peak)}" for flags, memory in self.alternatives)
+        room = _USABLE_SHARE * (free + self.memory.model)
+        fitting = [way for way in self.alternatives if way[1].peak <= room] or list(self.alternatives[-1:])
+        ways = " or ".join(f"{flags}: {_size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
         there = _size(free + self.memory.model)
-        return f"The run needs about {_size(self.memory.peak)}, and {there} are there{advice}."
+        line = f"The run needs about {_size(self.memory.peak)}, and {there} are there{advice}."
+        if self.memory.peak > _HOPELESS * (total_memory() or math.inf):
+            raise RequestError(line)
+        return line
 
 
 def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
@@ -98,20 +111,20 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
     rows, length = shape
     checkpoints, accumulates = options.grad_checkpoint, options.grad_accumulation_steps > 1
     memory = needs(rows, length, checkpoints, accumulates)
-    ways = []
+    ways, flags = [], []
     if not checkpoints:
-        checkpoints = True
-        ways.append(("--grad-checkpoint", needs(rows, length, True, accumulates)))
-    if rows > 1:
-        steps = rows * options.grad_accumulation_steps
-        flags = f"--batch-size {options.batch_size // rows} --grad-accumulation-steps {steps}"
-        both = "that and " if ways else ""
-        ways.append((f"{both}{flags}", needs(1, length, checkpoints, True)))
+        flags.append("--grad-checkpoint")
+        ways.append((" ".join(flags), needs(rows, length, True, accumulates)))
+    smaller = rows // 2
+    while smaller >= 1:
+        # Halved, so that an update learns from as many examples.
+        split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
+        split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
+        ways.append((" ".join([*flags, split]), needs(smaller, length, True, True)))
+        smaller //= 2
     if length > 512:
-        both = "those and " if len(ways) > 1 else "that and " if ways else ""
-        ways.append(
-            (f"{both}--max-seq-length {length // 2}", needs(1 if ways else rows, length // 2, checkpoints, True))
-        )
+        short = f"--max-seq-length {length // 2}"
+        ways.append((" ".join([*flags, short]), needs(rows, length // 2, True, accumulates)))
     return Plan(memory, tuple(way for way in ways if way[1].peak < memory.peak))
 
 
@@ -149,10 +162,17 @@ def estimate(
     outside = gradients - sum(by_layer)
     width = rows * length * itemsize  # bytes of one number a position
     dim = width * config.model_dim
+    # Below the first layer with something to train nothing is kept; the embedding lies below all.
+    is_below = any(EMBEDDING in name for name in trained)
+    first = 0 if is_below else next((n for n, size in enumerate(by_layer) if size), 0)
     saved = [dim if grad_checkpoint else width * layer.kept for layer in layers]
-    loss = sum(saved) + 5 * dim + _LOGITS * CHUNK * config.vocab_size * 4 + _HEAD * outside
+    saved[:first] = [0] * first
+    chunks = -(-rows * length // CHUNK)
+    chunk = min(CHUNK, rows * length) * config.vocab_size * 4
+    logits = chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
+    loss = sum(saved) + 5 * dim + logits + _HEAD * outside
     activations = loss
-    for index, layer in enumerate(layers):
+    for index, layer in list(enumerate(layers))[first:]:
         again = width * layer.kept - dim if grad_checkpoint else 0
         block = rows * layer.heads * min(BLOCK, length) * length * 4
         momentary = max(_WEIGHTS * block + _QKV * width * layer.qkv, _INNER * width * layer.inner)

@@ -19,7 +19,7 @@ from .batches import Batch, validation_batches
 from .data import Splits, read_splits
 from .distributed import Processes
 from .examples import Examples, tokenize
-from .options import FineTuneOptions
+from .options import FineTuneOptions, TrainOptions
 from .trainer import Listener
 
 
@@ -87,6 +87,8 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
             "The model's weights are quantized; what is trained of them becomes full precision. mlx-lm cannot put such "
             "weights into the quantized model: fuse them."
         )
+    elif model.quantization and model.expanded:
+        listener.say("The model's packed weights were unpacked at load, which is faster on a CPU.")
     length = _usable_length(options.max_seq_length, model.config, listener)
     examples = {}
     for split in ("train", "valid", "test"):
@@ -142,7 +144,7 @@ def _give_template(name: str, tokenizer: Tokenizer) -> bool:
 
 def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
     most = config.rope_max_length
-    if wanted > most:
+    if wanted > most and wanted != TrainOptions.max_seq_length:
         listener.say(f"--max-seq-length is {most}, not {wanted}: the model's positions end there.")
     return min(wanted, most)
 

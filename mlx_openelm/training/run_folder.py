@@ -89,9 +89,19 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise RequestError(f"There is no run in {path} to --resume; start one without it.")
     if not resume and not overwrite and holds_run(path):
         raise RequestError(
-            f"{path} holds a run already; continue it with --resume, replace it with --overwrite, "
-            "or choose another --adapter-path."
+            f"{path} holds {_what_is_held(path)}replace it with --overwrite, or choose another --adapter-path."
         )
+
+
+def _what_is_held(path: Path) -> str:
+    """What a folder has of a run, and where there is enough of it that it can be continued."""
+    if (path / RUN).exists():
+        try:
+            read_run(path)
+        except RequestError:
+            return f"a run whose {RUN} is damaged; "
+        return "a run already; continue it with --resume, "
+    return "an adapter already; " if (path / "adapter_config.json").exists() else f"parts of a run without {RUN}; "
 
 
 def holds_run(path: Path) -> bool:

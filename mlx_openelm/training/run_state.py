@@ -100,6 +100,8 @@ class Checkpoints:
                 sums = {name: _write(partial / name, part) for name, part in parts.items()}
                 if self._export is not None:
                     self._export(partial)
+                    others = (path for path in partial.iterdir() if path.name not in sums)
+                    sums |= {path.name: _size_and_checksum(path) for path in others}
                 record = {"version": _VERSION, "state": dataclasses.asdict(state), "files": sums}
                 _write_text(partial / _STATE, json.dumps(record, indent=2) + "\n")
         except OpenELMError as error:
@@ -195,6 +197,10 @@ def _write(path: Path, tensors: Mapping[str, mx.array]) -> dict[str, int]:
         mx.save_safetensors(file, dict(tensors))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
+    return _size_and_checksum(path)
+
+
+def _size_and_checksum(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
 
 
@@ -220,7 +226,7 @@ def _damage(path: Path) -> str | None:
         if record["version"] != _VERSION:
             return f"{_STATE} is of a version this program does not know"
         RunState(**record["state"])
-        for name in (_WEIGHTS, _OPTIMIZER):
+        for name in (_WEIGHTS, _OPTIMIZER, *record["files"]):
             expected, actual = record["files"][name], (path / name).stat().st_size
             if actual != expected["bytes"]:
                 return f"{name} has {actual:,} bytes, not {expected['bytes']:,}"
