@@ -23,9 +23,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import random_model
 
 TIME_BAR = 1.0
 MEMORY_BAR = 1 / 3
@@ -221,24 +222,11 @@ def run(command: list[str]) -> None:
 
 def make_model(size: str, folder: Path) -> None:
     """A float32 folder of a published size in Hugging Face's layout, tensor by tensor, with a tokenizer of its size."""
-    import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
+    random_model.write(size, folder)
+
     from mlx_openelm import catalog
-    from mlx_openelm.config import ModelConfig
-    from mlx_openelm.formats import mlx as mlx_format
-    from mlx_openelm.formats.weights import Tensor, Weights
     from mlx_openelm.tokenizer import Tokenizer
 
-    import mlx.core as mx
-
-    def values(shape: tuple[int, ...]) -> mx.array:
-        return mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
-
-    mx.random.seed(0)
-    config = ModelConfig.from_name(size)
-    shapes = config.tensor_shapes()
-    weights = Weights({name: Tensor(mx.float32, shape, partial(values, shape)) for name, shape in shapes.items()})
-    folder.mkdir()
-    mlx_format.write(folder, mlx_format.Checkpoint(config, weights))
     Tokenizer.from_folder(catalog.ASSETS / "tiny").save(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -21,9 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+import random_model
 
 PROMPT_LENGTHS = (128, 512)
 TEXT = "To be, or not to be"
@@ -151,24 +152,11 @@ def cold_start(whose: str, folder: Path) -> float:
 
 
 def make_weights(size: str, folder: Path, tokenizer: Path) -> None:
-    """A float32 MLX folder of a published size with random weights of the scale of trained ones."""
-    import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
-    from mlx_openelm.config import ModelConfig
-    from mlx_openelm.formats.mlx import Checkpoint, write
-    from mlx_openelm.formats.weights import Tensor, Weights
+    """A float32 MLX folder of a published size with random weights and the tokenizer of another folder."""
+    random_model.write(size, folder)
+
     from mlx_openelm.tokenizer import Tokenizer
 
-    import mlx.core as mx
-
-    def values(shape: tuple[int, ...]) -> mx.array:
-        return mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
-
-    mx.random.seed(0)
-    config = ModelConfig.from_name(size)
-    shapes = config.tensor_shapes()
-    weights = Weights({name: Tensor(mx.float32, shape, partial(values, shape)) for name, shape in shapes.items()})
-    folder.mkdir()
-    write(folder, Checkpoint(config, weights))
     Tokenizer.from_folder(tokenizer).save(folder)
 
 

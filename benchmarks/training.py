@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import random_model
+
 RANK, SCALE, RATE = 8, 20.0, 1e-5
 BATCH_SIZE = 4
 # Rows, length: of the equal batches.
@@ -120,30 +122,15 @@ def worker(what: str, **values: Any) -> Any:
 
 
 def make_model(size: str, folder: Path) -> Path:
-    """A float32 MLX folder: `tiny`, or a published size with random weights of the scale of trained ones."""
-    import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
+    """A float32 MLX folder: `tiny`, or a published size with random weights."""
     from mlx_openelm import convert
-    from mlx_openelm.config import ModelConfig
-    from mlx_openelm.formats.mlx import Checkpoint, write
-    from mlx_openelm.formats.weights import Tensor, Weights
     from mlx_openelm.tokenizer import Tokenizer
-
-    import mlx.core as mx
 
     tiny = convert("tiny", folder / "tiny", dequantize=True, dtype="float32").path
     if size == "tiny":
         return tiny
-
-    def values(shape: tuple[int, ...]) -> mx.array:
-        return mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
-
-    mx.random.seed(0)
-    config = ModelConfig.from_name(size)
-    shapes = config.tensor_shapes()
-    weights = Weights({name: Tensor(mx.float32, shape, partial(values, shape)) for name, shape in shapes.items()})
     target = folder / size
-    target.mkdir()
-    write(target, Checkpoint(config, weights))
+    random_model.write(size, target)
     Tokenizer.from_folder(tiny).save(target)
     return target
 

@@ -76,8 +76,7 @@ def average(
         {
             "mlx_path": Path(mlx_path),
             "dtype": dtype,
-            "tokenizer": None if tokenizer is None else Path(tokenizer),
-            "config_yaml": None if config_yaml is None else Path(config_yaml),
+            **model_card.source_flags(tokenizer, config_yaml),
         },
     )
     write_source(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)

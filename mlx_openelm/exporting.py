@@ -81,9 +81,7 @@ def export(
             "output": None if output is None else Path(output),
             "gguf_type": gguf_type,
             "dtype": dtype,
-            "tokenizer": None if tokenizer is None else Path(tokenizer),
-            "config_yaml": None if config_yaml is None else Path(config_yaml),
-            "revision": revision,
+            **model_card.source_flags(tokenizer, config_yaml, revision),
         },
     )
     if format == "gguf":

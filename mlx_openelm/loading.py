@@ -225,9 +225,7 @@ def convert(
             "q_mode": q_mode if quantize and recipe is None else None,
             "recipe": recipe,
             "dequantize": dequantize,
-            "tokenizer": None if tokenizer is None else Path(tokenizer),
-            "config_yaml": None if config_yaml is None else Path(config_yaml),
-            "revision": revision,
+            **model_card.source_flags(tokenizer, config_yaml, revision),
         },
     )
     write_source(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})

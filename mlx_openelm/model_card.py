@@ -203,6 +203,17 @@ def command_line(command: str, flags: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def source_flags(
+    tokenizer: str | Path | None, config_yaml: str | Path | None, revision: str | None = None
+) -> dict[str, Any]:
+    """For `command_line`: what `open_source` is told beside the model's name; the first two are files."""
+    return {
+        "tokenizer": None if tokenizer is None else Path(tokenizer),
+        "config_yaml": None if config_yaml is None else Path(config_yaml),
+        "revision": revision,
+    }
+
+
 def without_folders(value: object) -> str:
     """The last part of a path, and other text as it is: where a person keeps their files is nobody's business."""
     text = str(value)

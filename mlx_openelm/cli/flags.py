@@ -62,6 +62,18 @@ Expand = Annotated[
         "while memory allows.",
     ),
 ]
+# How a command that packs on the side is told to; `quantize` has these and more as fields of QuantizeOptions.
+QBits = Annotated[int | None, typer.Option(help="Bits per weight; affine: 4 unless told.")]
+QGroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale; affine: 64 unless told.")]
+QMode = Annotated[str, typer.Option(help="affine, mxfp4, nvfp4 or mxfp8.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "--quant-predicate",
+        help="With -q, more bits where they matter: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # The help of every field of GenerationOptions, in the order `--help` shows them.

@@ -38,19 +38,10 @@ def run(
     quantize: Annotated[
         bool, typer.Option("--quantize", "-q", help="Pack the matrices of a full model, or those of a packed one anew.")
     ] = False,
-    q_bits: Annotated[int | None, typer.Option(help="Bits per weight; affine: 4 unless told.")] = None,
-    q_group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale; affine: 64 unless told.")
-    ] = None,
-    q_mode: Annotated[str, typer.Option(help="affine, mxfp4, nvfp4 or mxfp8.")] = "affine",
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "--quant-predicate",
-            help="With -q, more bits where they matter: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.",
-        ),
-    ] = None,
+    q_bits: flags.QBits = None,
+    q_group_size: flags.QGroupSize = None,
+    q_mode: flags.QMode = "affine",
+    recipe: flags.Recipe = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model; otherwise it is packed again.")
     ] = False,
