@@ -112,6 +112,13 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def has_kernels() -> bool:
+    """Whether matrix products go through our own kernels for CPUs, which take weights as they are stored."""
+    from . import native
+
+    return native.kernels is not None and not on_gpu()
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in, for weights stored as `stored`.
 

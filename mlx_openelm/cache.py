@@ -58,12 +58,18 @@ class KVCache(Cache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns all of them."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        if self.keys is None or self.offset > self.keys.shape[2]:
-            self.keys, self.values = (grow(old, new, start) for old, new in ((self.keys, keys), (self.values, values)))
+        start = self.reserve(*keys.shape, keys.dtype)
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def reserve(self, rows: int, heads: int, length: int, dim: int, dtype: mx.Dtype) -> int:
+        """Count `length` new positions and make room for them in the buffers; returns where they are to be written."""
+        start, self.offset = self.offset, self.offset + length
+        if self.keys is None or self.offset > self.keys.shape[2]:
+            shape = rows, heads, length, dim
+            self.keys, self.values = (grow(old, shape, dtype, start) for old in (self.keys, self.values))
+        return start
 
     def size(self) -> int:
         return self.offset
@@ -113,7 +119,7 @@ class QuantizedKVCache(Cache):
         if self.keys is None or self.offset > self.keys[0].shape[2]:
             olds = (self.keys or (None,) * 3, self.values or (None,) * 3)
             self.keys, self.values = (
-                tuple(grow(old, new, start) for old, new in zip(part, news, strict=True))
+                tuple(grow(old, new.shape, new.dtype, start) for old, new in zip(part, news, strict=True))
                 for part, news in zip(olds, packed, strict=True)
             )
         for buffers, news in zip((self.keys, self.values), packed, strict=True):
@@ -251,10 +257,10 @@ def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0
     return mask
 
 
-def grow(buffer: mx.array | None, new: mx.array, used: int) -> mx.array:
-    """`buffer` with what it holds and room for `new` [B, K, L, D] behind its `used` columns, in whole steps."""
-    room = -(-new.shape[2] // STEP) * STEP
-    zeros = mx.zeros((*new.shape[:2], room, new.shape[3]), new.dtype)
+def grow(buffer: mx.array | None, new: Sequence[int], dtype: mx.Dtype, used: int) -> mx.array:
+    """`buffer` with what it holds and room for a shape `new` [B, K, L, D] behind its `used` columns, in whole steps."""
+    room = -(-new[2] // STEP) * STEP
+    zeros = mx.zeros((*new[:2], room, new[3]), dtype)
     return zeros if buffer is None else mx.concatenate([buffer[:, :, :used], zeros], axis=2)
 
 

@@ -30,12 +30,56 @@ class Linear(nn.Linear):
         """residual + self(x), in one product."""
         return ops.linear(x, self["weight"], residual)
 
+    def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
+        return QuantizedLinear.from_linear(self, *packing, **named)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """The same with a packed weight, through `ops.quantized_linear`; `rounds` lets few rows be rounded there."""
+
+    rounds = False
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._product(x)
+
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        return self._product(x, residual)
+
+    def _product(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        return ops.quantized_linear(x, *packed(self), rounds=self.rounds, residual=residual)
+
 
 class Embedding(nn.Embedding):
     """Token embeddings that also serve as the output layer."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"])
+
+    def to_quantized(self, *packing: Any, **named: Any) -> QuantizedEmbedding:
+        return QuantizedEmbedding.from_embedding(self, *packing, **named)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """The same with a packed weight."""
+
+    rounds = False
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        (weight, scales, biases), (group_size, bits, mode) = packed(self)
+        if biases is None:
+            return super().__call__(tokens)
+        # In float32: scales may have 16 bits, what they scale needs more.
+        scales, biases = (part[tokens].astype(mx.float32) for part in (scales, biases))
+        return mx.dequantize(weight[tokens], scales, biases, group_size, bits, mode)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return ops.quantized_linear(x, *packed(self), rounds=self.rounds)
+
+
+def packed(layer: nn.Module) -> tuple[tuple[mx.array, mx.array, mx.array | None], tuple[int, int, str]]:
+    """A quantized layer's packed weight, scales and biases, and its group size, bits and mode."""
+    parts = layer["weight"], layer["scales"], layer.get("biases")
+    return parts, (layer.group_size, layer.bits, layer.mode)
 
 
 class RMSNorm(nn.RMSNorm):

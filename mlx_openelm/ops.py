@@ -1,8 +1,8 @@
-"""What a layer computes, in the form that is fastest on the device: fused kernels on a GPU, few primitives on a CPU.
+"""What a layer computes, in the form that is fastest on the device: MLX's fused kernels on a GPU, ours on a CPU.
 
 `mx.fast` has no CPU kernels: there its functions expand into many primitives, and RoPE's angles are
-computed anew in every layer. So on a CPU the same mathematics is spelled out here in as few
-primitives as it needs; the model reads the same everywhere.
+computed anew in every layer. So on a CPU a layer's steps are kernels of `native`; where those are not to be
+had, the same mathematics is spelled out here in as few primitives as it needs. The model reads the same everywhere.
 
 Shapes: B rows, L new positions, N = B * L, T positions with the past, H query heads, K key-value
 heads, D head_dim. Activations between layers are [N, model_dim].
@@ -10,12 +10,13 @@ heads, D head_dim. Activations between layers are [N, model_dim].
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
 
-from . import cpu_math
+from . import cpu_math, native
+from .cache import KVCache
 
 Heads = tuple[mx.array, mx.array, mx.array]
 
@@ -31,6 +32,9 @@ _SMALLEST_BLOCK = 32
 # Rotation matrices made at a time while decoding: 2 MB of them for the largest head.
 _MATRICES = 32
 
+# Positions of the smallest table of RoPE's angles; others have twice as many, and so on.
+_SMALLEST_TABLE = 256
+
 # From here on a CPU's own exponential pays: it costs several primitives, and compiles once a machine.
 _MANY_ROWS = 64
 
@@ -40,14 +44,44 @@ def _on_gpu() -> bool:
     return mx.default_device().type is _GPU
 
 
+def _kernels() -> Any:
+    """The kernels of `native`, where they are to be used; else None."""
+    return None if mx.default_device().type is _GPU else native.kernels
+
+
 def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> mx.array:
     """x [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out]."""
+    if (kernels := _kernels()) is not None:
+        return kernels.linear(x, weight, residual)
     blocks = _blocks(*weight.shape)
     if blocks is None or x.size != blocks[2] or _on_gpu():
         return x @ weight.T if residual is None else mx.addmm(residual, x, weight.T)
     # Three dimensions on both sides, since MLX would join the blocks again for a matrix of two.
     output = (weight.reshape(blocks) @ x.reshape(1, -1, 1)).reshape((*x.shape[:-1], -1))
     return output if residual is None else residual + output
+
+
+def quantized_linear(
+    x: mx.array,
+    parts: tuple[mx.array, mx.array, mx.array | None],
+    packing: tuple[int, int, str],
+    *,
+    rounds: bool = False,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """x [..., in] times a packed weight [out, in] transposed, plus residual [..., out] if there is one: [..., out].
+
+    Args:
+        parts: packed weight, scales, and in affine mode biases.
+        packing: group size, bits, mode.
+        rounds: whether a CPU's kernels may round x to 8 bits, in groups, where it has few rows.
+    """
+    weight, scales, biases = parts
+    group_size, bits, mode = packing
+    if mode == "affine" and (kernels := _kernels()) is not None:
+        return kernels.quantized_linear(x, weight, scales, biases, bits, group_size, rounds, residual)
+    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
+    return y if residual is None else residual + y
 
 
 @lru_cache
@@ -63,6 +97,8 @@ def _blocks(out_dims: int, in_dims: int) -> tuple[int, int, int] | None:
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x [N, dim] over its root mean square, times weight [dim] (paper, section 2.1)."""
+    if (kernels := _kernels()) is not None:
+        return kernels.rms_norm(x, weight, eps)
     if _on_gpu():
         return mx.fast.rms_norm(x, weight, eps)
     return _normalized(x, eps) * weight
@@ -89,6 +125,8 @@ def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
 
 def swiglu(gate_and_up: mx.array) -> mx.array:
     """silu(gate) * up for gate_and_up [N, 2 * inner], gate first."""
+    if (kernels := _kernels()) is not None:
+        return kernels.swiglu(gate_and_up)
     if _on_gpu():
         return _fused_swiglu(gate_and_up)
     gate, up = mx.split(gate_and_up, 2, axis=-1)
@@ -149,8 +187,14 @@ class Attend:
         self._added: mx.array | None = None  # the mask as numbers to add, made by the first layer that needs it
         self.scale = head_dim**-0.5
         self.fused = _on_gpu()
-        if not self.fused:
-            self.rotate = _Rotation(head_dim, base, offset, length)
+        self.kernels = _kernels()
+        self.length = length
+        if self.kernels is not None:
+            self.table = _rotation_table(head_dim, base, offset, length)
+
+    @cached_property
+    def rotate(self) -> _Rotation:
+        return _Rotation(self.head_dim, self.base, self.offset, self.length)
 
     def __call__(
         self,
@@ -168,6 +212,8 @@ class Attend:
             norms: how queries and keys are normalized before RoPE, if they are.
             cache: extended in place, ours or mlx-lm's; or None.
         """
+        if self.kernels is not None:
+            return self._with_kernels(qkv, shape, num_heads, norms, cache)
         queries, keys, values = self.heads(qkv, shape, num_heads, norms)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
@@ -182,6 +228,36 @@ class Attend:
         if shape[1] > 1:
             output = output.swapaxes(1, 2)
         return output.reshape(qkv.shape[0], -1)
+
+    def _with_kernels(
+        self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any
+    ) -> mx.array:
+        """The same with the kernels of `native`, which write straight into a growing cache of ours."""
+        weights = (norms.query_weight, norms.key_weight) if norms is not None else (None, None)
+        eps = norms.eps if norms is not None else 0.0
+        keys: Any
+        if type(cache) is KVCache and qkv.dtype == mx.float32:
+            start = cache.reserve(shape[0], num_heads[1], shape[1], self.head_dim, qkv.dtype)
+            # The cache lets go of its buffers here, so that the kernel may write into them.
+            queries, cache.keys, cache.values = self.kernels.split_heads(
+                qkv, self.table, *weights, cache.keys, cache.values, *num_heads, eps, start
+            )
+            keys, values, total = [cache.keys], [cache.values], cache.offset
+        else:
+            queries, keys, values = self.kernels.split_heads(
+                qkv, self.table, *weights, None, None, *num_heads, eps, 0
+            )
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+            keys, values = (list(x) if isinstance(x, tuple | list) else [x] for x in (keys, values))
+            total = keys[0].shape[2]
+        mask = self.mask if isinstance(self.mask, mx.array) else None
+        if mask is not None:
+            if self._added is None:
+                self._added = _as_numbers(mask, mx.float32)
+            mask = self._added
+        packing = (cache.bits, cache.group_size) if len(keys) > 1 else (0, 0)
+        return self.kernels.attention(queries, keys, values, self.scale, self.mask == "causal" if mask is None else False, mask, total, *packing)
 
     def heads(
         self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
@@ -253,10 +329,37 @@ def _additive_mask(mask: mx.array | str, length: int, total: int, dtype: mx.Dtyp
     """
     if isinstance(mask, str):
         mask = mx.arange(total - length, total)[:, None] >= mx.arange(total)
+    mask = _as_numbers(mask, dtype)
+    return mask[:, :, None] if mask.ndim == 4 else mask
+
+
+def _as_numbers(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     if mask.dtype == mx.bool_:
         mask = mx.where(mask, 0.0, mx.finfo(dtype).min)
-    mask = mask.astype(dtype)
-    return mask[:, :, None] if mask.ndim == 4 else mask
+    return mask.astype(dtype)
+
+
+def _rotation_table(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+    """[1 or B, L, D]: the cosines, then the sines, of each position's angles."""
+    if isinstance(offset, mx.array):
+        return _make_table(head_dim, base, offset, length)
+    positions = _SMALLEST_TABLE
+    while positions < offset + length:
+        positions *= 2
+    return _table_of(head_dim, base, positions)[:, offset : offset + length]
+
+
+@lru_cache(maxsize=4)
+def _table_of(head_dim: int, base: float, positions: int) -> mx.array:
+    """The table of the first positions, computed once for all tokens."""
+    table = _make_table(head_dim, base, 0, positions)
+    mx.eval(table)
+    return table
+
+
+def _make_table(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+    half = head_dim // 2
+    return mx.concatenate([x[:, :, 0, :half] for x in _rotation_angles(head_dim, base, offset, length)], axis=-1)
 
 
 class _Rotation:

@@ -1,0 +1,365 @@
+"""A CPU without a GPU: ours beside llama.cpp and mlx-lm, and beside the memory's bandwidth; one command, one run.
+
+    python benchmarks/cpu.py                                        # the 270M size, and tiny
+    python benchmarks/cpu.py --only "4 bit" --cache /tmp/m --json   # keeps the models it makes
+    python benchmarks/cpu.py --size 1_1B --without QLoRA            # slow
+
+Weights of the true sizes are random, and the same in every program's files. Programs take turns, each turn in a new
+process; the median of all turns counts. llama.cpp's rows need `pip install llama-cpp-python`, which compiles for about
+ten minutes. mlx-lm runs as its wheel comes, with the BLAS bundled in MLX's, or with OpenBLAS, as a row's name says; in
+float32, where it says so, it is several times faster with packed weights than in bfloat16, which their scales make it
+choose. Linux only: memory is what /proc says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import generation
+import training
+
+PROMPT_LENGTHS = generation.PROMPT_LENGTHS
+# What an update of QLoRA sees: rows, length. mlx-lm's takes half a minute even so.
+QLORA_SHAPE = (1, 64)
+
+OURS, LLAMA_CPP, WHEEL, OPENBLAS = "ours", "llama.cpp", "mlx-lm as its wheel comes", "mlx-lm with OpenBLAS"
+WHEEL_FLOAT32 = f"{WHEEL}, in float32"
+# Tokens before decoding is timed, and with it, unless 16 and 48; the wheel's mlx-lm takes two seconds for one.
+DECODED = {"tiny": (16, 256), WHEEL: (1, 6), WHEEL_FLOAT32: (1, 6)}
+
+
+@dataclass(frozen=True)
+class Type:
+    """How weights are stored: flags of `mlx-openelm convert`, llama.cpp's nearest type, and the bars.
+
+    `decode` and `prompt` are ours / llama.cpp's tokens a second, `share` what decoding uses of the memory's bandwidth.
+    """
+
+    flags: tuple[str, ...]
+    gguf: str
+    decode: float
+    prompt: float
+    share: float | None
+
+
+TYPES = {
+    "4 bit": Type(("-q",), "q4_0", decode=1.1, prompt=0.5, share=0.55),
+    "8 bit": Type(("-q", "--q-bits", "8"), "q8_0", decode=1.0, prompt=0.7, share=None),
+    "bfloat16": Type(("--dtype", "bfloat16"), "bf16", decode=1.0, prompt=0.5, share=0.85),
+    "float32": Type(("--dtype", "float32"), "f32", decode=1.0, prompt=0.7, share=0.85),
+}
+
+
+class Job(NamedTuple):
+    """A number to measure: `key` of what the worker `what` answers for a program and a model."""
+
+    what: str
+    program: str
+    model: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row to measure. Of several others the fastest counts."""
+
+    name: str
+    ours: Job
+    others: tuple[Job, ...] = ()
+    bar: float | None = None
+    larger: bool = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="270M", help="the true size to measure: 270M, 450M, 1_1B, 3B")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this")
+    parser.add_argument("--without", help="leave out rows whose name contains this, such as QLoRA")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every program; by default all cores")
+    parser.add_argument("--cache", type=Path, help="make models in this folder and keep them for the next run")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--worker", nargs=4, metavar=("WHAT", "PROGRAM", "MODEL", "KEYS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        what, program, model, keys = arguments.worker
+        print(json.dumps(WORKERS[what](program, model, keys.split(","))))
+        return
+    os.environ["OMP_NUM_THREADS"] = generation.ENVIRONMENT["OMP_NUM_THREADS"] = str(arguments.threads)
+    groups = choose(plans(arguments.size, arguments.threads), arguments.only, arguments.without)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as temporary:
+        models = Models(arguments.size, arguments.cache or Path(temporary))
+        for row in measure(groups, models, arguments.repeats):
+            rows.append(row)
+            if not arguments.json:
+                print(training.as_text(row), flush=True)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+
+
+def plans(size: str, threads: int) -> Iterator[list[Plan]]:
+    """The rows, those together that are measured in the same turns."""
+    bandwidth = Job("bandwidth", "memory", "", "read")
+    yield [Plan(f"memory bandwidth, {threads} threads (GB/s)", bandwidth)]
+    for name, kind in TYPES.items():
+        beside = partial(plan_beside, name, size)
+        share = Job("speed", OURS, name, "read")
+        yield [
+            Plan(f"decoding's share of the bandwidth (GB/s), {name}, {size}", share, (bandwidth,), kind.share),
+            beside("decoding (tokens/s)", "speed", "decode", kind.decode),
+            *(beside("decoding (tokens/s)", "speed", "decode", bar, program)
+              for program, bar in ((WHEEL, 30), (WHEEL_FLOAT32, None)) if name == "4 bit"),
+            *(beside(f"prompt of {n} (tokens/s)", "speed", f"prompt_{n}", kind.prompt) for n in PROMPT_LENGTHS),
+            beside("peak memory (MB)", "memory", "peak", 1.2, larger=False),
+        ]  # fmt: skip
+    both = tuple(Job("speed", OPENBLAS, model, "decode") for model in ("tiny", "tiny-float32"))
+    yield [Plan(f"decoding (tokens/s), tiny, {OPENBLAS}", Job("speed", OURS, "tiny", "decode"), both, 8)]
+    ours, theirs = (Job("qlora", "both", "4 bit", whose) for whose in ("ours", "mlx-lm"))
+    yield [Plan(f"QLoRA step (tokens/s), {size}, {OPENBLAS}, in float32", ours, (theirs,), 3)]
+
+
+def plan_beside(
+    name: str, size: str, title: str, what: str, key: str, bar: float | None, program: str = LLAMA_CPP, **options: Any
+) -> Plan:
+    """A row of ours beside another program, both with weights of the type `name`."""
+    own, other = (Job(what, whose, name, key) for whose in (OURS, program))
+    gguf = f" {TYPES[name].gguf}" if program == LLAMA_CPP else ""
+    return Plan(f"{title}, {name}, {size}, {program}{gguf}", own, (other,), bar, **options)
+
+
+def choose(groups: Iterator[list[Plan]], only: str, without: str | None) -> list[list[Plan]]:
+    """The rows that are asked for, without llama.cpp's where it is not installed."""
+    chosen = [[row for row in rows if only in row.name and (not without or without not in row.name)] for rows in groups]
+    if not any(LLAMA_CPP in row.name for rows in chosen for row in rows):
+        return chosen
+    if subprocess.run([sys.executable, "-c", "import llama_cpp"], capture_output=True).returncode == 0:
+        return chosen
+    advice = "`pip install llama-cpp-python` brings them (it compiles for about ten minutes)."
+    print(f"llama.cpp's rows are left out; {advice}", file=sys.stderr)
+    return [[row for row in rows if LLAMA_CPP not in row.name] for rows in chosen]
+
+
+def measure(groups: list[list[Plan]], models: Models, repeats: int) -> Iterator[dict[str, Any]]:
+    for group in groups:
+        measured = in_turns({job for plan in group for job in (plan.ours, *plan.others)}, models, repeats)
+        for plan in group:
+            other = max((measured[job] for job in plan.others), default=None)
+            yield training.make_row(plan.name, measured[plan.ours], other, plan.bar, plan.larger)
+
+
+def in_turns(jobs: set[Job], models: Models, repeats: int) -> dict[Job, float]:
+    """The median of every job; in a turn each program answers all that it is asked, in a process of its own."""
+    processes: dict[tuple[str, str, str], list[Job]] = {}
+    for job in sorted(jobs):
+        processes.setdefault((job.what, job.model, job.program), []).append(job)
+    paths = {process: models.path(process[2], process[1]) for process in processes}
+    measured: dict[Job, list[float]] = {job: [] for job in jobs}
+    for _ in range(repeats):
+        for process, asked in processes.items():
+            what, _, program = process
+            answer = worker(what, program, paths[process], ",".join(job.key for job in asked))
+            for job in asked:
+                measured[job].append(answer[job.key])
+    return {job: statistics.median(values) for job, values in measured.items()}
+
+
+def worker(*arguments: str) -> dict[str, float]:
+    environment = {"MLX_OPENELM_BLAS": "0"} if arguments[1].startswith(WHEEL) else {}
+    output = generation.run([sys.executable, __file__, "--worker", *arguments], **environment)
+    return json.loads(output.splitlines()[-1])
+
+
+@dataclass
+class Models:
+    """The same weights in every type and format, each made when it is first asked for."""
+
+    size: str
+    folder: Path
+
+    def path(self, program: str, model: str) -> str:
+        """Where a program reads a model: one of `TYPES`, `tiny` as packaged, `tiny-float32`, or none."""
+        if not model:
+            return ""
+        if model == "tiny":
+            from mlx_openelm.catalog import TINY_FOLDER
+
+            return str(TINY_FOLDER)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if model == "tiny-float32":
+            return self._make(model, ["convert", "--model", "tiny", "--dequantize", "--dtype", "float32", "--mlx-path"])
+        random = self.folder / f"{self.size}-float32"
+        if not random.exists():
+            with tempfile.TemporaryDirectory(dir=self.folder) as unfinished:
+                worker("weights", self.size, f"{unfinished}/model", "")
+                Path(unfinished, "model").rename(random)
+        kind = TYPES[model]
+        if program == LLAMA_CPP:
+            flags = ["export", "--format", "gguf", "--gguf-type", kind.gguf, "--model", str(random), "--output"]
+            return self._make(f"{self.size}-{kind.gguf}.gguf", flags)
+        name = f"{self.size}-{model.replace(' ', '-')}"
+        return self._make(name, ["convert", "--model", str(random), *kind.flags, "--mlx-path"])
+
+    def _make(self, name: str, command: list[str]) -> str:
+        path = self.folder / name
+        if not path.exists():  # nothing appears there half-written
+            generation.run([sys.executable, "-m", "mlx_openelm", *command, str(path)])
+        return str(path)
+
+
+# What runs in a process of its own. Each gives numbers by name.
+
+
+def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
+    """Make the float32 folder that all others are made of, with tiny's tokenizer."""
+    from mlx_openelm.catalog import TINY_FOLDER
+
+    generation.make_weights(size, Path(folder), TINY_FOLDER)
+    return {}
+
+
+def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
+    """GB (1e9 bytes) a second of threads that read 1 GiB together, the best of ten times.
+
+    The maximum is the cheapest thing to ask of numbers: with SIMD it waits for memory only.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    values = np.ones(1 << 28, np.float32)
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(10):
+            started = time.perf_counter()
+            list(pool.map(np.max, np.array_split(values, threads)))
+            seconds.append(time.perf_counter() - started)
+    return {"read": values.nbytes / min(seconds) / 1e9}
+
+
+def speed(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+    """Tokens a second of a program's own decoding loop, and the GB a second of weights that decoding reads."""
+    seconds = generate(program, path)
+    prompts = [int(key.removeprefix("prompt_")) for key in keys if key.startswith("prompt_")]
+    start, count = DECODED.get("tiny" if Path(path).name.startswith("tiny") else program, (16, 48))
+    seconds(max(prompts, default=start), 2)
+    answer = {f"prompt_{n}": n / seconds(n, 1) for n in prompts}
+    if {"decode", "read"} & set(keys):
+        answer["decode"] = 1 / seconds(start, count)
+    if "read" in keys:
+        answer["read"] = answer["decode"] * bytes_of_matrices(path) / 1e9
+    return answer
+
+
+def generate(program: str, path: str) -> Callable[[int, int], float]:
+    """A function from prompt length and new tokens to seconds: those of the prompt for one token, else of each more."""
+    if program == LLAMA_CPP:
+        return generate_with_llama_cpp(path)
+    if program == OURS:
+        return generation.generation("ours", generation.load_ours(path)[0])
+    model = generation.load_theirs(path)[0]
+    if program == WHEEL_FLOAT32:
+        in_float32(model)
+    return generation.generation("mlx-lm", model)
+
+
+def in_float32(model: Any) -> None:
+    """Let a model compute in float32; packed weights stay packed."""
+    import mlx.core as mx
+
+    model.set_dtype(mx.float32)
+
+
+def generate_with_llama_cpp(path: str) -> Callable[[int, int], float]:
+    """`generate`, through llama.cpp's own functions: its Python classes copy and sample more slowly.
+
+    Flash attention is on, as llama.cpp has it by default where it can; its Python package would turn it off, which
+    costs a sixth of the speed.
+    """
+    import llama_cpp
+    import numpy as np
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    llama = llama_cpp.Llama(path, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads,
+                            flash_attn=True, verbose=False)  # fmt: skip
+    vocabulary = llama.n_vocab()
+
+    def step(tokens: list[int]) -> int:
+        """The likeliest token after these and what came before."""
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+        if llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(array, len(tokens))):
+            sys.exit("llama_decode failed")
+        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax())
+
+    def seconds(prompt_length: int, count: int) -> float:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+        prompt = [1 + i % 1000 for i in range(prompt_length)]
+        started = time.perf_counter()
+        token = step(prompt)
+        first = time.perf_counter()
+        for _ in range(count - 1):
+            token = step([token])
+        return first - started if count == 1 else (time.perf_counter() - first) / (count - 1)
+
+    return seconds
+
+
+def bytes_of_matrices(folder: str) -> int:
+    """Of all matrices as stored, scales included: decoding reads each once a token, the shared embedding for logits."""
+    import mlx.core as mx
+
+    files = Path(folder).glob("*.safetensors")
+    return sum(array.nbytes for file in files for array in mx.load(str(file)).values() if array.ndim > 1)
+
+
+def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+    """Peak MB (1e6 bytes) of loading, a prompt of 512 and 16 tokens, above what a bare interpreter takes.
+
+    It counts pages that are resident, also those of mapped files, as which llama.cpp reads its weights: unlike others
+    they can be given up, but decoding reads all of them for every token.
+    """
+    generate(program, path)(max(PROMPT_LENGTHS), 16)
+    status = Path("/proc/self/status").read_text()
+    bare = generation.run([sys.executable, "-c", "print(open('/proc/self/status').read())"])
+    own_kib, bare_kib = (int(text.split("VmHWM:")[1].split()[0]) for text in (status, bare))
+    return {"peak": (own_kib - bare_kib) * 1024 / 1e6}
+
+
+def qlora(_: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+    """Tokens a second of one update of both programs, from the same adapter on the same packed weights."""
+    answer = {}
+    programs = training.both(path, "lora")
+    in_float32(programs["mlx-lm"].model)
+    for whose, program in programs.items():
+        program.step(training.token_batch(whose, 1, 4))  # a small one that compiles
+        batch = training.token_batch(whose, *QLORA_SHAPE)
+        started = time.perf_counter()
+        program.step(batch)
+        answer[whose] = QLORA_SHAPE[0] * QLORA_SHAPE[1] / (time.perf_counter() - started)
+    return answer
+
+
+WORKERS: dict[str, Callable[[str, str, Sequence[str]], dict[str, float]]] = {
+    "weights": weights,
+    "bandwidth": bandwidth,
+    "speed": speed,
+    "memory": memory,
+    "qlora": qlora,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Kernels in C++ for MLX on a CPU: found, checked, or done without.
+
+`kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Compiling is part of
+installing where there is a compiler, and `python -m mlx_openelm.native.build` does it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .build import FACTS, LIBRARY
+
+# Set to 0 to do without the kernels.
+VARIABLE = "MLX_OPENELM_NATIVE"
+# The first that is set says how many threads a kernel may use.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native.build"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the kernels are used.
+
+    `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another
+    MLX), foreign (for another processor), failed (it does not load, or does not know MLX's arrays). `detail` says more
+    in a few words, `advice` what to do, if anything.
+    """
+
+    state: str
+    detail: str = ""
+    advice: str | None = None
+
+
+def thread_count() -> int:
+    """Threads for a kernel: what the environment says, else the processors this process may use.
+
+    `OMP_NUM_THREADS` may be a list, one number for each level of nesting; the first counts.
+    """
+    for name in THREAD_VARIABLES:
+        with contextlib.suppress(ValueError):
+            if (count := int(os.environ.get(name, "").split(",")[0])) > 0:
+                return count
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A container may be given fewer than it sees (cgroup v2: microseconds of a period).
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    return count
+
+
+def missing_instructions(needed: list[str]) -> list[str]:
+    """Those of `needed` that this processor does not have; none where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, values = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return [instruction for instruction in needed if instruction not in values.split()]
+    return []
+
+
+def examine(folder: Path) -> Status | None:
+    """What speaks against loading the library in `folder`, from its description alone; None if nothing does."""
+    if os.environ.get(VARIABLE, "").lower() in ("0", "off", "false", "no"):
+        return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE}, if the kernels are wanted")
+    if not (folder / LIBRARY).is_file():
+        return Status("missing", "not compiled", f"{REBUILD} compiles them; it says what it lacks")
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        built_for, machine, needed = facts["mlx"], facts["machine"], list(facts["instructions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Status("failed", f"{FACTS} is missing or damaged", REBUILD)
+    if built_for != mx.__version__:
+        return Status("stale", f"compiled for MLX {built_for}, and {mx.__version__} is installed", REBUILD)
+    lacking = missing_instructions(needed)
+    if machine != platform.machine() or lacking:
+        other = f"has no {', '.join(lacking)}" if lacking else f"is {platform.machine()}, not {machine}"
+        return Status("foreign", f"compiled for another processor: this one {other}", REBUILD)
+    return None
+
+
+def _load() -> tuple[Any, Status]:
+    folder = Path(__file__).parent
+    if (status := examine(folder)) is not None:
+        return None, status
+    try:
+        module = import_module(f"{__name__}.kernels")
+        # Where nanobind differs from MLX's, arrays are strangers to the module.
+        module.rms_norm(mx.ones(2), mx.ones(2), 1e-6)
+    except (ImportError, TypeError) as error:
+        reason = "it does not know MLX's arrays (nanobind differs)" if isinstance(error, TypeError) else str(error)
+        return None, Status("failed", reason, REBUILD)
+    module.set_threads(thread_count())
+    return module, Status("used", f"{module.threads()} threads, for {_instructions(folder)}")
+
+
+def _instructions(folder: Path) -> str:
+    return ", ".join(json.loads((folder / FACTS).read_text())["instructions"]) or platform.machine()
+
+
+kernels, status = _load()

@@ -1,0 +1,171 @@
+"""Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native.build`, and `pip install` through setup.py.
+
+Uses the standard library alone, since setup.py loads this file before anything is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "src"
+LIBRARY = f"kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+# What the library was compiled for, beside it: read before it is loaded, since loading may already use instructions
+# that a processor lacks.
+FACTS = "kernels.json"
+
+# The instructions that are used where the compiler has them, by its macro, and their names in /proc/cpuinfo.
+INSTRUCTIONS = {
+    "__AVX2__": "avx2",
+    "__FMA__": "fma",
+    "__F16C__": "f16c",
+    "__BMI2__": "bmi2",
+    "__AVX512F__": "avx512f",
+    "__AVX512BW__": "avx512bw",
+    "__AVX512VL__": "avx512vl",
+    "__AVX512VNNI__": "avx512_vnni",
+    "__AVX512BF16__": "avx512_bf16",
+    "__AVX512FP16__": "avx512_fp16",
+    "__AVX512VBMI__": "avx512vbmi",
+    "__ARM_FEATURE_DOTPROD": "asimddp",
+    "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp",
+    "__ARM_FEATURE_SVE": "sve",
+}
+
+
+class BuildError(Exception):
+    """Why the kernels cannot be compiled; one line that says what to do."""
+
+
+def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
+    """Compile the library into `folder`, where it appears once it is whole; returns its path.
+
+    Args:
+        flags: for the compiler, behind all others.
+
+    Raises:
+        BuildError: no compiler, no nanobind or MLX to compile against, or an error of the compiler.
+    """
+    compiler = find_compiler()
+    mlx, nanobind = find_mlx(), find_nanobind()
+    options = [
+        *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread"),
+        *("-Wno-psabi", "-Wno-ignored-attributes", "-DNB_DOMAIN=mlx", "-DNDEBUG", native_flag(compiler)),
+        *(f"-isystem{path}" for path in (mlx / "include", nanobind / "include", sysconfig.get_path("include"))),
+        f"-isystem{nanobind / 'ext' / 'robin_map' / 'include'}",
+        *flags,
+    ]
+    sources = [SOURCES / "primitives.cpp", SOURCES / "module.cpp", nanobind / "src" / "nb_combined.cpp"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
+        partial = Path(temporary)
+        objects = [partial / f"{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *options, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, commands))
+        if sys.platform == "darwin":
+            linking = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path/../../mlx/lib"]
+        else:
+            linking = ["-shared", "-Wl,-rpath,$ORIGIN/../../mlx/lib"]
+        library = partial / LIBRARY
+        _run([compiler, *flags, *linking, *map(str, objects), f"-L{mlx / 'lib'}", "-lmlx", "-pthread", "-o", str(library)])
+        facts = {
+            "mlx": _mlx_version(mlx),
+            "nanobind": _nanobind_version(nanobind),
+            "machine": platform.machine(),
+            "instructions": used_instructions(compiler),
+        }
+        (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        # The description first: without a library it means nothing, the other way round it could mean the wrong one.
+        for name in (FACTS, LIBRARY):
+            os.replace(partial / name, folder / name)
+    return folder / LIBRARY
+
+
+def find_compiler() -> str:
+    """The C++ compiler: what CXX names, else g++ or clang++."""
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("g++", "clang++", "c++"):
+        if found := shutil.which(name):
+            return found
+    raise BuildError(
+        f"CXX names {named!r}, which is not there."
+        if named
+        else "There is no C++ compiler; install one (Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install)."
+    )
+
+
+def find_mlx() -> Path:
+    """The folder of the MLX that the library will run with.
+
+    pip builds in an environment of its own; where the one it installs into has an MLX already, that one counts.
+    """
+    for place in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path):
+        folder = Path(place) / "mlx"
+        if (folder / "include" / "mlx" / "mlx.h").is_file() and list((folder / "lib").glob("libmlx.*")):
+            return folder
+    raise BuildError("MLX is not installed; on Linux: pip install 'mlx[cpu]'.")
+
+
+def find_nanobind() -> Path:
+    """The folder of nanobind, with its sources."""
+    for place in sys.path:
+        folder = Path(place) / "nanobind"
+        if (folder / "src" / "nb_combined.cpp").is_file():
+            return folder
+    raise BuildError("nanobind is not installed; pip install nanobind==3.1.0 (what MLX 0.32.4 was built with).")
+
+
+def native_flag(compiler: str) -> str:
+    """The flag that compiles for this very processor: x86 compilers and older ones of ARM name it differently."""
+    for flag in ("-march=native", "-mcpu=native"):
+        if not subprocess.run([compiler, flag, "-E", "-xc++", os.devnull], capture_output=True).returncode:
+            return flag
+    return "-O3"
+
+
+def used_instructions(compiler: str) -> list[str]:
+    """The names in /proc/cpuinfo of what this compiler uses for this processor."""
+    command = [compiler, native_flag(compiler), "-dM", "-E", "-xc++", os.devnull]
+    macros = {line.split()[1] for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()}
+    return [name for macro, name in INSTRUCTIONS.items() if macro in macros]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command[:1])} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def _mlx_version(folder: Path) -> str:
+    lines = (folder / "include" / "mlx" / "version.h").read_text().splitlines()
+    numbers = {line.split()[1]: line.split()[2] for line in lines if line.startswith("#define MLX_VERSION_")}
+    return ".".join(numbers[f"MLX_VERSION_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def _nanobind_version(folder: Path) -> str:
+    lines = (folder / "include" / "nanobind" / "nanobind.h").read_text().splitlines()
+    numbers = {line.split()[1]: line.split()[2] for line in lines if line.startswith("#define NB_VERSION_")}
+    return ".".join(numbers[f"NB_VERSION_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def main() -> None:
+    try:
+        print(build(Path(__file__).parent))
+    except BuildError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+// The Python module `mlx_openelm.native.kernels`.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include "primitives.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(kernels, m) {
+  m.def(
+      "linear",
+      [](const openelm::mx::array& x, const openelm::mx::array& weight, const openelm::Optional& residual) {
+        return openelm::product(x, weight, {}, {}, residual, {});
+      },
+      "x"_a, "weight"_a, "residual"_a = nb::none());
+  m.def(
+      "quantized_linear",
+      [](const openelm::mx::array& x, const openelm::mx::array& weight, const openelm::mx::array& scales,
+         const openelm::mx::array& biases, int bits, int group_size, bool round, const openelm::Optional& residual) {
+        return openelm::product(x, weight, scales, biases, residual, {bits, group_size, round});
+      },
+      "x"_a, "weight"_a, "scales"_a, "biases"_a, "bits"_a, "group_size"_a, "round"_a, "residual"_a = nb::none());
+  m.def("rms_norm", &openelm::rms_norm, "x"_a, "weight"_a, "eps"_a);
+  m.def("swiglu", &openelm::swiglu, "x"_a);
+  m.def("split_heads", &openelm::split_heads, "qkv"_a, "table"_a, "query_weight"_a.none(), "key_weight"_a.none(),
+        "keys"_a.none(), "values"_a.none(), "queries"_a, "kv"_a, "eps"_a, "start"_a);
+  m.def(
+      "attention",
+      [](const openelm::mx::array& queries, const std::vector<openelm::mx::array>& keys,
+         const std::vector<openelm::mx::array>& values, float scale, bool causal, const openelm::Optional& mask,
+         int total, int bits, int group_size) {
+        return openelm::attention(queries, keys, values, scale, causal, mask, total, {bits, group_size});
+      },
+      "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a, "mask"_a.none(), "total"_a, "bits"_a = 0,
+      "group_size"_a = 0);
+  m.def("threads", [] { return openelm::Pool::shared().threads(); });
+  m.def("set_threads", [](int count) { openelm::Pool::shared().set_threads(count); }, "count"_a);
+}

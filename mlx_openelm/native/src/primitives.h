@@ -1,0 +1,51 @@
+// The kernels as operations of MLX: lazy, on the CPU stream, with gradients.
+
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace openelm {
+
+namespace mx = mlx::core;
+using Optional = std::optional<mx::array>;
+
+// How a weight matrix is packed; bits 0 for plain values. `round`: products of few rows may round activations to 8 bits.
+struct Packing {
+  int bits = 0, group = 0;
+  bool round = false;
+};
+
+// x [..., in] times weight [out, in] transposed, plus residual [..., out]: [..., out], of x's type.
+mx::array product(const mx::array& x, const mx::array& weight, const Optional& scales, const Optional& biases,
+                  const Optional& residual, Packing packing);
+
+// x [..., dim] over its root mean square, times weight [dim].
+mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
+
+// silu(gate) * up for x [..., 2 * inner], gate first.
+mx::array swiglu(const mx::array& x);
+
+// Projections qkv [batch * length, (queries + 2 kv) * dim] to queries [batch, length, queries, dim] and keys and values
+// [batch, kv, length, dim], queries and keys normalized (with weights [dim], if given) and rotated by
+// table [1 or batch, length, dim]: cosines, then sines, of each position's angles.
+//
+// With buffers [batch, kv, room, dim], keys and values are written there from position `start` on, and the buffers
+// returned: in place where nobody else holds them.
+std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table, const Optional& query_weight,
+                                   const Optional& key_weight, const Optional& keys, const Optional& values, int queries,
+                                   int kv, float eps, int start);
+
+// Attention of queries [batch, length, heads, dim] to the first `total` positions of keys and values
+// [batch, kv, room, dim], each an array, or (packed, scales, biases): mixed values [batch * length, heads * dim].
+//
+// causal: a position sees those up to itself, the last `length` being the new ones. mask: numbers to add to scores,
+// [length, total] or [batch or 1, 1, length, total].
+mx::array attention(const mx::array& queries, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
+                    float scale, bool causal, const Optional& mask, int total, Packing packing);
+
+}  // namespace openelm

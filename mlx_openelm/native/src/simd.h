@@ -1,0 +1,263 @@
+// Vectors: the one place that knows which instructions there are.
+//
+// `Float` holds as many floats as the machine's widest register (16, 8 or 4). Sums, products and comparisons are the
+// compiler's own vector arithmetic (GCC and Clang know `vector_size` on every machine), which fuses a * b + c into one
+// rounding; intrinsics appear only where that arithmetic has no word for an instruction.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(OPENELM_EMULATE_AVX512)  // the tests run AVX-512's code on machines without it
+#include "emulated_avx512.h"
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace openelm {
+
+#if defined(__AVX512F__) || defined(OPENELM_EMULATE_AVX512)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#endif
+
+// Half precision as stored: bits without arithmetic.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+using Float = Vector<float, kLanes>;
+using Int = Vector<int32_t, kLanes>;
+
+// What memory holds at any address, as a vector; memcpy is how C++ spells an unaligned load.
+template <class V, class T>
+INLINE V read(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V, class T>
+INLINE void write(T* to, V value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+template <class V>
+INLINE V bits_of(const auto& value) {
+  static_assert(sizeof(V) == sizeof value);
+  V bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <int N = kLanes>
+INLINE Vector<float, N> spread(float value) {
+  return value - Vector<float, N>{};
+}
+
+// N small whole numbers in 32 bits each. (GCC 12 has the instructions, but does not find them.)
+template <int N>
+INLINE Vector<int32_t, N> widen(const uint8_t* from) {
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bits_of<Vector<int32_t, 8>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bits_of<Vector<int32_t, 16>>(_mm512_cvtepu8_epi32(read<__m128i>(from)));
+#endif
+  return __builtin_convertvector(read<Vector<uint8_t, N>>(from), Vector<int32_t, N>);
+}
+
+template <int N>
+INLINE Vector<int32_t, N> widen(const uint16_t* from) {
+#if defined(__AVX2__)
+  if constexpr (N == 8) return bits_of<Vector<int32_t, 8>>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bits_of<Vector<int32_t, 16>>(_mm512_cvtepu16_epi32(read<__m256i>(from)));
+#endif
+  return __builtin_convertvector(read<Vector<uint16_t, N>>(from), Vector<int32_t, N>);
+}
+
+// N numbers of a type as floats.
+template <int N = kLanes>
+INLINE Vector<float, N> load(const float* from) {
+  return read<Vector<float, N>>(from);
+}
+
+// bfloat16 is the upper half of a float.
+template <int N = kLanes>
+INLINE Vector<float, N> load(const BFloat16* from) {
+  return bits_of<Vector<float, N>>(widen<N>(&from->bits) << 16);
+}
+
+INLINE float half_to_float(uint16_t half) {
+  // The exponent's bias differs by 112; a multiplication by 2^112 also makes subnormal halves right.
+  uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
+  float value = bits_of<float>(magnitude) * 0x1p112f;
+  uint32_t bits = bits_of<uint32_t>(value);
+  if ((half & 0x7c00) == 0x7c00) bits = 0x7f800000 | (magnitude & 0x7fffff);  // infinities and NaN
+  return bits_of<float>(bits | sign);
+}
+
+template <int N = kLanes>
+INLINE Vector<float, N> load(const Float16* from) {
+#if defined(__F16C__)
+  if constexpr (N == 8) return bits_of<Vector<float, 8>>(_mm256_cvtph_ps(read<__m128i>(from)));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return bits_of<Vector<float, 16>>(_mm512_cvtph_ps(read<__m256i>(from)));
+#endif
+#if defined(__ARM_NEON)
+  if constexpr (N == 4) return bits_of<Vector<float, 4>>(vcvt_f32_f16(read<float16x4_t>(from)));
+#endif
+  Vector<float, N> value;
+  for (int i = 0; i < N; i++) value[i] = half_to_float(from[i].bits);
+  return value;
+}
+
+template <int N = kLanes>
+INLINE Vector<float, N> load(const uint8_t* from) {
+  return __builtin_convertvector(widen<N>(from), Vector<float, N>);
+}
+
+INLINE float load_one(const float* from) { return *from; }
+INLINE float load_one(const BFloat16* from) { return bits_of<float>(uint32_t(from->bits) << 16); }
+INLINE float load_one(const Float16* from) { return half_to_float(from->bits); }
+
+// The first `count` of a vector's numbers, zeros behind them: for the ends of rows.
+template <int N = kLanes, class T>
+INLINE Vector<float, N> load_some(const T* from, int count) {
+  if (count >= N) return load<N>(from);
+  Vector<float, N> value{};
+  for (int i = 0; i < count; i++) value[i] = load_one(from + i);
+  return value;
+}
+
+template <int N>
+INLINE float sum(Vector<float, N> value) {
+  if constexpr (N == 4) {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  } else {
+    using Half = Vector<float, N / 2>;
+    Half halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return sum<N / 2>(halves[0] + halves[1]);
+  }
+}
+INLINE float sum(Float value) { return sum<kLanes>(value); }
+
+// Lane by lane: mask ? a : b.
+template <class V>
+INLINE V choose(auto mask, V a, V b) {
+  return mask ? a : b;
+}
+template <class V>
+INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+INLINE float largest(Float value) {
+  float top = value[0];
+  for (int i = 1; i < kLanes; i++) top = value[i] > top ? value[i] : top;
+  return top;
+}
+
+// e^x: 2^n as bits of the exponent, times 2^f by a polynomial for f in [-1/2, 1/2] (relative error 2e-7).
+// From -87.3 downwards it is 0, so that sums meet no subnormal numbers, which are slow; NaN stays NaN.
+INLINE Float exp(Float x) {
+  constexpr float kLowest = -87.3f, kHighest = 88.7f;
+  Float in_range = x > kHighest ? spread(kHighest) : x;
+  in_range = in_range < kLowest ? spread(kLowest) : in_range;
+  // Adding 1.5 * 2^23 rounds to a whole number; ln 2 in two parts keeps the remainder exact.
+  Float rounded = in_range * 1.44269504f + 12582912.0f, whole = rounded - 12582912.0f;
+  Float f = in_range - whole * 0.693359375f - whole * -2.12194440e-4f;
+  Float p = spread(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  Int power = __builtin_convertvector(whole, Int) << 23;
+  Float value = bits_of<Float>(bits_of<Int>(p) + power);
+  return x < kLowest ? Float{} : x != x ? x : value;
+}
+
+// 32 bytes: the unit in which packed weights are opened, whatever the width of a register.
+using Bytes = Vector<uint8_t, 32>;
+using Sums = Vector<int32_t, 8>;
+
+// Sums of products of unsigned weights below 64 and signed activations, 32 at a time, into 8 lanes.
+//
+// AVX2's instruction adds pairs of products into 16 bits, which hold `kHeld` such additions of weights of `bits` bits;
+// only then they are widened. VNNI and ARM's dot products go to 32 bits at once.
+template <int bits>
+class Dot {
+ public:
+  INLINE void add(Bytes weights, const int8_t* x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    total_ = bits_of<Sums>(_mm256_dpbusd_epi32(
+        bits_of<__m256i>(total_), bits_of<__m256i>(weights), read<__m256i>(x)));
+#elif defined(__AVX2__)
+    if (held_ == kHeld) flush();
+    __m256i pairs = _mm256_maddubs_epi16(bits_of<__m256i>(weights), read<__m256i>(x));
+    short_ = held_++ ? _mm256_add_epi16(short_, pairs) : pairs;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int8x16_t w[2];
+    std::memcpy(w, &weights, sizeof w);
+    int32x4_t parts[2];
+    std::memcpy(parts, &total_, sizeof parts);
+    parts[0] = vdotq_s32(parts[0], w[0], vld1q_s8(x));
+    parts[1] = vdotq_s32(parts[1], w[1], vld1q_s8(x + 16));
+    std::memcpy(&total_, parts, sizeof parts);
+#else
+    for (int i = 0; i < 32; i++) total_[i / 4] += int32_t(weights[i]) * x[i];
+#endif
+  }
+
+  INLINE Sums finish() {
+#if defined(__AVX2__) && !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+    flush();
+#endif
+    return total_;
+  }
+
+ private:
+  Sums total_{};
+#if defined(__AVX2__) && !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+  static constexpr int kHeld = 32767 / (2 * 127 * ((1 << bits) - 1));
+  INLINE void flush() {
+    total_ += bits_of<Sums>(_mm256_madd_epi16(short_, _mm256_set1_epi16(1)));
+    held_ = 0;
+  }
+  __m256i short_;
+  int held_ = 0;
+#endif
+};
+
+}  // namespace openelm
