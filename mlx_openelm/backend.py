@@ -76,10 +76,19 @@ def _mlx_is_for_cuda() -> bool:
     return False
 
 
-def blas_warning() -> str | None:
-    """One line when MLX runs on a CPU with the slow BLAS though nobody asked for that, else None."""
-    if on_gpu():
+def slow_cpu_warning() -> str | None:
+    """One line when a CPU is slower than it could be though nobody asked for that, else None."""
+    from . import native
+
+    if on_gpu() or native.status.state == "used":
         return None
+    if native.status.state in ("missing", "off"):
+        return blas_problem()
+    return f"The CPU kernels are not used: {native.status.detail}; {native.status.advice}."
+
+
+def blas_problem() -> str | None:
+    """One line when MLX's own products on a CPU go to the slow BLAS though nobody asked for that, else None."""
     if blas.state == "late":
         return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
     if blas.state == "missing" and blas.library:

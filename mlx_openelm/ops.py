@@ -251,13 +251,16 @@ class Attend:
                 keys, values = cache.update_and_fetch(keys, values)
             keys, values = (list(x) if isinstance(x, tuple | list) else [x] for x in (keys, values))
             total = keys[0].shape[2]
-        mask = self.mask if isinstance(self.mask, mx.array) else None
-        if mask is not None:
-            if self._added is None:
-                self._added = _as_numbers(mask, mx.float32)
-            mask = self._added
         packing = (cache.bits, cache.group_size) if len(keys) > 1 else (0, 0)
-        return self.kernels.attention(queries, keys, values, self.scale, self.mask == "causal" if mask is None else False, mask, total, *packing)
+        return self.kernels.attention(queries, keys, values, self.scale, *self.hiding(), total, *packing)[0]
+
+    def hiding(self) -> tuple[bool, mx.array | None]:
+        """What is hidden, as a CPU's kernels take it: whether attention is causal, and the mask as numbers to add."""
+        if not isinstance(self.mask, mx.array):
+            return self.mask == "causal", None
+        if self._added is None:
+            self._added = _as_numbers(self.mask, mx.float32)
+        return False, self._added
 
     def heads(
         self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None

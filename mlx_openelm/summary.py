@@ -175,8 +175,11 @@ def memory_needed(
 ) -> Memory:
     """What weights and key-value cache take while generating, `tokens` into a text."""
     compute = backend.compute_dtype(getattr(mx, stored))
-    weights = bits_per_weight(config, quantization, compute.size, scale_bytes=compute.size) * config.num_parameters / 8
-    expands = bool(quantization) and not backend.on_gpu()
+    # A CPU's own kernels take matrices as they are stored.
+    kept = getattr(mx, stored) if backend.has_kernels() else compute
+    weights = bits_per_weight(config, quantization, kept.size, scale_bytes=kept.size) * config.num_parameters / 8
+    is_affine = all(choice.mode == "affine" for choice in quantization.values())
+    expands = bool(quantization) and not backend.on_gpu() and not (backend.has_kernels() and is_affine)
     return Memory(
         tokens=tokens,
         dtype=_dtype_name(compute),

@@ -100,8 +100,18 @@ def _mlx() -> Iterator[Finding]:
     )
     yield Finding("Memory", f"{total}, {available} available")
     if facts["device"] == "CPU":
+        yield _kernels()
         yield _blas(facts["blas"], facts["blas_library"])
         yield _compiler()
+
+
+def _kernels() -> Finding:
+    """Whether the model runs on our own kernels, and how to have them if not."""
+    from ..native import status
+
+    names = {"used": "used", "off": "off", "missing": "missing"}
+    name = names.get(status.state, "not used")
+    return Finding("CPU kernels", f"{name}: {status.detail}", status.advice)
 
 
 def _blas(state: str, library: str) -> Finding:
@@ -111,7 +121,7 @@ def _blas(state: str, library: str) -> Finding:
         "off": f"the one in MLX's wheel, since {backend.BLAS_VARIABLE} says so",
         "unneeded": "the system's",
     }
-    advice = backend.blas_warning()
+    advice = backend.blas_problem()
     if state == "off":
         advice = f"unset {backend.BLAS_VARIABLE}, if the speed of a system OpenBLAS is wanted"
     name = names.get(state, "the slow one in MLX's wheel")

@@ -58,8 +58,16 @@ Expand = Annotated[
     bool | None,
     typer.Option(
         "--expand/--no-expand",
-        help="Unpack quantized weights at load, or keep them packed; by default unpacked only on a CPU, "
-        "while memory allows.",
+        help="Unpack quantized weights at load, or keep them packed; by default unpacked only on a CPU without our "
+        "kernels, while memory allows.",
+    ),
+]
+ExactActivations = Annotated[
+    bool,
+    typer.Option(
+        "--exact-activations",
+        help="On a CPU, multiply quantized weights with activations as they are; by default those are rounded to 8 "
+        "bits where weights have 6 or less.",
     ),
 ]
 # How a command that packs on the side is told to; `quantize` has these and more as fields of QuantizeOptions.

@@ -45,6 +45,7 @@ def run(
     revision: flags.Revision = None,
     dtype: flags.Dtype = None,
     expand: flags.Expand = None,
+    exact_activations: flags.ExactActivations = False,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Show each token's log-probability after the text, or in the JSON.")
     ] = False,
@@ -67,7 +68,13 @@ def run(
     if options["seed"] is None and options["temp"] > 0:
         options["seed"] = random_seed()
     loaded, its_tokenizer = load(
-        model, adapter_path or None, dtype, tokenizer=tokenizer, revision=revision, expand=expand
+        model,
+        adapter_path or None,
+        dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        expand=expand,
+        exact_activations=exact_activations,
     )
     for token in extra_eos_token or ():
         its_tokenizer.add_eos_token(token)

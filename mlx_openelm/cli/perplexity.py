@@ -45,7 +45,13 @@ def run(
     """
     documents = load_documents(Path(data).expanduser())
     loaded, its_tokenizer = load(
-        model, adapter_path or None, dtype, tokenizer=tokenizer, revision=revision, expand=expand
+        model,
+        adapter_path or None,
+        dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        expand=expand,
+        exact_activations=True,
     )
     length = _checked_length(sequence_length, loaded.config)
     windows = _sample(make_windows(its_tokenizer, documents, length), num_samples, seed)
@@ -62,7 +68,7 @@ def run(
         "perplexity": measured.perplexity,
     }
     if reference_model is not None:
-        reference, _ = load(reference_model, dtype=dtype, tokenizer=tokenizer, expand=expand)
+        reference, _ = load(reference_model, dtype=dtype, tokenizer=tokenizer, expand=expand, exact_activations=True)
         with console.Progress("Comparing", unit="windows") as progress:
             divergence = kl_divergence(reference, loaded, windows, batch_size=batch_size, progress=progress)
         values |= {"reference_model": reference_model, "kl_divergence": divergence}

@@ -1,7 +1,7 @@
 """Kernels in C++ for MLX on a CPU: found, checked, or done without.
 
 `kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Compiling is part of
-installing where there is a compiler, and `python -m mlx_openelm.native.build` does it again.
+installing where there is a compiler, and `python -m mlx_openelm.native` does it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .build import FACTS, LIBRARY
 VARIABLE = "MLX_OPENELM_NATIVE"
 # The first that is set says how many threads a kernel may use.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native.build"
+REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native.build`, and `pip install` through setup.py.
+"""Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native`, and `pip install` through setup.py.
 
 Uses the standard library alone, since setup.py loads this file before anything is installed.
 """
@@ -165,7 +165,3 @@ def main() -> None:
         print(build(Path(__file__).parent))
     except BuildError as error:
         sys.exit(f"Error: {error}")
-
-
-if __name__ == "__main__":
-    main()

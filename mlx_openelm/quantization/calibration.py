@@ -125,7 +125,7 @@ class Teacher:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden states [rows, model_dim] of the full model to its logits [rows, vocab]."""
-        return hidden @ self._head.T
+        return ops.linear(hidden, self._head)
 
     def compare(
         self, model: OpenELM, outputs: Iterator[mx.array], targets: Sequence[mx.array] | None = None

@@ -2,7 +2,7 @@
 
 Of a layer's attention its input and its output are kept; the weights are computed again, block by block, in the
 backward pass (FlashAttention, arXiv:2205.14135, section 3.1, at the grain of whole rows). A block of queries looks only
-at keys up to its end, which for causal attention halves the work.
+at keys up to its end, which for causal attention halves the work. A CPU's own kernels do the same in finer blocks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def attention(
     qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
 ) -> mx.array:
     """What `attend(qkv, shape, num_heads, norms, None)` gives; gradients reach qkv and the norms' weights."""
+    has_kernels = attend.kernels is not None and qkv.dtype == mx.float32
     weights = [] if norms is None else [norms.query_weight, norms.key_weight]
 
     def heads(qkv: mx.array, *weights: mx.array) -> list[mx.array]:
@@ -31,6 +32,8 @@ def attention(
     @mx.custom_function
     def mix(qkv, *weights):
         queries, keys, values = heads(qkv, *weights)
+        if has_kernels:  # queries come scaled
+            return attend.kernels.attention(queries.swapaxes(1, 2), [keys], [values], 1.0, *attend.hiding(), shape[1])
         if attend.fused:
             mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=attend.mask)
             return [mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1)]
@@ -41,6 +44,11 @@ def attention(
     def _(primals, cotangents, outputs):
         primals = primals if isinstance(primals, tuple | list) else [primals]
         primals = mx.depends(list(primals), [cotangents[0]])
+        if has_kernels:
+            queries, keys, values = heads(*primals)
+            whole = queries.swapaxes(1, 2), keys, values, *outputs, cotangents[0], 1.0
+            by_queries, by_keys, by_values = attend.kernels.attention_gradient(*whole, *attend.hiding())
+            return mx.vjp(heads, primals, [by_queries.swapaxes(1, 2), by_keys, by_values])[1]
         cotangent, mixed = (a.reshape(*shape, num_heads[0], -1).swapaxes(1, 2) for a in (cotangents[0], outputs[0]))
         queries, keys, values = heads(*primals)
         gradients = _gradients(attend, queries, keys, values, mixed, cotangent, *outputs[1:])

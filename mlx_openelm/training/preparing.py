@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import catalog
+from .. import backend, catalog
 from ..adapters.attaching import target_paths
 from ..chat_template import CORENET_TEMPLATE
 from ..config import ModelConfig
@@ -79,7 +79,9 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     values = dataclasses.asdict(loading)
     del values["chat_template"]
     trains_weights = options.train and options.fine_tune_type == "full"
-    model, tokenizer = load(name, expand=True if trains_weights else None, **values)
+    if trains_weights and values.get("dtype") is None and backend.has_kernels():
+        values["dtype"] = "float32"  # the kernels multiply with half precision, but it is too coarse to learn in
+    model, tokenizer = load(name, expand=True if trains_weights else None, exact_activations=True, **values)
     was_given_template = loading.chat_template is None and _give_template(name, tokenizer)
     target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that are not there
     if trains_weights and model.quantization:

@@ -33,10 +33,19 @@ NB_MODULE(kernels, m) {
       [](const openelm::mx::array& queries, const std::vector<openelm::mx::array>& keys,
          const std::vector<openelm::mx::array>& values, float scale, bool causal, const openelm::Optional& mask,
          int total, int bits, int group_size) {
-        return openelm::attention(queries, keys, values, scale, causal, mask, total, {bits, group_size});
+        return openelm::attention(queries, keys, values, mask, {scale, causal, total, {bits, group_size}});
       },
       "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a, "mask"_a.none(), "total"_a, "bits"_a = 0,
       "group_size"_a = 0);
+  m.def(
+      "attention_gradient",
+      [](const openelm::mx::array& queries, const openelm::mx::array& keys, const openelm::mx::array& values,
+         const openelm::mx::array& mixed, const openelm::mx::array& sums, const openelm::mx::array& gradient,
+         float scale, bool causal, const openelm::Optional& mask) {
+        int total = keys.ndim() == 4 ? keys.shape(2) : 0;
+        return openelm::attention_gradient(queries, keys, values, mixed, sums, gradient, mask, {scale, causal, total, {}});
+      },
+      "queries"_a, "keys"_a, "values"_a, "mixed"_a, "sums"_a, "gradient"_a, "scale"_a, "causal"_a, "mask"_a.none());
   m.def("threads", [] { return openelm::Pool::shared().threads(); });
   m.def("set_threads", [](int count) { openelm::Pool::shared().set_threads(count); }, "count"_a);
 }

@@ -343,15 +343,7 @@ class SplitHeads : public Kernel {
 
 // Attention.
 
-struct AttentionOptions {
-  float scale;
-  bool causal, mask;
-  int total;
-  Packing packing;
-  int parts() const { return packing.bits ? 3 : 1; }
-};
-
-Arrays attention_in_mlx(const Arrays& in, AttentionOptions o) {
+Arrays attention_in_mlx(const Arrays& in, AttentionOptions o, bool masked) {
   auto s = cpu_stream();
   auto past = [&](int first) {
     Arrays parts;
@@ -366,25 +358,25 @@ Arrays attention_in_mlx(const Arrays& in, AttentionOptions o) {
   };
   auto queries = mx::swapaxes(in[0], 1, 2, s);
   Optional mask;
-  if (o.mask) mask = mx::expand_dims(in.back(), 1, s);
+  if (masked) mask = mx::expand_dims(in.back(), 1, s);
   auto mixed = mx::fast::scaled_dot_product_attention(queries, past(1), past(1 + o.parts()), o.scale,
                                                       o.causal ? "causal" : "", mask, {}, false, s);
   int rows = in[0].shape(0) * in[0].shape(1);
   return {mx::reshape(mx::swapaxes(mixed, 1, 2, s), {rows, in[0].shape(2) * in[0].shape(3)}, s)};
 }
 
-// Inputs: queries, keys, values (each three arrays if packed), the mask if there is one. Outputs: the mixed values, and
-// for the gradient each row's logsumexp.
+// Inputs: queries, keys, values (each three arrays if packed), the mask if there is one; for the gradient also the mixed
+// values, logsumexp, and the gradient of the mixed values. Outputs as `attention` and `attention_gradient` return them.
 class AttentionKernel : public Kernel {
  public:
-  AttentionKernel(mx::Stream stream, AttentionOptions options, bool gradient)
+  AttentionKernel(mx::Stream stream, AttentionOptions options, bool masked, bool gradient)
       : Kernel(stream, [=](const Arrays& in) -> Arrays {
           if (gradient) throw std::runtime_error("mlx_openelm.native: attention has no second derivatives.");
-          auto out = attention_in_mlx(in, options);
-          out.push_back(mx::stop_gradient(mx::zeros({in[0].shape(0), in[0].shape(2), in[0].shape(1)}), cpu_stream()));
+          auto out = attention_in_mlx(in, options, masked);
+          out.push_back(mx::zeros({in[0].shape(0), in[0].shape(2), in[0].shape(1)}, mx::float32, cpu_stream()));
           return out;
         }),
-        o_(options), gradient_(gradient) {}
+        o_(options), masked_(masked), gradient_(gradient) {}
 
   const char* name() const override { return gradient_ ? "AttentionGradient" : "Attention"; }
 
@@ -397,7 +389,7 @@ class AttentionKernel : public Kernel {
     a.batch = q.shape(0), a.length = q.shape(1), a.heads = q.shape(2), a.dim = q.shape(3);
     a.total = o_.total, a.kv = inputs[1].shape(1), a.scale = o_.scale, a.causal = o_.causal;
     a.keys = past(inputs, 1), a.values = past(inputs, 1 + o_.parts());
-    if (o_.mask) {
+    if (masked_) {
       auto mask = dense(inputs[2 * o_.parts() + 1]);
       a.mask = mask.data<float>();
       a.mask_stride = mask.shape(0) == 1 ? 0 : a.length * a.total;
@@ -415,14 +407,12 @@ class AttentionKernel : public Kernel {
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    bool is_native = !o_.packing.bits && primals[1].shape(2) == o_.total && primals[1].dtype() == mx::float32;
-    for (int i : argnums) is_native = is_native && i < 3;
-    if (gradient_ || !is_native) return Kernel::vjp(primals, cotangents, argnums, outputs);
-    Arrays inputs = primals;
-    inputs.insert(inputs.end(), {outputs[0], outputs[1], cotangents[0]});
-    auto gradients = mx::array::make_arrays(
-        {primals[0].shape(), primals[1].shape(), primals[2].shape()}, {mx::float32, mx::float32, mx::float32},
-        std::make_shared<AttentionKernel>(stream(), o_, true), inputs);
+    bool is_native = !gradient_ && !o_.packing.bits && primals[1].shape(2) == o_.total;
+    for (int i : argnums) is_native = is_native && i < 3 && primals[1].dtype() == mx::float32;
+    if (!is_native) return Kernel::vjp(primals, cotangents, argnums, outputs);
+    Optional mask;
+    if (masked_) mask = mx::expand_dims(primals[3], 1, stream());
+    auto gradients = attention_gradient(primals[0], primals[1], primals[2], outputs[0], outputs[1], cotangents[0], mask, o_);
     Arrays wanted;
     for (int i : argnums) wanted.push_back(gradients[i]);
     return wanted;
@@ -450,8 +440,15 @@ class AttentionKernel : public Kernel {
   }
 
   AttentionOptions o_;
-  bool gradient_;
+  bool masked_, gradient_;
 };
+
+// A mask as the kernel takes it: [batch or 1, length, total].
+mx::array flat_mask(const mx::array& mask, int length, int total) {
+  auto stream = cpu_stream();
+  auto flat = mask.ndim() == 4 ? mx::squeeze(mask, 1, stream) : mask;
+  return as_float(mx::broadcast_to(flat, {flat.ndim() == 3 ? flat.shape(0) : 1, length, total}, stream));
+}
 
 }  // namespace
 
@@ -529,9 +526,9 @@ std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table,
   return outputs;
 }
 
-mx::array attention(const mx::array& queries, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
-                    float scale, bool causal, const Optional& mask, int total, Packing packing) {
-  AttentionOptions options{scale, causal, mask.has_value(), total, packing};
+std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx::array>& keys,
+                                 const std::vector<mx::array>& values, const Optional& mask, AttentionOptions options) {
+  auto [scale, causal, total, packing] = options;
   require(queries.ndim() == 4 && keys.size() == size_t(options.parts()) && values.size() == keys.size(),
           "attention takes queries of four dimensions, and keys and values alike.");
   int batch = queries.shape(0), length = queries.shape(1), heads = queries.shape(2), dim = queries.shape(3);
@@ -552,15 +549,30 @@ mx::array attention(const mx::array& queries, const std::vector<mx::array>& keys
     require(width == dim, "keys or values do not fit the queries.");
   }
   require(heads % keys[0].shape(1) == 0 && total >= 1 && (!causal || total >= length), "heads or positions do not fit.");
+  if (mask) inputs.push_back(flat_mask(*mask, length, total));
   auto stream = cpu_stream();
-  if (mask) {
-    auto flat = mask->ndim() == 4 ? mx::squeeze(*mask, 1, stream) : *mask;
-    int rows = flat.ndim() == 3 ? flat.shape(0) : 1;
-    inputs.push_back(as_float(mx::broadcast_to(flat, {rows, length, total}, stream)));
-  }
-  auto outputs = mx::array::make_arrays({{batch * length, heads * dim}, {batch, heads, length}}, {mx::float32, mx::float32},
-                                        std::make_shared<AttentionKernel>(stream, options, false), inputs);
-  return mx::astype(outputs[0], queries.dtype(), stream);
+  auto outputs = mx::array::make_arrays(
+      {{batch * length, heads * dim}, {batch, heads, length}}, {mx::float32, mx::float32},
+      std::make_shared<AttentionKernel>(stream, options, mask.has_value(), false), inputs);
+  outputs[0] = mx::astype(outputs[0], queries.dtype(), stream);
+  return outputs;
+}
+
+std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::array& keys, const mx::array& values,
+                                          const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
+                                          const Optional& mask, AttentionOptions options) {
+  for (auto& a : {queries, keys, values, mixed, sums, gradient})
+    require(a.dtype() == mx::float32, "gradients of attention are for float32.");
+  require(queries.ndim() == 4 && keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(2) == options.total &&
+              keys.shape(0) == queries.shape(0) && keys.shape(3) == queries.shape(3) && mixed.size() == queries.size() &&
+              gradient.size() == queries.size() && queries.shape(2) % keys.shape(1) == 0 &&
+              sums.size() * queries.shape(3) == queries.size(),
+          "what attention gave does not fit its inputs.");
+  Arrays inputs = {queries, keys, values};
+  if (mask) inputs.push_back(flat_mask(*mask, queries.shape(1), options.total));
+  inputs.insert(inputs.end(), {mixed, sums, gradient});
+  return mx::array::make_arrays({queries.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},
+                                std::make_shared<AttentionKernel>(cpu_stream(), options, mask.has_value(), true), inputs);
 }
 
 }  // namespace openelm

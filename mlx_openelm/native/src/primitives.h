@@ -40,12 +40,26 @@ std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table,
                                    const Optional& key_weight, const Optional& keys, const Optional& values, int queries,
                                    int kv, float eps, int start);
 
-// Attention of queries [batch, length, heads, dim] to the first `total` positions of keys and values
-// [batch, kv, room, dim], each an array, or (packed, scales, biases): mixed values [batch * length, heads * dim].
+// How attention is to be computed.
+struct AttentionOptions {
+  float scale;
+  bool causal;      // a position sees those up to itself, the last `length` being the new ones
+  int total;        // positions of keys and values that count, out of `room`
+  Packing packing;  // of keys and values
+  int parts() const { return packing.bits ? 3 : 1; }
+};
+
+// Attention of queries [batch, length, heads, dim] to keys and values [batch, kv, room, dim], each an array, or
+// (packed, scales, biases). mask: numbers to add to scores, [length, total] or [batch or 1, 1, length, total].
 //
-// causal: a position sees those up to itself, the last `length` being the new ones. mask: numbers to add to scores,
-// [length, total] or [batch or 1, 1, length, total].
-mx::array attention(const mx::array& queries, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
-                    float scale, bool causal, const Optional& mask, int total, Packing packing);
+// Returns the mixed values [batch * length, heads * dim], and logsumexp of each query's scores [batch, heads, length].
+std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx::array>& keys,
+                                 const std::vector<mx::array>& values, const Optional& mask, AttentionOptions options);
+
+// The gradients of queries, keys and values, which are float32, from what `attention` gave and the gradient of the mixed
+// values; `total` is all of `room`.
+std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::array& keys, const mx::array& values,
+                                          const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
+                                          const Optional& mask, AttentionOptions options);
 
 }  // namespace openelm
