@@ -23,12 +23,11 @@ class Linear(nn.Linear):
     def __init__(self, in_dims: int, out_dims: int):
         super().__init__(in_dims, out_dims, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return ops.linear(x, self["weight"])
-
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        """residual + self(x), in one product."""
-        return ops.linear(x, self["weight"], residual)
+    def __call__(
+        self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
+    ) -> mx.array:
+        """The product with before(x), plus the residual, if they are given: in one, where the device can."""
+        return ops.linear(x, self["weight"], residual, before)
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
         return QuantizedLinear.from_linear(self, *packing, **named)
@@ -39,14 +38,10 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     rounds = False
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._product(x)
-
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        return self._product(x, residual)
-
-    def _product(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        return ops.quantized_linear(x, *packed(self), rounds=self.rounds, residual=residual)
+    def __call__(
+        self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
+    ) -> mx.array:
+        return ops.quantized_linear(x, *packed(self), rounds=self.rounds, residual=residual, before=before)
 
 
 class Embedding(nn.Embedding):
@@ -65,12 +60,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     rounds = False
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        (weight, scales, biases), (group_size, bits, mode) = packed(self)
-        if biases is None:
-            return super().__call__(tokens)
-        # In float32: scales may have 16 bits, what they scale needs more.
-        scales, biases = (part[tokens].astype(mx.float32) for part in (scales, biases))
-        return mx.dequantize(weight[tokens], scales, biases, group_size, bits, mode)
+        return ops.quantized_rows(tokens, *packed(self))
 
     def as_linear(self, x: mx.array) -> mx.array:
         return ops.quantized_linear(x, *packed(self), rounds=self.rounds)
@@ -89,8 +79,15 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self["weight"], self.eps)
 
 
-def add_projection(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
-    """residual + layer(x); in one product where the layer can, as a plain matrix does and a quantized one does not."""
+def project(
+    layer: nn.Module, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
+) -> mx.array:
+    """layer(before(x)) + residual; in one product where the layer can, as ours can and adapters can in part."""
+    if isinstance(layer, Linear | QuantizedLinear):
+        return layer(x, residual, before)
+    x = x if before is None else before(x)
+    if residual is None:
+        return layer(x)
     onto = getattr(type(layer), "onto", None)
     return residual + layer(x) if onto is None else onto(layer, residual, x)
 
@@ -114,7 +111,7 @@ class Attention(nn.Module):
         """residual + out_proj(attention), from what `qkv_proj` gave."""
         norms = self.norms and self.norms.use(self["q_norm"]["weight"], self["k_norm"]["weight"])
         mixed = attend(qkv, shape, self.num_heads, norms, cache)
-        return add_projection(residual, self["out_proj"], mixed)
+        return project(self["out_proj"], mixed, residual)
 
 
 class FeedForward(nn.Module):
@@ -125,19 +122,20 @@ class FeedForward(nn.Module):
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
         self.activation = ACTIVATIONS[config.activation_fn_name]
+        # What `proj_1` gives, made into what `proj_2` takes.
+        self.activate = self.activation if not self.gated else self._gate
+        if self.gated and self.activation is nn.silu:
+            self.activate = ops.swiglu
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """residual + proj_2(activation), from what `proj_1` gave."""
-        if not self.gated:
-            x = self.activation(x)
-        elif self.activation is nn.silu:
-            x = ops.swiglu(x)
-        else:
-            gate, up = mx.split(x, 2, axis=-1)
-            x = self.activation(gate) * up
-        return add_projection(residual, self["proj_2"], x)
+        return project(self["proj_2"], x, residual, before=self.activate)
+
+    def _gate(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(x, 2, axis=-1)
+        return self.activation(gate) * up
 
 
 class TransformerLayer(nn.Module):
@@ -159,11 +157,11 @@ class TransformerLayer(nn.Module):
 
     def project(self, x: mx.array) -> mx.array:
         """Queries, keys and values of x [N, model_dim]."""
-        return self["attn"]["qkv_proj"](self["attn_norm"](x))
+        return project(self["attn"]["qkv_proj"], x, before=self["attn_norm"])
 
     def expand(self, x: mx.array) -> mx.array:
         """The feed-forward's gate and up of x [N, model_dim]."""
-        return self["ffn"]["proj_1"](self["ffn_norm"](x))
+        return project(self["ffn"]["proj_1"], x, before=self["ffn_norm"])
 
 
 class Transformer(nn.Module):

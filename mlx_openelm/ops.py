@@ -10,15 +10,18 @@ heads, D head_dim. Activations between layers are [N, model_dim].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from . import cpu_math, native
 from .cache import KVCache
 
 Heads = tuple[mx.array, mx.array, mx.array]
+Before = Callable[[mx.array], mx.array]
 
 _GPU = mx.DeviceType.gpu
 
@@ -49,16 +52,36 @@ def _kernels() -> Any:
     return None if mx.default_device().type is _GPU else native.kernels
 
 
-def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> mx.array:
-    """x [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out]."""
+def linear(
+    x: mx.array, weight: mx.array, residual: mx.array | None = None, before: Before | None = None
+) -> mx.array:
+    """before(x) [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out].
+
+    Args:
+        before: what x passes first; a CPU's kernels do an `RMSNorm` or `swiglu` on the way.
+    """
     if (kernels := _kernels()) is not None:
-        return kernels.linear(x, weight, residual)
+        x, stage = _stage(before, x)
+        return kernels.linear(x, weight, residual, *stage)
+    if before is not None:
+        x = before(x)
     blocks = _blocks(*weight.shape)
     if blocks is None or x.size != blocks[2] or _on_gpu():
         return x @ weight.T if residual is None else mx.addmm(residual, x, weight.T)
     # Three dimensions on both sides, since MLX would join the blocks again for a matrix of two.
     output = (weight.reshape(blocks) @ x.reshape(1, -1, 1)).reshape((*x.shape[:-1], -1))
     return output if residual is None else residual + output
+
+
+def _stage(before: Before | None, x: mx.array) -> tuple[mx.array, tuple[Any, ...]]:
+    """x, and what the kernels of products are to do with it first: a norm's weight and eps, or gating."""
+    if before is None:
+        return x, ()
+    if before is swiglu:
+        return x, (None, 0.0, True)
+    if isinstance(before, nn.RMSNorm):
+        return x, (before["weight"], before.eps)
+    return before(x), ()
 
 
 def quantized_linear(
@@ -68,20 +91,48 @@ def quantized_linear(
     *,
     rounds: bool = False,
     residual: mx.array | None = None,
+    before: Before | None = None,
 ) -> mx.array:
-    """x [..., in] times a packed weight [out, in] transposed, plus residual [..., out] if there is one: [..., out].
+    """before(x) [..., in] times a packed weight [out, in] transposed, plus residual [..., out] if any: [..., out].
 
     Args:
         parts: packed weight, scales, and in affine mode biases.
         packing: group size, bits, mode.
         rounds: whether a CPU's kernels may round x to 8 bits, in groups, where it has few rows.
+        before: as in `linear`.
     """
     weight, scales, biases = parts
     group_size, bits, mode = packing
     if mode == "affine" and (kernels := _kernels()) is not None:
-        return kernels.quantized_linear(x, weight, scales, biases, bits, group_size, rounds, residual)
+        x, stage = _stage(before, x)
+        return kernels.quantized_linear(x, weight, scales, biases, bits, group_size, rounds, residual, *stage)
+    if before is not None:
+        x = before(x)
     y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
     return y if residual is None else residual + y
+
+
+def quantized_rows(
+    tokens: mx.array, parts: tuple[mx.array, mx.array, mx.array | None], packing: tuple[int, int, str]
+) -> mx.array:
+    """The rows of a packed embedding [vocab, dim] for tokens [...]: [..., dim], in affine mode float32."""
+    weight, scales, biases = parts
+    group_size, bits, mode = packing
+    if biases is None:
+        return mx.dequantize(weight[tokens], scales[tokens], None, group_size, bits, mode)
+    if (kernels := _kernels()) is not None:
+        return kernels.lookup(tokens, weight, scales, biases, bits, group_size)
+    # Scales may have 16 bits; what they scale needs more.
+    scales, biases = (part[tokens].astype(mx.float32) for part in (scales, biases))
+    return mx.dequantize(weight[tokens], scales, biases, group_size, bits, mode)
+
+
+def log_softmax(x: mx.array) -> mx.array:
+    """x [..., n] minus logsumexp(x), in float32."""
+    if (kernels := _kernels()) is not None:
+        return kernels.log_softmax(x)
+    x = x.astype(mx.float32)
+    return x - mx.logsumexp(x, axis=-1, keepdims=True)
 
 
 @lru_cache

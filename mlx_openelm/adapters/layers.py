@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..formats.packing import PARTS, Quantization
-from ..model import add_projection
+from ..model import project
 from .adapter import LowRank
 
 Factors = tuple[mx.array, ...]
@@ -106,7 +106,7 @@ class LoRALinear(_Adapted):
 
     def onto(self, residual: mx.array, x: mx.array) -> mx.array:
         """residual + self(x), with what the base saves by that."""
-        return self._add(add_projection(residual, self["linear"], x), x)
+        return self._add(project(self["linear"], x, residual), x)
 
     def _add(self, y: mx.array, x: mx.array) -> mx.array:
         a, b = self._factors(x.dtype)
@@ -136,7 +136,7 @@ class DoRALinear(LoRALinear):
     def onto(self, residual: mx.array, x: mx.array) -> mx.array:
         if self.training and x.dtype != mx.float32:
             return residual + self(x)  # in 16 bits the gradient of m needs more than what is left of y below
-        sum = add_projection(residual, self["linear"], x)
+        sum = project(self["linear"], x, residual)
         return self._add_scaled(sum, sum - residual, x)
 
     def _add_scaled(self, sum: mx.array, y: mx.array, x: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from .. import backend
 from ..cache import SMALLEST_WINDOW, make_cache
 from ..errors import RequestError
 from ..model import OpenELM
+from ..ops import log_softmax
 from .sampling import LogitsProcessor, Sampler, greedy
 
 # Free MLX's buffers now and then, as lengths change with every token.
@@ -89,7 +90,7 @@ def generate_step(
         logits = model.logits(hidden_states[:, -1]).astype(mx.float32)
         for processor in logits_processors:
             logits = processor(context, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = log_softmax(logits)
         token = sampler(logprobs)
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)
 

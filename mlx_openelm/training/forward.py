@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..model import OpenELM, TransformerLayer, add_projection
+from ..model import OpenELM, TransformerLayer, project
 from ..ops import Attend, HeadNorms
 from .attention import attention
 from .recompute import recomputed
@@ -42,7 +42,7 @@ def _run(layer: TransformerLayer, x: mx.array, attend: Attend, shape: tuple[int,
     qkv = recomputed([layer.attn_norm, attn.qkv_proj], layer.project, x)
     norms = attn.norms and HeadNorms(attn.norms.eps).use(attn.q_norm.weight, attn.k_norm.weight)
     mixed = attention(qkv, attend, shape, attn.num_heads, norms)
-    x = recomputed([attn.out_proj], lambda mixed, x: add_projection(x, attn.out_proj, mixed), mixed, x)
+    x = recomputed([attn.out_proj], lambda mixed, x: project(attn.out_proj, mixed, x), mixed, x)
     inner = recomputed([layer.ffn_norm, ffn.proj_1], layer.expand, x)
     return recomputed([ffn.proj_2], ffn, inner, x)
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "matmul.h"
 
@@ -76,14 +77,22 @@ INLINE const float* some_rows(const Matrix& m, int64_t first, int64_t count, int
 // scores[row][key] = rows of a [rows, width] times rows of b [count, dim], for one block of keys.
 inline void block_products(const float* a, int64_t rows, const float* b, int64_t stride, int64_t count, int64_t dim,
                            int64_t width, float* turned, float* scores) {
-  if (rows <= kFewQueries) {
-    for (int64_t key = 0; key < count; key++) {
+  if (rows <= kFewQueries && dim % kLanes == 0) {
+    int64_t key = 0;
+    for (; key + kLanes <= count; key += kLanes) {
+      for (int64_t r = 0; r < rows; r++) {
+        Float totals[kLanes] = {};
+        for (int64_t i = 0; i < dim; i += kLanes) {
+          Float query = load(a + r * width + i);
+          for (int k = 0; k < kLanes; k++) totals[k] += query * load(b + (key + k) * stride + i);
+        }
+        write(scores + r * kKeys + key, sums(totals));
+      }
+    }
+    for (; key < count; key++) {
       for (int64_t r = 0; r < rows; r++) {
         Float total{};
-        for (int64_t i = 0; i < dim; i += kLanes) {
-          int some = dim - i < kLanes ? int(dim - i) : kLanes;
-          total += load(a + r * width + i) * load_some(b + key * stride + i, some);
-        }
+        for (int64_t i = 0; i < dim; i += kLanes) total += load(a + r * width + i) * load(b + key * stride + i);
         scores[r * kKeys + key] = sum(total);
       }
     }
@@ -100,12 +109,12 @@ inline void scale_and_hide(const Attention& a, int64_t b, int64_t position, int6
                            float* scores) {
   for (int64_t r = 0; r < rows; r++, scores += kKeys) {
     int64_t l = position + r / a.group(), seen = a.visible(l + 1) - key;
-    const float* mask = a.mask ? a.mask + b * a.mask_stride + l * a.total + key : nullptr;
-    for (int64_t i = 0; i < count; i++) {
-      scores[i] = scores[i] * a.scale + (mask ? mask[i] : 0.0f);
-      if (i >= seen) scores[i] = -INFINITY;
+    for (int i = 0; i < kKeys; i += kLanes) write(scores + i, load(scores + i) * a.scale);
+    if (a.mask) {
+      const float* mask = a.mask + b * a.mask_stride + l * a.total + key;
+      for (int64_t i = 0; i < count; i++) scores[i] += mask[i];
     }
-    for (int64_t i = count; i < kKeys; i++) scores[i] = -INFINITY;
+    for (int64_t i = seen < 0 ? 0 : seen < count ? seen : count; i < kKeys; i++) scores[i] = -INFINITY;
   }
 }
 

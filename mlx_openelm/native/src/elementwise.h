@@ -33,6 +33,27 @@ inline void rms_norm(const float* x, const float* weight, int64_t rows, int64_t 
   });
 }
 
+// y = x - log(sum(exp(x))) over rows of `dims`.
+inline void log_softmax(const float* x, int64_t rows, int64_t dims, float* y) {
+  for_ranges(rows, kNumbersWorthAThread / dims + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const float* from = x + r * dims;
+      float top = -INFINITY, total = 0;
+      Float tops = spread(top), totals{};
+      int64_t whole = dims / kLanes * kLanes;
+      for (int64_t i = 0; i < whole; i += kLanes) tops = larger(tops, load(from + i));
+      top = largest(tops);
+      for (int64_t i = whole; i < dims; i++) top = from[i] > top ? from[i] : top;
+      // All hidden: as MLX has it, log 0 is subtracted from minus infinity, which is not a number.
+      for (int64_t i = 0; i < whole; i += kLanes) totals += exp(load(from + i) - top);
+      for (int64_t i = whole; i < dims; i++) total += std::exp(from[i] - top);
+      float logsum = top + std::log(total + sum(totals));
+      for (int64_t i = 0; i < whole; i += kLanes) write(y + r * dims + i, load(from + i) - logsum);
+      for (int64_t i = whole; i < dims; i++) y[r * dims + i] = from[i] - logsum;
+    }
+  });
+}
+
 INLINE Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
 
 // body(at, count) for the places of `rows` rows of `dims` numbers, a vector at a time.

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "unpack.h"
 
 namespace openelm {

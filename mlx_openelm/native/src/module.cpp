@@ -13,17 +13,28 @@ using namespace nb::literals;
 NB_MODULE(kernels, m) {
   m.def(
       "linear",
-      [](const openelm::mx::array& x, const openelm::mx::array& weight, const openelm::Optional& residual) {
-        return openelm::product(x, weight, {}, {}, residual, {});
+      [](const openelm::mx::array& x, const openelm::mx::array& weight, const openelm::Optional& residual,
+         const openelm::Optional& norm, float eps, bool gated) {
+        return openelm::product(x, weight, {}, {}, {}, {norm, eps, gated, residual});
       },
-      "x"_a, "weight"_a, "residual"_a = nb::none());
+      "x"_a, "weight"_a, "residual"_a = nb::none(), "norm"_a = nb::none(), "eps"_a = 0.0f, "gated"_a = false);
   m.def(
       "quantized_linear",
       [](const openelm::mx::array& x, const openelm::mx::array& weight, const openelm::mx::array& scales,
-         const openelm::mx::array& biases, int bits, int group_size, bool round, const openelm::Optional& residual) {
-        return openelm::product(x, weight, scales, biases, residual, {bits, group_size, round});
+         const openelm::mx::array& biases, int bits, int group_size, bool round, const openelm::Optional& residual,
+         const openelm::Optional& norm, float eps, bool gated) {
+        return openelm::product(x, weight, scales, biases, {bits, group_size, round}, {norm, eps, gated, residual});
       },
-      "x"_a, "weight"_a, "scales"_a, "biases"_a, "bits"_a, "group_size"_a, "round"_a, "residual"_a = nb::none());
+      "x"_a, "weight"_a, "scales"_a, "biases"_a, "bits"_a, "group_size"_a, "round"_a, "residual"_a = nb::none(),
+      "norm"_a = nb::none(), "eps"_a = 0.0f, "gated"_a = false);
+  m.def("log_softmax", &openelm::log_softmax, "x"_a);
+  m.def(
+      "lookup",
+      [](const openelm::mx::array& tokens, const openelm::mx::array& weight, const openelm::mx::array& scales,
+         const openelm::mx::array& biases, int bits, int group_size) {
+        return openelm::lookup(tokens, weight, scales, biases, {bits, group_size});
+      },
+      "tokens"_a, "weight"_a, "scales"_a, "biases"_a, "bits"_a, "group_size"_a);
   m.def("rms_norm", &openelm::rms_norm, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu", &openelm::swiglu, "x"_a);
   m.def("split_heads", &openelm::split_heads, "qkv"_a, "table"_a, "query_weight"_a.none(), "key_weight"_a.none(),

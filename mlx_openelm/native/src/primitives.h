@@ -20,9 +20,24 @@ struct Packing {
   bool round = false;
 };
 
-// x [..., in] times weight [out, in] transposed, plus residual [..., out]: [..., out], of x's type.
+// What a product does to x first, and adds to the result.
+struct Around {
+  Optional norm;  // the weight [in] of an RMSNorm of x
+  float eps = 0;
+  bool gated = false;  // x [..., 2 * in] becomes silu(gate) * up
+  Optional residual;   // [..., out]
+};
+
+// x [..., in] times weight [out, in] transposed: [..., out], of x's type.
 mx::array product(const mx::array& x, const mx::array& weight, const Optional& scales, const Optional& biases,
-                  const Optional& residual, Packing packing);
+                  Packing packing, const Around& around);
+
+// Rows of a packed embedding [vocab, dim] for tokens [...], which are whole numbers: [..., dim].
+mx::array lookup(const mx::array& tokens, const mx::array& weight, const mx::array& scales, const mx::array& biases,
+                 Packing packing);
+
+// x [..., n] minus logsumexp(x): float32.
+mx::array log_softmax(const mx::array& x);
 
 // x [..., dim] over its root mean square, times weight [dim].
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);

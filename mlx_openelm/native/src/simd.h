@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -171,11 +172,26 @@ INLINE float sum(Vector<float, N> value) {
 }
 INLINE float sum(Float value) { return sum<kLanes>(value); }
 
-// Lane by lane: mask ? a : b.
-template <class V>
-INLINE V choose(auto mask, V a, V b) {
-  return mask ? a : b;
+// Adds up pairs of neighbouring blocks of `step` lanes, a's in the first and b's in the second block of each pair.
+template <int step, int... lane>
+INLINE Float add_blocks(Float a, Float b, std::integer_sequence<int, lane...>) {
+  auto first = __builtin_shufflevector(
+      a, b, (lane % (2 * step) < step ? lane : kLanes + lane - step)...);
+  auto second = __builtin_shufflevector(
+      a, b, (lane % (2 * step) < step ? lane + step : kLanes + lane)...);
+  return first + second;
 }
+
+// The sums of kLanes vectors, one a lane: in log2(kLanes) rounds for all of them.
+template <int step = 1>
+INLINE Float sums(Float* vectors) {
+  for (int i = 0; i < kLanes / step / 2; i++)
+    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (2 * step < kLanes) return sums<2 * step>(vectors);
+  return vectors[0];
+}
+
+// Lane by lane.
 template <class V>
 INLINE V larger(V a, V b) {
   return a > b ? a : b;

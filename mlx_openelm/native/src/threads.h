@@ -10,7 +10,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #include "simd.h"
