@@ -41,7 +41,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(
         self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
     ) -> mx.array:
-        return ops.quantized_linear(x, *packed(self), rounds=self.rounds, residual=residual, before=before)
+        return ops.quantized_linear(x, self, residual, before)
 
 
 class Embedding(nn.Embedding):
@@ -60,16 +60,10 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     rounds = False
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return ops.quantized_rows(tokens, *packed(self))
+        return ops.quantized_rows(tokens, self)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return ops.quantized_linear(x, *packed(self), rounds=self.rounds)
-
-
-def packed(layer: nn.Module) -> tuple[tuple[mx.array, mx.array, mx.array | None], tuple[int, int, str]]:
-    """A quantized layer's packed weight, scales and biases, and its group size, bits and mode."""
-    parts = layer["weight"], layer["scales"], layer.get("biases")
-    return parts, (layer.group_size, layer.bits, layer.mode)
+        return ops.quantized_linear(x, self)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -79,11 +73,14 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self["weight"], self.eps)
 
 
+_PROJECTIONS = Linear, QuantizedLinear
+
+
 def project(
     layer: nn.Module, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
 ) -> mx.array:
     """layer(before(x)) + residual; in one product where the layer can, as ours can and adapters can in part."""
-    if isinstance(layer, Linear | QuantizedLinear):
+    if isinstance(layer, _PROJECTIONS):
         return layer(x, residual, before)
     x = x if before is None else before(x)
     if residual is None:

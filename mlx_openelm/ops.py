@@ -85,46 +85,36 @@ def _stage(before: Before | None, x: mx.array) -> tuple[mx.array, tuple[Any, ...
 
 
 def quantized_linear(
-    x: mx.array,
-    parts: tuple[mx.array, mx.array, mx.array | None],
-    packing: tuple[int, int, str],
-    *,
-    rounds: bool = False,
-    residual: mx.array | None = None,
-    before: Before | None = None,
+    x: mx.array, layer: Any, residual: mx.array | None = None, before: Before | None = None
 ) -> mx.array:
-    """before(x) [..., in] times a packed weight [out, in] transposed, plus residual [..., out] if any: [..., out].
+    """The same with the packed weight of a quantized layer.
 
-    Args:
-        parts: packed weight, scales, and in affine mode biases.
-        packing: group size, bits, mode.
-        rounds: whether a CPU's kernels may round x to 8 bits, in groups, where it has few rows.
-        before: as in `linear`.
+    Its `rounds` says whether a CPU's kernels may round x to 8 bits, in groups, where it has few rows.
     """
-    weight, scales, biases = parts
-    group_size, bits, mode = packing
-    if mode == "affine" and (kernels := _kernels()) is not None:
+    if layer.mode == "affine" and (kernels := _kernels()) is not None:
         x, stage = _stage(before, x)
-        return kernels.quantized_linear(x, weight, scales, biases, bits, group_size, rounds, residual, *stage)
+        return kernels.quantized_linear(
+            x, layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds,
+            residual, *stage
+        )  # fmt: skip
     if before is not None:
         x = before(x)
-    y = mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode)
+    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    y = mx.quantized_matmul(x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing)
     return y if residual is None else residual + y
 
 
-def quantized_rows(
-    tokens: mx.array, parts: tuple[mx.array, mx.array, mx.array | None], packing: tuple[int, int, str]
-) -> mx.array:
-    """The rows of a packed embedding [vocab, dim] for tokens [...]: [..., dim], in affine mode float32."""
-    weight, scales, biases = parts
-    group_size, bits, mode = packing
-    if biases is None:
-        return mx.dequantize(weight[tokens], scales[tokens], None, group_size, bits, mode)
+def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
+    """The rows of a quantized embedding [vocab, dim] for tokens [...]: [..., dim], in affine mode float32."""
+    bits, group_size, mode = layer.bits, layer.group_size, layer.mode
+    parts = [layer["weight"], layer["scales"], layer.get("biases")]
+    if mode != "affine":
+        return mx.dequantize(parts[0][tokens], parts[1][tokens], None, group_size, bits, mode)
     if (kernels := _kernels()) is not None:
-        return kernels.lookup(tokens, weight, scales, biases, bits, group_size)
+        return kernels.lookup(tokens, *parts, bits, group_size)
     # Scales may have 16 bits; what they scale needs more.
-    scales, biases = (part[tokens].astype(mx.float32) for part in (scales, biases))
-    return mx.dequantize(weight[tokens], scales, biases, group_size, bits, mode)
+    scales, biases = (part[tokens].astype(mx.float32) for part in parts[1:])
+    return mx.dequantize(parts[0][tokens], scales, biases, group_size, bits, mode)
 
 
 def log_softmax(x: mx.array) -> mx.array:

@@ -42,7 +42,7 @@ struct Matrix {
   Type type = Type::float32;
   int bits = 0;  // 0: plain
   int group = 0;
-  int64_t columns = 0;
+  int64_t rows = 0, columns = 0;
   int64_t stride = 0;  // plain: from row to row, in values
 
   int64_t row_bytes() const {
@@ -57,13 +57,20 @@ struct Matrix {
   int64_t groups() const { return columns / group; }
 };
 
-// Up to 8 scales or biases from position `at`, zeros behind them.
-INLINE Vector<float, 8> load_scales(const void* scales, Type type, int64_t at, int count) {
-  return with_type(type, [&](auto* t) { return load_some<8>(static_cast<decltype(t)>(scales) + at, count); });
+// `count` of a matrix's scales or biases from position `at`, zeros behind them. Of a row's last few, the next row's are
+// read along and dropped.
+INLINE Vector<float, 8> load_scales(const Matrix& m, const void* scales, int64_t at, int count) {
+  return with_type(m.type, [&](auto* t) INLINE_LAMBDA {
+    auto* from = static_cast<decltype(t)>(scales) + at;
+    if (count == 8) return load<8>(from);
+    if (at + 8 > m.rows * m.groups()) return load_some<8>(from, count);
+    constexpr Vector<int32_t, 8> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    return bits_of<Vector<float, 8>>(bits_of<Vector<int32_t, 8>>(load<8>(from)) & (lanes < count));
+  });
 }
 
 INLINE float load_scale(const void* scales, Type type, int64_t at) {
-  return with_type(type, [&](auto* t) { return load_one(static_cast<decltype(t)>(scales) + at); });
+  return with_type(type, [&](auto* t) INLINE_LAMBDA { return load_one(static_cast<decltype(t)>(scales) + at); });
 }
 
 // A rectangle of the matrix as floats: rows [row, row + rows), columns [column, column + columns), to `to` with

@@ -106,7 +106,7 @@ Matrix as_matrix(const mx::array& weight, const mx::array* scales, const mx::arr
   Matrix m;
   m.data = weight.data<char>();
   m.bits = packing.bits, m.group = packing.group;
-  m.columns = m.stride = weight.shape(-1);
+  m.rows = weight.shape(-2), m.columns = m.stride = weight.shape(-1);
   m.type = type_of(scales ? *scales : weight);
   if (scales) {
     m.columns = int64_t(weight.shape(-1)) * 32 / packing.bits;
@@ -409,11 +409,15 @@ class SplitHeads : public Kernel {
  private:
   // `out` is the buffer itself if nobody else holds it, else a copy.
   void keep(const mx::array& buffer, mx::array& out) {
+    // The last token's attention may not have run yet, and holds the buffer until it has: waiting for that costs less
+    // than a copy. Should somebody else hold it, the wait ends soon.
+    for (int i = 0; i < kPatience && !buffer.is_donatable(); i++) pause_briefly();
     if (buffer.is_donatable() && buffer.flags().row_contiguous) return out.copy_shared_buffer(buffer);
     auto from = dense(buffer);
     dispatch([to = allocate(out), from = from.data<float>(), bytes = out.nbytes()] { std::memcpy(to, from, bytes); });
   }
 
+  static constexpr int kPatience = 4000;  // pauses: some 50 microseconds
   HeadsOptions o_;
 };
 

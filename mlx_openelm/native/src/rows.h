@@ -81,8 +81,8 @@ INLINE void packed_row(const Matrix& m, int64_t row, const Prepared& x, int64_t 
   const uint8_t* packed = m.row(row);
   for (int64_t g = 0; g < x.groups; g += 8) {
     int count = x.groups - g < 8 ? int(x.groups - g) : 8;
-    auto scales = load_scales(m.scales, m.type, row * x.groups + g, count);
-    auto biases = load_scales(m.biases, m.type, row * x.groups + g, count);
+    auto scales = load_scales(m, m.scales, row * x.groups + g, count);
+    auto biases = load_scales(m, m.biases, row * x.groups + g, count);
     alignas(32) float factors[R][8];
     for (int r = 0; r < R; r++) {
       int64_t at = (first + r) * x.padded + g;
@@ -156,11 +156,13 @@ INLINE void in_fours(int64_t rows, const Body& body) {
   if (r < rows) body(r, Constant<1>{});
 }
 
-constexpr int64_t kBytesWorthAThread = 24 << 10;  // of weights: a few microseconds of reading
+// Of weights: what a thread takes at a time, and the least for which other threads are called.
+constexpr int64_t kBytesAtATime = 24 << 10, kBytesWorthHelp = 256 << 10;
 
 // y [rows, outputs] += x [rows, columns] W^T for few rows.
 inline void few_rows(const Matrix& m, int64_t outputs, const float* x, int64_t rows, float* y, bool round) {
-  int64_t grain = (kBytesWorthAThread + m.row_bytes() - 1) / m.row_bytes();
+  int64_t grain = (kBytesAtATime + m.row_bytes() - 1) / m.row_bytes();
+  if (outputs * m.row_bytes() * rows < kBytesWorthHelp) grain = outputs;
   if (!m.bits) {
     with_type(m.type, [&](auto* t) {
       using T = std::remove_cvref_t<decltype(*t)>;
