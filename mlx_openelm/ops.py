@@ -48,8 +48,8 @@ def _on_gpu() -> bool:
 
 
 def _kernels() -> Any:
-    """The kernels of `native`, where they are to be used; else None."""
-    return None if mx.default_device().type is _GPU else native.kernels
+    """The kernels of `native`, on a CPU that has them; else None."""
+    return None if _on_gpu() else native.kernels
 
 
 def linear(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_openelm  # noqa: F401 (before MLX, which binds its BLAS when it is imported)
+from mlx_openelm import native
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test runs with our own kernels for CPUs, and in plain MLX."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "kernels", None)
+    elif native.kernels is None:
+        pytest.skip(f"the kernels are not used: {native.status.detail}")
 
 
 @pytest.fixture

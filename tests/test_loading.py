@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import atomic, backend, convert, load, loading
+from mlx_openelm import atomic, backend, convert, load, loading, native
 from mlx_openelm.chat_template import CORENET_TEMPLATE
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -173,7 +173,8 @@ def test_an_untied_head(tmp_path: Path) -> None:
     assert same(parameters(load(tmp_path / "out")[0]), weights)
 
 
-def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
+def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", None)
     weights = make_weights(ModelConfig.from_dict(CONFIG))
     for dtype in (mx.bfloat16, mx.float16):
         stored = {n: w.astype(dtype) for n, w in weights.items()}
@@ -183,6 +184,30 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
         assert same(parameters(load(tmp_path / "m", dtype=dtype)[0]), stored)
     with pytest.raises(RequestError, match="--dtype must be one of float32, float16, bfloat16, got 'int8'"):
         load(tmp_path / "m", dtype="int8")
+
+
+@pytest.mark.skipif(native.kernels is None, reason="the kernels are not used")
+def test_kernels_take_matrices_as_they_are_stored(tmp_path: Path, quantized: Path) -> None:
+    weights = make_weights(ModelConfig.from_dict(CONFIG))
+    for dtype in (mx.bfloat16, mx.float16):
+        stored = {n: w.astype(dtype) for n, w in weights.items()}
+        write_folder(tmp_path / "m", stored)
+        expected = {n: w.astype(mx.float32) if w.ndim == 1 else w for n, w in stored.items()}
+        assert same(parameters(load(tmp_path / "m")[0]), expected)
+        wide = {n: w.astype(mx.float32) for n, w in stored.items()}
+        assert same(parameters(load(tmp_path / "m", dtype="float32")[0]), wide)
+        assert np.abs(logits(load(tmp_path / "m")[0]) - logits(load(tmp_path / "m", dtype="float32")[0])).max() < 1e-4
+    model, _ = load(quantized)
+    assert model.quantization and not model.expanded
+    packed = parameters(model)
+    assert packed["transformer.layers.0.attn.qkv_proj.weight"].dtype == mx.uint32
+    assert packed["transformer.layers.0.attn.qkv_proj.scales"].dtype == mx.bfloat16
+    assert packed["transformer.norm.weight"].dtype == mx.float32
+
+
+def test_modes_without_kernels_are_expanded(tmp_path: Path) -> None:
+    convert(FOLDER, tmp_path / "q", quantize=True, q_mode="mxfp4")
+    assert load(tmp_path / "q")[0].expanded
 
 
 def test_an_adapter_that_is_not_there_is_named(small: Path) -> None:
@@ -604,6 +629,7 @@ def test_expanded_or_packed_the_logits_are_the_same(tmp_path: Path, mode: str, d
 
 
 def test_expanding_depends_on_free_memory(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", None)
     needed = 4 * ModelConfig.from_dict(CONFIG).num_parameters
     for available, expanded in ((None, True), (2 * needed, True), (needed, False), (0, False)):
         monkeypatch.setattr(backend, "available_memory", lambda available=available: available)

@@ -18,6 +18,8 @@ import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -63,7 +65,8 @@ def test_both_forms_agree_on_quantized_caches(model, monkeypatch, bits):
 
     plain = run()
     monkeypatch.setattr(ops, "_on_gpu", lambda: True)
-    assert np.abs(np.array(run()) - np.array(plain)).max() < 1e-3
+    # A key that lies between two steps may be rounded to either.
+    assert np.abs(np.array(run()) - np.array(plain)).max() < 2e-3
 
 
 def test_a_quantized_cache_stays_close_to_an_exact_one(model):

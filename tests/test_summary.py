@@ -52,6 +52,7 @@ def test_head_of_its_own_is_counted() -> None:
 
 def test_memory_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
+    monkeypatch.setattr("mlx_openelm.native.kernels", None)
     memory = memory_needed(ModelConfig.from_name("270M"), {}, "bfloat16")
     # Keys and values, 63 key-value heads in all, 64 wide, 2048 positions, 4 bytes.
     assert memory.kv_cache == 2 * 63 * 64 * 2048 * 4 == 66_060_288
@@ -72,9 +73,22 @@ def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quantized_weights_on_a_cpu_have_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
+    monkeypatch.setattr("mlx_openelm.native.kernels", None)
     memory = summarize_folder(TINY_FOLDER).memory
     assert memory.expanded == 4 * 2_485_056
     assert memory.weights < memory.expanded / 3
+
+
+def test_a_cpu_with_kernels_holds_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
+    monkeypatch.setattr("mlx_openelm.native.kernels", object())
+    config = ModelConfig.from_name("270M")
+    memory = memory_needed(config, {}, "bfloat16")
+    assert (memory.dtype, memory.weights, memory.expanded) == ("float32", 2 * PARAMETERS["270M"], None)
+    packed = memory_needed(config, plan(config, Quantization(64, 4))[0], "bfloat16")
+    assert packed.weights / PARAMETERS["270M"] == pytest.approx(4.5 / 8, rel=1e-3)
+    assert packed.expanded is None
+    assert memory_needed(config, plan(config, Quantization(32, 4, "mxfp4"))[0], "bfloat16").expanded is not None
 
 
 def test_a_folder_is_read_from_its_headers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlx_openelm import load
+from mlx_openelm import load, native
 from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
@@ -435,7 +435,8 @@ def test_recomputing_saves_memory(wide):
     original = step_module.hidden_states
     step_module.hidden_states = lambda model, *rest, **options: plain(*rest, **options)
     try:
-        assert ours < 0.6 * peak(wide, batch)
+        # Our own kernels keep no attention weights either.
+        assert ours < (0.8 if native.kernels is not None else 0.6) * peak(wide, batch)
     finally:
         step_module.hidden_states = original
 

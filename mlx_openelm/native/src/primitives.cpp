@@ -93,7 +93,7 @@ Type type_of(const mx::array& a) {
   if (a.dtype() == mx::bfloat16) return Type::bfloat16;
   if (a.dtype() == mx::float16) return Type::float16;
   if (a.dtype() == mx::float32) return Type::float32;
-  throw std::invalid_argument("mlx_openelm.native takes float32, float16 and bfloat16.");
+  throw std::invalid_argument("mlx_openelm.native: numbers are float32, float16 or bfloat16.");
 }
 
 void require(bool holds, const char* what) {

@@ -1,0 +1,558 @@
+"""The kernels for CPUs, as operations of MLX: against MLX's own, on random numbers and at the edges."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from mlx_openelm import convert, generate, load, native, ops
+from mlx_openelm.batch_cache import BatchKVCache
+from mlx_openelm.cache import KVCache, RotatingKVCache, make_cache
+from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.loading import ROUNDED_BITS, round_activations
+from mlx_openelm.native import build
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FOLDER = FIXTURES / "shakespeare-hf"
+BITS = (2, 3, 4, 5, 6, 8)
+TYPES = (mx.float32, mx.bfloat16, mx.float16)
+kernels = native.kernels
+
+needs_kernels = pytest.mark.skipif(kernels is None, reason=f"the kernels are not used: {native.status.detail}")
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def apart(ours: mx.array, theirs: mx.array) -> float:
+    """The largest difference, relative to the largest number, or to 1."""
+    ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
+    assert ours.shape == theirs.shape and ours.size
+    return (mx.max(mx.abs(ours - theirs)) / mx.maximum(mx.max(mx.abs(theirs)), 1.0)).item()
+
+
+def test_they_are_compiled_where_there_is_a_compiler():
+    if os.environ.get(native.VARIABLE) == "0" or not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("the kernels are turned off, or nothing compiles them")
+    assert native.status.state == "used", native.status
+
+
+# Products.
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 63), (200, 192), (97, 1280)])
+def test_products_with_plain_weights(outputs, inputs, dtype):
+    weight = normal(outputs, inputs).astype(dtype)
+    for rows in (1, 2, 3, 4, 5, 11, 12, 33, 70):
+        x, residual = normal(rows, inputs, seed=1), normal(rows, outputs, seed=2)
+        expected = x @ weight.astype(mx.float32).T
+        assert apart(kernels.linear(x, weight), expected) < 1e-5
+        assert apart(kernels.linear(x, weight, residual), residual + expected) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize(("bits", "group_size"), [*itertools.product(BITS, (32, 64, 128))])
+def test_products_with_packed_weights(bits, group_size):
+    for outputs, groups in ((1, 1), (50, 3), (97, 8), (64, 10)):
+        packed = [p.astype(t) for p, t in zip(mx.quantize(normal(outputs, groups * group_size), group_size, bits),
+                                               (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)]  # fmt: skip
+        full = mx.dequantize(packed[0], *(p.astype(mx.float32) for p in packed[1:]), group_size, bits)
+        for rows in (1, 2, 3, 6, 11, 12, 40):
+            x, residual = normal(rows, groups * group_size, seed=1), normal(rows, outputs, seed=2)
+            expected = residual + x @ full.T
+            exact = kernels.quantized_linear(x, *packed, bits, group_size, False, residual)
+            assert apart(exact, expected) < 1e-5
+            # Rounding to 127 steps of a group's largest: an error below the length of x and w times a few thousandths.
+            rounded = kernels.quantized_linear(x, *packed, bits, group_size, True, residual)
+            allowed = 0.02 * mx.linalg.norm(x, axis=1)[:, None] * mx.linalg.norm(full, axis=1)
+            assert mx.all(mx.abs(rounded - expected) <= allowed).item()
+            has_rounded = rows < 12 and bits <= 6
+            assert (mx.abs(rounded - exact).max().item() > 0) == has_rounded
+
+
+@needs_kernels
+def test_products_of_other_types_are_computed_in_float32():
+    weight, x = normal(40, 64), normal(3, 64, seed=1).astype(mx.bfloat16)
+    y = kernels.linear(x, weight.astype(mx.bfloat16))
+    assert y.dtype == mx.bfloat16
+    exact = x.astype(mx.float32) @ weight.astype(mx.bfloat16).astype(mx.float32).T
+    assert mx.array_equal(y, exact.astype(mx.bfloat16)) or apart(y, exact) < 0.01
+
+
+@needs_kernels
+def test_inputs_need_not_be_contiguous_and_may_be_empty():
+    weight, x = normal(64, 48), normal(96, 20, seed=1)
+    for rows in (slice(None), slice(0, 3)):
+        assert apart(kernels.linear(x.T[rows, ::2], weight), x.T[rows, ::2] @ weight.T) < 1e-5
+        assert apart(kernels.linear(x.T[rows, 48:], weight[::-1]), x.T[rows, 48:] @ weight[::-1].T) < 1e-5
+    assert apart(kernels.rms_norm(x.T, mx.ones(96), 1e-6), mx.fast.rms_norm(x.T, mx.ones(96), 1e-6)) < 1e-5
+    assert apart(kernels.swiglu(x.T), kernels.swiglu(mx.contiguous(x.T))) == 0
+    assert kernels.linear(mx.zeros((0, 48)), weight).shape == (0, 64)
+    assert kernels.linear(mx.zeros((2, 0, 48)), weight).shape == (2, 0, 64)
+    assert kernels.swiglu(mx.zeros((0, 8))).shape == (0, 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5, 30])
+def test_a_product_normalizes_and_gates_on_the_way(rows):
+    weight, x, norm = normal(50, 128), normal(rows, 128, seed=1), normal(128, seed=2)
+    packed, wide = mx.quantize(weight, 64, 8), normal(rows, 256, seed=3)
+    gate, up = mx.split(wide, 2, axis=-1)
+    normalized, gated = mx.fast.rms_norm(x, norm, 1e-6), gate * mx.sigmoid(gate) * up
+    assert apart(kernels.linear(x, weight, None, norm, 1e-6), normalized @ weight.T) < 1e-5
+    assert apart(kernels.linear(wide, weight, None, gated=True), gated @ weight.T) < 1e-5
+    full = mx.dequantize(*packed, 64, 8)
+    ours = kernels.quantized_linear(wide, *packed, 8, 64, False, normal(rows, 50), gated=True)
+    assert apart(ours, normal(rows, 50) + gated @ full.T) < 1e-5
+
+    def slope(product):
+        return mx.grad(lambda x, w: (product(x, w) * normal(rows, 50, seed=4)).sum(), argnums=(0, 1))
+
+    ours = slope(lambda x, w: kernels.linear(x, weight, None, w, 1e-6))(x, norm)
+    theirs = slope(lambda x, w: mx.fast.rms_norm(x, w, 1e-6) @ weight.T)(x, norm)
+    assert max(map(apart, ours, theirs)) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 64, 1280), (3, 200, 192), (13, 130, 128), (50, 40, 256)])
+def test_gradients_of_products(rows, outputs, inputs):
+    weight, x, residual = normal(outputs, inputs), normal(rows, inputs, seed=1), normal(rows, outputs, seed=2)
+    pull = normal(rows, outputs, seed=3)
+
+    def slopes(product, *arrays):
+        return mx.vjp(lambda *a: [product(*a)], list(arrays), [pull])[1]
+
+    for dtype in (mx.float32, mx.bfloat16):
+        stored = weight.astype(dtype)
+        ours = slopes(kernels.linear, x, stored, residual)
+        theirs = slopes(lambda x, w, r: r + x @ w.astype(mx.float32).T, x, stored, residual)
+        assert max(map(apart, ours, theirs)) < (1e-5 if dtype == mx.float32 else 1e-2)
+    for bits, group_size in itertools.product(BITS, (32, 64, 128)):
+        if inputs % group_size:
+            continue
+        packed = mx.quantize(weight, group_size, bits)
+        ours = slopes(lambda x, p=packed, b=bits, g=group_size: kernels.quantized_linear(x, *p, b, g, True), x)[0]
+        assert apart(ours, pull @ mx.dequantize(*packed, group_size, bits)) < 1e-5
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused():
+    packed = mx.quantize(normal(8, 64), 64, 4)
+    for call in (
+        lambda: kernels.linear(normal(2, 5), normal(3, 4)),
+        lambda: kernels.linear(normal(2, 4), mx.zeros((3, 4), mx.int32)),
+        lambda: kernels.linear(normal(2, 4), normal(3, 4), normal(2, 4)),
+        lambda: kernels.quantized_linear(normal(2, 64), *packed, 7, 64, False),
+        lambda: kernels.quantized_linear(normal(2, 64), *packed, 4, 32, False),
+        lambda: kernels.quantized_linear(normal(2, 32), *packed, 4, 64, False),
+        lambda: kernels.quantized_linear(normal(2, 64), packed[0], packed[1][:3], packed[2][:3], 4, 64, False),
+        lambda: kernels.attention(normal(1, 1, 3, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 5),
+        lambda: kernels.attention(normal(1, 1, 4, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 6),
+        lambda: kernels.split_heads(normal(2, 24), normal(1, 2, 4), None, None, None, None, 4, 2, 0.0, 0),
+        lambda: kernels.split_heads(normal(1, 32), normal(1, 1, 4), None, None, mx.zeros((1, 2, 4, 4)),
+                                    mx.zeros((1, 2, 4, 4)), 4, 2, 0.0, 4),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"mlx_openelm\.native: "):
+            call()
+
+
+# What lies between products.
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 64), (5, 1280), (600, 40)])
+def test_elementwise_kernels(shape):
+    x, weight = normal(*shape) * 3, normal(shape[-1], seed=1)
+    assert apart(kernels.rms_norm(x, weight, 1e-6), mx.fast.rms_norm(x, weight, 1e-6)) < 1e-5
+    expected = x - mx.logsumexp(x, axis=-1, keepdims=True)
+    assert mx.abs(kernels.log_softmax(x) - expected).max().item() < 1e-5
+    wide = mx.concatenate([x * 10, normal(*shape, seed=2)], axis=-1)
+    gate, up = mx.split(wide, 2, axis=-1)
+    assert apart(kernels.swiglu(wide), gate * mx.sigmoid(gate) * up) < 1e-6
+    pull = normal(*shape, seed=3)
+    ours = mx.grad(lambda x: (kernels.swiglu(x) * pull).sum())(wide)
+    plain = mx.grad(lambda x: (mx.split(x, 2, -1)[0] * mx.sigmoid(mx.split(x, 2, -1)[0]) * mx.split(x, 2, -1)[1]
+                               * pull).sum())(wide)  # fmt: skip
+    assert apart(ours, plain) < 1e-5
+    for function, reference in (
+        (lambda x: kernels.log_softmax(x), lambda x: x - mx.logsumexp(x, axis=-1, keepdims=True)),
+        (lambda x: kernels.rms_norm(x, weight, 1e-6), lambda x: mx.fast.rms_norm(x, weight, 1e-6)),
+    ):
+        slopes = [mx.grad(lambda x, f=f: (f(x) * pull).sum())(x) for f in (function, reference)]
+        assert mx.abs(slopes[0] - slopes[1]).max().item() < 1e-4
+        assert mx.abs(mx.jvp(function, [x], [pull])[1][0] - mx.jvp(reference, [x], [pull])[1][0]).max().item() < 1e-4
+        assert apart(mx.vmap(function)(x[None]), function(x)[None]) < 1e-5
+
+
+@needs_kernels
+def test_log_softmax_of_banned_tokens():
+    x = mx.array([[0.0, -mx.inf, 1.0], [5.0, -mx.inf, -mx.inf]])
+    assert np.allclose(np.array(kernels.log_softmax(x)), np.array(x - mx.logsumexp(x, axis=-1, keepdims=True)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_a_packed_embedding(bits):
+    packed = mx.quantize(normal(9, 128), 64, bits)
+    for tokens in (mx.array([[3, 0], [8, 3]]), mx.array(5), mx.array([-1], mx.int64), mx.zeros((0,), mx.int32)):
+        expected = mx.dequantize(*packed, 64, bits)[tokens]
+        rows = kernels.lookup(tokens, *packed, bits, 64)
+        assert rows.shape == expected.shape and mx.allclose(rows, expected, atol=1e-6).item()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "length", "queries", "kv", "dim"), [(1, 1, 4, 1, 64), (2, 5, 6, 2, 24), (1, 70, 3, 1, 8)])  # fmt: skip
+def test_heads_are_normalized_and_rotated(batch, length, queries, kv, dim):
+    qkv, norms = normal(batch * length, (queries + 2 * kv) * dim), (normal(dim, seed=1), normal(dim, seed=2))
+    for offset in (3, mx.array([3, -2][:batch])):
+        table = ops._rotation_table(dim, 1e4, offset, length)
+        for weights in ((None, None), norms):
+            q, k, v = mx.split(qkv.reshape(batch, length, -1, dim), [queries, queries + kv], axis=2)
+            if weights[0] is not None:
+                q, k = (mx.fast.rms_norm(x, w, 1e-6) for x, w in zip((q, k), weights, strict=True))
+            starts = offset if isinstance(offset, int) else mx.array(offset)
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+            q, k = (mx.fast.rope(x, dim, traditional=False, base=1e4, scale=1.0, offset=starts) for x in (q, k))
+            ours = kernels.split_heads(qkv, table, *weights, None, None, queries, kv, 1e-6, 0)
+            assert max(map(apart, ours, (q.swapaxes(1, 2), k, v))) < 1e-4
+            buffers = [normal(batch, kv, length + 9, dim, seed=s) for s in (3, 4)]
+            kept = [mx.array(b) for b in buffers]
+            ours = kernels.split_heads(qkv, table, *weights, *buffers, queries, kv, 1e-6, 4)
+            for now, before, new in zip(ours[1:], kept, (k, v), strict=True):
+                before[:, :, 4 : 4 + length] = new
+                assert apart(now, before) < 1e-4
+
+
+# Attention.
+
+
+def plain_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """q [B, L, H, D], k and v [B, K, T, D], a mask to add: [B * L, H * D]."""
+    batch, length, heads, dim = q.shape
+    k, v = (mx.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
+    scores = q.swapaxes(1, 2) @ k.swapaxes(-1, -2) * scale
+    weights = mx.softmax(scores if mask is None else scores + mask, axis=-1)
+    return (weights @ v).swapaxes(1, 2).reshape(batch * length, heads * dim)
+
+
+def hiding(kind: str, batch: int, length: int, total: int) -> tuple[bool, mx.array | None, mx.array | None]:
+    """Whether causal, the mask for the kernel, and what plain attention adds."""
+    causal = mx.where(mx.arange(total - length, total)[:, None] >= mx.arange(total), 0.0, -1e30)
+    if kind == "causal":
+        return True, None, causal
+    if kind == "mask":
+        seen = (mx.random.uniform(shape=(batch, 1, length, total), key=mx.random.key(9)) > 0.4) | (mx.arange(total) == 0)
+        mask = mx.where(seen, 0.0, -1e9)
+        return False, mask, mask
+    return False, None, None
+
+
+SHAPES = [
+    # rows, new positions, past, query heads, key-value heads, head_dim
+    *itertools.product((1, 2), (1,), (0, 5, 63, 64, 700), (6,), (2,), (16, 64)),
+    *itertools.product((1,), (3, 17, 70), (0, 5, 200), (4,), (1, 4), (24, 64, 128)),
+    (1, 1, 4000, 4, 1, 64),
+    (2, 130, 0, 8, 2, 80),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["none", "causal", "mask"])
+def test_attention(kind):
+    for batch, length, past, heads, kv, dim in SHAPES:
+        total = past + length
+        q = normal(batch, length, heads, dim)
+        k, v = (normal(batch, kv, total + 7, dim, seed=s) for s in (1, 2))
+        causal, mask, added = hiding(kind, batch, length, total)
+        expected = plain_attention(q, k[:, :, :total], v[:, :, :total], dim**-0.5, added)
+        mixed, sums = kernels.attention(q, [k], [v], dim**-0.5, causal, mask, total)
+        assert apart(mixed, expected) < 2e-5 and sums.shape == (batch, heads, length)
+        half = [x.astype(mx.bfloat16) for x in (k, v)]
+        expected = plain_attention(q, *(x[:, :, :total].astype(mx.float32) for x in half), dim**-0.5, added)
+        assert apart(kernels.attention(q, half[:1], half[1:], dim**-0.5, causal, mask, total)[0], expected) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_attention_to_packed_keys_and_values(bits):
+    for batch, length, past, heads, kv, dim in ((1, 1, 70, 6, 2, 64), (2, 9, 30, 4, 4, 64), (1, 40, 3, 4, 1, 128)):
+        total = past + length
+        q = normal(batch, length, heads, dim)
+        packed = [mx.quantize(normal(batch, kv, total + 5, dim, seed=s), 32, bits) for s in (1, 2)]
+        full = [mx.dequantize(*p, 32, bits)[:, :, :total] for p in packed]
+        expected = plain_attention(q, *full, dim**-0.5, hiding("causal", batch, length, total)[2])
+        # Also as a cache gives them: the part of its buffers that is in use.
+        for parts in (packed, [[x[:, :, :total] for x in p] for p in packed]):
+            ours = kernels.attention(q, *(list(p) for p in parts), dim**-0.5, True, None, total, bits, 32)[0]
+            assert apart(ours, expected) < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["none", "causal", "mask"])
+def test_gradients_of_attention(kind):
+    for batch, length, past, heads, kv, dim in ((1, 1, 4, 4, 2, 16), (2, 70, 0, 6, 2, 24), (1, 33, 100, 4, 1, 64)):
+        total = past + length
+        arrays = normal(batch, length, heads, dim), *(normal(batch, kv, total, dim, seed=s) for s in (1, 2))
+        causal, mask, added = hiding(kind, batch, length, total)
+        pull = normal(batch * length, heads * dim, seed=3)
+
+        def ours(q, k, v, pull=pull, causal=causal, mask=mask, total=total):
+            return (kernels.attention(q, [k], [v], 0.2, causal, mask, total)[0] * pull).sum()
+
+        def theirs(q, k, v, pull=pull, added=added):
+            return (plain_attention(q, k, v, 0.2, added) * pull).sum()
+
+        slopes = [mx.grad(f, argnums=(0, 1, 2))(*arrays) for f in (ours, theirs)]
+        assert max(map(apart, *slopes)) < 1e-4
+        # Queries that lie as [batch, heads, length, dim] in memory.
+        turned = mx.contiguous(arrays[0].swapaxes(1, 2)).swapaxes(1, 2)
+        assert apart(mx.grad(ours)(turned, *arrays[1:]), slopes[1][0]) < 1e-4
+
+
+# Caches.
+
+
+@needs_kernels
+def test_a_cache_is_extended_in_place_unless_somebody_else_holds_it():
+    model, _ = load("tiny")
+    cache = make_cache(len(model.layers))
+    mx.eval(model(mx.array([[1, 5, 6, 7]]), cache))
+
+    def address() -> int:
+        return np.asarray(memoryview(cache[0].keys)).ctypes.data
+
+    before = address()
+    for token in range(8):
+        mx.eval(model(mx.array([[token]]), cache))
+        assert address() == before
+    held, copy = cache[0].keys, np.array(cache[0].keys)
+    mx.eval(model(mx.array([[9]]), cache))
+    assert address() != before and np.array_equal(np.array(held), copy)
+    assert not np.array_equal(np.array(cache[0].keys), copy)
+
+
+@needs_kernels
+@pytest.mark.parametrize("make", [lambda: KVCache(), lambda: RotatingKVCache(12, keep=4), lambda: BatchKVCache([0])])
+def test_every_cache_gives_what_plain_mlx_gives(make, monkeypatch):
+    model, _ = load(FOLDER)
+    pieces = [mx.array([[1, 20, 21, 22, 23]]), mx.array([[7]]), mx.array([[30, 31, 32]]), *(mx.array([[t]]) for t in range(12))]
+
+    def run() -> list[np.ndarray]:
+        cache = [make() for _ in model.layers]
+        return [np.array(model(piece, cache)) for piece in pieces]
+
+    ours = run()
+    monkeypatch.setattr(native, "kernels", None)
+    for a, b in zip(ours, run(), strict=True):
+        assert np.abs(a - b).max() < 1e-4
+
+
+@needs_kernels
+def test_trimmed_caches_forget(reference):
+    model, _ = load(FOLDER)
+    cache, ids = make_cache(len(model.layers)), reference["ids"][0]
+    model(mx.array([[*ids, 9, 8, 7]]), cache)
+    for layer in cache:
+        layer.trim(3 + len(ids) - 2)
+    logits = model(mx.array([ids[2:]]), cache)[0]
+    assert np.abs(np.array(logits) - reference["logits_0"][2:]).max() < 1e-4
+
+
+# The whole model.
+
+
+@needs_kernels
+def test_tokens_are_the_references(reference):
+    for dtype in (None, "float32"):
+        model, _ = load(FOLDER, dtype=dtype)
+        for ids, greedy in zip(reference["ids"], reference["greedy"], strict=True):
+            assert [token for token, _ in generate_step(model, ids, max_tokens=48)] == greedy
+
+
+@needs_kernels
+def test_half_precision_activations_work_on_a_cpu(tmp_path):
+    convert(FOLDER, tmp_path / "q", quantize=True, q_bits=8)
+    half, _ = load(tmp_path / "q", dtype="bfloat16")
+    exact, _ = load(tmp_path / "q")
+    tokens = mx.array([[1, 5, 6, 7, 8]])
+    difference = half(tokens).astype(mx.float32) - exact(tokens)
+    assert half(tokens).dtype == mx.bfloat16 and 0 < mx.abs(difference).max().item() < 0.5
+
+
+def divergence(expected: mx.array, got: mx.array) -> float:
+    """The mean KL(expected || got) of rows of logits, in nats."""
+    expected, got = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, got))
+    return (mx.exp(expected) * (expected - got)).sum(-1).mean().item()
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_rounded_activations_cost_less_than_the_weights(bits, tmp_path):
+    text = json.loads((FIXTURES / "valid.jsonl").read_text().splitlines()[0])["text"]
+    full, tokenizer = load(FOLDER)
+    ids = mx.array(tokenizer.encode(text)[:256])
+    convert(FOLDER, tmp_path / "q", quantize=True, q_bits=bits, q_group_size=64 if bits != 2 else 32)
+    model, _ = load(tmp_path / "q", exact_activations=True)
+
+    def logits(of) -> mx.array:
+        cache, parts = make_cache(len(of.layers)), []
+        for start in range(0, ids.size, 8):  # few rows at a time, which are the ones that are rounded
+            parts.append(of(ids[None, start : start + 8], cache)[0])
+        return mx.concatenate(parts)
+
+    wanted, exact = logits(full), logits(model)
+    round_activations(model)
+    rounded = logits(model)
+    assert mx.array_equal(exact, rounded).item() == (bits > ROUNDED_BITS)
+    assert divergence(exact, rounded) < 0.25 * divergence(wanted, exact)
+    assert mx.array_equal(logits(load(tmp_path / "q")[0]), rounded).item()  # as it is by default
+
+
+@needs_kernels
+def test_two_generations_at_once_give_what_each_gives_alone():
+    model, tokenizer = load("tiny")
+    prompts = ["ROMEO.", "To be, or not to be"]
+    alone = [generate(model, tokenizer, p, max_tokens=60) for p in prompts]
+    together: dict[int, str] = {}
+
+    def run(index: int) -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            together[index] = generate(model, tokenizer, prompts[index], max_tokens=60)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert [together.get(i) for i in range(2)] == alone
+
+
+@needs_kernels
+def test_quantized_caches_generate_with_them(reference):
+    model, _ = load(FOLDER)
+    tokens = [t for t, _ in generate_step(model, reference["ids"][0], max_tokens=24, options=CacheOptions(kv_bits=8))]
+    assert tokens[:8] == reference["greedy"][0][:8]
+
+
+# Whether they are used.
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({"OMP_NUM_THREADS": "3"}, 3), ({"OMP_NUM_THREADS": "5,2"}, 5), ({"OPENBLAS_NUM_THREADS": "1"}, 1),
+     ({"OMP_NUM_THREADS": "none", "OPENBLAS_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "0"}, None), ({}, None)],
+)  # fmt: skip
+def test_thread_counts_follow_the_usual_variables(variables, count, monkeypatch):
+    for name in native.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert native.thread_count() == count if count else 1 <= native.thread_count() <= (os.cpu_count() or 1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a library and a description that nothing speaks against."""
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    (tmp_path / build.LIBRARY).write_bytes(b"")
+    describe(tmp_path)
+    return tmp_path
+
+
+def describe(folder: Path, **facts: object) -> None:
+    import platform
+
+    known = {"mlx": mx.__version__, "nanobind": "3.1.0", "machine": platform.machine(), "instructions": []}
+    (folder / build.FACTS).write_text(json.dumps(known | facts))
+
+
+def test_a_library_that_fits_is_loaded(folder):
+    assert native.examine(folder) is None
+
+
+def test_a_library_for_another_mlx_is_not_loaded(folder):
+    describe(folder, mlx="0.1.2")
+    status = native.examine(folder)
+    assert status is not None and status.state == "stale"
+    assert status.detail == f"compiled for MLX 0.1.2, and {mx.__version__} is installed"
+    assert "-m mlx_openelm.native" in (status.advice or "")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells")
+def test_a_library_for_another_processor_is_not_loaded(folder):
+    describe(folder, instructions=["no_such_instruction"])
+    status = native.examine(folder)
+    assert status is not None and status.state == "foreign" and "has no no_such_instruction" in status.detail
+    describe(folder, machine="abacus")
+    assert native.examine(folder).state == "foreign"  # type: ignore[union-attr]
+
+
+def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
+    (folder / build.FACTS).write_text("{")
+    assert native.examine(folder).state == "failed"  # type: ignore[union-attr]
+    (folder / build.LIBRARY).unlink()
+    assert native.examine(folder).state == "missing"  # type: ignore[union-attr]
+    monkeypatch.setenv(native.VARIABLE, "0")
+    assert native.examine(folder).state == "off"  # type: ignore[union-attr]
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_variable_turns_them_off_and_the_text_stays_the_same():
+    code = (
+        "from mlx_openelm import generate, load, native; import mlx.core as mx; mx.set_default_device(mx.cpu);"
+        "print(native.status.state, repr(generate(*load('tiny'), 'ROMEO.', max_tokens=30)))"
+    )
+    plain = run(code, MLX_OPENELM_NATIVE="0")
+    assert plain.startswith("off ")
+    if kernels is not None:
+        assert run(code) == plain.replace("off ", "used ", 1)
+
+
+@needs_kernels
+def test_doctor_says_which_kernels_are_used():
+    done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor", "--json"], capture_output=True, text=True)
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    if "CPU kernels" not in findings:
+        pytest.skip("a GPU needs none")
+    assert findings["CPU kernels"]["value"].startswith("used: ") and findings["CPU kernels"]["advice"] is None
+    done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor"], capture_output=True, text=True,
+                          env=os.environ | {"MLX_OPENELM_NATIVE": "0"})  # fmt: skip
+    assert "off: MLX_OPENELM_NATIVE says so" in done.stdout
+
+
+def test_without_a_compiler_building_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match="There is no C\\+\\+ compiler; install one"):
+        build.build(tmp_path / "there")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="CXX names 'no-such-compiler', which is not there"):
+        build.build(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_building_needs_nanobind_and_mlx(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    with pytest.raises(build.BuildError, match="nanobind is not installed; pip install nanobind"):
+        build.find_nanobind()
+    with pytest.raises(build.BuildError, match="MLX is not installed"):
+        build.find_mlx()
