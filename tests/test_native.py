@@ -473,9 +473,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def describe(folder: Path, **facts: object) -> None:
-    import platform
-
-    known = {"mlx": mx.__version__, "nanobind": "3.1.0", "machine": platform.machine(), "instructions": []}
+    known = {"mlx": mx.__version__, "sources": build.fingerprint(), "machine": os.uname().machine, "instructions": []}
     (folder / build.FACTS).write_text(json.dumps(known | facts))
 
 
@@ -489,6 +487,25 @@ def test_a_library_for_another_mlx_is_not_loaded(folder):
     assert status is not None and status.state == "stale"
     assert status.detail == f"compiled for MLX 0.1.2, and {mx.__version__} is installed"
     assert "-m mlx_openelm.native" in (status.advice or "")
+
+
+def test_a_library_of_other_sources_is_not_loaded(folder):
+    describe(folder, sources=0)
+    status = native.examine(folder)
+    assert status is not None and (status.state, status.detail) == ("stale", "compiled from other sources")
+
+
+def test_a_clone_uses_the_installed_library(monkeypatch, tmp_path):
+    own = Path(native.__file__).parent
+    installed = tmp_path / "mlx_openelm" / "native"
+    installed.mkdir(parents=True)
+    (installed / build.LIBRARY).write_bytes(b"")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert native.find_folder() == (own if (own / build.LIBRARY).is_file() else installed)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "clone" / "__init__.py"))
+    assert native.find_folder() == installed
+    (installed / build.LIBRARY).unlink()
+    assert native.find_folder() == tmp_path / "clone"
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells")

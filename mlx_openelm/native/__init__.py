@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import sys
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from .build import FACTS, LIBRARY
+from .build import FACTS, LIBRARY, fingerprint
 
 # Set to 0 to do without the kernels.
 VARIABLE = "MLX_OPENELM_NATIVE"
@@ -31,8 +30,8 @@ REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native"
 class Status:
     """Whether the kernels are used.
 
-    `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another
-    MLX), foreign (for another processor), failed (it does not load, or does not know MLX's arrays). `detail` says more
+    `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another MLX,
+    or from other sources), foreign (for another processor), failed (it does not load, or does not know MLX's arrays). `detail` says more
     in a few words, `advice` what to do, if anything.
     """
 
@@ -76,24 +75,41 @@ def examine(folder: Path) -> Status | None:
         return Status("missing", "not compiled", f"{REBUILD} compiles them; it says what it lacks")
     try:
         facts = json.loads((folder / FACTS).read_text())
-        built_for, machine, needed = facts["mlx"], facts["machine"], list(facts["instructions"])
+        built_for, sources, machine = facts["mlx"], facts["sources"], facts["machine"]
+        needed = list(facts["instructions"])
     except (OSError, ValueError, KeyError, TypeError):
         return Status("failed", f"{FACTS} is missing or damaged", REBUILD)
     if built_for != mx.__version__:
         return Status("stale", f"compiled for MLX {built_for}, and {mx.__version__} is installed", REBUILD)
+    if sources != fingerprint():
+        return Status("stale", "compiled from other sources", REBUILD)
     lacking = missing_instructions(needed)
-    if machine != platform.machine() or lacking:
-        other = f"has no {', '.join(lacking)}" if lacking else f"is {platform.machine()}, not {machine}"
+    if machine != os.uname().machine or lacking:
+        other = f"has no {', '.join(lacking)}" if lacking else f"is {os.uname().machine}, not {machine}"
         return Status("foreign", f"compiled for another processor: this one {other}", REBUILD)
     return None
 
 
+def find_folder() -> Path:
+    """Where the library is: beside this file, or, for a clone that was installed, where it was installed."""
+    own = Path(__file__).parent
+    if (own / LIBRARY).is_file():
+        return own
+    import sysconfig
+
+    installed = (Path(sysconfig.get_path(name)) / "mlx_openelm" / "native" for name in ("platlib", "purelib"))
+    return next((folder for folder in installed if (folder / LIBRARY).is_file()), own)
+
+
 def _load() -> tuple[Any, Status]:
-    folder = Path(__file__).parent
+    folder = find_folder()
     if (status := examine(folder)) is not None:
         return None, status
     try:
-        module = import_module(f"{__name__}.kernels")
+        spec = spec_from_file_location(f"{__name__}.kernels", folder / LIBRARY)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
         # Where nanobind differs from MLX's, arrays are strangers to the module.
         module.rms_norm(mx.ones(2), mx.ones(2), 1e-6)
     except (ImportError, TypeError) as error:
@@ -104,7 +120,7 @@ def _load() -> tuple[Any, Status]:
 
 
 def _instructions(folder: Path) -> str:
-    return ", ".join(json.loads((folder / FACTS).read_text())["instructions"]) or platform.machine()
+    return ", ".join(json.loads((folder / FACTS).read_text())["instructions"]) or os.uname().machine
 
 
 kernels, status = _load()

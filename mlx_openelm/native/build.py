@@ -1,23 +1,20 @@
 """Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native`, and `pip install` through setup.py.
 
-Uses the standard library alone, since setup.py loads this file before anything is installed.
+Uses the standard library alone, since setup.py loads this file before anything is installed; and imports what only
+compiling needs when it compiles, since every start of a program imports this file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
-LIBRARY = f"kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
 # What the library was compiled for, beside it: read before it is loaded, since loading may already use instructions
 # that a processor lacks.
 FACTS = "kernels.json"
@@ -54,6 +51,10 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
     Raises:
         BuildError: no compiler, no nanobind or MLX to compile against, or an error of the compiler.
     """
+    import sysconfig
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
     compiler = find_compiler()
     mlx, nanobind = find_mlx(), find_nanobind()
     options = [
@@ -83,7 +84,8 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         facts = {
             "mlx": _mlx_version(mlx),
             "nanobind": _nanobind_version(nanobind),
-            "machine": platform.machine(),
+            "sources": fingerprint(),
+            "machine": os.uname().machine,
             "instructions": used_instructions(compiler),
         }
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
@@ -93,8 +95,18 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
     return folder / LIBRARY
 
 
+def fingerprint() -> int:
+    """Tells these sources from others: a library of others may know other functions."""
+    number = 0
+    for file in sorted(SOURCES.iterdir()):
+        number = zlib.crc32(file.read_bytes(), number)
+    return number
+
+
 def find_compiler() -> str:
     """The C++ compiler: what CXX names, else g++ or clang++."""
+    import shutil
+
     named = os.environ.get("CXX")
     for name in (named,) if named else ("g++", "clang++", "c++"):
         if found := shutil.which(name):
@@ -111,6 +123,8 @@ def find_mlx() -> Path:
 
     pip builds in an environment of its own; where the one it installs into has an MLX already, that one counts.
     """
+    import sysconfig
+
     for place in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path):
         folder = Path(place) / "mlx"
         if (folder / "include" / "mlx" / "mlx.h").is_file() and list((folder / "lib").glob("libmlx.*")):
@@ -129,6 +143,10 @@ def find_nanobind() -> Path:
 
 def native_flag(compiler: str) -> str:
     """The flag that compiles for this very processor: x86 compilers and older ones of ARM name it differently."""
+    import subprocess
+
+    if sys.platform == "darwin" and os.uname().machine == "arm64":
+        return "-mcpu=apple-m1"  # which every M-series chip can do
     for flag in ("-march=native", "-mcpu=native"):
         if not subprocess.run([compiler, flag, "-E", "-xc++", os.devnull], capture_output=True).returncode:
             return flag
@@ -137,12 +155,16 @@ def native_flag(compiler: str) -> str:
 
 def used_instructions(compiler: str) -> list[str]:
     """The names in /proc/cpuinfo of what this compiler uses for this processor."""
+    import subprocess
+
     command = [compiler, native_flag(compiler), "-dM", "-E", "-xc++", os.devnull]
     macros = {line.split()[1] for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()}
     return [name for macro, name in INSTRUCTIONS.items() if macro in macros]
 
 
 def _run(command: list[str]) -> None:
+    import subprocess
+
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command[:1])} failed:\n{done.stderr.strip()[-2000:]}")
