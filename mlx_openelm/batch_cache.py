@@ -31,7 +31,9 @@ class BatchKVCache(Cache):
         start, self._idx = self._idx, self._idx + keys.shape[2]
         self.offset = self.offset + keys.shape[2]
         if self.keys is None or self._idx > self.keys.shape[2]:
-            self.keys, self.values = (grow(old, new.shape, new.dtype, start) for old, new in ((self.keys, keys), (self.values, values)))
+            self.keys, self.values = (
+                grow(old, new.shape, new.dtype, start) for old, new in ((self.keys, keys), (self.values, values))
+            )
         self.keys[:, :, start : self._idx] = keys
         self.values[:, :, start : self._idx] = values
         return self.keys[:, :, : self._idx], self.values[:, :, : self._idx]

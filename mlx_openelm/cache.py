@@ -58,7 +58,8 @@ class KVCache(Cache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns all of them."""
-        start = self.reserve(*keys.shape, keys.dtype)
+        rows, heads, length, dim = keys.shape
+        start = self.reserve(rows, heads, length, dim, keys.dtype)
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]

@@ -37,8 +37,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
 
-# The most bits of weights for which activations are rounded to 8 bits. Measured on the test model, in groups of 64, that
-# costs a KL divergence of 0.0006 where 6-bit weights cost 0.004 and 4-bit weights 0.06; 8-bit weights cost 0.0004.
+# The most bits of weights for which activations are rounded to 8 bits. Measured on the test model, in groups of 64,
+# that costs a KL divergence of 0.0006 where 6-bit weights cost 0.004, 4-bit weights 0.06, and 8-bit weights 0.0004.
 ROUNDED_BITS = 6
 
 # Expanding quantized weights leaves at least this share of the free memory to everything else.

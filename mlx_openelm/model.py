@@ -23,9 +23,7 @@ class Linear(nn.Linear):
     def __init__(self, in_dims: int, out_dims: int):
         super().__init__(in_dims, out_dims, bias=False)
 
-    def __call__(
-        self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None) -> mx.array:
         """The product with before(x), plus the residual, if they are given: in one, where the device can."""
         return ops.linear(x, self["weight"], residual, before)
 
@@ -38,9 +36,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     rounds = False
 
-    def __call__(
-        self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None) -> mx.array:
         return ops.quantized_linear(x, self, residual, before)
 
 
@@ -119,18 +115,18 @@ class FeedForward(nn.Module):
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
         self.activation = ACTIVATIONS[config.activation_fn_name]
-        # What `proj_1` gives, made into what `proj_2` takes.
-        self.activate = self.activation if not self.gated else self._gate
-        if self.gated and self.activation is nn.silu:
-            self.activate = ops.swiglu
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """residual + proj_2(activation), from what `proj_1` gave."""
-        return project(self["proj_2"], x, residual, before=self.activate)
+        if self.gated and self.activation is nn.silu:
+            return project(self["proj_2"], x, residual, before=ops.swiglu)
+        return project(self["proj_2"], self._activate(x), residual)
 
-    def _gate(self, x: mx.array) -> mx.array:
+    def _activate(self, x: mx.array) -> mx.array:
+        if not self.gated:
+            return self.activation(x)
         gate, up = mx.split(x, 2, axis=-1)
         return self.activation(gate) * up
 

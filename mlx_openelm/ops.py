@@ -15,7 +15,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import cpu_math, native
 from .cache import KVCache
@@ -52,13 +51,11 @@ def _kernels() -> Any:
     return None if _on_gpu() else native.kernels
 
 
-def linear(
-    x: mx.array, weight: mx.array, residual: mx.array | None = None, before: Before | None = None
-) -> mx.array:
+def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None, before: Before | None = None) -> mx.array:
     """before(x) [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out].
 
     Args:
-        before: what x passes first; a CPU's kernels do an `RMSNorm` or `swiglu` on the way.
+        before: an `RMSNorm` or `swiglu` that x passes first; a CPU's kernels do it on the way.
     """
     if (kernels := _kernels()) is not None:
         x, stage = _stage(before, x)
@@ -79,9 +76,8 @@ def _stage(before: Before | None, x: mx.array) -> tuple[mx.array, tuple[Any, ...
         return x, ()
     if before is swiglu:
         return x, (None, 0.0, True)
-    if isinstance(before, nn.RMSNorm):
-        return x, (before["weight"], before.eps)
-    return before(x), ()
+    norm: Any = before
+    return x, (norm["weight"], norm.eps)
 
 
 def quantized_linear(
@@ -285,9 +281,7 @@ class Attend:
             )
             keys, values, total = [cache.keys], [cache.values], cache.offset
         else:
-            queries, keys, values = self.kernels.split_heads(
-                qkv, self.table, *weights, None, None, *num_heads, eps, 0
-            )
+            queries, keys, values = self.kernels.split_heads(qkv, self.table, *weights, None, None, *num_heads, eps, 0)
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
             keys, values = (list(x) if isinstance(x, tuple | list) else [x] for x in (keys, values))

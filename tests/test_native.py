@@ -214,8 +214,9 @@ def test_rows_of_a_packed_embedding(bits):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("batch", "length", "queries", "kv", "dim"), [(1, 1, 4, 1, 64), (2, 5, 6, 2, 24), (1, 70, 3, 1, 8)])  # fmt: skip
-def test_heads_are_normalized_and_rotated(batch, length, queries, kv, dim):
+@pytest.mark.parametrize("shape", [(1, 1, 4, 1, 64), (2, 5, 6, 2, 24), (1, 70, 3, 1, 8)])
+def test_heads_are_normalized_and_rotated(shape):
+    batch, length, queries, kv, dim = shape
     qkv, norms = normal(batch * length, (queries + 2 * kv) * dim), (normal(dim, seed=1), normal(dim, seed=2))
     for offset in (3, mx.array([3, -2][:batch])):
         table = ops._rotation_table(dim, 1e4, offset, length)
@@ -254,8 +255,8 @@ def hiding(kind: str, batch: int, length: int, total: int) -> tuple[bool, mx.arr
     if kind == "causal":
         return True, None, causal
     if kind == "mask":
-        seen = (mx.random.uniform(shape=(batch, 1, length, total), key=mx.random.key(9)) > 0.4) | (mx.arange(total) == 0)
-        mask = mx.where(seen, 0.0, -1e9)
+        seen = mx.random.uniform(shape=(batch, 1, length, total), key=mx.random.key(9)) > 0.4
+        mask = mx.where(seen | (mx.arange(total) == 0), 0.0, -1e9)
         return False, mask, mask
     return False, None, None
 
@@ -348,7 +349,8 @@ def test_a_cache_is_extended_in_place_unless_somebody_else_holds_it():
 @pytest.mark.parametrize("make", [lambda: KVCache(), lambda: RotatingKVCache(12, keep=4), lambda: BatchKVCache([0])])
 def test_every_cache_gives_what_plain_mlx_gives(make, monkeypatch):
     model, _ = load(FOLDER)
-    pieces = [mx.array([[1, 20, 21, 22, 23]]), mx.array([[7]]), mx.array([[30, 31, 32]]), *(mx.array([[t]]) for t in range(12))]
+    rows = [[1, 20, 21, 22, 23], [7], [30, 31, 32], *([token] for token in range(12))]
+    pieces = [mx.array([row]) for row in rows]
 
     def run() -> list[np.ndarray]:
         cache = [make() for _ in model.layers]

@@ -30,9 +30,9 @@ REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native"
 class Status:
     """Whether the kernels are used.
 
-    `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another MLX,
-    or from other sources), foreign (for another processor), failed (it does not load, or does not know MLX's arrays). `detail` says more
-    in a few words, `advice` what to do, if anything.
+    `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another
+    MLX, or from other sources), foreign (for another processor), failed (it does not load, or does not know MLX's
+    arrays). `detail` says more in a few words, `advice` what to do, if anything.
     """
 
     state: str
@@ -79,8 +79,9 @@ def examine(folder: Path) -> Status | None:
         needed = list(facts["instructions"])
     except (OSError, ValueError, KeyError, TypeError):
         return Status("failed", f"{FACTS} is missing or damaged", REBUILD)
-    if built_for != mx.__version__:
-        return Status("stale", f"compiled for MLX {built_for}, and {mx.__version__} is installed", REBUILD)
+    installed: str = mx.__version__  # type: ignore[attr-defined]
+    if built_for != installed:
+        return Status("stale", f"compiled for MLX {built_for}, and {installed} is installed", REBUILD)
     if sources != fingerprint():
         return Status("stale", "compiled from other sources", REBUILD)
     lacking = missing_instructions(needed)

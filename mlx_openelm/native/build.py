@@ -80,7 +80,8 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         else:
             linking = ["-shared", "-Wl,-rpath,$ORIGIN/../../mlx/lib"]
         library = partial / LIBRARY
-        _run([compiler, *flags, *linking, *map(str, objects), f"-L{mlx / 'lib'}", "-lmlx", "-pthread", "-o", str(library)])
+        linking += [*map(str, objects), f"-L{mlx / 'lib'}", "-lmlx", "-pthread", "-o", str(library)]
+        _run([compiler, *flags, *linking])
         facts = {
             "mlx": _mlx_version(mlx),
             "nanobind": _nanobind_version(nanobind),
@@ -111,11 +112,10 @@ def find_compiler() -> str:
     for name in (named,) if named else ("g++", "clang++", "c++"):
         if found := shutil.which(name):
             return found
-    raise BuildError(
-        f"CXX names {named!r}, which is not there."
-        if named
-        else "There is no C++ compiler; install one (Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install)."
-    )
+    if named:
+        raise BuildError(f"CXX names {named!r}, which is not there.")
+    ways = "Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install"
+    raise BuildError(f"There is no C++ compiler; install one ({ways}).")
 
 
 def find_mlx() -> Path:
