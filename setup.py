@@ -27,7 +27,7 @@ class BuildKernels(build_ext):
         builder = _builder()
         try:
             builder.build(folder)
-        except (builder.BuildError, OSError) as error:
+        except Exception as error:  # whatever it is, the rest works without
             print(f"warning: the CPU kernels were not compiled, so plain MLX will be used: {error}")
 
     def get_outputs(self) -> list[str]:

@@ -64,6 +64,10 @@ class KVCache(Cache):
         self.values[:, :, start : self.offset] = values
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
+    def holds(self, dtype: mx.Dtype) -> bool:
+        """Whether keys and values are, or will be, of this type."""
+        return self.keys is None or self.keys.dtype == self.values.dtype == dtype
+
     def reserve(self, rows: int, heads: int, length: int, dim: int, dtype: mx.Dtype) -> int:
         """Count `length` new positions and make room for them in the buffers; returns where they are to be written."""
         start, self.offset = self.offset, self.offset + length

@@ -64,7 +64,8 @@ def load(
         adapter_path: an adapter: a folder or file in the format of mlx-lm, PEFT or CoreNet, or a hub repository;
             LoRA adapters may be several, or have weights: `["a", "b"]`, `"a=0.7"`, `{"a": 0.7, "b": 0.3}`.
         dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
-            A CPU's own kernels compute in float32 with matrices as they are stored, unless a type is named.
+            A CPU's own kernels compute in float32 with matrices as they are stored, unless a type is named: to train
+            weights that are stored in half precision, name float32.
         tokenizer: a tokenizer file or folder, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.

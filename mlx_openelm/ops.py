@@ -273,7 +273,7 @@ class Attend:
         weights = (norms.query_weight, norms.key_weight) if norms is not None else (None, None)
         eps = norms.eps if norms is not None else 0.0
         keys: Any
-        if type(cache) is KVCache and qkv.dtype == mx.float32:
+        if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.holds(mx.float32):
             start = cache.reserve(shape[0], num_heads[1], shape[1], self.head_dim, qkv.dtype)
             # The cache lets go of its buffers here, so that the kernel may write into them.
             queries, cache.keys, cache.values = self.kernels.split_heads(

@@ -148,10 +148,10 @@ class _Run:
         self.name = "this: " + " ".join(
             f"--{name.replace('_', '-')} {v}" for name, v in flags if not isinstance(v, Path)
         )
-        # Small divergences drown in the rounding of half precision, so float32 where memory allows.
+        # Small divergences drown in the rounding of half precision, so float32 where memory allows, and on a CPU.
         available = backend.available_memory()
         fits = available is None or config.num_parameters * _BYTES_NEEDED < available
-        self.compute = "float32" if fits else None
+        self.compute = "float32" if fits or not backend.on_gpu() else None
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """Progress of one stage."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import backend
+from mlx_openelm import backend, native
 from mlx_openelm.errors import OpenELMError
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @linux_cpu
 def test_the_variable_turns_preloading_off():
     done = python(
-        "import mlx_openelm.backend as b, mlx.core; print(b.blas.state, b.blas_warning(), "
+        "import mlx_openelm.backend as b, mlx.core; print(b.blas.state, b.blas_problem(), "
         "'openblas' in open('/proc/self/maps').read())",
         MLX_OPENELM_BLAS="0",
     )
@@ -38,14 +38,15 @@ def test_the_variable_turns_preloading_off():
 @linux_cpu
 def test_a_library_that_cannot_be_loaded_is_named():
     done = python(
-        "import mlx_openelm.backend as b; print(b.blas.state, b.blas_warning())", MLX_OPENELM_BLAS="/no/such/lib.so"
+        "import mlx_openelm.backend as b; print(b.blas.state, b.blas_problem())", MLX_OPENELM_BLAS="/no/such/lib.so"
     )
     assert done.stdout.startswith("missing MLX_OPENELM_BLAS=/no/such/lib.so cannot be loaded")
 
 
 @linux_cpu
 def test_mlx_imported_first_is_noticed_by_load_once():
-    done = python("import mlx.core; from mlx_openelm import load; load('tiny')", MLX_OPENELM_BLAS="")
+    code = "import mlx.core; from mlx_openelm import load; load('tiny')"
+    done = python(code, MLX_OPENELM_BLAS="", MLX_OPENELM_NATIVE="0")
     assert done.stderr.count("mlx.core was imported before mlx_openelm") == 1
     assert done.returncode == 0
 
@@ -102,8 +103,21 @@ def test_a_gpu_computes_in_half_precision(monkeypatch: pytest.MonkeyPatch):
     assert backend.compute_dtype(mx.float32) == mx.bfloat16
     assert backend.compute_dtype(mx.bfloat16) == mx.bfloat16
     assert backend.compute_dtype(mx.float16) == mx.float16
-    assert backend.blas_warning() is None
+    assert backend.slow_cpu_warning() is None
     assert backend.prefill_step_size() == 2048
+
+
+def test_load_says_when_the_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch):
+    for state in ("stale", "foreign", "failed"):
+        monkeypatch.setattr(native, "status", native.Status(state, "what is wrong", "what to do"))
+        assert backend.slow_cpu_warning() == "The CPU kernels are not used: what is wrong; what to do."
+    monkeypatch.setattr(native, "status", native.Status("used"))
+    assert backend.slow_cpu_warning() is None
+    # Who has no compiler, or does not want them, is told of BLAS alone.
+    monkeypatch.setattr(backend, "blas", backend.Blas("missing"))
+    for state in ("missing", "off"):
+        monkeypatch.setattr(native, "status", native.Status(state))
+        assert (backend.slow_cpu_warning() or "").startswith("No OpenBLAS was found")
 
 
 def test_memory_is_reported_in_bytes():

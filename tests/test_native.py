@@ -39,6 +39,7 @@ def apart(ours: mx.array, theirs: mx.array) -> float:
     """The largest difference, relative to the largest number, or to 1."""
     ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
     assert ours.shape == theirs.shape and ours.size
+    assert mx.isfinite(ours).all().item()  # what is no number would be no difference either
     return (mx.max(mx.abs(ours - theirs)) / mx.maximum(mx.max(mx.abs(theirs)), 1.0)).item()
 
 
@@ -46,6 +47,11 @@ def test_they_are_compiled_where_there_is_a_compiler():
     if os.environ.get(native.VARIABLE) == "0" or not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("the kernels are turned off, or nothing compiles them")
     assert native.status.state == "used", native.status
+
+
+def test_the_library_is_the_one_that_is_to_be_checked():
+    wanted = os.environ.get("OPENELM_CHECKED_LIBRARY")
+    assert wanted is None or kernels.__file__ == wanted
 
 
 # Products.
@@ -100,9 +106,21 @@ def test_inputs_need_not_be_contiguous_and_may_be_empty():
         assert apart(kernels.linear(x.T[rows, 48:], weight[::-1]), x.T[rows, 48:] @ weight[::-1].T) < 1e-5
     assert apart(kernels.rms_norm(x.T, mx.ones(96), 1e-6), mx.fast.rms_norm(x.T, mx.ones(96), 1e-6)) < 1e-5
     assert apart(kernels.swiglu(x.T), kernels.swiglu(mx.contiguous(x.T))) == 0
-    assert kernels.linear(mx.zeros((0, 48)), weight).shape == (0, 64)
-    assert kernels.linear(mx.zeros((2, 0, 48)), weight).shape == (2, 0, 64)
-    assert kernels.swiglu(mx.zeros((0, 8))).shape == (0, 4)
+    for y, shape in (
+        (kernels.linear(mx.zeros((0, 48)), weight), (0, 64)),
+        (kernels.linear(mx.zeros((2, 0, 48)), weight), (2, 0, 64)),
+        (kernels.linear(mx.zeros((2, 48)), mx.zeros((0, 48))), (2, 0)),
+        (kernels.swiglu(mx.zeros((0, 8))), (0, 4)),
+        (kernels.swiglu(mx.zeros((2, 0))), (2, 0)),
+        (kernels.rms_norm(mx.zeros((2, 0)), mx.zeros(0), 1e-6), (2, 0)),
+        (kernels.log_softmax(mx.zeros((2, 0))), (2, 0)),
+    ):
+        mx.eval(y)
+        assert y.shape == shape
+    for rows in (2, 20):
+        assert mx.array_equal(kernels.linear(mx.zeros((rows, 0)), mx.zeros((3, 0))), mx.zeros((rows, 3))).item()
+        residual = normal(rows, 3)
+        assert mx.array_equal(kernels.linear(mx.zeros((rows, 0)), mx.zeros((3, 0)), residual), residual).item()
 
 
 @needs_kernels
@@ -161,6 +179,10 @@ def test_what_does_not_fit_is_refused():
         lambda: kernels.quantized_linear(normal(2, 64), packed[0], packed[1][:3], packed[2][:3], 4, 64, False),
         lambda: kernels.attention(normal(1, 1, 3, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 5),
         lambda: kernels.attention(normal(1, 1, 4, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 6),
+        lambda: kernels.attention(normal(1, 0, 4, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 5),
+        lambda: kernels.attention(normal(1, 1, 4, 8), [mx.zeros((1, 0, 5, 8))], [mx.zeros((1, 0, 5, 8))], 1, False, None, 5),
+        lambda: kernels.attention(normal(4, 1, 2, 8), [normal(4, 2, 5, 8)], [normal(4, 2, 5, 8)], 1, False,
+                                  mx.zeros((2, 1, 1, 5)), 5),
         lambda: kernels.split_heads(normal(2, 24), normal(1, 2, 4), None, None, None, None, 4, 2, 0.0, 0),
         lambda: kernels.split_heads(normal(1, 32), normal(1, 1, 4), None, None, mx.zeros((1, 2, 4, 4)),
                                     mx.zeros((1, 2, 4, 4)), 4, 2, 0.0, 4),
@@ -280,10 +302,32 @@ def test_attention(kind):
         causal, mask, added = hiding(kind, batch, length, total)
         expected = plain_attention(q, k[:, :, :total], v[:, :, :total], dim**-0.5, added)
         mixed, sums = kernels.attention(q, [k], [v], dim**-0.5, causal, mask, total)
-        assert apart(mixed, expected) < 2e-5 and sums.shape == (batch, heads, length)
+        assert apart(mixed, expected) < 2e-5
+        seen = 0.0 if added is None else added
+        scores = q.swapaxes(1, 2) @ mx.repeat(k[:, :, :total], heads // kv, axis=1).swapaxes(-1, -2) * dim**-0.5 + seen
+        assert apart(sums, mx.logsumexp(scores, axis=-1)) < 1e-5
         half = [x.astype(mx.bfloat16) for x in (k, v)]
         expected = plain_attention(q, *(x[:, :, :total].astype(mx.float32) for x in half), dim**-0.5, added)
         assert apart(kernels.attention(q, half[:1], half[1:], dim**-0.5, causal, mask, total)[0], expected) < 2e-5
+
+
+@needs_kernels
+def test_attention_under_other_transformations():
+    q, k, v = normal(3, 2, 5, 4, 16), normal(3, 2, 2, 5, 16, seed=1), normal(3, 2, 2, 5, 16, seed=2)
+
+    def both(q, k, v):
+        return kernels.attention(q, [k], [v], 0.25, True, None, 5)
+
+    mapped = mx.vmap(both)(q, k, v)
+    for index in range(3):
+        for ours, theirs in zip(mapped, both(q[index], k[index], v[index]), strict=True):
+            assert apart(ours[index], theirs) < 1e-5
+    one = q[0], k[0], v[0]
+    tangents = [normal(*x.shape, seed=5) for x in one]
+    _, slopes = mx.jvp(both, list(one), tangents)
+    step = 1e-2
+    moved = [both(*(x + sign * step * t for x, t in zip(one, tangents, strict=True)))[0] for sign in (1, -1)]
+    assert apart(slopes[0], (moved[0] - moved[1]) / (2 * step)) < 1e-2
 
 
 @needs_kernels
@@ -360,6 +404,18 @@ def test_every_cache_gives_what_plain_mlx_gives(make, monkeypatch):
     monkeypatch.setattr(native, "kernels", None)
     for a, b in zip(ours, run(), strict=True):
         assert np.abs(a - b).max() < 1e-4
+
+
+@needs_kernels
+def test_a_cache_in_half_precision_stays_usable():
+    """As a prompt cache saved on a GPU has it."""
+    model, _ = load(FOLDER)
+    exact, half = (make_cache(len(model.layers)) for _ in range(2))
+    mx.eval(model(mx.array([[1, 20, 21]]), exact))
+    for layer, other in zip(half, exact, strict=True):
+        layer.state = other.keys.astype(mx.bfloat16), other.values.astype(mx.bfloat16), other.offset
+    difference = mx.abs(model(mx.array([[7]]), half) - model(mx.array([[7]]), exact)).max().item()
+    assert half[0].offset == 4 and 0 < difference < 0.1
 
 
 @needs_kernels
@@ -575,3 +631,21 @@ def test_building_needs_nanobind_and_mlx(monkeypatch):
         build.find_nanobind()
     with pytest.raises(build.BuildError, match="MLX is not installed"):
         build.find_mlx()
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_they_are_clean_under_sanitizers(tmp_path):
+    """This file's other tests once more, with every access to memory and every undefined behaviour checked."""
+    shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "mlx_openelm")
+    checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
+    library = build.build(tmp_path / "mlx_openelm" / "native", flags=checks)
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python keeps memory to the end, which would be reported as leaks.
+    environment = {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment |= {"OPENELM_CHECKED_LIBRARY": str(library)}
+    ours = "not doctor and not variable and not sanitizers and not rounded_activations"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ours, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -222,7 +222,7 @@ class DoRAEmbedding(LoRAEmbedding):
 def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
     """a^T W [rank, dim] for an embedding W [vocab, dim] and a [vocab, rank]."""
     if not isinstance(embedding, nn.QuantizedEmbedding):
-        return a.T.astype(embedding["weight"].dtype) @ embedding["weight"]
+        return a.T @ embedding["weight"].astype(a.dtype)
     return mx.quantized_matmul(
         a.T,
         embedding["weight"],

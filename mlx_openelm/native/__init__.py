@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .build import FACTS, LIBRARY, fingerprint
+from .build import FACTS, KNOWN, LIBRARY, fingerprint
 
 # Set to 0 to do without the kernels.
 VARIABLE = "MLX_OPENELM_NATIVE"
@@ -82,7 +82,11 @@ def examine(folder: Path) -> Status | None:
     installed: str = mx.__version__  # type: ignore[attr-defined]
     if built_for != installed:
         return Status("stale", f"compiled for MLX {built_for}, and {installed} is installed", REBUILD)
-    if sources != fingerprint():
+    try:
+        is_ours = sources == fingerprint()
+    except OSError as error:
+        return Status("failed", f"the sources cannot be read: {error}", "install mlx-openelm again")
+    if not is_ours:
         return Status("stale", "compiled from other sources", REBUILD)
     lacking = missing_instructions(needed)
     if machine != os.uname().machine or lacking:
@@ -121,7 +125,8 @@ def _load() -> tuple[Any, Status]:
 
 
 def _instructions(folder: Path) -> str:
-    return ", ".join(json.loads((folder / FACTS).read_text())["instructions"]) or os.uname().machine
+    used = json.loads((folder / FACTS).read_text())["instructions"]
+    return ", ".join(name for name in used if name in KNOWN) or os.uname().machine
 
 
 kernels, status = _load()

@@ -17,25 +17,24 @@ SOURCES = Path(__file__).parent / "src"
 LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
 # What the library was compiled for, beside it: read before it is loaded, since loading may already use instructions
 # that a processor lacks.
-FACTS = "kernels.json"
+FACTS = f"{LIBRARY}.json"
 
-# The instructions that are used where the compiler has them, by its macro, and their names in /proc/cpuinfo.
+# What the compiler may use, by its macro, and how /proc/cpuinfo names that: all that `-march=native` may bring, since a
+# processor without one of them would stop the program.
 INSTRUCTIONS = {
-    "__AVX2__": "avx2",
-    "__FMA__": "fma",
-    "__F16C__": "f16c",
-    "__BMI2__": "bmi2",
-    "__AVX512F__": "avx512f",
-    "__AVX512BW__": "avx512bw",
-    "__AVX512VL__": "avx512vl",
-    "__AVX512VNNI__": "avx512_vnni",
-    "__AVX512BF16__": "avx512_bf16",
-    "__AVX512FP16__": "avx512_fp16",
-    "__AVX512VBMI__": "avx512vbmi",
-    "__ARM_FEATURE_DOTPROD": "asimddp",
-    "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp",
-    "__ARM_FEATURE_SVE": "sve",
-}
+    **{f"__{name.upper()}__": name for name in (
+        "avx", "avx2", "fma", "f16c", "bmi2", "movbe", "adx", "gfni", "vaes",
+        "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512ifma", "avx512vbmi",
+    )},
+    "__POPCNT__": "popcnt", "__LZCNT__": "abm", "__BMI__": "bmi1", "__VPCLMULQDQ__": "vpclmulqdq",
+    "__AVXVNNI__": "avx_vnni", "__AVX512VBMI2__": "avx512_vbmi2", "__AVX512VNNI__": "avx512_vnni",
+    "__AVX512BITALG__": "avx512_bitalg", "__AVX512VPOPCNTDQ__": "avx512_vpopcntdq", "__AVX512BF16__": "avx512_bf16",
+    "__AVX512FP16__": "avx512_fp16", "__ARM_FEATURE_DOTPROD": "asimddp", "__ARM_FEATURE_QRDMX": "asimdrdm",
+    "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp", "__ARM_FEATURE_ATOMICS": "atomics", "__ARM_FEATURE_SVE": "sve",
+    "__ARM_FEATURE_BF16": "bf16", "__ARM_FEATURE_MATMUL_INT8": "i8mm", "__ARM_FEATURE_SVE2": "sve2",
+}  # fmt: skip
+# Those that the kernels are written for.
+KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 
 
 class BuildError(Exception):
@@ -70,7 +69,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         partial = Path(temporary)
         objects = [partial / f"{source.stem}.o" for source in sources]
         commands = [
-            [compiler, *options, "-c", str(source), "-o", str(target)]
+            [*compiler, *options, "-c", str(source), "-o", str(target)]
             for source, target in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor() as pool:
@@ -81,7 +80,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
             linking = ["-shared", "-Wl,-rpath,$ORIGIN/../../mlx/lib"]
         library = partial / LIBRARY
         linking += [*map(str, objects), f"-L{mlx / 'lib'}", "-lmlx", "-pthread", "-o", str(library)]
-        _run([compiler, *flags, *linking])
+        _run([*compiler, *flags, *linking])
         facts = {
             "mlx": _mlx_version(mlx),
             "nanobind": _nanobind_version(nanobind),
@@ -90,28 +89,39 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
             "instructions": used_instructions(compiler),
         }
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-        # The description first: without a library it means nothing, the other way round it could mean the wrong one.
-        for name in (FACTS, LIBRARY):
+        # Never a description beside another library than its own, whenever this is interrupted.
+        (folder / FACTS).unlink(missing_ok=True)
+        for name in (LIBRARY, FACTS):
             os.replace(partial / name, folder / name)
     return folder / LIBRARY
 
 
 def fingerprint() -> int:
-    """Tells these sources from others: a library of others may know other functions."""
-    number = 0
-    for file in sorted(SOURCES.iterdir()):
+    """Tells these sources, and how they are compiled, from others: a library of others may know other functions."""
+    number = zlib.crc32(Path(__file__).read_bytes())
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         number = zlib.crc32(file.read_bytes(), number)
     return number
 
 
-def find_compiler() -> str:
-    """The C++ compiler: what CXX names, else g++ or clang++."""
+def find_compiler() -> list[str]:
+    """The C++ compiler, as a command: what CXX names, else g++ or clang++, whichever knows what the sources use."""
     import shutil
+    import subprocess
 
     named = os.environ.get("CXX")
-    for name in (named,) if named else ("g++", "clang++", "c++"):
-        if found := shutil.which(name):
-            return found
+    too_old = []
+    for words in ([named.split()] if named else [["g++"], ["clang++"], ["c++"]]):
+        if shutil.which(words[0]) is None:
+            continue
+        # The newest thing that is used; it comes with GCC 12 and Clang 14.
+        probe = "#if !__has_builtin(__builtin_shufflevector)\n#error\n#endif\n"
+        command = [*words, "-std=c++20", "-fsyntax-only", "-xc++", "-"]
+        if subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0:
+            return words
+        too_old.append(words[0])
+    if too_old:
+        raise BuildError(f"{' and '.join(too_old)} cannot compile them; install GCC 12 or Clang 14, or newer, and name it in CXX.")
     if named:
         raise BuildError(f"CXX names {named!r}, which is not there.")
     ways = "Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install"
@@ -141,23 +151,23 @@ def find_nanobind() -> Path:
     raise BuildError("nanobind is not installed; pip install nanobind==3.1.0 (what MLX 0.32.4 was built with).")
 
 
-def native_flag(compiler: str) -> str:
+def native_flag(compiler: list[str]) -> str:
     """The flag that compiles for this very processor: x86 compilers and older ones of ARM name it differently."""
     import subprocess
 
     if sys.platform == "darwin" and os.uname().machine == "arm64":
         return "-mcpu=apple-m1"  # which every M-series chip can do
     for flag in ("-march=native", "-mcpu=native"):
-        if not subprocess.run([compiler, flag, "-E", "-xc++", os.devnull], capture_output=True).returncode:
+        if not subprocess.run([*compiler, flag, "-E", "-xc++", os.devnull], capture_output=True).returncode:
             return flag
     return "-O3"
 
 
-def used_instructions(compiler: str) -> list[str]:
+def used_instructions(compiler: list[str]) -> list[str]:
     """The names in /proc/cpuinfo of what this compiler uses for this processor."""
     import subprocess
 
-    command = [compiler, native_flag(compiler), "-dM", "-E", "-xc++", os.devnull]
+    command = [*compiler, native_flag(compiler), "-dM", "-E", "-xc++", os.devnull]
     macros = {line.split()[1] for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()}
     return [name for macro, name in INSTRUCTIONS.items() if macro in macros]
 
@@ -185,5 +195,5 @@ def _nanobind_version(folder: Path) -> str:
 def main() -> None:
     try:
         print(build(Path(__file__).parent))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"Error: {error}")

@@ -25,25 +25,12 @@ class Kernel : public mx::Primitive {
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) override {
-    // Only the inputs asked for vary: others may have no gradient, as packed weights.
-    Arrays varied;
-    for (int i : argnums) varied.push_back(primals[i]);
-    auto of_varied = [&](const Arrays& some) {
-      Arrays all = primals;
-      for (size_t i = 0; i < argnums.size(); i++) all[argnums[i]] = some[i];
-      return fallback_(all);
-    };
+    auto [varied, of_varied] = vary(primals, argnums);
     return mx::vjp(of_varied, varied, cotangents).second;
   }
 
   Arrays jvp(const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override {
-    Arrays varied;
-    for (int i : argnums) varied.push_back(primals[i]);
-    auto of_varied = [&](const Arrays& some) {
-      Arrays all = primals;
-      for (size_t i = 0; i < argnums.size(); i++) all[argnums[i]] = some[i];
-      return fallback_(all);
-    };
+    auto [varied, of_varied] = vary(primals, argnums);
     return mx::jvp(of_varied, varied, tangents).second;
   }
 
@@ -82,6 +69,18 @@ class Kernel : public mx::Primitive {
   }
 
  private:
+  // The inputs asked for, and what comes of others in their place. Those not asked for may have no gradient, as packed
+  // weights.
+  std::pair<Arrays, Fallback> vary(const Arrays& primals, const std::vector<int>& argnums) {
+    Arrays varied;
+    for (int i : argnums) varied.push_back(primals[i]);
+    return {varied, [=, fallback = fallback_](const Arrays& some) {
+              Arrays all = primals;
+              for (size_t i = 0; i < argnums.size(); i++) all[argnums[i]] = some[i];
+              return fallback(all);
+            }};
+  }
+
   Fallback fallback_;
 };
 
@@ -186,6 +185,7 @@ class Product : public Kernel {
               transposed = !transpose_, round = packing_.round, stage = stage_] {
       if (fresh) std::memset(y, 0, bytes);
       if (residual) std::memcpy(y, residual, bytes);
+      if (!bytes || !depth) return;
       const float* input = from;
       thread_local Scratch scratch;
       if (stage.any()) {
@@ -277,7 +277,7 @@ class RMSNorm : public Kernel {
     auto x = dense(inputs[0]), weight = dense(inputs[1]);
     int64_t dims = weight.size(), rows = dims ? x.size() / dims : 0;
     dispatch([=, y = allocate(outputs[0]), from = x.data<float>(), w = weight.data<float>(), eps = eps_] {
-      rms_norm(from, w, rows, dims, eps, y);
+      if (rows) rms_norm(from, w, rows, dims, eps, y);
     });
   }
 
@@ -299,7 +299,9 @@ class LogSoftmax : public Kernel {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto x = dense(inputs[0]);
     int64_t dims = x.shape(-1), rows = dims ? x.size() / dims : 0;
-    dispatch([=, y = allocate(outputs[0]), from = x.data<float>()] { log_softmax(from, rows, dims, y); });
+    dispatch([=, y = allocate(outputs[0]), from = x.data<float>()] {
+      if (rows) log_softmax(from, rows, dims, y);
+    });
   }
 };
 
@@ -326,10 +328,14 @@ class SwiGLU : public Kernel {
     int64_t inner = x.shape(-1) / 2, rows = inner ? x.size() / (2 * inner) : 0;
     float* y = allocate(outputs[0]);
     if (inputs.size() == 1) {
-      dispatch([=, from = x.data<float>()] { swiglu(from, rows, inner, y); });
+      dispatch([=, from = x.data<float>()] {
+        if (rows) swiglu(from, rows, inner, y);
+      });
     } else {
       auto dy = dense(inputs[1]);
-      dispatch([=, from = x.data<float>(), d = dy.data<float>()] { swiglu_gradient(from, d, rows, inner, y); });
+      dispatch([=, from = x.data<float>(), d = dy.data<float>()] {
+        if (rows) swiglu_gradient(from, d, rows, inner, y);
+      });
     }
   }
 
@@ -432,17 +438,23 @@ Arrays attention_in_mlx(const Arrays& in, AttentionOptions o, bool masked) {
       end[2] = o.total;
       parts.push_back(mx::slice(in[i], {0, 0, 0, 0}, end, s));
     }
-    if (!o.packing.bits) return as_float(parts[0]);
-    return mx::dequantize(parts[0], as_float(parts[1]), as_float(parts[2]), o.packing.group, o.packing.bits, "affine",
-                          std::nullopt, std::nullopt, s);
+    auto full = parts[0];
+    if (o.packing.bits)
+      full = mx::dequantize(parts[0], as_float(parts[1]), as_float(parts[2]), o.packing.group, o.packing.bits, "affine",
+                            std::nullopt, std::nullopt, s);
+    return mx::repeat(as_float(full), in[0].shape(2) / in[first].shape(1), 1, s);
   };
-  auto queries = mx::swapaxes(in[0], 1, 2, s);
-  Optional mask;
-  if (masked) mask = mx::expand_dims(in.back(), 1, s);
-  auto mixed = mx::fast::scaled_dot_product_attention(queries, past(1), past(1 + o.parts()), o.scale,
-                                                      o.causal ? "causal" : "", mask, {}, false, s);
-  int rows = in[0].shape(0) * in[0].shape(1);
-  return {mx::reshape(mx::swapaxes(mixed, 1, 2, s), {rows, in[0].shape(2) * in[0].shape(3)}, s)};
+  int batch = in[0].shape(0), length = in[0].shape(1);
+  auto keys = mx::swapaxes(past(1), -1, -2, s), queries = mx::swapaxes(in[0], 1, 2, s);
+  auto scores = mx::multiply(mx::matmul(queries, keys, s), mx::array(o.scale), s);
+  if (masked) scores = mx::add(scores, mx::expand_dims(in.back(), 1, s), s);
+  if (o.causal) {
+    auto rows = mx::expand_dims(mx::arange(o.total - length, o.total, s), 1, s);
+    scores = mx::where(mx::greater_equal(rows, mx::arange(o.total, s), s), scores, mx::array(-INFINITY), s);
+  }
+  auto mixed = mx::matmul(mx::softmax(scores, -1, true, s), past(1 + o.parts()), s);
+  return {mx::reshape(mx::swapaxes(mixed, 1, 2, s), {batch * length, in[0].shape(2) * in[0].shape(3)}, s),
+          mx::logsumexp(scores, -1, false, s)};
 }
 
 // Inputs: queries, keys, values (each three arrays if packed), the mask if there is one; for the gradient also the mixed
@@ -452,9 +464,7 @@ class AttentionKernel : public Kernel {
   AttentionKernel(mx::Stream stream, AttentionOptions options, bool masked, bool gradient)
       : Kernel(stream, [=](const Arrays& in) -> Arrays {
           if (gradient) throw std::runtime_error("mlx_openelm.native: attention has no second derivatives.");
-          auto out = attention_in_mlx(in, options, masked);
-          out.push_back(mx::zeros({in[0].shape(0), in[0].shape(2), in[0].shape(1)}, mx::float32, cpu_stream()));
-          return out;
+          return attention_in_mlx(in, options, masked);
         }),
         o_(options), masked_(masked), gradient_(gradient) {}
 
@@ -524,8 +534,10 @@ class AttentionKernel : public Kernel {
 };
 
 // A mask as the kernel takes it: [batch or 1, length, total].
-mx::array flat_mask(const mx::array& mask, int length, int total) {
+mx::array flat_mask(const mx::array& mask, int batch, int length, int total) {
   auto stream = cpu_stream();
+  require(mask.ndim() == 2 || (mask.ndim() == 4 && mask.shape(1) == 1 && (mask.shape(0) == 1 || mask.shape(0) == batch)),
+          "a mask is [length, total] or [batch or 1, 1, length, total].");
   auto flat = mask.ndim() == 4 ? mx::squeeze(mask, 1, stream) : mask;
   return as_float(mx::broadcast_to(flat, {flat.ndim() == 3 ? flat.shape(0) : 1, length, total}, stream));
 }
@@ -650,8 +662,11 @@ std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx:
     }
     require(width == dim, "keys or values do not fit the queries.");
   }
-  require(heads % keys[0].shape(1) == 0 && total >= 1 && (!causal || total >= length), "heads or positions do not fit.");
-  if (mask) inputs.push_back(flat_mask(*mask, length, total));
+  int kv = keys[0].shape(1);
+  require(batch > 0 && length > 0 && kv > 0 && heads > 0 && heads % kv == 0 && dim > 0 && total > 0 &&
+              (!causal || total >= length),
+          "heads or positions do not fit.");
+  if (mask) inputs.push_back(flat_mask(*mask, batch, length, total));
   auto stream = cpu_stream();
   auto outputs = mx::array::make_arrays(
       {{batch * length, heads * dim}, {batch, heads, length}}, {mx::float32, mx::float32},
@@ -667,11 +682,12 @@ std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::ar
     require(a.dtype() == mx::float32, "gradients of attention are for float32.");
   require(queries.ndim() == 4 && keys.ndim() == 4 && keys.shape() == values.shape() && keys.shape(2) == options.total &&
               keys.shape(0) == queries.shape(0) && keys.shape(3) == queries.shape(3) && mixed.size() == queries.size() &&
-              gradient.size() == queries.size() && queries.shape(2) % keys.shape(1) == 0 &&
+              gradient.size() == queries.size() && keys.size() > 0 && queries.size() > 0 &&
+              queries.shape(2) % keys.shape(1) == 0 &&
               sums.size() * queries.shape(3) == queries.size(),
           "what attention gave does not fit its inputs.");
   Arrays inputs = {queries, keys, values};
-  if (mask) inputs.push_back(flat_mask(*mask, queries.shape(1), options.total));
+  if (mask) inputs.push_back(flat_mask(*mask, queries.shape(0), queries.shape(1), options.total));
   inputs.insert(inputs.end(), {mixed, sums, gradient});
   return mx::array::make_arrays({queries.shape(), keys.shape(), values.shape()}, {mx::float32, mx::float32, mx::float32},
                                 std::make_shared<AttentionKernel>(cpu_stream(), options, mask.has_value(), true), inputs);

@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "matrix.h"
 #include "threads.h"
 
@@ -42,13 +44,19 @@ Prepared prepare(const float* x, int64_t rows, const Matrix& m, bool round, Scra
         top = larger(top, larger(value, -value));
       }
       float& sum_of_group = sums[r * padded + g];
+      sum_of_group = sum(total);
       int64_t at = r * m.columns + g * m.group;
       if (!round) {
-        sum_of_group = sum(total);
         for (int i = 0; i < m.group; i++) values[at + i] = from[i / 32 * 32 + unpacked_order<bits>(i % 32)];
         continue;
       }
-      float step = largest(top) / 127, inverse = step > 0 ? 1 / step : 0;
+      if (!std::isfinite(sum_of_group)) {  // and so are the products
+        std::memset(rounded + at, 0, m.group);
+        scales[r * padded + g] = sum_of_group = NAN;
+        continue;
+      }
+      // A step that is too small for an inverse stands for zeros.
+      float step = largest(top) / 127, inverse = step > 1e-37f ? 1 / step : 0;
       int32_t whole[128], count = 0;
       for (int i = 0; i < m.group; i += kLanes) {
         // Adding 1.5 * 2^23 rounds to the nearest whole number.

@@ -20,13 +20,19 @@
 #if defined(OPENELM_EMULATE_AVX512)  // the tests run AVX-512's code on machines without it
 #include "emulated_avx512.h"
 #endif
+#if defined(__AVX512F__) || defined(OPENELM_EMULATE_AVX512)
+#define OPENELM_AVX512
+#endif
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(OPENELM_EMULATE_AVX512)
+#define OPENELM_VNNI
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace openelm {
 
-#if defined(__AVX512F__) || defined(OPENELM_EMULATE_AVX512)
+#if defined(OPENELM_AVX512)
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
@@ -87,7 +93,7 @@ INLINE Vector<int32_t, N> widen(const uint8_t* from) {
 #if defined(__AVX2__)
   if constexpr (N == 8) return bits_of<Vector<int32_t, 8>>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #endif
-#if defined(__AVX512F__)
+#if defined(OPENELM_AVX512)
   if constexpr (N == 16) return bits_of<Vector<int32_t, 16>>(_mm512_cvtepu8_epi32(read<__m128i>(from)));
 #endif
   return __builtin_convertvector(read<Vector<uint8_t, N>>(from), Vector<int32_t, N>);
@@ -98,7 +104,7 @@ INLINE Vector<int32_t, N> widen(const uint16_t* from) {
 #if defined(__AVX2__)
   if constexpr (N == 8) return bits_of<Vector<int32_t, 8>>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
 #endif
-#if defined(__AVX512F__)
+#if defined(OPENELM_AVX512)
   if constexpr (N == 16) return bits_of<Vector<int32_t, 16>>(_mm512_cvtepu16_epi32(read<__m256i>(from)));
 #endif
   return __builtin_convertvector(read<Vector<uint16_t, N>>(from), Vector<int32_t, N>);
@@ -130,7 +136,7 @@ INLINE Vector<float, N> load(const Float16* from) {
 #if defined(__F16C__)
   if constexpr (N == 8) return bits_of<Vector<float, 8>>(_mm256_cvtph_ps(read<__m128i>(from)));
 #endif
-#if defined(__AVX512F__)
+#if defined(OPENELM_AVX512)
   if constexpr (N == 16) return bits_of<Vector<float, 16>>(_mm512_cvtph_ps(read<__m256i>(from)));
 #endif
 #if defined(__ARM_NEON)
@@ -236,7 +242,7 @@ template <int bits>
 class Dot {
  public:
   INLINE void add(Bytes weights, const int8_t* x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if defined(OPENELM_VNNI)
     total_ = bits_of<Sums>(_mm256_dpbusd_epi32(
         bits_of<__m256i>(total_), bits_of<__m256i>(weights), read<__m256i>(x)));
 #elif defined(__AVX2__)
@@ -257,7 +263,7 @@ class Dot {
   }
 
   INLINE Sums finish() {
-#if defined(__AVX2__) && !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#if defined(__AVX2__) && !defined(OPENELM_VNNI)
     flush();
 #endif
     return total_;
@@ -265,7 +271,7 @@ class Dot {
 
  private:
   Sums total_{};
-#if defined(__AVX2__) && !(defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#if defined(__AVX2__) && !defined(OPENELM_VNNI)
   static constexpr int kHeld = 32767 / (2 * 127 * ((1 << bits) - 1));
   INLINE void flush() {
     total_ += bits_of<Sums>(_mm256_madd_epi16(short_, _mm256_set1_epi16(1)));

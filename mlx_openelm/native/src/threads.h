@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include "simd.h"
@@ -21,7 +22,7 @@ namespace openelm {
 
 INLINE void pause_briefly() {
 #if defined(__x86_64__)
-  _mm_pause();
+  __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
@@ -44,12 +45,13 @@ class Pool {
   // body(task) for every task in [0, tasks), in any order, on any of the threads; returns when all are done.
   template <class Body>
   void run(int64_t tasks, const Body& body) {
-    if (tasks <= 1 || threads() == 1 || is_child_ || !taken_.try_lock()) {
+    if (tasks <= 1 || threads() == 1 || is_child_ || is_starter_ || !taken_.try_lock()) {
       for (int64_t task = 0; task < tasks; task++) body(task);
       return;
     }
     std::lock_guard lock(taken_, std::adopt_lock);
     start_helpers();
+    is_starter_ = true;
     call_ = [](const void* body, int64_t task) { (*static_cast<const Body*>(body))(task); };
     body_ = &body;
     tasks_ = tasks;
@@ -57,9 +59,15 @@ class Pool {
     open_ = true;
     epoch_.fetch_add(1);
     epoch_.notify_all();
+    // Also where a task throws: helpers must have left before what they work on is gone.
+    struct Closing {
+      Pool& pool;
+      ~Closing() {
+        is_starter_ = pool.open_ = false;
+        while (pool.inside_.load() != 0) pause_briefly();
+      }
+    } closing{*this};
     work();
-    open_ = false;
-    while (inside_.load() != 0) pause_briefly();
   }
 
  private:
@@ -75,7 +83,11 @@ class Pool {
   }
 
   void start_helpers() {
-    for (; started_ < threads() - 1; started_++) std::thread([this, number = started_] { help(number); }).detach();
+    try {
+      for (; started_ < threads() - 1; started_++) std::thread([this, number = started_] { help(number); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more threads, so those there are will do.
+    }
   }
 
   void help(int number) {
@@ -91,6 +103,7 @@ class Pool {
   }
 
   static inline std::atomic<bool> is_child_{false};
+  static inline thread_local bool is_starter_ = false;  // this thread has the lock: a loop within its loop runs alone
   std::mutex taken_;
   std::atomic<int> wanted_{1};
   int started_ = 0;
@@ -126,9 +139,10 @@ class Scratch {
     size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
       std::free(memory_);
-      size_ = bytes;
+      size_ = 0;
       memory_ = std::aligned_alloc(64, bytes);
       if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
     }
     return static_cast<T*>(memory_);
   }

@@ -1,0 +1,132 @@
+"""The kernels' own checks (`native/checks.cpp`), compiled for this machine and for others, and run."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from mlx_openelm.native.build import SOURCES, BuildError, find_compiler, native_flag, used_instructions
+
+import pytest
+
+CHECKS = Path(__file__).parent / "native" / "checks.cpp"
+FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{SOURCES}", f"-I{CHECKS.parent}")
+# How the library is compiled; sanitizers go with less.
+FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math")
+TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
+EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
+
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86 machines")
+
+
+def a_compiler(name: str | None = None) -> list[str]:
+    """The compiler of this name, or the one that the library is compiled with, as a command."""
+    if name is not None:
+        return [name] if shutil.which(name) else pytest.skip(f"there is no {name}")
+    try:
+        return find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def compile_checks(program: Path, compiler: list[str], *flags: str) -> None:
+    command = [*compiler, *FLAGS, *flags, str(CHECKS), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_checks(*command: str | Path) -> str:
+    """What the program prints, all of whose checks pass."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.stdout.splitlines()[-1].endswith(" passed, 0 failed")
+    return done.stdout
+
+
+def sanitized(tmp_path: Path, sanitizers: str) -> Path:
+    """The program with these sanitizers, where the compiler brings them."""
+    compiler, empty = a_compiler(), tmp_path / "empty.cpp"
+    flag = f"-fsanitize={sanitizers}"
+    empty.write_text("int main() {}\n")
+    trial = subprocess.run([*compiler, flag, str(empty), "-o", str(tmp_path / "empty")], capture_output=True)
+    if trial.returncode or subprocess.run([str(tmp_path / "empty")], capture_output=True).returncode:
+        pytest.skip(f"{compiler[0]} has no working {flag}")
+    compile_checks(tmp_path / "checks", compiler, *TRACED, flag, native_flag(compiler))
+    return tmp_path / "checks"
+
+
+def test_on_this_machine(tmp_path: Path) -> None:
+    compiler = a_compiler()
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler))
+    run_checks(tmp_path / "checks")
+
+
+@pytest.mark.slow
+def test_with_other_numbers(tmp_path: Path) -> None:
+    compiler = a_compiler()
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler))
+    for seed in range(1, 6):
+        run_checks(tmp_path / "checks", "--seed", str(seed))
+
+
+@pytest.mark.slow
+def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
+    run_checks(sanitized(tmp_path, "address,undefined"))
+
+
+@pytest.mark.slow
+def test_races(tmp_path: Path) -> None:
+    run_checks(sanitized(tmp_path, "thread"), "pool")
+
+
+@pytest.mark.slow
+@on_x86
+def test_without_avx2(tmp_path: Path) -> None:
+    compile_checks(tmp_path / "checks", a_compiler(), *FAST, "-march=x86-64")
+    assert run_checks(tmp_path / "checks").startswith("4 lanes")
+
+
+@pytest.mark.slow
+@on_x86
+def test_avx512(tmp_path: Path) -> None:
+    compiler = a_compiler()
+    instructions = used_instructions(compiler)
+    if "avx512f" in instructions:
+        pytest.skip("this machine has AVX-512: test_on_this_machine runs it")
+    if "avx2" not in instructions:
+        pytest.skip("AVX-512 is emulated on top of AVX2")
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), EMULATED_AVX512)
+    assert run_checks(tmp_path / "checks").startswith("16 lanes, 32 registers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod+fp16"])
+def test_arm(architecture: str, tmp_path: Path) -> None:
+    compiler, emulator = a_compiler("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if emulator is None:
+        pytest.skip("there is no qemu-aarch64")
+    compile_checks(tmp_path / "checks", compiler, *FAST, "-static", f"-march={architecture}")
+    run_checks(emulator, tmp_path / "checks")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "flags"),
+    [
+        ("g++", "-march=sapphirerapids"),
+        ("g++", "-march=znver4"),
+        ("clang++", "-march=sapphirerapids"),
+        ("clang++", "-march=x86-64-v3"),
+        ("clang++", "--target=aarch64-linux-gnu -march=armv8.2-a+dotprod+fp16"),  # as macOS compiles
+    ],
+)
+def test_compiles_without_warnings_for(compiler: str, flags: str, tmp_path: Path) -> None:
+    """What this machine cannot run: the instructions exist, and the compiler understands the source."""
+    command = [*a_compiler(compiler), *FLAGS, *flags.split(), "-Wall", "-Wextra", "-fsyntax-only"]
+    library = tmp_path / "library.cpp"
+    library.write_text("#include <algorithm>\n#include <thread>\n")
+    if subprocess.run([*command, str(library)], capture_output=True).returncode:
+        pytest.skip(f"{compiler} cannot compile with {flags}, or lacks that machine's headers")
+    done = subprocess.run([*command, str(CHECKS)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr[-4000:]) == (0, "")
