@@ -111,6 +111,7 @@ def test_arm(architecture: str, tmp_path: Path) -> None:
     run_checks(emulator, tmp_path / "checks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "flags"),
     [

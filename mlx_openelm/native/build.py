@@ -63,7 +63,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         f"-isystem{nanobind / 'ext' / 'robin_map' / 'include'}",
         *flags,
     ]
-    sources = [SOURCES / "primitives.cpp", SOURCES / "module.cpp", nanobind / "src" / "nb_combined.cpp"]
+    sources = [*sorted(SOURCES.glob("*.cpp")), nanobind / "src" / "nb_combined.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         partial = Path(temporary)
@@ -111,7 +111,7 @@ def find_compiler() -> list[str]:
 
     named = os.environ.get("CXX")
     too_old = []
-    for words in ([named.split()] if named else [["g++"], ["clang++"], ["c++"]]):
+    for words in [named.split()] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(words[0]) is None:
             continue
         # The newest thing that is used; it comes with GCC 12 and Clang 14.
@@ -121,7 +121,8 @@ def find_compiler() -> list[str]:
             return words
         too_old.append(words[0])
     if too_old:
-        raise BuildError(f"{' and '.join(too_old)} cannot compile them; install GCC 12 or Clang 14, or newer, and name it in CXX.")
+        names = " and ".join(too_old)
+        raise BuildError(f"{names} cannot compile them; install GCC 12 or Clang 14, or newer, and name it in CXX.")
     if named:
         raise BuildError(f"CXX names {named!r}, which is not there.")
     ways = "Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install"

@@ -54,9 +54,11 @@ NB_MODULE(kernels, m) {
          const openelm::mx::array& mixed, const openelm::mx::array& sums, const openelm::mx::array& gradient,
          float scale, bool causal, const openelm::Optional& mask) {
         int total = keys.ndim() == 4 ? keys.shape(2) : 0;
-        return openelm::attention_gradient(queries, keys, values, mixed, sums, gradient, mask, {scale, causal, total, {}});
+        return openelm::attention_gradient(queries, keys, values, mixed, sums, gradient, mask,
+                                           {scale, causal, total, {}});
       },
       "queries"_a, "keys"_a, "values"_a, "mixed"_a, "sums"_a, "gradient"_a, "scale"_a, "causal"_a, "mask"_a.none());
   m.def("threads", [] { return openelm::Pool::shared().threads(); });
-  m.def("set_threads", [](int count) { openelm::Pool::shared().set_threads(count); }, "count"_a);
+  m.def(
+      "set_threads", [](int count) { openelm::Pool::shared().set_threads(count); }, "count"_a);
 }

@@ -14,7 +14,8 @@ namespace openelm {
 namespace mx = mlx::core;
 using Optional = std::optional<mx::array>;
 
-// How a weight matrix is packed; bits 0 for plain values. `round`: products of few rows may round activations to 8 bits.
+// How a weight matrix is packed; bits 0 for plain values. `round`: products of few rows may round activations to 8
+// bits.
 struct Packing {
   int bits = 0, group = 0;
   bool round = false;
@@ -52,8 +53,8 @@ mx::array swiglu(const mx::array& x);
 // With buffers [batch, kv, room, dim], keys and values are written there from position `start` on, and the buffers
 // returned: in place where nobody else holds them.
 std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table, const Optional& query_weight,
-                                   const Optional& key_weight, const Optional& keys, const Optional& values, int queries,
-                                   int kv, float eps, int start);
+                                   const Optional& key_weight, const Optional& keys, const Optional& values,
+                                   int queries, int kv, float eps, int start);
 
 // How attention is to be computed.
 struct AttentionOptions {
@@ -71,8 +72,8 @@ struct AttentionOptions {
 std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx::array>& keys,
                                  const std::vector<mx::array>& values, const Optional& mask, AttentionOptions options);
 
-// The gradients of queries, keys and values, which are float32, from what `attention` gave and the gradient of the mixed
-// values; `total` is all of `room`.
+// The gradients of queries, keys and values, which are float32, from what `attention` gave and the gradient of the
+// mixed values; `total` is all of `room`.
 std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::array& keys, const mx::array& values,
                                           const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
                                           const Optional& mask, AttentionOptions options);

@@ -1,0 +1,129 @@
+// Checks of `simd.h` and `unpack.h`.
+
+#pragma once
+
+#include <limits>
+
+#include "checking.h"
+#include "rows.h"
+
+namespace {
+
+bool is_same(float got, double wanted) { return std::isnan(wanted) ? std::isnan(got) : got == float(wanted); }
+
+template <class T, int N>
+void check_load(const char* name, int count, double (*meaning)(uint16_t)) {
+  int wrong = 0;
+  for (int first = 0; first < count; first += N) {
+    std::vector<T> stored(N);
+    for (int i = 0; i < N; i++) {
+      if constexpr (std::is_integral_v<T>) stored[i] = T(first + i);
+      else stored[i].bits = uint16_t(first + i);
+    }
+    auto loaded = load<N>(stored.data());
+    for (int i = 0; i < N; i++) {
+      wrong += !is_same(loaded[i], meaning(uint16_t(first + i)));
+      if constexpr (!std::is_integral_v<T>) wrong += !is_same(load_one(&stored[i]), meaning(uint16_t(first + i)));
+    }
+  }
+  check(wrong == 0, text(name, "in vectors of", N, ":", wrong, "wrong"));
+}
+
+void check_loads() {
+  auto loads = [](auto n) {
+    constexpr int N = decltype(n)::value;
+    check_load<Float16, N>("float16", 65536, half_to_double);
+    check_load<BFloat16, N>("bfloat16", 65536, bfloat_to_double);
+    check_load<uint8_t, N>("uint8", 256, [](uint16_t value) { return double(value); });
+  };
+  loads(Constant<4>{}), loads(Constant<8>{}), loads(Constant<kLanes>{});
+  for (Type type : kTypes) {
+    for (int count = 0; count <= kLanes; count++) {
+      Numbers numbers(type, count);
+      with_type(type, [&](auto* t) {
+        Float some = load_some(reinterpret_cast<decltype(t)>(numbers.bytes.data()), count);
+        for (int i = 0; i < kLanes; i++)
+          check(some[i] == (i < count ? numbers.values[i] : 0), text("load_some", int(type), count));
+      });
+    }
+  }
+}
+
+void check_arithmetic() {
+  double worst = 0;
+  for (int n = 0; n < 40000; n += kLanes) {
+    Float x{};
+    for (int i = 0; i < kLanes; i++) x[i] = float(-87.3 + 176.0 * (n + i) / 40000);
+    Float y = exp(x);
+    for (int i = 0; i < kLanes; i++) worst = std::max(worst, std::abs(y[i] / std::exp(double(x[i])) - 1));
+  }
+  check(worst < 3e-7, text("exp's relative error", worst));
+  const float lowest = std::numeric_limits<float>::lowest();
+  for (float low : {-87.31f, -88.f, -104.f, -1e10f, lowest, -INFINITY})
+    check(exp(spread(low))[0] == 0, text("exp", low));
+  check(exp(Float{})[0] == 1, "exp 0");
+  check(std::isnan(exp(spread(NAN))[kLanes - 1]), "exp NaN");
+  for (int n = 0; n < 100; n++) {
+    Float vectors[kLanes];
+    Wanteds wanted(kLanes);
+    double top = -INFINITY;
+    for (int v = 0; v < kLanes; v++) {
+      for (int i = 0; i < kLanes; i++) vectors[v][i] = float(random_number()), wanted[v].add(vectors[v][i]);
+      check(is_close(sum(vectors[v]), wanted[v], 3e-7), "sum");
+    }
+    for (int i = 0; i < kLanes; i++) top = std::max(top, double(vectors[0][i]));
+    check(largest(vectors[0]) == top, "largest");
+    Float all = sums(vectors);
+    for (int v = 0; v < kLanes; v++) check(is_close(all[v], wanted[v], 3e-7), "sums");
+  }
+}
+
+template <int bits>
+void check_dot() {
+  for (int n = 0; n < 60; n++) {
+    // First the greatest weights with the most extreme activations, then any.
+    int blocks = n < 30 ? 1 + n * 5 : random_int(1, 20);
+    Dot<bits> dot;
+    int64_t wanted = 0;
+    for (int block = 0; block < blocks; block++) {
+      Bytes weights;
+      std::vector<int8_t> x(32);
+      for (int i = 0; i < 32; i++) {
+        weights[i] = uint8_t(n < 30 ? (1 << bits) - 1 : random_int(0, (1 << bits) - 1));
+        x[i] = int8_t(n < 10 ? 127 : n < 20 ? -127 : n < 30 ? random_int(0, 1) * 254 - 127 : random_int(-127, 127));
+        wanted += int(weights[i]) * x[i];
+      }
+      dot.add(weights, x.data());
+    }
+    Sums parts = dot.finish();
+    int64_t got = 0;
+    for (int i = 0; i < 8; i++) got += parts[i];
+    check(got == wanted, text("dot of", bits, "bits,", blocks, "blocks: got", got, "wanted", wanted));
+  }
+}
+
+template <int bits>
+void check_unpack() {
+  for (int n = 0; n < 500; n++) {
+    std::vector<uint8_t> packed(4 * bits);
+    for (auto& byte : packed) byte = uint8_t(n ? random_int(0, 255) : 255);
+    Bytes quick = unpack<bits>(packed.data()), in_order = unpack_in_order<bits>(packed.data());
+    bool right = true;
+    for (int i = 0; i < 32; i++) {
+      right = right && in_order[i] == read_bits(packed.data(), i, bits);
+      right = right && quick[i] == read_bits(packed.data(), unpacked_order<bits>(i), bits);
+    }
+    check(right, text("unpack", bits, "bits"));
+  }
+}
+
+void check_packing() {
+  for (int bits : kBits) {
+    with_bits(bits, [](auto b) {
+      check_unpack<b.value>();
+      if constexpr (can_round(b.value)) check_dot<b.value>();
+    });
+  }
+}
+
+}  // namespace

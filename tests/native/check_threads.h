@@ -1,0 +1,92 @@
+// Checks of `threads.h`, alone and below kernels.
+
+#pragma once
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "check_attention.h"
+#include "check_elementwise.h"
+#include "check_products.h"
+
+namespace {
+
+// Every task is done once, also those of loops within loops.
+void check_loops() {
+  std::vector<std::atomic<int>> done(500 * 20);
+  Pool::shared().run(500, [&](int64_t i) { Pool::shared().run(20, [&](int64_t j) { done[i * 20 + j]++; }); });
+  int wrong = 0;
+  for (auto& count : done) wrong += count != 1;
+  check(wrong == 0, text("loops within loops:", wrong, "wrong"));
+  std::vector<std::atomic<int>> covered(1000);
+  for_ranges(1000, 7, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) covered[i]++;
+  });
+  wrong = 0;
+  for (auto& count : covered) wrong += count != 1;
+  check(wrong == 0, text("for_ranges:", wrong, "wrong"));
+}
+
+void check_pool() {
+  auto& pool = Pool::shared();
+  // Kernels large enough for help; what one thread makes of them is the same bit for bit, but for attention, where the
+  // parts of a past depend on the number of threads.
+  Stored packed({Type::float32, 4, 64}, 600, 1024), plain({Type::bfloat16}, 300, 512);
+  Floats x = random_floats(40 * 1024), weight = random_floats(1024);
+  Problem problem({1, 2, 1000, 4, 1, 64}, {}, causal);
+  auto few = [&] { Floats y(4 * 600); return few_rows(packed.matrix, 600, x.data(), 4, y.data(), true), y; };
+  auto many = [&] { Floats y(40 * 300); return many_rows(plain.matrix, 300, 512, x.data(), 40, y.data(), false), y; };
+  auto norm = [&] { Floats y(x.size()); return rms_norm(x.data(), weight.data(), 40, 1024, 1e-6f, y.data()), y; };
+  auto mix = [&] { Floats y(problem.queries.size()); return attention(problem.a, y.data(), nullptr), y; };
+  pool.set_threads(1);
+  Floats few_alone = few(), many_alone = many(), norm_alone = norm(), mix_alone = mix();
+  Wanteds mixed;
+  for (float value : mix_alone) mixed.push_back({value, 1});
+  for (int threads : {1, 2, 3, 4, 2}) {
+    pool.set_threads(threads);
+    check(pool.threads() == threads, "set_threads");
+    check_loops();
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; caller++) {
+      callers.emplace_back([&, caller] {
+        for (int turn = 0; turn < 8; turn++) {
+          wrong += few() != few_alone;
+          wrong += many() != many_alone;
+          wrong += norm() != norm_alone;
+          Floats y = mix();
+          for (size_t i = 0; i < y.size(); i++) wrong += !is_close(y[i], mixed[i], 2e-6);
+          if (caller == 0) pool.set_threads(threads);  // while others have the pool
+        }
+      });
+    }
+    for (auto& caller : callers) caller.join();
+    check(wrong == 0, text(threads, "threads, three callers:", wrong.load(), "wrong"));
+  }
+  pool.set_threads(0);
+  check(pool.threads() == 1, "at least one thread");
+  pool.set_threads(1);
+}
+
+// A forked child has no helpers; it is stopped if it waits for them.
+void check_fork() {
+  Pool::shared().set_threads(3);
+  check_loops();
+  std::fflush(stdout);
+  pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    int before = failed;
+    check_loops();
+    _exit(failed != before);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child");
+  Pool::shared().set_threads(1);
+}
+
+}  // namespace
