@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,6 +126,11 @@ def has_kernels() -> bool:
     from . import native
 
     return native.kernels is not None and not on_gpu()
+
+
+def multiplies_packed(modes: Iterable[str]) -> bool:
+    """Whether products with weights packed in these modes are fast here: on a GPU, and with our kernels for CPUs."""
+    return on_gpu() or (has_kernels() and set(modes) <= {"affine"})
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -180,9 +180,7 @@ def _needs_range(config: ModelConfig) -> bool:
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
-    if backend.on_gpu():
-        return False
-    if backend.has_kernels() and all(choice.mode == "affine" for choice in checkpoint.quantization.values()):
+    if backend.multiplies_packed(choice.mode for choice in checkpoint.quantization.values()):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

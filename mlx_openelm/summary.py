@@ -178,8 +178,7 @@ def memory_needed(
     # A CPU's own kernels take matrices as they are stored.
     kept = getattr(mx, stored) if backend.has_kernels() else compute
     weights = bits_per_weight(config, quantization, kept.size, scale_bytes=kept.size) * config.num_parameters / 8
-    is_affine = all(choice.mode == "affine" for choice in quantization.values())
-    expands = bool(quantization) and not backend.on_gpu() and not (backend.has_kernels() and is_affine)
+    expands = bool(quantization) and not backend.multiplies_packed(choice.mode for choice in quantization.values())
     return Memory(
         tokens=tokens,
         dtype=_dtype_name(compute),

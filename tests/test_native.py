@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 from mlx_openelm import convert, generate, load, native, ops
 from mlx_openelm.batch_cache import BatchKVCache
@@ -583,6 +584,24 @@ def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
     assert native.examine(folder).state == "missing"  # type: ignore[union-attr]
     monkeypatch.setenv(native.VARIABLE, "0")
     assert native.examine(folder).state == "off"  # type: ignore[union-attr]
+
+
+def test_a_library_that_does_not_load_is_told(folder, monkeypatch):
+    monkeypatch.setattr(native, "find_folder", lambda: folder)
+    module, status = native._load()
+    assert module is None and status.state == "failed" and build.LIBRARY in status.detail
+
+
+def test_a_library_with_another_nanobind_is_told(folder, monkeypatch):
+    def strange(*_):
+        raise TypeError("rms_norm(): incompatible function arguments")
+
+    monkeypatch.setattr(native, "find_folder", lambda: folder)
+    loader = SimpleNamespace(exec_module=lambda module: None)
+    monkeypatch.setattr(native, "spec_from_file_location", lambda *_: SimpleNamespace(loader=loader))
+    monkeypatch.setattr(native, "module_from_spec", lambda _: SimpleNamespace(rms_norm=strange))
+    module, status = native._load()
+    assert module is None and status.state == "failed" and "nanobind differs" in status.detail
 
 
 def run(code: str, **environment: str) -> str:
