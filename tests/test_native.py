@@ -661,9 +661,13 @@ def test_they_are_clean_under_sanitizers(tmp_path):
     shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "mlx_openelm")
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
     library = build.build(tmp_path / "mlx_openelm" / "native", flags=checks)
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Before Python; and the C++ runtime too, or exceptions would not be known.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     # Python keeps memory to the end, which would be reported as leaks.
-    environment = {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"OPENELM_CHECKED_LIBRARY": str(library)}
     ours = "not doctor and not variable and not sanitizers and not rounded_activations"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ours, __file__]
