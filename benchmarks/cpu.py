@@ -4,8 +4,8 @@
     python benchmarks/cpu.py --only "4 bit" --cache /tmp/m --json   # keeps the models it makes
     python benchmarks/cpu.py --size 1_1B --without QLoRA            # slow
 
-Weights of the true sizes are random, and the same in every program's files. Programs take turns, each turn in a new
-process; the median of all turns counts. On a busy machine llama.cpp's threads, which wait for each other, suffer most.
+Weights of the true sizes are random, and the same in every program's files. Programs take turns, each in a process of
+its own; the median of all turns counts. On a busy machine llama.cpp's threads, which wait for each other, suffer most.
 llama.cpp's rows need `pip install llama-cpp-python`, which compiles for about ten minutes. mlx-lm runs as its wheel
 comes, with the BLAS bundled in MLX's, or with OpenBLAS, as a row's name says; in float32, where it says so, it is
 several times faster with packed weights than in bfloat16, which their scales make it choose. Linux only: memory is
@@ -15,6 +15,7 @@ what /proc says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -96,7 +97,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         what, program, model, keys = arguments.worker
-        print(json.dumps(WORKERS[what](program, model, keys.split(","))))
+        answer = WORKERS[what](program, model, keys.split(","))
+        if not callable(answer):
+            print(json.dumps(answer))
+            return
+        for _ in sys.stdin:  # one turn a line
+            print(json.dumps(answer()), flush=True)
         return
     os.environ["OMP_NUM_THREADS"] = generation.ENVIRONMENT["OMP_NUM_THREADS"] = str(arguments.threads)
     groups = choose(plans(arguments.size, arguments.threads), arguments.only, arguments.without)
@@ -164,26 +170,66 @@ def measure(groups: list[list[Plan]], models: Models, repeats: int) -> Iterator[
 def in_turns(jobs: set[Job], models: Models, repeats: int) -> dict[Job, float]:
     """The median of every job; in a turn each program answers all that it is asked, in a process of its own.
 
-    The bandwidth is the best of all turns: what the memory can do, whatever else the machine did.
+    Those that measure speed stay loaded from turn to turn, so that turns follow each other within seconds: what else
+    the machine does then meets all programs alike. The bandwidth is the best of all turns: what the memory can do.
     """
     processes: dict[tuple[str, str, str], list[Job]] = {}
     for job in sorted(jobs):
         processes.setdefault((job.what, job.model, job.program), []).append(job)
     paths = {process: models.path(process[2], process[1]) for process in processes}
     measured: dict[Job, list[float]] = {job: [] for job in jobs}
-    for _ in range(repeats):
-        for process, asked in processes.items():
-            what, _, program = process
-            answer = worker(what, program, paths[process], ",".join(job.key for job in asked))
-            for job in asked:
-                measured[job].append(answer[job.key])
+    with contextlib.ExitStack() as stack:
+        loaded = {
+            process: stack.enter_context(Loaded("speed", process[2], paths[process], keys_of(asked)))
+            for process, asked in processes.items()
+            if process[0] == "speed"
+        }
+        for _ in range(repeats):
+            for process, asked in processes.items():
+                what, _, program = process
+                if process in loaded:
+                    answer = loaded[process].turn()
+                else:
+                    answer = worker(what, program, paths[process], keys_of(asked))
+                for job in asked:
+                    measured[job].append(answer[job.key])
     return {job: (max if job.what == "bandwidth" else statistics.median)(values) for job, values in measured.items()}
 
 
+def keys_of(jobs: Sequence[Job]) -> str:
+    return ",".join(job.key for job in jobs)
+
+
 def worker(*arguments: str) -> dict[str, float]:
-    environment = {"MLX_OPENELM_BLAS": "0"} if arguments[1].startswith(WHEEL) else {}
-    output = generation.run([sys.executable, __file__, "--worker", *arguments], **environment)
+    output = generation.run([sys.executable, __file__, "--worker", *arguments], **environment_of(arguments[1]))
     return json.loads(output.splitlines()[-1])
+
+
+def environment_of(program: str) -> dict[str, str]:
+    return {"MLX_OPENELM_BLAS": "0"} if program.startswith(WHEEL) else {}
+
+
+class Loaded:
+    """A worker that keeps its model from turn to turn."""
+
+    def __init__(self, *arguments: str):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=generation.ENVIRONMENT | environment_of(arguments[1]),
+        )  # fmt: skip
+
+    def turn(self) -> dict[str, float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit("a worker failed; its own words stand above")
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
 
 
 @dataclass
@@ -254,18 +300,22 @@ def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
     return {"read": values.nbytes / min(seconds) / 1e9}
 
 
-def speed(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
-    """Tokens a second of a program's own decoding loop, and the GB a second of weights that decoding reads."""
+def speed(program: str, path: str, keys: Sequence[str]) -> Callable[[], dict[str, float]]:
+    """A turn: tokens a second of a program's own decoding loop, and the GB a second of weights that decoding reads."""
     seconds = generate(program, path)
     prompts = [int(key.removeprefix("prompt_")) for key in keys if key.startswith("prompt_")]
     start, count = DECODED.get("tiny" if Path(path).name.startswith("tiny") else program, (16, 48))
     seconds(max(prompts, default=start), 2)
-    answer = {f"prompt_{n}": n / seconds(n, 1) for n in prompts}
-    if {"decode", "read"} & set(keys):
-        answer["decode"] = 1 / seconds(start, count)
-    if "read" in keys:
-        answer["read"] = answer["decode"] * bytes_of_matrices(path) / 1e9
-    return answer
+
+    def turn() -> dict[str, float]:
+        answer = {}
+        if {"decode", "read"} & set(keys):
+            answer["decode"] = 1 / seconds(start, count)
+        if "read" in keys:
+            answer["read"] = answer["decode"] * bytes_of_matrices(path) / 1e9
+        return answer | {f"prompt_{n}": n / seconds(n, 1) for n in prompts}
+
+    return turn
 
 
 def generate(program: str, path: str) -> Callable[[int, int], float]:
@@ -357,7 +407,7 @@ def qlora(_: str, path: str, keys: Sequence[str]) -> dict[str, float]:
     return answer
 
 
-WORKERS: dict[str, Callable[[str, str, Sequence[str]], dict[str, float]]] = {
+WORKERS: dict[str, Callable[[str, str, Sequence[str]], Any]] = {
     "weights": weights,
     "bandwidth": bandwidth,
     "speed": speed,
