@@ -74,6 +74,8 @@ def _stage(before: Before | None, x: mx.array) -> tuple[mx.array, tuple[Any, ...
     """x, and what the kernels of products are to do with it first: a norm's weight and eps, or gating."""
     if before is None:
         return x, ()
+    if x.dtype != mx.float32:  # there, what comes before is rounded to x's type, with or without an adapter around
+        return before(x), ()
     if before is swiglu:
         return x, (None, 0.0, True)
     norm: Any = before

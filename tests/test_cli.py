@@ -284,6 +284,7 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=os.environ | {"MLX_OPENELM_NATIVE": "0"},  # which takes seconds to the end of the context
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type]
         )
         assert process.stdout is not None
