@@ -102,25 +102,26 @@ void check_dot() {
   }
 }
 
-template <int bits>
+template <int bits, int block>
 void check_unpack() {
   for (int n = 0; n < 500; n++) {
-    std::vector<uint8_t> packed(4 * bits);
+    std::vector<uint8_t> packed(block * bits / 8);
     for (auto& byte : packed) byte = uint8_t(n ? random_int(0, 255) : 255);
-    Bytes quick = unpack<bits>(packed.data()), in_order = unpack_in_order<bits>(packed.data());
+    Bytes quick[block / 32], in_order = unpack_in_order<bits>(packed.data());
+    unpack_block<bits, block>(packed.data(), quick);
     bool right = true;
-    for (int i = 0; i < 32; i++) {
-      right = right && in_order[i] == read_bits(packed.data(), i, bits);
-      right = right && quick[i] == read_bits(packed.data(), unpacked_order<bits>(i), bits);
-    }
-    check(right, text("unpack", bits, "bits"));
+    for (int i = 0; i < 32; i++) right = right && in_order[i] == read_bits(packed.data(), i, bits);
+    for (int i = 0; i < block; i++)
+      right = right && quick[i / 32][i % 32] == read_bits(packed.data(), unpacked_order<bits, block>(i), bits);
+    check(right, text("unpack", bits, "bits in blocks of", block));
   }
 }
 
 void check_packing() {
   for (int bits : kBits) {
     with_bits(bits, [](auto b) {
-      check_unpack<b.value>();
+      check_unpack<b.value, kBlock<b.value, 32>>();
+      check_unpack<b.value, kBlock<b.value, 128>>();
       if constexpr (can_round(b.value)) check_dot<b.value>();
     });
   }

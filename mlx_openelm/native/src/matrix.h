@@ -57,13 +57,19 @@ struct Matrix {
   int64_t groups() const { return columns / group; }
 };
 
-// `count` of a matrix's scales or biases from position `at`, zeros behind them. Of a row's last few, the next row's are
-// read along and dropped.
-INLINE Vector<float, 8> load_scales(const Matrix& m, const void* scales, int64_t at, int count) {
-  return with_type(m.type, [&](auto* t) INLINE_LAMBDA {
+// Not inlined: at the very end of a matrix only, and everywhere it would be compiled a thousand times.
+template <class T>
+__attribute__((noinline)) Vector<float, 8> load_last(const T* from, int count) {
+  return load_some<8>(from, count);
+}
+
+// `count` scales or biases of a type from position `at` of `all`, zeros behind them. Of a row's last few, the next row's
+// are read along and dropped.
+INLINE Vector<float, 8> load_scales(const void* scales, Type type, int64_t at, int count, int64_t all) {
+  return with_type(type, [&](auto* t) INLINE_LAMBDA {
     auto* from = static_cast<decltype(t)>(scales) + at;
     if (count == 8) return load<8>(from);
-    if (at + 8 > m.rows * m.groups()) return load_some<8>(from, count);
+    if (at + 8 > all) return load_last(from, count);
     constexpr Vector<int32_t, 8> lanes = {0, 1, 2, 3, 4, 5, 6, 7};
     return bits_of<Vector<float, 8>>(bits_of<Vector<int32_t, 8>>(load<8>(from)) & (lanes < count));
   });

@@ -9,11 +9,11 @@
 
 namespace openelm {
 
-// The order in which `unpack` gives the weights of a block: place i holds weight `unpacked_order<bits>(i)`.
+// The order in which a block of weights is opened: place i holds weight `unpacked_order<bits, block>(i)`.
 // 2 and 4 bits come apart by shifting whole registers, so that neighbours end up in different parts.
-template <int bits>
+template <int bits, int block = 32>
 constexpr int unpacked_order(int place) {
-  constexpr int parts = bits == 4 ? 2 : bits == 2 ? 4 : 1, size = 32 / parts;
+  constexpr int parts = bits == 4 ? 2 : bits == 2 ? 4 : 1, size = block / parts;
   return place % size * parts + place / size;
 }
 
@@ -82,7 +82,22 @@ INLINE Bytes unpack(const uint8_t* packed) {
 #endif
 }
 
-// The same in the order of the row.
+// Weights that are best opened together: a shift does for 64 of 4 bits, where a group has as many.
+template <int bits, int group>
+constexpr int kBlock = bits == 4 && group >= 64 ? 64 : 32;
+
+template <int bits, int block>
+INLINE void unpack_block(const uint8_t* packed, Bytes (&weights)[block / 32]) {
+  if constexpr (block == 32) {
+    weights[0] = unpack<bits>(packed);
+  } else {
+    static_assert(bits == 4 && block == 64);
+    Bytes pairs = read<Bytes>(packed);
+    weights[0] = pairs & 15, weights[1] = pairs >> 4;
+  }
+}
+
+// 32 weights in the order of the row.
 template <int bits>
 INLINE Bytes unpack_in_order(const uint8_t* packed) {
   Bytes weights = unpack<bits>(packed);
