@@ -23,9 +23,9 @@ class Linear(nn.Linear):
     def __init__(self, in_dims: int, out_dims: int):
         super().__init__(in_dims, out_dims, bias=False)
 
-    def __call__(self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None) -> mx.array:
-        """The product with before(x), plus the residual, if they are given: in one, where the device can."""
-        return ops.linear(x, self["weight"], residual, before)
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """The product, plus the residual if there is one: in one, where the device can."""
+        return ops.linear(x, self["weight"], residual)
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
         return QuantizedLinear.from_linear(self, *packing, **named)
@@ -36,8 +36,8 @@ class QuantizedLinear(nn.QuantizedLinear):
 
     rounds = False
 
-    def __call__(self, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None) -> mx.array:
-        return ops.quantized_linear(x, self, residual, before)
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        return ops.quantized_linear(x, self, residual)
 
 
 class Embedding(nn.Embedding):
@@ -72,15 +72,10 @@ class RMSNorm(nn.RMSNorm):
 _PROJECTIONS = Linear, QuantizedLinear
 
 
-def project(
-    layer: nn.Module, x: mx.array, residual: mx.array | None = None, before: ops.Before | None = None
-) -> mx.array:
-    """layer(before(x)) + residual; in one product where the layer can, as ours can and adapters can in part."""
+def project(layer: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
+    """layer(x) + residual; in one product where the layer can, as ours can and adapters can in part."""
     if isinstance(layer, _PROJECTIONS):
-        return layer(x, residual, before)
-    x = x if before is None else before(x)
-    if residual is None:
-        return layer(x)
+        return layer(x, residual)
     onto = getattr(type(layer), "onto", None)
     return residual + layer(x) if onto is None else onto(layer, residual, x)
 
@@ -115,16 +110,17 @@ class FeedForward(nn.Module):
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
         self.activation = ACTIVATIONS[config.activation_fn_name]
+        self.has_swiglu = self.gated and self.activation is nn.silu
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """residual + proj_2(activation), from what `proj_1` gave."""
-        if self.gated and self.activation is nn.silu:
-            return project(self["proj_2"], x, residual, before=ops.swiglu)
         return project(self["proj_2"], self._activate(x), residual)
 
     def _activate(self, x: mx.array) -> mx.array:
+        if self.has_swiglu:
+            return ops.swiglu(x)
         if not self.gated:
             return self.activation(x)
         gate, up = mx.split(x, 2, axis=-1)
@@ -145,16 +141,37 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
+        if attend.takes_layers(x, cache) and self._is_plain():
+            return self._at_once(x, attend, shape, cache)
         x = self["attn"](self.project(x), x, attend, shape, cache)
         return self["ffn"](self.expand(x), x)
 
     def project(self, x: mx.array) -> mx.array:
         """Queries, keys and values of x [N, model_dim]."""
-        return project(self["attn"]["qkv_proj"], x, before=self["attn_norm"])
+        return self["attn"]["qkv_proj"](self["attn_norm"](x))
 
     def expand(self, x: mx.array) -> mx.array:
         """The feed-forward's gate and up of x [N, model_dim]."""
-        return project(self["ffn"]["proj_1"], x, before=self["ffn_norm"])
+        return self["ffn"]["proj_1"](self["ffn_norm"](x))
+
+    def _projections(self) -> list[nn.Module]:
+        attn, ffn = self["attn"], self["ffn"]
+        return [attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]]
+
+    def _is_plain(self) -> bool:
+        """Whether `ops.Attend.layer` knows all that it is made of: not adapters, nor other activations or packings."""
+        return self["ffn"].has_swiglu and all(
+            type(p) is Linear or (type(p) is QuantizedLinear and p.mode == "affine") for p in self._projections()
+        )
+
+    def _at_once(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
+        attn = self["attn"]
+        norms = [self["attn_norm"], self["ffn_norm"]]
+        if attn.norms:
+            norms += [attn["q_norm"], attn["k_norm"]]
+        projections = [ops.stored(p) for p in self._projections()]
+        weights = [norm["weight"] for norm in norms]
+        return attend.layer(x, shape, attn.num_heads, norms[0].eps, weights, projections, cache)
 
 
 class Transformer(nn.Module):

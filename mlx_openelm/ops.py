@@ -20,7 +20,9 @@ from . import cpu_math, native
 from .cache import KVCache
 
 Heads = tuple[mx.array, mx.array, mx.array]
-Before = Callable[[mx.array], mx.array]
+# A weight as the kernels take it: its values, scales and biases, bits (0: plain), group size, and whether few rows of
+# activations may be rounded to 8 bits.
+Stored = tuple[mx.array, mx.array | None, mx.array | None, int, int, bool]
 
 _GPU = mx.DeviceType.gpu
 
@@ -51,17 +53,11 @@ def _kernels() -> Any:
     return None if _on_gpu() else native.kernels
 
 
-def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None, before: Before | None = None) -> mx.array:
-    """before(x) [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out].
-
-    Args:
-        before: an `RMSNorm` or `swiglu` that x passes first; a CPU's kernels do it on the way.
-    """
+def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> mx.array:
+    """x [..., in] times weight [out, in] transposed, plus residual [..., out] if there is one: [..., out]."""
     if (kernels := _kernels()) is not None:
-        x, stage = _stage(before, x)
-        return kernels.linear(x, weight, residual, *stage)
-    if before is not None:
-        x = before(x)
+        output = kernels.linear(x, (weight, None, None, 0, 0, False))
+        return output if residual is None else residual + output
     blocks = _blocks(*weight.shape)
     if blocks is None or x.size != blocks[2] or _on_gpu():
         return x @ weight.T if residual is None else mx.addmm(residual, x, weight.T)
@@ -70,36 +66,24 @@ def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None, befo
     return output if residual is None else residual + output
 
 
-def _stage(before: Before | None, x: mx.array) -> tuple[mx.array, tuple[Any, ...]]:
-    """x, and what the kernels of products are to do with it first: a norm's weight and eps, or gating."""
-    if before is None:
-        return x, ()
-    if x.dtype != mx.float32:  # there, what comes before is rounded to x's type, with or without an adapter around
-        return before(x), ()
-    if before is swiglu:
-        return x, (None, 0.0, True)
-    norm: Any = before
-    return x, (norm["weight"], norm.eps)
-
-
-def quantized_linear(
-    x: mx.array, layer: Any, residual: mx.array | None = None, before: Before | None = None
-) -> mx.array:
+def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) -> mx.array:
     """The same with the packed weight of a quantized layer.
 
     Its `rounds` says whether a CPU's kernels may round x to 8 bits, in groups, where it has few rows.
     """
     if layer.mode == "affine" and (kernels := _kernels()) is not None:
-        x, stage = _stage(before, x)
-        return kernels.quantized_linear(
-            x, layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds,
-            residual, *stage
-        )  # fmt: skip
-    if before is not None:
-        x = before(x)
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    y = mx.quantized_matmul(x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing)
-    return y if residual is None else residual + y
+        output = kernels.linear(x, stored(layer))
+    else:
+        packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        output = mx.quantized_matmul(x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing)
+    return output if residual is None else residual + output
+
+
+def stored(layer: Any) -> Stored:
+    """The weight of a plain or affine layer, as the kernels take it."""
+    if "scales" not in layer:
+        return layer["weight"], None, None, 0, 0, False
+    return layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds
 
 
 def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
@@ -109,7 +93,7 @@ def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
     if mode != "affine":
         return mx.dequantize(parts[0][tokens], parts[1][tokens], None, group_size, bits, mode)
     if (kernels := _kernels()) is not None:
-        return kernels.lookup(tokens, *parts, bits, group_size)
+        return kernels.lookup(tokens, stored(layer))
     # Scales may have 16 bits; what they scale needs more.
     scales, biases = (part[tokens].astype(mx.float32) for part in parts[1:])
     return mx.dequantize(parts[0][tokens], scales, biases, group_size, bits, mode)
@@ -267,6 +251,42 @@ class Attend:
         if shape[1] > 1:
             output = output.swapaxes(1, 2)
         return output.reshape(qkv.shape[0], -1)
+
+    def takes_layers(self, x: mx.array, cache: Any) -> bool:
+        """Whether `layer` can: for rows of float32 whose past is a growing cache of ours, on a CPU with kernels."""
+        return (
+            type(cache) is KVCache
+            and self.kernels is not None
+            and x.dtype == mx.float32
+            and not isinstance(self.mask, mx.array)
+            and cache.holds(mx.float32)
+        )
+
+    def layer(
+        self,
+        x: mx.array,
+        shape: tuple[int, int],
+        num_heads: tuple[int, int],
+        eps: float,
+        norms: list[mx.array],
+        projections: list[Stored],
+        cache: KVCache,
+    ) -> mx.array:
+        """A whole layer in one kernel: x [N, model_dim] to its output.
+
+        Args:
+            shape: B, L.
+            num_heads: H, K.
+            norms: weights of the attention's and the feed-forward's, then of the queries' and the keys', if there are.
+            projections: `qkv_proj`, `out_proj`, `proj_1` (gate first) and `proj_2`.
+            cache: extended in place.
+        """
+        start = cache.reserve(shape[0], num_heads[1], shape[1], self.head_dim, mx.float32)
+        # The cache lets go of its buffers here, so that the kernel may write into them.
+        y, cache.keys, cache.values = self.kernels.layer(
+            x, self.table, cache.keys, cache.values, start, *num_heads, eps, self.scale, norms, projections
+        )
+        return y
 
     def _with_kernels(
         self, qkv: mx.array, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any

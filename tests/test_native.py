@@ -58,16 +58,18 @@ def test_the_library_is_the_one_that_is_to_be_checked():
 # Products.
 
 
+def linear(x, weight):
+    return kernels.linear(x, (weight, None, None, 0, 0, False))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 63), (200, 192), (97, 1280)])
 def test_products_with_plain_weights(outputs, inputs, dtype):
     weight = normal(outputs, inputs).astype(dtype)
     for rows in (1, 2, 3, 4, 5, 11, 12, 33, 70):
-        x, residual = normal(rows, inputs, seed=1), normal(rows, outputs, seed=2)
-        expected = x @ weight.astype(mx.float32).T
-        assert apart(kernels.linear(x, weight), expected) < 1e-5
-        assert apart(kernels.linear(x, weight, residual), residual + expected) < 1e-5
+        x = normal(rows, inputs, seed=1)
+        assert apart(linear(x, weight), x @ weight.astype(mx.float32).T) < 1e-5
 
 
 @needs_kernels
@@ -78,12 +80,12 @@ def test_products_with_packed_weights(bits, group_size):
                                                (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)]  # fmt: skip
         full = mx.dequantize(packed[0], *(p.astype(mx.float32) for p in packed[1:]), group_size, bits)
         for rows in (1, 2, 3, 6, 11, 12, 40):
-            x, residual = normal(rows, groups * group_size, seed=1), normal(rows, outputs, seed=2)
-            expected = residual + x @ full.T
-            exact = kernels.quantized_linear(x, *packed, bits, group_size, False, residual)
+            x = normal(rows, groups * group_size, seed=1)
+            expected = x @ full.T
+            exact = kernels.linear(x, (*packed, bits, group_size, False))
             assert apart(exact, expected) < 1e-5
             # Rounding to 127 steps of a group's largest: an error below the length of x and w times a few thousandths.
-            rounded = kernels.quantized_linear(x, *packed, bits, group_size, True, residual)
+            rounded = kernels.linear(x, (*packed, bits, group_size, True))
             allowed = 0.02 * mx.linalg.norm(x, axis=1)[:, None] * mx.linalg.norm(full, axis=1)
             assert mx.all(mx.abs(rounded - expected) <= allowed).item()
             has_rounded = rows < 12 and bits <= 6
@@ -93,7 +95,7 @@ def test_products_with_packed_weights(bits, group_size):
 @needs_kernels
 def test_products_of_other_types_are_computed_in_float32():
     weight, x = normal(40, 64), normal(3, 64, seed=1).astype(mx.bfloat16)
-    y = kernels.linear(x, weight.astype(mx.bfloat16))
+    y = linear(x, weight.astype(mx.bfloat16))
     assert y.dtype == mx.bfloat16
     exact = x.astype(mx.float32) @ weight.astype(mx.bfloat16).astype(mx.float32).T
     assert mx.array_equal(y, exact.astype(mx.bfloat16)) or apart(y, exact) < 0.01
@@ -103,14 +105,14 @@ def test_products_of_other_types_are_computed_in_float32():
 def test_inputs_need_not_be_contiguous_and_may_be_empty():
     weight, x = normal(64, 48), normal(96, 20, seed=1)
     for rows in (slice(None), slice(0, 3)):
-        assert apart(kernels.linear(x.T[rows, ::2], weight), x.T[rows, ::2] @ weight.T) < 1e-5
-        assert apart(kernels.linear(x.T[rows, 48:], weight[::-1]), x.T[rows, 48:] @ weight[::-1].T) < 1e-5
+        assert apart(linear(x.T[rows, ::2], weight), x.T[rows, ::2] @ weight.T) < 1e-5
+        assert apart(linear(x.T[rows, 48:], weight[::-1]), x.T[rows, 48:] @ weight[::-1].T) < 1e-5
     assert apart(kernels.rms_norm(x.T, mx.ones(96), 1e-6), mx.fast.rms_norm(x.T, mx.ones(96), 1e-6)) < 1e-5
     assert apart(kernels.swiglu(x.T), kernels.swiglu(mx.contiguous(x.T))) == 0
     for y, shape in (
-        (kernels.linear(mx.zeros((0, 48)), weight), (0, 64)),
-        (kernels.linear(mx.zeros((2, 0, 48)), weight), (2, 0, 64)),
-        (kernels.linear(mx.zeros((2, 48)), mx.zeros((0, 48))), (2, 0)),
+        (linear(mx.zeros((0, 48)), weight), (0, 64)),
+        (linear(mx.zeros((2, 0, 48)), weight), (2, 0, 64)),
+        (linear(mx.zeros((2, 48)), mx.zeros((0, 48))), (2, 0)),
         (kernels.swiglu(mx.zeros((0, 8))), (0, 4)),
         (kernels.swiglu(mx.zeros((2, 0))), (2, 0)),
         (kernels.rms_norm(mx.zeros((2, 0)), mx.zeros(0), 1e-6), (2, 0)),
@@ -119,51 +121,27 @@ def test_inputs_need_not_be_contiguous_and_may_be_empty():
         mx.eval(y)
         assert y.shape == shape
     for rows in (2, 20):
-        assert mx.array_equal(kernels.linear(mx.zeros((rows, 0)), mx.zeros((3, 0))), mx.zeros((rows, 3))).item()
-        residual = normal(rows, 3)
-        assert mx.array_equal(kernels.linear(mx.zeros((rows, 0)), mx.zeros((3, 0)), residual), residual).item()
-
-
-@needs_kernels
-@pytest.mark.parametrize("rows", [1, 5, 30])
-def test_a_product_normalizes_and_gates_on_the_way(rows):
-    weight, x, norm = normal(50, 128), normal(rows, 128, seed=1), normal(128, seed=2)
-    packed, wide = mx.quantize(weight, 64, 8), normal(rows, 256, seed=3)
-    gate, up = mx.split(wide, 2, axis=-1)
-    normalized, gated = mx.fast.rms_norm(x, norm, 1e-6), gate * mx.sigmoid(gate) * up
-    assert apart(kernels.linear(x, weight, None, norm, 1e-6), normalized @ weight.T) < 1e-5
-    assert apart(kernels.linear(wide, weight, None, gated=True), gated @ weight.T) < 1e-5
-    full = mx.dequantize(*packed, 64, 8)
-    ours = kernels.quantized_linear(wide, *packed, 8, 64, False, normal(rows, 50), gated=True)
-    assert apart(ours, normal(rows, 50) + gated @ full.T) < 1e-5
-
-    def slope(product):
-        return mx.grad(lambda x, w: (product(x, w) * normal(rows, 50, seed=4)).sum(), argnums=(0, 1))
-
-    ours = slope(lambda x, w: kernels.linear(x, weight, None, w, 1e-6))(x, norm)
-    theirs = slope(lambda x, w: mx.fast.rms_norm(x, w, 1e-6) @ weight.T)(x, norm)
-    assert max(map(apart, ours, theirs)) < 1e-5
+        assert mx.array_equal(linear(mx.zeros((rows, 0)), mx.zeros((3, 0))), mx.zeros((rows, 3))).item()
 
 
 @needs_kernels
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 64, 1280), (3, 200, 192), (13, 130, 128), (50, 40, 256)])
 def test_gradients_of_products(rows, outputs, inputs):
-    weight, x, residual = normal(outputs, inputs), normal(rows, inputs, seed=1), normal(rows, outputs, seed=2)
-    pull = normal(rows, outputs, seed=3)
+    weight, x, pull = normal(outputs, inputs), normal(rows, inputs, seed=1), normal(rows, outputs, seed=3)
 
     def slopes(product, *arrays):
         return mx.vjp(lambda *a: [product(*a)], list(arrays), [pull])[1]
 
     for dtype in (mx.float32, mx.bfloat16):
         stored = weight.astype(dtype)
-        ours = slopes(kernels.linear, x, stored, residual)
-        theirs = slopes(lambda x, w, r: r + x @ w.astype(mx.float32).T, x, stored, residual)
+        ours = slopes(linear, x, stored)
+        theirs = slopes(lambda x, w: x @ w.astype(mx.float32).T, x, stored)
         assert max(map(apart, ours, theirs)) < (1e-5 if dtype == mx.float32 else 1e-2)
     for bits, group_size in itertools.product(BITS, (32, 64, 128)):
         if inputs % group_size:
             continue
         packed = mx.quantize(weight, group_size, bits)
-        ours = slopes(lambda x, p=packed, b=bits, g=group_size: kernels.quantized_linear(x, *p, b, g, True), x)[0]
+        ours = slopes(lambda x, p=packed, b=bits, g=group_size: kernels.linear(x, (*p, b, g, True)), x)[0]
         assert apart(ours, pull @ mx.dequantize(*packed, group_size, bits)) < 1e-5
 
 
@@ -171,13 +149,12 @@ def test_gradients_of_products(rows, outputs, inputs):
 def test_what_does_not_fit_is_refused():
     packed = mx.quantize(normal(8, 64), 64, 4)
     for call in (
-        lambda: kernels.linear(normal(2, 5), normal(3, 4)),
-        lambda: kernels.linear(normal(2, 4), mx.zeros((3, 4), mx.int32)),
-        lambda: kernels.linear(normal(2, 4), normal(3, 4), normal(2, 4)),
-        lambda: kernels.quantized_linear(normal(2, 64), *packed, 7, 64, False),
-        lambda: kernels.quantized_linear(normal(2, 64), *packed, 4, 32, False),
-        lambda: kernels.quantized_linear(normal(2, 32), *packed, 4, 64, False),
-        lambda: kernels.quantized_linear(normal(2, 64), packed[0], packed[1][:3], packed[2][:3], 4, 64, False),
+        lambda: linear(normal(2, 5), normal(3, 4)),
+        lambda: linear(normal(2, 4), mx.zeros((3, 4), mx.int32)),
+        lambda: kernels.linear(normal(2, 64), (*packed, 7, 64, False)),
+        lambda: kernels.linear(normal(2, 64), (*packed, 4, 32, False)),
+        lambda: kernels.linear(normal(2, 32), (*packed, 4, 64, False)),
+        lambda: kernels.linear(normal(2, 64), (packed[0], packed[1][:3], packed[2][:3], 4, 64, False)),
         lambda: kernels.attention(normal(1, 1, 3, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 5),
         lambda: kernels.attention(normal(1, 1, 4, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 6),
         lambda: kernels.attention(normal(1, 0, 4, 8), [normal(1, 2, 5, 8)], [normal(1, 2, 5, 8)], 1, False, None, 5),
@@ -233,7 +210,7 @@ def test_rows_of_a_packed_embedding(bits):
     packed = mx.quantize(normal(9, 128), 64, bits)
     for tokens in (mx.array([[3, 0], [8, 3]]), mx.array(5), mx.array([-1], mx.int64), mx.zeros((0,), mx.int32)):
         expected = mx.dequantize(*packed, 64, bits)[tokens]
-        rows = kernels.lookup(tokens, *packed, bits, 64)
+        rows = kernels.lookup(tokens, (*packed, bits, 64, False))
         assert rows.shape == expected.shape and mx.allclose(rows, expected, atol=1e-6).item()
 
 
@@ -369,7 +346,121 @@ def test_gradients_of_attention(kind):
         assert apart(mx.grad(ours)(turned, *arrays[1:]), slopes[1][0]) < 1e-4
 
 
+# Whole layers.
+
+
+def layer_arguments(batch, length, start, bits, group_size, has_norms, room=40):
+    """Arguments of `kernels.layer`, and the projections opened."""
+    dim, queries, kv, head_dim, inner = 128, 4, 2, 32, 192
+    shapes = (queries + 2 * kv) * head_dim, dim, 2 * inner, dim
+    widths = dim, queries * head_dim, dim, inner
+    stored, opened = [], []
+    for seed, shape in enumerate(zip(shapes, widths, strict=True)):
+        weight = normal(*shape, seed=seed) * 0.1
+        if bits:
+            packed = mx.quantize(weight, group_size, bits)
+            stored.append((*packed, bits, group_size, False))
+            opened.append(mx.dequantize(*packed, group_size, bits))
+        else:
+            stored.append((weight.astype(mx.bfloat16), None, None, 0, 0, False))
+            opened.append(stored[-1][0].astype(mx.float32))
+    norms = [1 + 0.1 * normal(n, seed=9) for n in (dim, dim, head_dim, head_dim)][: 4 if has_norms else 2]
+    buffers = [normal(batch, kv, room, head_dim, seed=s) for s in (5, 6)]
+    table = ops._rotation_table(head_dim, 1e4, start, length)
+    x = normal(batch * length, dim, seed=7)
+    return [x, table, *buffers, start, queries, kv, 1e-6, 0.2, norms, stored], opened
+
+
+def plain_layer(arguments, opened):
+    """The same in MLX's own operations: output, keys and values."""
+    x, table, keys, values, start, queries, kv, eps, scale, norms, _ = arguments
+    batch, length, dim = keys.shape[0], table.shape[1], table.shape[2]
+    heads = (mx.fast.rms_norm(x, norms[0], eps) @ opened[0].T).reshape(batch, length, -1, dim)
+    q, k, v = mx.split(heads, [queries, queries + kv], axis=2)
+    if len(norms) == 4:
+        q, k = mx.fast.rms_norm(q, norms[2], eps), mx.fast.rms_norm(k, norms[3], eps)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q, k = (mx.fast.rope(x, dim, traditional=False, base=1e4, scale=1.0, offset=start) for x in (q, k))
+    keys, values = (mx.slice_update(old, new, mx.array(start), [2]) for old, new in ((keys, k), (values, v)))
+    total = start + length
+    hidden = mx.where(mx.arange(start, total)[:, None] >= mx.arange(total), 0.0, -mx.inf)
+    mixed = plain_attention(q.swapaxes(1, 2), keys[:, :, :total], values[:, :, :total], scale, hidden)
+    x = x + mixed @ opened[1].T
+    gate, up = mx.split(mx.fast.rms_norm(x, norms[1], eps) @ opened[2].T, 2, axis=-1)
+    return x + (gate * mx.sigmoid(gate) * up) @ opened[3].T, keys, values
+
+
+@needs_kernels
+@pytest.mark.parametrize("has_norms", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [(0, 0), (4, 64), (4, 32), (8, 64), (3, 64)])
+@pytest.mark.parametrize(("batch", "length", "start"), [(1, 1, 0), (1, 1, 7), (2, 3, 5), (1, 30, 4), (3, 1, 39)])
+def test_a_layer_at_once(batch, length, start, bits, group_size, has_norms):
+    arguments, opened = layer_arguments(batch, length, start, bits, group_size, has_norms)
+    mx.eval(arguments[:4])
+    for a, b in zip(kernels.layer(*arguments), plain_layer(arguments, opened), strict=True):
+        assert apart(a, b) < 1e-4
+
+
+@needs_kernels
+def test_gradients_of_a_layer():
+    arguments, opened = layer_arguments(2, 3, 5, 8, 64, True)
+    pull = normal(6, 128, seed=8)
+
+    def slopes(layer):
+        def total(x, keys, norm):
+            changed = [x, arguments[1], keys, *arguments[3:9], [norm, *arguments[9][1:]], arguments[10]]
+            y, keys, values = layer(changed)
+            return (y * pull).sum() + (keys * values).sum()
+
+        return mx.grad(total, argnums=(0, 1, 2))(arguments[0], arguments[2], arguments[9][0])
+
+    theirs = slopes(lambda changed: plain_layer(changed, opened))
+    assert max(map(apart, slopes(lambda changed: kernels.layer(*changed)), theirs)) < 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (0, lambda x: x[:, :64]),
+        (0, lambda x: x.astype(mx.float16)),
+        (1, lambda table: table[:, :, :16]),
+        (2, lambda keys: keys[:, :1]),
+        (3, lambda values: values[:, :, :-1]),
+        (4, lambda _: 38),
+        (4, lambda _: -1),
+        (5, lambda _: 3),
+        (9, lambda norms: norms[:3]),
+        (9, lambda norms: norms[::-1]),
+        (10, lambda stored: stored[:3]),
+        (10, lambda stored: [stored[1], *stored[1:]]),
+        (10, lambda stored: [*stored[:3], (*stored[3][:3], 8, 32, False)]),
+        (10, lambda stored: [(stored[0][0].reshape(-1), *stored[0][1:]), *stored[1:]]),
+    ],
+)
+def test_a_layer_refuses_what_does_not_fit(place, change):
+    arguments, _ = layer_arguments(1, 3, 4, 4, 64, True)
+    kernels.layer(*arguments)
+    arguments[place] = change(arguments[place])
+    with pytest.raises(ValueError, match=r"mlx_openelm\.native: "):
+        kernels.layer(*arguments)
+
+
 # Caches.
+
+
+@needs_kernels
+def test_tokens_that_overlap_extend_a_cache_in_place():
+    """As in decoding, the next token's kernels are dispatched while the last one's have not run."""
+    model, _ = load("tiny")
+    cache = make_cache(len(model.layers))
+    mx.eval(model(mx.array([[1, 5, 6, 7]]), cache))
+    before = [np.asarray(memoryview(layer.keys)).ctypes.data for layer in cache]
+    for token in range(40):
+        upcoming = model(mx.array([[token]]), cache)
+        mx.async_eval(upcoming)
+    mx.eval(upcoming)
+    assert [np.asarray(memoryview(layer.keys)).ctypes.data for layer in cache] == before
 
 
 @needs_kernels

@@ -62,7 +62,7 @@ void check_few(Kind kind, int64_t outputs, int64_t columns, int64_t rows, bool r
   // A group of zeros has no largest number to divide by.
   if (kind.bits) std::fill_n(x.end() - kind.group, kind.group, 0.0f);
   Wanteds wanted = round && can_round(kind.bits) ? rounded_product(w, x, rows, y) : product(w, x, rows, y, false);
-  few_rows(w.matrix, outputs, x.data(), rows, y.data(), round);
+  few_rows(w.matrix, x.data(), rows, y.data(), round);
   compare(y, wanted, 1e-6,
           text("few_rows", kind.name(), "outputs", outputs, "columns", columns, "rows", rows, "round", round));
 }
@@ -87,7 +87,7 @@ void check_extreme_rows() {
       Stored w({Type::float32, 4, 32}, 3, 64);
       Floats x = random_floats(64, most), y(3);
       Wanteds wanted = product(w, x, 1, y, false);
-      few_rows(w.matrix, 3, x.data(), 1, y.data(), round);
+      few_rows(w.matrix, x.data(), 1, y.data(), round);
       // What is too small to be rounded counts as zeros.
       for (auto& number : wanted) number.size += 1e-32;
       compare(y, wanted, round ? 1e-2 : 1e-6, text("few_rows of numbers up to", most, "round", round));
@@ -97,7 +97,7 @@ void check_extreme_rows() {
         Stored w({Type::float32, 4, 32}, 3, 64);
         Floats x = random_floats(64), y(3);
         x[place] = nothing;
-        few_rows(w.matrix, 3, x.data(), 1, y.data(), round);
+        few_rows(w.matrix, x.data(), 1, y.data(), round);
         for (float got : y)
           check(!std::isfinite(got), text("few_rows of", nothing, "at", place, "round", round, "got", got));
       }

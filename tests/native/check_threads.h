@@ -37,7 +37,7 @@ void check_pool() {
   Stored packed({Type::float32, 4, 64}, 600, 1024), plain({Type::bfloat16}, 300, 512);
   Floats x = random_floats(40 * 1024), weight = random_floats(1024);
   Problem problem({1, 2, 1000, 4, 1, 64}, {}, causal);
-  auto few = [&] { Floats y(4 * 600); return few_rows(packed.matrix, 600, x.data(), 4, y.data(), true), y; };
+  auto few = [&] { Floats y(4 * 600); return few_rows(packed.matrix, x.data(), 4, y.data(), true), y; };
   auto many = [&] { Floats y(40 * 300); return many_rows(plain.matrix, 300, 512, x.data(), 40, y.data(), false), y; };
   auto norm = [&] { Floats y(x.size()); return rms_norm(x.data(), weight.data(), 40, 1024, 1e-6f, y.data()), y; };
   auto mix = [&] { Floats y(problem.queries.size()); return attention(problem.a, y.data(), nullptr), y; };

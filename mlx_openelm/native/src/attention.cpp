@@ -104,9 +104,8 @@ class AttentionKernel : public Kernel {
       parts.push_back(usable ? a : dense(a));
     }
     Past past{};
-    bool packed = o_.packing.bits;
-    past.matrix = as_matrix(parts[0], packed ? &parts[1] : nullptr, packed ? &parts[2] : nullptr, o_.packing);
-    if (!packed) past.matrix.stride = parts[0].strides(2);
+    past.matrix = as_matrix(projection_at(parts, 0, o_.packing));
+    if (!o_.packing.bits) past.matrix.stride = parts[0].strides(2);
     for (size_t i = 0; i < parts.size(); i++) {
       past.batch[i] = parts[i].strides(0) * int64_t(parts[i].itemsize());
       past.head[i] = parts[i].strides(1) * int64_t(parts[i].itemsize());

@@ -240,12 +240,9 @@ inline void attention(const Attention& a, float* y, float* sums) {
       thread_local Scratch own;
       write_out(task, run(task, 0, own.get<float>(size)));
     };
-    if (threads == 1) {
-      for (int64_t task = 0; task < tasks; task++) whole(task);
-    } else {
-      Pool::shared().run(tasks, whole);
-    }
-    return;
+    return for_ranges(tasks, threads == 1 ? tasks : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) whole(task);
+    });
   }
   Pool::shared().run(tasks * parts, [&](int64_t i) { run(i / parts, i % parts, memory + i * size); });
   for (int64_t task = 0; task < tasks; task++) {

@@ -3,15 +3,80 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 
 #include "matrix.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
+#include "threads.h"
 
 namespace openelm {
 
 using Arrays = std::vector<mx::array>;
 using Fallback = std::function<Arrays(const Arrays&)>;
+
+inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
+
+inline mx::array as_float(const mx::array& a) { return mx::astype(a, mx::float32, cpu_stream()); }
+
+inline Type type_of(const mx::array& a) {
+  if (a.dtype() == mx::bfloat16) return Type::bfloat16;
+  if (a.dtype() == mx::float16) return Type::float16;
+  if (a.dtype() == mx::float32) return Type::float32;
+  throw std::invalid_argument("mlx_openelm.native: numbers are float32, float16 or bfloat16.");
+}
+
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("mlx_openelm.native: ") + what);
+}
+
+inline Matrix as_matrix(const Projection& p) {
+  Matrix m;
+  m.data = p.weight.data<char>();
+  m.bits = p.packing.bits, m.group = p.packing.group;
+  m.rows = p.weight.shape(-2), m.columns = m.stride = p.weight.shape(-1);
+  m.type = type_of(p.scales ? *p.scales : p.weight);
+  if (p.scales) {
+    m.columns = m.columns * 32 / m.bits;
+    m.scales = p.scales->data<char>(), m.biases = p.biases->data<char>();
+  }
+  return m;
+}
+
+// How many kernels have been dispatched, and have finished.
+class Dispatched {
+ public:
+  static Dispatched& shared() {
+    static auto* all = new Dispatched;  // never destroyed: kernels may outlive main
+    return *all;
+  }
+
+  // Counts one that holds what this returns until it has finished, or is dropped.
+  std::shared_ptr<void> one_more() {
+    std::lock_guard lock(mutex_);
+    started_++;
+    return {nullptr, [this](void*) {
+              std::lock_guard lock(mutex_);
+              finished_++;
+              changed_.notify_all();
+            }};
+  }
+
+  // Waits, not for ever, until nobody else holds an array or as many have finished as are under way now.
+  void wait_for(const mx::array& a) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, std::chrono::seconds(1),
+                      [&, all = started_] { return a.is_donatable() || finished_ >= all; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t started_ = 0, finished_ = 0;
+};
 
 // An operation on the CPU. What a kernel has no gradient of its own for, and MLX's other transformations, go through
 // `fallback`, the same mathematics in MLX's operations.
@@ -42,7 +107,8 @@ class Kernel : public mx::Primitive {
   // Runs `kernel` on the stream's thread once its turn has come. MLX keeps inputs and outputs alive until then.
   template <class Call>
   void dispatch(Call&& kernel) {
-    mx::cpu::get_command_encoder(stream()).dispatch(std::forward<Call>(kernel));
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [kernel = std::forward<Call>(kernel), held = Dispatched::shared().one_more()]() mutable { kernel(); });
   }
 
   // The array itself where its rows follow one another without gaps, else a copy that lives as long as the kernel.
@@ -63,12 +129,38 @@ class Kernel : public mx::Primitive {
     return copy;
   }
 
+  Matrix matrix(const Projection& p) {
+    if (!p.packing.bits) return as_matrix({dense(p.weight), {}, {}, p.packing});
+    return as_matrix({dense(p.weight), dense(*p.scales), dense(*p.biases), p.packing});
+  }
+
+  // For a kernel with several outputs, which writes into inputs: each output refers to all inputs, and MLX clears that
+  // only afterwards, so that buffers would seem to be needed several times.
+  static void forget_inputs(const Arrays& inputs, Arrays& outputs) {
+    if (std::any_of(outputs.begin(), outputs.end(), [](auto& out) { return out.is_tracer(); })) return;
+    for (auto& out : outputs)
+      if (&out.inputs() != &inputs) out.inputs().clear();
+  }
+
+  // `out` becomes the buffer itself if nobody else holds it, else a copy.
+  void append_to(const mx::array& buffer, mx::array& out) {
+    // Kernels of the last token hold it until they have run, and MLX for them a moment longer; waiting costs less than
+    // a copy.
+    Dispatched::shared().wait_for(buffer);
+    for (int i = 0; i < kPatience && !buffer.is_donatable(); i++) pause_briefly();
+    if (buffer.is_donatable() && buffer.flags().row_contiguous) return out.copy_shared_buffer(buffer);
+    auto from = dense(buffer);
+    dispatch([to = allocate(out), from = from.data<float>(), bytes = out.nbytes()] { std::memcpy(to, from, bytes); });
+  }
+
   static float* allocate(mx::array& out) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     return out.data<float>();
   }
 
  private:
+  static constexpr int kPatience = 4000;  // pauses: some 50 microseconds
+
   // The inputs asked for, and what comes of others in their place. Those not asked for may have no gradient, as packed
   // weights.
   std::pair<Arrays, Fallback> vary(const Arrays& primals, const std::vector<int>& argnums) {
@@ -84,33 +176,8 @@ class Kernel : public mx::Primitive {
   Fallback fallback_;
 };
 
-inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
-
-inline mx::array as_float(const mx::array& a) { return mx::astype(a, mx::float32, cpu_stream()); }
-
-inline Type type_of(const mx::array& a) {
-  if (a.dtype() == mx::bfloat16) return Type::bfloat16;
-  if (a.dtype() == mx::float16) return Type::float16;
-  if (a.dtype() == mx::float32) return Type::float32;
-  throw std::invalid_argument("mlx_openelm.native: numbers are float32, float16 or bfloat16.");
-}
-
-inline void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(std::string("mlx_openelm.native: ") + what);
-}
-
-inline Matrix as_matrix(const mx::array& weight, const mx::array* scales, const mx::array* biases, Packing packing) {
-  Matrix m;
-  m.data = weight.data<char>();
-  m.bits = packing.bits, m.group = packing.group;
-  m.rows = weight.shape(-2), m.columns = m.stride = weight.shape(-1);
-  m.type = type_of(scales ? *scales : weight);
-  if (scales) {
-    m.columns = int64_t(weight.shape(-1)) * 32 / packing.bits;
-    m.scales = scales->data<char>(), m.biases = biases->data<char>();
-  }
-  return m;
-}
+// y [rows, m.rows] += x [rows, m.columns] times m transposed. Compiled in one place: it has hundreds of cases.
+void multiply(const Matrix& m, const float* x, int64_t rows, float* y, bool round);
 
 // Whether packed weights, scales and biases fit each other and are of a packing there is.
 inline void check_packing(const mx::array& weight, const mx::array& scales, const mx::array& biases, Packing packing) {
@@ -124,6 +191,26 @@ inline void check_packing(const mx::array& weight, const mx::array& scales, cons
   require(columns == int64_t(scales.shape(-1)) * packing.group && weight.shape(-2) == scales.shape(-2),
           "packed weights and scales do not fit.");
   type_of(scales);
+}
+
+// Appends a projection's arrays, once checked, to inputs; returns how many numbers it multiplies.
+inline int64_t add_projection(const Projection& p, Arrays& inputs) {
+  require(p.weight.ndim() == 2, "a weight matrix has two dimensions.");
+  inputs.push_back(p.weight);
+  if (!p.packing.bits) {
+    type_of(p.weight);
+    return p.weight.shape(1);
+  }
+  require(p.scales && p.biases, "packed weights have scales and biases.");
+  check_packing(p.weight, *p.scales, *p.biases, p.packing);
+  inputs.insert(inputs.end(), {*p.scales, *p.biases});
+  return int64_t(p.weight.shape(1)) * 32 / p.packing.bits;
+}
+
+// The same arrays again, from inputs[first] on.
+inline Projection projection_at(const Arrays& inputs, size_t first, Packing packing) {
+  if (!packing.bits) return {inputs[first], {}, {}, packing};
+  return {inputs[first], inputs[first + 1], inputs[first + 2], packing};
 }
 
 }  // namespace openelm

@@ -7,89 +7,58 @@ namespace openelm {
 
 namespace {
 
-class RMSNorm : public Kernel {
+// A kernel that makes a row of each row [dims] of its first input: body(inputs, rows, dims, y).
+class RowByRow : public Kernel {
  public:
-  RMSNorm(mx::Stream stream, float eps)
-      : Kernel(stream,
-               [=](const Arrays& in) -> Arrays { return {mx::fast::rms_norm(in[0], in[1], eps, cpu_stream())}; }),
-        eps_(eps) {}
+  using Body = std::function<void(const std::vector<const float*>&, int64_t, int64_t, float*)>;
 
-  const char* name() const override { return "RMSNorm"; }
-  bool is_equivalent(const Primitive& other) const override { return eps_ == static_cast<const RMSNorm&>(other).eps_; }
+  // gradient: that of the first input, from it and the gradient of the output; else MLX's of `fallback`.
+  RowByRow(const char* name, Fallback fallback, Body body, Fallback gradient)
+      : Kernel(cpu_stream(), fallback), name_(name), body_(body), gradient_(gradient) {}
+
+  const char* name() const override { return name_; }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto x = dense(inputs[0]), weight = dense(inputs[1]);
-    int64_t dims = weight.size(), rows = dims ? x.size() / dims : 0;
-    dispatch([=, y = allocate(outputs[0]), from = x.data<float>(), w = weight.data<float>(), eps = eps_] {
-      if (rows) rms_norm(from, w, rows, dims, eps, y);
+    std::vector<const float*> from;
+    for (auto& input : inputs) from.push_back(dense(input).data<float>());
+    int64_t dims = inputs[0].shape(-1), rows = dims ? inputs[0].size() / dims : 0;
+    dispatch([=, y = allocate(outputs[0]), body = body_] {
+      if (rows) body(from, rows, dims, y);
     });
-  }
-
- private:
-  float eps_;
-};
-
-class LogSoftmax : public Kernel {
- public:
-  explicit LogSoftmax(mx::Stream stream)
-      : Kernel(stream, [](const Arrays& in) -> Arrays {
-          auto s = cpu_stream();
-          return {mx::subtract(in[0], mx::logsumexp(in[0], -1, true, s), s)};
-        }) {}
-
-  const char* name() const override { return "LogSoftmax"; }
-  bool is_equivalent(const Primitive&) const override { return true; }
-
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto x = dense(inputs[0]);
-    int64_t dims = x.shape(-1), rows = dims ? x.size() / dims : 0;
-    dispatch([=, y = allocate(outputs[0]), from = x.data<float>()] {
-      if (rows) log_softmax(from, rows, dims, y);
-    });
-  }
-};
-
-mx::array swiglu_in_mlx(const mx::array& x) {
-  auto stream = cpu_stream();
-  auto parts = mx::split(x, 2, -1, stream);
-  return mx::multiply(mx::multiply(parts[0], mx::sigmoid(parts[0], stream), stream), parts[1], stream);
-}
-
-// With one input the value, with two (x and the output's gradient) the gradient of x.
-class SwiGLU : public Kernel {
- public:
-  explicit SwiGLU(mx::Stream stream)
-      : Kernel(stream, [](const Arrays& in) -> Arrays {
-          if (in.size() == 1) return {swiglu_in_mlx(in[0])};
-          return mx::vjp([](const Arrays& x) -> Arrays { return {swiglu_in_mlx(x[0])}; }, {in[0]}, {in[1]}).second;
-        }) {}
-
-  const char* name() const override { return "SwiGLU"; }
-  bool is_equivalent(const Primitive&) const override { return true; }
-
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto x = dense(inputs[0]);
-    int64_t inner = x.shape(-1) / 2, rows = inner ? x.size() / (2 * inner) : 0;
-    float* y = allocate(outputs[0]);
-    if (inputs.size() == 1) {
-      dispatch([=, from = x.data<float>()] {
-        if (rows) swiglu(from, rows, inner, y);
-      });
-    } else {
-      auto dy = dense(inputs[1]);
-      dispatch([=, from = x.data<float>(), d = dy.data<float>()] {
-        if (rows) swiglu_gradient(from, d, rows, inner, y);
-      });
-    }
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
              const Arrays& outputs) override {
-    if (primals.size() == 2) return Kernel::vjp(primals, cotangents, argnums, outputs);
-    return {
-        mx::array(primals[0].shape(), mx::float32, std::make_shared<SwiGLU>(stream()), {primals[0], cotangents[0]})};
+    if (!gradient_) return Kernel::vjp(primals, cotangents, argnums, outputs);
+    return gradient_({primals[0], cotangents[0]});
   }
+
+ private:
+  const char* name_;
+  Body body_;
+  Fallback gradient_;
 };
+
+mx::array row_by_row(const char* name, mx::Shape shape, Arrays inputs, Fallback fallback, RowByRow::Body body,
+                     Fallback gradient = {}) {
+  auto kernel = std::make_shared<RowByRow>(name, fallback, body, gradient);
+  return mx::array(std::move(shape), mx::float32, kernel, std::move(inputs));
+}
+
+Arrays swiglu_in_mlx(const Arrays& in) {
+  auto stream = cpu_stream();
+  auto parts = mx::split(in[0], 2, -1, stream);
+  return {mx::multiply(mx::multiply(parts[0], mx::sigmoid(parts[0], stream), stream), parts[1], stream)};
+}
+
+// From x and the gradient of the output.
+Arrays gradient_of_swiglu(const Arrays& in) {
+  auto fallback = [](const Arrays& in) { return mx::vjp(swiglu_in_mlx, {in[0]}, {in[1]}).second; };
+  auto body = [](auto& from, int64_t rows, int64_t dims, float* dx) {
+    swiglu_gradient(from[0], from[1], rows, dims / 2, dx);
+  };
+  return {row_by_row("SwiGLUGradient", in[0].shape(), in, fallback, body)};
+}
 
 struct HeadsOptions {
   int queries, kv, start;
@@ -131,10 +100,7 @@ class SplitHeads : public Kernel {
   const char* name() const override { return "SplitHeads"; }
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    // Each output refers to the inputs, which MLX clears only afterwards: the buffers would seem to be needed thrice.
-    bool is_traced = std::any_of(outputs.begin(), outputs.end(), [](auto& out) { return out.is_tracer(); });
-    for (auto& out : outputs)
-      if (!is_traced && &out.inputs() != &inputs) out.inputs().clear();
+    forget_inputs(inputs, outputs);
     auto qkv = dense(inputs[0]), table = dense(inputs[1]);
     Heads h{outputs[0].shape(0), outputs[0].shape(1), o_.queries, o_.kv, outputs[0].shape(3), o_.eps};
     if (o_.norms) h.query_weight = dense(inputs[2]).data<float>(), h.key_weight = dense(inputs[3]).data<float>();
@@ -142,11 +108,8 @@ class SplitHeads : public Kernel {
     h.table_stride = table.shape(0) == 1 ? 0 : h.length * h.dim;
     float* queries = allocate(outputs[0]);
     for (int i : {1, 2}) {
-      if (o_.buffers) {
-        keep(inputs[inputs.size() - 3 + i], outputs[i]);
-      } else {
-        allocate(outputs[i]);
-      }
+      if (o_.buffers) append_to(inputs[inputs.size() - 3 + i], outputs[i]);
+      else allocate(outputs[i]);
     }
     dispatch([=, from = qkv.data<float>(), keys = outputs[1].data<float>(), values = outputs[2].data<float>(),
               room = int64_t(outputs[1].shape(2)),
@@ -154,17 +117,6 @@ class SplitHeads : public Kernel {
   }
 
  private:
-  // `out` is the buffer itself if nobody else holds it, else a copy.
-  void keep(const mx::array& buffer, mx::array& out) {
-    // The last token's attention may not have run yet, and holds the buffer until it has: waiting for that costs less
-    // than a copy. Should somebody else hold it, the wait ends soon.
-    for (int i = 0; i < kPatience && !buffer.is_donatable(); i++) pause_briefly();
-    if (buffer.is_donatable() && buffer.flags().row_contiguous) return out.copy_shared_buffer(buffer);
-    auto from = dense(buffer);
-    dispatch([to = allocate(out), from = from.data<float>(), bytes = out.nbytes()] { std::memcpy(to, from, bytes); });
-  }
-
-  static constexpr int kPatience = 4000;  // pauses: some 50 microseconds
   HeadsOptions o_;
 };
 
@@ -172,24 +124,28 @@ class SplitHeads : public Kernel {
 
 mx::array log_softmax(const mx::array& x) {
   require(x.ndim() >= 1, "log_softmax takes at least one dimension.");
-  return mx::array(x.shape(), mx::float32, std::make_shared<LogSoftmax>(cpu_stream()), {as_float(x)});
+  auto fallback = [](const Arrays& in) -> Arrays {
+    return {mx::subtract(in[0], mx::logsumexp(in[0], -1, true, cpu_stream()), cpu_stream())};
+  };
+  auto body = [](auto& from, int64_t rows, int64_t dims, float* y) { log_softmax(from[0], rows, dims, y); };
+  return row_by_row("LogSoftmax", x.shape(), {as_float(x)}, fallback, body);
 }
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
   require(x.ndim() >= 1 && weight.ndim() == 1 && x.shape(-1) == weight.shape(0), "x and the norm's weight do not fit.");
-  auto stream = cpu_stream();
-  Arrays inputs = {as_float(x), as_float(weight)};
-  mx::array y(x.shape(), mx::float32, std::make_shared<RMSNorm>(stream, eps), std::move(inputs));
-  return mx::astype(y, x.dtype(), stream);
+  auto fallback = [=](const Arrays& in) -> Arrays { return {mx::fast::rms_norm(in[0], in[1], eps, cpu_stream())}; };
+  auto body = [=](auto& from, int64_t rows, int64_t dims, float* y) { rms_norm(from[0], from[1], rows, dims, eps, y); };
+  auto y = row_by_row("RMSNorm", x.shape(), {as_float(x), as_float(weight)}, fallback, body);
+  return mx::astype(y, x.dtype(), cpu_stream());
 }
 
 mx::array swiglu(const mx::array& x) {
   require(x.ndim() >= 1 && x.shape(-1) % 2 == 0, "SwiGLU takes gate and up side by side.");
-  auto stream = cpu_stream();
   auto shape = x.shape();
   shape.back() /= 2;
-  mx::array y(std::move(shape), mx::float32, std::make_shared<SwiGLU>(stream), {as_float(x)});
-  return mx::astype(y, x.dtype(), stream);
+  auto body = [](auto& from, int64_t rows, int64_t dims, float* y) { swiglu(from[0], rows, dims / 2, y); };
+  auto y = row_by_row("SwiGLU", shape, {as_float(x)}, swiglu_in_mlx, body, gradient_of_swiglu);
+  return mx::astype(y, x.dtype(), cpu_stream());
 }
 
 std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table, const Optional& query_weight,

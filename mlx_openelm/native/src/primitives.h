@@ -14,28 +14,24 @@ namespace openelm {
 namespace mx = mlx::core;
 using Optional = std::optional<mx::array>;
 
-// How a weight matrix is packed; bits 0 for plain values. `round`: products of few rows may round activations to 8
-// bits.
+// How a weight matrix is packed; bits 0 for plain values. `round`: products of few rows may round x to 8 bits.
 struct Packing {
   int bits = 0, group = 0;
   bool round = false;
 };
 
-// What a product does to x first, and adds to the result.
-struct Around {
-  Optional norm;  // the weight [in] of an RMSNorm of x
-  float eps = 0;
-  bool gated = false;  // x [..., 2 * in] becomes silu(gate) * up
-  Optional residual;   // [..., out]
+// A weight matrix [out, in] as stored.
+struct Projection {
+  mx::array weight;
+  Optional scales, biases;  // of a packed one
+  Packing packing;
 };
 
-// x [..., in] times weight [out, in] transposed: [..., out], of x's type.
-mx::array product(const mx::array& x, const mx::array& weight, const Optional& scales, const Optional& biases,
-                  Packing packing, const Around& around);
+// x [..., in] times a matrix [out, in] transposed: [..., out], of x's type.
+mx::array product(const mx::array& x, const Projection& projection);
 
 // Rows of a packed embedding [vocab, dim] for tokens [...], which are whole numbers: [..., dim].
-mx::array lookup(const mx::array& tokens, const mx::array& weight, const mx::array& scales, const mx::array& biases,
-                 Packing packing);
+mx::array lookup(const mx::array& tokens, const Projection& embedding);
 
 // x [..., n] minus logsumexp(x): float32.
 mx::array log_softmax(const mx::array& x);
@@ -77,5 +73,13 @@ std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx:
 std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::array& keys, const mx::array& values,
                                           const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
                                           const Optional& mask, AttentionOptions options);
+
+// A whole transformer layer for x [batch * length, dim] of float32: its output, and the buffers. Table,
+// buffers and `start` are as for `split_heads`; a position sees all before it. norms: weights of the attention's and the
+// feed-forward's, and then, if there are, of the queries' and the keys'. projections: to queries, keys and values; from
+// what attention mixed; to gate and up; down.
+std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const mx::array& keys, const mx::array& values,
+                             int start, int queries, int kv, float eps, float scale,
+                             const std::vector<mx::array>& norms, const std::vector<Projection>& projections);
 
 }  // namespace openelm

@@ -87,8 +87,7 @@ constexpr int64_t kAhead = 2048;
 
 // N rows of a packed matrix, from `row` on and `apart` from one to the next, times R prepared rows.
 template <int bits, int group, bool round, int R, int N>
-INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepared& x, int64_t first, float* out,
-                        int64_t stride) {
+INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepared& x, int64_t first, float* out) {
   constexpr int lanes = round ? 8 : kLanes, block = kBlock<bits, group>;
   using Lane = Vector<float, lanes>;
   Lane total[N][R] = {};
@@ -150,7 +149,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
   for (; g < x.groups; g += 8) some_groups(g, x.groups - g < 8 ? int(x.groups - g) : 8, Constant<0>{});
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) {
-      float& y = out[n * apart + r * stride];
+      float& y = out[n * apart + r * m.rows];
       if constexpr (lanes == 8) y += sum<8>(total[n][r] + by_bias[n][r]);
       else y += sum<lanes>(total[n][r]) + sum<8>(by_bias[n][r]);
     }
@@ -159,7 +158,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
 
 // N rows of a plain matrix, from `row` on and `apart` from one to the next, times R rows.
 template <class T, int R, int N>
-INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float* x, float* out, int64_t stride) {
+INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float* x, float* out) {
   constexpr int kSums = R * N == 1 ? 4 : R * N <= 4 ? 2 : 1;  // independent sums, since an addition takes four cycles
   Float total[N][R][kSums] = {};
   const T* weights[N];
@@ -185,7 +184,7 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
     for (int r = 0; r < R; r++) {
       Float all = total[n][r][0];
       for (int s = 1; s < kSums; s++) all += total[n][r][s];
-      out[n * apart + r * stride] += sum(all);
+      out[n * apart + r * m.rows] += sum(all);
     }
   }
 }
@@ -213,18 +212,18 @@ INLINE void side_by_side(int64_t begin, int64_t end, const Body& body) {
 // Of weights: what a thread takes at a time, and the least for which other threads are called.
 constexpr int64_t kBytesAtATime = 24 << 10, kBytesWorthHelp = 256 << 10;
 
-// y [rows, outputs] += x [rows, columns] W^T for few rows.
-inline void few_rows(const Matrix& m, int64_t outputs, const float* x, int64_t rows, float* y, bool round) {
+// y [rows, m.rows] += x [rows, m.columns] W^T for few rows.
+inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bool round) {
   int64_t grain = (kBytesAtATime + m.row_bytes() - 1) / m.row_bytes();
-  if (outputs * m.row_bytes() * rows < kBytesWorthHelp) grain = outputs;
+  if (m.rows * m.row_bytes() * rows < kBytesWorthHelp) grain = m.rows;
   if (!m.bits) {
     with_type(m.type, [&](auto* t) {
       using T = std::remove_cvref_t<decltype(*t)>;
-      for_ranges(outputs, grain, [&](int64_t begin, int64_t end) {
+      for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
         in_fours(rows, [&](int64_t first, auto count) {
           constexpr int R = count.value;
           side_by_side<4 / R>(begin, end, [&](int64_t row, int64_t apart, auto n) {
-            plain_rows<T, R, n.value>(m, row, apart, x + first * m.columns, y + first * outputs + row, outputs);
+            plain_rows<T, R, n.value>(m, row, apart, x + first * m.columns, y + first * m.rows + row);
           });
         });
       });
@@ -236,12 +235,11 @@ inline void few_rows(const Matrix& m, int64_t outputs, const float* x, int64_t r
     constexpr int kBits = bits.value, kGroup = group.value;
     constexpr bool kRound = rounded.value;
     Prepared prepared = prepare<kBits, kGroup>(x, rows, m.columns, kRound, scratch);
-    for_ranges(outputs, grain, [&](int64_t begin, int64_t end) {
+    for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
       in_fours(rows, [&](int64_t first, auto count) {
         constexpr int R = count.value;
         side_by_side<R == 1 ? 2 : 1>(begin, end, [&](int64_t row, int64_t apart, auto n) {
-          packed_rows<kBits, kGroup, kRound, R, n.value>(m, row, apart, prepared, first, y + first * outputs + row,
-                                                         outputs);
+          packed_rows<kBits, kGroup, kRound, R, n.value>(m, row, apart, prepared, first, y + first * m.rows + row);
         });
       });
     });

@@ -9,12 +9,13 @@
 
 namespace openelm {
 
-// The order in which a block of weights is opened: place i holds weight `unpacked_order<bits, block>(i)`.
-// 2 and 4 bits come apart by shifting whole registers, so that neighbours end up in different parts.
-template <int bits, int block = 32>
+// The order in which a block of weights is opened: place i holds weight `unpacked_order<bits, block>(i)`. 2 and 4 bits
+// come apart by shifting whole registers, so that neighbours end up in different parts.
+template <int bits>
+constexpr int kParts = bits == 4 ? 2 : bits == 2 ? 4 : 1;
+template <int bits, int block>
 constexpr int unpacked_order(int place) {
-  constexpr int parts = bits == 4 ? 2 : bits == 2 ? 4 : 1, size = block / parts;
-  return place % size * parts + place / size;
+  return place % (block / kParts<bits>) * kParts<bits> + place / (block / kParts<bits>);
 }
 
 // 32 weights as bytes, in the order that is quickest.
@@ -22,17 +23,16 @@ template <int bits>
 INLINE Bytes unpack(const uint8_t* packed) {
   if constexpr (bits == 8) {
     return read<Bytes>(packed);
-  }
-#if defined(__AVX2__)
-  else if constexpr (bits == 4) {
-    __m256i twice = _mm256_broadcastsi128_si256(read<__m128i>(packed));
-    __m256i apart = _mm256_srlv_epi64(twice, _mm256_set_epi64x(4, 4, 0, 0));
-    return bits_of<Bytes>(_mm256_and_si256(apart, _mm256_set1_epi8(15)));
+  } else if constexpr (bits == 4) {
+    auto bytes = read<Vector<uint8_t, 16>>(packed);
+    Vector<uint8_t, 16> parts[2] = {bytes & 15, bytes >> 4};
+    return bits_of<Bytes>(parts);
   } else if constexpr (bits == 2) {
-    __m256i four_times = _mm256_set1_epi64x(read<int64_t>(packed));
-    __m256i apart = _mm256_srlv_epi64(four_times, _mm256_set_epi64x(6, 4, 2, 0));
-    return bits_of<Bytes>(_mm256_and_si256(apart, _mm256_set1_epi8(3)));
+    auto bytes = read<Vector<uint8_t, 8>>(packed);
+    Vector<uint8_t, 8> parts[4] = {bytes & 3, (bytes >> 2) & 3, (bytes >> 4) & 3, bytes >> 6};
+    return bits_of<Bytes>(parts);
   } else {
+#if defined(__AVX2__)
     // A half of the register gets the bytes of 16 weights. Of these, 8 at a time are spread to 16 bits each, which
     // always hold the whole weight; a multiplication shifts it to the top, where its neighbours fall off.
     constexpr int skipped = bits == 3 ? 6 : 16 - 2 * bits;  // bytes before the second half's first weight
@@ -59,17 +59,7 @@ INLINE Bytes unpack(const uint8_t* packed) {
       return _mm256_srli_epi16(_mm256_mullo_epi16(wide, bits_of<__m256i>(factors)), 16 - bits);
     };
     return bits_of<Bytes>(_mm256_packus_epi16(opened(spread_low), opened(spread_high)));
-  }
 #else
-  else if constexpr (bits == 4) {
-    auto bytes = read<Vector<uint8_t, 16>>(packed);
-    Vector<uint8_t, 16> parts[2] = {bytes & 15, bytes >> 4};
-    return bits_of<Bytes>(parts);
-  } else if constexpr (bits == 2) {
-    auto bytes = read<Vector<uint8_t, 8>>(packed);
-    Vector<uint8_t, 8> parts[4] = {bytes & 3, (bytes >> 2) & 3, (bytes >> 4) & 3, bytes >> 6};
-    return bits_of<Bytes>(parts);
-  } else {
     // 8 weights are `bits` bytes.
     uint8_t weights[32];
     for (int i = 0; i < 4; i++) {
@@ -78,8 +68,8 @@ INLINE Bytes unpack(const uint8_t* packed) {
       for (int j = 0; j < 8; j++) weights[8 * i + j] = string >> (bits * j) & ((1 << bits) - 1);
     }
     return read<Bytes>(weights);
-  }
 #endif
+  }
 }
 
 // Weights that are best opened together: a shift does for 64 of 4 bits, where a group has as many.
@@ -97,27 +87,15 @@ INLINE void unpack_block(const uint8_t* packed, Bytes (&weights)[block / 32]) {
   }
 }
 
+template <int bits, int... i>
+INLINE Bytes put_in_order(Bytes weights, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(weights, weights, (i % kParts<bits> * (32 / kParts<bits>) + i / kParts<bits>)...);
+}
+
 // 32 weights in the order of the row.
 template <int bits>
 INLINE Bytes unpack_in_order(const uint8_t* packed) {
-  Bytes weights = unpack<bits>(packed);
-  if constexpr (bits != 4 && bits != 2) return weights;
-#if defined(__AVX2__)
-  // Interleave the two halves; for 2 bits, first pairs of quarters.
-  __m128i low = _mm256_castsi256_si128(bits_of<__m256i>(weights));
-  __m128i high = _mm256_extracti128_si256(bits_of<__m256i>(weights), 1);
-  if constexpr (bits == 2) {
-    // low = parts 0 and 1, high = parts 2 and 3: weights 0 1 2 3 are one byte of each.
-    __m128i even = _mm_unpacklo_epi8(low, high), odd = _mm_unpackhi_epi8(low, high);  // 0 2 0 2 ..., 1 3 1 3 ...
-    low = even, high = odd;
-  }
-  __m128i start = _mm_unpacklo_epi8(low, high), end = _mm_unpackhi_epi8(low, high);
-  return bits_of<Bytes>(_mm256_set_m128i(end, start));
-#else
-  Bytes ordered;
-  for (int i = 0; i < 32; i++) ordered[unpacked_order<bits>(i)] = weights[i];
-  return ordered;
-#endif
+  return put_in_order<bits>(unpack<bits>(packed), std::make_integer_sequence<int, 32>{});
 }
 
 }  // namespace openelm
