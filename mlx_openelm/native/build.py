@@ -63,7 +63,9 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         f"-isystem{nanobind / 'ext' / 'robin_map' / 'include'}",
         *flags,
     ]
-    sources = [*sorted(SOURCES.glob("*.cpp")), nanobind / "src" / "nb_combined.cpp"]
+    # Products first: they take as long as all others together.
+    sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: (source.stem != "products", source))
+    sources.append(nanobind / "src" / "nb_combined.cpp")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as temporary:
         partial = Path(temporary)

@@ -122,11 +122,10 @@ std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const m
   }
   for (auto& a : inputs) require(a.dtype() == mx::float32, "a layer's activations, norms and buffers are float32.");
   LayerOptions options{queries, kv, start, int(norms.size()), eps, scale, {}};
-  int64_t inner = projections[2].weight.size() ? projections[2].weight.shape(0) / 2 : 0, mixed = queries * head_dim;
-  require(dim > 0 && inner > 0, "a layer has no dimension of nothing.");
+  int64_t inner = projections[2].weight.shape(0) / 2, mixed = queries * head_dim;
   int64_t shapes[4][2] = {{mixed + 2 * kv * head_dim, dim}, {dim, mixed}, {2 * inner, dim}, {dim, inner}};
   for (int i = 0; i < 4; i++) {
-    bool fits = add_projection(projections[i], inputs) == shapes[i][1];
+    bool fits = add_projection(projections[i], inputs) == shapes[i][1] && shapes[i][0] * shapes[i][1] > 0;
     require(fits && projections[i].weight.shape(0) == shapes[i][0], "a projection does not fit.");
     options.packings[i] = projections[i].packing;
   }

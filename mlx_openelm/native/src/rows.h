@@ -238,7 +238,7 @@ inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bo
     for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
       in_fours(rows, [&](int64_t first, auto count) {
         constexpr int R = count.value;
-        side_by_side<R == 1 ? 2 : 1>(begin, end, [&](int64_t row, int64_t apart, auto n) {
+        side_by_side<R == 1 && (kRound || kBits == 8) ? 2 : 1>(begin, end, [&](int64_t row, int64_t apart, auto n) {
           packed_rows<kBits, kGroup, kRound, R, n.value>(m, row, apart, prepared, first, y + first * m.rows + row);
         });
       });

@@ -23,14 +23,15 @@ template <int bits>
 INLINE Bytes unpack(const uint8_t* packed) {
   if constexpr (bits == 8) {
     return read<Bytes>(packed);
-  } else if constexpr (bits == 4) {
-    auto bytes = read<Vector<uint8_t, 16>>(packed);
-    Vector<uint8_t, 16> parts[2] = {bytes & 15, bytes >> 4};
-    return bits_of<Bytes>(parts);
-  } else if constexpr (bits == 2) {
-    auto bytes = read<Vector<uint8_t, 8>>(packed);
-    Vector<uint8_t, 8> parts[4] = {bytes & 3, (bytes >> 2) & 3, (bytes >> 4) & 3, bytes >> 6};
-    return bits_of<Bytes>(parts);
+  } else if constexpr (bits == 4 || bits == 2) {
+    // Copies of the whole, each shifted further.
+    using Words = Vector<uint64_t, 4>;
+    Words words = read<uint64_t>(packed) + Words{}, shifts = bits == 4 ? Words{0, 0, 4, 4} : Words{0, 2, 4, 6};
+    if constexpr (bits == 4) {
+      auto pair = read<Vector<uint64_t, 2>>(packed);
+      words = __builtin_shufflevector(pair, pair, 0, 1, 0, 1);
+    }
+    return bits_of<Bytes>(words >> shifts) & uint8_t((1 << bits) - 1);
   } else {
 #if defined(__AVX2__)
     // A half of the register gets the bytes of 16 weights. Of these, 8 at a time are spread to 16 bits each, which
