@@ -10,7 +10,6 @@ heads, D head_dim. Activations between layers are [N, model_dim].
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -75,7 +74,9 @@ def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) 
         output = kernels.linear(x, stored(layer))
     else:
         packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        output = mx.quantized_matmul(x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing)
+        output = mx.quantized_matmul(
+            x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing
+        )
     return output if residual is None else residual + output
 
 

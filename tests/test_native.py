@@ -364,16 +364,17 @@ def layer_arguments(batch, length, start, bits, group_size, has_norms, room=40):
         else:
             stored.append((weight.astype(mx.bfloat16), None, None, 0, 0, False))
             opened.append(stored[-1][0].astype(mx.float32))
-    norms = [1 + 0.1 * normal(n, seed=9) for n in (dim, dim, head_dim, head_dim)][: 4 if has_norms else 2]
+    norms = [(1 + 0.1 * normal(n, seed=9)).astype(mx.bfloat16) for n in (dim, dim, head_dim, head_dim)]
     buffers = [normal(batch, kv, room, head_dim, seed=s) for s in (5, 6)]
     table = ops._rotation_table(head_dim, 1e4, start, length)
     x = normal(batch * length, dim, seed=7)
-    return [x, table, *buffers, start, queries, kv, 1e-6, 0.2, norms, stored], opened
+    return [x, table, *buffers, start, queries, kv, 1e-6, 0.2, norms[: 4 if has_norms else 2], stored], opened
 
 
 def plain_layer(arguments, opened):
     """The same in MLX's own operations: output, keys and values."""
     x, table, keys, values, start, queries, kv, eps, scale, norms, _ = arguments
+    norms = [norm.astype(mx.float32) for norm in norms]
     batch, length, dim = keys.shape[0], table.shape[1], table.shape[2]
     heads = (mx.fast.rms_norm(x, norms[0], eps) @ opened[0].T).reshape(batch, length, -1, dim)
     q, k, v = mx.split(heads, [queries, queries + kv], axis=2)

@@ -118,9 +118,9 @@ std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const m
   Arrays inputs = {x, table, keys, values};
   for (size_t i = 0; i < norms.size(); i++) {
     require(norms[i].shape() == mx::Shape{i < 2 ? dim : head_dim}, "a norm does not fit.");
-    inputs.push_back(norms[i]);
+    inputs.push_back(as_float(norms[i]));
   }
-  for (auto& a : inputs) require(a.dtype() == mx::float32, "a layer's activations, norms and buffers are float32.");
+  for (auto& a : inputs) require(a.dtype() == mx::float32, "a layer's activations and buffers are float32.");
   LayerOptions options{queries, kv, start, int(norms.size()), eps, scale, {}};
   int64_t inner = projections[2].weight.shape(0) / 2, mixed = queries * head_dim;
   int64_t shapes[4][2] = {{mixed + 2 * kv * head_dim, dim}, {dim, mixed}, {2 * inner, dim}, {dim, inner}};
