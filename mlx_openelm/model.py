@@ -24,7 +24,7 @@ class Linear(nn.Linear):
         super().__init__(in_dims, out_dims, bias=False)
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        """The product, plus the residual if there is one: in one, where the device can."""
+        """The product, plus the residual if there is one: in one on a GPU."""
         return ops.linear(x, self["weight"], residual)
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
@@ -73,7 +73,7 @@ _PROJECTIONS = Linear, QuantizedLinear
 
 
 def project(layer: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
-    """layer(x) + residual; in one product where the layer can, as ours can and adapters can in part."""
+    """layer(x) + residual; in one product where layer and device can."""
     if isinstance(layer, _PROJECTIONS):
         return layer(x, residual)
     onto = getattr(type(layer), "onto", None)
@@ -154,24 +154,27 @@ class TransformerLayer(nn.Module):
         """The feed-forward's gate and up of x [N, model_dim]."""
         return self["ffn"]["proj_1"](self["ffn_norm"](x))
 
+    def _norms(self) -> list[nn.Module]:
+        attn = self["attn"]
+        return [self["attn_norm"], self["ffn_norm"], *([attn["q_norm"], attn["k_norm"]] if attn.norms else [])]
+
     def _projections(self) -> list[nn.Module]:
         attn, ffn = self["attn"], self["ffn"]
         return [attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]]
 
     def _is_plain(self) -> bool:
         """Whether `ops.Attend.layer` knows all that it is made of: not adapters, nor other activations or packings."""
-        return self["ffn"].has_swiglu and all(
-            type(p) is Linear or (type(p) is QuantizedLinear and p.mode == "affine") for p in self._projections()
+        return (
+            self["ffn"].has_swiglu
+            and all(type(norm) is RMSNorm for norm in self._norms())
+            and all(
+                type(p) is Linear or (type(p) is QuantizedLinear and p.mode == "affine") for p in self._projections()
+            )
         )
 
     def _at_once(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        attn = self["attn"]
-        norms = [self["attn_norm"], self["ffn_norm"]]
-        if attn.norms:
-            norms += [attn["q_norm"], attn["k_norm"]]
-        projections = [ops.stored(p) for p in self._projections()]
-        weights = [norm["weight"] for norm in norms]
-        return attend.layer(x, shape, attn.num_heads, norms[0].eps, weights, projections, cache)
+        norms, projections = [norm["weight"] for norm in self._norms()], [ops.stored(p) for p in self._projections()]
+        return attend.layer(x, shape, self["attn"].num_heads, self["attn_norm"].eps, norms, projections, cache)
 
 
 class Transformer(nn.Module):

@@ -41,6 +41,10 @@ _SMALLEST_TABLE = 256
 # From here on a CPU's own exponential pays: it costs several primitives, and compiles once a machine.
 _MANY_ROWS = 64
 
+# From here on what an operation costs is nothing beside its work; and of the last layer, where a prompt only fills the
+# cache, only what that needs is computed if its steps are operations of their own.
+_MANY_LAYER_ROWS = 12
+
 
 def _on_gpu() -> bool:
     # backend.on_gpu without its import: this is asked many times a token.
@@ -254,10 +258,11 @@ class Attend:
         return output.reshape(qkv.shape[0], -1)
 
     def takes_layers(self, x: mx.array, cache: Any) -> bool:
-        """Whether `layer` can: for rows of float32 whose past is a growing cache of ours, on a CPU with kernels."""
+        """Whether `layer` can: for few rows of float32 whose past is a growing cache of ours, on a CPU with kernels."""
         return (
             type(cache) is KVCache
             and self.kernels is not None
+            and x.shape[0] < _MANY_LAYER_ROWS
             and x.dtype == mx.float32
             and not isinstance(self.mask, mx.array)
             and cache.holds(mx.float32)

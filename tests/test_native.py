@@ -75,7 +75,7 @@ def test_products_with_plain_weights(outputs, inputs, dtype):
 @needs_kernels
 @pytest.mark.parametrize(("bits", "group_size"), [*itertools.product(BITS, (32, 64, 128))])
 def test_products_with_packed_weights(bits, group_size):
-    for outputs, groups in ((1, 1), (50, 3), (97, 8), (64, 10)):
+    for outputs, groups in ((1, 1), (50, 3), (7, 4), (97, 8), (64, 10), (9, 12)):
         packed = [p.astype(t) for p, t in zip(mx.quantize(normal(outputs, groups * group_size), group_size, bits),
                                                (mx.uint32, mx.bfloat16, mx.bfloat16), strict=True)]  # fmt: skip
         full = mx.dequantize(packed[0], *(p.astype(mx.float32) for p in packed[1:]), group_size, bits)
@@ -403,8 +403,30 @@ def test_a_layer_at_once(batch, length, start, bits, group_size, has_norms):
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_layer_has_projections_of_every_kind(rows):
+    """Each packed in its own way, rounded or not: the same as the kernels one by one."""
+    x, table, keys, values, start, queries, kv, eps, scale, norms, stored = layer_arguments(1, rows, 5, 0, 0, True)[0]
+    kinds = ((4, 64, True), (0, 0, False), (3, 32, True), (4, 64, False))
+    for i, (bits, group_size, rounds) in enumerate(kinds):
+        if bits:
+            packed = mx.quantize(stored[i][0].astype(mx.float32), group_size, bits)
+            stored[i] = (*packed, bits, group_size, rounds)
+    wide = mx.stack([x, x], axis=-1)
+    arguments = wide[..., 0], table, keys, values, start, queries, kv, eps, scale, norms, stored
+    qkv = kernels.linear(kernels.rms_norm(x, norms[0], eps), stored[0])
+    q, k, v = kernels.split_heads(qkv, table, *norms[2:], keys, values, queries, kv, eps, start)
+    y = x + kernels.linear(kernels.attention(q, [k], [v], scale, True, None, start + rows)[0], stored[1])
+    gate_and_up = kernels.linear(kernels.rms_norm(y, norms[1], eps), stored[2])
+    expected = y + kernels.linear(kernels.swiglu(gate_and_up), stored[3])
+    for ours, theirs in zip(kernels.layer(*arguments), (expected, k, v), strict=True):
+        assert apart(ours, theirs) < 1e-6
+
+
+@needs_kernels
 def test_gradients_of_a_layer():
     arguments, opened = layer_arguments(2, 3, 5, 8, 64, True)
+    arguments[9] = [norm.astype(mx.float32) for norm in arguments[9]]
     pull = normal(6, 128, seed=8)
 
     def slopes(layer):
@@ -452,16 +474,18 @@ def test_a_layer_refuses_what_does_not_fit(place, change):
 
 @needs_kernels
 def test_tokens_that_overlap_extend_a_cache_in_place():
-    """As in decoding, the next token's kernels are dispatched while the last one's have not run."""
+    """As in decoding, a token's kernels are dispatched while those before them have not run."""
     model, _ = load("tiny")
     cache = make_cache(len(model.layers))
     mx.eval(model(mx.array([[1, 5, 6, 7]]), cache))
-    before = [np.asarray(memoryview(layer.keys)).ctypes.data for layer in cache]
-    for token in range(40):
-        upcoming = model(mx.array([[token]]), cache)
-        mx.async_eval(upcoming)
-    mx.eval(upcoming)
-    assert [np.asarray(memoryview(layer.keys)).ctypes.data for layer in cache] == before
+
+    def addresses() -> list[int]:
+        return [np.asarray(memoryview(layer.keys)).ctypes.data for layer in cache]
+
+    before = addresses()
+    for token in range(3):
+        mx.async_eval(model(mx.array([[*range(60)]]), cache), model(mx.array([[token]]), cache))
+        assert addresses() == before
 
 
 @needs_kernels

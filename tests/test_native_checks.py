@@ -7,14 +7,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from mlx_openelm.native.build import SOURCES, BuildError, find_compiler, native_flag, used_instructions
+from mlx_openelm.native.build import FUSED, SOURCES, BuildError, find_compiler, native_flag, used_instructions
 
 import pytest
 
 CHECKS = Path(__file__).parent / "native" / "checks.cpp"
 FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{SOURCES}", f"-I{CHECKS.parent}")
 # How the library is compiled; sanitizers go with less.
-FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math")
+FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math", *FUSED)
 TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
 EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
 

@@ -131,19 +131,12 @@ class DoRALinear(LoRALinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self["linear"](x)
-        return self._add_scaled(y, y, x)
-
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        if self.training and x.dtype != mx.float32:
-            return residual + self(x)  # in 16 bits the gradient of m needs more than what is left of y below
-        sum = project(self["linear"], x, residual)
-        return self._add_scaled(sum, sum - residual, x)
-
-    def _add_scaled(self, sum: mx.array, y: mx.array, x: mx.array) -> mx.array:
-        """`sum`, in which the base's output y is once, with what makes that m / length times the adapted one."""
         a, b, excess = self._factors(x.dtype)
         z, scale = self._low_rank(x, a)
-        return mx.addmm(sum + excess * y, z, b, scale)
+        return mx.addmm(y + excess * y, z, b, scale)  # y once, and what makes that m / length times the adapted one
+
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        return residual + self(x)  # the base's output is needed alone
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"], self["m"], self._squares

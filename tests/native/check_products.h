@@ -77,7 +77,7 @@ void check_few_rows() {
       for (int group : {32, 64, 128})
         for (int rows = 1; rows <= 9; rows++)
           for (bool round : {false, true})
-            for (int groups : {1, 8, 11}) check_few({type, bits, group}, 5, groups * group, rows, round);
+            for (int groups : {1, 4, 8, 11, 12}) check_few({type, bits, group}, 5, groups * group, rows, round);
 }
 
 // Groups that rounding has to take care of: tiny numbers, whose step has no inverse, and something that is no number.

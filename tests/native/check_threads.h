@@ -34,15 +34,18 @@ void check_pool() {
   auto& pool = Pool::shared();
   // Kernels large enough for help; what one thread makes of them is the same bit for bit, but for attention, where the
   // parts of a past depend on the number of threads.
-  Stored packed({Type::float32, 4, 64}, 600, 1024), plain({Type::bfloat16}, 300, 512);
+  Stored packed({Type::float32, 4, 64}, 600, 1024), plain({Type::bfloat16}, 300, 512),
+      tall({Type::bfloat16}, 1030, 512);
   Floats x = random_floats(40 * 1024), weight = random_floats(1024);
   Problem problem({1, 2, 1000, 4, 1, 64}, {}, causal);
   auto few = [&] { Floats y(4 * 600); return few_rows(packed.matrix, x.data(), 4, y.data(), true), y; };
+  auto one = [&] { Floats y(600); return few_rows(packed.matrix, x.data(), 1, y.data(), true), y; };
+  auto one_plain = [&] { Floats y(1030); return few_rows(tall.matrix, x.data(), 1, y.data(), false), y; };
   auto many = [&] { Floats y(40 * 300); return many_rows(plain.matrix, 300, 512, x.data(), 40, y.data(), false), y; };
   auto norm = [&] { Floats y(x.size()); return rms_norm(x.data(), weight.data(), 40, 1024, 1e-6f, y.data()), y; };
   auto mix = [&] { Floats y(problem.queries.size()); return attention(problem.a, y.data(), nullptr), y; };
   pool.set_threads(1);
-  Floats few_alone = few(), many_alone = many(), norm_alone = norm(), mix_alone = mix();
+  Floats few_alone = few(), one_alone = one(), one_plain_alone = one_plain(), many_alone = many(), norm_alone = norm(), mix_alone = mix();
   Wanteds mixed;
   for (float value : mix_alone) mixed.push_back({value, 1});
   for (int threads : {1, 2, 3, 4, 2}) {
@@ -55,6 +58,8 @@ void check_pool() {
       callers.emplace_back([&, caller] {
         for (int turn = 0; turn < 8; turn++) {
           wrong += few() != few_alone;
+          wrong += one() != one_alone;
+          wrong += one_plain() != one_plain_alone;
           wrong += many() != many_alone;
           wrong += norm() != norm_alone;
           Floats y = mix();

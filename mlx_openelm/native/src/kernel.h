@@ -46,18 +46,19 @@ inline Matrix as_matrix(const Projection& p) {
   return m;
 }
 
-// How many kernels have been dispatched, and have finished.
+// How many kernels have been dispatched to a stream, and have finished.
 class Dispatched {
  public:
-  static Dispatched& shared() {
-    static auto* all = new Dispatched;  // never destroyed: kernels may outlive main
-    return *all;
+  static Dispatched& to(mx::Stream stream) {
+    static auto* all = new std::unordered_map<int, Dispatched>;  // never destroyed: kernels may outlive main
+    static std::mutex mutex;
+    std::lock_guard lock(mutex);
+    return (*all)[stream.index];
   }
 
   // Counts one that holds what this returns until it has finished, or is dropped.
   std::shared_ptr<void> one_more() {
-    std::lock_guard lock(mutex_);
-    started_++;
+    (std::lock_guard(mutex_), started_++);
     return {nullptr, [this](void*) {
               std::lock_guard lock(mutex_);
               finished_++;
@@ -65,11 +66,10 @@ class Dispatched {
             }};
   }
 
-  // Waits, not for ever, until nobody else holds an array or as many have finished as are under way now.
+  // Waits, not for ever, until nobody else holds an array, or all have finished.
   void wait_for(const mx::array& a) {
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(1),
-                      [&, all = started_] { return a.is_donatable() || finished_ >= all; });
+    changed_.wait_for(lock, std::chrono::seconds(1), [&] { return a.is_donatable() || finished_ == started_; });
   }
 
  private:
@@ -108,7 +108,7 @@ class Kernel : public mx::Primitive {
   template <class Call>
   void dispatch(Call&& kernel) {
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [kernel = std::forward<Call>(kernel), held = Dispatched::shared().one_more()]() mutable { kernel(); });
+        [kernel = std::forward<Call>(kernel), held = Dispatched::to(stream()).one_more()]() mutable { kernel(); });
   }
 
   // The array itself where its rows follow one another without gaps, else a copy that lives as long as the kernel.
@@ -146,7 +146,7 @@ class Kernel : public mx::Primitive {
   void append_to(const mx::array& buffer, mx::array& out) {
     // Kernels of the last token hold it until they have run, and MLX for them a moment longer; waiting costs less than
     // a copy.
-    Dispatched::shared().wait_for(buffer);
+    Dispatched::to(stream()).wait_for(buffer);
     for (int i = 0; i < kPatience && !buffer.is_donatable(); i++) pause_briefly();
     if (buffer.is_donatable() && buffer.flags().row_contiguous) return out.copy_shared_buffer(buffer);
     auto from = dense(buffer);

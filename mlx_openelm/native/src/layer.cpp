@@ -61,7 +61,6 @@ class Layer : public Kernel {
 
     int64_t batch = outputs[1].shape(0), length = table.shape(1), rows = batch * length, dim = x.shape(1);
     Heads h{batch, length, o_.queries, o_.kv, table.shape(2), o_.eps, norm(2), norm(3), table.data<float>()};
-    h.table_stride = table.shape(0) == 1 ? 0 : length * h.dim;
     int64_t mixed = h.queries * h.dim;
     Attention a{batch, length, o_.start + length, h.queries, h.kv, h.dim, nullptr, {length * mixed, mixed, h.dim}};
     a.keys = past(outputs[1]), a.values = past(outputs[2]), a.scale = o_.scale, a.causal = true;
@@ -111,7 +110,7 @@ std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const m
   int dim = x.shape(1), batch = keys.shape(0), length = table.shape(1), head_dim = table.shape(2);
   require(queries > 0 && kv > 0 && queries % kv == 0 && keys.shape(1) == kv && keys.shape(3) == head_dim &&
               head_dim > 0 && head_dim % 2 == 0 && batch > 0 && length > 0 && x.shape(0) == batch * length &&
-              (table.shape(0) == 1 || table.shape(0) == batch) && start >= 0 && start + length <= keys.shape(2),
+              table.shape(0) == 1 && start >= 0 && start + length <= keys.shape(2),
           "heads, positions and buffers do not fit.");
   require((norms.size() == 2 || norms.size() == 4) && projections.size() == 4,
           "a layer has two or four norms and four projections.");

@@ -2,7 +2,7 @@
 //
 // Each row of W is read once, for up to four rows of x at a time, and opened in registers. Several rows of W are read
 // side by side from places far apart: a processor asks memory for only so much of each stream that it recognizes, so
-// that four streams arrive a quarter faster than one.
+// that four streams of plain weights arrive a quarter faster than one. (Packed ones, of which two pay, take registers.)
 //
 // For packed matrices w = scale * q + bias within a group, so a group adds scale * sum(q x) + bias * sum(x), and the
 // second sum is the same for every row of W. Activations may be rounded to 8 bits, each group with a scale of its own:
@@ -112,7 +112,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
     for (int j = 0; j < (kCount ? kCount : count); j++) {
       int64_t column = first * x.columns + (g + j) * group;
       for (int n = 0; n < N; n++) {
-        if (group * bits >= 512 || j % 2 == 0) __builtin_prefetch(packed[n] + kAhead);  // 64 bytes at a time
+        if (group * bits > 256 || j % 2 == 0) __builtin_prefetch(packed[n] + kAhead);  // 64 bytes at a time
         Bytes weights[block / 32];
         if constexpr (round) {
           Dot<bits> dots[R];
@@ -159,7 +159,9 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
 // N rows of a plain matrix, from `row` on and `apart` from one to the next, times R rows.
 template <class T, int R, int N>
 INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float* x, float* out) {
-  constexpr int kSums = R * N == 1 ? 4 : R * N <= 4 ? 2 : 1;  // independent sums, since an addition takes four cycles
+  // Independent sums, since an addition takes four cycles. As many for any N: which rows are side by side depends on
+  // the number of threads, and results must not.
+  constexpr int kSums = 2;
   Float total[N][R][kSums] = {};
   const T* weights[N];
   for (int n = 0; n < N; n++) weights[n] = m.values<T>(row + n * apart);
@@ -182,9 +184,7 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
   }
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) {
-      Float all = total[n][r][0];
-      for (int s = 1; s < kSums; s++) all += total[n][r][s];
-      out[n * apart + r * m.rows] += sum(all);
+      out[n * apart + r * m.rows] += sum(total[n][r][0] + total[n][r][1]);
     }
   }
 }

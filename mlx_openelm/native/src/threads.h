@@ -1,7 +1,7 @@
 // A pool of threads for loops inside one kernel.
 //
-// A token of a small model is some fifty kernels of a few microseconds each, so helpers watch for work a short while
-// before they sleep. Only one kernel has the pool at a time: another stream's kernel that finds it taken runs alone on
+// A token of a small model is a hundred loops of a few microseconds each, so helpers watch for work a short while before
+// they sleep. Only one kernel has the pool at a time: another stream's kernel that finds it taken runs alone on
 // its own thread, so that two generations at once do not multiply threads. Whoever starts a loop works on it too and
 // never waits for helpers that have not come yet: a busy machine makes a loop slower, not stuck.
 
