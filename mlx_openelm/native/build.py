@@ -37,8 +37,8 @@ INSTRUCTIONS = {
 KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 
 
-# Products and sums are rounded together, whatever processor is tuned for: so a row's result is the same however many are
-# computed beside it, on any number of threads. (Clang does so by itself, and does not know the flag.)
+# Products and sums are rounded together, whatever processor is tuned for: so a row's result is the same however many
+# are computed beside it, on any number of threads. (Clang does so by itself, and does not know the flag.)
 FUSED = ("--param=avoid-fma-max-bits=0", "-Wno-unused-command-line-argument")
 
 
