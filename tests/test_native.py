@@ -469,6 +469,23 @@ def test_a_layer_refuses_what_does_not_fit(place, change):
         kernels.layer(*arguments)
 
 
+@needs_kernels
+def test_results_do_not_depend_on_the_number_of_threads():
+    model, _ = load("tiny")
+    cache = make_cache(len(model.layers))
+    mx.eval(model(mx.array([[*range(40, 250)]]), cache))
+    logits = []
+    try:
+        for count in (1, 2, 3):
+            kernels.set_threads(count)
+            logits.append(np.array(model(mx.array([[7]]), cache)))
+            for layer in cache:
+                layer.trim(1)
+    finally:
+        kernels.set_threads(native.thread_count())
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+
+
 # Caches.
 
 
@@ -650,6 +667,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def describe(folder: Path, **facts: object) -> None:
     known = {"mlx": mx.__version__, "sources": build.fingerprint(), "machine": os.uname().machine, "instructions": []}
+    known["bytes"] = (folder / build.LIBRARY).stat().st_size
     (folder / build.FACTS).write_text(json.dumps(known | facts))
 
 
@@ -696,6 +714,9 @@ def test_a_library_for_another_processor_is_not_loaded(folder):
 def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
     (folder / build.FACTS).write_text("{")
     assert native.examine(folder).state == "failed"  # type: ignore[union-attr]
+    describe(folder)
+    (folder / build.LIBRARY).write_bytes(b"longer than it was")
+    assert "is damaged" in native.examine(folder).detail  # type: ignore[union-attr]
     (folder / build.LIBRARY).unlink()
     assert native.examine(folder).state == "missing"  # type: ignore[union-attr]
     monkeypatch.setenv(native.VARIABLE, "0")
@@ -761,6 +782,10 @@ def test_without_a_compiler_building_says_what_to_install(monkeypatch, tmp_path)
 
 
 def test_building_needs_nanobind_and_mlx(monkeypatch):
+    with monkeypatch.context() as changed:
+        changed.setattr(build, "NANOBIND", "0.1")
+        with pytest.raises(build.BuildError, match=r"nanobind [\d.]+ is installed; pip install nanobind==0\.1"):
+            build.find_nanobind()
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
     with pytest.raises(build.BuildError, match="nanobind is not installed; pip install nanobind"):
@@ -786,6 +811,6 @@ def test_they_are_clean_under_sanitizers(tmp_path):
     environment = {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"OPENELM_CHECKED_LIBRARY": str(library)}
     ours = "not doctor and not variable and not sanitizers and not rounded_activations"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", ours, __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", ours, __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -23,7 +23,8 @@ from .build import FACTS, KNOWN, LIBRARY, fingerprint
 VARIABLE = "MLX_OPENELM_NATIVE"
 # The first that is set says how many threads a kernel may use.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-REBUILD = f"{Path(sys.executable).name} -m mlx_openelm.native"
+COMMAND = f"{Path(sys.executable).name} -m mlx_openelm.native"
+REBUILD = f"compile them again: {COMMAND}"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,15 @@ def examine(folder: Path) -> Status | None:
     if os.environ.get(VARIABLE, "").lower() in ("0", "off", "false", "no"):
         return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE}, if the kernels are wanted")
     if not (folder / LIBRARY).is_file():
-        return Status("missing", "not compiled", f"{REBUILD} compiles them; it says what it lacks")
+        return Status("missing", "not compiled", f"{COMMAND} compiles them; it says what it lacks")
     try:
         facts = json.loads((folder / FACTS).read_text())
         built_for, sources, machine = facts["mlx"], facts["sources"], facts["machine"]
-        needed = list(facts["instructions"])
+        needed, is_whole = list(facts["instructions"]), facts["bytes"] == (folder / LIBRARY).stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return Status("failed", f"{FACTS} is missing or damaged", REBUILD)
+    if not is_whole:
+        return Status("failed", f"{LIBRARY} is damaged", REBUILD)
     installed: str = mx.__version__  # type: ignore[attr-defined]
     if built_for != installed:
         return Status("stale", f"compiled for MLX {built_for}, and {installed} is installed", REBUILD)
@@ -121,7 +124,8 @@ def _load() -> tuple[Any, Status]:
         reason = "it does not know MLX's arrays (nanobind differs)" if isinstance(error, TypeError) else str(error)
         return None, Status("failed", reason, REBUILD)
     module.set_threads(thread_count())
-    return module, Status("used", f"{module.threads()} threads, for {_instructions(folder)}")
+    count = module.threads()
+    return module, Status("used", f"{count} thread{'s' * (count > 1)}, for {_instructions(folder)}")
 
 
 def _instructions(folder: Path) -> str:

@@ -42,6 +42,10 @@ KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 FUSED = ("--param=avoid-fma-max-bits=0", "-Wno-unused-command-line-argument")
 
 
+# With which MLX 0.32 was built: another one's modules do not know its arrays.
+NANOBIND = "3.1.0"
+
+
 class BuildError(Exception):
     """Why the kernels cannot be compiled; one line that says what to do."""
 
@@ -95,6 +99,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
             "sources": fingerprint(),
             "machine": os.uname().machine,
             "instructions": used_instructions(compiler),
+            "bytes": library.stat().st_size,
         }
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
         # Never a description beside another library than its own, whenever this is interrupted.
@@ -156,8 +161,13 @@ def find_nanobind() -> Path:
     for place in sys.path:
         folder = Path(place) / "nanobind"
         if (folder / "src" / "nb_combined.cpp").is_file():
-            return folder
-    raise BuildError("nanobind is not installed; pip install nanobind==3.1.0 (what MLX 0.32.4 was built with).")
+            if (version := _nanobind_version(folder)) == NANOBIND:
+                return folder
+            found = f"nanobind {version} is installed"
+            break
+    else:
+        found = "nanobind is not installed"
+    raise BuildError(f"{found}; pip install nanobind=={NANOBIND} (what MLX 0.32 was built with).")
 
 
 def native_flag(compiler: list[str]) -> str:
@@ -203,6 +213,8 @@ def _nanobind_version(folder: Path) -> str:
 
 def main() -> None:
     try:
+        find_nanobind()
+        print("Compiling for this processor, which takes a minute or two.", file=sys.stderr, flush=True)
         print(build(Path(__file__).parent))
     except (BuildError, OSError) as error:
         sys.exit(f"Error: {error}")

@@ -46,6 +46,7 @@ struct Attention {
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = 64;
 constexpr int64_t kFewQueries = 8;          // rows for which turning the keys costs more than it saves
+constexpr int64_t kTasks = 64;              // that keep all threads busy
 constexpr int64_t kWorthAThread = 1 << 15;  // products of a number and a number
 
 // Queries (or another array of their shape) of positions [first, last) as rows (position, head of the group) of `width`
@@ -213,10 +214,10 @@ inline void attention(const Attention& a, float* y, float* sums) {
   positions = positions < a.length ? positions : a.length;
   int64_t blocks = (a.length + positions - 1) / positions, tasks = a.batch * a.kv * blocks;
   int64_t rows = positions * a.group(), work = a.batch * a.length * a.heads * a.total * a.dim;
-  int threads = work < kWorthAThread ? 1 : Pool::shared().threads();
-  // Few queries with a long past: the past is split too, and the parts joined.
+  bool alone = work < kWorthAThread;
+  // Few queries with a long past: the past is split too (the same for any number of threads), and the parts joined.
   int64_t parts = 1, least = 2 * kKeys;
-  if (threads > 1 && tasks < 4 * threads) parts = (4 * threads + tasks - 1) / tasks;
+  if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
   if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
   int64_t span = ((a.total + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
   int64_t size = (Partial::size(rows, a.width()) + 15) / 16 * 16;
@@ -240,7 +241,7 @@ inline void attention(const Attention& a, float* y, float* sums) {
       thread_local Scratch own;
       write_out(task, run(task, 0, own.get<float>(size)));
     };
-    return for_ranges(tasks, threads == 1 ? tasks : 1, [&](int64_t begin, int64_t end) {
+    return for_ranges(tasks, alone ? tasks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) whole(task);
     });
   }
