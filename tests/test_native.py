@@ -634,6 +634,26 @@ def test_two_generations_at_once_give_what_each_gives_alone():
 
 
 @needs_kernels
+def test_a_blas_beside_them_changes_nothing():
+    """MLX's products, on OpenBLAS's threads where that is there, while a text is generated."""
+    model, tokenizer = load("tiny")
+    alone = generate(model, tokenizer, "ROMEO.", max_tokens=60)
+    x = normal(300, 300)
+    product, wrong = np.array(x @ x), []
+
+    def multiply() -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            wrong.extend(turn for turn in range(60) if np.abs(np.array(x @ x) - product).max() > 1e-3)
+        wrong.append(-1)  # to the end
+
+    beside = threading.Thread(target=multiply)
+    beside.start()
+    assert generate(model, tokenizer, "ROMEO.", max_tokens=60) == alone
+    beside.join(timeout=120)
+    assert wrong == [-1]
+
+
+@needs_kernels
 def test_quantized_caches_generate_with_them(reference):
     model, _ = load(FOLDER)
     tokens = [t for t, _ in generate_step(model, reference["ids"][0], max_tokens=24, options=CacheOptions(kv_bits=8))]
