@@ -43,6 +43,11 @@ class Blas:
 blas = Blas("unneeded")
 
 
+def says_off(value: str) -> bool:
+    """Whether an environment variable of this value turns off what it is about."""
+    return value.lower() in ("0", "off", "false", "no")
+
+
 def preload_blas() -> None:
     """Load a system OpenBLAS ahead of MLX, whose Linux wheel for CPUs bundles the slow reference BLAS.
 
@@ -53,7 +58,7 @@ def preload_blas() -> None:
     wanted = os.environ.get(BLAS_VARIABLE, "")
     if not sys.platform.startswith("linux") or _mlx_is_for_cuda():
         blas = Blas("unneeded")
-    elif wanted.lower() in ("0", "off", "false", "no"):
+    elif says_off(wanted):
         blas = Blas("off")
     elif "mlx.core" in sys.modules:
         blas = Blas("late")

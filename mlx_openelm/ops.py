@@ -260,12 +260,10 @@ class Attend:
     def takes_layers(self, x: mx.array, cache: Any) -> bool:
         """Whether `layer` can: for few rows of float32 whose past is a growing cache of ours, on a CPU with kernels."""
         return (
-            type(cache) is KVCache
-            and self.kernels is not None
+            self.kernels is not None
             and x.shape[0] < _MANY_LAYER_ROWS
-            and x.dtype == mx.float32
             and not isinstance(self.mask, mx.array)
-            and cache.holds(mx.float32)
+            and _extends_in_place(x, cache)
         )
 
     def layer(
@@ -301,7 +299,7 @@ class Attend:
         weights = (norms.query_weight, norms.key_weight) if norms is not None else (None, None)
         eps = norms.eps if norms is not None else 0.0
         keys: Any
-        if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.holds(mx.float32):
+        if _extends_in_place(qkv, cache):
             start = cache.reserve(shape[0], num_heads[1], shape[1], self.head_dim, qkv.dtype)
             # The cache lets go of its buffers here, so that the kernel may write into them.
             queries, cache.keys, cache.values = self.kernels.split_heads(
@@ -379,6 +377,11 @@ class Attend:
             return mx.softmax(scores, axis=-1, precise=True), None
         weights = cpu_math.exp_below(scores, mx.max(scores, axis=-1, keepdims=True))
         return weights, mx.sum(weights, axis=-1, keepdims=True)
+
+
+def _extends_in_place(x: mx.array, cache: Any) -> bool:
+    """Whether the kernels can write what comes of x into this cache's buffers: a growing one of ours, in float32."""
+    return type(cache) is KVCache and x.dtype == mx.float32 and cache.holds(mx.float32)
 
 
 def _packed_product(x: mx.array, packed: Any, transpose: bool, cache: Any) -> mx.array:

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..backend import says_off
 from .build import FACTS, KNOWN, LIBRARY, fingerprint
 
 # Set to 0 to do without the kernels.
@@ -70,7 +71,7 @@ def missing_instructions(needed: list[str]) -> list[str]:
 
 def examine(folder: Path) -> Status | None:
     """What speaks against loading the library in `folder`, from its description alone; None if nothing does."""
-    if os.environ.get(VARIABLE, "").lower() in ("0", "off", "false", "no"):
+    if says_off(os.environ.get(VARIABLE, "")):
         return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE}, if the kernels are wanted")
     if not (folder / LIBRARY).is_file():
         return Status("missing", "not compiled", f"{COMMAND} compiles them; it says what it lacks")

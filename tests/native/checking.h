@@ -63,21 +63,17 @@ Floats random_floats(int64_t count, double most = 1) {
   return values;
 }
 
-double half_to_double(uint16_t bits) {
-  int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
-                                    : std::ldexp(fraction, -24);
+// A number of 16 bits: its sign, its exponent, and then so many bits of its fraction.
+double short_to_double(uint16_t bits, int fraction_bits) {
+  int one = 1 << fraction_bits, most = (1 << (15 - fraction_bits)) - 1, shift = most / 2 + fraction_bits;
+  int exponent = bits >> fraction_bits & most, fraction = bits & (one - 1);
+  double magnitude = exponent == most ? (fraction ? NAN : INFINITY)
+                     : exponent       ? std::ldexp(one + fraction, exponent - shift)
+                                      : std::ldexp(fraction, 1 - shift);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
-
-double bfloat_to_double(uint16_t bits) {
-  int exponent = bits >> 7 & 255, fraction = bits & 127;
-  double magnitude = exponent == 255 ? (fraction ? NAN : INFINITY)
-                     : exponent      ? std::ldexp(128 + fraction, exponent - 134)
-                                     : std::ldexp(fraction, -133);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
+double half_to_double(uint16_t bits) { return short_to_double(bits, 10); }
+double bfloat_to_double(uint16_t bits) { return short_to_double(bits, 7); }
 
 // Random numbers of a stored type below 1: their bytes, and what they are.
 struct Numbers {
