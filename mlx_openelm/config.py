@@ -5,14 +5,14 @@ Source of the rules: arXiv:2404.14619 section 2.1 and the configuration publishe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
+from .errors import QUOTED, RequestError, quote
+from .inputs import kind_of, read_json
 
 # Layers, model_dim, head_dim of the published sizes; all else they share.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
@@ -179,7 +179,7 @@ class ModelConfig:
         size = name.lower().removeprefix("apple/").removeprefix("openelm-").removesuffix("-instruct")
         size = size.upper().replace(".", "_")
         if size not in SIZES:
-            raise RequestError(f"No OpenELM size is called {name!r}; there are {', '.join(SIZES)}.")
+            raise RequestError(f"No OpenELM size is called {quote(name)}; there are {', '.join(SIZES)}.")
         layers, model_dim, head_dim = SIZES[size]
         return cls(
             num_transformer_layers=layers,
@@ -201,10 +201,10 @@ class ModelConfig:
             RequestError: not an OpenELM configuration, a missing size, or a value that cannot be right.
         """
         if not isinstance(values, dict):
-            raise RequestError(f"The configuration must be a JSON object, not {_kind(values)}.")
+            raise RequestError(f"The configuration must be a JSON object, not {kind_of(values)}.")
         model_type = values.get("model_type", "openelm")
         if model_type != "openelm":
-            raise RequestError(f"This is a {model_type!r} model; mlx-openelm runs model_type 'openelm'.")
+            raise RequestError(f"This is a {quote(model_type)} model; mlx-openelm runs model_type 'openelm'.")
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size"):
@@ -269,24 +269,6 @@ class ModelConfig:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
 
-def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
-    """The JSON object in `path`, or in the file `name` of the folder `path`.
-
-    Raises:
-        RequestError: missing, unreadable, not JSON, or not an object.
-    """
-    path = path / name if path.is_dir() else path
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} must hold a JSON object, not {_kind(values)}.")
-    return values
-
-
 def _check_size(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_SIZE:
         raise _invalid(name, value, "a positive whole number")
@@ -303,8 +285,5 @@ def _check_token_id(name: str, value: object) -> None:
 
 
 def _invalid(name: str, value: object, expected: str) -> RequestError:
-    return RequestError(f"The configuration's {name} is {value}; it must be {expected}.")
-
-
-def _kind(value: object) -> str:
-    return {list: "a list", str: "a string", type(None): "null"}.get(type(value), "a number")
+    shown = value[:QUOTED] if isinstance(value, str) else quote(value)
+    return RequestError(f"The configuration's {name} is {shown}; it must be {expected}.")

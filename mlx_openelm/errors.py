@@ -1,13 +1,42 @@
 """The two errors a person can meet: a request that cannot be right, and work that failed."""
 
+from __future__ import annotations
+
+import re
+
+# A message repeats at most this many characters of a name or value, which may come from a damaged file.
+QUOTED = 200
+_LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+
 
 class OpenELMError(Exception):
-    """Something failed while working; one line that says what is wrong and what to do. Exit code 1."""
+    """Something failed while working; one line that says what is wrong and what to do. Exit code 1.
+
+    Whatever a message was made of, it shows no control characters and no word of more than `QUOTED` characters.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(_LONG_WORD.sub(lambda word: _cut(word[0]), _CONTROL.sub(" ", message)))
 
 
 class RequestError(OpenELMError, ValueError):
     """A bad flag, name, file or value; nothing was started. Exit code 2."""
 
     exit_code = 2
+
+
+def quote(value: object) -> str:
+    """`repr(value)` for a message, cut to `QUOTED` characters; never raises."""
+    try:
+        if isinstance(value, str | bytes | list | tuple):  # the repr of a large one takes time and memory
+            value = value[: QUOTED + 1]
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # an integer with more digits than Python prints, a list in itself
+        return f"a {type(value).__name__}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import catalog, hub
-from .config import ModelConfig, read_json
+from .config import ModelConfig
 from .errors import OpenELMError, RequestError
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
+from .inputs import read_json
 from .tokenizer import ENGINES, Tokenizer
 
 CORENET_PREFIX = "corenet:"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from . import chat_template as chat
-from .config import read_json
 from .errors import RequestError
 from .formats.sentencepiece import SentencePieceEngine
 from .formats.tokenizer_json import SPACE, TokenizersEngine
+from .inputs import read_json
 
 Engine = TokenizersEngine | SentencePieceEngine
 ENGINES: dict[str, type[Engine]] = {

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.config import SIZES, ModelConfig, make_divisible, read_json, spread
+from mlx_openelm.config import SIZES, ModelConfig, make_divisible, spread
 from mlx_openelm.errors import RequestError
+from mlx_openelm.inputs import read_json
 
 import numpy as np
 import pytest

@@ -233,11 +233,11 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
             "optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}",
             "optimizer_config.sgd.nesterov is False here, and nothing else is offered; got True.",
         ),
-        ("rank: 1\nrank: 2", "is no YAML: rank is there twice"),
-        ("lora_parameters: {rank: 1, rank: 2}", "is no YAML: rank is there twice"),
-        ("rank: [", "is no YAML:"),
+        ("rank: 1\nrank: 2", "is not valid YAML: rank is there twice"),
+        ("lora_parameters: {rank: 1, rank: 2}", "is not valid YAML: rank is there twice"),
+        ("rank: [", "is not valid YAML:"),
         ("- rank", "must hold keys with values"),
-        ("rank: !!python/object/apply:os.getcwd []", "is no YAML:"),
+        ("rank: !!python/object/apply:os.getcwd []", "is not valid YAML:"),
     ],
 )
 def test_what_cannot_be_right_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -251,10 +251,10 @@ def test_flags_that_exclude_another(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="none.yaml cannot be read: No such file or directory."):
+    with pytest.raises(RequestError, match="none.yaml does not exist."):
         read(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(RequestError, match="bytes.yaml is no YAML"):
+    with pytest.raises(RequestError, match="bytes.yaml is not UTF-8"):
         read(tmp_path / "bytes.yaml")
 
 

@@ -385,7 +385,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(RequestError, match="run.yaml"):
         corenet.read_yaml(tmp_path / "run.yaml")
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="absent.yaml does not exist"):
         corenet.read_yaml(tmp_path / "absent.yaml")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import hub
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import mlx_adapter, peft
+from ..inputs import read_json
 from .adapter import Adapter
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}

@@ -18,8 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import SIZES, ModelConfig, read_json
+from .. import inputs
+from ..config import SIZES, ModelConfig
 from ..errors import RequestError
+from ..inputs import read_json
 from . import mlx as mlx_format
 from . import raw, safetensors
 from .mlx import Checkpoint
@@ -116,14 +118,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: the file is missing, or it is no YAML, or has no such section.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
+    values = inputs.read_yaml(path)
     for key in ("model", "language_modeling", "general_gpt"):
         values = values.get(key) if isinstance(values, dict) else None
     if not isinstance(values, dict):

@@ -15,8 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import RequestError
+from ..inputs import read_json
 from . import safetensors
 from .packing import Quantization, most_common
 from .weights import Weights

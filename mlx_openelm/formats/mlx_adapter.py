@@ -17,8 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapters.adapter import EMBEDDING, Adapter, LowRank
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import RequestError
+from ..inputs import read_json
 from . import adapter_tensors
 from .adapter_tensors import Tensors
 

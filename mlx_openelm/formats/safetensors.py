@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import read_json
 from ..errors import RequestError
+from ..inputs import read_json
 from .weights import Tensor, Weights, streaming
 
 INDEX = "model.safetensors.index.json"

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats.packing import MODES, Quantization, bits_per_weight
+from ..inputs import read_json
 from ..model import OpenELM
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
 from .rounding import round_error, round_nearest

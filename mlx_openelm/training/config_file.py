@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import inputs
 from ..errors import RequestError
 from . import mlx_lm_config
 from .options import TrainOptions, conform, field_types, flag
@@ -41,14 +42,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: it cannot be read, is no YAML, or no list of keys and values.
     """
-    import yaml
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
+    values = inputs.read_yaml(path, _loader())
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,0 +1,129 @@
+"""Files that other programs wrote, read with bounds: a damaged or hostile one is refused before it costs much."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from .errors import RequestError
+
+# The largest file that is read whole: the real tokenizers and indexes take 5 MB at most.
+MAX_BYTES = 1 << 28
+# The most values a YAML file may hold once its aliases are expanded.
+_MAX_YAML_NODES = 100_000
+
+
+def check_file(path: Path) -> int:
+    """The size in bytes of a regular file; asked before it is opened, since a FIFO would block.
+
+    Raises:
+        RequestError: it does not exist, is a folder, a FIFO or a device, or its name cannot be looked up.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null character
+        raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise RequestError(f"{path} is {kind}, not a file.")
+    return status.st_size
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        RequestError: it cannot be read, is no regular file, or is larger than `max_bytes`.
+    """
+    if (size := check_file(path)) > max_bytes:
+        raise RequestError(f"{path} has {size} bytes, more than the {max_bytes} such a file may have.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
+    """The text of a regular UTF-8 file, line ends as they are; errors as `read_bytes`, and for other encodings."""
+    try:
+        return read_bytes(path, max_bytes=max_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+
+
+def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in `path`, or in the file `name` of the folder `path`.
+
+    Raises:
+        RequestError: missing, unreadable, not JSON, or not an object.
+    """
+    path = path / name if path.is_dir() else path
+    try:
+        values = json.loads(read_bytes(path))
+    except RecursionError:
+        raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
+    except ValueError as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} must hold a JSON object, not {kind_of(values)}.")
+    return values
+
+
+def read_yaml(path: Path, loader: Any = None) -> Any:
+    """The values in a YAML file of plain data, whose aliases must not multiply them without bound.
+
+    Args:
+        loader: a subclass of PyYAML's `SafeLoader`, by default that.
+
+    Raises:
+        RequestError: missing, unreadable, not YAML, or one whose aliases expand to too many values.
+    """
+    import yaml
+
+    text = read_text(path)
+    try:
+        parser = (loader or yaml.SafeLoader)(text)
+        try:
+            root = parser.get_single_node()
+            if root is None:
+                return None
+            _count_nodes(root, {})
+            return parser.construct_document(root)
+        finally:
+            parser.dispose()
+    except RecursionError:
+        raise RequestError(f"{path} is not valid YAML: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _count_nodes(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for, aliases expanded; ValueError beyond `_MAX_YAML_NODES`."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError("an alias stands for what holds it")
+        return known[id(node)]
+    known[id(node)] = 0
+    children = node.value if isinstance(node.value, list) else []
+    count = 1
+    for child in children:
+        for part in child if isinstance(child, tuple) else (child,):
+            count += _count_nodes(part, known)
+            if count > _MAX_YAML_NODES:
+                raise ValueError(f"its aliases stand for more than {_MAX_YAML_NODES} values")
+    known[id(node)] = count
+    return count
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, for a message."""
+    kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,84 @@
+"""Files that others wrote are read with bounds, and messages repeat little of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from mlx_openelm import inputs
+from mlx_openelm.errors import QUOTED, OpenELMError, RequestError, quote
+
+import pytest
+
+BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    started = time.perf_counter()
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(RequestError, match="not a file"):
+            inputs.read_bytes(path)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "null\0character"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RequestError, match="cannot be read") as error:
+        inputs.read_bytes(tmp_path / name)
+    assert len(str(error.value)) < 2 * QUOTED
+
+
+def test_a_file_larger_than_its_kind_can_be(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert inputs.read_bytes(tmp_path / "a", max_bytes=5) == b"12345"
+    with pytest.raises(RequestError, match="5 bytes, more than the 4"):
+        inputs.read_bytes(tmp_path / "a", max_bytes=4)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"a": ' + "9" * 5000 + "}", "{'a': 1}", '{"a": 1'])
+def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RequestError, match="cannot be read as JSON"):
+        inputs.read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BILLION_LAUGHS, "aliases"),
+        ("a: &a [*a]", "an alias stands for what holds it"),
+        ("[" * 50_000, "nested too deeply"),
+        ("a: 1\n---\nb: 2", "single document"),
+        ("{[1]: 2}", "unhashable"),
+    ],
+)
+def test_yaml_that_cannot_be_read(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match=reason):
+        inputs.read_yaml(tmp_path / "run.yaml")
+    assert time.perf_counter() - started < 10
+
+
+def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
+    assert inputs.read_yaml(tmp_path / "run.yaml") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
+    (tmp_path / "run.yaml").write_text("")
+    assert inputs.read_yaml(tmp_path / "run.yaml") is None
+
+
+def test_messages_show_no_control_characters_and_no_endless_words() -> None:
+    message = str(OpenELMError(f"a\x1b[31mred\nline\u202e {'x' * 10_000} end"))
+    assert message == f"a [31mred line  {'x' * (QUOTED - 1)}… end"
+
+
+def test_a_quoted_value_is_short() -> None:
+    assert quote("it's") == repr("it's")
+    recursive: list = []
+    recursive.append(recursive)
+    for value in ("x" * 10_000_000, ["y"] * 1_000_000, {"k": "v" * 1000}, 10**5000, recursive, b"z" * 10_000):
+        assert len(quote(value)) <= QUOTED
