@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from .config import ModelConfig
 from .errors import OpenELMError, RequestError
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
-from .inputs import read_json
+from .inputs import check_file, read_json
 from .tokenizer import ENGINES, Tokenizer
 
 CORENET_PREFIX = "corenet:"
@@ -99,10 +100,7 @@ def open_source(
         if catalog.corenet_files(str(model).strip())[0].startswith("peft/"):
             raise RequestError(f"{model} is an adapter: give it with --adapter-path, and its base model with --model.")
         from . import corenet_files
-        from .formats import corenet
 
-        if any(path.endswith(".pt") for path in catalog.corenet_files(str(model).strip())):
-            corenet.require_torch()  # before gigabytes come that cannot be read
         path = corenet_files.download(str(model).strip())
     elif file is not None:
         path = file
@@ -163,10 +161,11 @@ def _refuse_yaml(model: str | Path, config_yaml: str | Path | None) -> None:
 def _as_file(model: str | Path) -> Path | None:
     """The file `model` names, where it has the ending of one that holds a model; it must exist."""
     path = Path(str(model).strip()).expanduser()
-    if path.suffix.lower() not in _FILE_SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in _FILE_SUFFIXES or os.path.isdir(path):
         return None
-    if not path.is_file():
+    if not os.path.exists(path):  # which, unlike Path.exists, raises nothing for a name that is too long
         raise RequestError(f"the file {model} does not exist")
+    check_file(path)
     return path
 
 

@@ -135,7 +135,6 @@ def test_adapters_of_peft_give_the_reference_logits(
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the reference checkpoint is not here")
 def test_corenets_lora_gives_the_reference_logits(model: OpenELM, expected: dict[str, np.ndarray]) -> None:
-    pytest.importorskip("torch")
     attach(model, read_adapter(SHARED, model.config))
     assert far(logits(model), expected["corenet-lora"]) < 5e-5
 

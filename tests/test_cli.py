@@ -626,7 +626,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     missing = {finding.name: finding.value for finding in doctor.examine() if "pip install" in finding.value}
-    assert {"torch", "gguf", "matplotlib", "pyarrow", "tensorboardX", "wandb"} <= set(missing)
+    assert {"gguf", "matplotlib", "pyarrow", "tensorboardX", "wandb"} <= set(missing)
     for package, text in missing.items():
         named = re.search(r"not installed \(.+: pip install 'mlx-openelm\[(\w+)\]'\)", text)
         assert named is not None, text

@@ -91,7 +91,6 @@ def test_logits_are_the_references_here_and_in_mlx_lm(name: str, expected: Any, 
 
 @pytest.mark.skipif(not CORENET_LORA.is_file(), reason="CoreNet's adapter is 10 MB, and not in the repository")
 def test_corenets_adapter_gives_the_references_logits(expected: Any, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
     mlx_lm = pytest.importorskip("mlx_lm")
     assert fuse(SHAKESPEARE, CORENET_LORA, tmp_path / "fused").untied
     for model, _ in (load(tmp_path / "fused"), mlx_lm.load(str(tmp_path / "fused"))):

@@ -38,7 +38,7 @@ def read_adapter(
         OpenELMError: a download that failed.
     """
     place = _find(path, revision)
-    if place.suffix.lower() in _TORCH_SUFFIXES and place.is_file():
+    if place.suffix.lower() in _TORCH_SUFFIXES and not place.is_dir():
         from ..formats import corenet_adapter
 
         return _checked(corenet_adapter.read(place, config, alpha), place)
@@ -87,9 +87,7 @@ def _find(path: str | Path, revision: str | None) -> Path:
     text = str(path).strip()
     if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
         from .. import corenet_files
-        from ..formats import corenet
 
-        corenet.require_torch()
         return corenet_files.download(text)
     local = Path(text).expanduser()
     if text and local.exists():

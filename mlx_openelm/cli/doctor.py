@@ -25,7 +25,6 @@ _REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", 
 # What else can be used, what for, and the extra that brings it.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
-    "torch": ("reads CoreNet's .pt files", "corenet"),
     "matplotlib": ("draws quantize --report-plot and the losses of a training run", "plots"),
     "pyarrow": ("reads training data in parquet files", "data"),
     "tensorboardX": ("shows a training run in TensorBoard", "trackers"),

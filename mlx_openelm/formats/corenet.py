@@ -6,32 +6,24 @@ embedding has rows that belong to no token: `cut_vocabulary` drops them once the
 
 from __future__ import annotations
 
-import importlib.util
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from .. import inputs
 from ..config import SIZES, ModelConfig
 from ..errors import RequestError
 from ..inputs import read_json
 from . import mlx as mlx_format
-from . import raw, safetensors
+from . import safetensors, torch_file
 from .mlx import Checkpoint
-from .raw import Span
+from .torch_pickle import StoredTensor
 from .weights import Tensor, Weights
 
 _EMBEDDING = "transformer.token_embeddings"
 _HEAD = "lm_head"
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
-_DTYPES = {"torch.float32": mx.float32, "torch.float16": mx.float16, "torch.bfloat16": mx.bfloat16}
 _PUBLISHED = ", ".join(f"OpenELM-{size}" for size in SIZES)
 _NEEDED_SIZES = ("num_transformer_layers", "model_dim", "head_dim")
 # Full training checkpoints keep the weights under these, the first before the second.
@@ -41,15 +33,13 @@ _STATE_KEYS = ("model_state_dict", "ema_model_state_dict")
 def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
     """The model in a `.pt` file, and how many tokens its configuration speaks of.
 
-    The checkpoint's vocabulary is still the padded one. No weight is read yet, unless the file was written by
-    a PyTorch older than 1.6. Nothing in the file is run.
+    The checkpoint's vocabulary is still the padded one. No weight is read yet, and nothing in the file is run.
 
     Args:
         config_yaml: the training configuration; without it the sizes must be those of a published model.
 
     Raises:
-        RequestError: PyTorch is missing, the file is damaged, holds code or an adapter, or does not fit
-            its configuration.
+        RequestError: the file is damaged, holds code or an adapter, or does not fit its configuration.
     """
     section = None if config_yaml is None else read_yaml(config_yaml)
     tensors = read_tensors(path)
@@ -60,7 +50,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
             "it was trained on with --model."
         )
     infos = {
-        hub_name(name): safetensors.TensorInfo(dtype_of(path, name, tensor), tuple(tensor.shape), path)
+        hub_name(name): safetensors.TensorInfo(torch_file.dtype_of(path, name, tensor), tensor.shape, path)
         for name, tensor in tensors.items()
     }
     if section is None:
@@ -68,7 +58,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
     else:
         config, pieces = config_from_section(section, str(config_yaml))
     mlx_format.check(path, config, {}, infos, described_by=str(config_yaml or "a published model"))
-    weights = read_lazily(path, tensors)
+    weights = torch_file.tensors(path, tensors)
     return Checkpoint(config, Weights({hub_name(name): weight for name, weight in weights.items()})), pieces
 
 
@@ -185,148 +175,21 @@ def hub_name(name: str) -> str:
     return f"{_HEAD}.{part}" if path == _CORENET_HEAD else f"transformer.{name}"
 
 
-def dtype_of(path: Path, name: str, tensor: Any) -> mx.Dtype:
-    """MLX's type of a torch tensor, which `path` holds under `name`.
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What a `.pt` file says of its tensors, by CoreNet's names; of a full training checkpoint, the model's.
 
     Raises:
-        RequestError: a type that weights do not have.
+        RequestError: the file is damaged, or holds more than tensors by name.
     """
-    kind = str(tensor.dtype)
-    if kind not in _DTYPES:
-        kinds = ", ".join(known.removeprefix("torch.") for known in _DTYPES)
-        raise RequestError(f"{path} stores {name} as {kind.removeprefix('torch.')}; expected {kinds}.")
-    return _DTYPES[kind]
-
-
-def read_tensors(path: Path, **options: Any) -> dict[str, Any]:
-    """The torch tensors in a `.pt` file by CoreNet's names; by default without values (on torch's meta device).
-
-    Of a full training checkpoint, the model's. `options` are those of `torch.load`. Nothing in the file is run.
-
-    Raises:
-        RequestError: PyTorch is missing, the file is damaged, or holds more than tensors by name.
-    """
-    state = _torch_load(path, **({"map_location": "meta"} | options))
+    state = torch_file.read(path)
     for key in _STATE_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    is_tensor = {name: hasattr(value, "untyped_storage") for name, value in state.items()} if _is_named(state) else {}
+    is_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    is_tensor = {name: isinstance(value, StoredTensor) for name, value in state.items()} if is_named else {}
     if not is_tensor or not all(is_tensor.values()):
         odd = [name for name, fits in is_tensor.items() if not fits]
         what = f" ({', '.join(odd[:4])} are no tensors)" if odd else ""
         raise RequestError(f"{path} is no CoreNet checkpoint: it is not a dictionary of tensors by name{what}.")
     return dict(state)
-
-
-def _is_named(state: object) -> bool:
-    return isinstance(state, dict) and all(isinstance(name, str) for name in state)
-
-
-def _torch_load(path: Path, **options: Any) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise _missing_torch() from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's version, which the errors below tell better
-            with torch.serialization.safe_globals(_numpy_scalars()):
-                return torch.load(path, weights_only=True, **options)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|unsupported class (\S+)", str(error), re.IGNORECASE)
-        asked = f"asks for {found[1] or found[2]}" if found else "is damaged, or holds more than plain tensors"
-        raise RequestError(
-            f"{path} is refused: it {asked}, and what is no tensor could run code. Download it again, "
-            "or save the weights alone, with torch.save(model.state_dict(), ...)."
-        ) from None
-    # What damaged files bring PyTorch to raise is of every kind: KeyError, EOFError, RuntimeError, AssertionError.
-    except Exception:
-        raise _damaged(path) from None
-
-
-def _numpy_scalars() -> list[Any]:
-    """What builds NumPy numbers, which training checkpoints can hold beside the weights (a best metric): harmless."""
-    try:
-        import numpy as np
-        from numpy._core.multiarray import scalar
-    except ImportError:
-        return []
-    kinds = (np.float64, np.float32, np.int64)
-    return [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in kinds),
-    ]
-
-
-def _damaged(path: Path) -> RequestError:
-    return RequestError(f"{path} is damaged, or no PyTorch checkpoint of plain tensors: download it again.")
-
-
-def require_torch() -> None:
-    """Ask before a download whether a `.pt` file could be read.
-
-    Raises:
-        RequestError: PyTorch is missing.
-    """
-    if importlib.util.find_spec("torch") is None:
-        raise _missing_torch()
-
-
-def _missing_torch() -> RequestError:
-    return RequestError("Reading CoreNet's .pt files needs PyTorch: pip install 'mlx-openelm[corenet]'.")
-
-
-def read_lazily(path: Path, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Some of a file's tensors, as `read_tensors` gives them, to be read when they are used.
-
-    From where they lie in the file; those that do not lie there as they are (transposed, or compressed) by PyTorch.
-    """
-    is_plain = _is_plain_archive(path)
-    spans = {name: span for name, tensor in tensors.items() if is_plain and (span := _span(tensor)) is not None}
-    weights = raw.tensors(path, spans)
-    if len(spans) < len(tensors):
-        loaded = read_tensors(path, map_location="cpu", mmap=is_plain)
-        weights |= {name: _of_torch(loaded[name]) for name in tensors if name not in spans}
-    return {name: weights[name] for name in tensors}
-
-
-def _span(tensor: Any) -> Span | None:
-    """Where a tensor's values lie in its file; None where PyTorch does not tell, or where they are not in order."""
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None or not tensor.is_contiguous():
-        return None
-    offset = start + tensor.storage_offset() * tensor.element_size()
-    return Span(_DTYPES[str(tensor.dtype)], tuple(tensor.shape), offset)
-
-
-def _is_plain_archive(path: Path) -> bool:
-    """Whether the values lie in the file as they are: a zip archive, not compressed, little-endian."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
-            return all(archive.read(name) == b"little" for name in orders) and all(
-                member.compress_type == zipfile.ZIP_STORED for member in archive.infolist()
-            )
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        UnicodeDecodeError,
-    ):  # a file of an old PyTorch, or one that only it can read
-        return False
-
-
-def _of_torch(tensor: Any) -> Tensor:
-    return Tensor(_DTYPES[str(tensor.dtype)], tuple(tensor.shape), lambda: _to_mlx(tensor))
-
-
-def _to_mlx(tensor: Any) -> mx.array:
-    """The values of a torch tensor in an array of their own."""
-    import torch
-
-    values = tensor.detach().contiguous()
-    if values.dtype == torch.bfloat16:  # numpy has no such type
-        return mx.array(values.view(torch.int16).numpy()).view(mx.bfloat16)
-    return mx.array(values.numpy())

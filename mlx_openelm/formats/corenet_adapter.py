@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..adapters.adapter import EMBEDDING, Adapter, LowRank
 from ..config import ModelConfig
 from ..errors import RequestError
-from . import adapter_tensors, corenet
+from . import adapter_tensors, corenet, torch_file
 from .adapter_tensors import Tensors
 from .weights import Weights
 
@@ -31,16 +31,14 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
         alpha: what it was trained with; the rank unless told, as in CoreNet.
 
     Raises:
-        RequestError: PyTorch is missing, the file is damaged, holds code or no adapter, or tensors that the model does
+        RequestError: the file is damaged, holds code or no adapter, or tensors that the model does
             not have.
     """
     infos = corenet.read_tensors(file)
     names = {name: corenet.hub_name(name) for name in infos if ".lora_" in name}
     if not names:
         raise RequestError(f"{file} holds no LoRA or DoRA adapter; a whole checkpoint is given as --model.")
-    for name in names:
-        corenet.dtype_of(file, name, infos[name])
-    weights = Weights(corenet.read_lazily(file, {name: infos[name] for name in names}))
+    weights = Weights(torch_file.tensors(file, {name: infos[name] for name in names}))
     tensors = Tensors(file, {names[name]: weights.take(name) for name in list(weights)})
     adapter = Adapter()
     for path in tensors.paths((_A, _B, _EMBEDDING_A, _EMBEDDING_B)):
@@ -78,9 +76,9 @@ def _shortening(file: Path, a: mx.array, b: mx.array, scale: float, rows: int) -
     """What dropping the padded rows leaves of each column's length: DoRA divides by the lengths of all rows."""
     name = f"{EMBEDDING.removeprefix('transformer.')}.base_layer.weight"
     info = corenet.read_tensors(file).get(name)
-    if info is None or tuple(info.shape) != (a.shape[1], b.shape[0]):
+    if info is None or info.shape != (a.shape[1], b.shape[0]):
         raise RequestError(f"{file} has no {name} of shape {[a.shape[1], b.shape[0]]}, which its DoRA needs.")
-    base = corenet.read_lazily(file, {name: info})[name].read().astype(mx.float32)
+    base = torch_file.tensors(file, {name: info})[name].read().astype(mx.float32)
     squares = mx.square(base + scale * (b @ a).T)
     return mx.sqrt(mx.sum(squares[:rows], axis=0) / mx.sum(squares, axis=0))
 
