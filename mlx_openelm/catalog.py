@@ -34,8 +34,8 @@ class Release:
     """One published model.
 
     `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
-    `hub_repo` holds the float32 weights and no tokenizer; `tokenizer_repo` is the ungated community copy that
-    carries one. `draft` is the `name` of the release that drafts for this one in speculative decoding.
+    `hub_repo` holds the float32 weights and no tokenizer; `tokenizer_repo` is the ungated community copy that is
+    asked first for one. `draft` is the `name` of the release that drafts for this one in speculative decoding.
     """
 
     name: str

@@ -102,15 +102,6 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
     return Path(folder)
 
 
-def download_tokenizer(release: catalog.Release) -> Path:
-    """A folder with the tokenizer of a release, from the community repository that carries it ungated.
-
-    Apple's repositories have no tokenizer, and the one they point to is gated. Nothing else is downloaded.
-    Raises as `download` does.
-    """
-    return download(release.tokenizer_repo, patterns=TOKENIZER_PATTERNS)
-
-
 def _locate(name: str | Path) -> Path | str:
     """Where the model is: a local folder as a Path, a hub repository as a str."""
     text = os.path.expanduser(str(name).strip())

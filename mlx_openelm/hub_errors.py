@@ -54,6 +54,28 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
     )
 
 
+def is_absent(error: OpenELMError) -> bool:
+    """Whether a download failed because there is no such repository, or nothing of what was asked for in it."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(cause, errors.GatedRepoError):  # which is a RepositoryNotFoundError, too
+        return False
+    return cause is None or isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+
+
+def is_refused(error: OpenELMError) -> bool:
+    """Whether a download failed because this repository is not for everybody; others may be."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        cause = cause.__cause__
+    if isinstance(cause, errors.GatedRepoError):
+        return True
+    return isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code == 403
+
+
 def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError:
     """The server answered, and the answer was no."""
     from huggingface_hub import errors

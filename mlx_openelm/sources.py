@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import catalog, hub
+from . import catalog, hub, shared_tokenizer
 from .config import ModelConfig
 from .errors import OpenELMError, RequestError
 from .formats import mlx as mlx_format
@@ -182,7 +182,7 @@ def find_tokenizer(
     *,
     rows: int | None = None,
 ) -> Tokenizer:
-    """The tokenizer named by the user, else the one in or beside `path`, else for published models mlx-community's.
+    """The tokenizer named by the user, else the one in or beside `path`, else for published models the one they share.
 
     Args:
         rows: how many tokens the model can take at most; by default the configuration's `vocab_size`.
@@ -201,16 +201,11 @@ def find_tokenizer(
         else:  # what else lies beside a file need not belong to it
             tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids)
     elif (release := find_release(model, path, config)) is not None:
-        tokenizer = Tokenizer.from_folder(hub.download_tokenizer(release), eos_token_ids=config.eos_token_ids)
-        if (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) != (32000, 1, 2):
-            raise RequestError(
-                f"The tokenizer of {release.tokenizer_repo} is not OpenELM's (32000 pieces, bos 1, eos 2); "
-                "give the right one with --tokenizer."
-            )
+        tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     else:
         raise RequestError(
             f"{folder} holds no tokenizer.json or tokenizer.model; give one with --tokenizer "
-            "(OpenELM uses Llama 2's; mlx-community/OpenELM-270M carries it)."
+            f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
         )
     rows = config.vocab_size if rows is None else rows
     if tokenizer.vocab_size > rows:

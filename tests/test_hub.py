@@ -269,14 +269,13 @@ def test_revision(hub: FakeHub, repo_folder: Path) -> None:
 
 
 def test_tokenizer_download_takes_only_the_tokenizer(hub: FakeHub, repo_folder: Path) -> None:
-    hub.add("mlx-community/OpenELM-1_1B-Instruct", repo_folder)
-    release = catalog.find("1.1b-instruct")
-    assert release is not None
-    folder = names.download_tokenizer(release)
+    repo = "mlx-community/OpenELM-1_1B-Instruct"
+    hub.add(repo, repo_folder)
+    folder = names.download(repo, patterns=names.TOKENIZER_PATTERNS)
     assert {path.name for path in folder.iterdir()} == set(names.TOKENIZER_PATTERNS)
     # Offline, the same cache must not pass for the model.
     hub.stop()
-    assert names.download_tokenizer(release) == folder
+    assert names.download(repo, patterns=names.TOKENIZER_PATTERNS) == folder
     with pytest.raises(OpenELMError, match="only a part of mlx-community/OpenELM-1_1B-Instruct"):
         names.resolve("mlx-community/OpenELM-1_1B-Instruct")
 
@@ -364,7 +363,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
     with pytest.raises(RequestError, match="no valid name of a hub repository") as error:
         names.resolve(name)
-    assert message_of(error).startswith(repr(name))
+    assert message_of(error).startswith(repr(name)[:190])
     assert hub.requests == []
 
 

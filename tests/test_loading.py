@@ -11,10 +11,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import atomic, backend, convert, load, loading, native
+from mlx_openelm import atomic, backend, convert, load, loading, native, shared_tokenizer
 from mlx_openelm.chat_template import CORENET_TEMPLATE
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -966,10 +967,15 @@ def test_the_folders_tokenizer_comes_before_the_hubs(small: Path, hub: FakeHub) 
     assert hub.requests == []
 
 
-def test_the_hubs_tokenizer_for_published_models(without_tokenizer: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_the_hubs_tokenizer_for_published_models(
+    without_tokenizer: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = tmp_path / "served"
     served.mkdir()
     write_large_tokenizer(served)
+    # In place of Llama 2's, which is not in the repository.
+    ids = {REFERENCE["prompts"][3]: " ".join(map(str, REFERENCE["ids"][3][1:]))}
+    monkeypatch.setattr(shared_tokenizer, "LLAMA2", replace(shared_tokenizer.LLAMA2, ids=ids))
     (served / "config.json").write_text("{}")
     hub.add("mlx-community/OpenELM-270M", served)
     _, text = load(without_tokenizer)
@@ -985,12 +991,15 @@ def test_the_hubs_tokenizer_for_published_models(without_tokenizer: Path, hub: F
     assert again.encode("To be") == text.encode("To be")
 
 
-def test_a_hub_tokenizer_of_another_size_is_refused(without_tokenizer: Path, hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pieces", [31999, 32000])
+def test_a_hub_tokenizer_that_is_not_llama_2s_is_refused(
+    without_tokenizer: Path, hub: FakeHub, tmp_path: Path, pieces: int
+) -> None:
     served = tmp_path / "served"
     served.mkdir()
-    write_large_tokenizer(served, 31999)
+    write_large_tokenizer(served, pieces)
     hub.add("mlx-community/OpenELM-270M", served)
-    with pytest.raises(RequestError, match="mlx-community/OpenELM-270M.*32000 pieces.*--tokenizer"):
+    with pytest.raises(RequestError, match="is neither in mlx-community/OpenELM-270M, .* with --tokenizer"):
         load(without_tokenizer)
 
 

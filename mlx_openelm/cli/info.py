@@ -98,5 +98,5 @@ def _tokenizer_line(summary: Summary) -> str:
         return summary.tokenizer
     release = catalog.find(summary.name)
     if release is not None:
-        return f"none of its own; taken from {release.tokenizer_repo}"
+        return f"none of its own; Llama 2's, from {release.tokenizer_repo} or a sibling"
     return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"

@@ -1,0 +1,160 @@
+"""The tokenizer that all published models share, Llama 2's, found wherever a copy of it is.
+
+Apple's repositories have none, the one they point to is gated, and of the community's copies not every model has one.
+So each copy is asked for in turn, those on this machine first, and taken only if it is the right one: there are others
+with 32,000 pieces and the same special tokens, which give other ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import catalog, hub
+from .errors import OpenELMError, RequestError
+from .hub_errors import is_absent, is_refused
+from .inputs import read_bytes
+from .tokenizer import ENGINES, Tokenizer
+
+# It has no conditions to accept, and holds the very file.
+FALLBACK = "hf-internal-testing/llama-tokenizer"
+# Names that mlx-community gave to conversions, after the model's own.
+_SUFFIXES = ("", "-4bit", "-8bit")
+# Of the models, those that public code names without a suffix; the others are asked for later.
+_KNOWN = ("OpenELM-270M", "OpenELM-270M-Instruct", "OpenELM-450M-Instruct", "OpenELM-3B", "OpenELM-3B-Instruct")
+# What of the cache is looked through; Apple's documentation sends people to Meta's repositories.
+_CACHED = (
+    "mlx-community--OpenELM*",
+    "apple--OpenELM*",
+    "hf-internal-testing--llama-tokenizer",
+    "meta-llama--Llama-2-*",
+)
+
+_MISSING = "the tokenizer, which is Llama 2's and not in Apple's repositories,"
+_ADVICE = f"give a copy of its tokenizer.model with --tokenizer ({FALLBACK} has one)"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a tokenizer must be: its size, its special ids, the SHA-256 of its `tokenizer.model`, and ids of texts."""
+
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    sha256: str
+    ids: Mapping[str, str]  # as SentencePiece gives them, without BOS
+
+
+LLAMA2 = Identity(
+    vocab_size=32000,
+    bos_token_id=1,
+    eos_token_id=2,
+    sha256="9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347",
+    ids={
+        "Hello, world! It's 2024.": "15043 29892 3186 29991 739 29915 29879 29871 29906 29900 29906 29946 29889",
+        " def f(x):\n    return x  ** 2\t# indented  ": (
+            "29871 822 285 29898 29916 1125 13 1678 736 921 29871 3579 29871 29906 12 29937 1399 14927 259"
+        ),
+        "Größe, naïve; Привет; 日本語; العربية; हिन्दी": (
+            "1632 29997 5831 29892 1055 30085 345 29936 7203 7616 29936 29871 30325 30346 30968 29936 24508 30218 "
+            "30156 30177 30163 30242 29936 29871 30714 30436 30424 30296 30694 30580"
+        ),
+        "🦙 ÿ\x00\x7f ½ ∑ ꙮ": "29871 243 162 169 156 29871 30370 3 130 29871 30226 29871 31060 29871 237 156 177",
+        "antidisestablishmentarianism": "3677 333 275 342 370 1674 358 13956 1608",
+    },
+)
+
+
+def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = None) -> Tokenizer:
+    """The tokenizer of a published model: a copy in the hub's cache, else the first that can be downloaded.
+
+    Of repositories only the tokenizer's files are downloaded. A chat template is kept only from the model's own.
+
+    Args:
+        eos_token_ids: every token that ends a generation, in place of the tokenizer's own.
+
+    Raises:
+        RequestError: no repository has the right one.
+        OpenELMError: the network or the hub failed, or those that may have one refuse access.
+    """
+    for folder in _cached(release):
+        if (tokenizer := accept(folder, LLAMA2, eos_token_ids=eos_token_ids)) is not None:
+            return _without_foreign_template(tokenizer, release, folder)
+    refusal: OpenELMError | None = None
+    for repo in candidates(release):
+        try:
+            folder = hub.download(repo, patterns=hub.TOKENIZER_PATTERNS)
+        except OpenELMError as error:
+            if is_absent(error):
+                continue
+            if not is_refused(error):  # the next would end like this one
+                raise type(error)(f"{_MISSING} could not be downloaded: {error}; {_ADVICE}") from error
+            refusal = refusal or error
+            continue
+        if (tokenizer := accept(folder, LLAMA2, eos_token_ids=eos_token_ids)) is not None:
+            return _without_foreign_template(tokenizer, release, folder)
+    if refusal is not None:
+        raise OpenELMError(f"{_MISSING} is in no repository that can be read ({refusal}); {_ADVICE}") from refusal
+    raise RequestError(
+        f"{_MISSING} is neither in {release.tokenizer_repo}, nor in those of its siblings, nor in {FALLBACK}; {_ADVICE}"
+    )
+
+
+def candidates(release: catalog.Release) -> list[str]:
+    """The repositories that may have it, in the order in which they are asked: the model's own, those known to exist,
+    the model's in few bits, the rest."""
+    names = [known.name for known in catalog.releases()]
+    own = [f"{release.name}{suffix}" for suffix in _SUFFIXES]
+    rest = [f"{name}{suffix}" for suffix in _SUFFIXES for name in names]
+    ordered = dict.fromkeys([own[0], *_KNOWN, *own[1:], *rest])
+    return [*(f"mlx-community/{name}" for name in ordered), FALLBACK]
+
+
+def accept(folder: Path, identity: Identity, *, eos_token_ids: Collection[int] | None = None) -> Tokenizer | None:
+    """The tokenizer in a folder, or None if it is another than `identity` says, or damaged.
+
+    A `tokenizer.model` must have the right checksum. A `tokenizer.json`, which has no single form, must give the right
+    ids; where it does not, the `tokenizer.model` beside it is taken alone.
+    """
+    model = folder / "tokenizer.model"
+    for place in (folder, model):  # in a folder, `tokenizer.json` comes first
+        with contextlib.suppress(RequestError):  # not there, or damaged
+            if model.exists() and hashlib.sha256(read_bytes(model)).hexdigest() != identity.sha256:
+                return None
+            tokenizer = Tokenizer.from_file(place, eos_token_ids=eos_token_ids)
+            if _gives(tokenizer, identity):
+                return tokenizer
+    return None
+
+
+def _gives(tokenizer: Tokenizer, identity: Identity) -> bool:
+    own = (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return own == (identity.vocab_size, identity.bos_token_id, identity.eos_token_id) and all(
+        tokenizer.encode(text, add_bos=False) == [int(number) for number in ids.split()]
+        for text, ids in identity.ids.items()
+    )
+
+
+def _cached(release: catalog.Release) -> Iterator[Path]:
+    """Folders in the hub's cache that hold a tokenizer: the model's own first, of each repository the newest first."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    repos = [path for pattern in _CACHED for path in sorted(cache.glob(f"models--{pattern}"))]
+    for repo in sorted(repos, key=lambda repo: repo.name != _cache_name(release)):
+        snapshots = [path for path in repo.glob("snapshots/*") if any((path / name).is_file() for name in ENGINES)]
+        yield from sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _cache_name(release: catalog.Release) -> str:
+    return f"models--{release.tokenizer_repo.replace('/', '--')}"
+
+
+def _without_foreign_template(tokenizer: Tokenizer, release: catalog.Release, folder: Path) -> Tokenizer:
+    """A sibling's chat template says how another model was tuned."""
+    if _cache_name(release) not in folder.parts:
+        tokenizer.chat_template = None
+    return tokenizer
