@@ -120,6 +120,7 @@ def test_the_reference_is_what_pytorch_reads(tmp_path: Path, name: str, method: 
     assert all(np.array_equal(found[name], expected[name].float().numpy()) for name in expected)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize")
 def test_what_pytorch_saves_it_reads_alike(tmp_path: Path) -> None:
     """Odd tensors in one file; those that are no plain array of values are refused by name, the others right."""
     torch = pytest.importorskip("torch")
@@ -162,6 +163,46 @@ def test_what_pytorch_saves_it_reads_alike(tmp_path: Path) -> None:
             path = tmp_path / f"weight-{name}.pt"
             torch.save(state | {name: value}, path, _use_new_zipfile_serialization=not old)
             assert f"stores {name} as" in error_of(path) and words in error_of(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_state_of_a_training(tmp_path: Path, old: bool) -> None:
+    """An optimizer, schedules, random states, types and devices lie beside the weights."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {
+        "model_state_dict": model.state_dict(),
+        "optim": optimizer.state_dict(),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9).state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "random": torch.get_rng_state(),
+        "more": [
+            torch.float16,
+            torch.device("cpu"),
+            torch.Size([1]),
+            {3},
+            1j,
+            2**70,
+            None,
+            True,
+            "ü",
+            b"x",
+            bytearray(2),
+        ],
+    }
+    path = tmp_path / "c.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    expected = torch.load(path, weights_only=True)["model_state_dict"]
+    found = values_of(path)
+    assert list(found) == ["weight", "bias"]
+    assert all(np.array_equal(found[name], expected[name].numpy()) for name in found)
+    read = torch_file.read(path)
+    assert read["schedule"]["milestones"] == {3: 1, 5: 1}
+    assert read["more"][5:9] == [2**70, None, True, "ü"]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -300,6 +341,17 @@ def test_tensors_that_do_not_lie_in_their_file(tmp_path: Path, changes: dict[str
     assert np.array_equal(values_of(path, None)["weight"].reshape(-1), np.arange(100))
     pack(path, {"data.pkl": pickled(**changes), "data/0": ONES})
     assert words in error_of(path)
+
+
+def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
+    path = changed(tmp_path / "c.pt", lambda data: None)
+    tensors = torch_file.tensors(path, torch_file.read(path)["model_state_dict"])
+    os.truncate(path, 2000)
+    with pytest.raises(RequestError, match="was changed while it was being read"):
+        tensors["rest"].read()
+    path.unlink()
+    with pytest.raises(RuntimeError, match="No such file"):
+        tensors["matrix"].read()
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:

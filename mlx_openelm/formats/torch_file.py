@@ -29,7 +29,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which the older files b
 # Bounds of what is read whole; a checkpoint's pickle has some 100 KB for each hundred layers.
 _MAX_PICKLE, _MAX_DIRECTORY = 1 << 24, 1 << 22
 # What a compressed member may have beyond the size of its file.
-_MAX_INFLATED = 1 << 27
+_MAX_INFLATED = 1 << 26
 _CHUNK = 1 << 20
 _MAX_ARRAY = (1 << 31) - 1  # what MLX counts with
 
@@ -82,7 +82,8 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
 def tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Some of a file's tensors, as `read` describes them, to be read when they are used.
 
-    Reading one raises RequestError where its values do not fit the checksum that the file has of them.
+    Reading one raises RequestError where its values do not fit the checksum that the file has of them, and
+    RuntimeError, as MLX does, where the file cannot be read any more.
 
     Raises:
         RequestError: as `read`; a tensor of another type than weights have, one that repeats its values, or one that
@@ -255,11 +256,14 @@ def _tensor(checkpoint: _Checkpoint, name: str, tensor: StoredTensor) -> Tensor:
         raise _damaged(path, f"the storage of {name} is many times as large as the file")
 
     def read() -> mx.array:
-        if tensor.storage.key not in checkpoint.checked:
-            for _ in _content(path, place, name):
-                pass
-            checkpoint.checked.add(tensor.storage.key)
-        values = stored.read() if stored is not None else _inflate(path, place, name, span)
+        try:
+            if tensor.storage.key not in checkpoint.checked:
+                for _ in _content(path, place, name):
+                    pass
+                checkpoint.checked.add(tensor.storage.key)
+            values = stored.read() if stored is not None else _inflate(path, place, name, span)
+        except OSError as error:
+            raise RuntimeError(f"{path}: {error.strerror}") from None
         return _arrange(values, tensor, checkpoint.is_big_endian)
 
     return Tensor(dtype, tensor.shape, read)

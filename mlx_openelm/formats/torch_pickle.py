@@ -318,7 +318,8 @@ def _call(function: _Global, arguments: Any) -> Any:
     if name in _ODD:
         return _odd(_ODD[name])
     if name in _DICTIONARIES:
-        pairs = arguments[0] if arguments else []
+        pairs = arguments[0] if arguments else {}
+        pairs = pairs.items() if isinstance(pairs, dict) else pairs
         return _set_items({}, [part for key, value in pairs for part in (key, value)])
     if name == _FROM_TYPE:  # a tensor with attributes of its own
         build, _, values, _ = arguments
