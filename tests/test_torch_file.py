@@ -445,6 +445,23 @@ HOSTILE = {
     "marks": b"(" * 200_000 + b".",
     "dictionaries": b"}" * 1_100_000 + b".",
     "calls": b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00h\x00h\x00h\x00" + b"h\x00)N\x87" * 9 + b"tR.",
+    "copies of pairs": b"ccollections\nOrderedDict\nq\x00](K\x01K\x02\x86q\x01"
+    + b"h\x01" * 100_000
+    + b"e\x85q\x02"
+    + b"h\x00h\x02R" * 100_000
+    + b".",
+    "copies of dictionaries": b"ccollections\nCounter\nq\x00}("
+    + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(65536))
+    + b"u\x85q\x01"
+    + b"h\x00h\x01R" * 100_000
+    + b".",
+    "long keys": b"\x8b" + struct.pack("<i", 8_000_000) + b"\x7f" * 8_000_000 + b"q\x00}" + b"h\x00Ns" * 100_000 + b".",
+    "dimensions": b"("
+    + b"K\x01" * 100_000
+    + b"tq\x01(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQq\x05"
+    + b"ctorch._utils\n_rebuild_tensor\nq\x06"
+    + b"h\x06(h\x05K\x00h\x01h\x01tR" * 90_000
+    + b".",
     "attributes": b"ccollections\nOrderedDict\nN}b.",
 }
 

@@ -204,11 +204,12 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
 
 def _open_old(path: Path, file: BinaryIO, size: int) -> _Checkpoint:
     """Files of PyTorch before 1.6: five pickles, then the storages, each behind its size."""
-    head = BytesIO(file.read(_MAX_PICKLE))
-    if head.getvalue()[257:262] == b"ustar":
+    data = file.read(_MAX_PICKLE)
+    if data[257:262] == b"ustar":
         raise RequestError(
             f"{path} is a tar archive, which PyTorch wrote before 0.1.10: load it there and save it again."
         )
+    head = BytesIO(data)
     first, _ = torch_pickle.load(head)
     if first != _MAGIC or torch_pickle.load(head)[0] != _PROTOCOL:
         raise _damaged(path, "it does not begin like one")
@@ -300,7 +301,7 @@ def _content(path: Path, place: _Place, name: str) -> Iterator[bytes]:
     """
     packed = place.member.compress_size if place.member is not None else place.nbytes
     unpack = zlib.decompressobj(-zlib.MAX_WBITS) if place.is_compressed else None
-    left, sum = place.nbytes, 0
+    left, checksum = place.nbytes, 0
     with path.open("rb") as file:
         file.seek(place.start)
         while left:
@@ -315,12 +316,12 @@ def _content(path: Path, place: _Place, name: str) -> Iterator[bytes]:
                     data = unpack.decompress(data, min(left, _CHUNK))
                 except zlib.error:
                     break
-            sum = zlib.crc32(data, sum)
+            checksum = zlib.crc32(data, checksum)
             left -= len(data)
             yield data
     # `torch.serialization.set_crc32_options(False)` makes all checksums 0; the older files have none.
     expected = place.member.CRC if place.member is not None else 0
-    if left or (expected and sum != expected):
+    if left or (expected and checksum != expected):
         raise RequestError(
             f"{path} is damaged, or was changed while it was being read: {name} does not fit its size or checksum; "
             "download it again."

@@ -89,6 +89,7 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # A checkpoint with the state of its training takes some 50,000; what a file allocates is bounded by them.
 _MAX_STEPS = 1_000_000
 _MAX_NUMBER = 1 << 62
+_MAX_DIMENSIONS = 64
 
 
 class DamagedPickle(Exception):
@@ -192,15 +193,20 @@ class _Machine:
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.steps = 0
 
     def run(self, file: BytesIO) -> tuple[Any, dict[str, Storage]]:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "STOP":
                 return self.stack.pop(), self.storages
-            if count == _MAX_STEPS:
-                raise DamagedPickle("it has too many instructions")
+            self._count(1)
             self._step(opcode.name, argument)
         raise DamagedPickle("it does not end")
+
+    def _count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > _MAX_STEPS:
+            raise DamagedPickle("it has too many instructions")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -239,7 +245,10 @@ class _Machine:
             stack.append(_find(module, qualified))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_call(function, arguments))
+            if function.name in _DICTIONARIES:
+                stack.append(self._dictionary(*arguments))
+            else:
+                stack.append(_call(function, arguments))
         elif name == "BUILD":  # attributes, which are no values
             stack.pop()
             if not isinstance(stack[-1], dict | _Other):
@@ -263,6 +272,13 @@ class _Machine:
             self.stack.append(items)
         elif name == "FROZENSET":
             self.stack.append(_OTHER)
+
+    def _dictionary(self, values: Any = ()) -> Any:
+        """A dictionary of pairs, as Python 2 wrote them, or made from another, which is as good as that one."""
+        if isinstance(values, dict) and values:
+            return values
+        self._count(len(values))
+        return _set_items({}, [part for key, value in values for part in (key, value)])
 
     def _storage(self, what: str, kind: _Global, key: str, location: str, size: int, view: Any = None) -> Any:
         """The storage that a tensor is a view of; old files have `view`, a part of one, which PyTorch left off."""
@@ -293,8 +309,10 @@ def _set_items(target: Any, items: list[Any]) -> Any:
     if not isinstance(target, dict) or len(items) % 2:
         raise DamagedPickle("it sets items of what is no dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Of plain kinds: the hash of a tuple in a tuple, and so on, overflows Python's own stack.
-        if not isinstance(key, str | int | float | bytes | None):
+        # Of plain kinds: the hash of a tuple in a tuple, and so on, overflows Python's own stack, and that of a
+        # number with millions of digits takes its time.
+        is_plain = isinstance(key, str | int | float | bytes | None)
+        if not is_plain or (isinstance(key, int) and abs(key) > _MAX_NUMBER):
             raise DamagedPickle("it has a dictionary whose keys are neither names nor numbers")
         target[key] = value
     return target
@@ -317,10 +335,6 @@ def _call(function: _Global, arguments: Any) -> Any:
         return arguments[0]
     if name in _ODD:
         return _odd(_ODD[name])
-    if name in _DICTIONARIES:
-        pairs = arguments[0] if arguments else {}
-        pairs = pairs.items() if isinstance(pairs, dict) else pairs
-        return _set_items({}, [part for key, value in pairs for part in (key, value)])
     if name == _FROM_TYPE:  # a tensor with attributes of its own
         build, _, values, _ = arguments
         return _OTHER if build.name == _FROM_TYPE else _call(build, values)
@@ -335,8 +349,8 @@ def _rebuild(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) ->
         return storage
     if not isinstance(storage, Storage) or not (isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise DamagedPickle("it has a tensor without a storage")
-    if len(shape) != len(strides):
-        raise DamagedPickle("it has a tensor with more or fewer strides than sizes")
+    if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
+        raise DamagedPickle("it has a tensor with more or fewer strides than sizes, or too many")
     dtype = storage.dtype
     for part in rest[2:]:
         if isinstance(part, _Global):
