@@ -363,7 +363,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
     with pytest.raises(RequestError, match="no valid name of a hub repository") as error:
         names.resolve(name)
-    assert message_of(error).startswith(repr(name)[:190])
+    assert message_of(error).startswith(repr(name))
     assert hub.requests == []
 
 
