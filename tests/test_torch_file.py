@@ -266,6 +266,10 @@ def test_members_that_contradict_each_other(tmp_path: Path) -> None:
     def encrypt(data: bytearray) -> None:
         data[data.rindex(b"plain/data/0") - 46 + 8] |= 1
 
+    def spoil_alignment(data: bytearray) -> None:
+        start = data.index(b"plain/.storage_alignment")
+        data[data.index(b"64", start)] ^= 8
+
     def set_length(data: bytearray) -> None:
         data[-10:-6] = (2**31 - 1).to_bytes(4, "little")
 
@@ -276,6 +280,8 @@ def test_members_that_contradict_each_other(tmp_path: Path) -> None:
         "overlaps with": set_directory(b"data/1", 42, struct.pack("<I", first + 4)),
         "two sizes": set_directory(b"data/1", 24, struct.pack("<I", 40)),
         "is encrypted": encrypt,
+        "is no file of this archive": set_directory(b"data/2", 38, b"\x10"),
+        ".storage_alignment does not fit its size or checksum": spoil_alignment,
     }
     for words, change in cases.items():
         assert words in error_of(changed(tmp_path / "c.pt", change)), words

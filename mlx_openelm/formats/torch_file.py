@@ -26,6 +26,8 @@ from .weights import Tensor
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which the older files begin
+# What an archive holds beside its storages; only the first two are needed, but all must be whole.
+_RECORDS = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
 # Bounds of what is read whole; a checkpoint's pickle has some 100 KB for each hundred layers.
 _MAX_PICKLE, _MAX_DIRECTORY = 1 << 24, 1 << 22
 # What a compressed member may have beyond the size of its file.
@@ -130,12 +132,11 @@ def _open_zip(path: Path, file: BinaryIO, size: int) -> _Checkpoint:
         )
     if f"{prefix}data.pkl" not in places:
         raise _damaged(path, "it has no data.pkl")
-    order = b"little"
-    if f"{prefix}byteorder" in places:
-        order = _read_whole(path, places, f"{prefix}byteorder")
+    records = {name: _read_whole(path, places, f"{prefix}{name}") for name in _RECORDS if f"{prefix}{name}" in places}
+    order = records.get("byteorder", b"little")
     if order not in (b"little", b"big"):
         raise _damaged(path, f"its byte order is {quote(order)}")
-    state, storages = torch_pickle.load(BytesIO(_read_whole(path, places, f"{prefix}data.pkl")))
+    state, storages = torch_pickle.load(BytesIO(records["data.pkl"]))
     found = {key: places[f"{prefix}data/{key}"] for key in storages if f"{prefix}data/{key}" in places}
     return _Checkpoint(path, state, found, is_big_endian=order == b"big")
 
@@ -198,6 +199,9 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
             raise _damaged(path, f"{name} is cut off")
         if method == zipfile.ZIP_STORED and member.compress_size != member.file_size:
             raise _damaged(path, f"{name} has two sizes")
+        # A folder by its attributes, or one on another disk: PyTorch reads neither, the first without an error.
+        if member.volume or (member.external_attr & 0x10 and member.file_size):
+            raise _damaged(path, f"{name} is no file of this archive")
         places[member.filename] = _Place(start, member.file_size, member)
     return places
 
