@@ -202,12 +202,8 @@ def judge(kind: str, seed: int, scratch: Path) -> dict[str, Any]:
     except OpenELMError as error:
         outcome = _of_message(str(error))
     except BaseException as error:  # a panic in Rust is no Exception
-        lines = traceback.format_exception(error)
-        outcome = {
-            "outcome": "fault",
-            "reason": f"{type(error).__name__}: {str(error)[:300]}",
-            "trace": lines[-1 - 4 : -1],
-        }
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        outcome = {"outcome": "fault", "reason": reason, "trace": traceback.format_exception(error)[-5:-1]}
     seconds, grown = time.perf_counter() - started, _peak() - before
     shutil.rmtree(folder, ignore_errors=True)
     if outcome["outcome"] != "fault" and seconds > MAX_SECONDS:

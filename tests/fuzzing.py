@@ -404,6 +404,58 @@ def mutate_zip(path: Path, draw: random.Random) -> None:
             archive.writestr(name, data)
 
 
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def mutate_gguf(path: Path, draw: random.Random) -> None:
+    """A count, a length, a type, a number or an offset of the header becomes another."""
+    data = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 1, 2])):
+        start, size = draw.choice(_gguf_fields(path.read_bytes()))
+        value = draw.choice([*EDGES, *range(3, 16), 32, 2**20, 2**40])
+        data[start : start + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+    path.write_bytes(data)
+
+
+def _gguf_fields(data: bytes) -> list[tuple[int, int]]:
+    """Where the header's numbers lie, as (offset, bytes); of an array the first elements."""
+    fields, place = [(4, 4), (8, 8), (16, 8)], 24
+
+    def number(size: int) -> int:
+        nonlocal place
+        fields.append((place, size))
+        place += size
+        return int.from_bytes(data[place - size : place], "little")
+
+    def string() -> None:
+        nonlocal place
+        place += number(8)
+
+    def value(kind: int) -> None:
+        if kind == _GGUF_STRING:
+            string()
+        elif kind == _GGUF_ARRAY:
+            element, count = number(4), number(8)
+            before = len(fields)
+            for _ in range(count):
+                value(element)
+            del fields[before + 8 :]
+        else:
+            number(_GGUF_SIZES[kind])
+
+    tensors, keys = (int.from_bytes(data[start : start + 8], "little") for start in (8, 16))
+    for _ in range(keys):
+        string()
+        value(number(4))
+    for _ in range(tensors):
+        string()
+        for _ in range(number(4)):
+            number(8)
+        number(4), number(8)
+    return fields
+
+
 def mutate_template(path: Path, draw: random.Random) -> None:
     text = path.read_text()
     place = draw.randrange(len(text))
@@ -418,6 +470,7 @@ MUTATORS: dict[str, list[Callable[[Path, random.Random], None]]] = {
     ".gz": [mutate_gzip, mutate_bytes],
     ".safetensors": [mutate_safetensors_header, mutate_bytes],
     ".pt": [mutate_zip, mutate_bytes],
+    ".gguf": [mutate_gguf, mutate_gguf, mutate_bytes],
     ".yaml": [mutate_yaml, mutate_yaml, mutate_bytes],
     ".jinja": [mutate_template, mutate_template, mutate_bytes],
 }
