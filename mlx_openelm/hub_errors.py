@@ -23,7 +23,7 @@ _SECRETS = [
         (r"\bapi_(?:org_)?[A-Za-z0-9]{30,}", "api_..."),
         (r"\beyJ[\w-]+\.[\w.-]+", "..."),  # a JSON web token
         (r"(?i)\b(authorization\b\W{1,4}(?:basic|bearer|token)?|bearer)(\s+)[\w.~+/=-]{16,}", r"\1\2..."),
-        (r"(?i)\b(\w*(?:token|password|secret|signature))=[^\s&,;'\")]+", r"\1=..."),
+        (r"(?i)\b(\w*(?:token|password|secret|signature)(?:['\"]\s*:\s*|=)['\"]?)[^\s&,;'\")]+", r"\1..."),
     )
 ]
 

@@ -485,6 +485,8 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
             ({"fine_tune_type": "prefix"}, "fine_tune_type is 'prefix'; known are lora, dora, full"),
             ({"lora_parameters": {"rank": 8, "alpha": 16}}, "lora_parameters has no scale that is a number"),
             ({"lora_parameters": None}, "lora_parameters has no scale"),
+            ({"lora_parameters": {"scale": 10**400}}, "lora_parameters has no scale that is a number"),
+            ({"lora_parameters": {"scale": 2.0, "dropout": -1}}, "dropout must be from 0 to 1, got -1"),
             ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "lora_parameters has no scale that is a number"),
             ({"fine_tune_type": "dora"}, "has no transformer.layers.*.m, which belongs to an adapter"),
             ({"fine_tune_type": "full"}, "holds transformer.* and 5 more, which the model does not have"),
@@ -496,6 +498,44 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
     (folder / "adapters.safetensors").write_bytes(whole[:-100])
     with pytest.raises(RequestError, match=r"adapters.safetensors is damaged: .* is cut off"):
         read_adapter(folder, model.config)
+
+
+@pytest.mark.parametrize("alpha", [8, 16.0, "16"])
+def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
+    model: OpenELM, mlx_folder: Path, tmp_path: Path, alpha: object
+) -> None:
+    """What today's mlx-lm does is done: it takes scale alone."""
+    attach_new(model, target_modules=["qkv_proj"], rank=8, scale=5.0)
+    train(model)
+    wanted = logits(model)
+    folder = write(extract(model), tmp_path / "a", model)
+    told = settings(folder)
+    told["lora_parameters"]["alpha"] = alpha
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.warns(UserWarning, match=r"states both alpha and scale; scale 5 alone is taken"):
+        adapter = read_adapter(folder, model.config)
+    attach(model, adapter)
+    assert far(logits(model), wanted) < 1e-5
+    assert far(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
+
+
+def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM, tmp_path: Path) -> None:
+    """Rank and modules are the tensors'; old versions wrote `lora_layers`, and `use_dora` for the method."""
+    attach_new(model, target_modules=["qkv_proj"], num_layers=3, rank=4, scale=3.0, dora=True)
+    train(model)
+    wanted = logits(model)
+    folder = write(extract(model), tmp_path / "a", model)
+    for number, told in enumerate(
+        [
+            {"fine_tune_type": "dora", "num_layers": -1, "lora_parameters": {"scale": 3.0}},
+            {"fine_tune_type": "dora", "num_layers": 100, "lora_parameters": {"scale": 3.0, "rank": 9, "keys": ["x"]}},
+            {"use_dora": True, "lora_layers": 3, "lora_parameters": {"scale": 3, "rank": 4, "dropout": 0.0}},
+        ]
+    ):
+        place = edit(folder, tmp_path / str(number))
+        (place / "adapter_config.json").write_text(json.dumps(told))
+        attach(model, read_adapter(place, model.config))
+        assert far(logits(model), wanted) < 1e-5
 
 
 def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> None:
