@@ -17,6 +17,7 @@ from mlx_openelm.adapters.adapter import EMBEDDING
 from mlx_openelm.adapters.attaching import attach, detach, extract
 from mlx_openelm.adapters.files import read_adapter, write_adapter
 from mlx_openelm.adapters.merging import merge
+from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import peft_settings
@@ -130,6 +131,14 @@ def test_files_of_others(name: str) -> None:
         assert np.abs(ours[tensor] - value).max() < 1e-6, tensor
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"])
+def test_peft_makes_the_same_of_what_we_write(tmp_path: Path, name: str) -> None:
+    write_adapter(read_adapter(FIXTURES / name, CONFIG), tmp_path, CONFIG, "peft")
+    wanted, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
+    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in wanted.items())
+
+
 def test_every_setting_of_peft_is_known() -> None:
     """A setting that a new PEFT adds is refused by name unless it is looked at here."""
     peft = pytest.importorskip("peft")
@@ -223,6 +232,25 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"holds nothing for {QKV}, which target_modules names"):
         adapter = read_adapter(edit(tmp_path / "a", drop), CONFIG)
     assert QKV not in adapter.modules
+
+
+def test_the_cost_of_real_settings_is_allowed(tmp_path: Path) -> None:
+    """On the largest model: EVA gives each module a rank, Unsloth's expressions are long."""
+    config = ModelConfig.from_name("OpenELM-3B")
+    paths = [path for path in config.matrix_shapes() if path != EMBEDDING]
+    values = {
+        "peft_type": "LORA",
+        "target_modules": r"(?:.*?(?:language|text|transformer).*?(?:attn|mlp|ffn).*?(?:proj).*?)|(?:\bmodel\.x)",
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "rank_pattern": {f"^{path}": n + 1 for n, path in enumerate(paths)},
+        "alpha_pattern": {rf"layers\.{n}\.(attn|ffn)\..*": n + 1 for n in range(36)},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    settings = peft_settings.Settings(tmp_path / "adapter_config.json")
+    assert [settings.rank(path) for path in paths] == list(range(1, 145))
+    assert all(settings.targets(path) for path in paths) and not settings.targets(EMBEDDING)
+    scales = [settings.scale(path, 2) for path in paths]
+    assert scales == [(n + 1) / 2 for n in range(36) for _ in range(4)]
 
 
 # Names of tensors.

@@ -47,21 +47,26 @@ class Matcher:
         Raises:
             PatternError: no regular expression, one that needs backtracking, or one that takes too long.
         """
-        return self._matches(pattern, name, 1)
+        return bool(self._ends(pattern, name, 1) >> len(name))
 
     def matches_end(self, pattern: str, name: str) -> bool:
-        """Whether `(.*\\.)?(pattern)` would match the whole name, which is PEFT's way; errors as `fullmatch`."""
+        """Whether `(.*\\.)?(pattern)` would match the whole name; errors as `fullmatch`."""
         if _PLAIN.fullmatch(pattern):
             if pattern not in self._plain:
                 self._plain[pattern] = re.compile(rf"(?:.*\.)?(?:{pattern})")
             return self._plain[pattern].fullmatch(name) is not None
-        return self._matches(pattern, name, 1 | sum(2 << n for n, char in enumerate(name) if char == "."))
+        return self.matches_parts(pattern, name, [len(name)])
 
-    def _matches(self, pattern: str, name: str, places: int) -> bool:
+    def matches_parts(self, pattern: str, name: str, ends: Iterable[int]) -> bool:
+        """Whether a match begins where the name does, or after a dot, and ends at one of these places."""
+        starts = 1 | _union(2 << n for n, char in enumerate(name) if char == ".")
+        return bool(self._ends(pattern, name, starts) & _union(1 << n for n in ends))
+
+    def _ends(self, pattern: str, name: str, starts: int) -> int:
         try:
             if pattern not in self._parsed:
                 self._parsed[pattern] = _parse(pattern)
-            return bool(_Walk(name, self._step).sequence(self._parsed[pattern], places) >> len(name))
+            return _Walk(name, self._step).sequence(self._parsed[pattern], starts)
         except RecursionError:
             raise PatternError("is nested too deeply") from None
 

@@ -52,9 +52,7 @@ def read(file: Path, config: ModelConfig) -> Adapter:
         adapter.modules[path] = _take(tensors, path, settings, config)
         if (setting := settings.left_out_by(path)) is not None:
             raise RequestError(f"{file} changes {path}, which {setting} in {CONFIG} leaves out; PEFT would not use it.")
-    for name in tensors.names():
-        if (copy := _take_copy(tensors, name, settings, config)) is not None:
-            adapter.base_copies.append(copy)
+    adapter.base_copies = _take_copies(tensors, settings, config)
     tensors.discard(_TRAINING_ONLY)
     tensors.check_empty("a LoRA adapter" if not settings.is_dora else "a DoRA adapter")
     _warn_of_missing(adapter, settings, file, config)
@@ -81,14 +79,19 @@ def _take(tensors: Tensors, path: str, settings: Settings, config: ModelConfig) 
     return LowRank(down.T, up.T, settings.scale(path, rank), magnitude)
 
 
-def _take_copy(tensors: Tensors, name: str, settings: Settings, config: ModelConfig) -> BaseCopy | None:
-    """A weight of the base, which PEFT would put in the base's place; None if the tensor is another."""
-    own = _WRAPPER.sub("", name.removeprefix(_PREFIX))
-    if own == _HEAD and config.share_input_output_layers:
-        own = f"{EMBEDDING}.weight"
-    shape = config.tensor_shapes().get(own)
-    if shape is None:
-        return None
+def _take_copies(tensors: Tensors, settings: Settings, config: ModelConfig) -> list[BaseCopy]:
+    """Weights of the base, which PEFT would put in the base's place."""
+    shapes, copies = config.tensor_shapes(), []
+    for name in tensors.names():
+        own = _WRAPPER.sub("", name.removeprefix(_PREFIX))
+        if own == _HEAD and config.share_input_output_layers:
+            own = f"{EMBEDDING}.weight"
+        if own in shapes:
+            copies.append(_take_copy(tensors, name, own, shapes[own], settings))
+    return copies
+
+
+def _take_copy(tensors: Tensors, name: str, own: str, shape: tuple[int, ...], settings: Settings) -> BaseCopy:
     setting = "a weight of the base"
     if settings.saves(own.removesuffix(".weight")) or settings.saves(name.removeprefix(_PREFIX)):
         setting = "modules_to_save"

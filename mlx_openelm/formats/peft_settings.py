@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..adapters.adapter import EMBEDDING
@@ -79,6 +80,7 @@ class Settings:
         self.file = file
         self._values = read_json(file)
         self._matcher = Matcher()
+        self._left_out: dict[str, str | None] = {}
         kind = self._values.get("peft_type")
         if kind != "LORA":
             raise RequestError(f"{file}: peft_type {quote(kind)} cannot be used here; LORA can, with or without DoRA.")
@@ -134,6 +136,11 @@ class Settings:
 
     def left_out_by(self, path: str) -> str | None:
         """The setting that keeps PEFT from adapting a module, or None: of tensors for such a one it takes no notice."""
+        if path not in self._left_out:
+            self._left_out[path] = self._find_left_out(path)
+        return self._left_out[path]
+
+    def _find_left_out(self, path: str) -> str | None:
         if self._excluded is not None and self._is_among(self._excluded, "exclude_modules", path):
             return "exclude_modules"
         if self.saves(path):
@@ -144,47 +151,47 @@ class Settings:
             return "target_modules" if path in (EMBEDDING, "lm_head") else None
         if not self._is_among(self._targets, "target_modules", path):
             return "target_modules"
-        if self._layers is None or isinstance(self._targets, str):
+        if self._layers is None or isinstance(self._targets, str) or self._layer_of(path) in self._layers:
             return None
-        return None if self._layer_of(path) in self._layers else "layers_to_transform"
+        return "layers_to_transform"
 
     def saves(self, path: str) -> bool:
         """Whether `modules_to_save` has a module, or what it is part of."""
-        return any(
-            self._matches("modules_to_save", name, rf"(^|.*\.){name}($|\..*)", path, self._matcher.fullmatch)
-            for name in self._saved
-        )
+        ends = [dot.start() for dot in re.finditer(r"\.|$", path)]
+        return any(self._has_parts("modules_to_save", name, path, ends) for name in self._saved)
 
-    def _is_among(self, modules: str | list[str], setting: str, path: str) -> bool:
+    def _is_among(self, modules: str | frozenset[str], setting: str, path: str) -> bool:
         """Whether an expression, or the names or ends of names in a list, have a module."""
         if isinstance(modules, str):
-            return self._matches(setting, modules, modules, path, self._matcher.fullmatch)
+            return self._matches(setting, modules, partial(self._matcher.fullmatch, modules, path))
         parts = path.split(".")
         return any(".".join(parts[n:]) in modules for n in range(len(parts)))
 
     def _layer_of(self, path: str) -> int | None:
         """The number of the layer that a module is in, if `layers_pattern` has what precedes it."""
         number = re.search(r"\.(\d+)\.", path)
+        if number is None:
+            return None
         names = self._texts("layers_pattern") or [r"[^.]*"]
-        found = any(
-            self._matches("layers_pattern", name, rf"(?:^|.*?\.){name}\.\d+\..*", path, self._matcher.fullmatch)
-            for name in names
-        )
-        return int(number[1]) if number and found else None
+        found = any(self._has_parts("layers_pattern", name, path, [number.start()]) for name in names)
+        return int(number[1]) if found else None
+
+    def _has_parts(self, setting: str, pattern: str, path: str, ends: list[int]) -> bool:
+        return self._matches(setting, pattern, partial(self._matcher.matches_parts, pattern, path, ends))
 
     def _of_module(self, setting: str, common: str, path: str) -> float:
         """A module's rank or alpha: of the first pattern that its path ends with, else the common one."""
         patterns = self._values.get(setting) or {}
         for pattern in patterns:
-            if self._matches(setting, pattern, pattern, path, self._matcher.matches_end):
+            if self._matches(setting, pattern, partial(self._matcher.matches_end, pattern, path)):
                 return self._number(patterns[pattern], f"{setting} of {quote(pattern)}")
         return self._number(self._values.get(common), common, _DEFAULT)
 
-    def _matches(self, setting: str, text: str, pattern: str, path: str, match: Callable[[str, str], bool]) -> bool:
+    def _matches(self, setting: str, pattern: str, match: Callable[[], bool]) -> bool:
         try:
-            return match(pattern, path)
+            return match()
         except PatternError as error:
-            raise RequestError(f"{self.file}: {setting} has {quote(text)}, which {error}.") from None
+            raise RequestError(f"{self.file}: {setting} has {quote(pattern)}, which {error}.") from None
 
     def _check_patterns(self, name: str) -> None:
         patterns = self._values.get(name) or {}
@@ -193,19 +200,19 @@ class Settings:
         if len(patterns) > _MAX_PATTERNS:
             raise RequestError(f"{self.file}: {name} has {len(patterns)} entries; {_MAX_PATTERNS} are the most.")
 
-    def _layer_numbers(self) -> list[int] | None:
+    def _layer_numbers(self) -> frozenset[int] | None:
         layers = self._values.get("layers_to_transform")
         if layers is None or layers == []:
             return None
         numbers = layers if isinstance(layers, list) else [layers]
         if any(type(number) is not int for number in numbers):
             raise RequestError(f"{self.file}: layers_to_transform must be layer numbers, got {quote(layers)}.")
-        return numbers
+        return frozenset(numbers)
 
-    def _modules(self, name: str) -> str | list[str] | None:
+    def _modules(self, name: str) -> str | frozenset[str] | None:
         """An expression, names, or None for what is not set."""
         value = self._values.get(name)
-        return value if value is None or isinstance(value, str) else self._texts(name)
+        return value if value is None or isinstance(value, str) else frozenset(self._texts(name))
 
     def _texts(self, name: str) -> list[str]:
         value = self._values.get(name) or []
