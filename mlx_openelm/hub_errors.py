@@ -13,6 +13,7 @@ from .errors import OpenELMError, RequestError
 # What must not be shown, and what is shown in its place. Tokens of the hub are `hf_` and 34 letters and digits, older
 # ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in small letters, are no tokens.
 _SHORTEST_SECRET = 8
+_MAX_TEXT = 2000
 _SECRETS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -186,6 +187,8 @@ def _clean(text: str) -> str:
     """Another program's text without addresses and secrets, among them the token in use."""
     from huggingface_hub import get_token
 
+    if len(text) > _MAX_TEXT:
+        text = f"{text[:_MAX_TEXT].rpartition(' ')[0]} …"  # a secret that was cut would not be known as one
     token = get_token()
     if token and len(token) >= _SHORTEST_SECRET:
         text = text.replace(token, "...")

@@ -55,3 +55,9 @@ def test_secrets_are_left_out(text: str, shown: str) -> None:
 def test_the_token_in_use_is_left_out_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "my-own-mirror-token")
     assert _clean("401 for my-own-mirror-token.") == "401 for ...."
+
+
+def test_long_texts_cost_little_and_show_no_half_of_a_secret() -> None:
+    for text in ("a" * 1_000_000, "a:" * 500_000, "word " * 397 + f"mine: hf_{MIXED}", "x" * 1990 + f" hf_{MIXED}"):
+        shown = _clean(text)
+        assert len(shown) <= 2010 and MIXED[:5] not in shown

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_openelm import AdapterSwitch, convert, load
 from mlx_openelm.adapters.adapter import EMBEDDING
-from mlx_openelm.adapters.attaching import attach, detach, extract
+from mlx_openelm.adapters.attaching import adapted_layers, attach, detach, extract
 from mlx_openelm.adapters.files import read_adapter, write_adapter
 from mlx_openelm.adapters.merging import merge
 from mlx_openelm.config import ModelConfig
@@ -374,10 +374,9 @@ def test_another_base_is_refused_by_the_settings_name(
     changed[-1] += 0.01
     folder = with_table(tmp_path / "a", changed, name, **settings)
     message = rf"holds {re.escape(name)} {setting}, and it is not what the base model has; merge the adapter"
-    before = extract(model).weights.keys()
     with pytest.raises(RequestError, match=message):
         attach(model, read_adapter(folder, model.config))
-    assert extract(model).weights.keys() == before
+    assert not list(adapted_layers(model))
     with pytest.raises(RequestError, match=message):
         merged(folder)
     with pytest.raises(RequestError, match=message):

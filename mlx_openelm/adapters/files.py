@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -96,12 +97,14 @@ def _checked(adapter: Adapter, file: Path) -> Adapter:
 
 
 def find_local(name: str) -> Path | None:
-    """The file or folder of that name on this machine, if there is one."""
+    """The file or folder of that name on this machine, if there is one; RequestError if that cannot be told."""
     path = Path(os.path.expanduser(name))
     try:
         return path if path.exists() else None
-    except OSError:  # no file can have such a name
-        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise RequestError(f"{quote(name)} cannot be read: {error.strerror}.") from None
 
 
 def _find(path: str | Path, revision: str | None) -> Path:
