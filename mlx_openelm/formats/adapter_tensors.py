@@ -13,6 +13,9 @@ from ..errors import RequestError
 from ..inputs import check_file
 from . import safetensors
 
+# The largest scale: beyond it changes are infinite.
+MAX_FLOAT32 = 3.4e38
+
 
 class Tensors:
     """The tensors of one file; what is taken out must be there and have the right shape."""

@@ -8,7 +8,6 @@ Source: mlx_lm/tuner/utils.py.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import adapter_tensors
-from .adapter_tensors import Tensors
+from .adapter_tensors import MAX_FLOAT32, Tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
@@ -79,12 +78,9 @@ def _take(tensors: Tensors, path: str, config: ModelConfig, scale: float, dora: 
 
 def _number(values: Mapping[str, Any], name: str, file: Path) -> float:
     value = values.get(name)
-    try:
-        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # a whole number beyond all floats
-        pass
-    raise RequestError(f"{file}: lora_parameters has no {name} that is a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FLOAT32:
+        raise RequestError(f"{file}: lora_parameters has no {name} that is a number float32 holds.")
+    return float(value)
 
 
 def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str | None = None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..adapters.adapter import EMBEDDING
 from ..errors import QUOTED, RequestError, quote
 from ..inputs import read_json
+from .adapter_tensors import MAX_FLOAT32
 from .name_patterns import Matcher, PatternError
 
 # What a configuration may say without changing what the tensors mean. OpenELM's matrices have no biases (`bias`) and
@@ -66,7 +67,6 @@ _BIASES = (None, "none", "all", "lora_only")
 _ALL_LINEAR = "all-linear"
 _DEFAULT = 8  # of `r` and `lora_alpha`
 _MAX_PATTERNS = 1000
-_MAX_FLOAT32 = 3.4e38
 
 
 class Settings:
@@ -124,11 +124,8 @@ class Settings:
 
     def scale(self, path: str, rank: int) -> float:
         """What a module's change is multiplied by."""
-        scale = self._of_module("alpha_pattern", "lora_alpha", path)
-        scale /= math.sqrt(rank) if self._is_rank_stabilized else rank
-        if abs(scale) > _MAX_FLOAT32:
-            raise RequestError(f"{self.file}: lora_alpha or alpha_pattern is too large for {path}: {scale:g}.")
-        return scale
+        alpha = self._of_module("alpha_pattern", "lora_alpha", path)
+        return alpha / (math.sqrt(rank) if self._is_rank_stabilized else rank)
 
     def targets(self, path: str) -> bool:
         """Whether the settings say that a module is adapted."""
@@ -229,9 +226,6 @@ class Settings:
 
     def _number(self, value: object, name: str, default: float | None = None) -> float:
         value = default if value is None else value
-        try:
-            if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
-                return float(value)
-        except OverflowError:  # a whole number beyond all floats
-            pass
-        raise RequestError(f"{self.file}: {name} must be a number, got {quote(value)}.")
+        if not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= MAX_FLOAT32:
+            return float(value)
+        raise RequestError(f"{self.file}: {name} must be a number that float32 holds, got {quote(value)}.")
