@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import catalog
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
 
 # What must not be shown, and what is shown in its place. Tokens of the hub are `hf_` and 34 letters and digits, older
 # ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in small letters, are no tokens.
@@ -47,7 +47,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
     cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, errors.HFValidationError):
         return RequestError(
-            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
+            f"{quote(repo)} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         return _explain_answer(cause, repo, revision)
