@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 import numpy_model
 import pytest
+from gguf_files import keep_weights_as_they_are
 
 gguf = pytest.importorskip("gguf")
 quants = pytest.importorskip("gguf.quants")
@@ -509,15 +510,7 @@ def llama(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     llama_cpp = pytest.importorskip("llama_cpp")
     float32 = 0  # GGML_TYPE_F32
     opened = []
-    # Weights repacked for AMX end the process where the kernel keeps its tiles back, as in many containers.
-    default_params = llama_cpp.llama_model_default_params
-
-    def without_repacking() -> Any:
-        params = default_params()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", without_repacking)
+    keep_weights_as_they_are(llama_cpp, monkeypatch)
 
     def load(path: str) -> Any:
         options = {"n_ctx": 512, "n_gpu_layers": 0, "n_threads": 2, "type_k": float32, "type_v": float32}

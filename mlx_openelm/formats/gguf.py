@@ -290,6 +290,11 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
     return Checkpoint(config, weights, rounded_to=_rounded_to(found)), tokenizer
 
 
+def stored_bytes(path: Path) -> int:
+    """What the tensors take in a file that `read` has read."""
+    return sum(tensor.nbytes for tensor in gguf_header.read(path).tensors.values())
+
+
 def _repeats(path: Path, head: Placed | None, embedding: Placed) -> bool:
     """Whether an output layer is the embedding again, byte for byte: some converters store what is shared twice."""
     if head is None or (head.kind, head.shape) != (embedding.kind, embedding.shape):

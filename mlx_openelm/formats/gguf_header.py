@@ -61,8 +61,12 @@ class Header:
     tensors: dict[str, Placed]
 
 
-class _Unreadable(ValueError):
-    """Why a file cannot be read, in words for people."""
+class _Damaged(ValueError):
+    """What about a file cannot be, in words for people."""
+
+
+class _Foreign(ValueError):
+    """Why a sound file cannot be read, and what to do."""
 
 
 def read(path: Path) -> Header:
@@ -74,18 +78,19 @@ def read(path: Path) -> Header:
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            return _Reader(path, file, size).header()
+            return _Reader(file, size).header()
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except _Unreadable as error:
+    except _Damaged as error:
         raise RequestError(f"{path} is damaged or no GGUF file ({error}); download it again.") from None
+    except _Foreign as error:
+        raise RequestError(f"{path} {error}.") from None
 
 
 class _Reader:
     """Reads on from where it is in a file of `size` bytes."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int):
-        self._path = path
+    def __init__(self, file: BinaryIO, size: int):
         self._file = file
         self._size = size
         self._position = 0
@@ -93,38 +98,34 @@ class _Reader:
 
     def header(self) -> Header:
         if self._take(len(MAGIC)) != MAGIC:
-            raise _Unreadable("it does not begin with GGUF")
+            raise _Damaged("it does not begin with GGUF")
         version = self._number("I")
         if version and version % 65536 == 0:
-            raise RequestError(
-                f"{self._path} was written for machines of the other byte order; convert the original again."
-            )
+            raise _Foreign("was written for machines of the other byte order; convert the original again")
         if version == 1:
-            raise RequestError(
-                f"{self._path} is GGUF of version 1, which llama.cpp gave up in 2023; convert the original again."
-            )
+            raise _Foreign("is GGUF of version 1, which llama.cpp gave up in 2023; convert the original again")
         if version not in _VERSIONS:
-            raise _Unreadable(f"its version is {version}, not {' or '.join(map(str, _VERSIONS))}")
+            raise _Damaged(f"its version is {version}, not {' or '.join(map(str, _VERSIONS))}")
         tensors, keys = self._number("Q"), self._number("Q")
         if tensors > _MOST_TENSORS:
-            raise _Unreadable(f"it claims {tensors} tensors")
+            raise _Damaged(f"it claims {tensors} tensors")
         values: dict[str, Any] = {}
         for _ in range(self._counted(keys)):
             name = self._name()
             if name in values:
-                raise _Unreadable(f"its key {quote(name)} is there twice")
+                raise _Damaged(f"its key {quote(name)} is there twice")
             values[name] = self._value(self._number("I"), _MOST_NESTED)
         infos = [self._info() for _ in range(tensors)]
         return Header(values, _place(infos, self._position, _alignment(values), self._size))
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._position:
-            raise _Unreadable("it is cut off")
+            raise _Damaged("it is cut off")
         if self._position + count > _MOST_BYTES:
-            raise _Unreadable(f"its header has more than {_MOST_BYTES} bytes")
+            raise _Damaged(f"its header has more than {_MOST_BYTES} bytes")
         data = self._file.read(count)
         if len(data) < count:
-            raise _Unreadable("it is cut off")
+            raise _Damaged("it is cut off")
         self._position += count
         return data
 
@@ -132,7 +133,7 @@ class _Reader:
         """`count` values are about to be read."""
         self._values += count
         if self._values > _MOST_VALUES:
-            raise _Unreadable(f"its header has more than {_MOST_VALUES} values")
+            raise _Damaged(f"its header has more than {_MOST_VALUES} values")
         return count
 
     def _number(self, code: str) -> Any:
@@ -152,7 +153,7 @@ class _Reader:
     def _name(self) -> str:
         name = self._text()
         if isinstance(name, bytes):
-            raise _Unreadable(f"the name {quote(name)} is not UTF-8")
+            raise _Damaged(f"the name {quote(name)} is not UTF-8")
         return name
 
     def _value(self, kind: int, nested: int) -> Any:
@@ -161,9 +162,9 @@ class _Reader:
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            raise _Unreadable(f"it has a value of type {kind}, which there is not")
+            raise _Damaged(f"it has a value of type {kind}, which there is not")
         if not nested:
-            raise _Unreadable(f"it has arrays in arrays, over {_MOST_NESTED} deep")
+            raise _Damaged(f"it has arrays in arrays, over {_MOST_NESTED} deep")
         kind, count = self._number("I"), self._counted(self._number("Q"))
         if kind in _SCALARS:
             return list(self._numbers(_SCALARS[kind], count))
@@ -173,9 +174,9 @@ class _Reader:
         """A tensor's name, shape, number of its type, and offset into the data."""
         name, dimensions = self._name(), self._number("I")
         if len(name.encode()) > _MOST_NAME:
-            raise _Unreadable(f"the name {quote(name)} is too long for a tensor")
+            raise _Damaged(f"the name {quote(name)} is too long for a tensor")
         if dimensions > _MOST_DIMENSIONS:
-            raise _Unreadable(f"{quote(name)} has {dimensions} dimensions")
+            raise _Damaged(f"{quote(name)} has {dimensions} dimensions")
         shape = self._numbers("Q", dimensions)[::-1]  # stored from the innermost on
         return name, shape, self._number("I"), self._number("Q")
 
@@ -183,7 +184,7 @@ class _Reader:
 def _alignment(values: dict[str, Any]) -> int:
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise _Unreadable(f"its general.alignment is {quote(alignment)}, no power of two")
+        raise _Damaged(f"its general.alignment is {quote(alignment)}, no power of two")
     return alignment
 
 
@@ -198,18 +199,21 @@ def _place(
     expected = 0
     for name, shape, number, offset in infos:
         if name in placed:
-            raise _Unreadable(f"its tensor {quote(name)} is there twice")
+            raise _Damaged(f"its tensor {quote(name)} is there twice")
         try:
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise _Unreadable(f"{quote(name)} has type {number}, which the gguf package does not know") from None
+            raise _Foreign(
+                f"stores {name} as ggml's type {number}, which the gguf package here does not know; update it, or "
+                "convert a file of another type"
+            ) from None
         if not shape or min(shape) < 1 or shape[-1] % block:
-            raise _Unreadable(f"{quote(name)} of type {kind.name} has shape {list(shape)}")
+            raise _Damaged(f"{quote(name)} of type {kind.name} has shape {list(shape)}")
         if offset != expected:
-            raise _Unreadable(f"{quote(name)} lies at byte {offset} of the data instead of {expected}")
+            raise _Damaged(f"{quote(name)} lies at byte {offset} of the data instead of {expected}")
         placed[name] = tensor = Placed(name, kind.name, shape, start + offset, block, block_bytes)
         if tensor.offset + tensor.nbytes > size:
-            raise _Unreadable(f"{quote(name)} is cut off")
+            raise _Damaged(f"{quote(name)} is cut off")
         expected += -(-tensor.nbytes // alignment) * alignment
     return placed
