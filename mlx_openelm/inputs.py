@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from .errors import RequestError
 
-# The largest file that is read whole: the real tokenizers and indexes take 5 MB at most.
-MAX_BYTES = 1 << 28
+# The largest file that is read whole; the largest tokenizers anyone publishes have some 35 MB.
+MAX_BYTES = 1 << 26
+# The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
+_MAX_JSON_BYTES = 1 << 24
 # The most values a YAML file may hold once its aliases are expanded.
 _MAX_YAML_NODES = 100_000
 
@@ -47,6 +50,26 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
 
 
+def to_path(name: str | Path) -> Path:
+    """The path that a person's text means, `~` expanded.
+
+    Raises:
+        RequestError: no file can have that name.
+    """
+    path = Path(str(name).strip() if isinstance(name, str) else name)
+    try:
+        path = path.expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(f"{path} is no file: the name is too long.") from None
+    except (RuntimeError, ValueError) as error:  # no such user, a null character
+        raise RequestError(f"{path} is no file: {error}.") from None
+    return path
+
+
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     """The text of a regular UTF-8 file, line ends as they are; errors as `read_bytes`, and for other encodings."""
     try:
@@ -63,7 +86,7 @@ def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
     """
     path = path / name if path.is_dir() else path
     try:
-        values = json.loads(read_bytes(path))
+        values = json.loads(read_bytes(path, max_bytes=_MAX_JSON_BYTES))
     except RecursionError:
         raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as error:
