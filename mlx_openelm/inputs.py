@@ -11,6 +11,8 @@ from .errors import RequestError
 
 # The largest file that is read whole: the real tokenizers and indexes take 5 MB at most.
 MAX_BYTES = 1 << 28
+# What Git leaves in the place of a large file where Git LFS is not installed.
+_POINTER = b"version https://git-lfs"
 # The most values a YAML file may hold once its aliases are expanded.
 _MAX_YAML_NODES = 100_000
 
@@ -37,14 +39,24 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
-        RequestError: it cannot be read, is no regular file, or is larger than `max_bytes`.
+        RequestError: it cannot be read, is no regular file, a pointer of Git LFS, or larger than `max_bytes`.
     """
     if (size := check_file(path)) > max_bytes:
         raise RequestError(f"{path} has {size} bytes, more than the {max_bytes} such a file may have.")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+    refuse_pointer(path, content)
+    return content
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raises RequestError if a file that starts so only stands for one that Git LFS has not brought."""
+    if start.startswith(_POINTER):
+        raise RequestError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
+        )
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
