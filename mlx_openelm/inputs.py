@@ -74,8 +74,9 @@ def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
         RequestError: missing, unreadable, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
+    content = read_bytes(path)
     try:
-        values = json.loads(read_bytes(path))
+        values = json.loads(content)
     except RecursionError:
         raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as error:

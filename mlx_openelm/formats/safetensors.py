@@ -42,6 +42,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")
+# Neither a path, nor half a character, which no file's name holds.
+_FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
 _LISTED = 8  # missing files named in an error before the rest is only counted
 _MAX_HEADER = 100_000_000  # as the format's reference library
 # Of the largest tensor: what is prepared while one is written; the next matrix, and seldom one more.
@@ -101,7 +103,7 @@ def _indexed(folder: Path) -> set[str] | None:
         raise RequestError(f"{index} has no weight_map.")
     for name in weight_map.values():
         # A shard is a file beside its index; anything else could read what is not the model's.
-        if not isinstance(name, str) or "\0" in name or Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or len(name.encode()) > 255:
             raise RequestError(f"{index} names {quote(name)}, which is not a file in its folder.")
     return set(weight_map.values())
 
@@ -109,8 +111,9 @@ def _indexed(folder: Path) -> set[str] | None:
 def _unindexed(folder: Path, has_whole: bool) -> list[Path]:
     files = sorted(folder.glob("model*.safetensors"))
     if has_whole:
-        # Shards, and variants as transformers calls them (model.fp16.safetensors), are the same model again.
-        files = [f for f in files if f.name == WHOLE or not (_SHARD.fullmatch(f.name) or f.name.startswith("model."))]
+        # Shards, variants (model.fp16.safetensors) and copies (model (1).safetensors) hold the same model again; files
+        # named like model-2.safetensors may hold the rest of it, and mlx-lm reads them.
+        files = [f for f in files if f.name == WHOLE or (f.name.startswith("model-") and not _SHARD.fullmatch(f.name))]
     files = files or sorted(folder.glob("weights*.safetensors"))
     if not files:
         raise foreign.no_weights(folder)
