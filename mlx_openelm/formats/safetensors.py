@@ -183,11 +183,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         "".join(values).encode()  # half a character is no name
         return values
 
-    def no_number(name: str) -> None:
-        raise ValueError(f"JSON has no {name}")
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except RequestError:
         raise
     except (ValueError, RecursionError):
@@ -200,7 +197,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        well_formed = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end))
+        well_formed = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
