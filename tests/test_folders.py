@@ -565,6 +565,7 @@ def test_what_else_is_too_many_is_refused_by_name(folder: Path) -> None:
         "transformer.causal_mask": mx.zeros((4, 4), mx.bool_),
         "transformer.layers.0.attn.qkv_proj.bias": mx.zeros(4),
         "transformer.layers.0.attn.rotary_emb.cos_cached": mx.zeros(4),
+        "lm_head.bias": mx.zeros(64),
         "transformer.position_ids": mx.arange(4).astype(mx.int64),
     }.items():
         save(folder, MODEL | {name: value})

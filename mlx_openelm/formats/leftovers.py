@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from .safetensors import TensorInfo
 
-_EMBEDDING, _HEAD = "transformer.token_embeddings", "lm_head"
+_EMBEDDING, _HEAD, _PARTS = "transformer.token_embeddings", "lm_head", ("weight", "scales", "biases")
 # Apple's code makes it where the output layer is not shared, and computes logits with `lm_head` alone.
 _TWIN = "transformer.classifier.weight"
 _FREQUENCIES = ".inv_freq"
@@ -31,9 +31,10 @@ def drop(
     """
     kept = dict(tensors)
     if config.share_input_output_layers:
-        for name in [name for name in kept if name.rpartition(".")[0] == _HEAD]:
-            _check_copy(folder, name, weights)
-            del kept[name]
+        for part in _PARTS:
+            if (name := f"{_HEAD}.{part}") in kept:
+                _check_copy(folder, name, weights[name], weights.get(f"{_EMBEDDING}.{part}"))
+                del kept[name]
     elif _TWIN in kept:
         if f"{_HEAD}.weight" not in kept:
             raise RequestError(
@@ -48,13 +49,11 @@ def drop(
     return kept
 
 
-def _check_copy(folder: Path, name: str, weights: Mapping[str, mx.array]) -> None:
+def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array | None) -> None:
     """Raises RequestError if a part of the output layer is not what the embedding's same part is."""
-    own = weights.get(f"{_EMBEDDING}.{name.rpartition('.')[2]}")
     if own is None:  # scales of a matrix that the embedding does not have: the weight decides
         return
-    copy = weights[name]
-    if copy.shape == own.shape and mx.issubdtype(copy.dtype, mx.floating) and mx.issubdtype(own.dtype, mx.floating):
+    if mx.issubdtype(copy.dtype, mx.floating) and mx.issubdtype(own.dtype, mx.floating):
         # In the type with fewer bits, where the one was rounded from the other.
         dtype = min(copy.dtype, own.dtype, key=lambda dtype: dtype.size)
         copy, own = copy.astype(dtype), own.astype(dtype)
