@@ -82,8 +82,8 @@ def test_the_first_logits_end_generation(either_way: None, name: str, value: flo
     with pytest.raises(OpenELMError) as caught:
         steps(damaged(tiny_model(), name, value), params)
     assert str(caught.value) == (
-        f"The model's logits for token 1 are not finite: {name} holds numbers that are none; download the model, or "
-        "convert the original, again."
+        f"The model's logits for token 1 are not finite: {name} holds NaN or infinity, so its file is damaged; "
+        "download the model, or convert the original, again."
     )
     assert caught.value.exit_code == 1
 
@@ -140,7 +140,7 @@ def test_finite_weights_of_a_damaged_file() -> None:
     model = tiny_model()
     for name in (NORM, MATRIX, "transformer.layers.1.ffn_norm.weight"):
         damaged(model, name, 3e38)
-    with pytest.raises(OpenELMError, match="not finite: its weights are far too large, so they are damaged"):
+    with pytest.raises(OpenELMError, match="not finite: its weights are far too large, as in a damaged file"):
         steps(model, {"temp": 0.0})
 
 
@@ -168,7 +168,7 @@ def test_commands_end_with_one_line(broken: Path, args: tuple[object, ...]) -> N
     done = run(*args, "--model", broken)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     last = done.stderr.splitlines()[-1]
-    assert "not finite" in last and f"{EMBEDDING} holds numbers that are none" in last
+    assert "not finite" in last and f"{EMBEDDING} holds NaN or infinity" in last
     assert "Traceback" not in done.stderr
 
 
@@ -183,7 +183,7 @@ def test_perplexity_and_divergence_end(either_way: None, name: str, value: float
         lambda: kl_divergence(whole, model, WINDOWS),
         lambda: kl_divergence(model, whole, WINDOWS),
     ):
-        with pytest.raises(OpenELMError, match=f"logits are not finite: {name} holds numbers that are none"):
+        with pytest.raises(OpenELMError, match=f"logits are not finite: {name} holds NaN or infinity"):
             measure()
 
 
@@ -199,7 +199,7 @@ def test_perplexity_and_divergence_end(either_way: None, name: str, value: float
 )
 def test_quantization_by_a_text_ends(broken: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"calibration": str(FIXTURES / "valid.jsonl"), "sequence_length": 32} | options
-    with pytest.raises(OpenELMError, match=f"full model computes is not finite: {EMBEDDING} holds numbers that are"):
+    with pytest.raises(OpenELMError, match=f"full model computes is not finite: {EMBEDDING} holds NaN or infinity"):
         quantize(broken, tmp_path / "out", QuantizeOptions(**options))
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.
 # What programs call a download until it is complete.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 _PICKLED = (".bin", ".ckpt", ".pkl", ".pickle")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 # What other quantization methods store in a matrix's place, by the ending of the name.
 _PARTS = {
     ".qweight": "GPTQ or AWQ",
@@ -36,14 +37,15 @@ def no_config(folder: Path) -> RequestError:
 
 def no_weights(folder: Path) -> RequestError:
     """Why a folder without `model*.safetensors` cannot be read."""
-    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    names = sorted(file.name for file in folder.iterdir())
+    names = [name for name in names if name not in _NO_WEIGHTS and not name.startswith(".")]
     advice = (
         (_UNFINISHED, "an unfinished download: download the folder again"),
         (_PICKLED, "which is pickled, could run code and is never read: save the weights as safetensors"),
         ((".gguf", ".pt", ".pth"), "which is a file of its own: give it in place of the folder"),
     )
     for endings, what in advice:
-        found = next((name for name in names if name.lower().endswith(endings) and name != "training_args.bin"), None)
+        found = next((name for name in names if name.lower().endswith(endings)), None)
         if found is not None:
             return RequestError(f"{folder} holds no model*.safetensors file, but {quote(found)}, {what}.")
     if any(name in _ADAPTER_FILES for name in names):

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from .safetensors import TensorInfo
+from .safetensors import TensorInfo, read_lazily
 
 _EMBEDDING, _HEAD, _PARTS = "transformer.token_embeddings", "lm_head", ("weight", "scales", "biases")
 # Apple's code makes it where the output layer is not shared, and computes logits with `lm_head` alone.
@@ -18,9 +18,7 @@ _FREQUENCIES = ".inv_freq"
 _CLOSE = 0.01  # two numbers that differ by less may be one, rounded to bfloat16
 
 
-def drop(
-    folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo], weights: Mapping[str, mx.array]
-) -> dict[str, TensorInfo]:
+def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a model without those that are provably unused; whatever else is too many stays.
 
     Left out are copies of a shared output layer, the unused twin of one that is not shared, and RoPE's frequencies
@@ -33,7 +31,8 @@ def drop(
     if config.share_input_output_layers:
         for part in _PARTS:
             if (name := f"{_HEAD}.{part}") in kept:
-                _check_copy(folder, name, weights[name], weights.get(f"{_EMBEDDING}.{part}"))
+                if (own := f"{_EMBEDDING}.{part}") in kept:  # else the weight decides
+                    _check_copy(folder, name, _read(tensors, name), _read(tensors, own))
                 del kept[name]
     elif _TWIN in kept:
         if f"{_HEAD}.weight" not in kept:
@@ -44,15 +43,17 @@ def drop(
             )
         del kept[_TWIN]
     for name in [name for name in kept if name.endswith(_FREQUENCIES)]:
-        if _are_frequencies(weights[name], config):
+        if _are_frequencies(_read(tensors, name), config):
             del kept[name]
     return kept
 
 
-def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array | None) -> None:
+def _read(tensors: Mapping[str, TensorInfo], name: str) -> mx.array:
+    return read_lazily([tensors[name].file])[name]
+
+
+def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array) -> None:
     """Raises RequestError if a part of the output layer is not what the embedding's same part is."""
-    if own is None:  # scales of a matrix that the embedding does not have: the weight decides
-        return
     if mx.issubdtype(copy.dtype, mx.floating) and mx.issubdtype(own.dtype, mx.floating):
         # In the type with fewer bits, where the one was rounded from the other.
         dtype = min(copy.dtype, own.dtype, key=lambda dtype: dtype.size)

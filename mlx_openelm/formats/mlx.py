@@ -72,9 +72,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Headers are checked against the configuration; no weight is read yet.
-
-    But for what `leftovers` has to look into.
+    """The checkpoint in `folder`. Headers are checked against the configuration; none of its weights is read yet.
 
     Raises:
         RequestError: damaged files, weights packed by a method of others, or one list of every missing, unexpected or
@@ -85,7 +83,7 @@ def read(folder: Path) -> Checkpoint:
     files = safetensors.weight_files(folder)
     tensors = safetensors.read_headers(files)
     foreign.check_tensors(folder, tensors)
-    tensors = leftovers.drop(folder, config, tensors, safetensors.read_lazily(files))
+    tensors = leftovers.drop(folder, config, tensors)
     quantization = read_quantization(folder / "config.json", config, values, tensors)
     check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)

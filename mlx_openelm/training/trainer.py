@@ -305,13 +305,13 @@ class _Run:
     def _save(self) -> None:
         if self.saved_step == self.state.step:
             return
+        arrays = self.updater.state()
+        if not all(mx.all(mx.isfinite(array)).item() for array in arrays.values()):
+            raise OpenELMError(
+                f"The weights are not finite after step {self.state.step}; nothing was saved since. "
+                f"{self.checkpoints.advice()} A smaller --learning-rate may help."
+            )
         if self.processes.leads:
-            arrays = self.updater.state()
-            if not all(mx.all(mx.isfinite(array)).item() for array in arrays.values()):
-                raise OpenELMError(
-                    f"The weights are not finite after step {self.state.step}; nothing was saved since. "
-                    f"{self.checkpoints.advice()} A smaller --learning-rate may help."
-                )
             path = self.checkpoints.save(self.state, arrays)
             self.listener.saved(self.state.step, path)
         self.saved_step = self.state.step
