@@ -14,6 +14,8 @@ from .errors import RequestError
 MAX_BYTES = 1 << 26
 # The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
 _MAX_JSON_BYTES = 1 << 24
+# What Git leaves in the place of a large file where Git LFS is not installed.
+_POINTER = b"version https://git-lfs"
 # The most values a YAML file may hold once its aliases are expanded.
 _MAX_YAML_NODES = 100_000
 
@@ -40,14 +42,24 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
-        RequestError: it cannot be read, is no regular file, or is larger than `max_bytes`.
+        RequestError: it cannot be read, is no regular file, a pointer of Git LFS, or larger than `max_bytes`.
     """
     if (size := check_file(path)) > max_bytes:
         raise RequestError(f"{path} has {size} bytes, more than the {max_bytes} such a file may have.")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+    refuse_pointer(path, content)
+    return content
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raises RequestError if a file that starts so only stands for one that Git LFS has not brought."""
+    if start.startswith(_POINTER):
+        raise RequestError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
+        )
 
 
 def to_path(name: str | Path) -> Path:
@@ -85,8 +97,9 @@ def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
         RequestError: missing, unreadable, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
+    content = read_bytes(path, max_bytes=_MAX_JSON_BYTES)
     try:
-        values = json.loads(read_bytes(path, max_bytes=_MAX_JSON_BYTES))
+        values = json.loads(content)
     except RecursionError:
         raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as error:

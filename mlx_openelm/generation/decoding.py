@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import mlx.core as mx
 from .. import backend
 from ..cache import SMALLEST_WINDOW, make_cache
 from ..errors import RequestError
+from ..finite import not_finite
 from ..model import OpenELM
 from ..ops import log_softmax
 from .sampling import LogitsProcessor, Sampler, greedy
@@ -76,6 +78,9 @@ def generate_step(
         cache: key-value caches, one a layer, that may already hold what precedes the prompt; extended in place.
         prefill_step_size: prompt tokens processed at a time; by default what suits the device.
         progress: called with the prompt tokens processed so far and in all.
+
+    Raises:
+        OpenELMError: the logits are not finite.
     """
     options = options or CacheOptions()
     cache = make_cache(len(model.layers), options.max_kv_size) if cache is None else cache
@@ -116,10 +121,12 @@ def generate_step(
                 context = mx.concatenate([context, token])
             upcoming = step(token)
             mx.async_eval(*upcoming)
-        value = int(token.item())  # type: ignore[arg-type]
+        value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
+        if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes that of every token so
+            raise not_finite(f"The model's logits for token {n} are", model)
         if n == 1 and progress is not None:
             progress(len(prompt), len(prompt))
-        yield value, float(logprob.item())  # type: ignore[arg-type]
+        yield value, likelihood
         if n % _CLEAR_EVERY == 0:
             mx.clear_cache()
 

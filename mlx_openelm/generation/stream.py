@@ -76,6 +76,7 @@ def stream_generate(
 
     Raises:
         RequestError: an unknown option, a value that cannot be right, an empty prompt, one that is too long.
+        OpenELMError: while iterating, the model's logits are not finite.
     """
     chosen = make_options(model, options)
     ids = _prompt_ids(model, tokenizer, prompt, sum(int(c.offset) for c in (prompt_cache or [])[:1]))
