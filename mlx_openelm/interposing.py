@@ -19,6 +19,7 @@ _SHARED_OBJECT, _ABSOLUTE, _GLOBAL_FUNCTION = 3, 0xFFF1, 0x12
 _LOAD, _DYNAMIC, _STACK, _READ_WRITE = 1, 2, 0x6474E551, 6
 _HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _END = 4, 5, 6, 10, 11, 0
 _HEADER_BYTES, _SEGMENT_BYTES, _SYMBOL_BYTES = 64, 56, 24
+_CLOSED_ON_EXEC = 1  # MFD_CLOEXEC
 _PAGE = 1 << 16  # the largest page of any of these machines
 
 
@@ -29,12 +30,13 @@ def publish(addresses: Mapping[str, int]) -> None:
         OSError: the system does not load it, or is none that this is made for.
     """
     image = symbol_table(addresses, os.uname().machine)
-    file = os.memfd_create("mlx-openelm-symbols")
-    try:
-        os.write(file, image)
-        ctypes.CDLL(f"/proc/{os.getpid()}/fd/{file}", mode=ctypes.RTLD_GLOBAL)
-    finally:
-        os.close(file)
+    # The C library's own: a Python that was built for older ones has no os.memfd_create.
+    file = ctypes.CDLL(None, use_errno=True).memfd_create(b"mlx-openelm-symbols", _CLOSED_ON_EXEC)
+    if file < 0:
+        raise OSError(ctypes.get_errno(), "memfd_create failed")
+    os.write(file, image)
+    # It stays open: the linker takes a name that it has seen before for the library it then was.
+    ctypes.CDLL(f"/proc/{os.getpid()}/fd/{file}", mode=ctypes.RTLD_GLOBAL)
 
 
 def symbol_table(addresses: Mapping[str, int], machine: str) -> bytes:
