@@ -28,6 +28,9 @@ BLAS_VARIABLE = "MLX_OPENELM_BLAS"
 _BLAS_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
 _BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 BLAS_ADVICE = "pip install scipy-openblas32"
+# For how long OpenBLAS's threads look out for more work before they sleep, as a power of 2 of cycles. Its default is 26:
+# 25 ms that our kernels' threads lose after a product, and every start of a program.
+_SPINNING = "18"
 # What MLX's libraries ask of a BLAS and a LAPACK.
 BLAS_FUNCTIONS = (
     *("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"),
@@ -90,7 +93,8 @@ def _open_blas(name: str) -> None:
     Raises:
         OSError: it does not load, or is none of a BLAS.
     """
-    library = ctypes.CDLL(name)
+    with _set("OPENBLAS_THREAD_TIMEOUT", _SPINNING):
+        library = ctypes.CDLL(name)
     if hasattr(library, BLAS_FUNCTIONS[0]):
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         return
@@ -105,6 +109,19 @@ def _open_blas(name: str) -> None:
     # It counts processors, whatever a container may use of them.
     if library.scipy_openblas_get_num_threads() > (count := thread_count()):
         library.scipy_openblas_set_num_threads(count)
+
+
+@contextlib.contextmanager
+def _set(variable: str, value: str) -> Iterator[None]:
+    """An environment variable that is set for a while, unless it is set already."""
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        del os.environ[variable]
 
 
 def _mlx_is_for_cuda() -> bool:

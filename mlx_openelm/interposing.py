@@ -4,7 +4,7 @@ The OpenBLAS of PyPI (`scipy-openblas32`) calls its functions `scipy_cblas_sgemm
 way, and MLX asks the dynamic linker for `cblas_sgemm`. A library with that symbol, at the address of the other, is all
 that is missing. Its symbols are absolute (SHN_ABS), which glibc has not moved since 2.28, so it holds no code and is
 the same on every processor but for the number that names it. Layouts: the ELF specification, chapters 4 and 5
-(https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html).
+(https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html), and DT_GNU_HASH, which glibc reads faster than DT_HASH.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 _MACHINES = {"x86_64": 62, "aarch64": 183}  # EM_X86_64, EM_AARCH64
 _SHARED_OBJECT, _ABSOLUTE, _GLOBAL_FUNCTION = 3, 0xFFF1, 0x12
 _LOAD, _DYNAMIC, _STACK, _READ_WRITE = 1, 2, 0x6474E551, 6
-_HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _END = 4, 5, 6, 10, 11, 0
+_STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _GNU_HASH, _END = 5, 6, 10, 11, 0x6FFFFEF5, 0
 _HEADER_BYTES, _SEGMENT_BYTES, _SYMBOL_BYTES = 64, 56, 24
 _CLOSED_ON_EXEC = 1  # MFD_CLOEXEC
 _PAGE = 1 << 16  # the largest page of any of these machines
@@ -51,15 +51,17 @@ def symbol_table(addresses: Mapping[str, int], machine: str) -> bytes:
     for name, address in addresses.items():
         symbols += struct.pack("<IBBHQQ", len(strings), _GLOBAL_FUNCTION, 0, _ABSOLUTE, address, 0)
         strings += name.encode() + b"\0"
-    # A single bucket, from which each symbol leads to the next: there are few.
-    last = len(addresses)
-    table = struct.pack(f"<{last + 4}I", 1, last + 1, min(1, last), 0, *range(2, last + 1), *[0] * (last > 0))
+    # One bucket for all, a filter that lets everything through, then the hashes; a lowest bit says which is the last.
+    hashes = [_hash(name) & ~1 for name in addresses]
+    if hashes:
+        hashes[-1] |= 1
+    table = struct.pack(f"<4IQI{len(hashes)}I", 1, 1, 1, 0, 2**64 - 1, min(1, len(hashes)), *hashes)
 
     at_symbols = _HEADER_BYTES + 3 * _SEGMENT_BYTES
-    at_table = at_symbols + len(symbols)
+    at_table = at_symbols + len(symbols)  # a multiple of 8, as the filter needs it
     at_strings = at_table + len(table)
     at_dynamic = -(-(at_strings + len(strings)) // 8) * 8
-    entries = {_HASH: at_table, _STRINGS: at_strings, _SYMBOLS: at_symbols, _STRINGS_SIZE: len(strings),
+    entries = {_GNU_HASH: at_table, _STRINGS: at_strings, _SYMBOLS: at_symbols, _STRINGS_SIZE: len(strings),
                _SYMBOL_SIZE: _SYMBOL_BYTES, _END: 0}  # fmt: skip
     dynamic = b"".join(struct.pack("<QQ", *entry) for entry in entries.items())
     size = at_dynamic + len(dynamic)
@@ -72,3 +74,10 @@ def symbol_table(addresses: Mapping[str, int], machine: str) -> bytes:
     for kind, start, length, alignment in segments:
         header += struct.pack("<IIQQQQQQ", kind, _READ_WRITE, start, start, start, length, length, alignment)
     return (header + symbols + table + strings).ljust(at_dynamic, b"\0") + dynamic
+
+
+def _hash(name: str) -> int:
+    number = 5381
+    for byte in name.encode():
+        number = (number * 33 + byte) & 0xFFFF_FFFF
+    return number
