@@ -28,8 +28,8 @@ BLAS_VARIABLE = "MLX_OPENELM_BLAS"
 _BLAS_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
 _BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 BLAS_ADVICE = "pip install scipy-openblas32"
-# For how long OpenBLAS's threads look out for more work before they sleep, as a power of 2 of cycles. Its default is 26:
-# 25 ms that our kernels' threads lose after a product, and every start of a program.
+# For how long OpenBLAS's threads look out for more work before they sleep, as a power of 2 in cycles. By default 26,
+# which is 25 ms that our kernels' threads lose after a product, and every start of a program.
 _SPINNING = "18"
 # What MLX's libraries ask of a BLAS and a LAPACK.
 BLAS_FUNCTIONS = (
