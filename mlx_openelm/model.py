@@ -73,15 +73,16 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         return ops.quantized_linear(x, self)
 
 
-def _packed(kind: Any, weight: mx.array, *packing: Any, mode: str = "affine", **named: Any) -> Any:
+def _packed(
+    kind: Any, weight: mx.array, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+) -> Any:
     """A layer of a packed kind from a plain weight [out, in]; MLX's constructor would draw a random one first.
 
-    Args:
-        packing, named: `group_size` and `bits`, by default the mode's.
+    Group size and bits are the mode's unless given.
     """
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
-    layer.weight, layer.scales, *biases = mx.quantize(weight, *packing, mode=mode, **named)
+    layer.weight, layer.scales, *biases = mx.quantize(weight, group_size, bits, mode)
     layer.biases = biases[0] if biases else None
     layer.mode, layer.group_size = mode, weight.shape[1] // layer.scales.shape[1]
     layer.bits = layer.weight.shape[1] * 32 // weight.shape[1]
