@@ -21,7 +21,7 @@ class BatchKVCache(Cache):
 
     def __init__(self, left_padding: Sequence[int]) -> None:
         self.keys, self.values = None, None
-        self.left_padding = mx.array(list(left_padding))
+        self.left_padding = mx.array(list(left_padding), mx.int32)
         self.offset = -self.left_padding
         self._idx = 0  # columns in use
         self._right_padding: mx.array | None = None
@@ -32,10 +32,15 @@ class BatchKVCache(Cache):
         self.offset = self.offset + keys.shape[2]
         if self.keys is None or self._idx > self.keys.shape[2]:
             self.keys, self.values = (
-                grow(old, new.shape, new.dtype, start) for old, new in ((self.keys, keys), (self.values, values))
+                grow(old, new.shape, new.dtype, start, self.step)
+                for old, new in ((self.keys, keys), (self.values, values))
             )
         self.keys[:, :, start : self._idx] = keys
         self.values[:, :, start : self._idx] = values
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What is held, padding included, without the unused part of the buffers; there must have been an update."""
         return self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
 
     def prepare(
@@ -83,7 +88,9 @@ class BatchKVCache(Cache):
         self._right_padding = None
 
     def trim(self, count: int) -> int:
-        count = min(self._idx, count)
+        if not self.is_trimmable():  # what the last positions took the place of is gone
+            return 0
+        count = max(0, min(self._idx, count))
         self._idx -= count
         self.offset = self.offset - count
         return count
@@ -94,14 +101,29 @@ class BatchKVCache(Cache):
         return mask & (mx.arange(self._idx + length) >= self.left_padding.reshape(-1, 1, 1, 1))
 
     def filter(self, rows: Any) -> None:
-        """Keep the given rows, and drop the padding that all of them share."""
-        rows = mx.array(rows)
-        shared = max(0, int(self.left_padding[rows].min()))
+        """Keep the given rows, in their order, and drop the columns that are padding in all of them.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        rows = mx.array(rows) if len(rows) else mx.array([], mx.int32)
+        self._check_rows(rows.tolist())
+        self.left_padding, self.offset = self.left_padding[rows], self.offset[rows]
+        if self._right_padding is not None:
+            self._right_padding = self._right_padding[rows]
+        padding: Any = self.left_padding.tolist()
+        shared = max(0, min([self._idx, *padding]))  # columns that are yet to come cannot be dropped
         if self.keys is not None:
             self.keys, self.values = (x[rows][:, :, shared:] for x in (self.keys, self.values))
         self._idx -= shared
-        self.left_padding = self.left_padding[rows] - shared
-        self.offset = self.offset[rows]
+        self.left_padding = self.left_padding - shared
+
+    def _check_rows(self, rows: Any) -> None:
+        # MLX does not look, and would give what lies behind an array.
+        count = self.left_padding.size
+        for row in rows:
+            if not -count <= row < count:
+                raise IndexError(f"The cache has {count} rows; there is no row {row}.")
 
     def extend(self, other: Self) -> None:
         """Add the rows of another cache."""
@@ -124,14 +146,17 @@ class BatchKVCache(Cache):
         return mx.pad(self.keys[:, :, : self._idx], left), mx.pad(self.values[:, :, : self._idx], left)
 
     def _row(self, row: int) -> tuple[mx.array, ...]:
+        row %= self.left_padding.size
         padding = max(0, int(self.left_padding[row]))
         return tuple(mx.contiguous(x[row : row + 1, :, padding : self._idx]) for x in (self.keys, self.values))
 
     def extract(self, row: int) -> Any:
-        """One row as a cache of its own."""
+        """One row as a cache of its own; IndexError if there is no such row."""
+        self._check_rows([row])
         cache = KVCache()
-        cache.keys, cache.values = self._row(row)
-        cache.offset = cache.keys.shape[2]
+        if self.keys is not None:
+            cache.keys, cache.values = self._row(row)
+            cache.offset = cache.keys.shape[2]
         return cache
 
     @classmethod
@@ -161,7 +186,12 @@ class BatchKVCache(Cache):
 
 
 class BatchRotatingKVCache(BatchKVCache):
-    """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept)."""
+    """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept).
+
+    Columns are always in order, so `rotated`, which mlx-lm's files know, is False; rotated ones are put in order.
+    """
+
+    rotated = False
 
     def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
         super().__init__(left_padding)
@@ -215,21 +245,34 @@ class BatchRotatingKVCache(BatchKVCache):
     def is_trimmable(self) -> bool:
         return self._idx < self.max_size
 
+    def filter(self, rows: Any) -> None:
+        ends = self._ends
+        super().filter(rows)
+        if ends is not None:
+            self._ends = ends[mx.array(rows)]
+
     @property
     def state(self) -> tuple[Any, ...]:
-        return self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size
+        # Other than ours, mlx-lm's buffers have no unused part when there are columns to forget.
+        keys, values = (None, None) if self.keys is None else self.keys_and_values()
+        return keys, values, self.offset, self.left_padding, self.max_size, self._idx, self._idx, self.rotated
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        self.keys, self.values, self.offset, self.left_padding, self._idx, self.max_size = state
+        keys, values, self.offset, self.left_padding, self.max_size, _, self._idx, rotated = state
+        if rotated:
+            keys, values = (mx.roll(x, -self._idx, 2) for x in (keys, values))
+            self._idx = keys.shape[2]
+        self.keys, self.values = keys, values
         self._right_padding = self._ends = None
 
     def extract(self, row: int) -> RotatingKVCache:
-        """One row as a cache of its own."""
+        self._check_rows([row])
         cache = RotatingKVCache(self.max_size)
-        cache.keys, cache.values = self._row(row)
-        cache.offset = int(self.offset[row])
-        cache._idx = cache.keys.shape[2]
+        if self.keys is not None:
+            cache.keys, cache.values = self._row(row)
+            cache.offset = max(0, int(self.offset[row]))
+            cache._idx = cache.keys.shape[2]
         return cache
 
     @classmethod
