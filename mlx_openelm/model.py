@@ -271,7 +271,7 @@ class OpenELM(nn.Module):
         caches = cache if cache is not None else [None] * len(self.layers)
         first = caches[0]
         offset = 0 if first is None else first.offset
-        if mask is None and first is not None:
+        if mask is None and first is not None and hasattr(first, "make_mask"):  # mlx-lm's ChunkedKVCache has none
             mask = first.make_mask(length, return_array=False, window_size=None)
         elif mask is None and length > 1:
             mask = "causal"
