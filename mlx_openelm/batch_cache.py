@@ -245,6 +245,11 @@ class BatchRotatingKVCache(BatchKVCache):
     def is_trimmable(self) -> bool:
         return self._idx < self.max_size
 
+    def extend(self, other: Self) -> None:
+        if other.max_size != self.max_size:
+            raise ValueError("Only caches of one maximum size can be put together.")
+        super().extend(other)
+
     def filter(self, rows: Any) -> None:
         ends = self._ends
         super().filter(rows)
