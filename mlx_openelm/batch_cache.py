@@ -114,7 +114,7 @@ class BatchKVCache(Cache):
         padding: Any = self.left_padding.tolist()
         shared = max(0, min([self._idx, *padding]))  # columns that are yet to come cannot be dropped
         if self.keys is not None:
-            self.keys, self.values = (x[rows][:, :, shared:] for x in (self.keys, self.values))
+            self.keys, self.values = (x[:, :, shared : self._idx][rows] for x in (self.keys, self.values))
         self._idx -= shared
         self.left_padding = self.left_padding - shared
 
@@ -188,14 +188,13 @@ class BatchKVCache(Cache):
 class BatchRotatingKVCache(BatchKVCache):
     """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept).
 
-    Columns are always in order, so `rotated`, which mlx-lm's files know, is False; rotated ones are put in order.
+    Once `max_size` columns are held, a single new one overwrites the oldest in place: then `rotated` is True, and the
+    next is written at `_idx`. Everything else first puts the columns back in order.
     """
-
-    rotated = False
 
     def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
         super().__init__(left_padding)
-        self.max_size = max_size
+        self.max_size, self.rotated = max_size, False
         self._ends: mx.array | None = None  # where rows that are being padded on the right end
 
     def prepare(
@@ -216,41 +215,80 @@ class BatchRotatingKVCache(BatchKVCache):
         self._ends = None
 
     def _settle(self) -> None:
+        self._put_in_order()
         if self._ends is not None and self.keys is not None:
             self._move_left(mx.maximum(0, self.offset - self._ends))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L columns."""
+        if self._overwrites(keys.shape[2]):
+            return self._overwrite(keys, values)
         # A row that has ended must not lose what it holds to the padding of later pieces.
         self._settle()
-        self._drop(self._idx - (self.max_size - 1))
+        self._keep_latest(self.max_size - 1)
         return super().update_and_fetch(keys, values)
 
-    def _drop(self, excess: int) -> None:
-        """Forget the oldest columns."""
-        if excess > 0:
+    def _overwrites(self, length: int) -> bool:
+        return length == 1 and self._ends is None and self._held() >= self.max_size
+
+    def _overwrite(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.rotated:
+            self._keep_latest(self.max_size)
+            self.rotated = True
+        column = self._next_column()
+        self.keys[:, :, column : column + 1] = keys
+        self.values[:, :, column : column + 1] = values
+        self._idx = column + 1
+        self.offset, self.left_padding = self.offset + 1, self.left_padding - 1
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What is held, in the order of the buffers, padding included; there must have been an update."""
+        held = self._held()
+        return self.keys[:, :, :held], self.values[:, :, :held]
+
+    def _held(self) -> int:
+        """How many columns there are, padding included."""
+        return self.max_size if self.rotated else self._idx
+
+    def _next_column(self) -> int:
+        return self._idx if self.rotated and self._idx < self.max_size else 0
+
+    def _keep_latest(self, count: int) -> None:
+        """Forget the oldest columns, which are in order, and the unused part of the buffers, if there are more."""
+        excess = self._idx - count
+        if excess >= 0 and self.keys is not None:
             self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
-            self._idx -= excess
+            self._idx = count
             self.left_padding = self.left_padding - excess
 
+    def _put_in_order(self) -> None:
+        if self.rotated:
+            self.keys, self.values = (mx.roll(x, -self._idx, 2) for x in (self.keys, self.values))
+            self._idx, self.rotated = self.max_size, False
+
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        past = min(self._idx, self.max_size - 1)
-        padding = self.left_padding - (self._idx - past)
+        past = min(self._held(), self.max_size - 1)
+        padding = self.left_padding - (self._held() - past)
         mask = causal_mask(length, past, window_size or self.max_size)
-        return mask & (mx.arange(past + length) >= padding.reshape(-1, 1, 1, 1))
+        mask = mask & (mx.arange(past + length) >= padding.reshape(-1, 1, 1, 1))
+        return mx.roll(mask, self._next_column() + 1, -1) if self._overwrites(length) else mask
 
     def size(self) -> int:
-        return min(self._idx, self.max_size)
+        return min(self._held(), self.max_size)
 
     def is_trimmable(self) -> bool:
-        return self._idx < self.max_size
+        return self._held() < self.max_size
 
     def extend(self, other: Self) -> None:
         if other.max_size != self.max_size:
             raise ValueError("Only caches of one maximum size can be put together.")
+        for cache in (self, other):
+            cache._put_in_order()
         super().extend(other)
 
     def filter(self, rows: Any) -> None:
+        self._put_in_order()
         ends = self._ends
         super().filter(rows)
         if ends is not None:
@@ -260,21 +298,19 @@ class BatchRotatingKVCache(BatchKVCache):
     def state(self) -> tuple[Any, ...]:
         # Other than ours, mlx-lm's buffers have no unused part when there are columns to forget.
         keys, values = (None, None) if self.keys is None else self.keys_and_values()
-        return keys, values, self.offset, self.left_padding, self.max_size, self._idx, self._idx, self.rotated
+        held = self._held()
+        return keys, values, self.offset, self.left_padding, self.max_size, held, self._idx, self.rotated
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        keys, values, self.offset, self.left_padding, self.max_size, _, self._idx, rotated = state
-        if rotated:
-            keys, values = (mx.roll(x, -self._idx, 2) for x in (keys, values))
-            self._idx = keys.shape[2]
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.offset, self.left_padding, self.max_size, _, self._idx, self.rotated = state
         self._right_padding = self._ends = None
 
     def extract(self, row: int) -> RotatingKVCache:
         self._check_rows([row])
         cache = RotatingKVCache(self.max_size)
         if self.keys is not None:
+            self._put_in_order()
             cache.keys, cache.values = self._row(row)
             cache.offset = max(0, int(self.offset[row]))
             cache._idx = cache.keys.shape[2]

@@ -170,8 +170,8 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
             got, expected = seen(a, keys, values), seen(b, keys, values)
             columns = a.left_padding.tolist()
             first = [max(0, p) for p in columns] if not started else [0] * rows
-            # A window's mask for several positions is wrong in theirs once it has slid over padding; test_cache has ours
-            # against the definition.
+            # A window's mask for several positions is wrong in theirs once it has slid over padding; test_cache has
+            # ours against the definition.
             assert (kind == "sliding" and length > 1) or [row[p:] for row, p in zip(got, first, strict=True)] == [
                 row[p:] for row, p in zip(expected, first, strict=True)
             ]
@@ -206,6 +206,22 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
             b = from_state(type(b), states[0])
         assert a.offset.tolist() == b.offset.tolist()
         assert a.empty() == b.empty()
+
+
+@pytest.mark.parametrize("kind", ["plain", "sliding"])
+@QUICK
+@given(lengths=st.lists(st.sampled_from([1, 1, 1, 1, 2, 5, 9]), max_size=14))
+def test_a_batch_has_its_columns_where_theirs_has(kind: str, lengths: list[int]) -> None:
+    """Beside what each row sees: the layout, and all of the state but how many columns there ever were."""
+    numbers, (a, b) = Numbers(), (batch(m, kind, [2, 0, 3]) for m in (ours, theirs))
+    for length in [5, *lengths]:
+        keys, values = numbers(3, length)
+        assert equal(a.update_and_fetch(keys, values), b.update_and_fetch(keys, values))
+        assert equal(a.keys_and_values(), b.keys_and_values())
+        assert equal(a.state[2:5] + a.state[6:], b.state[2:5] + b.state[6:])
+        assert kind == "plain" or (a.rotated, a.size()) == (b.rotated, b.size())
+        assert a.is_trimmable() == b.is_trimmable()
+        assert a.step == b.step
 
 
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
