@@ -50,9 +50,9 @@ class SamplingParams:
       multiplied, once each (Keskar et al., 2019, CTRL, section 4.1). `None` and 1 mean off.
     - `presence_penalty`: subtracted from the logit of every token in the context, once each.
     - `frequency_penalty`: subtracted once for every time the token is in the context. Both may be negative.
-    - `*_context_size`: how many of the last tokens the penalty looks at, prompt included; `None` is all of
-      them, as in transformers (mlx-lm looks at 20). Like mlx-lm's, and unlike the OpenAI API's, presence and
-      frequency penalties therefore count the prompt as well.
+    - `*_context_size`: how many of the last tokens the penalty looks at, prompt included, and what a prompt cache
+      holds where its ids are given; `None` is all of them, as in transformers (mlx-lm looks at 20). Like mlx-lm's,
+      and unlike the OpenAI API's, presence and frequency penalties therefore count the prompt as well.
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
