@@ -106,8 +106,7 @@ class BatchKVCache(Cache):
         Raises:
             IndexError: there is no such row.
         """
-        rows = mx.array(rows) if len(rows) else mx.array([], mx.int32)
-        self._check_rows(rows.tolist())
+        rows = self._index(rows)
         self.left_padding, self.offset = self.left_padding[rows], self.offset[rows]
         if self._right_padding is not None:
             self._right_padding = self._right_padding[rows]
@@ -117,6 +116,11 @@ class BatchKVCache(Cache):
             self.keys, self.values = (x[:, :, shared : self._idx][rows] for x in (self.keys, self.values))
         self._idx -= shared
         self.left_padding = self.left_padding - shared
+
+    def _index(self, rows: Any) -> mx.array:
+        index = mx.array(rows) if len(rows) else mx.array([], mx.int32)
+        self._check_rows(index.tolist())
+        return index
 
     def _check_rows(self, rows: Any) -> None:
         # MLX does not look, and would give what lies behind an array.
@@ -229,6 +233,7 @@ class BatchRotatingKVCache(BatchKVCache):
         return super().update_and_fetch(keys, values)
 
     def _overwrites(self, length: int) -> bool:
+        """Whether an update of this length takes the place of the oldest column."""
         return length == 1 and self._ends is None and self._held() >= self.max_size
 
     def _overwrite(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -255,7 +260,7 @@ class BatchRotatingKVCache(BatchKVCache):
         return self._idx if self.rotated and self._idx < self.max_size else 0
 
     def _keep_latest(self, count: int) -> None:
-        """Forget the oldest columns, which are in order, and the unused part of the buffers, if there are more."""
+        """Let the oldest columns beyond `count`, and the unused part of the buffers, go; columns must be in order."""
         excess = self._idx - count
         if excess >= 0 and self.keys is not None:
             self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
@@ -289,10 +294,10 @@ class BatchRotatingKVCache(BatchKVCache):
 
     def filter(self, rows: Any) -> None:
         self._put_in_order()
-        ends = self._ends
+        rows = self._index(rows)
+        if self._ends is not None:
+            self._ends = self._ends[rows]
         super().filter(rows)
-        if ends is not None:
-            self._ends = ends[mx.array(rows)]
 
     @property
     def state(self) -> tuple[Any, ...]:

@@ -263,8 +263,8 @@ def sliding() -> RotatingKVCache:
         (sliding, {"kv_bits": 8}, "--kv-bits cannot quantize the prompt cache, a RotatingKVCache"),
         (lambda: BatchKVCache([0]), {"kv_bits": 8}, "--kv-bits cannot quantize the prompt cache, a BatchKVCache"),
         (lambda: QuantizedKVCache(32, 4), {"kv_bits": 8}, "4 bits in groups of 32.*leave them out"),
-        (KVCache, {"max_kv_size": 64}, "--max-kv-size 64 is for a new cache"),
-        (sliding, {"max_kv_size": 64}, "--max-kv-size 64 is for a new cache"),
+        (KVCache, {"max_kv_size": 64}, "--max-kv-size 64 is for new caches"),
+        (sliding, {"max_kv_size": 64}, "--max-kv-size 64 is for new caches"),
     ],
     ids=str,
 )

@@ -104,7 +104,7 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
     offsets = {int(layer.offset) for layer in cache}
     if len(offsets) > 1:
         raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
-    return max(0, *offsets)
+    return max(0, offsets.pop())  # below 0 while a row of a batch is still padding
 
 
 def warn(message: str) -> None:

@@ -62,8 +62,8 @@ class CacheOptions:
             kind = type(layer).__name__
             if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
                 raise RequestError(
-                    f"--max-kv-size {self.max_kv_size} is for a new cache, and the prompt cache is a {kind} "
-                    "of another size; leave it out."
+                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, has not that "
+                    "size; leave it out."
                 )
             if self.kv_bits is None:
                 continue

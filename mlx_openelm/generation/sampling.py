@@ -100,8 +100,8 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"--logit-bias must map token ids to numbers, got {self.logit_bias!r}")
         last = math.inf if vocab_size is None else vocab_size - 1
+        wanted = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
         for token, bias in self.logit_bias.items():
-            wanted = f"token ids from 0 to {last}"
             check_number("--logit-bias: the keys", token, 0, last, wanted, kind=Integral)
             if bias != -math.inf:
                 check_number(f"--logit-bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT, "a number, or -inf")
