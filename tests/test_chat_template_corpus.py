@@ -1,0 +1,182 @@
+"""Templates of the shapes found in the wild render what transformers 5 renders, character by character.
+
+`fixtures/chat-templates/expected.json` holds transformers' texts and errors; `python -m tests.test_chat_template_corpus`
+makes it anew, and where transformers is installed a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import chat_template
+from mlx_openelm.errors import RequestError
+
+import pytest
+
+FOLDER = Path(__file__).parent / "fixtures" / "chat-templates"
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
+EXPECTED = json.loads((FOLDER / "expected.json").read_text()) if (FOLDER / "expected.json").exists() else {}
+
+NAMED = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "sep_token": "<sep>",
+    "cls_token": "<cls>",
+    "mask_token": "<mask>",
+    "image_token": "<image>",
+}
+# `<|user|>` is put together by some templates, and `<` begins them all.
+OTHERS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|user|>", "<|end|>", "[INST]"]
+SPECIAL = {token: index for index, token in enumerate([*NAMED.values(), *OTHERS])}
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": 'The weather in a "city"',
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Größe <&>"}, "days": {"type": "integer"}},
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "description": "The time", "parameters": {}}},
+]
+CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": 2}}}
+USER = {"role": "user", "content": " hi there <b> é😀!\n"}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one": [USER],
+    "turns": [
+        {"role": "system", "content": " Be brief.\nAlways. "},
+        USER,
+        {"role": "assistant", "content": "yo \n"},
+        {"role": "user", "content": "again?!", "name": "Ann", "other": None},
+    ],
+    "answered": [USER, {"role": "assistant", "content": "Well, hi  "}],
+    "typed": [
+        {"role": "user", "content": "</s> <|im_end|>a<|user|></ [INST]<s"},
+        {"role": "assistant", "content": "<<s>>"},
+    ],
+    "thought": [
+        USER,
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nso", "reasoning": "hm"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "<think>\noh\n</think>\n\nso", "reasoning_content": None},
+    ],
+    "tools": [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"sun": true}', "tool_call_id": "call00001", "name": "weather"},
+        {"role": "assistant", "content": "Sun."},
+        {"role": "user", "content": "Thanks"},
+    ],
+    "parts": [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": " one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "three "}]},
+    ],
+}
+# They show the last message several times, or in pieces; there transformers leaves its marks in the text.
+ODD = ("filters", "string_methods", "tojson_ensure_ascii", "tojson_options", "undefined", "whitespace")
+# They reverse or break texts.
+APART = ("filters", "string_methods")
+MODES: dict[str, dict[str, bool]] = {
+    "closed": {},
+    "prompt": {"add_generation_prompt": True},
+    "continued": {"continue_final_message": True},
+}
+
+
+def cases():
+    """Template, conversation and mode of each case that both programs take."""
+    for template, source in TEMPLATES.items():
+        for name in CONVERSATIONS:
+            if name == "tools" and not ("tools" in source and "tool_calls" in source):
+                continue  # refused here: the template would leave them out
+            if name == "parts" and "['text']" not in source:
+                continue  # joined here; transformers shows a Python list
+            if template.startswith("bad_") and name != "one":
+                continue
+            if name == "typed" and template in APART:
+                continue  # refused here: what was typed and what the template wrote cannot be told apart
+            for mode in MODES:
+                if mode != "continued" or (CONVERSATIONS[name][-1]["role"] == "assistant" and template not in ODD):
+                    yield template, name, mode
+
+
+def ours(template: str, name: str, mode: str) -> str:
+    runs = chat_template.render(
+        CONVERSATIONS[name],
+        TEMPLATES[template],
+        SPECIAL,
+        named=NAMED,
+        tools=TOOLS if name == "tools" else None,
+        **{"add_generation_prompt": False, **MODES[mode]},
+    )
+    tokens = list(SPECIAL)
+    return "".join(tokens[run] if isinstance(run, int) else run for run in runs)
+
+
+def their_tokenizer() -> Any:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    from tokenizers import Tokenizer, models
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(dict(SPECIAL), unk_token="<unk>")),
+        extra_special_tokens={"image_token": "<image>"},
+        **{name: token for name, token in NAMED.items() if name != "image_token"},
+    )
+
+
+def theirs(tokenizer: Any, template: str, name: str, mode: str) -> dict[str, str]:
+    try:
+        text = tokenizer.apply_chat_template(
+            CONVERSATIONS[name],
+            chat_template=TEMPLATES[template],
+            tools=TOOLS if name == "tools" else None,
+            tokenize=False,
+            **MODES[mode],
+        )
+    except Exception as error:
+        return {"error": " ".join(str(error).split())}
+    return {"text": text}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_renders_what_transformers_renders(template):
+    keys = [case for case in cases() if case[0] == template]
+    assert keys and len(EXPECTED) == len(list(cases()))
+    for key in keys:
+        expected = EXPECTED["/".join(key)]
+        if "text" in expected:
+            assert ours(*key) == expected["text"], key
+        else:
+            with pytest.raises(RequestError) as caught:
+                ours(*key)
+            assert "\n" not in str(caught.value)
+            # In words of our own where the template does not show the message, or stores a private name.
+            own = ("cannot be continued", "begin with _", "tojson() got an unexpected keyword argument 'default'")
+            assert expected["error"] in str(caught.value) or any(word in str(caught.value) for word in own), key
+
+
+@pytest.mark.parametrize("template", APART)
+def test_a_typed_token_that_a_template_takes_apart_is_refused(template):
+    with pytest.raises(RequestError, match="holds a special token as text"):
+        ours(template, "typed", "closed")
+
+
+def test_what_is_expected_is_what_transformers_renders():
+    tokenizer = their_tokenizer()
+    assert {"/".join(key): theirs(tokenizer, *key) for key in cases()} == EXPECTED
+
+
+if __name__ == "__main__":
+    its = their_tokenizer()
+    found = {"/".join(key): theirs(its, *key) for key in cases()}
+    (FOLDER / "expected.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
