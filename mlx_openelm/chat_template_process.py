@@ -17,7 +17,9 @@ from typing import Any
 from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, OUT_OF_MEMORY
 from .errors import OpenELMError, RequestError
 
-# Where the system does not limit a process's memory, it is looked at so often once a template takes longer than that.
+# macOS has a limit for a process's memory and does not keep it. There the memory is looked at so often, once a template
+# takes longer than that.
+_LIMITS_MEMORY = sys.platform == "linux"
 _WATCH_SECONDS = 0.05
 _ENDS = {
     -signal.SIGPROF: f"it took more than {CPU_SECONDS:g} seconds of processor time",
@@ -55,11 +57,10 @@ class _Worker:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("chat_template_worker.py")
-        self._limits_itself = sys.platform == "linux"
         try:
             self._process = subprocess.Popen(
                 # Without the site module and the variables of the environment it starts sooner; it is told the path.
-                [sys.executable, "-I", "-S", str(script), json.dumps([sys.path, self._limits_itself])],
+                [sys.executable, "-I", "-S", str(script), json.dumps([sys.path, _LIMITS_MEMORY])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -79,7 +80,7 @@ class _Worker:
             try:
                 self._process.stdin.write(request + b"\n")
                 self._process.stdin.flush()
-                grew = not self._limits_itself and self._outgrows_its_memory()
+                grew = not _LIMITS_MEMORY and self._outgrows_its_memory()
                 line = b"" if grew else self._process.stdout.readline()
             except BrokenPipeError:
                 grew, line = False, b""

@@ -125,7 +125,7 @@ def main(path: list[str], limits_itself: bool) -> None:
 
     Args:
         path: where to look for jinja2, the parent's `sys.path`.
-        limits_itself: on macOS, which has the limit and does not keep it, the parent watches the memory instead.
+        limits_itself: whether the system keeps the limit; else the parent watches the memory.
     """
     sys.path[:] = path
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in the middle of a call, too
