@@ -81,9 +81,10 @@ def for_a_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, st
         )
     # Newer models of OpenAI's call the system a developer.
     return [
-        {"role": "system" if message["role"] == "developer" else message["role"], "content": plain_text(message["content"])}
+        {"role": "system" if role == "developer" else role, "content": plain_text(message["content"])}
         for message in messages
-    ]  # fmt: skip
+        for role in [message["role"]]
+    ]
 
 
 def for_a_template(messages: Sequence[Message], source: str, tools: Any) -> list[dict[str, Any]]:

@@ -86,9 +86,11 @@ def render(
         return [bos, *_render_corenet(plain, eos, add_generation_prompt, continue_final_message)]
     from .chat_template_process import render as render_jinja
 
-    said = {"messages": for_a_template(messages, source, tools), "tools": list(tools) if tools else None}
-    if continue_final_message:
-        said["messages"] = _opened(said["messages"])
+    prepared = for_a_template(messages, source, tools)
+    said = {
+        "messages": _opened(prepared) if continue_final_message else prepared,
+        "tools": list(tools) if tools else None,
+    }
     others = {**named, "documents": None, "add_generation_prompt": add_generation_prompt}
     mark = _mark(tuple(special_tokens))
     hidden = mark.hide(said)

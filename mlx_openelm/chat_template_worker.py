@@ -20,7 +20,7 @@ from typing import Any
 
 # Real templates take milliseconds, and a few MB.
 CPU_SECONDS = 0.5
-MEMORY_BYTES = 150 << 20
+MEMORY_BYTES = 100 << 20
 # How long the text may be, beside ten times what the request takes: far beyond what a model reads at once.
 MAX_CHARACTERS = 1 << 18
 OUT_OF_MEMORY = 77  # this process's exit status

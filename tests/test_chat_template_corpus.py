@@ -1,7 +1,7 @@
 """Templates of the shapes found in the wild render what transformers 5 renders, character by character.
 
-`fixtures/chat-templates/expected.json` holds transformers' texts and errors; `python -m tests.test_chat_template_corpus`
-makes it anew, and where transformers is installed a test compares.
+`fixtures/chat-templates/expected.json` holds transformers' texts and errors;
+`python -m tests.test_chat_template_corpus` makes it anew, and where transformers is installed a test compares.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "now", "description": "The time", "parameters": {}}},
 ]
-CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": 2}}}
+FUNCTION = {"name": "weather", "arguments": {"city": "Köln", "days": 2}}
+CALL = {"id": "call00001", "type": "function", "function": FUNCTION}
 USER = {"role": "user", "content": " hi there <b> é😀!\n"}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one": [USER],
