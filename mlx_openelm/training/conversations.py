@@ -26,14 +26,16 @@ class Conversation:
     Args:
         weighted: for each message, whether it may be learned; OpenAI's `"weight": 0` says no.
         tools: JSON schemas of functions, as the template is given them.
+        prompt: how many of the messages are the prompt, whoever speaks in them; `--mask-prompt` learns none of these.
     """
 
     messages: list[dict[str, Any]]
     weighted: tuple[bool, ...]
     tools: list[Any] | None = None
+    prompt: int = 0
 
 
-def conversation(turns: list[Any], tools: Any = None) -> Conversation:
+def conversation(turns: list[Any], tools: Any = None, prompt: int = 0) -> Conversation:
     """The conversation of `turns` as `read_turns` gives them.
 
     Args:
@@ -44,7 +46,7 @@ def conversation(turns: list[Any], tools: Any = None) -> Conversation:
     """
     check_messages(turns)
     weighted = tuple(_weight(turn.get("weight"), index) for index, turn in enumerate(turns))
-    return Conversation([_plain(turn) for turn in turns], weighted, _read_tools(tools))
+    return Conversation([_plain(turn) for turn in turns], weighted, _read_tools(tools), prompt)
 
 
 def read_turns(turns: Any) -> list[Any]:

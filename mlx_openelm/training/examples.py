@@ -249,7 +249,9 @@ def _nothing_to_learn(num_emptied: int, max_seq_length: int) -> str:
             f"Nothing is left to learn: the prompts alone fill --max-seq-length {max_seq_length}; raise it, or train "
             "on prompts too, without --mask-prompt."
         )
-    return "There is nothing to learn: with --mask-prompt the messages need an assistant's turn."
+    return (
+        "There is nothing to learn: with --mask-prompt the messages need an assistant's turn, of a weight other than 0."
+    )
 
 
 def _show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -128,7 +128,7 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
     if (key := next((key for key in kind.refused if values.get(key)), None)) is not None:
-        return f"{key!r} is not offered here; leave it out, or write it into the messages"
+        return f"{key!r} is not offered here; leave it out, or write what it says into messages"
     if kind in (TURNS, CHAT, SHAREGPT):
         try:
             conversation_of(values, kind)
@@ -155,9 +155,9 @@ def conversation_of(values: dict[str, Any], kind: Kind) -> Conversation:
     if kind is SHAREGPT:
         system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
         return conversation([*system, *read_turns(values["conversations"])], tools)
-    if kind is TURNS:  # of the completion alone is learned, also where the assistant speaks before it
-        before = [{**turn, "weight": 0} for turn in read_turns(values["prompt"])]
-        return conversation([*before, *read_turns(values["completion"])], tools)
+    if kind is TURNS:
+        before = read_turns(values["prompt"])
+        return conversation([*before, *read_turns(values["completion"])], tools, len(before))
     if kind is INSTRUCTION:
         prompt = "\n\n".join(part for part in (values["instruction"], values.get("input")) if part)
         answer = values["output"]

@@ -31,8 +31,8 @@ def render_chat(
 ) -> tuple[list[int], Spans]:
     """A conversation through the chat template; what has the weight 0 in it is not learned.
 
-    With `mask_prompt` each assistant's turn is learned, from where generation would begin to the token that closes it,
-    and what follows the last of them is left out: nothing in it is learned.
+    With `mask_prompt` each assistant's turn after the prompt is learned, from where generation would begin to the
+    token that closes it, and what follows the last of them is left out: nothing in it is learned.
 
     Raises:
         RequestError: a template that fails, or that renders the beginning of a conversation otherwise than the whole.
@@ -50,7 +50,7 @@ def render_chat(
             start, stop = turns.span(index)
             # Of two turns in a row, one may end where the other begins.
             start, end = max(start, end), stop
-            if weighted[index] and start < stop:
+            if weighted[index] and index >= conversation.prompt and start < stop:
                 spans.append((start, stop))
     return tokens[: spans[-1][1]] if spans else tokens, tuple(spans)
 
