@@ -133,7 +133,7 @@ class _Mark:
     """
 
     def __init__(self, tokens: tuple[str, ...]):
-        choices = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+        choices = "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True))
         self._tokens = re.compile(f"({choices})")
         self._starts = re.compile(f"(?={choices})")  # one may begin within another
         # A message may end with the beginning of a token, which what follows it would complete.

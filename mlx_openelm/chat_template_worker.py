@@ -109,17 +109,6 @@ def answer(line: bytes) -> dict[str, str]:
     return {"text": text}
 
 
-def limit_memory() -> None:
-    """Let this process grow by `MEMORY_BYTES` and no more (on Linux)."""
-    import resource
-
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = used + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-
-
 def main(path: list[str], limits_itself: bool) -> None:
     """Answer the requests on standard input, a line each, until it is closed.
 
@@ -131,7 +120,12 @@ def main(path: list[str], limits_itself: bool) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in the middle of a call, too
     compile_template("")
     if limits_itself:
-        limit_memory()
+        import resource
+
+        # What is allocated, and no libraries. An allocation beyond it fails at once, however large.
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:

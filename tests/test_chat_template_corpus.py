@@ -14,6 +14,8 @@ from mlx_openelm import chat_template
 from mlx_openelm.errors import RequestError
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 FOLDER = Path(__file__).parent / "fixtures" / "chat-templates"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
@@ -170,6 +172,22 @@ def test_a_template_renders_what_transformers_renders(template):
 def test_a_typed_token_that_a_template_takes_apart_is_refused(template):
     with pytest.raises(RequestError, match="holds a special token as text"):
         ours(template, "typed", "closed")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    contents=st.lists(
+        st.lists(st.sampled_from([*SPECIAL, *"<>/s|[]_1 x"]), max_size=6).map("".join), min_size=1, max_size=4
+    ),
+    between=st.sampled_from(["", " ", "</s>", "s>"]),
+)
+def test_messages_cannot_write_special_tokens_whatever_stands_around_them(contents, between):
+    messages = [{"role": "user", "content": content} for content in contents]
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content }}" + between + "{% endfor %}"
+    runs = chat_template.render(messages, source, SPECIAL, named=NAMED)
+    assert [run for run in runs if isinstance(run, int)] == [0] + [1] * (between == "</s>") * len(messages)
+    texts = [content + (between if between != "</s>" else "") for content in contents]
+    assert "".join(run for run in runs if isinstance(run, str)) == "".join(texts)
 
 
 def test_what_is_expected_is_what_transformers_renders():
