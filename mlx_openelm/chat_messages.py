@@ -41,7 +41,7 @@ def check_messages(messages: Sequence[Message], continue_final_message: bool = F
             raise RequestError(f"the content of message {index} must be text")
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise RequestError("only an assistant's message can be continued, and the last message is not one")
-    if continue_final_message and messages[-1].get("content") is None:
+    if continue_final_message and messages[-1].get("content") in (None, [], ()):
         raise RequestError("the last message has no content that could be continued")
 
 

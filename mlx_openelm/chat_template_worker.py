@@ -96,7 +96,7 @@ def answer(line: bytes) -> dict[str, str]:
     """The answer to a request, both JSON: `text`, or the `error` that the template raised and where."""
     request = json.loads(line)
     try:
-        text = compile_template(request["template"]).render(**request["variables"])
+        text = compile_template(request["template"]).render(request["variables"])
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     # A template can raise anything, from a syntax error to a division by zero.

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm import chat_template
 from mlx_openelm.errors import RequestError
+from mlx_openelm.tokenizer import Tokenizer
 
 import pytest
 from hypothesis import given, settings
@@ -166,6 +168,53 @@ def test_a_template_renders_what_transformers_renders(template):
             # In words of our own where the template does not show the message, or stores a private name.
             own = ("cannot be continued", "begin with _", "tojson() got an unexpected keyword argument 'default'")
             assert expected["error"] in str(caught.value) or any(word in str(caught.value) for word in own), key
+
+
+def test_the_published_cases():
+    folder = Path(__file__).parents[2] / "shared" / "cases" / "chat-templates"
+    if not folder.exists():
+        pytest.skip("needs the cases beside the repository")
+    cases = json.loads((folder / "expected.json").read_text())
+    tokenizer = Tokenizer.from_folder(FOLDER.parent / "shakespeare-hf")
+    for name, expected in cases["rendered"].items():
+        ids = tokenizer.apply_chat_template(cases["messages"], folder / name)
+        # A token at a time, since special ones have no text; BOS is OpenELM's.
+        assert [tokenizer.bos_token_id, *by_hand(tokenizer, expected)] == ids
+
+
+def by_hand(tokenizer: Tokenizer, text: str) -> list[int]:
+    parts = re.split("(<unk>|</s>)", text)
+    special = {"<unk>": [0], "</s>": [tokenizer.eos_token_id]}
+    return [token for part in parts if part for token in special.get(part) or tokenizer.encode(part, add_bos=False)]
+
+
+def test_a_tokenizers_config_names_special_tokens(tmp_path):
+    tokenizer = Tokenizer.from_folder(FOLDER.parent / "shakespeare-hf")
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {
+        "pad_token": {"content": "</s>", "lstrip": False},
+        "sep_token": "<s>",
+        "cls_token": None,
+        "add_x_token": True,
+    }
+    config |= {"extra_special_tokens": {"image_token": "<unk>", "self": "<s>", "messages": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ pad_token }}{{ sep_token }}{{ image_token }}{{ cls_token }}{{ messages | length }}")
+    ids = Tokenizer.from_folder(tmp_path).apply_chat_template([USER], template)
+    assert ids == [1, 2, 1, 0, *tokenizer.encode("1", add_bos=False)]
+
+
+def test_no_parts_cannot_be_continued():
+    with pytest.raises(RequestError, match="no content that could be continued"):
+        chat_template.render(
+            [USER, {"role": "assistant", "content": []}],
+            TEMPLATES["gemma3_parts"],
+            SPECIAL,
+            named=NAMED,
+            continue_final_message=True,
+        )
 
 
 @pytest.mark.parametrize("template", APART)
