@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..finite import not_finite
+from ..inputs import check_file
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
 
@@ -41,8 +42,9 @@ def load_documents(path: str | Path) -> list[str]:
         RequestError: unreadable, empty, or a line that is no such object, by its number.
     """
     path = Path(path)
+    check_file(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}.") from None
     if path.suffix != ".jsonl":
