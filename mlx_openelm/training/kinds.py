@@ -45,7 +45,7 @@ TEXT = Kind("text", ("text",))
 # In the order mlx-lm asks; `text` last, because many data sets add a rendered copy under that key.
 KINDS = (TURNS, COMPLETION, CHAT, SHAREGPT, INSTRUCTION, TEXT)
 # Everything that is ever looked at of a record.
-KEYS = tuple({key for kind in KINDS for key in (*kind.keys, *kind.optional, *kind.refused)})
+KEYS = frozenset(key for kind in KINDS for key in (*kind.keys, *kind.optional, *kind.refused))
 # What other kinds of training learn from.
 _NOT_OFFERED = {
     "chosen": "preference pairs (chosen, rejected)",
