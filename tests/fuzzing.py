@@ -430,7 +430,8 @@ def _gguf_fields(data: bytes) -> list[tuple[int, int]]:
 
     def string() -> None:
         nonlocal place
-        place += number(8)
+        length = number(8)
+        place += length
 
     def value(kind: int) -> None:
         if kind == _GGUF_STRING:
