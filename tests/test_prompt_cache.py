@@ -266,7 +266,6 @@ def sliding() -> RotatingKVCache:
         (KVCache, {"max_kv_size": 64}, "--max-kv-size 64 is for new caches"),
         (sliding, {"max_kv_size": 64}, "--max-kv-size 64 is for new caches"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("held", [0, 5])
 def test_options_that_a_given_cache_would_not_follow(
@@ -289,7 +288,6 @@ def test_options_that_a_given_cache_would_not_follow(
         (sliding, {"max_kv_size": 16}, RotatingKVCache),
         (sliding, {}, RotatingKVCache),
     ],
-    ids=str,
 )
 def test_options_that_a_given_cache_follows(
     model: OpenELM, ids: list[int], make: Callable, options: dict, kind: type
