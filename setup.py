@@ -1,8 +1,12 @@
-"""Compiles the kernels while installing, where a compiler is there; everything else stands in pyproject.toml."""
+"""Compiles the kernels while installing on Linux, where a compiler is there; all else stands in pyproject.toml.
+
+A Mac computes on its GPU, which needs none: there they are compiled on request, by `python -m mlx_openelm.native`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -45,8 +49,11 @@ class WithKernels(Distribution):
         return True
 
 
-setup(
-    distclass=WithKernels,
-    cmdclass={"build_ext": BuildKernels},
-    ext_modules=[Extension("mlx_openelm.native.kernels", [], optional=True)],
-)
+if sys.platform == "darwin":
+    setup()
+else:
+    setup(
+        distclass=WithKernels,
+        cmdclass={"build_ext": BuildKernels},
+        ext_modules=[Extension("mlx_openelm.native.kernels", [], optional=True)],
+    )

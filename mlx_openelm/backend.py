@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import interposing
+from .environment import says_off, thread_count
 from .errors import OpenELMError
 
 if TYPE_CHECKING:
@@ -22,8 +24,20 @@ if TYPE_CHECKING:
 
 # Set to 0 to leave MLX with the BLAS of its wheel, or to the path of another library with cblas_sgemm.
 BLAS_VARIABLE = "MLX_OPENELM_BLAS"
+# PyPI's OpenBLAS, which comes with the extra `cpu`: its functions have a prefix. Then the system's, where it lacks.
+_BLAS_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
 _BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
-BLAS_ADVICE = "install OpenBLAS (Debian and Ubuntu: apt-get install libopenblas0; Fedora: dnf install openblas)"
+BLAS_ADVICE = "pip install scipy-openblas32"
+# For how long OpenBLAS's threads look out for more work before they sleep, as a power of 2 in cycles. By default 26,
+# which is 25 ms that our kernels' threads lose after a product, and every start of a program.
+_SPINNING = "18"
+# What MLX's libraries ask of a BLAS and a LAPACK.
+BLAS_FUNCTIONS = (
+    *("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"),
+    *("sgeev_", "dgeev_", "cgeev_", "sgeqrf_", "dgeqrf_", "sgesdd_", "dgesdd_", "cgesdd_", "sgetrf_", "dgetrf_"),
+    *("sgetri_", "dgetri_", "sorgqr_", "dorgqr_", "spotrf_", "dpotrf_", "ssyevd_", "dsyevd_", "cheevd_"),
+    *("strtri_", "dtrtri_"),
+)
 
 _GIB = 1 << 30
 
@@ -43,13 +57,8 @@ class Blas:
 blas = Blas("unneeded")
 
 
-def says_off(value: str) -> bool:
-    """Whether an environment variable of this value turns off what it is about."""
-    return value.lower() in ("0", "off", "false", "no")
-
-
 def preload_blas() -> None:
-    """Load a system OpenBLAS ahead of MLX, whose Linux wheel for CPUs bundles the slow reference BLAS.
+    """Load an OpenBLAS ahead of MLX, whose Linux wheel for CPUs bundles the slow reference BLAS.
 
     MLX calls `cblas_sgemm`; the dynamic linker binds it to whichever library with global symbols came
     first. Measured: 4 GFLOP/s with the bundled one, 162 with OpenBLAS, nothing gained after the import.
@@ -64,11 +73,55 @@ def preload_blas() -> None:
         blas = Blas("late")
     else:
         blas = Blas("missing", wanted)
-        for name in (wanted,) if wanted else _BLAS_NAMES:
+        for name in (wanted,) if wanted else (*_packaged_blas(), *_BLAS_NAMES):
             with contextlib.suppress(OSError):
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+                _open_blas(name)
                 blas = Blas("loaded", name)
                 break
+
+
+def _packaged_blas() -> list[str]:
+    """The library of the package from PyPI, if that is installed; the package is not imported, which takes longer."""
+    spec = find_spec(_BLAS_PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return [str(file) for folder in folders for file in Path(folder, "lib").glob("libscipy_openblas*.so")]
+
+
+def _open_blas(name: str) -> None:
+    """Open this library so that MLX will call it.
+
+    Raises:
+        OSError: it does not load, or is none of a BLAS.
+    """
+    with _set("OPENBLAS_THREAD_TIMEOUT", _SPINNING):
+        library = ctypes.CDLL(name)
+    if hasattr(library, BLAS_FUNCTIONS[0]):
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        return
+    addresses = {
+        plain: ctypes.cast(getattr(library, _PREFIX + plain), ctypes.c_void_p).value or 0
+        for plain in BLAS_FUNCTIONS
+        if hasattr(library, _PREFIX + plain)
+    }
+    if BLAS_FUNCTIONS[0] not in addresses:
+        raise OSError(f"{name} has no {BLAS_FUNCTIONS[0]}")
+    interposing.publish(addresses)
+    # It counts processors, whatever a container may use of them.
+    if library.scipy_openblas_get_num_threads() > (count := thread_count()):
+        library.scipy_openblas_set_num_threads(count)
+
+
+@contextlib.contextmanager
+def _set(variable: str, value: str) -> Iterator[None]:
+    """An environment variable that is set for a while, unless it is set already."""
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        del os.environ[variable]
 
 
 def _mlx_is_for_cuda() -> bool:
@@ -97,7 +150,7 @@ def blas_problem() -> str | None:
     if blas.state == "late":
         return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
     if blas.state == "missing" and blas.library:
-        return f"{BLAS_VARIABLE}={blas.library} cannot be loaded, so MLX uses its slow bundled BLAS."
+        return f"{BLAS_VARIABLE}={blas.library} is no BLAS that can be loaded, so MLX uses its slow bundled BLAS."
     if blas.state == "missing":
         return f"No OpenBLAS was found, so MLX uses its slow bundled BLAS; {BLAS_ADVICE}."
     return None
@@ -130,7 +183,7 @@ def has_kernels() -> bool:
     """Whether matrix products go through our own kernels for CPUs, which take weights as they are stored."""
     from . import native
 
-    return native.kernels is not None and not on_gpu()
+    return not on_gpu() and native.kernels is not None
 
 
 def multiplies_packed(modes: Iterable[str]) -> bool:

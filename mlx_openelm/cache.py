@@ -14,13 +14,13 @@ import mlx.core as mx
 
 from .errors import RequestError
 
-STEP = 256
 SMALLEST_WINDOW = 8  # of a sliding cache: the 4 it keeps, and room beside them
 
 
 class Cache:
     """What every cache shares. `keys` and `values` are None until the first update."""
 
+    step = 256  # by which buffers grow
     keys: Any = None
     values: Any = None
     offset: Any = 0
@@ -40,7 +40,7 @@ class Cache:
 
     def trim(self, count: int) -> int:
         """Forget the last `count` positions; returns how many there were to forget."""
-        count = min(self.offset, count)
+        count = max(0, min(self.offset, count))
         self.offset -= count
         return count
 
@@ -62,6 +62,10 @@ class KVCache(Cache):
         start = self.reserve(rows, heads, length, dim, keys.dtype)
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What is held, without the unused part of the buffers; there must have been an update."""
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def holds(self, dtype: mx.Dtype) -> bool:
@@ -73,7 +77,7 @@ class KVCache(Cache):
         start, self.offset = self.offset, self.offset + length
         if self.keys is None or self.offset > self.keys.shape[2]:
             shape = rows, heads, length, dim
-            self.keys, self.values = (grow(old, shape, dtype, start) for old in (self.keys, self.values))
+            self.keys, self.values = (grow(old, shape, dtype, start, self.step) for old in (self.keys, self.values))
         return start
 
     def size(self) -> int:
@@ -99,7 +103,7 @@ class KVCache(Cache):
         """The same past in fewer bits."""
         cache = QuantizedKVCache(group_size, bits)
         if self.keys is not None:
-            cache.update_and_fetch(self.keys[:, :, : self.offset], self.values[:, :, : self.offset])
+            cache.update_and_fetch(*self.keys_and_values())
         return cache
 
     @classmethod
@@ -124,12 +128,16 @@ class QuantizedKVCache(Cache):
         if self.keys is None or self.offset > self.keys[0].shape[2]:
             olds = (self.keys or (None,) * 3, self.values or (None,) * 3)
             self.keys, self.values = (
-                tuple(grow(old, new.shape, new.dtype, start) for old, new in zip(part, news, strict=True))
+                tuple(grow(old, new.shape, new.dtype, start, self.step) for old, new in zip(part, news, strict=True))
                 for part, news in zip(olds, packed, strict=True)
             )
         for buffers, news in zip((self.keys, self.values), packed, strict=True):
             for buffer, new in zip(buffers, news, strict=True):
                 buffer[:, :, start : self.offset] = new
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> Any:
+        """What is held, each as (packed, scales, biases), without the unused part of the buffers."""
         return tuple(tuple(b[:, :, : self.offset] for b in part) for part in (self.keys, self.values))
 
     def size(self) -> int:
@@ -165,30 +173,48 @@ class RotatingKVCache(Cache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L."""
         length = keys.shape[2]
-        if length > 1 or self.keys is None or self.keys.shape[2] > self.max_size:
+        if length > 1:
             # Each new position still sees max_size positions, itself included.
             self.keys, self.values = (self._append(old, new) for old, new in ((self.keys, keys), (self.values, values)))
             self._idx = self.keys.shape[2]
         else:
-            held = self.size()
-            if self._idx >= self.max_size:
-                self._idx = self.keep
-            elif self._idx >= self.keys.shape[2]:
-                extra = min(STEP, self.max_size - held)
-                self.keys, self.values = (_pad(x, extra) for x in (self.keys, self.values))
+            self._make_room(keys, values)
             self.keys[:, :, self._idx : self._idx + 1] = keys
             self.values[:, :, self._idx : self._idx + 1] = values
             self._idx += 1
         self.offset += length
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What is held, in the order of the buffers, without their unused part; there must have been an update."""
         held = min(self.offset, self.keys.shape[2])
         return self.keys[:, :, :held], self.values[:, :, :held]
+
+    def _make_room(self, keys: mx.array, values: mx.array) -> None:
+        """Let `_idx` be where a single new position goes: behind what is held, or in place of the oldest."""
+        columns = 0 if self.keys is None else self.keys.shape[2]
+        if columns > self.max_size:  # as a longer update left them: in order
+            parts = (self._latest_parts(x, self.max_size) for x in (self.keys, self.values))
+            self.keys, self.values = (mx.concatenate(x, axis=2) for x in parts)
+            self._idx = self.max_size
+        elif self.offset >= columns and columns < self.max_size:
+            extra = min(self.step, self.max_size - columns)
+            self.keys, self.values = (
+                grow(old, (*new.shape[:2], extra, new.shape[3]), new.dtype, columns, step=1)
+                for old, new in ((self.keys, keys), (self.values, values))
+            )
+        if self._idx >= self.max_size:
+            self._idx = self.keep
 
     def _append(self, old: mx.array | None, new: mx.array) -> mx.array:
         if old is None:
             return new
-        old = self.in_order(old)
-        excess = max(0, old.shape[2] - (self.max_size - 1))
-        return mx.concatenate([old[:, :, : self.keep], old[:, :, self.keep + excess :], new], axis=2)
+        return mx.concatenate([*self._latest_parts(self.in_order(old), self.max_size - 1), new], axis=2)
+
+    def _latest_parts(self, buffer: mx.array, size: int) -> list[mx.array]:
+        """Of `buffer`, which is in order, what is kept and the latest, `size` columns in all."""
+        excess = buffer.shape[2] - size
+        return [buffer] if excess <= 0 else [buffer[:, :, : self.keep], buffer[:, :, self.keep + excess :]]
 
     def in_order(self, buffer: mx.array) -> mx.array:
         """What `buffer` holds, oldest first."""
@@ -212,21 +238,34 @@ class RotatingKVCache(Cache):
         return self.offset < self.max_size
 
     def trim(self, count: int) -> int:
+        if not self.is_trimmable():  # what the last positions took the place of is gone
+            return 0
         count = super().trim(count)
         self._idx -= count
         return count
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
+        """Refused with a `RequestError`: mlx-lm has no quantized cache that slides, either."""
+        raise RequestError("--kv-bits cannot be combined with a sliding cache (--max-kv-size).")
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """What `length` new positions may see of what `update_and_fetch` will return."""
-        if length == 1:
-            return None
         window = window_size or self.max_size
+        if length == 1:
+            return self._latest(window) if window < self.max_size and self.offset >= window else None
         past = min(self.offset, self.max_size - 1)
         if past + length > window or return_array:
             return causal_mask(length, past, window, keep=self.keep)
         return "causal"
+
+    def _latest(self, window: int) -> mx.array:
+        """Booleans [columns] after one more position: True for the kept and the latest, `window` of them in all."""
+        columns = mx.arange(min(self.offset + 1, self.max_size))
+        last = self.keep if self._idx >= self.max_size else self._idx
+        age = (last - columns) % max(1, columns.size - self.keep)
+        return (columns < self.keep) | (age < window - self.keep)
 
     @classmethod
     def merge(cls, caches: Sequence[RotatingKVCache]) -> Any:
@@ -262,12 +301,8 @@ def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0
     return mask
 
 
-def grow(buffer: mx.array | None, new: Sequence[int], dtype: mx.Dtype, used: int) -> mx.array:
+def grow(buffer: mx.array | None, new: Sequence[int], dtype: mx.Dtype, used: int, step: int) -> mx.array:
     """`buffer` with what it holds and room for a shape `new` [B, K, L, D] behind its `used` columns, in whole steps."""
-    room = -(-new[2] // STEP) * STEP
+    room = -(-new[2] // step) * step
     zeros = mx.zeros((*new[:2], room, new[3]), dtype)
     return zeros if buffer is None else mx.concatenate([buffer[:, :, :used], zeros], axis=2)
-
-
-def _pad(buffer: mx.array, columns: int) -> mx.array:
-    return mx.pad(buffer, [(0, 0), (0, 0), (0, columns), (0, 0)])

@@ -7,19 +7,16 @@ encoded literally.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .chat_messages import Message, check_messages, for_a_built_in, for_a_template
 from .errors import RequestError
-
-ROLES = ("system", "user", "assistant")
-Message = Mapping[str, Any]
+from .inputs import read_text
 
 # What CoreNet's instruction tuning rendered, without the empty system turn its code put first.
 CORENET_TEMPLATE = (
@@ -30,6 +27,8 @@ CORENET_TEMPLATE = (
 # Apple's own examples prompt the instruct models with plain text.
 PLAIN_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\\n') }}"
 NAMED_TEMPLATES = {"corenet": CORENET_TEMPLATE, "plain": PLAIN_TEMPLATE}
+# The longest on the hub have 20,000.
+_MAX_BYTES = 1 << 20
 
 
 def find_template(name: str | Path) -> str:
@@ -37,27 +36,22 @@ def find_template(name: str | Path) -> str:
     if str(name) in NAMED_TEMPLATES:
         return NAMED_TEMPLATES[str(name)]
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return read_text(Path(name), max_bytes=_MAX_BYTES)
+    except RequestError as error:
         raise RequestError(
-            f"cannot read the chat template {str(name)!r} ({reason}): give plain, corenet or the path of a .jinja file"
+            f"cannot read the chat template: {str(error).rstrip('.')}; give plain, corenet or the path of a .jinja file"
         ) from None
 
 
-def check_messages(messages: Sequence[Message], continue_final_message: bool = False) -> None:
-    """Raise `RequestError` unless `messages` is a filled list of `{"role": ..., "content": text}`."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise RequestError('messages must be a list with at least one {"role": ..., "content": ...}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise RequestError(f'message {index} must be an object with "role" and "content"')
-        if message["role"] not in ROLES:
-            raise RequestError(f"message {index} has role {message['role']!r}: use one of {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
-            raise RequestError(f"the content of message {index} must be text")
-    if continue_final_message and messages[-1]["role"] != "assistant":
-        raise RequestError("only an assistant's message can be continued, and the last message is not one")
+def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that a `tokenizer_config.json` names, by the names that templates know them under:
+    `pad_token`, `unk_token`, and whatever else ends so or stands among its `extra_special_tokens`."""
+    extra = config.get("extra_special_tokens")
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    # Older files spell a token out with its flags.
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: value for key, value in texts.items() if isinstance(value, str)}
 
 
 def render(
@@ -65,48 +59,49 @@ def render(
     source: str,
     special_tokens: Mapping[str, int],
     *,
-    bos_token: str,
-    eos_token: str,
+    named: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> list[str | int]:
     """Render `messages` with the jinja `source` to runs of text (str) and special token ids (int).
 
-    `special_tokens` gives the id of every special token by its text, `bos_token` and `eos_token` among them.
-    `continue_final_message` leaves the last, assistant's, message open and turns `add_generation_prompt` off.
-    Raises `RequestError` for messages or a template that cannot be right.
+    Args:
+        special_tokens: the id of every special token by its text.
+        named: special tokens by the names that templates use, `bos_token` and `eos_token` among them.
+        tools: JSON schemas of functions, for templates that show them.
+        continue_final_message: leave the last, assistant's, message open; turns `add_generation_prompt` off.
+
+    Raises:
+        RequestError: messages or a template that cannot be right, or one that takes too much time or memory.
     """
     check_messages(messages, continue_final_message)
     add_generation_prompt = add_generation_prompt and not continue_final_message
     # These two need no jinja2, whose import costs more than the rendering.
-    if source == PLAIN_TEMPLATE:
-        return [special_tokens[bos_token], "\n".join(message["content"] for message in messages)]
-    if source == CORENET_TEMPLATE:
-        runs = _render_corenet(messages, special_tokens[eos_token], add_generation_prompt, continue_final_message)
-        return [special_tokens[bos_token], *runs]
-    # A mark nobody can have typed stands for each special token the template writes, and for the point where the
-    # last message ends, so that both are found in the rendered text whatever the messages say. No text that comes
-    # out holds it, so one a process serves, and a template is compiled once.
-    mark = _mark()
-    copies = [dict(message) for message in messages]
-    variables = {
-        "messages": copies,
-        "bos_token": f"{mark}{special_tokens[bos_token]};",
-        "eos_token": f"{mark}{special_tokens[eos_token]};",
-        "add_generation_prompt": add_generation_prompt,
-        "tools": None,
-        "documents": None,
+    if source in (PLAIN_TEMPLATE, CORENET_TEMPLATE):
+        plain = for_a_built_in(messages, tools)
+        bos, eos = (special_tokens[named[name]] for name in ("bos_token", "eos_token"))
+        if source == PLAIN_TEMPLATE:
+            return [bos, "\n".join(message["content"] for message in plain)]
+        return [bos, *_render_corenet(plain, eos, add_generation_prompt, continue_final_message)]
+    from .chat_template_process import render as render_jinja
+
+    prepared = for_a_template(messages, source, tools)
+    said = {
+        "messages": _opened(prepared) if continue_final_message else prepared,
+        "tools": list(tools) if tools else None,
     }
-    end = f"{mark}end;"
-    if continue_final_message:
-        copies[-1]["content"] += end
-    text = _render_jinja(_mark_special_tokens(source, tuple(special_tokens.items()), mark), variables)
-    if continue_final_message:
-        if end not in text:
-            raise RequestError("this chat template does not show the last message, so it cannot be continued")
-        text = text[: text.rindex(end)].replace(end, "")
-    parts = re.split(f"{mark}(\\d+);", text)  # text, id, text, id, ..., text
-    return [int(part) if index % 2 else part for index, part in enumerate(parts) if index % 2 or part]
+    others = {**named, "documents": None, "add_generation_prompt": add_generation_prompt}
+    mark = _mark(tuple(special_tokens))
+    hidden = mark.hide(said)
+    text = render_jinja(source, {**others, **hidden})
+    # A template may reverse a text, or look for a token in it.
+    if hidden != said and mark.show(text) != render_jinja(source, {**others, **said}):
+        raise RequestError(
+            "a message holds a special token as text, and this chat template takes it apart, so that text and token "
+            "cannot be told apart: leave it out of the message"
+        )
+    return mark.runs(_up_to_the_end(text) if continue_final_message else text, special_tokens)
 
 
 def _render_corenet(
@@ -124,50 +119,76 @@ def _render_corenet(
 
 
 @lru_cache(maxsize=1)
-def _mark() -> str:
-    return "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
+def _code() -> str:
+    """A number nobody can have typed: it stands before what is hidden in a text, and survives whatever a template
+    does with texts, such as writing them as JSON or in capitals. No text that comes out holds it."""
+    return "".join(secrets.choice("0123456789") for _ in range(30))
 
 
-@lru_cache(maxsize=8)
-def _mark_special_tokens(source: str, special_tokens: tuple[tuple[str, int], ...], mark: str) -> str:
-    """Replace the special tokens written out in a template (`</s>` instead of `eos_token`) by their marks."""
-    ids = dict(special_tokens)
-    longest_first = sorted(ids, key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in longest_first)
-    return re.sub(pattern, lambda found: f"{mark}{ids[found[0]]};", source)
+class _Mark:
+    """Keeps apart the special tokens that a template writes and those that a message says.
+
+    In messages the first character of each is replaced by a code, so that what is found in the rendered text is the
+    template's, be it written out, by name, or put together of pieces.
+    """
+
+    def __init__(self, tokens: tuple[str, ...]):
+        choices = "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True))
+        self._tokens = re.compile(f"({choices})")
+        self._starts = re.compile(f"(?={choices})")  # one may begin within another
+        # A message may end with the beginning of a token, which what follows it would complete.
+        self._beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
+        self._longest = max(map(len, tokens))
+
+    def hide(self, value: Any) -> Any:
+        """A copy of JSON values in which no text holds or begins a special token."""
+        if isinstance(value, str):
+            return self._hide_in(value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        return value
+
+    def _hide_in(self, text: str) -> str:
+        starts = {found.start() for found in self._starts.finditer(text)} if self._tokens.search(text) else set()
+        tail = range(max(0, len(text) - self._longest + 1), len(text))
+        starts |= {start for start in tail if text[start:] in self._beginnings}
+        if not starts:
+            return text
+        return "".join(f"{_code()}_{ord(char)}_" if index in starts else char for index, char in enumerate(text))
+
+    def runs(self, text: str, special_tokens: Mapping[str, int]) -> list[str | int]:
+        """A rendered text as runs of text and special token ids."""
+        parts = self._tokens.split(text)  # text, token, text, token, ..., text
+        return [special_tokens[part] if index % 2 else self.show(part) for index, part in enumerate(parts) if part]
+
+    def show(self, text: str) -> str:
+        """A text with what `hide` has hidden in it."""
+        return re.sub(f"{_code()}_([1-9][0-9]*)_", lambda found: chr(int(found[1])), text)
 
 
-def _render_jinja(source: str, variables: Mapping[str, Any]) -> str:
-    import jinja2
-
-    try:
-        return _compile(source).render(**variables)
-    # A template is a program of the user's: it can raise anything, from a syntax error to a division by zero.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        raise RequestError(
-            f"the chat template failed{line}: {reason}; correct it, or use --chat-template plain or corenet"
-        ) from None
+@lru_cache(maxsize=1)
+def _mark(tokens: tuple[str, ...]) -> _Mark:
+    return _Mark(tokens)
 
 
-@lru_cache(maxsize=8)
-def _compile(source: str) -> Any:
-    """A template as transformers has them: a sandbox, blocks trimmed, and the functions those on the hub rely on."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _opened(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with a code at the end of the last one's text. A space follows it, as in transformers: where the
+    template trims that, it trims the message, too."""
+    end = f"{_code()}_0_ "
+    last = messages[-1]
+    if isinstance(last["content"], str):
+        return [*messages[:-1], {**last, "content": last["content"] + end}]
+    parts = [*last["content"][:-1], {**last["content"][-1], "text": last["content"][-1]["text"] + end}]
+    return [*messages[:-1], {**last, "content": parts}]
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    def tojson(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)
+def _up_to_the_end(text: str) -> str:
+    """A rendered text up to where the code of `_opened` stands in it."""
+    end = f"{_code()}_0_"
+    if end not in text:
+        raise RequestError("this chat template does not show the last message, so it cannot be continued")
+    before, _, after = text.rpartition(end)
+    before = before.replace(f"{end} ", "").replace(end, "")
+    return before if after.startswith(" ") else before.rstrip()

@@ -31,8 +31,9 @@ _SIZE_FIELDS = (
 )
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
 
-# The largest size and the largest number that could be meant; beyond them a file is damaged or hostile.
+# The largest sizes and the largest number that could be meant; beyond them a file is damaged or hostile.
 _MAX_SIZE = 1 << 24
+_MAX_LAYERS = 1 << 12
 _MAX_NUMBER = 1e12
 
 
@@ -93,6 +94,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _SIZE_FIELDS:
             _check_size(name, getattr(self, name))
+        if self.num_transformer_layers > _MAX_LAYERS:  # before anything is made for each of them
+            raise _invalid("num_transformer_layers", self.num_transformer_layers, f"at most {_MAX_LAYERS}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "true or false")

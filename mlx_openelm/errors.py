@@ -7,19 +7,20 @@ import re
 # A message repeats at most this many characters of a name or value, which may come from a damaged file.
 QUOTED = 200
 _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 
 class OpenELMError(Exception):
     """Something failed while working; one line that says what is wrong and what to do. Exit code 1.
 
-    Whatever a message was made of, it shows no control characters and no word of more than `QUOTED` characters.
+    Whatever a message was made of, it has only printable characters and no word of more than `QUOTED` of them.
     """
 
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(_LONG_WORD.sub(lambda word: _cut(word[0]), _CONTROL.sub(" ", message)))
+        if not message.isprintable():
+            message = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(_LONG_WORD.sub(lambda word: _cut(word[0]), message))
 
 
 class RequestError(OpenELMError, ValueError):

@@ -8,7 +8,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import catalog
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
+
+# What must not be shown, and what is shown in its place. Tokens of the hub are `hf_` and 34 letters and digits, older
+# ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in small letters, are no tokens.
+_SHORTEST_SECRET = 8
+_MAX_TEXT = 2000
+_SECRETS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\w+://\S+", "the hub"),
+        (r"\?[^\s'\"()]*=[^\s'\"()]*", "?..."),  # the end of an address, which can be signed
+        (r"[^\s:/@'\"]+:[^\s/@'\"]+@(?=\w)", "...@"),  # name and password of a proxy
+        (r"\bhf_(?:oauth_[\w.-]+|[A-Za-z0-9]{30,}|\w*[A-Z]\w*)", "hf_..."),
+        (r"\bapi_(?:org_)?[A-Za-z0-9]{30,}", "api_..."),
+        (r"\beyJ[\w-]+\.[\w.-]+", "..."),  # a JSON web token
+        (r"(?i)\b(authorization\b\W{1,4}(?:basic|bearer|token)?|bearer)(\s+)[\w.~+/=-]{16,}", r"\1\2..."),
+        (r"(?i)\b(\w*(?:token|password|secret|signature)(?:['\"]\s*:\s*|=)['\"]?)[^\s&,;'\")]+", r"\1..."),
+    )
+]
 
 _NO_ADDRESS = "HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it"
 _NO_HUB = "{} does not answer like a model hub: check HF_ENDPOINT and your proxy settings"
@@ -29,7 +47,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
     cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, errors.HFValidationError):
         return RequestError(
-            f"{repo!r} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
+            f"{quote(repo)} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         return _explain_answer(cause, repo, revision)
@@ -188,7 +206,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"\bhf_\w+", "hf_...", re.sub(r"\w+://\S+", "the hub", text))
+    """Another program's text without addresses and secrets, among them the token in use."""
+    from huggingface_hub import get_token
+
+    if len(text) > _MAX_TEXT:
+        text = f"{text[:_MAX_TEXT].rpartition(' ')[0]} …"  # a secret that was cut would not be known as one
+    token = get_token()
+    if token and len(token) >= _SHORTEST_SECRET:
+        text = text.replace(token, "...")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def host() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 from .errors import RequestError
 
-# The largest file that is read whole: the real tokenizers and indexes take 5 MB at most.
-MAX_BYTES = 1 << 28
+# The largest file that is read whole; the largest tokenizers anyone publishes have some 35 MB.
+MAX_BYTES = 1 << 26
+# The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
+_MAX_JSON_BYTES = 1 << 24
+# What Git leaves in the place of a large file where Git LFS is not installed.
+_POINTER = b"version https://git-lfs"
 # The most values a YAML file may hold once its aliases are expanded.
 _MAX_YAML_NODES = 100_000
 
@@ -37,14 +42,44 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
-        RequestError: it cannot be read, is no regular file, or is larger than `max_bytes`.
+        RequestError: it cannot be read, is no regular file, a pointer of Git LFS, or larger than `max_bytes`.
     """
     if (size := check_file(path)) > max_bytes:
         raise RequestError(f"{path} has {size} bytes, more than the {max_bytes} such a file may have.")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+    refuse_pointer(path, content)
+    return content
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raises RequestError if a file that starts so only stands for one that Git LFS has not brought."""
+    if start.startswith(_POINTER):
+        raise RequestError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
+        )
+
+
+def to_path(name: str | Path) -> Path:
+    """The path that a person's text means, `~` expanded.
+
+    Raises:
+        RequestError: no file can have that name.
+    """
+    path = Path(str(name).strip() if isinstance(name, str) else name)
+    try:
+        path = path.expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(f"{path} is no file: the name is too long.") from None
+    except (RuntimeError, ValueError) as error:  # no such user, a null character
+        raise RequestError(f"{path} is no file: {error}.") from None
+    return path
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
@@ -62,8 +97,9 @@ def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
         RequestError: missing, unreadable, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
+    content = read_bytes(path, max_bytes=_MAX_JSON_BYTES)
     try:
-        values = json.loads(read_bytes(path))
+        values = json.loads(content)
     except RecursionError:
         raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as error:

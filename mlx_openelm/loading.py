@@ -114,7 +114,7 @@ def build_model(
     weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
     checkpoint.weights = Weights({})
 
-    model = OpenELM(checkpoint.config)
+    model = OpenELM(checkpoint.config, initialize=False)
     if packed and not expanded:
         nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
     loaded = []

@@ -17,18 +17,23 @@ from .config import ModelConfig
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
 
 
+# Layers start with zeros, which take no memory until used; `OpenELM.initialize` or a checkpoint brings weights.
+# MLX's own constructors draw random ones, and each draw adds to an unevaluated chain of states that is never let go.
+
+
 class Linear(nn.Linear):
     """A linear layer without bias, through `ops.linear`."""
 
     def __init__(self, in_dims: int, out_dims: int):
-        super().__init__(in_dims, out_dims, bias=False)
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((out_dims, in_dims))
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """The product, plus the residual if there is one: in one on a GPU."""
         return ops.linear(x, self["weight"], residual)
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
-        return QuantizedLinear.from_linear(self, *packing, **named)
+        return _packed(QuantizedLinear, self["weight"], *packing, **named)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -43,11 +48,17 @@ class QuantizedLinear(nn.QuantizedLinear):
 class Embedding(nn.Embedding):
     """Token embeddings that also serve as the output layer."""
 
+    def __init__(self, num_embeddings: int, dims: int):
+        nn.Module.__init__(self)
+        self.weight = mx.zeros((num_embeddings, dims))
+
     def as_linear(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"])
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedEmbedding:
-        return QuantizedEmbedding.from_embedding(self, *packing, **named)
+        layer = _packed(QuantizedEmbedding, self["weight"], *packing, **named)
+        layer.num_embeddings, layer.dims = self["weight"].shape
+        return layer
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
@@ -60,6 +71,23 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return ops.quantized_linear(x, self)
+
+
+def _packed(
+    kind: Any, weight: mx.array, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+) -> Any:
+    """A layer of a packed kind from a plain weight [out, in]; MLX's constructor would draw a random one first.
+
+    Group size and bits are the mode's unless given.
+    """
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.weight, layer.scales, *biases = mx.quantize(weight, group_size, bits, mode)
+    layer.biases = biases[0] if biases else None
+    layer.mode, layer.group_size = mode, weight.shape[1] // layer.scales.shape[1]
+    layer.bits = layer.weight.shape[1] * 32 // weight.shape[1]
+    layer.freeze()
+    return layer
 
 
 class RMSNorm(nn.RMSNorm):
@@ -189,15 +217,35 @@ class OpenELM(nn.Module):
     """The language model.
 
     Calling it with tokens [batch, length] gives logits [batch, length, vocab]: `logits(hidden_states(tokens))`.
+
+    Args:
+        initialize: whether to draw random weights; a loader that fills all of them does without.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, initialize: bool = True):
         super().__init__()
         self.config = config
         self.model_type = "openelm"
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
+        if initialize:
+            self.initialize()
+
+    def initialize(self) -> None:
+        """Draw every matrix as MLX's layers do, from its global random state.
+
+        Embeddings are normal with deviation 1 / sqrt(model_dim), the others uniform within 1 / sqrt(inputs).
+        """
+        embeddings = self.transformer.token_embeddings
+        embeddings.weight = mx.random.normal(embeddings.weight.shape, scale=self.config.model_dim**-0.5)
+        matrices = [p for layer in self.layers for p in layer._projections()]
+        if not self.config.share_input_output_layers:
+            matrices.append(self.lm_head)
+        for matrix in matrices:
+            bound = matrix.weight.shape[1] ** -0.5
+            matrix.weight = mx.random.uniform(-bound, bound, matrix.weight.shape)
+        mx.eval(mx.random.state)
 
     @property
     def layers(self) -> list[TransformerLayer]:
@@ -223,7 +271,7 @@ class OpenELM(nn.Module):
         caches = cache if cache is not None else [None] * len(self.layers)
         first = caches[0]
         offset = 0 if first is None else first.offset
-        if mask is None and first is not None:
+        if mask is None and first is not None and hasattr(first, "make_mask"):  # mlx-lm's ChunkedKVCache has none
             mask = first.make_mask(length, return_array=False, window_size=None)
         elif mask is None and length > 1:
             mask = "causal"

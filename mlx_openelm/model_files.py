@@ -40,7 +40,8 @@ def model_files(path: Path) -> list[Path]:
     if not ggufs or any(entry.suffix == ".safetensors" for entry in entries):
         mlx_format.read(path)
         weights = safetensors.weight_files(path)
-        weights += [path / safetensors.INDEX] if (path / safetensors.INDEX).is_file() else []
+        # An index that others left beside these weights would mislead whoever reads it.
+        weights += [] if (index := safetensors.index_of(weights)) is None else [index]
     for file in ggufs:
         gguf.check(file)
     others = [entry for entry in entries if _belongs(entry.name)]

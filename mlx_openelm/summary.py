@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import mlx.core as mx
 from . import backend, catalog, hub
 from .config import ModelConfig
 from .errors import RequestError
+from .formats import gguf
 from .formats import mlx as mlx_format
 from .formats.packing import Quantization, bits_per_weight, most_common
 from .quantization.recipes import plan
@@ -59,8 +60,9 @@ class Summary:
     """A model's layers and totals (`head` is 0 where the embedding is shared), as stored and as it runs.
 
     `source` is "files" (headers read), "config" (a `config.json` alone), or "published" (the known sizes, no
-    file read). `quantization` is None, or the settings most matrices share; `tokenizer` is a file's name,
-    or None where there is none or nobody looked.
+    file read). `quantization` is None, or the settings most matrices share; `rounded_to` names the types of few bits
+    in a GGUF file, which unpack when they are read; `tokenizer` is a file's name, or None where there is none or
+    nobody looked.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Summary:
     memory: Memory
     tokenizer: str | None = None
     folder: Path | None = None
+    rounded_to: str | None = None
 
 
 def summarize(name: str, *, revision: str | None = None) -> Summary:
@@ -89,6 +92,8 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
         RequestError: no such model, or files that do not fit each other.
         OpenELMError: a configuration had to be downloaded and could not be.
     """
+    if (file := Path(name).expanduser()).suffix.lower() == ".gguf" and not file.is_dir():
+        return _summarize_gguf(file, name)
     repo = hub.source_repo(name)
     folder = hub.resolve(name) if repo is None else _cached_folder(repo, revision)
     if folder is not None and any(folder.glob("*.safetensors")):
@@ -114,6 +119,22 @@ def summarize_folder(folder: Path, name: str | None = None) -> Summary:
         tokenizer=next((name for name in _TOKENIZERS if (folder / name).is_file()), None),
         folder=folder,
     )
+
+
+def _summarize_gguf(path: Path, name: str) -> Summary:
+    checkpoint, _ = gguf.read(path)
+    size = gguf.stored_bytes(path)
+    summary = summarize_config(
+        checkpoint.config,
+        name=name,
+        source="files",
+        dtype=_dtype_name(checkpoint.weights.tensor("transformer.token_embeddings.weight").dtype),  # norms are float32
+        bits=8 * size / checkpoint.config.num_parameters,
+        storage_bytes=size,
+        tokenizer=path.name,
+        folder=path.parent,
+    )
+    return replace(summary, rounded_to=checkpoint.rounded_to)
 
 
 def summarize_config(

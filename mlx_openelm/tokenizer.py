@@ -154,28 +154,32 @@ class Tokenizer:
         messages: Sequence[chat.Message],
         template: str | Path | None = None,
         *,
+        tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
         `template` is `plain`, `corenet`, the path of a jinja file, or None for the folder's own, else `corenet`.
-        Contents are encoded literally. `add_generation_prompt` opens the assistant's turn;
-        `continue_final_message` leaves the last message, the assistant's, open instead.
+        Contents are encoded literally. `tools` are JSON schemas of functions, for templates that show them.
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message, the
+        assistant's, open instead.
         Raises `RequestError` for bad messages and templates.
         """
         if template is None:
             source = self.chat_template or chat.CORENET_TEMPLATE
         else:
             source = chat.find_template(template)
-        bos_token, eos_token = self.id_to_token(self.bos_token_id), self.id_to_token(self.eos_token_id)
-        own = {bos_token: self.bos_token_id, eos_token: self.eos_token_id}
+        own = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        named = {name: self.id_to_token(token_id) for name, token_id in own.items()}
+        if self._engine.unk_token_id is not None:
+            named["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         runs = chat.render(
             messages,
             source,
-            {**self._engine.special_tokens(), **own},
-            bos_token=bos_token,
-            eos_token=eos_token,
+            {**self._engine.special_tokens(), **{named[name]: token_id for name, token_id in own.items()}},
+            named={**chat.named_tokens(self._config), **named},
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )

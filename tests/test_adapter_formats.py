@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from mlx.utils import tree_flatten
+from peft_adapters import torch_base
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = FIXTURES / "shakespeare-hf"
@@ -306,28 +307,6 @@ def test_a_mixture_of_methods_is_not_written(model: OpenELM, tmp_path: Path) -> 
 # PEFT.
 
 
-def torch_base() -> Any:
-    """Modules under the right names, as the published code has them; each can be called."""
-    import torch
-
-    root = torch.nn.Module()
-    for name, weight in mx.load(str(FOLDER / "model.safetensors")).items():
-        owner: Any = root
-        *parents, last = name.removesuffix(".weight").split(".")
-        for part in parents:
-            if part not in owner._modules:
-                owner.add_module(part, torch.nn.Module())
-            owner = owner._modules[part]
-        values = torch.from_numpy(np.array(weight))
-        if last == "token_embeddings":
-            owner.add_module(last, torch.nn.Embedding.from_pretrained(values))
-        elif values.ndim == 2:
-            linear = torch.nn.Linear(values.shape[1], values.shape[0], bias=False)
-            linear.weight.data = values
-            owner.add_module(last, linear)
-    return root
-
-
 def modules_agree(theirs: Any, ours: OpenELM, paths: list[str]) -> bool:
     """Whether the same modules are adapted, and give the same outputs."""
     import torch
@@ -405,23 +384,21 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type IA3 cannot be used here"),
-        ({"peft_type": "ADALORA"}, "peft_type ADALORA"),
-        ({"modules_to_save": ["lm_head"]}, r'modules_to_save is \["lm_head"\], which cannot be carried over'),
-        ({"bias": "lora_only"}, "bias is 'lora_only', but OpenELM has no biases"),
-        ({"lora_bias": True}, "lora_bias is true, which cannot"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be used here"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
+        ({"bias": "some"}, "bias is 'some'; known are none, all and lora_only"),
+        ({"lora_bias": True}, "lora_bias is True, which cannot"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"target_parameters": ["a.weight"]}, "target_parameters is"),
-        ({"use_qalora": True}, "use_qalora is true"),
+        ({"use_qalora": True}, "use_qalora is True"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is"),
         ({"something_new": {"a": 1}}, "something_new is"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too; let PEFT convert"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the base model too; merge it into that"),
-        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number that float32 holds, got nan"),
         ({"r": 16}, "proj_2 has rank 8, but adapter_config.json says 16"),
-        ({"lora_alpha": "8"}, "lora_alpha must be a number, got '8'"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number that float32 holds, got '8'"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is no regular expression"),
         ({"use_dora": True}, "has no .*lora_magnitude_vector, which belongs to an adapter"),
     ],
@@ -475,7 +452,7 @@ PREFIX = "base_model.model."
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros(192)}), r"has shape \[192\]"),
         (lambda t: t.update({f"{PREFIX}lm_head.weight": mx.zeros((4, 4))}), f"holds {PREFIX}lm_head.weight"),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_magnitude_vector": mx.zeros(160)}), "lora_magnitude_vector, which"),
-        (lambda t: t.update({"x.lora_A.weight": mx.zeros((4, 4))}), "names begin with base_model.model."),
+        (lambda t: t.update({"x.lora_A.weight": mx.zeros((4, 4))}), "changes x, which the model does not have"),
         (
             lambda t: t.update({f"{PREFIX}transformer.layers.6.attn.qkv_proj.lora_A.weight": mx.zeros((4, 4))}),
             "changes transformer.layers.6.attn.qkv_proj, which the model does not have",
@@ -507,6 +484,8 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
             ({"fine_tune_type": "prefix"}, "fine_tune_type is 'prefix'; known are lora, dora, full"),
             ({"lora_parameters": {"rank": 8, "alpha": 16}}, "lora_parameters has no scale that is a number"),
             ({"lora_parameters": None}, "lora_parameters has no scale"),
+            ({"lora_parameters": {"scale": 10**400}}, "lora_parameters has no scale that is a number"),
+            ({"lora_parameters": {"scale": 2.0, "dropout": -1}}, "dropout must be from 0 to 1, got -1"),
             ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "lora_parameters has no scale that is a number"),
             ({"fine_tune_type": "dora"}, "has no transformer.layers.*.m, which belongs to an adapter"),
             ({"fine_tune_type": "full"}, "holds transformer.* and 5 more, which the model does not have"),
@@ -518,6 +497,44 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
     (folder / "adapters.safetensors").write_bytes(whole[:-100])
     with pytest.raises(RequestError, match=r"adapters.safetensors is damaged: .* is cut off"):
         read_adapter(folder, model.config)
+
+
+@pytest.mark.parametrize("alpha", [8, 16.0, "16"])
+def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
+    model: OpenELM, mlx_folder: Path, tmp_path: Path, alpha: object
+) -> None:
+    """What today's mlx-lm does is done: it takes scale alone."""
+    attach_new(model, target_modules=["qkv_proj"], rank=8, scale=5.0)
+    train(model)
+    wanted = logits(model)
+    folder = write(extract(model), tmp_path / "a", model)
+    told = settings(folder)
+    told["lora_parameters"]["alpha"] = alpha
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.warns(UserWarning, match=r"states both alpha and scale; scale 5 alone is taken"):
+        adapter = read_adapter(folder, model.config)
+    attach(model, adapter)
+    assert far(logits(model), wanted) < 1e-5
+    assert far(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
+
+
+def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM, tmp_path: Path) -> None:
+    """Rank and modules are the tensors'; old versions wrote `lora_layers`, and `use_dora` for the method."""
+    attach_new(model, target_modules=["qkv_proj"], num_layers=3, rank=4, scale=3.0, dora=True)
+    train(model)
+    wanted = logits(model)
+    folder = write(extract(model), tmp_path / "a", model)
+    for number, told in enumerate(
+        [
+            {"fine_tune_type": "dora", "num_layers": -1, "lora_parameters": {"scale": 3.0}},
+            {"fine_tune_type": "dora", "num_layers": 100, "lora_parameters": {"scale": 3.0, "rank": 9, "keys": ["x"]}},
+            {"use_dora": True, "lora_layers": 3, "lora_parameters": {"scale": 3, "rank": 4, "dropout": 0.0}},
+        ]
+    ):
+        place = edit(folder, tmp_path / str(number))
+        (place / "adapter_config.json").write_text(json.dumps(told))
+        attach(model, read_adapter(place, model.config))
+        assert far(logits(model), wanted) < 1e-5
 
 
 def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> None:
@@ -535,7 +552,7 @@ def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> Non
             read_adapter(place, model.config)
     folder = edit(FIXTURES / "peft-lora", tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(RequestError, match=r"has no adapter_model.safetensors \(pickled ones are never read"):
+    with pytest.raises(RequestError, match=r"has no adapter_model.safetensors; a pickled .* is never read: load"):
         read_adapter(folder, model.config)
     with pytest.raises(RequestError, match="tells its own alpha"):
         read_adapter(FIXTURES / "peft-lora", model.config, alpha=3)

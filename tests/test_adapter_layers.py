@@ -86,9 +86,18 @@ def close(a: mx.array, b: np.ndarray, atol: float = 2e-5) -> bool:
     return np.allclose(np.array(a.astype(mx.float32)), b, rtol=0, atol=atol)
 
 
+def plain_linear(inputs: int, outputs: int) -> Linear:
+    """A layer with weights as large as MLX draws them; a new one has zeros."""
+    linear = Linear(inputs, outputs)
+    linear.weight = normal(outputs, inputs, seed=11) / math.sqrt(3 * inputs)
+    return linear
+
+
 def bases(outputs: int, inputs: int, kind: type) -> list[nn.Module]:
     """A plain base and one of each packing."""
-    plain = kind(inputs, outputs) if kind is Linear else kind(outputs, inputs)
+    plain = plain_linear(inputs, outputs) if kind is Linear else Embedding(outputs, inputs)
+    if kind is Embedding:
+        plain.weight = normal(outputs, inputs, seed=12) / math.sqrt(inputs)
     pack: Any = nn.QuantizedLinear.from_linear if kind is Linear else nn.QuantizedEmbedding.from_embedding
     return [plain, *(pack(plain, p.group_size, p.bits, p.mode) for p in PACKINGS)]
 
@@ -175,7 +184,7 @@ def test_embeddings_are_the_formula(index: int, output_side: bool, dora: bool) -
 
 
 def test_magnitudes_of_empty_rows_do_not_divide_by_zero() -> None:
-    linear = Linear(16, 8)
+    linear = plain_linear(16, 8)
     linear.weight = mx.zeros((8, 16))
     layer = DoRALinear(linear, LowRank(normal(16, 2), mx.zeros((2, 8)), 1.0))
     assert same(layer(normal(3, 16)), mx.zeros((3, 8)))
@@ -184,7 +193,7 @@ def test_magnitudes_of_empty_rows_do_not_divide_by_zero() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("onto", [False, True])
 def test_dora_gradients_take_the_length_as_constant(onto: bool, training: bool) -> None:
-    linear, x, residual = Linear(48, 32), normal(5, 48), 3 * normal(5, 32, seed=9)
+    linear, x, residual = plain_linear(48, 32), normal(5, 48), 3 * normal(5, 32, seed=9)
     c = change(48, 32, magnitude=mx.abs(normal(32, seed=7)))
     layer, pull = DoRALinear(linear, c), normal(5, 32, seed=8)
     layer.freeze()
@@ -209,7 +218,7 @@ def test_dora_gradients_take_the_length_as_constant(onto: bool, training: bool) 
 
 @pytest.mark.parametrize("cls", [LoRALinear, DoRALinear])
 def test_half_precision_is_close_and_keeps_its_type(cls: type) -> None:
-    linear, x, residual = Linear(128, 96), normal(7, 128), normal(7, 96, seed=5)
+    linear, x, residual = plain_linear(128, 96), normal(7, 128), normal(7, 96, seed=5)
     layer = cls(linear, change(128, 96))
     expected, onto = np.array(layer(x)), np.array(layer.onto(residual, x))
     linear.weight = linear.weight.astype(mx.bfloat16)
@@ -222,7 +231,7 @@ def test_half_precision_is_close_and_keeps_its_type(cls: type) -> None:
 
 
 def test_what_is_added_to_does_not_blur_gradients_of_magnitudes() -> None:
-    linear, x, residual = Linear(128, 96), normal(64, 128), 100 * normal(64, 96, seed=5)
+    linear, x, residual = plain_linear(128, 96), normal(64, 128), 100 * normal(64, 96, seed=5)
     linear.weight, pull = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
     layer = DoRALinear(linear, change(128, 96))
     layer.train()
@@ -243,7 +252,7 @@ def test_what_is_added_to_does_not_blur_gradients_of_magnitudes() -> None:
 
 
 def test_generating_measures_lengths_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, x = Linear(48, 32), normal(1, 48)
+    linear, x = plain_linear(48, 32), normal(1, 48)
     layer = DoRALinear(linear, change(48, 32))
     calls = []
     plain = Linear.__call__
@@ -265,7 +274,7 @@ def test_generating_measures_lengths_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_traced_is_not_kept() -> None:
-    layer, x = DoRALinear(Linear(48, 32), change(48, 32)), normal(5, 48)
+    layer, x = DoRALinear(plain_linear(48, 32), change(48, 32)), normal(5, 48)
     layer.eval()
 
     def run(b: mx.array) -> mx.array:
@@ -288,7 +297,7 @@ def test_what_is_traced_is_not_kept() -> None:
 
 
 def test_dropout_needs_a_key_and_repeats_with_it() -> None:
-    linear = Linear(64, 32)
+    linear = plain_linear(64, 32)
     linear.weight = mx.zeros((32, 64))
     layer, x = LoRALinear(linear, LowRank(mx.eye(64), mx.ones((64, 32)) / 64, 1.0), 0.25), mx.ones((400, 64))
     assert close(layer(x), np.ones((400, 32)))
@@ -319,7 +328,7 @@ def test_dropout_keys_are_no_parameters(small: OpenELM) -> None:
 
 
 def test_the_same_key_drops_the_same_when_recomputed() -> None:
-    layer, x = LoRALinear(Linear(64, 32), change(64, 32), 0.5), normal(9, 64)
+    layer, x = LoRALinear(plain_linear(64, 32), change(64, 32), 0.5), normal(9, 64)
     layer._dropout_key = mx.random.key(4)
     run = lambda x: mx.sum(mx.square(layer(x)))  # noqa: E731
     assert close(mx.grad(mx.checkpoint(run))(x), np.array(mx.grad(run)(x)), 1e-6)

@@ -684,7 +684,7 @@ def test_perplexity_is_the_reference() -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--data", "nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
         (["--data", VALID, "--sequence-length", 5000], "--sequence-length must be from 1 to 1024"),
         (["--data", VALID, "--num-samples", 0], "--num-samples must be 1 or more"),
         (["--data", VALID, "--batch-size", 0], "--batch-size must be 1 or more"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.training import config_file
 from mlx_openelm.training.config_file import merge, read, to_dict
 from mlx_openelm.training.options import TARGET_MODULES, FineTuneOptions, TrainOptions
 
@@ -125,6 +126,17 @@ def test_an_mlx_lm_file(tmp_path: Path) -> None:
     )
 
 
+def test_keys_of_mlx_lm_that_ask_for_what_is_done_anyway_are_read(tmp_path: Path) -> None:
+    text = "use_dora: false\nprompt_feature: prompt\ncompletion_feature: completion\ntext_feature: text\n"
+    assert of(text + "chat_feature: messages\nlora_layers: null\n", tmp_path) == (FineTuneOptions(), {})
+
+
+def test_the_docs_list_every_key_that_is_not_offered() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "coming-from-mlx-lm.md").read_text()
+    section = docs[docs.index("## What is not offered") :]
+    assert [key for key in config_file._NOT_OFFERED if f"`{key}`" not in section] == []
+
+
 def test_every_default_of_mlx_lm_is_read(tmp_path: Path) -> None:
     """A file with all of mlx-lm's defaults, as it saves them in `adapter_config.json`."""
     defaults = pytest.importorskip("mlx_lm.lora").CONFIG_DEFAULTS
@@ -212,6 +224,14 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
         ("trust_remote_code: true", "has trust_remote_code, which is not offered here"),
         ("clear_cache_threshold: 5", "has clear_cache_threshold, which is not offered here"),
         ("config: other.yaml", "has config, which is not offered here"),
+        ("prompt_feature: question", "has prompt_feature, which is not offered here; name the column prompt."),
+        ("completion_feature: answer", "has completion_feature, which is not offered here; name the column"),
+        ("text_feature: body", "has text_feature, which is not offered here; name the column text."),
+        ("chat_feature: turns", "has chat_feature, which is not offered here; name the column messages."),
+        ("lora_layers: 16", "has lora_layers, which is not offered here; it is called num_layers."),
+        ("use_dora: true", "has use_dora, which is not offered here; write fine_tune_type: dora."),
+        ("adapter_file: adapters.npz", "has adapter_file, which is not offered here; write adapter_path"),
+        ("wandb: my_project", "has wandb, which is not offered here; write report_to: wandb"),
         ("lora_parameters: 5", "lora_parameters must hold keys with values, got 5."),
         ("lora_parameters: {r: 5}", "lora_parameters has an unknown key 'r'; there are rank, scale,"),
         ("lora_parameters: {rank: x}", "rank must be a whole number, got 'x'."),

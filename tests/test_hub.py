@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_openelm import catalog
 from mlx_openelm import hub as names
-from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.errors import OpenELMError, RequestError, quote
 
 import pytest
 from fake_hub import FakeHub
@@ -363,7 +363,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
     with pytest.raises(RequestError, match="no valid name of a hub repository") as error:
         names.resolve(name)
-    assert message_of(error).startswith(repr(name))
+    assert message_of(error).startswith(quote(name))
     assert hub.requests == []
 
 

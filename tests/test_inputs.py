@@ -32,6 +32,17 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     assert len(str(error.value)) < 2 * QUOTED
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "null\0character", "~nobody-of-this-name/model"])
+def test_paths_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(RequestError, match="is no file"):
+        inputs.to_path(name)
+
+
+def test_a_path_is_expanded() -> None:
+    assert inputs.to_path(" ~/a b ") == Path.home() / "a b"
+    assert inputs.to_path(Path("nowhere/at all")) == Path("nowhere/at all")
+
+
 def test_a_file_larger_than_its_kind_can_be(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert inputs.read_bytes(tmp_path / "a", max_bytes=5) == b"12345"
@@ -72,8 +83,8 @@ def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
 
 
 def test_messages_show_no_control_characters_and_no_endless_words() -> None:
-    message = str(OpenELMError(f"a\x1b[31mred\nline\u202e {'x' * 10_000} end"))
-    assert message == f"a [31mred line  {'x' * (QUOTED - 1)}… end"
+    message = str(OpenELMError(f"naïve\x1b[31mred\nline\u202e\ud800 {'x' * 10_000} end"))
+    assert message == f"naïve [31mred line   {'x' * (QUOTED - 1)}… end"
 
 
 def test_a_quoted_value_is_short() -> None:

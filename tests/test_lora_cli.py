@@ -140,7 +140,7 @@ def test_a_run_and_what_it_prints(folder):
         (("--resume", "--adapter-path", "none"), "no run in none to --resume"),
         (("--train", "--rank", "eight"), "--rank must be a whole number"),
         (("--train", "--data", "data", "--optimizer", "adamm"), "--optimizer must be adam"),
-        (("-c", "none.yaml"), "none.yaml cannot be read"),
+        (("-c", "none.yaml"), "none.yaml does not exist"),
         (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
     ],
 )

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-from mlx_openelm import convert, generate, load, native, ops
+from mlx_openelm import convert, environment, generate, load, native, ops
 from mlx_openelm.batch_cache import BatchKVCache
 from mlx_openelm.cache import KVCache, RotatingKVCache, make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
@@ -482,7 +482,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
             for layer in cache:
                 layer.trim(1)
     finally:
-        kernels.set_threads(native.thread_count())
+        kernels.set_threads(environment.thread_count())
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
@@ -669,11 +669,11 @@ def test_quantized_caches_generate_with_them(reference):
      ({"OMP_NUM_THREADS": "none", "OPENBLAS_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "0"}, None), ({}, None)],
 )  # fmt: skip
 def test_thread_counts_follow_the_usual_variables(variables, count, monkeypatch):
-    for name in native.THREAD_VARIABLES:
+    for name in environment.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert native.thread_count() == count if count else 1 <= native.thread_count() <= (os.cpu_count() or 1)
+    assert environment.thread_count() == count if count else 1 <= environment.thread_count() <= (os.cpu_count() or 1)
 
 
 @pytest.fixture

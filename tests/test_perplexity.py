@@ -107,7 +107,7 @@ def test_bad_data_is_named(tmp_path, name, content, message):
 
 
 def test_missing_files_short_texts_and_empty_requests_are_refused(loaded, tmp_path):
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="does not exist"):
         load_documents(tmp_path / "absent.txt")
     with pytest.raises(RequestError, match="fewer than a window of 256"):
         make_windows(loaded[1], ["To be"], 256)

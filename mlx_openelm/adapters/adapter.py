@@ -34,14 +34,31 @@ class LowRank:
         return self.a.shape[1]
 
 
+@dataclass(frozen=True)
+class BaseCopy:
+    """A weight of the base that an adapter's file repeats.
+
+    Args:
+        name: of the tensor in the model.
+        value: as the file has it.
+        refusal: what to say where the base has another.
+    """
+
+    name: str
+    value: mx.array
+    refusal: str
+
+
 @dataclass
 class Adapter:
     """The changes of a model, by module path (`transformer.layers.0.attn.qkv_proj`).
 
     `weights` holds whole tensors by name, as full fine-tuning leaves them; an adapter has these or `modules`.
+    `base_copies` are compared with the base before the adapter is used, and gone then.
     """
 
     modules: dict[str, LowRank] = field(default_factory=dict)
     weights: dict[str, mx.array] = field(default_factory=dict)
     dropout: float = 0.0
     base_model: str | None = None
+    base_copies: list[BaseCopy] = field(default_factory=list)

@@ -10,8 +10,10 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..formats.packing import PARTS, Quantization
 from ..model import Embedding, Linear, OpenELM
 from .adapter import EMBEDDING, Adapter, LowRank
+from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 
 Adapted = LoRALinear | LoRAEmbedding
@@ -49,9 +51,10 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
     """The layers that an adapter puts before a model's own, by path; the model is left as it is.
 
     Raises:
-        RequestError: the adapter changes what the model does not have, or in another shape.
+        RequestError: the adapter changes what the model does not have, or in another shape, or belongs to another base.
     """
     check_fits(adapter, model.config)
+    check_base(adapter, model)
     layers = {}
     for path, change in adapter.modules.items():
         module = _module(model, path)
@@ -199,6 +202,30 @@ def check_fits(adapter: Adapter, config: ModelConfig, place: str = "The adapter"
                 f"{place} does not fit the model: {name} has shape {list(weight.shape)} instead of "
                 f"{list(tensors[name])}; was it made for another size?"
             )
+
+
+def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = None) -> None:
+    """Compare what an adapter holds of the base with the model, whatever adapter that has; `replaced` is what `attach`
+    returned, if whole weights stand in the model.
+
+    Raises:
+        RequestError: a weight is not the model's.
+    """
+    before = replaced or {}
+    known = getattr(model, "quantization", {})  # which a loaded model has
+
+    def find(name: str) -> Stored:
+        path, _, leaf = name.rpartition(".")
+        if isinstance(tensor := before.get(name), mx.array):
+            return {leaf: tensor}, known.get(path)
+        module = before.get(path, _module(model, path))
+        module = base_of(module) if isinstance(module, Adapted) else module
+        packing = known.get(path)
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            packing = Quantization(module.group_size, module.bits, module.mode)
+        return {part: module[part] for part in PARTS if part in module}, packing
+
+    check_base_copies(adapter, find)
 
 
 def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:

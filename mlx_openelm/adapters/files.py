@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import hub
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
-from ..inputs import read_json
+from ..inputs import check_file, read_json
 from .adapter import Adapter
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
@@ -48,11 +50,13 @@ def read_adapter(
         raise RequestError(f"{place} is no adapter: name its folder, a {_SAFETENSORS} file in it, or a .pt file.")
     folder = place if place.is_dir() else place.parent
     if not (folder / CONFIG).is_file():
-        raise RequestError(f"{folder} holds no {CONFIG}, so it is no adapter; name the folder that holds one.")
+        raise RequestError(f"{folder} holds no {CONFIG}, so it is no adapter; name {_folders_in(folder)}.")
     format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
     file = place if place.is_file() else folder / format.WEIGHTS
     if not file.is_file():
-        pickled = " (pickled ones are never read: save it as safetensors)" if list(folder.glob("*.bin")) else ""
+        pickled = ""
+        if format is peft:
+            pickled = "; a pickled adapter_model.bin is never read: load it in PEFT and save it again, as safetensors"
         raise RequestError(f"{folder} has no {file.name}{pickled}.")
     return _checked(format.read(file, config), file)
 
@@ -74,12 +78,33 @@ def write_adapter(
     FORMATS[format].write(adapter, folder, config, base_model)
 
 
+def _folders_in(folder: Path) -> str:
+    """What to name in place of a folder that is no adapter: PEFT gives each adapter of a model a folder in it."""
+    names = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    return f"one of the folders in it: {', '.join(names[:5])}" if names else "the folder that holds one"
+
+
 def _checked(adapter: Adapter, file: Path) -> Adapter:
     if not adapter.modules and not adapter.weights:
         raise RequestError(f"{file} holds no adapter: nothing in it changes the model.")
     # Read now, since they are small, and the file may be written over; whole weights are read one at a time.
     mx.eval([(change.a, change.b, change.magnitude) for change in adapter.modules.values()])
+    for path, change in adapter.modules.items():
+        parts = (change.a, change.b, change.magnitude)
+        if not all(part is None or mx.all(mx.isfinite(part)).item() for part in parts):
+            raise RequestError(f"{file} holds values for {path} that are not finite; its training went wrong.")
     return adapter
+
+
+def find_local(name: str) -> Path | None:
+    """The file or folder of that name on this machine, if there is one; RequestError if that cannot be told."""
+    path = Path(os.path.expanduser(name))
+    try:
+        return path if path.exists() else None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise RequestError(f"{quote(name)} cannot be read: {error.strerror}.") from None
 
 
 def _find(path: str | Path, revision: str | None) -> Path:
@@ -89,15 +114,17 @@ def _find(path: str | Path, revision: str | None) -> Path:
         from .. import corenet_files
 
         return corenet_files.download(text)
-    local = Path(text).expanduser()
-    if text and local.exists():
+    local = find_local(text) if text else None
+    if local is not None:
+        if not local.is_dir():
+            check_file(local)
         if revision is not None:
             raise RequestError(f"{path} is no hub repository, so it has no revision {revision!r}.")
         return local
     owner, _, name = text.partition("/")
     is_repo = owner.strip(".~") and name and "/" not in name and not isinstance(path, Path)
-    if not is_repo or local.suffix.lower() in (*_TORCH_SUFFIXES, _SAFETENSORS):
+    if not is_repo or Path(text).suffix.lower() in (*_TORCH_SUFFIXES, _SAFETENSORS):
         raise RequestError(
-            f"There is no adapter {text!r}: adapters are folders, .safetensors or .pt files, or hub repositories."
+            f"There is no adapter {quote(text)}: adapters are folders, .safetensors or .pt files, or hub repositories."
         )
     return hub.download(text, revision=revision, patterns=_PATTERNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -190,7 +191,9 @@ def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype:
 
 def _check_places(target: Path, source: Source, adapters: Adapters) -> None:
     """Refuse to write over what is read."""
-    places = {"the model": source.path} | {f"the adapter {path}": Path(path).expanduser() for path, _ in adapters}
+    places = {"the model": source.path} | {
+        f"the adapter {path}": Path(os.path.expanduser(path)) for path, _ in adapters
+    }
     for what, place in places.items():
         if place.resolve().is_relative_to(target):
             raise RequestError(f"{target} is {what} to fuse, or holds it; choose another --save-path.")

@@ -23,6 +23,7 @@ from ..formats.weights import Tensor, Weights
 from ..quantization.recipes import Plan
 from .adapter import EMBEDDING, Adapter, LowRank
 from .attaching import check_fits
+from .base_copies import Stored, check_base_copies
 from .repacking import pack_again
 
 HEAD = "lm_head"
@@ -137,12 +138,19 @@ def merge(
         dequantize: unpacks all.
 
     Raises:
-        RequestError: an adapter of another model's shape.
+        RequestError: an adapter of another model's shape, or one that holds weights of another base.
     """
     config, packed = checkpoint.config, checkpoint.quantization
     check_fits(adapter, config)
-    changes = _collect(adapter, config)
     tensors = checkpoint.weights.tensors()
+
+    def stored_parts(name: str) -> Stored:
+        path = name.rpartition(".")[0]
+        parts = {part: tensors[f"{path}.{part}"].read() for part in PARTS if f"{path}.{part}" in tensors}
+        return parts, packed.get(path)
+
+    check_base_copies(adapter, stored_parts)
+    changes = _collect(adapter, config)
     stored = dtype or checkpoint.dtype
     untied = _changes_input_only(changes, config)
     if untied:

@@ -12,8 +12,8 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import OpenELM
 from .adapter import Adapter, LowRank
-from .attaching import Adapted, Replaced, attach, check_fits, detach, make_layers, put
-from .files import read_adapter
+from .attaching import Adapted, Replaced, attach, check_base, check_fits, detach, make_layers, put
+from .files import find_local, read_adapter
 
 # One adapter, several, or several with weights; a text may end in `=WEIGHT`.
 AdapterPaths = str | Path | Sequence[str | Path] | Mapping[str, float]
@@ -48,6 +48,7 @@ class AdapterSwitch:
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(adapter, self.model.config)
         check_fits(adapter, self.model.config, f"The adapter {name}")
+        check_base(adapter, self.model, self._replaced)
         mx.eval([[change.a, change.b] for change in adapter.modules.values()])
         self._adapters[name] = adapter
 
@@ -119,7 +120,8 @@ def mix(adapters: Sequence[tuple[str, Adapter, float]]) -> Adapter:
             raise RequestError(f"The adapter {name} is {method}, which can only be used alone, with weight 1.")
         for path, change in adapter.modules.items():
             changes.setdefault(path, []).append((change, weight))
-    return Adapter({path: _sum(path, parts) for path, parts in changes.items()})
+    copies = [copy for _, adapter, _ in adapters for copy in adapter.base_copies]
+    return Adapter({path: _sum(path, parts) for path, parts in changes.items()}, base_copies=copies)
 
 
 def _is_dora(adapter: Adapter) -> bool:
@@ -174,7 +176,7 @@ def _to_weight(path: str, weight: object) -> float:
 def _parse_path(path: str | Path) -> tuple[str, float]:
     """Path and weight; a path that exists may itself end in `=` and a number."""
     name, equals, number = str(path).rpartition("=")
-    if isinstance(path, Path) or not equals or Path(path).expanduser().exists():
+    if isinstance(path, Path) or not equals or find_local(str(path)) is not None:
         return str(path), 1.0
     try:
         return name, float(number)

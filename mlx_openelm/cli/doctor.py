@@ -122,7 +122,7 @@ def _blas(state: str, library: str) -> Finding:
     }
     advice = backend.blas_problem()
     if state == "off":
-        advice = f"unset {backend.BLAS_VARIABLE}, if the speed of a system OpenBLAS is wanted"
+        advice = f"unset {backend.BLAS_VARIABLE}, if the speed of OpenBLAS is wanted"
     name = names.get(state, "the slow one in MLX's wheel")
     return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
 

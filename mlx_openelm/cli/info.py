@@ -63,7 +63,9 @@ def _total_lines(summary: Summary) -> list[str]:
     layers = sum(layer.parameters for layer in summary.layers)
     head = f"{summary.head:,} ({summary.head / total:.1%})" if summary.head else "shared with the embedding"
     quantization = "none"
-    if summary.quantization is not None:
+    if summary.rounded_to is not None:
+        quantization = f"{summary.rounded_to}, unpacked to {summary.dtype} when read"
+    elif summary.quantization is not None:
         quantization = "{bits} bits, group size {group_size}, mode {mode}".format(**summary.quantization)
     needs = f"{console.size(memory.total)} (weights {console.size(memory.weights)}, " + (
         f"key-value cache {console.size(memory.kv_cache)}, computing in {memory.dtype})"
@@ -71,7 +73,9 @@ def _total_lines(summary: Summary) -> list[str]:
     if memory.expanded is not None:
         unpacked = console.size(memory.expanded + memory.kv_cache)
         needs += f"; {unpacked} with the weights unpacked, as is the default on a CPU"
-    stored = f"{console.size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight, {summary.dtype}"
+    stored = f"{console.size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    if summary.rounded_to is None:
+        stored += f", {summary.dtype}"
     rows = {
         "Model": summary.name,
         "Parameters": f"{total:,}",

@@ -11,6 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..finite import not_finite
+from ..inputs import check_file
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
 
@@ -40,8 +42,9 @@ def load_documents(path: str | Path) -> list[str]:
         RequestError: unreadable, empty, or a line that is no such object, by its number.
     """
     path = Path(path)
+    check_file(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}.") from None
     if path.suffix != ".jsonl":
@@ -91,6 +94,9 @@ def mean_nll(
 
     Args:
         progress: called with the windows done so far and in all.
+
+    Raises:
+        OpenELMError: the logits are not finite.
     """
     total, squares, count = 0.0, 0.0, 0
     for inputs, targets in _batches(windows, batch_size, progress):
@@ -99,6 +105,8 @@ def mean_nll(
             losses = _cross_entropy(model.logits(rows), wanted)
             total += _number(losses.sum())
             squares += _number(mx.square(losses).sum())
+            if not math.isfinite(total):
+                raise not_finite("The model's logits are", model)
             count += wanted.size
     mean = total / count
     variance = max(0.0, squares / count - mean * mean)
@@ -117,6 +125,7 @@ def kl_divergence(
 
     Raises:
         RequestError: the two vocabularies differ in size.
+        OpenELMError: the logits of one of them are not finite.
     """
     if reference.config.vocab_size != model.config.vocab_size:
         raise RequestError("The two models have vocabularies of different sizes, so they cannot be compared.")
@@ -131,6 +140,9 @@ def kl_divergence(
             expected = _log_softmax(reference.logits(reference_rows))
             divergence = mx.exp(expected) * (expected - _log_softmax(model.logits(rows)))
             total, count = total + _number(divergence.sum()), count + wanted.size
+            if not math.isfinite(total):
+                is_reference = not math.isfinite(_number(expected.sum()))
+                raise not_finite("The model's logits are", reference if is_reference else model)
     return total / count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +10,11 @@ import mlx.core as mx
 from ..adapters.adapter import EMBEDDING
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..inputs import check_file
 from . import safetensors
+
+# The largest scale: beyond it changes are infinite.
+MAX_FLOAT32 = 3.4e38
 
 
 class Tensors:
@@ -21,17 +25,31 @@ class Tensors:
         self._left = dict(tensors)
 
     @classmethod
-    def read(cls, file: Path) -> Tensors:
+    def read(cls, file: Path, rename: Callable[[str], str] = str) -> Tensors:
         """A safetensors file, its values unread.
 
+        Args:
+            rename: what gives a tensor's name in the file its usual one.
+
         Raises:
-            RequestError: missing, damaged, or with a tensor that holds no floating-point numbers.
+            RequestError: missing, damaged, with two tensors of one name, or one that holds no floating-point numbers.
         """
+        check_file(file)
         for name, info in safetensors.read_header(file).items():
             if not mx.issubdtype(info.dtype, mx.floating):
                 kind = str(info.dtype).removeprefix("mlx.core.")
                 raise RequestError(f"{file} stores {name} as {kind}; adapters hold floating-point numbers.")
-        return cls(file, safetensors.read_lazily([file]))
+        tensors: dict[str, mx.array] = {}
+        for name, tensor in safetensors.read_lazily([file]).items():
+            usual = rename(name)
+            if usual in tensors:
+                raise RequestError(f"{file} holds {usual} twice, under two names; keep one adapter in a file.")
+            tensors[usual] = tensor
+        return cls(file, tensors)
+
+    def names(self) -> list[str]:
+        """Those that were not taken."""
+        return list(self._left)
 
     def paths(self, endings: Iterable[str]) -> list[str]:
         """What precedes these endings in the tensors' names, each once."""
@@ -45,9 +63,7 @@ class Tensors:
         Raises:
             RequestError: it is not there, or has another shape.
         """
-        if name not in self._left:
-            raise RequestError(f"{self.file} has no {name}, which belongs to an adapter; it is incomplete.")
-        tensor = self._left.pop(name)
+        tensor = self.take_stored(name)
         fits = len(tensor.shape) == len(shape) and all(
             n == want or (want is None and n > 0) for n, want in zip(tensor.shape, shape, strict=True)
         )
@@ -58,6 +74,16 @@ class Tensors:
                 "the adapter was made for another model."
             )
         return tensor.astype(mx.float32)
+
+    def take_stored(self, name: str) -> mx.array:
+        """The tensor of that name, in the type and shape it is stored in; RequestError if it is not there."""
+        if name not in self._left:
+            raise RequestError(f"{self.file} has no {name}, which belongs to an adapter; it is incomplete.")
+        return self._left.pop(name)
+
+    def discard(self, ending: str) -> None:
+        """Leave out the tensors whose names end so."""
+        self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(ending)}
 
     def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
         """The tensors of those names that are there, in the type they are stored in."""

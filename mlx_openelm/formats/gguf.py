@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..inputs import check_file
 from ..tokenizer import Tokenizer
-from . import gguf_metadata, gguf_tokenizer, raw
+from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
+from .gguf_header import Placed
 from .mlx import Checkpoint
 from .packing import dequantize_weights
 from .raw import Span
@@ -39,7 +41,6 @@ BLOCK = 32  # weights of a row that share a float16 scale, in Q8_0 and Q4_0
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
 _CHUNK = 1 << 22  # weights quantized at a time; the package makes several float32 copies of them
-_MOST_VALUES = 1 << 20  # in a header; OpenELM's vocabulary takes 130,000
 
 _PER_LAYER = {
     "attn_norm": "attn_norm",
@@ -69,6 +70,8 @@ def _tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     for layer in range(config.num_transformer_layers):
         names |= {f"blk.{layer}.{name}": f"transformer.layers.{layer}.{path}" for name, path in _PER_LAYER.items()}
     names["output_norm"] = "transformer.norm"
+    if not config.share_input_output_layers:  # read only: llama.cpp's openelm has no such tensor
+        names["output"] = "lm_head"
     tensors = {}
     for name, path in names.items():
         shape = shapes[f"{path}.weight"]
@@ -221,7 +224,7 @@ def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def check(path: Path) -> None:
-    """Ask whether a file is GGUF and whole, as far as can be told; types that `read` does not know are fine.
+    """Ask whether a file is GGUF and whole, as far as can be told; types that `read` cannot unpack are fine.
 
     Raises:
         RequestError: it is not.
@@ -229,102 +232,88 @@ def check(path: Path) -> None:
     if not is_gguf(path):
         raise RequestError(f"{path} is not a GGUF file; export it again.")
     if importlib.util.find_spec("gguf") is not None:
-        _open(path)
+        gguf_header.read(path)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file says of itself that it is GGUF."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+    """Whether a file says of itself that it is GGUF; RequestError where it cannot be read."""
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(len(gguf_header.MAGIC)) == gguf_header.MAGIC
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
     """The model and the tokenizer in a GGUF file; no weight is read yet.
 
-    Weights have the file's floating-point types; blocks of Q8_0 and Q4_0 unpack to float32.
+    Weights have the file's floating-point types; blocks of any type the package knows unpack to float32.
 
     Raises:
-        RequestError: damaged, of another architecture, of other types, or the gguf package is missing.
+        RequestError: damaged, of another architecture, one part of several, a type that the package cannot unpack, or
+            the package is missing.
     """
-    reader = _open(path)
-    if reader.byte_order != "I":
-        raise RequestError(f"{path} was written for machines of the other byte order; convert the original again.")
-    try:
-        values = {name: value.contents() for name, value in reader.fields.items()}
-    except (ValueError, IndexError, TypeError) as error:
-        raise _damaged(path, str(error)) from None
-    gguf_metadata.check_architecture(values, path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    for tensor in reader.tensors:
-        if tensor.tensor_type.name not in (*_FLOATS, *_BLOCK_BYTES):
+    _package()
+    header = gguf_header.read(path)
+    values, found = header.values, dict(header.tensors)
+    gguf_metadata.check_model(values, path)
+    for tensor in found.values():
+        if tensor.kind not in _FLOATS and not gguf_blocks.can_unpack(tensor.kind):
             raise RequestError(
-                f"{path} stores {tensor.name} as {tensor.tensor_type.name}, which is not supported; "
-                f"convert a file of type {', '.join(FILE_TYPES)}."
+                f"{path} stores {tensor.name} as {tensor.kind}, which the gguf package does not unpack; convert "
+                "a file of another type."
             )
-    if "token_embd.weight" not in found:
-        raise RequestError(f"{path} has no token_embd.weight, so it holds no model.")
+    embedding = found.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise RequestError(f"{path} has no token_embd.weight of two dimensions, so it holds no model.")
+    if _repeats(path, found.get("output.weight"), embedding):
+        del found["output.weight"]
     config = gguf_metadata.read(
-        values, path, vocab_size=int(found["token_embd.weight"].shape[-1]), most_layers=len(found)
+        values,
+        path,
+        vocab_size=embedding.shape[0],
+        most_layers=len(found),
+        tied="output.weight" not in found,
     )
-    _check(path, _tensors(config), {name: _shape(tensor) for name, tensor in found.items()})
-    spans = {}
-    for name, tensor in found.items():
-        shape, kind = _shape(tensor), tensor.tensor_type.name
-        if kind in _BLOCK_BYTES:
-            spans[name] = Span(mx.uint8, (shape[0], shape[1] // BLOCK, _BLOCK_BYTES[kind]), int(tensor.data_offset))
-        else:
-            spans[name] = Span(_FLOATS[kind], shape, int(tensor.data_offset))
-    stored = raw.tensors(path, spans)
+    _check(path, _tensors(config), {name: tensor.shape for name, tensor in found.items()})
+    stored = raw.tensors(path, {name: _span(tensor) for name, tensor in found.items()})
     parts: dict[str, list[Tensor]] = {}
     for name, (source, shape) in _tensors(config).items():
-        kind = found[name].tensor_type.name
-        tensor = _unpacked(stored[name], kind, shape) if kind in _BLOCK_BYTES else stored[name]
-        parts.setdefault(source, []).append(tensor)
+        kind = found[name].kind
+        weight = stored[name] if kind in _FLOATS else gguf_blocks.unpacked(stored[name], kind, shape)
+        parts.setdefault(source, []).append(weight)
     weights = Weights({source: _joined(*halves) for source, halves in parts.items()})
     tokenizer = gguf_tokenizer.read(values, path)
     if tokenizer.vocab_size > config.vocab_size:
         raise RequestError(f"{path} has {tokenizer.vocab_size} tokens, but an embedding of {config.vocab_size} rows.")
-    blocks = sorted({tensor.tensor_type.name for tensor in reader.tensors} & _BLOCK_BYTES.keys())
-    return Checkpoint(config, weights, rounded_to=" and ".join(blocks).lower() or None), tokenizer
+    return Checkpoint(config, weights, rounded_to=_rounded_to(found)), tokenizer
 
 
-class _Unreadable(ValueError):
-    """Why a file cannot be read, in words for people."""
+def stored_bytes(path: Path) -> int:
+    """What the tensors take in a file that `read` has read."""
+    return sum(tensor.nbytes for tensor in gguf_header.read(path).tensors.values())
 
 
-def _open(path: Path) -> Any:
-    gguf = _package()
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
-        """The package believes any count, and takes what lies beyond the end of a file for empty."""
-
-        values_read = 0
-
-        def _get(self, offset: int, *args: Any, **kwargs: Any) -> Any:
-            self.values_read += 1
-            if offset >= len(self.data):
-                raise _Unreadable("it is cut off")
-            if self.values_read > _MOST_VALUES:
-                raise _Unreadable(f"its header has more than {_MOST_VALUES} values")
-            return super()._get(offset, *args, **kwargs)
-
-    try:
-        return Reader(path)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
-    # Whatever a damaged file makes the package, and NumPy under it, stumble over.
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        # Our own reasons are for people, NumPy's are not.
-        reason = str(error) if isinstance(error, _Unreadable) else "its header or its end is not as it should be"
-        raise _damaged(path, reason) from None
+def _repeats(path: Path, head: Placed | None, embedding: Placed) -> bool:
+    """Whether an output layer is the embedding again, byte for byte: some converters store what is shared twice."""
+    if head is None or (head.kind, head.shape) != (embedding.kind, embedding.shape):
+        return False
+    both = raw.tensors(path, {tensor.name: _span(tensor) for tensor in (head, embedding)})
+    return bool(mx.array_equal(both[head.name].read().view(mx.uint8), both[embedding.name].read().view(mx.uint8)))
 
 
-def _damaged(path: Path, why: str) -> RequestError:
-    return RequestError(f"{path} is damaged or no GGUF file ({why}); download it again.")
+def _span(tensor: Placed) -> Span:
+    """Where a tensor's numbers lie; those in blocks as bytes."""
+    if tensor.kind in _FLOATS:
+        return Span(_FLOATS[tensor.kind], tensor.shape, tensor.offset)
+    return Span(mx.uint8, tensor.bytes_shape, tensor.offset)
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in reversed(tensor.shape.tolist()))
+def _rounded_to(tensors: Mapping[str, Placed]) -> str | None:
+    """The types of few bits in a file, in words; None where all is floating-point."""
+    kinds = sorted({tensor.kind.lower() for tensor in tensors.values() if tensor.kind not in _FLOATS})
+    return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds) or None
 
 
 def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]], found: dict[str, tuple[int, ...]]) -> None:
@@ -348,18 +337,3 @@ def _joined(first: Tensor, second: Tensor | None = None) -> Tensor:
     # Of two types that differ, one is float32, or they are the two half precisions: float32 holds both.
     dtype = first.dtype if first.dtype == second.dtype else mx.float32
     return Tensor(dtype, shape, lambda: mx.concatenate([first.cast(dtype).read(), second.cast(dtype).read()]))
-
-
-def _unpacked(blocks: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(mx.float32, shape, lambda: _unpack(blocks.read(), kind).reshape(shape))
-
-
-def _unpack(blocks: mx.array, kind: str) -> mx.array:
-    """uint8 [rows, blocks, bytes] as float32 [rows, blocks, 32]."""
-    scales = blocks[..., :2].view(mx.float16).astype(mx.float32)
-    values = blocks[..., 2:]
-    if kind == "Q8_0":
-        return scales * values.view(mx.int8).astype(mx.float32)
-    # The low halves of the 16 bytes are the first 16 weights, the high halves the rest.
-    halves = mx.concatenate([values & 15, values >> 4], axis=-1)
-    return scales * (halves.astype(mx.float32) - 8)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelConfig, make_divisible, spread
-from ..errors import RequestError
+from ..errors import RequestError, quote
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE = "openelm"
+_MOST = 1 << 24  # of a size; beyond it a file is damaged
 
 
 def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) -> None:
@@ -38,18 +39,28 @@ def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) ->
     writer.add_vocab_size(config.vocab_size)
 
 
-def check_architecture(values: dict[str, Any], path: Path) -> None:
-    """Raises `RequestError` for the keys of another architecture."""
-    if (architecture := values.get("general.architecture")) != ARCHITECTURE:
-        raise RequestError(f"{path} is a {architecture!r} model; mlx-openelm runs {ARCHITECTURE!r}.")
+def check_model(values: dict[str, Any], path: Path) -> None:
+    """Raises `RequestError` for the keys of another architecture, of a part of a model, or of what is no model."""
+    if (parts := values.get("split.count", 1)) != 1:
+        raise RequestError(
+            f"{path} is one of the {quote(parts)} files of a split model; join them with llama.cpp's llama-gguf-split "
+            "--merge."
+        )
+    if (architecture := values.get("general.architecture")) is None:
+        raise RequestError(f"{path} has no general.architecture, so it holds no model.")
+    if architecture != ARCHITECTURE:
+        raise RequestError(f"{path} is a {quote(architecture)} model; mlx-openelm runs {ARCHITECTURE!r}.")
+    if (kind := values.get("general.type", "model")) != "model":
+        raise RequestError(f"{path} is no model, but of general.type {quote(kind)}.")
 
 
-def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: int) -> ModelConfig:
+def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: int, tied: bool = True) -> ModelConfig:
     """The configuration that a file's keys describe.
 
     Args:
         vocab_size: the rows of the embedding, which no key tells for certain.
         most_layers: a bound for what a damaged file may claim.
+        tied: whether the output layer is the embedding, which the tensors tell.
 
     Raises:
         RequestError: a key that is missing or cannot be right, or positions scaled in a way OpenELM has not.
@@ -61,26 +72,30 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
             raise RequestError(f"{path} has no {ARCHITECTURE}.{name}.")
         return value
 
-    def count(name: str, most: int = 1 << 24) -> int:
-        value = key(name)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {value}, which cannot be.")
-        return value
+    def count(name: str, most: int = _MOST, default: int | None = None) -> int:
+        return _whole(path, name, key(name, default), most)
+
+    def per_layer(name: str, default: Any = None) -> tuple[int, ...]:
+        value = key(name, default)
+        sizes = value if isinstance(value, list | tuple) else [value] * layers
+        if len(sizes) != layers:
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} has {len(sizes)} values for {layers} layers.")
+        return tuple(_whole(path, name, size, _MOST) for size in sizes)
+
+    def number(name: str, default: float | None = None) -> float:
+        value = key(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {quote(value)}, which cannot be.")
+        return _decimal(value)
 
     layers, model_dim = count("block_count", most_layers), count("embedding_length")
-    head_dim, context = count("attention.key_length"), count("context_length")
+    head_dim, context = count("attention.key_length"), count("context_length", _MOST // 2)
     for name in ("attention.value_length", "rope.dimension_count"):
-        if key(name, head_dim) != head_dim:
+        if count(name, default=head_dim) != head_dim:
             raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {key(name)}, but the heads have {head_dim}.")
-    if (scaling := key("rope.scaling.type", "none")) != "none":
-        raise RequestError(f"{path} scales its positions ({scaling}), which OpenELM does not.")
-    widths, heads, kv_heads = (
-        tuple(value) if isinstance(value := key(name), list) else (value,) * layers
-        for name in ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-    )
-    for size in (*widths, *heads, *kv_heads):
-        if not isinstance(size, int) or size < 1:
-            raise RequestError(f"{path}: {size} in {ARCHITECTURE}'s sizes of layers cannot be.")
+    _check_positions(values, path)
+    widths, heads = per_layer("feed_forward_length"), per_layer("attention.head_count")
+    kv_heads = per_layer("attention.head_count_kv", heads)
     groups = max(1, heads[0] // kv_heads[0])
     multipliers, divisor = _multipliers(widths, (0.5, 4.0), model_dim, (256, 128, 64))
     query_widths = tuple(count * head_dim for count in heads)
@@ -98,16 +113,30 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
             num_gqa_groups=groups,
             ffn_dim_divisor=divisor,
             normalize_qk_projections=True,
-            share_input_output_layers=True,
-            rms_norm_eps=_decimal(key("attention.layer_norm_rms_epsilon")),
-            rope_freq_constant=_decimal(key("rope.freq_base", 10000.0)),
+            share_input_output_layers=tied,
+            rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
+            rope_freq_constant=number("rope.freq_base", 10000.0),
             rope_max_length=2 * context,  # llama.cpp has no such limit; the published models have this one
             max_context_length=context,
             bos_token_id=values.get("tokenizer.ggml.bos_token_id", 1),
             eos_token_id=values.get("tokenizer.ggml.eos_token_id", 2),
         )
-    except (RequestError, TypeError, ValueError) as error:
+    except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
+
+
+def _whole(path: Path, name: str, value: Any, most: int) -> int:
+    if type(value) is not int or not 0 < value <= most:
+        raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {quote(value)}, which cannot be.")
+    return value
+
+
+def _check_positions(values: dict[str, Any], path: Path) -> None:
+    """As llama.cpp reads the keys: what is not said to be unscaled is scaled by the factor, if there is one."""
+    kind = values.get(f"{ARCHITECTURE}.rope.scaling.type", "linear")
+    factors = [values.get(f"{ARCHITECTURE}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
+    if kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors)):
+        raise RequestError(f"{path} scales its positions ({quote(kind)}), which OpenELM does not.")
 
 
 def _multipliers(

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..tokenizer import Tokenizer
 from .sentencepiece import (
     BYTE,
@@ -126,18 +126,22 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     """
     kind = values.get(_PREFIX + "model")
     if kind != MODEL:
-        raise RequestError(f"{path} holds a tokenizer of kind {kind!r}; OpenELM's is {MODEL!r} (SentencePiece).")
+        raise RequestError(f"{path} holds a tokenizer of kind {quote(kind)}; OpenELM's is {MODEL!r} (SentencePiece).")
     kinds = {"tokens": str, "scores": float, "token_type": int}
     pieces, scores, types = (_list(values, key, kind, path) for key, kind in kinds.items())
     if not len(pieces) == len(scores) == len(types):
         raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must be as many.")
+    if unknown := set(types) - set(range(NORMAL, BYTE + 1)):
+        raise RequestError(f"The tokenizer in {path} is damaged: there are no tokens of type {min(unknown)}.")
+    if not isinstance(add_space := values.get(_PREFIX + "add_space_prefix", True), bool):
+        raise RequestError(f"The tokenizer in {path} is damaged: add_space_prefix is {quote(add_space)}.")
     while types and types[-1] == UNUSED:  # what fills the vocabulary up to the model's rows
         pieces, scores, types = pieces[:-1], scores[:-1], types[:-1]
     special = {}
     for name, default in (("bos", 1), ("eos", 2)):
         token_id = values.get(f"{_PREFIX}{name}_token_id", default)
         if not isinstance(token_id, int) or not 0 <= token_id < len(pieces):
-            raise RequestError(f"The tokenizer in {path} is damaged: {name}_token_id is {token_id}.")
+            raise RequestError(f"The tokenizer in {path} is damaged: {name}_token_id is {quote(token_id)}.")
         special[name] = pieces[token_id]
     if UNKNOWN not in types:
         raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
@@ -147,7 +151,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         types=types,
         model_type="bpe",
         byte_fallback=BYTE in types,
-        add_dummy_prefix=bool(values.get(_PREFIX + "add_space_prefix", True)),
+        add_dummy_prefix=add_space,
         remove_extra_whitespaces=False,
     )
     # Saving the tokenizer copies its file, so the folder goes when the tokenizer does.
@@ -169,6 +173,6 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
 
 def _list(values: dict[str, Any], key: str, kind: type, path: Path) -> list[Any]:
     value = values.get(_PREFIX + key)
-    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+    if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
         raise RequestError(f"The tokenizer in {path} has no {_PREFIX}{key}.")
     return value

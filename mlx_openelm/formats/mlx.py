@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..inputs import read_json
-from . import safetensors
+from . import foreign, leftovers, safetensors
 from .packing import Quantization, most_common
 from .weights import Weights
 
@@ -63,7 +63,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         RequestError: missing, damaged, not OpenELM, or impossible sizes.
     """
     if not (folder / "config.json").is_file():
-        raise RequestError(f"{folder} holds no config.json, so it is no model; give the folder that holds one.")
+        raise foreign.no_config(folder)
     values = read_json(folder / "config.json")
     try:
         return ModelConfig.from_dict(values), values
@@ -72,17 +72,18 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Headers are checked against the configuration; no weight is read yet.
+    """The checkpoint in `folder`. Headers are checked against the configuration; none of its weights is read yet.
 
     Raises:
-        RequestError: damaged files, or one list of every missing, unexpected or wrongly shaped tensor.
+        RequestError: damaged files, weights packed by a method of others, or one list of every missing, unexpected or
+            wrongly shaped tensor.
     """
     config, values = read_config(folder)
+    foreign.check_method(folder / "config.json", values)
     files = safetensors.weight_files(folder)
     tensors = safetensors.read_headers(files)
-    if config.share_input_output_layers:
-        # Some writers store the shared output layer again, whole or packed like the embedding.
-        tensors = {name: info for name, info in tensors.items() if not name.startswith("lm_head.")}
+    foreign.check_tensors(folder, tensors)
+    tensors = leftovers.drop(folder, config, tensors)
     quantization = read_quantization(folder / "config.json", config, values, tensors)
     check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)

@@ -8,7 +8,6 @@ Source: mlx_lm/tuner/utils.py.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ import mlx.core as mx
 
 from ..adapters.adapter import EMBEDDING, Adapter, LowRank
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import adapter_tensors
-from .adapter_tensors import Tensors
+from .adapter_tensors import MAX_FLOAT32, Tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 FINE_TUNE_TYPES = ("lora", "dora", "full")
@@ -38,9 +37,10 @@ def read(file: Path, config: ModelConfig) -> Adapter:
     """
     settings_file = file.parent / CONFIG
     settings = read_json(settings_file)
-    kind = settings.get("fine_tune_type", "lora")
+    # Old versions wrote `use_dora` in its place.
+    kind = settings.get("fine_tune_type", "dora" if settings.get("use_dora") is True else "lora")
     if kind not in FINE_TUNE_TYPES:
-        raise RequestError(f"{settings_file}: fine_tune_type is {kind!r}; known are {', '.join(FINE_TUNE_TYPES)}.")
+        raise RequestError(f"{settings_file}: fine_tune_type is {quote(kind)}; known are {', '.join(FINE_TUNE_TYPES)}.")
     tensors = Tensors.read(file)
     base_model = settings.get("model")
     adapter = Adapter(base_model=base_model if isinstance(base_model, str) else None)
@@ -51,7 +51,16 @@ def read(file: Path, config: ModelConfig) -> Adapter:
     parameters = settings.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     scale = _number(parameters, "scale", settings_file)
+    if "alpha" in parameters:
+        warnings.warn(
+            f"{settings_file} states both alpha and scale; scale {scale:g} alone is taken, as today's mlx-lm does, but "
+            "old versions multiplied by scale * alpha / rank. If one of those trained the adapter, write that as scale "
+            "and take alpha out.",
+            stacklevel=2,
+        )
     adapter.dropout = _number({"dropout": 0.0} | parameters, "dropout", settings_file)
+    if not 0 <= adapter.dropout <= 1:
+        raise RequestError(f"{settings_file}: dropout must be from 0 to 1, got {adapter.dropout:g}.")
     output_side = settings.get(_OUTPUT_SIDE, True) is not False
     for path in tensors.paths((".lora_a", ".lora_b")):
         adapter.modules[path] = _take(tensors, path, config, scale, kind == "dora", output_side and path == EMBEDDING)
@@ -69,8 +78,8 @@ def _take(tensors: Tensors, path: str, config: ModelConfig, scale: float, dora: 
 
 def _number(values: Mapping[str, Any], name: str, file: Path) -> float:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{file}: lora_parameters has no {name} that is a number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FLOAT32:
+        raise RequestError(f"{file}: lora_parameters has no {name} that is a number float32 holds.")
     return float(value)
 
 

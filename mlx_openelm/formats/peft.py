@@ -1,7 +1,6 @@
 """Adapters as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`; LoRA, rsLoRA and DoRA.
 
-Source: peft/tuners/lora and peft/utils/save_and_load.py. Ranks and alphas may differ by module, where `rank_pattern`
-and `alpha_pattern` have a regular expression that a module's path ends with.
+Source: peft/tuners/lora and peft/utils/save_and_load.py. What the settings mean is in `peft_settings`.
 """
 
 from __future__ import annotations
@@ -9,139 +8,114 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from ..adapters.adapter import EMBEDDING, Adapter, LowRank
+from ..adapters.adapter import EMBEDDING, Adapter, BaseCopy, LowRank
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..inputs import read_json
 from . import adapter_tensors
 from .adapter_tensors import Tensors
 from .mlx_adapter import uses_dora
+from .peft_settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-# What a configuration may say without changing what the tensors mean.
-_HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-# Beginnings that leave the base's weights as they are. With others (`loftq`, `lora_ga`) an adapter belongs to a changed
-# base; of these PEFT can take the change out again.
-_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_CONVERTIBLE = ("pissa", "corda", "olora")
+_HEAD = "lm_head.weight"
+_MAGNITUDE = ".lora_magnitude_vector"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector|velora_embed))\.default(?=\.weight$|$)")
+# What stands in the names of a base's weights where a module of PEFT's is put before them.
+_WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.weight$)")
+# A buffer of VeLoRA's backward pass.
+_TRAINING_ONLY = ".lora_velora_embed"
 
 
 def read(file: Path, config: ModelConfig) -> Adapter:
     """The adapter in a safetensors file, told by the `adapter_config.json` beside it.
 
+    Weights of the base that the file repeats are taken along, to be compared with it. Modules that the settings name
+    and the file does not hold stay as they are, with a warning, as in PEFT.
+
     Raises:
         RequestError: damaged files, a method or setting that cannot be carried over, or tensors that the model does
             not have.
     """
-    settings_file = file.parent / CONFIG
-    settings = read_json(settings_file)
-    _check(settings, settings_file)
-    tensors = Tensors.read(file)
-    base_model = settings.get("base_model_name_or_path")
-    adapter = Adapter(base_model=base_model if isinstance(base_model, str) and base_model else None)
-    adapter.dropout = _number(settings, "lora_dropout", settings_file, 0.0)
+    settings = Settings(file.parent / CONFIG)
+    tensors = Tensors.read(file, _usual_name)
+    adapter = Adapter(base_model=settings.base_model, dropout=settings.dropout)
     for name in tensors.paths(_ENDINGS):
         path = name.removeprefix(_PREFIX)
-        if path == name:
-            raise RequestError(f"{file} names a module {name}; PEFT's names begin with {_PREFIX}")
-        adapter.modules[path] = _take(tensors, path, settings, settings_file, config)
-    tensors.check_empty("a LoRA adapter" if not settings.get("use_dora") else "a DoRA adapter")
+        adapter.modules[path] = _take(tensors, path, settings, config)
+        if (setting := settings.left_out_by(path)) is not None:
+            raise RequestError(f"{file} changes {path}, which {setting} in {CONFIG} leaves out; PEFT would not use it.")
+    adapter.base_copies = _take_copies(tensors, settings, config)
+    tensors.discard(_TRAINING_ONLY)
+    tensors.check_empty("a LoRA adapter" if not settings.is_dora else "a DoRA adapter")
+    _warn_of_missing(adapter, settings, file, config)
     return adapter
 
 
-def _check(settings: Mapping[str, Any], file: Path) -> None:
-    """Refuse what our layers do not compute."""
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise RequestError(f"{file}: peft_type {kind} cannot be used here; LORA can, with or without DoRA.")
-    initial = settings.get("init_lora_weights")
-    initial = initial.lower() if isinstance(initial, str) else initial
-    if initial not in _INITIAL:
-        way = "merge it into that with PEFT, and give the merged model as --model"
-        if str(initial).startswith(_CONVERTIBLE):
-            way = "let PEFT convert the adapter to LoRA when it saves it (path_initial_model_for_weight_conversion)"
-        raise RequestError(f"{file}: init_lora_weights {initial!r} changes the base model too; {way}.")
-    if settings.get("bias") not in (None, "none"):
-        raise RequestError(f"{file}: bias is {settings['bias']!r}, but OpenELM has no biases.")
-    for name, value in settings.items():
-        if value and name not in _HARMLESS and name not in ("bias", "init_lora_weights"):
-            raise RequestError(f"{file}: {name} is {json.dumps(value)}, which cannot be carried over.")
+def _usual_name(name: str) -> str:
+    """A tensor's name as PEFT saves it; a model's whole state has the adapter's name in it, usually `default`, and
+    transformers leaves the prefix out."""
+    name = name if name.startswith(_PREFIX) else _PREFIX + name
+    name = _ADAPTER_NAME.sub(r"\1", name)
+    return name.removesuffix(".weight") if name.endswith(f"{_MAGNITUDE}.weight") else name
 
 
-def _take(
-    tensors: Tensors, path: str, settings: Mapping[str, Any], settings_file: Path, config: ModelConfig
-) -> LowRank:
+def _take(tensors: Tensors, path: str, settings: Settings, config: ModelConfig) -> LowRank:
     inputs, outputs = adapter_tensors.sides(tensors.file, path, config)
     a, b = (".lora_embedding_A", ".lora_embedding_B") if path == EMBEDDING else (".lora_A.weight", ".lora_B.weight")
     down = tensors.take(f"{_PREFIX}{path}{a}", (None, inputs))
     rank = down.shape[0]
     up = tensors.take(f"{_PREFIX}{path}{b}", (outputs, rank))
-    magnitude = tensors.take(f"{_PREFIX}{path}.lora_magnitude_vector", (outputs,)) if settings.get("use_dora") else None
-    told = _of_module(settings, "rank_pattern", "r", path, settings_file)
-    if told != rank:
-        raise RequestError(f"{tensors.file}: {path} has rank {rank}, but {settings_file.name} says {told:g}.")
-    alpha = _of_module(settings, "alpha_pattern", "lora_alpha", path, settings_file)
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return LowRank(down.T, up.T, scale, magnitude)
+    magnitude = tensors.take(f"{_PREFIX}{path}{_MAGNITUDE}", (outputs,)) if settings.is_dora else None
+    if (told := settings.rank(path)) != rank:
+        raise RequestError(f"{tensors.file}: {path} has rank {rank}, but {settings.file.name} says {told:g}.")
+    return LowRank(down.T, up.T, settings.scale(path, rank), magnitude)
 
 
-def _of_module(settings: Mapping[str, Any], pattern: str, common: str, path: str, file: Path) -> float:
-    """A module's rank or alpha: of the first pattern that its path ends with, else the common one."""
-    patterns = settings.get(pattern) or {}
-    if not isinstance(patterns, dict):
-        raise RequestError(f"{file}: {pattern} must be an object of numbers by module.")
-    for key in patterns:
-        try:
-            matches = re.match(rf"(.*\.)?({key})$", path)
-        except re.error:
-            raise RequestError(f"{file}: {pattern} has {key!r}, which is no regular expression.") from None
-        if matches:
-            return _number(patterns, key, file)
-    return _number(settings, common, file, 8.0)
+def _take_copies(tensors: Tensors, settings: Settings, config: ModelConfig) -> list[BaseCopy]:
+    """Weights of the base, which PEFT would put in the base's place."""
+    shapes, copies = config.tensor_shapes(), []
+    for name in tensors.names():
+        own = _WRAPPER.sub("", name.removeprefix(_PREFIX))
+        if own == _HEAD and config.share_input_output_layers:
+            own = f"{EMBEDDING}.weight"
+        if own in shapes:
+            copies.append(_take_copy(tensors, name, own, shapes[own], settings))
+    return copies
 
 
-def _number(values: Mapping[str, Any], name: str, file: Path, default: float = 0.0) -> float:
-    value = default if values.get(name) is None else values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{file}: {name} must be a number, got {value!r}.")
-    return float(value)
+def _take_copy(tensors: Tensors, name: str, own: str, shape: tuple[int, ...], settings: Settings) -> BaseCopy:
+    setting = "a weight of the base"
+    if settings.saves(own.removesuffix(".weight")) or settings.saves(name.removeprefix(_PREFIX)):
+        setting = "modules_to_save"
+    elif own in (f"{EMBEDDING}.weight", _HEAD):
+        setting = "save_embedding_layers"
+    refusal = (
+        f"{tensors.file} holds {name} ({setting}), and it is not what the base model has; merge the adapter into the "
+        "model it was trained on with PEFT, and give the result as --model."
+    )
+    value = tensors.take_stored(name)
+    if value.shape != shape:
+        raise RequestError(f"{refusal[:-1]}: its shape is {list(value.shape)}, the model's {list(shape)}.")
+    return BaseCopy(own, value, refusal)
+
+
+def _warn_of_missing(adapter: Adapter, settings: Settings, file: Path, config: ModelConfig) -> None:
+    targets = [path for path in config.matrix_shapes() if settings.targets(path)]
+    missing = [path for path in targets if path not in adapter.modules]
+    if missing and adapter.modules:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warnings.warn(
+            f"{file} holds nothing for {missing[0]}{more}, which target_modules names: it stays as in the base.",
+            stacklevel=2,
+        )
 
 
 def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str | None = None) -> None:
@@ -188,7 +162,7 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
         a, b = (".lora_embedding_A", ".lora_embedding_B") if path == EMBEDDING else _ENDINGS[:2]
         tensors |= {f"{_PREFIX}{path}{a}": change.a.T, f"{_PREFIX}{path}{b}": change.b.T}
         if change.magnitude is not None:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = change.magnitude
+            tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = change.magnitude
     adapter_tensors.write(folder / WEIGHTS, tensors, "pt")
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

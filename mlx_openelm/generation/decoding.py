@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ import mlx.core as mx
 
 from .. import backend
 from ..cache import SMALLEST_WINDOW, make_cache
+from ..config import ModelConfig
 from ..errors import RequestError
+from ..finite import not_finite
 from ..model import OpenELM
 from ..ops import log_softmax
+from .checking import cache_offset, cached_ids, check_lengths, check_number, prompt_ids, warn
 from .sampling import LogitsProcessor, Sampler, greedy
 
 # Free MLX's buffers now and then, as lengths change with every token.
@@ -33,24 +37,45 @@ class CacheOptions:
     kv_group_size: int | None = None
     quantized_kv_start: int = 0
 
-    def validate(self, head_dim: int) -> None:
-        """Raise a `RequestError` that names the flag if a value cannot be right."""
-        if self.quantized_kv_start < 0:
-            raise RequestError(f"--quantized-kv-start must be 0 or more, got {self.quantized_kv_start}.")
-        if self.max_kv_size is not None and (type(self.max_kv_size) is not int or self.max_kv_size < SMALLEST_WINDOW):
-            raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {self.max_kv_size}.")
+    def check(self, config: ModelConfig) -> None:
+        """Raise a `RequestError` that names the flag if a value cannot be right for this model."""
+        check_number("--quantized-kv-start", self.quantized_kv_start, 0, math.inf, "0 or more", kind=int)
+        if self.max_kv_size is not None:
+            wanted = f"{SMALLEST_WINDOW} or more"
+            check_number("--max-kv-size", self.max_kv_size, SMALLEST_WINDOW, math.inf, wanted, kind=int)
         if self.kv_bits is None:
             if self.kv_group_size is not None:
                 raise RequestError("--kv-group-size needs --kv-bits.")
             return
         if self.max_kv_size is not None:
             raise RequestError("--kv-bits cannot be combined with --max-kv-size.")
-        if self.kv_bits not in (2, 3, 4, 5, 6, 8):
+        if type(self.kv_bits) is not int or self.kv_bits not in (2, 3, 4, 5, 6, 8):
             raise RequestError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
-        if self.group_size(head_dim) not in (32, 64, 128) or head_dim % self.group_size(head_dim):
+        group_size = self.group_size(config.head_dim)
+        if type(group_size) is not int or group_size not in (32, 64, 128) or config.head_dim % group_size:
             raise RequestError(
-                f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {head_dim}; got {self.kv_group_size}."
+                f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {config.head_dim}; got {group_size}."
             )
+
+    def check_cache(self, cache: Sequence[Any]) -> None:
+        """Raise a `RequestError` if caches that are given are not kept as these options ask for."""
+        for layer in cache:
+            kind = type(layer).__name__
+            if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
+                raise RequestError(
+                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, has not that "
+                    "size; leave it out."
+                )
+            if self.kv_bits is None:
+                continue
+            if hasattr(layer, "bits"):
+                if (layer.bits, layer.group_size) != (self.kv_bits, self.kv_group_size or layer.group_size):
+                    raise RequestError(
+                        f"The prompt cache has {layer.bits} bits in groups of {layer.group_size}, other than --kv-bits "
+                        "and --kv-group-size ask for; leave them out."
+                    )
+            elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
+                raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
 
     def group_size(self, head_dim: int) -> int:
         return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
@@ -58,12 +83,13 @@ class CacheOptions:
 
 def generate_step(
     model: OpenELM,
-    prompt: Sequence[int],
+    prompt: Sequence[int] | mx.array,
     *,
     max_tokens: int = 256,
     sampler: Sampler = greedy,
     logits_processors: Sequence[LogitsProcessor] = (),
     cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
     options: CacheOptions | None = None,
     prefill_step_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -73,15 +99,54 @@ def generate_step(
     Args:
         prompt: token ids, at least one.
         max_tokens: how many at most; -1 goes on to the end of the context.
+        logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits.
         cache: key-value caches, one a layer, that may already hold what precedes the prompt; extended in place.
+        prompt_cache_tokens: the ids of all tokens that `cache` has seen, for `logits_processors` that look at them,
+            such as penalties; without it they see only the prompt and what follows, which a warning tells.
+        options: how the past is kept; a cache that is given must suit them.
         prefill_step_size: prompt tokens processed at a time; by default what suits the device.
         progress: called with the prompt tokens processed so far and in all.
+
+    Raises:
+        RequestError: a value that cannot be right, a prompt that is empty or too long, a cache that does not fit;
+            at the call, before anything is computed.
+        OpenELMError: while iterating, the logits are not finite.
     """
     options = options or CacheOptions()
-    cache = make_cache(len(model.layers), options.max_kv_size) if cache is None else cache
-    count = token_limit(model, cache, len(prompt), max_tokens)
+    options.check(model.config)
+    check_lengths(max_tokens, prefill_step_size)
+    past = 0
+    if cache is None:
+        cache = make_cache(len(model.layers), options.max_kv_size)
+    else:
+        past = cache_offset(cache, len(model.layers))
+        options.check_cache(cache)
+    ids = prompt_ids(prompt, past, model.config)
+    held = [] if prompt_cache_tokens is None else cached_ids(prompt_cache_tokens, past, model.config)
+    if past > len(held) and any(getattr(process, "reads_context", True) for process in logits_processors):
+        warn(
+            f"Penalties see only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens."
+        )
     step_size = prefill_step_size or backend.prefill_step_size()
-    pending = context = mx.array(list(prompt))
+    return _decode(model, ids, held, max_tokens, sampler, logits_processors, cache, options, step_size, progress)
+
+
+def _decode(
+    model: OpenELM,
+    prompt: list[int],
+    held: list[int],
+    max_tokens: int,
+    sampler: Sampler,
+    logits_processors: Sequence[LogitsProcessor],
+    cache: list[Any],
+    options: CacheOptions,
+    step_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[int, float]]:
+    """`generate_step` once its arguments are checked; `held` are the ids of what the cache holds, as far as known."""
+    count = token_limit(model, cache, len(prompt), max_tokens)
+    pending = mx.array(prompt)
+    context = mx.array(held + prompt) if held else pending
 
     def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
         """The next token [1] and its log-probability [1], unevaluated."""
@@ -116,10 +181,12 @@ def generate_step(
                 context = mx.concatenate([context, token])
             upcoming = step(token)
             mx.async_eval(*upcoming)
-        value = int(token.item())  # type: ignore[arg-type]
+        value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
+        if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes that of every token so
+            raise not_finite(f"The model's logits for token {n} are", model)
         if n == 1 and progress is not None:
             progress(len(prompt), len(prompt))
-        yield value, float(logprob.item())  # type: ignore[arg-type]
+        yield value, likelihood
         if n % _CLEAR_EVERY == 0:
             mx.clear_cache()
 

@@ -18,11 +18,12 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 import mlx.core as mx
 
 from ..errors import RequestError
+from .checking import check_number
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -49,9 +50,9 @@ class SamplingParams:
       multiplied, once each (Keskar et al., 2019, CTRL, section 4.1). `None` and 1 mean off.
     - `presence_penalty`: subtracted from the logit of every token in the context, once each.
     - `frequency_penalty`: subtracted once for every time the token is in the context. Both may be negative.
-    - `*_context_size`: how many of the last tokens the penalty looks at, prompt included; `None` is all of
-      them, as in transformers (mlx-lm looks at 20). Like mlx-lm's, and unlike the OpenAI API's, presence and
-      frequency penalties therefore count the prompt as well.
+    - `*_context_size`: how many of the last tokens the penalty looks at, prompt included, and what a prompt cache
+      holds where its ids are given; `None` is all of them, as in transformers (mlx-lm looks at 20). Like mlx-lm's,
+      and unlike the OpenAI API's, presence and frequency penalties therefore count the prompt as well.
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
@@ -70,47 +71,42 @@ class SamplingParams:
     frequency_context_size: int | None = None
     logit_bias: Mapping[int, float] | None = None
 
-    def validate(self, vocab_size: int) -> None:
-        """Raise a `RequestError` that names the flag if a value cannot be right for this vocabulary."""
-        _check("--temp", self.temp, 0, MAX_TEMP, f"between 0 and {MAX_TEMP:g}")
-        _check("--top-p", self.top_p, 0, 1, "between 0 and 1")
-        _check("--top-k", self.top_k, 0, math.inf, "a whole number, 0 or above", kind=Integral)
-        _check("--min-p", self.min_p, 0, 1, "between 0 and 1")
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise a `RequestError` that names the flag if a value cannot be right, for this vocabulary if it is told."""
+        check_number("--temp", self.temp, 0, MAX_TEMP, f"between 0 and {MAX_TEMP:g}")
+        check_number("--top-p", self.top_p, 0, 1, "between 0 and 1")
+        check_number("--top-k", self.top_k, 0, math.inf, "a whole number, 0 or above", kind=Integral)
+        check_number("--min-p", self.min_p, 0, 1, "between 0 and 1")
         at_least_1 = "a whole number, 1 or above"
-        _check("--min-tokens-to-keep", self.min_tokens_to_keep, 1, math.inf, at_least_1, kind=Integral)
-        _check("--xtc-probability", self.xtc_probability, 0, 1, "between 0 and 1")
-        _check("--xtc-threshold", self.xtc_threshold, 0, 0.5, "between 0 and 0.5")
+        check_number("--min-tokens-to-keep", self.min_tokens_to_keep, 1, math.inf, at_least_1, kind=Integral)
+        check_number("--xtc-probability", self.xtc_probability, 0, 1, "between 0 and 1")
+        check_number("--xtc-threshold", self.xtc_threshold, 0, 0.5, "between 0 and 0.5")
         if self.repetition_penalty is not None:
             wanted = f"between {1 / PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (1 changes nothing)"
-            _check("--repetition-penalty", self.repetition_penalty, 1 / PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+            check_number("--repetition-penalty", self.repetition_penalty, 1 / PENALTY_LIMIT, PENALTY_LIMIT, wanted)
         for name in ("presence", "frequency"):
             wanted = f"between {-PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (0 changes nothing)"
             value = getattr(self, f"{name}_penalty")
-            _check(f"--{name}-penalty", value, -PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+            check_number(f"--{name}-penalty", value, -PENALTY_LIMIT, PENALTY_LIMIT, wanted)
         for name in ("repetition", "presence", "frequency"):
             size = getattr(self, f"{name}_context_size")
             if size is not None:
-                _check(f"--{name}-context-size", size, 1, math.inf, at_least_1, kind=Integral)
+                check_number(f"--{name}-context-size", size, 1, math.inf, at_least_1, kind=Integral)
         self._validate_logit_bias(vocab_size)
 
-    def _validate_logit_bias(self, vocab_size: int) -> None:
+    def _validate_logit_bias(self, vocab_size: int | None) -> None:
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"--logit-bias must map token ids to numbers, got {self.logit_bias!r}")
+        last = math.inf if vocab_size is None else vocab_size - 1
+        wanted = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
         for token, bias in self.logit_bias.items():
-            wanted = f"token ids from 0 to {vocab_size - 1}"
-            _check("--logit-bias: the keys", token, 0, vocab_size - 1, wanted, kind=Integral)
+            check_number("--logit-bias: the keys", token, 0, last, wanted, kind=Integral)
             if bias != -math.inf:
-                _check(f"--logit-bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT, "a number, or -inf")
+                check_number(f"--logit-bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT, "a number, or -inf")
         if len(self.logit_bias) == vocab_size and all(b == -math.inf for b in self.logit_bias.values()):
             raise RequestError("--logit-bias bans every token of the vocabulary; leave at least one")
-
-
-def _check(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
-    """Refuse bools, types other than `kind`, what is not in [low, high], and NaN (no comparison holds)."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{flag} must be {wanted}, got {value}")
 
 
 def random_seed() -> int:
@@ -120,7 +116,7 @@ def random_seed() -> int:
 
 def make_key(seed: int) -> mx.array:
     """The random key of a seed from 0 to 2**64 - 1; any other seed raises `RequestError`."""
-    _check("--seed", seed, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", kind=Integral)
+    check_number("--seed", seed, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", kind=Integral)
     return mx.random.key(int(seed))
 
 
@@ -136,12 +132,13 @@ class KeyStream:
 
 
 def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key: mx.array | None = None) -> Sampler:
-    """A function from log-probabilities [batch, vocab] to tokens [batch]; `params.validate` comes before.
+    """A function from log-probabilities [batch, vocab] to tokens [batch]; RequestError for params that cannot be right.
 
     `special_ids` (end of text, a newline) are never dropped by XTC, which would make texts endless. The same
     `key` gives the same tokens in the same calls; without one, a seed comes from the operating system. A
     sampler advances its own key at every call, so make one for every text. Rows are drawn independently.
     """
+    params.validate()
     if params.temp == 0:
         return greedy
     keys = KeyStream(make_key(random_seed()) if key is None else key)
@@ -233,9 +230,11 @@ def make_logits_processors(params: SamplingParams) -> list[LogitsProcessor]:
 
     Each maps (tokens [n], logits [batch, vocab]) to new logits [batch, vocab] and leaves the given ones as
     they are. `tokens` is the prompt and what was generated after it, the same for all rows (in practice one).
-    The result is float32: a small penalty would be lost against a half-precision logit.
+    The result is float32: a small penalty would be lost against a half-precision logit. Those that do not look at
+    `tokens` have `reads_context` False. RequestError for params that cannot be right.
     """
-    processors = []
+    params.validate()
+    processors: list[LogitsProcessor] = []
     if params.logit_bias:
         processors.append(_logit_bias(params.logit_bias))
     if params.repetition_penalty is not None and params.repetition_penalty != 1:
@@ -254,6 +253,7 @@ def _logit_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
     def add_bias(tokens: mx.array, logits: mx.array) -> mx.array:
         return logits.astype(mx.float32).at[:, tokens_with_bias].add(biases)
 
+    add_bias.reads_context = False  # type: ignore[attr-defined]
     return add_bias
 
 

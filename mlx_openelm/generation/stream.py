@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
 
 from .. import backend
+from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
+from .checking import check_lengths, token_ids
 from .decoding import CacheOptions, generate_step, token_limit
 from .sampling import SamplingParams, make_key, make_logits_processors, make_sampler, random_seed
 from .stopping import StopStrings
@@ -34,6 +34,15 @@ class GenerationOptions(SamplingParams, CacheOptions):
     seed: int | None = None
     stop: str | Sequence[str] | None = ()
     prefill_step_size: int | None = None
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise a `RequestError` that names the flag if a value cannot be right for this model."""
+        self.validate(config.vocab_size)
+        super().check(config)
+        check_lengths(self.max_tokens, self.prefill_step_size)
+        if self.seed is not None:
+            make_key(self.seed)
+        StopStrings(self.stop)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ def stream_generate(
     prompt: str | Sequence[int] | mx.array,
     *,
     prompt_cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -71,15 +81,36 @@ def stream_generate(
     Args:
         prompt: text (BOS is put first), or token ids as they are.
         prompt_cache: key-value caches, one a layer, that hold what precedes the prompt; extended in place.
+        prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
+            count only the prompt and what follows, which a warning tells.
         progress: called with the prompt tokens processed so far and in all.
         options: the fields of `GenerationOptions`.
 
     Raises:
-        RequestError: an unknown option, a value that cannot be right, an empty prompt, one that is too long.
+        RequestError: an unknown option, a value that cannot be right, an empty prompt, one that is too long, a cache
+            that does not fit.
+        OpenELMError: while iterating, the model's logits are not finite.
     """
     chosen = make_options(model, options)
-    ids = _prompt_ids(model, tokenizer, prompt, sum(int(c.offset) for c in (prompt_cache or [])[:1]))
-    return _pieces(model, tokenizer, ids, chosen, prompt_cache, progress)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("The prompt is empty; give some text with --prompt.")
+        prompt = tokenizer.encode(prompt)
+    ids = token_ids(prompt, model.config.vocab_size)
+    seed = random_seed() if chosen.seed is None else chosen.seed
+    tokens = generate_step(
+        model,
+        ids,
+        max_tokens=chosen.max_tokens,
+        sampler=make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, make_key(seed)),
+        logits_processors=make_logits_processors(chosen),
+        cache=prompt_cache,
+        prompt_cache_tokens=prompt_cache_tokens,
+        options=chosen,
+        prefill_step_size=chosen.prefill_step_size,
+        progress=progress,
+    )
+    return _pieces(model, tokenizer, tokens, len(ids), chosen, prompt_cache)
 
 
 def generate(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any) -> str:
@@ -97,80 +128,23 @@ def make_options(model: OpenELM, options: dict[str, Any]) -> GenerationOptions:
     if unknown:
         raise RequestError(f"generate has no option {', '.join(sorted(unknown))}.")
     chosen = GenerationOptions(**options)
-    SamplingParams.validate(chosen, model.config.vocab_size)
-    CacheOptions.validate(chosen, model.config.head_dim)
-    if type(chosen.max_tokens) is not int or chosen.max_tokens < -1 or chosen.max_tokens == 0:
-        raise RequestError(f"--max-tokens must be 1 or more, or -1 for no limit, got {chosen.max_tokens}.")
-    if chosen.prefill_step_size is not None and (
-        type(chosen.prefill_step_size) is not int or chosen.prefill_step_size < 1
-    ):
-        raise RequestError(f"--prefill-step-size must be 1 or more, got {chosen.prefill_step_size}.")
-    if chosen.seed is not None:
-        make_key(chosen.seed)
-    StopStrings(chosen.stop)
+    chosen.check(model.config)
     return chosen
-
-
-def _prompt_ids(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, past: int) -> list[int]:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise RequestError("The prompt is empty; give some text with --prompt.")
-        ids = tokenizer.encode(prompt)
-    else:
-        values = prompt.tolist() if isinstance(prompt, mx.array) else prompt
-        if not isinstance(values, Iterable) or not all(map(_is_whole, values)):
-            raise RequestError("The prompt must be text or a list of token ids.")
-        ids = [int(token) for token in values]  # type: ignore[arg-type]
-    if not ids:
-        raise RequestError("The prompt is empty; give at least one token.")
-    config = model.config
-    if not all(0 <= token < config.vocab_size for token in ids):
-        raise RequestError(f"The prompt has token ids outside the vocabulary of {config.vocab_size}.")
-    if past + len(ids) > config.rope_max_length:
-        raise RequestError(
-            f"The prompt is too long: {past + len(ids)} tokens, where the model's positions end at "
-            f"{config.rope_max_length}; shorten it."
-        )
-    if past + len(ids) > config.max_context_length:
-        warnings.warn(
-            f"The prompt has {past + len(ids)} tokens, more than the {config.max_context_length} "
-            "the model was trained on; expect worse text.",
-            stacklevel=4,
-        )
-    return ids
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _pieces(
     model: OpenELM,
     tokenizer: Tokenizer,
-    ids: list[int],
+    tokens: Iterator[tuple[int, float]],
+    prompt_tokens: int,
     options: GenerationOptions,
     cache: list[Any] | None,
-    progress: Callable[[int, int], None] | None,
 ) -> Iterator[Piece]:
-    seed = random_seed() if options.seed is None else options.seed
-    special = {tokenizer.bos_token_id, *tokenizer.eos_token_ids}
-    sampler = make_sampler(options, special, make_key(seed))
     decoder, stops = tokenizer.streaming_decoder(), StopStrings(options.stop)
-    limit = token_limit(model, cache, len(ids), options.max_tokens)
+    limit = token_limit(model, cache, prompt_tokens, options.max_tokens)
     started = time.perf_counter()
     prompt_seconds = 0.0
     with backend.wired_limit():
-        tokens = generate_step(
-            model,
-            ids,
-            max_tokens=options.max_tokens,
-            sampler=sampler,
-            logits_processors=make_logits_processors(options),
-            cache=cache,
-            options=options,
-            prefill_step_size=options.prefill_step_size,
-            progress=progress,
-        )
         for n, (token, logprob) in enumerate(tokens, 1):
             now = time.perf_counter()
             if n == 1:
@@ -188,8 +162,8 @@ def _pieces(
                 text,
                 token,
                 logprob,
-                prompt_tokens=len(ids),
-                prompt_tps=len(ids) / max(prompt_seconds, 1e-9),
+                prompt_tokens=prompt_tokens,
+                prompt_tps=prompt_tokens / max(prompt_seconds, 1e-9),
                 generation_tokens=n,
                 # The first token belongs to the prompt's time, so speed counts from the second.
                 generation_tps=(n - 1) / (now - started) if n > 1 else 0.0,

@@ -1,7 +1,8 @@
 """Kernels in C++ for MLX on a CPU: found, checked, or done without.
 
-`kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Compiling is part of
-installing where there is a compiler, and `python -m mlx_openelm.native` does it again.
+`kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Both are found out when
+one of them is first asked for: by the first forward pass on a CPU, and never where a GPU computes. Linux compiles them
+while it installs, where there is a compiler; `python -m mlx_openelm.native` does it again. On a Mac it alone does.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from ..backend import says_off
+from ..environment import says_off, thread_count
 from .build import FACTS, KNOWN, LIBRARY, fingerprint
 
 # Set to 0 to do without the kernels.
 VARIABLE = "MLX_OPENELM_NATIVE"
-# The first that is set says how many threads a kernel may use.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 COMMAND = f"{Path(sys.executable).name} -m mlx_openelm.native"
 REBUILD = f"compile them again: {COMMAND}"
+
+# Set by `__getattr__`.
+kernels: Any
+status: Status
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,6 @@ class Status:
     state: str
     detail: str = ""
     advice: str | None = None
-
-
-def thread_count() -> int:
-    """Threads for a kernel: what the environment says, else the processors this process may use.
-
-    `OMP_NUM_THREADS` may be a list, one number for each level of nesting; the first counts.
-    """
-    for name in THREAD_VARIABLES:
-        with contextlib.suppress(ValueError):
-            if (count := int(os.environ.get(name, "").split(",")[0])) > 0:
-                return count
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A container may be given fewer than it sees (cgroup v2: microseconds of a period).
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, round(int(quota) / int(period))))
-    return count
 
 
 def missing_instructions(needed: list[str]) -> list[str]:
@@ -83,6 +68,8 @@ def examine(folder: Path) -> Status | None:
         return Status("failed", f"{FACTS} is missing or damaged", REBUILD)
     if not is_whole:
         return Status("failed", f"{LIBRARY} is damaged", REBUILD)
+    import mlx.core as mx
+
     installed: str = mx.__version__  # type: ignore[attr-defined]
     if built_for != installed:
         return Status("stale", f"compiled for MLX {built_for}, and {installed} is installed", REBUILD)
@@ -114,6 +101,8 @@ def _load() -> tuple[Any, Status]:
     folder = find_folder()
     if (status := examine(folder)) is not None:
         return None, status
+    import mlx.core as mx
+
     try:
         spec = spec_from_file_location(f"{__name__}.kernels", folder / LIBRARY)
         assert spec is not None and spec.loader is not None
@@ -134,4 +123,15 @@ def _instructions(folder: Path) -> str:
     return ", ".join(name for name in used if name in KNOWN) or os.uname().machine
 
 
-kernels, status = _load()
+_loading = threading.Lock()
+
+
+def __getattr__(name: str) -> Any:
+    # For whoever first asks; from then on they are plain variables.
+    if name not in ("kernels", "status"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    global kernels, status
+    with _loading:
+        if "status" not in globals():
+            kernels, status = _load()
+    return globals()[name]

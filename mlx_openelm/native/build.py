@@ -1,4 +1,4 @@
-"""Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native`, and `pip install` through setup.py.
+"""Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native`, and setup.py on Linux.
 
 Uses the standard library alone, since setup.py loads this file before anything is installed; and imports what only
 compiling needs when it compiles, since every start of a program imports this file.
@@ -135,7 +135,9 @@ def find_compiler() -> list[str]:
         too_old.append(words[0])
     if too_old:
         names = " and ".join(too_old)
-        raise BuildError(f"{names} cannot compile them; install GCC 12 or Clang 14, or newer, and name it in CXX.")
+        # A Mac has these names without Xcode's tools, too, as programs that only ask for them.
+        way = "run xcode-select --install" if sys.platform == "darwin" else "install GCC 12 or Clang 14, or newer"
+        raise BuildError(f"{names} cannot compile them; {way}, or name another compiler in CXX.")
     if named:
         raise BuildError(f"CXX names {named!r}, which is not there.")
     ways = "Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install"

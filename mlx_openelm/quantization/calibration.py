@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
 
 # The matrices of a layer, by path within it, in the order a token meets them.
@@ -106,6 +108,9 @@ class Teacher:
 
     Kept as hidden states [rows, model_dim] after the final norm, with a head of its own: logits of all rows would
     fill memory. The model may change afterwards.
+
+    Raises:
+        OpenELMError: the full model's numbers are not finite.
     """
 
     def __init__(self, model: OpenELM, batches: Batches, progress: Progress | None = None):
@@ -120,6 +125,8 @@ class Teacher:
             self.hidden.append(hidden)
             if progress is not None:
                 progress(len(self.hidden), len(batches))
+        if not (mx.all(mx.isfinite(total)) & mx.all(mx.isfinite(self._head))).item():
+            raise not_finite("What the full model computes is", model)
         self.tokens = sum(hidden.shape[0] for hidden in self.hidden)
         self.moments = total / self.tokens
 
@@ -135,6 +142,9 @@ class Teacher:
         Args:
             outputs: what comes out of the model's last layer, batch by batch.
             targets: the tokens [rows] that follow, batch by batch; without them the loss is 0.
+
+        Raises:
+            OpenELMError: the model's logits are not finite.
         """
         distance = loss = 0.0
         for index, (output, expected) in enumerate(zip(outputs, self.hidden, strict=True)):
@@ -149,6 +159,8 @@ class Teacher:
                 mx.eval(parts)
                 numbers = [float(part.item()) for part in parts]  # type: ignore[arg-type]
                 distance, loss = distance + numbers[0], loss + sum(numbers[1:])
+                if not math.isfinite(distance + loss):
+                    raise not_finite("The quantized model's logits are", model)
         return max(distance / self.tokens, 0.0), loss / self.tokens
 
 

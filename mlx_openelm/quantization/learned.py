@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import RequestError
+from ..finite import not_finite
 from ..formats.packing import Quantization
 from ..model import OpenELM
 from . import awq, dwq, gptq, rounding
@@ -57,7 +58,8 @@ def quantize_model(
         dtype: what is not quantized is stored in this type, scales and biases in `scale_dtype`.
 
     Raises:
-        OpenELMError: a method failed: the text gives a matrix nothing usable, or distillation diverged.
+        OpenELMError: weights or logits are not finite, or a method failed: the text gives a matrix nothing usable, or
+            distillation diverged.
     """
 
     def report(stage: str) -> Callable[[int, int], None]:
@@ -70,6 +72,8 @@ def quantize_model(
     def pack(path: str, moments: mx.array) -> None:
         nonlocal done
         module = module_at(model, path)
+        if not mx.all(mx.isfinite(module["weight"])).item():  # in rows that the text did not use
+            raise not_finite(f"The weights of {path} are", model)
         packed[path] = _pack(module["weight"], moments, choices[path], "gptq" in methods, scale_dtype)
         module["weight"] = packed[path].full().astype(module["weight"].dtype)
         mx.eval(module["weight"])

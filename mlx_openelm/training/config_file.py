@@ -19,12 +19,22 @@ Options = TypeVar("Options", bound=TrainOptions)
 # What a file may say beside the options: which model, for the command.
 MODEL_KEYS = ("model", "tokenizer", "config_yaml", "revision", "dtype", "chat_template")
 
-# What mlx-lm has and we do not offer, with the values that ask for nothing, and what to do instead.
+# What files of mlx-lm have, of any version since its first of 2024, and we do not offer, with the values that ask for
+# nothing, and what to do instead.
 _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hf_dataset": ((), "name the data set in data"),
     "trust_remote_code": ((False,), "no code of a model's repository is run here"),
     "clear_cache_threshold": ((0,), "in Python, call mx.set_cache_limit before finetune"),
     "config": ((), "a file cannot name another one; give --config on the command line"),
+    "text_feature": (("text",), "name the column text"),
+    "prompt_feature": (("prompt",), "name the column prompt"),
+    "completion_feature": (("completion",), "name the column completion"),
+    "chat_feature": (("messages",), "name the column messages"),
+    "lora_layers": ((), "it is called num_layers"),
+    "use_dora": ((False,), "write fine_tune_type: dora"),
+    "adapter_file": ((), "write adapter_path, which is a folder"),
+    "wandb": ((), "write report_to: wandb, and its value as project_name"),
+    "wand": ((), "write report_to: wandb, and its value as project_name"),
 }
 # Two ways to say one thing.
 _RIVALS = (("alpha", "scale"), ("iters", "epochs"))

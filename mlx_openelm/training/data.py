@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import zlib
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
+from ..inputs import check_file
 from .kinds import KEYS, Faults, Record, recognise
 
 # Best first, where a data set on the hub comes in several formats: what needs no further package wins.
@@ -100,28 +102,32 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 
 def whole_file_note(data: str | Path) -> str | None:
     """What to say where `data` is one file and serves a test alone; None where it is not one file."""
-    path = Path(data).expanduser()
-    return f"{path.name} is tested as a whole; it should not hold what was trained on." if path.is_file() else None
+    path = Path(os.path.expanduser(data))
+    return (
+        f"{path.name} is tested as a whole; it should not hold what was trained on." if os.path.isfile(path) else None
+    )
 
 
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each split."""
     if not str(data).strip():  # which would be the folder one is in
         raise RequestError(f"--data is empty: name a file, or a folder with {_EXPECTED}.")
-    path = Path(data).expanduser()
-    if path.is_dir():
+    # Of a name that is too long, or a user who is not there, these say that nothing is there; `Path` raises.
+    path = Path(os.path.expanduser(data))
+    if os.path.isdir(path):
         names = [
             found.relative_to(path).as_posix()
             for folder in (path, path / "data")
             if folder.is_dir()
             for found in folder.iterdir()
-            if found.is_file() and not found.name.startswith(".")
+            if not found.is_dir() and not found.name.startswith(".")
         ]
         splits = find_splits(names, str(data))
         if not splits:
             raise RequestError(f"{data} holds no data: name its files {_EXPECTED}.")
         return {split: [path / name for name in files] for split, files in splits.items()}
-    if path.is_file():
+    if os.path.exists(path):
+        check_file(path)
         if suffix_of(path.name) is None:
             raise RequestError(
                 f'{data} is no data file: give one of {", ".join(SUFFIXES)} (plain text as {{"text": ...}}, '
@@ -205,6 +211,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     records: list[Record] = []
     faults = Faults()
     for path in paths:
+        check_file(path)
         before = len(records), faults.number
         for value, source in _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_json(path):
             if isinstance(value, dict):
@@ -228,9 +235,7 @@ class _NotJSON:
 def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
     """The values of a file of JSON lines or with a JSON array, whatever it is called, and where each stands."""
     try:
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)
+        content = _decompress(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     content = content.removeprefix(b"\xef\xbb\xbf")
@@ -242,21 +247,44 @@ def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
         for number, value in enumerate(array, 1):
             yield value, f"{path.name}, item {number}"
         return
-    for number, line in enumerate(content.split(b"\n"), 1):
+    # Of bytes, lines end with \n, \r\n or \r alone; what else ends a line of text may stand in a JSON string.
+    for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             yield _parse(line), f"{path.name}, line {number}"
 
 
+def _decompress(path: Path) -> bytes:
+    """The content of a gzipped file; one that grows more than text does was made to fill the memory."""
+    limit = (1 << 24) + 100 * path.stat().st_size
+    with gzip.open(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise RequestError(f"{path} unpacks to more than 100 times its size; unpack it and give the .jsonl or .json.")
+    return content
+
+
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return _NotJSON(f"is not UTF-8 text (byte {error.start + 1})")
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         return _NotJSON(f"is not JSON ({error.msg}: {place})")
-    except (RecursionError, ValueError) as error:
+    except RecursionError:
+        return _NotJSON("is not JSON that can be read (nested too deeply)")
+    except ValueError as error:
         return _NotJSON(f"is not JSON ({error})")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; of a key that is there twice nobody knows which value was meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {quote(twice)} is there twice")
+    return values
 
 
 def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
@@ -265,11 +293,11 @@ def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
     except ImportError:
         raise RequestError(f"Reading {path.name} needs the package pyarrow: pip install pyarrow") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             # Other columns may be large, and nothing reads them; without any known one they tell what is wrong.
             columns = [name for name in file.schema_arrow.names if name in KEYS]
             rows = file.read(columns=columns or None).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
         reason = " ".join(str(error).split())
         raise RequestError(f"{path.name} cannot be read as parquet ({reason}).") from None
     for number, row in enumerate(rows, 1):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..tokenizer import Tokenizer
-from .kinds import CHAT, COMPLETION, INSTRUCTION, TEXT, Kind, Record, recognise
+from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognise
 from .rendering import Spans, render_chat, render_text
 
 # Called with how many records are done and how many there are.
@@ -61,7 +61,7 @@ class Report:
     """What to tell before training.
 
     Args:
-        kind: what the records are: `text`, `prompt and completion`, `chat messages`, `instruction, input, output`.
+        kind: what the records are, such as `text` or `chat messages`: the name of one of `kinds.KINDS`.
         chat_template: the template they were rendered with: `corenet`, a file, `the tokenizer's own`; None without.
         num_examples: how many there are; every one is kept.
         num_tokens: how many tokens they have in all, as they are trained on.
@@ -125,7 +125,8 @@ def tokenize(
 
     Text is BOS, its ids, EOS. An instruction is written into CoreNet's template, then as text. A prompt with its
     completion is a user's and an assistant's turn where there is a chat template, else the two joined, then as text.
-    Messages go through the chat template, and end with EOS where an assistant's last turn is not closed by it.
+    Messages go through the chat template, and end with EOS where an assistant's last turn is not closed by it. What has
+    the weight 0 among them is not learned.
 
     Args:
         max_seq_length: how many tokens the model reads at once. An example may have one more, which is predicted only
@@ -192,7 +193,7 @@ _OWN_TEMPLATE = "the tokenizer's own"
 def _template_for(kind: Kind, tokenizer: Tokenizer, asked: str | Path | None) -> str | Path | None:
     """The chat template that records of a kind are rendered with, None where they are text."""
     own = None if tokenizer.chat_template is None else _OWN_TEMPLATE
-    if kind is CHAT:
+    if kind in (CHAT, SHAREGPT, TURNS):
         return asked or own or "corenet"  # without markers nobody could tell who speaks
     if kind is COMPLETION:
         return None if asked == "plain" else asked or own
@@ -206,7 +207,12 @@ def _render(
     values = record.values
     if template is not None:
         name = None if template == _OWN_TEMPLATE else template
-        return render_chat(_messages(values, kind), tokenizer, name, mask_prompt=mask_prompt, source=record.source)
+        try:
+            return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt)
+        except RequestError as error:
+            raise RequestError(f"{record.source}: {error}") from None
+    if values.get("tools"):
+        raise RequestError(f"{record.source}: 'tools' needs a chat template that shows them: give --chat-template FILE")
     if kind is TEXT:
         return render_text("", values["text"], tokenizer, mask_prompt=False)
     if kind is COMPLETION:
@@ -221,18 +227,6 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
     if input:
         text += f"{_INDENT}### Input:{_INDENT}{input}{_INDENT}"
     return f"{text}{_INDENT}### Response:{_INDENT}"
-
-
-def _messages(values: dict, kind: Kind) -> list[dict[str, str]]:
-    """The conversation of a record."""
-    if kind is CHAT:
-        return values["messages"]
-    if kind is INSTRUCTION:
-        prompt = "\n\n".join(part for part in (values["instruction"], values.get("input")) if part)
-        answer = values["output"]
-    else:
-        prompt, answer = values["prompt"], values["completion"]
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def _cut(spans: Spans, length: int) -> Spans:
@@ -255,7 +249,9 @@ def _nothing_to_learn(num_emptied: int, max_seq_length: int) -> str:
             f"Nothing is left to learn: the prompts alone fill --max-seq-length {max_seq_length}; raise it, or train "
             "on prompts too, without --mask-prompt."
         )
-    return "There is nothing to learn: with --mask-prompt the messages need an assistant's turn."
+    return (
+        "There is nothing to learn: with --mask-prompt the messages need an assistant's turn, of a weight other than 0."
+    )
 
 
 def _show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

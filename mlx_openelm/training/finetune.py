@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .. import backend
 from ..adapters.attaching import attach, extract
-from ..adapters.files import read_adapter, write_adapter
+from ..adapters.files import find_local, read_adapter, write_adapter
 from ..chat_template import find_template
 from ..errors import OpenELMError, RequestError
 from ..loading import check_dtype
@@ -416,8 +416,7 @@ class _Work:
 
 def _is_missing(path: str) -> bool:
     """Whether a path names no adapter here and could be no repository's name on the hub either."""
-    local = Path(path).expanduser()
-    if local.exists() or path.startswith("corenet:"):
+    if find_local(path) is not None or path.startswith("corenet:"):
         return False
     owner, _, name = path.partition("/")
-    return not name or "/" in name or not owner.strip(".~") or bool(local.suffix in (".safetensors", ".pt"))
+    return not name or "/" in name or not owner.strip(".~") or Path(path).suffix in (".safetensors", ".pt")

@@ -1,4 +1,4 @@
-"""What examples look like in files: the four kinds, recognised by their keys, and what is wrong with a record."""
+"""What examples look like in files: the kinds, recognised by their keys, and what is wrong with a record."""
 
 from __future__ import annotations
 
@@ -6,31 +6,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_template import check_messages
-from ..errors import RequestError
+from ..errors import RequestError, quote
+from .conversations import Conversation, conversation, read_turns
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to write an example down: the keys a record must have, and those it may have."""
+    """A way to write an example down.
+
+    Args:
+        keys: those a record must have, and `optional` those it may have.
+        refused: those that others read as part of the example and that are not offered here.
+        of_lists: whether the values of `keys` are lists of messages.
+    """
 
     name: str
     keys: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    of_lists: bool = False
 
     def fits(self, values: dict[str, Any]) -> bool:
         """Whether a record has all the keys; null, as tables hold it for keys that other records have, is none."""
-        return all(values.get(key) is not None for key in self.keys)
+        return all(values.get(key) is not None for key in self.keys) and (
+            not self.of_lists or all(isinstance(values[key], list) for key in self.keys)
+        )
 
 
-COMPLETION = Kind("prompt and completion", ("prompt", "completion"))
-CHAT = Kind("chat messages", ("messages",))
-INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",))
+_OF_TEMPLATES = ("images", "chat_template_kwargs")
+TURNS = Kind(
+    "prompt and completion as messages", ("prompt", "completion"), ("tools",), _OF_TEMPLATES, of_lists=True
+)  # fmt: skip
+COMPLETION = Kind("prompt and completion", ("prompt", "completion"), ("tools",), _OF_TEMPLATES)
+CHAT = Kind("chat messages", ("messages",), ("tools",), (*_OF_TEMPLATES, "functions"))
+SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), _OF_TEMPLATES)
+INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
 # In the order mlx-lm asks; `text` last, because many data sets add a rendered copy under that key.
-KINDS = (COMPLETION, CHAT, INSTRUCTION, TEXT)
-# Everything that is ever read of a record.
-KEYS = tuple(key for kind in KINDS for key in (*kind.keys, *kind.optional))
+KINDS = (TURNS, COMPLETION, CHAT, SHAREGPT, INSTRUCTION, TEXT)
+# Everything that is ever looked at of a record.
+KEYS = frozenset(key for kind in KINDS for key in (*kind.keys, *kind.optional, *kind.refused))
+# What other kinds of training learn from.
+_NOT_OFFERED = {
+    "chosen": "preference pairs (chosen, rejected)",
+    "rejected": "preference pairs (chosen, rejected)",
+    "input_ids": "tokens (input_ids)",
+}
 
 _TYPES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
 
@@ -96,23 +117,50 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
             return f"holds {other.name}, but {first.source} holds {kind.name}; one file is of one kind"
         missing = next(key for key in kind.keys if values.get(key) is None)
         return f"{missing!r} is null, not text" if missing in values else f"has no {missing!r}"
-    found = ", ".join(repr(key) for key in list(values)[:6]) or "nothing"
+    if (key := next((key for key in _NOT_OFFERED if key in values), None)) is not None:
+        return f"holds {_NOT_OFFERED[key]}, which are not offered here; give messages, or prompt and completion"
+    found = ", ".join(quote(key) for key in list(values)[:6]) or "nothing"
     return (
-        f"has none of the sets of keys that are known (prompt and completion; messages; instruction, input and "
-        f"output; text), but {found}"
+        f"has none of the sets of keys that are known (prompt and completion; messages; conversations; instruction, "
+        f"input and output; text), but {found}"
     )
 
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
-    if kind is CHAT:
+    if (key := next((key for key in kind.refused if values.get(key)), None)) is not None:
+        return f"{key!r} is not offered here; leave it out, or write what it says into messages"
+    if kind in (TURNS, CHAT, SHAREGPT):
         try:
-            check_messages(values["messages"])
+            conversation_of(values, kind)
         except RequestError as error:
             return str(error)
         return None
     for key in (*kind.keys, *kind.optional):
         value = values.get(key)
         # An instruction without input has "", null or no such key.
-        if not isinstance(value, str) and not (key in kind.optional and value is None):
+        if key != "tools" and not isinstance(value, str) and not (key in kind.optional and value is None):
             return f"{key!r} is {_TYPES.get(type(value), type(value).__name__)}, not text"
     return None
+
+
+def conversation_of(values: dict[str, Any], kind: Kind) -> Conversation:
+    """The conversation of a record that is no text.
+
+    Raises:
+        RequestError: messages that cannot be right, or something in them that is not offered.
+    """
+    tools = values.get("tools")
+    if kind is CHAT:
+        return conversation(read_turns(values["messages"]), tools)
+    if kind is SHAREGPT:
+        system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
+        return conversation([*system, *read_turns(values["conversations"])], tools)
+    if kind is TURNS:
+        before = read_turns(values["prompt"])
+        return conversation([*before, *read_turns(values["completion"])], tools, len(before))
+    if kind is INSTRUCTION:
+        prompt = "\n\n".join(part for part in (values["instruction"], values.get("input")) if part)
+        answer = values["output"]
+    else:
+        prompt, answer = values["prompt"], values["completion"]
+    return conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tools)

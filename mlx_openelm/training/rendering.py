@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..chat_template import Message
+from ..chat_messages import Message
 from ..errors import RequestError
 from ..tokenizer import Tokenizer
+from .conversations import Conversation
 
 # [start, end) of tokens whose prediction counts.
 Spans = tuple[tuple[int, int], ...]
@@ -26,64 +27,80 @@ def render_text(prompt: str, completion: str, tokenizer: Tokenizer, *, mask_prom
 
 
 def render_chat(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    template: str | Path | None,
-    *,
-    mask_prompt: bool,
-    source: str,
+    conversation: Conversation, tokenizer: Tokenizer, template: str | Path | None, *, mask_prompt: bool
 ) -> tuple[list[int], Spans]:
-    """A conversation through the chat template.
+    """A conversation through the chat template; what has the weight 0 in it is not learned.
 
-    With `mask_prompt` each assistant's turn is learned, from where generation would begin to the token that closes it,
-    and what follows the last of them is left out: nothing in it is learned.
+    With `mask_prompt` each assistant's turn after the prompt is learned, from where generation would begin to the
+    token that closes it, and what follows the last of them is left out: nothing in it is learned.
 
     Raises:
-        RequestError: a template that renders the beginning of a conversation otherwise than the whole.
+        RequestError: a template that fails, or that renders the beginning of a conversation otherwise than the whole.
     """
-    tokens = tokenizer.apply_chat_template(messages, template, add_generation_prompt=False)
-    appends_eos = messages[-1]["role"] == "assistant" and not _ends_closed(tokens, tokenizer)
-    if appends_eos:
-        tokens.append(tokenizer.eos_token_id)
+    messages, weighted = conversation.messages, conversation.weighted
+    turns = _Turns(conversation, tokenizer, template)
+    tokens = turns.tokens
     if not mask_prompt:
-        return tokens, _all_but(tokenizer.bos_token_id, tokens)
+        without = [turns.span(index) for index in range(len(messages)) if not weighted[index]]
+        return tokens, _cut_out(_all_but(tokenizer.bos_token_id, tokens), without)
     spans: list[tuple[int, int]] = []
+    end = 0
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start, end = _turn(messages, index, tokens, tokenizer, template, source)
+            start, stop = turns.span(index)
             # Of two turns in a row, one may end where the other begins.
-            spans.append((max(start, spans[-1][1]) if spans else start, end))
-    if appends_eos:
-        spans[-1] = (spans[-1][0], len(tokens))
-    return tokens[: spans[-1][1]] if spans else tokens, tuple(span for span in spans if span[0] < span[1])
+            start, end = max(start, end), stop
+            if weighted[index] and index >= conversation.prompt and start < stop:
+                spans.append((start, stop))
+    return tokens[: spans[-1][1]] if spans else tokens, tuple(spans)
 
 
-def _turn(
-    messages: Sequence[Message],
-    index: int,
-    tokens: list[int],
-    tokenizer: Tokenizer,
-    template: str | Path | None,
-    source: str,
-) -> tuple[int, int]:
-    """Where in `tokens`, which are the whole conversation's, the assistant's turn `index` is learned."""
-    if index:
-        before = tokenizer.apply_chat_template(messages[:index], template)
-    else:  # a conversation that the assistant opens: up to where the content would begin
-        empty = [{**messages[0], "content": ""}]
-        before = tokenizer.apply_chat_template(
-            empty, template, add_generation_prompt=False, continue_final_message=True
-        )
-    closed = tokenizer.apply_chat_template(messages[: index + 1], template, add_generation_prompt=False)
-    start, end = _place(before, tokens, tokenizer), _place(closed, tokens, tokenizer)
-    if start is None or end is None:
-        raise RequestError(
-            f"{source}: the chat template renders the beginning of a conversation otherwise than the whole, so "
-            "--mask-prompt cannot tell what the assistant says; use --chat-template corenet."
-        )
-    # The line break after the token that closes a turn is the template's, not the assistant's.
-    closing = _without_space(tokens[:end], tokenizer)
-    return max(start, 1), closing if tokens[closing - 1] in tokenizer.eos_token_ids else end
+class _Turns:
+    """A conversation's tokens, and where in them each turn stands."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Tokenizer, template: str | Path | None):
+        self._messages = conversation.messages
+        self._tools = conversation.tools
+        self._tokenizer, self._template = tokenizer, template
+        self.tokens = self._render(self._messages)
+        self._appends_eos = self._messages[-1]["role"] == "assistant" and not _ends_closed(self.tokens, tokenizer)
+        if self._appends_eos:
+            self.tokens.append(tokenizer.eos_token_id)
+
+    def _render(self, messages: Sequence[Message], **options: bool) -> list[int]:
+        options = {"add_generation_prompt": False, **options}
+        return self._tokenizer.apply_chat_template(messages, self._template, tools=self._tools, **options)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where the turn `index` is said: an assistant's from where generation would begin, others with what the
+        template writes around them."""
+        message, tokens = self._messages[index], self.tokens
+        if index:
+            before = self._render(self._messages[:index], add_generation_prompt=message["role"] == "assistant")
+        elif message["role"] == "assistant":  # one that opens the conversation: up to where the content would begin
+            before = self._render([{"role": "assistant", "content": ""}], continue_final_message=True)
+        else:
+            before = []
+        start = _place(before, tokens, self._tokenizer)
+        end = _place(self._render(self._messages[: index + 1]), tokens, self._tokenizer)
+        if start is None or end is None:
+            raise RequestError(
+                "the chat template renders the beginning of a conversation otherwise than the whole, so --mask-prompt, "
+                "or a weight of 0, cannot tell who says what; use --chat-template corenet"
+            )
+        if self._appends_eos and index == len(self._messages) - 1:
+            return max(start, 1), len(tokens)
+        # The line break after the token that closes a turn is the template's, not the assistant's.
+        closing = _without_space(tokens[:end], self._tokenizer)
+        return max(start, 1), closing if tokens[closing - 1] in self._tokenizer.eos_token_ids else end
+
+
+def _cut_out(spans: Spans, without: Sequence[tuple[int, int]]) -> Spans:
+    """`spans` without what lies in others."""
+    for start, end in without:
+        parts = [part for one, other in spans for part in ((one, min(other, start)), (max(one, end), other))]
+        spans = tuple((one, other) for one, other in parts if one < other)
+    return spans
 
 
 def _place(prefix: list[int], tokens: list[int], tokenizer: Tokenizer) -> int | None:

@@ -21,6 +21,11 @@ from .step import Evaluation, Updater
 
 # Examples named in an error before the rest is only counted.
 _NAMED = 8
+# Added where nothing was learned before a number was not finite.
+_FROM_THE_START = (
+    " If the model never gives a finite loss, its weights are damaged, or --dtype float16 is too small for them: use "
+    "bfloat16 or float32."
+)
 
 FINISHED, INTERRUPTED, EARLY = "finished", "interrupted", "stopped early"
 
@@ -274,7 +279,7 @@ class _Run:
         if not math.isfinite(loss):
             raise OpenELMError(
                 f"The validation loss is {loss} after step {state.step}; nothing was saved since. "
-                f"{self.checkpoints.advice()}"
+                f"{self.checkpoints.advice()}{_FROM_THE_START if state.step == 0 else ''}"
             )
         state.validated, state.val_loss = state.step, loss
         improved = state.best_loss is None or loss < state.best_loss
@@ -300,8 +305,14 @@ class _Run:
     def _save(self) -> None:
         if self.saved_step == self.state.step:
             return
+        arrays = self.updater.state()
+        if not all(mx.all(mx.isfinite(array)).item() for array in arrays.values()):
+            raise OpenELMError(
+                f"The weights are not finite after step {self.state.step}; nothing was saved since. "
+                f"{self.checkpoints.advice()} A smaller --learning-rate may help."
+            )
         if self.processes.leads:
-            path = self.checkpoints.save(self.state, self.updater.state())
+            path = self.checkpoints.save(self.state, arrays)
             self.listener.saved(self.state.step, path)
         self.saved_step = self.state.step
 
@@ -312,6 +323,7 @@ class _Run:
         return OpenELMError(
             f"The {what} at step {self.state.step + 1}, from {listed}. Nothing was saved since. "
             f"{self.checkpoints.advice()} A smaller --learning-rate, more --warmup or --max-grad-norm 1 may help."
+            f"{_FROM_THE_START if self.state.step == 0 else ''}"
         )
 
     def _result(self, stopped: str) -> Result:

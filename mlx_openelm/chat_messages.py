@@ -1,0 +1,113 @@
+"""Conversations: which messages can be rendered, and in what form a chat template is given them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import RequestError, quote
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+Message = Mapping[str, Any]
+
+# What a message may hold instead of a content, in OpenAI's newer and older form.
+_CALLS = ("tool_calls", "function_call")
+# Names of what an assistant thought: the first is the one that templates read, the second that of gpt-oss.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# A template that handles parts takes the text of each.
+_READS_PARTS = re.compile(r"""\[\s*["']text["']\s*\]|\.text\b""")
+
+
+def check_messages(messages: Sequence[Message], continue_final_message: bool = False) -> None:
+    """Raise `RequestError` unless `messages` is a filled list of `{"role": ..., "content": text}`.
+
+    A content may also be a list of parts that are text, and an assistant's may be missing beside tool calls.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise RequestError('messages must be a list with at least one {"role": ..., "content": ...}')
+    for index, message in enumerate(messages):
+        calls = _has_calls(message) if isinstance(message, Mapping) else False
+        if not isinstance(message, Mapping) or "role" not in message or not ("content" in message or calls):
+            raise RequestError(f'message {index} must be an object with "role" and "content"')
+        if message["role"] not in ROLES:
+            raise RequestError(f"message {index} has role {quote(message['role'])}: use one of {', '.join(ROLES)}")
+        if calls and message["role"] != "assistant":
+            raise RequestError(f"message {index} has tool calls, which only an assistant makes")
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            _check_parts(content, index)
+        elif not isinstance(content, str) and not (content is None and calls):
+            raise RequestError(f"the content of message {index} must be text")
+    if continue_final_message and messages[-1]["role"] != "assistant":
+        raise RequestError("only an assistant's message can be continued, and the last message is not one")
+    if continue_final_message and messages[-1].get("content") in (None, [], ()):
+        raise RequestError("the last message has no content that could be continued")
+
+
+def _has_calls(message: Message) -> bool:
+    return any(message.get(key) for key in _CALLS)
+
+
+def _check_parts(parts: Sequence[Any], index: int) -> None:
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind != "text":
+            raise RequestError(
+                f"part {number} of the content of message {index} is of type {quote(kind)}, which is not offered: "
+                "only text is"
+            )
+        if kind is None or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f'part {number} of the content of message {index} must be {{"type": "text", "text": ...}}'
+            )
+
+
+def plain_text(content: Any) -> str:
+    """A content as one text, its parts joined."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+def for_a_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]]:
+    """Role and text of each message, for templates that know the three roles OpenELM was tuned with.
+
+    Raises:
+        RequestError: tools or their calls and results, which these templates cannot show.
+    """
+    if tools or any(_has_calls(message) or message["role"] in ("tool", "function") for message in messages):
+        raise RequestError(
+            "tool calls are not offered by the templates corenet and plain: name one that shows them with "
+            "--chat-template FILE"
+        )
+    # Newer models of OpenAI's call the system a developer.
+    return [
+        {"role": "system" if role == "developer" else role, "content": plain_text(message["content"])}
+        for message in messages
+        for role in [message["role"]]
+    ]
+
+
+def for_a_template(messages: Sequence[Message], source: str, tools: Any) -> list[dict[str, Any]]:
+    """Copies of the messages as transformers gives them to a template: without nulls, thoughts under both names.
+
+    Parts are joined for a template that does not read them, which would show a Python list.
+
+    Raises:
+        RequestError: tools or their calls, which the template does not mention and so would leave out.
+    """
+    for key in _CALLS:
+        if key not in source and any(message.get(key) for message in messages):
+            raise RequestError(f"this chat template does not show {key}: use one that does, with --chat-template FILE")
+    if tools and "tools" not in source:
+        raise RequestError("this chat template does not show tools: use one that does, with --chat-template FILE")
+    reads_parts = _READS_PARTS.search(source) is not None
+    prepared = []
+    for message in messages:
+        given = {key: value for key, value in message.items() if value is not None}
+        if not reads_parts and "content" in given:
+            given["content"] = plain_text(given["content"])
+        reasoning = next((given[key] for key in _REASONING if key in given), None)
+        if reasoning is not None:
+            given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
+        prepared.append(given)
+    return prepared

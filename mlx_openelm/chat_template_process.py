@@ -1,0 +1,144 @@
+"""Chat templates rendered in a process of their own, which a template cannot outgrow: see `chat_template_worker`."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, OUT_OF_MEMORY
+from .errors import OpenELMError, RequestError
+
+# macOS has a limit for a process's memory and does not keep it. There the memory is looked at so often, once a template
+# takes longer than that.
+_LIMITS_MEMORY = sys.platform == "linux"
+_WATCH_SECONDS = 0.05
+_ENDS = {
+    -signal.SIGPROF: f"it took more than {CPU_SECONDS:g} seconds of processor time",
+    OUT_OF_MEMORY: f"it took more than {MEMORY_BYTES >> 20} MB of memory",
+}
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """The text of a template.
+
+    The first call starts the process, which serves all later ones: a fifth of a second, most of it jinja2's import.
+
+    Args:
+        variables: JSON values; of other types the template sees the name in angle brackets, as in transformers.
+
+    Raises:
+        RequestError: the template fails, takes too much time or memory, or renders too much.
+        OpenELMError: no process could be started.
+    """
+    try:
+        request = json.dumps({"template": source, "variables": variables}, default=lambda it: f"<{type(it).__name__}>")
+    except (TypeError, ValueError, RecursionError) as error:  # keys of other types, values that hold themselves
+        raise RequestError(f"the messages are no JSON values: {error}") from None
+    answer = _the_worker().ask(request.encode())
+    if "text" in answer:
+        return answer["text"]
+    raise RequestError(
+        f"the chat template failed{answer['place']}: {' '.join(answer['error'].split())}; correct it, or use "
+        "--chat-template plain or corenet"
+    )
+
+
+class _Worker:
+    """The process, and the one conversation with it at a time."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("chat_template_worker.py")
+        try:
+            self._process = subprocess.Popen(
+                # Without the site module and the variables of the environment it starts sooner; it is told the path.
+                [sys.executable, "-I", "-S", str(script), json.dumps([sys.path, _LIMITS_MEMORY])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for us
+            )
+        except OSError as error:
+            raise OpenELMError(f"no process for the chat template could be started: {error.strerror}") from None
+        self._lock = threading.Lock()
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, request: bytes) -> dict[str, str]:
+        """The answer to a request; an `error` too where the process ended over it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with self._lock:
+            try:
+                self._process.stdin.write(request + b"\n")
+                self._process.stdin.flush()
+                grew = not _LIMITS_MEMORY and self._outgrows_its_memory()
+                line = b"" if grew else self._process.stdout.readline()
+            except BrokenPipeError:
+                grew, line = False, b""
+            except BaseException:  # Ctrl-C: the answer would be taken for that to the next request
+                self.end()
+                raise
+            if line.endswith(b"\n"):
+                return json.loads(line)
+            status = self.end()
+        reason = _ENDS.get(OUT_OF_MEMORY if grew else status, f"its process ended with status {status}")
+        return {"error": reason, "place": ""}
+
+    def _outgrows_its_memory(self) -> bool:
+        """Whether the process takes too much memory before it answers."""
+        assert self._process.stdout is not None
+        while not select.select([self._process.stdout], [], [], _WATCH_SECONDS)[0]:
+            shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self._process.pid)], capture_output=True, text=True)
+            if shown.stdout.strip().isdigit() and int(shown.stdout) << 10 > MEMORY_BYTES:
+                return True
+        return False
+
+    def end(self) -> int:
+        """Stop the process, if it has not ended itself; its status."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:  # what was written and not sent
+                pass
+        try:
+            return self._process.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+_worker: _Worker | None = None
+_starting = threading.Lock()
+
+
+def _the_worker() -> _Worker:
+    global _worker
+    with _starting:
+        if _worker is None or not _worker.is_alive():
+            _worker = _Worker()
+        return _worker
+
+
+def _forget() -> None:
+    """In a fork: the process belongs to the parent."""
+    global _worker, _starting
+    _worker, _starting = None, threading.Lock()
+
+
+def _end() -> None:
+    if _worker is not None:
+        _worker.end()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(_end)

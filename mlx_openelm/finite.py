@@ -1,0 +1,25 @@
+"""What to say where a model's numbers are no longer finite, found where one of them is read back anyway."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .errors import OpenELMError
+from .model import OpenELM
+
+_ADVICE = "download the model, or convert the original, again"
+
+
+def not_finite(what: str, model: OpenELM) -> OpenELMError:
+    """The error that `what` is not finite, with the likely cause and what to do; looks through the model's weights."""
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    floating = [(name, value) for name, value in parameters if mx.issubdtype(value.dtype, mx.floating)]
+    damaged = next((name for name, value in floating if not mx.all(mx.isfinite(value)).item()), None)
+    if damaged is not None:
+        cause = f"{damaged} holds NaN or infinity, so its file is damaged; {_ADVICE}"
+    elif any(value.dtype == mx.float16 for _, value in floating):
+        cause = "float16 cannot hold what this model computes; use --dtype bfloat16 or float32"
+    else:
+        cause = f"its weights are far too large, as in a damaged file; {_ADVICE}"
+    return OpenELMError(f"{what} not finite: {cause}.")

@@ -1,0 +1,195 @@
+"""Regular expressions from files, matched against the names of modules in bounded time.
+
+Python's `re` backtracks: on `(.*)*X` it would not end. Here all places that a match can have reached are followed at
+once, as the bits of a number, so that no way is gone twice; what would still take long is refused. The syntax is
+parsed by `re` itself. Names are ASCII and hold no line ends, so flags that concern those do nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from re import _constants as op  # type: ignore[attr-defined]
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
+
+# Over all expressions of a file: ten times what long ones take on the names of the largest model; a second or so.
+_MAX_STEPS = 100_000
+_MAX_LENGTH = 10_000
+# What consists of these alone, a name or nearly one, costs `re` nothing.
+_PLAIN = re.compile(rf"[\w.^$-]{{0,{_MAX_LENGTH}}}")
+_CATEGORIES = {
+    op.CATEGORY_DIGIT: re.compile(r"\d"),
+    op.CATEGORY_NOT_DIGIT: re.compile(r"\D"),
+    op.CATEGORY_SPACE: re.compile(r"\s"),
+    op.CATEGORY_NOT_SPACE: re.compile(r"\S"),
+    op.CATEGORY_WORD: re.compile(r"\w"),
+    op.CATEGORY_NOT_WORD: re.compile(r"\W"),
+}
+
+
+class PatternError(ValueError):
+    """Why an expression cannot be used, in words that follow its text."""
+
+
+class Matcher:
+    """Matches names against expressions; what it may cost is counted over all of them."""
+
+    def __init__(self) -> None:
+        self._steps_left = _MAX_STEPS
+        self._plain: dict[str, re.Pattern[str]] = {}
+        self._parsed: dict[str, Any] = {}
+
+    def fullmatch(self, pattern: str, name: str) -> bool:
+        """Whether `re.fullmatch` would match.
+
+        Raises:
+            PatternError: no regular expression, one that needs backtracking, or one that takes too long.
+        """
+        return bool(self._ends(pattern, name, 1) >> len(name))
+
+    def matches_end(self, pattern: str, name: str) -> bool:
+        """Whether `(.*\\.)?(pattern)` would match the whole name; errors as `fullmatch`."""
+        if _PLAIN.fullmatch(pattern):
+            if pattern not in self._plain:
+                self._plain[pattern] = re.compile(rf"(?:.*\.)?(?:{pattern})")
+            return self._plain[pattern].fullmatch(name) is not None
+        return self.matches_parts(pattern, name, [len(name)])
+
+    def matches_parts(self, pattern: str, name: str, ends: Iterable[int]) -> bool:
+        """Whether a match begins where the name does, or after a dot, and ends at one of these places."""
+        starts = 1 | _union(2 << n for n, char in enumerate(name) if char == ".")
+        return bool(self._ends(pattern, name, starts) & _union(1 << n for n in ends))
+
+    def _ends(self, pattern: str, name: str, starts: int) -> int:
+        try:
+            if pattern not in self._parsed:
+                self._parsed[pattern] = _parse(pattern)
+            return _Walk(name, self._step).sequence(self._parsed[pattern], starts)
+        except RecursionError:
+            raise PatternError("is nested too deeply") from None
+
+    def _step(self) -> None:
+        self._steps_left -= 1
+        if self._steps_left < 0:
+            raise PatternError("takes too long to match")
+
+
+def _parse(pattern: str) -> Any:
+    if len(pattern) > _MAX_LENGTH:
+        raise PatternError(f"has more than {_MAX_LENGTH} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of Python may read otherwise
+            parsed = _parser.parse(pattern)
+    except (re.error, OverflowError):
+        raise PatternError("is no regular expression") from None
+    if parsed.state.flags & re.IGNORECASE:
+        raise PatternError("has the flag i, which cannot be used here")
+    return parsed
+
+
+class _Walk:
+    """Expressions along one name. A set of places in it, from before its first character to after its last, is a
+    number whose bit n stands for place n."""
+
+    def __init__(self, name: str, step: Callable[[], None]) -> None:
+        self._length, self._step = len(name), step
+        self._before = {char: 0 for char in name}  # the places before each character
+        for n, char in enumerate(name):
+            self._before[char] |= 1 << n
+        self._fitting: dict[tuple[Any, int], int] = {}  # the places before what fits a class of characters
+
+    def sequence(self, items: Iterable[tuple[Any, Any]], places: int) -> int:
+        """Where matches of all items, one after the other, can end that begin at one of these places."""
+        for code, value in items:
+            if not places:
+                break
+            self._step()
+            places = self._item(code, value, places)
+        return places
+
+    def _item(self, code: Any, value: Any, places: int) -> int:
+        if code is op.LITERAL:
+            return (places & self._before.get(chr(value), 0)) << 1
+        if code in (op.IN, op.NOT_LITERAL, op.ANY):
+            key = code, id(value)
+            if key not in self._fitting:
+                self._fitting[key] = self._where(code, value)
+            return (places & self._fitting[key]) << 1
+        if code is op.AT:
+            return places & self._at(value)
+        if code is op.BRANCH:
+            return _union(self.sequence(items, places) for items in value[1])
+        if code is op.SUBPATTERN and not value[1] & re.IGNORECASE:
+            return self.sequence(value[3], places)
+        if code in (op.MAX_REPEAT, op.MIN_REPEAT):
+            least, most, items = value
+            return self._repeat(least, most, items, places)
+        if code in (op.ASSERT, op.ASSERT_NOT):
+            direction, items = value
+            found = self._followed_by(items, places) if direction > 0 else self._preceded_by(items)
+            return places & (found if code is op.ASSERT else ~found)
+        if code is op.FAILURE:
+            return 0
+        raise PatternError(f"has {_words(code)}, which cannot be used here")
+
+    def _repeat(self, least: int, most: int, items: Any, places: int) -> int:
+        # More repetitions than there are characters change nothing: some of them must be empty.
+        limit = self._length + 1
+        for _ in range(min(least, limit)):
+            places = self.sequence(items, places)
+        found = new = places
+        for _ in range(min(most - least, limit)):
+            new = self.sequence(items, new) & ~found
+            if not new:
+                break
+            found |= new
+        return found
+
+    def _followed_by(self, items: Any, places: int) -> int:
+        each = (1 << n for n in range(self._length + 1) if places >> n & 1)
+        return _union(place for place in each if self.sequence(items, place))
+
+    def _preceded_by(self, items: Any) -> int:
+        return self.sequence(items, (2 << self._length) - 1)
+
+    def _at(self, where: Any) -> int:
+        if where in (op.AT_BEGINNING, op.AT_BEGINNING_STRING):
+            return 1
+        if where in (op.AT_END, op.AT_END_STRING):
+            return 1 << self._length
+        words = self._where(op.CATEGORY, op.CATEGORY_WORD)
+        boundaries = words ^ words << 1
+        return boundaries if where is op.AT_BOUNDARY else ~boundaries
+
+    def _where(self, code: Any, value: Any) -> int:
+        return _union(places for char, places in self._before.items() if _fits(code, value, char))
+
+
+def _union(sets: Iterable[int]) -> int:
+    union = 0
+    for places in sets:
+        union |= places
+    return union
+
+
+def _fits(code: Any, value: Any, char: str) -> bool:
+    """Whether a character matches what stands for one character."""
+    if code is op.LITERAL:
+        return ord(char) == value
+    if code is op.NOT_LITERAL:
+        return ord(char) != value
+    if code is op.RANGE:
+        return value[0] <= ord(char) <= value[1]
+    if code is op.CATEGORY:
+        return _CATEGORIES[value].match(char) is not None
+    if code is op.IN:
+        negated = value[0][0] is op.NEGATE
+        return negated != any(_fits(kind, part, char) for kind, part in value[negated:])
+    return True  # any character
+
+
+def _words(code: Any) -> str:
+    return str(code).lower().replace("_", " ").replace("groupref", "back reference").replace("subpattern", "a flag")

@@ -1,0 +1,112 @@
+"""A record's conversation, in the forms that OpenAI, ShareGPT and TRL write it, as messages for a chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..chat_messages import check_messages
+from ..errors import RequestError, quote
+
+# ShareGPT's names of those who speak. Its tool calls have no form that all agree on.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bing", "bard"), "assistant"),
+    "system": "system",
+}
+_TOOL_SPEAKERS = ("function_call", "observation", "tool", "tool_call", "tool_response", "function", "function_response")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for a chat template.
+
+    Args:
+        weighted: for each message, whether it may be learned; OpenAI's `"weight": 0` says no.
+        tools: JSON schemas of functions, as the template is given them.
+        prompt: how many of the messages are the prompt, whoever speaks in them; `--mask-prompt` learns none of these.
+    """
+
+    messages: list[dict[str, Any]]
+    weighted: tuple[bool, ...]
+    tools: list[Any] | None = None
+    prompt: int = 0
+
+
+def conversation(turns: list[Any], tools: Any = None, prompt: int = 0) -> Conversation:
+    """The conversation of `turns` as `read_turns` gives them.
+
+    Args:
+        tools: a list of JSON schemas, also as JSON in a text, as tables hold it; or nothing.
+
+    Raises:
+        RequestError: messages that cannot be right, or something in them that is not offered.
+    """
+    check_messages(turns)
+    weighted = tuple(_weight(turn.get("weight"), index) for index, turn in enumerate(turns))
+    return Conversation([_plain(turn) for turn in turns], weighted, _read_tools(tools), prompt)
+
+
+def read_turns(turns: Any) -> list[Any]:
+    """A list of messages, with `role` and `content` also where they are written with ShareGPT's `from` and `value`."""
+    if not isinstance(turns, list):
+        raise RequestError("a conversation must be a list of messages")
+    return [_turn(turn, index) for index, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, index: int) -> Any:
+    if not isinstance(turn, Mapping):
+        raise RequestError(f'message {index} must be an object with "role" and "content"')
+    if turn.get("from") is None or "role" in turn:
+        return turn
+    speaker = turn["from"]
+    if speaker in _TOOL_SPEAKERS:
+        raise RequestError(
+            f"message {index} is from {quote(speaker)}, and tool calls in ShareGPT's form are not offered: write them "
+            "as messages with tool_calls"
+        )
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise RequestError(f"message {index} is from {quote(speaker)}: use one of {', '.join(_SPEAKERS)}")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": _SPEAKERS[speaker], "content": turn.get("value"), **others}
+
+
+def _weight(weight: Any, index: int) -> bool:
+    if isinstance(weight, bool) or weight not in (None, 0, 1):
+        raise RequestError(f"the weight of message {index} is {quote(weight)}, and must be 0 or 1")
+    return weight != 0
+
+
+def _plain(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its weight, which is no part of what is said, and with the arguments of tool calls as objects:
+    OpenAI writes them as JSON in a text, and templates write them as JSON once more."""
+    message = {key: value for key, value in turn.items() if key != "weight"}
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _read_tools(tools: Any) -> list[Any] | None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RequestError("'tools' is text that is not JSON") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RequestError("'tools' must be a list of JSON schemas")
+    return tools

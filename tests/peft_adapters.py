@@ -1,0 +1,33 @@
+"""A stand-in for the published PyTorch code, so that PEFT itself can make adapters and say what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+
+
+def torch_base() -> Any:
+    """Modules under the right names, as the published code has them; each can be called."""
+    import torch
+
+    root = torch.nn.Module()
+    for name, weight in mx.load(str(FOLDER / "model.safetensors")).items():
+        owner: Any = root
+        *parents, last = name.removesuffix(".weight").split(".")
+        for part in parents:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner._modules[part]
+        values = torch.from_numpy(np.array(weight))
+        if last == "token_embeddings":
+            owner.add_module(last, torch.nn.Embedding.from_pretrained(values))
+        elif values.ndim == 2:
+            linear = torch.nn.Linear(values.shape[1], values.shape[0], bias=False)
+            linear.weight.data = values
+            owner.add_module(last, linear)
+    return root

@@ -1,0 +1,254 @@
+"""Templates without end are stopped: in any one call into C, too, and at little cost for others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from mlx_openelm import chat_template_process as process
+from mlx_openelm.errors import RequestError
+from mlx_openelm.tokenizer import Tokenizer
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TIME, MEMORY = "of processor time", "MB of memory"
+DOUBLE = "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}"
+# What stops the template; the first of each kind always run, the others with --run-slow.
+QUICK = {
+    "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": TIME,
+    "{{ [[[[1]]]] | tojson(indent=10**9) }}": MEMORY,
+    "{{ lipsum(n=10**6) }}": TIME,
+    "{{ 'x' * 10**9 }}": MEMORY,
+    "{{ 10**(10**8) }}": TIME,
+    "{{ 'x' | center(1000000000) }}": MEMORY,  # jinja2 computes it while compiling
+    "{% for i in range(99999) %}{{ 'x' * 100 }}{% endfor %}": "it renders 9999900 characters, more than",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "recursion",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}": TIME,
+    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}": TIME,
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
+}
+SLOW = {
+    "{% for i in range(99999) %}{% set x = dict.fromkeys(range(99999)) %}{% endfor %}": TIME,
+    "{{ [1,2,3,4,5,6,7,8,9] | tojson(separators=['x' * 10**8, 'y']) }}": MEMORY,
+    "{{ lipsum(n=1, min=10**8, max=10**9) }}": TIME,
+    "{{ ([0] * 10**9) | length }}": MEMORY,
+    "{{ [0] * 10**8 }}": MEMORY,
+    "{{ '%1000000000d' % 1 }}": MEMORY,
+    "{{ '%*d' % (10**9, 1) }}": MEMORY,
+    "{{ 'x'.center(10**9) }}": MEMORY,
+    "{{ 'x'.ljust(10**9) }}": MEMORY,
+    "{{ 'x'.zfill(10**9) }}": MEMORY,
+    "{{ '{:1000000000}'.format(1) }}": MEMORY,
+    "{{ '{a:1000000000}'.format_map({'a': 1}) }}": MEMORY,
+    "{{ '%1000000000s' | format('x') }}": MEMORY,
+    "{{ ('\\t' * 1000).expandtabs(10**7) }}": MEMORY,
+    "{{ (1).to_bytes(10**9) }}": MEMORY,
+    "{{ ('x' * 10**8).encode('utf-32') }}": MEMORY,
+    "{% set ns = namespace(x=3) %}{% for i in range(99999) %}{% set ns.x = ns.x * ns.x %}{% endfor %}": TIME,
+    DOUBLE + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}": MEMORY,
+    DOUBLE + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ 10**ns.x }}": TIME,
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}": MEMORY,
+    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}": TIME,
+    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | tojson }}": TIME,
+    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x | pprint }}": "",
+    DOUBLE + "{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}": TIME,
+    "{{ range(99999) | map('string') | join('x' * 10**6) }}": MEMORY,
+    "{{ ('x' * 10**6).join('y' * 10**6) }}": MEMORY,
+    "{{ ('x' * 10**5).replace('x', 'y' * 10**5) }}": MEMORY,
+    "{{ ('x' * 10**5) | replace('x', 'y' * 10**5) }}": MEMORY,
+    "{{ ('x' * 10**5).translate({120: 'y' * 10**5}) }}": "",
+    "{{ [1] | batch(10**9, 0) | list }}": MEMORY,
+    "{{ [1] | slice(10**9) | list }}": "",
+    "{{ 'x\ny' | indent(10**9) }}": MEMORY,
+    "{{ ('x' * 10**7) | wordwrap(1) }}": "",
+    "{{ ('x' * 10**6) | wordwrap(1, wrapstring='y' * 10**6) }}": "",
+    "{{ 'xyzuvw' | truncate(2, end='x' * 10**9) }}": MEMORY,
+    "{{ ('http://a.bc ' * 10**6) | urlize }}": "",
+    "{{ ([range(99999) | list] * 1000) | pprint }}": "",
+    "{{ ([[0] * 10**5] * 10**5) | sum(start=[]) }}": "",
+    "{{ ([range(99999) | list] * 99999) | sort }}": TIME,
+    "{{ ([range(9999) | list | string] * 99999) | unique | list }}": "",
+    "{{ {'a': 'x' * 10**9} | xmlattr }}": MEMORY,
+    "{{ ('<' * 10**8) | escape }}": "",
+    "{{ ('<' * 10**8) | urlencode }}": "",
+    "{{ ['x', 'y'] | map('center', 10**9) | list }}": MEMORY,
+    "{{ strftime_now('%Y' * 10**8) }}": MEMORY,
+    "{% for i in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}": "recursion",
+    "{{ " + "[" * 100000 + "]" * 100000 + " }}": "recursion",
+    "{% if 1 %}" * 5000 + "{% endif %}" * 5000: "recursion",
+    "{{ " + "-" * 100000 + "1 }}": "recursion",
+    "{{ x }}" * 140000: TIME,
+    "{% set x %}{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}{% endset %}": MEMORY,
+    "{% filter upper %}{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}{% endfilter %}": MEMORY,
+    "{% generation %}{{ 'x' * 10**9 }}{% endgeneration %}": MEMORY,
+    "{{ raise_exception('x' * 10**8) }}": MEMORY,
+}
+
+# Runs the templates one after another and prints, for each, the error and the processor time, then the peak memory.
+SCRIPT = """
+import json, resource, sys
+from mlx_openelm.chat_template_process import render
+def seconds():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+rows = []
+for source in json.load(sys.stdin):
+    before = seconds()
+    try:
+        error = "none: " + render(source, {})[:50]
+    except ValueError as caught:
+        error = str(caught)
+    rows.append((error, seconds() - before))
+print(json.dumps([rows, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+
+
+@pytest.mark.parametrize("attacks", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+def test_a_template_without_end_is_stopped(attacks):
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=json.dumps(list(attacks)), capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stderr
+    rows, peak = json.loads(found.stdout)
+    for (source, reason), (error, seconds) in zip(attacks.items(), rows, strict=True):
+        assert error.startswith("the chat template failed") and reason in error, (source[:80], error)
+        assert "\n" not in error and len(error) < 500
+        assert seconds < 2, (source[:80], seconds)  # the start of a process included
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    assert peak * unit < 200 << 20
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """No process yet, and none left behind."""
+    monkeypatch.setattr(process, "_worker", None)
+    yield
+    process._end()
+
+
+def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch, no_worker):
+    monkeypatch.setattr(process, "_LIMITS_MEMORY", False)
+    assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
+    with pytest.raises(RequestError, match=MEMORY):
+        process.render("{% set x = 'x' * (200 * 2**20) %}{% for i in range(99999) %}{{ i * i }}{% endfor %}", {})
+    assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
+
+
+def test_one_process_serves_all_and_is_replaced_when_it_ended(no_worker):
+    assert process.render("{{ a }}", {"a": 1}) == "1"
+    first = process._worker
+    assert process.render("{{ b }}", {"b": "é\ud800\n\u2028"}) == "é\ud800\n\u2028"
+    assert process._worker is first
+    for code in (signal.SIGKILL, signal.SIGTERM):
+        process._worker._process.send_signal(code)
+        process._worker._process.wait()
+        assert process.render("{{ c }}", {"c": [1]}) == "[1]"
+    assert process._worker is not first
+
+
+def test_threads_share_the_process(no_worker):
+    results: dict[int, list[str]] = {}
+
+    def work(number: int) -> None:
+        results[number] = [process.render("{{ a }}", {"a": f"{number}.{i}"}) for i in range(20)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [f"{number}.{i}" for i in range(20)] for number in range(5)}
+
+
+def test_an_interrupted_request_does_not_answer_the_next(monkeypatch, no_worker):
+    process.render("", {})
+    stdout = process._worker._process.stdout
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(stdout, name)
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(process._worker._process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        process.render("first", {})
+    assert process.render("second", {}) == "second"
+
+
+def test_a_fork_starts_its_own(no_worker):
+    process.render("", {})
+    script = (
+        "import os; from mlx_openelm.chat_template_process import render; render('', {}); child = os.fork()\n"
+        "texts = {render('{{ a }}', {'a': i}) for i in [bool(child)] * 50}\n"
+        "assert texts == {str(bool(child))}, texts\n"
+        "if child: assert os.waitpid(child, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_no_process_is_left_behind(no_worker):
+    script = (
+        "import os, sys, time; from mlx_openelm import chat_template_process as p; p.render('', {})\n"
+        "print(p._worker._process.pid, flush=True)\n"
+        "if len(sys.argv) > 1: os.kill(os.getpid(), 9)"
+    )
+    for killed in ([], ["killed"]):
+        found = subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, text=True, cwd=ROOT)
+        assert found.stderr == ""
+        for _ in range(100):
+            try:
+                os.kill(int(found.stdout), 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the process is still there")
+
+
+def test_a_long_conversation_is_rendered():
+    messages = [{"role": "user", "content": "Wörter 😀 " * 100_000}, {"role": "assistant", "content": "x" * 500_000}]
+    source = "{% for m in messages %}{{ m.role + ': ' + m.content | trim }}{% endfor %}"
+    text = process.render(source, {"messages": messages})
+    assert text == "user: " + messages[0]["content"].strip() + "assistant: " + messages[1]["content"]
+
+
+def test_values_that_are_no_json_are_placeholders_as_in_transformers():
+    values = {"a": b"bytes", "b": {1, 2}, "c": (1, None), "d": float("nan"), 5: 2**70}
+    assert process.render("{{ v }}", {"v": values}) == (
+        "{'a': '<bytes>', 'b': '<set>', 'c': [1, None], 'd': nan, '5': 1180591620717411303424}"
+    )
+    holds_itself: list = []
+    holds_itself.append(holds_itself)
+    for value in (holds_itself, {(1, 2): 3}):
+        with pytest.raises(RequestError, match="no JSON values"):
+            process.render("", {"v": value})
+
+
+def test_the_built_in_templates_start_no_process():
+    script = (
+        "import sys; from mlx_openelm.tokenizer import Tokenizer\n"
+        "t = Tokenizer.from_folder('tests/fixtures/shakespeare-hf')\n"
+        "for name in ('plain', 'corenet'): t.apply_chat_template([{'role': 'user', 'content': 'Hi'}], name)\n"
+        "assert not {'jinja2', 'subprocess', 'mlx_openelm.chat_template_process'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_a_template_file_has_bounds(tmp_path):
+    tokenizer = Tokenizer.from_folder(ROOT / "tests/fixtures/shakespeare-hf")
+    big, pipe, latin = tmp_path / "big.jinja", tmp_path / "pipe.jinja", tmp_path / "latin.jinja"
+    big.write_bytes(b" " * ((1 << 20) + 1))
+    os.mkfifo(pipe)
+    latin.write_bytes(b"\xe9")
+    for path, reason in ((big, "1048577 bytes"), (pipe, "a pipe"), (latin, "UTF-8"), (tmp_path, "a folder")):
+        with pytest.raises(RequestError, match=f"{reason}.* give plain, corenet"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], path)

@@ -1,0 +1,311 @@
+"""Conversations as OpenAI, ShareGPT and TRL write them: what is rendered, what is learned, what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.chat_template import CORENET_TEMPLATE
+from mlx_openelm.errors import RequestError
+from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.training.examples import Example, tokenize
+from mlx_openelm.training.kinds import Record, recognise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+FIXTURES = Path(__file__).parent / "fixtures"
+tokenizer = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
+EOS = tokenizer.eos_token_id
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Who is there?"}
+KING = {"role": "assistant", "content": "Nay, answer me."}
+MORE = {"role": "user", "content": "Long live the king!"}
+LAST = {"role": "assistant", "content": "He."}
+CALLS = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at":"door","times":2}'}}]
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look", "parameters": {}}}]
+TOOL_TEMPLATE = """{{ bos_token }}{% for t in tools or [] %}{{ t.function | tojson }}
+{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] -%}
+{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+def make(values: dict[str, Any], **options: Any) -> Example:
+    return tokenize([Record(values, "train.jsonl, line 1")], tokenizer, max_seq_length=2048, **options).examples[0]
+
+
+def marked(values: dict[str, Any], **options: Any) -> str:
+    """The example's text with what is learned in brackets, special tokens spelled out."""
+    records = [Record(values, "train.jsonl, line 1")]
+    return tokenize(records, tokenizer, max_seq_length=2048, **options).report.sample_text()
+
+
+def refusal(values: dict[str, Any], **options: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        make(values, **options)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("train.jsonl, line 1: ")
+    return str(caught.value)
+
+
+@pytest.fixture
+def tool_template(tmp_path):
+    path = tmp_path / "tools.jinja"
+    path.write_text(TOOL_TEMPLATE)
+    return path
+
+
+# Weights
+
+
+def test_a_turn_of_weight_0_is_not_learned():
+    turns = [USER, {**KING, "weight": 0}, MORE, {**LAST, "weight": 1}]
+    head, middle = (
+        "<|user|>\nWho is there?</s> \n<|assistant|>\n",
+        " \n<|user|>\nLong live the king!</s> \n<|assistant|>\n",
+    )
+    assert marked({"messages": turns}) == f"<s>⟦{head}⟧Nay, answer me.</s>⟦{middle}He.</s> \n⟧"
+    assert marked({"messages": turns}, mask_prompt=True) == f"<s>{head}Nay, answer me.</s>{middle}⟦He.</s>⟧"
+    # The weight is nothing that is said.
+    without = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    assert make({"messages": turns}).tokens == make({"messages": without}).tokens
+    # What follows the last turn that is learned is left out.
+    turned = [USER, {**KING, "weight": None}, MORE, {**LAST, "weight": 0.0}]
+    assert marked({"messages": turned}, mask_prompt=True) == f"<s>{head}⟦Nay, answer me.</s>⟧"
+
+
+def test_the_published_example_of_weights():
+    path = Path(__file__).parents[2] / "shared" / "cases" / "data" / "openai-weight.jsonl"
+    if not path.exists():
+        pytest.skip("needs the cases beside the repository")
+    text = marked(json.loads(path.read_text()), mask_prompt=True)
+    assert "first</s>" in text and text.endswith("⟦second</s>⟧") and text.count("⟦") == 1
+
+
+def test_a_user_may_have_a_weight_too():
+    """Data sets in ShareGPT's form weigh every message: 0 for what is not the assistant's."""
+    turns = [{**SYSTEM, "weight": 0}, {**USER, "weight": 0}, {**KING, "weight": 1}]
+    assert marked({"messages": turns}) == (
+        "<s><|system|>\nBe brief.</s>⟦ \n⟧<|user|>\nWho is there?</s>⟦ \n<|assistant|>\nNay, answer me.</s> \n⟧"
+    )
+
+
+def test_the_eos_that_is_added_to_a_turn_of_weight_0_is_not_learned():
+    turns = [USER, KING, MORE, {**LAST, "weight": 0}]
+    example = make({"messages": turns}, chat_template="plain")
+    assert example.tokens[-1] == EOS and example.learned[-1][1] < len(example.tokens) - 1
+    masked = make({"messages": turns}, chat_template="plain", mask_prompt=True)
+    assert EOS not in masked.tokens and len(masked.learned) == 1
+
+
+@pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [0], {}])
+def test_other_weights_are_refused(weight):
+    what = refusal({"messages": [USER, {**KING, "weight": weight}]})
+    assert "the weight of message 1 is" in what and "must be 0 or 1" in what
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0, 1, None]), min_size=1, max_size=5),
+    contents=st.lists(st.text("aé <s>/\n😀", max_size=8), min_size=10, max_size=10),
+    mask=st.booleans(),
+)
+def test_spans_are_those_of_a_rendering_by_hand(weights, contents, mask):
+    """Beside CoreNet's template written out here, turn by turn, each run encoded alone."""
+    messages, expected, learned = [], [tokenizer.bos_token_id], [False]
+    breaks = ""
+    for index, weight in enumerate(weights):
+        said, answer = contents[2 * index : 2 * index + 2]
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer, "weight": weight}]
+        run = tokenizer.encode(f"{breaks}<|user|>\n{said}", add_bos=False)
+        expected += [*run, EOS]
+        learned += [not mask] * (len(run) + 1)
+        head = tokenizer.encode("\n<|assistant|>\n", add_bos=False)
+        run = tokenizer.encode(f"\n<|assistant|>\n{answer}", add_bos=False)
+        same = next((i for i, (a, b) in enumerate(zip(head, run, strict=False)) if a != b), min(len(head), len(run)))
+        expected += [*run, EOS]
+        learned += [not mask] * same + [weight != 0] * (len(run) + 1 - same)
+        breaks = "\n"
+    run = tokenizer.encode("\n", add_bos=False)
+    expected += run
+    learned += [not mask] * len(run)
+    if mask and not any(learned):
+        return
+    example = make({"messages": messages}, mask_prompt=mask)
+    if mask:
+        length = max(index for index, is_learned in enumerate(learned) if is_learned) + 1
+        expected, learned = expected[:length], learned[:length]
+    assert list(example.tokens) == expected
+    ours = [any(start <= index < end for start, end in example.learned) for index in range(len(example.tokens))]
+    assert ours == learned
+
+
+GENERATION = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' -%}
+{% generation %}{{ m.content + eos_token }}{% endgeneration %}
+{%- else %}{{ m.content + eos_token }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("turns", [[USER, LAST], [SYSTEM, USER, KING, MORE, LAST], [USER, KING, MORE]])
+def test_what_is_learned_is_what_generation_blocks_mark(tmp_path, turns):
+    """transformers' mask of assistants' tokens, and the turns we find without those marks, are the same."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    tokenizer.save(tmp_path, chat_template=GENERATION)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    example = make({"messages": turns}, chat_template=tmp_path / "chat_template.jinja", mask_prompt=True)
+    ours = [any(start <= index < end for start, end in example.learned) for index in range(len(example.tokens))]
+    length = max(index for index, mask in enumerate(expected["assistant_masks"]) if mask) + 1
+    assert list(example.tokens) == expected["input_ids"][:length]
+    assert ours == [bool(mask) for mask in expected["assistant_masks"][:length]]
+
+
+# ShareGPT and TRL
+
+
+def test_sharegpt_is_the_same_conversation():
+    expected = make({"messages": [SYSTEM, USER, KING]})
+    said = {"system": "Be brief.", "human": "Who is there?", "gpt": "Nay, answer me."}
+    turns = [{"from": who, "value": text} for who, text in said.items()]
+    assert make({"conversations": turns}) == expected
+    assert make({"conversations": turns[1:], "system": "Be brief."}) == expected
+    assert make({"conversations": turns, "system": "", "tools": "[]"}) == expected
+    assert make({"messages": turns}) == expected
+    assert make({"conversations": [SYSTEM, USER, KING]}) == expected
+    weighted = [{**turn, "weight": weight} for turn, weight in zip(turns, (None, 0, 1), strict=True)]
+    assert make({"conversations": weighted}, mask_prompt=True) == make(
+        {"messages": [SYSTEM, USER, KING]}, mask_prompt=True
+    )
+    other = [{"from": "user", "value": "Who is there?"}, {"from": "chatgpt", "value": "Nay, answer me."}]
+    assert make({"conversations": other}) == make({"messages": [USER, KING]})
+
+
+@pytest.mark.parametrize("who", ["function_call", "observation", "tool"])
+def test_tool_calls_of_sharegpt_are_not_offered(who):
+    what = refusal({"conversations": [{"from": "human", "value": "a"}, {"from": who, "value": "{}"}]})
+    assert f"message 1 is from '{who}', and tool calls in ShareGPT's form are not offered" in what
+
+
+def test_trls_prompts_and_completions_of_messages():
+    values = {"prompt": [USER, KING, MORE], "completion": [LAST]}
+    whole = {"messages": [USER, KING, MORE, LAST]}
+    assert make(values) == make(whole)  # as of a prompt that is text, all is learned
+    masked = make(values, mask_prompt=True)
+    assert masked.tokens == make(whole, mask_prompt=True).tokens
+    assert len(masked.learned) == 1 and masked.learned[0] == make(whole, mask_prompt=True).learned[-1]
+    assert "'completion' is a list, not text" in refusal({"prompt": "a", "completion": [LAST]})
+    assert "'prompt' is a list, not text" in refusal({"prompt": [USER], "completion": "a"})
+
+
+# Content, roles and tools
+
+
+def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "is there?"}]
+    expected = make({"messages": [USER, KING]})
+    assert make({"messages": [{"role": "user", "content": parts}, KING]}) == expected
+    path = tmp_path / "joined.jinja"
+    path.write_text(CORENET_TEMPLATE + "{# #}")
+    assert make({"messages": [{"role": "user", "content": parts}, KING]}, chat_template=path) == expected
+    path.write_text("{% for p in messages[0].content %}[{{ p.text }}]{% endfor %}{{ messages[-1].content }}")
+    text = marked({"messages": [{"role": "user", "content": parts}, KING]}, chat_template=path)
+    assert "[Who ][is there?]" in text
+
+
+@pytest.mark.parametrize("kind", ["image_url", "image", "input_audio", "refusal"])
+def test_parts_that_are_no_text_are_refused_by_name(kind):
+    content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
+    what = refusal({"messages": [{"role": "user", "content": content}, KING]})
+    assert f"part 1 of the content of message 0 is of type '{kind}', which is not offered" in what
+
+
+def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):
+    assert make({"messages": [{**SYSTEM, "role": "developer"}, USER, KING]}) == make({"messages": [SYSTEM, USER, KING]})
+    named = {"messages": [{**USER, "name": "Bernardo", "nothing": None}, KING]}
+    assert make(named) == make({"messages": [USER, KING]})
+    path = tmp_path / "names.jinja"
+    path.write_text("{% for m in messages %}{{ m.role }}({{ m.name }}{{ m.nothing is defined }}){% endfor %}")
+    text = marked({"messages": [{**named["messages"][0], "role": "developer"}, KING]}, chat_template=path)
+    assert "developer(BernardoFalse)assistant(False)" in text
+
+
+def test_tool_calls_are_shown_by_a_template_that_knows_them(tool_template):
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": CALLS}]
+    turns += [{"role": "tool", "content": "A door", "tool_call_id": "c1"}, LAST]
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        text = marked({"messages": turns, "tools": tools}, chat_template=tool_template, mask_prompt=True)
+        schema = json.dumps(TOOLS[0]["function"])
+        assert text == (
+            f'<s>{schema}\n<user>Who is there?</s> <assistant>⟦look{{"at": "door", "times": 2}}</s>⟧ <tool>A door</s> '
+            "<assistant>⟦He.</s>⟧"
+        )
+    pair = {"prompt": "Who is there?", "completion": "He.", "tools": TOOLS}
+    assert marked(pair, chat_template=tool_template).startswith(f"<s>⟦{schema}\n<user>Who")
+
+
+def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
+    path = tmp_path / "none.jinja"
+    path.write_text(CORENET_TEMPLATE + "{# #}")
+    calls = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": CALLS}]}
+    legacy = {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]}
+    result = {"messages": [USER, {"role": "tool", "content": "A door"}, KING]}
+    for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
+        assert "tool calls are not offered by the templates corenet and plain" in refusal(values)
+    assert "does not show tool_calls" in refusal(calls, chat_template=path)
+    assert "does not show function_call" in refusal(legacy, chat_template=path)
+    assert "does not show tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
+    assert "'tools' needs a chat template" in refusal({"prompt": "a", "completion": "b", "tools": TOOLS})
+    assert make({"messages": [USER, {**KING, "tool_calls": [], "function_call": None}], "tools": None})
+    assert "'tools' is text that is not JSON" in refusal({"messages": [USER, KING], "tools": "look"})
+    assert "'tools' must be a list" in refusal({"messages": [USER, KING], "tools": {"name": "look"}})
+    assert "message 0 has tool calls, which only an assistant makes" in refusal(
+        {"messages": [{**USER, "tool_calls": CALLS}, KING]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"messages": [USER, KING], "functions": [{"name": "look"}]}, "'functions' is not offered"),
+        ({"messages": [USER, KING], "images": ["x.png"]}, "'images' is not offered"),
+        ({"prompt": [USER], "completion": [KING], "images": ["x.png"]}, "'images' is not offered"),
+        ({"messages": [USER, KING], "chat_template_kwargs": {"a": 1}}, "'chat_template_kwargs' is not offered"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' is not offered"),
+        ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not offered"),
+        (
+            {"prompt": [USER], "chosen": [KING], "rejected": [LAST]},
+            "preference pairs (chosen, rejected), which are not",
+        ),
+        ({"input_ids": [1, 2]}, "tokens (input_ids), which are not offered"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "message 0 is from 'alien': use one of human"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "message 0 is from ['human']: use one of human"),
+        ({"conversations": [{"from": "human"}]}, "the content of message 0 must be text"),
+        ({"conversations": "[]"}, "a conversation must be a list of messages"),
+        ({"conversations": ["a"]}, 'message 0 must be an object with "role" and "content"'),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "part 0 of the content of message 0 must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part 0 of the content of message 0 must be"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
+            "part 0 of the content of message 0 must be",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "the content of message 1 must be text"),
+    ],
+)
+def test_what_is_not_offered_is_named(values, expected):
+    assert expected in refusal(values)
+
+
+def test_empty_columns_of_tables_are_none():
+    kind = recognise([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
+    assert kind.name == "chat messages"
+    assert make({"instruction": "a", "output": "b", "system": "", "history": []}) == make(
+        {"instruction": "a", "output": "b"}
+    )
+
+
+def test_what_a_template_says_is_said_with_the_line(tmp_path):
+    path = tmp_path / "strict.jinja"
+    path.write_text("{{ raise_exception('Turns must alternate') }}")
+    assert "failed: Turns must alternate" in refusal({"messages": [USER, KING]}, chat_template=path)

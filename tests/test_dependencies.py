@@ -1,0 +1,56 @@
+"""Whatever the package imports is declared."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Names of modules that are not those of what is installed.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+IMPORTERS = ("import_module", "find_spec")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The names of what is imported, also by functions that take a name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            yield node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in IMPORTERS:
+            texts = [
+                part.value for argument in node.args for part in ast.walk(argument) if isinstance(part, ast.Constant)
+            ]
+            yield from (text for text in texts if isinstance(text, str) and not text.startswith("."))
+
+
+def third_party() -> set[str]:
+    files = (ROOT / "mlx_openelm").rglob("*.py")
+    names = {name.partition(".")[0] for file in files for name in imports(ast.parse(file.read_text(encoding="utf-8")))}
+    return names - {"", "mlx_openelm", *sys.stdlib_module_names}
+
+
+def declared() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + [line for name, lines in extras.items() if name != "dev" for line in lines]
+    return {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
+
+
+def test_whatever_is_imported_is_declared() -> None:
+    found = third_party()
+    assert {"httpx2", "filelock", "huggingface_hub", "torch", "yaml", "tensorboardX"} <= found
+    distributions = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in found}
+    assert distributions - declared() == set()
+
+
+def test_what_a_plain_installation_needs_is_no_extra() -> None:
+    """Modules of the download of CoreNet's files, which no extra stands for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
+    assert {"httpx2", "filelock"} <= names

@@ -1,0 +1,266 @@
+"""Models whose numbers are no longer finite: generation, measuring, quantization and training end with one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import load, stream_generate
+from mlx_openelm.errors import OpenELMError
+from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
+from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
+from mlx_openelm.model import OpenELM
+from mlx_openelm.quantization.options import QuantizeOptions
+from mlx_openelm.quantizing import quantize
+from mlx_openelm.training.loss import CHUNK, cross_entropy
+from mlx_openelm.training.metrics import read
+from mlx_openelm.training.run_state import Checkpoints
+
+import mlx.core as mx
+import pytest
+import training_runs
+from mlx.utils import tree_flatten, tree_unflatten
+from quantization_models import FIXTURES, random_windows, tiny_model, write_tiny
+from test_trainer import Counting
+from test_trainer import run as run_updates
+
+EMBEDDING, NORM, MATRIX = (f"transformer.{name}.weight" for name in ("token_embeddings", "norm", "layers.1.ffn.proj_2"))
+WEIGHTS = "model.safetensors"
+PROMPT = [1, 5, 9, 33]
+WINDOWS = random_windows(3, 17, vocabulary=150)
+ROW = 200  # of a token that is in no prompt and no window
+SAMPLING: list[dict[str, Any]] = [
+    {"temp": 0.0},
+    {"temp": 1.0},
+    {"temp": 1.0, "top_k": 5},
+    {"temp": 0.7, "top_p": 0.9},
+    {"temp": 1.0, "min_p": 0.1},
+    {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.01},
+    {"temp": 0.0, "repetition_penalty": 1.3, "logit_bias": {7: -math.inf, ROW: -math.inf}},
+]  # fmt: skip
+
+
+def damaged(model: OpenELM, name: str, value: float) -> OpenELM:
+    """The model with `value` in one row of a matrix, or in one place of a norm."""
+    weight = dict(tree_flatten(model.parameters()))[name]  # type: ignore[arg-type]
+    weight[ROW % weight.shape[0] if weight.ndim == 2 else 3] = value
+    model.update(tree_unflatten([(name, weight)]))
+    return model
+
+
+def damage(folder: Path, name: str, value: float) -> Path:
+    """The same in a folder."""
+    weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+    weights[name][ROW if weights[name].ndim == 2 else 3] = value
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / WEIGHTS), weights, {"format": "pt"})
+    return folder
+
+
+def steps(model: OpenELM, params: dict[str, Any], count: int = 3) -> list[tuple[int, float]]:
+    chosen = SamplingParams(**params)
+    sampler, processors = make_sampler(chosen, key=mx.random.key(0)), make_logits_processors(chosen)
+    return list(generate_step(model, PROMPT, max_tokens=count, sampler=sampler, logits_processors=processors))
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("params", SAMPLING, ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(EMBEDDING, math.nan), (EMBEDDING, math.inf), (NORM, math.nan), (MATRIX, math.nan), (MATRIX, -math.inf)],
+    ids=str,
+)
+def test_the_first_logits_end_generation(either_way: None, name: str, value: float, params: dict[str, Any]) -> None:
+    """In the embedding it is one logit of 256 that is none."""
+    with pytest.raises(OpenELMError) as caught:
+        steps(damaged(tiny_model(), name, value), params)
+    assert str(caught.value) == (
+        f"The model's logits for token 1 are not finite: {name} holds NaN or infinity, so its file is damaged; "
+        "download the model, or convert the original, again."
+    )
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("token", [0, 100, 255])
+@pytest.mark.parametrize("params", SAMPLING[:2], ids=str)
+def test_one_logit_of_all(either_way: None, params: dict[str, Any], token: int, value: float) -> None:
+    """Whatever comes of it: the most likely token, a drawn one, or one that bans it."""
+    sampler = make_sampler(SamplingParams(**params), key=mx.random.key(0))
+
+    def add(_: mx.array, logits: mx.array) -> mx.array:
+        return logits.at[:, token].add(value)
+
+    with pytest.raises(OpenELMError, match="logits for token 1 are not finite"):
+        list(generate_step(tiny_model(), PROMPT, max_tokens=3, sampler=sampler, logits_processors=[add]))
+
+
+@pytest.mark.parametrize("params", SAMPLING, ids=str)
+def test_what_sampling_rules_out_is_not_meant(either_way: None, params: dict[str, Any]) -> None:
+    """Logits of -inf are a part of it, and so is a bias that no logit reaches."""
+    biased = params | {"logit_bias": {n: -math.inf for n in range(255)} | {255: -1e30}}
+    assert [token for token, _ in steps(tiny_model(), biased)] == [255] * 3
+    assert len(steps(tiny_model(), params)) == 3
+
+
+def test_tokens_before_are_delivered(either_way: None) -> None:
+    """An embedding of its own is met when its token is: what follows that one cannot be known."""
+    model = tiny_model(share_input_output_layers=False)
+    expected = [token for token, _ in steps(model, {"temp": 0.0}, 8)]
+    third = expected[2]
+    assert third not in (*PROMPT, *expected[:2])
+    model.transformer.token_embeddings["weight"][third, 0] = math.nan
+    found = []
+    with pytest.raises(OpenELMError, match="The model's logits for token 4 are not finite"):
+        for token, _ in generate_step(model, PROMPT, max_tokens=8):
+            found.append(token)
+    assert found == expected[:3]
+
+
+def test_too_large_for_float16(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m")
+    damage(folder, NORM, 60000.0)
+    for tied in ("transformer.layers.0.attn_norm.weight", "transformer.layers.0.ffn_norm.weight"):
+        damage(folder, tied, 60000.0)
+    model, tokenizer = load(folder, dtype="float16")
+    with pytest.raises(OpenELMError, match="not finite: float16 cannot hold what this model computes; use --dtype bf"):
+        list(stream_generate(model, tokenizer, "To be", max_tokens=4))
+    model, tokenizer = load(folder, dtype="float32")
+    assert len(list(stream_generate(model, tokenizer, "To be", max_tokens=4))) > 0
+
+
+def test_finite_weights_of_a_damaged_file() -> None:
+    model = tiny_model()
+    for name in (NORM, MATRIX, "transformer.layers.1.ffn_norm.weight"):
+        damaged(model, name, 3e38)
+    with pytest.raises(OpenELMError, match="not finite: its weights are far too large, as in a damaged file"):
+        steps(model, {"temp": 0.0})
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model one of whose weights is NaN."""
+    return damage(write_tiny(tmp_path_factory.mktemp("finite") / "broken"), EMBEDDING, math.nan)
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=training_runs.environment())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate", "--prompt", "To be"),
+        ("generate", "--prompt", "To be", "--temp", "0.8", "--json"),
+        ("perplexity", "--data", FIXTURES / "valid.jsonl", "--sequence-length", 32, "--num-samples", 2),
+    ],
+    ids=str,
+)
+def test_commands_end_with_one_line(broken: Path, args: tuple[object, ...]) -> None:
+    done = run(*args, "--model", broken)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "not finite" in last and f"{EMBEDDING} holds NaN or infinity" in last
+    assert "Traceback" not in done.stderr
+
+
+# Measuring and quantization.
+
+
+@pytest.mark.parametrize(("name", "value"), [(EMBEDDING, math.nan), (EMBEDDING, math.inf), (NORM, math.nan)])
+def test_perplexity_and_divergence_end(either_way: None, name: str, value: float) -> None:
+    whole, model = tiny_model(), damaged(tiny_model(), name, value)
+    for measure in (
+        lambda: mean_nll(model, WINDOWS),
+        lambda: kl_divergence(whole, model, WINDOWS),
+        lambda: kl_divergence(model, whole, WINDOWS),
+    ):
+        with pytest.raises(OpenELMError, match=f"logits are not finite: {name} holds NaN or infinity"):
+            measure()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"report": True},
+        {"report": True, "q_bits": 4},
+        *({"num_samples": 2, "method": (method,)} for method in ("gptq", "awq", "dwq")),
+        {"num_samples": 2, "target_bpw": 4.5},
+    ],
+    ids=str,
+)
+def test_quantization_by_a_text_ends(broken: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    options = {"calibration": str(FIXTURES / "valid.jsonl"), "sequence_length": 32} | options
+    with pytest.raises(OpenELMError, match=f"full model computes is not finite: {EMBEDDING} holds NaN or infinity"):
+        quantize(broken, tmp_path / "out", QuantizeOptions(**options))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_no_text_uses_are_looked_at(tmp_path: Path) -> None:
+    """An embedding of its own is NaN for a token that the text does not have."""
+    folder = write_tiny(tmp_path / "m", share_input_output_layers=False)
+    weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
+    weights[EMBEDDING][0, 3] = math.nan  # the unknown token
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / WEIGHTS), weights, {"format": "pt"})
+    options = QuantizeOptions(
+        calibration=str(FIXTURES / "valid.jsonl"), num_samples=2, sequence_length=32, method=("gptq",)
+    )
+    with pytest.raises(OpenELMError, match="The weights of transformer.token_embeddings are not finite"):
+        quantize(folder, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+# Training.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [0, CHUNK + 5])
+def test_one_logit_is_enough_for_the_loss(either_way: None, row: int, value: float) -> None:
+    model = damaged(tiny_model(), EMBEDDING, value)
+    hidden = mx.random.normal((CHUNK + 10, 64), key=mx.random.key(0))
+    targets = mx.random.randint(0, 150, (CHUNK + 10,), key=mx.random.key(1))
+    for differentiable in (True, False):
+        losses = cross_entropy(model, hidden, targets, differentiable=differentiable)
+        assert not any(math.isfinite(loss.item()) for loss in losses)  # type: ignore[arg-type]
+
+
+def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) -> None:
+    training_runs.write_run_folder(tmp_path)
+    damage(tmp_path / "model", EMBEDDING, math.nan)
+    for out, more in (("validated", ()), ("not", ("--val-batches", 0))):
+        done = training_runs.run(
+            "--model", "model", "--train", "--data", "data", "--iters", 4, "--adapter-path", out, "--batch-size", 2,
+            *more, folder=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert "loss is nan" in last and ("at step 1" in last or "after step 0" in last)
+        assert "its weights are damaged, or --dtype float16 is too small for them" in last
+        assert not list((tmp_path / out).glob("**/*.safetensors"))
+        assert all(value is not None for row in read(tmp_path / out / "metrics.jsonl") for value in row.values())
+
+
+def test_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
+    """Their loss would be told by the next update only, when the checkpoint before had been removed."""
+
+    class Breaking(Counting):
+        def update(self, *args: Any) -> Any:
+            done = super().update(*args)
+            if len(self.rates) == 10:
+                self.weight = mx.array(math.nan)
+            return done
+
+    with pytest.raises(OpenELMError, match="The weights are not finite after step 10.*step 5 is intact"):
+        run_updates(tmp_path, Breaking(), 20)
+    assert Checkpoints(tmp_path / "checkpoints", keep_last=1).steps() == [5]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(value is not None for row in rows for value in row.values())

@@ -1,0 +1,219 @@
+"""What is special on a Mac, run here with stand-ins for what is not there: macOS, Metal, Xcode's tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from mlx_openelm import backend, environment, native
+from mlx_openelm.cli import doctor
+from mlx_openelm.native import build
+
+import mlx.core as mx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GIB = 1 << 30
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64", sysname="Darwin"))
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(backend, "blas", backend.Blas("unneeded"))
+
+
+@pytest.fixture
+def metal(mac: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A Mac whose GPU is the default device; the result is what is asked of Metal."""
+    asked: list[Any] = []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+    facts = {"max_recommended_working_set_size": 12 * GIB, "device_name": "Apple M9"}
+    monkeypatch.setattr(mx, "device_info", lambda: facts)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: asked.append(limit) or 7)
+    monkeypatch.setattr(mx, "synchronize", lambda: asked.append("synchronize"))
+    return asked
+
+
+# backend.
+
+
+def test_no_blas_is_opened(mac, monkeypatch):
+    monkeypatch.setattr(backend, "_open_blas", lambda name: pytest.fail(f"{name} is opened"))
+    backend.preload_blas()
+    assert backend.blas.state == "unneeded" and backend.blas_problem() is None
+
+
+def test_available_memory_leaves_the_system_its_share(mac, monkeypatch):
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * GIB)
+    for total, available in ((16 * GIB, 9 * GIB), (6 * GIB, 0), (None, None)):
+        monkeypatch.setattr(backend, "total_memory", lambda total=total: total)
+        assert backend.available_memory() == available
+
+
+def test_metal_keeps_the_model_resident_while_it_works(metal):
+    with backend.wired_limit():
+        assert metal == [12 * GIB]
+    assert metal == [12 * GIB, "synchronize", 7]
+    with pytest.raises(KeyError), backend.wired_limit():
+        raise KeyError
+    assert metal[3:] == [12 * GIB, "synchronize", 7]
+
+
+def test_a_cpu_beside_metal_keeps_nothing_resident(metal, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))
+    with backend.wired_limit():
+        pass
+    assert metal == []
+
+
+def test_devices_have_their_names(metal, monkeypatch):
+    assert (backend.describe()["device"], backend.describe()["device_name"]) == ("Metal", "Apple M9")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert backend.describe()["device"] == "CUDA"
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))
+    assert backend.describe()["device"] == "CPU"
+
+
+def test_threads_are_counted_where_there_is_no_affinity(mac, monkeypatch):
+    for name in environment.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(environment, "Path", lambda _: Path("/nowhere"))
+    assert environment.thread_count() == 10
+
+
+# doctor.
+
+
+def findings() -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in doctor.examine()}
+
+
+def test_doctor_on_metal(metal):
+    found = findings()
+    assert found["Device"].value == "Metal, Apple M9"
+    assert found.keys().isdisjoint({"C library", "CPU kernels", "BLAS", "Compiler"})
+
+
+def test_doctor_on_a_macs_cpu(mac, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "kernels", None)
+    monkeypatch.setattr(native, "status", native.examine(tmp_path))
+    monkeypatch.setattr(doctor, "_gigaflops", lambda: 900.0)
+    found = findings()
+    assert "C library" not in found
+    if os.environ.get(native.VARIABLE) != "0":
+        assert found["CPU kernels"].value == "missing: not compiled"
+    assert found["BLAS"].value == "the system's, 900 GFLOP/s in float32" and found["BLAS"].advice is None
+    assert backend.slow_cpu_warning() is None
+
+
+# The kernels: compiled on request, done without otherwise.
+
+
+@pytest.mark.parametrize(("system", "compiles"), [("darwin", False), ("linux", True)])
+def test_installing_compiles_nothing_on_a_mac(system, compiles, monkeypatch):
+    asked: list[dict[str, Any]] = []
+    setuptools, command = ModuleType("setuptools"), ModuleType("setuptools.command.build_ext")
+    vars(setuptools).update(Distribution=object, Extension=lambda *_, **__: None, setup=lambda **a: asked.append(a))
+    vars(command).update(build_ext=object)
+    for module in (setuptools, ModuleType("setuptools.command"), command):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys, "platform", system)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert [set(values) for values in asked] == [{"distclass", "cmdclass", "ext_modules"} if compiles else set()]
+
+
+COMPILER = """#!{python}
+import json, pathlib, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    print(json.dumps(arguments), file=log)
+if "-o" in arguments:
+    pathlib.Path(arguments[arguments.index("-o") + 1]).write_bytes(b"made")
+"""
+
+
+def test_on_request_they_are_compiled_as_a_mac_wants_it(mac, monkeypatch, tmp_path):
+    """A stand-in for clang notes how it is called."""
+    monkeypatch.setattr(build, "find_nanobind", lambda: Path(os.devnull))
+    monkeypatch.setattr(build, "_nanobind_version", lambda folder: build.NANOBIND)
+    compiler, log = tmp_path / "clang++", tmp_path / "log"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build(tmp_path / "there").read_bytes() == b"made"
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    linking = next(call for call in calls if "-lmlx" in call)
+    assert linking[:4] == ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-rpath,@loader_path/../../mlx/lib"]
+    compiling = [call for call in calls if "-c" in call]
+    assert len(compiling) == len(list(build.SOURCES.glob("*.cpp"))) + 1
+    assert all("-mcpu=apple-m1" in call and "-march=native" not in call for call in compiling)
+    facts = json.loads((tmp_path / "there" / build.FACTS).read_text())
+    assert (facts["machine"], facts["bytes"]) == ("arm64", 4)
+
+
+def test_an_intel_mac_compiles_for_itself(mac, monkeypatch):
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    assert build.native_flag(["true"]) == "-march=native"
+
+
+def test_without_xcodes_tools_compiling_says_how_to_have_them(tmp_path):
+    """A Mac has programs of these names that do nothing but ask for the tools."""
+    for name in ("g++", "clang++", "c++"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\necho 'xcode-select: note: No developer tools were found' >&2\nexit 1\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    code = """
+import sys; sys.platform = "darwin"
+from pathlib import Path
+from mlx_openelm.native import build
+build.find_nanobind = lambda: Path("/nowhere")
+build.main()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    advice = "run xcode-select --install, or name another compiler in CXX"
+    assert done.stderr.splitlines()[-1] == f"Error: g++ and clang++ and c++ cannot compile them; {advice}."
+
+
+def test_no_instructions_are_missed_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(native, "Path", lambda _: Path("/nowhere/cpuinfo"))
+    assert native.missing_instructions(["asimddp"]) == []
+
+
+def test_the_text_of_a_macs_cpu_is_that_of_plain_mlx(tmp_path):
+    """Nothing compiled, the CPU as the default device: no warning, and the same text as without kernels anywhere."""
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+if len(sys.argv) > 1:
+    import platform; sys.platform = "darwin"
+    from pathlib import Path
+    from mlx_openelm import native
+    native.find_folder = lambda: Path(sys.argv[1])
+from mlx_openelm import generate, load
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+model, tokenizer = load("tiny")
+print(model.expanded, repr(generate(model, tokenizer, "ROMEO.", max_tokens=40)))
+"""
+
+    def run(*arguments: str, **variables: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    assert run(str(tmp_path), MLX_OPENELM_NATIVE="1") == run(MLX_OPENELM_NATIVE="0", MLX_OPENELM_BLAS="0")
