@@ -114,12 +114,15 @@ class Tokenizer:
 
     @property
     def spec(self) -> TokenizerSpec:
-        """How text is cut, for other programs to do alike.
-
-        Raises `RequestError` for a SentencePiece model that merges cannot say exactly: ask before long work whose
-        result is to be saved.
-        """
+        """How text is cut, for other programs to do alike; errors as `check_writable`."""
         return self._engine.spec
+
+    def check_writable(self) -> None:
+        """Ask whether `save` can write this tokenizer, before long work whose result it goes with.
+
+        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        """
+        _ = self.spec
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """The ids of `text`, BOS first; a lone surrogate becomes U+FFFD.
@@ -212,7 +215,7 @@ class Tokenizer:
 
         `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` when there is one, and
         `chat_template.jinja` with `chat_template` (jinja source) or the folder's own.
-        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        Raises `RequestError` as `check_writable`.
         """
         folder, spec = Path(folder), self.spec
         tokens = {"bos_token": self.id_to_token(self.bos_token_id), "eos_token": self.id_to_token(self.eos_token_id)}

@@ -21,6 +21,7 @@ MAX_TOKENS = 1 << 20
 # The longest token; SentencePiece's own pieces have 16 characters unless told.
 MAX_LENGTH = 1000
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_OLD_EXTRA = "additional_special_tokens"
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -83,28 +84,33 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
         RequestError: a damaged file.
     """
     path = folder / "tokenizer_config.json"
-    config, named = _read_if_there(path), []
+    config, named, flagged = _read_if_there(path), [], []
     if "added_tokens_decoder" in config:  # then transformers reads no other file
         where = f"added_tokens_decoder in {path}"
         for key, value in _object(config["added_tokens_decoder"], where).items():
             token_id = check_id(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key, where)
             named.append(Named(_token(_object(value, where), token_id, where), where, token_id))
     else:
-        config |= _read_if_there(folder / "special_tokens_map.json")
+        config |= (older := _read_if_there(folder / "special_tokens_map.json"))
+        # These are flags of tokens that have an id: transformers 5 makes no new ones of them.
+        flagged = _list(older.get(_OLD_EXTRA))
+        if config.get(_OLD_EXTRA) is older.get(_OLD_EXTRA):
+            config.pop(_OLD_EXTRA, None)
         path = folder / "added_tokens.json"
         for content, value in _read_if_there(path).items():
             token = AddedToken(check_content(content, str(path)), check_id(value, str(path)), normalized=True)
             named.append(Named(token, str(path), token.id))
     named.sort(key=lambda entry: entry.token.id)
     special = {content: value for value in _special(config) if (content := _content(value))}
+    flags = special.keys() | {*map(_content, flagged)}
     for index, entry in enumerate(named):
-        if (content := entry.token.content) in special:
+        if (content := entry.token.content) in flags:
             named[index] = replace(entry, token=replace(entry.token, special=True, normalized=False))
-            del special[content]
+            special.pop(content, None)
     where = f"a special token in {folder}"
     for content, value in special.items():
-        flags = value if isinstance(value, dict) else {}
-        named.append(Named(_token({**flags, "content": content, "special": True}, 0, where), where))
+        details = value if isinstance(value, dict) else {}
+        named.append(Named(_token({**details, "content": content, "special": True}, 0, where), where))
     return config, named
 
 
@@ -141,9 +147,13 @@ def _special(config: dict[str, Any]) -> list[Any]:
     """The special tokens that a config names: the usual ones, a model's own (`eot_token`), and a list of further ones,
     which transformers 5 and older versions call differently."""
     own = [key for key in config if key.endswith("_token") and key not in _NAMED]
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
-    return [*(config.get(key) for key in (*_NAMED, *own)), *values]
+    extra = config.get("extra_special_tokens") or config.get(_OLD_EXTRA)
+    return [*(config.get(key) for key in (*_NAMED, *own)), *_list(extra)]
+
+
+def _list(value: Any) -> list[Any]:
+    """A list as it is, an object's values, nothing of what else a file may hold."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def _content(value: Any) -> str | None:

@@ -124,15 +124,16 @@ def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
         return
     if not is_run("".join(pieces)):
         raise _no_scores()
-    tied = set(pieces)
+    tied, character = set(pieces), pieces[0][0]
     order = [(len(left), len(right)) for left, right in merges if left + right in tied]
     if order == sorted(order, reverse=True):
         return
     longest = max(map(len, pieces))
-    grows = [(length, 1) for length in range(2, longest)]
-    if len(pieces) != longest - 1 or not {*grows, (1, 1)} <= set(order):
+    if not {character * length for length in range(3, longest + 1)} <= tied:
         raise _no_scores()
-    if any(order.index(pair) > order.index((1, 1)) for pair in grows):
+    growing = [(character * length, character) for length in range(2, longest)]
+    ranks = {pair: rank for rank, pair in enumerate(merges) if pair in {*growing, (character, character)}}
+    if len(ranks) < longest - 1 or max(ranks, key=ranks.__getitem__) != (character, character):
         raise _no_scores()
 
 
