@@ -232,7 +232,9 @@ class Tokenizer:
         }
         if spec.parsed:  # what reads tokenizer.model looks for them here
             added = {str(token.id): token.to_dict() for token in spec.added}
-            config["added_tokens_decoder"] = {key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()}
+            config["added_tokens_decoder"] = {
+                key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()
+            }
             config["legacy"] = not spec.first_only
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "tokenizer.json", json.dumps(write_spec(spec, self.bos_token_id), ensure_ascii=False, indent=1))

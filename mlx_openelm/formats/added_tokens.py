@@ -8,6 +8,7 @@ is named there without an id, and is no piece, becomes a token as well. All of i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ MAX_TOKENS = 1 << 20
 MAX_LENGTH = 1000
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _OLD_EXTRA = "additional_special_tokens"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no text can hold
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -72,7 +74,7 @@ def check_id(value: Any, where: str) -> int:
 
 def check_content(value: Any, where: str) -> str:
     """The text of a token from a file, or `RequestError`."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_LENGTH:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_LENGTH or _SURROGATE.search(value):
         raise RequestError(f"{where} is damaged: {quote(value)} is no token of 1 to {MAX_LENGTH} characters.")
     return value
 
@@ -91,22 +93,23 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
             token_id = check_id(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key, where)
             named.append(Named(_token(_object(value, where), token_id, where), where, token_id))
     else:
-        config |= (older := _read_if_there(folder / "special_tokens_map.json"))
+        older = _read_if_there(folder / "special_tokens_map.json")
         # These are flags of tokens that have an id: transformers 5 makes no new ones of them.
-        flagged = _list(older.get(_OLD_EXTRA))
-        if config.get(_OLD_EXTRA) is older.get(_OLD_EXTRA):
-            config.pop(_OLD_EXTRA, None)
+        flagged = _list(older.pop(_OLD_EXTRA, None))
+        config |= older
         path = folder / "added_tokens.json"
-        for content, value in _read_if_there(path).items():
-            token = AddedToken(check_content(content, str(path)), check_id(value, str(path)), normalized=True)
+        for text, value in _read_if_there(path).items():
+            token = AddedToken(check_content(text, str(path)), check_id(value, str(path)), normalized=True)
             named.append(Named(token, str(path), token.id))
     named.sort(key=lambda entry: entry.token.id)
     special = {content: value for value in _special(config) if (content := _content(value))}
     flags = special.keys() | {*map(_content, flagged)}
     for index, entry in enumerate(named):
-        if (content := entry.token.content) in flags:
+        if entry.token.content in flags:
             named[index] = replace(entry, token=replace(entry.token, special=True, normalized=False))
-            special.pop(content, None)
+            special.pop(entry.token.content, None)
+    if len({entry.token.content for entry in named}) != len(named):
+        raise RequestError(f"{named[0].where} is damaged: it adds a token twice.")
     where = f"a special token in {folder}"
     for content, value in special.items():
         details = value if isinstance(value, dict) else {}

@@ -117,8 +117,8 @@ def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
 def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
     """Refuse pieces of one score unless merges join as SentencePiece does: the leftmost first.
 
-    They must be runs of one character, joined longest left part first; or, as older versions of transformers order them,
-    runs of every length up to the longest, each of which takes one more character on before two characters join.
+    They must be runs of one character, joined longest left part first; or, as older versions of transformers order
+    them, runs of every length up to the longest, each of which takes on one more character before two characters join.
     """
     if len(pieces) < 2:
         return
@@ -181,8 +181,8 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must be as many.")
     if len(pieces) > MAX_TOKENS or max(map(len, pieces), default=0) > MAX_LENGTH:
         raise RequestError(
-            f"The tokenizer in {path} is damaged: it has more than {MAX_TOKENS} tokens, or one of more than {MAX_LENGTH} "
-            "characters."
+            f"The tokenizer in {path} is damaged: it has more than {MAX_TOKENS} tokens, or one of more than "
+            f"{MAX_LENGTH} characters."
         )
     if not {*types} <= {*range(NORMAL, BYTE + 1)} or not all(map(math.isfinite, scores)):
         raise RequestError(f"The tokenizer in {path} is damaged: a type is not 1 to {BYTE}, or a score is not finite.")
@@ -197,8 +197,9 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     if UNKNOWN not in types:
         raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
     added: dict[str, dict[str, Any]] = {}
-    while types[-1] in (CONTROL, USER_DEFINED):  # SentencePiece has its own in front: these were added later
-        token = AddedToken(pieces[len(types) - 1], len(types) - 1, special=types.pop() == CONTROL)
+    while (kind := types[-1]) in (CONTROL, USER_DEFINED):  # SentencePiece has its own in front: these were added later
+        types.pop()
+        token = AddedToken(pieces[len(types)], len(types), special=kind == CONTROL)
         added[str(token.id)] = {key: value for key, value in token.to_dict().items() if key != "id"}
     model = SentencePieceModel(
         pieces=pieces[: len(types)],

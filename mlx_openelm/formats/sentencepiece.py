@@ -180,7 +180,11 @@ def to_spec(model: SentencePieceModel, added: Iterable[AddedToken] = (), *, firs
     """
     _require_convertible(model)
     kinds = {piece: kind for piece, kind in zip(model.pieces, model.types, strict=True) if kind in _LISTED}
-    tokens = {piece: AddedToken(piece, i, kinds[piece] != USER_DEFINED) for i, piece in enumerate(model.pieces) if piece in kinds}
+    tokens = {
+        piece: AddedToken(piece, i, kinds[piece] != USER_DEFINED)
+        for i, piece in enumerate(model.pieces)
+        if piece in kinds
+    }
     return TokenizerSpec(
         vocab={piece: i for i, piece in enumerate(model.pieces)},
         merges=bpe_merges(model),
@@ -278,7 +282,7 @@ class SentencePieceEngine:
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(read_bytes(path))
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # its own message may be no text
             raise RequestError(f"{path} is damaged or no SentencePiece model: download it again") from None
         self.adds_space = self._adds_space()
         self.vocab_size: int = self._processor.vocab_size()
@@ -307,7 +311,10 @@ class SentencePieceEngine:
         return self._processor.encode(text)
 
     def id_to_token(self, token_id: int) -> str | None:
-        return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
+        try:
+            return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
+        except UnicodeDecodeError as error:
+            raise _damaged(self.model_file, error) from None
 
     def token_to_id(self, token: str) -> int | None:
         token_id = self._processor.piece_to_id(token)  # the unknown id for what is no piece

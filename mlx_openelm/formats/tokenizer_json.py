@@ -7,10 +7,12 @@ truncation, padding, dropout and decoder play no part, and its normalizers must 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import RequestError, quote
 from ..inputs import read_json
@@ -43,7 +45,7 @@ class TokenizerSpec:
     merges: list[tuple[str, str]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     added: list[AddedToken] = field(default_factory=list)
-    unk_token: str | None = None
+    unk_token: str = "<unk>"
     byte_fallback: bool = False
     fuse_unk: bool = True
     adds_space: bool = True
@@ -109,9 +111,10 @@ def _read_model(model: Any, path: Path) -> TokenizerSpec:
         spec = _read_unigram(model, path)
     else:
         spec = TokenizerSpec(_read_vocab(model.get("vocab"), path), _read_merges(model.get("merges"), path))
-        spec.unk_token = model.get("unk_token")
-    if spec.unk_token is not None and spec.unk_token not in spec.vocab:
-        raise damaged(path, f"its unknown token {quote(spec.unk_token)} is no piece")
+        if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
+            spec.unk_token = unknown
+    if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
+        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is no piece")
     spec.byte_fallback, spec.fuse_unk = fallback, fuses
     return spec
 
@@ -127,34 +130,38 @@ def _read_vocab(vocab: Any, path: Path) -> dict[str, int]:
 
 
 def _read_unigram(model: dict[str, Any], path: Path) -> TokenizerSpec:
-    vocab, unknown = model.get("vocab"), model.get("unk_id")
+    vocab, unknown = model.get("vocab"), cast(int, model.get("unk_id"))
     if not isinstance(vocab, list) or not 0 < len(vocab) <= MAX_TOKENS:
         raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
     try:
         pieces = [str(piece) for piece, _ in vocab]
         scores = [float(score) for _, score in vocab]
-        unk_token = None if unknown is None else pieces[unknown]
+        unk_token = pieces[unknown]
     except (TypeError, ValueError, IndexError, OverflowError):
         raise damaged(path, "its vocabulary must be pairs of a piece and a score") from None
-    if len(set(pieces)) != len(pieces):
-        raise damaged(path, "a piece occurs twice")
+    if len(set(pieces)) != len(pieces) or not all(map(math.isfinite, scores)):
+        raise damaged(path, "a piece occurs twice, or a score is not finite")
     _check_lengths(pieces, path)
     return TokenizerSpec({piece: i for i, piece in enumerate(pieces)}, scores=scores, unk_token=unk_token)
 
 
 def _check_lengths(pieces: Iterable[str], path: Path) -> None:
-    if max(map(len, pieces)) > added_tokens.MAX_LENGTH:
-        raise damaged(path, f"a piece has more than {added_tokens.MAX_LENGTH} characters")
+    lengths = [*map(len, pieces)]
+    if min(lengths) == 0 or max(lengths) > added_tokens.MAX_LENGTH:
+        raise damaged(path, f"its pieces must have 1 to {added_tokens.MAX_LENGTH} characters")
 
 
 def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
     """The pairs, which older files write as one string each."""
     if not isinstance(merges, list):
         raise damaged(path, "its merges must be a list")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    try:
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    except TypeError:
+        pairs = [()]
+    if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
         raise damaged(path, "a merge is no pair of pieces")
-    return [tuple(pair) for pair in pairs]
+    return cast(list[tuple[str, str]], pairs)
 
 
 def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool]:
@@ -204,9 +211,9 @@ def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
 
 def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
     """The contents of a `tokenizer.json` that other programs read to the same ids, BOS first."""
-    bos_token = next(
-        (t.content for t in spec.added if t.id == bos_token_id), None
-    ) or next(piece for piece, i in spec.vocab.items() if i == bos_token_id)
+    bos_token = next((t.content for t in spec.added if t.id == bos_token_id), None) or next(
+        piece for piece, i in spec.vocab.items() if i == bos_token_id
+    )
     # Prepending in the normalizer would also change the tokens that are looked for in normalized text.
     prepends = spec.adds_space and not spec.first_only and not any(token.normalized for token in spec.added)
     return {
@@ -224,8 +231,8 @@ def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
 
 def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
     if spec.scores:
-        unknown = None if spec.unk_token is None else spec.vocab[spec.unk_token]
         vocab = [[piece, score] for piece, score in zip(spec.pieces, spec.scores, strict=True)]
+        unknown = spec.vocab[spec.unk_token]
         return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": spec.byte_fallback}
     # Older readers (mlx-swift's among them) know merges as one string only.
     as_pairs = any(" " in piece for pair in spec.merges for piece in pair)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError
 from .added_tokens import AddedToken
 from .tokenizer_json import BYTE_TOKENS, SPACE, TokenizerSpec, damaged, space_pre_tokenizer
 
@@ -34,7 +33,7 @@ class TokenizersEngine:
         self.vocab_size = len(self._pieces)
         self.bos_token_id = self.token_to_id("<s>")
         self.eos_token_id = self.token_to_id("</s>")
-        self.unk_token_id = self.token_to_id(spec.unk_token or "<unk>")
+        self.unk_token_id = spec.vocab[spec.unk_token]
 
     def mark_special(self, token_ids: Iterable[int]) -> None:
         """Make these tokens, and the unknown one, special whatever the file says.
@@ -43,7 +42,7 @@ class TokenizersEngine:
             RequestError: the tokenizers package refuses the file.
         """
         spec, added = self.spec, {token.id: token for token in self.spec.added}
-        for token_id in {*token_ids, *(() if self.unk_token_id is None else (self.unk_token_id,))}:
+        for token_id in {*token_ids, self.unk_token_id}:
             token = added.get(token_id, AddedToken(self._pieces[token_id], token_id))
             added[token_id] = replace(token, special=True, normalized=False)
         spec.added = [added[token_id] for token_id in sorted(added)]
@@ -70,9 +69,8 @@ class TokenizersEngine:
 
         spec = self.spec
         if spec.scores:
-            unknown = None if spec.unk_token is None else spec.vocab[spec.unk_token]
             vocab = list(zip(spec.pieces, spec.scores, strict=True))
-            return models.Unigram(vocab, unknown, spec.byte_fallback)
+            return models.Unigram(vocab, spec.vocab[spec.unk_token], spec.byte_fallback)
         return models.BPE(
             spec.vocab,
             spec.merges,
@@ -96,7 +94,9 @@ class TokenizersEngine:
         # None is special to the package: which are found in a text is settled already.
         tokenizer.add_tokens(
             [
-                TheirToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized)
+                TheirToken(
+                    t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized
+                )
                 for t in self.spec.parsed
             ]
         )
