@@ -91,6 +91,8 @@ def quantize(
         )
     if options.writes and source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to quantize, or holds it; choose another --mlx-path.")
+    if options.writes:
+        source.tokenizer.check_writable()
     if options.target_bpw is not None:
         sensitivity.check_target(options.target_bpw, config, stored)
 

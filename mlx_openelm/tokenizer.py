@@ -9,22 +9,20 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import chat_template as chat
-from .errors import RequestError
-from .formats.sentencepiece import SentencePieceEngine
-from .formats.tokenizer_json import SPACE, TokenizersEngine
+from .errors import RequestError, quote
+from .formats import added_tokens
+from .formats.tokenizer_engines import ENGINES, Engine, open_engine
+from .formats.tokenizer_json import SPACE, TokenizerSpec, write_spec
+from .formats.tokenizers_engine import LITERAL, TokenizersEngine
 from .inputs import read_json
 
-Engine = TokenizersEngine | SentencePieceEngine
-ENGINES: dict[str, type[Engine]] = {
-    "tokenizer.json": TokenizersEngine,
-    "tokenizer.model": SentencePieceEngine,
-}
 UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
 ONE_PER_BYTE = "mlx_openelm.one_per_byte"
 # SentencePiece's rule for bytes that are no UTF-8: one replacement character for each of them.
@@ -75,12 +73,12 @@ class Tokenizer:
             raise RequestError(
                 f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
             )
-        config = _read_if_there(folder / "tokenizer_config.json")
+        config, named = added_tokens.read(folder)
         model_config = _read_if_there(folder / "config.json")
         generation_config = _read_if_there(folder / "generation_config.json")
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
-            ENGINES[path.name](path),
+            open_engine(path, config, named, beside=True),
             config=config,
             model_config=model_config,
             eos_token_ids=eos_token_ids,
@@ -91,7 +89,8 @@ class Tokenizer:
     def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
         """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
 
-        For a file only the `tokenizer_config.json` beside it is read: other files there may be another model's.
+        For a file only `tokenizer_config.json` and what tells of added tokens are read beside it: other files there
+        may be another model's.
         """
         path = Path(path)
         if path.is_dir():
@@ -100,22 +99,47 @@ class Tokenizer:
             raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
-        config = _read_if_there(path.parent / "tokenizer_config.json")
-        return cls(ENGINES[f"tokenizer{path.suffix}"](path), config=config, eos_token_ids=eos_token_ids)
+        config, named = added_tokens.read(path.parent)
+        return cls(open_engine(path, config, named), config=config, eos_token_ids=eos_token_ids)
 
     @property
     def vocab_size(self) -> int:
         """How many tokens there are, special ones included."""
         return self._engine.vocab_size
 
+    @property
+    def model_file(self) -> Path | None:
+        """The `tokenizer.model` that the tokenizer was read from, or that lies beside its `tokenizer.json`."""
+        return self._engine.model_file
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """How text is cut, for other programs to do alike; errors as `check_writable`."""
+        return self._engine.spec
+
+    def check_writable(self) -> None:
+        """Ask whether `save` can write this tokenizer, before long work whose result it goes with.
+
+        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        """
+        _ = self.spec
+
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """The ids of `text`, BOS first. Special tokens typed in it are text; a lone surrogate becomes U+FFFD."""
+        """The ids of `text`, BOS first; a lone surrogate becomes U+FFFD.
+
+        Control tokens of the tokenizer's own model (`<s>`, `</s>`) that are typed in a text are text. Tokens that were
+        added to it (`<|im_start|>`, special or not) and user-defined pieces become their ids, as in transformers.
+        """
+        ids = self._encode(text)
+        return [self.bos_token_id, *ids] if add_bos else ids
+
+    def _encode(self, text: str, *, start: bool = True) -> list[int]:
+        """The ids of a text without BOS; `start` is false for one that follows a token."""
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self._engine.encode(text)
-        return [self.bos_token_id, *ids] if add_bos else ids
+        return self._engine.encode(text, start=start)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece decodes it.
@@ -146,7 +170,7 @@ class Tokenizer:
         """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
         token_id = int(token) if token.isascii() and token.isdigit() else self.token_to_id(token)
         if token_id is None or self._token(token_id) is None:
-            raise RequestError(f"{token!r} is no token of this tokenizer: give a token such as </s>, or an id")
+            raise RequestError(f"{quote(token)} is no token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
     def apply_chat_template(
@@ -161,9 +185,10 @@ class Tokenizer:
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
         `template` is `plain`, `corenet`, the path of a jinja file, or None for the folder's own, else `corenet`.
-        Contents are encoded literally. `tools` are JSON schemas of functions, for templates that show them.
-        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message, the
-        assistant's, open instead.
+        Special tokens in messages are text, also added ones: only the template writes them. Other added tokens become
+        their ids wherever they stand, as in transformers. `add_generation_prompt` opens the assistant's turn;
+        `continue_final_message` leaves the last message, the assistant's, open instead. `tools` are JSON schemas of
+        functions, for templates that show them.
         Raises `RequestError` for bad messages and templates.
         """
         if template is None:
@@ -175,17 +200,17 @@ class Tokenizer:
         if self._engine.unk_token_id is not None:
             named["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         runs = chat.render(
-            messages,
+            _literal(messages, self._engine.special_beyond),
             source,
-            {**self._engine.special_tokens(), **{named[name]: token_id for name, token_id in own.items()}},
+            {**self._engine.control_tokens, **{named[name]: token_id for name, token_id in own.items()}},
             named={**chat.named_tokens(self._config), **named},
-            tools=tools,
+            tools=tools and _literal(tools, self._engine.special_beyond),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
         ids: list[int] = []
-        for run in runs:
-            ids += [run] if isinstance(run, int) else self.encode(run, add_bos=False)
+        for start, run in enumerate(self._joined(runs)):
+            ids += [run] if isinstance(run, int) else self._encode(run, start=start == 0)
         # OpenELM needs BOS, also where a template forgets it.
         return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
 
@@ -194,12 +219,10 @@ class Tokenizer:
 
         `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` when there is one, and
         `chat_template.jinja` with `chat_template` (jinja source) or the folder's own.
-        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        Raises `RequestError` as `check_writable`.
         """
-        folder = Path(folder)
-        bos_token = self.id_to_token(self.bos_token_id)
-        spec = self._engine.to_tokenizer_json(self.bos_token_id)
-        tokens = {"bos_token": bos_token, "eos_token": self.id_to_token(self.eos_token_id)}
+        folder, spec = Path(folder), self.spec
+        tokens = {"bos_token": self.id_to_token(self.bos_token_id), "eos_token": self.id_to_token(self.eos_token_id)}
         if self._engine.unk_token_id is not None:
             tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
@@ -211,8 +234,14 @@ class Tokenizer:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
+        if spec.parsed:  # what reads tokenizer.model looks for them here
+            added = {str(token.id): token.to_dict() for token in spec.added}
+            config["added_tokens_decoder"] = {
+                key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()
+            }
+            config["legacy"] = not spec.first_only
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False, indent=1))
+        _write(folder / "tokenizer.json", json.dumps(write_spec(spec, self.bos_token_id), ensure_ascii=False, indent=1))
         _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
         if chat_template or self.chat_template:
             _write(folder / "chat_template.jinja", chat_template or self.chat_template or "")
@@ -220,9 +249,20 @@ class Tokenizer:
         if model_file is not None and not (target.exists() and target.samefile(model_file)):
             shutil.copyfile(model_file, target)
 
+    def _joined(self, runs: Iterable[str | int]) -> list[str | int]:
+        """Runs of a rendered template with added tokens written out again, so that they are found as in any text."""
+        written = {token_id: token for token, token_id in self._engine.special_beyond.items()}
+        joined: list[str | int] = []
+        for run in runs:
+            run = written.get(run, run) if isinstance(run, int) else run
+            if isinstance(run, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += run
+            else:
+                joined.append(run)
+        return joined
+
     def _token(self, token_id: int) -> str | None:
-        # The packages raise an OverflowError for what is no 32-bit id.
-        return self._engine.id_to_token(token_id) if 0 <= token_id < 2**31 else None
+        return self._engine.id_to_token(token_id)
 
     def _piece(self, token_id: int) -> bytes | None:
         """What a token adds to the text, in bytes; None for tokens without text."""
@@ -291,6 +331,22 @@ class StreamingDecoder:
         return self._characters.decode(b"", True)
 
 
+def _literal(messages: Sequence[chat.Message], tokens: Iterable[str]) -> Sequence[chat.Message]:
+    """Messages in which these tokens will be encoded as text, however a template puts them together."""
+    if not tokens or not isinstance(messages, list | tuple):
+        return messages
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            return pattern.sub(lambda found: found[0][0] + LITERAL + found[0][1:], value)
+        if isinstance(value, Mapping):
+            return {key: marked(item) for key, item in value.items()}
+        return [marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return [marked(message) for message in messages]
+
+
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
@@ -300,7 +356,7 @@ def _ids(config: dict[str, Any], key: str) -> list[int]:
     value = config.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in values):
-        raise RequestError(f"{key} must be a token id or a list of them, not {value!r}")
+        raise RequestError(f"{key} must be a token id or a list of them, not {quote(value)}")
     return values
 
 

@@ -392,7 +392,7 @@ def test_conversion_keeps_ids(tmp_path, options):
     ("options", "reason"),
     [
         ({"model_type": "unigram", "vocab_size": 350}, "unigram"),
-        ({"user_defined_symbols": ["<|user|>"]}, "user-defined"),
+        ({"user_defined_symbols": ["<|user|>", "▁▁"]}, "user-defined"),
     ],
 )
 def test_what_cannot_be_converted_still_encodes_but_is_not_saved(tmp_path, options, reason):

@@ -113,6 +113,7 @@ def fuse(
     places: dict[str, Any] = {"tokenizer": tokenizer, "config_yaml": config_yaml, "revision": revision}
     source = open_source(model, **places)
     _check_places(target, source, adapters)
+    source.tokenizer.check_writable()
     base = source.checkpoint
     _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
     windows = read_text(source.tokenizer, base.config, reading).held_out[:_WINDOWS] if report else []

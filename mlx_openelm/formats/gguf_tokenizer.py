@@ -7,14 +7,16 @@ the best score, the leftmost first, as SentencePiece does.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import weakref
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, quote
 from ..tokenizer import Tokenizer
+from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
 from .sentencepiece import (
     BYTE,
     CONTROL,
@@ -24,83 +26,127 @@ from .sentencepiece import (
     USER_DEFINED,
     SentencePieceModel,
     bpe_merges,
+    is_run,
     read_model,
     serialize_model,
 )
-from .tokenizer_json import BYTE_TOKEN, SPACE
+from .tokenizer_json import BYTE_TOKENS, TokenizerSpec
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 MODEL = "llama"
 _PREFIX = "tokenizer.ggml."
+# Our own key: llama.cpp puts a space in front of what follows an added token, and has no other way.
+_FIRST_ONLY = "mlx_openelm.no_space_after_added_tokens"
+_ADDED_SCORE = -1000.0  # as llama.cpp's own converter writes
 
 
 def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
-    """Pieces, scores and types with which llama.cpp gives the tokenizer's ids.
+    """Pieces, scores and types with which llama.cpp gives the tokenizer's ids; tokens that were added come last.
 
     They are those of its `tokenizer.model`; where there is only a `tokenizer.json`, the scores follow the merges.
 
     Raises:
         RequestError: a tokenizer that llama.cpp would encode otherwise.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        file = Path(folder) / "tokenizer.model"
-        # A tokenizer.json may have tokens more than the tokenizer.model beside it.
-        if file.exists() and len((model := read_model(file)).pieces) == tokenizer.vocab_size:
-            if model.model_type != "bpe":
-                raise RequestError(f"The tokenizer is of type {model.model_type}, of which llama.cpp knows bpe only.")
-            return model
-        return _from_json(tokenizer, json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8")))
+    spec, file = tokenizer.spec, tokenizer.model_file
+    model = None if file is None else read_model(file)
+    if model is None or model.pieces != spec.pieces:
+        model = _from_merges(spec)
+    added = {token.id: CONTROL if token.special else USER_DEFINED for token in spec.added}
+    types = [kind if kind in (UNKNOWN, BYTE) else added.get(i, kind) for i, kind in enumerate(model.types)]
+    return replace(
+        model,
+        pieces=[*model.pieces, *(token.content for token in spec.beyond)],
+        scores=[*model.scores, *(_ADDED_SCORE for _ in spec.beyond)],
+        types=[*types, *(added[token.id] for token in spec.beyond)],
+    )
 
 
-def _from_json(tokenizer: Tokenizer, spec: dict[str, Any]) -> SentencePieceModel:
-    byte_fallback = bool(spec["model"].get("byte_fallback"))
-    unknown = spec["model"].get("unk_token")
-    added = {entry["id"]: CONTROL if entry["special"] else USER_DEFINED for entry in spec["added_tokens"]}
-    pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.vocab_size)]
+def _from_merges(spec: TokenizerSpec) -> SentencePieceModel:
+    if spec.scores:
+        raise RequestError("The tokenizer is of type unigram, of which llama.cpp knows bpe only.")
+    added = {token.content: CONTROL if token.special else USER_DEFINED for token in spec.added}
     types = []
-    for token_id, piece in enumerate(pieces):
-        kind = added.get(token_id, NORMAL)
-        if piece == unknown:
+    for piece in spec.pieces:
+        kind = added.get(piece, NORMAL)
+        if piece == spec.unk_token:
             kind = UNKNOWN
-        elif byte_fallback and BYTE_TOKEN.fullmatch(piece):
+        elif spec.byte_fallback and piece in BYTE_TOKENS:
             kind = BYTE
         types.append(kind)
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in spec["model"].get("merges", [])]
-    joined = [piece for piece, _ in groupby("".join(pair) for pair in merges)]
-    scores = _scores(pieces, types, joined)
-    first = tokenizer.encode("a", add_bos=False)[0]
     model = SentencePieceModel(
-        pieces=pieces,
-        scores=scores,
+        pieces=spec.pieces,
+        scores=_scores(spec, types),
         types=types,
         model_type="bpe",
-        byte_fallback=byte_fallback,
-        add_dummy_prefix=tokenizer.id_to_token(first).startswith(SPACE),
+        byte_fallback=spec.byte_fallback,
+        add_dummy_prefix=spec.adds_space,
         remove_extra_whitespaces=False,
     )
-    # By scores every two pieces that make a third may join; merges may allow fewer, or rank them one by one.
-    if len(set(joined)) != len(joined) or set(bpe_merges(model)) != {" ".join(pair) for pair in merges}:
-        raise RequestError(
-            "The merges of this tokenizer.json are not those of a SentencePiece model, so llama.cpp would give other "
-            "ids; give the model's tokenizer.model with --tokenizer."
-        )
+    # By scores every two pieces that make a third may join; merges may allow fewer.
+    if len(set(spec.merges)) != len(spec.merges) or set(bpe_merges(model)) != set(spec.merges):
+        raise _no_scores()
     return model
 
 
-def _scores(pieces: list[str], types: list[int], joined: list[str]) -> list[float]:
-    """As SentencePiece counts: 0 for the first merge, one less for each next, then the characters that none makes."""
-    merged = set(joined)
-    single = [piece for piece, kind in zip(pieces, types, strict=True) if kind == NORMAL and piece not in merged]
-    rank = {piece: i for i, piece in enumerate([*joined, *single])}
-    return [-float(rank[p]) if kind == NORMAL else 0.0 for p, kind in zip(pieces, types, strict=True)]
+def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
+    """As SentencePiece counts: 0 for the first piece that merges make, one less for each next, then the characters that
+    none makes. Pieces whose merges are ranked among one another get one score."""
+    ranks: dict[str, list[int]] = {}
+    for rank, pair in enumerate(spec.merges):
+        ranks.setdefault("".join(pair), []).append(rank)
+    score: dict[str, float] = {}
+    group: list[str] = []
+    end = -1
+    for count, piece in enumerate(ranks):  # in the order of their first merges
+        if ranks[piece][0] > end:
+            _check_tied(group, spec.merges)
+            group = []
+        group.append(piece)
+        score[piece] = -float(count) if len(group) == 1 else score[group[0]]
+        end = max(end, ranks[piece][-1])
+    _check_tied(group, spec.merges)
+    for piece, kind in zip(spec.pieces, types, strict=True):
+        if kind == NORMAL:
+            score.setdefault(piece, -float(len(score)))
+    return [score[p] if kind == NORMAL else 0.0 for p, kind in zip(spec.pieces, types, strict=True)]
+
+
+def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
+    """Refuse pieces of one score unless merges join as SentencePiece does: the leftmost first.
+
+    They must be runs of one character, joined longest left part first; or, as older versions of transformers order
+    them, runs of every length up to the longest, each of which takes on one more character before two characters join.
+    """
+    if len(pieces) < 2:
+        return
+    if not is_run("".join(pieces)):
+        raise _no_scores()
+    tied, character = set(pieces), pieces[0][0]
+    order = [(len(left), len(right)) for left, right in merges if left + right in tied]
+    if order == sorted(order, reverse=True):
+        return
+    longest = max(map(len, pieces))
+    if not {character * length for length in range(3, longest + 1)} <= tied:
+        raise _no_scores()
+    growing = [(character * length, character) for length in range(2, longest)]
+    ranks = {pair: rank for rank, pair in enumerate(merges) if pair in {*growing, (character, character)}}
+    if len(ranks) < longest - 1 or max(ranks, key=ranks.__getitem__) != (character, character):
+        raise _no_scores()
+
+
+def _no_scores() -> RequestError:
+    return RequestError(
+        "The merges of this tokenizer.json are not those of a SentencePiece model, so llama.cpp would give other "
+        "ids; give the model's tokenizer.model with --tokenizer."
+    )
 
 
 def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: str | None) -> None:
     """Add the tokenizer's keys; rows of the embedding beyond its pieces (`rows` in all) become unused tokens."""
-    model = vocabulary(tokenizer)
+    model, spec = vocabulary(tokenizer), tokenizer.spec
     padding = range(len(model.pieces), rows)
     writer.add_tokenizer_model(MODEL)
     writer.add_tokenizer_pre("default")
@@ -114,6 +160,8 @@ def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: st
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(model.add_dummy_prefix)
+    if spec.beyond and spec.adds_space and spec.first_only:
+        writer.add_bool(_FIRST_ONLY, True)
     if chat_template:
         writer.add_chat_template(chat_template)
 
@@ -131,23 +179,33 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     pieces, scores, types = (_list(values, key, kind, path) for key, kind in kinds.items())
     if not len(pieces) == len(scores) == len(types):
         raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must be as many.")
-    if unknown := set(types) - set(range(NORMAL, BYTE + 1)):
-        raise RequestError(f"The tokenizer in {path} is damaged: there are no tokens of type {min(unknown)}.")
     if not isinstance(add_space := values.get(_PREFIX + "add_space_prefix", True), bool):
         raise RequestError(f"The tokenizer in {path} is damaged: add_space_prefix is {quote(add_space)}.")
+    if len(pieces) > MAX_TOKENS or max(map(len, pieces), default=0) > MAX_LENGTH:
+        raise RequestError(
+            f"The tokenizer in {path} is damaged: it has more than {MAX_TOKENS} tokens, or one of more than "
+            f"{MAX_LENGTH} characters."
+        )
+    if not {*types} <= {*range(NORMAL, BYTE + 1)} or not all(map(math.isfinite, scores)):
+        raise RequestError(f"The tokenizer in {path} is damaged: a type is not 1 to {BYTE}, or a score is not finite.")
     while types and types[-1] == UNUSED:  # what fills the vocabulary up to the model's rows
-        pieces, scores, types = pieces[:-1], scores[:-1], types[:-1]
+        types.pop()
     special = {}
     for name, default in (("bos", 1), ("eos", 2)):
         token_id = values.get(f"{_PREFIX}{name}_token_id", default)
-        if not isinstance(token_id, int) or not 0 <= token_id < len(pieces):
+        if not isinstance(token_id, int) or not 0 <= token_id < len(types):
             raise RequestError(f"The tokenizer in {path} is damaged: {name}_token_id is {quote(token_id)}.")
         special[name] = pieces[token_id]
     if UNKNOWN not in types:
         raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
+    added: dict[str, dict[str, Any]] = {}
+    while (kind := types[-1]) in (CONTROL, USER_DEFINED):  # SentencePiece has its own in front: these were added later
+        types.pop()
+        token = AddedToken(pieces[len(types)], len(types), special=kind == CONTROL)
+        added[str(token.id)] = {key: value for key, value in token.to_dict().items() if key != "id"}
     model = SentencePieceModel(
-        pieces=pieces,
-        scores=scores,
+        pieces=pieces[: len(types)],
+        scores=scores[: len(types)],
         types=types,
         model_type="bpe",
         byte_fallback=BYTE in types,
@@ -158,15 +216,19 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     folder = tempfile.TemporaryDirectory(prefix="mlx-openelm-")
     file = Path(folder.name)
     (file / "tokenizer.model").write_bytes(serialize_model(model, bos_piece=special["bos"], eos_piece=special["eos"]))
-    config = {f"{name}_token": piece for name, piece in special.items()}
+    config: dict[str, Any] = {f"{name}_token": piece for name, piece in special.items()}
+    config |= {"added_tokens_decoder": added, "legacy": values.get(_FIRST_ONLY) is not True}
     (file / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     if isinstance(template := values.get("tokenizer.chat_template"), str):
         (file / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
         tokenizer = Tokenizer.from_folder(file)
-    except RequestError:
+    except RequestError as error:
         folder.cleanup()
-        raise RequestError(f"The tokenizer in {path} is damaged: its pieces make no SentencePiece model.") from None
+        reason = str(error).replace(f"{file}/", "")
+        raise RequestError(
+            f"The tokenizer in {path} is damaged: its pieces make no SentencePiece model ({reason})."
+        ) from None
     weakref.finalize(tokenizer, folder.cleanup)
     return tokenizer
 

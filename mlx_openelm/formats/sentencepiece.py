@@ -1,4 +1,4 @@
-"""SentencePiece's `tokenizer.model`: the engine that encodes with one, and its way to a `tokenizer.json`.
+"""SentencePiece's `tokenizer.model`: the engine that encodes with one, and its way to merges and to a `tokenizer.json`.
 
 The engine uses the sentencepiece package. The conversion keeps every id; for that the file (a protocol buffer,
 sentencepiece_model.proto) is read here.
@@ -6,17 +6,23 @@ sentencepiece_model.proto) is read here.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .tokenizer_json import PROBE, added_token, adds_space, space_decoder, space_normalizer, template_processing
+from ..inputs import read_bytes
+from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
+from .tokenizer_json import REWRITES, SPACE, TokenizerSpec, write_spec
 
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
+PROBE = "  \u2460 x "  # what an identity normalization keeps: spaces at both ends, a character NFKC rewrites
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class SentencePieceModel:
 def read_model(path: Path) -> SentencePieceModel:
     """Read a `tokenizer.model` without the sentencepiece package; `RequestError` when it is not one."""
     try:
-        return parse_model(path.read_bytes())
-    except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise RequestError(f"{path} is damaged or no SentencePiece model ({error}): download it again") from None
+        return parse_model(read_bytes(path))
+    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise _damaged(path, error) from None
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
@@ -75,6 +81,19 @@ def parse_model(data: bytes) -> SentencePieceModel:
     )
 
 
+def first_pieces(path: Path, count: int) -> list[tuple[str, int]]:
+    """The first pieces of a `tokenizer.model` with their types; `RequestError` when it is not one."""
+    try:
+        messages = (dict(_fields(value)) for number, value in _fields(read_bytes(path)) if number == 1)
+        return [(piece[1].decode(), piece.get(3, NORMAL)) for piece in islice(messages, count)]
+    except (ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> RequestError:
+    return RequestError(f"{path} is damaged or no SentencePiece model ({error}): download it again")
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The (field number, value) pairs of one protocol buffer message: ints for varints, bytes for the rest."""
     position, end = 0, len(data)
@@ -106,6 +125,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position
         shift += 7
+        if shift > 63:
+            raise ValueError("a number has more than 64 bits")
 
 
 def serialize_model(model: SentencePieceModel, *, bos_piece: str, eos_piece: str) -> bytes:
@@ -146,42 +167,45 @@ def _varint_bytes(value: int) -> bytes:
     return bytes(encoded)
 
 
-def to_tokenizer_json(model: SentencePieceModel, bos_token_id: int) -> dict[str, Any]:
-    """The `tokenizer.json` whose ids equal SentencePiece's for every text, BOS first.
+def to_spec(model: SentencePieceModel, added: Iterable[AddedToken] = (), *, first_only: bool = False) -> TokenizerSpec:
+    """The spec whose ids equal SentencePiece's for every text.
 
-    Raises `RequestError` for what the tokenizers library cannot reproduce exactly: anything but BPE, user-defined or
-    unused pieces, and normalizers that rewrite text or remove spaces (Llama's and OpenELM's do none of it).
+    Args:
+        added: further tokens, or flags of pieces.
+        first_only: whether text after one of them gets no space in front; after user-defined pieces it never does.
+
+    Raises:
+        RequestError: what the tokenizers library cannot reproduce exactly: anything but BPE, unused pieces,
+            normalizers that rewrite text or remove spaces, scores that leave open which pieces join first.
     """
     _require_convertible(model)
-    special = [i for i, kind in enumerate(model.types) if kind in (UNKNOWN, CONTROL)]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(i, model.pieces[i]) for i in special],
-        "normalizer": space_normalizer(model.add_dummy_prefix),
-        "pre_tokenizer": None,
-        "post_processor": template_processing(model.pieces[bos_token_id], bos_token_id),
-        "decoder": space_decoder(model.add_dummy_prefix),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": model.pieces[model.types.index(UNKNOWN)],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": model.byte_fallback,
-            "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(model.pieces)},
-            "merges": bpe_merges(model),
-        },
+    kinds = {piece: kind for piece, kind in zip(model.pieces, model.types, strict=True) if kind in _LISTED}
+    tokens = {
+        piece: AddedToken(piece, i, kinds[piece] != USER_DEFINED)
+        for i, piece in enumerate(model.pieces)
+        if piece in kinds
     }
+    return TokenizerSpec(
+        vocab={piece: i for i, piece in enumerate(model.pieces)},
+        merges=bpe_merges(model),
+        added=list((tokens | {token.content: token for token in added}).values()),
+        unk_token=model.pieces[model.types.index(UNKNOWN)],
+        byte_fallback=model.byte_fallback,
+        adds_space=model.add_dummy_prefix,
+        first_only=first_only or USER_DEFINED in model.types,
+    )
+
+
+def to_tokenizer_json(model: SentencePieceModel, bos_token_id: int) -> dict[str, Any]:
+    """The `tokenizer.json` whose ids equal SentencePiece's, BOS first; errors as `to_spec`."""
+    return write_spec(to_spec(model), bos_token_id)
+
+
+_LISTED = (UNKNOWN, CONTROL, USER_DEFINED)
 
 
 def _require_convertible(model: SentencePieceModel) -> None:
-    normal_scores = [
-        s for s, t, p in zip(model.scores, model.types, model.pieces, strict=True) if t == NORMAL and len(p) > 1
-    ]
+    user_defined = [piece for piece, kind in zip(model.pieces, model.types, strict=True) if kind == USER_DEFINED]
     reason = None
     if model.model_type != "bpe":
         reason = f"its type is {model.model_type}, not bpe"
@@ -191,13 +215,19 @@ def _require_convertible(model: SentencePieceModel) -> None:
         reason = "it removes extra spaces (remove_extra_whitespaces) or does not escape them"
     elif UNKNOWN not in model.types:
         reason = "it has no unknown piece"
-    elif USER_DEFINED in model.types or UNUSED in model.types:
-        reason = "it has user-defined or unused pieces"
+    elif UNUSED in model.types:
+        reason = "it has unused pieces"
+    elif any(SPACE in piece for piece in user_defined):
+        reason = "a user-defined piece has a space"
     elif any(" " in piece for piece in model.pieces):
         reason = "a piece has a plain space"
-    elif len(set(model.pieces)) != len(model.pieces):
-        reason = "a piece occurs twice"
-    elif len(set(normal_scores)) != len(normal_scores):
+    elif "" in model.pieces or len(set(model.pieces)) != len(model.pieces):
+        reason = "a piece is empty or occurs twice"
+    elif max(map(len, model.pieces)) > MAX_LENGTH or len(model.pieces) > MAX_TOKENS:
+        reason = f"it has more than {MAX_TOKENS} pieces, or one of more than {MAX_LENGTH} characters"
+    elif not all(map(math.isfinite, model.scores)):
+        reason = "a score is not a finite number"
+    elif not _ties_are_safe(model):
         reason = "two pieces have the same score, so the order of merges is not defined"
     if reason:
         raise RequestError(
@@ -206,19 +236,40 @@ def _require_convertible(model: SentencePieceModel) -> None:
         )
 
 
-def bpe_merges(model: SentencePieceModel) -> list[str]:
-    """Merge rules "left right", best first: every split of a piece into two pieces, in the order of the scores.
+def _ties_are_safe(model: SentencePieceModel) -> bool:
+    """Whether pieces of one score are all runs of one character.
+
+    Of those SentencePiece joins the leftmost, merges the best ranked. In a run both let the first piece grow as long as
+    one can be: it starts at the left, and ranked by the length of the left part, a longer one joins on before two
+    others join. Other pieces of one score can overlap, and then the two differ.
+    """
+    tied: dict[float, set[str]] = {}
+    for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
+        if kind == NORMAL and len(piece) > 1:
+            tied.setdefault(score, set()).add(piece)
+    return all(len(pieces) == 1 or is_run("".join(pieces)) for pieces in tied.values())
+
+
+def is_run(text: str) -> bool:
+    """Whether a text is one character again and again."""
+    return len(set(text)) == 1
+
+
+def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """Merge rules (left, right), best first: every split of a piece into two pieces, by the score, then by the length
+    of the left part, both descending.
 
     SentencePiece stores no merges: it joins whichever neighbours make the best-scored piece. Only normal pieces
     join, or the typed characters of a control or byte piece would become its id.
     """
     score = {p: s for p, s, t in zip(model.pieces, model.scores, model.types, strict=True) if t == NORMAL}
-    return [
-        f"{piece[:cut]} {piece[cut:]}"
-        for piece in sorted((p for p in score if len(p) > 1), key=score.__getitem__, reverse=True)
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in score and piece[cut:] in score
-    ]
+    ranked = sorted((piece for piece in score if len(piece) > 1), key=score.__getitem__, reverse=True)
+    merges: list[tuple[str, str]] = []
+    for _, tied in groupby(ranked, key=score.__getitem__):
+        splits = [(p[:cut], p[cut:]) for p in tied for cut in range(len(p) - 1, 0, -1)]
+        known = [split for split in splits if split[0] in score and split[1] in score]
+        merges += sorted(known, key=lambda split: (len(split[0]), len(split[1])), reverse=True)
+    return merges
 
 
 class SentencePieceEngine:
@@ -230,24 +281,40 @@ class SentencePieceEngine:
         self.model_file = path
         self._processor = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError):
+            self._processor.LoadFromSerializedProto(read_bytes(path))
+        except (RuntimeError, UnicodeDecodeError):  # its own message may be no text
             raise RequestError(f"{path} is damaged or no SentencePiece model: download it again") from None
-        self.adds_space = adds_space(self._processor.normalize(PROBE), path)
+        self.adds_space = self._adds_space()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_token_id = self._optional(self._processor.bos_id())
         self.eos_token_id = self._optional(self._processor.eos_id())
         self.unk_token_id = self._optional(self._processor.unk_id())
 
+    def _adds_space(self) -> bool:
+        """Whether a space is put in front of a text, judged by what is made of `PROBE`."""
+        kept, normalized = PROBE.replace(" ", SPACE), self._processor.normalize(PROBE)
+        if normalized not in (kept, SPACE + kept):
+            raise RequestError(REWRITES.format(self.model_file))
+        return normalized != kept
+
+    @cached_property
+    def spec(self) -> TokenizerSpec:
+        """How the model cuts text, for other programs; `RequestError` where that cannot be said exactly."""
+        return to_spec(read_model(self.model_file))
+
     @staticmethod
     def _optional(token_id: int) -> int | None:
         return None if token_id < 0 else token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        """The ids of `text` without BOS, as a text of its own wherever it stands."""
         return self._processor.encode(text)
 
     def id_to_token(self, token_id: int) -> str | None:
-        return self._processor.id_to_piece(token_id) if token_id < self.vocab_size else None
+        try:
+            return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
+        except UnicodeDecodeError as error:
+            raise _damaged(self.model_file, error) from None
 
     def token_to_id(self, token: str) -> int | None:
         token_id = self._processor.piece_to_id(token)  # the unknown id for what is no piece
@@ -259,9 +326,16 @@ class SentencePieceEngine:
     def is_byte(self, token_id: int) -> bool:
         return self._processor.is_byte(token_id)
 
-    def special_tokens(self) -> dict[str, int]:
-        special = (i for i in range(self.vocab_size) if self.is_control(i) or i == self.unk_token_id)
-        return {self._processor.id_to_piece(token_id): token_id for token_id in special}
+    def is_special(self, token_id: int) -> bool:
+        """Whether a piece is a control token or the unknown one."""
+        return token_id == self.unk_token_id or (token_id < self.vocab_size and self.is_control(token_id))
 
-    def to_tokenizer_json(self, bos_token_id: int) -> dict[str, Any]:
-        return to_tokenizer_json(read_model(self.model_file), bos_token_id)
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens, which are never found in a text."""
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self.is_special(i)}
+
+    @property
+    def special_beyond(self) -> dict[str, int]:
+        """Special tokens that were added to the model's own: this engine has none."""
+        return {}

@@ -1,43 +1,277 @@
-"""Hugging Face's `tokenizer.json`: the engine that encodes with one, and the parts a SentencePiece model becomes.
+"""Hugging Face's `tokenizer.json`: what of it says how text is cut into tokens, read from a file and written to one.
 
-The engine corrects a file where it would give other ids than SentencePiece.
+A SentencePiece-style tokenizer is its vocabulary, its merges, its added tokens, and where a space is put in front.
+Everything else in a file is checked or left out: special tokens are ours to add and to skip, so its post-processor,
+truncation, padding, dropout and decoder play no part, and its normalizers must be those of SentencePiece.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
-from ..errors import RequestError
-
-if TYPE_CHECKING:
-    import tokenizers
+from ..errors import RequestError, quote
+from ..inputs import read_json
+from . import added_tokens
+from .added_tokens import MAX_TOKENS, AddedToken
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-# The tokenizers package aborts the whole process on pieces shorter than this prefix, so it must not see one.
-WORD_PIECES = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
-NOT_SENTENCEPIECE = "{} is no SentencePiece-style tokenizer: use Llama 2's, or one trained alike"
-PROBE = "  \u2460 x "  # what an identity normalization keeps: spaces at both ends, a character NFKC rewrites
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+NOT_SENTENCEPIECE = "{} is no SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
+REWRITES = (
+    "{} removes spaces or rewrites characters before encoding, so text would not survive it: "
+    "use Llama 2's tokenizer, or one trained alike (identity normalization, remove_extra_whitespaces false)"
+)
 
 
-def added_token(token_id: int, content: str) -> dict[str, Any]:
-    """A special token's entry under `added_tokens`."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": token_id, "content": content, **flags, "special": True}
+@dataclass
+class TokenizerSpec:
+    """How a SentencePiece-style tokenizer cuts text.
+
+    Args:
+        vocab: the id of every piece of the model; ids from 0 without gaps.
+        merges: pairs of pieces that join, best first; empty for a Unigram model.
+        scores: per id the log-probability, for a Unigram model; empty for BPE.
+        added: tokens that are found in a text first, or are special; those that are no pieces follow them.
+        adds_space: whether a space is put in front of a text.
+        first_only: whether text after an added token gets none (`legacy: false` in transformers).
+    """
+
+    vocab: dict[str, int]
+    merges: list[tuple[str, str]] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    added: list[AddedToken] = field(default_factory=list)
+    unk_token: str = "<unk>"
+    byte_fallback: bool = False
+    fuse_unk: bool = True
+    adds_space: bool = True
+    first_only: bool = False
+
+    @property
+    def pieces(self) -> list[str]:
+        """The model's pieces in the order of their ids."""
+        return sorted(self.vocab, key=self.vocab.__getitem__)
+
+    @property
+    def beyond(self) -> list[AddedToken]:
+        """The added tokens that are no pieces of the model, in the order of their ids."""
+        return sorted((t for t in self.added if t.content not in self.vocab), key=lambda token: token.id)
+
+    @property
+    def parsed(self) -> list[AddedToken]:
+        """The tokens that are found in a text: not those that the model itself has for control."""
+        return [token for token in self.added if not token.special or token.content not in self.vocab]
 
 
-def space_normalizer(add_dummy_prefix: bool) -> dict[str, Any]:
+def read_spec(path: Path) -> TokenizerSpec:
+    """The tokenizer in a `tokenizer.json`.
+
+    Raises:
+        RequestError: a damaged file, or a tokenizer of another kind (byte-level, WordPiece).
+    """
+    values = read_json(path)
+    spec = _read_model(values.get("model"), path)
+    spec.adds_space, spec.first_only = _read_spaces(values, path)
+    added = values.get("added_tokens") or []
+    if not isinstance(added, list) or len(added) > MAX_TOKENS:
+        raise damaged(path, "added_tokens must be a list")
+    spec.added = [added_tokens.parse(entry, f"{path}") for entry in added]
+    if len({token.content for token in spec.added}) != len(spec.added):
+        raise damaged(path, "it adds a token twice")
+    for place, token in enumerate(spec.beyond, len(spec.vocab)):
+        if token.id != place:
+            raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} instead of {place}")
+    for token in spec.added:
+        if spec.vocab.get(token.content, token.id) != token.id:
+            raise damaged(path, f"{quote(token.content)} has two ids")
+    return spec
+
+
+def damaged(path: Path, why: str) -> RequestError:
+    return RequestError(f"{path} is damaged or no tokenizer ({why}): download it again")
+
+
+def _read_model(model: Any, path: Path) -> TokenizerSpec:
+    if not isinstance(model, dict):
+        raise damaged(path, "it has no model")
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    if kind not in ("BPE", "Unigram"):
+        raise RequestError(NOT_SENTENCEPIECE.format(path, f"its model is of type {quote(kind)}"))
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise RequestError(NOT_SENTENCEPIECE.format(path, f"it has a {key}"))
+    fallback, fuses = model.get("byte_fallback", False), model.get("fuse_unk", False)
+    if not isinstance(fallback, bool) or not isinstance(fuses, bool):
+        raise damaged(path, "byte_fallback and fuse_unk must be true or false")
+    if kind == "Unigram":
+        spec = _read_unigram(model, path)
+    else:
+        spec = TokenizerSpec(_read_vocab(model.get("vocab"), path), _read_merges(model.get("merges"), path))
+        if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
+            spec.unk_token = unknown
+    if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
+        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is no piece")
+    spec.byte_fallback, spec.fuse_unk = fallback, fuses
+    return spec
+
+
+def _read_vocab(vocab: Any, path: Path) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not 0 < len(vocab) <= MAX_TOKENS:
+        raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
+    # Tables are as long as the largest id, so a single one can cost gigabytes.
+    if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
+        raise damaged(path, f"its {len(vocab)} pieces must have the ids from 0 to {len(vocab) - 1}")
+    _check_lengths(vocab, path)
+    return vocab
+
+
+def _read_unigram(model: dict[str, Any], path: Path) -> TokenizerSpec:
+    vocab, unknown = model.get("vocab"), cast(int, model.get("unk_id"))
+    if not isinstance(vocab, list) or not 0 < len(vocab) <= MAX_TOKENS:
+        raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
+    try:
+        pieces = [str(piece) for piece, _ in vocab]
+        scores = [float(score) for _, score in vocab]
+        unk_token = pieces[unknown]
+    except (TypeError, ValueError, IndexError, OverflowError):
+        raise damaged(path, "its vocabulary must be pairs of a piece and a score") from None
+    if len(set(pieces)) != len(pieces) or not all(map(math.isfinite, scores)):
+        raise damaged(path, "a piece occurs twice, or a score is not finite")
+    _check_lengths(pieces, path)
+    return TokenizerSpec({piece: i for i, piece in enumerate(pieces)}, scores=scores, unk_token=unk_token)
+
+
+def _check_lengths(pieces: Iterable[str], path: Path) -> None:
+    lengths = [*map(len, pieces)]
+    if min(lengths) == 0 or max(lengths) > added_tokens.MAX_LENGTH:
+        raise damaged(path, f"its pieces must have 1 to {added_tokens.MAX_LENGTH} characters")
+
+
+def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
+    """The pairs, which older files write as one string each."""
+    if not isinstance(merges, list):
+        raise damaged(path, "its merges must be a list")
+    try:
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    except TypeError:
+        pairs = [()]
+    if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
+        raise damaged(path, "a merge is no pair of pieces")
+    return cast(list[tuple[str, str]], pairs)
+
+
+def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool]:
+    """Whether a space is put in front of a text, and whether only there, by the normalizers and pre-tokenizers.
+
+    `Metaspace` puts none before a text that starts with one, where SentencePiece does: ours is SentencePiece's.
+    """
+    adds_space = first_only = replaces = False
+    for step in _steps(values.get("normalizer"), "normalizers", path):
+        if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
+            adds_space = True
+        elif step.get("type") == "Replace" and step.get("pattern") in ({"String": " "}, {"Regex": " "}):
+            replaces = True
+            if step.get("content") != SPACE:
+                raise RequestError(REWRITES.format(path))
+        elif step != _DOUBLED_SPACE:
+            raise RequestError(REWRITES.format(path))
+    for step in _steps(values.get("pre_tokenizer"), "pretokenizers", path):
+        if step.get("type") != "Metaspace" or step.get("replacement") not in (SPACE, " "):
+            raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(step.get('type'))}"))
+        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        replaces = replaces or step["replacement"] == SPACE
+        first_only = first_only or (scheme == "first" and not adds_space)
+        adds_space = adds_space or scheme != "never"
+    if not replaces:
+        raise RequestError(REWRITES.format(path))
+    return adds_space, first_only
+
+
+# With this transformers 5 makes `Metaspace` put a space before a text that starts with one, too.
+_DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+
+
+def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, those in a `Sequence` one by one."""
+    left = [] if value is None else [value]
+    while left:
+        step = left.pop(0)
+        if not isinstance(step, dict):
+            raise damaged(path, f"one of its {key} is {quote(step)}")
+        if step.get("type") == "Sequence":
+            parts = step.get(key)
+            left[:0] = parts if isinstance(parts, list) else [parts]
+        else:
+            yield step
+
+
+def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
+    """The contents of a `tokenizer.json` that other programs read to the same ids, BOS first."""
+    bos_token = next((t.content for t in spec.added if t.id == bos_token_id), None) or next(
+        piece for piece, i in spec.vocab.items() if i == bos_token_id
+    )
+    # Prepending in the normalizer would also change the tokens that are looked for in normalized text.
+    prepends = spec.adds_space and not spec.first_only and not any(token.normalized for token in spec.added)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [token.to_dict() for token in sorted(spec.added, key=lambda token: token.id)],
+        "normalizer": _space_normalizer(prepends),
+        "pre_tokenizer": None if prepends or not spec.adds_space else space_pre_tokenizer(spec.first_only),
+        "post_processor": _template_processing(bos_token, bos_token_id),
+        "decoder": _space_decoder(spec.adds_space),
+        "model": _write_model(spec),
+    }
+
+
+def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
+    if spec.scores:
+        vocab = [[piece, score] for piece, score in zip(spec.pieces, spec.scores, strict=True)]
+        unknown = spec.vocab[spec.unk_token]
+        return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": spec.byte_fallback}
+    # Older readers (mlx-swift's among them) know merges as one string only.
+    as_pairs = any(" " in piece for pair in spec.merges for piece in pair)
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": spec.unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": spec.fuse_unk,
+        "byte_fallback": spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": spec.vocab,
+        "merges": [list(pair) if as_pairs else " ".join(pair) for pair in spec.merges],
+    }
+
+
+def _space_normalizer(prepends: bool) -> dict[str, Any]:
     """Spaces become U+2581, one more in front. Not `Metaspace`, which adds none to text that starts with a space."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
-    return {"type": "Sequence", "normalizers": [prepend, replace] if add_dummy_prefix else [replace]}
+    return {"type": "Sequence", "normalizers": [prepend, replace] if prepends else [replace]}
 
 
-def space_decoder(add_dummy_prefix: bool) -> dict[str, Any]:
+def space_pre_tokenizer(first_only: bool) -> dict[str, Any]:
+    """A space in front of a text, or also of what follows an added token.
+
+    After the normalizer no plain space is left, so that the first `Metaspace` puts one before any text; the second
+    makes it U+2581.
+    """
+
+    def metaspace(replacement: str, scheme: str) -> dict[str, Any]:
+        return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+
+    steps = [metaspace(" ", "first" if first_only else "always"), metaspace(SPACE, "never")]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _space_decoder(add_dummy_prefix: bool) -> dict[str, Any]:
     """The way back: spaces, bytes to characters, and the space in front removed."""
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -49,7 +283,7 @@ def space_decoder(add_dummy_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": decoders}
 
 
-def template_processing(bos_token: str, bos_token_id: int) -> dict[str, Any]:
+def _template_processing(bos_token: str, bos_token_id: int) -> dict[str, Any]:
     """A `TemplateProcessing` that puts one token in front of a text, and of each of a pair."""
 
     def special(type_id: int) -> dict[str, Any]:
@@ -64,135 +298,3 @@ def template_processing(bos_token: str, bos_token_id: int) -> dict[str, Any]:
         "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
         "special_tokens": {bos_token: {"id": bos_token, "ids": [bos_token_id], "tokens": [bos_token]}},
     }
-
-
-class TokenizersEngine:
-    """Encodes with a `tokenizer.json`, corrected where it would give other ids than SentencePiece.
-
-    Raises `RequestError` for a damaged file, and for a tokenizer of another kind (byte-level, WordPiece).
-    """
-
-    def __init__(self, path: Path):
-        # Kept beside it so that a saved copy stays complete; the two are the same tokenizer.
-        beside = path.with_name("tokenizer.model")
-        self.model_file = beside if path.name == "tokenizer.json" and beside.is_file() else None
-        self._path = path
-        try:
-            self._tokenizer = self._parse(path.read_bytes())
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
-        self._correct(path)
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos_token_id = self.token_to_id("<s>")
-        self.eos_token_id = self.token_to_id("</s>")
-        model = self._tokenizer.model
-        self.unk_token_id = self.token_to_id(getattr(model, "unk_token", None) or "<unk>")
-        self._byte_fallback = bool(getattr(model, "byte_fallback", False))
-        self._sound = False  # whether no merge can build a special token
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.mark_special(() if self.unk_token_id is None else (self.unk_token_id,))
-
-    def _parse(self, data: bytes) -> tokenizers.Tokenizer:
-        from tokenizers import Tokenizer
-
-        if WORD_PIECES.search(data):
-            raise RequestError(NOT_SENTENCEPIECE.format(self._path))
-        try:
-            return Tokenizer.from_buffer(data)
-        except Exception as error:
-            raise RequestError(f"{self._path} is damaged or no tokenizer ({error}): download it again") from None
-
-    def _correct(self, path: Path) -> None:
-        """Make spaces those of SentencePiece."""
-        from tokenizers import normalizers, pre_tokenizers
-
-        before = self._tokenizer.pre_tokenizer
-        if isinstance(before, pre_tokenizers.Metaspace) and before.replacement == SPACE:
-            # Newer conversions have this one, which puts no space before text that starts with one.
-            steps = [] if before.prepend_scheme == "never" else [normalizers.Prepend(SPACE)]
-            self._tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-            self._tokenizer.pre_tokenizer = None
-        elif before is not None:
-            raise RequestError(NOT_SENTENCEPIECE.format(path))
-        normalizer = self._tokenizer.normalizer
-        self.adds_space = adds_space(normalizer.normalize_str(PROBE) if normalizer else PROBE, path)
-
-    def mark_special(self, token_ids: Iterable[int]) -> None:
-        """Make tokens special whatever the file says: typed in a text they are text, and decoding skips them."""
-        from tokenizers import AddedToken
-
-        added = self._tokenizer.get_added_tokens_decoder()
-        # The package gives a normalized added token back as "\u2581<s>": its content is the truth.
-        self._added = {token_id: token.content for token_id, token in added.items()}
-        special = {token_id for token_id, token in added.items() if token.special} | set(token_ids)
-        self._special = {token: i for i in sorted(special) if (token := self.id_to_token(i)) is not None}
-        self._tokenizer.add_special_tokens(
-            [AddedToken(token, special=True, normalized=False) for token in self._special]
-        )
-        self._tokenizer.encode_special_tokens = True
-        self._control = set(self._special.values()) - {self.unk_token_id}
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text` without BOS; special tokens typed in it are text."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self._sound or self._control.isdisjoint(ids):
-            return ids
-        # Some files have merges that build "</s>" from its characters. Checking 60,000 of them at every start would
-        # cost more than loading, so they are removed when one of them turns up.
-        self._remove_merges_into_special_tokens()
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def _remove_merges_into_special_tokens(self) -> None:
-        spec = json.loads(self._tokenizer.to_str())
-        model = spec["model"]
-        pairs = (m.split(" ") if isinstance(m, str) else m for m in model.get("merges", []))
-        model["merges"] = [
-            pair for pair in pairs if (piece := "".join(pair)) not in self._special and not BYTE_TOKEN.fullmatch(piece)
-        ]
-        model["ignore_merges"] = False
-        self._tokenizer = self._parse(json.dumps(spec).encode())
-        self._tokenizer.encode_special_tokens = True
-        self._sound = True
-
-    def id_to_token(self, token_id: int) -> str | None:
-        return self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def is_control(self, token_id: int) -> bool:
-        return token_id in self._control
-
-    def is_byte(self, token_id: int) -> bool:
-        token = self.id_to_token(token_id)
-        return self._byte_fallback and token is not None and BYTE_TOKEN.fullmatch(token) is not None
-
-    def special_tokens(self) -> dict[str, int]:
-        return self._special
-
-    def to_tokenizer_json(self, bos_token_id: int) -> dict[str, Any]:
-        """The contents of a `tokenizer.json` that other programs read to the same ids, BOS first."""
-        self._remove_merges_into_special_tokens()
-        spec = json.loads(self._tokenizer.to_str())
-        bos_token = self.id_to_token(bos_token_id) or ""
-        merges = spec["model"].get("merges", [])
-        # Older readers (mlx-swift's among them) know merges as one string only.
-        if not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
-            spec["model"]["merges"] = [" ".join(merge) for merge in merges]
-        return {
-            **spec,
-            "decoder": space_decoder(self.adds_space),
-            "post_processor": template_processing(bos_token, bos_token_id),
-        }
-
-
-def adds_space(normalized: str, path: Path) -> bool:
-    """Whether the tokenizer puts a space before the text, judged by what it makes of `PROBE`."""
-    kept = PROBE.replace(" ", SPACE)
-    if normalized not in (kept, SPACE + kept):
-        raise RequestError(
-            f"{path} removes spaces or rewrites characters before encoding, so text would not survive it: "
-            "use Llama 2's tokenizer, or one trained alike (identity normalization, remove_extra_whitespaces false)"
-        )
-    return normalized != kept

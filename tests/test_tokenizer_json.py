@@ -1,0 +1,221 @@
+"""A `tokenizer.json` that another program or a person wrote: what plays no part, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.errors import RequestError
+from mlx_openelm.tokenizer import Tokenizer
+
+import pytest
+from tokenizer_texts import random_texts
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("original")
+    Tokenizer.from_folder(FIXTURES / "tied-vocabulary").save(folder)
+    (folder / "tokenizer.model").unlink()
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture
+def edited(original: Tokenizer, tmp_path: Path) -> Callable[..., Path]:
+    """A folder with the tokenizer.json, changed by `edit(spec)` or with these keys."""
+
+    def make(edit: Callable[[Any], Any] = lambda spec: None, **keys: Any) -> Path:
+        original.save(tmp_path / "edited")
+        path = tmp_path / "edited" / "tokenizer.json"
+        spec = json.loads(path.read_text()) | keys
+        edit(spec)
+        path.write_text(json.dumps(spec))
+        return path.parent
+
+    return make
+
+
+def model(**values: Any) -> Callable[[Any], None]:
+    return lambda spec: spec["model"].update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"post_processor": TEMPLATE},
+        {"post_processor": {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}},
+        {"post_processor": {"type": "nobody knows"}},
+        {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}},
+        {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}},
+        {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+        {"decoder": None},
+        {"edit": model(dropout=0.9)},
+        {"edit": model(dropout=1.0)},
+        {"edit": model(ignore_merges=True)},
+        {"edit": lambda spec: spec["added_tokens"].clear()},
+        {"edit": lambda spec: spec["model"].pop("type")},
+        {"edit": lambda spec: spec["model"].update(merges=[m.split(" ") for m in spec["model"]["merges"]])},
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE, PREPEND]}},
+        {"normalizer": REPLACE, "pre_tokenizer": METASPACE},
+        {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE]}},
+        {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
+    ],
+)
+def test_what_plays_no_part(original, edited, change) -> None:
+    tokenizer = Tokenizer.from_folder(edited(**change))
+    for text in ["To be", "", "  ", "a</s>b", "</s>", *random_texts(60)]:
+        assert tokenizer.encode(text) == original.encode(text)
+    assert len(tokenizer.encode("a prompt of some words")) > 5
+
+
+def test_transformers_5_own_folders(original, tmp_path) -> None:
+    """As it saves a tokenizer that it made of a tokenizer.model itself."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(FIXTURES / "tied-vocabulary" / "tokenizer.model", folder)
+    for name in ("LlamaTokenizer", "PreTrainedTokenizerFast"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / name)
+        assert not (tmp_path / name / "tokenizer.model").exists()
+        tokenizer = Tokenizer.from_folder(tmp_path / name)
+        # `LlamaTokenizer` builds its merges of ids, so that runs of spaces come apart otherwise there.
+        texts = [text for text in random_texts(100) if name != "LlamaTokenizer" or "  " not in f" {text}"]
+        assert [tokenizer.encode(t) for t in ("To be", *texts)] == [original.encode(t) for t in ("To be", *texts)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "rewrites characters"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "no base64!"}}, "rewrites characters"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [REPLACE, {"type": "Precompiled"}]}},
+            "rewrites characters",
+        ),
+        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE, {"type": "NFC"}]}}, "rewrites"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE, {"type": "Lowercase"}]}}, "rewrites"),
+        ({"normalizer": {"type": "NFC"}, "pre_tokenizer": METASPACE}, "rewrites characters"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": "▁"}}, "rewrites characters"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "▁"}}, "rewrites characters"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "▁"}}, "rewrites characters"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}}, "rewrites characters"),
+        ({"normalizer": None}, "rewrites characters"),
+        ({"normalizer": [REPLACE]}, "is damaged"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "no SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "no SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "no SentencePiece-style tokenizer"),
+        ({"edit": model(type="WordPiece")}, "no SentencePiece-style tokenizer"),
+        ({"edit": model(end_of_word_suffix="</w>")}, "it has a end_of_word_suffix"),
+        (
+            {"edit": lambda spec: spec["model"]["vocab"].update(unknown=spec["model"]["vocab"].pop("<unk>"))},
+            "is no piece",
+        ),
+        ({"edit": model(unk_token="no such")}, "is no piece"),
+        ({"edit": model(merges=[["▁", "no such"]])}, "is damaged"),
+        ({"edit": model(merges=["▁ t x"])}, "a merge is no pair"),
+        ({"edit": model(merges=[["▁", 5]])}, "a merge is no pair"),
+        ({"edit": model(merges=5)}, "must be a list"),
+        ({"edit": model(vocab={})}, "its vocabulary must have"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update(more=2**31)}, "must have the ids from 0"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update(more=-1)}, "must have the ids from 0"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update(more=1.5)}, "must have the ids from 0"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update(more=True)}, "must have the ids from 0"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update(more=10**400)}, "must have the ids from 0"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update({"x" * 5000: 773})}, "1 to 1000 characters"),
+        ({"edit": lambda spec: spec["model"]["vocab"].update({"\ud800": 773})}, "is damaged"),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 2**31, "content": "x"})}, "no token id"),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 900, "content": "<|x|>"})}, "900 instead of 773"),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 5, "content": "</s>"})}, "adds a token twice"),
+        ({"edit": lambda spec: spec["added_tokens"][1].update(id=7)}, "has two ids"),
+        ({"added_tokens": {"a": 1}}, "must be a list"),
+        ({"added_tokens": ["<s>"]}, "is no added token"),
+        ({"model": None}, "it has no model"),
+    ],
+)
+def test_what_is_refused(edited, capfd, change, message) -> None:
+    folder, started = edited(**change), time.process_time()
+    with pytest.raises(RequestError) as caught:
+        Tokenizer.from_folder(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - started < 2
+    assert capfd.readouterr() == ("", "")  # a panic in Rust writes to stderr
+
+
+def test_nesting_is_bounded(tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"normalizer": ' + "[" * 200_000)
+    with pytest.raises(RequestError, match="nested too deeply"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_panic_of_the_package_is_one_line(original, edited, monkeypatch) -> None:
+    import tokenizers
+
+    class PanicException(BaseException):
+        """As pyo3 raises it: no Exception."""
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise PanicException("called `Option::unwrap()`\non a `None` value")
+
+    folder = edited()
+    monkeypatch.setattr(tokenizers.models, "BPE", panic)
+    with pytest.raises(RequestError, match=r"is damaged .*unwrap\(\)` on a"):
+        Tokenizer.from_folder(folder)
+
+
+def test_typed_bytes_are_text_whatever_merges_there_are(original, edited) -> None:
+    """transformers 5 makes merges of all pieces, those of bytes and control tokens, too."""
+
+    def edit(spec: Any) -> None:
+        vocab = spec["model"]["vocab"]
+        missing = [piece for piece in ("4", "<0", "<0x", "<0x4", "<0x41") if piece not in vocab]
+        for number, piece in enumerate(missing, 0xF8):  # in place of bytes that this text does not need
+            vocab[piece] = vocab.pop(f"<0x{number:X}>")
+        merges = [["<", "0"], ["<0", "x"], ["<0x", "4"], ["<0x4", "1"], ["<0x41", ">"]]
+        spec["model"]["merges"] = merges + [merge.split(" ") for merge in spec["model"]["merges"]]
+
+    tokenizer = Tokenizer.from_folder(edited(edit))
+    assert tokenizer.decode(tokenizer.encode("a<0x41>b")) == "a<0x41>b"
+    assert tokenizer.token_to_id("<0x41>") not in tokenizer.encode("a<0x41>b")
+
+
+def test_two_tokenizers_in_a_folder(original, tmp_path) -> None:
+    """A tokenizer.json is made from a tokenizer.model, so where they contradict each other the latter is used."""
+    original.save(tmp_path)
+    shutil.copy(FIXTURES / "shakespeare-hf" / "tokenizer.model", tmp_path)
+    with pytest.warns(UserWarning, match="are two tokenizers .*Remove the one that is not the model's"):
+        tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("To be") == Tokenizer.from_folder(FIXTURES / "shakespeare-hf").encode("To be")
+    named = Tokenizer.from_file(tmp_path / "tokenizer.json")  # this one was asked for
+    assert named.encode("To be") == original.encode("To be")
+    named.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "tokenizer.model").exists()
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    assert Tokenizer.from_folder(tmp_path).encode("To be") == original.encode("To be")
+
+
+def test_unigram(tmp_path) -> None:
+    """Another of SentencePiece's kinds: loads and saves, if it has what it needs."""
+    vocab = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], ["▁", -3.0], ["▁a", -2.0], ["b", -2.5], ["▁ab", -6.0]]
+    spec = {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}
+    spec["model"] = {"type": "Unigram", "unk_id": 0, "vocab": vocab}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("ab a c") == [1, 4, 5, 4, 3, 0]
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").encode("ab a c") == [1, 4, 5, 4, 3, 0]
+    for damage in ({"unk_id": None}, {"unk_id": 99}, {"vocab": [["a"]]}, {"vocab": [["<unk>", float("nan")]]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"model": {**spec["model"], **damage}}))
+        with pytest.raises(RequestError, match="is damaged"):
+            Tokenizer.from_folder(tmp_path)
