@@ -15,7 +15,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
+from .inputs import to_path
 
 # What this process is writing now. Its pid alone would not tell: a dead process may have had the same one.
 _live: set[Path] = set()
@@ -96,9 +97,9 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
         RequestError: no path, a file, a folder that exists while `overwrite` is not asked for, or one that
             is no model's and so is never replaced.
     """
-    if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(path.expanduser())):
-        raise RequestError(f"{str(path)!r} is the folder you are in, or above it; name a new one with {flag}.")
-    path = Path(os.path.realpath(path.expanduser()))
+    if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
+        raise RequestError(f"{quote(str(path))} is the folder you are in, or above it; name a new one with {flag}.")
+    path = Path(os.path.realpath(to_path(path)))
     with _lock:  # or another thread's replacement would be seen half done
         _restore(path)
         if not path.exists():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError
+from .errors import RequestError, quote
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
@@ -60,7 +60,9 @@ class Release:
         """
         suites = published_scores()["scores"]
         if suite not in suites:
-            raise RequestError(f"there are no published scores for the suite {suite!r}; known: {', '.join(suites)}")
+            raise RequestError(
+                f"there are no published scores for the suite {quote(suite)}; known: {', '.join(suites)}"
+            )
         return dict(suites[suite][self.name])
 
 
@@ -122,7 +124,7 @@ def corenet_files(name: str) -> tuple[str, ...]:
     sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
     if release is None or release.instruct:
         raise RequestError(
-            f"{name!r} names no size that CoreNet's files have: give corenet:SIZE/NAME with "
+            f"{quote(name)} names no size that CoreNet's files have: give corenet:SIZE/NAME with "
             f"{', '.join(sizes)} as SIZE, as in corenet:270M/checkpoint_average"
         )
     file = file.removesuffix(".pt")
@@ -137,7 +139,7 @@ def corenet_files(name: str) -> tuple[str, ...]:
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     first, last = (f"checkpoint_epoch_0_iter_{CORENET_ITERATIONS[i] - 1}" for i in (0, -1))
     raise RequestError(
-        f"{name!r} names no file that was published{hint}: after corenet:{release.size}/ comes checkpoint_average, "
+        f"{quote(name)} names no published file{hint}: after corenet:{release.size}/ comes checkpoint_average, "
         f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit, or with --adapter-path lora or dora"
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import catalog
 from .errors import OpenELMError, RequestError
+from .inputs import to_path
 
 URL_VARIABLE = "MLX_OPENELM_CORENET_URL"
 CACHE_VARIABLE = "MLX_OPENELM_CACHE"
@@ -44,8 +45,8 @@ def download(name: str) -> Path:
 def cache_folder() -> Path:
     """Where downloads that are not the hub's are kept."""
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-openelm"
+        return to_path(named)
+    return to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-openelm"
 
 
 def _fetch(name: str, part: str, path: Path) -> None:

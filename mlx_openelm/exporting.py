@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from . import atomic, catalog, model_card
 from .chat_template import CORENET_TEMPLATE
-from .errors import RequestError
+from .errors import RequestError, quote
 from .formats import gguf, huggingface
 from .formats.mlx import Checkpoint
 from .formats.packing import cast_weights, dequantize_weights
+from .inputs import to_path
 from .loading import DTYPES, find_origin
 from .sources import CORENET_PREFIX, Source, open_source
 
@@ -91,15 +92,15 @@ def export(
 
 def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> None:
     if format not in FORMATS:
-        raise RequestError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}.")
+        raise RequestError(f"--format must be one of {', '.join(FORMATS)}, got {quote(format)}.")
     if gguf_type is not None and format != "gguf":
         raise RequestError("--gguf-type needs --format gguf; for huggingface there is --dtype.")
     if gguf_type is not None and gguf_type not in gguf.FILE_TYPES:
-        raise RequestError(f"--gguf-type must be one of {', '.join(gguf.FILE_TYPES)}, got {gguf_type!r}.")
+        raise RequestError(f"--gguf-type must be one of {', '.join(gguf.FILE_TYPES)}, got {quote(gguf_type)}.")
     if dtype is not None and format != "huggingface":
         raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
 
 
 def _export_gguf(
@@ -115,7 +116,7 @@ def _export_gguf(
     needs_range = source.release is not None and not source.release.float16
     chosen = gguf_type or ("bf16" if needs_range else "f16")
     gguf.check_representable(config, chosen)
-    path = Path(output).expanduser() if output is not None else Path(f"{name}-{chosen}.gguf")
+    path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
     _keep_source(source, target)
     origin = find_origin(source)
@@ -147,7 +148,7 @@ def _export_huggingface(
     checkpoint = source.checkpoint
     if dtype == "float16" and source.release is not None and not source.release.float16:
         raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
-    path = Path(output).expanduser() if output is not None else Path(f"{_name(source)}-hf")
+    path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
     _keep_source(source, target)
     _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
@@ -180,7 +181,7 @@ def _instruct_template(source: Source) -> str | None:
 
 def _name(source: Source) -> str:
     """What the model is called in the names of files: an alias's release, else the end of what was typed."""
-    path = Path(source.name).expanduser()
+    path = to_path(source.name)
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name
     if (release := catalog.find(source.name)) is not None:
@@ -195,7 +196,7 @@ def _name(source: Source) -> str:
 
 def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     """Where `path` really lies; `RequestError` for what must not be written to."""
-    target = Path(os.path.realpath(path.expanduser()))
+    target = Path(os.path.realpath(to_path(path)))
     if format == "huggingface":
         return atomic.check_target(path, overwrite=overwrite, flag="--output")
     if target.is_dir():

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import catalog
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
 from .hub_errors import did_you_mean, explain_download
+from .inputs import to_path
 
 TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 # What a model cannot be read without, as far as the repository has it.
@@ -50,7 +51,9 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Path:
     place = _locate(name)
     if isinstance(place, Path):
         if revision is not None:
-            raise RequestError(f"{name} is a local folder, which has no revision {revision!r}: leave the revision out")
+            raise RequestError(
+                f"{name} is a local folder, which has no revision {quote(revision)}: leave the revision out"
+            )
         return place
     folder = download(place, revision=revision)
     _check_is_model(place, folder)
@@ -104,6 +107,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
 
 def _locate(name: str | Path) -> Path | str:
     """Where the model is: a local folder as a Path, a hub repository as a str."""
+    to_path(name)  # refuses what no file can be called
     text = os.path.expanduser(str(name).strip())
     is_tiny = text.lower() == catalog.TINY
     release = None if isinstance(name, Path) else catalog.find(text)
@@ -122,7 +126,7 @@ def _locate(name: str | Path) -> Path | str:
     if owner and repo:
         return text
     raise RequestError(
-        f"there is no model named {text!r}{did_you_mean(text)}; give {_known_names()}, a local folder, "
+        f"there is no model named {quote(text)}{did_you_mean(text)}; give {_known_names()}, a local folder, "
         "or a hub repository as owner/name"
     )
 

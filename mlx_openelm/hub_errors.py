@@ -109,7 +109,7 @@ def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError
             "a private one needs `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return RequestError(f"{repo} has no revision {revision!r}: give a branch, a tag or a full commit hash")
+        return RequestError(f"{repo} has no revision {quote(revision)}: give a branch, a tag or a full commit hash")
     status = error.response.status_code
     if status == 401:
         return OpenELMError(_BAD_TOKEN.format(host()))

@@ -118,9 +118,13 @@ def read_yaml(path: Path, loader: Any = None) -> Any:
     Raises:
         RequestError: missing, unreadable, not YAML, or one whose aliases expand to too many values.
     """
+    return parse_yaml(read_text(path), str(path), loader)
+
+
+def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
+    """The values in YAML text of plain data, as `read_yaml`; errors name the `place`."""
     import yaml
 
-    text = read_text(path)
     try:
         parser = (loader or yaml.SafeLoader)(text)
         try:
@@ -132,9 +136,9 @@ def read_yaml(path: Path, loader: Any = None) -> Any:
         finally:
             parser.dispose()
     except RecursionError:
-        raise RequestError(f"{path} is not valid YAML: it is nested too deeply.") from None
+        raise RequestError(f"{place} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise RequestError(f"{place} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def _count_nodes(node: Any, known: dict[int, int]) -> int:

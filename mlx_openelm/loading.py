@@ -15,7 +15,7 @@ import mlx.nn as nn
 from . import atomic, backend, catalog, model_card
 from .chat_template import CORENET_TEMPLATE
 from .config import SIZES, ModelConfig
-from .errors import RequestError
+from .errors import RequestError, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
 from .formats.packing import (
@@ -154,7 +154,7 @@ def _default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
 def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
         return DTYPES[dtype]
     return dtype
 

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import catalog, hub, model_card_text
+from . import catalog, hub, inputs, model_card_text
 from .config import ModelConfig
 from .errors import OpenELMError, RequestError
 from .model_card_text import Contents, Facts, Quality
@@ -169,7 +169,7 @@ def for_upload(path: Path, repo: str) -> Card:
     folder = path if path.is_dir() else path.parent
     card = _read(folder / CARD, strict=True) if path.is_dir() else None
     if card is not None and not card.is_untouched:
-        return Card((folder / CARD).read_text(encoding="utf-8"), is_own=True)
+        return Card(inputs.read_text(folder / CARD), is_own=True)
     contents = Contents.read(path)
     if card is None:
         # A dry run asks nobody, and shows what is sent without it too.
@@ -239,14 +239,14 @@ class _Parsed:
 
 def _read(file: Path, *, strict: bool = False) -> _Parsed | None:
     """A README.md taken apart, or None where there is none; damaged front matter is none, or refused."""
-    try:
-        # huggingface_hub reads cards in the same way, so a mark at the beginning hides no front matter.
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    try:
+        # huggingface_hub leaves the mark at the beginning out, too, so it hides no front matter.
+        text = inputs.read_text(file).removeprefix("\ufeff")
+    except RequestError as error:
         if strict:
-            raise RequestError(f"{file} cannot be read as text ({error}); correct or remove it.") from None
+            raise RequestError(f"{error} Correct or remove it.") from None
         return None
     card = _parse(text)
     if card is None and strict:
@@ -261,14 +261,14 @@ def _read_safely(folder: Path) -> _Parsed:
 
 def _parse(text: str) -> _Parsed | None:
     """A card's text taken apart, or None where its front matter is damaged."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK, yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     block = REGEX_YAML_BLOCK.search(text)
     if block is None:
         return _Parsed({}, text, None)
     try:
-        metadata = yaml.safe_load(block.group(2)) or {}
-    except yaml.YAMLError:
+        metadata = inputs.parse_yaml(block.group(2), "The front matter") or {}
+    except RequestError:
         return None
     if not isinstance(metadata, dict):
         return None

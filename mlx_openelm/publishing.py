@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote as quote_url
+from urllib.parse import urlsplit
 
 from . import model_card
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
 from .formats import safetensors
 from .hub_errors import explain_upload, host
+from .inputs import to_path
 from .model_files import CARD, leads_out, model_files
 
 MAIN = "main"
@@ -136,7 +138,7 @@ def upload(
         OpenELMError: no token, no network, a refusal, a broken transfer, or somebody else changed the repository
             meanwhile. The folder is kept.
     """
-    path = Path(path).expanduser()
+    path = to_path(path)
     repo, revision = _checked_name(repo), _checked_revision(revision)
     for file in licenses:
         if leads_out(file):
@@ -182,7 +184,7 @@ def _checked_name(name: str) -> str:
         validate_repo_id(name)
     except HFValidationError:
         raise RequestError(
-            f"{name!r} is no valid name for a repository: give owner/name, in letters, digits, '-', '_' and '.'."
+            f"{quote(name)} is no valid name for a repository: give owner/name, in letters, digits, '-', '_' and '.'."
         ) from None
     return name
 
@@ -192,7 +194,7 @@ def _checked_revision(revision: str | None) -> str:
     revision = MAIN if revision is None else revision.strip()
     is_name = re.fullmatch(r"\w[\w./-]*", revision) is not None and ".." not in revision
     if not is_name or revision.endswith(("/", ".lock")) or re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise RequestError(f"--upload-revision must be the name of a branch, got {revision!r}.")
+        raise RequestError(f"--upload-revision must be the name of a branch, got {quote(revision)}.")
     return revision
 
 
@@ -348,5 +350,5 @@ def _url(repo: str, revision: str) -> str:
 
     endpoint = urlsplit(constants.ENDPOINT)
     port = f":{endpoint.port}" if endpoint.port else ""
-    tree = "" if revision == MAIN else f"/tree/{quote(revision, safe='')}"
+    tree = "" if revision == MAIN else f"/tree/{quote_url(revision, safe='')}"
     return f"{endpoint.scheme}://{host()}{port}{endpoint.path.rstrip('/')}/{repo}{tree}"

@@ -16,6 +16,7 @@ from .errors import RequestError
 from .formats.mlx import Checkpoint
 from .formats.packing import Quantization, bits_per_weight, scale_dtype
 from .formats.weights import Weights
+from .inputs import to_path
 from .loading import build_model, check_dtype, dtype_for, requantize, write_source
 from .model import OpenELM
 from .model_card_text import Quality
@@ -99,7 +100,7 @@ def quantize(
     run = _Run(options, config, stored, progress or (lambda *_: None))
     if options.is_learned or options.report:
         if options.sensitivities is not None:
-            run.known = sensitivity.read(Path(options.sensitivities).expanduser(), config)
+            run.known = sensitivity.read(to_path(options.sensitivities), config)
         run.text = read_text(source.tokenizer, config, options)
         run.show("Loading", 0, 1)
         with source.reading():

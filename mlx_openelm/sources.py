@@ -11,10 +11,10 @@ from pathlib import Path
 
 from . import catalog, hub, shared_tokenizer
 from .config import ModelConfig
-from .errors import OpenELMError, RequestError
+from .errors import OpenELMError, RequestError, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
-from .inputs import check_file, read_json
+from .inputs import check_file, read_json, to_path
 from .tokenizer import ENGINES, Tokenizer
 
 CORENET_PREFIX = "corenet:"
@@ -91,7 +91,9 @@ def open_source(
     is_download = isinstance(model, str) and model.strip().lower().startswith(CORENET_PREFIX)
     file = None if is_download else _as_file(model)
     if revision is not None and (is_download or file is not None):
-        raise RequestError(f"{model} is no hub repository, so it has no revision {revision!r}: leave the revision out.")
+        raise RequestError(
+            f"{model} is no hub repository, so it has no revision {quote(revision)}: leave the revision out."
+        )
     if file is not None and file.suffix.lower() == ".gguf":
         _refuse_yaml(model, config_yaml)
         return _open_gguf(model, file, tokenizer)
@@ -137,7 +139,7 @@ def _open_corenet(
 
     if path.is_dir():
         _refuse_yaml(model, config_yaml)
-    named = None if config_yaml is None else Path(config_yaml).expanduser()
+    named = None if config_yaml is None else to_path(config_yaml)
     stamps = _stamps(path) | ({} if named is None else {named: _stamp(named)})
     checkpoint, pieces = corenet.read_port(path) if path.is_dir() else corenet.read(path, named)
     unpadded = replace(checkpoint.config, vocab_size=pieces)
@@ -160,7 +162,7 @@ def _refuse_yaml(model: str | Path, config_yaml: str | Path | None) -> None:
 
 def _as_file(model: str | Path) -> Path | None:
     """The file `model` names, where it has the ending of one that holds a model; it must exist."""
-    path = Path(str(model).strip()).expanduser()
+    path = to_path(model)
     if path.suffix.lower() not in _FILE_SUFFIXES or os.path.isdir(path):
         return None
     if not os.path.exists(path):  # which, unlike Path.exists, raises nothing for a name that is too long
@@ -194,7 +196,7 @@ def find_tokenizer(
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in ENGINES if (folder / name).exists()), None)
     if named is not None:
-        tokenizer = Tokenizer.from_file(Path(named).expanduser(), eos_token_ids=config.eos_token_ids)
+        tokenizer = Tokenizer.from_file(to_path(named), eos_token_ids=config.eos_token_ids)
     elif beside is not None:
         if path.is_dir():
             tokenizer = Tokenizer.from_folder(folder)

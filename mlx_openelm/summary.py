@@ -16,6 +16,7 @@ from .errors import RequestError
 from .formats import gguf
 from .formats import mlx as mlx_format
 from .formats.packing import Quantization, bits_per_weight, most_common
+from .inputs import to_path
 from .quantization.recipes import plan
 
 # What the published models were trained on; the length that memory is given for.
@@ -92,7 +93,7 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
         RequestError: no such model, or files that do not fit each other.
         OpenELMError: a configuration had to be downloaded and could not be.
     """
-    if (file := Path(name).expanduser()).suffix.lower() == ".gguf" and not file.is_dir():
+    if (file := to_path(name)).suffix.lower() == ".gguf" and not file.is_dir():
         return _summarize_gguf(file, name)
     repo = hub.source_repo(name)
     folder = hub.resolve(name) if repo is None else _cached_folder(repo, revision)

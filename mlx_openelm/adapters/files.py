@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from .. import hub
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
-from ..inputs import check_file, read_json
+from ..inputs import check_file, read_json, to_path
 from .adapter import Adapter
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
@@ -74,7 +73,7 @@ def write_adapter(
         RequestError: an unknown format, or one that cannot carry the adapter.
     """
     if format not in FORMATS:
-        raise RequestError(f"--adapter-format must be one of {', '.join(FORMATS)}, got {format!r}.")
+        raise RequestError(f"--adapter-format must be one of {', '.join(FORMATS)}, got {quote(format)}.")
     FORMATS[format].write(adapter, folder, config, base_model)
 
 
@@ -98,7 +97,7 @@ def _checked(adapter: Adapter, file: Path) -> Adapter:
 
 def find_local(name: str) -> Path | None:
     """The file or folder of that name on this machine, if there is one; RequestError if that cannot be told."""
-    path = Path(os.path.expanduser(name))
+    path = to_path(name)
     try:
         return path if path.exists() else None
     except OSError as error:
@@ -119,7 +118,7 @@ def _find(path: str | Path, revision: str | None) -> Path:
         if not local.is_dir():
             check_file(local)
         if revision is not None:
-            raise RequestError(f"{path} is no hub repository, so it has no revision {revision!r}.")
+            raise RequestError(f"{path} is no hub repository, so it has no revision {quote(revision)}.")
         return local
     owner, _, name = text.partition("/")
     is_repo = owner.strip(".~") and name and "/" not in name and not isinstance(path, Path)

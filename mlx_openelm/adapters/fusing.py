@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from .. import atomic, model_card
 from ..errors import RequestError
 from ..formats import mlx as mlx_format
 from ..formats.mlx import Checkpoint
+from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for, find_origin, write_source
 from ..model_card import Origin
 from ..quantization.options import QuantizeOptions
@@ -192,9 +192,7 @@ def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype:
 
 def _check_places(target: Path, source: Source, adapters: Adapters) -> None:
     """Refuse to write over what is read."""
-    places = {"the model": source.path} | {
-        f"the adapter {path}": Path(os.path.expanduser(path)) for path, _ in adapters
-    }
+    places = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in adapters}
     for what, place in places.items():
         if place.resolve().is_relative_to(target):
             raise RequestError(f"{target} is {what} to fuse, or holds it; choose another --save-path.")

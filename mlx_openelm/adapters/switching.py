@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..model import OpenELM
 from .adapter import Adapter, LowRank
 from .attaching import Adapted, Replaced, attach, check_base, check_fits, detach, make_layers, put
@@ -44,7 +44,7 @@ class AdapterSwitch:
             RequestError: the name is taken, or as `read_adapter`.
         """
         if name in self._adapters:
-            raise RequestError(f"An adapter named {name!r} is there already; remove it first.")
+            raise RequestError(f"An adapter named {quote(name)} is there already; remove it first.")
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(adapter, self.model.config)
         check_fits(adapter, self.model.config, f"The adapter {name}")
@@ -96,7 +96,7 @@ class AdapterSwitch:
 
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
-            raise RequestError(f"No adapter is named {name!r}; there are {', '.join(self._adapters) or 'none'}.")
+            raise RequestError(f"No adapter is named {quote(name)}; there are {', '.join(self._adapters) or 'none'}.")
         return self._adapters[name]
 
 
@@ -170,7 +170,7 @@ def _to_weight(path: str, weight: object) -> float:
     try:
         return float(weight)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise RequestError(f"The weight of the adapter {path} must be a number, got {weight!r}.") from None
+        raise RequestError(f"The weight of the adapter {path} must be a number, got {quote(weight)}.") from None
 
 
 def _parse_path(path: str | Path) -> tuple[str, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..averaging import average
+from ..inputs import to_path
 from . import console, flags
 
 
@@ -36,7 +36,7 @@ def run(
     with console.Progress("Writing", unit="bytes") as progress:
         path = average(
             models,
-            Path(mlx_path).expanduser(),
+            to_path(mlx_path),
             dtype=dtype,
             tokenizer=tokenizer,
             config_yaml=config_yaml,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import catalog, publishing
+from ..inputs import to_path
 from ..loading import convert
 from ..publishing import UploadOptions
 from . import console, flags
@@ -53,7 +53,7 @@ def run(
     with console.Progress("Writing", unit="bytes") as progress:
         result = convert(
             model,
-            Path(mlx_path).expanduser(),
+            to_path(mlx_path),
             dtype=dtype,
             quantize=quantize,
             q_bits=q_bits,

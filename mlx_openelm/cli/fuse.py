@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from .. import catalog, publishing
 from ..adapters.fusing import Fusion, fuse
 from ..adapters.merging import Deviation
+from ..inputs import to_path
 from ..publishing import UploadOptions
 from . import console, flags
 from . import upload as upload_command
@@ -77,7 +77,7 @@ def run(
         result = fuse(
             model,
             adapter_path or "adapters",
-            Path(save_path).expanduser(),
+            to_path(save_path),
             dtype=dtype,
             quantize=quantize,
             q_bits=q_bits,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import catalog
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..generation.sampling import random_seed
 from ..generation.stream import GenerationOptions, Piece, stream_generate
+from ..inputs import to_path
 from ..loading import load
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         raise RequestError("Give either --prompt or --prompt-file.")
     if prompt_file is not None:
         try:
-            text = _decode(Path(prompt_file).expanduser().read_bytes(), prompt_file)
+            text = _decode(to_path(prompt_file).read_bytes(), prompt_file)
         except OSError as error:
             raise RequestError(f"--prompt-file {prompt_file} cannot be read: {error.strerror}.") from None
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
@@ -133,7 +133,7 @@ def _parse_logit_bias(given: list[str] | None) -> dict[int, float] | None:
             biases.update({int(token): float(value) for token, value in pairs})
         except (ValueError, TypeError, AttributeError):
             raise RequestError(
-                f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {text!r}."
+                f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {quote(text)}."
             ) from None
     return biases or None
 

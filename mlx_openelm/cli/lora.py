@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import catalog
+from ..inputs import to_path
 from ..training import config_file
 from ..training.distributed import Processes
 from ..training.finetune import FineTuned, Loading, finetune, saved_options
@@ -84,7 +84,7 @@ def run(
 def _merged(given: dict[str, Any], config: str | None) -> tuple[FineTuneOptions, dict[str, Any]]:
     """The options, and what is said about the model: by flags, else by the file, else by the run that goes on."""
     if config is not None:
-        file = Path(config).expanduser()
+        file = to_path(config)
         return config_file.merge(FineTuneOptions, config_file.read(file), given, place=str(config))
     told: dict[str, Any] = {}
     if given.get("resume"):

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import backend
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
 from . import console, flags
 from .parsing import Command, QuickHelp
@@ -51,7 +51,7 @@ class Group(QuickHelp, TyperGroup):  # type: ignore[misc]
         if cmd_name not in COMMANDS:
             close = difflib.get_close_matches(cmd_name, COMMANDS, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}."
-            raise RequestError(f"{PROGRAM} has no command {cmd_name!r}; {hint}")
+            raise RequestError(f"{PROGRAM} has no command {quote(cmd_name)}; {hint}")
         app = typer.Typer(**_APP)
         app.command(cmd_name, cls=Command)(import_module(f".{cmd_name}", __package__).run)
         return typer.main.get_command(app)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 
 _ON = ("true", "t", "yes", "y", "on", "1")
 _OFF = ("false", "f", "no", "n", "off", "0")
@@ -71,7 +71,7 @@ class Command(QuickHelp, TyperCommand):  # type: ignore[misc]
             if is_switch and param.secondary_opts and (equals or (rest and rest[0].lower() in _ON + _OFF)):
                 word = word if equals else rest.pop(0)
                 if word.lower() not in _ON + _OFF:
-                    raise RequestError(f"{name} must be True or False, got {word!r}.")
+                    raise RequestError(f"{name} must be True or False, got {quote(word)}.")
                 result.append(name if word.lower() in _ON else param.secondary_opts[0])
                 continue
             result.append(arg)
@@ -106,4 +106,4 @@ def _convert(flag: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise RequestError(f"{flag} must be {_KINDS[kind]}, got {text!r}.") from None
+        raise RequestError(f"{flag} must be {_KINDS[kind]}, got {quote(text)}.") from None

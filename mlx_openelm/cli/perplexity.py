@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from .. import catalog
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+from ..inputs import to_path
 from ..loading import load
 from . import console, flags
 
@@ -43,7 +43,7 @@ def run(
 
     The text is cut into windows, each read from its beginning. The loss is the mean over tokens, in nats.
     """
-    documents = load_documents(Path(data).expanduser())
+    documents = load_documents(to_path(data))
     loaded, its_tokenizer = load(
         model,
         adapter_path or None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 import typer
 
 from .. import catalog, publishing
 from ..errors import RequestError
+from ..inputs import to_path
 from ..publishing import UploadOptions
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, chart, check_picture, draw, letter
@@ -58,14 +58,14 @@ def run(
     if report_plot is not None and not options.report:
         raise RequestError("--report-plot needs --report.")
     if report_plot is not None:
-        check_picture(Path(report_plot).expanduser())
+        check_picture(to_path(report_plot))
     if upload.upload_repo is not None and not options.writes:
         raise RequestError("--upload-repo needs a model to upload; say how to quantize, with --q-bits for one.")
     publishing.check(upload)
     with _Stages() as stages:
         result = quantize(
             model,
-            Path(mlx_path).expanduser(),
+            to_path(mlx_path),
             options,
             dtype=dtype,
             tokenizer=tokenizer,
@@ -75,7 +75,7 @@ def run(
             progress=stages,
         )
     if report_plot is not None:
-        draw(result.report, Path(report_plot).expanduser())
+        draw(result.report, to_path(report_plot))
     sent = None
     if result.path is not None and upload.upload_repo is not None:
         sent = publishing.publish(result.path, upload)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import inputs
 from ..config import SIZES, ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import mlx as mlx_format
 from . import safetensors, torch_file
@@ -136,7 +136,7 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
             values = base | values
         elif any(key not in values for key in _NEEDED_SIZES):
             raise RequestError(
-                f"model_name is {name!r}, which is none of {_PUBLISHED}, and {', '.join(_NEEDED_SIZES)} are not given"
+                f"model_name is {quote(name)}, none of {_PUBLISHED}, and {', '.join(_NEEDED_SIZES)} are not given"
             )
         if "rope_max_length" not in section and "max_context_length" in values:
             # The published models were trained on half the length their positions were made for.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..tokenizer import Tokenizer
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
@@ -145,7 +145,7 @@ def check_representable(config: ModelConfig, gguf_type: str) -> None:
         RequestError: an unknown type, or a model with another head, norms or feed-forward.
     """
     if gguf_type not in FILE_TYPES:
-        raise RequestError(f"--gguf-type must be one of {', '.join(FILE_TYPES)}, got {gguf_type!r}.")
+        raise RequestError(f"--gguf-type must be one of {', '.join(FILE_TYPES)}, got {quote(gguf_type)}.")
     reason = None
     if not config.share_input_output_layers:
         reason = "its output layer is not the embedding, while llama.cpp's openelm has no output tensor"

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from .weights import Tensor, Weights
 
 # Mode: the bits and group sizes MLX has for it, its default first.
@@ -36,7 +36,7 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+            raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {quote(self.mode)}.")
         bits, group_sizes = MODES[self.mode]
         if self.bits not in bits:
             raise RequestError(f"--q-bits must be {_any_of(bits)} in mode {self.mode}, got {self.bits}.")

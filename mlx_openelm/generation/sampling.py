@@ -22,7 +22,7 @@ from numbers import Integral
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from .checking import check_number
 
 Sampler = Callable[[mx.array], mx.array]
@@ -98,7 +98,7 @@ class SamplingParams:
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"--logit-bias must map token ids to numbers, got {self.logit_bias!r}")
+            raise RequestError(f"--logit-bias must map token ids to numbers, got {quote(self.logit_bias)}")
         last = math.inf if vocab_size is None else vocab_size - 1
         wanted = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
         for token, bias in self.logit_bias.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 
 
 class StopStrings:
@@ -26,7 +26,7 @@ class StopStrings:
         stops = stops or []
         for stop in stops:
             if not isinstance(stop, str) or not stop:
-                raise RequestError(f"--stop must be text that is not empty, got {stop!r}")
+                raise RequestError(f"--stop must be text that is not empty, got {quote(stop)}")
         # One that contains another before its last character is never complete first: drop it.
         self._stops = [s for s in dict.fromkeys(stops) if not any(other in s[:-1] for other in stops)]
         self._fallbacks = [_prefix_function(stop) for stop in self._stops]

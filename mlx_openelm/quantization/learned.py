@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..formats.packing import Quantization
 from ..model import OpenELM
@@ -32,7 +32,7 @@ def parse_methods(names: Sequence[str]) -> tuple[str, ...]:
     asked = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
     for name in asked:
         if name not in METHODS:
-            raise RequestError(f"--method must be one or more of {', '.join(METHODS)}, got {name!r}.")
+            raise RequestError(f"--method must be one or more of {', '.join(METHODS)}, got {quote(name)}.")
     return tuple(method for method in METHODS if method in asked)
 
 

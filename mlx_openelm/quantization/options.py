@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..inputs import to_path
 from .learned import parse_methods
 from .recipes import Plan, planner
 
@@ -73,7 +74,7 @@ class QuantizeOptions:
             if (value := getattr(self, name)) is not None and value < least:
                 raise RequestError(f"{_flag(name)} must be {least} or more, got {value}.")
         for name in _FILES:
-            if (value := getattr(self, name)) is not None and not Path(value).expanduser().is_file():
+            if (value := getattr(self, name)) is not None and not to_path(value).is_file():
                 raise RequestError(f"{_flag(name)} must name a file, which {value} is not.")
 
     def plan(self) -> Plan:

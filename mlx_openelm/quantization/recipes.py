@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..formats.packing import MODES, Quantization
 
 # Low and high bits by name.
@@ -58,7 +58,7 @@ def planner(
         wanted = Quantization.make(mode, bits, group_size)
         return lambda config: plan(config, wanted)
     if recipe not in RECIPES:
-        raise RequestError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.")
+        raise RequestError(f"--recipe must be one of {', '.join(RECIPES)}, got {quote(recipe)}.")
     if bits is not None or mode != "affine":
         raise RequestError("--recipe says how many bits there are, in affine mode; leave --q-bits and --q-mode out.")
     low, high = (Quantization.make("affine", bits, group_size) for bits in RECIPES[recipe])

@@ -13,6 +13,7 @@ from ..catalog import ASSETS
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..evaluation.perplexity import load_documents, make_windows
+from ..inputs import to_path
 from ..tokenizer import Tokenizer
 from .options import NUM_SAMPLES, SEQUENCE_LENGTH, QuantizeOptions
 
@@ -52,7 +53,7 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
     length = options.sequence_length or min(SEQUENCE_LENGTH, config.max_context_length)
     if length > config.max_context_length:
         raise RequestError(f"--sequence-length must be at most {config.max_context_length}, the model's context.")
-    path = BUNDLED if options.calibration is None else Path(options.calibration).expanduser()
+    path = BUNDLED if options.calibration is None else to_path(options.calibration)
     name = _BUNDLED_NAME if options.calibration is None else path.name
     windows = _shuffled(tokenizer, path, length, options)
     held_out, held_out_name = windows[::_HELD_OUT], f"a part of {name} kept for it"
@@ -61,7 +62,7 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
     elif options.report and options.report_data is None:
         raise RequestError(f"{name} is one window long, which leaves nothing to measure on; give --report-data.")
     if options.report_data is not None:
-        data = Path(options.report_data).expanduser()
+        data = to_path(options.report_data)
         held_out, held_out_name = _shuffled(tokenizer, data, length, options), data.name
     count = options.num_samples or NUM_SAMPLES
     if options.num_samples is not None and count > len(windows):

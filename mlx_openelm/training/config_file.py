@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import inputs
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from . import mlx_lm_config
 from .options import TrainOptions, conform, field_types, flag
 
@@ -87,7 +87,7 @@ def merge(
     values = {key: value for key, value in file_values.items() if value is not None}
     values = _respelled(_offered(values, place), place)
     for key in values.keys() - types.keys() - set(mlx_lm_config.KEYS):
-        raise RequestError(f"{place} has an unknown key {key!r}; {_hint(key, [*types, *mlx_lm_config.KEYS])}")
+        raise RequestError(f"{place} has an unknown key {quote(key)}; {_hint(key, [*types, *mlx_lm_config.KEYS])}")
     given = {key: value for key, value in flags.items() if value is not None}
     if "optimizer" in values and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
         values = {key: value for key, value in values.items() if key not in _OF_OPTIMIZER}
@@ -165,7 +165,7 @@ def _conform(kind: Any, key: str, value: Any, place: str) -> Any:
         return conform(kind, value)
     except ValueError as expected:
         quotes = "; put it in quotes" if str(expected) == "text" and not isinstance(value, dict | list) else ""
-        raise RequestError(f"{place}: {key} must be {expected}, got {value!r}{quotes}.") from None
+        raise RequestError(f"{place}: {key} must be {expected}, got {quote(value)}{quotes}.") from None
 
 
 def _default(options: type[TrainOptions], name: str) -> Any:

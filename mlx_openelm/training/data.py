@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, quote
-from ..inputs import check_file
+from ..inputs import check_file, to_path
 from .kinds import KEYS, Faults, Record, recognise
 
 # Best first, where a data set on the hub comes in several formats: what needs no further package wins.
@@ -102,7 +102,7 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 
 def whole_file_note(data: str | Path) -> str | None:
     """What to say where `data` is one file and serves a test alone; None where it is not one file."""
-    path = Path(os.path.expanduser(data))
+    path = to_path(data)
     return (
         f"{path.name} is tested as a whole; it should not hold what was trained on." if os.path.isfile(path) else None
     )
@@ -113,7 +113,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     if not str(data).strip():  # which would be the folder one is in
         raise RequestError(f"--data is empty: name a file, or a folder with {_EXPECTED}.")
     # Of a name that is too long, or a user who is not there, these say that nothing is there; `Path` raises.
-    path = Path(os.path.expanduser(data))
+    path = to_path(data)
     if os.path.isdir(path):
         names = [
             found.relative_to(path).as_posix()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..tokenizer import Tokenizer
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognise
 from .rendering import Spans, render_chat, render_text
@@ -143,7 +143,7 @@ def tokenize(
             to learn in any example; examples that are too long; a template that cannot tell the turns apart.
     """
     if long_examples not in LONG_EXAMPLES:
-        raise RequestError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {long_examples!r}.")
+        raise RequestError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {quote(long_examples)}.")
     if max_seq_length < 1:
         raise RequestError(f"--max-seq-length must be 1 or more, got {max_seq_length}.")
     kind = recognise(records)

@@ -20,6 +20,7 @@ from ..adapters.attaching import attach, extract
 from ..adapters.files import find_local, read_adapter, write_adapter
 from ..chat_template import find_template
 from ..errors import OpenELMError, RequestError
+from ..inputs import to_path
 from ..loading import check_dtype
 from . import planning, run_folder, schedule
 from .batches import Batch, Batches
@@ -98,7 +99,7 @@ def saved_options(adapter_path: str) -> dict[str, Any]:
     """
     processes = Processes()
     with processes.together():
-        text = json.dumps(run_folder.read_run(Path(adapter_path).expanduser())) if processes.leads else None
+        text = json.dumps(run_folder.read_run(to_path(adapter_path))) if processes.leads else None
         record = json.loads(processes.share(text))
     usual = to_dict(FineTuneOptions())
     told = {name: value for name, value in record["options"].items() if name in usual and value != usual[name]}
@@ -121,7 +122,7 @@ class _Work:
     ):
         self.name, self.options, self.loading, self.overwrite = name, options, loading, overwrite
         self.processes, self.listener = processes, listener
-        self.folder = Path(options.adapter_path).expanduser()
+        self.folder = to_path(options.adapter_path)
 
     def do(self) -> FineTuned:
         self.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, quote
 from ..hub_errors import explain_download
 from .data import SUFFIXES, find_splits, suffix_of
 
@@ -89,7 +89,7 @@ def _explain(error: Exception, name: str, *, is_there: bool = False) -> OpenELME
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, HFValidationError):
-        return RequestError(f"{name!r} is no folder or file here and no valid name of a data set (owner/name).")
+        return RequestError(f"{quote(name)} is no folder or file here and no valid name of a data set (owner/name).")
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return RequestError(
             f"There is no file or folder {name} here, and no data set of that name on the hub; "

@@ -116,7 +116,7 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
         if (other := _kind_of(values)) is not None:
             return f"holds {other.name}, but {first.source} holds {kind.name}; one file is of one kind"
         missing = next(key for key in kind.keys if values.get(key) is None)
-        return f"{missing!r} is null, not text" if missing in values else f"has no {missing!r}"
+        return f"{quote(missing)} is null, not text" if missing in values else f"has no {quote(missing)}"
     if (key := next((key for key in _NOT_OFFERED if key in values), None)) is not None:
         return f"holds {_NOT_OFFERED[key]}, which are not offered here; give messages, or prompt and completion"
     found = ", ".join(quote(key) for key in list(values)[:6]) or "nothing"
@@ -128,7 +128,7 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
     if (key := next((key for key in kind.refused if values.get(key)), None)) is not None:
-        return f"{key!r} is not offered here; leave it out, or write what it says into messages"
+        return f"{quote(key)} is not offered here; leave it out, or write what it says into messages"
     if kind in (TURNS, CHAT, SHAREGPT):
         try:
             conversation_of(values, kind)
@@ -139,7 +139,7 @@ def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
         value = values.get(key)
         # An instruction without input has "", null or no such key.
         if key != "tools" and not isinstance(value, str) and not (key in kind.optional and value is None):
-            return f"{key!r} is {_TYPES.get(type(value), type(value).__name__)}, not text"
+            return f"{quote(key)} is {_TYPES.get(type(value), type(value).__name__)}, not text"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from .options import TARGET_MODULES
 
 # lr_schedule is flat where it is a name.
@@ -60,7 +60,7 @@ def flatten(values: Mapping[str, Any], place: str, *, optimizer: str, fine_tune_
         elif key == "lr_schedule" and section is not None:
             flat[key] = section
         elif section is not None:
-            raise RequestError(f"{where} must hold keys with values, got {section!r}.")
+            raise RequestError(f"{where} must hold keys with values, got {quote(section)}.")
     return flat
 
 
@@ -70,11 +70,11 @@ def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
     if "keys" in section:
         keys = section["keys"]
         if not isinstance(keys, list):
-            raise RequestError(f"{where}.keys must be a list, got {keys!r}.")
+            raise RequestError(f"{where}.keys must be a list, got {quote(keys)}.")
         unknown = next((key for key in keys if key not in _MODULES), None)
         if unknown is not None:
             raise RequestError(
-                f"{where}.keys has {unknown!r}, which OpenELM has not; there are {', '.join(TARGET_MODULES)}."
+                f"{where}.keys has {quote(unknown)}, which OpenELM has not; there are {', '.join(TARGET_MODULES)}."
             )
         flat["target_modules"] = [_MODULES[key] for key in dict.fromkeys(keys)]
     return flat
@@ -85,13 +85,13 @@ def _schedule(section: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse_others(section, ("name", "warmup", "warmup_init", "arguments"), where)
     name, arguments = section.get("name"), section.get("arguments")
     if name not in _SCHEDULES:
-        raise RequestError(f"{where}.name must be {' or '.join(_SCHEDULES)}, got {name!r}.")
+        raise RequestError(f"{where}.name must be {' or '.join(_SCHEDULES)}, got {quote(name)}.")
     order = ("learning_rate", "decay_steps", "min_learning_rate")
     if name == "linear_schedule":
         order = ("learning_rate", "min_learning_rate", "decay_steps")
     least = 3 if name == "linear_schedule" else 2
     if not isinstance(arguments, list) or not least <= len(arguments) <= 3:
-        raise RequestError(f"{where}.arguments must be the list {', '.join(order)}, got {arguments!r}.")
+        raise RequestError(f"{where}.arguments must be the list {', '.join(order)}, got {quote(arguments)}.")
     flat = {"lr_schedule": _SCHEDULES[name], "min_learning_rate": 0.0}
     flat |= dict(zip(order, arguments, strict=False))
     if section.get("warmup"):
@@ -103,17 +103,19 @@ def _optimizer(section: dict[str, Any], optimizer: str, where: str) -> dict[str,
     settings = section.get(optimizer) or {}
     where = f"{where}.{optimizer}"
     if not isinstance(settings, dict):
-        raise RequestError(f"{where} must hold keys with values, got {settings!r}.")
+        raise RequestError(f"{where} must hold keys with values, got {quote(settings)}.")
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         same = _SAME_HERE.get(optimizer, {})
         if key == "betas":
             if not isinstance(value, list) or len(value) != 2:
-                raise RequestError(f"{where}.betas must be a list of two numbers, got {value!r}.")
+                raise RequestError(f"{where}.betas must be a list of two numbers, got {quote(value)}.")
             flat |= dict(zip(("beta1", "beta2"), value, strict=True))
         elif key in same:
             if value != same[key]:
-                raise RequestError(f"{where}.{key} is {same[key]} here, and nothing else is offered; got {value!r}.")
+                raise RequestError(
+                    f"{where}.{key} is {same[key]} here, and nothing else is offered; got {quote(value)}."
+                )
         elif key in _SETTINGS:
             flat[_SETTINGS[key]] = value
         else:
@@ -124,4 +126,4 @@ def _optimizer(section: dict[str, Any], optimizer: str, where: str) -> dict[str,
 def _refuse_others(section: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in section:
         if key not in known:
-            raise RequestError(f"{where} has an unknown key {key!r}; there are {', '.join(known)}.")
+            raise RequestError(f"{where} has an unknown key {quote(key)}; there are {', '.join(known)}.")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from . import trackers
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
@@ -157,7 +157,7 @@ class TrainOptions:
             try:
                 conform(kind, value)
             except ValueError as expected:
-                raise RequestError(f"{flag(field)} must be {expected}, got {value!r}.") from None
+                raise RequestError(f"{flag(field)} must be {expected}, got {quote(value)}.") from None
             if value is None:
                 continue
             if field in _LEAST and value < _LEAST[field]:
@@ -167,7 +167,7 @@ class TrainOptions:
             if field in _BELOW_ONE and value >= 1:
                 raise RequestError(f"{flag(field)} must be less than 1, got {value}.")
             if field in _CHOICES and value not in _CHOICES[field]:
-                raise RequestError(f"{flag(field)} must be {one_of(_CHOICES[field])}, got {value!r}.")
+                raise RequestError(f"{flag(field)} must be {one_of(_CHOICES[field])}, got {quote(value)}.")
 
     def _check_optimizer(self) -> None:
         for field, owners in _OPTIMIZERS_WITH.items():
@@ -340,4 +340,4 @@ def one_of(choices: Sequence[str]) -> str:
 def _instead_of(name: str) -> str:
     """The end of a sentence that lists `TARGET_MODULES`, of which `name` is none."""
     close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
-    return f", not {name!r}; did you mean {' or '.join(close)}?" if close else f", not {name!r}."
+    return f", not {quote(name)}; did you mean {' or '.join(close)}?" if close else f", not {quote(name)}."

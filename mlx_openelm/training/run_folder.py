@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import atomic
+from .. import atomic, inputs
 from ..errors import OpenELMError, RequestError
 from ..version import __version__
 from . import metrics, trackers
@@ -114,14 +114,12 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: there is none, or its `run.json` cannot be read.
     """
-    try:
-        record = json.loads((path / RUN).read_text(encoding="utf-8"))
+    if not (path / RUN).exists():
+        raise RequestError(f"There is no run in {path} to --resume; start one without it.")
+    with contextlib.suppress(RequestError, KeyError):
+        record = inputs.read_json(path / RUN)
         if isinstance(record["options"], dict) and isinstance(record["data"], dict) and "model" in record:
             return record
-    except FileNotFoundError:
-        raise RequestError(f"There is no run in {path} to --resume; start one without it.") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise RequestError(f"{path / RUN} is damaged, so what the run was told is not known; start anew with --overwrite.")
 
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .. import atomic
 from ..errors import OpenELMError
+from ..inputs import read_json
 
 BEST = "best"
 _STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
@@ -240,4 +241,4 @@ def _damage(path: Path) -> str | None:
 
 
 def _read_record(path: Path) -> dict:
-    return json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return read_json(path / _STATE)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import atomic
-from ..errors import OpenELMError, RequestError
+from ..errors import OpenELMError, RequestError, quote
 
 TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_PROJECT = "mlx-openelm"
@@ -40,7 +40,7 @@ def check(report_to: str | None) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip().lower() for name in (report_to or "").split(",") if name.strip()))
     for name in names:
         if name not in TRACKERS:
-            raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {name!r}.")
+            raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {quote(name)}.")
         if name == "tensorboard" and _tensorboard_module() is None:
             raise RequestError(f"--report-to tensorboard needs tensorboardX: {_INSTALL}.")
         if name == "wandb" and not _has("wandb"):
