@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -25,8 +26,9 @@ GIB = 1 << 30
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
+    platform.uname()  # Python keeps the true answer
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64", sysname="Darwin"))
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(backend, "blas", backend.Blas("unneeded"))
 
