@@ -8,6 +8,7 @@ import platform
 import runpy
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +27,9 @@ GIB = 1 << 30
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
-    platform.uname()  # Python keeps the true answer
+    # Python itself keeps the true answers.
+    platform.uname()
+    sysconfig.get_config_vars()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
