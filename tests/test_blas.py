@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from mlx_openelm import backend
 from mlx_openelm.interposing import symbol_table
@@ -213,3 +214,29 @@ b._open_blas(b.blas.library)
 print(library.scipy_openblas_get_num_threads())
 """
     assert python(code, OPENBLAS_NUM_THREADS="").split() == ["2", "1"]
+
+
+@loaded
+@pytest.mark.skipif("scipy_openblas" not in backend.blas.library, reason="another BLAS")
+def test_its_threads_sleep_soon_and_the_environment_stays_as_it_was():
+    """Awake they would burn 25 ms of a processor after the import."""
+    code = """
+import os, time
+import mlx_openelm
+started = time.process_time()
+time.sleep(0.1)
+print(os.environ.get("OPENBLAS_THREAD_TIMEOUT"), time.process_time() - started < 0.01)
+"""
+    assert python(code, OPENBLAS_NUM_THREADS="2").split() == ["None", "True"]
+    assert python(code, OPENBLAS_THREAD_TIMEOUT="20").split()[0] == "20"
+
+
+@on_linux
+def test_mlx_for_cuda_is_left_alone(monkeypatch, tmp_path):
+    (tmp_path / "mlx_cuda_12-0.32.4.dist-info").mkdir()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "mlx")])
+    monkeypatch.setattr(backend, "find_spec", lambda name: spec)
+    monkeypatch.setattr(backend, "blas", None)
+    monkeypatch.setattr(backend, "_open_blas", lambda name: pytest.fail(f"{name} is opened"))
+    backend.preload_blas()
+    assert backend.blas == backend.Blas("unneeded")

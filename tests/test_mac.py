@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import runpy
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,8 +27,11 @@ GIB = 1 << 30
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
+    # Python itself keeps the true answers.
+    platform.uname()
+    sysconfig.get_config_vars()
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64", sysname="Darwin"))
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(backend, "blas", backend.Blas("unneeded"))
 
