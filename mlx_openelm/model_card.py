@@ -246,7 +246,7 @@ def _read(file: Path, *, strict: bool = False) -> _Parsed | None:
         text = inputs.read_text(file).removeprefix("\ufeff")
     except RequestError as error:
         if strict:
-            raise RequestError(f"{error} Correct or remove it.") from None
+            raise RequestError(f"{str(error).rstrip('.')}; correct or remove it.") from None
         return None
     card = _parse(text)
     if card is None and strict:

@@ -13,6 +13,7 @@ from mlx_openelm.exporting import export
 from mlx_openelm.formats import gguf_tokenizer
 from mlx_openelm.formats.sentencepiece import CONTROL, USER_DEFINED
 from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.training.conversations import conversation
 from mlx_openelm.training.rendering import render_chat
 
 import pytest
@@ -203,7 +204,7 @@ def test_a_template_may_put_them_together(tmp_path) -> None:
 
 def test_training_learns_the_answer_and_its_end(case) -> None:
     tokenizer = Tokenizer.from_folder(case)
-    tokens, spans = render_chat(CHAT[:2], tokenizer, None, mask_prompt=True, source="here")
+    tokens, spans = render_chat(conversation(CHAT[:2]), tokenizer, None, mask_prompt=True)
     assert [*tokens, *tokenizer.encode("\n")[2:]] == tokenizer.apply_chat_template(
         CHAT[:2], add_generation_prompt=False
     )

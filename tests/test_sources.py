@@ -307,7 +307,7 @@ def test_addresses(server: Server, tmp_path: Path) -> None:
             "corenet:270M/checkpoint_epoch_0_iter_50000",
             "checkpoint_epoch_0_iter_49999 to checkpoint_epoch_0_iter_349999",
         ),
-        ("corenet:270M/../../etc/passwd", "names no file"),
+        ("corenet:270M/../../etc/passwd", "names no published file"),
         ("corenet:../270M/mlx", "names no size"),
     ],
 )

@@ -186,8 +186,10 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
             f"The tokenizer in {path} is damaged: it has more than {MAX_TOKENS} tokens, or one of more than "
             f"{MAX_LENGTH} characters."
         )
-    if not {*types} <= {*range(NORMAL, BYTE + 1)} or not all(map(math.isfinite, scores)):
-        raise RequestError(f"The tokenizer in {path} is damaged: a type is not 1 to {BYTE}, or a score is not finite.")
+    if unknown := set(types) - set(range(NORMAL, BYTE + 1)):
+        raise RequestError(f"The tokenizer in {path} is damaged: there are no tokens of type {min(unknown)}.")
+    if not all(map(math.isfinite, scores)):
+        raise RequestError(f"The tokenizer in {path} is damaged: a score is not finite.")
     while types and types[-1] == UNUSED:  # what fills the vocabulary up to the model's rows
         types.pop()
     special = {}
