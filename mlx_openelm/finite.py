@@ -11,13 +11,19 @@ from .model import OpenELM
 _ADVICE = "download the model, or convert the original, again"
 
 
-def not_finite(what: str, model: OpenELM) -> OpenELMError:
-    """The error that `what` is not finite, with the likely cause and what to do; looks through the model's weights."""
+def not_finite(what: str, model: OpenELM, *, processed: bool = False) -> OpenELMError:
+    """The error that `what` is not finite, with the likely cause and what to do; looks through the model's weights.
+
+    Args:
+        processed: whether logits processors (a bias, penalties) changed the numbers after the model.
+    """
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     floating = [(name, value) for name, value in parameters if mx.issubdtype(value.dtype, mx.floating)]
     damaged = next((name for name, value in floating if not mx.all(mx.isfinite(value)).item()), None)
     if damaged is not None:
         cause = f"{damaged} holds NaN or infinity, so its file is damaged; {_ADVICE}"
+    elif processed:
+        cause = "the logits processors ruled out every token, or the one chosen, or the model's weights are damaged"
     elif any(value.dtype == mx.float16 for _, value in floating):
         cause = "float16 cannot hold what this model computes; use --dtype bfloat16 or float32"
     else:

@@ -82,7 +82,7 @@ def test_the_first_logits_end_generation(either_way: None, name: str, value: flo
     with pytest.raises(OpenELMError) as caught:
         steps(damaged(tiny_model(), name, value), params)
     assert str(caught.value) == (
-        f"The model's logits for token 1 are not finite: {name} holds NaN or infinity, so its file is damaged; "
+        f"The logits for token 1 are not finite: {name} holds NaN or infinity, so its file is damaged; "
         "download the model, or convert the original, again."
     )
     assert caught.value.exit_code == 1
@@ -110,6 +110,19 @@ def test_what_sampling_rules_out_is_not_meant(either_way: None, params: dict[str
     assert len(steps(tiny_model(), params)) == 3
 
 
+@pytest.mark.parametrize("ruled_out", [slice(None), 5])
+def test_processors_that_rule_out_what_is_chosen_are_named(ruled_out: Any) -> None:
+    """The weights alone are not blamed for what a caller did to the logits."""
+
+    def process(_: mx.array, logits: mx.array) -> mx.array:
+        logits[:, ruled_out] = -math.inf
+        return logits
+
+    tokens = generate_step(tiny_model(), PROMPT, logits_processors=[process], sampler=lambda _: mx.array([5]))
+    with pytest.raises(OpenELMError, match="logits for token 1 are not finite: the logits processors ruled out"):
+        next(tokens)
+
+
 def test_tokens_before_are_delivered(either_way: None) -> None:
     """An embedding of its own is met when its token is: what follows that one cannot be known."""
     model = tiny_model(share_input_output_layers=False)
@@ -118,7 +131,7 @@ def test_tokens_before_are_delivered(either_way: None) -> None:
     assert third not in (*PROMPT, *expected[:2])
     model.transformer.token_embeddings["weight"][third, 0] = math.nan
     found = []
-    with pytest.raises(OpenELMError, match="The model's logits for token 4 are not finite"):
+    with pytest.raises(OpenELMError, match="The logits for token 4 are not finite"):
         for token, _ in generate_step(model, PROMPT, max_tokens=8):
             found.append(token)
     assert found == expected[:3]

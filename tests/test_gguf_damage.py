@@ -29,10 +29,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(path: Path, message: str) -> None:
     """In one line that names the file, soon."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RequestError, match=message) as error:
         gguf_format.read(path)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     text = str(error.value)
     assert path.name in text
     assert "\n" not in text and len(text) < len(str(path)) + 500

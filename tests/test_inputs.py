@@ -18,11 +18,11 @@ BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    started = time.perf_counter()
+    started = time.process_time()
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(RequestError, match="not a file"):
             inputs.read_bytes(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "null\0character"])
@@ -69,10 +69,10 @@ def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
 )
 def test_yaml_that_cannot_be_read(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RequestError, match=reason):
         inputs.read_yaml(tmp_path / "run.yaml")
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ ADAPTER = ROOT / "tests" / "fixtures" / "peft-lora"
 
 # Runs `turn` some times, then more times; prints by how many MB the process grew in between.
 SCRIPT = """
-import gc, sys
+import gc, os, sys
 from pathlib import Path
 
 def resident():
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 {setup}
 for n in range({turns}):

@@ -26,11 +26,11 @@ def check_number(flag: str, value: object, low: float, high: float, wanted: str,
 def check_lengths(max_tokens: Any, prefill_step_size: Any) -> None:
     """Raise a `RequestError` if `max_tokens` is not -1 or 1 and more, or `prefill_step_size` not None or 1 and more."""
     wanted = "1 or more, or -1 for no limit"
-    check_number("--max-tokens", max_tokens, -1, math.inf, wanted, kind=int)
+    check_number("--max-tokens", max_tokens, -1, math.inf, wanted, kind=Integral)
     if max_tokens == 0:
         raise RequestError(f"--max-tokens must be {wanted}, got 0")
     if prefill_step_size is not None:
-        check_number("--prefill-step-size", prefill_step_size, 1, math.inf, "1 or more", kind=int)
+        check_number("--prefill-step-size", prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
 
 
 def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:

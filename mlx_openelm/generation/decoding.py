@@ -63,8 +63,8 @@ class CacheOptions:
             kind = type(layer).__name__
             if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
                 raise RequestError(
-                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, has not that "
-                    "size; leave it out."
+                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, was not made "
+                    "with it; leave it out."
                 )
             if self.kv_bits is None:
                 continue
@@ -183,7 +183,7 @@ def _decode(
             mx.async_eval(*upcoming)
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
         if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes that of every token so
-            raise not_finite(f"The model's logits for token {n} are", model)
+            raise not_finite(f"The logits for token {n} are", model, processed=bool(logits_processors))
         if n == 1 and progress is not None:
             progress(len(prompt), len(prompt))
         yield value, likelihood
