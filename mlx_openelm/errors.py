@@ -20,7 +20,7 @@ class OpenELMError(Exception):
     def __init__(self, message: str):
         if not message.isprintable():
             message = "".join(character if character.isprintable() else " " for character in message)
-        super().__init__(_LONG_WORD.sub(lambda word: _cut(word[0]), message))
+        super().__init__(_LONG_WORD.sub(lambda word: _shorten(word[0]), message))
 
 
 class RequestError(OpenELMError, ValueError):
@@ -37,6 +37,11 @@ def quote(value: object) -> str:
         return _cut(repr(value))
     except (ValueError, RecursionError):  # an integer with more digits than Python prints, a list in itself
         return f"a {type(value).__name__}"
+
+
+def _shorten(word: str) -> str:
+    """A word without its middle: of a path, the file's name is what helps."""
+    return f"{word[: QUOTED // 2]}…{word[1 - QUOTED // 2 :]}"
 
 
 def _cut(text: str) -> str:

@@ -18,7 +18,13 @@ from .errors import OpenELMError, RequestError, quote
 from .hub_errors import did_you_mean, explain_download
 from .inputs import to_path
 
-TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # What a model cannot be read without, as far as the repository has it.
 _READ_PATTERNS = (
     "config.json",

@@ -16,8 +16,9 @@ MAX_BYTES = 1 << 26
 _MAX_JSON_BYTES = 1 << 24
 # What Git leaves in the place of a large file where Git LFS is not installed.
 _POINTER = b"version https://git-lfs"
-# The most values a YAML file may hold once its aliases are expanded.
-_MAX_YAML_NODES = 100_000
+# YAML is parsed by Python itself, a megabyte in ten seconds: the largest text, the most values once aliases are
+# expanded, and the longest number (1:1:1 is one, whose digits count in sixties).
+_MAX_YAML_BYTES, _MAX_YAML_NODES, _MAX_YAML_NUMBER = 1 << 18, 100_000, 1000
 
 
 def check_file(path: Path) -> int:
@@ -76,9 +77,9 @@ def to_path(name: str | Path) -> Path:
         pass
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise RequestError(f"{path} is no file: the name is too long.") from None
+            raise RequestError(f"{path} is not a file: its name is too long.") from None
     except (RuntimeError, ValueError) as error:  # no such user, a null character
-        raise RequestError(f"{path} is no file: {error}.") from None
+        raise RequestError(f"{path} is not a file: {_reason(error)}.") from None
     return path
 
 
@@ -90,14 +91,14 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
-def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
+def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`, or in the file `name` of the folder `path`.
 
     Raises:
         RequestError: missing, unreadable, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
-    content = read_bytes(path, max_bytes=_MAX_JSON_BYTES)
+    content = read_bytes(path, max_bytes=max_bytes)
     try:
         values = json.loads(content)
     except RecursionError:
@@ -118,13 +119,15 @@ def read_yaml(path: Path, loader: Any = None) -> Any:
     Raises:
         RequestError: missing, unreadable, not YAML, or one whose aliases expand to too many values.
     """
-    return parse_yaml(read_text(path), str(path), loader)
+    return parse_yaml(read_text(path, max_bytes=_MAX_YAML_BYTES), str(path), loader)
 
 
 def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
     """The values in YAML text of plain data, as `read_yaml`; errors name the `place`."""
     import yaml
 
+    if len(text) > _MAX_YAML_BYTES:
+        raise RequestError(f"{place} has {len(text)} characters, more than the {_MAX_YAML_BYTES} that YAML may have.")
     try:
         parser = (loader or yaml.SafeLoader)(text)
         try:
@@ -142,7 +145,9 @@ def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
 
 
 def _count_nodes(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for, aliases expanded; ValueError beyond `_MAX_YAML_NODES`."""
+    """How many values a YAML node stands for, aliases expanded; ValueError beyond the bounds."""
+    if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_YAML_NUMBER:
+        raise ValueError(f"a number has more than {_MAX_YAML_NUMBER} characters")
     if id(node) in known:
         if known[id(node)] == 0:
             raise ValueError("an alias stands for what holds it")
@@ -154,7 +159,7 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
         for part in child if isinstance(child, tuple) else (child,):
             count += _count_nodes(part, known)
             if count > _MAX_YAML_NODES:
-                raise ValueError(f"its aliases stand for more than {_MAX_YAML_NODES} values")
+                raise ValueError(f"it holds more than {_MAX_YAML_NODES} values")
     known[id(node)] = count
     return count
 
@@ -166,4 +171,4 @@ def kind_of(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".")

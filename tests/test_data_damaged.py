@@ -103,7 +103,7 @@ def test_pipes_devices_and_folders_are_refused(tmp_path):
     assert "train.jsonl does not exist" in refusal(read_splits, tmp_path / "other")
     assert "is a folder" in refusal(load_documents, tmp_path)
     for name in ("n" * 5000 + ".jsonl", "a\0b.jsonl", "~nobody_of_that_name/a.jsonl"):
-        assert "is no file" in refusal(read_splits, name)
+        assert "is not a file" in refusal(read_splits, name)
 
 
 def test_what_unpacks_without_end_is_refused(tmp_path):

@@ -34,7 +34,7 @@ def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "null\0character", "~nobody-of-this-name/model"])
 def test_paths_that_no_file_can_have(name: str) -> None:
-    with pytest.raises(RequestError, match="is no file"):
+    with pytest.raises(RequestError, match="is not a file"):
         inputs.to_path(name)
 
 
@@ -60,7 +60,9 @@ def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (BILLION_LAUGHS, "aliases"),
+        (BILLION_LAUGHS, "more than 100000 values"),
+        ("a: 1" + ":1" * 60_000, "a number has more than 1000 characters"),
+        ("a: b\n" * 60_000, "more than the 262144"),
         ("a: &a [*a]", "an alias stands for what holds it"),
         ("[" * 50_000, "nested too deeply"),
         ("a: 1\n---\nb: 2", "single document"),
@@ -84,7 +86,9 @@ def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
 
 def test_messages_show_no_control_characters_and_no_endless_words() -> None:
     message = str(OpenELMError(f"naïve\x1b[31mred\nline\u202e\ud800 {'x' * 10_000} end"))
-    assert message == f"naïve [31mred line   {'x' * (QUOTED - 1)}… end"
+    assert message == f"naïve [31mred line   {'x' * 100}…{'x' * 99} end"
+    folder = "f" * 300
+    assert str(OpenELMError(f"{folder}/config.json: no model")).endswith("fff/config.json: no model")
 
 
 def test_a_quoted_value_is_short() -> None:

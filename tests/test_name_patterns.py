@@ -86,6 +86,7 @@ def test_what_backtracks_ends(pattern: str) -> None:
     ("pattern", "why"),
     [
         ("(" * 9 + ".?" + "){50}" * 9 + "X", "takes too long to match"),
+        ("(?:" * 3 + "|" * 9900 + "){45}" * 3, "takes too long to match"),
         ("[", "is no regular expression"),
         ("a{5000000000}", "is no regular expression"),
         ("(" * 3000, "is nested too deeply"),

@@ -480,10 +480,10 @@ def test_a_pipe_or_an_impossible_name_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no adapter_model.safetensors"):
         read_adapter(folder, CONFIG)
     for name in ("x" * 5000, "~nobody-at-all", "a\0b"):
-        with pytest.raises(RequestError, match="is no file") as error:
+        with pytest.raises(RequestError, match="is not a file") as error:
             read_adapter(name, CONFIG)
         assert len(str(error.value)) < 500
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(RequestError, match="is no file"):
+        with pytest.raises(RequestError, match="is not a file"):
             load(FOLDER, "x" * 5000 + "=0.5")

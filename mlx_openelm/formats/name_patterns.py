@@ -103,6 +103,7 @@ class _Walk:
 
     def sequence(self, items: Iterable[tuple[Any, Any]], places: int) -> int:
         """Where matches of all items, one after the other, can end that begin at one of these places."""
+        self._step()  # also for no items: branches and repetitions of nothing cost, too
         for code, value in items:
             if not places:
                 break

@@ -134,6 +134,8 @@ def _check_numbers(folder: Path, names: Iterable[str]) -> None:
     missing: list[str] = []
     count = 0
     for (stem, total), numbers in sorted(sets.items()):
+        if numbers == set(range(int(total))):  # some programs count from 0
+            continue
         lacking = (number for number in range(1, int(total) + 1) if number not in numbers)
         shown = itertools.islice(lacking, _LISTED)
         missing += [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in shown]

@@ -301,21 +301,26 @@ def _at(stack: list[Any], start: int) -> list[Any]:
 
 def _extend(target: Any, items: list[Any]) -> None:
     if not isinstance(target, list):
-        raise DamagedPickle("it appends to what is no list")
+        raise DamagedPickle("it appends to something that is not a list")
     target.extend(items)
 
 
 def _set_items(target: Any, items: list[Any]) -> Any:
     if not isinstance(target, dict) or len(items) % 2:
-        raise DamagedPickle("it sets items of what is no dictionary")
+        raise DamagedPickle("it sets items of something that is not a dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Of plain kinds: the hash of a tuple in a tuple, and so on, overflows Python's own stack, and that of a
         # number with millions of digits takes its time.
-        is_plain = isinstance(key, str | int | float | bytes | None)
-        if not is_plain or (isinstance(key, int) and abs(key) > _MAX_NUMBER):
+        if not all(map(_is_plain, key if isinstance(key, tuple) else (key,))):
             raise DamagedPickle("it has a dictionary whose keys are neither names nor numbers")
         target[key] = value
     return target
+
+
+def _is_plain(key: Any) -> bool:
+    if isinstance(key, int):
+        return abs(key) <= _MAX_NUMBER
+    return isinstance(key, str | float | bytes | None)
 
 
 def _find(module: str, qualified: str) -> _Global:
