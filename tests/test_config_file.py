@@ -220,24 +220,25 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
         ("alpha: 1\nscale: 2", "has both alpha and scale"),
         ("alpha: 1\nlora_parameters: {scale: 2}", "has both alpha and scale"),
         ("iters: 1\nepochs: 2", "has both iters and epochs"),
-        ("hf_dataset: {path: x}", "has hf_dataset, which is not offered here; name the data set in data."),
-        ("trust_remote_code: true", "has trust_remote_code, which is not offered here"),
-        ("clear_cache_threshold: 5", "has clear_cache_threshold, which is not offered here"),
-        ("config: other.yaml", "has config, which is not offered here"),
-        ("prompt_feature: question", "has prompt_feature, which is not offered here; name the column prompt."),
-        ("completion_feature: answer", "has completion_feature, which is not offered here; name the column"),
-        ("text_feature: body", "has text_feature, which is not offered here; name the column text."),
-        ("chat_feature: turns", "has chat_feature, which is not offered here; name the column messages."),
-        ("lora_layers: 16", "has lora_layers, which is not offered here; it is called num_layers."),
-        ("use_dora: true", "has use_dora, which is not offered here; write fine_tune_type: dora."),
-        ("adapter_file: adapters.npz", "has adapter_file, which is not offered here; write adapter_path"),
-        ("wandb: my_project", "has wandb, which is not offered here; write report_to: wandb"),
+        ("hf_dataset: {path: x}", "has hf_dataset, which is not offered; name the data set in data."),
+        ("trust_remote_code: true", "has trust_remote_code, which is not offered"),
+        ("clear_cache_threshold: 5", "has clear_cache_threshold, which is not offered"),
+        ("config: other.yaml", "has config, which is not offered"),
+        ("prompt_feature: question", "has prompt_feature, which is not offered; name the column prompt."),
+        ("completion_feature: answer", "has completion_feature, which is not offered; name the column"),
+        ("text_feature: body", "has text_feature, which is not offered; name the column text."),
+        ("chat_feature: turns", "has chat_feature, which is not offered; name the column messages."),
+        ("lora_layers: 16", "has lora_layers, which is not offered; it is called num_layers."),
+        ("use_dora: true", "has use_dora, which is not offered; write fine_tune_type: dora."),
+        ("adapter_file: adapters.npz", "has adapter_file, which is not offered; write adapter_path"),
+        ("wandb: my_project", "has wandb, which is not offered; write report_to: wandb"),
         ("lora_parameters: 5", "lora_parameters must hold keys with values, got 5."),
-        ("lora_parameters: {r: 5}", "lora_parameters has an unknown key 'r'; there are rank, scale,"),
+        ("lora_parameters: {r: 5}", "lora_parameters has an unknown key 'r'; choose from rank, scale,"),
         ("lora_parameters: {rank: x}", "rank must be a whole number, got 'x'."),
         (
             "lora_parameters: {keys: [self_attn.q_proj]}",
-            "lora_parameters.keys has 'self_attn.q_proj', which OpenELM has not; there are token_embeddings, qkv_proj,",
+            "lora_parameters.keys has 'self_attn.q_proj', which OpenELM does not have; choose from token_"
+            "embeddings, qkv_proj,",
         ),
         ("lora_parameters: {keys: attn}", "lora_parameters.keys must be a list, got 'attn'."),
         (
@@ -251,10 +252,10 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
         ("optimizer_config: {adam: 3}", "optimizer_config.adam must hold keys with values, got 3."),
         (
             "optimizer: sgd\noptimizer_config: {sgd: {nesterov: true}}",
-            "optimizer_config.sgd.nesterov is False here, and nothing else is offered; got True.",
+            "optimizer_config.sgd.nesterov must be False, other values are not offered; got True.",
         ),
-        ("rank: 1\nrank: 2", "is not valid YAML: rank is there twice"),
-        ("lora_parameters: {rank: 1, rank: 2}", "is not valid YAML: rank is there twice"),
+        ("rank: 1\nrank: 2", "is not valid YAML: duplicate key rank"),
+        ("lora_parameters: {rank: 1, rank: 2}", "is not valid YAML: duplicate key rank"),
         ("rank: [", "is not valid YAML:"),
         ("- rank", "must hold keys with values"),
         ("rank: !!python/object/apply:os.getcwd []", "is not valid YAML:"),
@@ -267,7 +268,7 @@ def test_what_cannot_be_right_is_named(text: str, message: str, tmp_path: Path) 
 
 
 def test_flags_that_exclude_another(tmp_path: Path) -> None:
-    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("--alpha and --scale say one thing")
+    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("--alpha and --scale set the same thing")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_json_lines_called_json_byte_order_marks_blank_lines_and_gzip(tmp_path):
 
 
 def test_what_is_no_data_is_refused(tmp_path):
-    assert "no data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
+    assert "is not a data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
     for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
         assert "there is no folder or file" in message(read_splits, str(name))
     assert "--data is empty" in message(read_splits, " ")
@@ -175,10 +175,10 @@ GOOD = '{"text": "a"}'
     ("lines", "expected"),
     [
         ([GOOD, '{"text": "a"'], "line 2: is not JSON (Expecting ',' delimiter: column 13)"),
-        ([GOOD, "[1, 2]"], "line 2: is no JSON object"),
-        ([GOOD, "null"], "line 2: is no JSON object"),
+        ([GOOD, "[1, 2]"], "line 2: is not a JSON object"),
+        ([GOOD, "null"], "line 2: is not a JSON object"),
         ([GOOD, '{"texts": "a"}'], "line 2: has no 'text'"),
-        (['{"question": "a", "answer": "b"}'], "line 1: has none of the sets of keys"),
+        (['{"question": "a", "answer": "b"}'], "line 1: has none of the known sets of keys"),
         ([GOOD, '{"text": 3}'], "line 2: 'text' is a number, not text"),
         ([GOOD, '{"text": null}'], "line 2: 'text' is null, not text"),
         ([GOOD, '{"text": ["a"]}'], "line 2: 'text' is a list, not text"),
@@ -241,7 +241,14 @@ def test_parquet(tmp_path):
     parquet.write_table(pa.table({"prompt": [None], "completion": [None], "text": ["a"]}), tmp_path / "train.parquet")
     assert said(read_splits(tmp_path, valid_fraction=0).train) == ["a"]
     parquet.write_table(pa.table({"question": ["a"]}), tmp_path / "train.parquet")
-    assert "row 1: has none of the sets of keys" in message(read_splits, tmp_path)
+    assert "row 1: has none of the known sets of keys" in message(read_splits, tmp_path)
+    table = pa.table({"text": ["a"], "tools": ["[]"], "images": [b"x"], "system": ["b"]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    assert read_splits(tmp_path, valid_fraction=0).train[0].values == {"text": "a"}
+    parquet.write_table(table.append_column("messages", [chats]), tmp_path / "train.parquet")
+    assert "'images' is not offered" in message(read_splits, tmp_path)
+    parquet.write_table(pa.table({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}), tmp_path / "train.parquet")
+    assert "holds preference pairs" in message(read_splits, tmp_path)
     write(tmp_path / "train.parquet", b"PAR1 and nothing more")
     assert "cannot be read as parquet" in message(read_splits, tmp_path)
 

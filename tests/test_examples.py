@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mlx_openelm.chat_template import CORENET_TEMPLATE
@@ -352,6 +354,30 @@ def test_texts_and_conversations_have_mlx_lms_tokens(theirs):
     assert list(ours.tokens) == expected[: len(ours.tokens)] and ours.learned[0][0] == offset
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *itertools.combinations(("pair", "messages", "conversations", "text"), 2),
+        *itertools.combinations(("pair", "messages", "conversations", "text"), 3),
+        ("pair", "messages", "conversations", "text", "instruction"),
+        ("messages", "instruction", "conversations"),
+    ],
+)
+def test_of_several_kinds_in_a_record_mlx_lms_is_learned(theirs, keys):
+    datasets = pytest.importorskip("mlx_lm.tuner.datasets")
+    parts = {
+        "pair": {"prompt": "Who is there?", "completion": "He."},
+        "messages": {"messages": [USER, LAST]},
+        "conversations": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "text": {"text": "To be"},
+        "instruction": {"instruction": "a", "output": "b"},
+    }
+    values = {key: value for name in keys for key, value in parts[name].items()}
+    data = datasets.create_dataset([values], theirs, SimpleNamespace())
+    expected, _ = data.process(values)
+    assert list(make_one(values, its=with_template(CORENET_TEMPLATE)).tokens) == expected
+
+
 # Limits and reports
 
 
@@ -430,6 +456,7 @@ def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
         "prompt and completion": {"prompt": "a", "completion": "b", "text": "ab"},
         "chat messages": {"messages": [USER, LAST], "text": "ab"},
         "instruction, input, output": {"instruction": "a", "input": "", "output": "b", "text": "ab"},
+        "ShareGPT conversations": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     }
     both = kinds["prompt and completion"] | kinds["chat messages"]  # as mlx-lm has it
     assert tokenize(records(both), tokenizer, max_seq_length=512).report.kind == "prompt and completion"

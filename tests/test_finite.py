@@ -262,17 +262,16 @@ def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) 
         assert all(value is not None for row in read(tmp_path / out / "metrics.jsonl") for value in row.values())
 
 
-def test_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
-    """Their loss would be told by the next update only, when the checkpoint before had been removed."""
+@pytest.mark.parametrize("name", ["weights.w", "optimizer.m"])
+def test_what_an_update_broke_is_not_saved(tmp_path: Path, name: str) -> None:
+    """The next update only would show it by its loss, when the checkpoint before had been removed."""
 
     class Breaking(Counting):
-        def update(self, *args: Any) -> Any:
-            done = super().update(*args)
-            if len(self.rates) == 10:
-                self.weight = mx.array(math.nan)
-            return done
+        def state(self) -> dict[str, mx.array]:
+            state = super().state() | {"optimizer.m": mx.array(0.0)}
+            return state | {name: mx.array(math.nan)} if len(self.rates) == 10 else state
 
-    with pytest.raises(OpenELMError, match="The weights are not finite after step 10.*step 5 is intact"):
+    with pytest.raises(OpenELMError, match=f"^{name} is not finite after step 10.*step 5 is intact"):
         run_updates(tmp_path, Breaking(), 20)
     assert Checkpoints(tmp_path / "checkpoints", keep_last=1).steps() == [5]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

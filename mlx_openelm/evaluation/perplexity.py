@@ -18,6 +18,8 @@ from ..tokenizer import Tokenizer
 
 # Positions whose logits exist at once: 256 rows of 32000 float32 are 33 MB.
 _CHUNK = 256
+# Where a shell names the pipe of a process substitution.
+_OPEN_FILES = ("/dev/fd", "/proc/self/fd")
 
 Progress = Callable[[int, int], None]
 
@@ -38,11 +40,15 @@ class NLL:
 def load_documents(path: str | Path) -> list[str]:
     """The documents of a `.jsonl` file, one object with `text` a line, or a text file as one document.
 
+    A pipe that the shell opened, as in `--data <(zcat play.txt.gz)`, is read as a text file.
+
     Raises:
         RequestError: unreadable, empty, or a line that is no such object, by its number.
     """
     path = Path(path)
-    check_file(path)
+    # Other pipes may have no writer, and would be waited for without end.
+    if str(path.parent) not in _OPEN_FILES or not path.is_fifo():
+        check_file(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -94,8 +94,8 @@ def merge(
     chosen = {key: given.get(key) or values.get(key) or _default(options, key) for key in _OWNERS}
     values = mlx_lm_config.flatten(values, place, **chosen)
     flat = {key: _conform(types[key], key, value, place) for key, value in values.items()}
-    _check_rivals(flat, f"{place} has both {{}} and {{}}, which say one thing in two ways; keep one.")
-    _check_rivals(given, "{} and {} say one thing in two ways; give one of them.", flag)
+    _check_rivals(flat, f"{place} has both {{}} and {{}}, which set the same thing; keep one.")
+    _check_rivals(given, "{} and {} set the same thing; give one of them.", flag)
     merged = _without_overruled(flat, given) | given
     found = {key: merged.pop(key) for key in model_keys if key in merged}
     return options(**merged), found
@@ -123,7 +123,7 @@ def _loader() -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key}", node.start_mark)
         loader.flatten_mapping(node)
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -136,7 +136,7 @@ def _loader() -> Any:
 def _offered(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     for key, (harmless, instead) in _NOT_OFFERED.items():
         if key in values and values[key] not in harmless:
-            raise RequestError(f"{place} has {key}, which is not offered here; {instead}.")
+            raise RequestError(f"{place} has {key}, which is not offered; {instead}.")
     return {key: value for key, value in values.items() if key not in _NOT_OFFERED}
 
 
@@ -144,9 +144,7 @@ def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     """`sample_prompt`, as the flag is called, becomes `sample_prompts`; one text needs no list."""
     flat = dict(values)
     if "sample_prompt" in flat:
-        _check_rivals(
-            flat, f"{place} has both {{}} and {{}}, which say one thing in two ways; keep one.", pairs=_SPELLINGS
-        )
+        _check_rivals(flat, f"{place} has both {{}} and {{}}, which set the same thing; keep one.", pairs=_SPELLINGS)
         value = flat.pop("sample_prompt")
         flat["sample_prompts"] = [value] if isinstance(value, str) else value
     return flat

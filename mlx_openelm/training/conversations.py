@@ -59,7 +59,7 @@ def read_turns(turns: Any) -> list[Any]:
 def _turn(turn: Any, index: int) -> Any:
     if not isinstance(turn, Mapping):
         raise RequestError(f'message {index} must be an object with "role" and "content"')
-    if turn.get("from") is None or "role" in turn:
+    if turn.get("from") is None or turn.get("role") is not None:
         return turn
     speaker = turn["from"]
     if speaker in _TOOL_SPEAKERS:
@@ -69,13 +69,14 @@ def _turn(turn: Any, index: int) -> Any:
         )
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise RequestError(f"message {index} is from {quote(speaker)}: use one of {', '.join(_SPEAKERS)}")
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    # Tables hold null for the `role` and `content` that other rows have.
+    others = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
     return {"role": _SPEAKERS[speaker], "content": turn.get("value"), **others}
 
 
 def _weight(weight: Any, index: int) -> bool:
     if isinstance(weight, bool) or weight not in (None, 0, 1):
-        raise RequestError(f"the weight of message {index} is {quote(weight)}, and must be 0 or 1")
+        raise RequestError(f"message {index}: weight must be 0 or 1, got {quote(weight)}")
     return weight != 0
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, quote
+from ..errors import RequestError
 from ..inputs import check_file, to_path
-from .kinds import KEYS, Faults, Record, recognise
+from .kinds import Faults, Record, columns_to_read, recognise
 
 # Best first, where a data set on the hub comes in several formats: what needs no further package wins.
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -130,7 +130,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
         check_file(path)
         if suffix_of(path.name) is None:
             raise RequestError(
-                f'{data} is no data file: give one of {", ".join(SUFFIXES)} (plain text as {{"text": ...}}, '
+                f'{data} is not a data file; give one of {", ".join(SUFFIXES)} (plain text as {{"text": ...}}, '
                 "one example a line)."
             )
         return {"test" if tuple(need) == ("test",) else "train": [path]}
@@ -217,7 +217,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
             if isinstance(value, dict):
                 records.append(Record(value, source))
             else:
-                faults.add(source, value.reason if isinstance(value, _NotJSON) else "is no JSON object {...}")
+                faults.add(source, value.reason if isinstance(value, _NotJSON) else "is not a JSON object {...}")
         if (len(records), faults.number) == before:
             raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
     faults.check()
@@ -265,7 +265,7 @@ def _decompress(path: Path) -> bytes:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _NotJSON(f"is not UTF-8 text (byte {error.start + 1})")
     except json.JSONDecodeError as error:
@@ -277,16 +277,6 @@ def _parse(data: bytes) -> Any:
         return _NotJSON(f"is not JSON ({error})")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's keys and values; of a key that is there twice nobody knows which value was meant."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {quote(twice)} is there twice")
-    return values
-
-
 def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
     try:
         from pyarrow import ArrowException, parquet
@@ -294,8 +284,8 @@ def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
         raise RequestError(f"Reading {path.name} needs the package pyarrow: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            # Other columns may be large, and nothing reads them; without any known one they tell what is wrong.
-            columns = [name for name in file.schema_arrow.names if name in KEYS]
+            # Other columns may be large, and nothing reads them; in a table of no kind they tell what is wrong.
+            columns = columns_to_read(file.schema_arrow.names)
             rows = file.read(columns=columns or None).to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
         reason = " ".join(str(error).split())

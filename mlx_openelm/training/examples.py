@@ -211,10 +211,10 @@ def _render(
             return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt)
         except RequestError as error:
             raise RequestError(f"{record.source}: {error}") from None
+    if kind is TEXT:  # rendered already, with any tools
+        return render_text("", values["text"], tokenizer, mask_prompt=False)
     if values.get("tools"):
         raise RequestError(f"{record.source}: 'tools' needs a chat template that shows them: give --chat-template FILE")
-    if kind is TEXT:
-        return render_text("", values["text"], tokenizer, mask_prompt=False)
     if kind is COMPLETION:
         return render_text(values["prompt"], values["completion"], tokenizer, mask_prompt=mask_prompt)
     prompt = instruction_prompt(values["instruction"], values.get("input") or "")
@@ -249,9 +249,7 @@ def _nothing_to_learn(num_emptied: int, max_seq_length: int) -> str:
             f"Nothing is left to learn: the prompts alone fill --max-seq-length {max_seq_length}; raise it, or train "
             "on prompts too, without --mask-prompt."
         )
-    return (
-        "There is nothing to learn: with --mask-prompt the messages need an assistant's turn, of a weight other than 0."
-    )
+    return "There is nothing to learn: with --mask-prompt the messages need an assistant's turn whose weight is not 0."
 
 
 def _show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -16,7 +16,7 @@ class Kind:
 
     Args:
         keys: those a record must have, and `optional` those it may have.
-        refused: those that others read as part of the example and that are not offered here.
+        refused: those that others read as part of the example and that are not offered.
         of_lists: whether the values of `keys` are lists of messages.
     """
 
@@ -42,10 +42,9 @@ CHAT = Kind("chat messages", ("messages",), ("tools",), (*_OF_TEMPLATES, "functi
 SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), _OF_TEMPLATES)
 INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
-# In the order mlx-lm asks; `text` last, because many data sets add a rendered copy under that key.
-KINDS = (TURNS, COMPLETION, CHAT, SHAREGPT, INSTRUCTION, TEXT)
-# Everything that is ever looked at of a record.
-KEYS = frozenset(key for kind in KINDS for key in (*kind.keys, *kind.optional, *kind.refused))
+# In the order mlx-lm asks; `text` after instructions, to which many data sets add a rendered copy under that key.
+# ShareGPT's, which mlx-lm does not read, come last: where mlx-lm finds something else to learn, so do we.
+KINDS = (TURNS, COMPLETION, CHAT, INSTRUCTION, TEXT, SHAREGPT)
 # What other kinds of training learn from.
 _NOT_OFFERED = {
     "chosen": "preference pairs (chosen, rejected)",
@@ -84,6 +83,13 @@ class Faults:
             raise RequestError(f"{self._first.rstrip('.')}{others}.")
 
 
+def columns_to_read(names: Sequence[str]) -> list[str]:
+    """The columns of a table that matter to the kinds its rows can be of, in their order; none, if of no kind."""
+    possible = [kind for kind in KINDS if set(kind.keys) <= set(names)]
+    wanted = {key for kind in possible for key in (*kind.keys, *kind.optional, *kind.refused)}
+    return [name for name in names if name in wanted]
+
+
 def recognise(records: Sequence[Record]) -> Kind:
     """The kind of `records`, which must all be of one.
 
@@ -118,17 +124,17 @@ def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | Non
         missing = next(key for key in kind.keys if values.get(key) is None)
         return f"{quote(missing)} is null, not text" if missing in values else f"has no {quote(missing)}"
     if (key := next((key for key in _NOT_OFFERED if key in values), None)) is not None:
-        return f"holds {_NOT_OFFERED[key]}, which are not offered here; give messages, or prompt and completion"
-    found = ", ".join(quote(key) for key in list(values)[:6]) or "nothing"
+        return f"holds {_NOT_OFFERED[key]}, which are not offered; give messages, or prompt and completion"
+    found = ", ".join(quote(key) for key in list(values)[:6]) or "no keys"
     return (
-        f"has none of the sets of keys that are known (prompt and completion; messages; conversations; instruction, "
-        f"input and output; text), but {found}"
+        "has none of the known sets of keys (prompt and completion; messages; conversations; instruction, input and "
+        f"output; text): it has {found}"
     )
 
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
     if (key := next((key for key in kind.refused if values.get(key)), None)) is not None:
-        return f"{quote(key)} is not offered here; leave it out, or write what it says into messages"
+        return f"{quote(key)} is not offered; remove it, or put what it says into messages"
     if kind in (TURNS, CHAT, SHAREGPT):
         try:
             conversation_of(values, kind)

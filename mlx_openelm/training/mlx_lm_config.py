@@ -74,7 +74,8 @@ def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
         unknown = next((key for key in keys if key not in _MODULES), None)
         if unknown is not None:
             raise RequestError(
-                f"{where}.keys has {quote(unknown)}, which OpenELM has not; there are {', '.join(TARGET_MODULES)}."
+                f"{where}.keys has {quote(unknown)}, which OpenELM does not have; "
+                f"choose from {', '.join(TARGET_MODULES)}."
             )
         flat["target_modules"] = [_MODULES[key] for key in dict.fromkeys(keys)]
     return flat
@@ -114,16 +115,16 @@ def _optimizer(section: dict[str, Any], optimizer: str, where: str) -> dict[str,
         elif key in same:
             if value != same[key]:
                 raise RequestError(
-                    f"{where}.{key} is {same[key]} here, and nothing else is offered; got {quote(value)}."
+                    f"{where}.{key} must be {same[key]}, other values are not offered; got {quote(value)}."
                 )
         elif key in _SETTINGS:
             flat[_SETTINGS[key]] = value
         else:
-            raise RequestError(f"{where} has {key}, which is not offered here; leave it out.")
+            raise RequestError(f"{where} has {key}, which is not offered; leave it out.")
     return flat
 
 
 def _refuse_others(section: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in section:
         if key not in known:
-            raise RequestError(f"{where} has an unknown key {quote(key)}; there are {', '.join(known)}.")
+            raise RequestError(f"{where} has an unknown key {quote(key)}; choose from {', '.join(known)}.")

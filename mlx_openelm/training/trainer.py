@@ -306,9 +306,10 @@ class _Run:
         if self.saved_step == self.state.step:
             return
         arrays = self.updater.state()
-        if not all(mx.all(mx.isfinite(array)).item() for array in arrays.values()):
+        damaged = next((name for name, array in arrays.items() if not mx.all(mx.isfinite(array)).item()), None)
+        if damaged is not None:
             raise OpenELMError(
-                f"The weights are not finite after step {self.state.step}; nothing was saved since. "
+                f"{damaged} is not finite after step {self.state.step}; nothing was saved since. "
                 f"{self.checkpoints.advice()} A smaller --learning-rate may help."
             )
         if self.processes.leads:
