@@ -145,6 +145,12 @@ def slow_cpu_warning() -> str | None:
     return f"The CPU kernels are not used: {native.status.detail}; {native.status.advice}."
 
 
+def slow_training_warning() -> str | None:
+    """One line when training and learned quantization are slower than they could be though loading a model says nothing
+    (`slow_cpu_warning`): beside the kernels they need a BLAS, too."""
+    return blas_problem() if slow_cpu_warning() is None else None
+
+
 def blas_problem() -> str | None:
     """One line when MLX's own products on a CPU go to the slow BLAS though nobody asked for that, else None."""
     if blas.state == "late":

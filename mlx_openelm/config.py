@@ -274,7 +274,7 @@ class ModelConfig:
 
 def _check_size(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_SIZE:
-        raise _invalid(name, value, "a positive whole number")
+        raise _invalid(name, value, f"a positive whole number, at most {_MAX_SIZE}")
 
 
 def _check_positive(name: str, value: object) -> None:

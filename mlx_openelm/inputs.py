@@ -6,7 +6,7 @@ import errno
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import RequestError
 
@@ -14,6 +14,8 @@ from .errors import RequestError
 MAX_BYTES = 1 << 26
 # The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
 _MAX_JSON_BYTES = 1 << 24
+# Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and would be waited for without end.
+_OPEN_FILES = ("/dev/fd", "/proc/self/fd")
 # What Git leaves in the place of a large file where Git LFS is not installed.
 _POINTER = b"version https://git-lfs"
 # YAML is parsed by Python itself, a megabyte in ten seconds: the largest text, the most values once aliases are
@@ -91,6 +93,33 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
+def read_stream(file: BinaryIO, name: str) -> bytes:
+    """All that a pipe or standard input gives, up to `MAX_BYTES`.
+
+    Raises:
+        RequestError: there is more.
+    """
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise RequestError(f"{name} gives more than {MAX_BYTES} bytes.")
+    return content
+
+
+def read_text_source(path: Path) -> bytes:
+    """The content of a text that a person names: a regular file, or a pipe that the shell opened (`<(command)`).
+
+    Raises:
+        RequestError: as `read_bytes`, and a pipe that gives more than `MAX_BYTES`.
+    """
+    if str(path.parent) not in _OPEN_FILES or not path.is_fifo():
+        return read_bytes(path)
+    try:
+        with path.open("rb") as file:
+            return read_stream(file, str(path))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+
+
 def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`, or in the file `name` of the folder `path`.
 
@@ -104,7 +133,7 @@ def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JS
     except RecursionError:
         raise RequestError(f"{path} cannot be read as JSON: it is nested too deeply.") from None
     except ValueError as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}.") from None
+        raise RequestError(f"{path} cannot be read as JSON: {_reason(error)}.") from None
     if not isinstance(values, dict):
         raise RequestError(f"{path} must hold a JSON object, not {kind_of(values)}.")
     return values
@@ -141,7 +170,7 @@ def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
     except RecursionError:
         raise RequestError(f"{place} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise RequestError(f"{place} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise RequestError(f"{place} is not valid YAML: {' '.join(_reason(error).split())}.") from None
 
 
 def _count_nodes(node: Any, known: dict[int, int]) -> int:
@@ -171,4 +200,5 @@ def kind_of(value: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.partition("; use sys.set_int_max_str_digits")[0].rstrip(".")

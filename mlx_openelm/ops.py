@@ -38,6 +38,9 @@ _MATRICES = 32
 # Positions of the smallest table of RoPE's angles; others have twice as many, and so on.
 _SMALLEST_TABLE = 256
 
+# From here on a CPU multiplies half precision faster in float32, for which it has a BLAS, copies and all.
+_MANY_HALF_ROWS = 8
+
 # From here on a CPU's own exponential pays: it costs several primitives, and compiles once a machine.
 _MANY_ROWS = 64
 
@@ -61,6 +64,9 @@ def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> m
     if (kernels := _kernels()) is not None:
         output = kernels.linear(x, (weight, None, None, 0, 0, False))
         return output if residual is None else residual + output
+    if x.dtype != mx.float32 and x.size >= _MANY_HALF_ROWS * x.shape[-1] and not _on_gpu():
+        whole = None if residual is None else residual.astype(mx.float32)
+        return linear(x.astype(mx.float32), weight.astype(mx.float32), whole).astype(x.dtype)
     blocks = _blocks(*weight.shape)
     if blocks is None or x.size != blocks[2] or _on_gpu():
         return x @ weight.T if residual is None else mx.addmm(residual, x, weight.T)

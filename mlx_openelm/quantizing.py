@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ def quantize(
         OpenELMError: a download, a method or writing failed; nothing was left behind.
     """
     options = options or QuantizeOptions()
+    if (warning := backend.slow_training_warning()) is not None:
+        warnings.warn(warning, stacklevel=2)
     check_dtype(model, dtype)
     target = Path(mlx_path)
     if options.writes:

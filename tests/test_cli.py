@@ -243,7 +243,7 @@ def test_bad_prompts(tmp_path: Path) -> None:
     assert "The prompt is empty" in refused("generate", "--prompt", "")
     assert "The prompt is empty" in refused("generate", stdin="\n")
     assert "not UTF-8" in refused("generate", stdin=b"\xff\xfe\xfa")
-    assert "missing.txt cannot be read" in refused("generate", "--prompt-file", tmp_path / "missing.txt")
+    assert "missing.txt does not exist" in refused("generate", "--prompt-file", tmp_path / "missing.txt")
     assert "Give either" in refused("generate", "--prompt", "x", "--prompt-file", "y")
     assert "too long" in refused("generate", stdin="word " * 5000)
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import load, ops
+from mlx_openelm import load, native, ops
 from mlx_openelm.batch_cache import BatchKVCache
 from mlx_openelm.cache import make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
@@ -85,6 +85,23 @@ def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
     assert ops.linear(x[None], weight).shape == (1, 1, out_dims)
     two = mx.concatenate([x, x])
     assert np.abs(np.array(ops.linear(two, weight))[1] - expected[0]).max() < 1e-5 * in_dims**0.5 * 10
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_many_rows_in_half_precision_are_multiplied_in_float32(dtype, monkeypatch):
+    """A CPU has a BLAS for float32 alone: the product is that of float32, rounded once, and so are its gradients."""
+    monkeypatch.setattr(native, "kernels", None)
+    draw = [mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate([(16, 96), (64, 96), (16, 64)])]
+    x, weight, residual = (array.astype(dtype) for array in draw)
+    wide = [array.astype(mx.float32) for array in (x, weight, residual)]
+    for rest in ([], [2]):
+        given, exact = [x, weight, *(residual for _ in rest)], [*wide[:2], *(wide[i] for i in rest)]
+        product = ops.linear(*given)
+        assert product.dtype == dtype
+        assert mx.array_equal(product, ops.linear(*exact).astype(dtype))
+    by_weight = mx.grad(lambda weight: ops.linear(x, weight).astype(mx.float32).sum())(weight)
+    assert by_weight.dtype == dtype
+    assert mx.array_equal(by_weight, mx.broadcast_to(wide[0].sum(axis=0), weight.shape).astype(dtype))
 
 
 def test_blocks_divide_the_matrix_and_stay_below_the_packing_limit():

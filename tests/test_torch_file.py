@@ -226,6 +226,8 @@ def test_a_storage_that_is_not_whole(tmp_path: Path) -> None:
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         cut = pack(tmp_path / "cut.pt", plain | {"data/0": plain["data/0"][:-1]}, method)
         assert "the storage '0' of matrix is cut off" in error_of(cut)
+        long = pack(tmp_path / "long.pt", plain | {"data/0": plain["data/0"] + b"1234"}, method)
+        assert "of matrix is too long" in error_of(long)
         assert "of matrix is cut off" in error_of(pack(tmp_path / "empty.pt", plain | {"data/0": b""}, method))
         left = {name: data for name, data in plain.items() if name != "data/3"}
         assert "of first is missing" in error_of(pack(tmp_path / "missing.pt", left, method))

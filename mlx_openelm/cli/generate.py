@@ -13,7 +13,7 @@ from .. import catalog
 from ..errors import RequestError, quote
 from ..generation.sampling import random_seed
 from ..generation.stream import GenerationOptions, Piece, stream_generate
-from ..inputs import to_path
+from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
@@ -100,12 +100,9 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise RequestError("Give either --prompt or --prompt-file.")
     if prompt_file is not None:
-        try:
-            text = _decode(to_path(prompt_file).read_bytes(), prompt_file)
-        except OSError as error:
-            raise RequestError(f"--prompt-file {prompt_file} cannot be read: {error.strerror}.") from None
+        text = _decode(read_text_source(to_path(prompt_file)), prompt_file)
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        text = _decode(sys.stdin.buffer.read(), "Standard input")
+        text = _decode(read_stream(sys.stdin.buffer, "Standard input"), "Standard input")
     elif prompt is None:
         raise RequestError('There is no prompt; give one with --prompt "...", --prompt-file, or on standard input.')
     else:

@@ -12,14 +12,12 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..finite import not_finite
-from ..inputs import check_file
+from ..inputs import read_text_source
 from ..model import OpenELM
 from ..tokenizer import Tokenizer
 
 # Positions whose logits exist at once: 256 rows of 32000 float32 are 33 MB.
 _CHUNK = 256
-# Where a shell names the pipe of a process substitution.
-_OPEN_FILES = ("/dev/fd", "/proc/self/fd")
 
 Progress = Callable[[int, int], None]
 
@@ -46,13 +44,10 @@ def load_documents(path: str | Path) -> list[str]:
         RequestError: unreadable, empty, or a line that is no such object, by its number.
     """
     path = Path(path)
-    # Other pipes may have no writer, and would be waited for without end.
-    if str(path.parent) not in _OPEN_FILES or not path.is_fifo():
-        check_file(path)
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}.") from None
+        content = read_text_source(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} cannot be read: not UTF-8 text.") from None
     if path.suffix != ".jsonl":
         documents = [content]
     else:

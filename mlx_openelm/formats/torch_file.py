@@ -242,8 +242,10 @@ def _tensor(checkpoint: _Checkpoint, name: str, tensor: StoredTensor) -> Tensor:
     path = checkpoint.path
     dtype = dtype_of(path, name, tensor)
     place = checkpoint.places.get(tensor.storage.key)
-    if place is None or place.nbytes < tensor.storage.nbytes:
-        what = "is missing" if place is None else "is cut off"
+    if place is None or place.nbytes != tensor.storage.nbytes:
+        what = (
+            "is missing" if place is None else "is cut off" if place.nbytes < tensor.storage.nbytes else "is too long"
+        )
         raise _damaged(path, f"the storage {quote(tensor.storage.key)} of {name} {what}")
     if max(tensor.shape, default=0) > _MAX_ARRAY:
         raise _damaged(path, f"{name} has the shape {quote(tensor.shape)}")

@@ -22,6 +22,8 @@ def attention(
     qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
 ) -> mx.array:
     """What `attend(qkv, shape, num_heads, norms, None)` gives; gradients reach qkv and the norms' weights."""
+    if not attend.fused and qkv.dtype != mx.float32:  # a CPU is many times slower in half precision
+        return attention(qkv.astype(mx.float32), attend, shape, num_heads, norms).astype(qkv.dtype)
     has_kernels = attend.kernels is not None and qkv.dtype == mx.float32
     weights = [] if norms is None else [norms.query_weight, norms.key_weight]
 

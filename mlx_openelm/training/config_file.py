@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -120,10 +121,10 @@ def _loader() -> Any:
         pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key}", node.start_mark)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if any(count > 1 for count in keys.values()):
+            key = keys.most_common(1)[0][0]
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key}", node.start_mark)
         loader.flatten_mapping(node)
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 

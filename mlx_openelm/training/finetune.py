@@ -85,6 +85,8 @@ def finetune(
         RequestError: a request that cannot be right; nothing was trained.
         OpenELMError: a loss that is not finite, a full disk, a process that is gone: the last checkpoint is intact.
     """
+    if (warning := backend.slow_training_warning()) is not None:
+        warnings.warn(warning, stacklevel=2)
     processes = Processes()
     with processes.together(), backend.wired_limit():
         told = listener if listener is not None and processes.leads else Listener()
