@@ -165,7 +165,7 @@ class _Mark:
     def hide(self, value: Any) -> Any:
         """A copy of JSON values in which no text holds a character that special tokens begin or end with.
 
-        Words as keys, roles and types stay: templates ask for them, and may put a token together of a role.
+        Keys, roles and types that are single words stay: templates ask for them, and may put a role into a token.
         """
         try:
             return _in_texts(value, self._hide_edges)

@@ -66,7 +66,7 @@ def _ask(request: bytes) -> dict[str, str]:
             return answer
         if answer == NO_JINJA:
             raise OpenELMError("chat templates need jinja2, which cannot be imported: pip install jinja2")
-        if answer is not None:
+        if answer is not None:  # None: another thread's template was stopped, and the process with it
             tries -= 1
             if answer in _ENDS or not tries:
                 return {"error": _ENDS.get(answer, f"its process ended with status {answer}"), "place": ""}
@@ -96,10 +96,10 @@ class _Worker:
         return self._process.stdin.closed or self._process.poll() is not None
 
     def ask(self, request: bytes) -> dict[str, str] | int | None:
-        """The answer to a request, the status with which the process ended over it, or None if it had ended before."""
+        """The answer to a request, the status with which the process ended over it, or None if `end` was called before."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
-            if self.has_ended():  # over another thread's request
+            if self._process.stdin.closed:  # over another thread's request
                 return None
             try:
                 self._process.stdin.write(request + b"\n")
