@@ -96,7 +96,7 @@ class _Worker:
         return self._process.stdin.closed or self._process.poll() is not None
 
     def ask(self, request: bytes) -> dict[str, str] | int | None:
-        """The answer to a request, the status with which the process ended over it, or None if `end` was called before."""
+        """The answer to a request, the status with which the process ended over it, or None after `end`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
             if self._process.stdin.closed:  # over another thread's request

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,14 @@ def test_a_request_is_repeated_when_the_process_is_killed_from_outside(monkeypat
 
     monkeypatch.setattr(process._worker._process, "stdin", KillsFirst(process._worker))
     assert process.render("{{ a }}", {"a": 1}) == "1"
+
+
+def test_a_process_that_ends_at_once_is_given_up(monkeypatch, no_worker):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    process._worker = process._Worker()
+    process._worker._process.wait()
+    with pytest.raises(RequestError, match="its process ended with status 1"):
+        process.render("", {})
 
 
 def test_a_path_may_hold_other_things_than_text(monkeypatch, no_worker, tmp_path):
