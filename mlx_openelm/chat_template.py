@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,86 +77,116 @@ def render(
     """
     check_messages(messages, continue_final_message)
     add_generation_prompt = add_generation_prompt and not continue_final_message
+    mark = _mark(tuple(special_tokens))
     # These two need no jinja2, whose import costs more than the rendering.
     if source in (PLAIN_TEMPLATE, CORENET_TEMPLATE):
-        plain = for_a_built_in(messages, tools)
-        bos, eos = (special_tokens[named[name]] for name in ("bos_token", "eos_token"))
+        plain = mark.hide(for_a_built_in(messages, tools))
         if source == PLAIN_TEMPLATE:
-            return [bos, "\n".join(message["content"] for message in plain)]
-        return [bos, *_render_corenet(plain, eos, add_generation_prompt, continue_final_message)]
+            text = named["bos_token"] + "\n".join(message["content"] for message in plain)
+        else:
+            text = _render_corenet(plain, named, add_generation_prompt, continue_final_message)
+        return mark.runs(text, special_tokens)
     from .chat_template_process import render as render_jinja
 
-    prepared = for_a_template(messages, source, tools)
-    said = {
-        "messages": _opened(prepared) if continue_final_message else prepared,
-        "tools": list(tools) if tools else None,
-    }
     others = {**named, "documents": None, "add_generation_prompt": add_generation_prompt}
-    mark = _mark(tuple(special_tokens))
-    hidden = mark.hide(said)
-    text = render_jinja(source, {**others, **hidden})
-    # A template may reverse a text, or look for a token in it.
-    if hidden != said and mark.show(text) != render_jinja(source, {**others, **said}):
-        raise RequestError(
-            "a message holds a special token as text, and this chat template takes it apart, so that text and token "
-            "cannot be told apart: leave it out of the message"
-        )
+
+    def write(said: dict[str, Any]) -> str:
+        said = {**said, "messages": _opened(said["messages"])} if continue_final_message else said
+        return render_jinja(source, {**others, **said})
+
+    text = _render_apart(
+        write,
+        {"messages": for_a_template(messages, source, tools), "tools": list(tools) if tools else None},
+        mark,
+    )
     return mark.runs(_up_to_the_end(text) if continue_final_message else text, special_tokens)
 
 
 def _render_corenet(
-    messages: Sequence[Message], eos_token_id: int, add_generation_prompt: bool, continue_final_message: bool
-) -> list[str | int]:
-    """`CORENET_TEMPLATE` in Python, without BOS."""
-    runs: list[str | int] = []
-    text = ""
-    for message in messages:
-        runs += [f"{text}<|{message['role']}|>\n{message['content']}", eos_token_id]
-        text = "\n"
+    messages: Sequence[Message], named: Mapping[str, str], add_generation_prompt: bool, continue_final_message: bool
+) -> str:
+    """`CORENET_TEMPLATE` in Python."""
+    end = named["eos_token"] + "\n"
+    text = named["bos_token"] + end.join(f"<|{message['role']}|>\n{message['content']}" for message in messages)
     if continue_final_message:
-        return runs[:-1]
-    return [*runs, text + ("<|assistant|>\n" if add_generation_prompt else "")]
+        return text
+    return text + end + ("<|assistant|>\n" if add_generation_prompt else "")
+
+
+def _render_apart(write: Callable[[dict[str, Any]], str], said: dict[str, Any], mark: _Mark) -> str:
+    """What `write` makes of `said`, where the special tokens that are found in it are the template's.
+
+    Nothing of a message can become a token once the characters that tokens begin and end with are hidden. But a
+    template may look for them, such as for `</think>`, or alter texts. Then a rendering in which fewer are hidden is
+    taken, if it has the same special tokens.
+    """
+    text = write(said)
+    hidden = mark.hide(said)
+    if hidden == said:
+        return text
+    apart = write(hidden)
+    if mark.show(apart) == text:
+        return apart
+    if mark.tokens(text) == mark.tokens(apart):
+        return text
+    quoting = write(mark.hide_tokens(said))
+    if mark.show(quoting) == text and mark.tokens(quoting) == mark.tokens(apart):
+        return quoting
+    raise RequestError(
+        "this chat template alters a special token that a message quotes; remove the token from the message"
+    )
 
 
 @lru_cache(maxsize=1)
 def _code() -> str:
     """A number nobody can have typed: it stands before what is hidden in a text, and survives whatever a template
     does with texts, such as writing them as JSON or in capitals. No text that comes out holds it."""
-    return "".join(secrets.choice("0123456789") for _ in range(30))
+    return "".join(secrets.choice("0123456789") for _ in range(20))
 
 
 class _Mark:
     """Keeps apart the special tokens that a template writes and those that a message says.
 
-    In messages the first character of each is replaced by a code, so that what is found in the rendered text is the
-    template's, be it written out, by name, or put together of pieces.
+    In messages a code stands for characters that could become a part of one, so that what is found in the rendered text
+    is the template's, be it written out, by name, or put together of pieces. Not caught is a template that cuts a word
+    out of a message and sets it in angle brackets of its own.
     """
 
     def __init__(self, tokens: tuple[str, ...]):
-        choices = "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True))
+        tokens = tuple(filter(None, tokens))
+        choices = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
         self._tokens = re.compile(f"({choices})")
-        self._starts = re.compile(f"(?={choices})")  # one may begin within another
-        # A message may end with the beginning of a token, which what follows it would complete.
-        self._beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
-        self._longest = max(map(len, tokens))
+        self._firsts = re.compile(f"(?={choices}).", re.DOTALL)  # one may begin within another
+        edges = _with_cases({edge for token in tokens for edge in (token[0], token[-1])})
+        # The filter striptags replaces HTML's `&lt;`.
+        self._edges = re.compile(f"[{re.escape(''.join(sorted(edges | {'&'})))}]")
+        self._written = "\n".join(tokens).casefold()
 
     def hide(self, value: Any) -> Any:
-        """A copy of JSON values in which no text holds or begins a special token."""
-        if isinstance(value, str):
-            return self._hide_in(value)
-        if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.hide(item) for item in value]
-        return value
+        """A copy of JSON values in which no text holds a character that special tokens begin or end with.
 
-    def _hide_in(self, text: str) -> str:
-        starts = {found.start() for found in self._starts.finditer(text)} if self._tokens.search(text) else set()
-        tail = range(max(0, len(text) - self._longest + 1), len(text))
-        starts |= {start for start in tail if text[start:] in self._beginnings}
-        if not starts:
+        Keys, roles and types that are single words stay: templates ask for them, and may put a role into a token.
+        """
+        try:
+            return _in_texts(value, self._hide_edges)
+        except RecursionError:
+            raise RequestError("the messages are nested too deeply") from None
+
+    def hide_tokens(self, value: Any) -> Any:
+        """A copy of JSON values in which no text holds a special token."""
+        return _in_texts(value, lambda text, is_name: self._firsts.sub(_coded, text))
+
+    def _hide_edges(self, text: str, is_name: bool) -> str:
+        if is_name and text.isidentifier() and not self._tokens.search(text):
             return text
-        return "".join(f"{_code()}_{ord(char)}_" if index in starts else char for index, char in enumerate(text))
+        stripped = text.strip().casefold()
+        # Such as `s`, which a template may set in angle brackets.
+        is_part = bool(stripped) and stripped in self._written
+        return (_VISIBLE if is_part else self._edges).sub(_coded, text)
+
+    def tokens(self, text: str) -> list[str]:
+        """The special tokens in a rendered text."""
+        return self._tokens.findall(text)
 
     def runs(self, text: str, special_tokens: Mapping[str, int]) -> list[str | int]:
         """A rendered text as runs of text and special token ids."""
@@ -166,6 +196,35 @@ class _Mark:
     def show(self, text: str) -> str:
         """A text with what `hide` has hidden in it."""
         return re.sub(f"{_code()}_([1-9][0-9]*)_", lambda found: chr(int(found[1])), text)
+
+
+_VISIBLE = re.compile(r"\S")
+
+
+def _coded(character: re.Match[str]) -> str:
+    return f"{_code()}_{ord(character[0])}_"
+
+
+def _in_texts(value: Any, change: Callable[[str, bool], str], is_name: bool = False) -> Any:
+    """A copy of JSON values with `change` made to every text; it is told which are keys, roles and types."""
+    if isinstance(value, str):
+        return change(value, is_name)
+    if isinstance(value, Mapping):
+        return {
+            change(key, True) if isinstance(key, str) else key: _in_texts(item, change, key in ("role", "type"))
+            for key, item in value.items()
+        }
+    return [_in_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _with_cases(characters: set[str]) -> set[str]:
+    """Characters and all that become one of them in small letters or capitals."""
+    if all(character.lower() == character.upper() for character in characters):
+        return characters
+    cased = map(chr, range(0x20000))  # no letter beyond has a case
+    return characters | {
+        c for c in cased if not characters.isdisjoint(c.lower() + c.upper() + c.title() + c.casefold())
+    }
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import select
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, OUT_OF_MEMORY
+from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, NO_JINJA, OUT_OF_MEMORY
 from .errors import OpenELMError, RequestError
 
 # macOS has a limit for a process's memory and does not keep it. There the memory is looked at so often, once a template
@@ -37,13 +38,17 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
     Raises:
         RequestError: the template fails, takes too much time or memory, or renders too much.
-        OpenELMError: no process could be started.
+        OpenELMError: no process could be started, or jinja2 cannot be imported.
     """
     try:
-        request = json.dumps({"template": source, "variables": variables}, default=lambda it: f"<{type(it).__name__}>")
+        request = json.dumps(
+            {"template": source, "variables": variables},
+            ensure_ascii=False,
+            default=lambda it: f"<{type(it).__name__}>",
+        ).encode("utf-8", "surrogatepass")
     except (TypeError, ValueError, RecursionError) as error:  # keys of other types, values that hold themselves
-        raise RequestError(f"the messages are no JSON values: {error}") from None
-    answer = _the_worker().ask(request.encode())
+        raise RequestError(f"the messages cannot be written as JSON: {error}") from None
+    answer = _ask(request)
     if "text" in answer:
         return answer["text"]
     raise RequestError(
@@ -52,15 +57,31 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     )
 
 
+def _ask(request: bytes) -> dict[str, str]:
+    """The answer to a request; an `error` too where the process ended over it."""
+    tries = 2  # somebody else may kill the process
+    while True:
+        answer = _the_worker().ask(request)
+        if isinstance(answer, dict):
+            return answer
+        if answer == NO_JINJA:
+            raise OpenELMError("chat templates need jinja2, which cannot be imported: pip install jinja2")
+        if answer is not None:  # None: another thread's template was stopped, and the process with it
+            tries -= 1
+            if answer in _ENDS or not tries:
+                return {"error": _ENDS.get(answer, f"its process ended with status {answer}"), "place": ""}
+
+
 class _Worker:
     """The process, and the one conversation with it at a time."""
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("chat_template_worker.py")
+        arguments = json.dumps([[str(folder) for folder in sys.path], _LIMITS_MEMORY])
         try:
             self._process = subprocess.Popen(
                 # Without the site module and the variables of the environment it starts sooner; it is told the path.
-                [sys.executable, "-I", "-S", str(script), json.dumps([sys.path, _LIMITS_MEMORY])],
+                [sys.executable, "-I", "-S", str(script), arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -70,13 +91,16 @@ class _Worker:
             raise OpenELMError(f"no process for the chat template could be started: {error.strerror}") from None
         self._lock = threading.Lock()
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def has_ended(self) -> bool:
+        assert self._process.stdin is not None
+        return self._process.stdin.closed or self._process.poll() is not None
 
-    def ask(self, request: bytes) -> dict[str, str]:
-        """The answer to a request; an `error` too where the process ended over it."""
+    def ask(self, request: bytes) -> dict[str, str] | int | None:
+        """The answer to a request, the status with which the process ended over it, or None after `end`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
+            if self._process.stdin.closed:  # over another thread's request
+                return None
             try:
                 self._process.stdin.write(request + b"\n")
                 self._process.stdin.flush()
@@ -90,8 +114,7 @@ class _Worker:
             if line.endswith(b"\n"):
                 return json.loads(line)
             status = self.end()
-        reason = _ENDS.get(OUT_OF_MEMORY if grew else status, f"its process ended with status {status}")
-        return {"error": reason, "place": ""}
+        return OUT_OF_MEMORY if grew else status
 
     def _outgrows_its_memory(self) -> bool:
         """Whether the process takes too much memory before it answers."""
@@ -116,6 +139,13 @@ class _Worker:
             self._process.kill()
             return self._process.wait()
 
+    def abandon(self) -> None:
+        """Close the pipes without sending what stands in their buffers, and leave the process alone."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if isinstance(pipe, io.BufferedWriter | io.BufferedReader):
+                pipe.raw.close()
+        self._process.returncode = 0
+
 
 _worker: _Worker | None = None
 _starting = threading.Lock()
@@ -124,7 +154,7 @@ _starting = threading.Lock()
 def _the_worker() -> _Worker:
     global _worker
     with _starting:
-        if _worker is None or not _worker.is_alive():
+        if _worker is None or _worker.has_ended():
             _worker = _Worker()
         return _worker
 
@@ -132,6 +162,8 @@ def _the_worker() -> _Worker:
 def _forget() -> None:
     """In a fork: the process belongs to the parent."""
     global _worker, _starting
+    if _worker is not None:
+        _worker.abandon()
     _worker, _starting = None, threading.Lock()
 
 

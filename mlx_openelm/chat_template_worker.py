@@ -23,7 +23,9 @@ CPU_SECONDS = 0.5
 MEMORY_BYTES = 100 << 20
 # How long the text may be, beside ten times what the request takes: far beyond what a model reads at once.
 MAX_CHARACTERS = 1 << 18
-OUT_OF_MEMORY = 77  # this process's exit status
+# This process's exit statuses.
+OUT_OF_MEMORY = 77
+NO_JINJA = 78
 
 
 @lru_cache(maxsize=8)
@@ -118,7 +120,10 @@ def main(path: list[str], limits_itself: bool) -> None:
     """
     sys.path[:] = path
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in the middle of a call, too
-    compile_template("")
+    try:
+        compile_template("")
+    except ImportError:
+        os._exit(NO_JINJA)
     if limits_itself:
         import resource
 
@@ -126,15 +131,15 @@ def main(path: list[str], limits_itself: bool) -> None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        try:
-            reply = json.dumps(answer(line)).encode()
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
+    try:
+        for line in sys.stdin.buffer:
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+            reply = json.dumps(answer(line), ensure_ascii=False).encode("utf-8", "surrogatepass")
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.stdout.buffer.write(reply + b"\n")
+            sys.stdout.buffer.flush()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

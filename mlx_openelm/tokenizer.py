@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +200,15 @@ class Tokenizer:
         if self._engine.unk_token_id is not None:
             named["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         runs = chat.render(
-            _literal(messages, self._engine.special_beyond),
+            messages,
             source,
-            {**self._engine.control_tokens, **{named[name]: token_id for name, token_id in own.items()}},
+            {
+                **self._engine.special_beyond,
+                **self._engine.control_tokens,
+                **{named[name]: token_id for name, token_id in own.items()},
+            },
             named={**chat.named_tokens(self._config), **named},
-            tools=tools and _literal(tools, self._engine.special_beyond),
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
@@ -250,11 +254,13 @@ class Tokenizer:
             shutil.copyfile(model_file, target)
 
     def _joined(self, runs: Iterable[str | int]) -> list[str | int]:
-        """Runs of a rendered template with added tokens written out again, so that they are found as in any text."""
-        written = {token_id: token for token, token_id in self._engine.special_beyond.items()}
+        """Runs of a rendered template with added tokens written out again, so that they are found as in any text, and
+        not found where a message quotes them."""
+        tokens = self._engine.special_beyond
+        written = {token_id: token for token, token_id in tokens.items()}
         joined: list[str | int] = []
         for run in runs:
-            run = written.get(run, run) if isinstance(run, int) else run
+            run = written.get(run, run) if isinstance(run, int) else _literal(run, tokens)
             if isinstance(run, str) and joined and isinstance(joined[-1], str):
                 joined[-1] += run
             else:
@@ -331,20 +337,12 @@ class StreamingDecoder:
         return self._characters.decode(b"", True)
 
 
-def _literal(messages: Sequence[chat.Message], tokens: Iterable[str]) -> Sequence[chat.Message]:
-    """Messages in which these tokens will be encoded as text, however a template puts them together."""
-    if not tokens or not isinstance(messages, list | tuple):
-        return messages
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
-
-    def marked(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda found: found[0][0] + LITERAL + found[0][1:], value)
-        if isinstance(value, Mapping):
-            return {key: marked(item) for key, item in value.items()}
-        return [marked(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return [marked(message) for message in messages]
+def _literal(text: str, tokens: Iterable[str]) -> str:
+    """A text in which these tokens will be encoded as text."""
+    if not tokens:
+        return text
+    starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
+    return re.sub(starts, lambda found: found[0] + LITERAL, text, flags=re.DOTALL)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

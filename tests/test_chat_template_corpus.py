@@ -219,7 +219,7 @@ def test_no_parts_cannot_be_continued():
 
 @pytest.mark.parametrize("template", APART)
 def test_a_typed_token_that_a_template_takes_apart_is_refused(template):
-    with pytest.raises(RequestError, match="holds a special token as text"):
+    with pytest.raises(RequestError, match="alters a special token that a message quotes"):
         ours(template, "typed", "closed")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 from mlx_openelm import chat_template_process as process
-from mlx_openelm.errors import RequestError
+from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.tokenizer import Tokenizer
 
 import pytest
@@ -25,17 +26,17 @@ QUICK = {
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": TIME,
     "{{ [[[[1]]]] | tojson(indent=10**9) }}": MEMORY,
-    "{{ lipsum(n=10**6) }}": TIME,
     "{{ 'x' * 10**9 }}": MEMORY,
     "{{ 10**(10**8) }}": TIME,
-    "{{ 'x' | center(1000000000) }}": MEMORY,  # jinja2 computes it while compiling
     "{% for i in range(99999) %}{{ 'x' * 100 }}{% endfor %}": "it renders 9999900 characters, more than",
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "recursion",
-    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}": TIME,
-    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}": TIME,
     "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "recursion",
 }
 SLOW = {
+    "{{ lipsum(n=10**6) }}": TIME,
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}": TIME,
+    DOUBLE + "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}": TIME,
+    "{{ 'x' | center(1000000000) }}": MEMORY,  # jinja2 computes it while compiling
     "{% for i in range(99999) %}{% set x = dict.fromkeys(range(99999)) %}{% endfor %}": TIME,
     "{{ [1,2,3,4,5,6,7,8,9] | tojson(separators=['x' * 10**8, 'y']) }}": MEMORY,
     "{{ lipsum(n=1, min=10**8, max=10**9) }}": TIME,
@@ -118,11 +119,14 @@ def test_a_template_without_end_is_stopped(attacks):
     assert found.returncode == 0, found.stderr
     rows, peak = json.loads(found.stdout)
     for (source, reason), (error, seconds) in zip(attacks.items(), rows, strict=True):
-        assert error.startswith("the chat template failed") and reason in error, (source[:80], error)
+        # What is only sampled may be met by the other limit first.
+        reasons = (TIME, MEMORY) if sys.platform == "darwin" and reason in (TIME, MEMORY) else (reason,)
+        assert error.startswith("the chat template failed"), (source[:80], error)
+        assert any(reason in error for reason in reasons), (source[:80], error)
         assert "\n" not in error and len(error) < 500
-        assert seconds < 2, (source[:80], seconds)  # the start of a process included
-    unit = 1 if sys.platform == "darwin" else 1 << 10
-    assert peak * unit < 200 << 20
+        assert seconds < 5, (source[:80], seconds)  # processor time, the start of a process included
+    if sys.platform == "linux":
+        assert peak << 10 < 200 << 20
 
 
 @pytest.fixture
@@ -137,7 +141,7 @@ def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch, n
     monkeypatch.setattr(process, "_LIMITS_MEMORY", False)
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
     with pytest.raises(RequestError, match=MEMORY):
-        process.render("{% set x = 'x' * (200 * 2**20) %}{% for i in range(99999) %}{{ i * i }}{% endfor %}", {})
+        process.render("{% set x = 'x' * (200 * 2**20) %}" + next(key for key in QUICK if "99999" in key), {})
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
 
 
@@ -165,6 +169,70 @@ def test_threads_share_the_process(no_worker):
     for thread in threads:
         thread.join()
     assert results == {number: [f"{number}.{i}" for i in range(20)] for number in range(5)}
+
+
+def test_a_bad_template_does_not_fail_other_threads(no_worker):
+    outcomes: list[str] = []
+
+    def work(source: str) -> None:
+        try:
+            outcomes.append(process.render(source, {"a": "ok"}))
+        except Exception as error:
+            outcomes.append(TIME if TIME in str(error) else repr(error))
+
+    threads = [threading.Thread(target=work, args=(source,)) for source in ("{{ 10**(10**8) }}", *["{{ a }}"] * 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == sorted([TIME, *["ok"] * 4])
+
+
+def test_a_request_is_repeated_when_the_process_is_killed_from_outside(monkeypatch, no_worker):
+    process.render("", {})
+    write = process._worker._process.stdin.write
+
+    class KillsFirst:
+        def __init__(self, worker):
+            self._worker, self._stdin = worker, worker._process.stdin
+
+        def __getattr__(self, name):
+            return getattr(self._stdin, name)
+
+        def write(self, request):
+            self._worker._process.kill()
+            return write(request)
+
+    monkeypatch.setattr(process._worker._process, "stdin", KillsFirst(process._worker))
+    assert process.render("{{ a }}", {"a": 1}) == "1"
+
+
+def test_a_process_that_ends_at_once_is_given_up(monkeypatch, no_worker):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    process._worker = process._Worker()
+    process._worker._process.wait()
+    with pytest.raises(RequestError, match="its process ended with status 1"):
+        process.render("", {})
+
+
+def test_a_path_may_hold_other_things_than_text(monkeypatch, no_worker, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    assert process.render("{{ a }}", {"a": 1}) == "1"
+
+
+def test_a_missing_jinja2_is_named(monkeypatch, no_worker, tmp_path):
+    (tmp_path / "jinja2.py").write_text("raise ImportError")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(OpenELMError, match="need jinja2, which cannot be imported"):
+        process.render("", {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is limited on Linux")
+def test_a_long_message_is_rendered_or_the_reason_named(no_worker):
+    text = "語" * 2_000_000
+    assert process.render("{{ a }}", {"a": text}) == text
+    with pytest.raises(RequestError, match=MEMORY):
+        process.render("{{ a }}", {"a": text * 15})
 
 
 def test_an_interrupted_request_does_not_answer_the_next(monkeypatch, no_worker):
@@ -195,6 +263,22 @@ def test_a_fork_starts_its_own(no_worker):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_a_fork_leaves_the_parents_process_alone():
+    """What the parent has begun to write is not sent by the child, too, and nothing is left to be warned of."""
+    script = (
+        "import gc, os, sys; from mlx_openelm import chat_template_process as p; p.render('', {})\n"
+        "process = p._worker._process; process.stdin.write(b'half'); child = os.fork()\n"
+        "if not child: del process; gc.collect(); sys.exit()\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        'os.write(process.stdin.fileno(), b\'{"template": "a", "variables": {}}\\n\')\n'
+        'assert process.stdout.readline() == b\'{"text": "a"}\\n\''
+    )
+    found = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_no_process_is_left_behind(no_worker):
     script = (
         "import os, sys, time; from mlx_openelm import chat_template_process as p; p.render('', {})\n"
@@ -204,10 +288,9 @@ def test_no_process_is_left_behind(no_worker):
     for killed in ([], ["killed"]):
         found = subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, text=True, cwd=ROOT)
         assert found.stderr == ""
-        for _ in range(100):
-            try:
-                os.kill(int(found.stdout), 0)
-            except ProcessLookupError:
+        for _ in range(600):
+            shown = subprocess.run(["ps", "-o", "stat=", "-p", found.stdout.strip()], capture_output=True, text=True)
+            if shown.stdout.strip()[:1] in ("", "Z"):  # a zombie has ended; who should read its status may not
                 break
             time.sleep(0.05)
         else:
@@ -229,7 +312,7 @@ def test_values_that_are_no_json_are_placeholders_as_in_transformers():
     holds_itself: list = []
     holds_itself.append(holds_itself)
     for value in (holds_itself, {(1, 2): 3}):
-        with pytest.raises(RequestError, match="no JSON values"):
+        with pytest.raises(RequestError, match="cannot be written as JSON"):
             process.render("", {"v": value})
 
 
