@@ -90,14 +90,14 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}).") from None
 
 
-def read_json(path: Path, name: str = "config.json") -> dict[str, Any]:
+def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`, or in the file `name` of the folder `path`.
 
     Raises:
-        RequestError: missing, unreadable, not JSON, or not an object.
+        RequestError: missing, unreadable, larger than `max_bytes`, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
-    content = read_bytes(path, max_bytes=_MAX_JSON_BYTES)
+    content = read_bytes(path, max_bytes=max_bytes)
     try:
         values = json.loads(content)
     except RecursionError:

@@ -21,7 +21,6 @@ from .formats import added_tokens
 from .formats.tokenizer_engines import ENGINES, Engine, open_engine
 from .formats.tokenizer_json import SPACE, TokenizerSpec, write_spec
 from .formats.tokenizers_engine import LITERAL, TokenizersEngine
-from .inputs import read_json
 
 UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
 ONE_PER_BYTE = "mlx_openelm.one_per_byte"
@@ -45,7 +44,10 @@ class Tokenizer:
         eos_token_ids: Iterable[int] | None = None,
         chat_template: str | None = None,
     ):
-        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids."""
+        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids.
+
+        Raises `RequestError` when no BOS or EOS is named, and for ids that are not the tokenizer's.
+        """
         self._engine = engine
         self._config = config or {}
         self._pieces: dict[int, bytes | None] = {}
@@ -74,8 +76,8 @@ class Tokenizer:
                 f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
             )
         config, named = added_tokens.read(folder)
-        model_config = _read_if_there(folder / "config.json")
-        generation_config = _read_if_there(folder / "generation_config.json")
+        model_config = added_tokens.read_if_there(folder / "config.json")
+        generation_config = added_tokens.read_if_there(folder / "generation_config.json")
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
             open_engine(path, config, named, beside=True),
@@ -89,8 +91,9 @@ class Tokenizer:
     def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
         """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
 
-        For a file only `tokenizer_config.json` and what tells of added tokens are read beside it: other files there
+        For a file only `tokenizer_config.json` and the added-token files are read beside it: other files there
         may be another model's.
+        Raises `RequestError` when there is none, or when a file is damaged.
         """
         path = Path(path)
         if path.is_dir():
@@ -98,7 +101,7 @@ class Tokenizer:
         if not path.is_file():
             raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
-            raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
+            raise RequestError(f"{path} is not a tokenizer: name a tokenizer.json or a tokenizer.model")
         config, named = added_tokens.read(path.parent)
         return cls(open_engine(path, config, named), config=config, eos_token_ids=eos_token_ids)
 
@@ -168,9 +171,9 @@ class Tokenizer:
 
     def add_eos_token(self, token: str) -> None:
         """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
-        token_id = int(token) if token.isascii() and token.isdigit() else self.token_to_id(token)
+        token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
         if token_id is None or self._token(token_id) is None:
-            raise RequestError(f"{quote(token)} is no token of this tokenizer: give a token such as </s>, or an id")
+            raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
     def apply_chat_template(
@@ -347,10 +350,6 @@ def _literal(messages: Sequence[chat.Message], tokens: Iterable[str]) -> Sequenc
     return [marked(message) for message in messages]
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _ids(config: dict[str, Any], key: str) -> list[int]:
     """An id, a list of ids or null, as a list."""
     value = config.get(key)
@@ -367,8 +366,8 @@ def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
         return chat.find_template(path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise RequestError(f"chat_template in {folder / 'tokenizer_config.json'} must be text")
     return template

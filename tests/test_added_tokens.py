@@ -164,6 +164,12 @@ def test_folders_are_read_as_transformers_does(tmp_path, name) -> None:
     assert [again.decode(line) for line in ids.values()] == shown
 
 
+def test_null_is_no_list_of_tokens(tmp_path) -> None:
+    files = {"tokenizer_config.json": FIRST | {"added_tokens_decoder": None}, **NAMES}
+    tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", files))
+    assert [tokenizer.token_to_id(content) for content in ("<|a|>", "<|b|>")] == [2048, 2049]
+
+
 def test_spaces_beside_added_tokens_are_sentencepieces(tmp_path) -> None:
     encode = sentencepiece.SentencePieceProcessor(model_file=str(MODEL)).encode
     config = FOLDERS["a space after each"]["tokenizer_config.json"]
@@ -304,20 +310,20 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
         ({"added_tokens.json": {"<|a|>": 5000}}, "gives '<|a|>' the id 5000, but in this tokenizer it has the id 2048"),
         ({"added_tokens.json": {"<|a|>": 7}}, "the file belongs to another tokenizer"),
         ({"added_tokens.json": {"<s>": 2}}, "gives '<s>' the id 2, but in this tokenizer it has the id 1"),
-        ({"added_tokens.json": {"<|a|>": 2**31}}, "2147483648 is no token id"),
-        ({"added_tokens.json": {"<|a|>": "2048"}}, "'2048' is no token id"),
-        ({"added_tokens.json": {"<|a|>": True}}, "True is no token id"),
-        ({"added_tokens.json": {"": 2048}}, "'' is no token of 1 to 1000 characters"),
-        ({"added_tokens.json": {"x" * 5000: 2048}}, "is no token of 1 to 1000 characters"),
-        ({"added_tokens.json": {"\ud800": 2048}}, "is no token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"<|a|>": 2**31}}, "2147483648 is not a token id"),
+        ({"added_tokens.json": {"<|a|>": "2048"}}, "'2048' is not a token id"),
+        ({"added_tokens.json": {"<|a|>": True}}, "True is not a token id"),
+        ({"added_tokens.json": {"": 2048}}, "'' is not a token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"x" * 5000: 2048}}, "is not a token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"\ud800": 2048}}, "is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": [1]}, "must hold a JSON object"),
         ({"special_tokens_map.json": [1]}, "must hold a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be a JSON object"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is no token id"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is no token id"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is not a token id"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is not a token id"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"2048": "<|a|>"}}}, "must be a JSON object"),
         ({"tokenizer_config.json": decoder(token("<|a|>"), token("<|a|>"))}, "it adds a token twice"),
-        ({"tokenizer_config.json": decoder({"content": 5})}, "5 is no token"),
+        ({"tokenizer_config.json": decoder({"content": 5})}, "5 is not a token"),
         ({"tokenizer_config.json": decoder({"content": "a", "lstrip": "no"})}, "must be true or false"),
     ],
 )

@@ -112,19 +112,19 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}}, "rewrites characters"),
         ({"normalizer": None}, "rewrites characters"),
         ({"normalizer": [REPLACE]}, "is damaged"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "no SentencePiece-style tokenizer"),
-        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "no SentencePiece-style tokenizer"),
-        ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "no SentencePiece-style tokenizer"),
-        ({"edit": model(type="WordPiece")}, "no SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "not a SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "not a SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "not a SentencePiece-style tokenizer"),
+        ({"edit": model(type="WordPiece")}, "not a SentencePiece-style tokenizer"),
         ({"edit": model(end_of_word_suffix="</w>")}, "it has a end_of_word_suffix"),
         (
             {"edit": lambda spec: spec["model"]["vocab"].update(unknown=spec["model"]["vocab"].pop("<unk>"))},
-            "is no piece",
+            "is not a piece",
         ),
-        ({"edit": model(unk_token="no such")}, "is no piece"),
+        ({"edit": model(unk_token="no such")}, "is not a piece"),
         ({"edit": model(merges=[["▁", "no such"]])}, "is damaged"),
-        ({"edit": model(merges=["▁ t x"])}, "a merge is no pair"),
-        ({"edit": model(merges=[["▁", 5]])}, "a merge is no pair"),
+        ({"edit": model(merges=["▁ t x"])}, "a merge is not a pair"),
+        ({"edit": model(merges=[["▁", 5]])}, "a merge is not a pair"),
         ({"edit": model(merges=5)}, "must be a list"),
         ({"edit": model(vocab={})}, "its vocabulary must have"),
         ({"edit": lambda spec: spec["model"]["vocab"].update(more=2**31)}, "must have the ids from 0"),
@@ -134,12 +134,14 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"edit": lambda spec: spec["model"]["vocab"].update(more=10**400)}, "must have the ids from 0"),
         ({"edit": lambda spec: spec["model"]["vocab"].update({"x" * 5000: 773})}, "1 to 1000 characters"),
         ({"edit": lambda spec: spec["model"]["vocab"].update({"\ud800": 773})}, "is damaged"),
-        ({"edit": lambda spec: spec["added_tokens"].append({"id": 2**31, "content": "x"})}, "no token id"),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 2**31, "content": "x"})}, "not a token id"),
         ({"edit": lambda spec: spec["added_tokens"].append({"id": 900, "content": "<|x|>"})}, "900 instead of 773"),
         ({"edit": lambda spec: spec["added_tokens"].append({"id": 5, "content": "</s>"})}, "adds a token twice"),
         ({"edit": lambda spec: spec["added_tokens"][1].update(id=7)}, "has two ids"),
         ({"added_tokens": {"a": 1}}, "must be a list"),
-        ({"added_tokens": ["<s>"]}, "is no added token"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 180_000}}, "more than 100 normalizers"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE] * 101}}, "more than 100 pretokenizers"),
+        ({"added_tokens": ["<s>"]}, "is not an added token"),
         ({"model": None}, "it has no model"),
     ],
 )
@@ -151,6 +153,19 @@ def test_what_is_refused(edited, capfd, change, message) -> None:
     assert "\n" not in str(caught.value)
     assert time.process_time() - started < 2
     assert capfd.readouterr() == ("", "")  # a panic in Rust writes to stderr
+
+
+def test_a_large_file_is_read(edited) -> None:
+    path = edited() / "tokenizer.json"
+    path.write_text(path.read_text() + " " * (1 << 25))  # the largest published ones have 35 MB
+    assert Tokenizer.from_folder(path.parent).vocab_size == 773
+
+
+def test_a_template_of_a_damaged_name_is_not_the_folders(edited) -> None:
+    folder = edited()
+    config = {"chat_template": [{"name": ["x"], "template": "y"}]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(folder).chat_template is None
 
 
 def test_nesting_is_bounded(tmp_path) -> None:

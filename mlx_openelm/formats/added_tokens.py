@@ -61,21 +61,21 @@ class Named:
 def parse(value: Any, where: str) -> AddedToken:
     """One entry of `added_tokens` in a `tokenizer.json`; `RequestError` for what is none."""
     if not isinstance(value, dict):
-        raise RequestError(f"{where} is damaged: {quote(value)} is no added token.")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not an added token.")
     return _token(value, check_id(value.get("id"), where), where)
 
 
 def check_id(value: Any, where: str) -> int:
     """An id from a file, or `RequestError`; bounded, since tables are made as long as the largest."""
     if type(value) is not int or not 0 <= value < MAX_TOKENS:
-        raise RequestError(f"{where} is damaged: {quote(value)} is no token id (0 to {MAX_TOKENS - 1}).")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not a token id (0 to {MAX_TOKENS - 1}).")
     return value
 
 
 def check_content(value: Any, where: str) -> str:
     """The text of a token from a file, or `RequestError`."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_LENGTH or _SURROGATE.search(value):
-        raise RequestError(f"{where} is damaged: {quote(value)} is no token of 1 to {MAX_LENGTH} characters.")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not a token of 1 to {MAX_LENGTH} characters.")
     return value
 
 
@@ -86,19 +86,19 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
         RequestError: a damaged file.
     """
     path = folder / "tokenizer_config.json"
-    config, named, flagged = _read_if_there(path), [], []
-    if "added_tokens_decoder" in config:  # then transformers reads no other file
+    config, named, flagged = read_if_there(path), [], []
+    if config.get("added_tokens_decoder") is not None:  # then transformers reads no other file
         where = f"added_tokens_decoder in {path}"
         for key, value in _object(config["added_tokens_decoder"], where).items():
             token_id = check_id(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key, where)
             named.append(Named(_token(_object(value, where), token_id, where), where, token_id))
     else:
-        older = _read_if_there(folder / "special_tokens_map.json")
+        older = read_if_there(folder / "special_tokens_map.json")
         # These are flags of tokens that have an id: transformers 5 makes no new ones of them.
         flagged = _list(older.pop(_OLD_EXTRA, None))
         config |= older
         path = folder / "added_tokens.json"
-        for text, value in _read_if_there(path).items():
+        for text, value in read_if_there(path).items():
             token = AddedToken(check_content(text, str(path)), check_id(value, str(path)), normalized=True)
             named.append(Named(token, str(path), token.id))
     named.sort(key=lambda entry: entry.token.id)
@@ -171,5 +171,6 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that need not be there; `RequestError` for a damaged one."""
     return read_json(path) if path.exists() else {}

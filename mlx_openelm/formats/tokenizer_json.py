@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import RequestError, quote
-from ..inputs import read_json
+from ..inputs import MAX_BYTES, read_json
 from . import added_tokens
 from .added_tokens import MAX_TOKENS, AddedToken
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-NOT_SENTENCEPIECE = "{} is no SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
+NOT_SENTENCEPIECE = "{} is not a SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
 REWRITES = (
     "{} removes spaces or rewrites characters before encoding, so text would not survive it: "
     "use Llama 2's tokenizer, or one trained alike (identity normalization, remove_extra_whitespaces false)"
@@ -73,7 +73,7 @@ def read_spec(path: Path) -> TokenizerSpec:
     Raises:
         RequestError: a damaged file, or a tokenizer of another kind (byte-level, WordPiece).
     """
-    values = read_json(path)
+    values = read_json(path, max_bytes=MAX_BYTES)
     spec = _read_model(values.get("model"), path)
     spec.adds_space, spec.first_only = _read_spaces(values, path)
     added = values.get("added_tokens") or []
@@ -92,7 +92,7 @@ def read_spec(path: Path) -> TokenizerSpec:
 
 
 def damaged(path: Path, why: str) -> RequestError:
-    return RequestError(f"{path} is damaged or no tokenizer ({why}): download it again")
+    return RequestError(f"{path} is damaged or not a tokenizer ({why}): download it again")
 
 
 def _read_model(model: Any, path: Path) -> TokenizerSpec:
@@ -114,7 +114,7 @@ def _read_model(model: Any, path: Path) -> TokenizerSpec:
         if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
             spec.unk_token = unknown
     if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
-        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is no piece")
+        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is not a piece")
     spec.byte_fallback, spec.fuse_unk = fallback, fuses
     return spec
 
@@ -160,7 +160,7 @@ def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
     except TypeError:
         pairs = [()]
     if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
-        raise damaged(path, "a merge is no pair of pieces")
+        raise damaged(path, "a merge is not a pair of pieces")
     return cast(list[tuple[str, str]], pairs)
 
 
@@ -191,6 +191,7 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool]:
     return adds_space, first_only
 
 
+_MOST_STEPS = 100
 # With this transformers 5 makes `Metaspace` put a space before a text that starts with one, too.
 _DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 
@@ -199,6 +200,8 @@ def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer, those in a `Sequence` one by one."""
     left = [] if value is None else [value]
     while left:
+        if len(left) > _MOST_STEPS:
+            raise damaged(path, f"it has more than {_MOST_STEPS} {key}")
         step = left.pop(0)
         if not isinstance(step, dict):
             raise damaged(path, f"one of its {key} is {quote(step)}")
