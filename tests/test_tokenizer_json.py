@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats import gguf_tokenizer
 from mlx_openelm.tokenizer import Tokenizer
 
 import pytest
@@ -61,14 +62,16 @@ def model(**values: Any) -> Callable[[Any], None]:
         {"decoder": None},
         {"edit": model(dropout=0.9)},
         {"edit": model(dropout=1.0)},
-        {"edit": model(ignore_merges=True)},
         {"edit": lambda spec: spec["added_tokens"].clear()},
         {"edit": lambda spec: spec["model"].pop("type")},
         {"edit": lambda spec: spec["model"].update(merges=[m.split(" ") for m in spec["model"]["merges"]])},
         {"normalizer": {"type": "Sequence", "normalizers": [REPLACE, PREPEND]}},
         {"normalizer": REPLACE, "pre_tokenizer": METASPACE},
         {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE]}},
-        {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
+        {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "split": False},
+        },
     ],
 )
 def test_what_plays_no_part(original, edited, change) -> None:
@@ -116,6 +119,8 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "not a SentencePiece-style tokenizer"),
         ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "not a SentencePiece-style tokenizer"),
         ({"edit": model(type="WordPiece")}, "not a SentencePiece-style tokenizer"),
+        ({"edit": model(ignore_merges=1)}, "ignore_merges must be true or false"),
+        ({"pre_tokenizer": {**METASPACE, "split": None}}, "split must be true or false"),
         ({"edit": model(end_of_word_suffix="</w>")}, "it has a end_of_word_suffix"),
         (
             {"edit": lambda spec: spec["model"]["vocab"].update(unknown=spec["model"]["vocab"].pop("<unk>"))},
@@ -153,6 +158,61 @@ def test_what_is_refused(edited, capfd, change, message) -> None:
     assert "\n" not in str(caught.value)
     assert time.process_time() - started < 2
     assert capfd.readouterr() == ("", "")  # a panic in Rust writes to stderr
+
+
+def drop_merges(spec: Any) -> None:
+    """Without half its merges many a piece is only found whole."""
+    del spec["model"]["merges"][::2]
+    spec["model"]["ignore_merges"] = True
+
+
+SPLIT: dict[str, Any] = {key: value for key, value in METASPACE.items() if key != "split"}
+NEVER = {"prepend_scheme": "never"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": SPLIT},
+        {"pre_tokenizer": SPLIT | {"split": True}},
+        {"pre_tokenizer": SPLIT | NEVER},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
+        {"pre_tokenizer": METASPACE, "edit": drop_merges},
+        {"pre_tokenizer": SPLIT, "edit": drop_merges},
+        {"pre_tokenizer": SPLIT | NEVER, "edit": drop_merges},
+    ],
+)
+def test_ids_are_the_tokenizers_packages(original, edited, tmp_path, change) -> None:
+    """Where it cuts text at spaces, and where it takes pieces whole."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = edited(normalizer=None, **change)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = Tokenizer.from_folder(folder)
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.from_folder(tmp_path / "saved")
+    # Before a text that starts with a space `Metaspace` puts none, where SentencePiece does.
+    texts = ["To be", "x    y", "be", *(f"x{text}" for text in random_texts(300, typed=False))]
+    ids = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ours.encode(text, add_bos=False) for text in texts] == ids
+    assert [again.encode(text, add_bos=False) for text in texts] == ids
+    assert [ours.decode(line) for line in ids] == [text.replace("▁", " ") for text in texts]
+    assert ids != [original.encode(text, add_bos=False) for text in texts]
+    with pytest.raises(RequestError, match="which llama.cpp does not know"):
+        gguf_tokenizer.vocabulary(ours)
+    for text in ("</s>", "<0x41>", "<unk>", "a</s>b"):  # typed, so text
+        assert ours.decode(ours.encode(text)) == text
+        assert not {0, 2} & {*ours.encode(text)}
+
+
+def test_cutting_at_spaces_may_play_no_part(original, edited) -> None:
+    """As in most files: no piece spans two words."""
+
+    def edit(spec: Any) -> None:
+        merges = spec["model"]["merges"]
+        merges[:] = [merge for merge in merges if "▁" not in merge.replace(" ", "")[1:]]
+
+    ours = Tokenizer.from_folder(edited(edit, normalizer=None, pre_tokenizer=SPLIT))
+    assert not ours.spec.splits
 
 
 def test_a_large_file_is_read(edited) -> None:

@@ -51,6 +51,12 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
         RequestError: a tokenizer that llama.cpp would encode otherwise.
     """
     spec, file = tokenizer.spec, tokenizer.model_file
+    if spec.ignore_merges or spec.splits:
+        setting = "ignore_merges" if spec.ignore_merges else "split in its Metaspace"
+        raise RequestError(
+            f"The tokenizer.json has {setting}, which llama.cpp does not know, so it would give other ids; give the "
+            "model's tokenizer.model with --tokenizer."
+        )
     model = None if file is None else read_model(file)
     if model is None or model.pieces != spec.pieces:
         model = _from_merges(spec)
