@@ -93,8 +93,14 @@ def read_spec(path: Path) -> TokenizerSpec:
     if len({token.content for token in spec.added}) != len(spec.added):
         raise damaged(path, "it adds a token twice")
     for place, token in enumerate(spec.beyond, len(spec.vocab)):
-        if token.id != place:
-            raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} instead of {place}")
+        if token.id < place:
+            raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} of another one")
+        if token.id > place:  # the tokenizers package would give it `place`
+            raise RequestError(
+                f"{path} gives the added token {quote(token.content)} the id {token.id}, but added ids must have no "
+                f"gaps, and the next is {place}: give it that id if the model was trained with it, else put unused "
+                f"tokens (such as <|unused_{place}|>) before it."
+            )
     for token in spec.added:
         if spec.vocab.get(token.content, token.id) != token.id:
             raise damaged(path, f"{quote(token.content)} has two ids")
@@ -188,12 +194,10 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     for step in _steps(values.get("normalizer"), "normalizers", path):
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             adds_space = True
-        elif step.get("type") == "Replace" and step.get("pattern") in ({"String": " "}, {"Regex": " "}):
+        elif step.get("type") == "Replace" and step.get("pattern") in _SPACES and step.get("content") == SPACE:
             replaces = True
-            if step.get("content") != SPACE:
-                raise RequestError(REWRITES.format(path))
         elif step != _DOUBLED_SPACE:
-            raise RequestError(REWRITES.format(path))
+            raise RequestError(REWRITES.format(f"the normalizer {_shown(step)} in {path}"))
     for step in _steps(values.get("pre_tokenizer"), "pretokenizers", path):
         if step.get("type") != "Metaspace" or step.get("replacement") not in (SPACE, " "):
             raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(step.get('type'))}"))
@@ -208,9 +212,14 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     return adds_space, first_only, splits
 
 
+_SPACES = ({"String": " "}, {"Regex": " "})
 _MOST_STEPS = 100
 # With this transformers 5 makes `Metaspace` put a space before a text that starts with one, too.
 _DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+
+
+def _shown(step: dict[str, Any]) -> str:
+    return quote({key: step[key] for key in ("type", "pattern", "content") if key in step})
 
 
 def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
