@@ -62,11 +62,14 @@ class Tokenizer:
         self.eos_token_ids = {self._checked(token_id, "eos_token_id") for token_id in eos_token_ids}
 
     @classmethod
-    def from_folder(cls, folder: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+    def from_folder(
+        cls, folder: Path, *, eos_token_ids: Iterable[int] | None = None, rows: int | None = None
+    ) -> Tokenizer:
         """The tokenizer of a model folder: its `tokenizer.json`, else its `tokenizer.model`.
 
         The special ids come from `tokenizer_config.json`, the tokenizer itself, `generation_config.json` and
-        `config.json`. `eos_token_ids` replaces the set of ending tokens.
+        `config.json`. `eos_token_ids` replaces the set of ending tokens. `rows` says how many tokens the model can
+        take: special tokens that are named without an id are left out, with a warning, where they would lie beyond.
         Raises `RequestError` when there is none, or when a file is damaged.
         """
         folder = Path(folder)
@@ -80,7 +83,7 @@ class Tokenizer:
         generation_config = added_tokens.read_if_there(folder / "generation_config.json")
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
-            open_engine(path, config, named, beside=True),
+            open_engine(path, config, named, rows=rows, beside=True),
             config=config,
             model_config=model_config,
             eos_token_ids=eos_token_ids,
@@ -88,22 +91,22 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+    def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None, rows: int | None = None) -> Tokenizer:
         """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
 
         For a file only `tokenizer_config.json` and the added-token files are read beside it: other files there
-        may be another model's.
+        may be another model's. `eos_token_ids` and `rows` as in `from_folder`.
         Raises `RequestError` when there is none, or when a file is damaged.
         """
         path = Path(path)
         if path.is_dir():
-            return cls.from_folder(path, eos_token_ids=eos_token_ids)
+            return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
         if not path.is_file():
             raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is not a tokenizer: name a tokenizer.json or a tokenizer.model")
         config, named = added_tokens.read(path.parent)
-        return cls(open_engine(path, config, named), config=config, eos_token_ids=eos_token_ids)
+        return cls(open_engine(path, config, named, rows=rows), config=config, eos_token_ids=eos_token_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -229,6 +232,8 @@ class Tokenizer:
         if self._engine.unk_token_id is not None:
             tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
+        if self._named_id("pad") is None:  # left out for want of a row; who reads its name would add it again
+            kept.pop("pad_token", None)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
             **tokens,
@@ -288,10 +293,7 @@ class Tokenizer:
 
     def _special_id(self, name: str, engine_id: int | None, model_config: dict[str, Any]) -> int:
         """The id of BOS or EOS: the tokenizer config's word first, then the tokenizer's, then the model config's."""
-        token = self._config.get(f"{name}_token")
-        if isinstance(token, dict):  # older files spell a token out with its flags
-            token = token.get("content")
-        token_id = self._engine.token_to_id(token) if isinstance(token, str) else None
+        token_id = self._named_id(name)
         if token_id is None:
             token_id = engine_id
         if token_id is None:
@@ -299,6 +301,13 @@ class Tokenizer:
         if token_id is None:
             raise RequestError(f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json")
         return self._checked(token_id, f"{name}_token_id")
+
+    def _named_id(self, name: str) -> int | None:
+        """The id of the token that the tokenizer config names for a role."""
+        token = self._config.get(f"{name}_token")
+        if isinstance(token, dict):  # older files spell a token out with its flags
+            token = token.get("content")
+        return self._engine.token_to_id(token) if isinstance(token, str) else None
 
     def _checked(self, token_id: int, key: str) -> int:
         if self._token(token_id) is None:

@@ -247,6 +247,47 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
         load(model)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_a_pad_token_without_a_row_is_left_out(tmp_path, name, file) -> None:
+    """Named for training in batches, by scripts that leave the model as it is."""
+    model = write_tiny(tmp_path / "model")
+    Tokenizer.from_file(MODEL).save(model)
+    (model / ("tokenizer.json" if name == "tokenizer.model" else "tokenizer.model")).unlink()
+    kept = json.loads((model / "tokenizer_config.json").read_text()) if file == "tokenizer_config.json" else {}
+    (model / file).write_text(json.dumps(kept | {"pad_token": "[PAD]"}))
+    for given in (None, model, model / name):
+        with pytest.warns(UserWarning, match=r"no row for '\[PAD\]', named") as caught:
+            tokenizer = load(model, tokenizer=given)[1]
+        assert len(caught) == 1
+        assert tokenizer.vocab_size == 2048
+        assert tokenizer.encode("a [PAD]") == Tokenizer.from_file(MODEL).encode("a [PAD]")
+    tokenizer.save(tmp_path / "saved")
+    assert "pad_token" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    with pytest.warns(UserWarning, match="left out"):
+        convert(model, tmp_path / "converted")
+    assert load(tmp_path / "converted")[1].vocab_size == 2048
+
+
+def test_a_pad_token_beside_a_unigram_model_needs_no_merges(tmp_path) -> None:
+    model = write_tiny(tmp_path / "model", vocab_size=120)
+    documents = [json.loads(line)["text"] for line in (FIXTURES / "valid.jsonl").read_text().splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents[0][:40000].splitlines()),
+        model_prefix=str(model / "tokenizer"),
+        vocab_size=120,
+        model_type="unigram",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    (model / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    with pytest.warns(UserWarning, match="left out"):
+        tokenizer = load(model)[1]
+    assert tokenizer.encode("To be", add_bos=False) == processor.encode("To be")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_gguf_has_their_types(tmp_path, legacy) -> None:
     config = LLAMA | {"legacy": legacy} | decoder(token("<|a|>", special=True), token("<|b|>"))

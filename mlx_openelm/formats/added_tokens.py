@@ -9,6 +9,7 @@ is named there without an id, and is no piece, becomes a token as well. All of i
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,15 +118,24 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
     return config, named
 
 
-def resolve(named: Iterable[Named], token_to_id: Callable[[str], int | None], size: int) -> list[AddedToken]:
+def resolve(
+    named: Iterable[Named], token_to_id: Callable[[str], int | None], size: int, rows: int | None = None
+) -> list[AddedToken]:
     """The tokens with their ids: a piece keeps its own, others follow the `size` tokens there are, in order.
+
+    Those named without an id (a `pad_token` for training in batches) are left out, with a warning, where the model has
+    no row for them among its `rows`.
 
     Raises:
         RequestError: a file gives a token another id, as it would have in a tokenizer it does not belong to.
     """
     tokens: list[AddedToken] = []
+    left_out: list[str] = []
     for entry in named:
         content, token_id = entry.token.content, token_to_id(entry.token.content)
+        if token_id is None and entry.id is None and rows is not None and size >= rows:
+            left_out.append(content)
+            continue
         if token_id is None:
             token_id, size = size, size + 1
         if entry.id is not None and entry.id != token_id:
@@ -134,6 +144,9 @@ def resolve(named: Iterable[Named], token_to_id: Callable[[str], int | None], si
                 f"{token_id}: the file belongs to another tokenizer, so remove or correct it."
             )
         tokens.append(replace(entry.token, id=token_id))
+    if left_out:
+        shown = quote(left_out if len(left_out) > 1 else left_out[0])
+        warnings.warn(f"The model has no row for {shown}, named as special without an id: left out.", stacklevel=4)
     if size > MAX_TOKENS:
         raise RequestError(f"The tokenizer has {size} tokens, more than the {MAX_TOKENS} one may have.")
     return tokens

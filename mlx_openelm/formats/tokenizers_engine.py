@@ -90,7 +90,9 @@ class TokenizersEngine:
         tokenizer.normalizer = normalizers.Sequence([*literal, normalizers.Replace(" ", SPACE)])
         cut = space_pre_tokenizer(replace(self.spec, adds_space=adds_space), prepends=False)
         steps = [] if cut is None else cut.get("pretokenizers", [cut])
-        parts = [pre_tokenizers.Metaspace(step["replacement"], step["prepend_scheme"], step["split"]) for step in steps]
+        parts: list[Any] = [
+            pre_tokenizers.Metaspace(step["replacement"], step["prepend_scheme"], step["split"]) for step in steps
+        ]
         if self.spec.ignore_merges:
             parts.append(pre_tokenizers.Split(Regex(_after_the_first(self._reserved)), "isolated"))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
