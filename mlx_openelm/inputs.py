@@ -12,6 +12,8 @@ from .errors import RequestError
 
 # The largest file that is read whole; the largest tokenizers anyone publishes have some 35 MB.
 MAX_BYTES = 1 << 26
+# The largest text, as prompt or to measure on.
+_MAX_TEXT_BYTES = 1 << 31
 # The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
 _MAX_JSON_BYTES = 1 << 24
 # Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and would be waited for without end.
@@ -94,14 +96,14 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_stream(file: BinaryIO, name: str) -> bytes:
-    """All that a pipe or standard input gives, up to `MAX_BYTES`.
+    """All that a pipe or standard input gives, up to `_MAX_TEXT_BYTES`.
 
     Raises:
         RequestError: there is more.
     """
-    content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise RequestError(f"{name} gives more than {MAX_BYTES} bytes.")
+    content = file.read(_MAX_TEXT_BYTES + 1)
+    if len(content) > _MAX_TEXT_BYTES:
+        raise RequestError(f"{name} gives more than {_MAX_TEXT_BYTES} bytes.")
     return content
 
 
@@ -109,10 +111,10 @@ def read_text_source(path: Path) -> bytes:
     """The content of a text that a person names: a regular file, or a pipe that the shell opened (`<(command)`).
 
     Raises:
-        RequestError: as `read_bytes`, and a pipe that gives more than `MAX_BYTES`.
+        RequestError: as `read_bytes`, and more than `_MAX_TEXT_BYTES`.
     """
     if str(path.parent) not in _OPEN_FILES or not path.is_fifo():
-        return read_bytes(path)
+        return read_bytes(path, max_bytes=_MAX_TEXT_BYTES)
     try:
         with path.open("rb") as file:
             return read_stream(file, str(path))
@@ -124,7 +126,7 @@ def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JS
     """The JSON object in `path`, or in the file `name` of the folder `path`.
 
     Raises:
-        RequestError: missing, unreadable, not JSON, or not an object.
+        RequestError: missing, unreadable, larger than `max_bytes`, not JSON, or not an object.
     """
     path = path / name if path.is_dir() else path
     content = read_bytes(path, max_bytes=max_bytes)

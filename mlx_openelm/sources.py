@@ -193,15 +193,16 @@ def find_tokenizer(
         RequestError: none of them, or one that does not fit the model.
         OpenELMError: a download that failed.
     """
+    rows = config.vocab_size if rows is None else rows
     folder = path if path.is_dir() else path.parent
     beside = next((folder / name for name in ENGINES if (folder / name).exists()), None)
     if named is not None:
-        tokenizer = Tokenizer.from_file(to_path(named), eos_token_ids=config.eos_token_ids)
+        tokenizer = Tokenizer.from_file(to_path(named), eos_token_ids=config.eos_token_ids, rows=rows)
     elif beside is not None:
         if path.is_dir():
-            tokenizer = Tokenizer.from_folder(folder)
+            tokenizer = Tokenizer.from_folder(folder, rows=rows)
         else:  # what else lies beside a file need not belong to it
-            tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids)
+            tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids, rows=rows)
     elif (release := find_release(model, path, config)) is not None:
         tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     else:
@@ -209,7 +210,6 @@ def find_tokenizer(
             f"{folder} holds no tokenizer.json or tokenizer.model; give one with --tokenizer "
             f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
         )
-    rows = config.vocab_size if rows is None else rows
     if tokenizer.vocab_size > rows:
         raise RequestError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, the model only {rows}; "

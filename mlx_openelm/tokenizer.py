@@ -21,7 +21,6 @@ from .formats import added_tokens
 from .formats.tokenizer_engines import ENGINES, Engine, open_engine
 from .formats.tokenizer_json import SPACE, TokenizerSpec, write_spec
 from .formats.tokenizers_engine import LITERAL, TokenizersEngine
-from .inputs import read_json
 
 UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
 ONE_PER_BYTE = "mlx_openelm.one_per_byte"
@@ -45,7 +44,10 @@ class Tokenizer:
         eos_token_ids: Iterable[int] | None = None,
         chat_template: str | None = None,
     ):
-        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids."""
+        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids.
+
+        Raises `RequestError` when no BOS or EOS is named, and for ids that are not the tokenizer's.
+        """
         self._engine = engine
         self._config = config or {}
         self._pieces: dict[int, bytes | None] = {}
@@ -60,11 +62,14 @@ class Tokenizer:
         self.eos_token_ids = {self._checked(token_id, "eos_token_id") for token_id in eos_token_ids}
 
     @classmethod
-    def from_folder(cls, folder: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+    def from_folder(
+        cls, folder: Path, *, eos_token_ids: Iterable[int] | None = None, rows: int | None = None
+    ) -> Tokenizer:
         """The tokenizer of a model folder: its `tokenizer.json`, else its `tokenizer.model`.
 
         The special ids come from `tokenizer_config.json`, the tokenizer itself, `generation_config.json` and
-        `config.json`. `eos_token_ids` replaces the set of ending tokens.
+        `config.json`. `eos_token_ids` replaces the set of ending tokens. `rows` says how many tokens the model can
+        take: special tokens that are named without an id are left out, with a warning, where they would lie beyond.
         Raises `RequestError` when there is none, or when a file is damaged.
         """
         folder = Path(folder)
@@ -74,11 +79,11 @@ class Tokenizer:
                 f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
             )
         config, named = added_tokens.read(folder)
-        model_config = _read_if_there(folder / "config.json")
-        generation_config = _read_if_there(folder / "generation_config.json")
+        model_config = added_tokens.read_if_there(folder / "config.json")
+        generation_config = added_tokens.read_if_there(folder / "generation_config.json")
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
-            open_engine(path, config, named, beside=True),
+            open_engine(path, config, named, rows=rows, beside=True),
             config=config,
             model_config=model_config,
             eos_token_ids=eos_token_ids,
@@ -86,21 +91,22 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None) -> Tokenizer:
+    def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None, rows: int | None = None) -> Tokenizer:
         """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
 
-        For a file only `tokenizer_config.json` and what tells of added tokens are read beside it: other files there
-        may be another model's.
+        For a file only `tokenizer_config.json` and the added-token files are read beside it: other files there
+        may be another model's. `eos_token_ids` and `rows` as in `from_folder`.
+        Raises `RequestError` when there is none, or when a file is damaged.
         """
         path = Path(path)
         if path.is_dir():
-            return cls.from_folder(path, eos_token_ids=eos_token_ids)
+            return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
         if not path.is_file():
             raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
-            raise RequestError(f"{path} is no tokenizer: name a tokenizer.json or a tokenizer.model")
+            raise RequestError(f"{path} is not a tokenizer: name a tokenizer.json or a tokenizer.model")
         config, named = added_tokens.read(path.parent)
-        return cls(open_engine(path, config, named), config=config, eos_token_ids=eos_token_ids)
+        return cls(open_engine(path, config, named, rows=rows), config=config, eos_token_ids=eos_token_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -168,9 +174,9 @@ class Tokenizer:
 
     def add_eos_token(self, token: str) -> None:
         """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
-        token_id = int(token) if token.isascii() and token.isdigit() else self.token_to_id(token)
+        token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
         if token_id is None or self._token(token_id) is None:
-            raise RequestError(f"{quote(token)} is no token of this tokenizer: give a token such as </s>, or an id")
+            raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
     def apply_chat_template(
@@ -230,6 +236,8 @@ class Tokenizer:
         if self._engine.unk_token_id is not None:
             tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
         kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
+        if self._named_id("pad") is None:  # left out for want of a row; who reads its name would add it again
+            kept.pop("pad_token", None)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
             **tokens,
@@ -291,10 +299,7 @@ class Tokenizer:
 
     def _special_id(self, name: str, engine_id: int | None, model_config: dict[str, Any]) -> int:
         """The id of BOS or EOS: the tokenizer config's word first, then the tokenizer's, then the model config's."""
-        token = self._config.get(f"{name}_token")
-        if isinstance(token, dict):  # older files spell a token out with its flags
-            token = token.get("content")
-        token_id = self._engine.token_to_id(token) if isinstance(token, str) else None
+        token_id = self._named_id(name)
         if token_id is None:
             token_id = engine_id
         if token_id is None:
@@ -302,6 +307,13 @@ class Tokenizer:
         if token_id is None:
             raise RequestError(f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json")
         return self._checked(token_id, f"{name}_token_id")
+
+    def _named_id(self, name: str) -> int | None:
+        """The id of the token that the tokenizer config names for a role."""
+        token = self._config.get(f"{name}_token")
+        if isinstance(token, dict):  # older files spell a token out with its flags
+            token = token.get("content")
+        return self._engine.token_to_id(token) if isinstance(token, str) else None
 
     def _checked(self, token_id: int, key: str) -> int:
         if self._token(token_id) is None:
@@ -345,10 +357,6 @@ def _literal(text: str, tokens: Iterable[str]) -> str:
     return re.sub(starts, lambda found: found[0] + LITERAL, text, flags=re.DOTALL)
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _ids(config: dict[str, Any], key: str) -> list[int]:
     """An id, a list of ids or null, as a list."""
     value = config.get(key)
@@ -365,8 +373,8 @@ def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
         return chat.find_template(path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise RequestError(f"chat_template in {folder / 'tokenizer_config.json'} must be text")
     return template

@@ -164,6 +164,12 @@ def test_folders_are_read_as_transformers_does(tmp_path, name) -> None:
     assert [again.decode(line) for line in ids.values()] == shown
 
 
+def test_null_is_no_list_of_tokens(tmp_path) -> None:
+    files = {"tokenizer_config.json": FIRST | {"added_tokens_decoder": None}, **NAMES}
+    tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", files))
+    assert [tokenizer.token_to_id(content) for content in ("<|a|>", "<|b|>")] == [2048, 2049]
+
+
 def test_spaces_beside_added_tokens_are_sentencepieces(tmp_path) -> None:
     encode = sentencepiece.SentencePieceProcessor(model_file=str(MODEL)).encode
     config = FOLDERS["a space after each"]["tokenizer_config.json"]
@@ -241,6 +247,47 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
         load(model)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_a_pad_token_without_a_row_is_left_out(tmp_path, name, file) -> None:
+    """Named for training in batches, by scripts that leave the model as it is."""
+    model = write_tiny(tmp_path / "model")
+    Tokenizer.from_file(MODEL).save(model)
+    (model / ("tokenizer.json" if name == "tokenizer.model" else "tokenizer.model")).unlink()
+    kept = json.loads((model / "tokenizer_config.json").read_text()) if file == "tokenizer_config.json" else {}
+    (model / file).write_text(json.dumps(kept | {"pad_token": "[PAD]"}))
+    for given in (None, model, model / name):
+        with pytest.warns(UserWarning, match=r"no row for '\[PAD\]', named") as caught:
+            tokenizer = load(model, tokenizer=given)[1]
+        assert len(caught) == 1
+        assert tokenizer.vocab_size == 2048
+        assert tokenizer.encode("a [PAD]") == Tokenizer.from_file(MODEL).encode("a [PAD]")
+    tokenizer.save(tmp_path / "saved")
+    assert "pad_token" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    with pytest.warns(UserWarning, match="left out"):
+        convert(model, tmp_path / "converted")
+    assert load(tmp_path / "converted")[1].vocab_size == 2048
+
+
+def test_a_pad_token_beside_a_unigram_model_needs_no_merges(tmp_path) -> None:
+    model = write_tiny(tmp_path / "model", vocab_size=120)
+    documents = [json.loads(line)["text"] for line in (FIXTURES / "valid.jsonl").read_text().splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents[0][:40000].splitlines()),
+        model_prefix=str(model / "tokenizer"),
+        vocab_size=120,
+        model_type="unigram",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    (model / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    with pytest.warns(UserWarning, match="left out"):
+        tokenizer = load(model)[1]
+    assert tokenizer.encode("To be", add_bos=False) == processor.encode("To be")
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_gguf_has_their_types(tmp_path, legacy) -> None:
     config = LLAMA | {"legacy": legacy} | decoder(token("<|a|>", special=True), token("<|b|>"))
@@ -304,20 +351,20 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
         ({"added_tokens.json": {"<|a|>": 5000}}, "gives '<|a|>' the id 5000, but in this tokenizer it has the id 2048"),
         ({"added_tokens.json": {"<|a|>": 7}}, "the file belongs to another tokenizer"),
         ({"added_tokens.json": {"<s>": 2}}, "gives '<s>' the id 2, but in this tokenizer it has the id 1"),
-        ({"added_tokens.json": {"<|a|>": 2**31}}, "2147483648 is no token id"),
-        ({"added_tokens.json": {"<|a|>": "2048"}}, "'2048' is no token id"),
-        ({"added_tokens.json": {"<|a|>": True}}, "True is no token id"),
-        ({"added_tokens.json": {"": 2048}}, "'' is no token of 1 to 1000 characters"),
-        ({"added_tokens.json": {"x" * 5000: 2048}}, "is no token of 1 to 1000 characters"),
-        ({"added_tokens.json": {"\ud800": 2048}}, "is no token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"<|a|>": 2**31}}, "2147483648 is not a token id"),
+        ({"added_tokens.json": {"<|a|>": "2048"}}, "'2048' is not a token id"),
+        ({"added_tokens.json": {"<|a|>": True}}, "True is not a token id"),
+        ({"added_tokens.json": {"": 2048}}, "'' is not a token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"x" * 5000: 2048}}, "is not a token of 1 to 1000 characters"),
+        ({"added_tokens.json": {"\ud800": 2048}}, "is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": [1]}, "must hold a JSON object"),
         ({"special_tokens_map.json": [1]}, "must hold a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be a JSON object"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is no token id"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is no token id"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is not a token id"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is not a token id"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"2048": "<|a|>"}}}, "must be a JSON object"),
         ({"tokenizer_config.json": decoder(token("<|a|>"), token("<|a|>"))}, "it adds a token twice"),
-        ({"tokenizer_config.json": decoder({"content": 5})}, "5 is no token"),
+        ({"tokenizer_config.json": decoder({"content": 5})}, "5 is not a token"),
         ({"tokenizer_config.json": decoder({"content": "a", "lstrip": "no"})}, "must be true or false"),
     ],
 )

@@ -371,7 +371,7 @@ def test_extra_eos_tokens(greedy: list[Any], tiny: Any) -> None:
     by_name = result("generate", "-p", PROMPT, "--extra-eos-token", tiny[1].id_to_token(greedy[2].token))
     assert (by_id["finish_reason"], by_id["generation_tokens"]) == ("stop", 3)
     assert by_name["generation_tokens"] == 3
-    assert "no token of this tokenizer" in refused("generate", "-p", "x", "--extra-eos-token", "nothing such")
+    assert "not a token of this tokenizer" in refused("generate", "-p", "x", "--extra-eos-token", "nothing such")
 
 
 def test_chat_templates(tiny: Any, tmp_path: Path) -> None:

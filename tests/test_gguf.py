@@ -351,7 +351,7 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
     "scaled positions": (lambda w, _: w.add_string("openelm.rope.scaling.type", "yarn"), "scales its positions"),
     "another tokenizer": (change_key("tokenizer.ggml.model", "gpt2"), "tokenizer of kind 'gpt2'"),
     "no scores": (change_key("tokenizer.ggml.scores", None), "no tokenizer.ggml.scores"),
-    "fewer scores": (change_key("tokenizer.ggml.scores", [0.0]), "must be as many"),
+    "fewer scores": (change_key("tokenizer.ggml.scores", [0.0]), "must have the same length"),
     "a bad bos": (lambda w, _: w.add_bos_token_id(5000), "bos_token_id is 5000"),
     "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "make no SentencePiece model"),
     "no unknown piece": (change_key("tokenizer.ggml.token_type", [1] * 2048), "no unknown token"),
@@ -374,7 +374,7 @@ def test_other_architectures_and_other_files_are_refused(tmp_path: Path) -> None
         gguf_format.read(tmp_path / "llama.gguf")
     for data in (b"", b"GG", b"GGUF", b"no GGUF file, but longer than its header", b"\x00" * 100):
         (tmp_path / "x.gguf").write_bytes(data)
-        with pytest.raises(RequestError, match="is damaged or no GGUF file"):
+        with pytest.raises(RequestError, match="is damaged or not a GGUF file"):
             gguf_format.read(tmp_path / "x.gguf")
     with pytest.raises(RequestError, match="does not exist"):
         gguf_format.read(tmp_path / "none.gguf")

@@ -92,7 +92,7 @@ TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
     "a long name": (lambda f: f.tensors.append(("x" * 64, RawTensor(0, (1,), b"\0" * 4))), "too long for a tensor"),
     "a name of other bytes": (lambda f: f.tensors.append((b"\xff", RawTensor(0, (1,), b"\0" * 4))), "not UTF-8"),
     "too many": (lambda f: setattr(f, "counts", (1 << 40, 17)), "claims 1099511627776 tensors"),
-    "more than there are": (lambda f: setattr(f, "counts", (21, 17)), "damaged or no GGUF file"),
+    "more than there are": (lambda f: setattr(f, "counts", (21, 17)), "damaged or not a GGUF file"),
     "fewer than there are": (lambda f: setattr(f, "counts", (19, 17)), "blk.1.ffn_down.weight is missing"),
 }
 
@@ -177,11 +177,11 @@ def test_values_are_those_that_the_package_reads(tmp_path: Path) -> None:
 HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
     "a key twice": (lambda f: f.keys.append(f.keys[1]), "key 'openelm.block_count' is there twice"),
     "a key of other bytes": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
-    "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 1048576 values"),
-    "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or no GGUF file"),
+    "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 4194304 values"),
+    "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
     "deep nesting": (lambda f: f.key("x", "array of " * 5 + "u8", [[[[[1]]]]]), "arrays in arrays, over 4 deep"),
-    "a long list": (lambda f: f.key("x", "array of u8", [0] * ((1 << 20) + 1)), "more than 1048576 values"),
-    "many lists": (lambda f: f.key("x", "array of array of u8", [[0] * 1024] * 1025), "more than 1048576 values"),
+    "a long list": (lambda f: f.key("x", "array of u8", [0] * ((1 << 22) + 1)), "more than 4194304 values"),
+    "many lists": (lambda f: f.key("x", "array of array of u8", [[0] * 1024] * 4097), "more than 4194304 values"),
 }
 
 
@@ -191,6 +191,13 @@ def test_headers_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
     file = small_file()
     change(file)
     refused(file.write(tmp_path / "a.gguf"), message)
+
+
+def test_a_header_may_have_a_million_tokens(tmp_path: Path) -> None:
+    """Each has its text, score and type."""
+    file = small_file()
+    file.key("x", "array of u8", [0] * (3 * (1 << 20)))
+    assert len(gguf_header.read(file.write(tmp_path / "a.gguf")).values["x"]) == 3 * (1 << 20)
 
 
 @pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 64) - 1])

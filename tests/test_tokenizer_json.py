@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats import gguf_tokenizer
 from mlx_openelm.tokenizer import Tokenizer
 
 import pytest
@@ -61,14 +62,16 @@ def model(**values: Any) -> Callable[[Any], None]:
         {"decoder": None},
         {"edit": model(dropout=0.9)},
         {"edit": model(dropout=1.0)},
-        {"edit": model(ignore_merges=True)},
         {"edit": lambda spec: spec["added_tokens"].clear()},
         {"edit": lambda spec: spec["model"].pop("type")},
         {"edit": lambda spec: spec["model"].update(merges=[m.split(" ") for m in spec["model"]["merges"]])},
         {"normalizer": {"type": "Sequence", "normalizers": [REPLACE, PREPEND]}},
         {"normalizer": REPLACE, "pre_tokenizer": METASPACE},
         {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE]}},
-        {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
+        {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "split": False},
+        },
     ],
 )
 def test_what_plays_no_part(original, edited, change) -> None:
@@ -103,7 +106,10 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
             {"normalizer": {"type": "Sequence", "normalizers": [REPLACE, {"type": "Precompiled"}]}},
             "rewrites characters",
         ),
-        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE, {"type": "NFC"}]}}, "rewrites"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE, {"type": "NFC"}]}},
+            "{'type': 'NFC'} in",
+        ),
         ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE, {"type": "Lowercase"}]}}, "rewrites"),
         ({"normalizer": {"type": "NFC"}, "pre_tokenizer": METASPACE}, "rewrites characters"),
         ({"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": "▁"}}, "rewrites characters"),
@@ -112,19 +118,21 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}}, "rewrites characters"),
         ({"normalizer": None}, "rewrites characters"),
         ({"normalizer": [REPLACE]}, "is damaged"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "no SentencePiece-style tokenizer"),
-        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "no SentencePiece-style tokenizer"),
-        ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "no SentencePiece-style tokenizer"),
-        ({"edit": model(type="WordPiece")}, "no SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "not a SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "not a SentencePiece-style tokenizer"),
+        ({"pre_tokenizer": {**METASPACE, "replacement": "_"}}, "not a SentencePiece-style tokenizer"),
+        ({"edit": model(type="WordPiece")}, "not a SentencePiece-style tokenizer"),
+        ({"edit": model(ignore_merges=1)}, "ignore_merges must be true or false"),
+        ({"pre_tokenizer": {**METASPACE, "split": None}}, "split must be true or false"),
         ({"edit": model(end_of_word_suffix="</w>")}, "it has a end_of_word_suffix"),
         (
             {"edit": lambda spec: spec["model"]["vocab"].update(unknown=spec["model"]["vocab"].pop("<unk>"))},
-            "is no piece",
+            "is not a piece",
         ),
-        ({"edit": model(unk_token="no such")}, "is no piece"),
+        ({"edit": model(unk_token="no such")}, "is not a piece"),
         ({"edit": model(merges=[["▁", "no such"]])}, "is damaged"),
-        ({"edit": model(merges=["▁ t x"])}, "a merge is no pair"),
-        ({"edit": model(merges=[["▁", 5]])}, "a merge is no pair"),
+        ({"edit": model(merges=["▁ t x"])}, "a merge is not a pair"),
+        ({"edit": model(merges=[["▁", 5]])}, "a merge is not a pair"),
         ({"edit": model(merges=5)}, "must be a list"),
         ({"edit": model(vocab={})}, "its vocabulary must have"),
         ({"edit": lambda spec: spec["model"]["vocab"].update(more=2**31)}, "must have the ids from 0"),
@@ -134,12 +142,18 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"edit": lambda spec: spec["model"]["vocab"].update(more=10**400)}, "must have the ids from 0"),
         ({"edit": lambda spec: spec["model"]["vocab"].update({"x" * 5000: 773})}, "1 to 1000 characters"),
         ({"edit": lambda spec: spec["model"]["vocab"].update({"\ud800": 773})}, "is damaged"),
-        ({"edit": lambda spec: spec["added_tokens"].append({"id": 2**31, "content": "x"})}, "no token id"),
-        ({"edit": lambda spec: spec["added_tokens"].append({"id": 900, "content": "<|x|>"})}, "900 instead of 773"),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 2**31, "content": "x"})}, "not a token id"),
+        (
+            {"edit": lambda spec: spec["added_tokens"].append({"id": 900, "content": "<|x|>"})},
+            "the next is 773: give it",
+        ),
+        ({"edit": lambda spec: spec["added_tokens"].append({"id": 7, "content": "<|x|>"})}, "the id 7 of another one"),
         ({"edit": lambda spec: spec["added_tokens"].append({"id": 5, "content": "</s>"})}, "adds a token twice"),
         ({"edit": lambda spec: spec["added_tokens"][1].update(id=7)}, "has two ids"),
         ({"added_tokens": {"a": 1}}, "must be a list"),
-        ({"added_tokens": ["<s>"]}, "is no added token"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 180_000}}, "more than 100 normalizers"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE] * 101}}, "more than 100 pretokenizers"),
+        ({"added_tokens": ["<s>"]}, "is not an added token"),
         ({"model": None}, "it has no model"),
     ],
 )
@@ -151,6 +165,74 @@ def test_what_is_refused(edited, capfd, change, message) -> None:
     assert "\n" not in str(caught.value)
     assert time.process_time() - started < 2
     assert capfd.readouterr() == ("", "")  # a panic in Rust writes to stderr
+
+
+def drop_merges(spec: Any) -> None:
+    """Without half its merges many a piece is only found whole."""
+    del spec["model"]["merges"][::2]
+    spec["model"]["ignore_merges"] = True
+
+
+SPLIT: dict[str, Any] = {key: value for key, value in METASPACE.items() if key != "split"}
+NEVER = {"prepend_scheme": "never"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": SPLIT},
+        {"pre_tokenizer": SPLIT | {"split": True}},
+        {"pre_tokenizer": SPLIT | NEVER},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
+        {"pre_tokenizer": METASPACE, "edit": drop_merges},
+        {"pre_tokenizer": SPLIT, "edit": drop_merges},
+        {"pre_tokenizer": SPLIT | NEVER, "edit": drop_merges},
+    ],
+)
+def test_ids_are_the_tokenizers_packages(original, edited, tmp_path, change) -> None:
+    """Where it cuts text at spaces, and where it takes pieces whole."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = edited(normalizer=None, **change)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours = Tokenizer.from_folder(folder)
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.from_folder(tmp_path / "saved")
+    # Before a text that starts with a space `Metaspace` puts none, where SentencePiece does.
+    texts = ["To be", "x    y", "be", *(f"x{text}" for text in random_texts(300, typed=False))]
+    ids = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [ours.encode(text, add_bos=False) for text in texts] == ids
+    assert [again.encode(text, add_bos=False) for text in texts] == ids
+    assert [ours.decode(line) for line in ids] == [text.replace("▁", " ") for text in texts]
+    assert ids != [original.encode(text, add_bos=False) for text in texts]
+    with pytest.raises(RequestError, match="which llama.cpp does not know"):
+        gguf_tokenizer.vocabulary(ours)
+    for text in ("</s>", "<0x41>", "<unk>", "a</s>b"):  # typed, so text
+        assert ours.decode(ours.encode(text)) == text
+        assert not {0, 2} & {*ours.encode(text)}
+
+
+def test_cutting_at_spaces_may_play_no_part(original, edited) -> None:
+    """As in most files: no piece spans two words."""
+
+    def edit(spec: Any) -> None:
+        merges = spec["model"]["merges"]
+        merges[:] = [merge for merge in merges if "▁" not in merge.replace(" ", "")[1:]]
+
+    ours = Tokenizer.from_folder(edited(edit, normalizer=None, pre_tokenizer=SPLIT))
+    assert not ours.spec.splits
+
+
+def test_a_large_file_is_read(edited) -> None:
+    path = edited() / "tokenizer.json"
+    path.write_text(path.read_text() + " " * (1 << 25))  # the largest published ones have 35 MB
+    assert Tokenizer.from_folder(path.parent).vocab_size == 773
+
+
+def test_a_template_of_a_damaged_name_is_not_the_folders(edited) -> None:
+    folder = edited()
+    config = {"chat_template": [{"name": ["x"], "template": "y"}]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(folder).chat_template is None
 
 
 def test_nesting_is_bounded(tmp_path) -> None:

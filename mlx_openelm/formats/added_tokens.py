@@ -9,6 +9,7 @@ is named there without an id, and is no piece, becomes a token as well. All of i
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,21 +62,21 @@ class Named:
 def parse(value: Any, where: str) -> AddedToken:
     """One entry of `added_tokens` in a `tokenizer.json`; `RequestError` for what is none."""
     if not isinstance(value, dict):
-        raise RequestError(f"{where} is damaged: {quote(value)} is no added token.")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not an added token.")
     return _token(value, check_id(value.get("id"), where), where)
 
 
 def check_id(value: Any, where: str) -> int:
     """An id from a file, or `RequestError`; bounded, since tables are made as long as the largest."""
     if type(value) is not int or not 0 <= value < MAX_TOKENS:
-        raise RequestError(f"{where} is damaged: {quote(value)} is no token id (0 to {MAX_TOKENS - 1}).")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not a token id (0 to {MAX_TOKENS - 1}).")
     return value
 
 
 def check_content(value: Any, where: str) -> str:
     """The text of a token from a file, or `RequestError`."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_LENGTH or _SURROGATE.search(value):
-        raise RequestError(f"{where} is damaged: {quote(value)} is no token of 1 to {MAX_LENGTH} characters.")
+        raise RequestError(f"{where} is damaged: {quote(value)} is not a token of 1 to {MAX_LENGTH} characters.")
     return value
 
 
@@ -86,19 +87,19 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
         RequestError: a damaged file.
     """
     path = folder / "tokenizer_config.json"
-    config, named, flagged = _read_if_there(path), [], []
-    if "added_tokens_decoder" in config:  # then transformers reads no other file
+    config, named, flagged = read_if_there(path), [], []
+    if config.get("added_tokens_decoder") is not None:  # then transformers reads no other file
         where = f"added_tokens_decoder in {path}"
         for key, value in _object(config["added_tokens_decoder"], where).items():
             token_id = check_id(int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key, where)
             named.append(Named(_token(_object(value, where), token_id, where), where, token_id))
     else:
-        older = _read_if_there(folder / "special_tokens_map.json")
+        older = read_if_there(folder / "special_tokens_map.json")
         # These are flags of tokens that have an id: transformers 5 makes no new ones of them.
         flagged = _list(older.pop(_OLD_EXTRA, None))
         config |= older
         path = folder / "added_tokens.json"
-        for text, value in _read_if_there(path).items():
+        for text, value in read_if_there(path).items():
             token = AddedToken(check_content(text, str(path)), check_id(value, str(path)), normalized=True)
             named.append(Named(token, str(path), token.id))
     named.sort(key=lambda entry: entry.token.id)
@@ -117,15 +118,24 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Named]]:
     return config, named
 
 
-def resolve(named: Iterable[Named], token_to_id: Callable[[str], int | None], size: int) -> list[AddedToken]:
+def resolve(
+    named: Iterable[Named], token_to_id: Callable[[str], int | None], size: int, rows: int | None = None
+) -> list[AddedToken]:
     """The tokens with their ids: a piece keeps its own, others follow the `size` tokens there are, in order.
+
+    Those named without an id (a `pad_token` for training in batches) are left out, with a warning, where the model has
+    no row for them among its `rows`.
 
     Raises:
         RequestError: a file gives a token another id, as it would have in a tokenizer it does not belong to.
     """
     tokens: list[AddedToken] = []
+    left_out: list[str] = []
     for entry in named:
         content, token_id = entry.token.content, token_to_id(entry.token.content)
+        if token_id is None and entry.id is None and rows is not None and size >= rows:
+            left_out.append(content)
+            continue
         if token_id is None:
             token_id, size = size, size + 1
         if entry.id is not None and entry.id != token_id:
@@ -134,6 +144,9 @@ def resolve(named: Iterable[Named], token_to_id: Callable[[str], int | None], si
                 f"{token_id}: the file belongs to another tokenizer, so remove or correct it."
             )
         tokens.append(replace(entry.token, id=token_id))
+    if left_out:
+        shown = quote(left_out if len(left_out) > 1 else left_out[0])
+        warnings.warn(f"The model has no row for {shown}, named as special without an id: left out.", stacklevel=4)
     if size > MAX_TOKENS:
         raise RequestError(f"The tokenizer has {size} tokens, more than the {MAX_TOKENS} one may have.")
     return tokens
@@ -171,5 +184,6 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that need not be there; `RequestError` for a damaged one."""
     return read_json(path) if path.exists() else {}

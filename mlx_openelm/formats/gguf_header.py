@@ -18,8 +18,9 @@ from ..inputs import check_file
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # 3 differs from 2 in that it may be big-endian
 
-# OpenELM's vocabulary takes 100,000 values and 1 MB; the largest anywhere about ten times that.
-_MOST_VALUES = 1 << 20
+# OpenELM's vocabulary takes 100,000 values and 1 MB; the largest anywhere about ten times that. Each token has three
+# values: its text, its score and its type.
+_MOST_VALUES = 4 * (1 << 20)
 _MOST_BYTES = 1 << 26
 _MOST_TENSORS = 1 << 14
 _MOST_DIMENSIONS, _MOST_NAME = 4, 63  # of a tensor; ggml's own bounds, the second in bytes
@@ -82,7 +83,7 @@ def read(path: Path) -> Header:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
     except _Damaged as error:
-        raise RequestError(f"{path} is damaged or no GGUF file ({error}); download it again.") from None
+        raise RequestError(f"{path} is damaged or not a GGUF file ({error}); download it again.") from None
     except _Foreign as error:
         raise RequestError(f"{path} {error}.") from None
 
@@ -184,7 +185,7 @@ class _Reader:
 def _alignment(values: dict[str, Any]) -> int:
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise _Damaged(f"its general.alignment is {quote(alignment)}, no power of two")
+        raise _Damaged(f"its general.alignment is {quote(alignment)}, not a power of two")
     return alignment
 
 

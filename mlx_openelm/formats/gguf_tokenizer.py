@@ -51,6 +51,12 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
         RequestError: a tokenizer that llama.cpp would encode otherwise.
     """
     spec, file = tokenizer.spec, tokenizer.model_file
+    if spec.ignore_merges or spec.splits:
+        setting = "ignore_merges" if spec.ignore_merges else "split in its Metaspace"
+        raise RequestError(
+            f"The tokenizer.json has {setting}, which llama.cpp does not know, so it would give other ids; give the "
+            "model's tokenizer.model with --tokenizer."
+        )
     model = None if file is None else read_model(file)
     if model is None or model.pieces != spec.pieces:
         model = _from_merges(spec)
@@ -178,7 +184,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     kinds = {"tokens": str, "scores": float, "token_type": int}
     pieces, scores, types = (_list(values, key, kind, path) for key, kind in kinds.items())
     if not len(pieces) == len(scores) == len(types):
-        raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must be as many.")
+        raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must have the same length.")
     if not isinstance(add_space := values.get(_PREFIX + "add_space_prefix", True), bool):
         raise RequestError(f"The tokenizer in {path} is damaged: add_space_prefix is {quote(add_space)}.")
     if len(pieces) > MAX_TOKENS or max(map(len, pieces), default=0) > MAX_LENGTH:

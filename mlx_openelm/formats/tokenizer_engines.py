@@ -21,20 +21,26 @@ _COMPARED = 400
 
 
 def open_engine(
-    path: Path, config: dict[str, Any], named: Iterable[added_tokens.Named], *, beside: bool = False
+    path: Path,
+    config: dict[str, Any],
+    named: Iterable[added_tokens.Named],
+    *,
+    rows: int | None = None,
+    beside: bool = False,
 ) -> Engine:
     """The engine for a tokenizer file.
 
     Args:
         path: a `tokenizer.json` or a `tokenizer.model`, under any name with that ending.
         config, named: what `added_tokens.read` found.
+        rows: how many tokens the model can take, as `added_tokens.resolve` says.
         beside: whether the `tokenizer.model` beside a `tokenizer.json` is taken where it is another tokenizer.
 
     Raises:
         RequestError: a damaged file, a tokenizer of another kind, added tokens that do not fit.
     """
     if path.suffix == ".json":
-        engine = _open_json(path, named)
+        engine = _open_json(path, named, rows)
         model_file = path.with_name("tokenizer.model")
         if path.name != "tokenizer.json" or not model_file.is_file():
             return engine
@@ -52,22 +58,22 @@ def open_engine(
             stacklevel=3,
         )
         path = model_file
-    return _open_model(path, config, named)
+    return _open_model(path, config, named, rows)
 
 
-def _open_json(path: Path, named: Iterable[added_tokens.Named]) -> TokenizersEngine:
+def _open_json(path: Path, named: Iterable[added_tokens.Named], rows: int | None) -> TokenizersEngine:
     spec = read_spec(path)
     known = {token.content: token for token in spec.added}
     ids = spec.vocab | {token.content: token.id for token in spec.added}
-    for token in added_tokens.resolve(named, ids.get, len(spec.vocab) + len(spec.beyond)):
+    for token in added_tokens.resolve(named, ids.get, len(spec.vocab) + len(spec.beyond), rows):
         known[token.content] = token
     spec.added = list(known.values())
     return TokenizersEngine(spec, path)
 
 
-def _open_model(path: Path, config: dict[str, Any], named: Iterable[added_tokens.Named]) -> Engine:
+def _open_model(path: Path, config: dict[str, Any], named: Iterable[added_tokens.Named], rows: int | None) -> Engine:
     engine = SentencePieceEngine(path)
-    tokens = added_tokens.resolve(named, engine.token_to_id, engine.vocab_size)
+    tokens = added_tokens.resolve(named, engine.token_to_id, engine.vocab_size, rows)
     if all(engine.is_special(token.id) for token in tokens):
         return engine
     # The sentencepiece package knows its own pieces only.

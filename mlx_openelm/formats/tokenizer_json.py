@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import RequestError, quote
-from ..inputs import read_json
+from ..inputs import MAX_BYTES, read_json
 from . import added_tokens
 from .added_tokens import MAX_TOKENS, AddedToken
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-NOT_SENTENCEPIECE = "{} is no SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
+NOT_SENTENCEPIECE = "{} is not a SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
 REWRITES = (
     "{} removes spaces or rewrites characters before encoding, so text would not survive it: "
     "use Llama 2's tokenizer, or one trained alike (identity normalization, remove_extra_whitespaces false)"
@@ -39,6 +39,8 @@ class TokenizerSpec:
         added: tokens that are found in a text first, or are special; those that are no pieces follow them.
         adds_space: whether a space is put in front of a text.
         first_only: whether text after an added token gets none (`legacy: false` in transformers).
+        splits: whether text is cut before each space, so that no piece spans two words.
+        ignore_merges: whether a text, or what it is cut into, that is a piece is that piece, whatever the merges.
     """
 
     vocab: dict[str, int]
@@ -50,6 +52,13 @@ class TokenizerSpec:
     fuse_unk: bool = True
     adds_space: bool = True
     first_only: bool = False
+    splits: bool = False
+    ignore_merges: bool = False
+
+    @property
+    def spans_words(self) -> bool:
+        """Whether a text can become a piece with a space after its first character."""
+        return any(SPACE in piece[1:] for piece in (self.vocab if self.scores else map("".join, self.merges)))
 
     @property
     def pieces(self) -> list[str]:
@@ -73,9 +82,10 @@ def read_spec(path: Path) -> TokenizerSpec:
     Raises:
         RequestError: a damaged file, or a tokenizer of another kind (byte-level, WordPiece).
     """
-    values = read_json(path)
+    values = read_json(path, max_bytes=MAX_BYTES)
     spec = _read_model(values.get("model"), path)
-    spec.adds_space, spec.first_only = _read_spaces(values, path)
+    spec.adds_space, spec.first_only, splits = _read_spaces(values, path)
+    spec.splits = splits and (spec.ignore_merges or spec.spans_words)
     added = values.get("added_tokens") or []
     if not isinstance(added, list) or len(added) > MAX_TOKENS:
         raise damaged(path, "added_tokens must be a list")
@@ -83,8 +93,14 @@ def read_spec(path: Path) -> TokenizerSpec:
     if len({token.content for token in spec.added}) != len(spec.added):
         raise damaged(path, "it adds a token twice")
     for place, token in enumerate(spec.beyond, len(spec.vocab)):
-        if token.id != place:
-            raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} instead of {place}")
+        if token.id < place:
+            raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} of another one")
+        if token.id > place:  # the tokenizers package would give it `place`
+            raise RequestError(
+                f"{path} gives the added token {quote(token.content)} the id {token.id}, but added ids must have no "
+                f"gaps, and the next is {place}: give it that id if the model was trained with it, else put unused "
+                f"tokens (such as <|unused_{place}|>) before it."
+            )
     for token in spec.added:
         if spec.vocab.get(token.content, token.id) != token.id:
             raise damaged(path, f"{quote(token.content)} has two ids")
@@ -92,7 +108,7 @@ def read_spec(path: Path) -> TokenizerSpec:
 
 
 def damaged(path: Path, why: str) -> RequestError:
-    return RequestError(f"{path} is damaged or no tokenizer ({why}): download it again")
+    return RequestError(f"{path} is damaged or not a tokenizer ({why}): download it again")
 
 
 def _read_model(model: Any, path: Path) -> TokenizerSpec:
@@ -104,19 +120,23 @@ def _read_model(model: Any, path: Path) -> TokenizerSpec:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise RequestError(NOT_SENTENCEPIECE.format(path, f"it has a {key}"))
-    fallback, fuses = model.get("byte_fallback", False), model.get("fuse_unk", False)
-    if not isinstance(fallback, bool) or not isinstance(fuses, bool):
-        raise damaged(path, "byte_fallback and fuse_unk must be true or false")
     if kind == "Unigram":
         spec = _read_unigram(model, path)
     else:
         spec = TokenizerSpec(_read_vocab(model.get("vocab"), path), _read_merges(model.get("merges"), path))
+        spec.ignore_merges = _read_flag(model, "ignore_merges", path)
         if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
             spec.unk_token = unknown
     if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
-        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is no piece")
-    spec.byte_fallback, spec.fuse_unk = fallback, fuses
+        raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is not a piece")
+    spec.byte_fallback, spec.fuse_unk = (_read_flag(model, key, path) for key in ("byte_fallback", "fuse_unk"))
     return spec
+
+
+def _read_flag(values: dict[str, Any], key: str, path: Path, default: bool = False) -> bool:
+    if not isinstance(flag := values.get(key, default), bool):
+        raise damaged(path, f"{key} must be true or false")
+    return flag
 
 
 def _read_vocab(vocab: Any, path: Path) -> dict[str, int]:
@@ -160,45 +180,54 @@ def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
     except TypeError:
         pairs = [()]
     if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
-        raise damaged(path, "a merge is no pair of pieces")
+        raise damaged(path, "a merge is not a pair of pieces")
     return cast(list[tuple[str, str]], pairs)
 
 
-def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool]:
-    """Whether a space is put in front of a text, and whether only there, by the normalizers and pre-tokenizers.
+def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
+    """Whether a space is put in front of a text, whether only there, and whether text is cut before each space, by the
+    normalizers and pre-tokenizers.
 
     `Metaspace` puts none before a text that starts with one, where SentencePiece does: ours is SentencePiece's.
     """
-    adds_space = first_only = replaces = False
+    adds_space = first_only = replaces = splits = False
     for step in _steps(values.get("normalizer"), "normalizers", path):
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             adds_space = True
-        elif step.get("type") == "Replace" and step.get("pattern") in ({"String": " "}, {"Regex": " "}):
+        elif step.get("type") == "Replace" and step.get("pattern") in _SPACES and step.get("content") == SPACE:
             replaces = True
-            if step.get("content") != SPACE:
-                raise RequestError(REWRITES.format(path))
         elif step != _DOUBLED_SPACE:
-            raise RequestError(REWRITES.format(path))
+            raise RequestError(REWRITES.format(f"the normalizer {_shown(step)} in {path}"))
     for step in _steps(values.get("pre_tokenizer"), "pretokenizers", path):
         if step.get("type") != "Metaspace" or step.get("replacement") not in (SPACE, " "):
             raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(step.get('type'))}"))
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+        # Where spaces are U+2581 already, one that looks for plain spaces finds none.
+        splits |= _read_flag(step, "split", path, default=True) and not (replaces and step["replacement"] == " ")
         replaces = replaces or step["replacement"] == SPACE
         first_only = first_only or (scheme == "first" and not adds_space)
         adds_space = adds_space or scheme != "never"
     if not replaces:
         raise RequestError(REWRITES.format(path))
-    return adds_space, first_only
+    return adds_space, first_only, splits
 
 
+_SPACES = ({"String": " "}, {"Regex": " "})
+_MOST_STEPS = 100
 # With this transformers 5 makes `Metaspace` put a space before a text that starts with one, too.
 _DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+
+
+def _shown(step: dict[str, Any]) -> str:
+    return quote({key: step[key] for key in ("type", "pattern", "content") if key in step})
 
 
 def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer, those in a `Sequence` one by one."""
     left = [] if value is None else [value]
     while left:
+        if len(left) > _MOST_STEPS:
+            raise damaged(path, f"it has more than {_MOST_STEPS} {key}")
         step = left.pop(0)
         if not isinstance(step, dict):
             raise damaged(path, f"one of its {key} is {quote(step)}")
@@ -222,7 +251,7 @@ def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [token.to_dict() for token in sorted(spec.added, key=lambda token: token.id)],
         "normalizer": _space_normalizer(prepends),
-        "pre_tokenizer": None if prepends or not spec.adds_space else space_pre_tokenizer(spec.first_only),
+        "pre_tokenizer": space_pre_tokenizer(spec, prepends=prepends),
         "post_processor": _template_processing(bos_token, bos_token_id),
         "decoder": _space_decoder(spec.adds_space),
         "model": _write_model(spec),
@@ -244,7 +273,7 @@ def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": spec.fuse_unk,
         "byte_fallback": spec.byte_fallback,
-        "ignore_merges": False,
+        "ignore_merges": spec.ignore_merges,
         "vocab": spec.vocab,
         "merges": [list(pair) if as_pairs else " ".join(pair) for pair in spec.merges],
     }
@@ -257,18 +286,23 @@ def _space_normalizer(prepends: bool) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [prepend, replace] if prepends else [replace]}
 
 
-def space_pre_tokenizer(first_only: bool) -> dict[str, Any]:
-    """A space in front of a text, or also of what follows an added token.
+def space_pre_tokenizer(spec: TokenizerSpec, *, prepends: bool) -> dict[str, Any] | None:
+    """A space in front of a text, or also of what follows an added token, unless the normalizer `prepends` it.
 
     After the normalizer no plain space is left, so that the first `Metaspace` puts one before any text; the second
     makes it U+2581.
     """
 
-    def metaspace(replacement: str, scheme: str) -> dict[str, Any]:
-        return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+    def metaspace(replacement: str, scheme: str, split: bool = False) -> dict[str, Any]:
+        return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": split}
 
-    steps = [metaspace(" ", "first" if first_only else "always"), metaspace(SPACE, "never")]
-    return {"type": "Sequence", "pretokenizers": steps}
+    last = metaspace(SPACE, "never", spec.splits)
+    if prepends or not spec.adds_space:
+        return last if spec.splits else None
+    return {
+        "type": "Sequence",
+        "pretokenizers": [metaspace(" ", "first" if spec.first_only else "always"), last],
+    }
 
 
 def _space_decoder(add_dummy_prefix: bool) -> dict[str, Any]:

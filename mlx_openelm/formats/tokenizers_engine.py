@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,10 +60,10 @@ class TokenizersEngine:
     def _remove_merges_into_control_tokens(self) -> None:
         """Some files have merges that build "</s>" or "<0x0A>" from its characters."""
         spec = self.spec
-        reserved = {token.content for token in spec.added if token.special} & spec.vocab.keys()
-        reserved |= BYTE_TOKENS if spec.byte_fallback else set()
-        if not reserved.isdisjoint(map("".join, spec.merges)):
-            spec.merges = [pair for pair in spec.merges if "".join(pair) not in reserved]
+        self._reserved = {token.content for token in spec.added if token.special} & spec.vocab.keys()
+        self._reserved |= BYTE_TOKENS if spec.byte_fallback else set()
+        if not self._reserved.isdisjoint(map("".join, spec.merges)):
+            spec.merges = [pair for pair in spec.merges if "".join(pair) not in self._reserved]
 
     def _make_model(self) -> Any:
         from tokenizers import models
@@ -77,20 +78,24 @@ class TokenizersEngine:
             unk_token=spec.unk_token,
             fuse_unk=spec.fuse_unk,
             byte_fallback=spec.byte_fallback,
+            ignore_merges=spec.ignore_merges,
         )
 
     def _make_tokenizer(self, model: Any, adds_space: bool) -> tokenizers.Tokenizer:
         from tokenizers import AddedToken as TheirToken
-        from tokenizers import Tokenizer, normalizers, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
         tokenizer = Tokenizer(model)
         literal = [normalizers.Replace(LITERAL, "")] if self.spec.beyond else []
         tokenizer.normalizer = normalizers.Sequence([*literal, normalizers.Replace(" ", SPACE)])
-        if adds_space:
-            steps = space_pre_tokenizer(self.spec.first_only)["pretokenizers"]
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Metaspace(step["replacement"], step["prepend_scheme"], step["split"]) for step in steps]
-            )
+        cut = space_pre_tokenizer(replace(self.spec, adds_space=adds_space), prepends=False)
+        steps = [] if cut is None else cut.get("pretokenizers", [cut])
+        parts: list[Any] = [
+            pre_tokenizers.Metaspace(step["replacement"], step["prepend_scheme"], step["split"]) for step in steps
+        ]
+        if self.spec.ignore_merges:
+            parts.append(pre_tokenizers.Split(Regex(_after_the_first(self._reserved)), "isolated"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
         # None is special to the package: which are found in a text is settled already.
         tokenizer.add_tokens(
             [
@@ -133,6 +138,12 @@ class TokenizersEngine:
     def special_beyond(self) -> dict[str, int]:
         """The special tokens that were added to the model's own, which are found in a text."""
         return {token.content: token.id for token in self.spec.beyond if token.special}
+
+
+def _after_the_first(pieces: Iterable[str]) -> str:
+    """A regex that finds the first character of a text that is one of these, so that it is typed characters again."""
+    found = (rf"{re.escape(piece[0])}(?={re.escape(piece[1:])}\z)" for piece in sorted(pieces) if len(piece) > 1)
+    return rf"\A(?:{'|'.join(found)})"
 
 
 @contextmanager
