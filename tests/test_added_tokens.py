@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.exporting import export
-from mlx_openelm.formats import gguf_tokenizer
+from mlx_openelm.formats import gguf_metadata, gguf_tokenizer
 from mlx_openelm.formats.sentencepiece import CONTROL, USER_DEFINED
 from mlx_openelm.tokenizer import Tokenizer
 from mlx_openelm.training.conversations import conversation
@@ -286,6 +287,33 @@ def test_a_pad_token_beside_a_unigram_model_needs_no_merges(tmp_path) -> None:
     with pytest.warns(UserWarning, match="left out"):
         tokenizer = load(model)[1]
     assert tokenizer.encode("To be", add_bos=False) == processor.encode("To be")
+
+
+def test_what_gguf_cannot_store_is_told(tmp_path) -> None:
+    config = LLAMA | decoder(token("<|a|>", lstrip=True), token("<|b|>", rstrip=True), token("zq", single_word=True))
+    tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", {"tokenizer_config.json": config}))
+    with pytest.warns(UserWarning, match=r"lstrip, rstrip, single_word\).*'<\|a\|>', '<\|b\|>', 'zq'"):
+        gguf_values(tokenizer, tmp_path / "a.gguf", 2060)
+
+
+@pytest.mark.parametrize("more", [0, 1, 2, 3])
+def test_gguf_keeps_up_to_three_ending_tokens(tmp_path, more) -> None:
+    """llama.cpp ends at the end of a text, of a turn, and of a message."""
+    config = LLAMA | decoder(*(token(f"<|{letter}|>", special=True) for letter in "abc"))
+    folder = folder_of(tmp_path / "folder", {"tokenizer_config.json": config})
+    tokenizer = Tokenizer.from_folder(folder, eos_token_ids=[2, *range(2048, 2048 + more)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        values = gguf_values(tokenizer, tmp_path / "a.gguf", 2060)
+    assert [str(warning.message) for warning in caught] == (
+        ["GGUF has no place for more ending tokens: generation will not end at [2050]."] if more == 3 else []
+    )
+    back = gguf_tokenizer.read(values, tmp_path / "a.gguf")
+    assert back.eos_token_ids == {2, *range(2048, 2048 + min(more, 2))} and back.eos_token_id == 2
+    assert gguf_metadata.end_ids(values | {"tokenizer.ggml.eom_token_id": 2**31}) == [
+        2,
+        *range(2048, 2048 + min(more, 1)),
+    ]
 
 
 @pytest.mark.parametrize("legacy", [True, False])

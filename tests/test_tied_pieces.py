@@ -101,6 +101,19 @@ def test_llamas_expected_ids(tmp_path) -> None:
             assert tokenizer.encode(case["text"], add_bos=False) == case["ids"]
 
 
+@NEEDS_LLAMA
+def test_transformers_5_loses_the_scores_of_llamas_spaces_and_they_are_known(tmp_path) -> None:
+    """It ranks merges by their ids, runs of spaces among them."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(LLAMA / name, tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    spec = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert spec["model"]["merges"][0] == ["▁", "▁"]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA / "tokenizer.model"))
+    check_ids(Tokenizer.from_folder(tmp_path / "saved"), processor, random_texts(1000, seed=5))
+
+
 def test_other_programs_give_the_same_ids(saved, processor) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE = "openelm"
+# What ends a generation in llama.cpp beside `eos`: the end of a turn, and of a message.
+OTHER_ENDS = ("eot", "eom")
 _MOST = 1 << 24  # of a size; beyond it a file is damaged
 
 
@@ -52,6 +54,14 @@ def check_model(values: dict[str, Any], path: Path) -> None:
         raise RequestError(f"{path} is a {quote(architecture)} model; mlx-openelm runs {ARCHITECTURE!r}.")
     if (kind := values.get("general.type", "model")) != "model":
         raise RequestError(f"{path} is no model, but of general.type {quote(kind)}.")
+
+
+def end_ids(values: dict[str, Any]) -> list[int]:
+    """The tokens that end a generation, the end of a text first; those that the file does not have are left out."""
+    count = len(values.get("tokenizer.ggml.tokens", ()))
+    others = [values.get(f"tokenizer.ggml.{name}_token_id") for name in OTHER_ENDS]
+    first = values.get("tokenizer.ggml.eos_token_id", 2)
+    return list(dict.fromkeys([first, *(i for i in others if type(i) is int and 0 <= i < count)]))
 
 
 def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: int, tied: bool = True) -> ModelConfig:
@@ -100,6 +110,7 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
     multipliers, divisor = _multipliers(widths, (0.5, 4.0), model_dim, (256, 128, 64))
     query_widths = tuple(count * head_dim for count in heads)
     query_multipliers, _ = _multipliers(query_widths, (0.5, 1.0), model_dim, (head_dim * groups,))
+    ends = end_ids(values)
     try:
         return ModelConfig(
             num_transformer_layers=layers,
@@ -119,10 +130,10 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
             rope_max_length=2 * context,  # llama.cpp has no such limit; the published models have this one
             max_context_length=context,
             bos_token_id=values.get("tokenizer.ggml.bos_token_id", 1),
-            eos_token_id=values.get("tokenizer.ggml.eos_token_id", 2),
+            eos_token_id=ends[0] if len(ends) == 1 else tuple(ends),
         )
     except RequestError as error:
-        raise RequestError(f"{path}: {error}") from None
+        raise RequestError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _whole(path: Path, name: str, value: Any, most: int) -> int:

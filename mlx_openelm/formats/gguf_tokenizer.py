@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import warnings
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError, quote
 from ..tokenizer import Tokenizer
 from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
+from .gguf_metadata import OTHER_ENDS, end_ids
 from .sentencepiece import (
     BYTE,
     CONTROL,
@@ -161,6 +163,10 @@ def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: st
     writer.add_token_types([*model.types, *(UNUSED for _ in padding)])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    others = sorted(tokenizer.eos_token_ids - {tokenizer.eos_token_id})
+    for name, token_id in zip(OTHER_ENDS, others, strict=False):
+        writer.add_uint32(f"{_PREFIX}{name}_token_id", token_id)
+    _warn_of_losses(spec, others[len(OTHER_ENDS) :])
     if UNKNOWN in model.types:
         writer.add_unk_token_id(model.types.index(UNKNOWN))
     writer.add_add_bos_token(True)
@@ -170,6 +176,18 @@ def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: st
         writer.add_bool(_FIRST_ONLY, True)
     if chat_template:
         writer.add_chat_template(chat_template)
+
+
+def _warn_of_losses(spec: TokenizerSpec, ends: list[int]) -> None:
+    flagged = [token.content for token in spec.parsed if token.lstrip or token.rstrip or token.single_word]
+    if flagged:
+        warnings.warn(
+            f"GGUF cannot store that added tokens match whole words or swallow the spaces beside them (lstrip, rstrip, "
+            f"single_word); without that, text around {', '.join(map(quote, flagged[:4]))} gets other tokens.",
+            stacklevel=2,
+        )
+    if ends:
+        warnings.warn(f"GGUF has no place for more ending tokens: generation will not end at {ends}.", stacklevel=2)
 
 
 def read(values: dict[str, Any], path: Path) -> Tokenizer:
@@ -230,7 +248,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
     if isinstance(template := values.get("tokenizer.chat_template"), str):
         (file / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
-        tokenizer = Tokenizer.from_folder(file)
+        tokenizer = Tokenizer.from_folder(file, eos_token_ids=end_ids(values))
     except RequestError as error:
         folder.cleanup()
         reason = str(error).replace(f"{file}/", "")

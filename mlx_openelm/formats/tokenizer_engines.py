@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,13 +11,25 @@ from typing import Any
 
 from ..errors import RequestError, quote
 from . import added_tokens
-from .sentencepiece import NORMAL, SentencePieceEngine, first_pieces, read_model, to_spec
-from .tokenizer_json import read_spec
+from .sentencepiece import (
+    NORMAL,
+    UNUSED,
+    SentencePieceEngine,
+    SentencePieceModel,
+    bpe_merges,
+    first_pieces,
+    read_model,
+    to_spec,
+)
+from .tokenizer_json import SPACE, TokenizerSpec, read_spec
 from .tokenizers_engine import TokenizersEngine
 
 Engine = TokenizersEngine | SentencePieceEngine
 # The files that hold a tokenizer, the one that is looked for first first.
 ENGINES: dict[str, type[Engine]] = {"tokenizer.json": TokenizersEngine, "tokenizer.model": SentencePieceEngine}
+# Llama 2's pieces: how many, the SHA-256 of them in lines, and the first that merges make, after controls and bytes.
+_LLAMA2_SIZE, _LLAMA2_FIRST = 32000, 259
+_LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045"
 # So many pieces of two files are compared; any two vocabularies differ in their first merges.
 _COMPARED = 400
 
@@ -63,12 +77,27 @@ def open_engine(
 
 def _open_json(path: Path, named: Iterable[added_tokens.Named], rows: int | None) -> TokenizersEngine:
     spec = read_spec(path)
+    _order_llamas_merges(spec)
     known = {token.content: token for token in spec.added}
     ids = spec.vocab | {token.content: token.id for token in spec.added}
     for token in added_tokens.resolve(named, ids.get, len(spec.vocab) + len(spec.beyond), rows):
         known[token.content] = token
     spec.added = list(known.values())
     return TokenizersEngine(spec, path)
+
+
+def _order_llamas_merges(spec: TokenizerSpec) -> None:
+    """Rank the merges of Llama 2's pieces as its `tokenizer.model` does, whose scores follow the ids but for runs of
+    spaces, which come last. transformers 5 does not read the scores and ranks all by their ids, so that text with
+    several spaces in a row gets other tokens than the models were trained on."""
+    if spec.merges[:1] != [(SPACE, SPACE)] or len(spec.vocab) != _LLAMA2_SIZE:
+        return
+    pieces = spec.pieces
+    if hashlib.sha256("\n".join(pieces).encode()).hexdigest() != _LLAMA2_PIECES:
+        return
+    scores = [-math.inf if piece.strip(SPACE) == "" else -float(token_id) for token_id, piece in enumerate(pieces)]
+    types = [NORMAL if token_id >= _LLAMA2_FIRST else UNUSED for token_id in range(len(pieces))]
+    spec.merges = bpe_merges(SentencePieceModel(pieces, scores, types))
 
 
 def _open_model(path: Path, config: dict[str, Any], named: Iterable[added_tokens.Named], rows: int | None) -> Engine:
