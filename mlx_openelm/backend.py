@@ -156,7 +156,7 @@ def blas_problem() -> str | None:
     if blas.state == "late":
         return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
     if blas.state == "missing" and blas.library:
-        return f"{BLAS_VARIABLE}={blas.library} is no BLAS that can be loaded, so MLX uses its slow bundled BLAS."
+        return f"{BLAS_VARIABLE}={blas.library} cannot be loaded as a BLAS, so MLX uses its slow bundled BLAS."
     if blas.state == "missing":
         return f"No OpenBLAS was found, so MLX uses its slow bundled BLAS; {BLAS_ADVICE}."
     return None

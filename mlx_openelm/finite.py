@@ -1,4 +1,4 @@
-"""What to say where a model's numbers are no longer finite, found where one of them is read back anyway."""
+"""What to say when a model's numbers are not finite; they are checked where one is read back anyway."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Path:
 def source_repo(name: str | Path) -> str | None:
     """The hub repository that `name` stands for, or None when it is local.
 
-    Asks nobody. Raises RequestError for a name that is neither.
+    Makes no network request. Raises RequestError for a name that is neither.
     """
     place = _locate(name)
     return place if isinstance(place, str) else None
@@ -160,7 +160,7 @@ def _check_is_model(repo: str, folder: Path) -> None:
 
 
 def _cached(repo: str, revision: str | None, patterns: list[str]) -> str | None:
-    """The folder of a cached copy that has every file of `patterns`, or None. Asks nobody."""
+    """The folder of a cached copy that has every file of `patterns`, or None. Makes no network request."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -129,7 +129,7 @@ def upload(
         repo: `owner/name`; a bare name belongs to the token's owner. It is made if it does not exist.
         private: make it private. One that exists keeps its visibility, and must be private already.
         revision: the branch, made from `main` if it does not exist.
-        dry_run: only tell what would be sent. Asks nobody, needs no token.
+        dry_run: only tell what would be sent. Makes no network request, needs no token.
         card, licenses: the card's text by the repository's name, and licence files, for a GGUF file, which has
             no folder to hold them.
 

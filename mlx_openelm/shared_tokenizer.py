@@ -1,8 +1,8 @@
 """The tokenizer that all published models share, Llama 2's, found wherever a copy of it is.
 
 Apple's repositories have none, the one they point to is gated, and of the community's copies not every model has one.
-So each copy is asked for in turn, those on this machine first, and taken only if it is the right one: there are others
-with 32,000 pieces and the same special tokens, which give other ids.
+So each copy is asked for in turn, those on this machine first, and taken only if it is the right one: other tokenizers
+have 32,000 pieces and the same special tokens but give different ids.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def open_source(
     file = None if is_download else _as_file(model)
     if revision is not None and (is_download or file is not None):
         raise RequestError(
-            f"{model} is no hub repository, so it has no revision {quote(revision)}: leave the revision out."
+            f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
         )
     if file is not None and file.suffix.lower() == ".gguf":
         _refuse_yaml(model, config_yaml)
@@ -147,7 +147,7 @@ def _open_corenet(
     text = find_tokenizer(model, path, unpadded, tokenizer, rows=checkpoint.config.vocab_size)
     if text.vocab_size < pieces < checkpoint.config.vocab_size:
         warnings.warn(
-            f"The configuration speaks of {pieces} tokens (padding_index) and the tokenizer has {text.vocab_size}; "
+            f"The configuration has {pieces} tokens (padding_index) and the tokenizer has {text.vocab_size}; "
             "the rows beyond the tokenizer's are dropped. If it is not the model's own, name that with --tokenizer.",
             stacklevel=3,
         )

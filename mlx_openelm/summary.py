@@ -211,7 +211,7 @@ def memory_needed(
 
 
 def _cached_folder(repo: str, revision: str | None) -> Path | None:
-    """The folder of a model in the download cache, or None. Asks nobody."""
+    """The folder of a model in the download cache, or None. Makes no network request."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, "config.json", revision=revision)

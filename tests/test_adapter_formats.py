@@ -286,7 +286,7 @@ def test_an_output_side_is_not_written_for_peft(model: OpenELM, tmp_path: Path) 
     dora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True, magnitude=mx.ones(ROWS))})
     untied = replace(model.config, share_input_output_layers=False)
     for adapter, config in ((lora, model.config), (dora, model.config), (dora, untied)):
-        with pytest.raises(RequestError, match="on the output side too; PEFT's format cannot tell that"):
+        with pytest.raises(RequestError, match="on the output side too; PEFT cannot express that"):
             write_adapter(adapter, tmp_path, config, "peft")
     with pytest.raises(RequestError, match="not the weights of full fine-tuning; write mlx-lm's format"):
         write_adapter(Adapter(weights={"transformer.norm.weight": mx.ones(DIM)}), tmp_path, model.config, "peft")
@@ -539,14 +539,14 @@ def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM,
 
 def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> None:
     for place, message in {
-        tmp_path: "holds no adapter_config.json, so it is no adapter",
+        tmp_path: "holds no adapter_config.json, so it is not an adapter",
         tmp_path / "nowhere": "There is no adapter '.*nowhere'",
         "nowhere": "There is no adapter 'nowhere': adapters are folders",
         "a/b/c": "There is no adapter",
         "": "There is no adapter ''",
         "owner/run.safetensors": "There is no adapter",
         FOLDER: "holds no adapter_config.json",
-        FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is no adapter: name its folder",
+        FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is not an adapter: name its folder",
     }.items():
         with pytest.raises(RequestError, match=message):
             read_adapter(place, model.config)
@@ -554,7 +554,7 @@ def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> Non
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(RequestError, match=r"has no adapter_model.safetensors; a pickled .* is never read: load"):
         read_adapter(folder, model.config)
-    with pytest.raises(RequestError, match="tells its own alpha"):
+    with pytest.raises(RequestError, match="states its own alpha"):
         read_adapter(FIXTURES / "peft-lora", model.config, alpha=3)
     with pytest.raises(RequestError, match="it has no revision 'x'"):
         read_adapter(FIXTURES / "peft-lora", model.config, revision="x")

@@ -278,7 +278,7 @@ def test_other_contents(tmp_path: Path, config_yaml: Path) -> None:
     torch = pytest.importorskip("torch")
     for state in ([1, 2], {"a": 1}, {}, {1: torch.zeros(2)}, torch.zeros(3), {"epoch": 3, "w": torch.zeros(2)}):
         path = torch_save(tmp_path / "c.pt", state)
-        assert "is no CoreNet checkpoint" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
+        assert "is not a CoreNet checkpoint" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
 
 
 def test_adapters_are_refused(tmp_path: Path, config_yaml: Path) -> None:

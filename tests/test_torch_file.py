@@ -282,7 +282,7 @@ def test_members_that_contradict_each_other(tmp_path: Path) -> None:
         "overlaps with": set_directory(b"data/1", 42, struct.pack("<I", first + 4)),
         "two sizes": set_directory(b"data/1", 24, struct.pack("<I", 40)),
         "is encrypted": encrypt,
-        "is no file of this archive": set_directory(b"data/2", 38, b"\x10"),
+        "is not a regular file in this archive": set_directory(b"data/2", 38, b"\x10"),
         ".storage_alignment does not fit its size or checksum": spoil_alignment,
     }
     for words, change in cases.items():

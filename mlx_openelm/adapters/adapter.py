@@ -54,7 +54,7 @@ class Adapter:
     """The changes of a model, by module path (`transformer.layers.0.attn.qkv_proj`).
 
     `weights` holds whole tensors by name, as full fine-tuning leaves them; an adapter has these or `modules`.
-    `base_copies` are compared with the base before the adapter is used, and gone then.
+    `base_copies` are compared with the base before the adapter is used, and removed then.
     """
 
     modules: dict[str, LowRank] = field(default_factory=dict)

@@ -44,12 +44,12 @@ def read_adapter(
 
         return _checked(corenet_adapter.read(place, config, alpha), place)
     if alpha is not None:
-        raise RequestError(f"{path} tells its own alpha; only CoreNet's .pt files do not.")
+        raise RequestError(f"{path} states its own alpha; give one only with CoreNet's .pt files.")
     if place.is_file() and place.suffix.lower() != _SAFETENSORS:
-        raise RequestError(f"{place} is no adapter: name its folder, a {_SAFETENSORS} file in it, or a .pt file.")
+        raise RequestError(f"{place} is not an adapter: name its folder, a {_SAFETENSORS} file in it, or a .pt file.")
     folder = place if place.is_dir() else place.parent
     if not (folder / CONFIG).is_file():
-        raise RequestError(f"{folder} holds no {CONFIG}, so it is no adapter; name {_folders_in(folder)}.")
+        raise RequestError(f"{folder} holds no {CONFIG}, so it is not an adapter; name {_folders_in(folder)}.")
     format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
     file = place if place.is_file() else folder / format.WEIGHTS
     if not file.is_file():
@@ -118,7 +118,7 @@ def _find(path: str | Path, revision: str | None) -> Path:
         if not local.is_dir():
             check_file(local)
         if revision is not None:
-            raise RequestError(f"{path} is no hub repository, so it has no revision {quote(revision)}.")
+            raise RequestError(f"{path} is not a hub repository, so it has no revision {quote(revision)}.")
         return local
     owner, _, name = text.partition("/")
     is_repo = owner.strip(".~") and name and "/" not in name and not isinstance(path, Path)

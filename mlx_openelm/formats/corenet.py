@@ -31,7 +31,7 @@ _STATE_KEYS = ("model_state_dict", "ema_model_state_dict")
 
 
 def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
-    """The model in a `.pt` file, and how many tokens its configuration speaks of.
+    """The model in a `.pt` file, and how many tokens its configuration has.
 
     The checkpoint's vocabulary is still the padded one. No weight is read yet, and nothing in the file is run.
 
@@ -63,7 +63,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
 
 
 def read_port(folder: Path) -> tuple[Checkpoint, int]:
-    """The model in a folder of CoreNet's MLX port, plain or quantized, and how many tokens its configuration speaks of.
+    """The model in a folder of CoreNet's MLX port, plain or quantized, and how many tokens its configuration has.
 
     `weights.safetensors` and `config.json`, which is the YAML's section about the model, with `quantization` beside it.
     The checkpoint's vocabulary is still the padded one. No weight is read yet.
@@ -190,6 +190,6 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     is_tensor = {name: isinstance(value, StoredTensor) for name, value in state.items()} if is_named else {}
     if not is_tensor or not all(is_tensor.values()):
         odd = [name for name, fits in is_tensor.items() if not fits]
-        what = f" ({', '.join(odd[:4])} are no tensors)" if odd else ""
-        raise RequestError(f"{path} is no CoreNet checkpoint: it is not a dictionary of tensors by name{what}.")
+        what = f" ({', '.join(odd[:4])} are not tensors)" if odd else ""
+        raise RequestError(f"{path} is not a CoreNet checkpoint: it is not a dictionary of tensors by name{what}.")
     return dict(state)

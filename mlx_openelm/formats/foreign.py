@@ -1,4 +1,4 @@
-"""Folders that hold something else than a model that can be read, told by name with what to do instead."""
+"""Folders that are not readable models, and what to say about each."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
         tied: whether the output layer is the embedding, which the tensors tell.
 
     Raises:
-        RequestError: a key that is missing or cannot be right, or positions scaled in a way OpenELM has not.
+        RequestError: a key that is missing or cannot be right, or positions scaled in a way OpenELM does not support.
     """
 
     def key(name: str, default: Any = None) -> Any:

@@ -30,7 +30,7 @@ _OUTPUT_SIDE = "embedding_output_side"
 
 
 def read(file: Path, config: ModelConfig) -> Adapter:
-    """The adapter in a safetensors file, told by the `adapter_config.json` beside it.
+    """The adapter in a safetensors file, described by the `adapter_config.json` beside it.
 
     Raises:
         RequestError: damaged files, another kind of fine-tuning, or tensors that the model does not have.

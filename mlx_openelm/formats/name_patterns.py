@@ -1,7 +1,7 @@
 """Regular expressions from files, matched against the names of modules in bounded time.
 
-Python's `re` backtracks: on `(.*)*X` it would not end. Here all places that a match can have reached are followed at
-once, as the bits of a number, so that no way is gone twice; what would still take long is refused. The syntax is
+Python's `re` backtracks: on `(.*)*X` it would not end. Here all positions that a match can reach are tracked at once,
+as the bits of an integer, so that no path is explored twice; what would still take long is refused. The syntax is
 parsed by `re` itself. Names are ASCII and hold no line ends, so flags that concern those do nothing.
 """
 

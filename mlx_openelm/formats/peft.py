@@ -35,7 +35,7 @@ _TRAINING_ONLY = ".lora_velora_embed"
 
 
 def read(file: Path, config: ModelConfig) -> Adapter:
-    """The adapter in a safetensors file, told by the `adapter_config.json` beside it.
+    """The adapter in a safetensors file, described by the `adapter_config.json` beside it.
 
     Weights of the base that the file repeats are taken along, to be compared with it. Modules that the settings name
     and the file does not hold stay as they are, with a warning, as in PEFT.
@@ -131,7 +131,7 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
     is_shared = config.share_input_output_layers
     if embedding is not None and embedding.output_side and (is_shared or embedding.magnitude is not None):
         raise RequestError(
-            f"The adapter changes {EMBEDDING} as mlx-lm does, on the output side too; PEFT's format cannot tell that."
+            f"The adapter changes {EMBEDDING} as mlx-lm does, on the output side too; PEFT cannot express that."
         )
     dora = uses_dora(adapter)
     pairs = {path: (change.rank, _alpha(change)) for path, change in adapter.modules.items()}

@@ -132,7 +132,7 @@ class Settings:
         return self._targets is not None and self.left_out_by(path) is None
 
     def left_out_by(self, path: str) -> str | None:
-        """The setting that keeps PEFT from adapting a module, or None: of tensors for such a one it takes no notice."""
+        """The setting that keeps PEFT from adapting a module, or None; PEFT ignores tensors for such a module."""
         if path not in self._left_out:
             self._left_out[path] = self._find_left_out(path)
         return self._left_out[path]

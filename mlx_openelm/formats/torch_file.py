@@ -74,7 +74,7 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
     """MLX's type of a tensor, which `path` holds under `name`.
 
     Raises:
-        RequestError: a type that weights do not have, or a tensor that is no plain array of values.
+        RequestError: a type that weights do not have, or a tensor that is not a plain array.
     """
     if tensor.dtype not in _DTYPES:
         raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(_DTYPES)}.")
@@ -115,7 +115,7 @@ def _open(path: Path) -> _Checkpoint:
         raise _damaged(path, f"its pickle cannot be read: {error}") from None
     except torch_pickle.ForbiddenGlobal as error:
         raise RequestError(
-            f"{path} is refused: it asks for {error}, and what is no tensor could run code. Download it again, "
+            f"{path} is refused: it asks for {error}, and anything but tensors could run code. Download it again, "
             "or save the weights alone, with torch.save(model.state_dict(), ...)."
         ) from None
 
@@ -201,7 +201,7 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
             raise _damaged(path, f"{name} has two sizes")
         # A folder by its attributes, or one on another disk: PyTorch reads neither, the first without an error.
         if member.volume or (member.external_attr & 0x10 and member.file_size):
-            raise _damaged(path, f"{name} is no file of this archive")
+            raise _damaged(path, f"{name} is not a regular file in this archive")
         places[member.filename] = _Place(start, member.file_size, member)
     return places
 

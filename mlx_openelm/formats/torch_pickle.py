@@ -36,7 +36,7 @@ STORAGES = {
     "QUInt2x4Storage": ("quint2x4", 1),
     "UntypedStorage": ("uint8", 1),
 }
-# Tensors that are no plain array of values.
+# Tensors that are not plain arrays.
 _ODD = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_qtensor": "a quantized tensor",
@@ -118,7 +118,7 @@ class Storage:
 class StoredTensor:
     """A tensor as PyTorch describes it: offset and strides count values of its storage.
 
-    One that is no plain array of values has no size, and in place of a type the kind of tensor it is.
+    One that is not a plain array has no size, and in place of a type the kind of tensor it is.
     """
 
     storage: Storage
@@ -168,7 +168,7 @@ _OTHER = _Other()
 
 
 def load(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """The next pickle in `file`, which is left at its end, and the storages it speaks of by their keys.
+    """The next pickle in `file`, which is left at its end, and the storages it refers to by their keys.
 
     Dictionaries, lists, tuples, numbers and text come as they are, tensors as `StoredTensor`.
 
