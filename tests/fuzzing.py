@@ -12,9 +12,10 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from torch_files import write_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Kinds of input: the function that reads one has the same name in fuzz_worker.py, up to the first dash.
@@ -52,7 +53,6 @@ TO_READ = {
     "sensitivities": "sensitivities.json",
     "template": "template.jinja",
 }
-TORCH_KINDS = {"model-pt", "model-yaml", "adapter-pt"}
 
 # Integers at the edges of what fits into 1, 2, 4 and 8 bytes.
 EDGES = [0, 1, -1, 2, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**64 - 1]
@@ -72,10 +72,6 @@ TEMPLATES = [
     "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
     "{{ 'x'.ljust(10**9) }}", "{{ ('x,' * 9999).replace('x', 'y' * 99999) }}", "{% include 'x' %}", "{{ 1 << 10**9 }}",
 ]  # fmt: skip
-
-
-def available_kinds() -> list[str]:
-    return [kind for kind in KINDS if kind not in TORCH_KINDS or find_spec("torch")]
 
 
 # Good inputs.
@@ -137,14 +133,10 @@ def _write_corenet(folder: Path, weights: dict[str, Any]) -> None:
     mx.save_safetensors(str(folder / "model-port" / "weights.safetensors"), names)
     (folder / "model-port" / "config.json").write_text(json.dumps(_section()))
     shutil.copy(tokenizer, folder / "model-port")
-    if not find_spec("torch"):
-        return
-    import torch
-
-    state = {name: torch.from_numpy(np.array(weight)) for name, weight in names.items()}
+    state = {name: np.array(weight) for name, weight in names.items()}
     for kind in ("model-pt", "model-yaml"):
         (folder / kind).mkdir()
-        torch.save(state, folder / kind / "checkpoint.pt")
+        write_state(folder / kind / "checkpoint.pt", state)
         run = {"model": {"language_modeling": {"general_gpt": _section()}}}
         (folder / kind / "run.yaml").write_text(yaml.safe_dump(run))
         shutil.copy(tokenizer, folder / kind)
@@ -164,18 +156,15 @@ def _write_adapters(folder: Path) -> None:
     for format in ("mlx", "peft"):
         (folder / f"adapter-{format}").mkdir()
         write_adapter(adapter, folder / f"adapter-{format}", model.config, format)
-    if not find_spec("torch"):
-        return
     import numpy as np
-    import torch
 
     (folder / "adapter-pt").mkdir()
     state = {}
     for path, change in adapter.modules.items():
         name = path.removeprefix("transformer.")
-        state[f"{name}.lora_A.lora.weight"] = torch.from_numpy(np.array(mx.contiguous(change.a.T)))
-        state[f"{name}.lora_B.lora.weight"] = torch.from_numpy(np.array(mx.contiguous(change.b.T)))
-    torch.save(state, folder / "adapter-pt" / "adapter.pt")
+        state[f"{name}.lora_A.lora.weight"] = np.array(mx.contiguous(change.a.T))
+        state[f"{name}.lora_B.lora.weight"] = np.array(mx.contiguous(change.b.T))
+    write_state(folder / "adapter-pt" / "adapter.pt", state)
 
 
 def _write_training(folder: Path) -> None:

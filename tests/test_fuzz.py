@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzing import available_kinds, write_good
+from fuzzing import KINDS, write_good
 
 TESTS = Path(__file__).parent
 # Seconds after which a worker that does not answer hangs; a case is a fault at 4 seconds if it does.
@@ -85,12 +85,12 @@ def check(worker: Worker, kind: str, seeds: range) -> None:
         assert {answer["outcome"] for answer in answers} == {"right", "refused"}
 
 
-@pytest.mark.parametrize("kind", available_kinds())
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(worker: Worker, kind: str) -> None:
     check(worker, kind, range(15))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", available_kinds())
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_files(worker: Worker, kind: str) -> None:
     check(worker, kind, range(15, 315))

@@ -83,15 +83,34 @@ def pickled(
     strides: tuple[int, ...] = (10, 1),
 ) -> bytes:
     """The pickle of a dictionary with one tensor, `weight`, whose values are in `data/0`."""
+    tensor = _tensor("0", rebuild, kind, location, size, offset, shape, strides)
+    return b"\x80\x02}" + _text("weight") + tensor + b"s."
 
-    def text(value: str) -> bytes:
-        return b"X" + struct.pack("<I", len(value)) + value.encode()
 
-    def numbers(*values: int) -> bytes:
-        return b"".join(b"\x8a\x09" + value.to_bytes(9, "little", signed=True) for value in values)
+def write_state(path: Path, weights: dict[str, np.ndarray]) -> Path:
+    """What `torch.save` writes of float32 tensors by name."""
+    items, contents = b"", {"byteorder": b"little", "version": b"3\n"}
+    for key, (name, weight) in enumerate(weights.items()):
+        strides = tuple(stride // weight.itemsize for stride in weight.strides)
+        place = str(key), "_rebuild_tensor_v2", "FloatStorage", "cpu", weight.size
+        items += _text(name) + _tensor(*place, 0, weight.shape, strides) + b"s"
+        contents[f"data/{key}"] = weight.astype("<f4").tobytes()
+    return pack(path, {"data.pkl": b"\x80\x02}" + items + b"."} | contents)
 
-    storage = b"(" + text("storage") + f"ctorch\n{kind}\n".encode() + text("0") + text(location) + numbers(size) + b"tQ"
-    sides = b"(" + numbers(*shape) + b"t(" + numbers(*strides) + b"t"
+
+def _tensor(
+    key: str, rebuild: str, kind: str, location: str, size: int, offset: int, shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> bytes:  # fmt: skip
+    storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(key) + _text(location) + _numbers(size)
+    sides = b"(" + _numbers(*shape) + b"t(" + _numbers(*strides) + b"t"
     hooks = b"\x89ccollections\nOrderedDict\n)R"
-    call = f"ctorch._utils\n{rebuild}\n(".encode() + storage + numbers(offset) + sides + hooks + b"tR"
-    return b"\x80\x02}" + text("weight") + call + b"s."
+    return f"ctorch._utils\n{rebuild}\n(".encode() + storage + b"tQ" + _numbers(offset) + sides + hooks + b"tR"
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _numbers(*values: int) -> bytes:
+    return b"".join(b"\x8a\x09" + value.to_bytes(9, "little", signed=True) for value in values)
