@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from mlx_openelm import catalog
 from mlx_openelm import hub as names
 from mlx_openelm.errors import OpenELMError, RequestError, quote
+from mlx_openelm.tokenizer import Tokenizer
 
 import pytest
 from fake_hub import FakeHub
@@ -268,8 +270,21 @@ def test_revision(hub: FakeHub, repo_folder: Path) -> None:
         assert names.resolve("270m", revision=revision).name == commit
 
 
+def test_added_tokens_come_from_the_hub_too(hub: FakeHub, tmp_path: Path) -> None:
+    """As transformers' slow tokenizers save them: in a file of their own."""
+    local = tmp_path / "local"
+    local.mkdir()
+    shutil.copy(Path(__file__).parent / "fixtures" / "shakespeare-hf" / "tokenizer.model", local)
+    (local / "added_tokens.json").write_text('{"<|im_end|>": 2049, "<|im_start|>": 2048}')
+    hub.add("me/model", local)
+    folder = names.download("me/model", patterns=names.MODEL_PATTERNS)
+    ids = [Tokenizer.from_folder(place).encode("<|im_start|>a<|im_end|>") for place in (local, folder)]
+    assert ids[0] == ids[1] and {2048, 2049} <= set(ids[0])
+
+
 def test_tokenizer_download_takes_only_the_tokenizer(hub: FakeHub, repo_folder: Path) -> None:
     repo = "mlx-community/OpenELM-1_1B-Instruct"
+    (repo_folder / "added_tokens.json").write_text("{}")
     hub.add(repo, repo_folder)
     folder = names.download(repo, patterns=names.TOKENIZER_PATTERNS)
     assert {path.name for path in folder.iterdir()} == set(names.TOKENIZER_PATTERNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_documents(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        content = read_text_source(path).decode("utf-8-sig")
+        content = re.sub("\r\n?", "\n", read_text_source(path).decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise RequestError(f"{path} cannot be read: not UTF-8 text.") from None
     if path.suffix != ".jsonl":

@@ -134,7 +134,7 @@ def _check_numbers(folder: Path, names: Iterable[str]) -> None:
     missing: list[str] = []
     count = 0
     for (stem, total), numbers in sorted(sets.items()):
-        if numbers == set(range(int(total))):  # some programs count from 0
+        if len(numbers) == int(total) and numbers == set(range(len(numbers))):  # some programs count from 0
             continue
         lacking = (number for number in range(1, int(total) + 1) if number not in numbers)
         shown = itertools.islice(lacking, _LISTED)
