@@ -106,7 +106,7 @@ def test_shards_are_joined_in_order_and_must_all_be_there(tmp_path):
 
 
 def test_the_sets_of_the_paper_are_read():
-    folder = Path("/work/shared/data/commonsense/openbookqa")
+    folder = Path(__file__).parents[2] / "shared" / "data" / "commonsense" / "openbookqa"
     if not folder.is_dir():
         pytest.skip("needs the data of the paper's evaluation")
     splits = read_splits(folder, need=("train", "test"))
