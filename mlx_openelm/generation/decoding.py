@@ -12,7 +12,7 @@ import mlx.core as mx
 from .. import backend
 from ..cache import SMALLEST_WINDOW, make_cache
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops import log_softmax
@@ -112,7 +112,9 @@ def generate_step(
             at the call, before anything is computed.
         OpenELMError: while iterating, the logits are not finite.
     """
-    options = options or CacheOptions()
+    options = CacheOptions() if options is None else options
+    if not isinstance(options, CacheOptions):
+        raise RequestError(f"options must be CacheOptions or GenerationOptions, got {quote(options)}.")
     options.check(model.config)
     check_lengths(max_tokens, prefill_step_size)
     past = 0
