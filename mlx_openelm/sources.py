@@ -165,7 +165,7 @@ def _as_file(model: str | Path) -> Path | None:
     path = to_path(model)
     if path.suffix.lower() not in _FILE_SUFFIXES or os.path.isdir(path):
         return None
-    if not os.path.exists(path):  # which, unlike Path.exists, raises nothing for a name that is too long
+    if not os.path.exists(path):  # which, unlike Path.exists, raises nothing where a folder may not be entered
         raise RequestError(f"the file {model} does not exist")
     check_file(path)
     return path

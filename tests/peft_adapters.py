@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,18 @@ import mlx.core as mx
 import numpy as np
 
 FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+
+
+def change_tensors(source: Path, folder: Path, change: Callable[[dict[str, mx.array]], object]) -> Path:
+    """A copy of an adapter's folder in which the tensors were changed."""
+    shutil.copytree(source, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = dict(mx.load(str(file)))
+    mx.eval(tensors)
+    change(tensors)
+    file.unlink()
+    mx.save_safetensors(str(file), tensors)
+    return folder
 
 
 def torch_base() -> Any:

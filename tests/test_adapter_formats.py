@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from mlx.utils import tree_flatten
-from peft_adapters import torch_base
+from peft_adapters import change_tensors, torch_base
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = FIXTURES / "shakespeare-hf"
@@ -419,17 +419,6 @@ def test_harmless_settings_are_let_pass(model: OpenELM, tmp_path: Path) -> None:
 
 
 # Files that do not fit.
-
-
-def change_tensors(source: Path, folder: Path, change: Callable[[dict[str, mx.array]], None]) -> Path:
-    shutil.copytree(source, folder)
-    file = folder / "adapter_model.safetensors"
-    tensors = dict(mx.load(str(file)))
-    mx.eval(tensors)
-    change(tensors)
-    file.unlink()
-    mx.save_safetensors(str(file), tensors)
-    return folder
 
 
 PREFIX = "base_model.model."

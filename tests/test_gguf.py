@@ -136,7 +136,7 @@ def test_tensors_are_the_packages_own_quantization(files: dict[str, Path], gguf_
 def test_large_matrices_are_quantized_in_pieces_to_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_normal((101, 64), np.float32)
     kind = gguf.GGMLQuantizationType.Q4_0
-    monkeypatch.setattr(gguf_format, "_CHUNK", 640)
+    monkeypatch.setattr(gguf_format.gguf_blocks, "CHUNK", 640)
     assert np.array_equal(gguf_format._encode(mx.array(weight), kind), quants.quantize(weight, kind))
 
 

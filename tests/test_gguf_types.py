@@ -75,7 +75,7 @@ def logits_of(path: Path, ids: list[int]) -> np.ndarray:
 def test_every_type_unpacks_to_what_the_package_makes_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(gguf_blocks, "_CHUNK", 100 * 256)  # several chunks, the last one smaller
+    monkeypatch.setattr(gguf_blocks, "CHUNK", 100 * 256)  # several chunks, the last one smaller
     file = small_file()
     for seed, name in enumerate(MATRICES):
         tensor = stored(kind, SHAPES[name], seed)

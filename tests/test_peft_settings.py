@@ -27,7 +27,7 @@ from mlx_openelm.model import OpenELM
 import mlx.core as mx
 import numpy as np
 import pytest
-from peft_adapters import FOLDER, torch_base
+from peft_adapters import FOLDER, change_tensors, torch_base
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LORA = FIXTURES / "peft-lora"
@@ -52,14 +52,9 @@ def model() -> Iterator[OpenELM]:
 
 def edit(folder: Path, change: Callable[[dict[str, mx.array]], object] = dict, **settings: Any) -> Path:
     """A copy of an adapter with other settings and tensors."""
-    shutil.copytree(LORA, folder)
-    file, told = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    told.write_text(json.dumps(json.loads(told.read_text()) | settings))
-    tensors = dict(mx.load(str(file)))
-    mx.eval(tensors)
-    change(tensors)
-    file.unlink()
-    mx.save_safetensors(str(file), tensors)
+    change_tensors(LORA, folder, change)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import mlx.core as mx
@@ -101,8 +100,6 @@ def find_local(name: str) -> Path | None:
     try:
         return path if path.exists() else None
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return None
         raise RequestError(f"{quote(name)} cannot be read: {error.strerror}.") from None
 
 

@@ -40,7 +40,6 @@ FILE_TYPES = {
 BLOCK = 32  # weights of a row that share a float16 scale, in Q8_0 and Q4_0
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
-_CHUNK = 1 << 22  # weights quantized at a time; the package makes several float32 copies of them
 
 _PER_LAYER = {
     "attn_norm": "attn_norm",
@@ -213,7 +212,7 @@ def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
     mx.eval(weight)  # once, not once for every chunk
     rows, columns = weight.shape
     encoded = np.empty((rows, columns // BLOCK * _BLOCK_BYTES[kind.name]), np.uint8)
-    step = max(1, _CHUNK // columns)
+    step = max(1, gguf_blocks.CHUNK // columns)
     for start in range(0, rows, step):
         chunk = np.array(weight[start : start + step].astype(mx.float32))
         encoded[start : start + step] = quants.quantize(chunk, kind)

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .weights import Tensor
 
-_CHUNK = 1 << 22  # weights unpacked at a time; the package makes several float32 copies of them
+CHUNK = 1 << 22  # weights packed or unpacked at a time; the package makes several float32 copies of them
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def _unpack(blocks: mx.array, kind: str, shape: tuple[int, ...]) -> mx.array:
     mx.eval(values)
     packed = np.asarray(memoryview(blocks)).reshape(-1, blocks.shape[-1])  # type: ignore[arg-type]
     rows = np.asarray(memoryview(values)).reshape(-1, shape[-1])  # type: ignore[arg-type]
-    step = max(1, _CHUNK // shape[-1])
+    step = max(1, CHUNK // shape[-1])
     with np.errstate(all="ignore"):  # scales that are no numbers show in the logits, where they are refused
         for start in range(0, len(rows), step):
             chunk = packed[start : start + step]
