@@ -161,6 +161,7 @@ class Program:
         from mlx_openelm import load
         from mlx_openelm.adapters.attaching import attach_new
         from mlx_openelm.training.step import Updater
+        from mlx_openelm.training.strategy import LAYERS, PARTS
 
         import mlx.core as mx
 
@@ -172,7 +173,7 @@ class Program:
             for layer in self.model.layers:
                 layer.unfreeze()
         self.model.train()
-        updater = Updater(self.model, optimizer, grad_checkpoint=grad_checkpoint)
+        updater = Updater(self.model, optimizer, recompute=LAYERS if grad_checkpoint else PARTS)
 
         def step(batch: Any) -> float:
             update = updater.update([batch], batch.num_targets, RATE, 0)

@@ -185,6 +185,13 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX's default device is an NVIDIA GPU."""
+    import mlx.core as mx
+
+    return on_gpu() and mx.cuda.is_available()
+
+
 def has_kernels() -> bool:
     """Whether matrix products go through our own kernels for CPUs, which take weights as they are stored."""
     from . import native
@@ -220,7 +227,12 @@ def prefill_step_size() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say."""
+    """Bytes that can be allocated without swapping, or None where the system does not say; with CUDA those of the GPU."""
+    if on_cuda():
+        import mlx.core as mx
+
+        # What MLX keeps for reuse counts as taken there.
+        return int(mx.device_info()["free_memory"]) + mx.get_cache_memory()
     if sys.platform == "darwin":
         total = total_memory()
         import mlx.core as mx
@@ -233,7 +245,11 @@ def available_memory() -> int | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in this machine."""
+    """Bytes of memory in this machine, with CUDA in its GPU."""
+    if on_cuda():
+        import mlx.core as mx
+
+        return int(mx.device_info()["total_memory"])
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -18,12 +18,13 @@ from ..adapters.attaching import adapted_layers, dropout_layers
 from ..model import OpenELM
 from .batches import IGNORED, Batch
 from .forward import hidden_states
-from .loss import CHUNK, cross_entropy
+from .loss import cross_entropy
 from .optimizers import set_learning_rate
 from .recompute import Parameters, substituted, trainable
+from .strategy import CHUNK, PARTS
 
-# Inputs, targets of every position, segments, the positions whose loss counts.
-_Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array]
+# Inputs, segments, the positions whose loss counts (None: all), and the targets of these.
+_Arrays = tuple[mx.array, mx.array | None, mx.array | None, mx.array]
 
 # So much of the weights and of what the optimizer keeps for them is evaluated at a time.
 SETTLED_BYTES = 200_000_000
@@ -66,7 +67,8 @@ class Updater:
     Args:
         optimizer: as `optimizers.make_optimizer` gives it.
         compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32.
-        grad_checkpoint: keep only each layer's input for the backward pass.
+        recompute: what the backward pass computes again, as in `forward.hidden_states`; it may be set until the first
+            update.
         max_grad_norm: scale gradients down to this norm.
         z_loss, label_smoothing: as in `loss.cross_entropy`.
         seed: random numbers, for dropout, derive from it, the step and the micro-batch.
@@ -79,7 +81,7 @@ class Updater:
         optimizer: optim.Optimizer,
         *,
         compute_dtype: mx.Dtype | None = None,
-        grad_checkpoint: bool = False,
+        recompute: str = PARTS,
         max_grad_norm: float | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
@@ -91,7 +93,7 @@ class Updater:
         self.compute_dtype = compute_dtype or model.transformer.norm["weight"].dtype
         self._casts = compute_dtype is not None
         self._adapted = {id(layer) for _, layer in adapted_layers(model)}
-        self._grad_checkpoint, self._max_grad_norm = grad_checkpoint, max_grad_norm
+        self.recompute, self._max_grad_norm = recompute, max_grad_norm
         self._z_loss, self._label_smoothing = z_loss, label_smoothing
         self._seed, self._group = seed, group
         self._dropout_layers = dropout_layers(model)
@@ -119,7 +121,7 @@ class Updater:
         for index, batch in enumerate(batch for batch in batches if batch.num_targets):
             if index:
                 mx.eval(gradients)  # else the next micro-batch could be computed beside this one
-            arrays = (batch.inputs, batch.targets.reshape(-1), batch.segments, _learned_rows(batch))
+            arrays = (batch.inputs, batch.segments, *_learned(batch))
             self._forget_graphs(batch.inputs.shape, arrays[3].size, gradients is None)
             sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index), share)
         if gradients is None:
@@ -224,11 +226,11 @@ class Updater:
 
         def objective(weights: list[mx.array]) -> tuple[mx.array, mx.array]:
             with substituted(self._places, self._cast(weights)):
-                hidden = hidden_states(self.model, batch[0], batch[2], grad_checkpoint=self._grad_checkpoint)
-                rows = hidden[batch[3]]
-                targets = batch[1][batch[3]]
+                inputs, segments, rows, targets = batch
+                hidden = hidden_states(self.model, inputs, segments, recompute=self.recompute)
+                hidden = hidden if rows is None else hidden[rows]
                 losses = cross_entropy(
-                    self.model, rows, targets, z_loss=self._z_loss, label_smoothing=self._label_smoothing
+                    self.model, hidden, targets, z_loss=self._z_loss, label_smoothing=self._label_smoothing
                 )
             return losses
 
@@ -285,10 +287,10 @@ def evaluate(
     total, count = 0.0, 0
     for batch in batches:
         if batch.num_targets:
-            rows = _learned_rows(batch)
+            rows, targets = _learned(batch)
             hidden = hidden_states(model, batch.inputs, batch.segments)  # whose attention holds less than the model's
-            targets = batch.targets.reshape(-1)[rows]
-            total += float(cross_entropy(model, hidden[rows], targets, differentiable=False)[1].item())  # type: ignore[arg-type]
+            hidden = hidden if rows is None else hidden[rows]
+            total += float(cross_entropy(model, hidden, targets, differentiable=False)[1].item())  # type: ignore[arg-type]
             count += batch.num_targets
         if progress is not None:
             progress(batch)
@@ -300,17 +302,21 @@ def evaluate(
     return Evaluation(total / count if count else float("nan"), count)
 
 
-def _learned_rows(batch: Batch) -> mx.array:
-    """The positions that are learned, in order, and as many others as fill the last chunks of the loss.
+def _learned(batch: Batch) -> tuple[mx.array | None, mx.array]:
+    """The positions that are learned, in order, and as many others as fill the last chunks of the loss; their targets.
 
     Logits are computed for these alone; whole chunks, of many an eighth at a time, so that few different shapes have
-    to be compiled.
+    to be compiled. No positions where they are all.
     """
     targets = batch.targets.reshape(-1)
     chunks = -(-batch.num_targets // CHUNK)
     unit = CHUNK << max(0, chunks.bit_length() - 4)
     count = min(targets.size, -(-batch.num_targets // unit) * unit)
-    return mx.sort(mx.argsort(targets == IGNORED)[:count])
+    if count == targets.size:
+        return None, targets
+    with mx.stream(mx.cpu):  # a GPU would compile a kernel for each of these
+        rows = mx.sort(mx.argsort(targets == IGNORED)[:count])
+        return rows, targets[rows]
 
 
 def _names(model: nn.Module, places: Parameters) -> list[str]:
