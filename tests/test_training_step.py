@@ -187,7 +187,9 @@ def test_what_is_learned_is_among_few_numbers_of_rows(model):
     sizes = set()
     for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
         targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
-        rows = step_module._learned_rows(Batch(targets, targets, None, (0,), count, 4096))
+        rows, wanted, counts = step_module._learned(Batch(targets, targets, None, (0,), count, 4096))
+        rows = mx.arange(4096) if rows is None else rows  # all
+        assert wanted.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
         learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
         assert rows.tolist() == sorted(rows.tolist()) and set(learned) <= set(rows.tolist())
         assert len(set(rows.tolist())) == rows.size <= max(128, count * 1.125 + 128)

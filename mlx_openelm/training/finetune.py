@@ -207,9 +207,13 @@ class _Work:
             return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples, planned)
 
     def plan(self, batches: Batches) -> float:
-        """Tell the memory the run will need, and what to turn on if that is too much; in GB (1e9 bytes)."""
+        """Choose what is recomputed; tell the memory the run will need, and what to turn on if that is too much.
+
+        In GB (1e9 bytes).
+        """
         planned = planning.plan(self.updater, self.options, batches.largest_shape())
-        self.listener.say(f"Memory: {planned.memory}")
+        self.updater.recompute = planned.recompute
+        self.listener.say(f"Memory: {planned}")
         if (warning := planned.warning()) is not None:
             self.listener.warn(warning)
         return planned.memory.peak / 1e9
@@ -222,7 +226,6 @@ class _Work:
             self.model,
             make_optimizer(options),
             compute_dtype=self.compute_dtype if casts else None,
-            grad_checkpoint=options.grad_checkpoint,
             max_grad_norm=options.max_grad_norm,
             z_loss=options.z_loss,
             label_smoothing=options.label_smoothing,

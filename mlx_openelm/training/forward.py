@@ -8,11 +8,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..model import OpenELM, TransformerLayer, project
+from ..backend import on_gpu
+from ..model import FeedForward, OpenELM, TransformerLayer, project
 from ..ops import Attend, HeadNorms
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
 from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
+from .swiglu import swiglu
 
 
 def hidden_states(
@@ -56,7 +58,14 @@ def _run(
     mixed = attention(qkv, attend, shape, attn.num_heads, norms)
     x = stage([attn.out_proj], lambda mixed, x: project(attn.out_proj, mixed, x), mixed, x)
     inner = stage([layer.ffn_norm, ffn.proj_1], layer.expand, x)
-    return stage([ffn.proj_2], ffn, inner, x)
+    return stage([ffn.proj_2], _finish(ffn), inner, x)
+
+
+def _finish(ffn: FeedForward) -> Callable[..., mx.array]:
+    """The second stage of a feed-forward; on a GPU with a gradient of SwiGLU that keeps nothing but its input."""
+    if not (ffn.has_swiglu and on_gpu()):
+        return ffn
+    return lambda inner, x: project(ffn.proj_2, swiglu(inner), x)
 
 
 def _run_keeping_little(

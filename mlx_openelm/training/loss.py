@@ -21,6 +21,7 @@ def cross_entropy(
     hidden_states: mx.array,
     targets: mx.array,
     *,
+    learned: mx.array | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     differentiable: bool = True,
@@ -29,6 +30,7 @@ def cross_entropy(
 
     Args:
         targets: ids; rows with `IGNORED` add nothing.
+        learned: which rows add something, booleans [rows], where the targets of others are no longer `IGNORED`.
         z_loss: this times the square of logsumexp(logits) is added for each row (arXiv:2204.02311, section 5).
         label_smoothing: this share of each target is spread over the whole vocabulary, as in PyTorch.
         differentiable: False to have no gradients made.
@@ -37,6 +39,8 @@ def cross_entropy(
         what is to be minimized, and the negative log-likelihood alone, which has no gradient: two float32 scalars.
     """
     chunk = here().loss_rows
+    if learned is None:
+        targets, learned = split_targets(targets)
     head = model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
     places, weights = trainable([head])
 
@@ -51,11 +55,12 @@ def cross_entropy(
         # In 16 bits a sum of many chunks would lose most of what is added.
         by_weights = [mx.zeros(weight.shape) for weight in weights]
         for start in range(0, targets.size, chunk):
-            rows, wanted = hidden_states[start : start + chunk], targets[start : start + chunk]
+            part = slice(start, start + chunk)
+            rows, wanted = hidden_states[part], (targets[part, None], learned[part, None])
             # One chunk after the other, so that their logits do not exist at the same time.
             rows = mx.depends(rows, [objective, *by_rows[-1:], *by_weights])
             logits = logits_of(rows, *weights)
-            sums, slope = _chunk(logits, wanted, z_loss, label_smoothing)
+            sums, slope = _chunk(logits, *wanted, z_loss, label_smoothing)
             objective, likelihood = objective + sums[0], likelihood + sums[1]
             if differentiable:
                 gradients = mx.vjp(lambda *a: [logits_of(*a)], [rows, *weights], [slope])[1]
@@ -79,14 +84,21 @@ def cross_entropy(
     return objective, likelihood
 
 
+def split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Targets that are ids, 0 in place of `IGNORED`, and which of them are learned."""
+    learned = targets != IGNORED
+    return mx.where(learned, targets, 0), learned
+
+
 def _chunk(
-    logits: mx.array, targets: mx.array, z_loss: float, label_smoothing: float
+    logits: mx.array, index: mx.array, learned: mx.array, z_loss: float, label_smoothing: float
 ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-    """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits."""
+    """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits.
+
+    `index` [rows, 1] is what is to be predicted where it is `learned`.
+    """
     exact = logits.astype(mx.float32)
     shares, lse = _softmax(exact)
-    learned = (targets != IGNORED)[:, None]
-    index = mx.where(learned, targets[:, None], 0)
     likelihood = lse - mx.take_along_axis(exact, index, axis=-1)
     objective = likelihood
     if label_smoothing:

@@ -46,6 +46,7 @@ _FREE = (
     "test_batches",
     "iters",
     "epochs",
+    "recompute",
     "grad_checkpoint",
     "steps_per_report",
     "steps_per_eval",

@@ -35,16 +35,18 @@ class Strategy:
         chooses: whether a plan may choose what is recomputed; else it is the cheap parts unless told.
         within_layers: what of a layer that is computed again as a whole is computed again once more.
         loss_rows: positions whose logits exist at once.
+        settled_bytes: so much of large weights, and of what the optimizer keeps for them, is evaluated at a time.
     """
 
     chooses: bool
     within_layers: str
     loss_rows: int
+    settled_bytes: int
 
 
-_CAREFUL = Strategy(chooses=False, within_layers=PARTS, loss_rows=CHUNK)
-# A GPU's products want more rows, and what one layer takes for a moment is little beside its memory.
-_CUDA = Strategy(chooses=True, within_layers=NOTHING, loss_rows=8 * CHUNK)
+_CAREFUL = Strategy(chooses=False, within_layers=PARTS, loss_rows=CHUNK, settled_bytes=200_000_000)
+# A GPU's products want more rows, waiting for it costs more, and what is held for a moment is little of its memory.
+_CUDA = Strategy(chooses=True, within_layers=NOTHING, loss_rows=8 * CHUNK, settled_bytes=2_000_000_000)
 
 
 def here() -> Strategy:
