@@ -65,7 +65,8 @@ class Updater:
 
     Args:
         optimizer: as `optimizers.make_optimizer` gives it.
-        compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32.
+        compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32. `casts`
+            says whether they are.
         recompute: what the backward pass computes again, as in `forward.hidden_states`; it may be set until the first
             update.
         max_grad_norm: scale gradients down to this norm.
