@@ -227,7 +227,7 @@ def prefill_step_size() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say; with CUDA those of the GPU."""
+    """Bytes that can be allocated without swapping, on CUDA in the GPU; None where the system does not say."""
     if on_cuda():
         import mlx.core as mx
 

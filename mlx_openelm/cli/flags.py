@@ -175,7 +175,7 @@ FINE_TUNE = {
     "label_smoothing": "Give other tokens this share of the probability that is learned.",
     "recompute": "What the backward pass computes again, for less memory and more time: nothing, parts (what takes "
     "little time), layers; auto is parts, and on an NVIDIA GPU what the free memory allows.",
-    "grad_checkpoint": "--recompute layers, under mlx-lm's name.",
+    "grad_checkpoint": "The same as --recompute layers, under mlx-lm's name.",
     "seed": "The same seed gives the same adapter.",
     "steps_per_report": "Report the loss every so many steps.",
     "steps_per_eval": "Validate every so many steps.",

@@ -1,4 +1,4 @@
-"""What a training step holds of activations: counted as `forward` keeps them; what is held for a moment was measured."""
+"""What a training step holds of activations: what `forward` keeps is counted, what is held for a moment measured."""
 
 from __future__ import annotations
 

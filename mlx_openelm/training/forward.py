@@ -17,9 +17,7 @@ from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
 from .swiglu import swiglu
 
 
-def hidden_states(
-    model: OpenELM, inputs: mx.array, segments: mx.array | None, *, recompute: str = PARTS
-) -> mx.array:
+def hidden_states(model: OpenELM, inputs: mx.array, segments: mx.array | None, *, recompute: str = PARTS) -> mx.array:
     """Hidden states [rows * length, model_dim] of inputs [rows, length], after the final norm.
 
     With `PARTS` of each layer only what goes from one matrix product to the next is kept: its input, queries, keys and

@@ -1,4 +1,4 @@
-"""The memory a run will need, told before it starts, what it recomputes by that, and what to turn on if it is too much."""
+"""The memory a run will need, told before it starts; what it recomputes by that, and what to do if it is too much."""
 
 from __future__ import annotations
 

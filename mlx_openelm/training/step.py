@@ -225,8 +225,14 @@ class Updater:
                 inputs, segments, (rows, targets, learned) = batch
                 hidden = hidden_states(self.model, inputs, segments, recompute=self.recompute)
                 hidden = hidden if rows is None else hidden[rows]
-                kinds = {"z_loss": self._z_loss, "label_smoothing": self._label_smoothing}
-                losses = cross_entropy(self.model, hidden, targets, learned=learned, **kinds)
+                losses = cross_entropy(
+                    self.model,
+                    hidden,
+                    targets,
+                    learned=learned,
+                    z_loss=self._z_loss,
+                    label_smoothing=self._label_smoothing,
+                )
             return losses
 
         with self._dropout(keys):  # in the backward pass, too, which computes much again

@@ -1,4 +1,4 @@
-"""SwiGLU whose gradient is made of its input alone, in one kernel: autodiff would keep the sigmoid, and read it again."""
+"""SwiGLU whose gradient is made of its input alone: autodiff would keep the sigmoid, and read it again."""
 
 from __future__ import annotations
 
