@@ -324,11 +324,14 @@ def _learned(batch: Batch) -> _Learned:
     unit = CHUNK << max(0, chunks.bit_length() - 4)
     targets = batch.targets.reshape(-1)
     count = min(targets.size, -(-batch.num_targets // unit) * unit)
+    rows = None
     with mx.stream(mx.cpu):  # a GPU would compile a kernel for each of these
-        if count == targets.size:
-            return None, *split_targets(targets)
-        rows = mx.sort(mx.argsort(targets == IGNORED)[:count])
-        return rows, *split_targets(targets[rows])
+        if count < targets.size:
+            rows = mx.sort(mx.argsort(targets == IGNORED)[:count])
+            targets = targets[rows]
+        targets, learned = split_targets(targets)
+        mx.eval(rows, targets, learned)  # so that a GPU's stream never waits for the CPU's
+    return rows, targets, learned
 
 
 def _names(model: nn.Module, places: Parameters) -> list[str]:
