@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
 
 from . import backend
 
-LINE = "This takes longer the first time: GPU kernels are being compiled, once per machine."
+LINE = "GPU kernels are being compiled, once per machine; this takes up to a minute."
 # Work that takes no longer than this has compiled little, in seconds.
 PATIENCE = 2.0
 
@@ -18,9 +23,9 @@ _said = threading.Event()
 
 @contextmanager
 def notice(work: str, say: Callable[[str], None]) -> Iterator[None]:
-    """While work of a kind runs for the first time in this process: say so if it takes long on CUDA.
+    """While work of a kind runs for the first time in this process: say so if MLX compiles kernels for long.
 
-    MLX compiles a kernel for each expression there; for a CPU it compiles little, and Metal's kernels come compiled.
+    It does for CUDA, a kernel for each expression; for a CPU it compiles little, and Metal's kernels come compiled.
     It is said once a process, from another thread.
     """
     is_first = work not in _begun
@@ -28,16 +33,23 @@ def notice(work: str, say: Callable[[str], None]) -> Iterator[None]:
     if not is_first or _said.is_set() or not backend.on_cuda():
         yield
         return
-    timer = threading.Timer(PATIENCE, _say_once, [say])
-    timer.daemon = True
-    timer.start()
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(done, _compiled(), say), daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
-def _say_once(say: Callable[[str], None]) -> None:
-    if not _said.is_set():
-        _said.set()
-        say(LINE)
+def _watch(done: threading.Event, before: int, say: Callable[[str], None]) -> None:
+    while not done.wait(PATIENCE):
+        if _compiled() > before and not _said.is_set():
+            _said.set()
+            say(LINE)
+            return
+
+
+def _compiled() -> int:
+    """The kernels in the folder where MLX keeps what it has compiled for CUDA."""
+    usual = Path(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")
+    return sum(1 for _ in Path(os.environ.get("MLX_PTX_CACHE_DIR", usual)).rglob("*.ptx"))

@@ -79,7 +79,10 @@ class Plan:
 def _room(memory: Memory) -> float:
     """The bytes that a run may take, with its model, which is loaded already; infinity where that is not known."""
     free = available_memory()
-    return math.inf if free is None else _USABLE_SHARE * (free + memory.model)
+    if free is None:
+        return math.inf
+    # With CUDA weights may be in the host's memory yet.
+    return _USABLE_SHARE * min(free + memory.model, total_memory() or math.inf)
 
 
 def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
@@ -112,6 +115,7 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
     if recompute == AUTO:
         recompute = PARTS
         if here().chooses:
+            # Where neither fits, the least is kept: MLX runs ahead less where memory is short, which then decides.
             levels = ((level, needs(rows, length, level, accumulates)) for level in (NOTHING, PARTS))
             recompute = next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
     memory = needs(rows, length, recompute, accumulates)
