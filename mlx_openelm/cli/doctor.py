@@ -102,6 +102,16 @@ def _mlx() -> Iterator[Finding]:
         yield _kernels()
         yield _blas(facts["blas"], facts["blas_library"])
         yield _compiler()
+    elif facts["device"] == "CUDA":
+        yield _cuda_kernels()
+
+
+def _cuda_kernels() -> Finding:
+    """Whether a token is decoded by one kernel of ours."""
+    from ..cuda.decoding import obstacle
+
+    reason = obstacle()
+    return Finding("CUDA kernels", "used" if reason is None else f"not used: {reason}")
 
 
 def _kernels() -> Finding:
