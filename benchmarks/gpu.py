@@ -180,13 +180,13 @@ class Benchmark:
         """The rows of a size; both programs share its weights, and what one part made is gone before the next."""
         generating = [part for part in ("decode", "prompt") if part in only]
         trained = [method for method in METHODS if method in only and size in self.work.shapes[method]]
-        needs = {"bfloat16": 2.6 * config.num_parameters} if generating else {}
+        needs = {"generating": 2.6 * config.num_parameters} if generating else {}
         needs |= {method: training_needs(config, method, self.work.shapes[method][size]) for method in trained}
         fitting = self.fitting(size, needs)
         if not fitting:
             return
         arrays = random_weights(config)
-        if "bfloat16" in fitting:
+        if "generating" in fitting:
             for kind in ("bfloat16", "4 bits"):
                 own = arrays if kind == "bfloat16" else pack(arrays, config)
                 self.attempt(
@@ -206,7 +206,7 @@ class Benchmark:
                 self.notes.append(f"Left out: {name}, {size}, which needs about {need}.")
         return [name for name, count in needs.items() if count <= room]
 
-    def attempt(self, name: str, part: Callable[[], list[Row]]) -> None:
+    def attempt(self, name: str, part: Callable[[], Iterable[Row]]) -> None:
         """Print the rows of a part; one that fails does not stop the others."""
         try:
             for row in part():
@@ -230,23 +230,21 @@ class Benchmark:
             }
             self.file.write_text(json.dumps(answer, indent=2) + "\n")
 
-    def generate(self, config: ModelConfig, arrays: Arrays, kind: str, size: str, parts: list[str]) -> list[Row]:
+    def generate(self, config: ModelConfig, arrays: Arrays, kind: str, size: str, parts: list[str]) -> Iterator[Row]:
         """Rows of decoding and of prompts."""
         quantization = packing_of(config) if kind == "4 bits" else {}
         models = {OURS: our_model(config, arrays, quantization), THEIRS: their_model(config, arrays, quantization)}
         streams = {whose: generation.token_stream(whose, model) for whose, model in models.items()}
-        rows = []
         if "decode" in parts:
             measured = in_turns(self.turns, lambda whose: [1 / token_seconds(streams[whose], self.work.decoded)])
             row = make_row(f"decoding, {kind}, {size} (tokens/s)", measured, BARS["decode"])
             size_of_weights = sum(array.nbytes for array in arrays.values())
-            rows.append(row | {"bandwidth": row["ours"] * size_of_weights / self.bandwidth})
+            yield row | {"bandwidth": row["ours"] * size_of_weights / self.bandwidth}
         for length in self.work.prompts if "prompt" in parts else ():
             measured = in_turns(self.turns, lambda whose, n=length: [n / prompt_seconds(streams[whose], n)])
-            rows.append(make_row(f"prompt of {length}, {kind}, {size} (tokens/s)", measured, BARS["prompt"]))
-        return rows
+            yield make_row(f"prompt of {length}, {kind}, {size} (tokens/s)", measured, BARS["prompt"])
 
-    def train(self, config: ModelConfig, arrays: Arrays, method: str, size: str) -> list[Row]:
+    def train(self, config: ModelConfig, arrays: Arrays, method: str, size: str) -> Iterator[Row]:
         """Rows of a step's speed and its memory."""
         shape = self.work.shapes[method][size]
         steps, memory = {}, {}
@@ -266,10 +264,8 @@ class Benchmark:
             return [shape[0] * shape[1] / seconds_of(lambda: steps[whose](batch)) for _ in range(self.work.steps)]
 
         name = f"{METHODS[method]}, {shape[0]} × {shape[1]}, {size}"
-        return [
-            make_row(f"{name} (tokens/s)", in_turns(self.turns, rates), BARS["step"]),
-            make_row(f"its memory above the weights (GB), {name}", memory, BARS["memory"], larger=False),
-        ]
+        yield make_row(f"{name} (tokens/s)", in_turns(self.turns, rates), BARS["step"])
+        yield make_row(f"its memory above the weights (GB), {name}", memory, BARS["memory"], larger=False)
 
 
 def in_turns(turns: Iterable[int], run: Callable[[str], list[float]]) -> dict[str, list[float]]:
@@ -444,11 +440,11 @@ def peak_of_step(step: Callable[[Any], float], batch: Any) -> int:
 # The command.
 
 
-def cold_start(turns: Turns) -> list[Row]:
+def cold_start(turns: Turns) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as temporary:
         folder = convert("tiny", Path(temporary) / "tiny", dequantize=True, dtype="bfloat16").path
         measured = in_turns(turns, lambda whose: [generation.cold_start(whose, folder)])
-    return [make_row("cold start of generate, tiny (s)", measured, BARS["start"], larger=False)]
+    yield make_row("cold start of generate, tiny (s)", measured, BARS["start"], larger=False)
 
 
 if __name__ == "__main__":
