@@ -102,6 +102,18 @@ def _mlx() -> Iterator[Finding]:
         yield _kernels()
         yield _blas(facts["blas"], facts["blas_library"])
         yield _compiler()
+    yield _packed_weights()
+
+
+def _packed_weights() -> Finding:
+    """Which packings this machine multiplies as they are stored, and which it unpacks at load."""
+    from ..packed_products import MODES, multiplied_modes
+
+    multiplied = multiplied_modes()
+    kept, rest = ([mode for mode in MODES if (mode in multiplied) is wanted] for wanted in (True, False))
+    parts = [f"{', '.join(kept)}: multiplied as stored"] if kept else []
+    parts += [f"{', '.join(rest)}: unpacked at load, while memory allows"] if rest else []
+    return Finding("Packed weights", "; ".join(parts))
 
 
 def _kernels() -> Finding:
