@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gpu_devices import cudas
 from mlx.utils import tree_flatten
 from quantization_models import tiny_model
 
@@ -26,26 +27,9 @@ PACKINGS = [(mode, bits, size) for mode, (all_bits, sizes) in MODES.items() for 
 multiply = mx.quantized_matmul
 
 
-def cudas(x: mx.array, weight: mx.array, scales: mx.array, *biases: Any, **packing: Any) -> mx.array:
-    """`mx.quantized_matmul` where MLX's CUDA backend has a kernel for a row-contiguous weight that never fails.
-
-    After `supports_qmv` and `supports_qmm_sm80` of `backend/cuda/quantized/qmm/qmm.cu`, and `QuantizedMatmul::eval_gpu`.
-    """
-    rows, in_dims, out_dims = x.size // x.shape[-1], x.shape[-1], weight.shape[0]
-    assert weight.ndim == 2 and packing["transpose"], "[quantized_matmul] No implementation for problem shape"
-    vector = rows < 8 and in_dims % 8 == 0
-    tensor_cores = (
-        x.dtype in (mx.float16, mx.bfloat16)
-        and packing["bits"] in (4, 8)
-        and out_dims % 128 == 0
-        and in_dims % max(64, packing["group_size"]) == 0
-    )
-    assert vector or tensor_cores, f"no kernel for {rows} rows of {in_dims}, {out_dims} outputs, {packing}"
-    return multiply(x, weight, scales, *biases, **packing)
-
-
 @pytest.fixture(params=["CUDA", "Metal"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a model takes to be its device; where that is CUDA, products that it has no kernel for are refused."""
     monkeypatch.setattr(backend, "device", lambda: request.param)
     monkeypatch.setattr(backend, "on_gpu", lambda: True)
     monkeypatch.setattr(ops, "_on_gpu", lambda: True)
@@ -82,7 +66,9 @@ def close(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 @pytest.mark.parametrize(("mode", "bits", "group_size"), PACKINGS)
-def test_products_and_gradients_of_any_packing(gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+def test_products_and_gradients_of_any_packing(
+    gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype
+) -> None:
     """Of any number of rows, also with sizes that fill no tile."""
     for shape, counts in (((128, 128), (1, 7, 8, 63, 64)), ((72, 384), (1, 8))):
         layer = layer_of(mode, bits, group_size, shape, dtype)
