@@ -1,7 +1,7 @@
 """A GPU and the CPU in one process, for the tests that compare them.
 
-Those tests need a GPU. With `MLX_OPENELM_TEST_DEVICE=cpu` the CPU stands in for one and goes the way that a model goes on
-CUDA: that checks the tests themselves, and that way.
+Those tests need a GPU. With `MLX_OPENELM_TEST_DEVICE=cpu` the CPU stands in for one and goes the way that a model goes
+on CUDA: that checks the tests themselves, and that way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STAND_IN = os.environ.get("MLX_OPENELM_TEST_DEVICE") == "cpu"
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU and not STAND_IN, reason="this machine has no GPU that MLX can use")
 # For what a CPU computes too slowly the way a GPU does.
-needs_real_gpu = pytest.mark.skipif(not HAS_GPU, reason="this machine has no GPU that MLX can use")
+needs_real_gpu = pytest.mark.skipif(not HAS_GPU or STAND_IN, reason="this machine has no GPU that MLX can use")
 
 # How far from the CPU's float32, as a share of the largest number: CUDA multiplies float32 in TF32, which has float16's
 # 10 bits of mantissa; bfloat16 has 7.

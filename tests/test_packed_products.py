@@ -11,9 +11,12 @@ from mlx_openelm import backend, ops, packed_products
 from mlx_openelm import cache as ours
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.adapters.layers import _columns_times
-from mlx_openelm.cli import doctor
-from mlx_openelm.formats.packing import MODES
+from mlx_openelm.cli import doctor, info
+from mlx_openelm.config import ModelConfig
+from mlx_openelm.formats.packing import MODES, Quantization
 from mlx_openelm.model import QuantizedLinear
+from mlx_openelm.quantization.recipes import plan
+from mlx_openelm.summary import summarize_config
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -224,3 +227,16 @@ def test_doctor_says_what_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr(backend, "has_kernels", lambda kernels=kernels: kernels)
         assert doctor._packed_weights().value == expected
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_info_says_what_is_unpacked(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    config = ModelConfig.from_name("270M")
+    choices = plan(config, Quantization.make(mode, group_size=32))[0]
+    for gpu, kernels in ((False, False), (False, True), (True, False)):
+        monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(backend, "has_kernels", lambda kernels=kernels: kernels)
+        lines = info._total_lines(summarize_config(config, choices, name="270m", source="config", dtype="bfloat16"))
+        [line] = [line for line in lines if line.startswith("Quantization")]
+        stays = gpu or (kernels and mode == "affine")
+        assert line.endswith("; multiplied as stored" if stays else "; unpacked at load, while memory allows")
