@@ -75,9 +75,9 @@ def unpacked(layer: Any, x: mx.array) -> mx.array:
     """
     # MLX would unpack many matrices ahead, and hold them all.
     weight = mx.depends(layer["weight"], x)
-    dtype = layer["scales"].dtype if layer.mode == "affine" else x.dtype
-    packing = layer.group_size, layer.bits, layer.mode
-    return mx.dequantize(weight, layer["scales"], layer.get("biases"), *packing, dtype=dtype)
+    scales, biases = layer["scales"], layer.get("biases")
+    dtype = scales.dtype if layer.mode == "affine" else x.dtype
+    return mx.dequantize(weight, scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype)
 
 
 def attends_packed(length: int) -> bool:
