@@ -5,8 +5,8 @@ Read from MLX 0.32. Metal has kernels of every mode, for any number of rows and 
 
 - a matrix-vector kernel of every mode, for x W^T with few rows;
 - one on tensor cores, in 16 bits and with 4 or 8 bits a weight, for sizes that fill its tiles;
-- one for the rest, which we never ask for: it is slower than unpacking and a product of plain matrices, is compiled
-  for every type and tile at its first use, and needs more shared memory than there is for float32 in groups of 128.
+- one for the rest, which only gradients of few rows ask for: it is slower than unpacking and a product of plain
+  matrices, compiled for every type and tile at its first use, and lacks shared memory for float32 in groups of 128.
 
 All of CUDA's fail where the heads of a cache do not lie side by side, as in a buffer with room at its end. Products
 without a kernel fail only when they are evaluated, so the choice is made here, by shape.
@@ -14,7 +14,8 @@ without a kernel fail only when they are evaluated, so the choice is made here, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -44,40 +45,49 @@ def stays_packed(modes: Iterable[str]) -> bool:
 
 def product(x: mx.array, layer: Any) -> mx.array:
     """x [..., in] times the packed weight [out, in] of a quantized layer transposed: [..., out], by MLX."""
-    rows = x.size // x.shape[-1]
-    if rows < _MATRIX_ROWS or _takes(rows, x, layer):
-        return _multiply(x, layer, transpose=True)
-    return _unpacked_product(x, layer)
+    if _rows(x) < _MATRIX_ROWS or backend.device() != "CUDA":
+        return _multiply(x, *_parts(layer), transpose=True, **_packing(layer))
+    return _matrix_product(layer.group_size, layer.bits, layer.mode)(x, *_parts(layer))
 
 
-def _unpacked_product(x: mx.array, layer: Any) -> mx.array:
-    """The same, unpacking both times: kept for the backward pass, all weights would be as large as without packing."""
-    function = mx.custom_function(lambda x: x @ unpacked(layer, x).T)
+@lru_cache
+def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
+    """CUDA's product of many rows x with weights that are packed so, given as their parts, which have no gradient.
 
-    @function.vjp
-    def _(_, cotangent, __):
-        return cotangent @ unpacked(layer, cotangent)
+    They are unpacked again in the backward pass: kept until then, all would be as large as without packing.
+    """
+    packing: Any = {"group_size": group_size, "bits": bits, "mode": mode}
 
-    return function(x)  # type: ignore[return-value]
+    @mx.custom_function
+    def product(x: mx.array, *parts: Any) -> mx.array:
+        if _has_tensor_cores(x, parts[0].shape[0], group_size, bits):
+            return _multiply(x, *parts, transpose=True, **packing)
+        return x @ _unpack(x, *parts, **packing).T
+
+    @product.vjp
+    def _(primals, cotangent, _):
+        parts = primals[1:]
+        return [cotangent @ _unpack(cotangent, *parts, **packing), *map(mx.zeros_like, parts)]
+
+    return product  # type: ignore[return-value]
+
+
+def _has_tensor_cores(x: mx.array, out_dims: int, group_size: int, bits: int) -> bool:
+    """Whether CUDA multiplies x, of many rows, with packed weights on tensor cores, and faster than unpacked."""
+    return (
+        _rows(x) < _MANY_ROWS
+        and x.dtype != mx.float32
+        and bits in (4, 8)
+        and out_dims % _TILE_OUT == 0
+        and x.shape[-1] % max(_TILE_IN, group_size) == 0
+    )
 
 
 def columns_product(x: mx.array, layer: Any) -> mx.array:
     """x [..., out] times the packed weight [out, in] of a quantized layer: [..., in]."""
     if backend.device() == "CUDA":
-        return x @ unpacked(layer, x)
-    return _multiply(x, layer, transpose=False)
-
-
-def unpacked(layer: Any, x: mx.array) -> mx.array:
-    """The weight [out, in] of a quantized layer for a product with x, once that is there.
-
-    Its type is that of its scales; where these are no floating-point numbers, that of x.
-    """
-    # MLX would unpack many matrices ahead, and hold them all.
-    weight = mx.depends(layer["weight"], x)
-    scales, biases = layer["scales"], layer.get("biases")
-    dtype = scales.dtype if layer.mode == "affine" else x.dtype
-    return mx.dequantize(weight, scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype)
+        return x @ _unpack(x, *_parts(layer), **_packing(layer))
+    return _multiply(x, *_parts(layer), transpose=False, **_packing(layer))
 
 
 def attends_packed(length: int) -> bool:
@@ -92,25 +102,40 @@ def attends_packed(length: int) -> bool:
 def unpacked_cache(cache: Any, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """The first `length` keys and values [B, K, length, D] of a quantized cache, ours or mlx-lm's."""
     # Whole buffers, of which a part would be copied first.
-    keys, values = (mx.dequantize(*part, cache.group_size, cache.bits) for part in (cache.keys, cache.values))
+    packing: Any = {"group_size": cache.group_size, "bits": cache.bits}
+    keys, values = (mx.dequantize(*part, **packing) for part in (cache.keys, cache.values))
     return keys[:, :, :length].astype(dtype), values[:, :, :length].astype(dtype)
 
 
-def _takes(rows: int, x: mx.array, layer: Any) -> bool:
-    """Whether a backend has a kernel for `_MATRIX_ROWS` rows and more of x that is faster than unpacking."""
-    if backend.device() != "CUDA":
-        return True
-    out_dims, in_dims = layer["weight"].shape[0], x.shape[-1]
-    return (
-        rows < _MANY_ROWS
-        and x.dtype != mx.float32
-        and layer.bits in (4, 8)
-        and out_dims % _TILE_OUT == 0
-        and in_dims % max(_TILE_IN, layer.group_size) == 0
-    )
+def _multiply(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    *,
+    transpose: bool,
+    **packing: Any,
+) -> mx.array:
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, **packing)
 
 
-def _multiply(x: mx.array, layer: Any, *, transpose: bool) -> mx.array:
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    parts = layer["weight"], layer["scales"], layer.get("biases")
-    return mx.quantized_matmul(x, *parts, transpose=transpose, **packing)
+def _rows(x: mx.array) -> int:
+    return x.size // x.shape[-1]
+
+
+def _parts(layer: Any) -> Any:
+    """Levels, scales, and in affine mode biases."""
+    return [layer["weight"], layer["scales"], *([layer["biases"]] if layer.mode == "affine" else [])]
+
+
+def _packing(layer: Any) -> Any:
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def _unpack(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None = None, **packing: Any
+) -> mx.array:
+    """The weight [out, in] for a product with x, in the type of its scales; where these are no floats, in that of x."""
+    # Not before x is there: MLX would unpack many matrices ahead, and hold them all.
+    weight = mx.depends(weight, x)
+    return mx.dequantize(weight, scales, biases, dtype=x.dtype if biases is None else scales.dtype, **packing)

@@ -92,7 +92,8 @@ def test_cuda_gives_few_rows_to_kernels_and_many_to_plain_products(monkeypatch: 
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape[0]) or multiply(x, *a, **k))
     layer = layer_of("affine", 4, 64, (128, 128), mx.bfloat16)
     for rows in (1, 7, 8, 63, 64, 500):
-        packed_products.product(mx.zeros((rows, 128), mx.bfloat16), layer)
+        x = mx.zeros((rows, 128), mx.bfloat16)
+        packed_products.product(x, layer)
     assert asked == [1, 7, 8, 63]
     packed_products.product(mx.zeros((8, 128)), layer_of("affine", 4, 64, (128, 128), mx.float32))
     packed_products.product(mx.zeros((8, 128), mx.bfloat16), layer_of("affine", 3, 64, (128, 128), mx.bfloat16))
