@@ -73,7 +73,7 @@ def test_products_and_gradients_of_any_packing(
     gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype
 ) -> None:
     """Of any number of rows, also with sizes that fill no tile."""
-    for shape, counts in (((128, 128), (1, 7, 8, 63, 64)), ((72, 384), (1, 8))):
+    for shape, counts in (((128, 128), (1, 3, 7, 8, 63, 64)), ((72, 384), (1, 8))):
         layer = layer_of(mode, bits, group_size, shape, dtype)
         weight = exact(layer)
         for rows in counts:
@@ -85,20 +85,30 @@ def test_products_and_gradients_of_any_packing(
         close(slope, np.broadcast_to(weight.sum(axis=0), slope.shape), dtype)
 
 
-def test_cuda_gives_few_rows_to_kernels_and_many_to_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else every case above could pass by unpacking always."""
     monkeypatch.setattr(backend, "device", lambda: "CUDA")
     asked: list[int] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape[0]) or multiply(x, *a, **k))
-    layer = layer_of("affine", 4, 64, (128, 128), mx.bfloat16)
-    for rows in (1, 7, 8, 63, 64, 500):
-        x = mx.zeros((rows, 128), mx.bfloat16)
-        packed_products.product(x, layer)
-    assert asked == [1, 7, 8, 63]
-    packed_products.product(mx.zeros((8, 128)), layer_of("affine", 4, 64, (128, 128), mx.float32))
-    packed_products.product(mx.zeros((8, 128), mx.bfloat16), layer_of("affine", 3, 64, (128, 128), mx.bfloat16))
-    packed_products.product(mx.zeros((8, 128), mx.bfloat16), layer_of("affine", 4, 64, (96, 128), mx.bfloat16))
-    assert asked == [1, 7, 8, 63]
+    for bits, out_dims, dtype, expected in (
+        (4, 128, mx.bfloat16, [1, 2, 8, 8, 8, 63]),  # three rows and seven are filled up to eight
+        (8, 128, mx.float16, [1, 2, 8, 8, 8, 63]),
+        (4, 128, mx.float32, [1, 2, 3, 7]),
+        (3, 128, mx.bfloat16, [1, 2, 3, 7]),
+        (4, 96, mx.bfloat16, [1, 2, 3, 7]),
+    ):
+        asked.clear()
+        layer = layer_of("affine", bits, 64, (out_dims, 128), dtype)
+        for rows in (1, 2, 3, 7, 8, 63, 64, 500):
+            packed_products.product(mx.zeros((rows, 128), dtype), layer)
+        assert asked == expected
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (1, 5, 128), (2, 2, 128), (3, 1, 128)], ids=str)
+def test_rows_that_are_filled_up_keep_their_shape(gpu: str, shape: tuple[int, ...]) -> None:
+    layer = layer_of("affine", 4, 64, (256, 128), mx.float16)
+    x = mx.random.normal(shape, key=mx.random.key(1)).astype(mx.float16)
+    close(packed_products.product(x, layer), np.array(x.astype(mx.float32)) @ exact(layer).T, mx.float16)
 
 
 def test_few_unpacked_weights_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
