@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import cpu_math, native
+from . import cpu_math, native, packed_products
 from .cache import KVCache
 
 Heads = tuple[mx.array, mx.array, mx.array]
@@ -90,10 +90,7 @@ def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) 
     if layer.mode == "affine" and (kernels := _kernels()) is not None:
         output = kernels.linear(x, stored(layer))
     else:
-        packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        output = mx.quantized_matmul(
-            x, layer["weight"], layer["scales"], layer.get("biases"), transpose=True, **packing
-        )
+        output = packed_products.product(x, layer)
     return output if residual is None else residual + output
 
 
@@ -258,7 +255,11 @@ class Attend:
         queries, keys, values = self.heads(qkv, shape, num_heads, norms)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        if hasattr(cache, "bits"):
+        quantized = hasattr(cache, "bits")
+        if quantized and not packed_products.attends_packed(shape[1]):
+            keys, values = packed_products.unpacked_cache(cache, keys[0].shape[2], queries.dtype)
+            quantized = False
+        if quantized:
             output = self._mix_quantized(queries, keys, values, cache)
         elif self.fused:
             if isinstance(self.mask, mx.array) and self.mask.dtype != mx.bool_:
