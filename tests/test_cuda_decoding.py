@@ -14,15 +14,14 @@ from typing import Any
 from mlx_openelm.adapters.adapter import LowRank
 from mlx_openelm.adapters.layers import LoRALinear
 from mlx_openelm.cache import KVCache, RotatingKVCache
-from mlx_openelm.config import ModelConfig
 from mlx_openelm.cuda import compiler, decoding
 from mlx_openelm.model import OpenELM, TransformerLayer
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy_model
 import pytest
+from decoding_models import ALL_PACKINGS, make_model, plain_logits
 
 EMULATION = Path(__file__).parent / "cuda" / "emulation.h"
 
@@ -77,40 +76,6 @@ def _address(view: memoryview) -> int:
     return np.frombuffer(view.cast("B"), np.uint8).ctypes.data
 
 
-def make_model(dtype: mx.Dtype, packings: list[tuple[int, int] | None], head_dim: int, norms: bool = True) -> OpenELM:
-    """Two layers with random weights that make every part matter; projection n is packed as `packings[n % len]`."""
-    heads = [256 // head_dim, 512 // head_dim]
-    config = ModelConfig.from_dict(
-        {
-            "num_transformer_layers": 2,
-            "model_dim": 256,
-            "head_dim": head_dim,
-            "vocab_size": 64,
-            "num_query_heads": heads,
-            "num_kv_heads": [n // 2 for n in heads],
-            "ffn_multipliers": [1.0, 2.0],
-            "num_gqa_groups": 2,
-            "normalize_qk_projections": norms,
-            "share_input_output_layers": True,
-        }
-    )
-    rng = np.random.default_rng(0)
-    model = OpenELM(config, initialize=False)
-    for name, shape in config.tensor_shapes().items():
-        noise = rng.standard_normal(shape)
-        weight = 1 + 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
-        model.load_weights([(name, mx.array(weight.astype(np.float32)).astype(dtype))], strict=False)
-    numbers = iter(range(1000))
-
-    def packing(path: str, module: nn.Module) -> bool | dict[str, int]:
-        if "proj" not in path or (choice := packings[next(numbers) % len(packings)]) is None:
-            return False
-        return {"bits": choice[0], "group_size": choice[1]}
-
-    nn.quantize(model, class_predicate=packing)
-    return model
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[decoding.Shape, Emulation]:
     if shutil.which("g++") is None:
@@ -141,28 +106,13 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
     return made
 
 
-def plain_logits(model: OpenELM, ids: list[int]) -> np.ndarray:
-    """What the reference gives for the model's weights, unpacked, in float64 [length, vocab]."""
-    weights = {}
-    for path, module in model.named_modules():
-        if "scales" in module:
-            packing = {"bits": module.bits, "group_size": module.group_size}
-            parts = [module[part].astype(mx.float32) for part in ("scales", "biases")]
-            weights[f"{path}.weight"] = mx.dequantize(module["weight"], *parts, **packing)
-        elif "weight" in module:
-            weights[f"{path}.weight"] = module["weight"]
-    return numpy_model.logits(
-        model.config, {name: np.array(value.astype(mx.float32)) for name, value in weights.items()}, np.array([ids])
-    )[0]
-
-
 @pytest.mark.parametrize(
     ("dtype", "packings", "head_dim"),
     [
         (mx.bfloat16, [None], 64),
         (mx.float16, [None], 128),
         (mx.bfloat16, [(4, 64)], 128),
-        (mx.float16, [(2, 32), (3, 64), (5, 128), None, (6, 64), (8, 32), (4, 128)], 64),
+        (mx.float16, ALL_PACKINGS, 64),
     ],
 )
 def test_steps_give_the_references_logits(calls, dtype, packings, head_dim):
