@@ -235,23 +235,29 @@ def bundled(whose: str, folder: str) -> dict[str, float]:
     return {f"prompt_{n}": n / runs(n, 1) for n in lengths}
 
 
-def generation(whose: str, model: Any) -> Callable[[int, int], float]:
-    """A function from prompt length and new tokens to seconds, through the program's own decoding loop."""
+def token_stream(whose: str, model: Any) -> Callable[[list[int], int], Iterator[Any]]:
+    """A function from a prompt and the number of new tokens to these, through the program's own decoding loop."""
     import mlx.core as mx
 
     if whose == "ours":
         from mlx_openelm.generation.decoding import generate_step as step
 
-        def tokens(prompt: list[int], count: int) -> Iterator[Any]:
-            return step(model, prompt, max_tokens=count)
-    else:
-        from mlx_lm.generate import generate_step
+        return lambda prompt, count: step(model, prompt, max_tokens=count)
+    from mlx_lm.generate import generate_step
 
-        def tokens(prompt: list[int], count: int) -> Iterator[Any]:
-            return generate_step(mx.array(prompt), model, max_tokens=count)
+    return lambda prompt, count: generate_step(mx.array(prompt), model, max_tokens=count)
+
+
+def make_prompt(length: int) -> list[int]:
+    return [1 + i % 1000 for i in range(length)]
+
+
+def generation(whose: str, model: Any) -> Callable[[int, int], float]:
+    """A function from prompt length and new tokens to seconds, through the program's own decoding loop."""
+    tokens = token_stream(whose, model)
 
     def seconds(prompt_length: int, count: int) -> float:
-        prompt = [1 + i % 1000 for i in range(prompt_length)]
+        prompt = make_prompt(prompt_length)
         started = time.perf_counter()
         first = started
         for n, _ in enumerate(tokens(prompt, count)):

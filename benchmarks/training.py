@@ -152,70 +152,16 @@ class Program:
         self.folder = folder
         optimizer = optim.Adam(RATE)
         if whose == "mlx-lm":
-            self._prepare_theirs(folder, method, grad_checkpoint, optimizer)
+            from mlx_lm.utils import load_model
+
+            self.model, _ = load_model(Path(folder))
+            self.step = their_step(self.model, method, optimizer, grad_checkpoint)
         else:
-            self._prepare_ours(folder, method, grad_checkpoint, optimizer)
+            from mlx_openelm import load
+
+            self.model, self.tokenizer = load(folder)
+            self.step = our_step(self.model, method, optimizer, grad_checkpoint=grad_checkpoint)
         mx.eval(self.model.parameters())
-
-    def _prepare_ours(self, folder: str, method: str, grad_checkpoint: bool, optimizer: Any) -> None:
-        from mlx_openelm import load
-        from mlx_openelm.adapters.attaching import attach_new
-        from mlx_openelm.training.step import Updater
-        from mlx_openelm.training.strategy import LAYERS, PARTS
-
-        import mlx.core as mx
-
-        self.model, self.tokenizer = load(folder)
-        if method == "lora":
-            attach_new(self.model, rank=RANK, scale=SCALE, seed=0)
-        else:
-            self.model.freeze()
-            for layer in self.model.layers:
-                layer.unfreeze()
-        self.model.train()
-        updater = Updater(self.model, optimizer, recompute=LAYERS if grad_checkpoint else PARTS)
-
-        def step(batch: Any) -> float:
-            update = updater.update([batch], batch.num_targets, RATE, 0)
-            mx.eval(update.loss, updater.state())
-            return float(update.loss.item())
-
-        self.step = step
-
-    def _prepare_theirs(self, folder: str, method: str, grad_checkpoint: bool, optimizer: Any) -> None:
-        """The step of mlx_lm.tuner.trainer.train, which is a function within that one."""
-        import mlx.core as mx
-        import mlx.nn as nn
-        from mlx_lm.tuner import trainer
-        from mlx_lm.tuner.utils import linear_to_lora_layers
-        from mlx_lm.utils import load_model
-
-        self.model, _ = load_model(Path(folder))
-        self.model.freeze()
-        if method == "lora":
-            options = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
-            linear_to_lora_layers(self.model, len(self.model.layers), options)
-        else:
-            for layer in self.model.layers:
-                layer.unfreeze()
-        self.model.train()
-        if grad_checkpoint:
-            trainer.grad_checkpoint(self.model.layers[0])
-        value_and_grad = nn.value_and_grad(self.model, trainer.default_loss)
-        state = [self.model.state, optimizer.state, mx.random.state]
-
-        @partial(mx.compile, inputs=state, outputs=state)
-        def update(batch: Any, lengths: Any) -> Any:
-            (loss, tokens), gradients = value_and_grad(self.model, batch, lengths)
-            optimizer.update(self.model, gradients)
-            return loss, tokens
-
-        def step(batch: tuple[Any, Any]) -> float:
-            loss, tokens = update(*batch)
-            mx.eval(state, loss, tokens)
-            return float(loss.item())
-
-        self.step = step
 
     def take_weights_from(self, other: Program) -> None:
         """The other's trainable parameters, so that both go the same way."""
@@ -225,6 +171,79 @@ class Program:
         own = [name for name, _ in tree_flatten(self.model.trainable_parameters())]
         assert sorted(own) == sorted(theirs), "the programs train different weights"
         self.model.update(tree_unflatten([(name, theirs[name]) for name in own]))
+
+
+def our_step(
+    model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False, **options: Any
+) -> Callable[[Any], float]:
+    """A function that makes one update of a model of ours and waits for it: of an adapter, or of all layers' weights.
+
+    `options` are those of `Updater`; what is recomputed is what a run of such batches would choose.
+    """
+    from mlx_openelm.adapters.attaching import attach_new
+    from mlx_openelm.training.options import TrainOptions
+    from mlx_openelm.training.planning import plan
+    from mlx_openelm.training.step import Updater
+
+    import mlx.core as mx
+
+    if method == "lora":
+        attach_new(model, rank=RANK, scale=SCALE, seed=0)
+    else:
+        train_layers(model)
+    model.train()
+    updater = Updater(model, optimizer, **options)
+    is_planned = False
+
+    def step(batch: Any) -> float:
+        nonlocal is_planned
+        if not is_planned:
+            told = TrainOptions(grad_checkpoint=grad_checkpoint)
+            updater.recompute, is_planned = plan(updater, told, batch.inputs.shape).recompute, True
+        update = updater.update([batch], batch.num_targets, RATE, 0)
+        mx.eval(update.loss, updater.state())
+        return float(update.loss.item())
+
+    return step
+
+
+def their_step(model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False) -> Callable[[Any], float]:
+    """The same of mlx-lm: the step of mlx_lm.tuner.trainer.train, which is a function within that one."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.tuner import trainer
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    if method == "lora":
+        model.freeze()
+        linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+    else:
+        train_layers(model)
+    model.train()
+    if grad_checkpoint:
+        trainer.grad_checkpoint(model.layers[0])
+    value_and_grad = nn.value_and_grad(model, trainer.default_loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(batch: Any, lengths: Any) -> Any:
+        (loss, tokens), gradients = value_and_grad(model, batch, lengths)
+        optimizer.update(model, gradients)
+        return loss, tokens
+
+    def step(batch: tuple[Any, Any]) -> float:
+        loss, tokens = update(*batch)
+        mx.eval(state, loss, tokens)
+        return float(loss.item())
+
+    return step
+
+
+def train_layers(model: Any) -> None:
+    """Let all layers' weights be trained, as mlx-lm's full fine-tuning does: neither embedding nor final norm."""
+    model.freeze()
+    for layer in model.layers:
+        layer.unfreeze()
 
 
 def both(folder: str, method: str, grad_checkpoint: bool = False) -> dict[str, Program]:

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,11 +185,18 @@ def on_gpu() -> bool:
     return mx.default_device().type == mx.DeviceType.gpu
 
 
-def on_cuda() -> bool:
-    """Whether MLX's default device is an NVIDIA GPU."""
+def device() -> str:
+    """What MLX's default device is: Metal, CUDA or CPU."""
     import mlx.core as mx
 
-    return on_gpu() and mx.cuda.is_available()
+    if not on_gpu():
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def on_cuda() -> bool:
+    """Whether that is an NVIDIA GPU."""
+    return device() == "CUDA"
 
 
 def has_kernels() -> bool:
@@ -197,11 +204,6 @@ def has_kernels() -> bool:
     from . import native
 
     return not on_gpu() and native.kernels is not None
-
-
-def multiplies_packed(modes: Iterable[str]) -> bool:
-    """Whether products with weights packed in these modes are fast here: on a GPU, and with our kernels for CPUs."""
-    return on_gpu() or (has_kernels() and set(modes) <= {"affine"})
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -295,9 +297,8 @@ def describe() -> dict[str, Any]:
 
     import mlx.core as mx
 
-    kind = ("Metal" if mx.metal.is_available() else "CUDA") if on_gpu() else "CPU"
     return {
-        "device": kind,
+        "device": device(),
         "device_name": mx.device_info().get("device_name", "unknown"),
         "mlx_version": version("mlx"),
         "memory_total": total_memory(),

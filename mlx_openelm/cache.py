@@ -51,10 +51,71 @@ class Cache:
 
 
 class KVCache(Cache):
-    """The past of one sequence (or of rows of equal length)."""
+    """The past of one sequence (or of rows of equal length).
+
+    A kernel may write new positions straight into the buffers, though arrays are values in MLX: only into buffers that
+    it made room for itself (`own_buffers`) and that nobody was given since. Whoever takes `keys` or `values` gets them
+    with all that was to be written, and the next such kernel makes new ones.
+    """
+
+    _keys: Any = None
+    _values: Any = None
+    _are_own = False
+    _written: mx.array | None = None  # once this is there, so is what the last kernel wrote
+    next_position: tuple[int, mx.array] | None = None  # of a kernel that counts positions on the device
 
     def __init__(self) -> None:
         self.keys, self.values, self.offset = None, None, 0
+
+    @property
+    def keys(self) -> Any:
+        self._give_away()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        self._give_away()
+        return self._values
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._values = values
+
+    def _give_away(self) -> None:
+        self._are_own = False
+        if self._written is not None:
+            mx.eval(self._written)
+            self._written = None
+
+    def empty(self) -> bool:
+        return self._keys is None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._give_away()  # a copy of the cache shares the buffers
+        return self.__dict__
+
+    def own_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Buffers [1, K, T, D] with what is held and room for one position more, into which a kernel may write."""
+        if not self._are_own or self._keys.shape[2] <= self.offset:
+            shape = 1, heads, 1, dim
+            keys, values = (grow(old, shape, dtype, self.offset, self.step) for old in (self.keys, self.values))
+            # Evaluated, they are whole in memory, and stay where they are.
+            mx.eval(keys, values)
+            self._keys, self._values, self._are_own = keys, values, True
+        return self._keys, self._values
+
+    def wrote(self, result: mx.array) -> None:
+        """One more position is held once `result` is evaluated."""
+        self.offset += 1
+        self._written = result
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns all of them."""
@@ -70,7 +131,7 @@ class KVCache(Cache):
 
     def holds(self, dtype: mx.Dtype) -> bool:
         """Whether keys and values are, or will be, of this type."""
-        return self.keys is None or self.keys.dtype == self.values.dtype == dtype
+        return self._keys is None or self._keys.dtype == self._values.dtype == dtype
 
     def reserve(self, rows: int, heads: int, length: int, dim: int, dtype: mx.Dtype) -> int:
         """Count `length` new positions and make room for them in the buffers; returns where they are to be written."""

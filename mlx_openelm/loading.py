@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import atomic, backend, catalog, model_card
+from . import atomic, backend, catalog, model_card, packed_products
 from .chat_template import CORENET_TEMPLATE
 from .config import SIZES, ModelConfig
 from .errors import RequestError, quote
@@ -180,7 +180,7 @@ def _needs_range(config: ModelConfig) -> bool:
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
-    if backend.multiplies_packed(choice.mode for choice in checkpoint.quantization.values()):
+    if packed_products.stays_packed(choice.mode for choice in checkpoint.quantization.values()):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

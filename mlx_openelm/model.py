@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
+from .cache import KVCache
 from .config import ModelConfig
+from .cuda import decoding
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
 
@@ -280,9 +282,32 @@ class OpenELM(nn.Module):
         x = self.transformer.token_embeddings(tokens.reshape(-1))
         # Where a packing's scales are no floating-point numbers, embeddings come out as bfloat16.
         x = x.astype(self.transformer.norm["weight"].dtype)
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
-            x = run_layer(layer, x, attend, (batch, length), layer_cache)
-        return self.transformer.norm(x).reshape(batch, length, -1)
+        y = self._decode(x, caches) if mask is None and run_layer is TransformerLayer.__call__ else None
+        if y is None:
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                x = run_layer(layer, x, attend, (batch, length), layer_cache)
+            y = x
+        return self.transformer.norm(y).reshape(batch, length, -1)
+
+    def _decode(self, x: mx.array, caches: Sequence[Any]) -> mx.array | None:
+        """All layers for one token [1, model_dim] in one kernel, where there is one for this model; else None."""
+        layers = self.layers
+        if x.shape[0] > 1 or not decoding.is_allowed() or any(type(cache) is not KVCache for cache in caches):
+            return None
+        if any(type(layer) is not TransformerLayer or not layer._is_plain() for layer in layers):
+            return None
+        stored = [[ops.stored(p) for p in layer._projections()] for layer in layers]
+        return decoding.step(
+            x,
+            [[norm["weight"] for norm in layer._norms()] for layer in layers],
+            [[([part for part in p[:3] if part is not None], p[3:5]) for p in layer] for layer in stored],
+            caches,
+            head_dim=self.config.head_dim,
+            num_heads=[layer["attn"].num_heads for layer in layers],
+            inner=self.config.ffn_dims,
+            eps=self.config.rms_norm_eps,
+            base=self.config.rope_freq_constant,
+        )
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """hidden states [..., model_dim] to logits [..., vocab]."""

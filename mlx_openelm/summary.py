@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import backend, catalog, hub
+from . import backend, catalog, hub, packed_products
 from .config import ModelConfig
 from .errors import RequestError
 from .formats import gguf
@@ -200,7 +200,7 @@ def memory_needed(
     # A CPU's own kernels take matrices as they are stored.
     kept = getattr(mx, stored) if backend.has_kernels() else compute
     weights = bits_per_weight(config, quantization, kept.size, scale_bytes=kept.size) * config.num_parameters / 8
-    expands = bool(quantization) and not backend.multiplies_packed(choice.mode for choice in quantization.values())
+    expands = bool(quantization) and not packed_products.stays_packed(choice.mode for choice in quantization.values())
     return Memory(
         tokens=tokens,
         dtype=_dtype_name(compute),

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fake_hub import FakeHub
+from gpu_devices import gpu_tests
 
 # The references were computed in float32 on a CPU; a GPU may use TF32.
 mx.set_default_device(mx.cpu)
@@ -38,6 +39,13 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(native, "kernels", None)
     elif native.kernels is None:
         pytest.skip(f"the kernels are not used: {native.status.detail}")
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """A test computes on the GPU, and on the CPU where it says so (see `gpu_devices`)."""
+    with gpu_tests():
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import operator
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import packed_products
 from ..formats.packing import PARTS, Quantization
 from ..model import project
 from .adapter import LowRank
@@ -216,16 +217,7 @@ def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
     """a^T W [rank, dim] for an embedding W [vocab, dim] and a [vocab, rank]."""
     if not isinstance(embedding, nn.QuantizedEmbedding):
         return a.T @ embedding["weight"].astype(a.dtype)
-    return mx.quantized_matmul(
-        a.T,
-        embedding["weight"],
-        embedding["scales"],
-        embedding.get("biases"),
-        transpose=False,
-        group_size=embedding.group_size,
-        bits=embedding.bits,
-        mode=embedding.mode,
-    )
+    return packed_products.columns_product(a.T, embedding)
 
 
 def matrix_of(base: nn.Module) -> mx.array:

@@ -102,6 +102,28 @@ def _mlx() -> Iterator[Finding]:
         yield _kernels()
         yield _blas(facts["blas"], facts["blas_library"])
         yield _compiler()
+    elif facts["device"] == "CUDA":
+        yield _cuda_kernels()
+    yield _packed_weights()
+
+
+def _cuda_kernels() -> Finding:
+    """Whether a token is decoded by one kernel of ours."""
+    from ..cuda.decoding import obstacle
+
+    reason = obstacle()
+    return Finding("CUDA kernels", "used" if reason is None else f"not used: {reason}")
+
+
+def _packed_weights() -> Finding:
+    """Which packings this machine multiplies as they are stored, and which it unpacks at load."""
+    from ..packed_products import MODES, multiplied_modes
+
+    multiplied = multiplied_modes()
+    kept, rest = ([mode for mode in MODES if (mode in multiplied) is wanted] for wanted in (True, False))
+    parts = [f"{', '.join(kept)}: multiplied as stored"] if kept else []
+    parts += [f"{', '.join(rest)}: unpacked at load, while memory allows"] if rest else []
+    return Finding("Packed weights", "; ".join(parts))
 
 
 def _kernels() -> Finding:

@@ -66,7 +66,8 @@ def _total_lines(summary: Summary) -> list[str]:
     if summary.rounded_to is not None:
         quantization = f"{summary.rounded_to}, unpacked to {summary.dtype} when read"
     elif summary.quantization is not None:
-        quantization = "{bits} bits, group size {group_size}, mode {mode}".format(**summary.quantization)
+        quantization = "{bits} bits, group size {group_size}, mode {mode}; ".format(**summary.quantization)
+        quantization += "multiplied as stored" if memory.expanded is None else "unpacked at load, while memory allows"
     needs = f"{console.size(memory.total)} (weights {console.size(memory.weights)}, " + (
         f"key-value cache {console.size(memory.kv_cache)}, computing in {memory.dtype})"
     )

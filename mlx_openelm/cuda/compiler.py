@@ -1,0 +1,112 @@
+"""CUDA source to machine code for this GPU, through the compiler (nvrtc) that MLX brings; kept between runs.
+
+MLX's own `mx.fast.cuda_kernel` compiles anew in every process, and with headers that take a second to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from ..errors import OpenELMError
+
+# Numbers of the driver's cuDeviceGetAttribute.
+_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARES_GPU = 16, 75, 76, 133
+
+
+@cache
+def multiprocessors() -> int:
+    """How many multiprocessors the GPU has."""
+    return _attribute(_MULTIPROCESSORS)
+
+
+@cache
+def is_shared() -> bool:
+    """Whether programs share the GPU's multiprocessors at the same time (MPS), so that none can count on having all."""
+    return _attribute(_SHARES_GPU) != 0
+
+
+@cache
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability, (9, 0) for Hopper."""
+    return _attribute(_MAJOR), _attribute(_MINOR)
+
+
+def _attribute(number: int) -> int:
+    """A property of the first GPU, 0 where the driver does not know it."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    value = ctypes.c_int(0)
+    driver.cuInit(0)
+    driver.cuDeviceGetAttribute(ctypes.byref(value), number, 0)
+    return value.value
+
+
+def compiled(source: str) -> bytes:
+    """The machine code of `source` for this GPU, from the cache if it is there.
+
+    Raises:
+        OpenELMError: there is no nvrtc, or it refuses the source.
+    """
+    architecture = "sm_{}{}".format(*capability())
+    name = hashlib.sha256(f"{architecture}\n{source}".encode()).hexdigest()[:32]
+    file = _cache_folder() / f"{name}.cubin"
+    with contextlib.suppress(OSError):
+        return file.read_bytes()
+    code = _compile(source, architecture)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(code)
+        partial.replace(file)
+    return code
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mlx-openelm" / "cuda"
+
+
+def _compile(source: str, architecture: str) -> bytes:
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mlx_openelm.cu", 0, None, None))
+    try:
+        options = [
+            f"--gpu-architecture={architecture}".encode(),
+            b"--std=c++17",
+            b"--device-as-default-execution-space",
+        ]
+        result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        if result:
+            log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise OpenELMError(f"The CUDA kernels do not compile for {architecture}: {log.decode(errors='replace')}")
+        return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(size_of: Callable[..., int], read: Callable[..., int], program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    read(program, buffer)
+    return buffer.raw
+
+
+def _nvrtc() -> ctypes.CDLL:
+    """MLX has loaded it already, so its bare name finds it."""
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise OpenELMError("libnvrtc, which MLX brings for CUDA, was not found.")
+
+
+def _check(nvrtc: ctypes.CDLL, result: int) -> None:
+    if result:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise OpenELMError(f"nvrtc: {nvrtc.nvrtcGetErrorString(result).decode()}")

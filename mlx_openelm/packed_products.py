@@ -1,0 +1,154 @@
+"""Products with packed weights: what each of MLX's backends multiplies as it is stored, and what is unpacked first.
+
+Read from MLX 0.32. Metal has kernels of every mode, for any number of rows and for either orientation
+(`backend/metal/quantized.cpp`), and so has the CPU. CUDA (`backend/cuda/quantized`) has
+
+- a matrix-vector kernel of every mode, for x W^T with few rows;
+- one on tensor cores, in 16 bits and with 4 or 8 bits a weight, for sizes that fill its tiles;
+- one for the rest, which only gradients of one or two rows ask for: it is slower than unpacking and a product of plain
+  matrices, compiled for every type and tile at its first use, and lacks shared memory for float32 in groups of 128.
+
+All of CUDA's fail where the heads of a cache do not lie side by side, as in a buffer with room at its end. Products
+without a kernel fail only when they are evaluated, so the choice is made here, by shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+
+from . import backend
+from .formats.packing import MODES
+
+# CUDA: MLX gives so many rows and more to tensor cores, which take no longer for 16 rows than for these.
+_MATRIX_ROWS = 8
+# CUDA: from here on it is faster to fill rows up to that, since the other kernel's time grows with their number
+# (an H100, 12288 x 3072 in 4 bits: 25, 46 and 87 µs for 1, 2 and 4 rows, 20 µs for 8 and 16).
+_FILLED_ROWS = 3
+# CUDA: from here on unpacking and a plain product take less time than tensor cores do with packed weights.
+_MANY_ROWS = 64
+# CUDA: the tiles of the kernel on tensor cores.
+_TILE_OUT, _TILE_IN = 128, 64
+
+
+def multiplied_modes() -> frozenset[str]:
+    """The modes whose weights are best left packed at load here: all on a GPU, affine with our kernels for CPUs."""
+    if backend.on_gpu():
+        return frozenset(MODES)
+    return frozenset({"affine"} if backend.has_kernels() else ())
+
+
+def stays_packed(modes: Iterable[str]) -> bool:
+    """Whether a model packed in these modes is best left so at load."""
+    return multiplied_modes().issuperset(modes)
+
+
+def product(x: mx.array, layer: Any) -> mx.array:
+    """x [..., in] times the packed weight [out, in] of a quantized layer transposed: [..., out], by MLX."""
+    if _rows(x) < _FILLED_ROWS or backend.device() != "CUDA":
+        return _multiply(x, *_parts(layer), transpose=True, **_packing(layer))
+    return _matrix_product(layer.group_size, layer.bits, layer.mode)(x, *_parts(layer))
+
+
+@lru_cache
+def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
+    """CUDA's product of several rows x with weights that are packed so, given as their parts, which have no gradient.
+
+    They are unpacked again in the backward pass: kept until then, all would be as large as without packing.
+    """
+    packing: Any = {"group_size": group_size, "bits": bits, "mode": mode}
+
+    @mx.custom_function
+    def product(x: mx.array, *parts: Any) -> mx.array:
+        multiply = partial(_multiply, transpose=True, **packing)
+        if _has_tensor_cores(x, parts[0].shape[0], group_size, bits):
+            return _filled(x, lambda x: multiply(x, *parts))
+        return multiply(x, *parts) if _rows(x) < _MATRIX_ROWS else x @ _unpack(x, *parts, **packing).T
+
+    @product.vjp
+    def _(primals, cotangent, _):
+        parts = primals[1:]
+        return [cotangent @ _unpack(cotangent, *parts, **packing), *map(mx.zeros_like, parts)]
+
+    return product  # type: ignore[return-value]
+
+
+def _filled(x: mx.array, multiply: Callable[[mx.array], mx.array]) -> mx.array:
+    """multiply(x) with rows of zeros added where x has too few for tensor cores."""
+    missing = _MATRIX_ROWS - _rows(x)
+    if missing <= 0:
+        return multiply(x)
+    y = multiply(mx.pad(x.reshape(-1, x.shape[-1]), ((0, missing), (0, 0))))
+    return y[:-missing].reshape(*x.shape[:-1], -1)
+
+
+def _has_tensor_cores(x: mx.array, out_dims: int, group_size: int, bits: int) -> bool:
+    """Whether CUDA multiplies rows x with packed weights on tensor cores, and faster than unpacked."""
+    return (
+        _rows(x) < _MANY_ROWS
+        and x.dtype != mx.float32
+        and bits in (4, 8)
+        and out_dims % _TILE_OUT == 0
+        and x.shape[-1] % max(_TILE_IN, group_size) == 0
+    )
+
+
+def columns_product(x: mx.array, layer: Any) -> mx.array:
+    """x [..., out] times the packed weight [out, in] of a quantized layer: [..., in]."""
+    if backend.device() == "CUDA":
+        return x @ _unpack(x, *_parts(layer), **_packing(layer))
+    return _multiply(x, *_parts(layer), transpose=False, **_packing(layer))
+
+
+def attends_packed(length: int) -> bool:
+    """Whether attention of `length` new positions multiplies a quantized cache as it is stored.
+
+    A GPU's fused attention takes it unpacked, and needs no scores [H, L, T].
+    """
+    device = backend.device()
+    return device == "CPU" or (device == "Metal" and length == 1)
+
+
+def unpacked_cache(cache: Any, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """The first `length` keys and values [B, K, length, D] of a quantized cache, ours or mlx-lm's."""
+    # Whole buffers, of which a part would be copied first.
+    packing: Any = {"group_size": cache.group_size, "bits": cache.bits}
+    keys, values = (mx.dequantize(*part, **packing) for part in (cache.keys, cache.values))
+    return keys[:, :, :length].astype(dtype), values[:, :, :length].astype(dtype)
+
+
+def _multiply(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    *,
+    transpose: bool,
+    **packing: Any,
+) -> mx.array:
+    return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, **packing)
+
+
+def _rows(x: mx.array) -> int:
+    return x.size // x.shape[-1]
+
+
+def _parts(layer: Any) -> Any:
+    """Levels, scales, and in affine mode biases."""
+    return [layer["weight"], layer["scales"], *([layer["biases"]] if layer.mode == "affine" else [])]
+
+
+def _packing(layer: Any) -> Any:
+    return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def _unpack(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None = None, **packing: Any
+) -> mx.array:
+    """The weight [out, in] for a product with x, in the type of its scales; where these are no floats, in that of x."""
+    # Not before x is there: MLX would unpack many matrices ahead, and hold them all.
+    weight = mx.depends(weight, x)
+    return mx.dequantize(weight, scales, biases, dtype=x.dtype if biases is None else scales.dtype, **packing)

@@ -1,0 +1,271 @@
+"""The CUDA kernel that decodes a token, on a CPU: `cuda/emulation.h` stands in for the GPU, with a few blocks."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import itertools
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm.adapters.adapter import LowRank
+from mlx_openelm.adapters.layers import LoRALinear
+from mlx_openelm.cache import KVCache, RotatingKVCache
+from mlx_openelm.cuda import compiler, decoding
+from mlx_openelm.model import OpenELM, TransformerLayer
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from decoding_models import ALL_PACKINGS, make_model, plain_logits
+
+EMULATION = Path(__file__).parent / "cuda" / "emulation.h"
+
+
+class Emulation:
+    """The kernel for one shape, compiled for this CPU; called like `mx.fast.precompiled_cuda_kernel`."""
+
+    def __init__(self, shape: decoding.Shape, folder: Path, number: int):
+        text = decoding.source(shape)
+        parameters = text[text.rindex("decode_token(") + len("decode_token(") : text.rindex(") {\n  extern")]
+        names = [part.split()[-1].lstrip("*") for part in parameters.split(",")]
+        kinds = [part.strip().rsplit(" ", 1)[0] for part in parameters.split(",")]
+        text = text.replace("extern __shared__ uint4 shared[];", "uint4* const shared = emulated_shared;")
+        half = int(shape.half)
+        arguments = ", ".join(f"({kind})arrays[{i}]" if "*" in kind else "capacity" for i, kind in enumerate(kinds))
+        text = "\n".join(
+            [
+                f'#include "{EMULATION}"',
+                text.replace(
+                    "typedef unsigned int word_t;",
+                    "typedef unsigned int word_t;\n"
+                    f"inline float to_float(half_t x) {{ return half_to_float(x, {half}); }}\n"
+                    f"inline half_t to_half(float x) {{ return float_to_half(x, {half}); }}",
+                ),
+                'extern "C" __attribute__((visibility("default"))) void run(void** arrays, int capacity) {',
+                f"  emulation::launch({shape.grid}, THREADS, [=] {{ decode_token({arguments}); }});",
+                "}",
+            ]
+        )
+        assert len(names) == len(kinds)
+        source, library = folder / f"kernel{number}.cpp", folder / f"kernel{number}.so"
+        source.write_text(text)
+        # Of several such libraries none may take another's variables.
+        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-fno-gnu-unique", "-fvisibility=hidden"]
+        subprocess.run(["g++", *options, "-o", library, source], check=True)
+        self._run = ctypes.CDLL(str(library)).run
+
+    def __call__(
+        self, *, inputs: list[mx.array], output_shapes: Any, output_dtypes: Any, scalars: Any, **_: Any
+    ) -> Any:
+        mx.eval(inputs)
+        outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        mx.eval(outputs)
+        # The buffers themselves: the kernel writes into them.
+        views = [memoryview(array) for array in (*inputs, *outputs)]
+        addresses = (ctypes.c_void_p * len(views))(*(_address(view) for view in views))
+        self._run(addresses, ctypes.c_int(scalars[0]))
+        return outputs
+
+
+def _address(view: memoryview) -> int:
+    return np.frombuffer(view.cast("B"), np.uint8).ctypes.data
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[decoding.Shape, Emulation]:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    folder = tmp_path_factory.mktemp("emulation")
+
+    class Kernels(dict[decoding.Shape, Emulation]):
+        def __missing__(self, shape: decoding.Shape) -> Emulation:
+            self[shape] = Emulation(shape, folder, len(self))
+            return self[shape]
+
+    return Kernels()
+
+
+@pytest.fixture
+def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
+    """Lets the kernel run here, on 5 blocks; the list has the shape of each call."""
+    made: list[decoding.Shape] = []
+
+    def call(*, compiled_source: decoding.Shape, **arguments: Any) -> list[mx.array]:
+        made.append(compiled_source)
+        return compiled[compiled_source](**arguments)
+
+    monkeypatch.setattr(decoding, "is_allowed", lambda: True)
+    monkeypatch.setattr(decoding, "machine_code", lambda shape: shape)
+    monkeypatch.setattr(compiler, "multiprocessors", lambda: 5)
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", call)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packings", "head_dim"),
+    [
+        (mx.bfloat16, [None], 64),
+        (mx.float16, [None], 128),
+        (mx.bfloat16, [(4, 64)], 128),
+        (mx.float16, ALL_PACKINGS, 64),
+    ],
+)
+def test_steps_give_the_references_logits(calls, dtype, packings, head_dim):
+    model = make_model(dtype, packings, head_dim)
+    ids = np.random.default_rng(1).integers(0, 64, 20).tolist()
+    cache = [KVCache() for _ in model.layers]
+    model(mx.array([ids[:16]]), cache)
+    found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[16:]]
+    assert len(calls) == len(found)
+    wanted = plain_logits(model, ids)[16:]
+    error = np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() / np.abs(wanted).max()
+    assert error < (0.03 if dtype == mx.bfloat16 else 0.005)
+
+
+def test_blocks_divide_a_long_past(calls, monkeypatch):
+    monkeypatch.setattr(compiler, "multiprocessors", lambda: 13)  # three for each of four heads, one for each of eight
+    model = make_model(mx.float16, [None], 64)
+    ids = np.random.default_rng(1).integers(0, 64, 304).tolist()
+    cache = [KVCache() for _ in model.layers]
+    model(mx.array([ids[:300]]), cache)
+    found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[300:]]
+    wanted = plain_logits(model, ids)[300:]
+    assert np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() < 0.005 * np.abs(wanted).max()
+    assert [layer.offset for layer in cache] == [304] * 2
+
+
+def steps(model: OpenELM, cache: list[KVCache], ids: list[int]) -> np.ndarray:
+    return np.array(mx.concatenate([model(mx.array([[token]]), cache)[0] for token in ids]).astype(mx.float32))
+
+
+@pytest.fixture
+def model() -> OpenELM:
+    return make_model(mx.float16, [None], 64)
+
+
+def prefilled(model: OpenELM, ids: list[int]) -> list[KVCache]:
+    cache = [KVCache() for _ in model.layers]
+    mx.eval(model(mx.array([ids]), cache))
+    return cache
+
+
+def held(cache: list[KVCache]) -> list[np.ndarray]:
+    return [np.array(part.astype(mx.float32)) for layer in cache for part in layer.keys_and_values()]
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.abs(found - wanted).max() < 0.006 * np.abs(wanted).max())
+
+
+def test_a_cache_holds_what_the_plain_path_would_put_there(calls, model, monkeypatch):
+    cache = prefilled(model, [5, 6, 7])
+    steps(model, cache, [8, 9])
+    found = held(cache)
+    assert len(calls) == 2
+    monkeypatch.setattr(decoding, "is_allowed", lambda: False)
+    plain = prefilled(model, [5, 6, 7])
+    steps(model, plain, [8, 9])
+    assert all(close(a, b) for a, b in zip(found, held(plain), strict=True))
+    # And the plain path goes on from there.
+    assert close(steps(model, cache, [10]), steps(model, plain, [10]))
+
+
+def test_copies_of_a_cache_go_their_own_ways(calls, model):
+    cache = prefilled(model, [5, 6, 7])
+    steps(model, cache, [8])
+    other = copy.deepcopy(cache)
+    shallow = [copy.copy(layer) for layer in cache]
+    state = [layer.state for layer in cache]
+    first, second, third = steps(model, cache, [9]), steps(model, other, [20]), steps(model, shallow, [30])
+    fourth = steps(model, [KVCache.from_state(part) for part in state], [40])
+    for logits, token in ((first, 9), (second, 20), (third, 30), (fourth, 40)):
+        assert close(logits[-1], plain_logits(model, [5, 6, 7, 8, token])[-1])
+    again = steps(model, cache, [10])
+    assert close(again[-1], plain_logits(model, [5, 6, 7, 8, 9, 10])[-1])
+    assert len(calls) == 6
+
+
+def test_a_trimmed_cache_forgets(calls, model):
+    cache = prefilled(model, [5, 6, 7])
+    steps(model, cache, [8, 9])
+    for layer in cache:
+        layer.trim(2)
+    assert close(steps(model, cache, [30])[-1], plain_logits(model, [5, 6, 7, 30])[-1])
+    assert len(calls) == 3
+
+
+def test_buffers_grow(calls, model, monkeypatch):
+    monkeypatch.setattr(KVCache, "step", 4)
+    ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    cache = prefilled(model, ids[:3])
+    assert close(steps(model, cache, ids[3:]), plain_logits(model, ids)[3:])
+    assert len(calls) == 7
+
+
+def test_steps_follow_each_other(calls, model):
+    """A step is computed after those before it, also where nobody asked for their results: it takes the last one's."""
+    inputs = []
+    call = mx.fast.precompiled_cuda_kernel
+
+    def keeping(**arguments: Any) -> list[mx.array]:
+        outputs = call(**arguments)
+        inputs.append((arguments["inputs"], outputs))
+        return outputs
+
+    mx.fast.precompiled_cuda_kernel = keeping  # the fixture restores it
+    steps(model, prefilled(model, [5]), [8, 9])
+    steps(model, prefilled(model, [6]), [7])
+    for (_, before), (after, _) in itertools.pairwise(inputs):
+        assert after[3] is before[0]
+
+
+def test_other_threads_do_without_while_the_first_lives(calls, model):
+    steps(model, prefilled(model, [5]), [8])
+    results = []
+
+    def work() -> None:
+        # Threads have streams of their own, so this one needs a model of its own, too.
+        results.append(steps(own, prefilled(own, [5]), [8]))
+
+    own = make_model(mx.float16, [None], 64)
+    mx.eval(own.parameters())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(calls) == 2
+    assert close(results[0][-1], plain_logits(model, [5, 8])[-1])
+
+
+@pytest.mark.parametrize(
+    "change", ["float32", "layer", "attention", "norm", "projection", "adapter", "rows", "sliding"]
+)
+def test_other_models_and_caches_take_the_plain_path(calls, model, change):
+    cache: list[Any] = [KVCache() for _ in model.layers]
+    tokens = [[7]]
+    if change == "float32":
+        model.set_dtype(mx.float32)
+    elif change == "layer":
+        model.layers[1].__class__ = type("Mine", (TransformerLayer,), {})
+    elif change == "attention":
+        model.layers[1].attn.qkv_proj = nn.Linear(256, 16 * 64, bias=False)
+        model.set_dtype(mx.float16)
+    elif change == "norm":
+        model.layers[0].ffn_norm.weight = model.layers[0].ffn_norm.weight.astype(mx.float32)
+    elif change == "projection":
+        layer = model.layers[0].ffn
+        layer.proj_2 = layer.proj_2.to_quantized(group_size=32, mode="mxfp4")
+    elif change == "adapter":
+        model.layers[1].attn.out_proj = LoRALinear(
+            model.layers[1].attn.out_proj, LowRank(mx.zeros((512, 4)), mx.zeros((4, 256)), 1.0)
+        )
+    elif change == "rows":
+        tokens = [[7], [8]]
+    elif change == "sliding":
+        cache = [RotatingKVCache(8) for _ in model.layers]
+    mx.eval(model(mx.array(tokens), cache))
+    assert not calls

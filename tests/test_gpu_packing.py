@@ -1,0 +1,180 @@
+"""Packed weights on a GPU: packing, unpacking, products in every mode, and what the methods of `quantize` make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import load, packed_products
+from mlx_openelm.cache import make_cache
+from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents
+from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.formats.packing import MODES, Quantization, quantize_weights
+from mlx_openelm.loading import build_model
+from mlx_openelm.model import OpenELM, QuantizedLinear
+from mlx_openelm.quantizing import QuantizeOptions, quantize
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from gpu_devices import FIXTURES, GRADIENT_TOLERANCE, SHAKESPEARE, TOLERANCE, assert_close, computed, needs_gpu, on
+from quantization_models import random_windows, write_tiny
+
+pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
+
+PACKINGS = [
+    Quantization(size, bits, mode) for mode, (all_bits, sizes) in MODES.items() for bits in all_bits for size in sizes
+]
+# Kernels for several rows are compiled for each type, packing, and power of two of rows, which takes seconds each.
+COMPILED = [Quantization(32, 4), Quantization(32, 8), *(Quantization.make(mode) for mode in MODES if mode != "affine")]
+OUT, IN = 256, 384
+
+
+def weight_of(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, IN**-0.5, (OUT, IN)).astype(np.float32)
+
+
+def pack(device: str, choice: Quantization, dtype: str) -> list[mx.array]:
+    """Levels, scales and in affine mode biases of a matrix in this type."""
+    with on(device):
+        weight = mx.array(weight_of()).astype(getattr(mx, dtype))
+        parts = mx.quantize(weight, choice.group_size, choice.bits, choice.mode)
+        mx.eval(parts)
+        return list(parts)
+
+
+def unpack(device: str, choice: Quantization, parts: list[mx.array]) -> np.ndarray:
+    """What parts stand for, in float32, computed with scales in float32."""
+    levels, *grid = (part if part.dtype in (mx.uint32, mx.uint8) else part.astype(mx.float32) for part in parts)
+    scales, biases = (*grid, None)[:2]
+    packing = choice.group_size, choice.bits, choice.mode
+    return computed(device, lambda: mx.dequantize(levels, scales, biases, *packing, dtype=mx.float32))
+
+
+def layer_of(choice: Quantization, parts: list[mx.array]) -> Any:
+    layer = QuantizedLinear.__new__(QuantizedLinear)
+    nn.Module.__init__(layer)
+    layer.weight, layer.scales = parts[:2]
+    layer.biases = parts[2] if len(parts) > 2 else None
+    layer.mode, layer.bits, layer.group_size = choice.mode, choice.bits, choice.group_size
+    return layer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("choice", PACKINGS, ids=str)
+def test_what_is_packed_there_is_as_good_as_on_a_cpu(choice, dtype):
+    """Either device reads it as the same numbers."""
+    parts, cpus = (pack(device, choice, dtype) for device in ("gpu", "cpu"))
+    assert [(part.shape, part.dtype) for part in parts] == [(part.shape, part.dtype) for part in cpus]
+    found = unpack("gpu", choice, parts)
+    np.testing.assert_allclose(found, unpack("cpu", choice, parts), rtol=1e-5, atol=1e-6)
+    lost, on_cpu = (np.linalg.norm(full - weight_of()) for full in (found, unpack("cpu", choice, cpus)))
+    assert lost < 1.1 * on_cpu
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("choice", PACKINGS, ids=str)
+def test_products_and_their_gradients(choice, dtype):
+    """Of few rows and of many, of plain activations times packed weights, and of columns."""
+    parts = pack("gpu", choice, dtype)
+    layer, full = layer_of(choice, parts), unpack("cpu", choice, parts)
+    rows = np.random.default_rng(1).normal(size=(100, IN)).astype(np.float32)
+    for count in (1, 7, 100) if choice in COMPILED or dtype == "float32" else (1, 2, 100):
+        x = mx.array(rows[:count]).astype(getattr(mx, dtype))
+        found = computed("gpu", lambda x=x: layer(x))
+        # MLX's kernels for few rows add products up in the activations' type.
+        assert_close(found, np.array(x.astype(mx.float32)) @ full.T, 2 * TOLERANCE[dtype])
+    wanted = mx.random.normal((100, OUT), key=mx.random.key(2))
+    slope = computed("gpu", mx.grad(lambda x: (layer(x).astype(mx.float32) * wanted).sum()), x)
+    assert_close(slope, np.array(wanted) @ full, TOLERANCE[dtype])
+    columns = np.random.default_rng(3).normal(size=(4, OUT)).astype(np.float32)
+    found = computed("gpu", lambda: packed_products.columns_product(mx.array(columns), layer))
+    assert_close(found, columns @ full, TOLERANCE[dtype])
+
+
+# Models.
+
+
+def packed_model(choice: Quantization, dtype: str, *, expand: bool) -> OpenELM:
+    """The trained checkpoint, packed on the CPU so that all are the same one."""
+    with on("cpu"):
+        checkpoint = mlx_format.read(SHAKESPEARE)
+        checkpoint.quantization = dict.fromkeys(checkpoint.config.matrix_shapes(), choice)
+        checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
+        for name in list(checkpoint.weights):
+            mx.eval(checkpoint.weights[name])
+    return build_model(checkpoint, dtype=dtype, expand=expand)
+
+
+@pytest.mark.parametrize("choice", COMPILED + [Quantization(32, bits) for bits in (2, 3, 5, 6)], ids=str)
+def test_a_packed_model_answers_as_unpacked_on_a_cpu(choice, reference):
+    ids = mx.array([2 * (reference["ids"][3] + reference["greedy"][3])])  # 126 tokens
+
+    def pieces(dtype: str) -> mx.array:
+        model = packed_model(choice, dtype, expand=False)
+        assert not model.expanded and isinstance(model.layers[0].attn.qkv_proj, QuantizedLinear)
+        cache, parts = make_cache(len(model.layers)), []
+        for start, end in ((0, 100), (100, 116), (116, 121), (121, 122), (122, 124), (124, 126)):
+            parts.append(model(ids[:, start:end], cache))
+        return mx.concatenate(parts, axis=1)
+
+    expected = computed("cpu", lambda: packed_model(choice, "float32", expand=True)(ids))
+    for dtype in ("float32", "bfloat16"):
+        assert_close(computed("gpu", pieces, dtype), expected, 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("choice", COMPILED, ids=str)
+def test_a_packed_model_lets_gradients_through(choice, reference):
+    """As an adapter below it needs them, in a prompt and in rows of a few tokens."""
+
+    def gradients(dtype: str, length: int, expand: bool) -> mx.array:
+        model = packed_model(choice, dtype, expand=expand)
+        ids = mx.array([reference["ids"][3][:length]])
+
+        def loss(scale: mx.array) -> mx.array:
+            model.layers[0].attn_norm.weight = scale
+            logits = model(ids).astype(mx.float32)
+            return nn.losses.cross_entropy(logits[:, :-1], ids[:, 1:], reduction="mean")
+
+        return mx.grad(loss)(model.layers[0].attn_norm.weight)
+
+    for length in (15, 5):
+        expected = computed("cpu", gradients, "float32", length, True)
+        for dtype in ("float32", "bfloat16"):
+            found = computed("gpu", gradients, dtype, length, False)
+            assert np.linalg.norm(found - expected) < GRADIENT_TOLERANCE[dtype] * np.linalg.norm(expected)
+
+
+# Methods.
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"q_bits": 3, "method": ("awq",)},
+        {"q_bits": 3, "method": ("gptq",)},
+        {"q_bits": 3, "method": ("dwq",)},
+        {"target_bpw": 4.2},
+        {"target_bpw": 4.2, "method": ("awq", "gptq", "dwq")},
+        {"recipe": "mixed_3_6"},
+        {"q_mode": "mxfp4"},
+    ],
+    ids=str,
+)
+def test_methods_make_models_as_good_as_on_a_cpu(asked, tmp_path):
+    source = write_tiny(tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:6000])
+    learns = "method" in asked or "target_bpw" in asked
+    small = {"calibration": str(text), "num_samples": 4, "sequence_length": 32} if learns else {}
+
+    def make(device: str) -> Path:
+        return quantize(source, tmp_path / device, QuantizeOptions(**small, **asked)).path
+
+    windows = random_windows(4, 32, 2048)
+    for device in ("gpu", "cpu"):
+        computed(device, make, device)
+    full, theirs, ours = (load(path, dtype="float32")[0] for path in (source, tmp_path / "cpu", tmp_path / "gpu"))
+    lost, expected = kl_divergence(full, ours, windows), kl_divergence(full, theirs, windows)
+    assert 0 < lost < 1.15 * expected + 1e-3
