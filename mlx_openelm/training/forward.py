@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..backend import on_gpu
+from .. import backend
 from ..model import FeedForward, OpenELM, TransformerLayer, project
 from ..ops import Attend, HeadNorms
 from .attention import attention, fused_mask, packed_mask
@@ -61,7 +61,7 @@ def _run(
 
 def _finish(ffn: FeedForward) -> Callable[..., mx.array]:
     """The second stage of a feed-forward; on a GPU with a gradient of SwiGLU that keeps nothing but its input."""
-    if not (ffn.has_swiglu and on_gpu()):
+    if not (ffn.has_swiglu and backend.on_gpu()):
         return ffn
     return lambda inner, x: project(ffn.proj_2, swiglu(inner), x)
 
