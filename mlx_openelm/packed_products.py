@@ -70,19 +70,19 @@ def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.a
 
     @product.vjp
     def _(primals, cotangent, _):
-        parts = primals[1:]
-        return [cotangent @ _unpack(cotangent, *parts, **packing), *map(mx.zeros_like, parts)]
+        x, *parts = primals
+        slope = cotangent @ _unpack(cotangent, *parts, **packing)
+        return [slope.astype(x.dtype), *map(mx.zeros_like, parts)]
 
     return product  # type: ignore[return-value]
 
 
 def _filled(x: mx.array, multiply: Callable[[mx.array], mx.array]) -> mx.array:
     """multiply(x) with rows of zeros added where x has too few for tensor cores."""
-    missing = _MATRIX_ROWS - _rows(x)
-    if missing <= 0:
-        return multiply(x)
-    y = multiply(mx.pad(x.reshape(-1, x.shape[-1]), ((0, missing), (0, 0))))
-    return y[:-missing].reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])  # one matrix: of several, each would be multiplied alone
+    missing = _MATRIX_ROWS - len(rows)
+    y = multiply(rows) if missing <= 0 else multiply(mx.pad(rows, ((0, missing), (0, 0))))[:-missing]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _has_tensor_cores(x: mx.array, out_dims: int, group_size: int, bits: int) -> bool:
