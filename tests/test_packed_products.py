@@ -169,6 +169,19 @@ def test_attention_over_a_quantized_cache(
         close(found, expected, dtype)
 
 
+def test_mlx_lms_quantized_cache_is_unpacked_alike(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pytest.importorskip("mlx_lm.models.cache", reason="mlx-lm is not installed")
+    if gpu == "Metal":
+        monkeypatch.setattr(mx, "quantized_matmul", multiply)
+    caches, past = (ours.QuantizedKVCache(32, 4), theirs.QuantizedKVCache(32, 4)), 0
+    for length in (5, 300, 1):
+        qkv = mx.random.normal((length, 8 * 64), key=mx.random.key(length))
+        found = [ops.Attend(64, 10000, past, length, "causal" if length > 1 else None)(qkv, (1, length), (4, 2), None, c)
+                 for c in caches]  # fmt: skip
+        assert mx.array_equal(*found)
+        past += length
+
+
 def plain_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Causal attention of queries [1, H, L, D] over keys and values [1, K, T, D]: [L, H * D]."""
     keys, values = (np.repeat(x[0], queries.shape[1] // x.shape[1], axis=0) for x in (keys, values))
