@@ -176,8 +176,8 @@ def test_mlx_lms_quantized_cache_is_unpacked_alike(gpu: str, monkeypatch: pytest
     caches, past = (ours.QuantizedKVCache(32, 4), theirs.QuantizedKVCache(32, 4)), 0
     for length in (5, 300, 1):
         qkv = mx.random.normal((length, 8 * 64), key=mx.random.key(length))
-        found = [ops.Attend(64, 10000, past, length, "causal" if length > 1 else None)(qkv, (1, length), (4, 2), None, c)
-                 for c in caches]  # fmt: skip
+        attend = ops.Attend(64, 10000, past, length, "causal" if length > 1 else None)
+        found = [attend(qkv, (1, length), (4, 2), None, cache) for cache in caches]
         assert mx.array_equal(*found)
         past += length
 
