@@ -173,12 +173,16 @@ class Program:
         self.model.update(tree_unflatten([(name, theirs[name]) for name in own]))
 
 
-def our_step(model: Any, method: str, optimizer: Any, **options: Any) -> Callable[[Any], float]:
+def our_step(
+    model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False, **options: Any
+) -> Callable[[Any], float]:
     """A function that makes one update of a model of ours and waits for it: of an adapter, or of all layers' weights.
 
-    `options` are those of `Updater`.
+    `options` are those of `Updater`; what is recomputed is what a run of such batches would choose.
     """
     from mlx_openelm.adapters.attaching import attach_new
+    from mlx_openelm.training.options import TrainOptions
+    from mlx_openelm.training.planning import plan
     from mlx_openelm.training.step import Updater
 
     import mlx.core as mx
@@ -189,8 +193,13 @@ def our_step(model: Any, method: str, optimizer: Any, **options: Any) -> Callabl
         train_layers(model)
     model.train()
     updater = Updater(model, optimizer, **options)
+    is_planned = False
 
     def step(batch: Any) -> float:
+        nonlocal is_planned
+        if not is_planned:
+            told = TrainOptions(grad_checkpoint=grad_checkpoint)
+            updater.recompute, is_planned = plan(updater, told, batch.inputs.shape).recompute, True
         update = updater.update([batch], batch.num_targets, RATE, 0)
         mx.eval(update.loss, updater.state())
         return float(update.loss.item())

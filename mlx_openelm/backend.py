@@ -194,6 +194,11 @@ def device() -> str:
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 
+def on_cuda() -> bool:
+    """Whether that is an NVIDIA GPU."""
+    return device() == "CUDA"
+
+
 def has_kernels() -> bool:
     """Whether matrix products go through our own kernels for CPUs, which take weights as they are stored."""
     from . import native
@@ -224,7 +229,12 @@ def prefill_step_size() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say."""
+    """Bytes that can be allocated without swapping, on CUDA in the GPU; None where the system does not say."""
+    if on_cuda():
+        import mlx.core as mx
+
+        # What MLX keeps for reuse counts as taken there.
+        return int(mx.device_info()["free_memory"]) + mx.get_cache_memory()
     if sys.platform == "darwin":
         total = total_memory()
         import mlx.core as mx
@@ -237,7 +247,11 @@ def available_memory() -> int | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in this machine."""
+    """Bytes of memory in this machine, with CUDA in its GPU."""
+    if on_cuda():
+        import mlx.core as mx
+
+        return int(mx.device_info()["total_memory"])
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -34,6 +34,15 @@ TOLERANCE = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
 # The same of gradients, as a share of their length: errors of the forward and the backward pass.
 GRADIENT_TOLERANCE = {"float32": 0.02, "float16": 0.04, "bfloat16": 0.2}
 
+# What CUDA tells of one, as far as it is asked.
+H100 = {
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "compute_capability_major": 9,
+    "compute_capability_minor": 0,
+    "free_memory": 84_000_000_000,
+    "total_memory": 85_520_809_984,
+}
+
 _device = "cpu"
 _multiply, _attend = mx.quantized_matmul, mx.fast.scaled_dot_product_attention
 
@@ -64,6 +73,7 @@ def gpu_tests() -> Iterator[None]:
                 patch.setattr(module, name, lambda: _device == "gpu")
             patch.setattr(backend, "device", lambda: {"gpu": "CUDA", "cpu": "CPU"}[_device])
             patch.setattr(mx.fast, "scaled_dot_product_attention", _attend_as_cuda)
+            patch.setattr(mx, "device_info", lambda: H100)
             patch.setattr(mx, "quantized_matmul", lambda *a, **k: (cudas if _device == "gpu" else _multiply)(*a, **k))
         yield
 

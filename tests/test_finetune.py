@@ -493,6 +493,7 @@ def test_options_reach_what_they_are_for(here, monkeypatch):
               "keep_every": 6}  # fmt: skip
     done = tune(replace(SHORT, iters=3, dropout=0.0, fine_tune_type="full", test=True, **values),
                 loading=Loading(dtype="bfloat16"))  # fmt: skip
+    assert json.loads(Path("adapters/run.json").read_text())["recompute"] == "layers" and values.pop("grad_checkpoint")
     assert {name: seen[name] for name in values} == values
     # Computed with in 16 bits, kept in 32.
     assert seen["compute_dtype"] == mx.bfloat16 and math.isfinite(done.test.loss)

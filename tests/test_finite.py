@@ -17,9 +17,10 @@ from mlx_openelm.generation.sampling import SamplingParams, make_logits_processo
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.options import QuantizeOptions
 from mlx_openelm.quantizing import quantize
-from mlx_openelm.training.loss import CHUNK, cross_entropy
+from mlx_openelm.training.loss import cross_entropy
 from mlx_openelm.training.metrics import read
 from mlx_openelm.training.run_state import Checkpoints
+from mlx_openelm.training.strategy import CHUNK
 
 import mlx.core as mx
 import pytest

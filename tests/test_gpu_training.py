@@ -20,6 +20,7 @@ from mlx_openelm.training.metrics import Metrics
 from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.step import Updater
+from mlx_openelm.training.strategy import LAYERS, PARTS
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -174,7 +175,7 @@ def test_one_update(method, batch, dtype):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_checkpointing_changes_nothing(method):
     plain, again = (
-        computed("gpu", lambda x=x: updated(method, "float32", "rows", grad_checkpoint=x)) for x in (False, True)
+        computed("gpu", lambda x=x: updated(method, "float32", "rows", recompute=x)) for x in (PARTS, LAYERS)
     )
     assert again.pop("loss") == pytest.approx(plain.pop("loss"), rel=1e-4)
     assert_close_gradients(again, plain, GRADIENT_TOLERANCE["float32"])

@@ -19,6 +19,7 @@ from mlx_openelm.native import build
 
 import mlx.core as mx
 import pytest
+from gpu_devices import H100
 
 ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
@@ -84,6 +85,7 @@ def test_a_cpu_beside_metal_keeps_nothing_resident(metal, monkeypatch):
 def test_devices_have_their_names(metal, monkeypatch):
     assert (backend.describe()["device"], backend.describe()["device_name"]) == ("Metal", "Apple M9")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: H100)
     assert backend.describe()["device"] == "CUDA"
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))
     assert backend.describe()["device"] == "CPU"

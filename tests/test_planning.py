@@ -54,7 +54,7 @@ model = OpenELM(config)
 layers = 1 if method == "last" else -1
 attach_new(model, rank=8, dora=method == "dora", num_layers=layers) if method != "full" else model.unfreeze()
 options = TrainOptions(grad_checkpoint=grad_checkpoint)
-updater = Updater(model, make_optimizer(options), grad_checkpoint=grad_checkpoint)
+updater = Updater(model, make_optimizer(options), recompute="layers" if grad_checkpoint else "parts")
 mx.eval(model.parameters(), updater.state())
 planned = planning.plan(updater, options, (rows, length)).memory.peak
 tokens = mx.random.randint(3, 1000, (rows, length + 1))

@@ -14,6 +14,7 @@ from mlx_openelm.training.batches import IGNORED, Batch
 from mlx_openelm.training.forward import hidden_states
 from mlx_openelm.training.recompute import recomputed, substituted, trainable
 from mlx_openelm.training.step import Evaluation, Updater, evaluate
+from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -116,13 +117,13 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_gradients_are_those_of_the_plain_model(model, method, grad_checkpoint):
+@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+def test_gradients_are_those_of_the_plain_model(model, method, recompute):
     METHODS[method](model)
     model.train()
     batch = rows_of(sequences([290, 100, 3]), masked=1)  # several blocks of queries, padding, prompts
     loss, expected = plain_gradients(model, batch)
-    value, gradients = our_gradients(model, [batch], grad_checkpoint=grad_checkpoint)
+    value, gradients = our_gradients(model, [batch], recompute=recompute)
     assert value == pytest.approx(loss, rel=1e-5)
     assert_equal_gradients(gradients, expected)
 
@@ -186,7 +187,9 @@ def test_what_is_learned_is_among_few_numbers_of_rows(model):
     sizes = set()
     for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
         targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
-        rows = step_module._learned_rows(Batch(targets, targets, None, (0,), count, 4096))
+        rows, wanted, counts = step_module._learned(Batch(targets, targets, None, (0,), count, 4096))
+        rows = mx.arange(4096) if rows is None else rows  # all
+        assert wanted.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
         learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
         assert rows.tolist() == sorted(rows.tolist()) and set(learned) <= set(rows.tolist())
         assert len(set(rows.tolist())) == rows.size <= max(128, count * 1.125 + 128)
@@ -203,12 +206,12 @@ def test_padding_changes_nothing(model):
     assert_equal_gradients(gradients, expected, 1e-5)
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_packed_examples_do_not_see_one_another(model, grad_checkpoint):
+@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+def test_packed_examples_do_not_see_one_another(model, recompute):
     adapt(model)
     examples = sequences([140, 9, 77])
     loss, expected = our_gradients(model, [rows_of([tokens]) for tokens in examples])
-    value, gradients = our_gradients(model, [packed(examples, 240)], grad_checkpoint=grad_checkpoint)
+    value, gradients = our_gradients(model, [packed(examples, 240)], recompute=recompute)
     assert value == pytest.approx(loss, rel=1e-5)
     assert_equal_gradients(gradients, expected)
     apart = evaluate(model, [rows_of([tokens]) for tokens in examples])
@@ -284,13 +287,13 @@ def test_state_restores_bit_for_bit(model):
     assert all(mx.array_equal(again.state()[name], value).item() for name, value in end.items())
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_dropout_drops_the_same_in_the_backward_pass(model, grad_checkpoint):
+@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+def test_dropout_drops_the_same_in_the_backward_pass(model, recompute):
     """The loss is linear in `lora_b` of the last matrix to first order: its gradient must belong to the same masks."""
     adapt(model, dropout=0.5, target_modules=("proj_2", "out_proj"))
     model.train()
     batch = rows_of(sequences([40]))
-    updater = Updater(model, optim.SGD(1.0), seed=3, grad_checkpoint=grad_checkpoint)
+    updater = Updater(model, optim.SGD(1.0), seed=3, recompute=recompute)
     places, values = trainable([model])
     names = [name for name in updater.state() if name.startswith("weights.")]
     index = next(i for i, name in enumerate(names) if name.endswith("layers.3.ffn.proj_2.lora_b"))
@@ -408,14 +411,14 @@ def wide() -> OpenELM:
     return model
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, monkeypatch, grad_checkpoint):
+@pytest.mark.parametrize("recompute", [PARTS, LAYERS])
+def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, monkeypatch, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
-    ours = peak(wide, batch, grad_checkpoint=grad_checkpoint)
+    ours = peak(wide, batch, recompute=recompute)
     monkeypatch.setattr(
         step_module, "cross_entropy", lambda model, hidden, targets, **_: (mx.sum(mx.square(hidden)),) * 2
     )
-    assert ours <= 1.05 * peak(wide, batch, grad_checkpoint=grad_checkpoint)
+    assert ours <= 1.05 * peak(wide, batch, recompute=recompute)
 
 
 def test_micro_batches_are_computed_one_after_the_other(wide):
@@ -425,11 +428,11 @@ def test_micro_batches_are_computed_one_after_the_other(wide):
 
 def test_recomputing_saves_memory(wide):
     batch = rows_of(sequences([513, 513], vocab=4000))
-    ours, checkpointed = peak(wide, batch), peak(wide, batch, grad_checkpoint=True)
+    ours, checkpointed = peak(wide, batch), peak(wide, batch, recompute=LAYERS)
     # Four layers keep little; the rest is what one layer's gradients need at a time.
     assert checkpointed < 0.9 * ours
 
-    def plain(inputs, segments, *, grad_checkpoint):
+    def plain(inputs, segments, *, recompute):
         return wide.hidden_states(inputs).reshape(inputs.size, -1)
 
     original = step_module.hidden_states

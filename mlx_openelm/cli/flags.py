@@ -173,7 +173,9 @@ FINE_TUNE = {
     "max_grad_norm": "Scale gradients down to this norm.",
     "z_loss": "Keep logits small: this times the squared log of their sum; CoreNet takes 1e-4.",
     "label_smoothing": "Give other tokens this share of the probability that is learned.",
-    "grad_checkpoint": "Compute activations again in the backward pass: less memory, more time.",
+    "recompute": "What the backward pass computes again, for less memory and more time: nothing, parts (what takes "
+    "little time), layers; auto is parts, and on an NVIDIA GPU what the free memory allows.",
+    "grad_checkpoint": "The same as --recompute layers, under mlx-lm's name.",
     "seed": "The same seed gives the same adapter.",
     "steps_per_report": "Report the loss every so many steps.",
     "steps_per_eval": "Validate every so many steps.",

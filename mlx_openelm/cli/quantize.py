@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 import typer
 
 from .. import catalog, publishing
+from ..compiling import notice
 from ..errors import RequestError
 from ..inputs import to_path
 from ..publishing import UploadOptions
@@ -62,7 +63,7 @@ def run(
     if upload.upload_repo is not None and not options.writes:
         raise RequestError("--upload-repo needs a model to upload; say how to quantize, with --q-bits for one.")
     publishing.check(upload)
-    with _Stages() as stages:
+    with _Stages() as stages, notice("Quantizing", console.say):
         result = quantize(
             model,
             to_path(mlx_path),

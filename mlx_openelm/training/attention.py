@@ -2,7 +2,8 @@
 
 Of a layer's attention its input and its output are kept; the weights are computed again, block by block, in the
 backward pass (FlashAttention, arXiv:2205.14135, section 3.1, at the grain of whole rows). A block of queries looks only
-at keys up to its end, which for causal attention halves the work. A CPU's own kernels do the same in finer blocks.
+at keys up to its end, which for causal attention halves the work. A CPU's own kernels do the same in finer blocks, and
+CUDA has a fused gradient, which does the same in one kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import mlx.core as mx
 
 from .. import cpu_math
 from ..ops import Attend, HeadNorms
+from .strategy import TILE, fuses_attention_gradient
 
 # Queries in a block. Smaller ones save more of the hidden half, larger ones make better matrix products.
 BLOCK = 128
@@ -21,7 +23,12 @@ BLOCK = 128
 def attention(
     qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
 ) -> mx.array:
-    """What `attend(qkv, shape, num_heads, norms, None)` gives; gradients reach qkv and the norms' weights."""
+    """What `attend(qkv, shape, num_heads, norms, None)` gives; gradients reach qkv and the norms' weights.
+
+    Where the gradient is fused, a mask is what `fused_mask` gives.
+    """
+    if fuses_attention_gradient(qkv.dtype, attend.head_dim):
+        return _fused(qkv, attend, shape, num_heads, norms)
     if not attend.fused and qkv.dtype != mx.float32:  # a CPU is many times slower in half precision
         return attention(qkv.astype(mx.float32), attend, shape, num_heads, norms).astype(qkv.dtype)
     has_kernels = attend.kernels is not None and qkv.dtype == mx.float32
@@ -57,6 +64,41 @@ def attention(
         return mx.vjp(heads, primals, gradients)[1]
 
     return mix(qkv, *weights)[0]  # type: ignore[index]
+
+
+def fused_mask(segments: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The mask of packed rows for the fused gradient: `packed_mask` as numbers to add, of whole tiles.
+
+    Not booleans, of which MLX would make numbers for each head anew in every layer, and of which it makes -inf. What
+    is hidden gets half the lowest number, to which scores can be added. Padding sees itself.
+    """
+    padded = mx.pad(segments, [(0, 0), (0, -segments.shape[1] % TILE)], constant_values=-1)
+    return mx.where(packed_mask(padded), 0.0, mx.finfo(dtype).min / 2).astype(dtype)
+
+
+def packed_mask(segments: mx.array) -> mx.array:
+    """What each position of packed rows [rows, length] may see [rows, 1, length, length]: its example, up to itself."""
+    positions = mx.arange(segments.shape[1])
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & (positions[:, None] >= positions))[:, None]
+
+
+def _fused(
+    qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
+) -> mx.array:
+    """The same with MLX's own gradient, whose queries must fill whole tiles: rows are padded to that.
+
+    Padding lies behind all positions, so that causal ones do not see it.
+    """
+    batch, length = shape
+    whole = length + -length % TILE
+    if whole > length:
+        padding = [(0, 0), (0, whole - length), (0, 0)]
+        qkv = mx.pad(qkv.reshape(batch, length, -1), padding).reshape(batch * whole, -1)
+    queries, keys, values = attend.heads(qkv, (batch, whole), num_heads, norms)
+    mask = attend.mask if isinstance(attend.mask, mx.array) else "causal"  # a single position has no mask
+    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=mask)
+    return mixed.swapaxes(1, 2)[:, :length].reshape(batch * length, -1)
 
 
 def _blocks(attend: Attend, length: int) -> Iterator[tuple[slice, mx.array]]:

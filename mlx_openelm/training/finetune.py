@@ -19,6 +19,7 @@ from .. import backend
 from ..adapters.attaching import attach, extract
 from ..adapters.files import find_local, read_adapter, write_adapter
 from ..chat_template import find_template
+from ..compiling import notice
 from ..errors import OpenELMError, RequestError
 from ..inputs import to_path
 from ..loading import check_dtype
@@ -207,9 +208,13 @@ class _Work:
             return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples, planned)
 
     def plan(self, batches: Batches) -> float:
-        """Tell the memory the run will need, and what to turn on if that is too much; in GB (1e9 bytes)."""
+        """Choose what is recomputed; tell the memory the run will need, and what to turn on if that is too much.
+
+        In GB (1e9 bytes).
+        """
         planned = planning.plan(self.updater, self.options, batches.largest_shape())
-        self.listener.say(f"Memory: {planned.memory}")
+        self.updater.recompute = self.recompute = planned.recompute
+        self.listener.say(f"Memory: {planned}")
         if (warning := planned.warning()) is not None:
             self.listener.warn(warning)
         return planned.memory.peak / 1e9
@@ -222,7 +227,6 @@ class _Work:
             self.model,
             make_optimizer(options),
             compute_dtype=self.compute_dtype if casts else None,
-            grad_checkpoint=options.grad_checkpoint,
             max_grad_norm=options.max_grad_norm,
             z_loss=options.z_loss,
             label_smoothing=options.label_smoothing,
@@ -248,7 +252,8 @@ class _Work:
         data: dict[str, Any] = {"fingerprint": self.ready.fingerprint()}
         data |= {split: len(examples[split].examples) for split in examples}
         loading = dataclasses.asdict(self.loading)
-        record = run_folder.make_record(self.name, options, loading=loading, data=data, processes=self.processes.size)
+        record = run_folder.make_record(self.name, options, loading=loading, data=data, processes=self.processes.size,
+                                        recompute=self.recompute)  # fmt: skip
         state = None
         if options.resume:
             if self.processes.leads:
@@ -339,14 +344,16 @@ class _Work:
             for index in range(most):
                 self.listener.working("Validating", index, most)
                 check()
-                yield from batches[index : index + 1]
+                with notice("Validating", self.listener.say):
+                    yield from batches[index : index + 1]
 
         return lambda check: self.updater.evaluate(checked(check))
 
     def counting(self, what: str, batches: list[Batch]) -> Iterator[Batch]:
         for index, batch in enumerate(batches):
             self.listener.working(what, index, len(batches))
-            yield batch
+            with notice(what, self.listener.say):
+                yield batch
         self.listener.working(what, len(batches), len(batches))
 
     def choose(self, result: Result, checkpoints: Checkpoints) -> None:

@@ -13,9 +13,7 @@ from ..backend import on_gpu
 from ..model import OpenELM
 from .batches import IGNORED
 from .recompute import substituted, trainable
-
-# Positions whose logits exist at once: 128 rows of 32000 float32 are 16 MB, and products are as fast as with more.
-CHUNK = 128
+from .strategy import here
 
 
 def cross_entropy(
@@ -23,6 +21,7 @@ def cross_entropy(
     hidden_states: mx.array,
     targets: mx.array,
     *,
+    learned: mx.array | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     differentiable: bool = True,
@@ -31,6 +30,7 @@ def cross_entropy(
 
     Args:
         targets: ids; rows with `IGNORED` add nothing.
+        learned: which rows add something, booleans [rows], where the targets of others are no longer `IGNORED`.
         z_loss: this times the square of logsumexp(logits) is added for each row (arXiv:2204.02311, section 5).
         label_smoothing: this share of each target is spread over the whole vocabulary, as in PyTorch.
         differentiable: False to have no gradients made.
@@ -38,6 +38,9 @@ def cross_entropy(
     Returns:
         what is to be minimized, and the negative log-likelihood alone, which has no gradient: two float32 scalars.
     """
+    chunk = here().loss_rows
+    if learned is None:
+        targets, learned = split_targets(targets)
     head = model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
     places, weights = trainable([head])
 
@@ -51,12 +54,13 @@ def cross_entropy(
         by_rows: list[mx.array] = []
         # In 16 bits a sum of many chunks would lose most of what is added.
         by_weights = [mx.zeros(weight.shape) for weight in weights]
-        for start in range(0, targets.size, CHUNK):
-            rows, wanted = hidden_states[start : start + CHUNK], targets[start : start + CHUNK]
+        for start in range(0, targets.size, chunk):
+            part = slice(start, start + chunk)
+            rows, wanted = hidden_states[part], (targets[part, None], learned[part, None])
             # One chunk after the other, so that their logits do not exist at the same time.
             rows = mx.depends(rows, [objective, *by_rows[-1:], *by_weights])
             logits = logits_of(rows, *weights)
-            sums, slope = _chunk(logits, wanted, z_loss, label_smoothing)
+            sums, slope = _chunk(logits, *wanted, z_loss, label_smoothing)
             objective, likelihood = objective + sums[0], likelihood + sums[1]
             if differentiable:
                 gradients = mx.vjp(lambda *a: [logits_of(*a)], [rows, *weights], [slope])[1]
@@ -80,17 +84,21 @@ def cross_entropy(
     return objective, likelihood
 
 
+def split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Targets that are ids, 0 in place of `IGNORED`, and which of them are learned."""
+    learned = targets != IGNORED
+    return mx.where(learned, targets, 0), learned
+
+
 def _chunk(
-    logits: mx.array, targets: mx.array, z_loss: float, label_smoothing: float
+    logits: mx.array, index: mx.array, learned: mx.array, z_loss: float, label_smoothing: float
 ) -> tuple[tuple[mx.array, mx.array], mx.array]:
-    """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits."""
+    """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits.
+
+    `index` [rows, 1] is what is to be predicted where it is `learned`.
+    """
     exact = logits.astype(mx.float32)
-    top = mx.max(exact, axis=-1, keepdims=True)
-    powers = mx.exp(exact - top) if on_gpu() else cpu_math.exp_below(exact, top)
-    total = mx.sum(powers, axis=-1, keepdims=True)
-    lse = top + mx.log(total)
-    learned = (targets != IGNORED)[:, None]
-    index = mx.where(learned, targets[:, None], 0)
+    shares, lse = _softmax(exact)
     likelihood = lse - mx.take_along_axis(exact, index, axis=-1)
     objective = likelihood
     if label_smoothing:
@@ -98,9 +106,21 @@ def _chunk(
         objective = (1 - label_smoothing) * likelihood + label_smoothing * even
     if z_loss:
         objective = objective + z_loss * mx.square(lse)
-    # d lse / d logits is powers / total; the rest is what is subtracted from lse.
-    weight = (1 + 2 * z_loss * lse) / total
+    # d lse / d logits is the softmax; the rest is what is subtracted from lse.
+    if z_loss:
+        shares = shares * (1 + 2 * z_loss * lse)
     hit = mx.arange(logits.shape[-1]) == index
-    slope = powers * weight - mx.where(hit, 1 - label_smoothing, 0.0) - label_smoothing / logits.shape[-1]
+    slope = shares - mx.where(hit, 1 - label_smoothing, 0.0) - label_smoothing / logits.shape[-1]
     slope = mx.where(learned, slope, 0.0).astype(logits.dtype)
     return (mx.sum(mx.where(learned, objective, 0.0)), mx.sum(mx.where(learned, likelihood, 0.0))), slope
+
+
+def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """The softmax of float32 logits [rows, vocab], and the logarithm of the sum it is divided by [rows, 1]."""
+    if on_gpu():  # one kernel reads the logits once; the exponential is fused into what uses it
+        lse = mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.exp(logits - lse), lse
+    top = mx.max(logits, axis=-1, keepdims=True)
+    powers = cpu_math.exp_below(logits, top)
+    total = mx.sum(powers, axis=-1, keepdims=True)
+    return powers * (1 / total), top + mx.log(total)

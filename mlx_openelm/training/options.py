@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import RequestError, quote
 from . import trackers
+from .strategy import AUTO, LAYERS, RECOMPUTE
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -38,6 +39,7 @@ _CHOICES = {
     "lr_schedule": SCHEDULES,
     "fine_tune_type": FINE_TUNE_TYPES,
     "long_examples": LONG_EXAMPLES,
+    "recompute": RECOMPUTE,
     "adapter_format": ADAPTER_FORMATS,
 }
 # The least a number may be, itself included.
@@ -84,6 +86,9 @@ class TrainOptions:
         decay_steps: the steps from the end of the warm-up to `min_learning_rate`; None: all that are left.
         weight_decay, beta1, beta2, eps, momentum: None is what the optimizer usually has; see `optimizers`.
         val_batches: -1 is all of them, 0 no validation.
+        recompute: what of the activations the backward pass computes again: nothing, parts (what takes little time),
+            layers; auto lets the plan choose by the free memory on CUDA, and is parts elsewhere.
+        grad_checkpoint: `recompute="layers"`, under mlx-lm's name.
         early_stop: stop after so many validations without a new best.
         keep_last, keep_every: keep the last so many checkpoints, and those at multiples of so many steps.
 
@@ -115,6 +120,7 @@ class TrainOptions:
     max_grad_norm: float | None = None
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    recompute: str = AUTO
     grad_checkpoint: bool = False
 
     steps_per_report: int = 10
@@ -126,6 +132,11 @@ class TrainOptions:
     keep_every: int | None = None
     report_to: str | None = None
     project_name: str | None = None
+
+    @property
+    def recomputed(self) -> str:
+        """What is recomputed, as told in either way."""
+        return LAYERS if self.grad_checkpoint else self.recompute
 
     def __post_init__(self) -> None:
         for field, kind in field_types(type(self)).items():
@@ -147,6 +158,8 @@ class TrainOptions:
             raise RequestError(
                 f"--keep-every must be a multiple of --save-every ({self.save_every}), got {self.keep_every}."
             )
+        if self.grad_checkpoint and self.recompute not in (AUTO, LAYERS):
+            raise RequestError(f"--grad-checkpoint is --recompute layers, not {self.recompute}; give one of them.")
         trackers.check(self.report_to)
         if self.project_name is not None and "wandb" not in (self.report_to or ""):
             raise RequestError("--project-name is a project at Weights & Biases; it needs --report-to wandb.")

@@ -1,36 +1,26 @@
-"""The memory a run will need, told before it starts, and what to turn on if that is too much.
-
-Activations are counted as `forward` keeps and recomputes them. What is held for a moment was measured.
-"""
+"""The memory a run will need, told before it starts; what it recomputes by that, and what to do if it is too much."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..adapters.adapter import EMBEDDING
+from ..adapters.attaching import dropout_layers
 from ..backend import available_memory, total_memory
 from ..config import ModelConfig
 from ..errors import RequestError
-from .attention import BLOCK
-from .loss import CHUNK
+from . import activations
+from .activations import Shape
 from .options import TrainOptions
-from .step import SETTLED_BYTES, Updater
+from .step import Updater
+from .strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
 
-# What is held for a moment, measured on a CPU, where MLX allocates for some ten operations ahead of the one it does:
-# arrays of a chunk's logits in the loss, at first, for each further chunk, and at most; of the output layer where it
-# is trained;
-_LOGITS_FIRST, _LOGITS_MORE, _LOGITS_MOST, _HEAD = 8.0, 4.0, 17.0, 6.0
-# [rows, inner] arrays while the gradients of a feed-forward are made;
-_INNER = 14.5
-# a block's attention weights, and arrays as large as queries, keys and values, while theirs are made;
-_WEIGHTS, _QKV = 10.0, 6.4
-# and of new weights with the optimizer's numbers for them, before the old ones go.
-_RENEWED = int(1.25 * SETTLED_BYTES)
+# New weights with the optimizer's numbers for them, before the old ones go: so much of what is evaluated at a time.
+_RENEWED = 1.25
 
 # A run that needs more of the free memory than this is warned about, one that needs more of all memory refused.
 _USABLE_SHARE, _HOPELESS = 0.9, 1.5
@@ -58,10 +48,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, and what other settings would: (flags, memory), which need less."""
+    """What a run recomputes and needs, and what other settings would: (flags, memory), which need less."""
 
+    recompute: str
     memory: Memory
     alternatives: tuple[tuple[str, Memory], ...]
+
+    def __str__(self) -> str:
+        again = {NOTHING: "nothing is recomputed", LAYERS: "whole layers are recomputed"}.get(self.recompute)
+        return f"{self.memory}; {again}" if again else str(self.memory)
 
     def warning(self) -> str | None:
         """One line if the free memory will hardly do, with what to turn on.
@@ -69,22 +64,29 @@ class Plan:
         Raises:
             RequestError: the machine does not have nearly as much.
         """
-        free = available_memory()
-        if free is None or self.memory.peak <= _USABLE_SHARE * (free + self.memory.model):
+        room = _room(self.memory)
+        if self.memory.peak <= room:
             return None
-        room = _USABLE_SHARE * (free + self.memory.model)
         fitting = [way for way in self.alternatives if way[1].peak <= room] or list(self.alternatives[-1:])
         ways = " or ".join(f"{flags}: {_size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
-        there = _size(free + self.memory.model)
-        line = f"The run needs about {_size(self.memory.peak)}, and {there} are there{advice}."
+        line = f"The run needs about {_size(self.memory.peak)}, and {_size(room / _USABLE_SHARE)} are there{advice}."
         if self.memory.peak > _HOPELESS * (total_memory() or math.inf):
             raise RequestError(line)
         return line
 
 
+def _room(memory: Memory) -> float:
+    """The bytes that a run may take, with its model, which is loaded already; infinity where that is not known."""
+    free = available_memory()
+    if free is None:
+        return math.inf
+    # With CUDA weights may be in the host's memory yet.
+    return _USABLE_SHARE * min(free + memory.model, total_memory() or math.inf)
+
+
 def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
-    """The memory of a run, and of ways to need less.
+    """What a run recomputes: what it was told, else by the free memory; and the memory of it, and of ways to need less.
 
     Args:
         updater: of a model that is loaded and made trainable.
@@ -94,38 +96,44 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
     sizes = {name: value.nbytes for name, value in state.items()}
     trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    fused = fuses_attention_gradient(updater.compute_dtype, model.config.head_dim)
 
-    def needs(rows: int, length: int, grad_checkpoint: bool, accumulates: bool) -> Memory:
+    def needs(rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
         return estimate(
             model.config,
+            Shape(rows, length, updater.compute_dtype.size, recompute, fused, bool(dropout_layers(model))),
             model_bytes=sum(value.nbytes for _, value in parameters),
             optimizer_bytes=sum(sizes.values()) - sum(trained.values()),
             trained=trained,
-            rows=rows,
-            length=length,
-            itemsize=updater.compute_dtype.size,
-            grad_checkpoint=grad_checkpoint,
+            casts=updater.casts,
             accumulates=accumulates,
         )
 
     rows, length = shape
-    checkpoints, accumulates = options.grad_checkpoint, options.grad_accumulation_steps > 1
-    memory = needs(rows, length, checkpoints, accumulates)
+    accumulates = options.grad_accumulation_steps > 1
+    recompute = options.recomputed
+    if recompute == AUTO:
+        recompute = PARTS
+        if here().chooses:
+            # Where neither fits, the least is kept: MLX runs ahead less where memory is short, which then decides.
+            levels = ((level, needs(rows, length, level, accumulates)) for level in (NOTHING, PARTS))
+            recompute = next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
+    memory = needs(rows, length, recompute, accumulates)
     ways, flags = [], []
-    if not checkpoints:
+    if recompute != LAYERS:
         flags.append("--grad-checkpoint")
-        ways.append((" ".join(flags), needs(rows, length, True, accumulates)))
+        ways.append((" ".join(flags), needs(rows, length, LAYERS, accumulates)))
     smaller = rows // 2
     while smaller >= 1:
         # Halved, so that an update learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
-        ways.append((" ".join([*flags, split]), needs(smaller, length, True, True)))
+        ways.append((" ".join([*flags, split]), needs(smaller, length, LAYERS, True)))
         smaller //= 2
     if length > 512:
         short = f"--max-seq-length {length // 2}"
-        ways.append((" ".join([*flags, short]), needs(rows, length // 2, True, accumulates)))
-    return Plan(memory, tuple(way for way in ways if way[1].peak < memory.peak))
+        ways.append((" ".join([*flags, short]), needs(rows, length // 2, LAYERS, accumulates)))
+    return Plan(recompute, memory, tuple(way for way in ways if way[1].peak < memory.peak))
 
 
 def _size(count: float) -> str:
@@ -137,66 +145,33 @@ def _size(count: float) -> str:
 
 def estimate(
     config: ModelConfig,
+    shape: Shape,
     *,
     model_bytes: int,
     optimizer_bytes: int,
     trained: dict[str, int],
-    rows: int,
-    length: int,
-    itemsize: int,
-    grad_checkpoint: bool,
+    casts: bool = False,
     accumulates: bool = False,
 ) -> Memory:
-    """The memory of a run whose largest batch has `rows` of `length` positions.
+    """The memory of a run whose batches are no larger than `shape`.
 
     Args:
         model_bytes: the model's parameters, trained ones included.
         optimizer_bytes: what the optimizer keeps.
-        trained: the bytes of each trained parameter, by name; gradients have as many.
-        itemsize: the bytes of a number in activations.
+        trained: the bytes of each trained parameter, by name, in float32; gradients have as many.
+        casts: whether trained parameters are cast to the activations' type, which is held while they are used.
         accumulates: whether gradients of several micro-batches are added up.
     """
-    layers = list(_layers(config))
+    count = len(config.ffn_dims)
     gradients = sum(trained.values())
-    by_layer = [sum(size for name, size in trained.items() if f".layers.{n}." in name) for n in range(len(layers))]
-    outside = gradients - sum(by_layer)
-    width = rows * length * itemsize  # bytes of one number a position
-    dim = width * config.model_dim
+    by_layer = [sum(size for name, size in trained.items() if f".layers.{n}." in name) for n in range(count)]
     # Below the first layer with something to train nothing is kept; the embedding lies below all.
     is_below = any(EMBEDDING in name for name in trained)
     first = 0 if is_below else next((n for n, size in enumerate(by_layer) if size), 0)
-    saved = [dim if grad_checkpoint else width * layer.kept for layer in layers]
-    saved[:first] = [0] * first
-    chunks = -(-rows * length // CHUNK)
-    chunk = min(CHUNK, rows * length) * config.vocab_size * 4
-    logits = chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
-    loss = sum(saved) + 5 * dim + logits + _HEAD * outside
-    activations = loss
-    for index, layer in list(enumerate(layers))[first:]:
-        again = width * layer.kept - dim if grad_checkpoint else 0
-        block = rows * layer.heads * min(BLOCK, length) * length * 4
-        momentary = max(_WEIGHTS * block + _QKV * width * layer.qkv, _INNER * width * layer.inner)
-        made = outside + sum(by_layer[index:])
-        activations = max(activations, sum(saved[: index + 1]) + 3 * dim + again + momentary + made)
-    renewed = gradients + min(gradients + optimizer_bytes, _RENEWED)
+    held = activations.most(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
+    if casts:
+        held += gradients * shape.itemsize / 4
+    renewed = gradients + min(gradients + optimizer_bytes, _RENEWED * here().settled_bytes)
     added = gradients if accumulates else 0
-    peak = model_bytes + optimizer_bytes + added + max(activations, renewed)
-    return Memory(model_bytes, optimizer_bytes, gradients, int(activations), int(peak))
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Numbers a position: kept for the backward pass, queries with keys and values, the feed-forward's inner size."""
-
-    kept: int
-    qkv: int
-    inner: int
-    heads: int
-
-
-def _layers(config: ModelConfig) -> Iterator[_Layer]:
-    for layer, inner in enumerate(config.ffn_dims):
-        heads, kv_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
-        qkv = (heads + 2 * kv_heads) * config.head_dim
-        projected = 2 * inner if config.ffn_with_glu else inner
-        yield _Layer(2 * config.model_dim + qkv + heads * config.head_dim + projected, qkv, inner, heads)
+    peak = model_bytes + optimizer_bytes + added + max(held, renewed)
+    return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))

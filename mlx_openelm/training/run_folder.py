@@ -46,6 +46,7 @@ _FREE = (
     "test_batches",
     "iters",
     "epochs",
+    "recompute",
     "grad_checkpoint",
     "steps_per_report",
     "steps_per_eval",
@@ -124,13 +125,20 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def make_record(
-    model: str, options: TrainOptions, *, loading: Mapping[str, Any], data: Mapping[str, Any], processes: int
+    model: str,
+    options: TrainOptions,
+    *,
+    loading: Mapping[str, Any],
+    data: Mapping[str, Any],
+    processes: int,
+    recompute: str,
 ) -> dict[str, Any]:
     """All that repeats a run, as `run.json` has it.
 
     Args:
         loading: how the model was loaded: dtype, tokenizer and so on.
         data: the fingerprint and size of what is learned from.
+        recompute: what is recomputed, chosen if the options leave that open.
     """
     return {
         "model": model,
@@ -138,6 +146,7 @@ def make_record(
         "options": dataclasses.asdict(options) | {"resume": False},
         "data": dict(data),
         "processes": processes,
+        "recompute": recompute,
         "command": _command(),
         "versions": {"mlx_openelm": __version__, "mlx": version("mlx"), "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "device": str(mx.default_device())},

@@ -18,15 +18,15 @@ from ..adapters.attaching import adapted_layers, dropout_layers
 from ..model import OpenELM
 from .batches import IGNORED, Batch
 from .forward import hidden_states
-from .loss import CHUNK, cross_entropy
+from .loss import cross_entropy, split_targets
 from .optimizers import set_learning_rate
 from .recompute import Parameters, substituted, trainable
+from .strategy import CHUNK, PARTS, here
 
-# Inputs, targets of every position, segments, the positions whose loss counts.
-_Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array]
-
-# So much of the weights and of what the optimizer keeps for them is evaluated at a time.
-SETTLED_BYTES = 200_000_000
+# What the loss is made of: some positions (None: all), their targets, and which of these are learned.
+_Learned = tuple[mx.array | None, mx.array, mx.array]
+# Inputs, segments, and that.
+_Arrays = tuple[mx.array, mx.array | None, _Learned]
 
 # The shapes of batches whose graphs are kept; one is up to 2 MB a layer, and many sets have hundreds of shapes.
 GRAPHS = 64
@@ -65,8 +65,10 @@ class Updater:
 
     Args:
         optimizer: as `optimizers.make_optimizer` gives it.
-        compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32.
-        grad_checkpoint: keep only each layer's input for the backward pass.
+        compute_dtype: what trainable parameters are cast to in the forward pass; None leaves them float32. `casts`
+            says whether they are.
+        recompute: what the backward pass computes again, as in `forward.hidden_states`; it may be set until the first
+            update.
         max_grad_norm: scale gradients down to this norm.
         z_loss, label_smoothing: as in `loss.cross_entropy`.
         seed: random numbers, for dropout, derive from it, the step and the micro-batch.
@@ -79,7 +81,7 @@ class Updater:
         optimizer: optim.Optimizer,
         *,
         compute_dtype: mx.Dtype | None = None,
-        grad_checkpoint: bool = False,
+        recompute: str = PARTS,
         max_grad_norm: float | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
@@ -89,9 +91,9 @@ class Updater:
         self.model, self.optimizer = model, optimizer
         self._places, values = trainable([model])
         self.compute_dtype = compute_dtype or model.transformer.norm["weight"].dtype
-        self._casts = compute_dtype is not None
+        self.casts = compute_dtype is not None
         self._adapted = {id(layer) for _, layer in adapted_layers(model)}
-        self._grad_checkpoint, self._max_grad_norm = grad_checkpoint, max_grad_norm
+        self.recompute, self._max_grad_norm = recompute, max_grad_norm
         self._z_loss, self._label_smoothing = z_loss, label_smoothing
         self._seed, self._group = seed, group
         self._dropout_layers = dropout_layers(model)
@@ -99,7 +101,7 @@ class Updater:
         for (module, name), value in zip(self._places, values, strict=True):
             module[name] = value.astype(mx.float32)
         optimizer.init(self._tree(self._values()))
-        self._settles = sum(value.nbytes for value in self.state().values()) > SETTLED_BYTES
+        self._settles = sum(value.nbytes for value in self.state().values()) > here().settled_bytes
         # A compiled function holds on to what it was made with, so a graph is made anew only for new shapes.
         self._gradients: Callable[..., Any] = mx.compile(self._compute_gradients)
         self._apply: Callable[..., Any] = mx.compile(self._apply_gradients)
@@ -115,17 +117,17 @@ class Updater:
         """
         weights = self._values()
         sums, gradients = [mx.array(0.0), mx.array(0.0)], None
-        share = mx.array(1.0 / max(1, num_targets))
         for index, batch in enumerate(batch for batch in batches if batch.num_targets):
             if index:
                 mx.eval(gradients)  # else the next micro-batch could be computed beside this one
-            arrays = (batch.inputs, batch.targets.reshape(-1), batch.segments, _learned_rows(batch))
-            self._forget_graphs(batch.inputs.shape, arrays[3].size, gradients is None)
-            sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index), share)
+            arrays = (batch.inputs, batch.segments, _learned(batch))
+            self._forget_graphs(batch.inputs.shape, arrays[2][1].size, gradients is None)
+            sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index))
         if gradients is None:
             gradients = [mx.zeros_like(weight) for weight in weights]
         state = self.optimizer.state
-        values, state, scalars = self._apply(weights, gradients, sums, state, mx.array(learning_rate))
+        numbers = mx.array(1.0 / max(1, num_targets)), mx.array(learning_rate)
+        values, state, scalars = self._apply(weights, gradients, sums, state, *numbers)
         self.optimizer.state = state
         self._set(values)
         del weights, gradients, values, state  # what they hold is not to live longer than it is needed
@@ -152,7 +154,7 @@ class Updater:
         for arrays in by_parameter.values():
             group += arrays
             size += sum(array.nbytes for array in arrays)
-            if size > SETTLED_BYTES:
+            if size > here().settled_bytes:
                 mx.eval(group)
                 group, size = [], 0
 
@@ -180,7 +182,7 @@ class Updater:
 
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; low-rank layers cast their own, in part after using them."""
-        if not self._casts:
+        if not self.casts:
             return list(values)
         pairs = zip(self._places, values, strict=True)
         dtype = self.compute_dtype
@@ -214,28 +216,28 @@ class Updater:
         sums: list[mx.array],
         batch: _Arrays,
         keys: list[mx.array],
-        share: mx.array,
     ) -> tuple[list[mx.array], list[mx.array]]:
-        """`sums` and `gradients`, if there are any yet, with those of a batch added, both times `share`.
-
-        The share, which is small, comes last: gradients of activations in float16 would become zero by it.
-        """
+        """`sums` and `gradients`, if there are any yet, with those of a batch added: sums over learned tokens."""
         self.model.train()
 
         def objective(weights: list[mx.array]) -> tuple[mx.array, mx.array]:
             with substituted(self._places, self._cast(weights)):
-                hidden = hidden_states(self.model, batch[0], batch[2], grad_checkpoint=self._grad_checkpoint)
-                rows = hidden[batch[3]]
-                targets = batch[1][batch[3]]
+                inputs, segments, (rows, targets, learned) = batch
+                hidden = hidden_states(self.model, inputs, segments, recompute=self.recompute)
+                hidden = hidden if rows is None else hidden[rows]
                 losses = cross_entropy(
-                    self.model, rows, targets, z_loss=self._z_loss, label_smoothing=self._label_smoothing
+                    self.model,
+                    hidden,
+                    targets,
+                    learned=learned,
+                    z_loss=self._z_loss,
+                    label_smoothing=self._label_smoothing,
                 )
             return losses
 
         with self._dropout(keys):  # in the backward pass, too, which computes much again
             found, slopes = mx.value_and_grad(objective)(weights)
-        sums = [a + share * b for a, b in zip(sums, found, strict=True)]
-        slopes = [share * slope for slope in slopes]
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
         return sums, slopes if gradients is None else [a + b for a, b in zip(gradients, slopes, strict=True)]
 
     @contextmanager
@@ -250,20 +252,31 @@ class Updater:
                 layer._dropout_key = None
 
     def _apply_gradients(
-        self, weights: list[mx.array], gradients: list[mx.array], sums: list[mx.array], state: Any, rate: mx.array
+        self,
+        weights: list[mx.array],
+        gradients: list[mx.array],
+        sums: list[mx.array],
+        state: Any,
+        share: mx.array,
+        rate: mx.array,
     ) -> tuple[list[mx.array], Any, list[mx.array]]:
-        """New weights, the optimizer's new state, and the likelihood, objective and gradient norm of the step."""
+        """New weights, the optimizer's new state, and the likelihood, objective and gradient norm of the step.
+
+        `share`, one over the learned tokens, makes means of sums. It is small, so it comes last: gradients of
+        activations in float16 would become zero by it; and here it is part of the optimizer's own kernels.
+        """
         (objective, likelihood), gradients = self._over_all_machines(sums, gradients)
         squares = [mx.sum(mx.square(gradient)) for gradient in gradients]
-        norm = mx.sqrt(mx.sum(mx.stack(squares)))
+        norm, factor = share * mx.sqrt(mx.sum(mx.stack(squares))), share
         if self._max_grad_norm is not None:
-            factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
-            gradients = [gradient * factor for gradient in gradients]
+            factor = share * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
+        gradients = [gradient * factor for gradient in gradients]
         self.optimizer.state = state
         set_learning_rate(self.optimizer, rate)
         updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(weights))
         by_name = dict(tree_flatten(updated))
-        return [by_name[name] for name in self._names], self.optimizer.state, [likelihood, objective, norm]
+        scalars = [share * likelihood, share * objective, norm]
+        return [by_name[name] for name in self._names], self.optimizer.state, scalars
 
     def _over_all_machines(self, *trees: list[mx.array]) -> Any:
         if self._group is None or self._group.size() == 1:
@@ -285,10 +298,11 @@ def evaluate(
     total, count = 0.0, 0
     for batch in batches:
         if batch.num_targets:
-            rows = _learned_rows(batch)
+            rows, targets, learned = _learned(batch)
             hidden = hidden_states(model, batch.inputs, batch.segments)  # whose attention holds less than the model's
-            targets = batch.targets.reshape(-1)[rows]
-            total += float(cross_entropy(model, hidden[rows], targets, differentiable=False)[1].item())  # type: ignore[arg-type]
+            hidden = hidden if rows is None else hidden[rows]
+            losses = cross_entropy(model, hidden, targets, learned=learned, differentiable=False)
+            total += float(losses[1].item())  # type: ignore[arg-type]
             count += batch.num_targets
         if progress is not None:
             progress(batch)
@@ -300,17 +314,24 @@ def evaluate(
     return Evaluation(total / count if count else float("nan"), count)
 
 
-def _learned_rows(batch: Batch) -> mx.array:
+def _learned(batch: Batch) -> _Learned:
     """The positions that are learned, in order, and as many others as fill the last chunks of the loss.
 
     Logits are computed for these alone; whole chunks, of many an eighth at a time, so that few different shapes have
     to be compiled.
     """
-    targets = batch.targets.reshape(-1)
     chunks = -(-batch.num_targets // CHUNK)
     unit = CHUNK << max(0, chunks.bit_length() - 4)
+    targets = batch.targets.reshape(-1)
     count = min(targets.size, -(-batch.num_targets // unit) * unit)
-    return mx.sort(mx.argsort(targets == IGNORED)[:count])
+    rows = None
+    with mx.stream(mx.cpu):  # a GPU would compile a kernel for each of these
+        if count < targets.size:
+            rows = mx.sort(mx.argsort(targets == IGNORED)[:count])
+            targets = targets[rows]
+        targets, learned = split_targets(targets)
+        mx.eval(rows, targets, learned)  # so that a GPU's stream never waits for the CPU's
+    return rows, targets, learned
 
 
 def _names(model: nn.Module, places: Parameters) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..compiling import notice
 from ..errors import OpenELMError
 from .batches import Batch
 from .distributed import Processes
@@ -228,11 +229,12 @@ class _Run:
         assert step is not None
         state, rate = self.state, self.learning_rate(self.state.step)
         started = time.perf_counter()
-        update = self.updater.update(step.batches, step.num_targets, rate, state.step)
-        results = [update.loss, update.objective, update.grad_norm, self.updater.state()]
-        mx.async_eval(results)
-        upcoming = self._build(state.step + 1)
-        mx.eval(results)
+        with notice("Training", self.listener.say):
+            update = self.updater.update(step.batches, step.num_targets, rate, state.step)
+            results = [update.loss, update.objective, update.grad_norm, self.updater.state()]
+            mx.async_eval(results)
+            upcoming = self._build(state.step + 1)
+            mx.eval(results)
         loss, norm = _number(update.loss), _number(update.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(loss, norm, step)

@@ -1,0 +1,103 @@
+"""What is recomputed: as told, else on CUDA by the free memory of the GPU; and how it is told and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_openelm import backend, load
+from mlx_openelm.adapters.attaching import attach_new
+from mlx_openelm.errors import RequestError
+from mlx_openelm.training import planning, run_folder
+from mlx_openelm.training.optimizers import make_optimizer
+from mlx_openelm.training.options import FineTuneOptions, TrainOptions
+from mlx_openelm.training.step import Updater
+from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
+
+import pytest
+import training_runs
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> None:
+    monkeypatch.setattr(backend, "on_cuda", lambda: True)
+    monkeypatch.setattr(planning, "total_memory", lambda: 80_000_000_000)
+    monkeypatch.setattr(planning, "fuses_attention_gradient", lambda dtype, head_dim: True)
+
+
+def plan(**options: object) -> planning.Plan:
+    model, _ = load("tiny", expand=True)
+    attach_new(model, rank=4)
+    chosen = TrainOptions(**options)  # type: ignore[arg-type]
+    return planning.plan(Updater(model, make_optimizer(chosen)), chosen, (16, 1024))
+
+
+def give(monkeypatch, free: float | None) -> None:
+    monkeypatch.setattr(planning, "available_memory", lambda: free)
+
+
+def test_the_least_is_recomputed_that_fits(monkeypatch, cuda):
+    give(monkeypatch, None)  # not known, so nothing says that it would not fit
+    peaks = {level: plan(recompute=level).memory.peak for level in (NOTHING, PARTS, LAYERS)}
+    assert peaks[NOTHING] > peaks[PARTS]
+    assert plan().recompute == NOTHING
+    model = plan().memory.model
+    for level, free in ((NOTHING, peaks[NOTHING]), (PARTS, peaks[PARTS]), (LAYERS, peaks[PARTS] - 1000)):
+        give(monkeypatch, math.ceil(free / 0.9) - model)
+        assert plan().recompute == level
+        assert plan().memory.peak == peaks[level]
+
+
+def test_a_choice_by_hand_is_never_overridden(monkeypatch, cuda):
+    for free in (1000, None):
+        give(monkeypatch, free)
+        for level in (NOTHING, PARTS, LAYERS):
+            assert plan(recompute=level).recompute == level
+        assert plan(grad_checkpoint=True).recompute == LAYERS
+
+
+def test_elsewhere_it_is_the_cheap_parts_unless_told(monkeypatch):
+    for free in (1000, None):
+        give(monkeypatch, free)
+        assert plan().recompute == PARTS
+    assert plan(recompute=NOTHING).recompute == NOTHING
+    assert plan(recompute=NOTHING).memory.peak > plan().memory.peak > plan(recompute=LAYERS).memory.peak
+
+
+def test_the_plan_says_what_is_recomputed(monkeypatch):
+    give(monkeypatch, None)
+    assert str(plan(recompute=NOTHING)).endswith("; nothing is recomputed")
+    assert str(plan(grad_checkpoint=True)).endswith("; whole layers are recomputed")
+    usual = plan()
+    assert str(usual) == str(usual.memory)
+
+
+def test_two_names_must_not_contradict():
+    TrainOptions(recompute=LAYERS, grad_checkpoint=True).check()
+    with pytest.raises(RequestError, match="--grad-checkpoint is --recompute layers, not nothing"):
+        TrainOptions(recompute=NOTHING, grad_checkpoint=True).check()
+    with pytest.raises(RequestError, match="--recompute must be auto, nothing, parts or layers, got 'some'"):
+        TrainOptions(recompute="some").check()
+
+
+def test_a_run_may_go_on_with_another_choice():
+    options = FineTuneOptions(train=True, data="x")
+    record = {"model": "m", "options": {**json.loads(json.dumps(vars(options)))}}
+    assert run_folder.compare("m", replace(options, recompute=NOTHING), {}, record) == []
+
+
+def test_the_choice_is_kept_in_the_runs_record(tmp_path: Path):
+    training_runs.write_run_folder(tmp_path)
+    words = ["--model", "model", "--train", "--data", "data", "--iters", 2, "--batch-size", 2, "--val-batches", 0]
+    losses = {}
+    for level in ("auto", NOTHING):
+        done = training_runs.run(*words, "--recompute", level, "--adapter-path", level, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("nothing is recomputed" in done.stderr) == (level == NOTHING)
+        record = json.loads((tmp_path / level / "run.json").read_text())
+        assert record["recompute"] == {"auto": PARTS}.get(level, level)
+        assert record["options"]["recompute"] == level
+        losses[level] = json.loads((tmp_path / level / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]
+    assert losses["auto"] == pytest.approx(losses[NOTHING], rel=1e-5)
