@@ -61,6 +61,7 @@ class KVCache(Cache):
     _keys: Any = None
     _values: Any = None
     _are_own = False
+    _room = 0  # positions in buffers that are own
     _written: mx.array | None = None  # once this is there, so is what the last kernel wrote
     next_position: tuple[int, mx.array] | None = None  # of a kernel that counts positions on the device
 
@@ -104,12 +105,12 @@ class KVCache(Cache):
 
     def own_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Buffers [1, K, T, D] with what is held and room for one position more, into which a kernel may write."""
-        if not self._are_own or self._keys.shape[2] <= self.offset:
+        if not self._are_own or self._room <= self.offset:
             shape = 1, heads, 1, dim
             keys, values = (grow(old, shape, dtype, self.offset, self.step) for old in (self.keys, self.values))
             # Evaluated, they are whole in memory, and stay where they are.
             mx.eval(keys, values)
-            self._keys, self._values, self._are_own = keys, values, True
+            self._keys, self._values, self._are_own, self._room = keys, values, True, keys.shape[2]
         return self._keys, self._values
 
     def wrote(self, result: mx.array) -> None:

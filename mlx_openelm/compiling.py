@@ -7,8 +7,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
+
+import mlx.core as mx
 
 from . import backend
 
@@ -50,5 +51,5 @@ def _watch(done: threading.Event, before: int, say: Callable[[str], None]) -> No
 
 def _compiled() -> int:
     """The kernels in the folder where MLX keeps what it has compiled for CUDA."""
-    usual = Path(tempfile.gettempdir(), "mlx", version("mlx"), "ptx")
+    usual = Path(tempfile.gettempdir(), "mlx", mx.__version__, "ptx")  # type: ignore[attr-defined]
     return sum(1 for _ in Path(os.environ.get("MLX_PTX_CACHE_DIR", usual)).rglob("*.ptx"))

@@ -202,6 +202,26 @@ class TransformerLayer(nn.Module):
             )
         )
 
+    def add_plain_weights(self, weights: list[mx.array]) -> bool:
+        """Append them in the order of `decoding.TokenKernel`; False where it does not know all that this is made of."""
+        attn, ffn = self["attn"], self["ffn"]
+        if type(self) is not TransformerLayer or type(attn) is not Attention or type(ffn) is not FeedForward:
+            return False
+        if not ffn.has_swiglu:
+            return False
+        for norm in self._norms():
+            if type(norm) is not RMSNorm:
+                return False
+            weights.append(norm["weight"])
+        for projection in (attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]):
+            if type(projection) is Linear:
+                weights.append(projection["weight"])
+            elif type(projection) is QuantizedLinear and projection.mode == "affine":
+                weights += projection["weight"], projection["scales"], projection["biases"]
+            else:
+                return False
+        return True
+
     def _at_once(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
         norms, projections = [norm["weight"] for norm in self._norms()], [ops.stored(p) for p in self._projections()]
         return attend.layer(x, shape, self["attn"].num_heads, self["attn_norm"].eps, norms, projections, cache)
@@ -231,6 +251,7 @@ class OpenELM(nn.Module):
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
+        self._token_kernel = decoding.TokenKernel(config)
         if initialize:
             self.initialize()
 
@@ -291,23 +312,16 @@ class OpenELM(nn.Module):
 
     def _decode(self, x: mx.array, caches: Sequence[Any]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one kernel, where there is one for this model; else None."""
-        layers = self.layers
         if x.shape[0] > 1 or not decoding.is_allowed() or any(type(cache) is not KVCache for cache in caches):
             return None
-        if any(type(layer) is not TransformerLayer or not layer._is_plain() for layer in layers):
-            return None
-        stored = [[ops.stored(p) for p in layer._projections()] for layer in layers]
-        return decoding.step(
-            x,
-            [[norm["weight"] for norm in layer._norms()] for layer in layers],
-            [[([part for part in p[:3] if part is not None], p[3:5]) for p in layer] for layer in stored],
-            caches,
-            head_dim=self.config.head_dim,
-            num_heads=[layer["attn"].num_heads for layer in layers],
-            inner=self.config.ffn_dims,
-            eps=self.config.rms_norm_eps,
-            base=self.config.rope_freq_constant,
-        )
+        weights: list[mx.array] = []
+        for layer in self.layers:
+            if not layer.add_plain_weights(weights):
+                return None
+        return self._token_kernel(x, weights, self._kinds, caches)
+
+    def _kinds(self) -> list[decoding.Kind]:
+        return [ops.stored(p)[3:5] for layer in self.layers for p in layer._projections()]
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """hidden states [..., model_dim] to logits [..., vocab]."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import cpu_math, native, packed_products
+from . import backend, cpu_math, native, packed_products
 from .cache import KVCache
 
 Heads = tuple[mx.array, mx.array, mx.array]
@@ -262,8 +262,8 @@ class Attend:
         if quantized:
             output = self._mix_quantized(queries, keys, values, cache)
         elif self.fused:
-            if isinstance(self.mask, mx.array) and self.mask.dtype != mx.bool_:
-                self.mask = self.mask.astype(queries.dtype)  # the kernel takes no wider type
+            if isinstance(self.mask, mx.array):
+                self.mask = _fused_mask(self.mask, queries.dtype)
             output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=self.mask)
         else:
             output = self._mix(queries, keys, values)
@@ -403,6 +403,17 @@ def _packed_product(x: mx.array, packed: Any, transpose: bool, cache: Any) -> mx
     return mx.quantized_matmul(
         x, weight, scales, biases, transpose=transpose, group_size=cache.group_size, bits=cache.bits
     )
+
+
+def _fused_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A mask as fused attention takes it: booleans, or numbers of no wider type than queries.
+
+    On CUDA booleans would become -inf, and a padded row that sees nothing NaN; the lowest number would, too, since the
+    kernel multiplies it by log2(e).
+    """
+    if mask.dtype == mx.bool_ and backend.device() == "CUDA":
+        return mx.where(mask, 0.0, mx.finfo(dtype).min / 2).astype(dtype)
+    return mask if mask.dtype == mx.bool_ else mask.astype(dtype)
 
 
 def _additive_mask(mask: mx.array | str, length: int, total: int, dtype: mx.Dtype) -> mx.array:

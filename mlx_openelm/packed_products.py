@@ -15,7 +15,7 @@ without a kernel fail only when they are evaluated, so the choice is made here, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -63,26 +63,28 @@ def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.a
 
     @mx.custom_function
     def product(x: mx.array, *parts: Any) -> mx.array:
-        multiply = partial(_multiply, transpose=True, **packing)
+        def multiply(x: mx.array) -> mx.array:
+            return _multiply(x, *parts, transpose=True, **packing)
+
         if _has_tensor_cores(x, parts[0].shape[0], group_size, bits):
-            return _filled(x, lambda x: multiply(x, *parts))
-        return multiply(x, *parts) if _rows(x) < _MATRIX_ROWS else x @ _unpack(x, *parts, **packing).T
+            return _filled(x, multiply)
+        return multiply(x) if _rows(x) < _MATRIX_ROWS else x @ _unpack(x, *parts, **packing).T
 
     @product.vjp
     def _(primals, cotangent, _):
-        parts = primals[1:]
-        return [cotangent @ _unpack(cotangent, *parts, **packing), *map(mx.zeros_like, parts)]
+        x, *parts = primals
+        slope = cotangent @ _unpack(cotangent, *parts, **packing)
+        return [slope.astype(x.dtype), *map(mx.zeros_like, parts)]
 
     return product  # type: ignore[return-value]
 
 
 def _filled(x: mx.array, multiply: Callable[[mx.array], mx.array]) -> mx.array:
     """multiply(x) with rows of zeros added where x has too few for tensor cores."""
-    missing = _MATRIX_ROWS - _rows(x)
-    if missing <= 0:
-        return multiply(x)
-    y = multiply(mx.pad(x.reshape(-1, x.shape[-1]), ((0, missing), (0, 0))))
-    return y[:-missing].reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])  # one matrix: of several, each would be multiplied alone
+    missing = _MATRIX_ROWS - len(rows)
+    y = multiply(rows) if missing <= 0 else multiply(mx.pad(rows, [(0, missing), (0, 0)]))[:-missing]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _has_tensor_cores(x: mx.array, out_dims: int, group_size: int, bits: int) -> bool:

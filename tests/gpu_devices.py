@@ -44,7 +44,7 @@ H100 = {
 }
 
 _device = "cpu"
-_multiply = mx.quantized_matmul
+_multiply, _attend = mx.quantized_matmul, mx.fast.scaled_dot_product_attention
 
 
 @contextmanager
@@ -72,6 +72,7 @@ def gpu_tests() -> Iterator[None]:
             for module, name in ((backend, "on_gpu"), (ops, "_on_gpu"), (loss, "on_gpu")):
                 patch.setattr(module, name, lambda: _device == "gpu")
             patch.setattr(backend, "device", lambda: {"gpu": "CUDA", "cpu": "CPU"}[_device])
+            patch.setattr(mx.fast, "scaled_dot_product_attention", _attend_as_cuda)
             patch.setattr(mx, "device_info", lambda: H100)
             patch.setattr(mx, "quantized_matmul", lambda *a, **k: (cudas if _device == "gpu" else _multiply)(*a, **k))
         yield
@@ -93,6 +94,14 @@ def cudas(x: mx.array, weight: mx.array, scales: mx.array, *biases: Any, **packi
     )
     assert vector or tensor_cores, f"no kernel for {rows} rows of {in_dims}, {out_dims} outputs, {packing}"
     return _multiply(x, weight, scales, *biases, **packing)
+
+
+def _attend_as_cuda(queries: mx.array, *others: mx.array, mask: Any = None, **options: Any) -> mx.array:
+    """Fused attention, where booleans become -inf on the way to cuDNN: a row that sees nothing is NaN."""
+    fused = _device == "gpu" and queries.dtype != mx.float32 and queries.shape[2] > 1
+    if fused and isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
+    return _attend(queries, *others, mask=mask, **options)
 
 
 def computed(device: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -104,8 +104,8 @@ def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) 
         assert asked == expected
 
 
-@pytest.mark.parametrize("shape", [(4, 128), (1, 5, 128), (2, 2, 128), (3, 1, 128)], ids=str)
-def test_rows_that_are_filled_up_keep_their_shape(gpu: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(4, 128), (1, 5, 128), (2, 2, 128), (3, 1, 128), (3, 4, 128)], ids=str)
+def test_rows_keep_their_shape(gpu: str, shape: tuple[int, ...]) -> None:
     layer = layer_of("affine", 4, 64, (256, 128), mx.float16)
     x = mx.random.normal(shape, key=mx.random.key(1)).astype(mx.float16)
     close(packed_products.product(x, layer), np.array(x.astype(mx.float32)) @ exact(layer).T, mx.float16)
@@ -167,6 +167,19 @@ def test_attention_over_a_quantized_cache(
         expected = plain_attention(np.array(queries.astype(mx.float32)), *(np.array(x) for x in held))
         assert found.dtype == dtype
         close(found, expected, dtype)
+
+
+def test_mlx_lms_quantized_cache_is_unpacked_alike(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pytest.importorskip("mlx_lm.models.cache", reason="mlx-lm is not installed")
+    if gpu == "Metal":
+        monkeypatch.setattr(mx, "quantized_matmul", multiply)
+    caches, past = (ours.QuantizedKVCache(32, 4), theirs.QuantizedKVCache(32, 4)), 0
+    for length in (5, 300, 1):
+        qkv = mx.random.normal((length, 8 * 64), key=mx.random.key(length))
+        attend = ops.Attend(64, 10000, past, length, "causal" if length > 1 else None)
+        found = [attend(qkv, (1, length), (4, 2), None, cache) for cache in caches]
+        assert mx.array_equal(*found)
+        past += length
 
 
 def plain_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """All layers for one token of one sequence in one CUDA kernel (`decoding.cu`), made for the model at hand.
 
-Measured on an H100 beside MLX's own kernels: see docs/benchmarks.md. `OpenELM.hidden_states` asks `step` first where a
-token is to be decoded, and goes on as ever where that gives None.
+Measured on an H100 beside MLX's own kernels: see docs/benchmarks.md. `OpenELM.hidden_states` asks a `TokenKernel` first
+where a token is to be decoded, and goes on as ever where that gives None.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..cache import KVCache
+from ..config import ModelConfig
 from ..environment import says_off
 from ..errors import OpenELMError
 from ..native import VARIABLE
@@ -27,8 +30,8 @@ THREADS = 512  # of a block, of which each multiprocessor has one
 _STRIDE = 256  # what all inner sizes must be multiples of
 _SOURCE = Path(__file__).with_name("decoding.cu")
 
-# A weight [rows, in]: its values, then scales and biases if it is packed; and its kind, (bits, group size) or (0, 0).
-Weight = tuple[list[mx.array], tuple[int, int]]
+# How a projection is packed: bits and group size, or (0, 0).
+Kind = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Shape:
     base: float
     heads: tuple[int, ...]
     inner: tuple[int, ...]
-    kinds: tuple[tuple[int, int], ...]
+    kinds: tuple[Kind, ...]
     grid: int
 
     @property
@@ -58,6 +61,25 @@ class Shape:
             and all(size % _STRIDE == 0 for size in sizes)
             and all(n % self.groups == 0 for n in self.heads)
         )
+
+    def expected(self, dtype: mx.Dtype) -> Iterator[tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and type of every weight, in the order in which the kernel takes them."""
+        for layer, (heads, inner) in enumerate(zip(self.heads, self.inner, strict=True)):
+            for size in [self.model_dim] * 2 + [self.head_dim] * 2 * self.has_norms:
+                yield (size,), dtype
+            qkv, mixed = (heads + 2 * (heads // self.groups)) * self.head_dim, heads * self.head_dim
+            sizes = [
+                (qkv, self.model_dim),
+                (self.model_dim, mixed),
+                (2 * inner, self.model_dim),
+                (self.model_dim, inner),
+            ]
+            for (rows, columns), (bits, group) in zip(sizes, self.kinds[4 * layer : 4 * layer + 4], strict=True):
+                if bits == 0:
+                    yield (rows, columns), dtype
+                else:
+                    yield (rows, columns * bits // 32), mx.uint32
+                    yield from [((rows, columns // group), dtype)] * 2
 
     @property
     def most_parts(self) -> int:
@@ -132,22 +154,24 @@ def source(shape: Shape) -> str:
 
 def _entry(shape: Shape) -> str:
     """The function that is called: MLX gives every array as a parameter of its own, so they are gathered in a table."""
-    names: list[str] = []
-    fill: list[str] = []
+    tables: list[list[str]] = []  # of each layer, in the order of `Layer` in the source
+    count = 0
 
-    def point(is_there: bool) -> None:
-        fill.append(f"pointers[{len(fill)}] = {f'p{len(names)}' if is_there else 'nullptr'};")
-        if is_there:
-            names.append(f"const void* p{len(names)}")
+    def next_name() -> str:
+        nonlocal count
+        count += 1
+        return f"p{count - 1}"
 
     for layer in range(len(shape.heads)):
-        for is_there in (True, True, shape.has_norms, shape.has_norms):
-            point(is_there)
+        are_there = [True, True, shape.has_norms, shape.has_norms]
         for bits, _ in shape.kinds[4 * layer : 4 * layer + 4]:
-            for is_there in (True, bits > 0, bits > 0):
-                point(is_there)
-        point(True)
-        point(True)
+            are_there += [True, bits > 0, bits > 0]
+        tables.append([next_name() if is_there else "nullptr" for is_there in are_there])
+    for table in tables:
+        table += [next_name(), next_name()]  # keys and values come after all weights
+    pointers = [pointer for table in tables for pointer in table]
+    fill = [f"pointers[{i}] = {pointer};" for i, pointer in enumerate(pointers)]
+    names = [f"const void* p{i}" for i in range(count)]
     return f"""
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_token(
     const half_t* x, const int* position, word_t* arrivals, const void* after, {", ".join(names)},
@@ -178,7 +202,7 @@ def is_allowed() -> bool:
     return obstacle() is None and mx.default_device().type == mx.DeviceType.gpu
 
 
-@cache
+@lru_cache(maxsize=1)
 def obstacle() -> str | None:
     """Why this machine cannot run the kernel; None if it can: it has an NVIDIA GPU since Ampere, and that to itself."""
     if not mx.cuda.is_available():
@@ -216,84 +240,100 @@ class _Turns:
 _turns = _Turns()
 
 
-def step(
-    x: mx.array,
-    norms: Sequence[Sequence[mx.array]],
-    projections: Sequence[Sequence[Weight]],
-    caches: Sequence[KVCache],
-    *,
-    head_dim: int,
-    num_heads: Sequence[tuple[int, int]],
-    inner: Sequence[int],
-    eps: float,
-    base: float,
-) -> mx.array | None:
-    """The last layer's output [1, model_dim] for a token's embedding x, with its keys and values in the caches.
+class TokenKernel:
+    """The kernel for one model, called for each token.
 
-    None, and nothing changed, where the kernel does not serve: other types and sizes, and other threads than the first.
-
-    Args:
-        norms: weights for each layer: the attention's, the feed-forward's, then the queries' and the keys', if any.
-        projections: `qkv_proj`, `out_proj`, `proj_1` (gate first) and `proj_2` of each layer.
-        caches: growing ones that hold equally many positions.
-        num_heads: query heads and key-value heads of each layer.
-        inner: the feed-forward's size in each layer.
+    Weights that are the very arrays of the call before need not be looked at again; they are not kept alive for that.
     """
-    if x.dtype not in (mx.bfloat16, mx.float16):
-        return None
-    offset = caches[0].offset
-    shape = Shape(
-        x.dtype == mx.float16,
-        x.shape[-1],
-        head_dim,
-        num_heads[0][0] // num_heads[0][1],
-        len(norms[0]) > 2,
-        eps,
-        base,
-        tuple(heads for heads, _ in num_heads),
-        tuple(inner),
-        tuple(kind for layer in projections for _, kind in layer),
-        compiler.multiprocessors(),
-    )
-    if not _serves(shape) or any(cache.offset != offset or not cache.holds(x.dtype) for cache in caches):
-        return None
-    arrays: list[mx.array] = []
-    sizes = set()
-    for layer_norms, layer_weights, cache_, (_, kv_heads) in zip(norms, projections, caches, num_heads, strict=True):
-        arrays += layer_norms
-        for parts, (bits, _) in layer_weights:
-            if any(part.dtype != x.dtype for part in (parts[1:] if bits else parts)):
-                return None
-            arrays += parts
-        if any(weight.dtype != x.dtype for weight in layer_norms):
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        self._known: list[int] | None = None  # identities of the weights for which `_shape` holds
+        self._watching: list[weakref.ref[mx.array]] = []
+        self._shape: Shape | None = None
+
+    def __call__(
+        self, x: mx.array, weights: list[mx.array], kinds: Callable[[], list[Kind]], caches: Sequence[KVCache]
+    ) -> mx.array | None:
+        """The last layer's output [1, model_dim] for a token's embedding x, with its keys and values in the caches.
+
+        None, and nothing changed, where the kernel does not serve: other types and sizes, other threads than the first.
+
+        Args:
+            weights: of each layer the attention's norm, the feed-forward's, the queries' and the keys' if there are;
+                then `qkv_proj`, `out_proj`, `proj_1` (gate first), `proj_2`, with scales and biases where packed.
+            kinds: gives how each projection is packed, four a layer.
+            caches: growing ones, of one sequence.
+        """
+        shape = self._shape_for(x.dtype, weights, kinds)
+        offset = caches[0].offset
+        if shape is None or any(cache.offset != offset or not cache.holds(x.dtype) for cache in caches):
             return None
-        keys, values = cache_.own_buffers(kv_heads, head_dim, x.dtype)
-        sizes.add(keys.shape[2])
-        arrays += [keys, values]
-    if len(sizes) > 1 or (code := machine_code(shape)) is None or not _turns.is_mine():
-        return None
-    position = caches[0].next_position
-    if position is None or position[0] != offset:
-        position = offset, mx.array([offset, 0, 0, 0], mx.int32)
-    y, following, _ = mx.fast.precompiled_cuda_kernel(
-        name="decode_token",
-        compiled_source=code,
-        inputs=[x, position[1], _turns.arrivals, _turns.last, *arrays],
-        output_shapes=[x.shape, (4,), (shape.scratch,)],
-        output_dtypes=[x.dtype, mx.int32, mx.float32],
-        scalars=[sizes.pop()],
-        grid=(shape.grid * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        shared_memory=shape.shared,
-        ensure_row_contiguous=True,
-    )
-    _turns.last = y
-    for cache_ in caches:
-        cache_.wrote(y)
-    caches[0].next_position = offset + 1, following
-    return y
+        if (code := machine_code(shape)) is None or not _turns.is_mine():
+            return None
+        buffers = [
+            cache.own_buffers(heads // shape.groups, shape.head_dim, x.dtype)
+            for cache, heads in zip(caches, shape.heads, strict=True)
+        ]
+        capacity = buffers[0][0].shape[2]
+        if any(keys.shape[2] != capacity for keys, _ in buffers):
+            return None
+        position = caches[0].next_position
+        if position is None or position[0] != offset:
+            position = offset, mx.array([offset, 0, 0, 0], mx.int32)
+        inputs = [x, position[1], _turns.arrivals, _turns.last, *weights]
+        for pair in buffers:
+            inputs += pair
+        y, following, _ = mx.fast.precompiled_cuda_kernel(
+            name="decode_token",
+            compiled_source=code,
+            inputs=inputs,
+            output_shapes=[x.shape, (4,), (shape.scratch,)],
+            output_dtypes=[x.dtype, mx.int32, mx.float32],
+            scalars=[capacity],
+            grid=(shape.grid * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            shared_memory=shape.shared,
+            ensure_row_contiguous=True,
+        )
+        _turns.last = y
+        for cache in caches:
+            cache.wrote(y)
+        caches[0].next_position = offset + 1, following
+        return y
 
+    def _shape_for(self, dtype: mx.Dtype, weights: list[mx.array], kinds: Callable[[], list[Kind]]) -> Shape | None:
+        """What the kernel is to be made for, or None where it does not serve these weights."""
+        identities = list(map(id, weights))
+        if identities != self._known:
+            self._watching = [weakref.ref(weight, self._forget) for weight in weights]
+            self._shape = self._describe(dtype, weights, kinds())
+            self._known = identities
+        return self._shape if self._shape is not None and self._shape.half == (dtype == mx.float16) else None
 
-@lru_cache(maxsize=64)
-def _serves(shape: Shape) -> bool:
-    return shape.is_served
+    def _forget(self, _: Any) -> None:
+        self._known = None  # another array may come to be where this one was
+
+    def _describe(self, dtype: mx.Dtype, weights: list[mx.array], kinds: list[Kind]) -> Shape | None:
+        config = self._config
+        if dtype not in (mx.bfloat16, mx.float16):
+            return None
+        shape = Shape(
+            dtype == mx.float16,
+            config.model_dim,
+            config.head_dim,
+            config.num_query_heads[0] // config.num_kv_heads[0],
+            config.normalize_qk_projections,
+            config.rms_norm_eps,
+            config.rope_freq_constant,
+            config.num_query_heads,
+            config.ffn_dims,
+            tuple(kinds),
+            compiler.multiprocessors(),
+        )
+        if not shape.is_served or any(
+            k * shape.groups != n for n, k in zip(shape.heads, config.num_kv_heads, strict=True)
+        ):
+            return None
+        found = [(weight.shape, weight.dtype) for weight in weights]
+        return shape if found == list(shape.expected(dtype)) else None
