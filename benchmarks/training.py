@@ -193,15 +193,16 @@ def our_step(
         train_layers(model)
     model.train()
     updater = Updater(model, optimizer, **options)
-    is_planned = False
+    planned: Any = None
 
     def step(batch: Any) -> float:
-        nonlocal is_planned
-        if not is_planned:
-            told = TrainOptions(grad_checkpoint=grad_checkpoint)
-            updater.recompute, is_planned = plan(updater, told, batch.inputs.shape).recompute, True
-        update = updater.update([batch], batch.num_targets, RATE, 0)
-        mx.eval(update.loss, updater.state())
+        nonlocal planned
+        if planned is None:
+            planned = plan(updater, TrainOptions(grad_checkpoint=grad_checkpoint), batch.inputs.shape)
+            updater.recompute = planned.recompute
+        with planned.limited():
+            update = updater.update([batch], batch.num_targets, RATE, 0)
+            mx.eval(update.loss, updater.state())
         return float(update.loss.item())
 
     return step

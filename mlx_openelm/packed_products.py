@@ -26,10 +26,11 @@ from .formats.packing import MODES
 # CUDA: MLX gives so many rows and more to tensor cores, which take no longer for 16 rows than for these.
 _MATRIX_ROWS = 8
 # CUDA: from here on it is faster to fill rows up to that, since the other kernel's time grows with their number
-# (an H100, 12288 x 3072 in 4 bits: 25, 46 and 87 µs for 1, 2 and 4 rows, 20 µs for 8 and 16).
-_FILLED_ROWS = 3
-# CUDA: from here on unpacking and a plain product take less time than tensor cores do with packed weights.
-_MANY_ROWS = 64
+# (an H100, 12288 x 3072 in 4 bits: 35, 55 and 99 µs for 1, 2 and 4 rows; 41, 44 and 46 µs when filled up).
+_FILLED_ROWS = 2
+# CUDA: from here on unpacking and a plain product take less time than tensor cores do with packed weights (there: 86
+# against 134 µs for 128 rows, 151 against 141 for 256).
+_MANY_ROWS = 256
 # CUDA: the tiles of the kernel on tensor cores.
 _TILE_OUT, _TILE_IN = 128, 64
 

@@ -73,7 +73,7 @@ def test_products_and_gradients_of_any_packing(
     gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype
 ) -> None:
     """Of any number of rows, also with sizes that fill no tile."""
-    for shape, counts in (((128, 128), (1, 3, 7, 8, 63, 64)), ((72, 384), (1, 8))):
+    for shape, counts in (((128, 128), (1, 3, 7, 8, 255, 256)), ((72, 384), (1, 8))):
         layer = layer_of(mode, bits, group_size, shape, dtype)
         weight = exact(layer)
         for rows in counts:
@@ -91,15 +91,15 @@ def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) 
     asked: list[int] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape[0]) or multiply(x, *a, **k))
     for bits, out_dims, dtype, expected in (
-        (4, 128, mx.bfloat16, [1, 2, 8, 8, 8, 63]),  # three rows and seven are filled up to eight
-        (8, 128, mx.float16, [1, 2, 8, 8, 8, 63]),
+        (4, 128, mx.bfloat16, [1, 8, 8, 8, 8, 255]),  # two to seven rows are filled up to eight
+        (8, 128, mx.float16, [1, 8, 8, 8, 8, 255]),
         (4, 128, mx.float32, [1, 2, 3, 7]),
         (3, 128, mx.bfloat16, [1, 2, 3, 7]),
         (4, 96, mx.bfloat16, [1, 2, 3, 7]),
     ):
         asked.clear()
         layer = layer_of("affine", bits, 64, (out_dims, 128), dtype)
-        for rows in (1, 2, 3, 7, 8, 63, 64, 500):
+        for rows in (1, 2, 3, 7, 8, 255, 256, 500):
             packed_products.product(mx.zeros((rows, 128), dtype), layer)
         assert asked == expected
 

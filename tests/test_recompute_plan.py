@@ -16,6 +16,7 @@ from mlx_openelm.training.options import FineTuneOptions, TrainOptions
 from mlx_openelm.training.step import Updater
 from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
 
+import mlx.core as mx
 import pytest
 import training_runs
 
@@ -48,6 +49,30 @@ def test_the_least_is_recomputed_that_fits(monkeypatch, cuda):
         give(monkeypatch, math.ceil(free / 0.9) - model)
         assert plan().recompute == level
         assert plan().memory.peak == peaks[level]
+
+
+def test_a_gpu_works_ahead_within_the_plan(monkeypatch, cuda):
+    limits = []
+    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limits.append(limit) or 7)
+    give(monkeypatch, None)
+    planned = plan(recompute=NOTHING)
+    assert 0 < planned.memory.ahead < planned.memory.activations
+    with pytest.raises(KeyError), planned.limited():
+        raise KeyError
+    assert limits[0] > planned.memory.peak
+    assert limits[1:] == [7]  # as it was
+    give(monkeypatch, planned.memory.peak - planned.memory.model)
+    with planned.limited():
+        pass
+    assert limits[2] < planned.memory.peak
+
+
+def test_elsewhere_nothing_limits_it(monkeypatch):
+    monkeypatch.setattr(mx, "set_memory_limit", None)
+    planned = plan()
+    assert planned.memory.ahead == 0
+    with planned.limited():
+        pass
 
 
 def test_a_choice_by_hand_is_never_overridden(monkeypatch, cuda):

@@ -19,12 +19,11 @@ _INNER = 14.5
 _WEIGHTS, _QKV = 10.0, 6.4
 
 # For CUDA MLX makes graphs of up to a hundred operations, up to eleven ahead of the one that is done, and what they
-# use is held until they are. So the gradients of so many layers are under way at a time at most,
-_LAYERS_AHEAD = 16
-# each with so many arrays as wide as the model, as queries, keys and values, and as the feed-forward's inner size;
-_AHEAD_DIM, _AHEAD_QKV, _AHEAD_INNER = 8.0, 2.0, 7.0
-# and so many chunks of the loss, each with so many float32 arrays of its logits.
-_CHUNKS_AHEAD, _AHEAD_LOGITS = 6, 2.0
+# use is held until they are: that may be all that a backward pass makes, each layer with so many arrays as wide as the
+# model, as queries, keys and values, and as the feed-forward's inner size,
+_AHEAD_DIM, _AHEAD_QKV, _AHEAD_INNER = 5.7, 1.4, 5.0
+# and so many chunks of the loss, each with so many float32 arrays of its logits. Measured on an H100.
+_CHUNKS_AHEAD, _AHEAD_LOGITS = 6, 1.4
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class _Layer:
 def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
     """Bytes of activations at the worst moment, with what is held for a moment and the gradients made by then.
 
+    A GPU that works ahead holds `ahead` beside them.
+
     Args:
         first: the lowest layer with something to train, below which nothing is kept.
         by_layer: the bytes of the gradients of each layer.
@@ -87,17 +88,33 @@ def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     layers = list(_layers(config))
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
     saved[:first] = [0] * first
-    loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
-    positions, rows = shape.rows * shape.length, here().loss_rows
-    chunks, chunk = -(-positions // rows), min(rows, positions) * config.vocab_size * 4
     if shape.fused:
-        ahead = sum(_ahead(layer, shape) for layer in layers[first:][-_LAYERS_AHEAD:])
-        return loss + _AHEAD_LOGITS * chunk * min(chunks, _CHUNKS_AHEAD) + ahead + sum(by_layer[-_LAYERS_AHEAD:])
+        return sum(saved) + 5 * shape.width * config.model_dim + outside + sum(by_layer)
+    chunks, chunk = _chunks(config, shape)
+    loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
     most = loss + chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
     for index, layer in list(enumerate(layers))[first:]:
         made = outside + sum(by_layer[index:])
         most = max(most, sum(saved[: index + 1]) + _moment(layer, shape) + made)
     return most
+
+
+def ahead(config: ModelConfig, shape: Shape, *, first: int, outside: int) -> float:
+    """Bytes that a GPU holds because it works ahead, where nothing keeps it from that; arguments as for `most`."""
+    if not shape.fused:
+        return 0
+    numbers = sum(
+        _AHEAD_DIM * layer.dim + _AHEAD_QKV * layer.qkv + _AHEAD_INNER * layer.inner
+        for layer in list(_layers(config))[first:]
+    )
+    chunks, chunk = _chunks(config, shape)
+    return shape.width * numbers + min(chunks, _CHUNKS_AHEAD) * (_AHEAD_LOGITS * chunk + _HEAD / 2 * outside)
+
+
+def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
+    """How many chunks of positions the loss takes, and the bytes of one's logits."""
+    positions, rows = shape.rows * shape.length, here().loss_rows
+    return -(-positions // rows), min(rows, positions) * config.vocab_size * 4
 
 
 def _moment(layer: _Layer, shape: Shape) -> float:
@@ -106,12 +123,6 @@ def _moment(layer: _Layer, shape: Shape) -> float:
     block = shape.rows * layer.heads * min(BLOCK, shape.length) * shape.length * 4
     attention = _WEIGHTS * block + _QKV * shape.width * layer.qkv
     return again + max(attention, _INNER * shape.width * layer.inner)
-
-
-def _ahead(layer: _Layer, shape: Shape) -> float:
-    """The same while a GPU works on other layers yet."""
-    numbers = _AHEAD_DIM * layer.dim + _AHEAD_QKV * layer.qkv + _AHEAD_INNER * layer.inner
-    return _again(layer, shape) + shape.width * numbers
 
 
 def _again(layer: _Layer, shape: Shape) -> float:

@@ -194,6 +194,7 @@ class _Work:
             total_steps = self.total_steps(batches)
             self.check_format()
             planned = self.plan(batches)
+            stack.enter_context(planned.limited())
             state = self.begin(checkpoints, total_steps)
             result = self.run(batches, total_steps, checkpoints, state)
             self.choose(result, checkpoints)
@@ -205,19 +206,17 @@ class _Work:
             prompts = options.sample_prompts if result.stopped != INTERRUPTED else ()
             after = self.continuations() if prompts else []
             samples = tuple(map(Sample, prompts, before, after))
-            return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples, planned)
+            peak = planned.memory.peak / 1e9
+            return FineTuned(self.name, options.adapter_path, trained, total, result, test, samples, peak)
 
-    def plan(self, batches: Batches) -> float:
-        """Choose what is recomputed; tell the memory the run will need, and what to turn on if that is too much.
-
-        In GB (1e9 bytes).
-        """
+    def plan(self, batches: Batches) -> planning.Plan:
+        """Choose what is recomputed; tell the memory the run will need, and what to turn on if that is too much."""
         planned = planning.plan(self.updater, self.options, batches.largest_shape())
         self.updater.recompute = self.recompute = planned.recompute
         self.listener.say(f"Memory: {planned}")
         if (warning := planned.warning()) is not None:
             self.listener.warn(warning)
-        return planned.memory.peak / 1e9
+        return planned
 
     def make_updater(self) -> Updater:
         options = self.options
