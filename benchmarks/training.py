@@ -193,16 +193,15 @@ def our_step(
         train_layers(model)
     model.train()
     updater = Updater(model, optimizer, **options)
-    planned: Any = None
+    is_planned = False
 
     def step(batch: Any) -> float:
-        nonlocal planned
-        if planned is None:
-            planned = plan(updater, TrainOptions(grad_checkpoint=grad_checkpoint), batch.inputs.shape)
-            updater.recompute = planned.recompute
-        with planned.limited():
-            update = updater.update([batch], batch.num_targets, RATE, 0)
-            mx.eval(update.loss, updater.state())
+        nonlocal is_planned
+        if not is_planned:
+            told = TrainOptions(grad_checkpoint=grad_checkpoint)
+            updater.recompute, is_planned = plan(updater, told, batch.inputs.shape).recompute, True
+        update = updater.update([batch], batch.num_targets, RATE, 0)
+        mx.eval(update.loss, updater.state())
         return float(update.loss.item())
 
     return step

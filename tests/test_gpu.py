@@ -137,7 +137,8 @@ def test_draws_are_as_frequent_as_they_should_be():
 def test_the_generate_command(flags):
     command = [sys.executable, "-m", "mlx_openelm", "generate", "--prompt", "To be, or not to be", "--max-tokens", "24",
                "--temp", "0.8", "--seed", "7", "--json", *flags]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    folders = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": folders, "HF_HUB_OFFLINE": "1"}
     texts = []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
+from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.training import planning, run_folder
+from mlx_openelm.training.activations import Shape
 from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
 from mlx_openelm.training.step import Updater
 from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
 
-import mlx.core as mx
 import pytest
 import training_runs
 
@@ -51,28 +52,32 @@ def test_the_least_is_recomputed_that_fits(monkeypatch, cuda):
         assert plan().memory.peak == peaks[level]
 
 
-def test_a_gpu_works_ahead_within_the_plan(monkeypatch, cuda):
-    limits = []
-    monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limits.append(limit) or 7)
-    give(monkeypatch, None)
-    planned = plan(recompute=NOTHING)
-    assert 0 < planned.memory.ahead < planned.memory.activations
-    with pytest.raises(KeyError), planned.limited():
-        raise KeyError
-    assert limits[0] > planned.memory.peak
-    assert limits[1:] == [7]  # as it was
-    give(monkeypatch, planned.memory.peak - planned.memory.model)
-    with planned.limited():
-        pass
-    assert limits[2] < planned.memory.peak
+# What a step took at most above the weights and what the optimizer keeps, in GB, on an H100 with MLX 0.32.4: rows,
+# length, then nothing, parts and whole layers computed again.
+MEASURED = {
+    ("lora", "1_1B"): (4, 1024, 19.18, 16.06, 13.38),
+    ("lora", "270M"): (8, 512, 6.22, 5.74, 5.02),
+    ("lora", "3B"): (2, 1024, 17.35, 15.06, 10.29),
+    ("full", "270M"): (8, 1024, 21.93, 19.28, 16.64),
+    ("full", "1_1B"): (2, 1024, 16.51, 17.23, 15.23),
+}
 
 
-def test_elsewhere_nothing_limits_it(monkeypatch):
-    monkeypatch.setattr(mx, "set_memory_limit", None)
-    planned = plan()
-    assert planned.memory.ahead == 0
-    with planned.limited():
-        pass
+@pytest.mark.parametrize(("method", "size"), MEASURED)
+def test_estimates_are_near_what_a_gpu_took(cuda, method, size):
+    config = ModelConfig.from_name(f"OpenELM-{size}")
+    shapes = config.tensor_shapes()
+    # Adapters of rank 8 are too small to show.
+    trained = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    if method == "lora":
+        trained = {name: 4000 for name in trained if "proj" in name}
+    rows, length, *peaks = MEASURED[method, size]
+    for level, measured in zip((NOTHING, PARTS, LAYERS), peaks, strict=True):
+        shape = Shape(rows, length, 2, level, fused=True)
+        found = planning.estimate(
+            config, shape, model_bytes=0, optimizer_bytes=0, trained=trained, casts=method == "full"
+        )
+        assert found.peak / 1e9 == pytest.approx(measured, rel=0.15)
 
 
 def test_a_choice_by_hand_is_never_overridden(monkeypatch, cuda):

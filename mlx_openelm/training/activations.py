@@ -18,12 +18,13 @@ _INNER = 14.5
 # a block's attention weights, and arrays as large as queries, keys and values, while theirs are made.
 _WEIGHTS, _QKV = 10.0, 6.4
 
-# For CUDA MLX makes graphs of up to a hundred operations, up to eleven ahead of the one that is done, and what they
-# use is held until they are: that may be all that a backward pass makes, each layer with so many arrays as wide as the
-# model, as queries, keys and values, and as the feed-forward's inner size,
-_AHEAD_DIM, _AHEAD_QKV, _AHEAD_INNER = 5.7, 1.4, 5.0
-# and so many chunks of the loss, each with so many float32 arrays of its logits. Measured on an H100.
-_CHUNKS_AHEAD, _AHEAD_LOGITS = 6, 1.4
+# For CUDA MLX makes graphs of up to a hundred operations, up to eleven ahead of the one that is done, and what they use
+# is held until they are. Fitted to what runs took on an H100 (`test_recompute_plan.py` has them; none is further off
+# than 11%): for each layer arrays as wide as the model and as the feed-forward's inner size, a part of what is computed
+# again,
+_AHEAD_DIM, _AHEAD_INNER, _AHEAD_AGAIN = 13.9, 3.35, 0.11
+# all logits in float32, and for each chunk of them the output layer's gradient; and of all that at most so many bytes.
+_AHEAD_LOGITS, _AHEAD_HEAD, _AHEAD_MOST = 1.67, 4.4, 14.7e9
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,6 @@ class _Layer:
 def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
     """Bytes of activations at the worst moment, with what is held for a moment and the gradients made by then.
 
-    A GPU that works ahead holds `ahead` beside them.
-
     Args:
         first: the lowest layer with something to train, below which nothing is kept.
         by_layer: the bytes of the gradients of each layer.
@@ -88,9 +87,9 @@ def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     layers = list(_layers(config))
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
     saved[:first] = [0] * first
-    if shape.fused:
-        return sum(saved) + 5 * shape.width * config.model_dim + outside + sum(by_layer)
     chunks, chunk = _chunks(config, shape)
+    if shape.fused:
+        return sum(saved) + _ahead(layers[first:], shape, chunks, chunk, outside) + outside + sum(by_layer)
     loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
     most = loss + chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
     for index, layer in list(enumerate(layers))[first:]:
@@ -99,16 +98,12 @@ def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     return most
 
 
-def ahead(config: ModelConfig, shape: Shape, *, first: int, outside: int) -> float:
-    """Bytes that a GPU holds because it works ahead, where nothing keeps it from that; arguments as for `most`."""
-    if not shape.fused:
-        return 0
-    numbers = sum(
-        _AHEAD_DIM * layer.dim + _AHEAD_QKV * layer.qkv + _AHEAD_INNER * layer.inner
-        for layer in list(_layers(config))[first:]
-    )
-    chunks, chunk = _chunks(config, shape)
-    return shape.width * numbers + min(chunks, _CHUNKS_AHEAD) * (_AHEAD_LOGITS * chunk + _HEAD / 2 * outside)
+def _ahead(layers: list[_Layer], shape: Shape, chunks: int, chunk: int, outside: int) -> float:
+    """Bytes that are held because a GPU works ahead."""
+    again = sum(_again(layer, shape) for layer in layers)
+    widths = sum(_AHEAD_DIM * layer.dim + _AHEAD_INNER * layer.inner for layer in layers)
+    loss = chunks * (_AHEAD_LOGITS * chunk + _AHEAD_HEAD * outside)
+    return min(shape.width * widths + _AHEAD_AGAIN * again + loss, _AHEAD_MOST)
 
 
 def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:

@@ -194,7 +194,6 @@ class _Work:
             total_steps = self.total_steps(batches)
             self.check_format()
             planned = self.plan(batches)
-            stack.enter_context(planned.limited())
             state = self.begin(checkpoints, total_steps)
             result = self.run(batches, total_steps, checkpoints, state)
             self.choose(result, checkpoints)

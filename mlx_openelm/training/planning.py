@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,9 +22,6 @@ from .strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, he
 # New weights with the optimizer's numbers for them, before the old ones go: so much of what is evaluated at a time.
 _RENEWED = 1.25
 
-# How far MLX may work ahead on a GPU, in bytes, and what of that is held. Further costs memory and saves no time.
-_ALLOWED_AHEAD, _HELD_AHEAD = 10e9, 7.5e9
-
 # A run that needs more of the free memory than this is warned about, one that needs more of all memory refused.
 _USABLE_SHARE, _HOPELESS = 0.9, 1.5
 
@@ -35,8 +30,7 @@ _USABLE_SHARE, _HOPELESS = 0.9, 1.5
 class Memory:
     """Bytes of the model, of what the optimizer keeps, of gradients, of activations, and of all at the worst moment.
 
-    `activations` is their most with what is held beside them for a moment, the gradients made by then included; `ahead`
-    the part of it that is held only because a GPU works ahead.
+    `activations` is their most with what is held beside them for a moment, the gradients made by then included.
     """
 
     model: int
@@ -44,7 +38,6 @@ class Memory:
     gradients: int
     activations: int
     peak: int
-    ahead: int = 0
 
     def __str__(self) -> str:
         return (
@@ -60,19 +53,6 @@ class Plan:
     recompute: str
     memory: Memory
     alternatives: tuple[tuple[str, Memory], ...]
-
-    @contextmanager
-    def limited(self) -> Iterator[None]:
-        """While the block runs, let a GPU work ahead no further than this plan has memory for."""
-        if not self.memory.ahead:
-            yield
-            return
-        limit = self.memory.peak - self.memory.ahead + _ALLOWED_AHEAD
-        previous = mx.set_memory_limit(int(min(limit, _room(self.memory), total_memory() or limit)))
-        try:
-            yield
-        finally:
-            mx.set_memory_limit(previous)
 
     def __str__(self) -> str:
         again = {NOTHING: "nothing is recomputed", LAYERS: "whole layers are recomputed"}.get(self.recompute)
@@ -188,12 +168,10 @@ def estimate(
     # Below the first layer with something to train nothing is kept; the embedding lies below all.
     is_below = any(EMBEDDING in name for name in trained)
     first = 0 if is_below else next((n for n, size in enumerate(by_layer) if size), 0)
-    outside = gradients - sum(by_layer)
-    ahead = min(activations.ahead(config, shape, first=first, outside=outside), _HELD_AHEAD)
-    held = activations.most(config, shape, first=first, by_layer=by_layer, outside=outside) + ahead
+    held = activations.most(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
     if casts:
         held += gradients * shape.itemsize / 4
     renewed = gradients + min(gradients + optimizer_bytes, _RENEWED * here().settled_bytes)
     added = gradients if accumulates else 0
     peak = model_bytes + optimizer_bytes + added + max(held, renewed)
-    return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak), int(ahead))
+    return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))
