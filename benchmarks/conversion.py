@@ -224,8 +224,8 @@ def make_model(size: str, folder: Path) -> None:
     """A float32 folder of a published size in Hugging Face's layout, tensor by tensor, with a tokenizer of its size."""
     random_model.write(size, folder)
 
-    from mlx_openelm import catalog
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.hub import catalog
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     Tokenizer.from_folder(catalog.ASSETS / "tiny").save(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)

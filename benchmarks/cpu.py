@@ -244,7 +244,7 @@ class Models:
         if not model:
             return ""
         if model == "tiny":
-            from mlx_openelm.catalog import TINY_FOLDER
+            from mlx_openelm.hub.catalog import TINY_FOLDER
 
             return str(TINY_FOLDER)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ class Models:
 
 def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
     """Make the float32 folder that all others are made of, with tiny's tokenizer."""
-    from mlx_openelm.catalog import TINY_FOLDER
+    from mlx_openelm.hub.catalog import TINY_FOLDER
 
     generation.make_weights(size, Path(folder), TINY_FOLDER)
     return {}

@@ -155,7 +155,7 @@ def make_weights(size: str, folder: Path, tokenizer: Path) -> None:
     """A float32 MLX folder of a published size with random weights and the tokenizer of another folder."""
     random_model.write(size, folder)
 
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     Tokenizer.from_folder(tokenizer).save(folder)
 

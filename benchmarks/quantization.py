@@ -24,12 +24,13 @@ from mlx_openelm.evaluation.perplexity import load_documents, make_windows
 from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.formats.packing import Quantization, bits_per_weight
 from mlx_openelm.formats.weights import Weights
-from mlx_openelm.loading import build_model, convert
+from mlx_openelm.jobs.convert import convert
+from mlx_openelm.jobs.quantize import quantize
+from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.options import QuantizeOptions
 from mlx_openelm.quantization.report import Yardstick
 from mlx_openelm.quantization.text import read_text
-from mlx_openelm.quantizing import quantize
 
 import mlx.core as mx
 import numpy as np

@@ -124,7 +124,7 @@ def worker(what: str, **values: Any) -> Any:
 def make_model(size: str, folder: Path) -> Path:
     """A float32 MLX folder: `tiny`, or a published size with random weights."""
     from mlx_openelm import convert
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     tiny = convert("tiny", folder / "tiny", dequantize=True, dtype="float32").path
     if size == "tiny":
@@ -182,8 +182,8 @@ def our_step(
     """
     from mlx_openelm.adapters.attaching import attach_new
     from mlx_openelm.training.options import TrainOptions
-    from mlx_openelm.training.planning import plan
-    from mlx_openelm.training.step import Updater
+    from mlx_openelm.training.run.planning import plan
+    from mlx_openelm.training.step.updater import Updater
 
     import mlx.core as mx
 
@@ -273,7 +273,7 @@ def equal(folder: str, size: str, method: str, turns: int, grad_checkpoint: bool
 
 def token_batch(whose: str, rows: int, length: int, seed: int = 0) -> Any:
     """A full batch of random tokens in a program's own form."""
-    from mlx_openelm.training.batches import Batch
+    from mlx_openelm.training.data.batches import Batch
 
     import mlx.core as mx
 
@@ -310,7 +310,7 @@ def texts(folder: str, size: str, method: str, turns: int, source: str | None) -
 
 def instructions(path: str) -> list[str]:
     """The examples of LLM-Adapters' file as text, in CoreNet's template."""
-    from mlx_openelm.training.examples import instruction_prompt
+    from mlx_openelm.training.data.examples import instruction_prompt
 
     values = json.loads(Path(path).read_text())
     return [instruction_prompt(item["instruction"], item["input"]) + item["output"] for item in values]
@@ -326,9 +326,9 @@ def mixed_texts() -> list[str]:
 
 def our_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
     """Batches as `mlx-openelm lora` makes them, with their tokens and their positions."""
-    from mlx_openelm.training.batches import Batches
-    from mlx_openelm.training.examples import tokenize
-    from mlx_openelm.training.kinds import Record
+    from mlx_openelm.training.data.batches import Batches
+    from mlx_openelm.training.data.examples import tokenize
+    from mlx_openelm.training.data.kinds import Record
 
     examples = tokenize([Record({"text": text}, "") for text in records], program.tokenizer, max_seq_length=1024)
     batches = Batches(examples.examples, batch_size=BATCH_SIZE, max_seq_length=1024, seed=0)
@@ -352,7 +352,7 @@ def their_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[An
 def memory(whose: str, folder: str, size: str, grad_checkpoint: bool) -> float:
     """MB (1e6 bytes) that the third step of LoRA takes at most above the weights."""
     import mlx_openelm  # noqa: F401 (before MLX)
-    from mlx_openelm.training import step as step_module
+    from mlx_openelm.training.step import updater as step_module
 
     import mlx.core as mx
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import backend as backend
+from . import backend
 from .version import __version__
 
 __all__ = [
@@ -21,14 +21,17 @@ __all__ = [
     "fuse",
     "generate",
     "load",
+    "quantize",
     "stream_generate",
 ]
 
 if TYPE_CHECKING:
-    from .adapters.fusing import fuse
     from .adapters.switching import AdapterSwitch
     from .generation.stream import generate, stream_generate
-    from .loading import convert, load
+    from .jobs.convert import convert
+    from .jobs.fuse import fuse
+    from .jobs.quantize import quantize
+    from .loading import load
     from .training.finetune import finetune
     from .training.options import FineTuneOptions
 
@@ -37,12 +40,13 @@ backend.preload_blas()
 
 _HOMES = {
     "load": "loading",
-    "convert": "loading",
+    "convert": "jobs.convert",
     "generate": "generation.stream",
     "stream_generate": "generation.stream",
     "finetune": "training.finetune",
     "FineTuneOptions": "training.options",
-    "fuse": "adapters.fusing",
+    "fuse": "jobs.fuse",
+    "quantize": "jobs.quantize",
     "AdapterSwitch": "adapters.switching",
 }
 

@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import ops
 from .cache import KVCache
 from .config import ModelConfig
 from .cuda import decoding
+from .ops import layers as ops
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
 

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import catalog, hub, shared_tokenizer
 from .config import ModelConfig
 from .errors import OpenELMError, RequestError, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
+from .hub import catalog
+from .hub import resolve as hub
 from .inputs import check_file, read_json, to_path
-from .tokenizer import ENGINES, Tokenizer
+from .text import shared_tokenizer
+from .text.tokenizer import ENGINES, Tokenizer
 
 CORENET_PREFIX = "corenet:"
 _CORENET_SUFFIXES = (".pt", ".pth")
@@ -101,7 +103,7 @@ def open_source(
     if is_download:
         if catalog.corenet_files(str(model).strip())[0].startswith("peft/"):
             raise RequestError(f"{model} is an adapter: give it with --adapter-path, and its base model with --model.")
-        from . import corenet_files
+        from .hub import corenet as corenet_files
 
         path = corenet_files.download(str(model).strip())
     elif file is not None:

@@ -68,7 +68,7 @@ def adapter(path: Path, kind: str) -> None:
 
 
 def data(path: Path, kind: str) -> None:
-    from mlx_openelm.training.data import read_splits
+    from mlx_openelm.training.data.read import read_splits
 
     read_splits(path)
 
@@ -95,7 +95,7 @@ def sensitivities(path: Path, kind: str) -> None:
 
 
 def template(path: Path, kind: str) -> None:
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     messages = [{"role": "user", "content": "Speak."}, {"role": "assistant", "content": "No."}]
     ids = Tokenizer.from_folder(path_of_good / "model-weights").apply_chat_template(messages, path)

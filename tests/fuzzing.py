@@ -82,7 +82,7 @@ def write_good(folder: Path) -> None:
     from mlx_openelm import convert
     from mlx_openelm.formats import gguf as gguf_format
     from mlx_openelm.formats import mlx as mlx_format
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     import mlx.core as mx
     from quantization_models import write_tiny

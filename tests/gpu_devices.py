@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import backend, ops
-from mlx_openelm.training import loss
+from mlx_openelm import backend
+from mlx_openelm.ops import layers as ops
+from mlx_openelm.training.step import loss
 
 import mlx.core as mx
 import numpy as np

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.adapters.adapter import EMBEDDING, Adapter, LowRank
 from mlx_openelm.adapters.attaching import (
     PROJECTIONS,
     TARGET_MODULES,
@@ -22,9 +21,11 @@ from mlx_openelm.adapters.layers import DoRAEmbedding, DoRALinear, LoRAEmbedding
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.packing import MODES, Quantization, quantize_weights
+from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import Embedding, Linear, OpenELM
+from mlx_openelm.ops.packed import MODES
 
 import mlx.core as mx
 import mlx.nn as nn

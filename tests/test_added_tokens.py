@@ -10,12 +10,12 @@ from typing import Any
 
 from mlx_openelm import convert, load
 from mlx_openelm.errors import RequestError
-from mlx_openelm.exporting import export
 from mlx_openelm.formats import gguf_metadata, gguf_tokenizer
-from mlx_openelm.formats.sentencepiece import CONTROL, USER_DEFINED
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.training.conversations import conversation
-from mlx_openelm.training.rendering import render_chat
+from mlx_openelm.jobs.export import export
+from mlx_openelm.text.sentencepiece import CONTROL, USER_DEFINED
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.data.conversations import conversation
+from mlx_openelm.training.data.rendering import render_chat
 
 import pytest
 import sentencepiece

@@ -9,8 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
-from mlx_openelm import atomic
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.formats import atomic
 
 import pytest
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
-from mlx_openelm.averaging import average
 from mlx_openelm.cli.main import main
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.jobs.average import average
 
 import mlx.core as mx
 import numpy as np

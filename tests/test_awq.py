@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.rounding import round_error
 from mlx_openelm.quantization import awq
 from mlx_openelm.quantization.calibration import Stream
-from mlx_openelm.quantization.rounding import round_error
 
 import mlx.core as mx
 import numpy as np

@@ -10,9 +10,9 @@ from collections import Counter
 from itertools import pairwise
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training.batches import IGNORED, Batch, Batches, make_batch, padded, validation_batches
-from mlx_openelm.training.examples import Example
-from mlx_openelm.training.packing import pack
+from mlx_openelm.training.data.batches import IGNORED, Batch, Batches, make_batch, padded, validation_batches
+from mlx_openelm.training.data.examples import Example
+from mlx_openelm.training.data.packing import pack
 
 import numpy as np
 import pytest

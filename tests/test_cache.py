@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import batch_cache
 from mlx_openelm import cache as ours
 from mlx_openelm.errors import RequestError
 
@@ -316,7 +315,7 @@ def test_a_batch_of_nothing_yet() -> None:
 
 def test_left_padding_and_trim() -> None:
     rng = random.Random(2)
-    a, b = batch_cache.BatchKVCache([0, 2]), theirs.BatchKVCache([0, 2])
+    a, b = ours.BatchKVCache([0, 2]), theirs.BatchKVCache([0, 2])
     for cache in (a, b):
         cache.prepare(left_padding=[1, 0])
     assert offsets(a) == offsets(b) == [-1, -2]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import batch_cache, load
 from mlx_openelm import cache as ours
+from mlx_openelm import load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.decoding import generate_step
 from mlx_openelm.model import OpenELM
@@ -119,8 +119,7 @@ def test_a_sliding_cache_is_not_quantized_behind_anybodys_back() -> None:
 
 
 def batch(module: Any, kind: str, left_padding: list[int]) -> Any:
-    holder = batch_cache if module is ours else module
-    return holder.BatchKVCache(left_padding) if kind == "plain" else holder.BatchRotatingKVCache(SIZE, left_padding)
+    return module.BatchKVCache(left_padding) if kind == "plain" else module.BatchRotatingKVCache(SIZE, left_padding)
 
 
 SIZE = 9
@@ -321,7 +320,7 @@ class TestEdges:
 
 def test_no_rows_of_different_windows_in_one_batch() -> None:
     with pytest.raises(ValueError, match="maximum size"):
-        batch_cache.BatchRotatingKVCache(8, [0]).extend(batch_cache.BatchRotatingKVCache(9, [0]))
+        ours.BatchRotatingKVCache(8, [0]).extend(ours.BatchRotatingKVCache(9, [0]))
 
 
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
@@ -355,7 +354,7 @@ def test_batches_are_saved_and_loaded_both_ways(tmp_path: Path, kind: str, updat
     file = str(tmp_path / "cache.safetensors")
     theirs.save_prompt_cache(file, caches)
     # What mlx-lm reads, in its classes and in ours, whoever wrote it. Read twice: theirs writes into its arrays.
-    kinds = [getattr(m, type(caches[0]).__name__) for m in (theirs, batch_cache)]
+    kinds = [getattr(m, type(caches[0]).__name__) for m in (theirs, ours)]
     every = caches + [from_state(kind, c.state) for kind in kinds for c in theirs.load_prompt_cache(file)]
     for _ in range(4):
         keys, values = numbers(2, 1)
@@ -391,8 +390,7 @@ def test_the_model_works_with_every_cache_of_keys_and_values(
     model: OpenELM, expected: list[int], kind: str, size: int | None
 ) -> None:
     """In our decoding and in mlx-lm's, with its class and with ours of the same name."""
-    modules: list[Any] = [theirs]
-    modules += [m for m in (ours, batch_cache) if kind in vars(m) and (m is batch_cache) == kind.startswith("Batch")]
+    modules = [module for module in (theirs, ours) if kind in vars(module)]
     assert len(modules) == (1 if kind in ("ConcatenateKVCache", "ChunkedKVCache") else 2)
     for module in modules:
         cache = [KINDS[kind](module) for _ in model.layers]

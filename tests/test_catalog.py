@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import catalog
 from mlx_openelm.errors import RequestError
+from mlx_openelm.hub import catalog
 
 import pytest
 
@@ -183,7 +183,7 @@ def test_files_corenet_never_had(name: str, words: str) -> None:
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys; before = set(sys.modules); import mlx_openelm.catalog, mlx_openelm.hub;"
+        "import sys; before = set(sys.modules); import mlx_openelm.hub.catalog, mlx_openelm.hub.resolve;"
         "heavy = {'huggingface_hub', 'httpx2', 'httpx', 'requests', 'transformers', 'mlx_lm', 'tqdm'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mlx_openelm.chat_template import CORENET_TEMPLATE, PLAIN_TEMPLATE
 from mlx_openelm.errors import RequestError
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.chat_template import CORENET_TEMPLATE, PLAIN_TEMPLATE
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import chat_template
 from mlx_openelm.errors import RequestError
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text import chat_template
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 from hypothesis import given, settings

@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-from mlx_openelm import chat_template_process as process
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text import chat_template_process as process
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 
@@ -255,7 +255,7 @@ def test_an_interrupted_request_does_not_answer_the_next(monkeypatch, no_worker)
 def test_a_fork_starts_its_own(no_worker):
     process.render("", {})
     script = (
-        "import os; from mlx_openelm.chat_template_process import render; render('', {}); child = os.fork()\n"
+        "import os; from mlx_openelm.text.chat_template_process import render; render('', {}); child = os.fork()\n"
         "texts = {render('{{ a }}', {'a': i}) for i in [bool(child)] * 50}\n"
         "assert texts == {str(bool(child))}, texts\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
@@ -318,10 +318,10 @@ def test_values_that_are_no_json_are_placeholders_as_in_transformers():
 
 def test_the_built_in_templates_start_no_process():
     script = (
-        "import sys; from mlx_openelm.tokenizer import Tokenizer\n"
+        "import sys; from mlx_openelm.text.tokenizer import Tokenizer\n"
         "t = Tokenizer.from_folder('tests/fixtures/shakespeare-hf')\n"
         "for name in ('plain', 'corenet'): t.apply_chat_template([{'role': 'user', 'content': 'Hi'}], name)\n"
-        "assert not {'jinja2', 'subprocess', 'mlx_openelm.chat_template_process'} & set(sys.modules)"
+        "assert not {'jinja2', 'subprocess', 'mlx_openelm.text.chat_template_process'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 

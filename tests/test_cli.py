@@ -16,10 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import backend, corenet_files, load, native, stream_generate
+from mlx_openelm import backend, load, native, stream_generate
 from mlx_openelm.cli import console, doctor, flags
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.stream import GenerationOptions
+from mlx_openelm.hub import corenet as corenet_files
 
 import mlx.core as mx
 import pytest
@@ -469,7 +470,7 @@ def test_generate_imports_nothing_heavy() -> None:
         "rich",
         "pydantic",
         "jinja2",
-        "mlx_openelm.summary",
+        "mlx_openelm.jobs.summary",
     ]
     code = (
         "import sys\nfrom mlx_openelm.cli.main import main\n"

@@ -6,7 +6,8 @@ import threading
 import time
 from pathlib import Path
 
-from mlx_openelm import backend, compiling
+from mlx_openelm import backend
+from mlx_openelm.cuda import compiling
 
 import pytest
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.chat_template import CORENET_TEMPLATE
 from mlx_openelm.errors import RequestError
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.training.examples import Example, tokenize
-from mlx_openelm.training.kinds import Record, recognise
+from mlx_openelm.text.chat_template import CORENET_TEMPLATE
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.data.examples import Example, tokenize
+from mlx_openelm.training.data.kinds import Record, recognise
 
 import pytest
 from hypothesis import given, settings

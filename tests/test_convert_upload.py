@@ -13,7 +13,7 @@ from typing import Any
 import mlx_openelm
 from mlx_openelm.cli import convert as convert_command
 from mlx_openelm.cli.main import main
-from mlx_openelm.loading import Conversion
+from mlx_openelm.jobs.convert import Conversion
 
 import pytest
 from fake_hub import FakeHub

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_openelm import cpu_math
+from mlx_openelm.ops import exponentials as cpu_math
 
 import mlx.core as mx
 import numpy as np

@@ -11,10 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.adapters.adapter import LowRank
 from mlx_openelm.adapters.layers import LoRALinear
 from mlx_openelm.cache import KVCache, RotatingKVCache
 from mlx_openelm.cuda import compiler, decoding
+from mlx_openelm.formats.adapter import LowRank
 from mlx_openelm.model import OpenELM, TransformerLayer
 
 import mlx.core as mx

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.training.data import find_splits, read_records, read_splits
+from mlx_openelm.training.data.read import find_splits, read_records, read_splits
 
 import pytest
 from fake_hub import FakeHub

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import load_documents
-from mlx_openelm.training.data import read_records, read_splits
+from mlx_openelm.training.data.read import read_records, read_splits
 
 import pytest
 

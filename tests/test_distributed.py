@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.training.distributed import Processes
+from mlx_openelm.training.run.distributed import Processes
 
 import mlx.core as mx
 import pytest

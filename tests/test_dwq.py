@@ -6,13 +6,13 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence
 from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.rounding import Grid
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.quantization import dwq, learned
 from mlx_openelm.quantization.calibration import EMBEDDING, Teacher, divergence, module_at
 from mlx_openelm.quantization.dwq import Distilled, DistilledEmbedding, Packed
 from mlx_openelm.quantization.recipes import plan
-from mlx_openelm.quantization.rounding import Grid
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_openelm.chat_template import CORENET_TEMPLATE
 from mlx_openelm.errors import RequestError
-from mlx_openelm.tokenizer import Tokenizer
-from mlx_openelm.training.examples import Example, instruction_prompt, tokenize
-from mlx_openelm.training.kinds import Record
+from mlx_openelm.text.chat_template import CORENET_TEMPLATE
+from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.data.examples import Example, instruction_prompt, tokenize
+from mlx_openelm.training.data.kinds import Record
 
 import pytest
 from hypothesis import given, settings

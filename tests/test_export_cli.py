@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import convert, exporting
-from mlx_openelm.averaging import average
+from mlx_openelm import convert
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.exporting import export
 from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import huggingface
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.jobs import export as exporting
+from mlx_openelm.jobs.average import average
+from mlx_openelm.jobs.export import export
+from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.quantization.options import QuantizeOptions
-from mlx_openelm.quantizing import quantize
 from mlx_openelm.sources import Source
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np

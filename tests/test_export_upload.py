@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import convert, exporting, publishing
-from mlx_openelm.publishing import UploadOptions
+from mlx_openelm import convert
+from mlx_openelm.jobs import export as exporting
+from mlx_openelm.publishing import upload as publishing
+from mlx_openelm.publishing.upload import UploadOptions
 
 import pytest
 from fake_hub import FakeHub

@@ -14,13 +14,13 @@ from mlx_openelm import convert
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.loading import load
 from mlx_openelm.training import finetune as finetune_module
-from mlx_openelm.training import preparing
 from mlx_openelm.training.finetune import FineTuned, Loading, finetune, saved_options
-from mlx_openelm.training.metrics import Metrics
 from mlx_openelm.training.options import FineTuneOptions
-from mlx_openelm.training.run_state import Checkpoints
-from mlx_openelm.training.step import Updater
-from mlx_openelm.training.trainer import Listener
+from mlx_openelm.training.run import preparing
+from mlx_openelm.training.run.metrics import Metrics
+from mlx_openelm.training.run.state import Checkpoints
+from mlx_openelm.training.run.trainer import Listener
+from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
 import numpy as np

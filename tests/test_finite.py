@@ -14,13 +14,13 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
 from mlx_openelm.generation.decoding import generate_step
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
+from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.options import QuantizeOptions
-from mlx_openelm.quantizing import quantize
-from mlx_openelm.training.loss import cross_entropy
-from mlx_openelm.training.metrics import read
-from mlx_openelm.training.run_state import Checkpoints
-from mlx_openelm.training.strategy import CHUNK
+from mlx_openelm.training.run.metrics import read
+from mlx_openelm.training.run.state import Checkpoints
+from mlx_openelm.training.step.loss import cross_entropy
+from mlx_openelm.training.step.strategy import CHUNK
 
 import mlx.core as mx
 import pytest

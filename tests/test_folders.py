@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import hub as names
 from mlx_openelm import load
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.hub import resolve as names
 from mlx_openelm.inputs import read_json
-from mlx_openelm.model_files import model_files
+from mlx_openelm.publishing.files import model_files
 
 import mlx.core as mx
 import numpy as np

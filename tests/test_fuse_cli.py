@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert
-from mlx_openelm.adapters.fusing import Fusion, fuse
 from mlx_openelm.adapters.merging import Deviation
 from mlx_openelm.cli import fuse as cli_fuse
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.jobs.fuse import Fusion, fuse
 
 import pytest
 from fake_hub import FakeHub

@@ -20,7 +20,7 @@ from mlx_openelm.generation.decoding import CacheOptions, generate_step, token_l
 from mlx_openelm.generation.sampling import greedy
 from mlx_openelm.generation.stream import Piece
 from mlx_openelm.model import OpenELM
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np

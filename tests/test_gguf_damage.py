@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.exporting import export
 from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import gguf_header
+from mlx_openelm.jobs.export import export
 
 import mlx.core as mx
 import numpy as np

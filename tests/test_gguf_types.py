@@ -11,8 +11,9 @@ from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import gguf_blocks
-from mlx_openelm.loading import build_model, convert
-from mlx_openelm.summary import summarize
+from mlx_openelm.jobs.convert import convert
+from mlx_openelm.jobs.summary import summarize
+from mlx_openelm.loading import build_model
 
 import mlx.core as mx
 import numpy as np

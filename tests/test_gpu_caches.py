@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_openelm import load
-from mlx_openelm.batch_cache import BatchKVCache, BatchRotatingKVCache
-from mlx_openelm.cache import KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_openelm.cache import BatchKVCache, BatchRotatingKVCache, KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_openelm.model import OpenELM
 
 import mlx.core as mx

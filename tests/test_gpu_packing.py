@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import load, packed_products
+from mlx_openelm import load
 from mlx_openelm.cache import make_cache
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.packing import MODES, Quantization, quantize_weights
+from mlx_openelm.formats.packing import Quantization, quantize_weights
+from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM, QuantizedLinear
-from mlx_openelm.quantizing import QuantizeOptions, quantize
+from mlx_openelm.ops import packed as packed_products
+from mlx_openelm.ops.packed import MODES
 
 import mlx.core as mx
 import mlx.nn as nn

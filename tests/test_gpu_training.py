@@ -11,16 +11,17 @@ from typing import Any
 from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.formats.packing import MODES, Quantization
+from mlx_openelm.formats.packing import Quantization
 from mlx_openelm.model import OpenELM
+from mlx_openelm.ops.packed import MODES
 from mlx_openelm.training import finetune as finetune_module
-from mlx_openelm.training.batches import Batch
+from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.finetune import finetune
-from mlx_openelm.training.metrics import Metrics
-from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import FineTuneOptions
-from mlx_openelm.training.step import Updater
-from mlx_openelm.training.strategy import LAYERS, PARTS
+from mlx_openelm.training.run.metrics import Metrics
+from mlx_openelm.training.step.optimizers import make_optimizer
+from mlx_openelm.training.step.strategy import LAYERS, PARTS
+from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
 import mlx.nn as nn

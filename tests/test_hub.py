@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import catalog
-from mlx_openelm import hub as names
 from mlx_openelm.errors import OpenELMError, RequestError, quote
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.hub import catalog
+from mlx_openelm.hub import resolve as names
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 from fake_hub import FakeHub

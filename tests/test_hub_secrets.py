@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_openelm.hub_errors import _clean
+from mlx_openelm.hub.errors import _clean
 
 import pytest
 

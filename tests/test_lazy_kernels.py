@@ -41,7 +41,7 @@ GENERATE = "from mlx_openelm import generate, load; print(generate(*load('tiny')
 
 
 def test_an_import_touches_nothing():
-    modules = "mlx_openelm, mlx_openelm.native, mlx_openelm.ops, mlx_openelm.model, mlx_openelm.loading"
+    modules = "mlx_openelm, mlx_openelm.native, mlx_openelm.ops.layers, mlx_openelm.model, mlx_openelm.loading"
     assert touched_by(f"import {modules}, mlx_openelm.generation.stream, mlx_openelm.training.finetune") == []
 
 
@@ -58,8 +58,8 @@ finetune("tiny", FineTuneOptions(train=True, data=FOLDER, iters=1, batch_size=1,
     [
         GENERATE,
         TRAIN,
-        "from mlx_openelm.summary import summarize; summarize('tiny').memory",
-        "from mlx_openelm.packed_products import MODES, backend, stays_packed\n"
+        "from mlx_openelm.jobs.summary import summarize; summarize('tiny').memory",
+        "from mlx_openelm.ops.packed import MODES, backend, stays_packed\n"
         "assert stays_packed(MODES) and not backend.has_kernels()",
         "from mlx_openelm.cli import doctor; print(list(doctor.examine()))",
     ],

@@ -15,14 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import atomic, backend, convert, load, loading, native, shared_tokenizer
-from mlx_openelm.chat_template import CORENET_TEMPLATE
+from mlx_openelm import backend, convert, load, loading, native
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.formats import atomic, safetensors
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats import safetensors
 from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.loading import build_model
+from mlx_openelm.text import shared_tokenizer
+from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 
 import mlx.core as mx
 import numpy as np
@@ -873,7 +874,8 @@ def test_weights_are_read_lazily_and_never_held_twice(tmp_path: Path) -> None:
 import sys, json
 import mlx_openelm
 from mlx_openelm.formats import mlx as fmt
-from mlx_openelm.loading import build_model, convert
+from mlx_openelm.jobs.convert import convert
+from mlx_openelm.loading import build_model
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 folder, out = sys.argv[1:]
@@ -928,7 +930,7 @@ def test_a_loaded_model_holds_its_weights_once() -> None:
 
 def write_large_tokenizer(folder: Path, pieces: int = 32000, bos: str = "<s>") -> None:
     """A `tokenizer.json` of as many pieces as OpenELM's."""
-    from mlx_openelm.tokenizer import Tokenizer
+    from mlx_openelm.text.tokenizer import Tokenizer
 
     Tokenizer.from_folder(FOLDER).save(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
-from mlx_openelm.adapters import fusing
 from mlx_openelm.cli.main import PROGRAM, main
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.jobs import fuse as fusing
 from mlx_openelm.training.options import FineTuneOptions
 
 import pytest

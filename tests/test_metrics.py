@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.training import metrics
-from mlx_openelm.training.metrics import Metrics
+from mlx_openelm.training.run import metrics
+from mlx_openelm.training.run.metrics import Metrics
 
 import pytest
 
@@ -115,7 +115,7 @@ def test_resume_without_a_file(tmp_path: Path) -> None:
 def test_kill_9_loses_no_line(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from mlx_openelm.training.metrics import Metrics\n"
+        "from mlx_openelm.training.run.metrics import Metrics\n"
         "log = Metrics(pathlib.Path(sys.argv[1]), plot=False)\n"
         "for step in range(1, 10**9):\n"
         "    log.log(step, {'train_loss': 1 / step})\n"
@@ -266,7 +266,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypa
 def test_neither_matplotlib_nor_numpy_is_imported_for_numbers_alone(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from mlx_openelm.training.metrics import Metrics\n"
+        "from mlx_openelm.training.run.metrics import Metrics\n"
         "log = Metrics(pathlib.Path(sys.argv[1]))\n"
         "log.log(1, {'train_loss': 1.0})\n"
         "assert not {'matplotlib', 'wandb', 'tensorboardX', 'yaml'} & set(sys.modules)\n"

@@ -15,7 +15,7 @@ from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import ops
-from mlx_openelm.batch_cache import BatchKVCache
-from mlx_openelm.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_cache
+from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
+from mlx_openelm.ops import layers as ops
 
 import mlx.core as mx
 import mlx.nn as nn

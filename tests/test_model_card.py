@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from mlx_openelm import catalog, convert, hub, model_card
+from mlx_openelm import convert
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.model_card import Quality, find_origin
+from mlx_openelm.hub import catalog
+from mlx_openelm.hub import resolve as hub
+from mlx_openelm.publishing import card as model_card
+from mlx_openelm.publishing.card import Quality, find_origin
 
 import pytest
 from fake_hub import FakeHub

@@ -12,12 +12,12 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-from mlx_openelm import convert, environment, generate, load, native, ops
-from mlx_openelm.batch_cache import BatchKVCache
-from mlx_openelm.cache import KVCache, RotatingKVCache, make_cache
+from mlx_openelm import convert, environment, generate, load, native
+from mlx_openelm.cache import BatchKVCache, KVCache, RotatingKVCache, make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 from mlx_openelm.loading import ROUNDED_BITS, round_activations
 from mlx_openelm.native import build
+from mlx_openelm.ops import layers as ops
 
 import mlx.core as mx
 import numpy as np

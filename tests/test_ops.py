@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import load, native, ops
-from mlx_openelm.batch_cache import BatchKVCache
-from mlx_openelm.cache import make_cache
+from mlx_openelm import load, native
+from mlx_openelm.cache import BatchKVCache, make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.ops import layers as ops
 
 import mlx.core as mx
 import mlx.nn as nn

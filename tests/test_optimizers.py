@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx_openelm  # noqa: F401 (before MLX)
-from mlx_openelm.training.optimizers import make_optimizer, set_learning_rate
 from mlx_openelm.training.options import OPTIMIZERS, TrainOptions
+from mlx_openelm.training.step.optimizers import make_optimizer, set_learning_rate
 
 import mlx.core as mx
 import mlx.nn as nn

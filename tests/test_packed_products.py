@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_openelm import backend, ops, packed_products
+from mlx_openelm import backend
 from mlx_openelm import cache as ours
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.adapters.layers import _columns_times
 from mlx_openelm.cli import doctor, info
 from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.packing import MODES, Quantization
+from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.jobs.summary import summarize_config
 from mlx_openelm.model import QuantizedLinear
+from mlx_openelm.ops import layers as ops
+from mlx_openelm.ops import packed as packed_products
+from mlx_openelm.ops.packed import MODES
 from mlx_openelm.quantization.recipes import plan
-from mlx_openelm.summary import summarize_config
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import AdapterSwitch, convert, load
-from mlx_openelm.adapters.adapter import EMBEDDING
 from mlx_openelm.adapters.attaching import adapted_layers, attach, detach, extract
 from mlx_openelm.adapters.files import read_adapter, write_adapter
 from mlx_openelm.adapters.merging import merge
@@ -21,6 +20,7 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import peft_settings
+from mlx_openelm.formats.adapter import EMBEDDING
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 
@@ -438,7 +438,7 @@ def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
     tmp_path: Path, weights: dict[str, np.ndarray], model: OpenELM
 ) -> None:
     """Also while the weights of full fine-tuning stand in the embedding's place."""
-    from mlx_openelm.adapters.adapter import Adapter
+    from mlx_openelm.formats.adapter import Adapter
 
     table = mx.array(weights[f"{EMBEDDING}.weight"])
     switch = AdapterSwitch(model)

@@ -9,10 +9,10 @@ import sys
 from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training import planning
-from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import TrainOptions
-from mlx_openelm.training.step import Updater
+from mlx_openelm.training.run import planning
+from mlx_openelm.training.step.optimizers import make_optimizer
+from mlx_openelm.training.step.updater import Updater
 
 import pytest
 

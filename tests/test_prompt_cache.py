@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import generate, load, stream_generate
-from mlx_openelm.batch_cache import BatchKVCache
-from mlx_openelm.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_cache
+from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
 from mlx_openelm.generation.stream import GenerationOptions
 from mlx_openelm.model import OpenELM
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np

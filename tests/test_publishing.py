@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx_openelm
-from mlx_openelm import hub as names
-from mlx_openelm import model_card, publishing
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.publishing import UploadOptions
+from mlx_openelm.hub import resolve as names
+from mlx_openelm.publishing import card as model_card
+from mlx_openelm.publishing import upload as publishing
+from mlx_openelm.publishing.upload import UploadOptions
 
 import mlx.core as mx
 import numpy as np

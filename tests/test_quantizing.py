@@ -9,15 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import convert, load, quantizing
+from mlx_openelm import convert, load
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.jobs import quantize as quantizing
+from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
+from mlx_openelm.jobs.summary import summarize
 from mlx_openelm.quantization import dwq, learned, sensitivity
 from mlx_openelm.quantization.text import read_text
-from mlx_openelm.quantizing import QuantizeOptions, quantize
-from mlx_openelm.summary import summarize
 
 import mlx.core as mx
 import numpy as np

@@ -14,8 +14,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from mlx_openelm import catalog
 from mlx_openelm.cli.main import PROGRAM, Group
+from mlx_openelm.hub import catalog
 
 import pytest
 import typer

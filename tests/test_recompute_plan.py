@@ -11,12 +11,13 @@ from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training import planning, run_folder
-from mlx_openelm.training.activations import Shape
-from mlx_openelm.training.optimizers import make_optimizer
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
-from mlx_openelm.training.step import Updater
-from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
+from mlx_openelm.training.run import folder as run_folder
+from mlx_openelm.training.run import planning
+from mlx_openelm.training.run.activations import Shape
+from mlx_openelm.training.step.optimizers import make_optimizer
+from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
+from mlx_openelm.training.step.updater import Updater
 
 import pytest
 import training_runs

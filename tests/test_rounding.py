@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mlx_openelm.formats import rounding
 from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.quantization import rounding
-from mlx_openelm.quantization.rounding import Grid
+from mlx_openelm.formats.rounding import Grid
 
 import mlx.core as mx
 import numpy as np

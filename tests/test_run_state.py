@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.training import run_state
-from mlx_openelm.training.run_state import Checkpoints, RunState
+from mlx_openelm.training.run import state as run_state
+from mlx_openelm.training.run.state import Checkpoints, RunState
 
 import mlx.core as mx
 import pytest

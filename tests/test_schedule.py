@@ -8,7 +8,7 @@ from typing import Any
 import mlx_openelm  # noqa: F401 (before MLX)
 from mlx_openelm.errors import RequestError
 from mlx_openelm.training.options import TrainOptions
-from mlx_openelm.training.schedule import learning_rate
+from mlx_openelm.training.step.schedule import learning_rate
 
 import mlx.core as mx
 import mlx.optimizers as optim

@@ -9,11 +9,13 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from mlx_openelm import catalog, corenet_files, shared_tokenizer
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.shared_tokenizer import FALLBACK, LLAMA2, Identity, accept, candidates, find
+from mlx_openelm.hub import catalog
+from mlx_openelm.hub import corenet as corenet_files
 from mlx_openelm.sources import open_source
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text import shared_tokenizer
+from mlx_openelm.text.shared_tokenizer import FALLBACK, LLAMA2, Identity, accept, candidates, find
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import pytest

@@ -15,9 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import catalog, convert, corenet_files, load, loading
+from mlx_openelm import convert, load, loading
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import mlx as mlx_format
+from mlx_openelm.hub import catalog
+from mlx_openelm.hub import corenet as corenet_files
 from mlx_openelm.sources import open_source
 
 import mlx.core as mx

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlx_openelm.catalog import TINY_FOLDER
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.loading import convert
+from mlx_openelm.hub.catalog import TINY_FOLDER
+from mlx_openelm.jobs.convert import convert
+from mlx_openelm.jobs.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
 from mlx_openelm.quantization.recipes import plan
-from mlx_openelm.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
 
 import pytest
 from fake_hub import FakeHub
@@ -115,7 +115,7 @@ def test_a_published_model_needs_no_hub(hub: FakeHub) -> None:
 
 
 def test_a_cached_model_is_read(hub: FakeHub) -> None:
-    from mlx_openelm.hub import resolve
+    from mlx_openelm.hub.resolve import resolve
 
     hub.add("apple/OpenELM-270M", SHAKESPEARE)
     resolve("270m")

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import convert, load, quantizing
-from mlx_openelm.adapters.fusing import fuse
+from mlx_openelm import convert, load
 from mlx_openelm.errors import RequestError
-from mlx_openelm.exporting import export
 from mlx_openelm.formats import gguf_tokenizer
-from mlx_openelm.formats.sentencepiece import (
+from mlx_openelm.jobs import quantize as quantizing
+from mlx_openelm.jobs.export import export
+from mlx_openelm.jobs.fuse import fuse
+from mlx_openelm.quantization.options import QuantizeOptions
+from mlx_openelm.text.sentencepiece import (
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -24,8 +26,7 @@ from mlx_openelm.formats.sentencepiece import (
     serialize_model,
     to_tokenizer_json,
 )
-from mlx_openelm.quantization.options import QuantizeOptions
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np

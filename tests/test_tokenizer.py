@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.sentencepiece import read_model, to_tokenizer_json
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.sentencepiece import read_model, to_tokenizer_json
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 import sentencepiece

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import gguf_tokenizer
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
 from tokenizer_texts import random_texts

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.training import trackers
-from mlx_openelm.training.metrics import Metrics
-from mlx_openelm.training.trackers import check, make_trackers
+from mlx_openelm.training.run import trackers
+from mlx_openelm.training.run.metrics import Metrics
+from mlx_openelm.training.run.trackers import check, make_trackers
 
 import pytest
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.training import trainer
-from mlx_openelm.training.batches import Batch
-from mlx_openelm.training.metrics import Metrics, read
+from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.options import TrainOptions
-from mlx_openelm.training.run_state import Checkpoints
-from mlx_openelm.training.step import Evaluation, Update
-from mlx_openelm.training.trainer import Listener, train
+from mlx_openelm.training.run import trainer
+from mlx_openelm.training.run.metrics import Metrics, read
+from mlx_openelm.training.run.state import Checkpoints
+from mlx_openelm.training.run.trainer import Listener, train
+from mlx_openelm.training.step.updater import Evaluation, Update
 
 import mlx.core as mx
 import pytest

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from mlx_openelm import load
 from mlx_openelm.model import OpenELM
-from mlx_openelm.training import loss as loss_module
-from mlx_openelm.training.batches import IGNORED
-from mlx_openelm.training.loss import cross_entropy
-from mlx_openelm.training.strategy import CHUNK, here
+from mlx_openelm.training.data.batches import IGNORED
+from mlx_openelm.training.step import loss as loss_module
+from mlx_openelm.training.step.loss import cross_entropy
+from mlx_openelm.training.step.strategy import CHUNK, here
 
 import mlx.core as mx
 import pytest

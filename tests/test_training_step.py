@@ -9,12 +9,12 @@ from mlx_openelm import load, native
 from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
-from mlx_openelm.training import step as step_module
-from mlx_openelm.training.batches import IGNORED, Batch
-from mlx_openelm.training.forward import hidden_states
-from mlx_openelm.training.recompute import recomputed, substituted, trainable
-from mlx_openelm.training.step import Evaluation, Updater, evaluate
-from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
+from mlx_openelm.training.data.batches import IGNORED, Batch
+from mlx_openelm.training.step import updater as step_module
+from mlx_openelm.training.step.forward import hidden_states
+from mlx_openelm.training.step.recompute import recomputed, substituted, trainable
+from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
+from mlx_openelm.training.step.updater import Evaluation, Updater, evaluate
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from mlx_openelm import backend, ops
+from mlx_openelm import backend
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
-from mlx_openelm.training import attention as attention_module
-from mlx_openelm.training import forward as forward_module
-from mlx_openelm.training import strategy
-from mlx_openelm.training.batches import Batch
-from mlx_openelm.training.forward import hidden_states
-from mlx_openelm.training.step import Updater, evaluate
-from mlx_openelm.training.strategy import LAYERS, NOTHING, PARTS
-from mlx_openelm.training.swiglu import swiglu
+from mlx_openelm.ops import layers as ops
+from mlx_openelm.training.data.batches import Batch
+from mlx_openelm.training.step import attention as attention_module
+from mlx_openelm.training.step import forward as forward_module
+from mlx_openelm.training.step import strategy
+from mlx_openelm.training.step.forward import hidden_states
+from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
+from mlx_openelm.training.step.swiglu import swiglu
+from mlx_openelm.training.step.updater import Updater, evaluate
 
 import mlx.core as mx
 import mlx.nn as nn

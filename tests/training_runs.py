@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.training.metrics import read
+from mlx_openelm.training.run.metrics import read
 
 from quantization_models import write_tiny
 

@@ -10,9 +10,9 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..formats.adapter import EMBEDDING, Adapter, LowRank
 from ..formats.packing import PARTS, Quantization
 from ..model import Embedding, Linear, OpenELM
-from .adapter import EMBEDDING, Adapter, LowRank
 from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from ..errors import RequestError
+from ..formats.adapter import Adapter
 from ..formats.packing import Quantization
-from .adapter import Adapter
 
 _PIECE = 1 << 20  # values compared at a time
 # How many times what rounding costs a row may be between two tensors that are taken to be the same: each was rounded,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import hub
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
+from ..formats.adapter import Adapter
+from ..hub import resolve as hub
 from ..inputs import check_file, read_json, to_path
-from .adapter import Adapter
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
 CONFIG = "adapter_config.json"
@@ -107,7 +107,7 @@ def _find(path: str | Path, revision: str | None) -> Path:
     """The local file or folder; downloaded if it has to be."""
     text = str(path).strip()
     if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
-        from .. import corenet_files
+        from ..hub import corenet as corenet_files
 
         return corenet_files.download(text)
     local = find_local(text) if text else None

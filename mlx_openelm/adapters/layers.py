@@ -13,10 +13,10 @@ import operator
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import packed_products
+from ..formats.adapter import LowRank
 from ..formats.packing import PARTS, Quantization
 from ..model import project
-from .adapter import LowRank
+from ..ops import packed as packed_products
 
 Factors = tuple[mx.array, ...]
 

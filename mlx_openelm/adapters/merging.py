@@ -10,18 +10,10 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 
 from ..config import ModelConfig
+from ..formats.adapter import EMBEDDING, Adapter, LowRank
 from ..formats.mlx import Checkpoint
-from ..formats.packing import (
-    PARTS,
-    Quantization,
-    cast_weights,
-    dequantize_weights,
-    quantize_weights,
-    scale_dtype,
-)
+from ..formats.packing import PARTS, Plan, Quantization, cast_weights, dequantize_weights, quantize_weights, scale_dtype
 from ..formats.weights import Tensor, Weights
-from ..quantization.recipes import Plan
-from .adapter import EMBEDDING, Adapter, LowRank
 from .attaching import check_fits
 from .base_copies import Stored, check_base_copies
 from .repacking import pack_again

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..formats.packing import Quantization
-from ..quantization.rounding import Grid, extremes, groups, levels, pack, values
+from ..formats.rounding import Grid, extremes, groups, levels, pack, values
 
 
 def pack_again(

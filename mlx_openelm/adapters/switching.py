@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError, quote
+from ..formats.adapter import Adapter, LowRank
 from ..model import OpenELM
-from .adapter import Adapter, LowRank
 from .attaching import Adapted, Replaced, attach, check_base, check_fits, detach, make_layers, put
 from .files import find_local, read_adapter
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..averaging import average
 from ..inputs import to_path
+from ..jobs.average import average
 from . import console, flags
 
 

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog, publishing
+from ..hub import catalog
 from ..inputs import to_path
-from ..loading import convert
-from ..publishing import UploadOptions
+from ..jobs.convert import convert
+from ..publishing import upload as publishing
+from ..publishing.upload import UploadOptions
 from . import console, flags
 from . import upload as upload_command
 

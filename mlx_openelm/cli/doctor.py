@@ -14,8 +14,9 @@ from pathlib import Path
 
 import typer
 
-from .. import backend, catalog
+from .. import backend
 from ..errors import OpenELMError
+from ..hub import catalog
 from ..version import __version__
 from . import console, flags
 
@@ -117,7 +118,7 @@ def _cuda_kernels() -> Finding:
 
 def _packed_weights() -> Finding:
     """Which packings this machine multiplies as they are stored, and which it unpacks at load."""
-    from ..packed_products import MODES, multiplied_modes
+    from ..ops.packed import MODES, multiplied_modes
 
     multiplied = multiplied_modes()
     kept, rest = ([mode for mode in MODES if (mode in multiplied) is wanted] for wanted in (True, False))

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog, publishing
 from ..errors import RequestError
-from ..exporting import Export, export
-from ..publishing import Upload, UploadOptions
+from ..hub import catalog
+from ..jobs.export import Export, export
+from ..publishing import upload as publishing
+from ..publishing.upload import Upload, UploadOptions
 from . import console, flags
 from . import upload as upload_command
 

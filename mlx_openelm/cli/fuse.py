@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog, publishing
-from ..adapters.fusing import Fusion, fuse
 from ..adapters.merging import Deviation
+from ..hub import catalog
 from ..inputs import to_path
-from ..publishing import UploadOptions
+from ..jobs.fuse import Fusion, fuse
+from ..publishing import upload as publishing
+from ..publishing.upload import UploadOptions
 from . import console, flags
 from . import upload as upload_command
 

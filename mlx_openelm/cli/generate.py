@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
 from ..errors import RequestError, quote
 from ..generation.sampling import random_seed
 from ..generation.stream import GenerationOptions, Piece, stream_generate
+from ..hub import catalog
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from . import console, flags
 
 

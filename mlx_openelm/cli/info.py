@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
 from ..errors import RequestError
-from ..summary import Summary, summarize
+from ..hub import catalog
+from ..jobs.summary import Summary, summarize
 from . import console, flags
 
 _BAR = 24  # characters of the largest layer's bar

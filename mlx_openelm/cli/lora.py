@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
+from ..hub import catalog
 from ..inputs import to_path
 from ..training import config_file
-from ..training.distributed import Processes
 from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
-from ..training.samples import Sample
+from ..training.run.distributed import Processes
+from ..training.run.samples import Sample
 from . import console, flags
 from .run_progress import RunProgress
 

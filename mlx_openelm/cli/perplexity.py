@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import catalog
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+from ..hub import catalog
 from ..inputs import to_path
 from ..loading import load
 from . import console, flags

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from .. import catalog, publishing
-from ..compiling import notice
+from ..cuda.compiling import notice
 from ..errors import RequestError
+from ..hub import catalog
 from ..inputs import to_path
-from ..publishing import UploadOptions
+from ..jobs.quantize import Quantized, quantize
+from ..publishing import upload as publishing
+from ..publishing.upload import UploadOptions
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, chart, check_picture, draw, letter
-from ..quantizing import Quantized, quantize
 from . import console, flags
 from . import upload as upload_command
 

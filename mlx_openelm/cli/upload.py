@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..model_files import CARD
-from ..publishing import Upload, UploadOptions, publish
+from ..publishing.files import CARD
+from ..publishing.upload import Upload, UploadOptions, publish
 from . import console, flags
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import backend
+from .. import backend
 
 LINE = "GPU kernels are being compiled, once per machine; this takes up to a minute."
 # Work that takes no longer than this has compiled little, in seconds.

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 # Positions whose logits exist at once: 256 rows of 32000 float32 are 33 MB.
 _CHUNK = 256

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters.adapter import EMBEDDING
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..inputs import check_file
 from . import safetensors
+from .adapter import EMBEDDING
 
 # The largest scale: beyond it changes are infinite.
 MAX_FLOAT32 = 3.4e38

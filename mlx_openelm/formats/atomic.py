@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OpenELMError, RequestError, quote
-from .inputs import to_path
+from ..errors import OpenELMError, RequestError, quote
+from ..inputs import to_path
 
 # What this process is writing now. Its pid alone would not tell: a dead process may have had the same one.
 _live: set[Path] = set()

@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
 from .gguf_header import Placed
 from .mlx import Checkpoint

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, quote
-from ..tokenizer import Tokenizer
-from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
-from .gguf_metadata import OTHER_ENDS, end_ids
-from .sentencepiece import (
+from ..text.added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
+from ..text.sentencepiece import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -32,7 +30,9 @@ from .sentencepiece import (
     read_model,
     serialize_model,
 )
-from .tokenizer_json import BYTE_TOKENS, TokenizerSpec
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_json import BYTE_TOKENS, TokenizerSpec
+from .gguf_metadata import OTHER_ENDS, end_ids
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

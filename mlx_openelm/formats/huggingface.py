@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..catalog import Release
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..hub.catalog import Release
 from . import safetensors
 from .mlx import Checkpoint
 

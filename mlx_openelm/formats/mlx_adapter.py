@@ -15,11 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapters.adapter import EMBEDDING, Adapter, LowRank
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import adapter_tensors
+from .adapter import EMBEDDING, Adapter, LowRank
 from .adapter_tensors import MAX_FLOAT32, Tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"

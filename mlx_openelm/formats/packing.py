@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,15 +12,8 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError, quote
+from ..ops.packed import MODES
 from .weights import Tensor, Weights
-
-# Mode: the bits and group sizes MLX has for it, its default first.
-MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
-    "mxfp4": ((4,), (32,)),
-    "nvfp4": ((4,), (16,)),
-    "mxfp8": ((8,), (32,)),
-}
 
 PARTS = ("weight", "scales", "biases")
 _PIECE = 1 << 20  # weights packed at a time
@@ -86,6 +79,9 @@ class Quantization:
             scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
         full = mx.dequantize(parts["weight"], scales, biases, self.group_size, self.bits, self.mode)
         return full.astype(dtype)
+
+
+Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
 
 
 def _row_pieces(rows: int, columns: int) -> Iterator[slice]:

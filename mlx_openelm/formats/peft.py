@@ -14,10 +14,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..adapters.adapter import EMBEDDING, Adapter, BaseCopy, LowRank
 from ..config import ModelConfig
 from ..errors import RequestError
 from . import adapter_tensors
+from .adapter import EMBEDDING, Adapter, BaseCopy, LowRank
 from .adapter_tensors import Tensors
 from .mlx_adapter import uses_dora
 from .peft_settings import Settings

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..adapters.adapter import EMBEDDING
 from ..errors import QUOTED, RequestError, quote
 from ..inputs import read_json
+from .adapter import EMBEDDING
 from .adapter_tensors import MAX_FLOAT32
 from .name_patterns import Matcher, PatternError
 

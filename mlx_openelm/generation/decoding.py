@@ -15,7 +15,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..model import OpenELM
-from ..ops import log_softmax
+from ..ops.layers import log_softmax
 from .checking import cache_offset, cached_ids, check_lengths, check_number, prompt_ids, warn
 from .sampling import LogitsProcessor, Sampler, greedy
 

@@ -13,7 +13,7 @@ from .. import backend
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import OpenELM
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .checking import check_lengths, token_ids
 from .decoding import CacheOptions, generate_step, token_limit
 from .sampling import SamplingParams, make_key, make_logits_processors, make_sampler, random_seed

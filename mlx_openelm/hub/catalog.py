@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RequestError, quote
+from ..errors import RequestError, quote
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / "tiny"
 

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..errors import OpenELMError, RequestError
+from ..inputs import to_path
 from . import catalog
-from .errors import OpenELMError, RequestError
-from .inputs import to_path
 
 URL_VARIABLE = "MLX_OPENELM_CORENET_URL"
 CACHE_VARIABLE = "MLX_OPENELM_CACHE"

@@ -7,8 +7,8 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..errors import OpenELMError, RequestError, quote
 from . import catalog
-from .errors import OpenELMError, RequestError, quote
 
 # What must not be shown, and what is shown in its place. Tokens of the hub are `hf_` and 34 letters and digits, older
 # ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in small letters, are no tokens.

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import OpenELMError, RequestError, quote
+from ..inputs import to_path
 from . import catalog
-from .errors import OpenELMError, RequestError, quote
-from .hub_errors import did_you_mean, explain_download
-from .inputs import to_path
+from .errors import did_you_mean, explain_download
 
 TOKENIZER_PATTERNS = (
     "tokenizer.json",

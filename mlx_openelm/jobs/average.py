@@ -10,12 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import atomic, model_card
-from .errors import RequestError
-from .formats.weights import Tensor, Weights
-from .loading import dtype_for, find_origin, write_source
-from .model_card import Origin
-from .sources import CORENET_PREFIX, Source, open_source
+from ..errors import RequestError
+from ..formats import atomic
+from ..formats.weights import Tensor, Weights
+from ..loading import dtype_for
+from ..publishing import card as model_card
+from ..publishing.card import Origin
+from ..sources import CORENET_PREFIX, Source, open_source
+from .convert import find_origin, write_source
 
 # Fields that change what a model computes from the same weights.
 _BEHAVIOUR = (

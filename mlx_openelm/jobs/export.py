@@ -10,15 +10,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import atomic, catalog, model_card
-from .chat_template import CORENET_TEMPLATE
-from .errors import RequestError, quote
-from .formats import gguf, huggingface
-from .formats.mlx import Checkpoint
-from .formats.packing import cast_weights, dequantize_weights
-from .inputs import to_path
-from .loading import DTYPES, find_origin
-from .sources import CORENET_PREFIX, Source, open_source
+from ..errors import RequestError, quote
+from ..formats import atomic, gguf, huggingface
+from ..formats.mlx import Checkpoint
+from ..formats.packing import cast_weights, dequantize_weights
+from ..hub import catalog
+from ..inputs import to_path
+from ..loading import DTYPES
+from ..publishing import card as model_card
+from ..sources import CORENET_PREFIX, Source, open_source
+from ..text.chat_template import CORENET_TEMPLATE
+from .convert import find_origin
 
 FORMATS = ("huggingface", "gguf")
 

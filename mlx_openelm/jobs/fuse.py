@@ -10,22 +10,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import atomic, model_card
+from ..adapters.files import read_adapter
+from ..adapters.merging import Deviation, merge
+from ..adapters.switching import AdapterPaths, mix, parse_paths
 from ..errors import RequestError
+from ..formats import atomic
 from ..formats import mlx as mlx_format
+from ..formats.adapter import Adapter
 from ..formats.mlx import Checkpoint
 from ..inputs import to_path
-from ..loading import build_model, check_dtype, dtype_for, find_origin, write_source
-from ..model_card import Origin
+from ..loading import build_model, check_dtype, dtype_for
+from ..publishing import card as model_card
+from ..publishing.card import Origin
 from ..quantization.options import QuantizeOptions
 from ..quantization.recipes import planner
 from ..quantization.report import Yardstick
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .adapter import Adapter
-from .files import read_adapter
-from .merging import Deviation, merge
-from .switching import AdapterPaths, mix, parse_paths
+from .convert import find_origin, write_source
 
 # Windows of text that a report reads.
 _WINDOWS = 8

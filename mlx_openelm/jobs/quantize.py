@@ -11,22 +11,25 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import atomic, backend, model_card
-from .config import ModelConfig
-from .errors import RequestError
-from .formats.mlx import Checkpoint
-from .formats.packing import Quantization, bits_per_weight, scale_dtype
-from .formats.weights import Weights
-from .inputs import to_path
-from .loading import build_model, check_dtype, dtype_for, requantize, write_source
-from .model import OpenELM
-from .model_card_text import Quality
-from .quantization import learned, report, sensitivity
-from .quantization.options import QuantizeOptions
-from .quantization.report import Row, Yardstick
-from .quantization.sensitivity import Sensitivities
-from .quantization.text import CalibrationText, read_text
-from .sources import open_source
+from .. import backend
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..formats import atomic
+from ..formats.mlx import Checkpoint
+from ..formats.packing import Quantization, bits_per_weight, scale_dtype
+from ..formats.weights import Weights
+from ..inputs import to_path
+from ..loading import build_model, check_dtype, dtype_for
+from ..model import OpenELM
+from ..publishing import card as model_card
+from ..publishing.card_text import Quality
+from ..quantization import learned, report, sensitivity
+from ..quantization.options import QuantizeOptions
+from ..quantization.report import Row, Yardstick
+from ..quantization.sensitivity import Sensitivities
+from ..quantization.text import CalibrationText, read_text
+from ..sources import open_source
+from .convert import requantize, write_source
 
 SENSITIVITIES = "sensitivities.json"
 # Windows that sensitivities are measured on.

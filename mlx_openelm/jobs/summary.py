@@ -10,14 +10,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import backend, catalog, hub, packed_products
-from .config import ModelConfig
-from .errors import RequestError
-from .formats import gguf
-from .formats import mlx as mlx_format
-from .formats.packing import Quantization, bits_per_weight, most_common
-from .inputs import to_path
-from .quantization.recipes import plan
+from .. import backend
+from ..config import ModelConfig
+from ..errors import RequestError
+from ..formats import gguf
+from ..formats import mlx as mlx_format
+from ..formats.packing import Quantization, bits_per_weight, most_common
+from ..hub import catalog
+from ..hub import resolve as hub
+from ..inputs import to_path
+from ..ops import packed as packed_products
+from ..quantization.recipes import plan
 
 # What the published models were trained on; the length that memory is given for.
 CONTEXT = 2048

@@ -15,8 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import backend, cpu_math, native, packed_products
-from .cache import KVCache
+from .. import backend, native
+from ..cache import KVCache
+from . import exponentials as cpu_math
+from . import packed as packed_products
 
 Heads = tuple[mx.array, mx.array, mx.array]
 # A weight as the kernels take it: its values, scales and biases, bits (0: plain), group size, and whether few rows of

@@ -20,8 +20,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import backend
-from .formats.packing import MODES
+from .. import backend
+
+# Mode: the bits and group sizes MLX has for it, its default first.
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
 
 # CUDA: MLX gives so many rows and more to tensor cores, which take no longer for 16 rows than for these.
 _MATRIX_ROWS = 8

@@ -17,11 +17,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import catalog, hub, inputs, model_card_text
-from .config import ModelConfig
-from .errors import OpenELMError, RequestError
-from .model_card_text import Contents, Facts, Quality
-from .model_files import CARD, leads_out
+from .. import inputs
+from ..config import ModelConfig
+from ..errors import OpenELMError, RequestError
+from ..hub import catalog
+from ..hub import resolve as hub
+from . import card_text as model_card_text
+from .card_text import Contents, Facts, Quality
+from .files import CARD, leads_out
 
 _KEY = "mlx_openelm"
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import catalog
-from .formats import mlx as mlx_format
-from .formats import safetensors
-from .formats.mlx import Checkpoint
-from .formats.packing import Quantization, most_common
+from ..formats import mlx as mlx_format
+from ..formats import safetensors
+from ..formats.mlx import Checkpoint
+from ..formats.packing import Quantization, most_common
+from ..hub import catalog
 
 Layout = Literal["mlx", "huggingface", "gguf"]
 

@@ -6,10 +6,10 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from . import hub
-from .errors import RequestError
-from .formats import gguf, safetensors
-from .formats import mlx as mlx_format
+from ..errors import RequestError
+from ..formats import gguf, safetensors
+from ..formats import mlx as mlx_format
+from ..hub import resolve as hub
 
 CARD = "README.md"
 # What belongs to a model beside its weights.

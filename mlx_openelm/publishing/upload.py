@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import quote as quote_url
 from urllib.parse import urlsplit
 
-from . import model_card
-from .errors import OpenELMError, RequestError, quote
-from .formats import safetensors
-from .hub_errors import explain_upload, host
-from .inputs import to_path
-from .model_files import CARD, leads_out, model_files
+from ..errors import OpenELMError, RequestError, quote
+from ..formats import safetensors
+from ..hub.errors import explain_upload, host
+from ..inputs import to_path
+from . import card as model_card
+from .files import CARD, leads_out, model_files
 
 MAIN = "main"
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"

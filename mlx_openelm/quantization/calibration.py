@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ops
 from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
+from ..ops import layers as ops
 
 # The matrices of a layer, by path within it, in the order a token meets them.
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..errors import OpenELMError
 from ..formats.packing import Quantization
-from .rounding import Grid
+from ..formats.rounding import Grid
 
 # Columns whose corrections are applied to the rest of the matrix at once.
 _BLOCK = 64

@@ -9,9 +9,10 @@ from mlx.utils import tree_flatten
 
 from ..errors import RequestError, quote
 from ..finite import not_finite
+from ..formats import rounding
 from ..formats.packing import Quantization
 from ..model import OpenELM
-from . import awq, dwq, gptq, rounding
+from . import awq, dwq, gptq
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
 from .dwq import Packed
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..formats.packing import Plan
 from ..inputs import to_path
 from .learned import parse_methods
-from .recipes import Plan, planner
+from .recipes import planner
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from ..config import ModelConfig
 from ..errors import RequestError, quote
-from ..formats.packing import MODES, Quantization
+from ..formats.packing import Plan, Quantization
+from ..ops.packed import MODES
 
 # Low and high bits by name.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
@@ -41,9 +42,6 @@ def plan(
         else:
             exceptions[path] = f"not quantized, since no group size divides {in_dims}"
     return choices, exceptions
-
-
-Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
 
 
 def planner(

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..formats.packing import MODES, Quantization, bits_per_weight
+from ..formats.packing import Quantization, bits_per_weight
 from ..model import OpenELM
+from ..ops.packed import MODES
 from .calibration import Progress, Stream, Teacher, module_at
 from .recipes import RECIPES, planner
 

@@ -16,11 +16,12 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..formats.packing import MODES, Quantization, bits_per_weight
+from ..formats.packing import Quantization, bits_per_weight
+from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
+from ..ops.packed import MODES
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
-from .rounding import round_error, round_nearest
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
 _MEASURED = (2, 3, 4)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..catalog import ASSETS
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..evaluation.perplexity import load_documents, make_windows
+from ..hub.catalog import ASSETS
 from ..inputs import to_path
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .options import NUM_SAMPLES, SEQUENCE_LENGTH, QuantizeOptions
 
 BUNDLED = ASSETS / "calibration.jsonl"

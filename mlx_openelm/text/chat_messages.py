@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import RequestError, quote
+from ..errors import RequestError, quote
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Message = Mapping[str, Any]

@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..errors import RequestError
+from ..inputs import read_text
 from .chat_messages import Message, check_messages, for_a_built_in, for_a_template
-from .errors import RequestError
-from .inputs import read_text
 
 # What CoreNet's instruction tuning rendered, without the empty system turn its code put first.
 CORENET_TEMPLATE = (

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import OpenELMError, RequestError
 from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, NO_JINJA, OUT_OF_MEMORY
-from .errors import OpenELMError, RequestError
 
 # macOS has a limit for a process's memory and does not keep it. There the memory is looked at so often, once a template
 # takes longer than that.

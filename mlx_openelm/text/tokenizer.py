@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import RequestError, quote
+from . import added_tokens
 from . import chat_template as chat
-from .errors import RequestError, quote
-from .formats import added_tokens
-from .formats.tokenizer_engines import ENGINES, Engine, open_engine
-from .formats.tokenizer_json import SPACE, TokenizerSpec, write_spec
-from .formats.tokenizers_engine import LITERAL, TokenizersEngine
+from .tokenizer_engines import ENGINES, Engine, open_engine
+from .tokenizer_json import SPACE, TokenizerSpec, write_spec
+from .tokenizers_engine import LITERAL, TokenizersEngine
 
 UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
 ONE_PER_BYTE = "mlx_openelm.one_per_byte"

@@ -18,26 +18,28 @@ import mlx.core as mx
 from .. import backend
 from ..adapters.attaching import attach, extract
 from ..adapters.files import find_local, read_adapter, write_adapter
-from ..chat_template import find_template
-from ..compiling import notice
+from ..cuda.compiling import notice
 from ..errors import OpenELMError, RequestError
 from ..inputs import to_path
 from ..loading import check_dtype
-from . import planning, run_folder, schedule
-from .batches import Batch, Batches
+from ..text.chat_template import find_template
 from .config_file import to_dict
-from .data import whole_file_note
-from .distributed import Processes
-from .metrics import Metrics
-from .optimizers import make_optimizer
+from .data.batches import Batch, Batches
+from .data.read import whole_file_note
 from .options import FineTuneOptions
-from .preparing import Loading, prepare
-from .run_state import Checkpoints, RunState
-from .samples import Sample, continue_prompts, prompt_tokens
-from .step import Evaluation, Updater, evaluate
-from .trackers import make_trackers
-from .trainable import count, make_trainable
-from .trainer import INTERRUPTED, Listener, Result, train
+from .run import folder as run_folder
+from .run import planning
+from .run.distributed import Processes
+from .run.metrics import Metrics
+from .run.preparing import Loading, prepare
+from .run.samples import Sample, continue_prompts, prompt_tokens
+from .run.state import Checkpoints, RunState
+from .run.trackers import make_trackers
+from .run.trainer import INTERRUPTED, Listener, Result, train
+from .step import schedule
+from .step.optimizers import make_optimizer
+from .step.trainable import count, make_trainable
+from .step.updater import Evaluation, Updater, evaluate
 
 _DEFAULT_FOLDER = FineTuneOptions().adapter_path
 _AS_USUAL = Loading()

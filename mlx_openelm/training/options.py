@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import RequestError, quote
-from . import trackers
-from .strategy import AUTO, LAYERS, RECOMPUTE
+from .run import trackers
+from .step.strategy import AUTO, LAYERS, RECOMPUTE
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")

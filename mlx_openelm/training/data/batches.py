@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ...errors import RequestError
 from .examples import Example
 from .packing import pack
 

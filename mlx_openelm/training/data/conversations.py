@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_messages import check_messages
-from ..errors import RequestError, quote
+from ...errors import RequestError, quote
+from ...text.chat_messages import check_messages
 
 # ShareGPT's names of those who speak. Its tool calls have no form that all agree on.
 _SPEAKERS = {

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RequestError, quote
-from ..tokenizer import Tokenizer
+from ...errors import RequestError, quote
+from ...text.tokenizer import Tokenizer
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognise
 from .rendering import Spans, render_chat, render_text
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import OpenELMError, RequestError, quote
-from ..hub_errors import explain_download
-from .data import SUFFIXES, find_splits, suffix_of
+from ...errors import OpenELMError, RequestError, quote
+from ...hub.errors import explain_download
+from .splits import SUFFIXES, find_splits, suffix_of
 
 
 def download_splits(name: str) -> dict[str, list[Path]]:

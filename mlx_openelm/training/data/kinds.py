@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RequestError, quote
+from ...errors import RequestError, quote
 from .conversations import Conversation, conversation, read_turns
 
 

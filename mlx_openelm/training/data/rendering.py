@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..chat_messages import Message
-from ..errors import RequestError
-from ..tokenizer import Tokenizer
+from ...errors import RequestError
+from ...text.chat_messages import Message
+from ...text.tokenizer import Tokenizer
 from .conversations import Conversation
 
 # [start, end) of tokens whose prediction counts.

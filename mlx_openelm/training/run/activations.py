@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..config import ModelConfig
-from .attention import BLOCK
-from .strategy import LAYERS, NOTHING, here
+from ...config import ModelConfig
+from ..step.attention import BLOCK
+from ..step.strategy import LAYERS, NOTHING, here
 
 # On a CPU MLX allocates for some ten operations ahead of the one it does. Held for a moment, as measured there: arrays
 # of a chunk's logits in the loss, at first, for each further chunk, and at most; of the output layer where it is

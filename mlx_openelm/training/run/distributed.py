@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ..errors import OpenELMError, RequestError
+from ...errors import OpenELMError, RequestError
 
 # How the backends say that another process is gone.
 _LOST = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "distributed")

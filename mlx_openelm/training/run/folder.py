@@ -19,11 +19,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import atomic, inputs
-from ..errors import OpenELMError, RequestError
-from ..version import __version__
+from ... import inputs
+from ...errors import OpenELMError, RequestError
+from ...formats import atomic
+from ...version import __version__
+from ..options import TrainOptions, flag
 from . import metrics, trackers
-from .options import TrainOptions, flag
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
 _LOCK = ".lock"

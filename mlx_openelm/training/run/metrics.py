@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from .. import atomic
-from ..errors import OpenELMError
+from ...errors import OpenELMError
+from ...formats import atomic
 from .trackers import Tracker
 
 FILE, PICTURE = "metrics.jsonl", "losses.png"

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..adapters.adapter import EMBEDDING
-from ..adapters.attaching import dropout_layers
-from ..backend import available_memory, total_memory
-from ..config import ModelConfig
-from ..errors import RequestError
+from ...adapters.attaching import dropout_layers
+from ...backend import available_memory, total_memory
+from ...config import ModelConfig
+from ...errors import RequestError
+from ...formats.adapter import EMBEDDING
+from ..options import TrainOptions
+from ..step.strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
+from ..step.updater import Updater
 from . import activations
 from .activations import Shape
-from .options import TrainOptions
-from .step import Updater
-from .strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
 
 # New weights with the optimizer's numbers for them, before the old ones go: so much of what is evaluated at a time.
 _RENEWED = 1.25

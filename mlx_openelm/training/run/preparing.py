@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from .. import backend, catalog
-from ..adapters.attaching import target_paths
-from ..chat_template import CORENET_TEMPLATE
-from ..config import ModelConfig
-from ..errors import RequestError
-from ..loading import load
-from ..model import OpenELM
-from ..tokenizer import Tokenizer
-from .batches import Batch, validation_batches
-from .data import Splits, read_splits
+from ... import backend
+from ...adapters.attaching import target_paths
+from ...config import ModelConfig
+from ...errors import RequestError
+from ...hub import catalog
+from ...loading import load
+from ...model import OpenELM
+from ...text.chat_template import CORENET_TEMPLATE
+from ...text.tokenizer import Tokenizer
+from ..data.batches import Batch, validation_batches
+from ..data.examples import Examples, tokenize
+from ..data.read import Splits, read_splits
+from ..options import FineTuneOptions, TrainOptions
 from .distributed import Processes
-from .examples import Examples, tokenize
-from .options import FineTuneOptions, TrainOptions
 from .trainer import Listener
 
 

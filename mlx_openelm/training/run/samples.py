@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..generation.stream import generate
-from ..model import OpenELM
-from ..tokenizer import Tokenizer
-from .examples import Report, instruction_prompt
-from .kinds import INSTRUCTION
+from ...generation.stream import generate
+from ...model import OpenELM
+from ...text.tokenizer import Tokenizer
+from ..data.examples import Report, instruction_prompt
+from ..data.kinds import INSTRUCTION
 
 
 @dataclass(frozen=True)

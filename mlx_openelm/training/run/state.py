@@ -15,9 +15,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import atomic
-from ..errors import OpenELMError
-from ..inputs import read_json
+from ...errors import OpenELMError
+from ...formats import atomic
+from ...inputs import read_json
 
 BEST = "best"
 _STATE, _WEIGHTS, _OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import atomic
-from ..errors import OpenELMError, RequestError, quote
+from ...errors import OpenELMError, RequestError, quote
+from ...formats import atomic
 
 TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_PROJECT = "mlx-openelm"

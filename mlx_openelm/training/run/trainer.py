@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..compiling import notice
-from ..errors import OpenELMError
-from .batches import Batch
+from ...cuda.compiling import notice
+from ...errors import OpenELMError
+from ..data.batches import Batch
+from ..options import TrainOptions
+from ..step.updater import Evaluation, Updater
 from .distributed import Processes
 from .interrupts import Interrupts
-from .options import TrainOptions
-from .run_state import Checkpoints, RunState
-from .step import Evaluation, Updater
+from .state import Checkpoints, RunState
 
 # Examples named in an error before the rest is only counted.
 _NAMED = 8

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from .. import cpu_math
-from ..ops import Attend, HeadNorms
+from ...ops import exponentials as cpu_math
+from ...ops.layers import Attend, HeadNorms
 from .strategy import TILE, fuses_attention_gradient
 
 # Queries in a block. Smaller ones save more of the hidden half, larger ones make better matrix products.

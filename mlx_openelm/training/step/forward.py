@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import backend
-from ..model import FeedForward, OpenELM, TransformerLayer, project
-from ..ops import Attend, HeadNorms
+from ... import backend
+from ...model import FeedForward, OpenELM, TransformerLayer, project
+from ...ops.layers import Attend, HeadNorms
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
 from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .. import cpu_math
-from ..backend import on_gpu
-from ..model import OpenELM
-from .batches import IGNORED
+from ...backend import on_gpu
+from ...model import OpenELM
+from ...ops import exponentials as cpu_math
+from ..data.batches import IGNORED
 from .recompute import substituted, trainable
 from .strategy import here
 

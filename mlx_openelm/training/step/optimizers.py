@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from .options import TrainOptions
+from ..options import TrainOptions
 
 # What each optimizer has where nothing is told: MLX's numbers, and for Muon's AdamW those of its authors.
 _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.01}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..errors import RequestError
-from .options import TrainOptions
+from ...errors import RequestError
+from ..options import TrainOptions
 
 
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:

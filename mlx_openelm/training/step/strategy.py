@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .. import backend
+from ... import backend
 
 # What the backward pass computes again: nothing; the norms, SwiGLU and what else takes little time; whole layers.
 NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .. import ops
+from ...ops import layers as ops
 
 
 def swiglu(gate_and_up: mx.array) -> mx.array:

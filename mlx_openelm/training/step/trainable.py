@@ -7,13 +7,13 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..adapters.adapter import EMBEDDING, Adapter
-from ..adapters.attaching import attach, attach_new, target_paths
-from ..adapters.files import read_adapter
-from ..config import ModelConfig
-from ..errors import RequestError
-from ..model import OpenELM
-from .options import FineTuneOptions
+from ...adapters.attaching import attach, attach_new, target_paths
+from ...adapters.files import read_adapter
+from ...config import ModelConfig
+from ...errors import RequestError
+from ...formats.adapter import EMBEDDING, Adapter
+from ...model import OpenELM
+from ..options import FineTuneOptions
 
 
 def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:

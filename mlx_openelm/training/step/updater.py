@@ -14,9 +14,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..adapters.attaching import adapted_layers, dropout_layers
-from ..model import OpenELM
-from .batches import IGNORED, Batch
+from ...adapters.attaching import adapted_layers, dropout_layers
+from ...model import OpenELM
+from ..data.batches import IGNORED, Batch
 from .forward import hidden_states
 from .loss import cross_entropy, split_targets
 from .optimizers import set_learning_rate

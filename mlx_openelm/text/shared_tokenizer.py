@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import catalog, hub
-from .errors import OpenELMError, RequestError
-from .hub_errors import is_absent, is_refused
-from .inputs import read_bytes
+from ..errors import OpenELMError, RequestError
+from ..hub import catalog
+from ..hub import resolve as hub
+from ..hub.errors import is_absent, is_refused
+from ..inputs import read_bytes
 from .tokenizer import ENGINES, Tokenizer
 
 # It has no conditions to accept, and holds the very file.

@@ -1,0 +1,1 @@
+"""From names to folders: the catalog of models, the Hugging Face Hub, CoreNet's files."""

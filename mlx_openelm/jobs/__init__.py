@@ -1,0 +1,1 @@
+"""Whole models, from folder to folder."""

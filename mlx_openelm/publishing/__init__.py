@@ -1,0 +1,1 @@
+"""Uploads and model cards."""

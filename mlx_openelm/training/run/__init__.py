@@ -1,0 +1,1 @@
+"""A whole run: its folder, its state, and what it reports."""
