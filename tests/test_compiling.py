@@ -31,7 +31,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
     monkeypatch.setattr(compiling, "_begun", set())
-    monkeypatch.setattr(compiling, "_said", threading.Event())
+    monkeypatch.setattr(compiling, "_announced", threading.Event())
     monkeypatch.setattr(compiling, "PATIENCE", 0.05)
     monkeypatch.setattr(backend, "on_cuda", lambda: True)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
