@@ -110,7 +110,7 @@ def seen_total(cache: Any, length: int) -> int:
 @pytest.mark.parametrize("keep", [0, 1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_rotating_with_keep_sees_the_first_and_the_latest(keep: int, seed: int) -> None:
-    """Against the definition; mlx-lm's hides the kept ones from the later positions of a chunk."""
+    """Against the definition; mlx-lm's mask hides the kept positions from the later ones of a chunk."""
     rng = random.Random(seed)
     size = 16
     cache, history = ours.RotatingKVCache(size, keep=keep), []
@@ -160,7 +160,7 @@ def test_a_rotating_cache_at_exactly_its_limit(pieces: list[int], keep: int) -> 
     assert (cache.trim(3), cache.offset) == (0, total)
     if pieces[-1] == 1:  # single positions are written in place
         assert cache.keys.shape[2] == size
-    # Everything held is in sight of one more position, but for the one that it takes the place of.
+    # One more position sees everything held except the position that it overwrites.
     for length in (1, 3):
         twin = copy.deepcopy(cache)
         keys, values = fresh(rng, 1, length)
@@ -254,11 +254,11 @@ def test_other_bits(bits: int) -> None:
 
 # Batches.
 
-SIZE = 12  # of the rotating ones
+SIZE = 12  # of the rotating caches
 
 
 class Rows:
-    """One batch three times: our cache, mlx-lm's, and the definition: a row sees the latest of what it was given."""
+    """A batch in three forms: our cache, mlx-lm's, and the definition, where a row sees its latest tokens."""
 
     def __init__(self, rng: random.Random, kind: str, prompts: list[int]) -> None:
         self.rng, self.kind, self.limit = rng, kind, SIZE if kind == "rotating" else 10**9
@@ -285,11 +285,11 @@ class Rows:
         return visible
 
     def step(self, lengths: list[int], total: int) -> None:
-        """`total` columns, of which the first `lengths[row]` are the row's."""
+        """`total` columns, the first `lengths[row]` of them real, the rest padding."""
         keys, values = fresh(self.rng, len(self.histories), total)
         mine = seen(self.ours, keys, values)
         other = seen(self.theirs, keys, values)
-        for row, length in enumerate(lengths):  # what padding sees is nobody's business
+        for row, length in enumerate(lengths):  # what padding sees does not matter
             expected = self._remember(row, keys[row], values[row], length)
             assert mine[row][:length] == expected
             if self.kind == "plain":
@@ -357,7 +357,7 @@ def test_batches(kind: str, seed: int, chunk: int) -> None:
         assert rows.ours.nbytes > 0
 
 
-def test_a_batch_of_nothing_yet() -> None:
+def test_an_empty_batch() -> None:
     for m in (ours, theirs):
         merged = m.KVCache.merge([m.KVCache(), m.KVCache()])
         assert type(merged).__name__ == "BatchKVCache"
@@ -426,7 +426,7 @@ def test_saved_prompt_caches_are_read_both_ways(tmp_path: Path, name: str, direc
         untouched.update_and_fetch(keys, values)
     file = str(tmp_path / "cache.safetensors")
     theirs.save_prompt_cache(file, [cache], {"model": "x"})
-    # mlx-lm looks classes up by their names, and ours have the same: read with its code, made with our classes.
+    # mlx-lm looks classes up by name, and ours have the same names; this uses its code and our classes.
     loaded, metadata = theirs.load_prompt_cache(file, return_metadata=True)
     assert metadata == {"model": "x"}
     if reader is ours:
