@@ -29,7 +29,7 @@ from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.options import QuantizeOptions
-from mlx_openelm.quantization.report import Yardstick
+from mlx_openelm.quantization.report import Evaluator
 from mlx_openelm.quantization.text import read_text
 
 import mlx.core as mx
@@ -83,11 +83,11 @@ class Lab:
         self.config = model.config
         held_out = make_windows(self.tokenizer, load_documents(FIXTURES / "valid.jsonl"), 256)
         step = max(1, len(held_out) // windows)
-        self.yardstick = Yardstick(model, held_out[::step][:windows])
+        self.evaluator = Evaluator(model, held_out[::step][:windows])
         self.plain: dict[int, tuple[float, float]] = {}  # bits: bits per weight and divergence
 
     def divergence(self, model: OpenELM) -> float:
-        return self.yardstick.measure(model)[1]
+        return self.evaluator.measure(model)[1]
 
     def affine(self, bits: int) -> tuple[float, float]:
         """Bits per weight and divergence of plain affine quantization."""

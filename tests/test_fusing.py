@@ -471,8 +471,9 @@ def test_one_matrix_is_held_at_a_time(tmp_path: Path) -> None:
 import sys, json
 from pathlib import Path
 import mlx_openelm
-from mlx_openelm.adapters.adapter import Adapter, LowRank, EMBEDDING
-from mlx_openelm.adapters import fusing, merging
+from mlx_openelm.adapters import merging
+from mlx_openelm.formats.adapter import Adapter, LowRank, EMBEDDING
+from mlx_openelm.jobs import fuse as fusing
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.jobs.convert import convert
 import mlx.core as mx
@@ -555,7 +556,7 @@ def test_a_quantized_base_goes_into_another_packing(packed: dict[str, Path], tmp
         ),
         ({"adapter_path": "absent"}, "absent"),
         ({"save_path": "exists"}, "exists; choose another --save-path, or replace it with --overwrite"),
-        ({"model": "model", "save_path": "model", "overwrite": True}, "is the model to fuse, or holds it"),
+        ({"model": "model", "save_path": "model", "overwrite": True}, "is the model to fuse, or contains it"),
         ({"adapter_path": "exists", "save_path": "exists", "overwrite": True}, "is the adapter exists to fuse"),
         ({"model": "other"}, "which the model does not have"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -52,8 +52,17 @@ class Deviation:
         return self.arrived / self.change if self.change else 1.0
 
     def add(self, other: Deviation) -> None:
+        """Add the sums of another tensor, or of more rows of this one."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    @classmethod
+    def total(cls, deviations: Iterable[Deviation]) -> Deviation:
+        """The sums over several tensors."""
+        result = cls()
+        for deviation in deviations:
+            result.add(deviation)
+        return result
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -92,8 +92,8 @@ class QuantizeOptions:
         """Whether text has a say in what is written."""
         return bool(self.method) or self.target_bpw is not None
 
-    def making(self) -> dict[str, Any]:
-        """What the model depends on, as far as it was given: flags by name, files as paths."""
+    def flags(self) -> dict[str, Any]:
+        """The given flags that the model depends on, by name; files as paths."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: Path(values[name]) for name in _FILES if values[name] is not None}
         values["method"] = ",".join(self.method) or None

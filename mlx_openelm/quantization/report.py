@@ -35,7 +35,7 @@ class Row:
     kl_divergence: float
 
 
-class Yardstick:
+class Evaluator:
     """Held-out windows, and what the full model says to them."""
 
     def __init__(
@@ -67,7 +67,7 @@ def plain_choices(config: ModelConfig) -> dict[str, dict[str, Quantization]]:
 
 
 def compare(
-    model: OpenELM, yardstick: Yardstick, dtype: mx.Dtype, *, progress: Progress | None = None
+    model: OpenELM, evaluator: Evaluator, dtype: mx.Dtype, *, progress: Progress | None = None
 ) -> Iterator[Row]:
     """A row for the full model, then one for each of `plain_choices`; the model is itself again afterwards.
 
@@ -76,13 +76,13 @@ def compare(
     """
     choices: dict[str, dict[str, Quantization]] = {"not quantized": {}, **plain_choices(model.config)}
     for done, (name, choice) in enumerate(choices.items(), 1):
-        yield row_of(name, model, choice, yardstick, dtype)
+        yield row_of(name, model, choice, evaluator, dtype)
         if progress is not None:
             progress(done, len(choices))
 
 
 def row_of(
-    name: str, model: OpenELM, choices: Mapping[str, Quantization], yardstick: Yardstick, dtype: mx.Dtype
+    name: str, model: OpenELM, choices: Mapping[str, Quantization], evaluator: Evaluator, dtype: mx.Dtype
 ) -> Row:
     """A row for a full model rounded as `convert` does it; the model is itself again afterwards."""
     full = {path: module_at(model, path)["weight"] for path in choices}
@@ -91,7 +91,7 @@ def row_of(
             rounded = choice.unpack(choice.pack(full[path].astype(dtype)), full[path].dtype)
             module_at(model, path)["weight"] = rounded
             mx.eval(rounded)
-        return make_row(name, model.config, choices, dtype, *yardstick.measure(model))
+        return make_row(name, model.config, choices, dtype, *evaluator.measure(model))
     finally:
         for path, weight in full.items():
             module_at(model, path)["weight"] = weight
