@@ -342,7 +342,7 @@ def test_what_was_rounded_is_not_rounded_again(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     export(SHAKESPEARE, file, format="gguf", gguf_type="q4_0")
     convert(file, tmp_path / "unpacked", dtype="float32")
-    assert "came quantized to q4_0 and were unpacked" in (tmp_path / "unpacked" / "README.md").read_text()
+    assert "were quantized to q4_0 and then unpacked" in (tmp_path / "unpacked" / "README.md").read_text()
     with pytest.raises(RequestError, match="already quantized to q4_0.*without -q"):
         convert(file, tmp_path / "out", quantize=True)
     with pytest.raises(RequestError, match="already quantized to q4_0; quantize the original"):
@@ -351,5 +351,5 @@ def test_what_was_rounded_is_not_rounded_again(tmp_path: Path) -> None:
         average([file, SHAKESPEARE], tmp_path / "out")
     convert(tmp_path / "unpacked", tmp_path / "packed", quantize=True, q_bits=6)
     convert(tmp_path / "packed", tmp_path / "again", dequantize=True)
-    assert "came quantized to 6 bits and were unpacked" in (tmp_path / "again" / "README.md").read_text()
+    assert "were quantized to 6 bits and then unpacked" in (tmp_path / "again" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "again", "packed", "unpacked"]

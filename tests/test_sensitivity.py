@@ -219,7 +219,7 @@ def test_numbers_that_cannot_be_are_refused(value, measured, model, tmp_path):
     first = content["sensitivities"]["transformer.token_embeddings"][0]
     first["bits" if value == "7" else "kl_divergence"] = float(value) if value != "7" else 7
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(RequestError, match="s.json holds no sensitivities"):
+    with pytest.raises(RequestError, match="s.json has no sensitivities"):
         read(tmp_path / "s.json", model.config)
 
 
