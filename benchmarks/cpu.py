@@ -171,8 +171,8 @@ def measure(groups: list[list[Plan]], models: Models, repeats: int) -> Iterator[
 def in_turns(jobs: set[Job], models: Models, repeats: int) -> dict[Job, float]:
     """The median of every job; in each turn every program answers all its jobs, in its own process.
 
-    Those that measure speed stay loaded from turn to turn, so that turns follow each other within seconds: what else
-    the machine does then meets all programs alike. The bandwidth is the best of all turns: what the memory can do.
+    Jobs that measure speed stay loaded from turn to turn. So turns follow each other within seconds, and other load on
+    the machine affects all programs equally. The bandwidth is the best of all turns.
     """
     processes: dict[tuple[str, str, str], list[Job]] = {}
     for job in sorted(jobs):
@@ -302,7 +302,7 @@ def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
 
 
 def speed(program: str, path: str, keys: Sequence[str]) -> Callable[[], dict[str, float]]:
-    """A turn: tokens per second of a program's own decoding loop, and the GB per second of weights that decoding reads."""
+    """A turn: tokens per second of a program's own decoding loop, and GB per second of weights read in decoding."""
     seconds = generate(program, path)
     prompts = [int(key.removeprefix("prompt_")) for key in keys if key.startswith("prompt_")]
     start, count = DECODED.get("tiny" if Path(path).name.startswith("tiny") else program, (16, 48))

@@ -285,9 +285,9 @@ def make_row(name: str, measured: dict[str, list[float]], bar: float, larger: bo
 
 
 def as_markdown(row: Row) -> str:
-    shown = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in (row["ours"], row["other"])]
+    values = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in (row["ours"], row["other"])]
     share = "" if row["bandwidth"] is None else f"{row['bandwidth']:.2f}"
-    return f"| {row['name']} | {shown[0]} | {shown[1]} | {row['ratio']:.2f} | {share} |"
+    return f"| {row['name']} | {values[0]} | {values[1]} | {row['ratio']:.2f} | {share} |"
 
 
 # The device.
