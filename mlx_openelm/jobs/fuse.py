@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..adapters.files import read_adapter
-from ..adapters.merging import Deviation, merge
+from ..adapters.merging import Deviation, Merged, merge
 from ..adapters.switching import AdapterPaths, mix, parse_paths
 from ..errors import RequestError
 from ..formats import atomic
@@ -127,7 +128,6 @@ def fuse(
     base = source.checkpoint
     was_packed = bool(base.quantization)
     _check_inputs(target, source, paths)
-    source.tokenizer.check_writable()
     _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
     windows = read_text(source.tokenizer, base.config, text_options).held_out[:_WINDOWS] if report else []
 
@@ -136,51 +136,39 @@ def fuse(
     merged = merge(base, mix(adapters), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
     source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
 
-    command = command_line(
-        "fuse",
-        {
-            "model": str(model),
-            "adapter_path": [_with_weight(without_folders(path), weight) for path, weight in paths],
-            "save_path": Path(save_path),
-            "dtype": dtype,
-            "quantize": quantize,
-            "q_bits": q_bits,
-            "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize and recipe is None else None,
-            "recipe": recipe,
-            "dequantize": dequantize,
-            **source_flags(tokenizer, config_yaml, revision),
-        },
-    )
+    packing_flags = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "q_bits": q_bits,
+        "q_group_size": q_group_size,
+        "q_mode": q_mode if quantize and recipe is None else None,
+        "recipe": recipe,
+        "dequantize": dequantize,
+    }
+    flags = _adapter_flags(model, paths, save_path) | packing_flags | source_flags(tokenizer, config_yaml, revision)
     show = progress or (lambda *_: None)
     write_folder(
         source,
         target,
-        command=command,
+        command=command_line("fuse", flags),
         origin=_origin(source),
         overwrite=overwrite,
         progress=lambda done, total: show("Writing", done, total),
         card={"recipe": recipe, "adapters": descriptions},
     )
-    divergences = _divergences(open_base, paths, target, windows, show) if report else (None, None)
-    return Fusion(
-        path=target,
-        bits_per_weight=bits,
-        matrices=merged.deviations,
-        overall=Deviation.total(merged.deviations.values()),
-        exceptions=merged.exceptions,
-        untied=merged.untied,
-        requantized=was_packed and not dequantize,
-        kl_divergence=divergences[0],
-        base_kl_divergence=divergences[1],
-    )
+    fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
+    if report:
+        written, base_alone = _divergences(open_base, paths, target, windows, show)
+        fusion = replace(fusion, kl_divergence=written, base_kl_divergence=base_alone)
+    return fusion
 
 
 def _check_inputs(target: Path, source: Source, paths: WeightedPaths) -> None:
-    """Refuse to write over the model or an adapter."""
+    """Refuse to write over the model or an adapter, and a tokenizer that cannot be written."""
     inputs = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in paths}
     for what, path in inputs.items():
         check_not_input(target, path, f"{what} to fuse", "--save-path")
+    source.tokenizer.check_writable()
 
 
 def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype: str | None) -> None:
@@ -205,9 +193,28 @@ def _read_adapters(paths: WeightedPaths, source: Source) -> list[tuple[str, Adap
     return [(path, read_adapter(path, source.checkpoint.config), weight) for path, weight in paths]
 
 
+def _fusion(target: Path, bits_per_weight: float, merged: Merged, *, requantized: bool) -> Fusion:
+    """The result without a report, once the weights are written and the deviations are complete."""
+    return Fusion(
+        path=target,
+        bits_per_weight=bits_per_weight,
+        matrices=merged.deviations,
+        overall=Deviation.total(merged.deviations.values()),
+        exceptions=merged.exceptions,
+        untied=merged.untied,
+        requantized=requantized,
+    )
+
+
 def _with_weight(path: str, weight: float) -> str:
     """An adapter and its weight as a person types them."""
     return path if weight == 1 else f"{path}={weight:g}"
+
+
+def _adapter_flags(model: str | Path, paths: WeightedPaths, save_path: str | Path) -> dict[str, Any]:
+    """The flags of the command line that name the model, the adapters and the output, for the model card."""
+    adapters = [_with_weight(without_folders(path), weight) for path, weight in paths]
+    return {"model": str(model), "adapter_path": adapters, "save_path": Path(save_path)}
 
 
 def _describe(path: str, adapter: Adapter, weight: float) -> str:
