@@ -1,11 +1,11 @@
-"""Conversion beside mlx-lm: time and peak memory, from a float32 checkpoint made on the spot; one command, one run.
+"""Conversion compared with mlx-lm: time and peak memory, from a float32 checkpoint made for the run.
 
-    python benchmarks/conversion.py                    # the 3B size: 12 GB, and as much again for what is written
+    python benchmarks/conversion.py                    # the 3B size: 12 GB, and as much again for the output
     python benchmarks/conversion.py --size 270M --json
 
-Weights of the true sizes are random. Both programs convert the same folder, in turns, each in a process of its own,
-with the folder read just before; medians of all turns count. Memory is the peak of the process (`ru_maxrss`) less that
-of one which only imports the program. What mlx-lm does not write is measured for us alone.
+Weights are random. Both programs convert the same folder in turns, each in its own process, after the folder was read
+into the system's cache; rows are medians over turns. Memory is the peak of the process (`ru_maxrss`) minus that of a
+process that only imports the program. Formats that mlx-lm does not write are measured for ours alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIME_BAR = 1.0
 MEMORY_BAR = 1 / 3
 PEAK_BAR_MB = 1500
 PIECES = 32000
-# Compiled modules are kept, as on a person's machine, also where the environment says otherwise.
+# Keep compiled modules, as on a user's machine, even if the environment turns that off.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 IMPORTS = {
     "ours": "import mlx_openelm.cli.main, mlx_openelm.cli.convert",
@@ -42,7 +42,7 @@ IMPORTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One output: our command's arguments, and mlx-lm's where it has the same."""
+    """One output: the arguments of our command, and of mlx-lm's if it has the same."""
 
     name: str
     ours: tuple[str, ...]
@@ -69,10 +69,10 @@ PT_PLANS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="3B", help="270M, 450M, 1_1B or 3B")
-    parser.add_argument("--repeats", type=int, help="turns of each program, medians count; 2 for 3B, else 3")
+    parser.add_argument("--repeats", type=int, help="turns of each program; 2 by default for 3B, else 3")
     parser.add_argument("--only", default="", help="measure only outputs whose name contains this")
     parser.add_argument("--with-pt", action="store_true", help="also from a CoreNet checkpoint (needs PyTorch)")
-    parser.add_argument("--folder", help="where to put models while measuring; the system's temporary folder")
+    parser.add_argument("--folder", help="where to put the models; by default the system's temporary folder")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--worker", nargs=3, metavar=("WHAT", "SIZE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
         what, size, folder = arguments.worker
         {"model": make_model, "corenet.pt": make_pt}[what](size, Path(folder))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder goes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder is removed
     plans = [plan for plan in PLANS + (PT_PLANS if arguments.with_pt else ()) if arguments.only in plan.name]
     repeats = arguments.repeats or (2 if arguments.size == "3B" else 3)
     rows = []
@@ -118,7 +118,7 @@ def check_disk(size: str, plans: list[Plan], folder: Path) -> None:
 def measure(size: str, repeats: int, plans: list[Plan], folder: Path) -> Iterator[dict[str, Any]]:
     source = folder / "model"
     run([sys.executable, __file__, "--worker", "model", size, str(source)])
-    os.sync()  # as after every conversion: nobody's time holds what another one wrote
+    os.sync()  # as after every conversion, so that no time includes another one's writes
     base: dict[str, float] = {}
     for plan in plans:
         path = folder / plan.source
@@ -141,7 +141,7 @@ def measure(size: str, repeats: int, plans: list[Plan], folder: Path) -> Iterato
         if plan.other is not None:
             other = {"s": statistics.median(seconds["mlx-lm"]), "MB": statistics.median(peaks["mlx-lm"])}
             yield row(f"time (s), {size} to {plan.name}", ours["s"], other["s"], TIME_BAR)
-            # In small models one tensor is much of the whole, so that the bar is on the largest.
+            # In small models one tensor is a large share of the whole, so the bar applies to the largest size only.
             bar = MEMORY_BAR if size == "3B" else None
             yield row(f"peak memory (MB), {size} to {plan.name}", ours["MB"], other["MB"], bar)
         else:
@@ -150,20 +150,20 @@ def measure(size: str, repeats: int, plans: list[Plan], folder: Path) -> Iterato
 
 
 def row(name: str, ours: float, other: float | None, bar: float | None) -> dict[str, Any]:
-    """A row of the table; without another program the bar is on our own number."""
+    """A row of the table; without another program the bar applies to our own number."""
     ratio = None if other is None else ours / other
     passed = bar is None or (ours if ratio is None else ratio) <= bar
     return {"name": name, "ours": ours, "other": other, "ratio": ratio, "bar": bar, "pass": passed}
 
 
 def as_text(row: dict[str, Any]) -> str:
-    beside = " " * 34 if row["other"] is None else f"  mlx-lm {row['other']:10.4g}  ratio {row['ratio']:.3f}"
+    other = " " * 34 if row["other"] is None else f"  mlx-lm {row['other']:10.4g}  ratio {row['ratio']:.3f}"
     bar = "" if row["bar"] is None else f"  (bar {row['bar']:.4g}: {'pass' if row['pass'] else 'FAIL'})"
-    return f"{row['name']:62} ours {row['ours']:10.4g}{beside}{bar}"
+    return f"{row['name']:62} ours {row['ours']:10.4g}{other}{bar}"
 
 
 def convert(plan: Plan, whose: str, source: Path, out: Path) -> tuple[float, float]:
-    """Seconds and peak memory in MB of one conversion; what it writes is removed."""
+    """Seconds and peak memory in MB of one conversion; its output is removed."""
     if whose == "ours":
         command, *options = plan.ours
         out = out.with_suffix(".gguf") if "gguf" in options else out
@@ -184,7 +184,7 @@ def convert(plan: Plan, whose: str, source: Path, out: Path) -> tuple[float, flo
 
 
 def read(source: Path) -> None:
-    """Read the model once, so that both programs find the same of it in the system's cache."""
+    """Read the model once, so that both programs find it in the system's cache."""
     for path in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
@@ -217,11 +217,11 @@ def run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
-# What is converted, each made in a process of its own.
+# Making the models to convert, each in its own process.
 
 
 def make_model(size: str, folder: Path) -> None:
-    """A float32 folder of a published size in Hugging Face's layout, tensor by tensor, with a tokenizer of its size."""
+    """Write a float32 folder of a published size in Hugging Face's layout, with a tokenizer of the right size."""
     random_model.write(size, folder)
 
     from mlx_openelm.hub import catalog
@@ -236,7 +236,7 @@ def make_model(size: str, folder: Path) -> None:
 
 
 def make_pt(size: str, folder: Path) -> None:
-    """The same weights as CoreNet names and stores them, beside `folder`."""
+    """Write the same weights as a CoreNet checkpoint, next to `folder`."""
     import torch
     from safetensors.torch import load_file
 

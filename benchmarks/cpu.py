@@ -1,15 +1,15 @@
-"""A CPU without a GPU: ours beside llama.cpp and mlx-lm, and beside the memory's bandwidth; one command, one run.
+"""Generation and QLoRA on a CPU, compared with llama.cpp, mlx-lm and the memory bandwidth.
 
     python benchmarks/cpu.py                                        # the 270M size, and tiny
     python benchmarks/cpu.py --only "4 bit" --cache /tmp/m --json   # keeps the models it makes
     python benchmarks/cpu.py --size 1_1B --without QLoRA            # slow
 
-Weights of the true sizes are random, and the same in every program's files. Programs take turns, each in a process of
-its own; the median of all turns counts. On a busy machine llama.cpp's threads, which wait for each other, suffer most.
-llama.cpp's rows need `pip install llama-cpp-python`, which compiles for about ten minutes. mlx-lm runs as its wheel
-comes, with the BLAS bundled in MLX's, or with OpenBLAS, as a row's name says; in float32, where it says so, it is
-several times faster with packed weights than in bfloat16, which their scales make it choose. Linux only: memory is
-what /proc says.
+Models of published sizes have random weights, the same in every program's files. Programs take turns, each in its own
+process; rows are medians over turns. On a busy machine llama.cpp suffers most, because its threads wait for each other.
+Its rows need `pip install llama-cpp-python`, which compiles for about ten minutes. mlx-lm uses the BLAS of MLX's wheel
+or OpenBLAS, as the name of a row says. In rows that say float32, mlx-lm computes in float32: with packed weights it is
+then several times faster than in bfloat16, which it would choose because of their scales. Linux only: memory is read
+from /proc.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ import generation
 import training
 
 PROMPT_LENGTHS = generation.PROMPT_LENGTHS
-# What an update of QLoRA sees: rows, length. mlx-lm's takes half a minute even so.
+# Rows and length of a QLoRA batch; even this small one takes mlx-lm half a minute.
 QLORA_SHAPE = (1, 64)
 
 OURS, LLAMA_CPP, WHEEL, OPENBLAS = "ours", "llama.cpp", "mlx-lm as its wheel comes", "mlx-lm with OpenBLAS"
 WHEEL_FLOAT32 = f"{WHEEL}, in float32"
-# Tokens before decoding is timed, and with it, unless 16 and 48; the wheel's mlx-lm takes two seconds for one.
+# Tokens generated before and during the timing of decoding, if not 16 and 48; with the wheel's BLAS mlx-lm needs two
+# seconds per token.
 DECODED = {"tiny": (16, 256), WHEEL: (1, 6), WHEEL_FLOAT32: (1, 6)}
 
 
@@ -65,7 +66,7 @@ TYPES = {
 
 
 class Job(NamedTuple):
-    """A number to measure: `key` of what the worker `what` answers for a program and a model."""
+    """A number to measure: `key` in the answer of worker `what` for a program and a model."""
 
     what: str
     program: str
@@ -75,7 +76,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A row to measure. Of several others the fastest counts."""
+    """A row to measure; of several other programs the fastest counts."""
 
     name: str
     ours: Job
@@ -87,7 +88,7 @@ class Plan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="270M", help="the true size to measure: 270M, 450M, 1_1B, 3B")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; rows are medians")
     parser.add_argument("--only", default="", help="measure only rows whose name contains this")
     parser.add_argument("--without", help="leave out rows whose name contains this, such as QLoRA")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every program; by default all cores")
@@ -101,7 +102,7 @@ def main() -> None:
         if not callable(answer):
             print(json.dumps(answer))
             return
-        for _ in sys.stdin:  # one turn a line
+        for _ in sys.stdin:  # one turn per line
             print(json.dumps(answer()), flush=True)
         return
     os.environ["OMP_NUM_THREADS"] = generation.ENVIRONMENT["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -118,19 +119,19 @@ def main() -> None:
 
 
 def plans(size: str, threads: int) -> Iterator[list[Plan]]:
-    """The rows, those together that are measured in the same turns."""
+    """The rows, grouped by those that are measured in the same turns."""
     bandwidth = Job("bandwidth", "memory", "", "read")
     yield [Plan(f"memory bandwidth, {threads} threads (GB/s)", bandwidth)]
     for name, kind in TYPES.items():
-        beside = partial(plan_beside, name, size)
+        compared = partial(plan_compared, name, size)
         share = Job("speed", OURS, name, "read")
         yield [
             Plan(f"decoding's share of the bandwidth (GB/s), {name}, {size}", share, (bandwidth,), kind.share),
-            beside("decoding (tokens/s)", "speed", "decode", kind.decode),
-            *(beside("decoding (tokens/s)", "speed", "decode", bar, program)
+            compared("decoding (tokens/s)", "speed", "decode", kind.decode),
+            *(compared("decoding (tokens/s)", "speed", "decode", bar, program)
               for program, bar in ((WHEEL, 30), (WHEEL_FLOAT32, None)) if name == "4 bit"),
-            *(beside(f"prompt of {n} (tokens/s)", "speed", f"prompt_{n}", kind.prompt) for n in PROMPT_LENGTHS),
-            beside("peak memory (MB)", "memory", "peak", 1.2, larger=False),
+            *(compared(f"prompt of {n} (tokens/s)", "speed", f"prompt_{n}", kind.prompt) for n in PROMPT_LENGTHS),
+            compared("peak memory (MB)", "memory", "peak", 1.2, larger=False),
         ]  # fmt: skip
     both = tuple(Job("speed", OPENBLAS, model, "decode") for model in ("tiny", "tiny-float32"))
     yield [Plan(f"decoding (tokens/s), tiny, {OPENBLAS}", Job("speed", OURS, "tiny", "decode"), both, 8)]
@@ -138,17 +139,17 @@ def plans(size: str, threads: int) -> Iterator[list[Plan]]:
     yield [Plan(f"QLoRA step (tokens/s), {size}, {OPENBLAS}, in float32", ours, (theirs,), 3)]
 
 
-def plan_beside(
+def plan_compared(
     name: str, size: str, title: str, what: str, key: str, bar: float | None, program: str = LLAMA_CPP, **options: Any
 ) -> Plan:
-    """A row of ours beside another program, both with weights of the type `name`."""
+    """A row of ours and another program, both with weights of the type `name`."""
     own, other = (Job(what, whose, name, key) for whose in (OURS, program))
     gguf = f" {TYPES[name].gguf}" if program == LLAMA_CPP else ""
     return Plan(f"{title}, {name}, {size}, {program}{gguf}", own, (other,), bar, **options)
 
 
 def choose(groups: Iterator[list[Plan]], only: str, without: str | None) -> list[list[Plan]]:
-    """The rows that are asked for, without llama.cpp's where it is not installed."""
+    """The requested rows, without llama.cpp's if it is not installed."""
     chosen = [[row for row in rows if only in row.name and (not without or without not in row.name)] for rows in groups]
     if not any(LLAMA_CPP in row.name for rows in chosen for row in rows):
         return chosen
@@ -168,10 +169,10 @@ def measure(groups: list[list[Plan]], models: Models, repeats: int) -> Iterator[
 
 
 def in_turns(jobs: set[Job], models: Models, repeats: int) -> dict[Job, float]:
-    """The median of every job; in a turn each program answers all that it is asked, in a process of its own.
+    """The median of every job; in each turn every program answers all its jobs, in its own process.
 
-    Those that measure speed stay loaded from turn to turn, so that turns follow each other within seconds: what else
-    the machine does then meets all programs alike. The bandwidth is the best of all turns: what the memory can do.
+    Jobs that measure speed stay loaded from turn to turn. So turns follow each other within seconds, and other load on
+    the machine affects all programs equally. The bandwidth is the best of all turns.
     """
     processes: dict[tuple[str, str, str], list[Job]] = {}
     for job in sorted(jobs):
@@ -234,13 +235,13 @@ class Loaded:
 
 @dataclass
 class Models:
-    """The same weights in every type and format, each made when it is first asked for."""
+    """The same weights in every type and format, each made at its first use."""
 
     size: str
     folder: Path
 
     def path(self, program: str, model: str) -> str:
-        """Where a program reads a model: one of `TYPES`, `tiny` as packaged, `tiny-float32`, or none."""
+        """The path of a model for a program: one of `TYPES`, `tiny` as packaged, `tiny-float32`, or none."""
         if not model:
             return ""
         if model == "tiny":
@@ -269,11 +270,11 @@ class Models:
         return str(path)
 
 
-# What runs in a process of its own. Each gives numbers by name.
+# Workers, each in its own process. They return numbers by name.
 
 
 def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
-    """Make the float32 folder that all others are made of, with tiny's tokenizer."""
+    """Make the float32 folder that all others are made from, with the tokenizer of `tiny`."""
     from mlx_openelm.hub.catalog import TINY_FOLDER
 
     generation.make_weights(size, Path(folder), TINY_FOLDER)
@@ -281,7 +282,7 @@ def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
 
 
 def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
-    """GB (1e9 bytes) a second of threads that read 1 GiB together, the best of ten times.
+    """GB (1e9 bytes) per second of threads that together read 1 GiB, the best of ten times.
 
     The maximum is the cheapest thing to ask of numbers: with SIMD it waits for memory only.
     """
@@ -301,7 +302,7 @@ def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
 
 
 def speed(program: str, path: str, keys: Sequence[str]) -> Callable[[], dict[str, float]]:
-    """A turn: tokens a second of a program's own decoding loop, and the GB a second of weights that decoding reads."""
+    """A turn: tokens per second of a program's own decoding loop, and GB per second of weights read in decoding."""
     seconds = generate(program, path)
     prompts = [int(key.removeprefix("prompt_")) for key in keys if key.startswith("prompt_")]
     start, count = DECODED.get("tiny" if Path(path).name.startswith("tiny") else program, (16, 48))
@@ -319,7 +320,7 @@ def speed(program: str, path: str, keys: Sequence[str]) -> Callable[[], dict[str
 
 
 def generate(program: str, path: str) -> Callable[[int, int], float]:
-    """A function from prompt length and new tokens to seconds: those of the prompt for one token, else of each more."""
+    """A function from prompt length and new tokens to seconds: of the prompt if one token, else per further token."""
     if program == LLAMA_CPP:
         return generate_with_llama_cpp(path)
     if program == OURS:
@@ -331,7 +332,7 @@ def generate(program: str, path: str) -> Callable[[int, int], float]:
 
 
 def in_float32(model: Any) -> None:
-    """Let a model compute in float32; packed weights stay packed."""
+    """Make a model compute in float32; packed weights stay packed."""
     import mlx.core as mx
 
     model.set_dtype(mx.float32)
@@ -352,7 +353,7 @@ def generate_with_llama_cpp(path: str) -> Callable[[int, int], float]:
     vocabulary = llama.n_vocab()
 
     def step(tokens: list[int]) -> int:
-        """The likeliest token after these and what came before."""
+        """The most likely token after these and the earlier ones."""
         array = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
         if llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(array, len(tokens))):
             sys.exit("llama_decode failed")
@@ -373,7 +374,7 @@ def generate_with_llama_cpp(path: str) -> Callable[[int, int], float]:
 
 
 def bytes_of_matrices(folder: str) -> int:
-    """Of all matrices as stored, scales included: decoding reads each once a token, the shared embedding for logits."""
+    """Of all matrices as stored, with scales: decoding reads each once per token, the shared embedding for logits."""
     import mlx.core as mx
 
     files = Path(folder).glob("*.safetensors")
@@ -381,7 +382,7 @@ def bytes_of_matrices(folder: str) -> int:
 
 
 def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
-    """Peak MB (1e6 bytes) of loading, a prompt of 512 and 16 tokens, above what a bare interpreter takes.
+    """Peak MB (1e6 bytes) of loading, a prompt of 512 and 16 tokens, above a bare interpreter.
 
     It counts pages that are resident, also those of mapped files, as which llama.cpp reads its weights: unlike others
     they can be given up, but decoding reads all of them for every token.
@@ -394,12 +395,12 @@ def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
 
 
 def qlora(_: str, path: str, keys: Sequence[str]) -> dict[str, float]:
-    """Tokens a second of one update of both programs, from the same adapter on the same packed weights."""
+    """Tokens per second of one update of both programs, with the same adapter on the same packed weights."""
     answer = {}
     programs = training.both(path, "lora")
     in_float32(programs["mlx-lm"].model)
     for whose, program in programs.items():
-        program.step(training.token_batch(whose, 1, 4))  # a small one that compiles
+        program.step(training.token_batch(whose, 1, 4))  # a small batch, to compile
         batch = training.token_batch(whose, *QLORA_SHAPE)
         started = time.perf_counter()
         program.step(batch)

@@ -1,11 +1,11 @@
-"""Generation beside mlx-lm: cold start, graph size, prompts, decoding, memory; one command, one run.
+"""Generation compared with mlx-lm: cold start, graph size, prompts, decoding, memory.
 
     python benchmarks/generation.py                    # tiny and the 270M size
     python benchmarks/generation.py --size 1_1B --json
 
-Weights of the true sizes are random and made on the spot; both programs read the same folder, and the median
-of all turns counts. Graphs and speeds are measured in turns within one process, so with the same BLAS; cold
-starts, memory, and mlx-lm as its wheel comes (bundled BLAS), in a process for each program in turn.
+Models of published sizes have random weights, made for the run. Both programs read the same folder; rows are medians
+over turns. Graphs and speeds are measured in turns within one process, and so with the same BLAS. Cold starts, memory,
+and mlx-lm with the BLAS of MLX's wheel are measured in a separate process for each program.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ import random_model
 
 PROMPT_LENGTHS = (128, 512)
 TEXT = "To be, or not to be"
-# Compiled modules are kept, as on a person's machine, also where the environment says otherwise.
+# Keep compiled modules, as on a user's machine, even if the environment turns that off.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="270M", help="the true size to measure beside tiny: 270M, 450M, 1_1B, 3B")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
+    parser.add_argument(
+        "--size", default="270M", help="the published size to measure, besides tiny: 270M, 450M, 1_1B, 3B"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; rows are medians")
     parser.add_argument("--only", help="measure only rows whose name contains this")
     parser.add_argument("--without-bundled", action="store_true", help="leave out the rows that take minutes")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
@@ -122,7 +124,7 @@ def run(command: list[str], **environment: str) -> str:
 
 def in_process(worker: str, whose: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", worker, whose, str(folder)]
-    # Without a BLAS of its own, mlx-lm gets the one bundled with MLX's wheel.
+    # Without another BLAS, mlx-lm gets the one of MLX's wheel.
     environment = {"MLX_OPENELM_BLAS": "0"} if (worker, whose) == ("bundled", "mlx-lm") else {}
     return json.loads(run(command, **environment).splitlines()[-1])
 
@@ -160,11 +162,11 @@ def make_weights(size: str, folder: Path, tokenizer: Path) -> None:
     Tokenizer.from_folder(tokenizer).save(folder)
 
 
-# What runs in a process of its own. Each gives numbers by name.
+# Workers, each in its own process. They return numbers by name.
 
 
 def load_both(folder: str) -> dict[str, tuple[Any, Callable[[], list[Any]]]]:
-    """Each program's model, as it loads it, with a maker of its caches."""
+    """Each program's model, loaded by the program, and a function that makes its caches."""
     return {"ours": load_ours(folder), "mlx-lm": load_theirs(folder)}
 
 
@@ -177,7 +179,7 @@ def load_ours(folder: str) -> tuple[Any, Callable[[], list[Any]]]:
 
 
 def load_theirs(folder: str) -> tuple[Any, Callable[[], list[Any]]]:
-    import mlx_openelm  # noqa: F401 (the same BLAS, unless MLX_OPENELM_BLAS=0)
+    import mlx_openelm  # noqa: F401 (the same BLAS, except with MLX_OPENELM_BLAS=0)
 
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
@@ -222,7 +224,7 @@ def count_primitives(output: Any) -> int:
 
 
 def speed(_: str, folder: str) -> dict[str, dict[str, float]]:
-    """Tokens a second of both programs' own loops, in turns within one process (so with the same BLAS)."""
+    """Tokens per second of both programs' own loops, in turns within one process, so with the same BLAS."""
     models = load_both(folder)
     return interleaved({whose: generation(whose, model) for whose, (model, _) in models.items()}, folder)
 
@@ -236,7 +238,7 @@ def bundled(whose: str, folder: str) -> dict[str, float]:
 
 
 def token_stream(whose: str, model: Any) -> Callable[[list[int], int], Iterator[Any]]:
-    """A function from a prompt and the number of new tokens to these, through the program's own decoding loop."""
+    """A function from a prompt and a number of new tokens to these tokens, by the program's own decoding loop."""
     import mlx.core as mx
 
     if whose == "ours":
@@ -253,7 +255,7 @@ def make_prompt(length: int) -> list[int]:
 
 
 def generation(whose: str, model: Any) -> Callable[[int, int], float]:
-    """A function from prompt length and new tokens to seconds, through the program's own decoding loop."""
+    """A function from prompt length and new tokens to seconds, by the program's own decoding loop."""
     tokens = token_stream(whose, model)
 
     def seconds(prompt_length: int, count: int) -> float:
@@ -263,7 +265,7 @@ def generation(whose: str, model: Any) -> Callable[[int, int], float]:
         for n, _ in enumerate(tokens(prompt, count)):
             if n == 0:
                 first = time.perf_counter()
-        # One token measures the prompt, more the time between the first and the last.
+        # One token measures the prompt; several measure the time between the first and the last.
         return first - started if count == 1 else (time.perf_counter() - first) / (count - 1)
 
     return seconds
@@ -294,7 +296,7 @@ def memory(whose: str, folder: str) -> dict[str, float]:
     generation(whose, model)(128, 8)
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if sys.platform.startswith("linux"):
-        # There ru_maxrss starts from the parent's memory; this is the process's own.
+        # On Linux ru_maxrss starts from the parent's memory; VmHWM is the process's own.
         status = Path("/proc/self/status").read_text()
         process = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6  # type: ignore[index]
     return {"process": process, "mlx": mx.get_peak_memory() / 1e6}

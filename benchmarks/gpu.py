@@ -1,20 +1,20 @@
-"""A GPU, NVIDIA's or Apple's: ours beside mlx-lm, in turns in one process; one command, under five minutes.
+"""Generation and training on an NVIDIA or Apple GPU, compared with mlx-lm; under five minutes.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --sizes 270M,3B --only decode,prompt --json rows.json
-    python benchmarks/gpu.py --smoke            # a model of two layers, also on a CPU: only to see that all of it runs
+    python benchmarks/gpu.py --smoke            # a model of two layers, also on a CPU: checks that everything runs
 
-It prints a table in Markdown, line by line. Weights are random, in bfloat16, and the same arrays in both programs; in
-4 bits they are packed in groups of 64. A turn is one run of each program; medians of all turns count. What runs for the
-first time, and so compiles kernels, is not timed.
+It prints a Markdown table, line by line. Both programs run in one process, in turns, on the same random weights, in
+bfloat16 or packed in 4 bits in groups of 64. Rows are medians over turns; first runs, which compile kernels, are not
+timed.
 
-- Decoding: 128 tokens after the first one of a prompt of 32. "Bandwidth" is the share of what a copy reaches that
-  reading every weight once a token takes. A prompt's time ends with its first token.
-- Steps of LoRA (rank 8 on the four matrices of every layer) and of full fine-tuning (the weights of every layer): with
-  Adam, on equal full batches. Memory is the peak of MLX's buffers above the model in bfloat16, all that training keeps
-  included. Each program trains as it does by itself: in full fine-tuning ours keeps weights and Adam's moments in
-  float32, mlx-lm in bfloat16.
-- Cold start: from the command to the first character, `tiny` in bfloat16, in a process of its own.
+- Decoding: 128 tokens after the first one, with a prompt of 32. "Bandwidth" is the rate of reading every weight once
+  per token, as a share of the rate of a copy. The time of a prompt ends with its first token.
+- Steps of LoRA (rank 8 on the four matrices of every layer) and of full fine-tuning (the weights of every layer) with
+  Adam, on equal full batches. Memory is the peak of MLX's buffers above the model in bfloat16, including everything
+  that training keeps. Each program trains with its defaults: in full fine-tuning our weights and Adam's moments are
+  float32, mlx-lm's bfloat16.
+- Cold start: from the command to the first character, with `tiny` in bfloat16, in a separate process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ import training
 OURS, THEIRS = PROGRAMS = ("ours", "mlx-lm")
 PARTS = ("start", "decode", "prompt", "lora", "full")
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
-# What ours / mlx-lm's should be at least, or, for memory and seconds, at most.
+# The least ratio of ours to mlx-lm's; for memory and seconds, the largest.
 BARS = {"start": 1.0, "decode": 1.15, "prompt": 1.0, "step": 1.3, "memory": 1.0}
 PACKING = Quantization.make()
 PROMPT_OF_DECODING = 32
@@ -62,13 +62,13 @@ Arrays = dict[str, mx.array]
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured: models by name, lengths, and shapes [rows, length] of training by method and model."""
+    """What to measure: models by name, lengths, and shapes [rows, length] of training by method and model."""
 
     configs: dict[str, ModelConfig]
     decoded: int
     prompts: tuple[int, ...]
     shapes: dict[str, dict[str, tuple[int, int]]]
-    steps: int  # timed in a turn
+    steps: int  # timed per turn
 
 
 FULL = Work(
@@ -127,7 +127,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 class Turns:
-    """Iterating gives the turns there is time for, at least one each time."""
+    """Iterates over as many turns as time allows, at least one."""
 
     def __init__(self, repeats: int, budget: float):
         self.repeats, self.budget, self.cut = repeats, budget, False
@@ -149,13 +149,13 @@ class Benchmark:
     work: Work
     turns: Turns
     file: Path | None
-    bandwidth: float = 0.0  # bytes a second
+    bandwidth: float = 0.0  # bytes per second
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: bool = False
 
     def run(self, sizes: Iterable[str], only: Iterable[str]) -> bool:
-        """Print the table; whether something failed."""
+        """Print the table; returns whether something failed."""
         self.bandwidth = copy_bandwidth()
         release()
         print(f"{self.title()}\n\n{COLUMNS}", flush=True)
@@ -177,7 +177,7 @@ class Benchmark:
         )
 
     def measure(self, size: str, config: ModelConfig, only: Iterable[str]) -> None:
-        """The rows of a size; both programs share its weights, and what one part made is gone before the next."""
+        """Print the rows of a size. Both programs share its weights; each part frees its arrays before the next."""
         generating = [part for part in ("decode", "prompt") if part in only]
         trained = [method for method in METHODS if method in only and size in self.work.shapes[method]]
         needs = {"generating": 2.6 * config.num_parameters} if generating else {}
@@ -198,7 +198,7 @@ class Benchmark:
                 self.attempt(f"{method}, {size}", lambda method=method: self.train(config, arrays, method, size))
 
     def fitting(self, size: str, needs: dict[str, float]) -> list[str]:
-        """What of `needs`, in bytes by name, the device's memory holds; a note says what it does not."""
+        """Those of `needs` (bytes by name) that fit into the device's memory; a note lists the others."""
         room = memory_of_device()
         for name, count in needs.items():
             if count > room:
@@ -207,7 +207,7 @@ class Benchmark:
         return [name for name, count in needs.items() if count <= room]
 
     def attempt(self, name: str, part: Callable[[], Iterable[Row]]) -> None:
-        """Print the rows of a part; one that fails does not stop the others."""
+        """Print the rows of a part; a failure does not stop the other parts."""
         try:
             for row in part():
                 self.rows.append(row)
@@ -245,7 +245,7 @@ class Benchmark:
             yield make_row(f"prompt of {length}, {kind}, {size} (tokens/s)", measured, BARS["prompt"])
 
     def train(self, config: ModelConfig, arrays: Arrays, method: str, size: str) -> Iterator[Row]:
-        """Rows of a step's speed and its memory."""
+        """Rows of the speed and the memory of a step."""
         shape = self.work.shapes[method][size]
         steps, memory = {}, {}
         for whose, make in ((OURS, our_step), (THEIRS, their_step)):
@@ -253,7 +253,7 @@ class Benchmark:
             before = mx.get_active_memory()
             steps[whose] = make(config, arrays, method)
             memory[whose] = [(peak_of_step(steps[whose], training.token_batch(whose, *shape)) - before) / 1e9]
-        if method == "full":  # new weights took the place of the layers' own, which only `arrays` keeps
+        if method == "full":  # the old weights were replaced, and only `arrays` still holds them
             replaced = sum(array.nbytes for name, array in arrays.items() if ".layers." in name) / 1e9
             memory = {whose: [peak - replaced for peak in peaks] for whose, peaks in memory.items()}
 
@@ -265,11 +265,11 @@ class Benchmark:
 
         name = f"{METHODS[method]}, {shape[0]} × {shape[1]}, {size}"
         yield make_row(f"{name} (tokens/s)", in_turns(self.turns, rates), BARS["step"])
-        yield make_row(f"its memory above the weights (GB), {name}", memory, BARS["memory"], larger=False)
+        yield make_row(f"memory above the weights (GB), {name}", memory, BARS["memory"], larger=False)
 
 
 def in_turns(turns: Iterable[int], run: Callable[[str], list[float]]) -> dict[str, list[float]]:
-    """What `run` gives for each program in every turn, after a first run that does not count."""
+    """The results of `run` for each program in every turn, after a first run that is discarded."""
     measured: dict[str, list[float]] = {whose: [] for whose in PROGRAMS}
     for whose in PROGRAMS:
         run(whose)
@@ -285,18 +285,18 @@ def make_row(name: str, measured: dict[str, list[float]], bar: float, larger: bo
 
 
 def as_markdown(row: Row) -> str:
-    shown = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in (row["ours"], row["other"])]
+    values = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in (row["ours"], row["other"])]
     share = "" if row["bandwidth"] is None else f"{row['bandwidth']:.2f}"
-    return f"| {row['name']} | {shown[0]} | {shown[1]} | {row['ratio']:.2f} | {share} |"
+    return f"| {row['name']} | {values[0]} | {values[1]} | {row['ratio']:.2f} | {share} |"
 
 
 # The device.
 
 
 def memory_of_device() -> float:
-    """Bytes that are there for this process; infinite where MLX does not say, as on a CPU."""
+    """Bytes available to this process; infinite if MLX does not know, as on a CPU."""
     facts = mx.device_info()
-    held = mx.get_active_memory()  # of what was measured before
+    held = mx.get_active_memory()  # by earlier measurements
     if "free_memory" in facts:
         return float(facts["free_memory"]) + held + mx.get_cache_memory()
     return float(facts.get("max_recommended_working_set_size", "inf"))
@@ -305,14 +305,14 @@ def memory_of_device() -> float:
 def training_needs(config: ModelConfig, method: str, shape: tuple[int, int]) -> float:
     """Bytes of a training step of the more demanding program, mlx-lm, as measured for LoRA on an H200.
 
-    Full fine-tuning has what both programs keep beside it: weights, moments and gradients.
+    For full fine-tuning this adds the weights, moments and gradients of both programs.
     """
     activations = shape[0] * shape[1] * (75 * config.num_transformer_layers * config.model_dim + 12 * config.vocab_size)
     return activations + config.num_parameters * (26 if method == "full" else 2)
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes, the best of several: changing signs costs nothing beside."""
+    """Bytes per second that a large copy reads and writes, the best of several; it changes signs, at no extra cost."""
     passes, numbers = 8, 1 << 20 if not backend.on_gpu() else 1 << 28
     values = mx.ones(numbers)
     mx.eval(values)
@@ -371,7 +371,7 @@ def their_model(config: ModelConfig, arrays: Arrays, quantization: dict[str, Qua
     model = Model(ModelArgs.from_dict(config.to_dict()))
     if quantization:
         nn.quantize(model, PACKING.group_size, PACKING.bits)
-    # The random weights that its layers started with are never computed.
+    # The random initial weights of its layers are never computed.
     model.load_weights(list(arrays.items()))
     model.eval()
     mx.eval(mx.random.state)
@@ -391,7 +391,7 @@ def token_seconds(stream: Callable[[list[int], int], Iterator[Any]], count: int)
 
 
 def prompt_seconds(stream: Callable[[list[int], int], Iterator[Any]], length: int) -> float:
-    """Seconds to the first of two tokens: both programs give it when the second one is on its way.
+    """Seconds to the first of two tokens: both programs return it once the second one is queued.
 
     A run before it lets the program find MLX's buffers as it leaves them itself.
     """
@@ -406,7 +406,7 @@ def prompt_seconds(stream: Callable[[list[int], int], Iterator[Any]], length: in
 
 
 def settle() -> None:
-    """Wait for what a program may have asked for beyond its last token."""
+    """Wait for work that a program has queued beyond its last token."""
     from mlx_lm.generate import generation_stream
 
     mx.synchronize()

@@ -3,10 +3,9 @@
     python benchmarks/quantization.py
     python benchmarks/quantization.py --without-mlx-lm --json
 
-The model is the small one trained on Shakespeare in tests/fixtures, the text a whole play it has not seen. Every
-program calibrates on the same text, the one bundled with the package unless --calibration names another. Rows give our
-divergence beside another's at the same size: plain affine quantization (`convert -q`), drawn out between its bit
-widths in the logarithm, then mlx-lm's own methods.
+The model is the small one in tests/fixtures, trained on Shakespeare; the text is a play it has not seen. All programs
+calibrate on the same text, by default the bundled one. Rows compare divergences at the same size: with plain affine
+quantization (`convert -q`), interpolated between bit widths in the logarithm, and with mlx-lm's own methods.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 from mlx_openelm.quantization.options import QuantizeOptions
-from mlx_openelm.quantization.report import Yardstick
+from mlx_openelm.quantization.report import Evaluator
 from mlx_openelm.quantization.text import read_text
 
 import mlx.core as mx
@@ -73,7 +72,7 @@ def as_text(row: dict[str, Any]) -> str:
 
 
 class Lab:
-    """The full model as a folder, the text, and what has been measured."""
+    """The full model as a folder, the text, and earlier measurements."""
 
     def __init__(self, folder: Path, calibration: str | None, windows: int):
         self.folder, self.calibration, self.count = folder, calibration, 0
@@ -83,11 +82,11 @@ class Lab:
         self.config = model.config
         held_out = make_windows(self.tokenizer, load_documents(FIXTURES / "valid.jsonl"), 256)
         step = max(1, len(held_out) // windows)
-        self.yardstick = Yardstick(model, held_out[::step][:windows])
+        self.evaluator = Evaluator(model, held_out[::step][:windows])
         self.plain: dict[int, tuple[float, float]] = {}  # bits: bits per weight and divergence
 
     def divergence(self, model: OpenELM) -> float:
-        return self.yardstick.measure(model)[1]
+        return self.evaluator.measure(model)[1]
 
     def affine(self, bits: int) -> tuple[float, float]:
         """Bits per weight and divergence of plain affine quantization."""
@@ -96,17 +95,17 @@ class Lab:
         return self.plain[bits]
 
     def affine_at(self, size: float) -> float:
-        """The divergence of plain affine quantization at any size, between bit widths by its logarithm."""
+        """The divergence of plain affine quantization at any size, interpolated between bit widths in its logarithm."""
         points = sorted(self.affine(bits) for bits in (2, 3, 4, 5))
         return math.exp(np.interp(size, [p[0] for p in points], [math.log(p[1]) for p in points]))
 
     def ours(self, **options: Any) -> tuple[float, float]:
-        """Bits per weight and divergence of what `quantize` writes."""
+        """Bits per weight and divergence of the model that `quantize` writes."""
         self.count += 1
         out = self.folder / f"ours-{self.count}"
         learned = "method" in options or "target_bpw" in options
         options |= {"calibration": self.calibration} if learned else {}
-        # What sensitivities cost to measure is paid once.
+        # Sensitivities are measured once, and reused.
         known = self.folder / "sensitivities.json"
         if "target_bpw" in options and known.exists():
             options["sensitivities"] = str(known)
@@ -118,7 +117,7 @@ class Lab:
 
     def budgets(self, only: str) -> Iterator[dict[str, Any]]:
         for target in (3.25, 3.75, 4.25):
-            name = f"--target-bpw {target}, beside affine at its size"
+            name = f"--target-bpw {target} vs affine at its size"
             if only in name:
                 size, divergence = self.ours(target_bpw=target)
                 yield make_row(name, divergence, self.affine_at(size), 1.0)
@@ -126,20 +125,20 @@ class Lab:
     def methods(self, only: str) -> Iterator[dict[str, Any]]:
         for bits in (3, 4):
             for method in METHODS:
-                name = f"--q-bits {bits} --method {method}, beside affine"
+                name = f"--q-bits {bits} --method {method} vs affine"
                 if only in name:
                     yield make_row(name, self.ours(q_bits=bits, method=(method,))[1], self.affine(bits)[1], 0.85)
-            name = f"best combination at the size of affine {bits}-bit, beside it"
+            name = f"best combination vs affine {bits}-bit, at its size"
             if only in name:
                 size, plain = self.affine(bits)
                 found = {each: self.ours(target_bpw=size, method=each)[1] for each in COMBINATIONS}
                 best = min(found, key=lambda each: found[each])
                 yield make_row(f"{name}: {','.join(best)}", found[best], plain, 0.6)
 
-    # mlx-lm's methods, with the windows that ours calibrate on in place of the text it would download.
+    # mlx-lm's methods, with our calibration windows in place of the text it would download.
 
     def windows(self) -> list[list[int]]:
-        """The windows that ours learn from."""
+        """The windows that our methods calibrate on."""
         options = QuantizeOptions(method=("gptq",), calibration=self.calibration)
         return read_text(self.tokenizer, self.config, options).windows
 
@@ -165,12 +164,12 @@ class Lab:
 
     def mlx_lm(self, only: str) -> Iterator[dict[str, Any]]:
         for target in (3.75, 4.25):
-            name = f"--target-bpw {target}, beside mlx-lm dynamic_quant"
+            name = f"--target-bpw {target} vs mlx-lm dynamic_quant"
             if only in name:
                 size, theirs = self.dynamic_quant(target)
                 yield make_row(name, self.ours(target_bpw=size)[1], theirs, 1.0)
         for bits in (3, 4):
-            name = f"--q-bits {bits} --method dwq, beside mlx-lm dwq"
+            name = f"--q-bits {bits} --method dwq vs mlx-lm dwq"
             if only in name:
                 yield make_row(name, self.ours(q_bits=bits, method=("dwq",))[1], self.dwq(bits), 1.0)
         for bits in (2, 4):
@@ -183,7 +182,7 @@ class Lab:
         import mlx.nn as nn
         from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
 
-        # Groups must divide every row, and 64 does not divide the first layer's; those of 32 add a bit to the width.
+        # Groups must divide every row, and 64 does not divide the first layer's. Groups of 32 take one bit per weight.
         size = 32
         low = int(target) - 1
         high = low + 1
@@ -191,13 +190,13 @@ class Lab:
         costs = dict(estimate_sensitivities(model, data, low, size, high, size))
         threshold = estimate_threshold(model, costs, target, low, size, high, size)
 
-        def wanted(path: str, module: Any) -> Any:
+        def choice_for(path: str, module: Any) -> Any:
             if not hasattr(module, "to_quantized"):
                 return False
             return {"bits": high if costs[path] > threshold else low, "group_size": size}
 
         model.set_dtype(mx.bfloat16)
-        nn.quantize(model, class_predicate=wanted)
+        nn.quantize(model, class_predicate=choice_for)
         bits_per_weight, divergence, _ = self.measure_theirs(model)
         return bits_per_weight, divergence
 

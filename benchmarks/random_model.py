@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, for the benchmarks: the same numbers for each of them."""
+"""Models of the published sizes with random weights; every benchmark gets the same numbers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def weights(config: ModelConfig, dtype: mx.Dtype) -> Any:
-    """The `Weights` of a model, each tensor made when it is read.
+    """Random `Weights` for a model, each tensor made when it is read.
 
-    Matrices have the scale of trained ones, norms are 1.
+    Matrices have about the scale of trained ones, norms are 1.
     """
     from mlx_openelm.formats.weights import Tensor, Weights
 
     import mlx.core as mx
 
     def values(shape: tuple[int, ...]) -> mx.array:
-        exact = mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
-        return exact.astype(dtype)
+        value = mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) / shape[1] ** 0.5
+        return value.astype(dtype)
 
     mx.random.seed(0)
     shapes = config.tensor_shapes()
@@ -31,7 +31,7 @@ def weights(config: ModelConfig, dtype: mx.Dtype) -> Any:
 
 
 def write(size: str, folder: Path) -> None:
-    """A new float32 MLX folder of a published size, tensor by tensor, without a tokenizer."""
+    """Write a float32 MLX folder of a published size, tensor by tensor, without a tokenizer."""
     import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
     from mlx_openelm.config import ModelConfig
     from mlx_openelm.formats import mlx as mlx_format

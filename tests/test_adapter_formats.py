@@ -535,7 +535,7 @@ def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> Non
         "": "There is no adapter ''",
         "owner/run.safetensors": "There is no adapter",
         FOLDER: "holds no adapter_config.json",
-        FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is not an adapter: name its folder",
+        FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is not an adapter: give its folder",
     }.items():
         with pytest.raises(RequestError, match=message):
             read_adapter(place, model.config)

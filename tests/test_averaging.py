@@ -128,8 +128,8 @@ def test_what_cannot_be_averaged(tmp_path: Path) -> None:
     for models, words in (
         ([], "at least two"),
         (["a"], "at least two"),
-        (["a", "wide"], "transformer.token_embeddings.weight does .2048 x 64 and 2048 x 96"),
-        (["a", "deep"], "not of one shape"),
+        (["a", "wide"], "such as transformer.token_embeddings.weight .2048 x 64 and 2048 x 96"),
+        (["a", "deep"], "have different shapes"),
         (["a", "relu"], "activation_fn_name: swish and relu"),
         (["a", "packed"], "packed is quantized to 4 bits.*unpack it with convert"),
         (["a", "absent"], "absent does not exist"),

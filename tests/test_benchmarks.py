@@ -26,9 +26,9 @@ ROWS = [
     "prompt of 8, 4 bits, smoke (tokens/s)",
     "prompt of 24, 4 bits, smoke (tokens/s)",
     "LoRA, 2 × 16, smoke (tokens/s)",
-    "its memory above the weights (GB), LoRA, 2 × 16, smoke",
+    "memory above the weights (GB), LoRA, 2 × 16, smoke",
     "full fine-tuning, 2 × 16, smoke (tokens/s)",
-    "its memory above the weights (GB), full fine-tuning, 2 × 16, smoke",
+    "memory above the weights (GB), full fine-tuning, 2 × 16, smoke",
 ]
 
 

@@ -62,7 +62,7 @@ def test_without_a_token_nothing_is_begun(hub: FakeHub, hub_env: dict[str, str],
     ("args", "message"),
     [
         (["--private"], "--private needs --upload-repo"),
-        (["--upload-repo", "me/two words"], "'me/two words' is no valid name for a repository"),
+        (["--upload-repo", "me/two words"], "'me/two words' is not a valid name for a repository"),
         (["--upload-repo", REPO, "--upload-revision", "a b"], "--upload-revision must be the name of a branch"),
     ],
 )

@@ -187,7 +187,7 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("mine")
     for output, format, message in (
-        ("notes", "gguf", "is no GGUF file, so it is not overwritten"),
+        ("notes", "gguf", "is not a GGUF file, so it is not overwritten"),
         ("folder", "gguf", "is a folder; name a file"),
         ("notes", "huggingface", "is a file, not a folder"),
         ("folder", "huggingface", "holds more than a model"),
@@ -206,7 +206,7 @@ def test_the_source_is_never_the_output(tmp_path: Path, model: Path) -> None:
         (tmp_path / "a.gguf", tmp_path / "a.gguf", "gguf"),
         (tmp_path / "a.gguf", tmp_path / "link.gguf", "gguf"),
     ):
-        with pytest.raises(RequestError, match="is the model to export, or holds it"):
+        with pytest.raises(RequestError, match="is the model to export, or contains it"):
             export(source, output, format=format, overwrite=True)
     assert before == {path: path.read_bytes() for path in before}
 
@@ -293,8 +293,8 @@ def test_files_are_written_and_read_tensor_by_tensor(tmp_path: Path) -> None:
     code = """
 import json, sys
 from mlx_openelm import convert
-from mlx_openelm.averaging import average
-from mlx_openelm.exporting import export
+from mlx_openelm.jobs.average import average
+from mlx_openelm.jobs.export import export
 from mlx_openelm.formats import packing
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -342,7 +342,7 @@ def test_what_was_rounded_is_not_rounded_again(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     export(SHAKESPEARE, file, format="gguf", gguf_type="q4_0")
     convert(file, tmp_path / "unpacked", dtype="float32")
-    assert "came quantized to q4_0 and were unpacked" in (tmp_path / "unpacked" / "README.md").read_text()
+    assert "were quantized to q4_0 and then unpacked" in (tmp_path / "unpacked" / "README.md").read_text()
     with pytest.raises(RequestError, match="already quantized to q4_0.*without -q"):
         convert(file, tmp_path / "out", quantize=True)
     with pytest.raises(RequestError, match="already quantized to q4_0; quantize the original"):
@@ -351,5 +351,5 @@ def test_what_was_rounded_is_not_rounded_again(tmp_path: Path) -> None:
         average([file, SHAKESPEARE], tmp_path / "out")
     convert(tmp_path / "unpacked", tmp_path / "packed", quantize=True, q_bits=6)
     convert(tmp_path / "packed", tmp_path / "again", dequantize=True)
-    assert "came quantized to 6 bits and were unpacked" in (tmp_path / "again" / "README.md").read_text()
+    assert "were quantized to 6 bits and then unpacked" in (tmp_path / "again" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "again", "packed", "unpacked"]

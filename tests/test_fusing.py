@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
-from mlx_openelm.adapters import merging
+from mlx_openelm.adapters import merged_tensors
 from mlx_openelm.adapters.attaching import attach
 from mlx_openelm.adapters.files import read_adapter
 from mlx_openelm.adapters.merging import merge
@@ -145,7 +145,7 @@ def in_numpy(weight: np.ndarray, change: LowRank, is_embedding: bool) -> np.ndar
 def test_sums_are_numpys_whatever_is_computed_at_a_time(
     dora: bool, output_side: bool, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "_PIECE", piece)
+    monkeypatch.setattr(merged_tensors, "PIECE", piece)
     folder = write_tiny(tmp_path / "model", vocab_size=96)
     base = mlx_format.read(folder)
     adapter = random_adapter(base.config, dora=dora, output_side=output_side)
@@ -471,13 +471,14 @@ def test_one_matrix_is_held_at_a_time(tmp_path: Path) -> None:
 import sys, json
 from pathlib import Path
 import mlx_openelm
-from mlx_openelm.adapters.adapter import Adapter, LowRank, EMBEDDING
-from mlx_openelm.adapters import fusing, merging
+from mlx_openelm.adapters import merged_tensors
+from mlx_openelm.formats.adapter import Adapter, LowRank, EMBEDDING
+from mlx_openelm.jobs import fuse as fusing
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.jobs.convert import convert
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-merging._PIECE = 1 << 18
+merged_tensors.PIECE = 1 << 18
 model, out, tokenizer = map(Path, sys.argv[1:])
 model.mkdir()
 config = ModelConfig(num_transformer_layers=4, model_dim=512, head_dim=64, vocab_size=12000, num_query_heads=8,
@@ -555,7 +556,7 @@ def test_a_quantized_base_goes_into_another_packing(packed: dict[str, Path], tmp
         ),
         ({"adapter_path": "absent"}, "absent"),
         ({"save_path": "exists"}, "exists; choose another --save-path, or replace it with --overwrite"),
-        ({"model": "model", "save_path": "model", "overwrite": True}, "is the model to fuse, or holds it"),
+        ({"model": "model", "save_path": "model", "overwrite": True}, "is the model to fuse, or contains it"),
         ({"adapter_path": "exists", "save_path": "exists", "overwrite": True}, "is the adapter exists to fuse"),
         ({"model": "other"}, "which the model does not have"),
     ],

@@ -11,8 +11,10 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
 from mlx_openelm.hub import resolve as hub
-from mlx_openelm.publishing import card as model_card
-from mlx_openelm.publishing.card import Quality, find_origin
+from mlx_openelm.publishing.card import Card, card_for_upload, write_card
+from mlx_openelm.publishing.card_text import Quality
+from mlx_openelm.publishing.command_line import command_line
+from mlx_openelm.publishing.origin import Origin, find_origin
 
 import pytest
 from fake_hub import FakeHub
@@ -53,7 +55,7 @@ def sections(text: str) -> list[str]:
 
 def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -> None:
     origin = find_origin(apple, repo="apple/OpenELM-270M")
-    model_card.write(folder, name="my-model", origin=origin, command="mlx-openelm convert")
+    write_card(folder, name="my-model", origin=origin, command="mlx-openelm convert")
     metadata = metadata_load(folder / "README.md")
     facts = metadata.pop("mlx_openelm")
     assert metadata == {
@@ -74,7 +76,7 @@ def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -
 
 def test_text_tells_sizes_from_the_files(folder: Path, apple: Path) -> None:
     quality = [Quality("a play", 12345, 10.5, 10.125, 0.0123), Quality("a poem", 7, 3.0)]
-    model_card.write(
+    write_card(
         folder,
         name="my-model",
         origin=find_origin(apple, repo="apple/OpenELM-270M"),
@@ -120,7 +122,7 @@ def test_text_tells_sizes_from_the_files(folder: Path, apple: Path) -> None:
 def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
     out = tmp_path / "plain"
     convert(SHAKESPEARE, out, dtype="float32")
-    model_card.write(out, name="plain", origin=find_origin(SHAKESPEARE))
+    write_card(out, name="plain", origin=find_origin(SHAKESPEARE))
     metadata, text = metadata_load(out / "README.md"), (out / "README.md").read_text()
     assert metadata["tags"] == ["mlx", "openelm"]
     assert not {"license", "base_model", "base_model_relation", "language"} & set(metadata)
@@ -139,7 +141,7 @@ def test_tiny_is_ours() -> None:
 def test_tiny_s_card(tmp_path: Path) -> None:
     out = tmp_path / "small"
     convert("tiny", out)
-    model_card.write(out, name="small", origin=find_origin(catalog.TINY_FOLDER))
+    write_card(out, name="small", origin=find_origin(catalog.TINY_FOLDER))
     assert "Shakespeare's plays and poems (public domain)" in (out / "README.md").read_text()
     # And converted once more, it is still that model.
     again = find_origin(out)
@@ -147,7 +149,7 @@ def test_tiny_s_card(tmp_path: Path) -> None:
 
 
 def test_our_folder_converted_again_keeps_its_base_model(folder: Path, apple: Path) -> None:
-    model_card.write(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
+    write_card(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
     for repo in (None, "me/x"):
         again = find_origin(folder, repo=repo)
         assert again.base_model == again.name == "apple/OpenELM-270M" and again.relation is None
@@ -177,7 +179,7 @@ def test_a_fine_tune_stays_one_when_quantized(folder: Path, tmp_path: Path) -> N
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     (tuned / "README.md").write_text("---\nbase_model: apple/OpenELM-270M\nbase_model_relation: finetune\n---\n")
-    model_card.write(folder, name="x", origin=find_origin(tuned))
+    write_card(folder, name="x", origin=find_origin(tuned))
     assert metadata_load(folder / "README.md")["base_model_relation"] == "finetune"
     assert "derived from [apple/OpenELM-270M]" in (folder / "README.md").read_text()
 
@@ -196,7 +198,7 @@ def test_folder_named_like_a_release_of_other_sizes_is_not_it(tmp_path: Path) ->
 def test_what_lies_beside_a_file_is_taken_only_from_our_own_folders(folder: Path, apple: Path) -> None:
     (apple / "model.gguf").write_bytes(b"GGUF")
     assert find_origin(apple / "model.gguf").metadata == {} and find_origin(apple / "model.gguf").licenses == ()
-    model_card.write(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
+    write_card(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
     assert find_origin(folder / "model.safetensors").base_model == "apple/OpenELM-270M"
 
 
@@ -223,7 +225,7 @@ def test_a_licence_that_is_a_link_to_a_private_file_is_not_copied(name: str, fol
     (source / name).symlink_to(tmp_path / ".netrc")
     origin = find_origin(source)
     assert origin.licenses == ()
-    model_card.write(folder, name="x", origin=origin)
+    write_card(folder, name="x", origin=origin)
     assert not (folder / name).exists()
     assert not any(b"secret" in path.read_bytes() for path in folder.iterdir())
 
@@ -293,7 +295,7 @@ def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
         "language": "en",
     }
     assert sorted(hub.files_sent) == ["LICENSE", "README.md"]
-    model_card.write(folder, name="x", origin=origin)
+    write_card(folder, name="x", origin=origin)
     assert (folder / "LICENSE").read_text() == "Apple's licence\n"
     text = (folder / "README.md").read_text()
     assert "under the licence of the original: [apple-amlr](LICENSE)" in text
@@ -311,7 +313,7 @@ def test_without_the_repository_the_card_names_it(
         hub.status = 500
     origin = find_origin(bare, base_model="apple/OpenELM-270M")  # "refused": there is no such repository
     assert (dict(origin.metadata), origin.licenses) == ({}, ())
-    model_card.write(folder, name="x", origin=origin)
+    write_card(folder, name="x", origin=origin)
     metadata, text = metadata_load(folder / "README.md"), (folder / "README.md").read_text()
     assert not {"license", "license_name", "license_link"} & set(metadata)
     page = "[apple/OpenELM-270M](https://huggingface.co/apple/OpenELM-270M)"
@@ -335,9 +337,9 @@ def test_nobody_is_asked_where_no_known_model_is_without_a_licence(
     assert find_origin(apple, repo="apple/OpenELM-270M").licenses == (apple / "LICENSE",)
     # The card for an upload is the same in a dry run, which asks nobody.
     (folder / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: apple/OpenELM-270M\n---\n")
-    model_card.for_upload(folder, "me/x")
+    card_for_upload(folder, "me/x")
     (folder / "README.md").unlink()
-    model_card.for_upload(folder.rename(tmp_path / "OpenELM-270M"), "me/x")
+    card_for_upload(folder.rename(tmp_path / "OpenELM-270M"), "me/x")
     assert hub.requests == []
 
 
@@ -355,7 +357,7 @@ def test_hugging_face_layout_says_plainly_what_transformers_needs(tmp_path: Path
     config = json.loads((out / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "apple/OpenELM-270M--configuration_openelm.OpenELMConfig"}
     (out / "config.json").write_text(json.dumps(config))
-    model_card.write(out, name="exported", origin=model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
+    write_card(out, name="exported", origin=Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
     metadata, text = metadata_load(out / "README.md"), (out / "README.md").read_text()
     assert (metadata["library_name"], metadata["tags"]) == ("transformers", ["openelm"])
     assert 'from_pretrained("exported", trust_remote_code=True)' in text
@@ -367,12 +369,12 @@ def test_gguf(tmp_path: Path) -> None:
     out = tmp_path / "gguf"
     out.mkdir()
     (out / "openelm-270m-q8_0.gguf").write_bytes(b"GGUF" + bytes(2_000_000 - 4))
-    origin = model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
-    model_card.write(out, name="gguf", origin=origin, method="q8_0", config=ModelConfig.from_name("OpenELM-270M"))
+    origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
+    write_card(out, name="gguf", origin=origin, method="q8_0", config=ModelConfig.from_name("OpenELM-270M"))
     metadata = metadata_load(out / "README.md")
     assert (metadata["library_name"], metadata["tags"]) == ("gguf", ["gguf", "openelm"])
     assert metadata["base_model_relation"] == "quantized"
-    text = model_card.for_upload(out, "me/openelm").text
+    text = card_for_upload(out, "me/openelm").text
     assert "| Parameters | 271,527,168 |" in text and "| Layers | 16 |" in text
     assert "| `openelm-270m-q8_0.gguf` | 2.0 MB |" in text
     assert "Quantized with method `q8_0`." in text
@@ -385,40 +387,40 @@ def test_gguf(tmp_path: Path) -> None:
 
 def test_upload_names_the_repository_and_keeps_what_is_known(folder: Path, apple: Path) -> None:
     origin = find_origin(apple, repo="apple/OpenELM-270M")
-    model_card.write(folder, name="x", origin=origin, method="awq", quality=[Quality("a play", 10, 2.5)])
+    write_card(folder, name="x", origin=origin, method="awq", quality=[Quality("a play", 10, 2.5)])
     before = (folder / "README.md").read_text()
-    card = model_card.for_upload(folder, "me/OpenELM-4bit")
+    card = card_for_upload(folder, "me/OpenELM-4bit")
     assert not card.is_own and (folder / "README.md").read_text() == before
     assert "# OpenELM-4bit\n" in card.text and 'load("me/OpenELM-4bit")' in card.text
     assert "mlx_lm.generate --model me/OpenELM-4bit" in card.text
     assert "method `awq`" in card.text and "| a play | 10 | 2.5000 |" in card.text
     # What was uploaded can be uploaded again elsewhere.
     (folder / "README.md").write_text(card.text)
-    again = model_card.for_upload(folder, "you/other").text
+    again = card_for_upload(folder, "you/other").text
     assert again == card.text.replace("me/OpenELM-4bit", "you/other").replace("# OpenELM-4bit", "# other").replace(
         metadata_load(folder / "README.md")["mlx_openelm"]["text"], again.split("  text: ")[1][:16]
     )
 
 
 def test_front_matter_changed_by_hand_is_kept(folder: Path) -> None:
-    model_card.write(folder, name="x", origin=find_origin(SHAKESPEARE))
+    write_card(folder, name="x", origin=find_origin(SHAKESPEARE))
     file = folder / "README.md"
     file.write_text(file.read_text().replace("- openelm\n", "- openelm\n- verse\n").replace("\n", "\r\n"), newline="")
-    card = model_card.for_upload(folder, "me/x")
+    card = card_for_upload(folder, "me/x")
     assert not card.is_own and "- verse\n" in card.text and "--model me/x" in card.text
 
 
 def test_edited_and_hand_written_cards_are_sent_as_they_are(folder: Path) -> None:
-    model_card.write(folder, name="x", origin=find_origin(SHAKESPEARE))
+    write_card(folder, name="x", origin=find_origin(SHAKESPEARE))
     file = folder / "README.md"
     for text in (file.read_text() + "My notes.\n", "# Mine\n", "---\nlicense: mit\n---\n# Mine\n", ""):
         file.write_text(text)
-        card = model_card.for_upload(folder, "me/x")
+        card = card_for_upload(folder, "me/x")
         assert card.is_own and card.text == text
 
 
 def test_a_folder_without_a_card_gets_one(folder: Path) -> None:
-    card = model_card.for_upload(folder, "me/x")
+    card = card_for_upload(folder, "me/x")
     assert not card.is_own and f"{PARAMETERS:,}" in card.text and "license:" not in card.text
     assert "How it was made" not in card.text and not (folder / "README.md").exists()
 
@@ -427,14 +429,14 @@ def test_a_folder_without_a_card_gets_one(folder: Path) -> None:
 def test_a_damaged_card_is_refused_before_anything_is_sent(content: bytes, folder: Path) -> None:
     (folder / "README.md").write_bytes(content)
     with pytest.raises(RequestError, match="README.md.*correct"):
-        model_card.for_upload(folder, "me/x")
+        card_for_upload(folder, "me/x")
 
 
 @pytest.mark.parametrize("facts", ["[]", "{quality: 3}", "{quality: [{text: a}]}", "{parameters: many}", "{text: 0}"])
 def test_facts_that_we_did_not_write_make_a_card_a_person_s(facts: str, folder: Path) -> None:
     text = f"---\nmlx_openelm: {facts}\n---\n# x\n"
     (folder / "README.md").write_text(text)
-    assert model_card.for_upload(folder, "me/x") == model_card.Card(text, is_own=True)
+    assert card_for_upload(folder, "me/x") == Card(text, is_own=True)
 
 
 def test_command_line_tells_no_folders() -> None:
@@ -450,11 +452,11 @@ def test_command_line_tells_no_folders() -> None:
         "revision": "v1.0",
         "stop": ["a", "b c"],
     }
-    assert model_card.command_line("convert", flags) == (
+    assert command_line("convert", flags) == (
         "mlx-openelm convert --model model --mlx-path 'out put' --tokenizer tokenizer.model --quantize --q-bits 4 "
         "--recipe mixed_3_6 --revision v1.0 --stop a --stop 'b c'"
     )
-    assert model_card.command_line("convert", {"model": "apple/OpenELM-270M"}).endswith("--model apple/OpenELM-270M")
+    assert command_line("convert", {"model": "apple/OpenELM-270M"}).endswith("--model apple/OpenELM-270M")
 
 
 def test_command_line_tells_no_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +464,7 @@ def test_command_line_tells_no_relative_folders(tmp_path: Path, monkeypatch: pyt
     shutil.copytree(SHAKESPEARE, tmp_path / "acme-secret" / "run7")
     monkeypatch.chdir(tmp_path)
     named = {"model": "acme-secret/run7", "a": "acme-secret/run7/", "b": " acme-secret/run7 ", "c": "~nobody/x/y"}
-    line = model_card.command_line("convert", named | {"d": "apple/OpenELM-270M", "e": "corenet:270M/mlx", "f": "me/x"})
+    line = command_line("convert", named | {"d": "apple/OpenELM-270M", "e": "corenet:270M/mlx", "f": "me/x"})
     assert line == (
         "mlx-openelm convert --model run7 --a run7 --b run7 --c y --d apple/OpenELM-270M --e corenet:270M/mlx --f me/x"
     )

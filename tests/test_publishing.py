@@ -13,15 +13,16 @@ from typing import Any
 import mlx_openelm
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.hub import resolve as names
-from mlx_openelm.publishing import card as model_card
 from mlx_openelm.publishing import upload as publishing
+from mlx_openelm.publishing.card import compose_card, write_card
+from mlx_openelm.publishing.origin import Origin
 from mlx_openelm.publishing.upload import UploadOptions
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from fake_hub import FakeHub
-from huggingface_hub import metadata_load
+from huggingface_hub import HfApi, metadata_load
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 REPO = "me/OpenELM-4bit"
@@ -49,7 +50,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(converted: Path, tmp_path: Path) -> Path:
     """A model folder as one finds it after some work, with our card."""
     out = shutil.copytree(converted, tmp_path / "mine")
-    model_card.write(out, name="mine", origin=model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
+    write_card(out, name="mine", origin=Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
     (out / "LICENSE").write_text("licence")
     for name, text in NEVER.items():
         (out / name).parent.mkdir(exist_ok=True)
@@ -192,10 +193,10 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
     source = tmp_path / "source"
     source.mkdir()
     (source / "LICENSE").write_text("licence")
-    origin = model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M", licenses=(source / "LICENSE",))
+    origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M", licenses=(source / "LICENSE",))
 
     def card(repo: str) -> str:
-        return model_card.compose(file, name=repo, origin=origin, method="q8_0")
+        return compose_card(file, name=repo, origin=origin, method="q8_0")
 
     options = UploadOptions(upload_repo="OpenELM-4bit")
     done = publishing.publish(file, options, card=card, licenses=origin.licenses)
@@ -225,14 +226,15 @@ def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(
 ) -> None:
     there = writer.add(REPO, writer.new_folder()).folder
     (there / "model.safetensors.index.json").write_text("old")
-    takes_card = publishing._takes_card
+    model_info = HfApi.model_info
 
-    def someone_commits(*args: Any) -> bool:
+    def someone_commits(*args: Any, **options: Any) -> Any:
+        info = model_info(*args, **options)
         (there / "README.md").write_text("# Mine\n")
         (there / "model-00001-of-00002.safetensors").write_text("somebody's new weights")
-        return takes_card(*args)
+        return info
 
-    monkeypatch.setattr(publishing, "_takes_card", someone_commits)
+    monkeypatch.setattr(HfApi, "model_info", someone_commits)
     assert failure(folder).startswith(f"{REPO} was changed by someone else meanwhile: try again.")
     names = {"README.md", "model.safetensors.index.json", "model-00001-of-00002.safetensors"}
     assert set(arrived(writer)) == names and (there / "README.md").read_text() == "# Mine\n"
@@ -251,7 +253,6 @@ def test_each_commit_names_the_one_it_was_decided_on(folder: Path, writer: FakeH
 def test_a_public_repository_that_somebody_makes_meanwhile_gets_nothing_private(
     folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import HfApi
 
     create = HfApi.create_repo
 
@@ -289,8 +290,8 @@ def test_card_written_on_the_hub_is_kept(text: str, kept: bool, folder: Path, wr
 
 def test_our_card_is_replaced_by_a_newer_one(folder: Path, writer: FakeHub) -> None:
     publishing.upload(folder, REPO)
-    origin = model_card.Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
-    model_card.write(folder, name="mine", origin=origin, method="awq")
+    origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
+    write_card(folder, name="mine", origin=origin, method="awq")
     publishing.upload(folder, REPO)
     assert writer.commits[1]["files"] == ["README.md"] and b"method `awq`" in arrived(writer)["README.md"]
 
@@ -352,7 +353,7 @@ def test_dry_run_is_what_is_sent(folder: Path, writer: FakeHub, hub_env: dict[st
 @pytest.mark.parametrize("name", ["me/two words", "a/b/c", "me/a--b", "me/x.git", "-me/x", "", "me/" + "x" * 200])
 def test_bad_names(name: str, folder: Path, writer: FakeHub) -> None:
     for call in (lambda: publishing.check(UploadOptions(upload_repo=name)), lambda: publishing.upload(folder, name)):
-        with pytest.raises(RequestError, match="no valid name for a repository"):
+        with pytest.raises(RequestError, match="not a valid name for a repository"):
             call()
     assert writer.requests == []
 

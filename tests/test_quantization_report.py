@@ -10,7 +10,7 @@ from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
 from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.quantization.recipes import plan, planner
-from mlx_openelm.quantization.report import Row, Yardstick, chart, check_picture, compare, draw, letter, plain_choices
+from mlx_openelm.quantization.report import Evaluator, Row, chart, check_picture, compare, draw, letter, plain_choices
 
 import mlx.core as mx
 import numpy as np
@@ -38,31 +38,31 @@ def packed(choices, model, dtype=mx.bfloat16):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_the_yardstick_is_that_of_the_evaluation(share):
+def test_the_evaluator_is_that_of_the_evaluation(share):
     full = tiny_model(share_input_output_layers=share)
     other = tiny_model(seed=1, share_input_output_layers=share)
-    yardstick = Yardstick(full, WINDOWS, batch_size=2)
-    assert yardstick.tokens == 5 * 39
-    perplexity, divergence = yardstick.measure(other)
+    evaluator = Evaluator(full, WINDOWS, batch_size=2)
+    assert evaluator.tokens == 5 * 39
+    perplexity, divergence = evaluator.measure(other)
     assert perplexity == pytest.approx(mean_nll(other, WINDOWS).perplexity, rel=1e-5)
     assert divergence == pytest.approx(kl_divergence(full, other, WINDOWS), rel=1e-5)
-    perplexity, divergence = yardstick.measure(full)
+    perplexity, divergence = evaluator.measure(full)
     assert perplexity == pytest.approx(mean_nll(full, WINDOWS).perplexity, rel=1e-5) and 0 <= divergence < 1e-6
 
 
-def test_the_yardstick_holds_what_the_model_was():
+def test_the_evaluator_holds_what_the_model_was():
     full = tiny_model()
-    yardstick = Yardstick(full, WINDOWS)
-    expected = yardstick.measure(tiny_model(seed=1))
+    evaluator = Evaluator(full, WINDOWS)
+    expected = evaluator.measure(tiny_model(seed=1))
     full.load_weights(list(tree_flatten(tiny_model(seed=2).parameters())))
-    assert yardstick.measure(tiny_model(seed=1)) == pytest.approx(expected, rel=1e-6)
+    assert evaluator.measure(tiny_model(seed=1)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_rows_are_those_of_models_as_they_would_be_stored():
     model = tiny_model()
     before = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
     steps: list[tuple[int, int]] = []
-    rows = list(compare(model, Yardstick(model, WINDOWS), mx.bfloat16, progress=lambda *at: steps.append(at)))
+    rows = list(compare(model, Evaluator(model, WINDOWS), mx.bfloat16, progress=lambda *at: steps.append(at)))
     after = dict(tree_flatten(model.parameters()))
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert [r.name for r in rows] == [

@@ -309,7 +309,10 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
         ({"method": ("gptq",), "sequence_length": -1}, "--sequence-length must be 16 or more"),
         ({"method": ("gptq",), "sequence_length": 15}, "--sequence-length must be 16 or more"),
         ({"report": True, "num_samples": 8}, "--num-samples needs --target-bpw or --method"),
-        ({"report": True, "calibration": "t.txt", "report_data": "t.txt"}, "nothing reads --calibration"),
+        (
+            {"report": True, "calibration": "t.txt", "report_data": "t.txt"},
+            "only --target-bpw and --method read --calibration",
+        ),
         ({"target_bpw": math.nan}, "--target-bpw must be a positive number"),
     ],
 )

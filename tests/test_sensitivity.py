@@ -183,7 +183,7 @@ def test_wider_types_of_the_rest_leave_fewer_bits(measured, model):
 
 
 def test_too_small_a_budget_is_refused_with_the_least_there_is(measured, model):
-    with pytest.raises(RequestError, match=r"--target-bpw 2 is too small: this model takes \d\.\d\d at least"):
+    with pytest.raises(RequestError, match=r"--target-bpw 2 is too small: this model needs at least \d\.\d\d"):
         assign(measured.costs, model.config, 2, mx.bfloat16)
     with pytest.raises(RequestError, match="too small"):
         assign(measured.costs, model.config, -1, mx.bfloat16)
@@ -219,7 +219,7 @@ def test_numbers_that_cannot_be_are_refused(value, measured, model, tmp_path):
     first = content["sensitivities"]["transformer.token_embeddings"][0]
     first["bits" if value == "7" else "kl_divergence"] = float(value) if value != "7" else 7
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(RequestError, match="s.json holds no sensitivities"):
+    with pytest.raises(RequestError, match="s.json has no sensitivities"):
         read(tmp_path / "s.json", model.config)
 
 

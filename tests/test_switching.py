@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_refused_and_changes_nothing(switch: AdapterSwitc
             switch.use(choice)
         assert switch.in_use == {"peft-lora": 1.0}
         assert np.array_equal(logits(switch.model), before)
-    with pytest.raises(RequestError, match="An adapter named 'full' is there already"):
+    with pytest.raises(RequestError, match="There is already an adapter named 'full'"):
         switch.add("full", FIXTURES / "peft-lora")
     with pytest.raises(RequestError, match="The adapter odd changes transformer.layers.9"):
         switch.add(

@@ -1,1 +1,1 @@
-"""Low-rank adapters: what they are, in a model, in files, and fused into weights."""
+"""Adapters: in a model, in files, switched and mixed, and merged into weights."""

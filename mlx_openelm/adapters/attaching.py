@@ -1,4 +1,4 @@
-"""Adapters in a model: put beside its matrices, made anew for training, taken out again."""
+"""Adapters in a model: attach one, start a new one for training, extract it, detach it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 
 Adapted = LoRALinear | LoRAEmbedding
-# What whole weights took the place of, by path: tensors, or packed modules.
+# What whole weights replaced, by path: tensors, or packed modules.
 Replaced = dict[str, nn.Module | mx.array]
 
 PROJECTIONS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
@@ -27,18 +27,18 @@ _PARAMETERS = ("lora_a", "lora_b", "m")
 
 
 def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -> Replaced:
-    """Put an adapter in a model, in place of any that is there; what it changes is all that can be trained then.
+    """Put an adapter in a model, replacing any other, and freeze everything but the adapter.
 
-    Whole weights, which full fine-tuning leaves, replace the model's own.
+    Whole weights, as full fine-tuning saves them, replace the model's own.
 
     Args:
-        dtype: of whole weights; by default the type the model computes in. Low-rank parameters are float32.
+        dtype: the type of whole weights; by default the one the model computes in. Low-rank parameters are float32.
 
     Returns:
-        what `put` brings back in place of whole weights; low-rank layers are taken out by `detach`.
+        what whole weights replaced, for `put` to restore; `detach` takes out low-rank layers.
 
     Raises:
-        RequestError: the adapter changes what the model does not have, or in another shape; the model is as it was.
+        RequestError: the adapter does not fit the model, or belongs to another base; the model is unchanged.
     """
     layers = make_layers(model, adapter)
     detach(model)
@@ -48,10 +48,10 @@ def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -
 
 
 def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
-    """The layers that an adapter puts before a model's own, by path; the model is left as it is.
+    """An adapter's layers, wrapped around the model's own, by path; the model is unchanged.
 
     Raises:
-        RequestError: the adapter changes what the model does not have, or in another shape, or belongs to another base.
+        RequestError: the adapter does not fit the model, or belongs to another base.
     """
     check_fits(adapter, model.config)
     check_base(adapter, model)
@@ -60,12 +60,12 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
         module = _module(model, path)
         base = base_of(module) if isinstance(module, Adapted) else module
         layers[path] = _adapted(base, change, adapter.dropout)
-        mx.eval(layers[path].trainable_parameters())  # threads may share what is evaluated
+        mx.eval(layers[path].trainable_parameters())  # threads may share evaluated arrays
     return layers
 
 
 def put(model: OpenELM, parts: Mapping[str, nn.Module | mx.array]) -> None:
-    """Put modules, or tensors, where their paths say."""
+    """Put modules or tensors at their paths in the model."""
     for path, part in parts.items():
         _set(model, path, part)
 
@@ -81,21 +81,23 @@ def attach_new(
     dora: bool = False,
     seed: int = 0,
 ) -> list[str]:
-    """Put a new adapter in a model, in place of any that is there, and nothing else can be trained then.
+    """Put a new adapter in a model, replacing any other, and freeze everything else.
 
-    It changes nothing yet: `a` is uniform within 1 / sqrt(inputs), `b` is zero. The same seed gives the same adapter.
+    It changes nothing yet: `a` [inputs, rank] is uniform within ±1 / sqrt(inputs), `b` [rank, outputs] is zero. The
+    same seed gives the same adapter.
 
     Args:
-        target_modules: of `TARGET_MODULES`, by default the four projections.
-        num_layers: how many layers, counted from the last; -1 means all.
-        scale: what the change is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        dropout: the share of a projection's inputs that its adapter does not see, in training.
+        target_modules: some of `TARGET_MODULES`; by default the four projections.
+        num_layers: how many of the last layers; -1 means all.
+        scale: the factor of the change: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        dropout: the share of a projection's inputs that is dropped for its adapter in training, from 0 to below 1.
+        dora: DoRA instead of LoRA: also train the length of each output's weight row.
 
     Returns:
         the module paths.
 
     Raises:
-        RequestError: an unknown module, or numbers that cannot be right.
+        RequestError: an unknown module, or a rank, dropout or number of layers out of range.
     """
     paths = target_paths(model.config, target_modules, num_layers)
     if rank < 1:
@@ -116,10 +118,10 @@ def attach_new(
 
 
 def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = None, num_layers: int = -1) -> list[str]:
-    """The module paths that `target_modules` and `num_layers` mean, as in `attach_new`.
+    """The module paths that `target_modules` and `num_layers` select, as in `attach_new`.
 
     Raises:
-        RequestError: an unknown module, none at all, or a number of layers that cannot be right.
+        RequestError: an unknown module, no module, or a number of layers out of range.
     """
     wanted = PROJECTIONS if target_modules is None else target_modules
     unknown = [name for name in wanted if name not in TARGET_MODULES]
@@ -139,7 +141,7 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
 
 
 def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
-    """The adapter in a model as it is now; of a model without low-rank layers, the weights that can be trained."""
+    """The adapter in a model in its present state; without low-rank layers, the trainable weights."""
     layers = dict(adapted_layers(model))
     adapter = Adapter({path: layer.change() for path, layer in layers.items()}, base_model=base_model)
     adapter.dropout = max((layer.dropout for layer in layers.values()), default=0.0)
@@ -149,7 +151,7 @@ def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
 
 
 def detach(model: OpenELM) -> None:
-    """Take the low-rank layers out of a model: it is the base again."""
+    """Take the low-rank layers out of a model, which leaves the base."""
     for path, layer in list(adapted_layers(model)):
         _set(model, path, base_of(layer))
 
@@ -163,7 +165,7 @@ def adapted_layers(model: OpenELM) -> Iterator[tuple[str, Adapted]]:
 
 
 def base_of(layer: Adapted) -> nn.Module:
-    """The linear layer or embedding that an adapter stands before."""
+    """The linear layer or embedding that an adapter's layer wraps."""
     return layer["embedding"] if isinstance(layer, LoRAEmbedding) else layer["linear"]
 
 
@@ -172,8 +174,8 @@ def dropout_layers(model: OpenELM) -> list[LoRALinear]:
     return [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinear) and layer.dropout > 0]
 
 
-def check_fits(adapter: Adapter, config: ModelConfig, place: str = "The adapter") -> None:
-    """Compare everything an adapter changes with what a model of this configuration has.
+def check_fits(adapter: Adapter, config: ModelConfig, name: str = "The adapter") -> None:
+    """Compare the paths and shapes of an adapter with those of a model of this configuration.
 
     Raises:
         RequestError: the first module or tensor that does not fit.
@@ -181,7 +183,7 @@ def check_fits(adapter: Adapter, config: ModelConfig, place: str = "The adapter"
     shapes = config.matrix_shapes()
     for path, change in adapter.modules.items():
         if path not in shapes:
-            raise RequestError(f"{place} changes {path}, which the model does not have.")
+            raise RequestError(f"{name} changes {path}, which the model does not have.")
         inputs, outputs = shapes[path] if path == EMBEDDING else shapes[path][::-1]
         expected: dict[str, tuple[int, ...]] = {"a": (inputs, change.rank), "b": (change.rank, outputs)}
         if change.magnitude is not None:
@@ -190,29 +192,31 @@ def check_fits(adapter: Adapter, config: ModelConfig, place: str = "The adapter"
             got = getattr(change, part).shape
             if got != shape:
                 raise RequestError(
-                    f"{place} does not fit the model: {part} of {path} has shape {list(got)} instead of "
+                    f"{name} does not fit the model: {part} of {path} has shape {list(got)} instead of "
                     f"{list(shape)}; was it made for another size?"
                 )
     tensors = config.tensor_shapes()
-    for name, weight in adapter.weights.items():
-        if name not in tensors:
-            raise RequestError(f"{place} has {name}, which the model does not have.")
-        if weight.shape != tensors[name]:
+    for tensor, weight in adapter.weights.items():
+        if tensor not in tensors:
+            raise RequestError(f"{name} has {tensor}, which the model does not have.")
+        if weight.shape != tensors[tensor]:
             raise RequestError(
-                f"{place} does not fit the model: {name} has shape {list(weight.shape)} instead of "
-                f"{list(tensors[name])}; was it made for another size?"
+                f"{name} does not fit the model: {tensor} has shape {list(weight.shape)} instead of "
+                f"{list(tensors[tensor])}; was it made for another size?"
             )
 
 
 def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = None) -> None:
-    """Compare what an adapter holds of the base with the model, whatever adapter that has; `replaced` is what `attach`
-    returned, if whole weights stand in the model.
+    """Compare an adapter's copies of base weights with the base of the model, which may have another adapter.
+
+    Args:
+        replaced: what `attach` returned, if that adapter has whole weights.
 
     Raises:
-        RequestError: a weight is not the model's.
+        RequestError: a weight differs from the model's.
     """
     before = replaced or {}
-    known = getattr(model, "quantization", {})  # which a loaded model has
+    known = getattr(model, "quantization", {})  # loaded models have it
 
     def find(name: str) -> Stored:
         path, _, leaf = name.rpartition(".")
@@ -229,7 +233,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
 
 
 def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:
-    """A layer with this change, of which only that can be trained."""
+    """A layer with this change, which alone is trainable."""
     dora = dora or change.magnitude is not None
     layer: Adapted
     if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
@@ -243,7 +247,7 @@ def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = F
 
 
 def _replace_weights(model: OpenELM, weights: Mapping[str, mx.array], dtype: mx.Dtype) -> Replaced:
-    """Put whole tensors in place; a packed matrix makes room for a plain one."""
+    """Put whole tensors in the model; a plain matrix replaces a packed one. Returns what was replaced."""
     replaced: Replaced = {}
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Weights of the base that an adapter's file repeats: dropped where the base has the same, else the file is refused."""
+"""Base weights that an adapter's file repeats: dropped if they equal the base's, else the adapter is refused."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ..formats.adapter import Adapter
 from ..formats.packing import Quantization
 
 _PIECE = 1 << 20  # values compared at a time
-# How many times what rounding costs a row may be between two tensors that are taken to be the same: each was rounded,
-# and not always to the nearest value.
+# Two tensors count as equal up to this multiple of a row's rounding error: both were rounded, not always to nearest.
 _SLACK = 2
 
-# The tensor of a name as the base has it, in the parts of a packed one or as `weight`; and what it was packed as, even
-# where it is unpacked by now.
+# A tensor of the base, as the parts of a packed one or as `weight`; and how it was packed, even if it is unpacked now.
 Stored = tuple[Mapping[str, mx.array], Quantization | None]
 
 
 def check_base_copies(adapter: Adapter, find: Callable[[str], Stored]) -> None:
-    """Compare what an adapter holds of the base with the base, and take it out of the adapter.
+    """Compare an adapter's copies of base weights with the base, and remove them from the adapter.
 
-    PEFT saves weights in the type it trained in, and the base may be in another, or packed: so the two are compared in
-    the coarser of both. What is nearer than that would not be kept apart by the base either.
+    PEFT saves weights in the type it trained in, and the base may have another type, or be packed. So the two are
+    compared at the coarser precision: the base could not store a smaller difference.
+
+    Args:
+        find: a function from a tensor's name to the base's tensor.
 
     Raises:
-        RequestError: a weight is not the base's.
+        RequestError: a weight differs from the base's.
     """
     while adapter.base_copies:
         copy = adapter.base_copies.pop()
@@ -50,11 +51,11 @@ def _rows_agree(copy: mx.array, ours: mx.array, packing: Quantization | None) ->
     theirs = copy.astype(mx.float32)
     rounded = theirs.astype(ours.dtype).astype(mx.float32)
     if packing is not None:
-        # Most are packed from weights in bfloat16, which costs more than eight bits do.
+        # Most models are packed from bfloat16, which loses more than 8 bits do.
         rounded = packing.unpack(packing.pack(theirs.astype(mx.bfloat16)), mx.float32)
     ours = ours.astype(mx.float32)
-    lost = mx.abs(theirs - rounded), mx.abs(ours - ours.astype(copy.dtype).astype(mx.float32))
-    apart = mx.abs(theirs - ours)
+    error = mx.abs(theirs - rounded), mx.abs(ours - ours.astype(copy.dtype).astype(mx.float32))
+    difference = mx.abs(theirs - ours)
     if copy.ndim > 1:
-        lost, apart = (lost[0].max(axis=-1), lost[1].max(axis=-1)), apart.max(axis=-1)
-    return bool(mx.all(apart <= _SLACK * (lost[0] + lost[1])).item())
+        error, difference = (error[0].max(axis=-1), error[1].max(axis=-1)), difference.max(axis=-1)
+    return bool(mx.all(difference <= _SLACK * (error[0] + error[1])).item())

@@ -1,4 +1,4 @@
-"""Adapters in files, recognised by what they are: mlx-lm's and PEFT's formats, in and out, and CoreNet's, in."""
+"""Adapters in files: reads and writes mlx-lm's and PEFT's formats, and reads CoreNet's."""
 
 from __future__ import annotations
 
@@ -23,34 +23,33 @@ _PATTERNS = (CONFIG, mlx_adapter.WEIGHTS, peft.WEIGHTS)
 def read_adapter(
     path: str | Path, config: ModelConfig, *, revision: str | None = None, alpha: float | None = None
 ) -> Adapter:
-    """The adapter that `path` means, whatever its format, checked against the model it is for.
+    """The adapter at `path`, in any of the formats, checked against the model it is for.
 
     Args:
         path: a folder, a `.safetensors` file beside its `adapter_config.json`, a `.pt` file of CoreNet's, a hub
-            repository (`owner/name`), or `corenet:SIZE/lora` or `/dora`, which Apple publishes.
-        config: of the model.
+            repository (`owner/name`), or Apple's `corenet:SIZE/lora` or `/dora`.
+        config: the model's.
         revision: a branch, tag or commit on the hub.
-        alpha: what an adapter of CoreNet's was trained with; its rank unless told. Other formats tell theirs.
+        alpha: of a CoreNet adapter, whose files do not state it; its rank by default.
 
     Raises:
-        RequestError: no adapter there, damaged files, one that does not fit the model, or one of a kind that cannot
-            be used, by its name.
+        RequestError: no adapter there, damaged files, or one that does not fit the model or is not supported.
         OpenELMError: a download that failed.
     """
-    place = _find(path, revision)
-    if place.suffix.lower() in _TORCH_SUFFIXES and not place.is_dir():
+    found = _find(path, revision)
+    if found.suffix.lower() in _TORCH_SUFFIXES and not found.is_dir():
         from ..formats import corenet_adapter
 
-        return _checked(corenet_adapter.read(place, config, alpha), place)
+        return _checked(corenet_adapter.read(found, config, alpha), found)
     if alpha is not None:
         raise RequestError(f"{path} states its own alpha; give one only with CoreNet's .pt files.")
-    if place.is_file() and place.suffix.lower() != _SAFETENSORS:
-        raise RequestError(f"{place} is not an adapter: name its folder, a {_SAFETENSORS} file in it, or a .pt file.")
-    folder = place if place.is_dir() else place.parent
+    if found.is_file() and found.suffix.lower() != _SAFETENSORS:
+        raise RequestError(f"{found} is not an adapter: give its folder, a {_SAFETENSORS} file in it, or a .pt file.")
+    folder = found if found.is_dir() else found.parent
     if not (folder / CONFIG).is_file():
-        raise RequestError(f"{folder} holds no {CONFIG}, so it is not an adapter; name {_folders_in(folder)}.")
+        raise RequestError(f"{folder} holds no {CONFIG}, so it is not an adapter; give {_folders_in(folder)}.")
     format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
-    file = place if place.is_file() else folder / format.WEIGHTS
+    file = found if found.is_file() else folder / format.WEIGHTS
     if not file.is_file():
         pickled = ""
         if format is peft:
@@ -66,10 +65,10 @@ def write_adapter(
 
     Args:
         format: `mlx` (mlx-lm's) or `peft`.
-        base_model: what the files call the model it is for; by default what the adapter knows.
+        base_model: the name of its base model in the files; by default the adapter's own.
 
     Raises:
-        RequestError: an unknown format, or one that cannot carry the adapter.
+        RequestError: an unknown format, or one that cannot store the adapter.
     """
     if format not in FORMATS:
         raise RequestError(f"--adapter-format must be one of {', '.join(FORMATS)}, got {quote(format)}.")
@@ -77,15 +76,15 @@ def write_adapter(
 
 
 def _folders_in(folder: Path) -> str:
-    """What to name in place of a folder that is no adapter: PEFT gives each adapter of a model a folder in it."""
+    """What to give in place of a folder that is not an adapter: PEFT saves each adapter of a model in a subfolder."""
     names = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
-    return f"one of the folders in it: {', '.join(names[:5])}" if names else "the folder that holds one"
+    return f"one of the folders in it: {', '.join(names[:5])}" if names else "the folder of one"
 
 
 def _checked(adapter: Adapter, file: Path) -> Adapter:
     if not adapter.modules and not adapter.weights:
         raise RequestError(f"{file} holds no adapter: nothing in it changes the model.")
-    # Read now, since they are small, and the file may be written over; whole weights are read one at a time.
+    # Read now: they are small, and the file may be overwritten later. Whole weights are read one at a time.
     mx.eval([(change.a, change.b, change.magnitude) for change in adapter.modules.values()])
     for path, change in adapter.modules.items():
         parts = (change.a, change.b, change.magnitude)
@@ -95,7 +94,7 @@ def _checked(adapter: Adapter, file: Path) -> Adapter:
 
 
 def find_local(name: str) -> Path | None:
-    """The file or folder of that name on this machine, if there is one; RequestError if that cannot be told."""
+    """The local file or folder of that name, or None; RequestError if it cannot be looked up."""
     path = to_path(name)
     try:
         return path if path.exists() else None
@@ -104,7 +103,7 @@ def find_local(name: str) -> Path | None:
 
 
 def _find(path: str | Path, revision: str | None) -> Path:
-    """The local file or folder; downloaded if it has to be."""
+    """The local file or folder, downloaded if need be."""
     text = str(path).strip()
     if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
         from ..hub import corenet as corenet_files

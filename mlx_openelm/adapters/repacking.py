@@ -1,4 +1,4 @@
-"""Packing a matrix again that was packed before and has changed a little."""
+"""Packing a matrix again after a small change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..formats.rounding import Grid, extremes, groups, levels, pack, values
 def pack_again(
     weight: mx.array, before: Mapping[str, mx.array], choice: Quantization, dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """weight [out, in], float32, as packed parts in affine mode: each group of a row on the steps it had, or on new
-    ones, whichever are nearer to it.
+    """weight [out, in], float32, as packed parts in affine mode: each group on its old grid or a new one, whichever
+    has the smaller error.
 
-    `mx.quantize` takes new steps from a group's extremes. On them most values that lie on the old ones are rounded a
-    second time, which costs more than a small change is worth; where nothing changed, the parts stay as they are.
+    `mx.quantize` takes a new grid from a group's extremes. That rounds most values of the old grid a second time, which
+    costs more than a small change is worth. Unchanged groups keep every bit.
 
     Args:
-        before: the scales and biases it had.
+        before: the old scales and biases [out, in / group_size].
         dtype: the type to store scales and biases in.
     """
     grouped = groups(weight, choice.group_size)

@@ -1,4 +1,4 @@
-"""Several adapters on one base: switch between them without loading it again, or mix them with weights."""
+"""Several adapters on one base: switch between them without loading the base again, or mix them with weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..model import OpenELM
 from .attaching import Adapted, Replaced, attach, check_base, check_fits, detach, make_layers, put
 from .files import find_local, read_adapter
 
-# One adapter, several, or several with weights; a text may end in `=WEIGHT`.
+# One adapter, several, or several with weights; a string may end in `=WEIGHT`.
 AdapterPaths = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 
 class AdapterSwitch:
-    """Adapters by name, of which a model uses one, a mixture, or none.
+    """Adapters by name; the model uses one of them, a mixture, or none.
 
-    Key-value caches belong to what was used when they were filled. Not to be called while the model runs.
+    A key-value cache belongs to the adapters in use when it was filled. Do not switch while the model runs.
     """
 
     def __init__(self, model: OpenELM):
-        """The model must have no adapter yet."""
+        """The model must not have an adapter yet."""
         self.model = model
         self.in_use: dict[str, float] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -35,16 +35,17 @@ class AdapterSwitch:
 
     @property
     def names(self) -> list[str]:
+        """The names of all adapters, in the order they were added."""
         return list(self._adapters)
 
     def add(self, name: str, adapter: str | Path | Adapter) -> None:
-        """Make an adapter known by a name; it is not used yet.
+        """Add an adapter under a name; it is not used yet.
 
         Raises:
-            RequestError: the name is taken, or as `read_adapter`.
+            RequestError: the name is taken, the adapter does not fit the model, or as `read_adapter`.
         """
         if name in self._adapters:
-            raise RequestError(f"An adapter named {quote(name)} is there already; remove it first.")
+            raise RequestError(f"There is already an adapter named {quote(name)}; remove it first.")
         if not isinstance(adapter, Adapter):
             adapter = read_adapter(adapter, self.model.config)
         check_fits(adapter, self.model.config, f"The adapter {name}")
@@ -53,8 +54,12 @@ class AdapterSwitch:
         self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; if it is in use, the model is the base then."""
-        self._known(name)
+        """Remove an adapter; if it is in use, the model goes back to the base.
+
+        Raises:
+            RequestError: an unknown name.
+        """
+        self._get(name)
         if name in self.in_use:
             self.use(None)
         del self._adapters[name]
@@ -64,23 +69,23 @@ class AdapterSwitch:
         """Use one adapter, a mixture (weight by name), or with None the base alone.
 
         Raises:
-            RequestError: an unknown name, or a mixture that cannot be; what was in use still is.
+            RequestError: an unknown name, or an impossible mixture; the adapters in use stay.
         """
-        wanted = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
-        if choice is not None and not wanted:
+        weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
+        if choice is not None and not weights:
             raise RequestError("A mixture needs an adapter; give None for the base alone.")
-        parts = [(name, self._known(name), weight) for name, weight in wanted.items()]
+        parts = [(name, self._get(name), weight) for name, weight in weights.items()]
         mixed = mix(parts)
         self._clear()
-        if list(wanted.values()) == [1.0]:
-            (name,) = wanted
+        if list(weights.values()) == [1.0]:
+            (name,) = weights
             self._use_one(name)
         else:
             put(self.model, make_layers(self.model, mixed))
-        self.in_use = wanted
+        self.in_use = weights
 
     def _use_one(self, name: str) -> None:
-        """With its layers, which are kept: what DoRA knows of the base's lengths is not measured again."""
+        """Use an adapter with weight 1. Its layers are kept, so DoRA computes the norms of the base only once."""
         adapter = self._adapters[name]
         if adapter.weights:
             self._replaced = attach(self.model, adapter)
@@ -94,20 +99,20 @@ class AdapterSwitch:
         put(self.model, self._replaced)
         self._replaced, self.in_use = {}, {}
 
-    def _known(self, name: str) -> Adapter:
+    def _get(self, name: str) -> Adapter:
         if name not in self._adapters:
             raise RequestError(f"No adapter is named {quote(name)}; there are {', '.join(self._adapters) or 'none'}.")
         return self._adapters[name]
 
 
 def mix(adapters: Sequence[tuple[str, Adapter, float]]) -> Adapter:
-    """One adapter that adds the changes of several, each so many times: their ranks stand beside each other.
+    """One adapter that adds the weighted changes of several; its rank is the sum of theirs.
 
     Args:
         adapters: name, adapter and weight.
 
     Raises:
-        RequestError: a weight that is no number, or something else than LoRA, which has no sum of changes.
+        RequestError: a weight that is not finite, or adapters other than LoRA, whose changes do not add up.
     """
     if len(adapters) == 1 and adapters[0][2] == 1:
         return adapters[0][1]
@@ -141,7 +146,7 @@ def _sum(path: str, parts: Sequence[tuple[LowRank, float]]) -> LowRank:
 
 
 def read_mixture(adapter_path: AdapterPaths, config: ModelConfig) -> Adapter:
-    """The adapter, or the mixture of adapters, that paths mean.
+    """The adapter, or the mixture of adapters, at the given paths.
 
     Raises:
         RequestError: as `parse_paths`, `read_adapter` and `mix`.
@@ -154,7 +159,7 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
     """Adapters with their weights, from one path, several, `PATH=WEIGHT`, or a mapping.
 
     Raises:
-        RequestError: none at all, or a weight that is no number.
+        RequestError: no adapter, or a weight that is not a number.
     """
     if isinstance(adapter_path, Mapping):
         found = [(str(path), _to_weight(str(path), weight)) for path, weight in adapter_path.items()]
@@ -162,7 +167,7 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
         paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
         found = [_parse_path(path) for path in paths]
     if not found:
-        raise RequestError("--adapter-path is missing: name an adapter.")
+        raise RequestError("--adapter-path is missing: give an adapter.")
     return found
 
 

@@ -1,1 +1,1 @@
-"""Whole models, from folder to folder."""
+"""Jobs on whole models, from folder to folder: convert, quantize, fuse, export, average, summarize."""

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints: CoreNet's published models are that of the last five of their training."""
+"""The mean of several checkpoints: CoreNet's published models are the mean of the last five of their training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.weights import Tensor, Weights
 from ..loading import dtype_for
-from ..publishing import card as model_card
-from ..publishing.card import Origin
+from ..publishing.command_line import command_line, source_flags, without_folders
+from ..publishing.origin import Origin
 from ..sources import CORENET_PREFIX, Source, open_source
-from .convert import find_origin, write_source
+from .writing import check_not_input, find_origin, write_folder
 
 # Fields that change what a model computes from the same weights.
 _BEHAVIOUR = (
@@ -45,25 +45,26 @@ def average(
     Args:
         models: two or more, each an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or
             `corenet:SIZE/NAME`. Means are computed in float32.
-        dtype: the type to write; by default what the checkpoints are stored in, float32 where they differ.
-        tokenizer: a tokenizer file or folder, in place of the models' own; by default the first's is written.
+        dtype: the type to write; by default the stored type of the checkpoints, float32 if they differ.
+        tokenizer: a tokenizer file or folder, in place of the models' own; by default the first model's is written.
         config_yaml: the training configuration of CoreNet checkpoints.
         overwrite: replace `mlx_path` if it exists.
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: fewer than two, a quantized one, or models that are not of one shape; nothing was written.
+        RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
         OpenELMError: reading, a download or writing failed, or a file changed meanwhile; nothing was left behind.
     """
     if len(models) < 2:
         raise RequestError("An average needs at least two checkpoints.")
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
+
     sources = [_open(model, tokenizer, config_yaml) for model in models]
     first = sources[0]
     for source in sources:
-        if source.path.resolve().is_relative_to(target):
-            raise RequestError(f"{target} is one of the models to average, or holds it; choose another --mlx-path.")
-        _check_alike(first, source)
+        check_not_input(target, source.path, "one of the models to average")
+        _check_same_architecture(first, source)
+
     dtypes = [source.checkpoint.dtype for source in sources]
     stored = dtypes[0] if all(kind == dtypes[0] for kind in dtypes) else mx.float32
     wanted = dtype_for(dtype, first.checkpoint.config) or stored
@@ -73,38 +74,18 @@ def average(
         checkpoint=replace(first.checkpoint, weights=_means(sources, wanted)),
         stamps={path: stamp for source in sources for path, stamp in source.stamps.items()},
     )
-    command = model_card.command_line(
-        " ".join(["average", *(shlex.quote(model_card.without_folders(model)) for model in models)]),
-        {
-            "mlx_path": Path(mlx_path),
-            "dtype": dtype,
-            **model_card.source_flags(tokenizer, config_yaml),
-        },
+
+    command = command_line(
+        " ".join(["average", *(shlex.quote(without_folders(model)) for model in models)]),
+        {"mlx_path": Path(mlx_path), "dtype": dtype, **source_flags(tokenizer, config_yaml)},
     )
-    write_source(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
+    write_folder(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
     return target
 
 
-def _origin(sources: Sequence[Source]) -> Origin:
-    """What a model card tells of the mean: every model it derives from, and the licence where they share one."""
-    origins = [find_origin(source) for source in sources]
-    first = origins[0]
-    stated = [o.base_model for o in origins if o.base_model is not None]
-    bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))
-    shared = {k: v for k, v in first.metadata.items() if all(o.metadata.get(k) == v for o in origins)}
-    terms = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
-    is_one_licence = all(other == terms[0] for other in terms)
-    return Origin(
-        "the mean of " + ", ".join(origin.name for origin in origins),
-        bases[0] if len(bases) == 1 else bases or None,
-        "merge" if bases else None,
-        shared if is_one_licence else {k: v for k, v in shared.items() if k not in terms[0]},
-        first.licenses if is_one_licence else (),
-    )
-
-
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
-    # Folders among the checkpoints bring a configuration of their own.
+    """One of the checkpoints; RequestError if it is quantized."""
+    # Folders among the checkpoints have a configuration of their own.
     is_bare = str(model).lower().endswith((".pt", ".pth")) or str(model).lower().startswith(CORENET_PREFIX)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
     if (rounding := source.checkpoint.rounding) is not None:
@@ -114,15 +95,15 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
     return source
 
 
-def _check_alike(first: Source, other: Source) -> None:
+def _check_same_architecture(first: Source, other: Source) -> None:
     """Refuse two models whose tensors, or what they compute with them, differ."""
     expected, shapes = first.checkpoint.config.tensor_shapes(), other.checkpoint.config.tensor_shapes()
-    odd = [name for name in expected | shapes if expected.get(name) != shapes.get(name)]
-    if odd:
-        name = odd[0]
+    differing = [name for name in expected | shapes if expected.get(name) != shapes.get(name)]
+    if differing:
+        name = differing[0]
         raise RequestError(
-            f"{first.name} and {other.name} are not of one shape: {len(odd)} tensors differ, as {name} does "
-            f"({_shape(expected.get(name))} and {_shape(shapes.get(name))})."
+            f"{first.name} and {other.name} have different shapes: {len(differing)} tensors differ, such as {name} "
+            f"({_shape_text(expected.get(name))} and {_shape_text(shapes.get(name))})."
         )
     for field in _BEHAVIOUR:
         ours, theirs = getattr(first.checkpoint.config, field), getattr(other.checkpoint.config, field)
@@ -130,20 +111,38 @@ def _check_alike(first: Source, other: Source) -> None:
             raise RequestError(f"{first.name} and {other.name} differ in {field}: {ours} and {theirs}.")
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
+def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
-    """The mean of each tensor, to be read once: that takes it out of the sources."""
+    """The mean of each tensor; reading one takes it out of the sources, so it can be read only once."""
     weights = [source.checkpoint.weights for source in sources]
 
     def read(name: str) -> mx.array:
         total = weights[0].take(name).astype(mx.float32)
         for others in weights[1:]:
             total = total + others.take(name).astype(mx.float32)
-            mx.eval(total)  # so that the next is read when this one is gone
+            mx.eval(total)  # frees this tensor before the next is read
         return (total / len(weights)).astype(dtype)
 
     shapes = sources[0].checkpoint.config.tensor_shapes()
     return Weights({name: Tensor(dtype, shapes[name], partial(read, name)) for name in weights[0]})
+
+
+def _origin(sources: Sequence[Source]) -> Origin:
+    """The origin of the mean: every base model, and the metadata and licence that all of them share."""
+    origins = [find_origin(source) for source in sources]
+    first = origins[0]
+    stated = [o.base_model for o in origins if o.base_model is not None]
+    bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))
+    shared = {k: v for k, v in first.metadata.items() if all(o.metadata.get(k) == v for o in origins)}
+    terms = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
+    is_same_licence = all(other == terms[0] for other in terms)
+    return Origin(
+        name="the mean of " + ", ".join(origin.name for origin in origins),
+        base_model=bases[0] if len(bases) == 1 else bases or None,
+        relation="merge" if bases else None,
+        metadata=shared if is_same_licence else {k: v for k, v in shared.items() if k not in terms[0]},
+        licenses=first.licenses if is_same_licence else (),
+    )

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import RequestError
 from ..formats import atomic
-from ..formats import mlx as mlx_format
 from ..formats.mlx import Checkpoint
 from ..formats.packing import Plan, cast_weights, dequantize_weights, quantize_weights
 from ..loading import check_dtype, dtype_for
-from ..publishing import card as model_card
-from ..publishing.card import Origin
+from ..publishing.command_line import command_line, source_flags
 from ..quantization.recipes import planner
-from ..sources import CORENET_PREFIX, Source, open_source
-from ..text.chat_template import CORENET_TEMPLATE
+from ..sources import open_source
+from .writing import check_not_input, write_folder
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` wrote: where, how many bits a parameter takes, and matrices packed unlike the others."""
+    """What `convert` wrote: the folder, its bits per parameter, and the matrices packed differently from the rest."""
 
     path: Path
     bits_per_weight: float
@@ -52,33 +49,37 @@ def convert(
 
     Args:
         model: an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`.
-        dtype: the type of what is not quantized; bfloat16 unless told. Scales and biases have 16 bits in any case.
+        dtype: the type of what is not quantized; bfloat16 by default. Scales and biases always have 16 bits.
         quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
         recipe: more bits for some matrices than for others, in place of q_bits: mixed_2_6, mixed_3_4, mixed_3_6
             or mixed_4_6.
         dequantize: unpack a quantized model.
+        tokenizer: a tokenizer file or folder, in place of the model's own.
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
+        revision: a branch, tag or commit on the hub.
         overwrite: replace `mlx_path` if it exists.
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: a request that cannot be right; nothing was written.
+        RequestError: an impossible request; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
     if quantize and dequantize:
         raise RequestError("Choose either -q or --dequantize.")
     if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
         raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
-    wanted = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
+    plan = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
+
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-    if source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
+    check_not_input(target, source.path, "the model to convert")
+
     checkpoint = source.checkpoint
-    exceptions = requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    exceptions = requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, plan, dequantize)
     bits = checkpoint.bits_per_weight
-    command = model_card.command_line(
+
+    command = command_line(
         "convert",
         {
             "model": str(model),
@@ -90,59 +91,28 @@ def convert(
             "q_mode": q_mode if quantize and recipe is None else None,
             "recipe": recipe,
             "dequantize": dequantize,
-            **model_card.source_flags(tokenizer, config_yaml, revision),
+            **source_flags(tokenizer, config_yaml, revision),
         },
     )
-    write_source(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
+    write_folder(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
     return Conversion(target, bits, exceptions)
 
 
-def write_source(
-    source: Source,
-    mlx_path: Path,
-    *,
-    command: str | None = None,
-    origin: Origin | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    card: Mapping[str, Any] | None = None,
-    extra: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a source as an MLX folder, which appears once its files turn out unchanged; empties its weights.
+def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, plan: Plan | None, dequantize: bool) -> dict[str, str]:
+    """Cast, pack or unpack the checkpoint's unread weights in place.
 
     Args:
-        command: how the folder was made, for the model card.
-        origin: what is known of the model, where that is not what the source's own files tell.
-        progress: called with the bytes written so far and in all.
-        card: what else the card tells (see `model_card.write`).
-        extra: writes further files into the folder it is given.
+        dtype: the type of what is not packed.
+        plan: how to pack a model that is not quantized; None leaves matrices packed or full as they are.
+        dequantize: unpack a quantized model.
+
+    Returns:
+        descriptions of matrices packed differently from the rest, by module path.
 
     Raises:
-        RequestError: `mlx_path` exists and `overwrite` is not asked for, or it cannot be made.
-        OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
+        RequestError: packing a quantized model, or unpacking one that is not.
     """
-    text = source.tokenizer
-    instruct = source.release is not None and source.release.instruct
-    origin = origin or find_origin(source)
-    with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
-        text.save(partial, chat_template=text.chat_template or (CORENET_TEMPLATE if instruct else None))
-        mlx_format.write(partial, source.checkpoint, progress=progress)
-        making = {"command": command, "rounded_to": source.checkpoint.rounded_to, **(card or {})}
-        model_card.write(partial, name=mlx_path.resolve().name, origin=origin, **making)
-        if extra is not None:
-            extra(partial)
-
-
-def find_origin(source: Source) -> Origin:
-    """What a model card tells of a source: where it comes from, and its licence."""
-    is_published = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
-    base_model = source.release.hub_repo if is_published and source.release is not None else None
-    return model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
-
-
-def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Plan | None, dequantize: bool) -> dict[str, str]:
-    """Cast, pack or unpack the checkpoint's unread weights in place; returns what was packed unlike the rest."""
-    if wanted is not None and checkpoint.rounding is not None:
+    if plan is not None and checkpoint.rounding is not None:
         raise RequestError(
             f"The model is already quantized to {checkpoint.rounding}; convert the original, or unpack it into a "
             f"folder first{', with --dequantize' if checkpoint.quantization else ', without -q'}."
@@ -153,8 +123,8 @@ def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Plan | None, deq
         checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
         checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
-    if wanted is None:
+    if plan is None:
         return {}
-    checkpoint.quantization, exceptions = wanted(checkpoint.config)
+    checkpoint.quantization, exceptions = plan(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions

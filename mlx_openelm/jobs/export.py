@@ -17,24 +17,24 @@ from ..formats.packing import cast_weights, dequantize_weights
 from ..hub import catalog
 from ..inputs import to_path
 from ..loading import DTYPES
-from ..publishing import card as model_card
+from ..publishing.card import compose_card, write_card
+from ..publishing.command_line import command_line, source_flags
 from ..sources import CORENET_PREFIX, Source, open_source
-from ..text.chat_template import CORENET_TEMPLATE
-from .convert import find_origin
+from .writing import chat_template, check_not_input, find_origin
 
 FORMATS = ("huggingface", "gguf")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What `export` wrote: where, its bytes, bits a parameter takes, and matrices stored unlike the others.
+    """What `export` wrote: the path, its bytes, its bits per parameter, and the matrices stored differently.
 
-    A folder holds its own model card and licence. For a file, `card` gives the card's text by the name of the
-    repository it is to be in, and `licenses` are the original's.
+    A folder contains its model card and licence. For a file, `card` gives the card's text for a repository's name, and
+    `licenses` are the original's licence files.
     """
 
     path: Path
-    type: str  # the weights' type: a GGUF type, or float32 and alike
+    type: str  # of the weights: a GGUF type, or float32, float16 or bfloat16
     size: int
     bits_per_weight: float
     exceptions: dict[str, str] = field(default_factory=dict)
@@ -58,25 +58,30 @@ def export(
     """Write a model as a Hugging Face folder or a GGUF file, which appears complete or not at all.
 
     Args:
-        model: whatever `sources.open_source` opens; a quantized model is dequantized first.
+        model: as in `convert`; a quantized model is dequantized first.
         output: the folder or file to write; by default `NAME-hf`, or `NAME-TYPE.gguf`.
         format: huggingface or gguf.
-        gguf_type: f32, f16, bf16, q8_0 or q4_0. By default f16, and bf16 for the 3B model, whose activations
-            leave the range of float16, in which llama.cpp multiplies by float16 matrices.
-        dtype: the type of a Hugging Face folder's weights; by default the stored one, of a model that is
-            quantized or stored in several types float32, which holds all their values.
+        gguf_type: f32, f16, bf16, q8_0 or q4_0. By default f16; bf16 for the 3B model, because llama.cpp multiplies
+            float16 matrices with float16 activations, and those of the 3B model exceed that type's range.
+        dtype: the type of a Hugging Face folder's weights. By default the stored type; float32, which holds every
+            value, for a model that is quantized or stored in several types.
+        tokenizer: a tokenizer file or folder, in place of the model's own.
+        config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
+        revision: a branch, tag or commit on the hub.
         overwrite: replace `output` if it exists.
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: a request that cannot be right; nothing was written.
+        RequestError: an impossible request; nothing was written.
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
     _check_request(format, gguf_type, dtype)
-    if output is not None:  # before a download, so that it is not done in vain
+    if output is not None:  # before a download that would be wasted
         _check_output(Path(output), format, overwrite=overwrite)
+
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-    command = model_card.command_line(
+
+    command = command_line(
         "export",
         {
             "model": str(model),
@@ -84,7 +89,7 @@ def export(
             "output": None if output is None else Path(output),
             "gguf_type": gguf_type,
             "dtype": dtype,
-            **model_card.source_flags(tokenizer, config_yaml, revision),
+            **source_flags(tokenizer, config_yaml, revision),
         },
     )
     if format == "gguf":
@@ -105,6 +110,20 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
         raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
 
 
+def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
+    """The real path of the output; RequestError if it must not be written to."""
+    target = Path(os.path.realpath(to_path(path)))
+    if format == "huggingface":
+        return atomic.check_target(path, overwrite=overwrite, flag="--output")
+    if target.is_dir():
+        raise RequestError(f"{target} is a folder; name a file with --output.")
+    if target.exists() and not overwrite:
+        raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
+    if target.exists() and not gguf.is_gguf(target):
+        raise RequestError(f"{target} is not a GGUF file, so it is not overwritten; choose another --output.")
+    return target
+
+
 def _export_gguf(
     source: Source,
     output: str | Path | None,
@@ -120,19 +139,19 @@ def _export_gguf(
     gguf.check_representable(config, chosen)
     path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
-    _keep_source(source, target)
-    origin = find_origin(source)
-    template = source.tokenizer.chat_template or _instruct_template(source)
+    check_not_input(target, source.path, "the model to export", "--output")
+
+    origin, template = find_origin(source), chat_template(source)
     with atomic.new_file(target) as partial, source.reading():
         exceptions = gguf.write(
             partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
         )
-    method = chosen if chosen.startswith("q") else None  # a type that is no float
+    method = chosen if chosen.startswith("q") else None  # q8_0 and q4_0; the others are float types
     rounded_to = source.checkpoint.rounding
 
     def card(repo: str) -> str:
-        making: dict[str, Any] = {"command": command, "method": method, "config": config, "rounded_to": rounded_to}
-        return model_card.compose(path, name=repo, origin=origin, **making)
+        facts: dict[str, Any] = {"command": command, "method": method, "config": config, "rounded_to": rounded_to}
+        return compose_card(path, name=repo, origin=origin, **facts)
 
     bits = gguf.bits_per_weight(config, chosen)
     return Export(path, chosen, target.stat().st_size, bits, exceptions, card, origin.licenses)
@@ -152,22 +171,22 @@ def _export_huggingface(
         raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
     path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
-    _keep_source(source, target)
+    check_not_input(target, source.path, "the model to export", "--output")
+
     _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
-    origin = find_origin(source)
-    template = source.tokenizer.chat_template or _instruct_template(source)
+    origin, template = find_origin(source), chat_template(source)
     with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
         source.tokenizer.save(partial, chat_template=template)
         huggingface.write(partial, checkpoint, release=source.release, progress=progress)
-        making = {"command": command, "rounded_to": checkpoint.rounded_to}
-        model_card.write(partial, name=target.name, origin=origin, **making)
+        facts: dict[str, Any] = {"command": command, "rounded_to": checkpoint.rounded_to}
+        write_card(partial, name=target.name, origin=origin, **facts)
     size = sum(file.stat().st_size for file in target.iterdir())
     return Export(path, str(stored).removeprefix("mlx.core."), size, bits)
 
 
 def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
-    """Dequantize and cast the checkpoint's unread weights in place, so that they are of one type."""
+    """Dequantize and cast the checkpoint's unread weights in place, so that all have one type."""
     stored = {tensor.dtype for tensor in checkpoint.weights.tensors().values()}
     if dtype is None and not checkpoint.quantization and len(stored) == 1:
         return
@@ -176,13 +195,8 @@ def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
     checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
 
 
-def _instruct_template(source: Source) -> str | None:
-    """What CoreNet tuned the instruct models with, whose repositories have no template."""
-    return CORENET_TEMPLATE if source.release is not None and source.release.instruct else None
-
-
 def _name(source: Source) -> str:
-    """What the model is called in the names of files: an alias's release, else the end of what was typed."""
+    """The model's name for default file names: the release of an alias, else the last part of what was typed."""
     path = to_path(source.name)
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name
@@ -191,25 +205,3 @@ def _name(source: Source) -> str:
     if source.name.lower().startswith(CORENET_PREFIX):
         return "OpenELM-" + source.name[len(CORENET_PREFIX) :].replace("/", "-")
     return path.name
-
-
-# Where to.
-
-
-def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
-    """Where `path` really lies; `RequestError` for what must not be written to."""
-    target = Path(os.path.realpath(to_path(path)))
-    if format == "huggingface":
-        return atomic.check_target(path, overwrite=overwrite, flag="--output")
-    if target.is_dir():
-        raise RequestError(f"{target} is a folder; name a file with --output.")
-    if target.exists() and not overwrite:
-        raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
-    if target.exists() and not gguf.is_gguf(target):
-        raise RequestError(f"{target} is no GGUF file, so it is not overwritten; choose another --output.")
-    return target
-
-
-def _keep_source(source: Source, target: Path) -> None:
-    if source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to export, or holds it; choose another --output.")

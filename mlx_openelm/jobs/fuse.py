@@ -1,4 +1,4 @@
-"""Fuse: a model with adapters becomes a model without, as a folder that every reader of MLX folders knows."""
+"""Fuse: add adapters to a model's weights and write the sum as an ordinary MLX folder (`mlx-openelm fuse`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapters.files import read_adapter
-from ..adapters.merging import Deviation, merge
+from ..adapters.merging import Deviation, Merged, merge
 from ..adapters.switching import AdapterPaths, mix, parse_paths
 from ..errors import RequestError
 from ..formats import atomic
@@ -20,31 +20,38 @@ from ..formats.adapter import Adapter
 from ..formats.mlx import Checkpoint
 from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
-from ..publishing import card as model_card
-from ..publishing.card import Origin
+from ..publishing.command_line import command_line, source_flags, without_folders
+from ..publishing.origin import Origin
 from ..quantization.options import QuantizeOptions
 from ..quantization.recipes import planner
-from ..quantization.report import Yardstick
+from ..quantization.report import Evaluator
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .convert import find_origin, write_source
+from .writing import check_not_input, find_origin, write_folder
 
 # Windows of text that a report reads.
 _WINDOWS = 8
-# Called with what is being done, how much of it is done, and how much there is.
+# Called with the name of a stage, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
-# A path or name, and how often it counts.
-Adapters = list[tuple[str, float]]
+# Adapters by path or hub name, each with its weight.
+WeightedPaths = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """What `fuse` wrote: where, how many bits a parameter takes, and matrices packed unlike the others.
+    """What `fuse` wrote.
 
-    `matrices` tells by module path what the adapters changed and what storing the result lost, `overall` the same
-    of all of them together; `untied` whether the output layer became one of its own; `requantized` whether they were
-    packed before and again. Where a report was asked for, `kl_divergence` is how far the written model is from the
-    base with the adapters in float32, in nats a token, and `base_kl_divergence` how far the base without them is.
+    Attributes:
+        path: the folder.
+        bits_per_weight: bits per parameter as stored.
+        matrices: by module path, what the adapters changed and what storing the sum lost.
+        overall: the same over all matrices.
+        exceptions: descriptions of matrices packed differently from the rest, by module path.
+        untied: whether the output layer, shared with the embedding before, became a tensor of its own.
+        requantized: whether the matrices were packed before, and were packed again.
+        kl_divergence: if a report was asked for, KL(base with the adapters in float32 || what was written), in nats
+            per token.
+        base_kl_divergence: the same for the base without the adapters.
     """
 
     path: Path
@@ -80,25 +87,26 @@ def fuse(
 ) -> Fusion:
     """Write a model with adapters added as an MLX folder, which appears complete or not at all.
 
-    Matrices are read, changed in float32 and written one at a time, so a model need not fit into memory. Those of a
-    quantized model are packed again as they were, unless `dequantize` leaves them full; what no adapter changes stays
-    as it is, to the bit. An adapter that changes an embedding as the input alone makes the output layer a tensor of
-    its own (`share_input_output_layers: false`), so that it stays as it is.
+    Matrices are read, changed in float32 and written one at a time, so the model need not fit into memory. The
+    matrices of a quantized model are packed again in the same way, unless `dequantize` leaves them full. Tensors that
+    no adapter changes keep every bit. An adapter that changes a shared embedding on the input side only makes the
+    output layer a tensor of its own (`share_input_output_layers: false`), so that the output layer stays unchanged.
 
     Args:
         model: as in `convert`.
-        adapter_path: an adapter (mlx-lm's, PEFT's or CoreNet's format, or a hub name), several of them, or several
-            with weights, where they are LoRA: `{"a": 0.7, "b": 0.3}`, or `["a=0.7", "b=0.3"]`.
-        dtype: the type of what is not quantized; as it is stored unless told.
+        adapter_path: an adapter (mlx-lm's, PEFT's or CoreNet's format, or a hub name), or several LoRA adapters, with
+            weights if wanted: `{"a": 0.7, "b": 0.3}`, or `["a=0.7", "b=0.3"]`.
+        dtype: the type of what is not quantized; the stored type by default.
         quantize, q_bits, q_group_size, q_mode, recipe: as in `convert`, for a model that is not quantized.
         dequantize: unpack a quantized model.
-        report: measure what storing the result costs (`kl_divergence`), on `report_data` or the bundled text. Holds
-            the model in float32.
+        report: measure what storing the sum costs (`kl_divergence`), on `report_data` or the bundled text. Holds the
+            model in float32.
+        tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `save_path` if it exists.
-        progress: called with what is being done, how much of it is done, and how much there is.
+        progress: called with the name of a stage, how much of it is done, and how much there is.
 
     Raises:
-        RequestError: a request that cannot be right, or adapters of another model; nothing was written.
+        RequestError: an impossible request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
     if quantize and dequantize:
@@ -108,74 +116,63 @@ def fuse(
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
     plan = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
-    reading = QuantizeOptions(report=True, report_data=report_data)
-    adapters = parse_paths(adapter_path)
+    text_options = QuantizeOptions(report=True, report_data=report_data)
+    paths = parse_paths(adapter_path)
     check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
-    places: dict[str, Any] = {"tokenizer": tokenizer, "config_yaml": config_yaml, "revision": revision}
-    source = open_source(model, **places)
-    _check_places(target, source, adapters)
-    source.tokenizer.check_writable()
-    base = source.checkpoint
-    _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
-    windows = read_text(source.tokenizer, base.config, reading).held_out[:_WINDOWS] if report else []
 
-    read = _read_all(adapters, source)
-    made_of = [_describe(*entry) for entry in read]
-    packed = bool(base.quantization)
-    merged = merge(base, mix(read), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
+    def open_base() -> Source:
+        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+
+    source = open_base()
+    base = source.checkpoint
+    was_packed = bool(base.quantization)
+    _check_inputs(target, source, paths)
+    _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
+    windows = read_text(source.tokenizer, base.config, text_options).held_out[:_WINDOWS] if report else []
+
+    adapters = _read_adapters(paths, source)
+    descriptions = [_describe(*entry) for entry in adapters]
+    merged = merge(base, mix(adapters), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
     source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
-    command = model_card.command_line(
-        "fuse",
-        {
-            "model": str(model),
-            "adapter_path": [_typed(model_card.without_folders(path), weight) for path, weight in adapters],
-            "save_path": Path(save_path),
-            "dtype": dtype,
-            "quantize": quantize,
-            "q_bits": q_bits,
-            "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize and recipe is None else None,
-            "recipe": recipe,
-            "dequantize": dequantize,
-            **model_card.source_flags(tokenizer, config_yaml, revision),
-        },
-    )
-    stage = progress or (lambda *_: None)
-    write_source(
+
+    packing_flags = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "q_bits": q_bits,
+        "q_group_size": q_group_size,
+        "q_mode": q_mode if quantize and recipe is None else None,
+        "recipe": recipe,
+        "dequantize": dequantize,
+    }
+    flags = _adapter_flags(model, paths, save_path) | packing_flags | source_flags(tokenizer, config_yaml, revision)
+    show = progress or (lambda *_: None)
+    write_folder(
         source,
         target,
-        command=command,
+        command=command_line("fuse", flags),
         origin=_origin(source),
         overwrite=overwrite,
-        progress=lambda done, total: stage("Writing", done, total),
-        card={"recipe": recipe, "adapters": made_of},
+        progress=lambda done, total: show("Writing", done, total),
+        card={"recipe": recipe, "adapters": descriptions},
     )
-    overall = Deviation()
-    for deviation in merged.deviations.values():
-        overall.add(deviation)
-    divergences: list[float] = []
+    fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
     if report:
-        divergences = _divergences(lambda: open_source(model, **places), adapters, target, windows, stage)
-    return Fusion(
-        target,
-        bits,
-        merged.deviations,
-        overall,
-        merged.exceptions,
-        merged.untied,
-        packed and not dequantize,
-        *divergences,
-    )
+        written, base_alone = _divergences(open_base, paths, target, windows, show)
+        fusion = replace(fusion, kl_divergence=written, base_kl_divergence=base_alone)
+    return fusion
 
 
-def _typed(path: str, weight: float) -> str:
-    """An adapter as it is typed."""
-    return path if weight == 1 else f"{path}={weight:g}"
+def _check_inputs(target: Path, source: Source, paths: WeightedPaths) -> None:
+    """Refuse to write over the model or an adapter, and a tokenizer that cannot be written."""
+    inputs = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in paths}
+    for what, path in inputs.items():
+        check_not_input(target, path, f"{what} to fuse", "--save-path")
+    source.tokenizer.check_writable()
 
 
 def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype: str | None) -> None:
-    """Refuse to unpack what is not packed, and warn of packing what was rounded before, and of what stays packed."""
+    """Refuse to unpack a full model; warn of rounding twice, and of matrices that `dtype` leaves packed."""
     if dequantize and not base.quantization:
         raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
     if quantize and base.rounding is not None:
@@ -192,22 +189,38 @@ def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype:
         )
 
 
-def _check_places(target: Path, source: Source, adapters: Adapters) -> None:
-    """Refuse to write over what is read."""
-    places = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in adapters}
-    for what, place in places.items():
-        if place.resolve().is_relative_to(target):
-            raise RequestError(f"{target} is {what} to fuse, or holds it; choose another --save-path.")
+def _read_adapters(paths: WeightedPaths, source: Source) -> list[tuple[str, Adapter, float]]:
+    return [(path, read_adapter(path, source.checkpoint.config), weight) for path, weight in paths]
 
 
-def _read_all(adapters: Adapters, source: Source) -> list[tuple[str, Adapter, float]]:
-    return [(path, read_adapter(path, source.checkpoint.config), weight) for path, weight in adapters]
+def _fusion(target: Path, bits_per_weight: float, merged: Merged, *, requantized: bool) -> Fusion:
+    """The result without a report, once the weights are written and the deviations are complete."""
+    return Fusion(
+        path=target,
+        bits_per_weight=bits_per_weight,
+        matrices=merged.deviations,
+        overall=Deviation.total(merged.deviations.values()),
+        exceptions=merged.exceptions,
+        untied=merged.untied,
+        requantized=requantized,
+    )
+
+
+def _with_weight(path: str, weight: float) -> str:
+    """An adapter and its weight as a person types them."""
+    return path if weight == 1 else f"{path}={weight:g}"
+
+
+def _adapter_flags(model: str | Path, paths: WeightedPaths, save_path: str | Path) -> dict[str, Any]:
+    """The flags of the command line that name the model, the adapters and the output, for the model card."""
+    adapters = [_with_weight(without_folders(path), weight) for path, weight in paths]
+    return {"model": str(model), "adapter_path": adapters, "save_path": Path(save_path)}
 
 
 def _describe(path: str, adapter: Adapter, weight: float) -> str:
-    """What a model card says of an adapter."""
+    """An adapter, for the model card."""
     times = "" if weight == 1 else f", {weight:g} times"
-    name = f"`{model_card.without_folders(path)}`{times}"
+    name = f"`{without_folders(path)}`{times}"
     if not adapter.modules:
         return f"the weights of full fine-tuning in {name}"
     ranks = sorted({change.rank for change in adapter.modules.values()})
@@ -217,26 +230,30 @@ def _describe(path: str, adapter: Adapter, weight: float) -> str:
 
 
 def _origin(source: Source) -> Origin:
-    """What a model card tells of the base: the result is another model than it."""
+    """The origin of the sum: a model derived from the base, no longer the same one."""
     origin = find_origin(source)
     relation = "merge" if origin.relation == "merge" else "finetune"
     return replace(origin, name=f"{origin.name}, fine-tuned", relation=relation if origin.base_model else None)
 
 
 def _divergences(
-    reopen: Callable[[], Source], adapters: Adapters, target: Path, windows: list[list[int]], stage: Progress
-) -> list[float]:
-    """KL(base with the adapters || model), in nats a token and in float32, of what was written and of the base."""
-    source = reopen()
+    open_base: Callable[[], Source], paths: WeightedPaths, target: Path, windows: list[list[int]], show: Progress
+) -> tuple[float, float]:
+    """KL(base with the adapters || model) in nats per token, in float32, of the written model and of the base."""
+    source = open_base()
     packed = bool(source.checkpoint.quantization)
-    exact = merge(source.checkpoint, mix(_read_all(adapters, source)), dtype=mx.float32, dequantize=packed)
+    exact = merge(source.checkpoint, mix(_read_adapters(paths, source)), dtype=mx.float32, dequantize=packed)
     with source.reading():
         full = build_model(exact.checkpoint, dtype=mx.float32, expand=True)
-    yardstick = Yardstick(full, windows, progress=lambda done, total: stage("Reading the text", done, total))
+    evaluator = Evaluator(full, windows, progress=lambda done, total: show("Reading the text", done, total))
     del full
-    found = []
-    for done, checkpoint in enumerate((mlx_format.read(target), reopen().checkpoint)):
-        stage("Measuring", done, 2)
-        found.append(yardstick.measure(build_model(checkpoint, dtype=mx.float32, expand=True))[1])
-    stage("Measuring", 2, 2)
-    return found
+
+    def divergence(checkpoint: Checkpoint) -> float:
+        return evaluator.measure(build_model(checkpoint, dtype=mx.float32, expand=True))[1]
+
+    show("Measuring", 0, 2)
+    written = divergence(mlx_format.read(target))
+    show("Measuring", 1, 2)
+    base = divergence(open_base().checkpoint)
+    show("Measuring", 2, 2)
+    return written, base

@@ -1,4 +1,4 @@
-"""Quantize a model knowing what it costs: budgets, learned methods, and a report on held-out text."""
+"""Quantize a model by measurement: bit budgets, learned methods, and a report on held-out text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -21,32 +20,39 @@ from ..formats.weights import Weights
 from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
 from ..model import OpenELM
-from ..publishing import card as model_card
 from ..publishing.card_text import Quality
+from ..publishing.command_line import command_line, source_flags
 from ..quantization import learned, report, sensitivity
 from ..quantization.options import QuantizeOptions
-from ..quantization.report import Row, Yardstick
+from ..quantization.report import Evaluator, Row
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
-from ..sources import open_source
-from .convert import requantize, write_source
+from ..sources import Source, open_source
+from .convert import requantize
+from .writing import check_not_input, write_folder
 
 SENSITIVITIES = "sensitivities.json"
 # Windows that sensitivities are measured on.
 _SENSITIVITY_WINDOWS = 8
-# Bytes a parameter that calibrating in float32 takes: the model, and the matrices a report puts in their place.
-_BYTES_NEEDED = 9
+# Bytes per parameter that calibration in float32 needs: the model, and the rounded matrices of a report.
+_BYTES_PER_PARAMETER = 9
 
-# Called with what is being done, how much of it is done, and how much there is.
+# Called with the name of a stage, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` did: the folder (None where only a report was asked for), the choices, the report's rows.
+    """What `quantize` did.
 
-    `costs` is the measured cost of each choice by module path, where bits were chosen by it; `calibrated_on` says
-    which text was learned from.
+    Attributes:
+        path: the folder; None if only a report was asked for.
+        bits_per_weight: bits per parameter as stored.
+        choices: how each matrix is packed, by module path.
+        exceptions: descriptions of matrices packed differently from the rest, by module path.
+        costs: if bits were chosen by sensitivity, the measured cost of each choice, by module path.
+        calibrated_on: a description of the text that was learned from.
+        report: the rows of the report.
     """
 
     path: Path | None = None
@@ -74,168 +80,203 @@ def quantize(
 
     Args:
         model: as in `convert`.
-        dtype: the type of what is not quantized; bfloat16 unless told.
-        progress: called with what is being done, how much of it is done, and how much there is.
+        options: how to quantize; 4 bits in groups of 64 by default.
+        dtype: the type of what is not quantized; bfloat16 by default.
+        tokenizer, config_yaml, revision: as in `convert`.
+        overwrite: replace `mlx_path` if it exists.
+        progress: called with the name of a stage, how much of it is done, and how much there is.
 
     Raises:
-        RequestError: a request that cannot be right; nothing was written.
+        RequestError: an impossible request; nothing was written.
         OpenELMError: a download, a method or writing failed; nothing was left behind.
     """
     options = options or QuantizeOptions()
     if (warning := backend.slow_training_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
     check_dtype(model, dtype)
-    target = Path(mlx_path)
-    if options.writes:
-        target = atomic.check_target(target, overwrite=overwrite)
-    places: dict[str, Any] = {"tokenizer": tokenizer, "config_yaml": config_yaml, "revision": revision}
-    source = open_source(model, **places)
-    config, stored = source.checkpoint.config, dtype_for(dtype, source.checkpoint.config) or mx.bfloat16
+    target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
+
+    def open_model() -> Source:
+        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+
+    source = open_model()
+    config = source.checkpoint.config
+    stored = dtype_for(dtype, config) or mx.bfloat16
+    _check_source(source, model, target, options, stored)
+
+    run = _Run(options, config, stored, progress or (lambda *_: None))
+    if options.is_learned or options.report:
+        full = run.load(source)
+        run.compare(full)
+        if not options.writes:
+            return Quantized(report=run.rows)
+        if options.is_learned:
+            with _sensitivities_kept(run, target):
+                source.checkpoint = run.learn(full)
+        else:
+            run.add_row(lambda: report.row_of(run.name, full, options.plan()(config)[0], run.evaluator, stored))
+            source = open_model()  # its weights are in `full`
+    if not options.is_learned:
+        run.exceptions = requantize(source.checkpoint, stored, options.plan(), dequantize=False)
+    choices = source.checkpoint.quantization
+
+    flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
+    flags |= source_flags(tokenizer, config_yaml, revision)
+    with _sensitivities_kept(run, target):
+        write_folder(
+            source,
+            target,
+            command=command_line("quantize", flags),
+            overwrite=overwrite,
+            progress=run.stage("Writing"),
+            card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
+            extra=run.save_sensitivities,
+        )
+    return Quantized(
+        path=target,
+        bits_per_weight=bits_per_weight(config, choices, stored.size),
+        choices=choices,
+        exceptions=run.exceptions,
+        costs=run.costs(choices),
+        calibrated_on=str(run.text) if options.is_learned else None,
+        report=run.rows,
+    )
+
+
+def _check_source(source: Source, model: str | Path, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
+    """Refuse a quantized model, an impossible target, and a budget too small, before any weight is read."""
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
             f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
             f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
         )
-    if options.writes and source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to quantize, or holds it; choose another --mlx-path.")
     if options.writes:
+        check_not_input(target, source.path, "the model to quantize")
         source.tokenizer.check_writable()
     if options.target_bpw is not None:
-        sensitivity.check_target(options.target_bpw, config, stored)
-
-    run = _Run(options, config, stored, progress or (lambda *_: None))
-    if options.is_learned or options.report:
-        if options.sensitivities is not None:
-            run.known = sensitivity.read(to_path(options.sensitivities), config)
-        run.text = read_text(source.tokenizer, config, options)
-        run.show("Loading", 0, 1)
-        with source.reading():
-            full = build_model(source.checkpoint, dtype=run.compute)
-        run.show("Loading", 1, 1)
-        run.compare(full)
-        if not options.writes:
-            return Quantized(report=run.rows)
-        if options.is_learned:
-            with _keeping(run, target):
-                source.checkpoint = run.learn(full)
-        else:
-            run.add_row(lambda: report.row_of(run.name, full, options.plan()(config)[0], run.yardstick, stored))
-            source = open_source(model, **places)
-    if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, stored, options.plan(), dequantize=False)
-    choices = source.checkpoint.quantization
-    making = {"model": str(model), "mlx_path": target, **options.making(), "dtype": dtype, "revision": revision}
-    making |= {name: None if path is None else Path(path) for name, path in places.items() if name != "revision"}
-    with _keeping(run, target):
-        write_source(
-            source,
-            target,
-            command=model_card.command_line("quantize", making),
-            overwrite=overwrite,
-            progress=lambda done, total: run.show("Writing", done, total),
-            card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
-            extra=None if run.known is None else lambda folder: run.known.save(folder / SENSITIVITIES),  # type: ignore[union-attr]
-        )
-    costs = {} if run.known is None else {path: run.known.costs[path][choice] for path, choice in choices.items()}
-    bits = bits_per_weight(config, choices, stored.size)
-    calibrated_on = str(run.text) if options.is_learned else None
-    return Quantized(target, bits, choices, run.exceptions, costs, calibrated_on, run.rows)
+        sensitivity.check_target(options.target_bpw, source.checkpoint.config, stored)
 
 
 class _Run:
-    """What the steps of one `quantize` hand on."""
+    """State that the steps of one `quantize` call share."""
 
     text: CalibrationText
-    yardstick: Yardstick
+    evaluator: Evaluator
 
     def __init__(self, options: QuantizeOptions, config: ModelConfig, stored: mx.Dtype, show: Progress):
         self.options, self.config, self.stored, self.show = options, config, stored, show
-        self.known: Sensitivities | None = None
+        self.sensitivities: Sensitivities | None = None
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
-        flags = options.making().items()
+        flags = options.flags().items()
         self.name = "this: " + " ".join(
             f"--{name.replace('_', '-')} {v}" for name, v in flags if not isinstance(v, Path)
         )
-        # Small divergences drown in the rounding of half precision, so float32 where memory allows, and on a CPU.
+        # The rounding of half precision hides small divergences, so use float32 on a CPU, and where memory allows.
         available = backend.available_memory()
-        fits = available is None or config.num_parameters * _BYTES_NEEDED < available
+        fits = available is None or config.num_parameters * _BYTES_PER_PARAMETER < available
         self.compute = "float32" if fits or not backend.on_gpu() else None
 
     def stage(self, name: str) -> Callable[[int, int], None]:
-        """Progress of one stage."""
+        """The progress callback of one stage."""
         return lambda done, total: self.show(name, done, total)
 
+    def load(self, source: Source) -> OpenELM:
+        """Read the text, known sensitivities, and the full model; takes the weights out of `source`."""
+        if self.options.sensitivities is not None:
+            self.sensitivities = sensitivity.read(to_path(self.options.sensitivities), self.config)
+        self.text = read_text(source.tokenizer, self.config, self.options)
+        self.show("Loading", 0, 1)
+        with source.reading():
+            full = build_model(source.checkpoint, dtype=self.compute)
+        self.show("Loading", 1, 1)
+        return full
+
     def compare(self, full: OpenELM) -> None:
-        """Begin the report, if there is to be one: the full model, and plain choices."""
+        """If there is a report, begin it with the full model and with plain quantizations."""
         if self.options.report:
-            self.yardstick = Yardstick(full, self.text.held_out, progress=self.stage("Reading the held-out text"))
-            self.rows += report.compare(full, self.yardstick, self.stored, progress=self.stage("Comparing"))
+            self.evaluator = Evaluator(full, self.text.held_out, progress=self.stage("Reading the held-out text"))
+            self.rows += report.compare(full, self.evaluator, self.stored, progress=self.stage("Comparing"))
 
     def add_row(self, measure: Callable[[], Row]) -> None:
-        """End the report, if there is one, with what is to be written."""
+        """If there is a report, end it with the model that is written."""
         if self.options.report:
             self.show("Measuring", 0, 1)
             self.rows.append(measure())
             self.show("Measuring", 1, 1)
 
     def learn(self, full: OpenELM) -> Checkpoint:
-        """Choose bits, round, and measure; uses the full model up."""
-        scales = scale_dtype(self.stored)
-        if self.options.target_bpw is not None:
-            if self.known is None:
-                self.known = sensitivity.measure(
-                    full,
-                    self.text.batches(_SENSITIVITY_WINDOWS),
-                    text=self.text.name,
-                    dtype=scales,
-                    progress=self.stage("Measuring sensitivities"),
-                )
-            choices = sensitivity.assign(self.known.costs, self.config, self.options.target_bpw, self.stored)
-        else:
-            choices, self.exceptions = self.options.plan()(self.config)
+        """Choose bits, round by the learned methods, and measure the result; empties the full model."""
+        choices = self._choose(full)
         tensors = learned.quantize_model(
             full,
             choices,
             self.options.method,
             self.text.batches(),
             self.stored,
-            scales,
+            scale_dtype(self.stored),
             seed=self.options.seed or 0,
             progress=self.show,
         )
 
         def measure() -> Row:
             model = build_model(Checkpoint(self.config, Weights.of_arrays(tensors), dict(choices)), dtype=self.compute)
-            figures = self.yardstick.measure(model)
-            return report.make_row(self.name, self.config, choices, self.stored, *figures)
+            perplexity, divergence = self.evaluator.measure(model)
+            return report.make_row(self.name, self.config, choices, self.stored, perplexity, divergence)
 
         self.add_row(measure)
         return Checkpoint(self.config, Weights.of_arrays(tensors), choices)
 
+    def _choose(self, full: OpenELM) -> dict[str, Quantization]:
+        """How to pack each matrix, by module path: under the bit budget if there is one, else as the flags say."""
+        if self.options.target_bpw is None:
+            choices, self.exceptions = self.options.plan()(self.config)
+            return choices
+        if self.sensitivities is None:
+            self.sensitivities = sensitivity.measure(
+                full,
+                self.text.batches(_SENSITIVITY_WINDOWS),
+                text=self.text.name,
+                dtype=scale_dtype(self.stored),
+                progress=self.stage("Measuring sensitivities"),
+            )
+        return sensitivity.assign(self.sensitivities.costs, self.config, self.options.target_bpw, self.stored)
+
+    def costs(self, choices: dict[str, Quantization]) -> dict[str, float]:
+        """The measured cost of each choice by module path; empty without sensitivities."""
+        if self.sensitivities is None:
+            return {}
+        return {path: self.sensitivities.costs[path][choice] for path, choice in choices.items()}
+
+    def save_sensitivities(self, folder: Path) -> None:
+        """Write the sensitivities, if there are any, into a folder."""
+        if self.sensitivities is not None:
+            self.sensitivities.save(folder / SENSITIVITIES)
+
     def quality(self) -> list[Quality]:
-        """What the report says of the model that is written, for its card."""
+        """The measured quality of the written model, for its card."""
         if not self.rows:
             return []
         full, this = self.rows[0], self.rows[-1]
-        text, tokens = self.text.held_out_name, self.yardstick.tokens
+        text, tokens = self.text.held_out_name, self.evaluator.tokens
         return [Quality(text, tokens, this.perplexity, full.perplexity, this.kl_divergence)]
 
 
 @contextlib.contextmanager
-def _keeping(run: _Run, target: Path) -> Iterator[None]:
-    """Where the block fails, what was measured in it for long is kept beside `target`."""
+def _sensitivities_kept(run: _Run, target: Path) -> Iterator[None]:
+    """If the block fails, save the sensitivities beside `target`: they took long to measure."""
     try:
         yield
     except BaseException:
-        kept = target.parent / f"{target.name}-{SENSITIVITIES}"
-        if run.known is not None and run.options.sensitivities is None and not kept.exists():
-            # What went wrong first is what to tell.
+        path = target.parent / f"{target.name}-{SENSITIVITIES}"
+        if run.sensitivities is not None and run.options.sensitivities is None and not path.exists():
+            # A failure to save must not hide the first error.
             with contextlib.suppress(OSError):
-                run.known.save(kept)
+                run.sensitivities.save(path)
         raise
 
 
 def _method_name(options: QuantizeOptions) -> str | None:
+    """The method that a model card names."""
     parts = ["bits by measured sensitivity"] if options.target_bpw is not None else []
     return " + ".join([*parts, *(method.upper() for method in options.method)]) or None

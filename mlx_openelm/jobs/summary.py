@@ -1,4 +1,4 @@
-"""What a model is made of: parameters by layer, bits as stored, memory it needs. Nothing here loads weights."""
+"""A model in numbers: parameters by layer, bits as stored, memory needed. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..formats.packing import Quantization, bits_per_weight, most_common
 from ..hub import catalog
 from ..hub import resolve as hub
 from ..inputs import to_path
-from ..ops import packed as packed_products
+from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
 
-# What the published models were trained on; the length that memory is given for.
+# Tokens that memory is reported for: the training length of the published models.
 CONTEXT = 2048
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -31,7 +31,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its sizes, its parameters, and their share of the whole model, from 0 to 1."""
+    """One layer: its sizes, its parameters, and their share of all parameters, from 0 to 1."""
 
     layer: int
     query_heads: int
@@ -45,7 +45,7 @@ class Layer:
 class Memory:
     """Bytes needed to generate on this machine, in the type it computes in.
 
-    `expanded` is what the weights of a quantized model take once unpacked, as a CPU does by default.
+    `expanded` is the size of a quantized model's weights if they are unpacked at load; None if they stay packed.
     """
 
     tokens: int
@@ -56,17 +56,23 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes of weights and cache; without `expanded`."""
         return self.weights + self.kv_cache
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model's layers and totals (`head` is 0 where the embedding is shared), as stored and as it runs.
+    """A model's layers and totals, as stored and as it runs.
 
-    `source` is "files" (headers read), "config" (a `config.json` alone), or "published" (the known sizes, no
-    file read). `quantization` is None, or the settings most matrices share; `rounded_to` names the types of few bits
-    in a GGUF file, which unpack when they are read; `tokenizer` is a file's name, or None where there is none or
-    nobody looked.
+    Attributes:
+        source: "files" (headers read), "config" (a `config.json` alone), or "published" (known sizes, no file read).
+        parameters, embedding, head, norms: counts of parameters; `head` is 0 if the embedding is shared.
+        dtype: the stored type of what is not quantized.
+        quantization: the settings that most matrices share; None if the model is not quantized.
+        bits_per_weight: bits per parameter as stored.
+        storage_bytes: bytes of the weights on disk.
+        tokenizer: the name of its file; None if there is none, or no files were read.
+        rounded_to: the low-bit types in a GGUF file, which are unpacked when they are read.
     """
 
     name: str
@@ -88,13 +94,13 @@ class Summary:
 
 
 def summarize(name: str, *, revision: str | None = None) -> Summary:
-    """The summary of a model by any of its names; nothing but a `config.json` is ever downloaded.
+    """The summary of a model by any of its names; at most a `config.json` is downloaded.
 
-    A published model that is not in the download cache is summarized from what is known of it.
+    A published model that is not in the download cache is summarized from its known sizes.
 
     Raises:
-        RequestError: no such model, or files that do not fit each other.
-        OpenELMError: a configuration had to be downloaded and could not be.
+        RequestError: no such model, or files that contradict each other.
+        OpenELMError: the download of a configuration failed.
     """
     if (file := to_path(name)).suffix.lower() == ".gguf" and not file.is_dir():
         return _summarize_gguf(file, name)
@@ -103,10 +109,10 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
     if folder is not None and any(folder.glob("*.safetensors")):
         return summarize_folder(folder, name)
     if repo is None:
-        raise RequestError(f"{folder} holds no *.safetensors, so there is no model in it.")
+        raise RequestError(f"{folder} holds no *.safetensors, so it is not a model.")
     if (release := catalog.find(name)) is not None:
         return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
-    return _summarize_declared(hub.download(repo, revision=revision, patterns=["config.json"]), name)
+    return _summarize_config_file(hub.download(repo, revision=revision, patterns=["config.json"]), name)
 
 
 def summarize_folder(folder: Path, name: str | None = None) -> Summary:
@@ -153,10 +159,12 @@ def summarize_config(
     tokenizer: str | None = None,
     folder: Path | None = None,
 ) -> Summary:
-    """The summary of a configuration, stored in `dtype` but for what `quantization` packs.
+    """The summary of a configuration.
 
     Args:
-        bits: per weight as stored, where that is known from the files.
+        quantization: how matrices are packed, by module path.
+        dtype: the stored type of the rest.
+        bits: bits per parameter as stored, if the files state it.
     """
     choices = dict(quantization or {})
     shapes = config.tensor_shapes()
@@ -182,7 +190,7 @@ def summarize_config(
 
 
 def layer_table(config: ModelConfig) -> tuple[Layer, ...]:
-    """Each layer's sizes and parameters, norms included; the embedding is in no layer."""
+    """Each layer's sizes and parameters, norms included; the embedding belongs to no layer."""
     per_layer = [0] * config.num_transformer_layers
     for name, shape in config.tensor_shapes().items():
         parts = name.split(".")
@@ -198,12 +206,16 @@ def layer_table(config: ModelConfig) -> tuple[Layer, ...]:
 def memory_needed(
     config: ModelConfig, quantization: Mapping[str, Quantization], stored: str, tokens: int = CONTEXT
 ) -> Memory:
-    """What weights and key-value cache take while generating, `tokens` into a text."""
+    """Bytes of weights and key-value cache while generating, after `tokens` tokens.
+
+    Args:
+        stored: the stored type of what is not quantized.
+    """
     compute = backend.compute_dtype(getattr(mx, stored))
-    # A CPU's own kernels take matrices as they are stored.
+    # Our CPU kernels read matrices in their stored type.
     kept = getattr(mx, stored) if backend.has_kernels() else compute
     weights = bits_per_weight(config, quantization, kept.size, scale_bytes=kept.size) * config.num_parameters / 8
-    expands = bool(quantization) and not packed_products.stays_packed(choice.mode for choice in quantization.values())
+    expands = bool(quantization) and not stays_packed(choice.mode for choice in quantization.values())
     return Memory(
         tokens=tokens,
         dtype=_dtype_name(compute),
@@ -221,16 +233,16 @@ def _cached_folder(repo: str, revision: str | None) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def _summarize_declared(folder: Path, name: str) -> Summary:
-    """The summary of a `config.json` whose weights are not here: as stored is what it says of them."""
+def _summarize_config_file(folder: Path, name: str) -> Summary:
+    """The summary of a `config.json` without weights, from the type and quantization that it declares."""
     config, values = mlx_format.read_config(folder)
     stored = str(values.get("torch_dtype") or values.get("dtype"))
     dtype = stored if stored in _DTYPE_BYTES else "float32"
-    return summarize_config(config, _declared(config, values), name=name, source="config", dtype=dtype)
+    return summarize_config(config, _declared_quantization(config, values), name=name, source="config", dtype=dtype)
 
 
-def _declared(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Quantization]:
-    """The quantization that a `config.json` declares, by module path; empty where it declares none we know."""
+def _declared_quantization(config: ModelConfig, values: Mapping[str, Any]) -> dict[str, Quantization]:
+    """The quantization that a `config.json` declares, by module path; empty if there is none, or an unknown one."""
     settings = values.get("quantization")
     if not isinstance(settings, dict):
         return {}

@@ -1,1 +1,1 @@
-"""Uploads and model cards."""
+"""Model cards, and uploads to the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""The text of a model card: what the model is, how it was made, what it costs, how to use it."""
+"""The text of a model card: what the model is, how it was made, its measured quality, and how to use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = "Once upon a time"
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured on a text: perplexity, that of the model before quantization, KL divergence in nats a token."""
+    """Measurements on a text: perplexity, that of the model before quantization, KL divergence in nats per token."""
 
     text: str
     tokens: int
@@ -32,7 +32,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells that the files do not. `parameters` and `layers` only where no config.json holds them."""
+    """What a card states that the files do not. `parameters` and `layers` only for GGUF, which has no config.json."""
 
     source: str | None
     command: str | None = None
@@ -45,7 +45,7 @@ class Facts:
     adapters: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, absent ones left out."""
+        """Plain values for YAML, without the empty ones."""
         values = asdict(self)
         values["quality"] = [_present(entry) for entry in values["quality"]]
         values["adapters"] = list(values["adapters"])
@@ -53,7 +53,7 @@ class Facts:
 
     @classmethod
     def from_dict(cls, values: object) -> Facts | None:
-        """The reverse; None for anything but what `to_dict` gives."""
+        """The reverse of `to_dict`; None if the values do not have its form."""
         if not isinstance(values, dict):
             return None
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
@@ -75,7 +75,7 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the files of a model say. `checkpoint` is None for GGUF; `code` is the repository `auto_map` names."""
+    """What the files of a model state. `checkpoint` is None for GGUF; `code` is the repository in `auto_map`."""
 
     layout: Layout
     files: tuple[Path, ...]
@@ -84,10 +84,10 @@ class Contents:
 
     @classmethod
     def read(cls, path: Path) -> Contents:
-        """From the headers of the files in a folder, or of one GGUF file.
+        """Read the headers of the files in a folder, or of one GGUF file.
 
         Raises:
-            RequestError: no model, or files that do not fit each other.
+            RequestError: no model, or files that contradict each other.
         """
         if path.is_file():
             return cls("gguf", (path,))
@@ -109,22 +109,23 @@ class Contents:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's tensors by name; empty for GGUF."""
         return {} if self.checkpoint is None else self.checkpoint.config.tensor_shapes()
 
     @property
     def common(self) -> Quantization | None:
-        """How most matrices are packed."""
+        """How most matrices are packed; None if none is."""
         packed = self.checkpoint.quantization if self.checkpoint is not None else {}
         return most_common(packed) if packed else None
 
 
 def render(contents: Contents, name: str, metadata: Mapping[str, Any], facts: Facts) -> str:
-    """The card's text for a model that is to be found under `name`."""
+    """The card's text for a model that will be available as `name`."""
     parts = [
         f"# {name.rpartition('/')[2]}",
         _introduction(contents, metadata, facts),
         _sizes(contents, facts),
-        *_making(facts),
+        *_provenance(facts),
         *_quantization(contents, facts),
         *_quality(facts),
         "## Licence",
@@ -180,14 +181,15 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _making(facts: Facts) -> Iterator[str]:
+def _provenance(facts: Facts) -> Iterator[str]:
     if facts.command is not None:
         yield "## How it was made"
         yield f"```shell\n{facts.command}\n```"
     if facts.adapters:
         yield f"Fused into the base: {'; '.join(facts.adapters)}."
     if facts.rounded_to is not None:
-        yield f"The weights came quantized to {facts.rounded_to} and were unpacked; they are no more precise than that."
+        was = f"The original weights were quantized to {facts.rounded_to}"
+        yield f"{was} and then unpacked, so they are no more precise than that."
 
 
 def _quantization(contents: Contents, facts: Facts) -> Iterator[str]:
@@ -215,7 +217,7 @@ def _quantization(contents: Contents, facts: Facts) -> Iterator[str]:
 
 
 def _which(paths: list[str]) -> str:
-    """Module paths in few words: `ffn.proj_2` of layers 0-3, 7."""
+    """Module paths, shortened: `ffn.proj_2` of layers 0-3, 7."""
     layers: dict[str, list[int]] = {}
     for path in paths:
         match = re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", path)
@@ -241,7 +243,7 @@ def _quality(facts: Facts) -> Iterator[str]:
         return
     yield "## Measured quality"
     rows = [
-        "| text | tokens | perplexity | before quantization | KL divergence (nats a token) |",
+        "| text | tokens | perplexity | before quantization | KL divergence (nats per token) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for entry in facts.quality:
@@ -294,9 +296,9 @@ def _usage(contents: Contents, name: str) -> Iterator[str]:
 def _gguf_usage(contents: Contents, name: str) -> Iterator[str]:
     file = contents.files[0].name
     is_repo = "/" in name
-    place = f"--hf-repo {name} --hf-file {file}" if is_repo else f"-m {file}"
+    location = f"--hf-repo {name} --hf-file {file}" if is_repo else f"-m {file}"
     yield "With llama.cpp:"
-    yield f'```shell\nllama-cli {place} -p "{PROMPT}"\n```'
+    yield f'```shell\nllama-cli {location} -p "{PROMPT}"\n```'
     yield "With mlx-openelm (extra `gguf`):"
     fetch = f"hf download {name} {file} --local-dir .\n" if is_repo else ""
     yield f'```shell\n{fetch}mlx-openelm generate --model {file} --prompt "{PROMPT}"\n```'

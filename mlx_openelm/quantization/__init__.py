@@ -1,1 +1,1 @@
-"""Fewer bits a weight: what to quantize, how, and what it costs."""
+"""Quantization: which matrices get how many bits, by which method, and at what cost."""

@@ -1,7 +1,7 @@
-"""AWQ (arXiv:2306.00978): spread the columns that matter most over more of a matrix's levels.
+"""AWQ (arXiv:2306.00978): give the columns that matter most a larger share of a matrix's levels.
 
-Columns are multiplied, and what feeds them is divided: OpenELM's norms before `qkv_proj` and `proj_1`, and
-the up half of `proj_1` before `proj_2`. The full model stays what it was; only rounding falls otherwise.
+Columns are multiplied by a scale, and the layer before them is divided by it: OpenELM's norms before `qkv_proj` and
+`proj_1`, and the up half of `proj_1` before `proj_2`. The full model computes the same; only rounding changes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from ..formats.rounding import round_error
 from ..model import TransformerLayer
 from .calibration import module_at
 
-# Exponents tried on the inputs' size, also divided by the columns' own: 0 leaves the matrix as it is.
+# Exponents to try on the size of the inputs, or on that size over the size of the columns.
 _EXPONENTS = tuple(step / 10 for step in range(1, 9))
-# Rows of a matrix that stand for all while exponents are compared.
+# Rows sampled from a matrix to compare exponents.
 _ROWS = 256
 
 
 def column_scales(weight: mx.array, moments: mx.array, choice: Quantization, dtype: mx.Dtype) -> mx.array:
-    """Factors [in] for the columns of weight [out, in], under which rounding changes its products least.
+    """Scales [in] for the columns of weight [out, in] that minimize the rounding error of its products.
 
     Args:
         moments: the mean of x xᵀ [in, in] over the inputs x.
-        dtype: what scales and biases will be stored in.
+        dtype: the type that scales and biases will be stored in.
     """
     sample = weight[:: max(1, weight.shape[0] // _ROWS)].astype(mx.float32)
     inputs = mx.sqrt(mx.maximum(mx.diag(moments), 1e-12))
@@ -49,13 +49,14 @@ def fold(
     dtype: mx.Dtype,
     scale_dtype: mx.Dtype,
 ) -> mx.array:
-    """Scale the columns of one matrix of `layer` and unscale what feeds it; returns its new moments [in, in].
+    """Scale the columns of one matrix of `layer`, and divide the layer before it; returns its new moments [in, in].
 
-    `attn.out_proj` has no place here: its inputs are shared by the queries of a group.
+    `attn.out_proj` cannot be scaled: the query heads of a group share its inputs.
 
     Args:
-        path: `attn.qkv_proj`, `ffn.proj_1` or `ffn.proj_2`; without a gate the last stays as it is.
-        dtype: what norms will be stored in.
+        path: `attn.qkv_proj`, `ffn.proj_1` or `ffn.proj_2`; without a gate `ffn.proj_2` stays unchanged.
+        moments: the mean of x xᵀ [in, in] over its inputs x.
+        dtype: the type that norms will be stored in.
     """
     module = module_at(layer, path)
     if path == "ffn.proj_2" and not layer.ffn.gated:
@@ -68,7 +69,7 @@ def fold(
         norm = layer.attn_norm if path == "attn.qkv_proj" else layer.ffn_norm
         before = norm["weight"].astype(mx.float32)
         stored = (before / scales).astype(norm["weight"].dtype).astype(dtype).astype(mx.float32)
-        # The columns make good what storing the norm rounds away; a weight of 0 has nothing to divide.
+        # The columns absorb the rounding of the stored norm; a norm weight of 0 is left alone.
         scales = mx.where(stored == 0, 1.0, before / mx.where(stored == 0, 1.0, stored))
         norm["weight"] = mx.where(stored == 0, before, stored).astype(norm["weight"].dtype)
     module["weight"] = _times(module["weight"], scales)

@@ -1,4 +1,4 @@
-"""What a model does on calibration text: what enters its matrices, and what it predicts."""
+"""A model on calibration text: second moments of the inputs of its matrices, and its predictions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 EMBEDDING = "transformer.token_embeddings"
 HEAD = "lm_head"
 
-# Positions whose logits exist at once.
+# Positions whose logits are held at once.
 CHUNK = 256
 
 Batches = Sequence[mx.array]
-# Called with how much is done and how much there is.
+# Called with how much is done, and how much there is.
 Progress = Callable[[int, int], None]
 
 
 class _Recorder(nn.Module):
-    """A matrix that also sums up x xᵀ over the rows x that enter it."""
+    """A matrix that also sums x xᵀ over its input rows x."""
 
     def __init__(self, layer: nn.Module, in_dims: int):
         super().__init__()
@@ -41,21 +41,21 @@ class _Recorder(nn.Module):
 
 
 def module_at(parent: nn.Module, path: str) -> nn.Module:
-    """The module of `parent` that a dotted path names."""
+    """The module of `parent` at a dotted path."""
     for name in path.split("."):
         parent = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
     return parent
 
 
 def replace_module(parent: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where a dotted path leads."""
+    """Put `module` at a dotted path of `parent`."""
     above, _, name = path.rpartition(".")
     setattr(module_at(parent, above) if above else parent, name, module)
 
 
 @contextmanager
 def recording(layer: TransformerLayer, shapes: dict[str, int]) -> Iterator[dict[str, _Recorder]]:
-    """Recorders in the place of the matrices named in `shapes` (path to input size) while the block runs."""
+    """Replace the matrices named in `shapes` (path to input size) by recorders while the block runs."""
     recorders = {path: _Recorder(module_at(layer, path), size) for path, size in shapes.items()}
     for path, recorder in recorders.items():
         replace_module(layer, path, recorder)
@@ -67,9 +67,9 @@ def recording(layer: TransformerLayer, shapes: dict[str, int]) -> Iterator[dict[
 
 
 class Stream:
-    """Calibration text on its way through a model, one layer at a time.
+    """The hidden states of calibration text, advanced through a model one layer at a time.
 
-    `hidden` holds what enters the next layer, one array [batch * length, model_dim] a batch of tokens.
+    `hidden` holds the input of the next layer: for each batch of tokens, an array [batch * length, model_dim].
     """
 
     def __init__(self, model: OpenELM, batches: Batches):
@@ -79,7 +79,7 @@ class Stream:
         mx.eval(self.hidden)
 
     def moments(self, layer: TransformerLayer) -> dict[str, mx.array]:
-        """The mean of x xᵀ [in, in] over the rows x that enter each matrix of `layer`, by path within it."""
+        """The mean of x xᵀ [in, in] over the input rows x of each matrix of `layer`, by path within it."""
         sizes = {path: module_at(layer, path)["weight"].shape[1] for path in MATRICES}
         with recording(layer, sizes) as recorders:
             for _ in self.through([layer]):
@@ -88,13 +88,13 @@ class Stream:
         return {path: recorder.moments / rows for path, recorder in recorders.items()}
 
     def advance(self, layer: TransformerLayer) -> None:
-        """Let the text pass `layer`."""
+        """Replace `hidden` by the outputs of `layer`."""
         for index, output in enumerate(self.through([layer])):
             mx.eval(output)
             self.hidden[index] = output
 
     def through(self, layers: Sequence[TransformerLayer]) -> Iterator[mx.array]:
-        """What comes out of `layers`, batch by batch; the text itself stays where it is."""
+        """The outputs of `layers`, batch by batch; `hidden` stays unchanged."""
         config = self._model.config
         for hidden, shape in zip(self.hidden, self._shapes, strict=True):
             attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
@@ -104,10 +104,10 @@ class Stream:
 
 
 class Teacher:
-    """What the full model says to each token, against which others are measured.
+    """The full model's predictions for each token, which others are compared with.
 
-    Kept as hidden states [rows, model_dim] after the final norm, with a head of its own: logits of all rows would
-    fill memory. The model may change afterwards.
+    Kept as hidden states [rows, model_dim] after the final norm, and a reference to the head's weight: the logits of
+    all rows would fill memory. The model may change afterwards.
 
     Raises:
         OpenELMError: the full model's numbers are not finite.
@@ -140,8 +140,8 @@ class Teacher:
         """The mean over tokens of KL(full model || model) and of the model's loss, in nats.
 
         Args:
-            outputs: what comes out of the model's last layer, batch by batch.
-            targets: the tokens [rows] that follow, batch by batch; without them the loss is 0.
+            outputs: the outputs of the model's last layer, batch by batch.
+            targets: the next token of each row [rows], batch by batch; without them the loss is 0.
 
         Raises:
             OpenELMError: the model's logits are not finite.
@@ -165,15 +165,15 @@ class Teacher:
 
 
 def output_moments(model: OpenELM, teacher: Teacher, path: str) -> mx.array:
-    """What stands for x xᵀ [model_dim, model_dim] where the embedding or the head is rounded.
+    """The moments x xᵀ [model_dim, model_dim] to use when the embedding or the head is rounded.
 
-    As a head a matrix meets the teacher's hidden states; as an embedding its rows are read as they are, so every
-    error counts alike. A shared one is both, in equal parts.
+    The inputs of a head are the teacher's hidden states. An embedding's rows are read directly, so every error counts
+    the same. A shared matrix is both, in equal parts.
     """
-    read = mx.diag(teacher.moments).mean() * mx.eye(model.config.model_dim)
+    embedding = mx.diag(teacher.moments).mean() * mx.eye(model.config.model_dim)
     if path == HEAD:
         return teacher.moments
-    return teacher.moments + read if model.config.share_input_output_layers else read
+    return teacher.moments + embedding if model.config.share_input_output_layers else embedding
 
 
 def head_weight(model: OpenELM) -> mx.array:

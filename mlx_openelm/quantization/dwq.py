@@ -1,6 +1,6 @@
-"""Distilled scales (after mlx-lm's DWQ): train scales and biases until the quantized model predicts as the full one.
+"""Distilled scales (after mlx-lm's DWQ): train scales and biases to make the quantized model predict as the full one.
 
-Levels stay as they are. Scales and biases move by fractions of a step, so one learning rate fits every matrix.
+Levels stay fixed. Scales and biases move by fractions of a step, so one learning rate fits every matrix.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..model import OpenELM
 from ..ops import layers as ops
 from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
 
-# The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
+# In steps of a matrix's grid. A larger rate overfits the calibration text.
 _LEARNING_RATE = 0.002
 _WARMUP_SHARE = 0.05
 _EPOCHS = 2
-# One batch in so many is not trained on, but tells which of the states on the way is the best.
+# Every N-th batch is held out to choose the best of the states checked during training.
 _HELD_OUT = 8
 _CHECKS = 4
 
@@ -46,7 +46,7 @@ class Packed:
 
 
 class Distilled(nn.Module):
-    """A packed matrix whose scales and biases are trained, in steps of their first values."""
+    """A packed matrix whose scales and biases are trained, in units of their first values."""
 
     def __init__(self, packed: Packed):
         super().__init__()
@@ -57,7 +57,7 @@ class Distilled(nn.Module):
     def grid(self) -> Grid:
         """The scales and biases as trained so far, in float32."""
         first, middle = self._packed.grid, (2**self._packed.choice.bits - 1) / 2
-        # A change of slope turns around the middle level, so that the two parameters hardly disturb each other.
+        # The slope pivots around the middle level, so that the two parameters hardly affect each other.
         scales = first.scales * (1 + self.slope / middle)
         return Grid(scales, first.biases + first.scales * (self.shift - self.slope))
 
@@ -70,7 +70,7 @@ class Distilled(nn.Module):
 
 
 class DistilledEmbedding(Distilled):
-    """The same for the embedding; the rows of some tokens are unpacked, not all."""
+    """The same for the embedding; only the rows of the given tokens are unpacked."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         grid, packed = self.grid(), self._packed
@@ -92,7 +92,7 @@ def distill(
 
     Args:
         model: the quantized model; its packed matrices are replaced by trained ones.
-        batches: tokens [batch, length], the same that the teacher has read.
+        batches: tokens [batch, length], those of the teacher.
 
     Raises:
         OpenELMError: the divergence is not finite.
@@ -116,7 +116,7 @@ def distill(
 
     gradient = nn.value_and_grad(model, loss)
     optimizer = optimizers.Adam(learning_rate=_schedule(len(training)))
-    # Without held-out text the last state is the best there is.
+    # Without held-out text the last state is taken.
     best, least = _state(trained), check()
     for step, index in enumerate(training, 1):
         value, gradients = gradient(index)
@@ -146,7 +146,7 @@ def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
 
 
 def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
-    """The mean over one batch's tokens of KL(teacher || model); layers and logits are computed again going back."""
+    """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
     attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
@@ -155,9 +155,9 @@ def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) 
         x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend, shape, None))(x)  # type: ignore[misc]
     hidden, expected = model.transformer.norm(x), teacher.hidden[index]
     head = model.transformer.token_embeddings if config.share_input_output_layers else model.lm_head
-    # Unpacked once for all rows.
+    # Unpacked once for all rows: [vocab, model_dim].
     weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
-    part = mx.checkpoint(lambda rows, wanted, matrix: divergence(rows @ matrix.T, teacher.logits(wanted)))
+    part = mx.checkpoint(lambda rows, target, matrix: divergence(rows @ matrix.T, teacher.logits(target)))
     starts = range(0, hidden.shape[0], CHUNK)
     total = sum((part(hidden[s : s + CHUNK], expected[s : s + CHUNK], weight) for s in starts), mx.array(0.0))
     return total / hidden.shape[0]

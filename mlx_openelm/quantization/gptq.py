@@ -1,4 +1,4 @@
-"""GPTQ (arXiv:2210.17323): round a matrix column by column, each error made good in the columns still to come."""
+"""GPTQ (arXiv:2210.17323): round a matrix column by column, and correct each error in the remaining columns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..errors import OpenELMError
 from ..formats.packing import Quantization
 from ..formats.rounding import Grid
 
-# Columns whose corrections are applied to the rest of the matrix at once.
+# Columns rounded before their corrections are applied to the rest of the matrix.
 _BLOCK = 64
-# Added to the diagonal of the moments, as a share of its mean, so that they can be inverted; more if need be.
+# Added to the diagonal of the moments, as a share of its mean, to make them invertible; the first that works is used.
 _DAMPING = (0.01, 0.1, 1.0)
 
 
@@ -19,8 +19,8 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
 
     Args:
         moments: the mean of x xᵀ [in, in] over inputs x.
-        grid: scales and biases, which stay as they are. Columns are taken in order of their inputs' size, the
-            largest first, so that every group keeps its own (GPTQ's static groups and activation order).
+        grid: scales and biases, which stay fixed. Columns are rounded in order of the size of their inputs, the
+            largest first (GPTQ's activation order), and keep the grid of their group (static groups).
 
     Raises:
         OpenELMError: the moments are not finite.
@@ -54,7 +54,7 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
 
 
 def _inverse_factor(moments: mx.array) -> mx.array:
-    """The upper Cholesky factor of the inverse of damped moments; MLX has these on the CPU alone.
+    """The upper Cholesky factor [in, in] of the inverse of the damped moments; MLX computes it on the CPU only.
 
     Raises:
         OpenELMError: the moments are not finite, or cannot be made positive.
@@ -66,10 +66,10 @@ def _inverse_factor(moments: mx.array) -> mx.array:
             added = damping * mx.mean(diagonal) + 1e-12
             damped = moments.at[indices, indices].add(added)
             lower = mx.linalg.cholesky(damped)
-            # MLX gives back whatever LAPACK had made when it stopped, so the factor is checked.
+            # If LAPACK fails, MLX returns its partial result without an error, so the factor is checked.
             again = mx.square(lower).sum(axis=1)
             if mx.all(mx.abs(again - diagonal - added) <= 1e-2 * (diagonal + added)).item():
                 factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
                 if mx.all(mx.isfinite(factor)).item():
                     return factor
-    raise OpenELMError("GPTQ cannot use what this text gives its matrices as input; try another --calibration.")
+    raise OpenELMError("GPTQ cannot use the activations of this text; try another --calibration.")

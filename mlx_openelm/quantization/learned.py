@@ -1,4 +1,4 @@
-"""The learned methods, one layer after the other: AWQ's scaling, GPTQ's rounding, then distillation of the whole."""
+"""The learned methods: AWQ's scaling and GPTQ's rounding layer by layer, then distillation of the whole model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, mo
 from .dwq import Packed
 
 METHODS = ("awq", "gptq", "dwq")
-# The order AWQ folds in: `proj_2` gives its scales to the up half of `proj_1`, which is scaled after that.
-_FOLDED = ("attn.qkv_proj", "ffn.proj_2", "ffn.proj_1")
+# The order in which AWQ folds scales: those of `proj_2` go into `proj_1`, so it comes before `proj_1`.
+_FOLD_ORDER = ("attn.qkv_proj", "ffn.proj_2", "ffn.proj_1")
 
-# Called with what is being done, how much of it is done, and how much there is.
+# Called with the name of a stage, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
 
@@ -28,7 +28,7 @@ def parse_methods(names: Sequence[str]) -> tuple[str, ...]:
     """Method names, comma-separated or one by one, in the order they are applied.
 
     Raises:
-        RequestError: a name that is no method.
+        RequestError: an unknown method.
     """
     asked = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
     for name in asked:
@@ -48,19 +48,19 @@ def quantize_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, mx.array]:
-    """The tensors of a quantized checkpoint by name; the model, full before, is used up.
+    """The tensors of the quantized checkpoint by name; the full model is emptied.
 
-    Without a method, weights are rounded to the nearest level of the grid that suits the calibration text best.
-    Each layer is calibrated with what the quantized layers before it give.
+    Without a method, weights are rounded to the nearest level of the grid that fits the calibration text best.
+    Each layer is calibrated on the outputs of the quantized layers before it.
 
     Args:
         choices: affine quantizations by module path.
         batches: calibration tokens [batch, length].
-        dtype: what is not quantized is stored in this type, scales and biases in `scale_dtype`.
+        dtype, scale_dtype: the stored types of what is not quantized, and of scales and biases.
 
     Raises:
-        OpenELMError: weights or logits are not finite, or a method failed: the text gives a matrix nothing usable, or
-            distillation diverged.
+        OpenELMError: weights or logits are not finite, or a method failed: the activations of the text are unusable,
+            or distillation diverged.
     """
 
     def report(stage: str) -> Callable[[int, int], None]:
@@ -73,7 +73,7 @@ def quantize_model(
     def pack(path: str, moments: mx.array) -> None:
         nonlocal done
         module = module_at(model, path)
-        if not mx.all(mx.isfinite(module["weight"])).item():  # in rows that the text did not use
+        if not mx.all(mx.isfinite(module["weight"])).item():  # also in rows of tokens that the text does not contain
             raise not_finite(f"The weights of {path} are", model)
         packed[path] = _pack(module["weight"], moments, choices[path], "gptq" in methods, scale_dtype)
         module["weight"] = packed[path].full().astype(module["weight"].dtype)
@@ -88,7 +88,7 @@ def quantize_model(
     for index, layer in enumerate(model.layers):
         moments = stream.moments(layer)
         paths = {name: f"transformer.layers.{index}.{name}" for name in MATRICES}
-        for name in _FOLDED if "awq" in methods else ():
+        for name in _FOLD_ORDER if "awq" in methods else ():
             if paths[name] in choices:
                 moments[name] = awq.fold(layer, name, moments[name], choices[paths[name]], dtype, scale_dtype)
         for name, path in paths.items():
@@ -106,11 +106,12 @@ def quantize_model(
     for path, part in packed.items():
         scales, biases = grids[path].scales.astype(scale_dtype), grids[path].biases.astype(scale_dtype)
         tensors |= {f"{path}.weight": part.levels, f"{path}.scales": scales, f"{path}.biases": biases}
-    model.clear()  # whoever still holds it holds no weights
+    model.clear()  # so that references to the model do not keep the weights
     return tensors
 
 
 def _pack(weight: mx.array, moments: mx.array, choice: Quantization, by_gptq: bool, dtype: mx.Dtype) -> Packed:
+    """weight [out, in] rounded on the grid that fits its inputs best, given their moments [in, in]."""
     grid = rounding.search(weight, mx.diag(moments), choice, dtype)
     if by_gptq:
         level = gptq.round_matrix(weight, moments, grid, choice)

@@ -1,4 +1,4 @@
-"""What can be asked of `quantize`, checked before any work."""
+"""The options of `quantize`, checked before any work."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from .recipes import planner
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512
-_SHORTEST = 16
+_MIN_SEQUENCE_LENGTH = 16
 
-# The flags that say what to write; with --report and none of them nothing is written.
-_WAYS = ("q_bits", "q_group_size", "q_mode", "recipe", "target_bpw")
-_FILES = ("calibration", "sensitivities", "report_data")
-# The flags that have a say in which text is read.
-_TEXT = ("calibration", "num_samples", "sequence_length", "seed")
+# Flags that ask for a model; with --report and none of them nothing is written.
+_WRITING = ("q_bits", "q_group_size", "q_mode", "recipe", "target_bpw")
+_FILE_FLAGS = ("calibration", "sensitivities", "report_data")
+# Flags that choose the text.
+_TEXT_FLAGS = ("calibration", "num_samples", "sequence_length", "seed")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
     """How to quantize. The flags of `quantize`, with the same names and defaults.
 
-    `num_samples` and `sequence_length` are 128 and 512 where None. With `report` and nothing that says how to
-    quantize, no model is written.
+    `num_samples` and `sequence_length` default to 128 and 512. With `report` and no flag that says how to quantize,
+    no model is written.
+
+    `target_bpw` is in bits per parameter, `sequence_length` in tokens, `num_samples` in windows of that length.
 
     Raises:
-        RequestError: a combination that cannot be meant, or a file that is not there.
+        RequestError: flags that contradict each other, or a missing file.
     """
 
     q_bits: int | None = None
@@ -52,7 +54,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", parse_methods(self.method))
         if self.target_bpw is not None:
-            given = [name for name in _WAYS if name != "target_bpw" and getattr(self, name) is not None]
+            given = [name for name in _WRITING if name != "target_bpw" and getattr(self, name) is not None]
             if given:
                 raise RequestError(f"--target-bpw chooses bits and groups itself; leave {_flag(given[0])} out.")
             if not 0 < self.target_bpw < math.inf:
@@ -61,41 +63,41 @@ class QuantizeOptions:
             raise RequestError(f"--method needs scales to learn, which --q-mode {self.q_mode} does not have.")
         self.plan()
         if self.sensitivities is not None and self.target_bpw is None:
-            raise RequestError("--sensitivities needs --target-bpw, which they serve.")
+            raise RequestError("--sensitivities needs --target-bpw.")
         if self.report_data is not None and not self.report:
             raise RequestError("--report-data needs --report.")
-        for name in _TEXT if not (self.is_learned or self.report) else ():
+        for name in _TEXT_FLAGS if not (self.is_learned or self.report) else ():
             if getattr(self, name) is not None:
                 raise RequestError(f"{_flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
         if self.num_samples is not None and not self.is_learned:
-            raise RequestError("--num-samples needs --target-bpw or --method: a report alone learns from nothing.")
+            raise RequestError("--num-samples needs --target-bpw or --method: a report alone learns from no text.")
         if self.calibration is not None and self.report_data is not None and not self.is_learned:
-            raise RequestError("With --report-data nothing reads --calibration but --target-bpw and --method.")
-        for name, least in (("num_samples", 1), ("sequence_length", _SHORTEST)):
+            raise RequestError("With --report-data, only --target-bpw and --method read --calibration.")
+        for name, least in (("num_samples", 1), ("sequence_length", _MIN_SEQUENCE_LENGTH)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise RequestError(f"{_flag(name)} must be {least} or more, got {value}.")
-        for name in _FILES:
+        for name in _FILE_FLAGS:
             if (value := getattr(self, name)) is not None and not to_path(value).is_file():
-                raise RequestError(f"{_flag(name)} must name a file, which {value} is not.")
+                raise RequestError(f"{_flag(name)} must name a file; {value} is not one.")
 
     def plan(self) -> Plan:
-        """What bits or a recipe make of a model, where no budget is given."""
+        """The plan that the bits or the recipe mean, without a budget: see `recipes.planner`."""
         return planner(self.q_mode or "affine", self.q_bits, self.q_group_size, self.recipe)
 
     @property
     def writes(self) -> bool:
         """Whether a model is to be written, and not only a report made."""
-        return bool(self.method) or any(getattr(self, name) is not None for name in _WAYS) or not self.report
+        return bool(self.method) or any(getattr(self, name) is not None for name in _WRITING) or not self.report
 
     @property
     def is_learned(self) -> bool:
-        """Whether text has a say in what is written."""
+        """Whether the written model depends on the calibration text."""
         return bool(self.method) or self.target_bpw is not None
 
-    def making(self) -> dict[str, Any]:
-        """What the model depends on, as far as it was given: flags by name, files as paths."""
+    def flags(self) -> dict[str, Any]:
+        """The given flags that the model depends on, by name; files as paths."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {name: Path(values[name]) for name in _FILES if values[name] is not None}
+        values |= {name: Path(values[name]) for name in _FILE_FLAGS if values[name] is not None}
         values["method"] = ",".join(self.method) or None
         return {name: value for name, value in values.items() if value is not None and not name.startswith("report")}
 

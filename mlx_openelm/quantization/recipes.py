@@ -1,7 +1,7 @@
-"""Which matrix gets how many bits where no text has a say: all alike, or by mlx-lm's recipes (`--quant-predicate`).
+"""Bits for each matrix without calibration: the same for all, or by mlx-lm's recipes (`--quant-predicate`).
 
-The recipes follow llama.cpp's Q4_K_M: more bits for the first and the last eighth of the layers and every third
-between, there for what carries values into and out of the residual stream.
+The recipes follow llama.cpp's Q4_K_M: in the first and last eighth of the layers and in every third between, the
+matrices that carry values into and out of the residual stream get more bits.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed
 def plan(
     config: ModelConfig, wanted: Quantization | Callable[[str], Quantization]
 ) -> tuple[dict[str, Quantization], dict[str, str]]:
-    """A quantization for each matrix by module path, and what was done differently for some, by path.
+    """A quantization for each matrix by module path, and descriptions of the exceptions, by path.
 
-    A matrix whose rows the group size does not divide takes the largest that does; where no group size
-    of the mode divides them it stays as it is.
+    If the group size does not divide a matrix's rows, the largest that does is taken; if no group size of the mode
+    does, the matrix is not quantized.
 
     Args:
-        wanted: the same for every matrix, or a function that gives it for a module path.
+        wanted: one quantization for every matrix, or a function from module path to quantization.
     """
     choices: dict[str, Quantization] = {}
     exceptions: dict[str, str] = {}
@@ -47,7 +47,7 @@ def plan(
 def planner(
     mode: str = "affine", bits: int | None = None, group_size: int | None = None, recipe: str | None = None
 ) -> Plan:
-    """What a request for bits or a recipe makes of a model: see `plan` for what the function returns.
+    """A function from a configuration to what `plan` returns, for these bits or this recipe.
 
     Raises:
         RequestError: a combination MLX does not have, an unknown recipe, or a recipe with bits or another mode.
@@ -58,16 +58,16 @@ def planner(
     if recipe not in RECIPES:
         raise RequestError(f"--recipe must be one of {', '.join(RECIPES)}, got {quote(recipe)}.")
     if bits is not None or mode != "affine":
-        raise RequestError("--recipe says how many bits there are, in affine mode; leave --q-bits and --q-mode out.")
+        raise RequestError("--recipe sets the bits, in affine mode; leave --q-bits and --q-mode out.")
     low, high = (Quantization.make("affine", bits, group_size) for bits in RECIPES[recipe])
-    return lambda config: plan(config, lambda path: high if _takes_more(path, config) else low)
+    return lambda config: plan(config, lambda path: high if _gets_high_bits(path, config) else low)
 
 
-def _takes_more(path: str, config: ModelConfig) -> bool:
+def _gets_high_bits(path: str, config: ModelConfig) -> bool:
     """Whether a matrix gets the high bits.
 
-    mlx-lm gives them to `v_proj` and `down_proj` of chosen layers and to `lm_head`. OpenELM keeps its values in
-    `qkv_proj` and calls the other `proj_2`; its tied embedding is its head.
+    mlx-lm gives them to `v_proj` and `down_proj` of chosen layers and to `lm_head`. OpenELM's values are in
+    `qkv_proj`, its down projection is `proj_2`, and its tied embedding is its head.
     """
     parts = path.split(".")
     if "layers" not in parts:

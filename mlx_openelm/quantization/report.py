@@ -1,4 +1,4 @@
-"""What each way to quantize a model costs on held-out text, and quality drawn over size."""
+"""A report: the quality of each quantization of a model on held-out text, and a chart of quality over size."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .calibration import Progress, Stream, Teacher, module_at
 from .recipes import RECIPES, planner
 
 _WIDTH, _HEIGHT = 64, 16
-# Below this a divergence is rounding noise, and drawn as it.
-_LEAST = 1e-6
-_PICTURES = (".png", ".svg", ".pdf")
+# A divergence below this is rounding noise, and is drawn at this height.
+_NOISE_FLOOR = 1e-6
+_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One choice: `size` in bytes, `kl_divergence` from the full model in nats a token."""
+    """One quantization: `size` in bytes, `kl_divergence` from the full model in nats per token."""
 
     name: str
     bits_per_weight: float
@@ -35,13 +35,18 @@ class Row:
     kl_divergence: float
 
 
-class Yardstick:
-    """Held-out windows, and what the full model says to them."""
+class Evaluator:
+    """Compares models with the full model on held-out windows."""
 
     def __init__(
         self, model: OpenELM, windows: Sequence[Sequence[int]], batch_size: int = 4, progress: Progress | None = None
     ):
-        """windows: BOS and tokens, all of one length; the model is read now and may change afterwards."""
+        """Read the windows with the full model, which may change afterwards.
+
+        Args:
+            windows: BOS and tokens, all of one length.
+            progress: called with the batches read so far and in all.
+        """
         arrays = [mx.array([list(w) for w in windows[i : i + batch_size]]) for i in range(0, len(windows), batch_size)]
         self._inputs = [array[:, :-1] for array in arrays]
         self._targets = [array[:, 1:].reshape(-1) for array in arrays]
@@ -56,7 +61,7 @@ class Yardstick:
 
 
 def plain_choices(config: ModelConfig) -> dict[str, dict[str, Quantization]]:
-    """What a report compares with, by name: each mode and bit width at its usual group size, and the recipes."""
+    """The quantizations in every report, by name: each mode and bit width at its default group size; each recipe."""
     choices = {}
     for mode, (bits, _) in MODES.items():
         for width in sorted(bits):
@@ -67,31 +72,31 @@ def plain_choices(config: ModelConfig) -> dict[str, dict[str, Quantization]]:
 
 
 def compare(
-    model: OpenELM, yardstick: Yardstick, dtype: mx.Dtype, *, progress: Progress | None = None
+    model: OpenELM, evaluator: Evaluator, dtype: mx.Dtype, *, progress: Progress | None = None
 ) -> Iterator[Row]:
-    """A row for the full model, then one for each of `plain_choices`; the model is itself again afterwards.
+    """A row for the full model, then one for each of `plain_choices`; the model is unchanged afterwards.
 
     Args:
-        dtype: what is not quantized is stored in this type.
+        dtype: the stored type of what is not quantized.
     """
     choices: dict[str, dict[str, Quantization]] = {"not quantized": {}, **plain_choices(model.config)}
     for done, (name, choice) in enumerate(choices.items(), 1):
-        yield row_of(name, model, choice, yardstick, dtype)
+        yield row_of(name, model, choice, evaluator, dtype)
         if progress is not None:
             progress(done, len(choices))
 
 
 def row_of(
-    name: str, model: OpenELM, choices: Mapping[str, Quantization], yardstick: Yardstick, dtype: mx.Dtype
+    name: str, model: OpenELM, choices: Mapping[str, Quantization], evaluator: Evaluator, dtype: mx.Dtype
 ) -> Row:
-    """A row for a full model rounded as `convert` does it; the model is itself again afterwards."""
+    """A row for a full model rounded as `convert` does; the model is unchanged afterwards."""
     full = {path: module_at(model, path)["weight"] for path in choices}
     try:
         for path, choice in choices.items():
             rounded = choice.unpack(choice.pack(full[path].astype(dtype)), full[path].dtype)
             module_at(model, path)["weight"] = rounded
             mx.eval(rounded)
-        return make_row(name, model.config, choices, dtype, *yardstick.measure(model))
+        return make_row(name, model.config, choices, dtype, *evaluator.measure(model))
     finally:
         for path, weight in full.items():
             module_at(model, path)["weight"] = weight
@@ -105,32 +110,32 @@ def make_row(
     perplexity: float,
     kl_divergence: float,
 ) -> Row:
-    """A row, its size from the shapes alone."""
+    """A row whose size follows from the shapes and `choices`."""
     bits = bits_per_weight(config, choices, dtype.size)
     return Row(name, bits, round(bits * config.num_parameters / 8), perplexity, kl_divergence)
 
 
 def chart(rows: Sequence[Row]) -> list[str]:
-    """Lines of text that draw KL divergence (logarithmic, downwards better) over bits per weight.
+    """Lines of text that plot KL divergence (logarithmic, lower is better) over bits per weight.
 
-    Points are lettered as the rows are, the full model left out.
+    Each point has the letter of its row; the full model is left out.
     """
     points = [(letter(index), row) for index, row in enumerate(rows) if 0 < row.kl_divergence < math.inf]
     if not points:
         return []
-    heights = [math.log10(max(row.kl_divergence, _LEAST)) for _, row in points]
+    heights = [math.log10(max(row.kl_divergence, _NOISE_FLOOR)) for _, row in points]
     widths = [row.bits_per_weight for _, row in points]
     low, high = math.floor(min(heights)), math.ceil(max(heights))
     left, right = math.floor(min(widths)), math.ceil(max(widths))
-    field = [[" "] * _WIDTH for _ in range(_HEIGHT)]
+    canvas = [[" "] * _WIDTH for _ in range(_HEIGHT)]
     for (mark, _), height, width in zip(points, heights, widths, strict=True):
         column = round((width - left) / max(right - left, 1) * (_WIDTH - 1))
         line = round((high - height) / max(high - low, 1) * (_HEIGHT - 1))
-        # Where two points fall together the second moves aside.
-        free = [index for index, cell in enumerate(field[line]) if cell == " "]
-        field[line][min(free, key=lambda index: abs(index - column))] = mark
+        # If two points fall on one cell, the second moves to the nearest free one.
+        free = [index for index, cell in enumerate(canvas[line]) if cell == " "]
+        canvas[line][min(free, key=lambda index: abs(index - column))] = mark
     lines = []
-    for index, cells in enumerate(field):
+    for index, cells in enumerate(canvas):
         value = 10 ** (high - index / (_HEIGHT - 1) * (high - low))
         label = f"{value:8.1g}" if index % 5 == 0 else " " * 8
         lines.append(f"{label} |{''.join(cells).rstrip()}")
@@ -139,20 +144,20 @@ def chart(rows: Sequence[Row]) -> list[str]:
 
 
 def letter(index: int) -> str:
-    """The mark of a row: a to z, then A to Z."""
+    """The letter of a row: a to z, then A to Z."""
     return "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[index % 52]
 
 
 def check_picture(path: Path) -> None:
-    """Ask before long work whether `draw` can write there.
+    """Refuse a path that `draw` could not write to, before long work.
 
     Raises:
-        RequestError: matplotlib is missing, the ending is none it draws, the file exists or its folder does not.
+        RequestError: matplotlib is missing, the suffix is not supported, the file exists or its folder does not.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("Drawing a picture needs matplotlib: pip install 'mlx-openelm[plots]'.")
-    if path.suffix.lower() not in _PICTURES:
-        raise RequestError(f"{path} must end in {', '.join(_PICTURES)}, the kinds of picture there are.")
+    if path.suffix.lower() not in _PICTURE_SUFFIXES:
+        raise RequestError(f"{path} must end in {', '.join(_PICTURE_SUFFIXES)}.")
     if path.exists():
         raise RequestError(f"{path} exists; name another file for the picture.")
     if not path.absolute().parent.is_dir():
@@ -160,7 +165,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """The same as a picture (PNG, SVG or PDF, by the ending of `path`); see `check_picture`."""
+    """The same chart as a picture (PNG, SVG or PDF, by the suffix of `path`); see `check_picture`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -169,7 +174,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         if row.kl_divergence > 0:
             axes.plot(row.bits_per_weight, row.kl_divergence, "o")
             axes.annotate(row.name, (row.bits_per_weight, row.kl_divergence), (5, 4), textcoords="offset points")
-    axes.set(xlabel="bits per weight", ylabel="KL divergence from the full model (nats a token)", yscale="log")
+    axes.set(xlabel="bits per weight", ylabel="KL divergence from the full model (nats per token)", yscale="log")
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

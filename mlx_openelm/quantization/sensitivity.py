@@ -1,7 +1,7 @@
-"""How much each matrix minds few bits, and the best bits for each under a budget.
+"""Per-matrix sensitivity to low-bit quantization, and the best bits for each matrix under a budget.
 
-The cost of a choice is the KL divergence of the output, in nats a token, when that matrix alone is rounded so. It is
-measured at few bits; from there it falls with the square of the error that rounding makes in the matrix's products.
+The cost of a choice is the KL divergence of the output, in nats per token, when only that matrix is rounded. It is
+measured at 2 to 4 bits; for more bits it is scaled by the squared rounding error of the matrix's products.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..model import OpenELM
 from ..ops.packed import MODES
 from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
 
-# Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
+# Bits whose cost is measured, at group size 64 or the largest smaller one; other costs follow from rounding errors.
 _MEASURED = (2, 3, 4)
 _BITS = (2, 3, 4, 5, 6, 8)
-# Steps the budget is cut into when matrices compete for it.
+# Equal steps of the budget in the dynamic program.
 _STEPS = 4000
-# Rows of a matrix that stand for all when errors are compared.
+# Rows sampled from a matrix to compare errors.
 _ROWS = 128
 
 Progress = Callable[[int, int], None]
@@ -36,14 +36,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Costs by module path and choice, and the text they were measured on."""
+    """Costs by module path and choice, the name of the text they were measured on, and its tokens."""
 
     costs: dict[str, dict[Quantization, float]]
     text: str
     tokens: int
 
     def save(self, path: Path) -> None:
-        """Write them as JSON, to be read back by `read`."""
+        """Write them as JSON for `read`."""
         costs = {
             module: [{"bits": c.bits, "group_size": c.group_size, "kl_divergence": cost} for c, cost in options.items()]
             for module, options in self.costs.items()
@@ -68,7 +68,7 @@ def read(path: Path, config: ModelConfig) -> Sensitivities:
             raise ValueError
         found = Sensitivities(costs, str(content["calibration"]), int(content["tokens"]))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise RequestError(f"{path} holds no sensitivities; leave --sensitivities out to measure them.") from None
+        raise RequestError(f"{path} has no sensitivities; leave --sensitivities out to measure them.") from None
     expected = {path: set(options) for path, options in candidates(config).items()}
     if {path: set(options) for path, options in costs.items()} != expected:
         raise RequestError(f"{path} was measured on a model of another shape; leave --sensitivities out.")
@@ -91,8 +91,8 @@ def measure(
     """The cost of every choice for every matrix of a full model, on `batches` of tokens [batch, length].
 
     Args:
-        text: what to call that text in a saved file.
-        dtype: what scales and biases will be stored in.
+        text: the name of that text, for a saved file.
+        dtype: the type that scales and biases will be stored in.
         progress: called with the matrices done so far and in all.
     """
     choices = candidates(model.config)
@@ -109,7 +109,7 @@ def measure(
             costs[path] = _costs(model, path, moments, choices[path], dtype, rerun)
             _report(progress, len(costs), total)
     for index, layer in enumerate(model.layers):
-        moments_here = stream.moments(layer)
+        layer_moments = stream.moments(layer)
         for name in MATRICES:
             path = f"transformer.layers.{index}.{name}"
             if path not in choices:
@@ -118,7 +118,7 @@ def measure(
             def rerun_from(index: int = index) -> float:
                 return teacher.compare(model, stream.through(model.layers[index:]))[0]
 
-            costs[path] = _costs(model, path, moments_here[name], choices[path], dtype, rerun_from)
+            costs[path] = _costs(model, path, layer_moments[name], choices[path], dtype, rerun_from)
             _report(progress, len(costs), total)
         stream.advance(layer)
     return Sensitivities(costs, text, teacher.tokens)
@@ -137,7 +137,7 @@ def _costs(
     dtype: mx.Dtype,
     divergence: Callable[[], float],
 ) -> dict[Quantization, float]:
-    """The cost of each option for the matrix at `path`; `divergence` measures the model as it is at that moment."""
+    """The cost of each option for the matrix at `path`; `divergence` measures the model in its present state."""
     module = module_at(model, path)
     weight = module["weight"]
     size = max((o.group_size for o in options if o.group_size <= 64), default=options[0].group_size)
@@ -159,22 +159,22 @@ def _costs(
 def assign(
     costs: Mapping[str, Mapping[Quantization, float]], config: ModelConfig, target_bpw: float, dtype: mx.Dtype
 ) -> dict[str, Quantization]:
-    """The choice for each matrix with the least sum of costs, at no more than `target_bpw` bits a parameter.
+    """The choices with the least sum of costs that take at most `target_bpw` bits per parameter, by module path.
 
     Dynamic programming over the budget in equal steps: each matrix adds its best option at every budget.
 
     Args:
-        dtype: what is not quantized is stored in this type.
+        dtype: the stored type of what is not quantized.
 
     Raises:
-        RequestError: fewer bits than the smallest choices need.
+        RequestError: the smallest choices need more bits.
     """
     shapes = config.matrix_shapes()
     sizes = {path: {o: _bits(o, shapes[path]) for o in options} for path, options in costs.items()}
     smallest = sum(min(options.values()) for options in sizes.values())
     spare = (target_bpw - check_target(target_bpw, config, dtype)) * config.num_parameters
     largest = sum(max(options.values()) for options in sizes.values()) - smallest
-    # Each matrix may waste a step: where the budget has room for the largest choices, they must fit even so.
+    # Rounding up wastes up to one step per matrix, and the largest choices must fit if the budget allows them.
     room = min(spare, largest * _STEPS / (_STEPS - len(sizes)))
     unit = room / _STEPS or 1.0
     steps = int(room / unit + 1e-9)
@@ -183,7 +183,7 @@ def assign(
         taken: list[tuple[str, list[Quantization], list[int], mx.array]] = []
         for path, options in sizes.items():
             names = list(options)
-            # What an option takes beyond the smallest, rounded up so that the budget is never passed.
+            # Steps beyond the smallest option, rounded up so that the budget is never exceeded.
             extra = [-int(-(options[o] - min(options.values())) // unit) for o in names]
             table = mx.stack(
                 [
@@ -195,16 +195,16 @@ def assign(
             best = table.min(axis=0)
             taken.append((path, names, extra, table.argmin(axis=0)))
         mx.eval(best, [t[3] for t in taken])
-    left, result = steps, {}
+    remaining, result = steps, {}
     for path, names, extra, choice in reversed(taken):
-        index = int(choice[left].item())  # type: ignore[arg-type]
+        index = int(choice[remaining].item())  # type: ignore[arg-type]
         result[path] = names[index]
-        left -= extra[index]
+        remaining -= extra[index]
     return {path: result[path] for path in costs}
 
 
 def check_target(target_bpw: float, config: ModelConfig, dtype: mx.Dtype) -> float:
-    """The least bits a parameter the model can have; asked before anything is measured.
+    """The fewest bits per parameter the model can have; call it before anything is measured.
 
     Raises:
         RequestError: `target_bpw` is less than that.
@@ -215,11 +215,11 @@ def check_target(target_bpw: float, config: ModelConfig, dtype: mx.Dtype) -> flo
     }
     least = bits_per_weight(config, smallest, dtype.size)
     if not target_bpw >= least:
-        raise RequestError(f"--target-bpw {target_bpw:g} is too small: this model takes {least:.2f} at least.")
+        raise RequestError(f"--target-bpw {target_bpw:g} is too small: this model needs at least {least:.2f}.")
     return least
 
 
 def _bits(choice: Quantization, shape: tuple[int, int]) -> int:
-    """What a matrix of `shape` takes, its scales and biases (16 bits each) included."""
+    """The bits of a packed matrix of `shape` [out, in], with scales and biases of 16 bits each."""
     parts = choice.packed_shapes(shape)
     return 32 * math.prod(parts["weight"]) + 32 * math.prod(parts["scales"])

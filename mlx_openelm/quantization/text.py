@@ -1,4 +1,4 @@
-"""The text that quantization learns from and is judged by."""
+"""The text that quantization calibrates on, and the text it is measured on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .options import NUM_SAMPLES, SEQUENCE_LENGTH, QuantizeOptions
 BUNDLED = ASSETS / "calibration.jsonl"
 _BUNDLED_NAME = "the bundled text"
 
-# One window in so many of the calibration text is kept for the report, and never learned from.
+# Every N-th window of the calibration text is kept for the report, and never learned from.
 _HELD_OUT = 8
 _REPORT_WINDOWS = 32
 _BATCH = 4
@@ -28,7 +28,7 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows to calibrate on and windows to measure on, each BOS and tokens of one length, and what to call them."""
+    """Windows to calibrate on, and held-out windows to measure on: each BOS and tokens of one length."""
 
     name: str
     windows: list[list[int]]
@@ -45,10 +45,10 @@ class CalibrationText:
 
 
 def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOptions) -> CalibrationText:
-    """The windows asked for, shuffled by the seed; every eighth is kept to measure on, whether that is asked or not.
+    """Windows of the calibration text, shuffled by the seed; every eighth is always held out to measure on.
 
     Raises:
-        RequestError: unreadable text, less than a window of it, or nothing left to measure on.
+        RequestError: unreadable text, less than one window of it, or no window left to measure on.
     """
     length = options.sequence_length or min(SEQUENCE_LENGTH, config.max_context_length)
     if length > config.max_context_length:
@@ -60,7 +60,7 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
     if len(windows) > 1:
         windows = [window for index, window in enumerate(windows) if index % _HELD_OUT]
     elif options.report and options.report_data is None:
-        raise RequestError(f"{name} is one window long, which leaves nothing to measure on; give --report-data.")
+        raise RequestError(f"{name} is one window long, so none is left to measure on; give --report-data.")
     if options.report_data is not None:
         data = to_path(options.report_data)
         held_out, held_out_name = _shuffled(tokenizer, data, length, options), data.name

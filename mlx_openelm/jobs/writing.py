@@ -1,0 +1,78 @@
+"""What the jobs share: writing a model folder, its card's origin, and never writing over what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from ..formats import atomic
+from ..formats import mlx as mlx_format
+from ..publishing import origin as origins
+from ..publishing.card import write_card
+from ..publishing.origin import Origin
+from ..sources import CORENET_PREFIX, Source
+from ..text.chat_template import CORENET_TEMPLATE
+
+
+def check_not_input(target: Path, path: Path, what: str, flag: str = "--mlx-path") -> None:
+    """Refuse to write to `target` if it is, or contains, a file or folder that is read.
+
+    Args:
+        path: what is read.
+        what: how to call it, such as "the model to convert".
+        flag: the flag that names another target.
+
+    Raises:
+        RequestError: it is, or contains it.
+    """
+    if path.resolve().is_relative_to(target):
+        raise RequestError(f"{target} is {what}, or contains it; choose another {flag}.")
+
+
+def write_folder(
+    source: Source,
+    mlx_path: Path,
+    *,
+    command: str | None = None,
+    origin: Origin | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    card: Mapping[str, Any] | None = None,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a source as an MLX folder, once its files prove unchanged; this empties its weights.
+
+    Args:
+        command: the command line that makes the folder, for the model card.
+        origin: where the model comes from; by default what the source's own files state.
+        progress: called with the bytes written so far and in all.
+        card: further facts for the card (see `card.compose_card`).
+        extra: writes more files into the folder it is given.
+
+    Raises:
+        RequestError: `mlx_path` exists and `overwrite` is not set, or it cannot be made.
+        OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
+    """
+    origin = origin or find_origin(source)
+    with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
+        source.tokenizer.save(partial, chat_template=chat_template(source))
+        mlx_format.write(partial, source.checkpoint, progress=progress)
+        facts = {"command": command, "rounded_to": source.checkpoint.rounded_to, **(card or {})}
+        write_card(partial, name=mlx_path.resolve().name, origin=origin, **facts)
+        if extra is not None:
+            extra(partial)
+
+
+def chat_template(source: Source) -> str | None:
+    """The chat template to write: the model's own, or CoreNet's for the instruct models, which come without one."""
+    is_instruct = source.release is not None and source.release.instruct
+    return source.tokenizer.chat_template or (CORENET_TEMPLATE if is_instruct else None)
+
+
+def find_origin(source: Source) -> Origin:
+    """Where a source comes from, and its licence, for a model card."""
+    is_corenet_release = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
+    base_model = source.release.hub_repo if is_corenet_release and source.release is not None else None
+    return origins.find_origin(source.path, repo=source.repo, base_model=base_model)

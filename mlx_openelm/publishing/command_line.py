@@ -1,0 +1,45 @@
+"""The command line that a model card shows: how to make the model again, safe to publish."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def command_line(command: str, flags: Mapping[str, Any]) -> str:
+    """`mlx-openelm COMMAND` with its flags as a person types them.
+
+    None, False and empty lists are left out. Of a `Path`, or of text that is a path, only the last part is shown.
+    """
+    words = ["mlx-openelm", command]
+    for key, value in flags.items():
+        flag = f"--{key.replace('_', '-')}"
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if item is True:
+                words.append(flag)
+            elif item is not None and item is not False:
+                words += [flag, shlex.quote(without_folders(item))]
+    return " ".join(words)
+
+
+def source_flags(
+    tokenizer: str | Path | None, config_yaml: str | Path | None, revision: str | None = None
+) -> dict[str, Any]:
+    """The flags of `sources.open_source`, for `command_line`; the first two are files, so their folders are hidden."""
+    return {
+        "tokenizer": None if tokenizer is None else Path(tokenizer),
+        "config_yaml": None if config_yaml is None else Path(config_yaml),
+        "revision": revision,
+    }
+
+
+def without_folders(value: object) -> str:
+    """The last part of a path, and other text unchanged: cards must not reveal where a person keeps their files."""
+    text = str(value)
+    path = text.strip()  # as the loaders read it
+    is_path = isinstance(value, Path) or path.startswith((".", "~", "/")) or Path(path).is_absolute()
+    is_path = is_path or os.path.exists(path)  # `clients/acme`, which looks like a hub repository
+    return Path(path).name or "." if is_path else text
