@@ -125,7 +125,7 @@ def test_scores_handed_out_are_a_copy() -> None:
 
 
 def test_packaged_scores_are_complete() -> None:
-    path = Path(catalog.__file__).parent / "assets" / "published_scores.json"
+    path = catalog.ASSETS / "published_scores.json"
     data = json.loads(path.read_text())
     assert {suite: sorted(rows) for suite, rows in data["scores"].items()} == {
         suite: sorted(NAMES) for suite in ("zero_shot", "llm360", "openllm")
