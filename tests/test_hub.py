@@ -318,7 +318,7 @@ def test_terminal_shows_bars_only_for_a_download(
 
 def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    code = "from mlx_openelm import hub; print(hub.resolve('270m'))"
+    code = "from mlx_openelm.hub.resolve import resolve; print(resolve('270m'))"
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | hub_env | more
