@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.preparing import Loading, prepare
 from mlx_openelm.training.run.samples import prompt_tokens
-from mlx_openelm.training.run.trainer import Listener
 
 import pytest
 import sentencepiece

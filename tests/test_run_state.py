@@ -118,7 +118,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, named):
 
     for step in kept.steps():
         harm(kept.path(step))
-    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start anew with --overwrite"):
+    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start a new run with --overwrite"):
         kept.load(said.append)
 
 
@@ -173,7 +173,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_run_state import checkpoints, tensors
-from mlx_openelm.training.run_state import RunState
+from mlx_openelm.training.run.state import RunState
 kept = checkpoints(Path({folder!r}), keep_last=2, keep_every=10)
 kept.remove_leftovers()
 start = (kept.load(print) or (RunState(), None))[0].step

@@ -125,7 +125,8 @@ class Updater:
 
     def _limit_graphs(self, arrays: Any, is_first: bool) -> None:
         """Before a batch with these arrays: drop all compiled graphs if there are too many. MLX itself never does."""
-        key = is_first, *(array.shape for _, array in tree_flatten(arrays) if array is not None)
+        leaves: list[tuple[str, Any]] = tree_flatten(arrays)  # type: ignore[assignment]
+        key = is_first, *(array.shape for _, array in leaves if array is not None)
         if key not in self._shapes and len(self._shapes) == GRAPHS:
             self._gradients = mx.compile(self._compute_gradients)
             self._shapes.clear()
