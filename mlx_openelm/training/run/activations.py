@@ -19,8 +19,9 @@ _INNER = 14.5
 _WEIGHTS, _QKV = 10.0, 6.4
 
 # For CUDA MLX submits graphs of up to a hundred operations, up to eleven ahead of the one that runs, and holds their
-# arrays until they are done. Fitted to runs on an H100 (in `test_recompute_plan.py`; the largest error is 11%): arrays as
-# wide as the model in each layer, arrays as wide as the feed-forward's inner size, and a share of what is recomputed;
+# arrays until they are done. Fitted to runs on an H100 (in `test_recompute_plan.py`; the largest error is 11%): arrays
+# as wide as the model in each layer, arrays as wide as the feed-forward's inner size, and a share of what is
+# recomputed;
 _AHEAD_DIM, _AHEAD_INNER, _AHEAD_AGAIN = 13.9, 3.35, 0.11
 # all logits in float32, and the output layer's gradient for each chunk of them; the most bytes of all this.
 _AHEAD_LOGITS, _AHEAD_HEAD, _AHEAD_MOST = 1.67, 4.4, 14.7e9

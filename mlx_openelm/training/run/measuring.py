@@ -55,6 +55,6 @@ def continue_samples(request: Request, prepared: Prepared) -> list[str]:
     options = request.options
     if not (options.sample_prompts and request.processes.leads):
         return []
-    tokenizer, report, template = prepared.tokenizer, prepared.shown.report, request.loading.chat_template
+    tokenizer, report, template = prepared.tokenizer, prepared.main_examples.report, request.loading.chat_template
     prompts = [prompt_tokens(prompt, tokenizer, report, template) for prompt in options.sample_prompts]
     return continue_prompts(prepared.model, tokenizer, prompts, options.sample_tokens)

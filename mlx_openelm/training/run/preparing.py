@@ -48,7 +48,7 @@ class Prepared:
     max_seq_length: int
 
     @property
-    def shown(self) -> Examples:
+    def main_examples(self) -> Examples:
         """The examples that represent the data: those of training, else of the test."""
         return self.examples["train" if "train" in self.examples else "test"]
 
@@ -110,13 +110,13 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
         for line in _describe(split, examples[split], length):
             listener.say(line)
     prepared = Prepared(model, tokenizer, examples, length)
-    if was_given_template and prepared.shown.report.chat_template is not None:
+    if was_given_template and prepared.main_examples.report.chat_template is not None:
         listener.say(
             f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned with; "
             "prompt the result with --chat-template corenet too."
         )
     listener.say("An example, with what is learned between ⟦ and ⟧:")
-    listener.say(prepared.shown.report.sample_text())
+    listener.say(prepared.main_examples.report.sample_text())
     return prepared
 
 

@@ -19,7 +19,7 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
     """
     top, low = options.learning_rate, options.min_learning_rate
     if options.warmup >= total_steps:
-        raise RequestError(f"--warmup {options.warmup} leaves none of the {total_steps} steps of the run.")
+        raise RequestError(f"--warmup {options.warmup} takes all {total_steps} steps of the run; give fewer.")
     if step < options.warmup:
         return options.warmup_init + (top - options.warmup_init) * step / options.warmup
     if options.lr_schedule == "constant":
