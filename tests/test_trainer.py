@@ -317,3 +317,19 @@ def test_what_is_saved_is_plain_json(tmp_path):
     run(tmp_path, Counting(), 5, val=lambda step: 1.0)
     record = json.loads((tmp_path / "checkpoints" / "0000005" / "state.json").read_text())
     assert record["state"]["step"] == 5 and record["state"]["best_step"] == 0
+
+
+def test_an_objectives_own_numbers_are_logged(tmp_path):
+    class Preferring(Counting):
+        def update(self, *arguments):
+            update = super().update(*arguments)
+            return replace(update, metrics={"accuracy": update.loss / 10})
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    with Metrics(tmp_path, plot=False) as metrics:
+        train(TrainingRun(updater=Preferring(), steps=Data(), options=OPTIONS, total_steps=4,
+                          learning_rate=lambda _: 1.0, checkpoints=checkpoints, metrics=metrics,
+                          evaluate=lambda check: Evaluation(2.0, 5, {"accuracy": 0.75})))  # fmt: skip
+    logged = rows(tmp_path)
+    assert [row["accuracy"] for row in logged if "train_loss" in row] == [pytest.approx(0.8), pytest.approx(0.7)]
+    assert [row["val_accuracy"] for row in logged if "val_loss" in row] == [0.75, 0.75]
