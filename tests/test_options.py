@@ -1,4 +1,4 @@
-"""What a run is told: every value that cannot be right is refused by its flag."""
+"""The options of a run: every invalid value is refused, by its flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made ready before training: how the releases that were tuned for chats have their examples written."""
+"""Preparing a run: which chat template the examples of instruction-tuned releases get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, kept and removed as told, damage noticed."""
+"""Checkpoints: complete or absent, kept and removed as configured, and damage is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate of each step, beside PyTorch's and MLX's schedules and CoreNet's formula."""
+"""The learning rate of each step, compared with PyTorch's and MLX's schedules and CoreNet's formula."""
 
 from __future__ import annotations
 
