@@ -42,10 +42,10 @@ def cross_entropy(
     if learned is None:
         targets, learned = split_targets(targets)
     head = model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
-    parameters, weights = trainable([head])
+    places, weights = trainable([head])
 
     def logits_of(rows: mx.array, *values: mx.array) -> mx.array:
-        with substituted(parameters, values):
+        with substituted(places, values):
             return model.logits(rows)
 
     def losses(hidden_states: mx.array, *weights: mx.array) -> list[mx.array]:
@@ -118,8 +118,8 @@ def _chunk(
 
 
 def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """The softmax of float32 logits [rows, vocab], and their logsumexp [rows, 1]."""
-    if on_gpu():  # one kernel reads the logits once; the exponential is fused into its users
+    """The softmax of float32 logits [rows, vocab], and the logarithm of the sum it is divided by [rows, 1]."""
+    if on_gpu():  # one kernel reads the logits once; the exponential is fused into what uses it
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.exp(logits - lse), lse
     top = mx.max(logits, axis=-1, keepdims=True)
