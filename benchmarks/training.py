@@ -4,10 +4,11 @@
     python benchmarks/training.py --size tiny --json
     python benchmarks/training.py --openbookqa openbookqa/train.json   # of LLM-Adapters: instruction, input, output
 
-Weights of the true sizes are random and made on the spot; both programs train the same float32 weights, from the same
-adapter, with the same optimizer and BLAS, in turns within one process: a step of ours, a step of mlx-lm's. On texts
-each forms batches in its own way, and only tokens of examples count. Medians of all turns count. Memory is the peak of
-MLX's buffers above the weights, in a process for each program. mlx-lm's step is that of `mlx_lm.tuner.trainer.train`.
+Models of the published sizes get random weights. Both programs train the same float32 weights from the same adapter,
+with the same optimizer and BLAS, alternating within one process: a step of ours, a step of mlx-lm's. On texts each
+program makes its own batches, and only tokens of examples count. Results are medians over all turns. Memory is the peak
+of MLX's buffers above the weights, measured in one process per program. mlx-lm's step is that of
+`mlx_lm.tuner.trainer.train`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ BATCH_SIZE = 4
 # Rows, length: of the equal batches.
 SHAPES = {"tiny": (4, 256), "270M": (2, 512)}
 BARS = {"equal": 1.05, "openbookqa": 1.15, "mixed": 1.3, "memory": 0.7, "memory, checkpointing": 0.55, "time": 1.05}
-# How many steps a turn of training on texts takes.
+# Steps per turn of training on texts.
 STEPS = {"tiny": 40, "270M": 6}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", help="tiny, 270M, 450M, 1_1B; repeatable, by default tiny and 270M")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; medians count")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each program; results are medians")
     parser.add_argument(
         "--openbookqa", help="openbookqa/train.json of LLM-Adapters; without it those rows are left out"
     )
@@ -79,7 +80,7 @@ def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Itera
                 answer = worker("texts", folder=folder, size=size, method=method, turns=repeats, source=source)
                 yield make_row(name, answer["ours"], answer["mlx-lm"], BARS[data])
                 for whose in ("ours", "mlx-lm"):
-                    note = f"  padding of {data}, positions in vain to 100 of examples, {whose}"
+                    note = f"  padding of {data}, padding positions per 100 of examples, {whose}"
                     yield make_row(note, answer[f"padding, {whose}"], None, None)
         for checkpointing in (False, True):
             kind = ", checkpointing" if checkpointing else ""
@@ -87,10 +88,12 @@ def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Itera
             if only in name:
                 options = {"folder": folder, "size": size, "grad_checkpoint": checkpointing}
                 ours, other, bare = (worker("memory", whose=w, **options) for w in ("ours", "mlx-lm", "without loss"))
-                # What recomputing saves is small beside what is held for a moment in a small model.
+                # In a small model temporary buffers outweigh what recomputing saves.
                 bar = None if size == "tiny" else BARS[f"memory{kind}"]
                 yield make_row(name, ours, other, bar, larger=False)
-                yield make_row(f"  the same beside sum(hidden²) for a loss{kind}", ours, bare, 1.05, larger=False)
+                yield make_row(
+                    f"  the same compared with sum(hidden²) as the loss{kind}", ours, bare, 1.05, larger=False
+                )
             name = f"time of a step (s), lora{kind}, {size}"
             if checkpointing and only in name:
                 answer = worker("equal", folder=folder, size=size, method="lora", turns=repeats, grad_checkpoint=True)
@@ -100,7 +103,7 @@ def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Itera
 
 
 def make_row(name: str, ours: float, other: float | None, bar: float | None, larger: bool = True) -> dict[str, Any]:
-    """A row; without the other's number the bar is for ours."""
+    """A row; without a number to compare with, the bar applies to ours."""
     ratio = ours if other is None else ours / other
     passed = bar is None or (ratio >= bar if larger else ratio <= bar)
     return {"name": name, "ours": ours, "other": other, "ratio": None if other is None else ratio, "bar": bar,
@@ -135,7 +138,7 @@ def make_model(size: str, folder: Path) -> Path:
     return target
 
 
-# What runs in a process of its own.
+# The rest runs in worker processes.
 
 
 class Program:
@@ -143,7 +146,8 @@ class Program:
 
     step: Callable[[Any], float]
 
-    def __init__(self, whose: str, folder: str, method: str, grad_checkpoint: bool = False):
+    def __init__(self, whose: str, folder: str, method: str, grad_checkpoint: bool = False, **options: Any):
+        """`options` are those of `Updater`."""
         import mlx_openelm  # noqa: F401 (the same BLAS for both)
 
         import mlx.core as mx
@@ -160,11 +164,11 @@ class Program:
             from mlx_openelm import load
 
             self.model, self.tokenizer = load(folder)
-            self.step = our_step(self.model, method, optimizer, grad_checkpoint=grad_checkpoint)
+            self.step = our_step(self.model, method, optimizer, grad_checkpoint, **options)
         mx.eval(self.model.parameters())
 
     def take_weights_from(self, other: Program) -> None:
-        """The other's trainable parameters, so that both go the same way."""
+        """Copy the other program's trainable parameters, so that both start from the same weights."""
         from mlx.utils import tree_flatten, tree_unflatten
 
         theirs = dict(tree_flatten(other.model.trainable_parameters()))
@@ -176,9 +180,9 @@ class Program:
 def our_step(
     model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False, **options: Any
 ) -> Callable[[Any], float]:
-    """A function that makes one update of a model of ours and waits for it: of an adapter, or of all layers' weights.
+    """A function that makes one update of our model and waits for it: of an adapter, or of all layers' weights.
 
-    `options` are those of `Updater`; what is recomputed is what a run of such batches would choose.
+    `options` are those of `Updater`. Recomputation is what a run with such batches would choose.
     """
     from mlx_openelm.adapters.attaching import attach_new
     from mlx_openelm.training.options import TrainOptions
@@ -198,8 +202,8 @@ def our_step(
     def step(batch: Any) -> float:
         nonlocal is_planned
         if not is_planned:
-            told = TrainOptions(grad_checkpoint=grad_checkpoint)
-            updater.recompute, is_planned = plan(updater, told, batch.inputs.shape).recompute, True
+            train_options = TrainOptions(grad_checkpoint=grad_checkpoint)
+            updater.recompute, is_planned = plan(updater, train_options, batch.inputs.shape).recompute, True
         update = updater.update([batch], batch.num_targets, RATE, 0)
         mx.eval(update.loss, updater.state())
         return float(update.loss.item())
@@ -208,7 +212,7 @@ def our_step(
 
 
 def their_step(model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False) -> Callable[[Any], float]:
-    """The same of mlx-lm: the step of mlx_lm.tuner.trainer.train, which is a function within that one."""
+    """The same for mlx-lm: the step inside mlx_lm.tuner.trainer.train."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.tuner import trainer
@@ -240,7 +244,7 @@ def their_step(model: Any, method: str, optimizer: Any, grad_checkpoint: bool = 
 
 
 def train_layers(model: Any) -> None:
-    """Let all layers' weights be trained, as mlx-lm's full fine-tuning does: neither embedding nor final norm."""
+    """Train all layers' weights but not the embedding or the final norm, as mlx-lm's full fine-tuning does."""
     model.freeze()
     for layer in model.layers:
         layer.unfreeze()
@@ -253,7 +257,7 @@ def both(folder: str, method: str, grad_checkpoint: bool = False) -> dict[str, P
 
 
 def equal(folder: str, size: str, method: str, turns: int, grad_checkpoint: bool = False) -> dict[str, float]:
-    """Tokens a second on the same full batches, and the largest relative difference of losses along the way."""
+    """Tokens a second on the same full batches, and the largest relative difference between their losses."""
     programs = both(folder, method, grad_checkpoint)
     seconds: dict[str, list[float]] = {whose: [] for whose in programs}
     losses: dict[str, list[float]] = {whose: [] for whose in programs}
@@ -272,7 +276,7 @@ def equal(folder: str, size: str, method: str, turns: int, grad_checkpoint: bool
 
 
 def token_batch(whose: str, rows: int, length: int, seed: int = 0) -> Any:
-    """A full batch of random tokens in a program's own form."""
+    """A full batch of random tokens in the program's own format."""
     from mlx_openelm.training.data.batches import Batch
 
     import mlx.core as mx
@@ -285,7 +289,7 @@ def token_batch(whose: str, rows: int, length: int, seed: int = 0) -> Any:
 
 
 def texts(folder: str, size: str, method: str, turns: int, source: str | None) -> dict[str, float]:
-    """Tokens of examples a second on texts, each program making its own batches of them."""
+    """Example tokens per second on texts; each program makes its own batches."""
     programs = both(folder, method)
     records = instructions(source) if source else mixed_texts()
     sources = {"ours": our_batches(programs["ours"], records), "mlx-lm": their_batches(programs["mlx-lm"], records)}
@@ -302,7 +306,7 @@ def texts(folder: str, size: str, method: str, turns: int, source: str | None) -
                 counted += tokens
                 positions[whose][0] += tokens
                 positions[whose][1] += padded
-            if turn:  # the first turn meets most shapes, which are traced and compiled
+            if turn:  # the first turn traces and compiles most shapes
                 rates[whose].append(counted / spent)
     answer = {whose: statistics.median(values) for whose, values in rates.items()}
     return answer | {f"padding, {whose}": 100 * (all_ / own - 1) for whose, (own, all_) in positions.items()}
@@ -325,7 +329,7 @@ def mixed_texts() -> list[str]:
 
 
 def our_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
-    """Batches as `mlx-openelm lora` makes them, with their tokens and their positions."""
+    """Batches as `mlx-openelm lora` makes them, each with its numbers of tokens and of positions."""
     from mlx_openelm.training.data.batches import Batches
     from mlx_openelm.training.data.examples import tokenize
     from mlx_openelm.training.data.kinds import Record
@@ -350,16 +354,23 @@ def their_batches(program: Program, records: Sequence[str]) -> Iterator[tuple[An
 
 
 def memory(whose: str, folder: str, size: str, grad_checkpoint: bool) -> float:
-    """MB (1e6 bytes) that the third step of LoRA takes at most above the weights."""
+    """The peak memory of the third LoRA step above the weights, in MB (1e6 bytes)."""
     import mlx_openelm  # noqa: F401 (before MLX)
-    from mlx_openelm.training.step import updater as step_module
+    from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums
 
     import mlx.core as mx
 
+    class Squares(CrossEntropy):
+        """A loss without logits."""
+
+        def __call__(self, forward: Forward, arrays: Any) -> Sums:
+            total = mx.sum(mx.square(forward.hidden_states(*arrays[:2])))
+            return Sums(total, total)
+
+    options = {}
     if whose == "without loss":
-        step_module.cross_entropy = lambda model, hidden, targets, **_: (mx.sum(mx.square(hidden)),) * 2
-        whose = "ours"
-    program = Program(whose, folder, "lora", grad_checkpoint)
+        whose, options = "ours", {"objective": Squares()}
+    program = Program(whose, folder, "lora", grad_checkpoint, **options)
     mx.clear_cache()
     weights = mx.get_active_memory()
     for _ in range(3):

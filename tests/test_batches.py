@@ -1,4 +1,4 @@
-"""Batches, by brute force: every example once an epoch, every token where it belongs, nothing remembered."""
+"""Batches by brute force: every example once per epoch, every token in the right position, and no state."""
 
 from __future__ import annotations
 

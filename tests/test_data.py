@@ -342,7 +342,7 @@ def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
     said = message(read_splits, "me/nothing")
     assert said.startswith("There is no file or folder me/nothing here, and no data set")
     assert "me/pictures has no files for train" in message(read_splits, "me/pictures")
-    assert "no valid name of a data set" in message(read_splits, "me/a b")
+    assert "nor a valid name of a data set" in message(read_splits, "me/a b")
     with pytest.raises(OpenELMError, match="datasets/me/gated is gated.*https://huggingface.co/datasets/me/gated"):
         read_splits("me/gated")
     hub.stop()

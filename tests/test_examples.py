@@ -256,7 +256,7 @@ def test_a_template_whose_beginnings_differ_is_refused(template):
     its = with_template(template)
     chat = {"messages": [USER, LAST, MORE, KING]}
     assert len(make(chat, its=its)) == 1
-    with pytest.raises(RequestError, match="line 1: the chat template renders the beginning .* otherwise"):
+    with pytest.raises(RequestError, match="line 1: the chat template renders the beginning .* differently"):
         make(chat, its=its, mask_prompt=True)
 
 

@@ -17,9 +17,9 @@ from mlx_openelm.training import finetune as finetune_module
 from mlx_openelm.training.finetune import FineTuned, Loading, finetune, saved_options
 from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.run import preparing
+from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.run.state import Checkpoints
-from mlx_openelm.training.run.trainer import Listener
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
@@ -484,7 +484,7 @@ def test_overwriting_removes_what_tensorboard_was_told(here):
 
 def test_options_reach_what_they_are_for(here, monkeypatch):
     seen = {}
-    for name in ("Updater", "Batches", "Checkpoints"):
+    for name in ("Updater", "CrossEntropy", "Batches", "Checkpoints"):
         make = getattr(finetune_module, name)
         note = lambda *args, _make=make, **told: seen.update(told) or _make(*args, **told)  # noqa: E731
         monkeypatch.setattr(finetune_module, name, note)

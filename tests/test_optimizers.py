@@ -1,4 +1,4 @@
-"""Optimizers beside PyTorch's and NumPy's, and their states, which go on as if nothing had been."""
+"""Optimizers compared with PyTorch and NumPy, and their states, which can be saved and restored exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is told: every value that cannot be right is refused by its flag."""
+"""The options of a run: every invalid value is refused, by its flag."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training.options import FineTuneOptions, TrainOptions, conform, field_types
+from mlx_openelm.training.options import FineTuneOptions, TrainOptions
+from mlx_openelm.training.values import conform, field_types
 
 import pytest
 
@@ -78,12 +79,12 @@ def test_the_defaults_are_right_and_are_mlx_lms() -> None:
         ({"adapter_format": "gguf"}, "--adapter-format must be mlx or peft, got 'gguf'."),
         (
             {"target_modules": ("q_proj",)},
-            "--target-modules must be of token_embeddings, qkv_proj, out_proj, proj_1, proj_2, not 'q_proj'; "
+            "--target-modules must be among token_embeddings, qkv_proj, out_proj, proj_1, proj_2, not 'q_proj'; "
             "did you mean qkv_proj or out_proj?",
         ),
         (
             {"target_modules": ("lm_head",)},
-            "--target-modules must be of token_embeddings, qkv_proj, out_proj, proj_1, proj_2, not 'lm_head'.",
+            "--target-modules must be among token_embeddings, qkv_proj, out_proj, proj_1, proj_2, not 'lm_head'.",
         ),
         ({"report_to": "swanlab"}, "--report-to knows tensorboard and wandb, not 'swanlab'."),
     ],

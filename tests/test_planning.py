@@ -1,4 +1,4 @@
-"""The memory that is told before a run, beside what MLX's buffers take at most while it runs."""
+"""The memory estimate of a run, compared with the peak of MLX's buffers while it runs."""
 
 from __future__ import annotations
 

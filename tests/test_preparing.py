@@ -1,4 +1,4 @@
-"""What is made ready before training: how the releases that were tuned for chats have their examples written."""
+"""Preparing a run: which chat template the examples of instruction-tuned releases get."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.preparing import Loading, prepare
 from mlx_openelm.training.run.samples import prompt_tokens
-from mlx_openelm.training.run.trainer import Listener
 
 import pytest
 import sentencepiece
@@ -66,7 +66,7 @@ def test_an_instruct_release_has_corenets_template(served: Path, example: dict[s
     assert first.learned[0][1] == len(whole) and first.learned[0][0] in (len(prompt) - 1, len(prompt))
     assert said.count(NOTE) == 1 and "--chat-template corenet" in said
     # The samples that are shown before and after are prompted alike.
-    assert prompt_tokens("Who is there?", ready.tokenizer, ready.shown.report, None) == prompt
+    assert prompt_tokens("Who is there?", ready.tokenizer, ready.main_examples.report, None) == prompt
 
 
 def test_what_is_no_conversation_is_left_as_it_is(served: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_is_no_conversation_is_left_as_it_is(served: Path) -> None:
 def test_other_models_have_no_template(served: Path, name: str) -> None:
     """Base models were not tuned for chats, and of somebody's copy nobody knows."""
     ready, said = prepared(name, COMPLETION)
-    assert ready.tokenizer.chat_template is None and ready.shown.report.chat_template is None
+    assert ready.tokenizer.chat_template is None and ready.main_examples.report.chat_template is None
     assert NOTE not in said
 
 

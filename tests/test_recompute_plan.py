@@ -1,4 +1,4 @@
-"""What is recomputed: as told, else on CUDA by the free memory of the GPU; and how it is told and kept."""
+"""What is recomputed: the options, or on CUDA the GPU's free memory, decide; and how that is reported and recorded."""
 
 from __future__ import annotations
 

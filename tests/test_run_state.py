@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, kept and removed as told, damage noticed."""
+"""Checkpoints: complete or absent, kept and removed as configured, and damage is reported."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, named):
 
     for step in kept.steps():
         harm(kept.path(step))
-    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start anew with --overwrite"):
+    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start a new run with --overwrite"):
         kept.load(said.append)
 
 

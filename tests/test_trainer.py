@@ -17,10 +17,12 @@ from mlx_openelm.errors import OpenELMError
 from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.options import TrainOptions
 from mlx_openelm.training.run import trainer
+from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics, read
 from mlx_openelm.training.run.state import Checkpoints
-from mlx_openelm.training.run.trainer import Listener, train
-from mlx_openelm.training.step.updater import Evaluation, Update
+from mlx_openelm.training.run.trainer import TrainingRun, train
+from mlx_openelm.training.step.evaluation import Evaluation
+from mlx_openelm.training.step.updater import Update
 
 import mlx.core as mx
 import pytest
@@ -106,9 +108,10 @@ def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPT
 
     validated = state.validated if state else None
     with Metrics(folder, resume_step=start if state else None, validated=validated, plot=False) as metrics:
-        result = train(updater, data, options, total_steps=total, learning_rate=lambda step: 0.5 ** (step + 1),
-                       checkpoints=checkpoints, metrics=metrics, state=state, listener=notes,
-                       evaluate=evaluate if val else None, **rest)  # fmt: skip
+        job = TrainingRun(updater=updater, steps=data, options=options, total_steps=total,
+                          learning_rate=lambda step: 0.5 ** (step + 1), checkpoints=checkpoints, metrics=metrics,
+                          evaluate=evaluate if val else None, listener=notes, **rest)  # fmt: skip
+        result = train(job, state)
     return result, notes, data, evaluated, checkpoints
 
 
@@ -220,8 +223,9 @@ def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path
         raise AssertionError("it went on")
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
-    result = train(Counting(), Data(), OPTIONS, total_steps=10, learning_rate=lambda _: 1.0, checkpoints=checkpoints,
-                   evaluate=evaluate)  # fmt: skip
+    job = TrainingRun(updater=Counting(), steps=Data(), options=OPTIONS, total_steps=10,
+                      learning_rate=lambda _: 1.0, checkpoints=checkpoints, evaluate=evaluate)  # fmt: skip
+    result = train(job)
     assert (result.stopped, result.steps, checkpoints.steps()) == ("interrupted", 0, [0])
     _, _, _, evaluated, _ = run(tmp_path, Counting(), 10, val=lambda step: 1.0)
     assert evaluated == [0, 4, 8, 10]
@@ -304,7 +308,8 @@ def test_the_next_step_is_built_while_the_device_computes(tmp_path, monkeypatch)
     build = data.step
     monkeypatch.setattr(data, "step", lambda *args: order.append(f"built {args[0]}") or build(*args))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
-    train(Counting(), data, OPTIONS, total_steps=3, learning_rate=lambda _: 1.0, checkpoints=checkpoints)
+    train(TrainingRun(updater=Counting(), steps=data, options=OPTIONS, total_steps=3, learning_rate=lambda _: 1.0,
+                      checkpoints=checkpoints))  # fmt: skip
     assert order == ["built 0", "launched", "built 1", "launched", "built 2", "launched"]
 
 
@@ -312,3 +317,19 @@ def test_what_is_saved_is_plain_json(tmp_path):
     run(tmp_path, Counting(), 5, val=lambda step: 1.0)
     record = json.loads((tmp_path / "checkpoints" / "0000005" / "state.json").read_text())
     assert record["state"]["step"] == 5 and record["state"]["best_step"] == 0
+
+
+def test_an_objectives_own_numbers_are_logged(tmp_path):
+    class Preferring(Counting):
+        def update(self, *arguments):
+            update = super().update(*arguments)
+            return replace(update, metrics={"accuracy": update.loss / 10})
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=1)
+    with Metrics(tmp_path, plot=False) as metrics:
+        train(TrainingRun(updater=Preferring(), steps=Data(), options=OPTIONS, total_steps=4,
+                          learning_rate=lambda _: 1.0, checkpoints=checkpoints, metrics=metrics,
+                          evaluate=lambda check: Evaluation(2.0, 5, {"accuracy": 0.75})))  # fmt: skip
+    logged = rows(tmp_path)
+    assert [row["accuracy"] for row in logged if "train_loss" in row] == [pytest.approx(0.8), pytest.approx(0.7)]
+    assert [row["val_accuracy"] for row in logged if "val_loss" in row] == [0.75, 0.75]

@@ -14,6 +14,7 @@ from mlx_openelm.training.step.strategy import CHUNK, here
 
 import mlx.core as mx
 import pytest
+from small_models import small
 
 ROWS = 2 * CHUNK + 37  # the last chunk is not full
 
@@ -127,7 +128,7 @@ def test_bfloat16_hidden_states_get_bfloat16_gradients():
 
 
 def test_the_heads_gradient_in_bfloat16_does_not_depend_on_the_number_of_chunks(monkeypatch):
-    model = load("tiny", expand=True, dtype="bfloat16")[0]
+    model = small(mx.bfloat16)
     model.freeze()
     head = model.transformer.token_embeddings
     head.unfreeze()

@@ -11,16 +11,19 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import IGNORED, Batch
 from mlx_openelm.training.step import updater as step_module
+from mlx_openelm.training.step.evaluation import Evaluation, evaluate
 from mlx_openelm.training.step.forward import hidden_states
+from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums, learned_positions
 from mlx_openelm.training.step.recompute import recomputed, substituted, trainable
 from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
-from mlx_openelm.training.step.updater import Evaluation, Updater, evaluate
+from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from small_models import small
 
 EVERYTHING = ("token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2")
 
@@ -157,15 +160,15 @@ def test_micro_batches_add_up_to_one_batch(model, method):
 
 def test_half_precision_loses_nothing_in_steps_of_many_tokens():
     """A token's share of a step may be 1e-6; times that, float16's gradients of activations would be zero."""
-    batch, found = rows_of(sequences([100, 60])), {}
-    for dtype in ("float32", "float16"):
-        model = load("tiny", expand=True, dtype=dtype)[0]
+    batch, found = rows_of(sequences([100, 60], vocab=200)), {}
+    for dtype in (mx.float32, mx.float16):
+        model = small(dtype)
         adapt(model)
         updater, before = Updater(model, optim.SGD(1.0)), dict(tree_flatten(model.trainable_parameters()))
         updater.update([batch], 1_000_000, 1e6, 0)
         found[dtype] = {name: value - before[name] for name, value in tree_flatten(model.trainable_parameters())}
-    for name, change in found["float32"].items():
-        error = mx.sqrt(mx.sum(mx.square(found["float16"][name] - change)) / mx.sum(mx.square(change)))
+    for name, change in found[mx.float32].items():
+        error = mx.sqrt(mx.sum(mx.square(found[mx.float16][name] - change)) / mx.sum(mx.square(change)))
         assert error.item() < 0.01, name
 
 
@@ -187,7 +190,7 @@ def test_what_is_learned_is_among_few_numbers_of_rows(model):
     sizes = set()
     for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
         targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
-        rows, wanted, counts = step_module._learned(Batch(targets, targets, None, (0,), count, 4096))
+        rows, wanted, counts = learned_positions(Batch(targets, targets, None, (0,), count, 4096))
         rows = mx.arange(4096) if rows is None else rows  # all
         assert wanted.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
         learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
@@ -250,7 +253,7 @@ def test_gradients_are_clipped_to_the_norm(model):
 def test_z_loss_and_smoothing_are_minimized_and_not_reported(model):
     adapt(model)
     batch = rows_of(sequences([50]))
-    updater = Updater(model, optim.SGD(0.0), z_loss=0.1, label_smoothing=0.1)
+    updater = Updater(model, optim.SGD(0.0), objective=CrossEntropy(z_loss=0.1, label_smoothing=0.1))
     update = updater.update([batch], batch.num_targets, 0.0, 0)
     assert update.loss.item() == pytest.approx(evaluate(model, [batch]).loss, rel=1e-5)
     assert update.objective.item() > update.loss.item()
@@ -331,23 +334,27 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run(model):
 
 
 def test_weights_are_kept_in_float32_and_computed_with_in_bfloat16():
-    model = load("tiny", expand=True, dtype="bfloat16")[0]
+    seen = set()
+
+    class NotingForward(Forward):
+        def hidden_states(self, inputs, segments=None):
+            hidden = super().hidden_states(inputs, segments)
+            seen.add(hidden.dtype)
+            return hidden
+
+    class Noting(CrossEntropy):
+        def __call__(self, forward, arrays):
+            noting = NotingForward(forward.model, forward.recompute, forward.differentiable)
+            return super().__call__(noting, arrays)
+
+    model = small(mx.bfloat16)
     model.unfreeze()
-    batch = rows_of(sequences([30, 30]))
-    updater = Updater(model, optim.SGD(1e-3), compute_dtype=mx.bfloat16)
+    batch = rows_of(sequences([30, 30], vocab=200))
+    updater = Updater(model, optim.SGD(1e-3), objective=Noting(), compute_dtype=mx.bfloat16)
     assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}
-    seen = []
-    original = step_module.cross_entropy
-    step_module.cross_entropy = lambda model, hidden, *rest, **options: (
-        seen.append(hidden.dtype),
-        original(model, hidden, *rest, **options),
-    )[1]
-    try:
-        loss = updater.update([batch], batch.num_targets, 1e-4, 0).loss.item()
-        assert updater.evaluate([batch]).loss == pytest.approx(loss, rel=0.05)
-    finally:
-        step_module.cross_entropy = original
-    assert set(seen) == {mx.bfloat16}
+    loss = updater.update([batch], batch.num_targets, 1e-4, 0).loss.item()
+    assert updater.evaluate([batch]).loss == pytest.approx(loss, rel=0.05)
+    assert seen == {mx.bfloat16}
     assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}
 
 
@@ -411,14 +418,31 @@ def wide() -> OpenELM:
     return model
 
 
+class Squares(CrossEntropy):
+    """No logits at all."""
+
+    def __call__(self, forward: Forward, arrays) -> Sums:
+        total = mx.sum(mx.square(forward.hidden_states(*arrays[:2])))
+        return Sums(total, total)
+
+
+class PlainForward(Forward):
+    """The model's own forward pass, all of which is kept for the backward pass."""
+
+    def hidden_states(self, inputs: mx.array, segments: mx.array | None = None) -> mx.array:
+        return self.model.hidden_states(inputs).reshape(inputs.size, -1)
+
+
+class Plain(CrossEntropy):
+    def __call__(self, forward: Forward, arrays) -> Sums:
+        return super().__call__(PlainForward(forward.model), arrays)
+
+
 @pytest.mark.parametrize("recompute", [PARTS, LAYERS])
-def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, monkeypatch, recompute):
+def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
     ours = peak(wide, batch, recompute=recompute)
-    monkeypatch.setattr(
-        step_module, "cross_entropy", lambda model, hidden, targets, **_: (mx.sum(mx.square(hidden)),) * 2
-    )
-    assert ours <= 1.05 * peak(wide, batch, recompute=recompute)
+    assert ours <= 1.05 * peak(wide, batch, recompute=recompute, objective=Squares())
 
 
 def test_micro_batches_are_computed_one_after_the_other(wide):
@@ -432,16 +456,8 @@ def test_recomputing_saves_memory(wide):
     # Four layers keep little; the rest is what one layer's gradients need at a time.
     assert checkpointed < 0.9 * ours
 
-    def plain(inputs, segments, *, recompute):
-        return wide.hidden_states(inputs).reshape(inputs.size, -1)
-
-    original = step_module.hidden_states
-    step_module.hidden_states = lambda model, *rest, **options: plain(*rest, **options)
-    try:
-        # Our own kernels keep no attention weights either.
-        assert ours < (0.8 if native.kernels is not None else 0.6) * peak(wide, batch)
-    finally:
-        step_module.hidden_states = original
+    # Our own kernels keep no attention weights either.
+    assert ours < (0.8 if native.kernels is not None else 0.6) * peak(wide, batch, objective=Plain())
 
 
 def test_hidden_states_are_the_models_own(model):

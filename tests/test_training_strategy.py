@@ -11,10 +11,11 @@ from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
 from mlx_openelm.training.step import strategy
+from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.forward import hidden_states
 from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.swiglu import swiglu
-from mlx_openelm.training.step.updater import Updater, evaluate
+from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -1,4 +1,4 @@
-"""Short fine-tuning runs of tiny models, and what of two runs must be the same."""
+"""Short fine-tuning runs of tiny models, and comparisons of two runs."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,11 +13,40 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats.adapter import Adapter, LowRank
 from ..model import OpenELM
-from .attaching import Adapted, Replaced, attach, check_base, check_fits, detach, make_layers, put
+from .attaching import (
+    Adapted,
+    Replaced,
+    adapted_layers,
+    attach,
+    base_of,
+    check_base,
+    check_fits,
+    detach,
+    make_layers,
+    put,
+)
 from .files import find_local, read_adapter
 
 # One adapter, several, or several with weights; a string may end in `=WEIGHT`.
 AdapterPaths = str | Path | Sequence[str | Path] | Mapping[str, float]
+
+
+@contextmanager
+def without_adapters(model: OpenELM) -> Iterator[None]:
+    """Switch a model's adapters off while the block runs: inside, the base's own layers compute.
+
+    This is the reference model of DPO. It works inside functions that MLX compiles or differentiates too. Treat
+    values computed inside as constants (`mx.stop_gradient`): the backward pass runs after the block, when the
+    adapters are on again. Blocks may be nested. Whole weights, which full fine-tuning trains, stay as they are.
+    """
+    layers = dict(adapted_layers(model))
+    put(model, {path: base_of(layer) for path, layer in layers.items()})
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.train(base_of(layer).training)  # model.train() and eval() inside did not reach the adapters
+        put(model, layers)
 
 
 class AdapterSwitch:

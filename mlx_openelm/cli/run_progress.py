@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..training.run.trainer import Listener
+from ..training.run.listener import Listener
 from . import console
 
 # The share of the latest step in the pace that the time left is told by.

@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 from .. import inputs
 from ..errors import RequestError, quote
 from . import mlx_lm_config
-from .options import TrainOptions, conform, field_types, flag
+from .options import TrainOptions
+from .values import conform, field_types, flag
 
 Options = TypeVar("Options", bound=TrainOptions)
 
-# What a file may say beside the options: which model, for the command.
+# Keys about the model, which a file may have beside the options.
 MODEL_KEYS = ("model", "tokenizer", "config_yaml", "revision", "dtype", "chat_template")
 
-# What files of mlx-lm have, of any version since its first of 2024, and we do not offer, with the values that ask for
-# nothing, and what to do instead.
+# Keys of mlx-lm's files (of all versions since 2024) that are not offered here: the values that have no effect, which
+# are accepted, and what to do instead of others.
 _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hf_dataset": ((), "name the data set in data"),
     "trust_remote_code": ((False,), "no code of a model's repository is run here"),
@@ -37,10 +38,10 @@ _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "wandb": ((), "write report_to: wandb, and its value as project_name"),
     "wand": ((), "write report_to: wandb, and its value as project_name"),
 }
-# Two ways to say one thing.
+# Pairs of keys that set the same thing.
 _RIVALS = (("alpha", "scale"), ("iters", "epochs"))
 _SPELLINGS = (("sample_prompt", "sample_prompts"),)
-# What the meaning of other keys hangs on.
+# Keys that decide what other keys mean.
 _OWNERS = ("optimizer", "fine_tune_type")
 _OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout", "adapter_format")
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum", "bias_correction")
@@ -48,10 +49,10 @@ _OF_SCHEDULE = ("min_learning_rate", "decay_steps")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they are there; `1e-5` is a number.
+    """The keys and values of a YAML file, unchanged; `1e-5` is a number.
 
     Raises:
-        RequestError: it cannot be read, is no YAML, or no list of keys and values.
+        RequestError: the file cannot be read, is not YAML, or does not hold keys with values.
     """
     values = inputs.read_yaml(path, _loader())
     if values is None:
@@ -69,20 +70,21 @@ def merge(
     model_keys: tuple[str, ...] = MODEL_KEYS,
     place: str = "The configuration file",
 ) -> tuple[Options, dict[str, Any]]:
-    """The options of a run, and what is said about the model: flags come before the file, the file before defaults.
+    """The options of a run and its model keys: flags override the file, which overrides the defaults.
 
-    Where a flag chooses another optimizer, schedule or kind of fine-tuning, what the file says about its own is left
-    out. A null in the file is as good as no key.
+    If a flag chooses another optimizer, schedule or kind of fine-tuning, the file's settings for its own are ignored. A
+    null in the file means that the key is not set.
 
     Args:
-        options: the dataclass to make; it is not checked yet.
-        file_values: as `read` gives them.
+        options: the dataclass to make; its values are not checked yet.
+        file_values: as `read` returns them.
         flags: those that were given, by field or by model key.
-        model_keys: what may be said beside the options.
+        model_keys: the keys to accept beside the options.
         place: what messages call the file.
 
     Raises:
-        RequestError: an unknown key, one that is not offered, a value of a wrong type, or two that exclude another.
+        RequestError: an unknown key, one that is not offered, a value of the wrong type, or two that exclude each
+            other.
     """
     types = {**{key: str | None for key in model_keys}, **field_types(options)}
     values = {key: value for key, value in file_values.items() if value is not None}
@@ -103,9 +105,9 @@ def merge(
 
 
 def to_dict(options: TrainOptions) -> dict[str, Any]:
-    """The options as JSON and YAML have them; `merge` makes the same options of it.
+    """The options as plain values for JSON and YAML; `merge` turns them into the same options.
 
-    `iters` is left out where `epochs` takes its place.
+    `iters` is left out when `epochs` is set.
     """
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
     if options.epochs is not None:
@@ -114,7 +116,7 @@ def to_dict(options: TrainOptions) -> dict[str, Any]:
 
 
 def _loader() -> Any:
-    """A safe YAML loader to which 1e-5 is a number, as in YAML 1.2, and a key given twice is an error."""
+    """A safe YAML loader that reads 1e-5 as a number, as in YAML 1.2, and rejects duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -142,7 +144,7 @@ def _offered(values: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """`sample_prompt`, as the flag is called, becomes `sample_prompts`; one text needs no list."""
+    """`sample_prompt`, the name of the flag, becomes `sample_prompts`; a single text becomes a list."""
     flat = dict(values)
     if "sample_prompt" in flat:
         _check_rivals(flat, f"{place} has both {{}} and {{}}, which set the same thing; keep one.", pairs=_SPELLINGS)
@@ -152,7 +154,7 @@ def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _hint(key: Any, known: list[str]) -> str:
-    """What may have been meant by an unknown key."""
+    """Known keys that are similar to an unknown one."""
     close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=2)
     return f"did you mean {' or '.join(close)}?" if close else "see `mlx-openelm lora --help` for the names."
 
@@ -180,7 +182,7 @@ def _check_rivals(
 
 
 def _without_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's values without those that a flag has made meaningless."""
+    """The file's values without those that have no meaning with these flags."""
     overruled: set[str] = set()
     for one, other in _RIVALS:
         overruled |= {other} if one in flags else set()
@@ -194,5 +196,5 @@ def _without_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> d
     if "scale" in flags:
         overruled.add("use_rslora")
     if flags.get("resume"):
-        overruled.add("resume_adapter_file")  # what the run started from
+        overruled.add("resume_adapter_file")  # the run has started from it already
     return {key: value for key, value in values.items() if key not in overruled}

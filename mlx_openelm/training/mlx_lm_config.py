@@ -8,11 +8,11 @@ from typing import Any
 from ..errors import RequestError, quote
 from .options import TARGET_MODULES
 
-# lr_schedule is flat where it is a name.
+# lr_schedule is also one of our flat keys, when its value is a name.
 KEYS = ("lora_parameters", "lr_schedule", "optimizer_config")
 
 _SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-# What their optimizers may be told, by our name; `betas` has a branch of its own.
+# The settings of their optimizers, by our names; `betas` is handled separately.
 _SETTINGS = {
     "eps": "eps",
     "weight_decay": "weight_decay",
@@ -20,13 +20,13 @@ _SETTINGS = {
     "momentum": "momentum",
     "beta_1": "beta1",
 }
-# What else they may be told, as far as it is what we do anyway.
+# Further settings of their optimizers, accepted if they are what we do anyway.
 _SAME_HERE: dict[str, dict[str, Any]] = {
     "sgd": {"dampening": 0, "nesterov": False},
     "muon": {"nesterov": True, "ns_steps": 5},
     "adafactor": {"relative_step": False, "scale_parameter": False, "warmup_init": False, "clip_threshold": 1.0},
 }
-# Their paths, within a layer or in the whole model, of what can have an adapter.
+# Their paths, within a layer or in the model, of the modules that can have an adapter.
 _MODULES = {
     **{f"attn.{name}": name for name in ("qkv_proj", "out_proj")},
     **{f"ffn.{name}": name for name in ("proj_1", "proj_2")},
@@ -36,15 +36,15 @@ _MODULES = {
 
 
 def flatten(values: Mapping[str, Any], place: str, *, optimizer: str, fine_tune_type: str | None) -> dict[str, Any]:
-    """The values of a file with flat names alone; a nested one comes before a flat one, as in mlx-lm.
+    """The values of a file with nested keys turned into flat ones; a nested one overrides a flat one, as in mlx-lm.
 
     Args:
         place: what messages call the file.
-        optimizer: the one in use, whose part of `optimizer_config` counts.
-        fine_tune_type: the one in use; `full` has no use for `lora_parameters`, which mlx-lm's files have all the same.
+        optimizer: the one in use; its part of `optimizer_config` is read.
+        fine_tune_type: the one in use; with `full`, `lora_parameters` is ignored, as in mlx-lm.
 
     Raises:
-        RequestError: what is nested cannot be carried over; the message names it.
+        RequestError: a nested key has no flat equivalent; the message names it.
     """
     flat = {key: value for key, value in values.items() if key not in KEYS}
     readers: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
@@ -82,7 +82,7 @@ def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _schedule(section: dict[str, Any], where: str) -> dict[str, Any]:
-    """Theirs are functions of MLX with their arguments: the first rate, steps and the last one, in its order."""
+    """mlx-lm's schedules are MLX functions with their positional arguments: rates and steps, in each one's order."""
     _refuse_others(section, ("name", "warmup", "warmup_init", "arguments"), where)
     name, arguments = section.get("name"), section.get("arguments")
     if name not in _SCHEDULES:

@@ -1,19 +1,16 @@
-"""What a run is told: the fields are the command's flags, the YAML keys and the Python arguments."""
+"""The options of a run: the fields are the command's flags, the YAML keys and the Python arguments."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import math
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import RequestError, quote
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
+from .values import conform, field_types, flag, one_of
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -22,10 +19,10 @@ TARGET_MODULES = ("token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2"
 LONG_EXAMPLES = ("truncate", "refuse")
 ADAPTER_FORMATS = ("mlx", "peft")
 
-# mlx-lm's scale where neither scale nor alpha is given.
+# mlx-lm's scale, when neither scale nor alpha is given.
 DEFAULT_SCALE = 20.0
 
-# The optimizers that have what a flag sets.
+# The optimizers that each flag applies to.
 _OPTIMIZERS_WITH = {
     "weight_decay": ("adamw", "sgd", "lion", "adafactor", "muon"),
     "beta1": ("adam", "adamw", "lion", "adafactor", "muon"),
@@ -42,7 +39,7 @@ _CHOICES = {
     "recompute": RECOMPUTE,
     "adapter_format": ADAPTER_FORMATS,
 }
-# The least a number may be, itself included.
+# The smallest value allowed.
 _LEAST = {
     "batch_size": 1,
     "grad_accumulation_steps": 1,
@@ -79,21 +76,22 @@ _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction",
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What every kind of training shares. A step, or iteration, is one update of the weights.
+    """The options that every kind of training has. A step, or iteration, is one update of the weights.
 
     Args:
-        epochs: passes over the data, in place of `iters`.
-        decay_steps: the steps from the end of the warm-up to `min_learning_rate`; None: all that are left.
-        weight_decay, beta1, beta2, eps, momentum: None is what the optimizer usually has; see `optimizers`.
-        val_batches: -1 is all of them, 0 no validation.
-        recompute: what of the activations the backward pass computes again: nothing, parts (what takes little time),
-            layers; auto lets the plan choose by the free memory on CUDA, and is parts elsewhere.
-        grad_checkpoint: `recompute="layers"`, under mlx-lm's name.
-        early_stop: stop after so many validations without a new best.
-        keep_last, keep_every: keep the last so many checkpoints, and those at multiples of so many steps.
+        epochs: passes over the data, instead of `iters`.
+        decay_steps: the steps from the end of the warm-up to `min_learning_rate`; None means all that are left.
+        weight_decay, beta1, beta2, eps, momentum: None is the optimizer's default; see `optimizers`.
+        val_batches: -1 is all, 0 turns validation off.
+        recompute: the activations that the backward pass computes again: nothing, parts (those that take little time)
+            or layers. auto chooses by the free memory on CUDA, and is parts elsewhere.
+        grad_checkpoint: the same as `recompute="layers"`, under mlx-lm's name.
+        early_stop: stop after this many validations without a new best.
+        keep_last: keep this many of the last checkpoints.
+        keep_every: also keep every N-th step's checkpoint.
 
     Raises (by `check`):
-        RequestError: a value that cannot be right, by its flag.
+        RequestError: an invalid value; the message names its flag.
     """
 
     batch_size: int = 4
@@ -135,19 +133,19 @@ class TrainOptions:
 
     @property
     def recomputed(self) -> str:
-        """What is recomputed, as told in either way."""
+        """What is recomputed, whichever option set it."""
         return LAYERS if self.grad_checkpoint else self.recompute
 
     def __post_init__(self) -> None:
         for field, kind in field_types(type(self)).items():
-            with contextlib.suppress(ValueError):  # `check` tells
+            with contextlib.suppress(ValueError):  # `check` reports it
                 object.__setattr__(self, field, conform(kind, getattr(self, field)))
 
     def check(self) -> None:
-        """Refuse what cannot be right, before any work.
+        """Check all values, before any work.
 
         Raises:
-            RequestError: it names the flag.
+            RequestError: an invalid value; the message names its flag.
         """
         self._check_values()
         self._check_optimizer()
@@ -210,14 +208,14 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneOptions(TrainOptions):
-    """What `mlx-openelm lora` is told beside the model.
+    """The options of `mlx-openelm lora`, apart from the model.
 
     Args:
-        valid_fraction: how much of one file without a validation set becomes one; 0 is none.
-        long_examples: truncate or refuse those longer than `max_seq_length`.
-        num_layers: the last so many layers; -1 is all.
-        target_modules: some of `TARGET_MODULES`; None is the four matrices of a layer, or with full everything.
-        alpha, scale: what the low-rank product is multiplied by, see `lora_scale`; one of them at most.
+        valid_fraction: the share of the training examples to hold out when there is no validation file; 0 is none.
+        long_examples: truncate or refuse examples longer than `max_seq_length`.
+        num_layers: train this many layers, counted from the last; -1 is all.
+        target_modules: some of `TARGET_MODULES`; None means the four matrices of a layer, with full everything.
+        alpha, scale: the factor of the low-rank product, see `lora_scale`; give at most one of them.
     """
 
     data: str | None = None
@@ -254,10 +252,10 @@ class FineTuneOptions(TrainOptions):
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def check(self) -> None:
-        """Refuse what cannot be right, before any work.
+        """Check all values, before any work.
 
         Raises:
-            RequestError: it names the flag.
+            RequestError: an invalid value; the message names its flag.
         """
         super().check()
         if not (self.train or self.test):
@@ -275,18 +273,18 @@ class FineTuneOptions(TrainOptions):
     def _check_adapter(self) -> None:
         for name in self.target_modules or ():
             if name not in TARGET_MODULES:
-                raise RequestError(f"--target-modules must be of {', '.join(TARGET_MODULES)}{_instead_of(name)}")
+                raise RequestError(f"--target-modules must be among {', '.join(TARGET_MODULES)}{_instead_of(name)}")
         if self.target_modules == ():
             raise RequestError(f"--target-modules must name at least one of {', '.join(TARGET_MODULES)}.")
         if self.alpha is not None and self.scale is not None:
-            raise RequestError("--alpha and --scale say the same in two ways; give one.")
+            raise RequestError("--alpha and --scale set the same thing; give one of them.")
         if self.use_rslora and self.alpha is None:
             raise RequestError("--use-rslora divides --alpha by the root of the rank; give --alpha.")
         if self.fine_tune_type != "full":
             return
         for field in ("alpha", "scale", "dropout"):
             if getattr(self, field):
-                raise RequestError(f"{flag(field)} belongs to LoRA and DoRA; --fine-tune-type full has none.")
+                raise RequestError(f"{flag(field)} is for LoRA and DoRA, not for --fine-tune-type full.")
         if self.adapter_format == "peft":
             raise RequestError("--adapter-format peft holds LoRA and DoRA; --fine-tune-type full needs mlx.")
 
@@ -300,57 +298,7 @@ class FineTuneOptions(TrainOptions):
                 raise RequestError(f"{flag(field)} needs --train; to test an adapter, give --adapter-path.")
 
 
-# The names and types of values, which YAML files share.
-
-
-def flag(field: str) -> str:
-    """The flag that sets a field."""
-    return f"--{field.replace('_', '-')}"
-
-
-def field_types(options: type[TrainOptions]) -> dict[str, Any]:
-    """The type of every field, by name."""
-    hints = typing.get_type_hints(options)
-    return {field.name: hints[field.name] for field in fields(options)}
-
-
-def conform(kind: Any, value: Any) -> Any:
-    """`value` as what a field of this type holds: 1e3 is a whole number, and a list a tuple.
-
-    Raises:
-        ValueError: it is something else; the message says what was expected.
-    """
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is bool:
-        _expect(isinstance(value, bool), "true or false")
-        return value
-    if kind is int:
-        _expect(number and value == value // 1, "a whole number")
-        return int(value)
-    if kind is float:
-        _expect(number and abs(value) < math.inf, "a number")
-        return float(value)
-    if kind is str:
-        _expect(isinstance(value, str), "text")
-        return value
-    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
-    return tuple(value)
-
-
-def _expect(right: bool, expected: str) -> None:
-    if not right:
-        raise ValueError(expected)
-
-
-def one_of(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
 def _instead_of(name: str) -> str:
-    """The end of a sentence that lists `TARGET_MODULES`, of which `name` is none."""
+    """The end of a message about an unknown module: the name, and similar ones that exist."""
     close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
     return f", not {quote(name)}; did you mean {' or '.join(close)}?" if close else f", not {quote(name)}."

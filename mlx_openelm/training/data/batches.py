@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens and what is to be predicted after each.
+    """Rows of tokens, and the token to predict after each.
 
     Args:
         inputs: token ids [rows, length], padding on the right.
-        targets: the id that follows each position [rows, length], `IGNORED` where it is not learned.
-        segments: of packed rows, which example each position belongs to [rows, length], counted from 0 in each row,
-            -1 for padding; None where each row is one example, for which the causal mask is enough.
-        examples: the indices of the examples in it.
-        num_targets: how many targets are not `IGNORED`.
-        num_tokens: how many positions are not padding.
+        targets: the id that follows each position [rows, length]; `IGNORED` if it is not learned.
+        segments: for packed rows, the example that each position belongs to [rows, length], counted from 0 in each row,
+            -1 for padding. None if each row is one example: the causal mask is enough for that.
+        examples: the indices of its examples.
+        num_targets: the number of targets that are not `IGNORED`.
+        num_tokens: the number of positions that are not padding.
     """
 
     inputs: mx.array
@@ -51,13 +51,13 @@ class Step:
     """One update of the weights.
 
     Args:
-        index: which update it is, counted from 0 over all epochs.
+        index: the number of the update, counted from 0 over all epochs.
         epoch: the pass over the examples it belongs to, counted from 0.
-        batches: this process's part of each micro-batch; fewer than there are, or none, where a micro-batch has fewer
-            rows than there are processes. A process without any still adds its zero gradients to the sum.
-        num_targets: how many targets all processes learn from in this update; it can be 0.
-        num_tokens: how many positions of examples all processes read.
-        examples: the indices of the examples in it, those of all processes.
+        batches: this process's part of each micro-batch. Some or all are missing when micro-batches have fewer rows
+            than there are processes; a process without any still takes part in the sum of gradients, with zeros.
+        num_targets: the learned targets of this update, over all processes; it can be 0.
+        num_tokens: the positions without padding, over all processes.
+        examples: the indices of its examples, over all processes.
     """
 
     index: int
@@ -71,9 +71,9 @@ class Step:
 class Batches:
     """Which examples each update learns from: a function of the examples, the options, the seed and its index.
 
-    There is no state, so a run goes on at any step. Every epoch holds every example once, in an order of its own; one
-    of its micro-batches may have fewer rows, and its last update fewer micro-batches. A batch holds examples of about
-    the same length, or, packed, rows that are filled with several examples.
+    There is no state, so a run can continue at any step. Every epoch has every example once, in a new order; one of its
+    micro-batches may have fewer rows, and its last update fewer micro-batches. The examples of a batch have similar
+    lengths; with packing, its rows are filled with several examples.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Batches:
     ):
         """
         Args:
-            batch_size: the rows of a micro-batch over all processes, of which process r has r, r + world_size, ...
+            batch_size: the rows of a micro-batch over all processes; process r gets rows r, r + world_size, ...
             grad_accumulation_steps: the micro-batches of an update.
-            max_seq_length: the most positions a row has; no example has more (see `examples.tokenize`).
-            shuffle: without it the examples come in their order, packed or not, in every epoch.
+            max_seq_length: the most positions of a row; no example is longer (see `examples.tokenize`).
+            shuffle: False keeps the examples in their order in every epoch, packed or not.
 
         Raises:
-            RequestError: no examples, a size below 1, or a batch size that the processes cannot share.
+            RequestError: no examples, a size below 1, or a batch size that cannot be divided among the processes.
         """
         _check(examples, batch_size, world_size, max_seq_length)
         if grad_accumulation_steps < 1:
@@ -108,11 +108,11 @@ class Batches:
         self._lengths = [example.num_positions for example in examples]
         self._planned: tuple[int, list[list[Row]]] = (0, self._plan(0))
         self.num_micro_batches = len(self._planned[1])
-        # How well rows can be filled depends on the lengths alone, so every epoch has as many steps.
+        # How rows can be filled depends on the lengths alone, so every epoch has the same number of steps.
         self.steps_per_epoch = math.ceil(self.num_micro_batches / grad_accumulation_steps)
 
     def step(self, index: int, rank: int = 0) -> Step:
-        """The update `index`, as the process `rank` takes part in it."""
+        """What process `rank` learns from in update `index`."""
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self._accumulation
         micro_batches = self.plan(epoch)[start : start + self._accumulation]
@@ -145,11 +145,11 @@ class Batches:
             rows = pack(order, self._lengths, self.max_seq_length, largest_first=self.shuffle)
         if not self.shuffle:
             return _chunks(rows, self.batch_size)
-        # Rows that are padded to the same length share batches, and among those chance decides: sorting by the length
-        # itself would pad no less, and put the same examples together in every epoch.
+        # Rows of the same padded length share batches, in random order. Sorting by exact length would not pad less, and
+        # would put the same examples together in every epoch.
         draw.shuffle(rows)
         rows.sort(key=lambda row: padded(sum(self._lengths[index] for index in row)))
-        # The batch that is not full comes anywhere, which moves the bounds of those after it.
+        # The batch that is not full is at a random position, which shifts the bounds of those after it.
         start = draw.randrange(len(rows) // self.batch_size + 1) * self.batch_size
         end = start + len(rows) % self.batch_size
         partial = [rows[start:end]] if start < end else []
@@ -158,7 +158,7 @@ class Batches:
         return micro_batches
 
     def shapes(self, epoch: int = 0) -> Counter[tuple[int, int]]:
-        """How often each shape [rows, length] occurs in an epoch, over all processes; each is traced once."""
+        """How many batches of an epoch have each shape [rows, length], over all processes; each is traced once."""
         shapes: Counter[tuple[int, int]] = Counter()
         for rows in self.plan(epoch):
             for rank in range(min(self.world_size, len(rows))):
@@ -167,13 +167,13 @@ class Batches:
         return shapes
 
     def largest_shape(self) -> tuple[int, int]:
-        """A shape [rows, length] that no batch of any epoch exceeds: what memory has to suffice for."""
+        """A shape [rows, length] that no batch of any epoch exceeds; memory must be enough for it."""
         rows = min(math.ceil(self.batch_size / self.world_size), len(self._lengths))
         longest = self.max_seq_length if self.packing else max(self._lengths)
         return rows, min(padded(longest), self.max_seq_length)
 
     def padding_overhead(self, epoch: int = 0) -> float:
-        """Positions of padding over positions of examples, in an epoch: 0.05 is 5 positions in vain for 100."""
+        """Padding positions per position of examples, in an epoch: 0.05 is 5 for 100."""
         positions = sum(rows * length * number for (rows, length), number in self.shapes(epoch).items())
         return positions / sum(self._lengths) - 1
 
@@ -188,11 +188,11 @@ def validation_batches(
     rank: int = 0,
     seed: int = 0,
 ) -> list[Batch]:
-    """The batches that the process `rank` evaluates, the same ones each time, shortest examples first.
+    """The batches that process `rank` evaluates: always the same ones, shortest examples first.
 
     Args:
         batch_size: rows over all processes, as in `Batches`.
-        num_batches: at most so many, of examples drawn from all of them; -1 takes every example.
+        num_batches: at most this many, of randomly drawn examples; -1 takes every example.
 
     Raises:
         RequestError: as `Batches` raises.
@@ -202,7 +202,7 @@ def validation_batches(
         raise RequestError(f"The number of batches must be 1 or more, or -1 for all, got {num_batches}.")
     drawn: Sequence[int] = range(len(examples))
     if 0 < num_batches * batch_size < len(examples):
-        # Of those that have a loss to measure, which some lose when they are cut.
+        # Only examples with a loss to measure; truncation can leave some with none.
         measured = [index for index in drawn if examples[index].num_targets]
         drawn = sorted(random.Random(seed).sample(measured, min(num_batches * batch_size, len(measured))))
     rows: list[Row] = [(index,) for index in sorted(drawn, key=lambda index: examples[index].num_positions)]
@@ -213,17 +213,17 @@ def validation_batches(
 def padded(length: int) -> int:
     """The length that rows of `length` positions are padded to: a multiple of 8 up to 256, of 16 up to 512, and so on.
 
-    Each shape makes MLX trace the update anew, for 4 to 40 ms a layer. So the multiple grows with the length, and
-    there are at most 80 lengths up to 2048, while padding costs 2% on average.
+    MLX traces the update again for each new shape, which takes 4 to 40 ms per layer. So the multiple grows with the
+    length: there are at most 80 lengths up to 2048, and padding costs 2% on average.
     """
     multiple = max(8, 1 << max((length - 1).bit_length() - 5, 0))
     return -(-length // multiple) * multiple
 
 
 def make_batch(examples: Sequence[Example], rows: Sequence[Row], max_seq_length: int, *, packed: bool = False) -> Batch:
-    """The batch with these rows, each the indices of its examples; `packed` adds the segments.
+    """The batch of these rows, each given by the indices of its examples; `packed` adds the segments.
 
-    An example takes one position less than it has tokens, so no position predicts a token of another example.
+    An example takes one position fewer than it has tokens, so no position predicts a token of another example.
     """
     lengths = {index: examples[index].num_positions for row in rows for index in row}
     width = _row_length(rows, lengths, max_seq_length)
@@ -257,7 +257,7 @@ def _row_length(rows: Sequence[Row], lengths: Sequence[int] | Mapping[int, int],
 
 
 def _to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
-    # MLX copies from a buffer in one go; from a list it would look at every number.
+    # MLX copies a buffer at once; a list it would convert number by number.
     return mx.array(memoryview(values).cast("B").cast("i", shape))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""A record's conversation, in the forms that OpenAI, ShareGPT and TRL write it, as messages for a chat template."""
+"""A record's conversation, in the formats of OpenAI, ShareGPT and TRL, as messages for a chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import RequestError, quote
 from ...text.chat_messages import check_messages
 
-# ShareGPT's names of those who speak. Its tool calls have no form that all agree on.
+# ShareGPT's names of the roles. Its tool calls have no standard format.
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bing", "bard"), "assistant"),
@@ -24,9 +24,9 @@ class Conversation:
     """Messages for a chat template.
 
     Args:
-        weighted: for each message, whether it may be learned; OpenAI's `"weight": 0` says no.
-        tools: JSON schemas of functions, as the template is given them.
-        prompt: how many of the messages are the prompt, whoever speaks in them; `--mask-prompt` learns none of these.
+        weighted: for each message, whether it may be learned; OpenAI's `"weight": 0` turns that off.
+        tools: JSON schemas of functions, passed to the template.
+        prompt: the number of messages that form the prompt, whatever their roles; `--mask-prompt` does not learn them.
     """
 
     messages: list[dict[str, Any]]
@@ -36,13 +36,13 @@ class Conversation:
 
 
 def conversation(turns: list[Any], tools: Any = None, prompt: int = 0) -> Conversation:
-    """The conversation of `turns` as `read_turns` gives them.
+    """The conversation of `turns`, which `read_turns` returned.
 
     Args:
-        tools: a list of JSON schemas, also as JSON in a text, as tables hold it; or nothing.
+        tools: a list of JSON schemas, or that list as JSON text, as tables store it; or None.
 
     Raises:
-        RequestError: messages that cannot be right, or something in them that is not offered.
+        RequestError: invalid messages, or content that is not supported.
     """
     check_messages(turns)
     weighted = tuple(_weight(turn.get("weight"), index) for index, turn in enumerate(turns))
@@ -50,7 +50,7 @@ def conversation(turns: list[Any], tools: Any = None, prompt: int = 0) -> Conver
 
 
 def read_turns(turns: Any) -> list[Any]:
-    """A list of messages, with `role` and `content` also where they are written with ShareGPT's `from` and `value`."""
+    """A list of messages with `role` and `content`; ShareGPT's `from` and `value` are converted."""
     if not isinstance(turns, list):
         raise RequestError("a conversation must be a list of messages")
     return [_turn(turn, index) for index, turn in enumerate(turns)]
@@ -69,7 +69,7 @@ def _turn(turn: Any, index: int) -> Any:
         )
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise RequestError(f"message {index} is from {quote(speaker)}: use one of {', '.join(_SPEAKERS)}")
-    # Tables hold null for the `role` and `content` that other rows have.
+    # Tables have null for the `role` and `content` of other rows.
     others = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
     return {"role": _SPEAKERS[speaker], "content": turn.get("value"), **others}
 
@@ -81,8 +81,8 @@ def _weight(weight: Any, index: int) -> bool:
 
 
 def _plain(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without its weight, which is no part of what is said, and with the arguments of tool calls as objects:
-    OpenAI writes them as JSON in a text, and templates write them as JSON once more."""
+    """A message without its weight, and with the arguments of tool calls as objects: OpenAI writes them as JSON text,
+    which templates would encode as JSON again."""
     message = {key: value for key, value in turn.items() if key != "weight"}
     if isinstance(calls := message.get("tool_calls"), list):
         message["tool_calls"] = [_call(call) for call in calls]

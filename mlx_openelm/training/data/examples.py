@@ -13,14 +13,14 @@ from ...text.tokenizer import Tokenizer
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognise
 from .rendering import Spans, render_chat, render_text
 
-# Called with how many records are done and how many there are.
+# Called with the number of records done, and of all records.
 Progress = Callable[[int, int], None]
 _PROGRESS_EVERY = 256
 
 LONG_EXAMPLES = ("truncate", "refuse")
 
-# CoreNet's template for CommonSense170k (corenet/data/datasets/language_modeling/commonsense_170k.py): the lines after
-# the first are indented as they were in its source, and the two first lines end in two spaces and in one.
+# CoreNet's template for CommonSense170k (corenet/data/datasets/language_modeling/commonsense_170k.py). Lines after the
+# first are indented as in its source code, and the first lines end in two spaces and one space.
 _INDENT = "\n" + 16 * " "
 _INSTRUCTION_START = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
@@ -38,7 +38,7 @@ class Example:
     Args:
         tokens: BOS first. The model reads all but the last of them and predicts all but the first.
         learned: spans [start, end) of the tokens whose prediction counts, in order; none starts at 0.
-        source: where it was written: `train.jsonl, line 12`.
+        source: where the example is from: `train.jsonl, line 12`.
     """
 
     tokens: array[int]
@@ -47,30 +47,30 @@ class Example:
 
     @property
     def num_positions(self) -> int:
-        """How many tokens the model reads."""
+        """The number of tokens that the model reads."""
         return len(self.tokens) - 1
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are learned."""
+        """The number of tokens that are learned."""
         return sum(end - start for start, end in self.learned)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What to tell before training.
+    """Statistics of the examples, to show before training.
 
     Args:
-        kind: what the records are, such as `text` or `chat messages`: the name of one of `kinds.KINDS`.
-        chat_template: the template they were rendered with: `corenet`, a file, `the tokenizer's own`; None without.
-        num_examples: how many there are; every one is kept.
-        num_tokens: how many tokens they have in all, as they are trained on.
-        num_targets: how many of those are learned.
-        longest: the tokens of the longest one, before it was cut.
-        num_truncated: how many were cut.
-        num_emptied: how many of those have nothing left to learn.
-        num_unlearned: how many have nothing to learn, those included; they carry no loss.
-        sample: the first example with something to learn, in pieces, each with whether it is learned.
+        kind: the name of one of `kinds.KINDS`, such as `text` or `chat messages`.
+        chat_template: the template they were rendered with: `corenet`, a file or `the tokenizer's own`; None without.
+        num_examples: the number of examples; none is dropped.
+        num_tokens: the tokens of all examples, after truncation.
+        num_targets: the tokens that are learned.
+        longest: the tokens of the longest example, before truncation.
+        num_truncated: the examples that were truncated.
+        num_emptied: truncated examples that have nothing left to learn.
+        num_unlearned: all examples that have nothing to learn; they have no loss.
+        sample: the first example with something to learn, as pieces of text with whether they are learned.
     """
 
     kind: str
@@ -85,7 +85,7 @@ class Report:
     sample: tuple[tuple[str, bool], ...]
 
     def sample_text(self, marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
-        """The sample with what is learned between `marks`; of a long piece the middle is left out."""
+        """The sample, with learned text between `marks`; the middle of a long piece is left out."""
         room = max(limit // max(len(self.sample), 1), 20)
         pieces = []
         for text, learned in self.sample:
@@ -97,13 +97,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a split, in the order of their records, and what to tell about them."""
+    """The examples of a split, in the order of their records, and their statistics."""
 
     examples: list[Example]
     report: Report
 
     def fingerprint(self) -> str:
-        """A hash of every token and of what is learned: a run continues on the same data only."""
+        """A hash of all tokens and learned spans: a run can only be continued with the same data."""
         content = hashlib.sha256()
         for example in self.examples:
             content.update(repr((len(example.tokens), example.learned)).encode())
@@ -121,26 +121,26 @@ def tokenize(
     long_examples: str = "truncate",
     progress: Progress | None = None,
 ) -> Examples:
-    """The examples that `records` describe.
+    """Turn records into examples.
 
-    Text is BOS, its ids, EOS. An instruction is written into CoreNet's template, then as text. A prompt with its
-    completion is a user's and an assistant's turn where there is a chat template, else the two joined, then as text.
-    Messages go through the chat template, and end with EOS where an assistant's last turn is not closed by it. What has
-    the weight 0 among them is not learned.
+    Text becomes BOS, its ids, EOS. An instruction is put into CoreNet's template and then treated as text. A prompt
+    with its completion becomes a user's and an assistant's turn if there is a chat template; otherwise the two are
+    joined and treated as text. Messages go through the chat template, and get EOS if an assistant's last turn does not
+    end with it. Messages with weight 0 are not learned.
 
     Args:
-        max_seq_length: how many tokens the model reads at once. An example may have one more, which is predicted only
+        max_seq_length: the tokens that the model reads at once. An example may have one more, which is only predicted
             (as in CoreNet's data; mlx-lm counts that one too).
-        mask_prompt: learn completions (with their EOS) and assistants' turns (with what closes them) alone. A token
-            that holds the end of the prompt and the beginning of the completion belongs to the completion.
-        chat_template: `corenet`, `plain` or a jinja file, in place of the tokenizer's own. Without any, messages are
-            rendered by `corenet`. Given, it also renders instructions, as a user's and an assistant's turn; `plain`
-            joins a prompt and its completion.
-        long_examples: `truncate` cuts what is longer at the end, `refuse` raises.
+        mask_prompt: learn only completions (with their EOS) and assistants' turns (with the token that ends them). A
+            token that spans the end of the prompt and the start of the completion belongs to the completion.
+        chat_template: `corenet`, `plain` or a jinja file, instead of the tokenizer's own. The default for messages, if
+            the tokenizer has none, is `corenet`. If given, it also renders instructions, as a user's and an assistant's
+            turn; `plain` joins a prompt and its completion.
+        long_examples: `truncate` cuts longer examples at the end, `refuse` raises.
 
     Raises:
-        RequestError: records that are no examples of one kind; text with `mask_prompt` or with a chat template; nothing
-            to learn in any example; examples that are too long; a template that cannot tell the turns apart.
+        RequestError: records that are not examples of one kind; text with `mask_prompt` or a chat template; no example
+            with anything to learn; examples that are too long; a template that does not let turns be told apart.
     """
     if long_examples not in LONG_EXAMPLES:
         raise RequestError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {quote(long_examples)}.")
@@ -191,10 +191,10 @@ _OWN_TEMPLATE = "the tokenizer's own"
 
 
 def _template_for(kind: Kind, tokenizer: Tokenizer, asked: str | Path | None) -> str | Path | None:
-    """The chat template that records of a kind are rendered with, None where they are text."""
+    """The chat template that records of a kind are rendered with; None if they are treated as text."""
     own = None if tokenizer.chat_template is None else _OWN_TEMPLATE
     if kind in (CHAT, SHAREGPT, TURNS):
-        return asked or own or "corenet"  # without markers nobody could tell who speaks
+        return asked or own or "corenet"  # without a template the roles would be lost
     if kind is COMPLETION:
         return None if asked == "plain" else asked or own
     return asked
@@ -203,7 +203,7 @@ def _template_for(kind: Kind, tokenizer: Tokenizer, asked: str | Path | None) ->
 def _render(
     record: Record, kind: Kind, tokenizer: Tokenizer, template: str | Path | None, mask_prompt: bool
 ) -> tuple[list[int], Spans]:
-    """The tokens of a record, uncut, and what of them is learned."""
+    """The tokens of a record before truncation, and the spans of them that are learned."""
     values = record.values
     if template is not None:
         name = None if template == _OWN_TEMPLATE else template
@@ -211,7 +211,7 @@ def _render(
             return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt)
         except RequestError as error:
             raise RequestError(f"{record.source}: {error}") from None
-    if kind is TEXT:  # rendered already, with any tools
+    if kind is TEXT:  # it is rendered already, including any tools
         return render_text("", values["text"], tokenizer, mask_prompt=False)
     if values.get("tools"):
         raise RequestError(f"{record.source}: 'tools' needs a chat template that shows them: give --chat-template FILE")
@@ -222,7 +222,7 @@ def _render(
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
-    """CoreNet's template up to where the response begins; nothing is stripped."""
+    """CoreNet's template up to the start of the response; nothing is stripped."""
     text = (_INPUT_START if input else _INSTRUCTION_START) + f"{_INDENT}### Instruction:{_INDENT}{instruction}{_INDENT}"
     if input:
         text += f"{_INDENT}### Input:{_INDENT}{input}{_INDENT}"
@@ -230,7 +230,7 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
 
 
 def _cut(spans: Spans, length: int) -> Spans:
-    """What of `spans` lies in the first `length` tokens."""
+    """The parts of `spans` within the first `length` tokens."""
     return tuple((start, min(end, length)) for start, end in spans if start < length)
 
 
@@ -253,7 +253,7 @@ def _nothing_to_learn(num_emptied: int, max_seq_length: int) -> str:
 
 
 def _show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The text of an example in pieces that are learned or not, BOS and EOS spelled out."""
+    """The text of an example as pieces, with whether each is learned; BOS and EOS are written out."""
     learned = bytearray(len(example.tokens))
     for start, end in example.learned:
         learned[start:end] = bytes([1]) * (end - start)

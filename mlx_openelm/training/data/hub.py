@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face Hub: finding the files of the splits and downloading those, and no code."""
+"""Data sets on the Hugging Face Hub: find the files of the splits and download only those, and no code."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .splits import SUFFIXES, find_splits, suffix_of
 
 
 def download_splits(name: str) -> dict[str, list[Path]]:
-    """The files of each split of the data set `name` (`owner/name`), downloaded if the cache has not got them.
+    """The files of each split of the data set `name` (`owner/name`), downloaded unless they are in the cache.
 
-    A repository with one data file under another name gives that as the split `all`. Without a network the files in
-    the cache are used, where they are complete.
+    A repository with a single data file of another name gives that as the split `all`. Without a network, the files in
+    the cache are used if they are complete.
 
     Raises:
-        RequestError: no such data set, or none of its files can be told to be a split.
-        OpenELMError: access refused, or a download that failed.
+        RequestError: there is no such data set, or its files are not recognised as splits.
+        OpenELMError: access was refused, or a download failed.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -49,18 +49,18 @@ def download_splits(name: str) -> dict[str, list[Path]]:
             tqdm_class=None if sys.stderr.isatty() else _silent(),
         )
     except Exception as error:
-        raise _explain(error, name, is_there=True) from error
+        raise _explain(error, name, exists=True) from error
     return {split: [Path(folder, file) for file in files] for split, files in splits.items()}
 
 
 def _cached_names(name: str, reason: Exception) -> list[str]:
-    """The data files in the cache, for when the hub cannot be asked; raises `reason`, explained, if there are none."""
+    """The data files in the cache, when the hub cannot be reached; without any, raises `reason`, explained."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
-    except IncompleteSnapshotError as error:  # other files of the repository are not here, and were never wanted
+    except IncompleteSnapshotError as error:  # other files of the repository are missing, but they are not needed
         folder = error.snapshot_path
     except LocalEntryNotFoundError as error:
         error.__cause__ = reason
@@ -70,7 +70,7 @@ def _cached_names(name: str, reason: Exception) -> list[str]:
 
 
 def _literally(file: str) -> str:
-    """A file's name as a pattern that matches it alone."""
+    """A pattern that matches only this file name."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in file)
 
 
@@ -84,12 +84,14 @@ def _silent() -> type:
     return Silent
 
 
-def _explain(error: Exception, name: str, *, is_there: bool = False) -> OpenELMError:
-    """What went wrong; unless the data set `is_there`, its name may be a folder's that was mistyped."""
+def _explain(error: Exception, name: str, *, exists: bool = False) -> OpenELMError:
+    """The error to raise; unless the data set is known to exist, its name may be a mistyped folder."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, HFValidationError):
-        return RequestError(f"{quote(name)} is no folder or file here and no valid name of a data set (owner/name).")
+        return RequestError(
+            f"{quote(name)} is neither a folder or file here nor a valid name of a data set (owner/name)."
+        )
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return RequestError(
             f"There is no file or folder {name} here, and no data set of that name on the hub; "
@@ -97,6 +99,6 @@ def _explain(error: Exception, name: str, *, is_there: bool = False) -> OpenELME
         )
     found = explain_download(error, f"datasets/{name}", None)
     reason = str(found).replace("download the model", "download the data set")
-    if is_there or isinstance(error, GatedRepoError):
+    if exists or isinstance(error, GatedRepoError):
         return type(found)(reason)
     return type(found)(f"There is no file or folder {name} here, and {reason}")

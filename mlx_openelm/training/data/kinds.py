@@ -1,4 +1,4 @@
-"""What examples look like in files: the kinds, recognised by their keys, and what is wrong with a record."""
+"""The kinds of examples in files, recognised by their keys, and what can be wrong with a record."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .conversations import Conversation, conversation, read_turns
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to write an example down.
+    """A format of examples.
 
     Args:
-        keys: those a record must have, and `optional` those it may have.
-        refused: those that others read as part of the example and that are not offered.
+        keys: a record must have these, and may have the `optional` ones.
+        refused: keys that other programs read as part of the example, and that are not supported here.
         of_lists: whether the values of `keys` are lists of messages.
     """
 
@@ -27,7 +27,7 @@ class Kind:
     of_lists: bool = False
 
     def fits(self, values: dict[str, Any]) -> bool:
-        """Whether a record has all the keys; null, as tables hold it for keys that other records have, is none."""
+        """Whether a record has all the keys. Null does not count: tables have it for keys of other records."""
         return all(values.get(key) is not None for key in self.keys) and (
             not self.of_lists or all(isinstance(values[key], list) for key in self.keys)
         )
@@ -42,10 +42,10 @@ CHAT = Kind("chat messages", ("messages",), ("tools",), (*_OF_TEMPLATES, "functi
 SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), _OF_TEMPLATES)
 INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
-# In the order mlx-lm asks; `text` after instructions, to which many data sets add a rendered copy under that key.
-# ShareGPT's, which mlx-lm does not read, come last: where mlx-lm finds something else to learn, so do we.
+# In mlx-lm's order of precedence, with `text` after instructions, as many instruction data sets have a rendered copy
+# under that key. ShareGPT, which mlx-lm does not read, is last: what mlx-lm recognises as another kind, we do too.
 KINDS = (TURNS, COMPLETION, CHAT, INSTRUCTION, TEXT, SHAREGPT)
-# What other kinds of training learn from.
+# The data of other kinds of training.
 _NOT_OFFERED = {
     "chosen": "preference pairs (chosen, rejected)",
     "rejected": "preference pairs (chosen, rejected)",
@@ -57,26 +57,26 @@ _TYPES = {dict: "an object", list: "a list", bool: "true or false", int: "a numb
 
 @dataclass(frozen=True)
 class Record:
-    """An example as it was written, and where: `train.jsonl, line 12`."""
+    """An example as it is in a file, and where: `train.jsonl, line 12`."""
 
     values: dict[str, Any]
     source: str
 
 
 class Faults:
-    """Bad records, gathered so that one line tells how many there are."""
+    """Collects bad records, so that a single line can say how many there are."""
 
     def __init__(self) -> None:
         self._first = ""
         self.number = 0
 
     def add(self, source: str, what: str) -> None:
-        """Note that the record at `source` is wrong; `what` says how."""
+        """Add the record at `source`; `what` says what is wrong with it."""
         self.number += 1
         self._first = self._first or f"{source}: {what}"
 
     def check(self) -> None:
-        """Raise `RequestError` with the first fault and the number of others, if there are any."""
+        """Raise `RequestError` with the first fault and the number of others, if there is any fault."""
         if self.number:
             more = self.number - 1
             others = f" ({more} more bad {'entries' if more > 1 else 'entry'} after it)" if more else ""
@@ -84,18 +84,18 @@ class Faults:
 
 
 def columns_to_read(names: Sequence[str]) -> list[str]:
-    """The columns of a table that matter to the kinds its rows can be of, in their order; none, if of no kind."""
+    """The columns of a table that its possible kinds use, in their order; an empty list if it fits no kind."""
     possible = [kind for kind in KINDS if set(kind.keys) <= set(names)]
     wanted = {key for kind in possible for key in (*kind.keys, *kind.optional, *kind.refused)}
     return [name for name in names if name in wanted]
 
 
 def recognise(records: Sequence[Record]) -> Kind:
-    """The kind of `records`, which must all be of one.
+    """The kind of `records`; they must all be of the same one.
 
     Raises:
-        RequestError: no records; one without the keys of any kind, of another kind than the first, or with a value
-            that is no text or no conversation; by its source, with the number of others.
+        RequestError: no records; or a record that is of no kind, of another kind than the first, or has a value that is
+            not text or not a conversation. The message names its source and the number of other bad records.
     """
     if not records:
         raise RequestError("There are no examples.")
@@ -117,7 +117,7 @@ def _kind_of(values: dict[str, Any]) -> Kind | None:
 
 
 def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | None) -> str:
-    """Why the keys of a record are not those of `kind`, which is that of `first`."""
+    """Why the keys of a record do not fit `kind`, the kind of `first`."""
     if kind is not None and first is not None:
         if (other := _kind_of(values)) is not None:
             return f"holds {other.name}, but {first.source} holds {kind.name}; one file is of one kind"
@@ -143,17 +143,17 @@ def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
         return None
     for key in (*kind.keys, *kind.optional):
         value = values.get(key)
-        # An instruction without input has "", null or no such key.
+        # For an instruction without input, the key has "" or null, or is missing.
         if key != "tools" and not isinstance(value, str) and not (key in kind.optional and value is None):
             return f"{quote(key)} is {_TYPES.get(type(value), type(value).__name__)}, not text"
     return None
 
 
 def conversation_of(values: dict[str, Any], kind: Kind) -> Conversation:
-    """The conversation of a record that is no text.
+    """The conversation of a record of any kind but text.
 
     Raises:
-        RequestError: messages that cannot be right, or something in them that is not offered.
+        RequestError: invalid messages, or content that is not supported.
     """
     tools = values.get("tools")
     if kind is CHAT:

@@ -1,4 +1,4 @@
-"""Filling rows with several examples."""
+"""Packing several examples into a row."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 def pack(
     order: Sequence[int], lengths: Sequence[int], capacity: int, *, largest_first: bool = True
 ) -> list[tuple[int, ...]]:
-    """Rows of at most `capacity` positions that hold every example of `order` once.
+    """Rows of at most `capacity` positions that together hold every example of `order` once.
 
-    Best fit: each example goes where it leaves the least room. Largest first, the number of rows depends on nothing
-    but the lengths; examples of one length are dealt out in the order given.
+    Best fit: each example goes into the row where it leaves the least room. With `largest_first` the number of rows
+    depends only on the lengths; examples of the same length are placed in the given order.
     """
     if largest_first:
         order = sorted(order, key=lambda index: -lengths[index])
     rows: list[list[int]] = []
-    rooms: list[int] = []  # how much room some row has left, sorted, each once
+    rooms: list[int] = []  # the distinct amounts of room that rows have left, sorted
     with_room: dict[int, list[int]] = {}  # the rows with that much room
     for index in order:
         place = bisect_left(rooms, lengths[index])

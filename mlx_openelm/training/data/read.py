@@ -1,4 +1,4 @@
-"""From what `--data` names to records: a folder, one file, or a data set on the hub, as train, valid and test.
+"""Reading the records of `--data` (a folder, one file, or a data set on the hub) as train, valid and test.
 
 The formats are JSON lines (`.jsonl`), JSON arrays (`.json`), both also gzipped, and `.parquet`.
 """
@@ -25,9 +25,9 @@ _EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or
 
 @dataclass(frozen=True)
 class Splits:
-    """The records of each split, in the order of their files; a split that was not needed or is not there is empty.
+    """The records of each split, in the order of their files; a split that is not needed or does not exist is empty.
 
-    `notes` are lines to show before training: what was held out for validation, and from what.
+    `notes` are lines to show before training, about what was held out for validation.
     """
 
     train: list[Record] = field(default_factory=list)
@@ -39,20 +39,20 @@ class Splits:
 def read_splits(
     data: str | Path, *, valid_fraction: float = 0.1, seed: int = 0, need: Sequence[str] = ("train",)
 ) -> Splits:
-    """The records that `data` names.
+    """Read the records of a data set.
 
-    A folder holds `train`, `valid` (or `validation`, `val`, `dev`) and `test` files, in itself or in its `data`
-    folder, whole or in shards. Where there is no validation file, and with one file alone, `valid_fraction` of the
-    training records are drawn by `seed` and held out, the same ones for the same file. One file serves `need` =
-    ("test",) as a whole.
+    A folder has `train`, `valid` (or `validation`, `val`, `dev`) and `test` files, directly or in its `data` folder,
+    whole or in shards. Without a validation file, and if `data` is a single file, `valid_fraction` of the training
+    records are drawn with `seed` and held out, always the same ones for the same file. If only the test split is
+    needed, a single file is used whole.
 
     Args:
         data: a folder, a file, or a data set on the hub, `owner/name`.
-        need: the splits that must be there. With `train` the validation records come too; others are not read.
+        need: the splits that must exist. With `train`, validation records are read too; other splits are not.
 
     Raises:
-        RequestError: nothing there, nothing of what is needed, files that cannot be told apart, or bad records, the
-            first by file and line (or item, or row) with the number of others.
+        RequestError: no data, a missing split, ambiguous files, or bad records; the message names the first one's file
+            and line (or item, or row) and the number of others.
         OpenELMError: a download that failed.
     """
     if not 0 <= valid_fraction < 1:
@@ -73,7 +73,7 @@ def read_splits(
 
 
 def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """`records` without a `fraction` drawn by `seed`, and that fraction; both in their order.
+    """Split off a `fraction` of the records, drawn with `seed`; returns the rest and that fraction, both in order.
 
     At least one is drawn if `fraction` is not 0, and at least one is left.
     """
@@ -85,7 +85,7 @@ def hold_out(records: list[Record], fraction: float, seed: int) -> tuple[list[Re
 
 def _hold_out_note(name: str, kept: int, held_out: int) -> str:
     if not held_out:
-        return f"{name} has no validation data beside it: training goes without validation."
+        return f"{name} has no validation data beside it: training runs without validation."
     return (
         f"{name} has no validation data beside it: {held_out} of its {kept + held_out} examples, drawn by the seed, "
         "are held out for validation."
@@ -93,7 +93,7 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 
 
 def whole_file_note(data: str | Path) -> str | None:
-    """What to say where `data` is one file and serves a test alone; None where it is not one file."""
+    """A note for a test alone if `data` is a single file, else None."""
     path = to_path(data)
     return (
         f"{path.name} is tested as a whole; it should not hold what was trained on." if os.path.isfile(path) else None
@@ -102,9 +102,9 @@ def whole_file_note(data: str | Path) -> str | None:
 
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     """The files of each split."""
-    if not str(data).strip():  # which would be the folder one is in
+    if not str(data).strip():  # it would mean the current folder
         raise RequestError(f"--data is empty: name a file, or a folder with {_EXPECTED}.")
-    # Of a name that is too long, or a user who is not there, these say that nothing is there; `Path` raises.
+    # For too long a name or an unknown user, os.path answers False; `Path` raises.
     path = to_path(data)
     if os.path.isdir(path):
         names = [
@@ -137,7 +137,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """The records of files that belong together, each checked to be an example of one kind.
+    """The records of the files of a split, all checked to be examples of the same kind.
 
     Raises:
         RequestError: an unreadable or empty file, or bad records, by file and line.
@@ -161,19 +161,19 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 @dataclass(frozen=True)
 class _NotJSON:
-    """Stands in the place of a value that could not be read."""
+    """In place of a value that could not be read."""
 
     reason: str
 
 
 def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
-    """The values of a file of JSON lines or with a JSON array, whatever it is called, and where each stands."""
+    """The values of a file with JSON lines or a JSON array, whatever its name, and where each is."""
     try:
         content = _decompress(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     content = content.removeprefix(b"\xef\xbb\xbf")
-    # JSON lines are objects, so what begins with a bracket is an array, unless it is called otherwise.
+    # JSON lines hold objects, so a file that begins with a bracket is an array, unless its name says .jsonl.
     if content.lstrip()[:1] == b"[" and ".jsonl" not in path.name.lower():
         array = _parse(content)
         if isinstance(array, _NotJSON):
@@ -181,14 +181,14 @@ def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
         for number, value in enumerate(array, 1):
             yield value, f"{path.name}, item {number}"
         return
-    # Of bytes, lines end with \n, \r\n or \r alone; what else ends a line of text may stand in a JSON string.
+    # bytes.splitlines only splits at \n, \r\n and \r; JSON strings may contain the other line ends of str.
     for number, line in enumerate(content.splitlines(), 1):
         if line.strip():
             yield _parse(line), f"{path.name}, line {number}"
 
 
 def _decompress(path: Path) -> bytes:
-    """The content of a gzipped file; one that grows more than text does was made to fill the memory."""
+    """The content of a gzipped file; one that expands far more than text is refused, as it would fill the memory."""
     limit = (1 << 24) + 100 * path.stat().st_size
     with gzip.open(path) as file:
         content = file.read(limit + 1)
@@ -218,7 +218,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
         raise RequestError(f"Reading {path.name} needs the package pyarrow: pip install pyarrow") from None
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            # Other columns may be large, and nothing reads them; in a table of no kind they tell what is wrong.
+            # Other columns may be large and are not needed, except to explain what is wrong with a table of no kind.
             columns = columns_to_read(file.schema_arrow.names)
             rows = file.read(columns=columns or None).to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range

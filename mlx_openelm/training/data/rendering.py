@@ -1,7 +1,6 @@
-"""A record's tokens and which of them are learned: a prompt with its completion, or the turns of a conversation.
+"""The tokens of a prompt with its completion, or of a conversation, and which of them are learned.
 
-What is learned is told apart on tokens: a text is encoded as a whole, and what it has in common with the encoding of
-the prompt alone is the prompt.
+The boundary is found on tokens: the whole text is encoded, and its common prefix with the encoded prompt is the prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def render_text(prompt: str, completion: str, tokenizer: Tokenizer, *, mask_prompt: bool) -> tuple[list[int], Spans]:
-    """BOS, the ids of the prompt and the completion joined, EOS; with `mask_prompt` the prompt is not learned."""
+    """BOS, the ids of prompt and completion as one text, EOS; with `mask_prompt` the prompt is not learned."""
     tokens = tokenizer.encode(prompt + completion)
     start = common_prefix(tokens, tokenizer.encode(prompt)) if mask_prompt else 1
     tokens.append(tokenizer.eos_token_id)
@@ -29,13 +28,13 @@ def render_text(prompt: str, completion: str, tokenizer: Tokenizer, *, mask_prom
 def render_chat(
     conversation: Conversation, tokenizer: Tokenizer, template: str | Path | None, *, mask_prompt: bool
 ) -> tuple[list[int], Spans]:
-    """A conversation through the chat template; what has the weight 0 in it is not learned.
+    """A conversation through the chat template; messages with weight 0 are not learned.
 
-    With `mask_prompt` each assistant's turn after the prompt is learned, from where generation would begin to the
-    token that closes it, and what follows the last of them is left out: nothing in it is learned.
+    With `mask_prompt` only the assistant's turns after the prompt are learned, each from where generation would begin
+    to the token that ends it. What follows the last of them is left out, as nothing in it is learned.
 
     Raises:
-        RequestError: a template that fails, or that renders the beginning of a conversation otherwise than the whole.
+        RequestError: a template that fails, or that renders the start of a conversation differently on its own.
     """
     messages, weighted = conversation.messages, conversation.weighted
     turns = _Turns(conversation, tokenizer, template)
@@ -48,7 +47,7 @@ def render_chat(
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             start, stop = turns.span(index)
-            # Of two turns in a row, one may end where the other begins.
+            # Two turns in a row may overlap by the token between them.
             start, end = max(start, end), stop
             if weighted[index] and index >= conversation.prompt and start < stop:
                 spans.append((start, stop))
@@ -56,7 +55,7 @@ def render_chat(
 
 
 class _Turns:
-    """A conversation's tokens, and where in them each turn stands."""
+    """A conversation's tokens, and the span of each turn in them."""
 
     def __init__(self, conversation: Conversation, tokenizer: Tokenizer, template: str | Path | None):
         self._messages = conversation.messages
@@ -72,64 +71,66 @@ class _Turns:
         return self._tokenizer.apply_chat_template(messages, self._template, tools=self._tools, **options)
 
     def span(self, index: int) -> tuple[int, int]:
-        """Where the turn `index` is said: an assistant's from where generation would begin, others with what the
-        template writes around them."""
+        """The tokens [start, end) of a turn, with what the template writes around it.
+
+        An assistant's turn begins where generation would begin.
+        """
         message, tokens = self._messages[index], self.tokens
         if index:
             before = self._render(self._messages[:index], add_generation_prompt=message["role"] == "assistant")
-        elif message["role"] == "assistant":  # one that opens the conversation: up to where the content would begin
+        elif message["role"] == "assistant":  # it opens the conversation: up to where its content would begin
             before = self._render([{"role": "assistant", "content": ""}], continue_final_message=True)
         else:
             before = []
-        start = _place(before, tokens, self._tokenizer)
-        end = _place(self._render(self._messages[: index + 1]), tokens, self._tokenizer)
+        start = _covered(before, tokens, self._tokenizer)
+        end = _covered(self._render(self._messages[: index + 1]), tokens, self._tokenizer)
         if start is None or end is None:
             raise RequestError(
-                "the chat template renders the beginning of a conversation otherwise than the whole, so --mask-prompt, "
-                "or a weight of 0, cannot tell who says what; use --chat-template corenet"
+                "the chat template renders the beginning of a conversation differently from the whole, so "
+                "--mask-prompt, or a weight of 0, cannot tell who says what; use --chat-template corenet"
             )
         if self._appends_eos and index == len(self._messages) - 1:
             return max(start, 1), len(tokens)
-        # The line break after the token that closes a turn is the template's, not the assistant's.
+        # The line break after the token that ends a turn is written by the template, not by the assistant.
         closing = _without_space(tokens[:end], self._tokenizer)
         return max(start, 1), closing if tokens[closing - 1] in self._tokenizer.eos_token_ids else end
 
 
 def _cut_out(spans: Spans, without: Sequence[tuple[int, int]]) -> Spans:
-    """`spans` without what lies in others."""
+    """`spans` without the parts that other spans cover."""
     for start, end in without:
         parts = [part for one, other in spans for part in ((one, min(other, start)), (max(one, end), other))]
         spans = tuple((one, other) for one, other in parts if one < other)
     return spans
 
 
-def _place(prefix: list[int], tokens: list[int], tokenizer: Tokenizer) -> int | None:
-    """How many of `tokens` belong to `prefix`, None if it is no prefix of theirs.
+def _covered(prefix: list[int], tokens: list[int], tokenizer: Tokenizer) -> int | None:
+    """The number of `tokens` that `prefix` covers; None if it is not a prefix of them.
 
-    The last of its text may be encoded otherwise where more follows; so what is left on both sides must be one text,
-    as far as `prefix` goes.
+    The end of its text may be encoded differently when more text follows, so the tokens after the common prefix are
+    compared as text.
     """
-    place = common_prefix(tokens, prefix)
-    left = prefix[place:]
+    count = common_prefix(tokens, prefix)
+    left = prefix[count:]
     if not left:
-        return place
+        return count
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.eos_token_ids}
     if not ends.isdisjoint(left):
         return None
-    after = tokens[:place]
+    after = tokens[:count]
     decoder = tokenizer.streaming_decoder(after)
     text = "".join([*map(decoder.add, left), decoder.finish()])
     decoder = tokenizer.streaming_decoder(after)
     whole = ""
-    for token in tokens[place:]:
+    for token in tokens[count:]:
         if len(whole) >= len(text) or token in ends:
             break
         whole += decoder.add(token)
-    return place if (whole + decoder.finish()).startswith(text) else None
+    return count if (whole + decoder.finish()).startswith(text) else None
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginning."""
+    """The length of the common prefix of two sequences."""
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return index
@@ -137,21 +138,21 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _ends_closed(tokens: list[int], tokenizer: Tokenizer) -> bool:
-    """Whether a rendered conversation ends with a token that ends a generation, but for white space."""
+    """Whether a rendered conversation ends with an end-of-text token, apart from white space."""
     return tokens[_without_space(tokens, tokenizer) - 1] in tokenizer.eos_token_ids
 
 
 def _without_space(tokens: list[int], tokenizer: Tokenizer) -> int:
-    """How many tokens there are up to the last that is not white space; BOS is none."""
+    """The number of tokens up to the last one that is not white space."""
     end = len(tokens)
-    # Twice, because of the first a space in front may be removed.
+    # Decoded twice in a row, because the decoder may strip a leading space.
     while tokenizer.decode([tokens[end - 1]] * 2).isspace():
         end -= 1
     return end
 
 
 def _all_but(bos: int, tokens: list[int]) -> Spans:
-    """Everything is learned but BOS, which some templates repeat at each turn."""
+    """All tokens are learned except BOS, which some templates repeat at each turn."""
     starts = [index for index, token in enumerate(tokens) if token == bos]
     ends = [*starts[1:], len(tokens)]
     return tuple((start + 1, end) for start, end in zip(starts, ends, strict=True) if start + 1 < end)

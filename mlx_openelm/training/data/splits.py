@@ -1,4 +1,4 @@
-"""Which of some files are the train, valid and test splits of a data set, by their names."""
+"""Finding the train, valid and test files of a data set by their names."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 from ...errors import RequestError
 
-# Best first, where a data set on the hub comes in several formats: what needs no further package wins.
+# Best first, for data sets on the hub in several formats: those that need no further package.
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 SPLITS = ("train", "valid", "test")
 _OTHER_NAMES = {"validation": "valid", "val": "valid", "dev": "valid"}
 _SPLIT_NAME = re.compile(rf"({'|'.join((*SPLITS, *_OTHER_NAMES))})(?:[-_.].*)?")
 _SHARD = re.compile(r"-\d+-of-(\d+).*$")
-# What describes a data set on the hub, and is none of its data.
+# Metadata of a data set on the hub, not data.
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
 def suffix_of(name: str) -> str | None:
-    """The ending of a data file, None for other files."""
+    """The suffix of a data file; None for other files."""
     if name.rpartition("/")[2] in _DESCRIPTIONS:
         return None
     return next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), None)
@@ -27,11 +27,11 @@ def suffix_of(name: str) -> str | None:
 def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False) -> dict[str, list[str]]:
     """The files of each split among `names`, paths below one folder; shards in order.
 
-    A split is told by a file's name (`train.jsonl`, `train-00000-of-00002.parquet`), else by its folder's
+    A split is recognised by the file's name (`train.jsonl`, `train-00000-of-00002.parquet`), otherwise by the folder's
     (`data/train/0000.parquet`).
 
     Args:
-        choose_format: of several formats take the one of `SUFFIXES` that comes first, rather than refuse.
+        choose_format: of several formats, take the first in `SUFFIXES`; otherwise they are an error.
 
     Raises:
         RequestError: several candidates for a split, such as `train.json` and `train.jsonl`.
@@ -55,7 +55,7 @@ def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False
 
 def _only_one(families: dict[tuple[str, str], list[str]], split: str, where: str, choose_format: bool) -> list[str]:
     """The files of the one candidate for `split`."""
-    # A name that is the split's own (`train`) goes before others that begin with it (`train_sft`).
+    # A name that is exactly the split's (`train`) wins over those that begin with it (`train_sft`).
     exact = {key: files for key, files in families.items() if key[0].rpartition("/")[2].lower() == split}
     families = exact or families
     if choose_format:

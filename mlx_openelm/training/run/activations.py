@@ -1,4 +1,4 @@
-"""What a training step holds of activations: what `forward` keeps is counted, what is held for a moment measured."""
+"""The memory of a step's activations: those kept for the backward pass are counted, temporary buffers measured."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from ...config import ModelConfig
 from ..step.attention import BLOCK
 from ..step.strategy import LAYERS, NOTHING, here
 
-# On a CPU MLX allocates for some ten operations ahead of the one it does. Held for a moment, as measured there: arrays
-# of a chunk's logits in the loss, at first, for each further chunk, and at most; of the output layer where it is
+# On a CPU MLX allocates for about ten operations ahead of the one it runs. Temporary buffers, as measured there: copies
+# of a chunk's logits in the loss, for the first chunk, for each further one, and at most; of the output layer, if it is
 # trained;
 _LOGITS_FIRST, _LOGITS_MORE, _LOGITS_MOST, _HEAD = 8.0, 4.0, 17.0, 6.0
-# [rows, inner] arrays while the gradients of a feed-forward are made;
+# [rows, inner] arrays while the gradients of a feed-forward are computed;
 _INNER = 14.5
-# a block's attention weights, and arrays as large as queries, keys and values, while theirs are made.
+# copies of a block's attention weights, and of queries, keys and values, while their gradients are computed.
 _WEIGHTS, _QKV = 10.0, 6.4
 
-# For CUDA MLX makes graphs of up to a hundred operations, up to eleven ahead of the one that is done, and what they use
-# is held until they are. Fitted to what runs took on an H100 (`test_recompute_plan.py` has them; none is further off
-# than 11%): for each layer arrays as wide as the model and as the feed-forward's inner size, a part of what is computed
-# again,
+# For CUDA MLX submits graphs of up to a hundred operations, up to eleven ahead of the one that runs, and holds their
+# arrays until they are done. Fitted to runs on an H100 (in `test_recompute_plan.py`; the largest error is 11%): arrays
+# as wide as the model in each layer, arrays as wide as the feed-forward's inner size, and a share of what is
+# recomputed;
 _AHEAD_DIM, _AHEAD_INNER, _AHEAD_AGAIN = 13.9, 3.35, 0.11
-# all logits in float32, and for each chunk of them the output layer's gradient; and of all that at most so many bytes.
+# all logits in float32, and the output layer's gradient for each chunk of them; the most bytes of all this.
 _AHEAD_LOGITS, _AHEAD_HEAD, _AHEAD_MOST = 1.67, 4.4, 14.7e9
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step is made of.
+    """What the size of a step's activations depends on.
 
     Args:
         rows, length: of its largest batch.
-        itemsize: the bytes of a number.
-        recompute: what is computed again, as in `forward.hidden_states`.
+        itemsize: the bytes of an activation.
+        recompute: what the backward pass computes again, as in `forward.hidden_states`.
         fused: whether attention's gradient is MLX's, as in `strategy.fuses_attention_gradient`.
-        dropout: whether adapters drop inputs.
+        dropout: whether adapters use dropout.
     """
 
     rows: int
@@ -48,13 +48,13 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Bytes of one number a position."""
+        """Bytes of one activation per position."""
         return self.rows * self.length * self.itemsize
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Numbers a position: the model's width, queries, with keys and values, gate and up, the inner size; and heads."""
+    """Sizes per position: the model's width, queries, queries with keys and values, gate and up, inner; heads."""
 
     dim: int
     queries: int
@@ -64,25 +64,27 @@ class _Layer:
     heads: int
 
     def kept(self, shape: Shape, recompute: str) -> float:
-        """Numbers a position that are kept for the backward pass."""
+        """Activations per position that are kept for the backward pass."""
         if recompute == LAYERS:
             return self.dim
         kept: float = 2 * self.dim + self.qkv + self.queries + self.projected
-        if shape.fused:  # rotated queries and keys, and a float32 a head
+        if shape.fused:  # rotated queries and keys, and a float32 per head
             kept += self.queries + (self.qkv - self.queries) / 2 + 4 * self.heads / shape.itemsize
-        if recompute == NOTHING:  # what both norms and SwiGLU give, and a byte for each input of an adapter
+        if (
+            recompute == NOTHING
+        ):  # the outputs of both norms and SwiGLU, and a dropout mask of a byte per input of an adapter
             kept += 2 * self.dim + self.inner
             kept += (2 * self.dim + self.queries + self.inner) / shape.itemsize if shape.dropout else 0
         return kept
 
 
 def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
-    """Bytes of activations at the worst moment, with what is held for a moment and the gradients made by then.
+    """The peak bytes of activations, temporary buffers and the gradients that exist at the same time.
 
     Args:
-        first: the lowest layer with something to train, below which nothing is kept.
-        by_layer: the bytes of the gradients of each layer.
-        outside: those of other gradients.
+        first: the lowest layer with trained parameters; below it nothing is kept.
+        by_layer: the bytes of each layer's gradients.
+        outside: the bytes of gradients outside of layers.
     """
     layers = list(_layers(config))
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
@@ -99,7 +101,7 @@ def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
 
 
 def _ahead(layers: list[_Layer], shape: Shape, chunks: int, chunk: int, outside: int) -> float:
-    """Bytes that are held because a GPU works ahead."""
+    """Bytes that are held because MLX works ahead on a GPU."""
     again = sum(_again(layer, shape) for layer in layers)
     widths = sum(_AHEAD_DIM * layer.dim + _AHEAD_INNER * layer.inner for layer in layers)
     loss = chunks * (_AHEAD_LOGITS * chunk + _AHEAD_HEAD * outside)
@@ -107,13 +109,13 @@ def _ahead(layers: list[_Layer], shape: Shape, chunks: int, chunk: int, outside:
 
 
 def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
-    """How many chunks of positions the loss takes, and the bytes of one's logits."""
+    """The number of chunks that the loss is computed in, and the bytes of the logits of one."""
     positions, rows = shape.rows * shape.length, here().loss_rows
     return -(-positions // rows), min(rows, positions) * config.vocab_size * 4
 
 
 def _moment(layer: _Layer, shape: Shape) -> float:
-    """Bytes that are held while the gradients of a layer are made."""
+    """Bytes of temporary buffers while the gradients of a layer are computed."""
     again = _again(layer, shape) + 3 * shape.width * layer.dim
     block = shape.rows * layer.heads * min(BLOCK, shape.length) * shape.length * 4
     attention = _WEIGHTS * block + _QKV * shape.width * layer.qkv
@@ -121,7 +123,7 @@ def _moment(layer: _Layer, shape: Shape) -> float:
 
 
 def _again(layer: _Layer, shape: Shape) -> float:
-    """Bytes of what of a layer is computed again as a whole."""
+    """Bytes of a layer's activations when the whole layer is recomputed."""
     if shape.recompute != LAYERS:
         return 0
     return shape.width * (layer.kept(shape, here().within_layers) - layer.dim)

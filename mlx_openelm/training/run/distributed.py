@@ -1,7 +1,7 @@
 """Data-parallel training: several processes, started by `mlx.launch`, that do one run together.
 
-Each takes its share of every batch, and the gradients are summed, so the run is the same as one process's to
-rounding. Rank 0 alone writes and prints. A process that dies closes its connections, on which the others fail.
+Each takes its share of every batch, and the gradients are summed, so the results are those of a single process, to
+rounding. Only rank 0 writes and prints. When a process dies its connections close, and the others fail.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from ...errors import OpenELMError, RequestError
 
-# How the backends say that another process is gone.
+# How the backends' errors begin when another process is gone.
 _LOST = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "distributed")
 
 
 class Processes:
-    """The processes of a run; a single one where `mlx.launch` was not used."""
+    """The processes of a run; a single one without `mlx.launch`."""
 
     def __init__(self) -> None:
         self.group = mx.distributed.init()
@@ -39,7 +39,7 @@ class Processes:
         return float(mx.distributed.all_sum(mx.array(float(value)), group=self.group, stream=mx.cpu).item())  # type: ignore[arg-type]
 
     def any(self, value: bool) -> bool:
-        """Whether it is true in at least one process."""
+        """Whether `value` is true in at least one process."""
         return value if self.size == 1 else self.sum(value) > 0
 
     def largest(self, value: int) -> int:
@@ -51,7 +51,7 @@ class Processes:
         return most
 
     def share(self, text: str | None) -> str:
-        """A text of the leading process, in all of them; the others' own is not looked at."""
+        """The leading process's text, in all processes; the others' own is ignored."""
         if self.size == 1:
             assert text is not None
             return text
@@ -62,13 +62,13 @@ class Processes:
         return bytes(values).decode()
 
     def share_tensors(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The leading process's tensors, bit for bit, in all of them, which have ones of the same names and shapes."""
+        """The leading process's tensors, bit for bit, in all processes; theirs have the same names and shapes."""
         if self.size == 1:
             return tensors
         shared = {}
         for name in sorted(tensors):
             tensor = tensors[name]
-            # As bytes, whose sum with zeros keeps every bit.
+            # As bytes: adding zeros keeps every bit.
             parts = mx.contiguous(tensor.reshape(-1)).view(mx.uint8)
             parts = parts if self.leads else mx.zeros_like(parts)
             total = mx.distributed.all_sum(parts, group=self.group, stream=mx.cpu)
@@ -77,7 +77,7 @@ class Processes:
         return shared
 
     def check_equal(self, what: str, text: str) -> None:
-        """Refuse to go on with processes that were told different things.
+        """Refuse a run whose processes have different requests.
 
         Raises:
             RequestError: `text` is not the same in all processes.
@@ -90,7 +90,7 @@ class Processes:
             raise RequestError(f"The {self.size} processes have different {what}; start all with the same.")
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a batch that cannot be shared evenly.
+        """Refuse a batch size that cannot be divided evenly.
 
         Raises:
             RequestError: it is not a multiple of the number of processes.
@@ -101,24 +101,24 @@ class Processes:
                 f"take a multiple of {self.size}, such as {-(-batch_size // self.size) * self.size}."
             )
 
-    def speak_last(self) -> None:
-        """Before an error: let mlx.launch, which ends all when one is gone, not end this one before it is told."""
+    def ignore_termination(self) -> None:
+        """Before an error: ignore SIGTERM, with which mlx.launch ends all processes, until the error is printed."""
         if self.size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Work that all do; what goes wrong in one of them, and the loss of one, ends it in one line.
+        """A context for work that all processes do, in which every failure becomes a one-line error.
 
         Raises:
-            OpenELMError: another process is gone. What is raised in a process that does not lead names its rank.
+            OpenELMError: another process is gone. Errors of processes that do not lead name their rank.
         """
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not str(error).startswith(_LOST):
                 raise
-            self.speak_last()
+            self.ignore_termination()
             raise OpenELMError(
                 f"{self._me()}another process of the run is gone, so it ended ({error}); start it again with --resume."
             ) from None

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was told (`run.json`), whether it may be used, and what is put there at the end."""
+"""The folder of a run: its record (`run.json`), whether it may be used, and the files written at the end."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from ... import inputs
 from ...errors import OpenELMError, RequestError
 from ...formats import atomic
 from ...version import __version__
-from ..options import TrainOptions, flag
+from ..options import TrainOptions
+from ..values import flag
 from . import metrics, trackers
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
 _LOCK = ".lock"
-# What a run leaves in its folder beside checkpoints; with --overwrite this is removed, and nothing else.
+# The files of a run beside its checkpoints. --overwrite removes these and nothing else.
 _FILES = (
     RUN,
     metrics.FILE,
@@ -39,9 +40,9 @@ _FILES = (
     "wandb-run.txt",
 )
 
-# What may be different when a run is continued. These do not change what is trained...
+# Options that may differ when a run is continued. These do not change what is trained...
 _FREE = (
-    "data",  # the path; what is in it is compared
+    "data",  # the path; its content is compared
     "train",
     "test",
     "test_batches",
@@ -64,7 +65,7 @@ _FREE = (
     "sample_prompts",
     "sample_tokens",
 )
-# ...and these do, on purpose: what helps where a loss was not finite. A line says so.
+# ...and these do, on purpose: they help after a loss that was not finite. A warning says so.
 _CHANGEABLE = (
     "learning_rate",
     "lr_schedule",
@@ -78,10 +79,10 @@ _CHANGEABLE = (
 
 
 def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds a run, or with `resume` one that does not.
+    """Refuse a folder that already holds a run, or with `resume` one that does not.
 
     Raises:
-        RequestError: it names what to do.
+        RequestError: it says what to do.
     """
     if path.exists() and not path.is_dir():
         raise RequestError(f"--adapter-path {path} is a file, not a folder.")
@@ -91,12 +92,12 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise RequestError(f"There is no run in {path} to --resume; start one without it.")
     if not resume and not overwrite and holds_run(path):
         raise RequestError(
-            f"{path} holds {_what_is_held(path)}replace it with --overwrite, or choose another --adapter-path."
+            f"{path} holds {_describe_content(path)}replace it with --overwrite, or choose another --adapter-path."
         )
 
 
-def _what_is_held(path: Path) -> str:
-    """What a folder has of a run, and where there is enough of it that it can be continued."""
+def _describe_content(path: Path) -> str:
+    """What a folder holds of a run, and that it can be continued if it can."""
     if (path / RUN).exists():
         try:
             read_run(path)
@@ -111,7 +112,7 @@ def holds_run(path: Path) -> bool:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """What the run in a folder was told.
+    """The record of the run in a folder, as `make_record` made it.
 
     Raises:
         RequestError: there is none, or its `run.json` cannot be read.
@@ -122,7 +123,7 @@ def read_run(path: Path) -> dict[str, Any]:
         record = inputs.read_json(path / RUN)
         if isinstance(record["options"], dict) and isinstance(record["data"], dict) and "model" in record:
             return record
-    raise RequestError(f"{path / RUN} is damaged, so what the run was told is not known; start anew with --overwrite.")
+    raise RequestError(f"{path / RUN} is damaged, so the run cannot be continued; start a new one with --overwrite.")
 
 
 def make_record(
@@ -134,12 +135,12 @@ def make_record(
     processes: int,
     recompute: str,
 ) -> dict[str, Any]:
-    """All that repeats a run, as `run.json` has it.
+    """The content of `run.json`: all that is needed to repeat a run.
 
     Args:
         loading: how the model was loaded: dtype, tokenizer and so on.
-        data: the fingerprint and size of what is learned from.
-        recompute: what is recomputed, chosen if the options leave that open.
+        data: the fingerprint of the data, and the number of examples of each split.
+        recompute: what the backward pass recomputes, as the plan chose it.
     """
     return {
         "model": model,
@@ -162,10 +163,10 @@ def _command() -> list[str]:
 
 
 def compare(model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What a continued run does differently, on purpose.
+    """The permitted differences between a continued run and its record, a line each.
 
     Raises:
-        RequestError: it would not be the same run, by the flag that differs.
+        RequestError: it would not be the same run; the message names the flag that differs.
     """
     _refuse_change("--model", model, before["model"])
     for name, value in loading.items():
@@ -184,7 +185,7 @@ def compare(model: str, options: TrainOptions, loading: Mapping[str, Any], befor
 
 
 def continue_record(record: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Let the record of a continued run tell how it began, and how often it went on.
+    """Give the record of a continued run its original start, and the list of times it was resumed.
 
     Raises:
         RequestError: the data is not the same.
@@ -226,16 +227,19 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def remove_run(path: Path) -> None:
-    """Remove a run's files, checkpoints aside; others in its folder stay."""
+    """Remove a run's files except its checkpoints; other files in the folder stay."""
     for file in (*(path / name for name in _FILES), *trackers.event_files(path)):
         file.unlink(missing_ok=True)
 
 
-def place(path: Path, write: Callable[[Path], None]) -> None:
-    """Files that appear in a folder, each complete: `write` makes them elsewhere, the configuration comes last.
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Put files into a folder so that each appears complete, the configuration last.
+
+    Args:
+        write: writes the files into a temporary folder.
 
     Raises:
-        OpenELMError: the disk is full, or writing failed otherwise; what was there stays.
+        OpenELMError: the disk is full, or writing failed otherwise; existing files stay.
     """
     try:
         for leftover in path.glob(".writing-*"):
@@ -250,10 +254,10 @@ def place(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """The folder for this process alone; the lock goes with the process, however it ends.
+    """Lock the folder for this process. The lock ends with the process, however that ends.
 
     Raises:
-        RequestError: another process trains into it, or it cannot be made.
+        RequestError: another process trains into it, or it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C while training: the first asks for an end after the step, the second ends the process at once."""
+"""Ctrl-C while training: the first one stops the run after the current step, the second one ends the process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Within it, SIGINT and SIGTERM set `requested`; a second one exits with 130 wherever the process is.
+    """A context in which SIGINT and SIGTERM set `requested`; a second signal exits with 130 at once.
 
-    Python runs signal handlers between its own instructions only, and a step may compute for seconds, so a thread
-    of its own hears of signals. Outside the main thread, which alone may handle signals, nothing is changed.
+    Python runs signal handlers only between its own instructions, and a step may compute for seconds, so a separate
+    thread receives the signals. Signals can only be handled from the main thread; in other threads this does nothing.
 
     Args:
-        noticed: called once, in that thread, at the first signal.
+        on_request: called once, in that thread, at the first signal.
     """
 
-    def __init__(self, noticed: Callable[[], None] = lambda: None):
+    def __init__(self, on_request: Callable[[], None] = lambda: None):
         self.requested = False
-        self._noticed = noticed
+        self._on_request = on_request
         self._active = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
@@ -49,10 +49,10 @@ class Interrupts:
             self._ours.close()
 
     def _listen(self) -> None:
-        while heard := self._ours.recv(1):
-            if heard[0] not in _SIGNALS:
+        while received := self._ours.recv(1):
+            if received[0] not in _SIGNALS:
                 continue
             if self.requested:
                 os._exit(130)
             self.requested = True
-            self._noticed()
+            self._on_request()

@@ -1,4 +1,4 @@
-"""What a run measures: a line of JSON a step in `metrics.jsonl`, and a picture of the curves."""
+"""The numbers of a run: lines of JSON in `metrics.jsonl`, and a plot of the curves."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ...formats import atomic
 from .trackers import Tracker
 
 FILE, PICTURE = "metrics.jsonl", "losses.png"
-# What the picture shows of the values that are logged.
+# The logged values that the plot shows.
 TRAIN_LOSS, VALID_LOSS, LEARNING_RATE = "train_loss", "val_loss", "learning_rate"
 
-# The picture is drawn no more often than this, and at most this share of the time goes into it.
+# The plot is drawn at most this often, and takes at most this share of the time.
 _PAUSE_SECONDS = 10.0
 _SHARE = 0.01
 
@@ -28,18 +28,18 @@ Points = list[tuple[int, float]]
 
 
 class Metrics:
-    """Writes down what a run measures; a context manager, which closes.
+    """Records the numbers of a run; as a context manager it closes itself.
 
     Args:
         folder: where `metrics.jsonl` and `losses.png` go.
-        resume_step: the last step that counts of a run that is continued: what was written after it is removed, and
-            so is a line that a killed process left cut. None for a new run, which starts a new file.
-        validated: the last step whose validation counts, where a later one, broken off, will be done again.
-        trackers: where numbers go as well; they are closed with this.
-        plot: keep the picture up to date, where matplotlib is installed.
+        resume_step: the step from which a run is continued: later lines are removed, and so is an incomplete line that
+            a killed process left. None for a new run, which starts a new file.
+        validated: the step of the last complete validation; later validations are removed, as they will be repeated.
+        trackers: further destinations of the numbers; they are closed together with this.
+        plot: keep the plot up to date, if matplotlib is installed.
 
     Raises:
-        OpenELMError: the disk is full, or writing failed otherwise; `log` raises it, too.
+        OpenELMError: the disk is full, or writing failed otherwise; `log` raises it too.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Metrics:
             self._remember(row["step"], row)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a line is written at once and whole, and a kill later cannot take it back.
+            # Unbuffered: a line is written at once and completely, so that a later kill does not lose it.
             self._file = self._path.open("wb" if resume_step is None else "ab", buffering=0)
         except OSError as error:
             raise _failed(self._path, error) from None
@@ -71,9 +71,9 @@ class Metrics:
         self._picture = _Picture(folder / PICTURE) if plot else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step, of which there may be several lines; None stands for what is not finite.
+        """Write a line with the values of a step; a value that is not finite is written as null.
 
-        The picture shows `train_loss`, `val_loss` and `learning_rate`.
+        A step may have several lines. The plot shows `train_loss`, `val_loss` and `learning_rate`.
         """
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -88,7 +88,7 @@ class Metrics:
             self._picture.refresh(self._curves)
 
     def close(self) -> None:
-        """Draw the picture as it is in the end, and close the trackers."""
+        """Draw the final plot, and close the trackers."""
         self._file.close()
         if self._picture is not None:
             self._picture.finish(self._curves)
@@ -108,12 +108,12 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`: `step` and the values, null for what was not finite."""
+    """The complete lines of a `metrics.jsonl`: `step` and the values, null for those that were not finite."""
     return [row for line in path.read_bytes().splitlines() if (row := _row(line)) is not None]
 
 
 def _keep_until(path: Path, last_step: int, validated: int | None) -> list[dict[str, Any]]:
-    """The rows of `path` up to that step, of validations up to `validated`, which are all that is left in it."""
+    """Cut the file after that step, validations after `validated`; returns the rows that are left."""
     last_validation = last_step if validated is None else validated
     try:
         before = path.read_bytes()
@@ -142,7 +142,7 @@ def _failed(path: Path, error: OSError) -> OpenELMError:
 
 
 class _Picture:
-    """Draws curves into a PNG, beside the training and so seldom that it costs next to none of its time."""
+    """Draws curves into a PNG in a thread, so rarely that training is not slowed down."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -150,22 +150,22 @@ class _Picture:
         self._next = time.monotonic() + _PAUSE_SECONDS
 
     def refresh(self, curves: Mapping[str, Points]) -> None:
-        """Begin a new picture if it is time for one; returns at once."""
+        """Start drawing if it is time; returns at once."""
         if time.monotonic() < self._next:
             return
         self._next = math.inf  # until this one is done
         copy = {name: list(points) for name, points in curves.items()}
-        self._thread = threading.Thread(target=self._draw_beside, args=(copy,), name="metrics picture", daemon=True)
+        self._thread = threading.Thread(target=self._draw_in_thread, args=(copy,), name="metrics picture", daemon=True)
         self._thread.start()
 
     def finish(self, curves: Mapping[str, Points]) -> None:
-        """Draw the last picture, now."""
+        """Draw the final picture, and wait for it."""
         if self._thread is not None:
             self._thread.join()
         if any(curves.values()):
             self._try(curves)
 
-    def _draw_beside(self, curves: Mapping[str, Points]) -> None:
+    def _draw_in_thread(self, curves: Mapping[str, Points]) -> None:
         started = time.monotonic()
         self._try(curves)
         now = time.monotonic()
@@ -174,18 +174,18 @@ class _Picture:
     def _try(self, curves: Mapping[str, Points]) -> None:
         try:
             draw(curves, self._path)
-        except Exception as error:  # whatever matplotlib has: a run is worth more than its picture
+        except Exception as error:  # any error of matplotlib's: a plot must not stop a run
             warnings.warn(f"The picture of the losses could not be drawn: {error}", stacklevel=2)
 
 
 def draw(curves: Mapping[str, Points], path: Path) -> None:
-    """Draw losses above and the learning rate below, over steps, into a PNG that appears complete."""
+    """Draw losses above and the learning rate below, over steps, into a PNG that appears complete or not at all."""
     with atomic.new_file(path) as file:
         figure(curves).savefig(file, format="png", dpi=120)
 
 
 def figure(curves: Mapping[str, Points]) -> Any:
-    """The matplotlib figure of the curves, made without pyplot, whose global state is for one thread."""
+    """The matplotlib figure of the curves, made without pyplot, whose global state is not thread-safe."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(8, 6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The memory a run will need, told before it starts; what it recomputes by that, and what to do if it is too much."""
+"""The memory that a run will need, what it recomputes accordingly, and what to do if memory is too small."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from ..step.updater import Updater
 from . import activations
 from .activations import Shape
 
-# New weights with the optimizer's numbers for them, before the old ones go: so much of what is evaluated at a time.
+# While weights are updated, the new and the old ones exist at once: this times the bytes that are evaluated together.
 _RENEWED = 1.25
 
-# A run that needs more of the free memory than this is warned about, one that needs more of all memory refused.
+# A run that needs more than this share of the free memory causes a warning; more than this multiple of all memory is
+# refused.
 _USABLE_SHARE, _HOPELESS = 0.9, 1.5
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the model, of what the optimizer keeps, of gradients, of activations, and of all at the worst moment.
+    """Bytes of the model, the optimizer's state, gradients and activations, and the peak of their sum.
 
-    `activations` is their most with what is held beside them for a moment, the gradients made by then included.
+    `activations` is the most they take, including temporary buffers and the gradients that exist at that moment.
     """
 
     model: int
@@ -48,7 +49,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run recomputes and needs, and what other settings would: (flags, memory), which need less."""
+    """What a run recomputes, the memory it needs, and settings that need less, as (flags, memory)."""
 
     recompute: str
     memory: Memory
@@ -59,10 +60,10 @@ class Plan:
         return f"{self.memory}; {again}" if again else str(self.memory)
 
     def warning(self) -> str | None:
-        """One line if the free memory will hardly do, with what to turn on.
+        """A line with advice if the free memory may not suffice, else None.
 
         Raises:
-            RequestError: the machine does not have nearly as much.
+            RequestError: the machine has far too little memory.
         """
         room = _room(self.memory)
         if self.memory.peak <= room:
@@ -70,27 +71,27 @@ class Plan:
         fitting = [way for way in self.alternatives if way[1].peak <= room] or list(self.alternatives[-1:])
         ways = " or ".join(f"{flags}: {_size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
-        line = f"The run needs about {_size(self.memory.peak)}, and {_size(room / _USABLE_SHARE)} are there{advice}."
+        line = f"The run needs about {_size(self.memory.peak)}, and {_size(room / _USABLE_SHARE)} is available{advice}."
         if self.memory.peak > _HOPELESS * (total_memory() or math.inf):
             raise RequestError(line)
         return line
 
 
 def _room(memory: Memory) -> float:
-    """The bytes that a run may take, with its model, which is loaded already; infinity where that is not known."""
+    """The bytes that a run may take, including its model, which is loaded already; infinity if unknown."""
     free = available_memory()
     if free is None:
         return math.inf
-    # With CUDA weights may be in the host's memory yet.
+    # With CUDA the weights may still be in host memory.
     return _USABLE_SHARE * min(free + memory.model, total_memory() or math.inf)
 
 
 def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
-    """What a run recomputes: what it was told, else by the free memory; and the memory of it, and of ways to need less.
+    """Decide what a run recomputes (the options, or the free memory, say it), and estimate its memory.
 
     Args:
         updater: of a model that is loaded and made trainable.
-        shape: [rows, length] of the largest batch, as `Batches.largest_shape` gives it.
+        shape: [rows, length] of the largest batch, as `Batches.largest_shape` returns it.
     """
     model, state = updater.model, updater.state()
     sizes = {name: value.nbytes for name, value in state.items()}
@@ -115,7 +116,8 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
     if recompute == AUTO:
         recompute = PARTS
         if here().chooses:
-            # Where neither fits, the least is kept: MLX runs ahead less where memory is short, which then decides.
+            # If neither fits, keep the least. The estimate includes MLX working ahead, which it does less when memory
+            # is short.
             levels = ((level, needs(rows, length, level, accumulates)) for level in (NOTHING, PARTS))
             recompute = next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
     memory = needs(rows, length, recompute, accumulates)
@@ -125,7 +127,7 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
         ways.append((" ".join(flags), needs(rows, length, LAYERS, accumulates)))
     smaller = rows // 2
     while smaller >= 1:
-        # Halved, so that an update learns from as many examples.
+        # Accumulated, so that an update still learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
         ways.append((" ".join([*flags, split]), needs(smaller, length, LAYERS, True)))
@@ -137,7 +139,7 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
 
 
 def _size(count: float) -> str:
-    """Bytes as people read them (1 GB is 1e9 bytes)."""
+    """Bytes in readable units (1 GB is 1e9 bytes)."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
@@ -156,16 +158,16 @@ def estimate(
     """The memory of a run whose batches are no larger than `shape`.
 
     Args:
-        model_bytes: the model's parameters, trained ones included.
-        optimizer_bytes: what the optimizer keeps.
-        trained: the bytes of each trained parameter, by name, in float32; gradients have as many.
-        casts: whether trained parameters are cast to the activations' type, which is held while they are used.
+        model_bytes: the model's parameters, including those that are trained.
+        optimizer_bytes: the optimizer's state.
+        trained: the bytes of each trained parameter in float32, by name; its gradient takes as many.
+        casts: whether trained parameters are cast to the activations' type; the copies exist while they are used.
         accumulates: whether gradients of several micro-batches are added up.
     """
     count = len(config.ffn_dims)
     gradients = sum(trained.values())
     by_layer = [sum(size for name, size in trained.items() if f".layers.{n}." in name) for n in range(count)]
-    # Below the first layer with something to train nothing is kept; the embedding lies below all.
+    # Nothing is kept below the first layer with trained parameters. The embedding is below all layers.
     is_below = any(EMBEDDING in name for name in trained)
     first = 0 if is_below else next((n for n, size in enumerate(by_layer) if size), 0)
     held = activations.most(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))

@@ -1,4 +1,4 @@
-"""What training needs before it begins: the records, the model, and examples of the records, shown to the person."""
+"""What training needs before it begins: the data, the model, and tokenized examples, one of which is shown."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..data.examples import Examples, tokenize
 from ..data.read import Splits, read_splits
 from ..options import FineTuneOptions, TrainOptions
 from .distributed import Processes
-from .trainer import Listener
+from .listener import Listener
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How the model is loaded and prompts are rendered, as `load` and `tokenize` have it."""
+    """How the model is loaded and prompts are rendered: arguments of `load` and `tokenize`."""
 
     dtype: str | None = None
     tokenizer: str | None = None
@@ -37,9 +37,9 @@ class Loading:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, and the examples of `train`, `valid` and `test`, as far as they are there and needed.
+    """A model, and the examples of those of `train`, `valid` and `test` that exist and are needed.
 
-    `max_seq_length` is what the options say, or less, where the model's positions end.
+    `max_seq_length` is that of the options, or less if the model has fewer positions.
     """
 
     model: OpenELM
@@ -48,16 +48,16 @@ class Prepared:
     max_seq_length: int
 
     @property
-    def shown(self) -> Examples:
-        """The examples that tell what the data is."""
+    def main_examples(self) -> Examples:
+        """The examples that represent the data: those of training, else of the test."""
         return self.examples["train" if "train" in self.examples else "test"]
 
     def fingerprint(self) -> str:
-        """A hash of all that training learns from and is validated on."""
+        """A hash of the training and validation examples."""
         return " ".join(examples.fingerprint() for split, examples in self.examples.items() if split != "test")
 
     def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Batch]:
-        """This process's batches of a split to measure the loss on, the same ones each time."""
+        """This process's batches of a split, to measure the loss on; always the same ones."""
         return validation_batches(
             self.examples[split].examples,
             options.batch_size,
@@ -70,10 +70,10 @@ class Prepared:
 
 
 def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Listener) -> Prepared:
-    """Read the data, which fails sooner, then load the model, then make examples.
+    """Read the data, then load the model, then tokenize the examples. Errors in the data show up soonest that way.
 
     Raises:
-        RequestError: data, a model or a combination of them that cannot be right.
+        RequestError: data or a model that is invalid, or data that does not suit the model.
         OpenELMError: a download that failed.
     """
     splits = _read(options, listener)
@@ -81,13 +81,13 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     del values["chat_template"]
     trains_weights = options.train and options.fine_tune_type == "full"
     if trains_weights and values.get("dtype") is None and backend.has_kernels():
-        values["dtype"] = "float32"  # the kernels multiply with half precision, but it is too coarse to learn in
+        values["dtype"] = "float32"  # the kernels can multiply in half precision, but it is too coarse for updates
     model, tokenizer = load(name, expand=True if trains_weights else None, exact_activations=True, **values)
     was_given_template = loading.chat_template is None and _give_template(name, tokenizer)
-    target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that are not there
+    target_paths(model.config, options.target_modules, options.num_layers)  # refuses layers that do not exist
     if trains_weights and model.quantization:
         listener.say(
-            "The model's weights are quantized; what is trained of them becomes full precision. mlx-lm cannot put such "
+            "The model's weights are quantized; those that are trained become full precision. mlx-lm cannot load such "
             "weights into the quantized model: fuse them."
         )
     elif model.quantization and model.expanded:
@@ -110,20 +110,20 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
         for line in _describe(split, examples[split], length):
             listener.say(line)
     prepared = Prepared(model, tokenizer, examples, length)
-    if was_given_template and prepared.shown.report.chat_template is not None:
+    if was_given_template and prepared.main_examples.report.chat_template is not None:
         listener.say(
             f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned with; "
             "prompt the result with --chat-template corenet too."
         )
     listener.say("An example, with what is learned between ⟦ and ⟧:")
-    listener.say(prepared.shown.report.sample_text())
+    listener.say(prepared.main_examples.report.sample_text())
     return prepared
 
 
 def _read(options: FineTuneOptions, listener: Listener) -> Splits:
     need = [split for split, wanted in (("train", options.train), ("test", options.test)) if wanted]
     assert options.data is not None  # FineTuneOptions.check
-    fraction = options.valid_fraction if options.val_batches else 0.0  # or examples would be held out for nothing
+    fraction = options.valid_fraction if options.val_batches else 0.0  # without validation nothing is held out
     splits = read_splits(options.data, valid_fraction=fraction, seed=options.seed, need=need)
     if options.train:
         for note in splits.notes:
@@ -134,9 +134,9 @@ def _read(options: FineTuneOptions, listener: Listener) -> Splits:
 
 
 def _give_template(name: str, tokenizer: Tokenizer) -> bool:
-    """Let the tokenizer of a release that was tuned for chats have CoreNet's template; whether it had none.
+    """Give the tokenizer of an instruction-tuned release CoreNet's template if it has none; returns whether it did.
 
-    Apple's repositories have no tokenizer, and the one that is found for them need not have a template.
+    Apple's repositories have no tokenizer, and the one used with them may have no template.
     """
     release = catalog.find(name)
     if release is None or not release.instruct or tokenizer.chat_template is not None:
@@ -153,7 +153,7 @@ def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
 
 
 def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[str]:
-    """Lines that say what the examples of a split are, and what was done to them."""
+    """Lines about the examples of a split: their kind and size, how many were cut, how many have nothing to learn."""
     report = examples.report
     template = "" if report.chat_template is None else f", chat template: {report.chat_template}"
     yield (

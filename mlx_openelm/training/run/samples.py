@@ -1,4 +1,4 @@
-"""What a model says to prompts of one's choice, before training and after."""
+"""How a model continues sample prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.kinds import INSTRUCTION
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and how the model goes on, greedily, before and after training."""
+    """A prompt, and the model's greedy continuations before and after training."""
 
     prompt: str
     before: str
@@ -23,11 +23,11 @@ class Sample:
 
 
 def prompt_tokens(prompt: str, tokenizer: Tokenizer, report: Report, chat_template: str | Path | None) -> list[int]:
-    """A prompt as the model saw prompts in training: in the chat or instruction template of its examples, or as it is.
+    """A prompt in the form that training used: in the examples' chat or instruction template, or as plain text.
 
     Args:
         report: of the training examples.
-        chat_template: as `tokenize` was given it.
+        chat_template: the one that `tokenize` was given.
     """
     if report.chat_template is not None:
         own = report.chat_template == "the tokenizer's own"

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: checkpoints that are whole or not there, and their numbers."""
+"""Checkpoints, from which a run continues exactly; each is complete or absent."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _CHUNK = 1 << 20
 
 @dataclass
 class RunState:
-    """Where a run is, beside its weights and its optimizer. Losses are means over learned tokens, in nats.
+    """The state of a run apart from its weights and its optimizer. Losses are means over learned tokens, in nats.
 
     Args:
         step: updates done; also the position in the data, whose order derives from seed and step.
         trained_tokens: learned tokens so far.
         seconds: time spent in updates so far.
-        window_loss: the sum over learned tokens since the last report; `window_tokens` is how many they are.
+        window_loss: the summed loss of the tokens learned since the last report; `window_tokens` is their number.
         reported: the loss last reported.
         validated: the step of the last validation, -1 before the first; `val_loss` is its loss.
         best_step: the step with the lowest validation loss, `best_loss`.
-        stale: validations since then.
+        stale: validations since the best one.
     """
 
     step: int = 0
@@ -54,12 +54,12 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of a run: `FOLDER/0000100` and so on, and `FOLDER/best`, a link to the best of them.
+    """The checkpoints of a run: `FOLDER/0000100` and so on, and `FOLDER/best`, a link to the best one.
 
     Args:
-        keep_last: how many of the newest are kept.
-        keep_every: those of every so manyth step are kept too; None for none.
-        export: writes further files into a checkpoint, so that it can be used as it is.
+        keep_last: keep this many of the newest checkpoints.
+        keep_every: also keep every N-th step's checkpoint; None keeps no others.
+        export: writes further files into a checkpoint, so that it can be used directly.
     """
 
     def __init__(
@@ -76,21 +76,21 @@ class Checkpoints:
         return self.folder / f"{step:07d}"
 
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, in order."""
+        """The steps that have a checkpoint, in order."""
         names = (entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else ()
         return sorted(int(name) for name in names if re.fullmatch(r"\d{7,}", name))
 
     def save(self, state: RunState, tensors: Mapping[str, mx.array]) -> Path:
-        """Write a checkpoint; older ones that need not be kept are removed once it is complete.
+        """Write a checkpoint; once it is complete, older ones that need not be kept are removed.
 
         Args:
-            tensors: what `Updater.state` gives.
+            tensors: what `Updater.state` returns.
 
         Raises:
-            OpenELMError: the disk is full, or writing failed otherwise; the checkpoints before are as they were.
+            OpenELMError: the disk is full, or writing failed otherwise; earlier checkpoints are unchanged.
         """
         path = self.path(state.step)
-        if path.exists():  # damaged, or the run would have gone on from it
+        if path.exists():  # it is damaged: the run would have continued from it otherwise
             shutil.rmtree(path)
         parts = {
             name: {key: tensors[key] for key in sorted(tensors) if key.startswith(prefix)}
@@ -111,13 +111,13 @@ class Checkpoints:
         return path
 
     def load(self, warn: Callable[[str], None]) -> tuple[RunState, dict[str, mx.array]] | None:
-        """The newest checkpoint that is whole, its tensors evaluated; None where there is none at all.
+        """The newest intact checkpoint, its tensors evaluated; None if there are no checkpoints.
 
         Args:
-            warn: told of each newer one that is damaged, by name.
+            warn: called with a line about each newer checkpoint that is damaged.
 
         Raises:
-            OpenELMError: there are some, and all are damaged.
+            OpenELMError: all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -128,7 +128,7 @@ class Checkpoints:
             warn(f"The checkpoint {self.path(step)} is damaged: {reason}; the one before it is used.")
         if steps:
             raise OpenELMError(
-                f"All checkpoints in {self.folder} are damaged; start anew with --overwrite in place of --resume."
+                f"All checkpoints in {self.folder} are damaged; start a new run with --overwrite instead of --resume."
             )
         return None
 
@@ -136,7 +136,7 @@ class Checkpoints:
         """The weights and the optimizer's state of one checkpoint, as `Updater.restore` takes them.
 
         Raises:
-            OpenELMError: it is gone or damaged.
+            OpenELMError: it is missing or damaged.
         """
         path = self.path(step)
         if (reason := _damage(path)) is not None:
@@ -148,14 +148,14 @@ class Checkpoints:
         return tensors
 
     def advice(self) -> str:
-        """What is intact and how to go on, for a person whose run just stopped."""
+        """Which checkpoint is intact and how to continue, for errors that stop a run."""
         whole = [step for step in self.steps() if _damage(self.path(step)) is None]
         if not whole:
             return "No checkpoint was saved yet; --resume starts from the beginning."
         return f"The checkpoint of step {whole[-1]} is intact ({self.path(whole[-1])}); go on from it with --resume."
 
     def remove_all(self) -> None:
-        """Remove every checkpoint and what killed processes left; nothing that is not one of ours."""
+        """Remove all checkpoints and leftovers of killed processes, and no other files."""
         self.remove_leftovers()
         for step in self.steps():
             shutil.rmtree(self.path(step))
@@ -165,7 +165,7 @@ class Checkpoints:
             self.folder.rmdir()
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes were writing; only while no other process writes here."""
+        """Remove unfinished checkpoints of killed processes; only while no other process writes here."""
         for entry in self.folder.glob(".*.partial-*"):
             shutil.rmtree(entry, ignore_errors=True)
 
@@ -178,22 +178,22 @@ class Checkpoints:
             self._link_best(self.path(state.best_step))
         for step in done:
             if step not in kept:
-                # Renamed first: a process killed here must not leave half a checkpoint under its name.
+                # Rename it first: a process killed here must not leave half a checkpoint under the final name.
                 going = self.folder / f".{step:07d}.partial-{os.getpid()}-going"
                 self.path(step).rename(going)
                 shutil.rmtree(going, ignore_errors=True)
 
     def _link_best(self, path: Path) -> None:
         link = self.folder / f".{BEST}.partial-{os.getpid()}"
-        with contextlib.suppress(OSError):  # a file system without links; state.json names the best as well
+        with contextlib.suppress(OSError):  # a file system without links; state.json has the best step as well
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             link.replace(self.folder / BEST)
 
 
 def _write(path: Path, tensors: Mapping[str, mx.array]) -> dict[str, int]:
-    """Write tensors, and return the file's size and checksum."""
-    # Through a Python file, whose errors tell a full disk from others; MLX's own writing does not.
+    """Write tensors; returns the file's size and checksum."""
+    # Through a Python file, whose errors distinguish a full disk; MLX's own do not.
     with path.open("wb") as file:
         mx.save_safetensors(file, dict(tensors))  # type: ignore[arg-type]
         file.flush()
@@ -221,11 +221,11 @@ def _checksum(path: Path) -> int:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is whole."""
+    """What is wrong with a checkpoint; None if it is intact."""
     try:
         record = _read_record(path)
         if record["version"] != _VERSION:
-            return f"{_STATE} is of a version this program does not know"
+            return f"{_STATE} has a version that this program does not know"
         RunState(**record["state"])
         for name in (_WEIGHTS, _OPTIMIZER, *record["files"]):
             expected, actual = record["files"][name], (path / name).stat().st_size

@@ -1,4 +1,4 @@
-"""Services that show a run's numbers elsewhere, through one small interface (`--report-to tensorboard,wandb`)."""
+"""Experiment trackers for a run's numbers, behind one small interface (`--report-to tensorboard,wandb`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ...formats import atomic
 TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_PROJECT = "mlx-openelm"
 _INSTALL = "pip install 'mlx-openelm[trackers]'"
-# Where in the run's folder each keeps what it needs.
+# What each keeps in the run's folder.
 _TENSORBOARD, _WANDB_ID = "tensorboard", "wandb-run.txt"
-# How long TensorBoard's writer may keep what a killed process would lose; its own default is two minutes.
+# How often TensorBoard's writer saves; by default a killed process would lose two minutes.
 _FLUSH_SECONDS = 1
 
 
 class Tracker(Protocol):
-    """Where numbers go beside `metrics.jsonl`."""
+    """A destination of numbers beside `metrics.jsonl`."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -58,10 +58,10 @@ def make_trackers(
     """The trackers of a run.
 
     Args:
-        folder: the run's, which TensorBoard's events go to, in `tensorboard`.
-        project_name: Weights & Biases' project; `mlx-openelm` unless told.
+        folder: the run's; TensorBoard's events go into `tensorboard` in it.
+        project_name: Weights & Biases' project; by default `mlx-openelm`.
         config: the settings to show with the numbers.
-        resume_step: the step after which the run is continued, in the same curves.
+        resume_step: the step from which a run is continued, in the same curves.
 
     Raises:
         RequestError: an unknown name, or a package that is missing.
@@ -77,13 +77,13 @@ def make_trackers(
 
 
 def event_files(folder: Path) -> list[Path]:
-    """What TensorBoard was told of the runs in a folder: another run's curves would be shown as one with these."""
+    """TensorBoard's event files of a run's folder; it would show those of two runs as one curve."""
     return sorted((folder / _TENSORBOARD).glob("events.out.tfevents.*"))
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None):
-        # What an earlier run wrote after that step is hidden.
+        # Hides what the run wrote after that step before it stopped.
         purge = None if resume_step is None else resume_step + 1
         module = importlib.import_module(_tensorboard_module() or "tensorboardX")
         self._writer = module.SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)
@@ -100,7 +100,7 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any], resume_step: int | None):
         import wandb
 
-        # Its run goes on under its id; it keeps its first numbers of steps that are done again.
+        # The run continues under its id. For repeated steps the service keeps the first numbers.
         file = folder / _WANDB_ID
         run_id = None
         if resume_step is not None:
@@ -115,7 +115,7 @@ class _WeightsAndBiases:
                 id=run_id,
                 resume=None if run_id is None else "allow",
             )
-        except Exception as error:  # its errors have no common class of their own
+        except Exception as error:  # its errors have no common base class
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OpenELMError(
                 f"Weights & Biases did not start: {reason}. WANDB_MODE=offline keeps the numbers here."
@@ -131,16 +131,16 @@ class _WeightsAndBiases:
 
 
 def _tensorboard_module() -> str | None:
-    """Whichever writes TensorBoard's files here; PyTorch's needs the package `tensorboard` as well."""
+    """The installed module that writes TensorBoard's files; PyTorch's needs the package `tensorboard` too."""
     if _has("tensorboardX"):
         return "tensorboardX"
     return "torch.utils.tensorboard" if _has("torch") and _has("tensorboard") else None
 
 
 def _has(package: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name, such as Weights & Biases makes, is none."""
+    """Whether a package can be imported; a plain folder of that name, such as Weights & Biases' own, does not count."""
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # ValueError: it is there, and does not say where it comes from
+    except (ImportError, ValueError):  # ValueError: it is imported already, and has no spec
         return package in sys.modules
     return spec is not None and spec.origin is not None

@@ -1,7 +1,7 @@
-"""Cross-entropy of a language model without [tokens x vocabulary]: logits exist for a few positions at a time.
+"""Cross-entropy of a language model without a [tokens, vocabulary] array: logits exist for a few positions at a time.
 
-The gradient is made in the forward pass, while a chunk's logits are at hand (as in Liger Kernel, arXiv:2410.10989), so
-that nothing is computed twice.
+The gradient is computed in the forward pass, while a chunk's logits exist (as in Liger Kernel, arXiv:2410.10989), so
+nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def cross_entropy(
     """The summed loss of predicting `targets` [rows] from hidden states [rows, model_dim]: objective and likelihood.
 
     Args:
-        targets: ids; rows with `IGNORED` add nothing.
-        learned: which rows add something, booleans [rows], where the targets of others are no longer `IGNORED`.
+        targets: token ids; rows with `IGNORED` do not count.
+        learned: booleans [rows], the rows that count, if `targets` has other ids in place of `IGNORED`.
         z_loss: this times the square of logsumexp(logits) is added for each row (arXiv:2204.02311, section 5).
         label_smoothing: this share of each target is spread over the whole vocabulary, as in PyTorch.
-        differentiable: False to have no gradients made.
+        differentiable: False computes no gradients.
 
     Returns:
-        what is to be minimized, and the negative log-likelihood alone, which has no gradient: two float32 scalars.
+        the objective to minimize, and the negative log-likelihood alone, which has no gradient: float32 scalars.
     """
     chunk = here().loss_rows
     if learned is None:
@@ -52,12 +52,12 @@ def cross_entropy(
         """Objective, likelihood, and the objective's gradients for all arguments."""
         objective = likelihood = mx.array(0.0)
         by_rows: list[mx.array] = []
-        # In 16 bits a sum of many chunks would lose most of what is added.
+        # In float32: in 16 bits a sum over many chunks would lose most of its terms.
         by_weights = [mx.zeros(weight.shape) for weight in weights]
         for start in range(0, targets.size, chunk):
             part = slice(start, start + chunk)
             rows, wanted = hidden_states[part], (targets[part, None], learned[part, None])
-            # One chunk after the other, so that their logits do not exist at the same time.
+            # One chunk after the other, so that the logits of only one exist at a time.
             rows = mx.depends(rows, [objective, *by_rows[-1:], *by_weights])
             logits = logits_of(rows, *weights)
             sums, slope = _chunk(logits, *wanted, z_loss, label_smoothing)
@@ -85,7 +85,7 @@ def cross_entropy(
 
 
 def split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Targets that are ids, 0 in place of `IGNORED`, and which of them are learned."""
+    """Targets with 0 in place of `IGNORED`, and booleans for those that are learned."""
     learned = targets != IGNORED
     return mx.where(learned, targets, 0), learned
 
@@ -95,7 +95,9 @@ def _chunk(
 ) -> tuple[tuple[mx.array, mx.array], mx.array]:
     """Summed objective and likelihood of logits [rows, vocab], and the objective's gradient for the logits.
 
-    `index` [rows, 1] is what is to be predicted where it is `learned`.
+    Args:
+        index: the ids to predict [rows, 1].
+        learned: the rows that count, booleans [rows, 1].
     """
     exact = logits.astype(mx.float32)
     shares, lse = _softmax(exact)
@@ -106,7 +108,7 @@ def _chunk(
         objective = (1 - label_smoothing) * likelihood + label_smoothing * even
     if z_loss:
         objective = objective + z_loss * mx.square(lse)
-    # d lse / d logits is the softmax; the rest is what is subtracted from lse.
+    # The gradient of lse is the softmax; below, the gradients of the terms that are subtracted from it.
     if z_loss:
         shares = shares * (1 + 2 * z_loss * lse)
     hit = mx.arange(logits.shape[-1]) == index

@@ -1,4 +1,4 @@
-"""The optimizers, from MLX, with what training adds: vectors do not decay, and one rate is right for every part."""
+"""MLX's optimizers, changed so that vectors do not decay, and one learning rate suits every part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 
 from ..options import TrainOptions
 
-# What each optimizer has where nothing is told: MLX's numbers, and for Muon's AdamW those of its authors.
+# Defaults: MLX's own, and for Muon's AdamW those of its authors.
 _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.01}
 _BETAS = {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "lion": (0.9, 0.99), "muon": (0.9, 0.95)}
 _EPS = 1e-8
@@ -17,11 +17,10 @@ _MUON_MOMENTUM = 0.95
 
 
 def make_optimizer(options: TrainOptions) -> optim.Optimizer:
-    """The optimizer that checked options name.
+    """The optimizer that the options name; they are checked already.
 
-    Weight decay is for matrices: norms and DoRA's magnitudes have none. Adafactor steps by the learning rate itself,
-    not by one relative to step and weights. Muon is for the matrices within layers; embeddings, the output layer and
-    vectors have AdamW beside it.
+    Only matrices decay, not norms or DoRA's magnitudes. Adafactor uses the learning rate as it is, not relative to step
+    and weights. Muon updates the matrices of layers, AdamW the embedding, the output layer and vectors.
     """
     name, rate = options.optimizer, options.learning_rate
     decay = _WEIGHT_DECAY.get(name, 0.0) if options.weight_decay is None else options.weight_decay
@@ -48,7 +47,7 @@ def make_optimizer(options: TrainOptions) -> optim.Optimizer:
 
 
 def set_learning_rate(optimizer: optim.Optimizer, rate: mx.array) -> None:
-    """Let every part of an optimizer go by `rate`, a float32 scalar; within a compiled function, too."""
+    """Set the learning rate of every part of an optimizer to a float32 scalar, which may be traced."""
     for part in getattr(optimizer, "optimizers", [optimizer]):
         part.state["learning_rate"] = rate
 
@@ -58,7 +57,7 @@ def _is_matrix_of_layer(path: str, parameter: mx.array) -> bool:
 
 
 class _MatrixDecay:
-    """Decays matrices and leaves vectors alone."""
+    """Applies weight decay to matrices only."""
 
     weight_decay: float
 
@@ -85,14 +84,14 @@ class _Adafactor(_MatrixDecay, optim.Adafactor):
 
 class _SGD(_MatrixDecay, optim.SGD):
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        if self.momentum > 0:  # MLX would keep zeros as large as the weights
+        if self.momentum > 0:  # without momentum MLX would store zeros as large as the weights
             super().init_single(parameter, state)
 
 
 class _Muon(optim.Muon):
-    """Muon whose updates are as large as AdamW's, so that one learning rate suits both (arXiv:2502.16982, section 2.2).
+    """Muon with updates as large as AdamW's, so that one learning rate suits both (arXiv:2502.16982, section 2.2).
 
-    Weights decay beside the update as in AdamW; MLX's would add them to what is orthogonalized.
+    Weight decay is decoupled as in AdamW; MLX's Muon would add it to the gradient before orthogonalizing.
     """
 
     def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float):
@@ -102,7 +101,7 @@ class _Muon(optim.Muon):
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         rows, columns = parameter.shape
         change = super().apply_single(gradient, mx.zeros((), parameter.dtype), state)
-        # An orthogonal matrix has a root mean square of 1 / sqrt(its longer side), AdamW's update one of about 0.2.
-        # MLX has multiplied by the first root already.
+        # An orthogonal matrix has a root mean square of 1 / sqrt(longer side), AdamW's update one of about 0.2. MLX has
+        # already multiplied by sqrt(max(1, rows / columns)).
         change = change * (0.2 * max(rows, columns) ** 0.5 / max(1, rows / columns) ** 0.5)
         return parameter * (1 - self.learning_rate.astype(parameter.dtype) * self._decay) + change

@@ -11,16 +11,15 @@ from ..options import TrainOptions
 def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
     """The rate of an update; the first is step 0, the last `total_steps - 1`.
 
-    It rises in a straight line from `warmup_init` at step 0 to `learning_rate` at step `warmup`. From there it stays
-    (constant), or falls along half a cosine or a straight line to `min_learning_rate`: at the last step, or
-    `decay_steps` later, after which it stays.
+    It rises linearly from `warmup_init` at step 0 to `learning_rate` at step `warmup`. Then it stays constant, or falls
+    along half a cosine or linearly to `min_learning_rate`, which it reaches at the last step or after `decay_steps`.
 
     Raises:
-        RequestError: no step of the run comes after the warm-up.
+        RequestError: the warm-up takes the whole run.
     """
     top, low = options.learning_rate, options.min_learning_rate
     if options.warmup >= total_steps:
-        raise RequestError(f"--warmup {options.warmup} leaves none of the {total_steps} steps of the run.")
+        raise RequestError(f"--warmup {options.warmup} takes all {total_steps} steps of the run; give fewer.")
     if step < options.warmup:
         return options.warmup_init + (top - options.warmup_init) * step / options.warmup
     if options.lr_schedule == "constant":

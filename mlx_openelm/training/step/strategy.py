@@ -1,7 +1,7 @@
-"""What training does in another way on each backend, chosen here alone. What each costs was measured where it is used.
+"""What training does differently on each backend. The numbers were measured there.
 
-A CPU, and Metal until somebody has measured it, recompute the cheap parts of a layer and make attention's gradient in
-blocks. CUDA has a fused gradient (cuDNN's), and fast enough products that recomputing is what costs.
+A CPU (and Metal, until it is measured) recomputes the cheap parts of a layer and computes attention's gradient in
+blocks. CUDA has a fused gradient (cuDNN's), and products so fast that recomputing is comparatively expensive.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import mlx.core as mx
 
 from ... import backend
 
-# What the backward pass computes again: nothing; the norms, SwiGLU and what else takes little time; whole layers.
+# What the backward pass computes again: nothing; norms, SwiGLU and other parts that take little time; whole layers.
 NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"
-# The same, and to choose by the free memory.
+# AUTO chooses one of them by the free memory.
 AUTO = "auto"
 RECOMPUTE = (AUTO, NOTHING, PARTS, LAYERS)
 
-# cuDNN's gradient takes queries in tiles of so many, and heads of such sizes, from this compute capability on.
+# cuDNN's gradient takes queries in tiles of this many, heads of these sizes, and needs this compute capability.
 TILE = 128
 _HEAD_MULTIPLE, _LARGEST_HEAD, _OLDEST = 8, 128, 8
 
-# The loss takes positions in multiples of this, a CPU one at a time: 128 rows of 32000 float32 are 16 MB, and products
-# are as fast there as with more.
+# The loss takes positions in multiples of this; a CPU takes one such chunk at a time: 128 rows of 32000 float32 are
+# 16 MB, and products of more rows are no faster there.
 CHUNK = 128
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How training goes about things here.
+    """How training works on a backend.
 
     Args:
-        chooses: whether a plan may choose what is recomputed; else it is the cheap parts unless told.
-        within_layers: what of a layer that is computed again as a whole is computed again once more.
-        loss_rows: positions whose logits exist at once.
-        settled_bytes: so much of large weights, and of what the optimizer keeps for them, is evaluated at a time.
+        chooses: whether AUTO chooses by the free memory; otherwise it means the cheap parts.
+        within_layers: what is recomputed inside a layer that is itself recomputed as a whole.
+        loss_rows: positions whose logits exist at the same time.
+        settled_bytes: after an update, large weights and their optimizer state are evaluated in groups of this size.
     """
 
     chooses: bool
@@ -45,7 +45,7 @@ class Strategy:
 
 
 _CAREFUL = Strategy(chooses=False, within_layers=PARTS, loss_rows=CHUNK, settled_bytes=200_000_000)
-# A GPU's products want more rows, waiting for it costs more, and what is held for a moment is little of its memory.
+# A GPU needs more rows per product, synchronizing costs more, and temporary buffers are small beside its memory.
 _CUDA = Strategy(chooses=True, within_layers=NOTHING, loss_rows=8 * CHUNK, settled_bytes=2_000_000_000)
 
 
@@ -55,10 +55,10 @@ def here() -> Strategy:
 
 
 def fuses_attention_gradient(dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether MLX has a fused gradient of its fused attention for activations of this type.
+    """Whether MLX has a fused gradient for its fused attention with activations of this type.
 
-    Without one `mx.fast.scaled_dot_product_attention` would hold [length x length] matrices: on a CPU, on Metal, for
-    float32, and on GPUs before Ampere.
+    It has none on a CPU, on Metal, for float32 and on GPUs before Ampere: there `mx.fast.scaled_dot_product_attention`
+    would hold [length, length] matrices for its gradient.
     """
     return (
         backend.on_cuda()

@@ -1,4 +1,4 @@
-"""SwiGLU whose gradient is made of its input alone: autodiff would keep the sigmoid, and read it again."""
+"""SwiGLU with a gradient that needs only its input; autodiff would keep the sigmoid as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model is trained: a new adapter, one that was trained before, or the model's own weights."""
+"""Which parameters are trained: a new adapter, an existing one, or the model's own weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from ..options import FineTuneOptions
 
 
 def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
-    """Freeze a model but for what is to be trained, which an adapter is put in for, or read from a file.
+    """Freeze a model except for what is trained; first attach a new adapter, or the one in a file, if one is trained.
 
-    Full fine-tuning trains everything where neither layers nor modules are chosen, else the layers or the matrices
-    that are; embedding and norms are trained only with everything.
+    Full fine-tuning trains everything, or only the layers or matrices that the options choose. It trains embedding and
+    norms only with everything.
 
     Raises:
-        RequestError: more layers than there are; an adapter file that cannot be read, or is unlike what the options
-            describe.
+        RequestError: more layers than the model has; an adapter file that cannot be read, or does not fit the options.
     """
     file = options.resume_adapter_file
     adapter = None if file is None else read_adapter(file, model.config)
@@ -34,7 +33,7 @@ def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
             _start_from_weights(model, adapter, str(file))
     elif adapter is not None:
         _check_like(adapter, options, model.config, str(file))
-        # With just the scale that a run continued by --resume has.
+        # With exactly the scale that a run continued by --resume uses.
         scale = options.lora_scale
         modules = {path: replace(change, scale=scale) for path, change in adapter.modules.items()}
         attach(model, replace(adapter, modules=modules, dropout=options.dropout))
@@ -52,7 +51,7 @@ def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
 
 
 def count(model: OpenELM) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are in all."""
+    """The number of trained parameters, and of all parameters."""
     trained = _trained(model)
     own = model.config.tensor_shapes()
     added = sum(value.size for name, value in trained.items() if name not in own)
@@ -96,7 +95,7 @@ def _start_from_weights(model: OpenELM, adapter: Adapter, file: str) -> None:
 
 
 def _check_like(adapter: Adapter, options: FineTuneOptions, config: ModelConfig, file: str) -> None:
-    """Refuse an adapter whose layers, ranks or scales are not those the options describe: `run.json` would be wrong."""
+    """Refuse an adapter whose layers, ranks or scales differ from the options: `run.json` would be wrong."""
 
     def refuse(what: str) -> RequestError:
         return RequestError(f"--resume-adapter-file {file} {what}.")

@@ -1,0 +1,58 @@
+"""The names and types of option values, shared by flags, YAML files and Python arguments."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+
+def flag(field: str) -> str:
+    """The flag that sets a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def field_types(options: type) -> dict[str, Any]:
+    """The type of every field, by name."""
+    hints = typing.get_type_hints(options)
+    return {field.name: hints[field.name] for field in fields(options)}
+
+
+def conform(kind: Any, value: Any) -> Any:
+    """`value` converted to the type of a field: 1e3 becomes a whole number, a list a tuple.
+
+    Raises:
+        ValueError: it has another type; the message says what was expected.
+    """
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        _expect(isinstance(value, bool), "true or false")
+        return value
+    if kind is int:
+        _expect(number and value == value // 1, "a whole number")
+        return int(value)
+    if kind is float:
+        _expect(number and abs(value) < math.inf, "a number")
+        return float(value)
+    if kind is str:
+        _expect(isinstance(value, str), "text")
+        return value
+    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
+    return tuple(value)
+
+
+def _expect(fits: bool, expected: str) -> None:
+    if not fits:
+        raise ValueError(expected)
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """Choices for a message: "a, b or c"."""
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
