@@ -125,7 +125,7 @@ def test_scores_handed_out_are_a_copy() -> None:
 
 
 def test_packaged_scores_are_complete() -> None:
-    path = Path(catalog.__file__).parent / "assets" / "published_scores.json"
+    path = catalog.ASSETS / "published_scores.json"
     data = json.loads(path.read_text())
     assert {suite: sorted(rows) for suite, rows in data["scores"].items()} == {
         suite: sorted(NAMES) for suite in ("zero_shot", "llm360", "openllm")
@@ -170,9 +170,9 @@ def test_files_of_corenet(name: str, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("corenet:270M/nothing", "or with --adapter-path lora or dora"),
+        ("corenet:270M/nothing", "with --adapter-path, lora or dora"),
         ("corenet:270M/loro", "did you mean lora"),
-        ("corenet:270M-instruct/lora", "names no size"),
+        ("corenet:270M-instruct/lora", "is not a CoreNet download"),
     ],
 )
 def test_files_corenet_never_had(name: str, words: str) -> None:

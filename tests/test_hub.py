@@ -318,7 +318,7 @@ def test_terminal_shows_bars_only_for_a_download(
 
 def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    code = "from mlx_openelm import hub; print(hub.resolve('270m'))"
+    code = "from mlx_openelm.hub import resolve; print(resolve.resolve('270m'))"
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
         env = os.environ | hub_env | more
@@ -530,5 +530,5 @@ def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_repository_with_nothing_to_take(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/nothing", make_folder(tmp_path / "nothing", {"a.py": "code"}))
-    with pytest.raises(RequestError, match="me/nothing has none of these files: "):
+    with pytest.raises(RequestError, match="me/nothing does not have any of these files: "):
         names.resolve("me/nothing")

@@ -149,7 +149,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_shards_that_repeat_a_tensor(tmp_path: Path) -> None:
     weights = write_folder(tmp_path / "m")
     mx.save_safetensors(str(tmp_path / "m" / "model-2.safetensors"), {EMBEDDING: weights[EMBEDDING]})
-    with pytest.raises(RequestError, match=f"{EMBEDDING} stands both in"):
+    with pytest.raises(RequestError, match=f"{EMBEDDING} is both in"):
         load(tmp_path / "m")
 
 
@@ -488,7 +488,7 @@ def test_configurations_that_are_none(small: Path, text: str) -> None:
 
 
 def test_empty_folders(tmp_path: Path) -> None:
-    refused(tmp_path, "config.json", "holds no")
+    refused(tmp_path, "config.json", "has no")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "no model*.safetensors")
     with pytest.raises(RequestError, match="does not exist"):
