@@ -122,12 +122,18 @@ def read_text_source(path: Path) -> bytes:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
 
 
-def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES, missing_ok: bool = False
+) -> dict[str, Any]:
     """The JSON object in `path`, or in the file `name` of the folder `path`.
+
+    With `missing_ok`, a file that does not exist gives an empty object.
 
     Raises:
         RequestError: missing, unreadable, larger than `max_bytes`, not JSON, or not an object.
     """
+    if missing_ok and not path.exists():
+        return {}
     path = path / name if path.is_dir() else path
     content = read_bytes(path, max_bytes=max_bytes)
     try:

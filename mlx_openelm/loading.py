@@ -68,7 +68,7 @@ def load(
             kernels round activations to 8 bits where that costs less than the rounding of the weights.
 
     Raises:
-        RequestError: an unknown name, files that are damaged or do not fit, a tokenizer that is missing or does not fit.
+        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
         OpenELMError: a download that failed.
     """
     if (warning := backend.slow_cpu_warning()) is not None:

@@ -13,8 +13,7 @@ from .config import SIZES, ModelConfig
 from .errors import OpenELMError, RequestError, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
-from .hub import catalog
-from .hub import resolve
+from .hub import catalog, resolve
 from .inputs import check_file, read_json, to_path
 from .text import shared_tokenizer
 from .text.tokenizer import ENGINES, Tokenizer
@@ -88,7 +87,7 @@ def open_source(
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        RequestError: an unknown name, files that are damaged or do not fit, a tokenizer that is missing or does not fit.
+        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
         OpenELMError: a download that failed.
     """
     is_download = isinstance(model, str) and model.strip().lower().startswith(CORENET_PREFIX)
@@ -107,7 +106,9 @@ def open_source(
         check_file(local)
         path = local
     else:
-        path, repo = resolve.resolve(model, revision=revision), resolve.source_repo(model)
+        found = resolve.locate(model)
+        repo = found if isinstance(found, str) else None
+        path = found if isinstance(found, Path) and revision is None else resolve.resolve(model, revision=revision)
     is_folder = path.is_dir()
     if config_yaml is not None and (is_folder or path.suffix.lower() == ".gguf"):
         raise RequestError(f"--config-yaml belongs to CoreNet's .pt files; {model} brings its own configuration.")

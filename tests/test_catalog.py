@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog

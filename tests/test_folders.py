@@ -273,7 +273,7 @@ def test_a_dead_link_in_the_place_of_a_shard(folder: Path) -> None:
     shard = folder / "model-00002-of-00003.safetensors"
     shard.unlink()
     shard.symlink_to(folder / "gone")
-    assert f"{INDEX} names {shard.name}, missing" in refusal(folder)
+    assert f"{INDEX} names {shard.name}, which is missing:" in refusal(folder)
     unlink(folder, INDEX)
     assert f"{shard.name} does not exist" in refusal(folder)
 

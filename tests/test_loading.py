@@ -1014,7 +1014,7 @@ def test_no_tokenizer_says_what_to_do(small: Path, hub: FakeHub) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", vocab_size=2047)
-    with pytest.raises(RequestError, match="2048 pieces, the model only 2047"):
+    with pytest.raises(RequestError, match="2048 pieces, but the model only 2047"):
         load(tmp_path / "m")
 
 

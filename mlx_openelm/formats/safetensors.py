@@ -76,7 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
         raise RequestError(
-            f"{folder / INDEX} names {_listed(absent, len(absent))}, missing from its folder; download the folder again."
+            f"{folder / INDEX} names {_listed(absent, len(absent))}, which is missing: download the folder again."
         )
     sets = {_set_of(name) for name in indexed}
     names = indexed | {file.name for file in folder.glob("*.safetensors") if _set_of(file.name) in sets}
@@ -109,8 +109,8 @@ def _unindexed(folder: Path, has_whole: bool) -> list[Path]:
     """The weight files of a folder without an index; RequestError if there are none."""
     files = sorted(folder.glob("model*.safetensors"))
     if has_whole:
-        # Shards, variants (model.fp16.safetensors) and copies (model (1).safetensors) repeat the same model; files named
-        # like model-2.safetensors may hold the rest of it, and mlx-lm reads them.
+        # Shards, variants (model.fp16.safetensors) and copies (model (1).safetensors) repeat the same model. Files
+        # named like model-2.safetensors may hold the rest of it; mlx-lm reads them too.
         files = [f for f in files if f.name == WHOLE or (f.name.startswith("model-") and not _SHARD.fullmatch(f.name))]
     files = files or sorted(folder.glob("weights*.safetensors"))
     if not files:
