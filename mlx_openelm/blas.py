@@ -4,8 +4,8 @@ MLX calls `cblas_sgemm`, and the dynamic linker binds it to the first library wi
 4 GFLOP/s with the bundled BLAS, 162 with OpenBLAS; loading one after MLX was imported has no effect. Nothing here
 imports MLX.
 
-PyPI's OpenBLAS (`scipy-openblas32`) prefixes its functions (`scipy_cblas_sgemm`), so as not to clash with others. To give
-them their plain names we load a shared library made in memory: a table of symbols at the addresses of the
+PyPI's OpenBLAS (`scipy-openblas32`) prefixes its functions (`scipy_cblas_sgemm`), so as not to clash with others.
+To give them their plain names we load a shared library made in memory: a table of symbols at the addresses of the
 prefixed functions. The symbols are absolute (SHN_ABS), which glibc has not relocated since 2.28, so the library has no
 code and only its machine number depends on the processor. Layouts: the ELF specification, chapters 4 and 5
 (https://refspecs.linuxfoundation.org/elf/gabi4+/contents.html), and DT_GNU_HASH, which glibc reads faster than DT_HASH.

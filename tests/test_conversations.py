@@ -257,7 +257,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
         assert "tool calls are not supported by the templates corenet and plain" in refusal(values)
     assert "does not render tool_calls" in refusal(calls, chat_template=path)
-    assert "does not show function_call" in refusal(legacy, chat_template=path)
+    assert "does not render function_call" in refusal(legacy, chat_template=path)
     assert "does not render tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
     assert "'tools' needs a chat template" in refusal({"prompt": "a", "completion": "b", "tools": TOOLS})
     assert "'tools' needs a chat template" in refusal({"instruction": "a", "output": "b", "tools": TOOLS})

@@ -57,7 +57,7 @@ def write(
         folder, checkpoint.weights, metadata={"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=progress
     )
     if (folder / "model.safetensors").exists():
-        (folder / safetensors.INDEX).unlink()  # as transformers: an index only where there are shards
+        (folder / safetensors.INDEX).unlink()  # as in transformers: an index only with several shards
     _write_json(folder / "config.json", _config_values(config, dtype, repo))
     generation = {
         "_from_model_config": True,
