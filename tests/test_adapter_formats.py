@@ -671,7 +671,7 @@ def test_odd_checkpoints_of_corenet_are_refused(model: OpenELM, tmp_path: Path) 
     state = corenet_state(model, adapter)
     a = "layers.0.attn.qkv_proj.lora_A.lora.weight"
     odd = [
-        ({name: value for name, value in state.items() if ".lora_" not in name}, "does not have a LoRA or DoRA adapter"),
+        ({name: value for name, value in state.items() if ".lora_" not in name}, "does not have a LoRA"),
         ({name: value for name, value in state.items() if name != a}, f"has no transformer.{a}"),
         (state | {a: torch.zeros(3, 4)}, rf"transformer.{a} has shape \[3, 4\] instead of \[rank, 192\]"),
         (state | {a: torch.zeros(3, 192, dtype=torch.int32)}, "as int32"),

@@ -265,7 +265,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     assert make({"messages": [USER, {**KING, "tool_calls": [], "function_call": None}], "tools": None})
     assert "'tools' is text that is not JSON" in refusal({"messages": [USER, KING], "tools": "look"})
     assert "'tools' must be a list" in refusal({"messages": [USER, KING], "tools": {"name": "look"}})
-    assert "message 0 has tool calls, which only an assistant makes" in refusal(
+    assert "message 0 has tool calls, which only an assistant can make" in refusal(
         {"messages": [{**USER, "tool_calls": CALLS}, KING]}
     )
 
