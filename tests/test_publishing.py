@@ -478,9 +478,7 @@ def test_offline(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch)
     assert writer.requests == []
 
 
-@pytest.mark.parametrize(
-    ("status", "text"), [(500, "has a server error (HTTP 500)"), (429, "limits your requests")]
-)
+@pytest.mark.parametrize(("status", "text"), [(500, "has a server error (HTTP 500)"), (429, "limits your requests")])
 def test_server_errors(status: int, text: str, folder: Path, writer: FakeHub) -> None:
     writer.status = status
     assert text in failure(folder)
