@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import backend
+from . import backend, blas
 from .version import __version__
 
 __all__ = [
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .training.options import FineTuneOptions
 
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
-backend.preload_blas()
+blas.preload()
 
 _HOMES = {
     "load": "loading",

@@ -1,170 +1,48 @@
-"""What this machine is (Metal, CUDA, CPU) and what follows from it: BLAS, types, memory.
+"""What this machine is (Metal, CUDA, CPU) and what follows from it: types, memory, warnings.
 
-`preload_blas` runs before MLX is imported, so nothing here imports MLX at the top of the module.
+This module is imported before `blas.preload`, so it does not import MLX at the top.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import interposing
-from .environment import says_off, thread_count
+from . import blas
 from .errors import OpenELMError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Set to 0 to leave MLX with the BLAS of its wheel, or to the path of another library with cblas_sgemm.
-BLAS_VARIABLE = "MLX_OPENELM_BLAS"
-# PyPI's OpenBLAS, which comes with the extra `cpu`: its functions have a prefix. Then the system's, where it lacks.
-_BLAS_PACKAGE, _PREFIX = "scipy_openblas32", "scipy_"
-_BLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
-BLAS_ADVICE = "pip install scipy-openblas32"
-# For how long OpenBLAS's threads look out for more work before they sleep, as a power of 2 in cycles. By default 26,
-# which is 25 ms that our kernels' threads lose after a product, and every start of a program.
-_SPINNING = "18"
-# What MLX's libraries ask of a BLAS and a LAPACK.
-BLAS_FUNCTIONS = (
-    *("cblas_sgemm", "cblas_dgemm", "cblas_cgemm"),
-    *("sgeev_", "dgeev_", "cgeev_", "sgeqrf_", "dgeqrf_", "sgesdd_", "dgesdd_", "cgesdd_", "sgetrf_", "dgetrf_"),
-    *("sgetri_", "dgetri_", "sorgqr_", "dorgqr_", "spotrf_", "dpotrf_", "ssyevd_", "dsyevd_", "cheevd_"),
-    *("strtri_", "dtrtri_"),
-)
-
 _GIB = 1 << 30
 
 
-@dataclass
-class Blas:
-    """Which BLAS serves MLX's float32 matrix products on a CPU.
-
-    `state` is one of: loaded, off (by the environment variable), late (MLX came first),
-    missing (no library found), unneeded (macOS, or an MLX built for a GPU).
-    """
-
-    state: str
-    library: str = ""
-
-
-blas = Blas("unneeded")
-
-
-def preload_blas() -> None:
-    """Load an OpenBLAS ahead of MLX, whose Linux wheel for CPUs bundles the slow reference BLAS.
-
-    MLX calls `cblas_sgemm`; the dynamic linker binds it to whichever library with global symbols came
-    first. Measured: 4 GFLOP/s with the bundled one, 162 with OpenBLAS, nothing gained after the import.
-    """
-    global blas
-    wanted = os.environ.get(BLAS_VARIABLE, "")
-    if not sys.platform.startswith("linux") or _mlx_is_for_cuda():
-        blas = Blas("unneeded")
-    elif says_off(wanted):
-        blas = Blas("off")
-    elif "mlx.core" in sys.modules:
-        blas = Blas("late")
-    else:
-        blas = Blas("missing", wanted)
-        for name in (wanted,) if wanted else (*_packaged_blas(), *_BLAS_NAMES):
-            with contextlib.suppress(OSError):
-                _open_blas(name)
-                blas = Blas("loaded", name)
-                break
-
-
-def _packaged_blas() -> list[str]:
-    """The library of the package from PyPI, if that is installed; the package is not imported, which takes longer."""
-    spec = find_spec(_BLAS_PACKAGE)
-    folders = (spec and spec.submodule_search_locations) or ()
-    return [str(file) for folder in folders for file in Path(folder, "lib").glob("libscipy_openblas*.so")]
-
-
-def _open_blas(name: str) -> None:
-    """Open this library so that MLX will call it.
-
-    Raises:
-        OSError: it does not load, or is none of a BLAS.
-    """
-    with _set("OPENBLAS_THREAD_TIMEOUT", _SPINNING):
-        library = ctypes.CDLL(name)
-    if hasattr(library, BLAS_FUNCTIONS[0]):
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        return
-    addresses = {
-        plain: ctypes.cast(getattr(library, _PREFIX + plain), ctypes.c_void_p).value or 0
-        for plain in BLAS_FUNCTIONS
-        if hasattr(library, _PREFIX + plain)
-    }
-    if BLAS_FUNCTIONS[0] not in addresses:
-        raise OSError(f"{name} has no {BLAS_FUNCTIONS[0]}")
-    interposing.publish(addresses)
-    # It counts processors, whatever a container may use of them.
-    if library.scipy_openblas_get_num_threads() > (count := thread_count()):
-        library.scipy_openblas_set_num_threads(count)
-
-
-@contextlib.contextmanager
-def _set(variable: str, value: str) -> Iterator[None]:
-    """An environment variable that is set for a while, unless it is set already."""
-    if variable in os.environ:
-        yield
-        return
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        del os.environ[variable]
-
-
-def _mlx_is_for_cuda() -> bool:
-    """Whether a CUDA wheel of MLX is installed; asked of the file names, since MLX must not be imported yet."""
-    spec = find_spec("mlx")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        with contextlib.suppress(OSError):
-            if any(name.startswith("mlx_cuda_") for name in os.listdir(Path(folder).parent)):
-                return True
-    return False
-
-
 def slow_cpu_warning() -> str | None:
-    """One line when a CPU is slower than it could be though nobody asked for that, else None."""
+    """A warning in one line if a CPU is slower than it could be without being told to; else None."""
     from . import native
 
     if on_gpu() or native.status.state == "used":
         return None
     if native.status.state in ("missing", "off"):
-        return blas_problem()
+        return blas.problem()
     return f"The CPU kernels are not used: {native.status.detail}; {native.status.advice}."
 
 
 def slow_training_warning() -> str | None:
-    """One line when training and learned quantization are slower than they could be though loading a model says nothing
-    (`slow_cpu_warning`): beside the kernels they need a BLAS, too."""
-    return blas_problem() if slow_cpu_warning() is None else None
+    """A warning in one line if only training and learned quantization are slow, which also need a BLAS; else None.
 
-
-def blas_problem() -> str | None:
-    """One line when MLX's own products on a CPU go to the slow BLAS though nobody asked for that, else None."""
-    if blas.state == "late":
-        return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
-    if blas.state == "missing" and blas.library:
-        return f"{BLAS_VARIABLE}={blas.library} cannot be loaded as a BLAS, so MLX uses its slow bundled BLAS."
-    if blas.state == "missing":
-        return f"No OpenBLAS was found, so MLX uses its slow bundled BLAS; {BLAS_ADVICE}."
-    return None
+    If loading a model warns already (`slow_cpu_warning`), there is no second warning.
+    """
+    return blas.problem() if slow_cpu_warning() is None else None
 
 
 @contextlib.contextmanager
 def naming_the_extra() -> Iterator[None]:
-    """Turn a failed import of MLX into one line that says what to install."""
+    """A block in which a failed import of MLX becomes one line that says what to install."""
     try:
         yield
     except ImportError as error:
@@ -179,14 +57,14 @@ def naming_the_extra() -> Iterator[None]:
 
 
 def on_gpu() -> bool:
-    """Whether MLX's default device is a GPU (Metal or CUDA); its fused kernels exist only there."""
+    """Whether MLX's default device is a GPU (Metal or CUDA), which has MLX's fused kernels."""
     import mlx.core as mx
 
     return mx.default_device().type == mx.DeviceType.gpu
 
 
 def device() -> str:
-    """What MLX's default device is: Metal, CUDA or CPU."""
+    """MLX's default device: `Metal`, `CUDA` or `CPU`."""
     import mlx.core as mx
 
     if not on_gpu():
@@ -195,12 +73,12 @@ def device() -> str:
 
 
 def on_cuda() -> bool:
-    """Whether that is an NVIDIA GPU."""
+    """Whether MLX's default device is an NVIDIA GPU."""
     return device() == "CUDA"
 
 
 def has_kernels() -> bool:
-    """Whether matrix products go through our own kernels for CPUs, which take weights as they are stored."""
+    """Whether matrix products use our own CPU kernels, which take weights in their stored type."""
     from . import native
 
     return not on_gpu() and native.kernels is not None
@@ -209,8 +87,8 @@ def has_kernels() -> bool:
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The type to compute in, for weights stored as `stored`.
 
-    On a GPU bfloat16, unless the file already holds half precision; on a CPU float32, since half
-    precision products are 10 to 100 times slower there.
+    On a GPU bfloat16, or the stored half precision; on a CPU float32, since half precision products are 10 to 100 times
+    slower there.
     """
     import mlx.core as mx
 
@@ -222,18 +100,18 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
 def prefill_step_size() -> int:
     """Prompt tokens to process at a time.
 
-    A CPU multiplies 64 rows as fast as 512, computes masked scores like any other, and then holds a third of
-    the memory (measured on the 270M size: 225 tokens/s either way, 43 MB against 125).
+    A CPU multiplies 64 rows as fast per row as 512, computes masked scores anyway, and needs a third of the memory
+    (measured on the 270M size: 225 tokens/s either way, 43 MB against 125).
     """
     return 2048 if on_gpu() else 64
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, on CUDA in the GPU; None where the system does not say."""
+    """Bytes that can be allocated without swapping, on CUDA in the GPU; None if the system does not tell."""
     if on_cuda():
         import mlx.core as mx
 
-        # What MLX keeps for reuse counts as taken there.
+        # Memory that MLX keeps for reuse is not counted as free.
         return int(mx.device_info()["free_memory"]) + mx.get_cache_memory()
     if sys.platform == "darwin":
         total = total_memory()
@@ -247,7 +125,7 @@ def available_memory() -> int | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in this machine, with CUDA in its GPU."""
+    """Bytes of memory in this machine, on CUDA in the GPU; None if the system does not tell."""
     if on_cuda():
         import mlx.core as mx
 
@@ -258,6 +136,7 @@ def total_memory() -> int | None:
 
 
 def _meminfo() -> dict[str, int]:
+    """The entries of /proc/meminfo in bytes."""
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
@@ -265,11 +144,11 @@ def _meminfo() -> dict[str, int]:
 
 
 def _cgroup_headroom() -> int | None:
-    """What a container may still use, where it is limited (cgroup v2)."""
+    """Bytes a container may still use (cgroup v2); None without a limit."""
     with contextlib.suppress(OSError, ValueError):
         folder = Path("/sys/fs/cgroup")
         used = int((folder / "memory.current").read_text())
-        # Files that were read count as used, but are given up when memory is needed.
+        # Cached files count as used, but are dropped when memory is needed.
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return int((folder / "memory.max").read_text()) - used + int(statistics.get("inactive_file", 0))
     return None

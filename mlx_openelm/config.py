@@ -14,7 +14,7 @@ from typing import Any
 from .errors import QUOTED, RequestError, quote
 from .inputs import kind_of, read_json
 
-# Layers, model_dim, head_dim of the published sizes; all else they share.
+# Layers, model_dim and head_dim of the published sizes; they share everything else.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
 
 ACTIVATIONS = ("swish", "silu", "gelu", "relu")
@@ -31,14 +31,18 @@ _SIZE_FIELDS = (
 )
 _SWITCHES = ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers")
 
-# The largest sizes and the largest number that could be meant; beyond them a file is damaged or hostile.
+# Beyond these limits a file is damaged or hostile.
 _MAX_SIZE = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = 1e12
+# Kinds of numbers: types, lowest and highest value, and their description in messages.
+_SIZE = (int, 1, _MAX_SIZE, f"a positive whole number, at most {_MAX_SIZE}")
+_POSITIVE = ((int, float), math.ulp(0.0), _MAX_NUMBER, "a positive number")
+_TOKEN_ID = (int, 0, math.inf, "a token id, 0 or more")
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """`value` rounded to the nearest multiple of `divisor`, at least one, and one up if that lost over 10%."""
+    """`value` rounded to the nearest multiple of `divisor`, at least `divisor`; the next one if that loses over 10%."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -60,12 +64,12 @@ def spread(bounds: Sequence[float], count: int) -> tuple[float, ...]:
 class ModelConfig:
     """Every size and switch of one model, under the names of the Hugging Face configuration.
 
-    The per-layer fields may be given as one number for all layers, as a pair of bounds
-    (multipliers), as a full list, or left out where the multipliers determine them; afterwards
-    `num_query_heads`, `num_kv_heads` and `ffn_multipliers` are tuples with one entry a layer.
+    A per-layer field may be given as one number for all layers, as two bounds (multipliers), as a list with one
+    number per layer, or left out if the multipliers determine it. After construction `num_query_heads`,
+    `num_kv_heads` and `ffn_multipliers` are tuples with one number per layer.
 
     Raises:
-        RequestError: a value that cannot be right, naming the field.
+        RequestError: a value is not possible; the message names the field.
     """
 
     num_transformer_layers: int
@@ -93,96 +97,78 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZE_FIELDS:
-            _check_size(name, getattr(self, name))
-        if self.num_transformer_layers > _MAX_LAYERS:  # before anything is made for each of them
+            _check(name, getattr(self, name), _SIZE)
+        if self.num_transformer_layers > _MAX_LAYERS:  # before anything is built per layer
             raise _invalid("num_transformer_layers", self.num_transformer_layers, f"at most {_MAX_LAYERS}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _invalid(name, getattr(self, name), "true or false")
         for name in ("rms_norm_eps", "rope_freq_constant"):
-            _check_positive(name, getattr(self, name))
+            _check(name, getattr(self, name), _POSITIVE)
         if self.head_dim % 2:
             raise _invalid("head_dim", self.head_dim, "even, since RoPE rotates pairs")
         if self.activation_fn_name not in ACTIVATIONS:
             raise _invalid("activation_fn_name", self.activation_fn_name, f"one of {', '.join(ACTIVATIONS)}")
         if self.normalization_layer_name != "rms_norm":
             raise _invalid("normalization_layer_name", self.normalization_layer_name, "rms_norm")
-        _check_token_id("bos_token_id", self.bos_token_id)
+        _check("bos_token_id", self.bos_token_id, _TOKEN_ID)
         eos = self.eos_token_id
         for token in eos if isinstance(eos, tuple | list) else (eos,):
-            _check_token_id("eos_token_id", token)
+            _check("eos_token_id", token, _TOKEN_ID)
 
+        multipliers = self._per_layer("qkv_multipliers")
         object.__setattr__(self, "eos_token_id", tuple(eos) if isinstance(eos, list) else eos)
-        object.__setattr__(self, "qkv_multipliers", self._checked_multipliers("qkv_multipliers"))
-        object.__setattr__(self, "ffn_multipliers", self._per_layer_multipliers("ffn_multipliers"))
-        object.__setattr__(self, "num_query_heads", self._query_heads())
-        object.__setattr__(self, "num_kv_heads", self._kv_heads())
+        if isinstance(self.qkv_multipliers, list):
+            object.__setattr__(self, "qkv_multipliers", tuple(self.qkv_multipliers))
+        object.__setattr__(self, "ffn_multipliers", self._per_layer("ffn_multipliers"))
+        self._set_heads(multipliers)
 
-    # Per-layer fields, from any of the forms a file may give them in.
+    def _per_layer(self, name: str) -> tuple[Any, ...]:
+        """A field with one number per layer, checked, from any of the forms a file may give it in."""
+        value, layers, is_count = getattr(self, name), self.num_transformer_layers, name.startswith("num_")
+        numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * layers
+        has_bounds = not is_count and isinstance(value, list | tuple) and len(numbers) == 2
+        if len(numbers) != layers and not has_bounds:
+            expected = f"{layers} numbers, one per layer"
+            expected = expected if is_count else f"one number, two bounds, or {expected}"
+            raise _invalid(name, f"a list of {len(numbers)}", expected)
+        for number in numbers:
+            _check(name, number, _SIZE if is_count else _POSITIVE)
+        return spread(numbers, layers) if has_bounds else numbers
 
-    def _checked_multipliers(self, name: str) -> float | tuple[float, ...]:
-        value = getattr(self, name)
-        if isinstance(value, list | tuple):
-            if len(value) not in (2, self.num_transformer_layers):
-                expected = f"one number, two bounds, or {self.num_transformer_layers} numbers, one a layer"
-                raise _invalid(name, f"a list of {len(value)}", expected)
-            for entry in value:
-                _check_positive(name, entry)
-            return tuple(value)
-        _check_positive(name, value)
-        return value
-
-    def _per_layer_multipliers(self, name: str) -> tuple[float, ...]:
-        value = self._checked_multipliers(name)
-        if not isinstance(value, tuple):
-            return (value,) * self.num_transformer_layers
-        return spread(value, self.num_transformer_layers) if len(value) == 2 else value
-
-    def _heads_list(self, name: str) -> tuple[int, ...]:
-        value = getattr(self, name)
-        heads = tuple(value) if isinstance(value, list | tuple) else (value,) * self.num_transformer_layers
-        if len(heads) != self.num_transformer_layers:
-            raise _invalid(name, f"a list of {len(heads)}", f"{self.num_transformer_layers} numbers, one a layer")
-        for count in heads:
-            _check_size(name, count)
-        return heads
-
-    def _query_heads(self) -> tuple[int, ...]:
-        if self.num_query_heads not in (None, (), []):
-            return self._heads_list("num_query_heads")
-        # Query widths are made divisible by head_dim times the group size, so that groups come out whole.
-        divisor = self.head_dim * self.num_gqa_groups
-        widths = self._per_layer_multipliers("qkv_multipliers")
-        return tuple(make_divisible(self.model_dim * m, divisor) // self.head_dim for m in widths)
-
-    def _kv_heads(self) -> tuple[int, ...]:
-        if self.num_kv_heads not in (None, (), []):
-            kv_heads = self._heads_list("num_kv_heads")
+    def _set_heads(self, multipliers: tuple[float, ...]) -> None:
+        """Set `num_query_heads` and `num_kv_heads`: as given, else from the multipliers and `num_gqa_groups`."""
+        groups = self.num_gqa_groups
+        if self.num_query_heads in (None, (), []):
+            # Query widths are divisible by head_dim times the group size, so that every layer has whole groups.
+            widths = (make_divisible(self.model_dim * m, self.head_dim * groups) for m in multipliers)
+            query_heads = tuple(width // self.head_dim for width in widths)
         else:
-            for heads in self.num_query_heads:
-                if heads % self.num_gqa_groups:
-                    raise _invalid(
-                        "num_query_heads", heads, f"divisible by num_gqa_groups, {self.num_gqa_groups}, in every layer"
-                    )
-            kv_heads = tuple(heads // self.num_gqa_groups for heads in self.num_query_heads)
-        for layer, (query, kv) in enumerate(zip(self.num_query_heads, kv_heads, strict=True)):
+            query_heads = self._per_layer("num_query_heads")
+        if self.num_kv_heads in (None, (), []):
+            for heads in query_heads:
+                if heads % groups:
+                    raise _invalid("num_query_heads", heads, f"divisible by num_gqa_groups, {groups}, in every layer")
+            kv_heads = tuple(heads // groups for heads in query_heads)
+        else:
+            kv_heads = self._per_layer("num_kv_heads")
+        for layer, (query, kv) in enumerate(zip(query_heads, kv_heads, strict=True)):
             if query % kv:
                 raise _invalid("num_query_heads", query, f"divisible by num_kv_heads, {kv}, in layer {layer}")
-        return kv_heads
-
-    # Ways in and out.
+        object.__setattr__(self, "num_query_heads", query_heads)
+        object.__setattr__(self, "num_kv_heads", kv_heads)
 
     @classmethod
     def from_name(cls, name: str) -> ModelConfig:
         """The configuration of a published size: `OpenELM-270M`, `apple/OpenELM-1_1B-Instruct`, `3b`, ...
 
         Raises:
-            RequestError: no such size.
+            RequestError: there is no such size.
         """
         size = name.lower().removeprefix("apple/").removeprefix("openelm-").removesuffix("-instruct")
         size = size.upper().replace(".", "_")
         if size not in SIZES:
-            raise RequestError(f"No OpenELM size is called {quote(name)}; there are {', '.join(SIZES)}.")
+            raise RequestError(f"There is no OpenELM size {quote(name)}; give one of {', '.join(SIZES)}.")
         layers, model_dim, head_dim = SIZES[size]
         return cls(
             num_transformer_layers=layers,
@@ -201,7 +187,7 @@ class ModelConfig:
         """A configuration from the keys of a Hugging Face or MLX `config.json`; unknown keys are ignored.
 
         Raises:
-            RequestError: not an OpenELM configuration, a missing size, or a value that cannot be right.
+            RequestError: not an OpenELM configuration, a missing size, or an impossible value.
         """
         if not isinstance(values, dict):
             raise RequestError(f"The configuration must be a JSON object, not {kind_of(values)}.")
@@ -217,20 +203,18 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """A configuration from a `config.json`, or from the folder that holds one.
+        """A configuration from a `config.json`, or from its folder.
 
         Raises:
-            RequestError: the file is missing, is not JSON, or cannot be right.
+            RequestError: the file is missing, is not JSON, or has an impossible value.
         """
         return cls.from_dict(read_json(Path(path)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `config.json`, every list expanded, as the original and mlx-lm read them."""
+        """The keys of `config.json`, with per-layer values as lists, as Apple's code and mlx-lm read them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return values | {"model_type": "openelm", "architectures": ["OpenELMForCausalLM"], "use_cache": True}
-
-    # What follows from the sizes.
 
     @property
     def ffn_dims(self) -> tuple[int, ...]:
@@ -239,10 +223,11 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a generation, as a tuple."""
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight under its Hugging Face name; the one list that checks and counts use."""
+        """The shape of every weight by its Hugging Face name; all checks and counts use this list."""
         dim, head_dim = self.model_dim, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (self.vocab_size, dim)}
         layers = zip(self.num_query_heads, self.num_kv_heads, self.ffn_dims, strict=True)
@@ -263,30 +248,23 @@ class ModelConfig:
         return shapes
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
-        """The shape [out, in] of every matrix by module path: what can be quantized."""
+        """The shape [out, in] of every matrix by module path; these can be quantized."""
         shapes = self.tensor_shapes().items()
         return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
 
     @property
     def num_parameters(self) -> int:
+        """The number of weights; a shared embedding counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
 
-def _check_size(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_SIZE:
-        raise _invalid(name, value, f"a positive whole number, at most {_MAX_SIZE}")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
-        raise _invalid(name, value, "a positive number")
-
-
-def _check_token_id(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _invalid(name, value, "a token id, 0 or more")
+def _check(name: str, value: Any, kind: tuple[Any, float, float, str]) -> None:
+    """Raise RequestError unless `value` is a number of this kind (`_SIZE`, `_POSITIVE`, `_TOKEN_ID`)."""
+    types, lowest, highest, expected = kind
+    if isinstance(value, bool) or not isinstance(value, types) or not lowest <= value <= highest:
+        raise _invalid(name, value, expected)
 
 
 def _invalid(name: str, value: object, expected: str) -> RequestError:
-    shown = value[:QUOTED] if isinstance(value, str) else quote(value)
-    return RequestError(f"The configuration's {name} is {shown}; it must be {expected}.")
+    text = value[:QUOTED] if isinstance(value, str) else quote(value)
+    return RequestError(f"The configuration's {name} is {text}; it must be {expected}.")

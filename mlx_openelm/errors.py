@@ -1,18 +1,18 @@
-"""The two errors a person can meet: a request that cannot be right, and work that failed."""
+"""The two errors a user can meet: a bad request, and work that failed."""
 
 from __future__ import annotations
 
 import re
 
-# A message repeats at most this many characters of a name or value, which may come from a damaged file.
+# The most characters of a name or value in a message; it may come from a damaged file.
 QUOTED = 200
 _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
 
 
 class OpenELMError(Exception):
-    """Something failed while working; one line that says what is wrong and what to do. Exit code 1.
+    """Something failed while working. The message is one line: what is wrong, and what to do. Exit code 1.
 
-    Whatever a message was made of, it has only printable characters and no word of more than `QUOTED` of them.
+    Unprintable characters become spaces, and words of more than `QUOTED` characters are shortened.
     """
 
     exit_code = 1
@@ -24,7 +24,7 @@ class OpenELMError(Exception):
 
 
 class RequestError(OpenELMError, ValueError):
-    """A bad flag, name, file or value; nothing was started. Exit code 2."""
+    """A bad flag, name, file or value; no work was started. Exit code 2."""
 
     exit_code = 2
 
@@ -35,12 +35,12 @@ def quote(value: object) -> str:
         if isinstance(value, str | bytes | list | tuple):  # the repr of a large one takes time and memory
             value = value[: QUOTED + 1]
         return _cut(repr(value))
-    except (ValueError, RecursionError):  # an integer with more digits than Python prints, a list in itself
+    except (ValueError, RecursionError):  # an integer with more digits than Python prints, a list inside itself
         return f"a {type(value).__name__}"
 
 
 def _shorten(word: str) -> str:
-    """A word without its middle: of a path, the file's name is what helps."""
+    """A word without its middle, since a path is recognized by its end."""
     return f"{word[: QUOTED // 2]}…{word[1 - QUOTED // 2 :]}"
 
 

@@ -1,4 +1,4 @@
-"""Files that other programs wrote, read with bounds: a damaged or hostile one is refused before it costs much."""
+"""Reading other programs' files within bounds: damaged or hostile ones are refused before they cost much."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any, BinaryIO
 
 from .errors import RequestError
 
-# The largest file that is read whole; the largest tokenizers anyone publishes have some 35 MB.
+# The largest file that is read whole; the largest published tokenizers have about 35 MB.
 MAX_BYTES = 1 << 26
-# The largest text, as prompt or to measure on.
+# The largest text for a prompt or an evaluation.
 _MAX_TEXT_BYTES = 1 << 31
-# The largest JSON object that is read whole: configurations and indexes of shards have less than a megabyte.
+# The largest JSON file: configurations and shard indexes have less than a megabyte.
 _MAX_JSON_BYTES = 1 << 24
-# Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and would be waited for without end.
+# Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and reading would wait forever.
 _OPEN_FILES = ("/dev/fd", "/proc/self/fd")
-# What Git leaves in the place of a large file where Git LFS is not installed.
-_POINTER = b"version https://git-lfs"
-# YAML is parsed by Python itself, a megabyte in ten seconds: the largest text, the most values once aliases are
-# expanded, and the longest number (1:1:1 is one, whose digits count in sixties).
+# How the file begins that Git leaves in place of a large one if Git LFS is not installed.
+LFS_POINTER = b"version https://git-lfs"
+# YAML is parsed in pure Python, a megabyte in ten seconds. Limits: the size of the text, the number of values after
+# aliases are expanded, and the length of a number (1:1:1 is a base-60 number in YAML).
 _MAX_YAML_BYTES, _MAX_YAML_NODES, _MAX_YAML_NUMBER = 1 << 18, 100_000, 1000
 
 
 def check_file(path: Path) -> int:
-    """The size in bytes of a regular file; asked before it is opened, since a FIFO would block.
+    """The size in bytes of a regular file. Call it before opening, since opening a FIFO would block.
 
     Raises:
-        RequestError: it does not exist, is a folder, a FIFO or a device, or its name cannot be looked up.
+        RequestError: it does not exist, is a folder, a FIFO or a device, or its name is not valid.
     """
     try:
         status = path.stat()
@@ -47,28 +47,28 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
-        RequestError: it cannot be read, is no regular file, a pointer of Git LFS, or larger than `max_bytes`.
+        RequestError: it cannot be read, is not a regular file, is a Git LFS pointer, or is larger than `max_bytes`.
     """
     if (size := check_file(path)) > max_bytes:
-        raise RequestError(f"{path} has {size} bytes, more than the {max_bytes} such a file may have.")
+        raise RequestError(f"{path} has {size} bytes, more than the limit of {max_bytes} for such a file.")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
-    refuse_pointer(path, content)
+    if content.startswith(LFS_POINTER):
+        raise pointer_error(path)
     return content
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raises RequestError if a file that starts so only stands for one that Git LFS has not brought."""
-    if start.startswith(_POINTER):
-        raise RequestError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
-        )
+def pointer_error(path: Path) -> RequestError:
+    """The error for a file that begins with `LFS_POINTER`: it stands for one that Git LFS has not downloaded."""
+    return RequestError(
+        f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
+    )
 
 
 def to_path(name: str | Path) -> Path:
-    """The path that a person's text means, `~` expanded.
+    """The path that a user typed, with `~` expanded.
 
     Raises:
         RequestError: no file can have that name.
@@ -88,7 +88,7 @@ def to_path(name: str | Path) -> Path:
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular UTF-8 file, line ends as they are; errors as `read_bytes`, and for other encodings."""
+    """The text of a regular UTF-8 file, line ends unchanged; errors as `read_bytes`, and for other encodings."""
     try:
         return read_bytes(path, max_bytes=max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -96,19 +96,19 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_stream(file: BinaryIO, name: str) -> bytes:
-    """All that a pipe or standard input gives, up to `_MAX_TEXT_BYTES`.
+    """Everything from a pipe or standard input, up to `_MAX_TEXT_BYTES`; `name` is for messages.
 
     Raises:
         RequestError: there is more.
     """
     content = file.read(_MAX_TEXT_BYTES + 1)
     if len(content) > _MAX_TEXT_BYTES:
-        raise RequestError(f"{name} gives more than {_MAX_TEXT_BYTES} bytes.")
+        raise RequestError(f"{name} has more than {_MAX_TEXT_BYTES} bytes, the limit for a text.")
     return content
 
 
 def read_text_source(path: Path) -> bytes:
-    """The content of a text that a person names: a regular file, or a pipe that the shell opened (`<(command)`).
+    """The content of a text file that a user named: a regular file, or a pipe that the shell opened (`<(command)`).
 
     Raises:
         RequestError: as `read_bytes`, and more than `_MAX_TEXT_BYTES`.
@@ -122,12 +122,18 @@ def read_text_source(path: Path) -> bytes:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
 
 
-def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JSON_BYTES, missing_ok: bool = False
+) -> dict[str, Any]:
     """The JSON object in `path`, or in the file `name` of the folder `path`.
+
+    With `missing_ok`, a file that does not exist gives an empty object.
 
     Raises:
         RequestError: missing, unreadable, larger than `max_bytes`, not JSON, or not an object.
     """
+    if missing_ok and not path.exists():
+        return {}
     path = path / name if path.is_dir() else path
     content = read_bytes(path, max_bytes=max_bytes)
     try:
@@ -142,23 +148,23 @@ def read_json(path: Path, name: str = "config.json", *, max_bytes: int = _MAX_JS
 
 
 def read_yaml(path: Path, loader: Any = None) -> Any:
-    """The values in a YAML file of plain data, whose aliases must not multiply them without bound.
+    """The values in a YAML file of plain data.
 
     Args:
-        loader: a subclass of PyYAML's `SafeLoader`, by default that.
+        loader: a subclass of PyYAML's `SafeLoader`, which is the default.
 
     Raises:
-        RequestError: missing, unreadable, not YAML, or one whose aliases expand to too many values.
+        RequestError: missing, unreadable, not YAML, or aliases expand to too many values.
     """
     return parse_yaml(read_text(path, max_bytes=_MAX_YAML_BYTES), str(path), loader)
 
 
-def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
-    """The values in YAML text of plain data, as `read_yaml`; errors name the `place`."""
+def parse_yaml(text: str, source: str, loader: Any = None) -> Any:
+    """The values in YAML text of plain data, as `read_yaml`; errors name the `source`."""
     import yaml
 
     if len(text) > _MAX_YAML_BYTES:
-        raise RequestError(f"{place} has {len(text)} characters, more than the {_MAX_YAML_BYTES} that YAML may have.")
+        raise RequestError(f"{source} has {len(text)} characters, more than the limit of {_MAX_YAML_BYTES} for YAML.")
     try:
         parser = (loader or yaml.SafeLoader)(text)
         try:
@@ -170,18 +176,21 @@ def parse_yaml(text: str, place: str, loader: Any = None) -> Any:
         finally:
             parser.dispose()
     except RecursionError:
-        raise RequestError(f"{place} is not valid YAML: it is nested too deeply.") from None
+        raise RequestError(f"{source} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise RequestError(f"{place} is not valid YAML: {' '.join(_reason(error).split())}.") from None
+        raise RequestError(f"{source} is not valid YAML: {' '.join(_reason(error).split())}.") from None
 
 
 def _count_nodes(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for, aliases expanded; ValueError beyond the bounds."""
+    """The number of values in a YAML node, aliases expanded; ValueError beyond the limits.
+
+    `known` has the counts of nodes by id, 0 for a node whose children are still being counted.
+    """
     if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_YAML_NUMBER:
         raise ValueError(f"a number has more than {_MAX_YAML_NUMBER} characters")
     if id(node) in known:
         if known[id(node)] == 0:
-            raise ValueError("an alias stands for what holds it")
+            raise ValueError("an alias refers to a value that contains it")
         return known[id(node)]
     known[id(node)] = 0
     children = node.value if isinstance(node.value, list) else []
@@ -190,13 +199,13 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
         for part in child if isinstance(child, tuple) else (child,):
             count += _count_nodes(part, known)
             if count > _MAX_YAML_NODES:
-                raise ValueError(f"it holds more than {_MAX_YAML_NODES} values")
+                raise ValueError(f"it has more than {_MAX_YAML_NODES} values")
     known[id(node)] = count
     return count
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, for a message."""
+    """The kind of a JSON value, for a message: `a list`, `null`."""
     kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false", dict: "an object"}
     return kinds.get(type(value), "a number")
 

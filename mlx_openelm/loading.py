@@ -1,8 +1,9 @@
-"""Load: from a name to a model, ready to run."""
+"""From a name to a model that is ready to run."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,22 +19,22 @@ from .formats.packing import dequantize_weights
 from .formats.weights import Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
-from .ops import packed as packed_products
+from .ops import packed
 from .sources import open_source
 from .text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # most models are loaded without
+if TYPE_CHECKING:  # most models are loaded without adapters
     from .adapters.switching import AdapterPaths
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-_NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
+_NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which overflow it; use bfloat16 or float32."
 
-# The most bits of weights for which activations are rounded to 8 bits. Measured on the test model, in groups of 64,
-# that costs a KL divergence of 0.0006 where 6-bit weights cost 0.004, 4-bit weights 0.06, and 8-bit weights 0.0004.
+# Activations are rounded to 8 bits for weights of at most this many bits. Measured on the test model in groups of 64:
+# the rounding costs a KL divergence of 0.0006; 4-bit weights cost 0.06, 6-bit weights 0.004, 8-bit weights 0.0004.
 ROUNDED_BITS = 6
 
-# Expanding quantized weights leaves at least this share of the free memory to everything else.
+# Expanding quantized weights must leave at least this share of the free memory.
 _FREE_SHARE = 0.2
 
 
@@ -48,31 +49,32 @@ def load(
     expand: bool | None = None,
     exact_activations: bool = False,
 ) -> tuple[OpenELM, Tokenizer]:
-    """A model, ready to run, and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
         model: `tiny`, an alias (`270m`, `1.1b-instruct`), a hub name, a folder, a CoreNet checkpoint (`.pt`),
             a `.gguf` file, or `corenet:SIZE/NAME`.
-        adapter_path: an adapter: a folder or file in the format of mlx-lm, PEFT or CoreNet, or a hub repository;
-            LoRA adapters may be several, or have weights: `["a", "b"]`, `"a=0.7"`, `{"a": 0.7, "b": 0.3}`.
+        adapter_path: an adapter: a folder or file in the format of mlx-lm, PEFT or CoreNet, or a hub repository.
+            Several LoRA adapters can be mixed, with weights: `["a", "b"]`, `"a=0.7"`, `{"a": 0.7, "b": 0.3}`.
         dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
-            A CPU's own kernels compute in float32 with matrices as they are stored, unless a type is named: to train
-            weights that are stored in half precision, name float32.
+            By default our CPU kernels compute in float32 with matrices in their stored type; to train weights that
+            are stored in half precision, give float32.
         tokenizer: a tokenizer file or folder, in place of the model's own.
-        config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
+        config_yaml: the training configuration of a CoreNet checkpoint; not needed for published sizes.
         revision: a branch, tag or commit on the hub.
-        expand: whether to unpack quantized weights at load. By default only on a CPU without our own kernels for
-            them, where products with packed weights are slower, and only while free memory allows.
-        exact_activations: whether products of few rows with packed weights take activations as they are. By default
-            a CPU's own kernels round them to 8 bits where that costs less than the weights' own rounding did.
+        expand: whether to unpack quantized weights at load. By default only on a CPU without our kernels, where
+            products with packed weights are slower, and only if there is enough free memory.
+        exact_activations: whether products of few rows with packed weights use exact activations. By default our CPU
+            kernels round activations to 8 bits where that costs less than the rounding of the weights.
 
     Raises:
-        RequestError: unknown names, damaged or unfitting files, a tokenizer that is missing or does not fit.
+        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
         OpenELMError: a download that failed.
     """
     if (warning := backend.slow_cpu_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
-    check_dtype(model, dtype)
+    if dtype is not None:
+        check_dtype(model, dtype)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     build = partial(build_model, dtype=dtype, expand=expand, exact_activations=exact_activations)
     if adapter_path is None:
@@ -95,52 +97,46 @@ def build_model(
     expand: bool | None = None,
     exact_activations: bool = True,
 ) -> OpenELM:
-    """The model of a checkpoint, its weights read and cast one at a time; takes the weights out of `checkpoint`.
+    """The model of a checkpoint. Weights are taken out of `checkpoint`, read and cast one at a time.
 
-    The result's `quantization` tells how its matrices were stored, `expanded` whether they were unpacked.
+    The model's `quantization` says how its matrices were stored, `expanded` whether they were unpacked.
     """
-    compute = dtype_for(dtype, checkpoint.config) or _default_dtype(checkpoint)
+    compute = None if dtype is None else dtype_for(dtype, checkpoint.config)
+    if compute is None:
+        compute = backend.compute_dtype(checkpoint.dtype)
+        if compute == mx.float16 and _needs_range(checkpoint.config):
+            compute = mx.bfloat16
     keeps_matrices = dtype is None and backend.has_kernels()
-    packed = checkpoint.quantization
-    expanded = bool(packed) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
-    weights = dequantize_weights(checkpoint.weights, packed, compute) if expanded else checkpoint.weights
+    choices = checkpoint.quantization
+    expanded = bool(choices) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
+    weights = dequantize_weights(checkpoint.weights, choices, compute) if expanded else checkpoint.weights
     checkpoint.weights = Weights({})
 
     model = OpenELM(checkpoint.config, initialize=False)
-    if packed and not expanded:
-        nn.quantize(model, class_predicate=lambda path, _: packed[path].to_dict() if path in packed else False)
+    if choices and not expanded:
+        nn.quantize(model, class_predicate=lambda path, _: asdict(choices[path]) if path in choices else False)
     loaded = []
     with streaming():
-        # One by one, so that what a cast or an unpacking starts from is freed before the next is read; the largest
-        # first, while least is held.
-        for name in sorted(weights, key=lambda name: -weights.tensor(name).nbytes):
-            weight = weights.take(name)
-            if weight.ndim == 1 or not keeps_matrices:
-                weight = _cast(weight, compute)
+        # One by one, so that the source of a cast or an unpacking is freed before the next weight is read; the
+        # largest first, while the least memory is held.
+        for name, weight in weights.drain():
+            if mx.issubdtype(weight.dtype, mx.floating) and (weight.ndim == 1 or not keeps_matrices):
+                weight = weight.astype(compute)
             mx.eval(weight)
             loaded.append((name, weight))
     model.load_weights(loaded)
     model.eval()
-    model.quantization, model.expanded = packed, expanded
+    model.quantization, model.expanded = choices, expanded
     if not exact_activations:
         round_activations(model)
     return model
 
 
 def round_activations(model: OpenELM) -> None:
-    """Let a CPU's kernels round what is multiplied with packed weights of at most `ROUNDED_BITS` bits."""
+    """Let our CPU kernels round the activations that meet packed weights of at most `ROUNDED_BITS` bits."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             module.rounds = module.bits <= ROUNDED_BITS
-
-
-def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:
-    return weight.astype(dtype) if mx.issubdtype(weight.dtype, mx.floating) else weight
-
-
-def _default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
-    dtype = backend.compute_dtype(checkpoint.dtype)
-    return mx.bfloat16 if dtype == mx.float16 and _needs_range(checkpoint.config) else dtype
 
 
 def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
@@ -152,7 +148,7 @@ def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
 
 
 def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
-    """The type asked for; float16 is refused for the 3B model."""
+    """The type that a name or type means, None for None; RequestError for float16 with the 3B model."""
     parsed = _parse_dtype(dtype)
     if parsed is not None and parsed == mx.float16 and _needs_range(config):
         raise RequestError(_NO_FLOAT16)
@@ -160,19 +156,24 @@ def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | N
 
 
 def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
-    """Refuse what is known to be wrong from the model's name alone, before anything is downloaded."""
+    """Refuse a type that the model's name alone shows to be wrong, before anything is downloaded.
+
+    Raises:
+        RequestError: an unknown type, or float16 for the 3B model.
+    """
     parsed, release = _parse_dtype(dtype), catalog.find(str(model))
     if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
 
 
 def _needs_range(config: ModelConfig) -> bool:
-    """Whether this is the 3B model, or one of its shape."""
+    """Whether activations overflow float16: the 3B model and others of its shape."""
     return (config.num_transformer_layers, config.model_dim, config.head_dim) == SIZES["3B"]
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
-    if packed_products.stays_packed(choice.mode for choice in checkpoint.quantization.values()):
+    """Whether unpacked weights would be faster here and fit in memory."""
+    if packed.stays_packed(choice.mode for choice in checkpoint.quantization.values()):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

@@ -399,7 +399,7 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number that float32 holds, got nan"),
         ({"r": 16}, "proj_2 has rank 8, but adapter_config.json says 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number that float32 holds, got '8'"),
-        ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is no regular expression"),
+        ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is not a regular expression"),
         ({"use_dora": True}, "has no .*lora_magnitude_vector, which belongs to an adapter"),
     ],
 )
@@ -448,7 +448,7 @@ PREFIX = "base_model.model."
         ),
         (
             lambda t: t.update({f"{PREFIX}transformer.norm.lora_A.weight": mx.zeros((4, 4))}),
-            "changes transformer.norm, .* or which is no matrix",
+            "changes transformer.norm, .* or which is not a matrix",
         ),
         (
             lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((8, 192), mx.uint32)}),
@@ -671,7 +671,7 @@ def test_odd_checkpoints_of_corenet_are_refused(model: OpenELM, tmp_path: Path) 
     state = corenet_state(model, adapter)
     a = "layers.0.attn.qkv_proj.lora_A.lora.weight"
     odd = [
-        ({name: value for name, value in state.items() if ".lora_" not in name}, "holds no LoRA or DoRA adapter"),
+        ({name: value for name, value in state.items() if ".lora_" not in name}, "does not have a LoRA"),
         ({name: value for name, value in state.items() if name != a}, f"has no transformer.{a}"),
         (state | {a: torch.zeros(3, 4)}, rf"transformer.{a} has shape \[3, 4\] instead of \[rank, 192\]"),
         (state | {a: torch.zeros(3, 192, dtype=torch.int32)}, "as int32"),

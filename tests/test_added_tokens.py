@@ -244,7 +244,7 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
     model = write_tiny(tmp_path / "model")
     for path in case.iterdir():
         shutil.copy(path, model)
-    with pytest.raises(RequestError, match="has 2050 pieces, the model only 2048"):
+    with pytest.raises(RequestError, match="has 2050 pieces, but the model only 2048"):
         load(model)
 
 

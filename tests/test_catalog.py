@@ -169,9 +169,9 @@ def test_files_of_corenet(name: str, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("corenet:270M/nothing", "or with --adapter-path lora or dora"),
+        ("corenet:270M/nothing", "with --adapter-path, lora or dora"),
         ("corenet:270M/loro", "did you mean lora"),
-        ("corenet:270M-instruct/lora", "names no size"),
+        ("corenet:270M-instruct/lora", "is not a CoreNet download"),
     ],
 )
 def test_files_corenet_never_had(name: str, words: str) -> None:

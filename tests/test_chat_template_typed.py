@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.text import chat_template
+from mlx_openelm.text import chat_marker, chat_template
 from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
@@ -124,7 +124,7 @@ def test_messages_nested_deeply_are_one_line():
 
 
 def test_a_long_text_with_one_token_is_quick():
-    mark, content = chat_template._Mark(tuple(SPECIAL)), "a b" * 700_000
+    mark, content = chat_marker.Marker(tuple(SPECIAL)), "a b" * 700_000
     seconds = []
     for text in (content, content + "<s>"):
         before = time.process_time()

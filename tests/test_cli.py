@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import backend, load, native, stream_generate
+from mlx_openelm import blas, load, native, stream_generate
 from mlx_openelm.cli import console, doctor, flags
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.stream import GenerationOptions
@@ -634,7 +634,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
         assert package in [re.split("[<>=]", needed)[0] for needed in extras[named[1]]]
 
 
-@pytest.mark.skipif(backend.blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
+@pytest.mark.skipif(blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
 def test_doctor_has_advice_about_blas() -> None:
     for variable, value, advice in (("0", "since MLX_OPENELM_BLAS says so", "unset"), ("none.so", "slow", "none.so")):
         findings = result("doctor", env={"MLX_OPENELM_BLAS": variable})["findings"]

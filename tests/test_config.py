@@ -317,7 +317,7 @@ def test_numbers_beyond_a_float(name: str) -> None:
 @pytest.mark.parametrize("name", ["qkv_multipliers", "ffn_multipliers"])
 @pytest.mark.parametrize("value", [[], [1.0], [1.0] * 3, [1.0] * 5])
 def test_wrong_number_of_multipliers(name: str, value: list) -> None:
-    with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one a layer"):
+    with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one per layer"):
         small(**{name: value})
 
 
@@ -331,7 +331,7 @@ def test_one_bad_multiplier(name: str, entry: Any) -> None:
 @pytest.mark.parametrize("name", ["num_query_heads", "num_kv_heads"])
 @pytest.mark.parametrize("value", [[4], [4, 4], [4] * 3, [4] * 5])
 def test_wrong_number_of_heads(name: str, value: list) -> None:
-    with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one a layer"):
+    with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one per layer"):
         small(**{name: value})
 
 

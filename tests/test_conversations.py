@@ -221,7 +221,7 @@ def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
 def test_parts_that_are_no_text_are_refused_by_name(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
     what = refusal({"messages": [{"role": "user", "content": content}, KING]})
-    assert f"part 1 of the content of message 0 is of type '{kind}', which is not offered" in what
+    assert f"part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
 
 
 def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):
@@ -255,17 +255,17 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     legacy = {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]}
     result = {"messages": [USER, {"role": "tool", "content": "A door"}, KING]}
     for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
-        assert "tool calls are not offered by the templates corenet and plain" in refusal(values)
-    assert "does not show tool_calls" in refusal(calls, chat_template=path)
-    assert "does not show function_call" in refusal(legacy, chat_template=path)
-    assert "does not show tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
+        assert "tool calls are not supported by the templates corenet and plain" in refusal(values)
+    assert "does not render tool_calls" in refusal(calls, chat_template=path)
+    assert "does not render function_call" in refusal(legacy, chat_template=path)
+    assert "does not render tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
     assert "'tools' needs a chat template" in refusal({"prompt": "a", "completion": "b", "tools": TOOLS})
     assert "'tools' needs a chat template" in refusal({"instruction": "a", "output": "b", "tools": TOOLS})
     assert make({"text": "<tools>look</tools> a", "tools": TOOLS}) == make({"text": "<tools>look</tools> a"})
     assert make({"messages": [USER, {**KING, "tool_calls": [], "function_call": None}], "tools": None})
     assert "'tools' is text that is not JSON" in refusal({"messages": [USER, KING], "tools": "look"})
     assert "'tools' must be a list" in refusal({"messages": [USER, KING], "tools": {"name": "look"}})
-    assert "message 0 has tool calls, which only an assistant makes" in refusal(
+    assert "message 0 has tool calls, which only an assistant can make" in refusal(
         {"messages": [{**USER, "tool_calls": CALLS}, KING]}
     )
 

@@ -148,7 +148,7 @@ def test_a_hub_that_fails_on_the_way(hub: FakeHub, hub_env: dict[str, str], tmp_
     out = tmp_path / "out"
     done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, env=hub_env | WRITER)
     assert done.returncode == 1
-    assert "has a problem of its own (HTTP 500)" in one_line(done) and f"{out} is kept" in done.stderr
+    assert "has a server error (HTTP 500)" in one_line(done) and f"{out} is kept" in done.stderr
     assert (out / "model.safetensors").is_file() and hub.repos == {}
 
 

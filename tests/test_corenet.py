@@ -352,7 +352,7 @@ def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path) -> None:
     weights = fixture_weights()
     weights["token_embeddings.weight"] = weights["token_embeddings.weight"][:2000]
     path = torch_save(tmp_path / "c.pt", tensors(weights))
-    assert "2048 pieces, the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
+    assert "2048 pieces, but the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
 
 
 def test_without_a_padding_index_the_tokenizer_decides(tmp_path: Path) -> None:

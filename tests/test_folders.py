@@ -273,7 +273,7 @@ def test_a_dead_link_in_the_place_of_a_shard(folder: Path) -> None:
     shard = folder / "model-00002-of-00003.safetensors"
     shard.unlink()
     shard.symlink_to(folder / "gone")
-    assert f"{INDEX} names {shard.name}: missing" in refusal(folder)
+    assert f"{INDEX} names {shard.name}, which is missing:" in refusal(folder)
     unlink(folder, INDEX)
     assert f"{shard.name} does not exist" in refusal(folder)
 
@@ -302,7 +302,7 @@ def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     save_shards(folder, count=2)
     save_shards(folder, count=3)
     message = refusal(folder)
-    assert "stands both in model-00001-of-00002.safetensors and in model-00001-of-00003.safetensors" in message
+    assert "is both in model-00001-of-00002.safetensors and in model-00001-of-00003.safetensors" in message
     assert str(folder) in message
 
 
@@ -343,20 +343,20 @@ def test_only_an_index_of_these_very_weights_is_published(folder: Path) -> None:
         (f"{WHOLE}.incomplete", "an unfinished download: download the folder again"),
         ("model-00001-of-00002.safetensors.part", "an unfinished download"),
         ("model.safetensors.crdownload", "an unfinished download"),
-        ("pytorch_model.bin", "is pickled, could run code and is never read: save the weights as safetensors"),
-        ("pytorch_model-00001-of-00002.bin", "is pickled"),
-        ("checkpoint_average.pt", "is a file of its own: give it in place of the folder"),
-        ("OpenELM-270M-q8_0.gguf", "is a file of its own: give it in place of the folder"),
+        ("pytorch_model.bin", "a pickle, which could run code and is never read: save the weights as safetensors"),
+        ("pytorch_model-00001-of-00002.bin", "a pickle"),
+        ("checkpoint_average.pt", "a complete model: give that file instead of the folder"),
+        ("OpenELM-270M-q8_0.gguf", "a complete model: give that file instead of the folder"),
         ("adapter_model.safetensors", "it is an adapter. Give it with --adapter-path"),
         ("adapters.safetensors", "it is an adapter. Give it with --adapter-path"),
         ("openelm.safetensors", "'openelm.safetensors' is not read under that name"),
-        ("training_args.bin", "holds no model*.safetensors file."),
+        ("training_args.bin", "has no model*.safetensors file."),
     ],
 )
 def test_folders_without_weights_say_what_they_hold(folder: Path, name: str, words: str) -> None:
     (folder / name).write_bytes(b"x")
     message = refusal(folder)
-    assert message.startswith(f"{folder} holds no model*.safetensors file") and words in message
+    assert message.startswith(f"{folder} has no model*.safetensors file") and words in message
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"])
@@ -417,8 +417,8 @@ def test_other_methods_are_refused_by_name(folder: Path, method: str) -> None:
     settings = {"quant_method": method, "bits": 4, "group_size": 64}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": settings}))
     message = refusal(folder)
-    assert str(folder) in message and f"quantized by {method}, which is not read" in message
-    assert "Take the model it was made from, and quantize that with mlx-openelm quantize" in message
+    assert str(folder) in message and f"quantized by {method}, which is not supported" in message
+    assert "Take the original model and quantize it with mlx-openelm quantize" in message
 
 
 @pytest.mark.parametrize("method", [["gptq"], {"a": 1}, 5, "x\ny" * 500])

@@ -353,7 +353,7 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
     "no scores": (change_key("tokenizer.ggml.scores", None), "no tokenizer.ggml.scores"),
     "fewer scores": (change_key("tokenizer.ggml.scores", [0.0]), "must have the same length"),
     "a bad bos": (lambda w, _: w.add_bos_token_id(5000), "bos_token_id is 5000"),
-    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "make no SentencePiece model"),
+    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "do not make a SentencePiece model"),
     "no unknown piece": (change_key("tokenizer.ggml.token_type", [1] * 2048), "no unknown token"),
 }
 

@@ -268,7 +268,7 @@ def test_numbers_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str
 
 OTHER: dict[str, tuple[str, str, Any, str]] = {
     "a shard": ("split.count", "u16", 3, "one of the 3 files of a split model; join them"),
-    "an adapter": ("general.type", "str", "adapter", "is no model, but of general.type 'adapter'"),
+    "an adapter": ("general.type", "str", "adapter", "is not a model: its general.type is 'adapter'"),
     "another architecture": ("general.architecture", "str", "llama", "is a 'llama' model"),
     "an architecture of control characters": ("general.architecture", "str", "\x1b[31m\n" * 999, "is a '.* model"),
     "no text": ("general.architecture", "array of u8", list(b"openelm"), r"is a \[111, .* model"),
@@ -289,7 +289,7 @@ def test_what_is_no_model_of_ours_is_refused_by_name(tmp_path: Path, name: str) 
 def test_no_architecture(tmp_path: Path) -> None:
     file = small_file()
     del file.keys[0]
-    refused(file.write(tmp_path / "a.gguf"), "no general.architecture, so it holds no model")
+    refused(file.write(tmp_path / "a.gguf"), "no general.architecture, so it is not a model")
 
 
 def test_what_llama_cpp_takes_for_granted(tmp_path: Path, plain: Path) -> None:

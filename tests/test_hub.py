@@ -406,7 +406,7 @@ def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        (500, "has a problem of its own (HTTP 500): try again later"),
+        (500, "has a server error (HTTP 500): try again later"),
         (503, "(HTTP 503)"),
         (429, "limits your requests"),
     ],
@@ -504,7 +504,7 @@ def test_endpoint_that_is_no_address(endpoint: str, hub: FakeHub, monkeypatch: p
 
 def test_token_that_cannot_be_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    with pytest.raises(OpenELMError, match="your token holds characters that no token has"):
+    with pytest.raises(OpenELMError, match="your token has invalid characters"):
         names.resolve("270m")
 
 
@@ -530,5 +530,5 @@ def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_repository_with_nothing_to_take(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/nothing", make_folder(tmp_path / "nothing", {"a.py": "code"}))
-    with pytest.raises(RequestError, match="me/nothing has none of these files: "):
+    with pytest.raises(RequestError, match="me/nothing does not have any of these files: "):
         names.resolve("me/nothing")

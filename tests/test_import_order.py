@@ -15,7 +15,7 @@ PACKAGE = Path(mlx_openelm.__file__).parent
 ROOMS = (
     *("__main__", "cli", "__init__", "training", "jobs", "loading", "quantization", "evaluation", "generation"),
     *("adapters", "sources", "publishing", "finite", "model", "formats", "ops", "cuda", "text", "cache", "hub"),
-    *("backend", "interposing", "config", "native"),
+    *("backend", "blas", "config", "native"),
     *("inputs", "environment", "errors", "version"),
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -46,7 +46,7 @@ def test_a_path_is_expanded() -> None:
 def test_a_file_larger_than_its_kind_can_be(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert inputs.read_bytes(tmp_path / "a", max_bytes=5) == b"12345"
-    with pytest.raises(RequestError, match="5 bytes, more than the 4"):
+    with pytest.raises(RequestError, match="5 bytes, more than the limit of 4"):
         inputs.read_bytes(tmp_path / "a", max_bytes=4)
 
 
@@ -62,8 +62,8 @@ def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     [
         (BILLION_LAUGHS, "more than 100000 values"),
         ("a: 1" + ":1" * 60_000, "a number has more than 1000 characters"),
-        ("a: b\n" * 60_000, "more than the 262144"),
-        ("a: &a [*a]", "an alias stands for what holds it"),
+        ("a: b\n" * 60_000, "more than the limit of 262144"),
+        ("a: &a [*a]", "an alias refers to a value that contains it"),
         ("[" * 50_000, "nested too deeply"),
         ("a: 1\n---\nb: 2", "single document"),
         ("{[1]: 2}", "unhashable"),

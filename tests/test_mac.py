@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from mlx_openelm import backend, environment, native
+from mlx_openelm import backend, blas, environment, native
 from mlx_openelm.cli import doctor
 from mlx_openelm.native import build
 
@@ -34,7 +34,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(backend, "blas", backend.Blas("unneeded"))
+    monkeypatch.setattr(blas, "state", "unneeded")
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def metal(mac: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_no_blas_is_opened(mac, monkeypatch):
-    monkeypatch.setattr(backend, "_open_blas", lambda name: pytest.fail(f"{name} is opened"))
-    backend.preload_blas()
-    assert backend.blas.state == "unneeded" and backend.blas_problem() is None
+    monkeypatch.setattr(blas, "_open", lambda name: pytest.fail(f"{name} is opened"))
+    blas.preload()
+    assert blas.state == "unneeded" and blas.problem() is None
 
 
 def test_available_memory_leaves_the_system_its_share(mac, monkeypatch):

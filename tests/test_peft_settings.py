@@ -208,7 +208,7 @@ def test_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
         adapter = read_adapter(edit(tmp_path / "a", **{setting: {key: 3}}), CONFIG)
         assert len(adapter.modules) == 24
     except RequestError as error:
-        assert re.search(f"{setting} has .*, which is no regular expression", str(error))
+        assert re.search(f"{setting} has .*, which is not a regular expression", str(error))
     assert time.process_time() - started < 2
 
 
@@ -230,7 +230,7 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
         for part in "AB":
             del tensors[f"{PREFIX}{QKV}.lora_{part}.weight"]
 
-    with pytest.warns(UserWarning, match=f"holds nothing for {QKV}, which target_modules names"):
+    with pytest.warns(UserWarning, match=f"has no tensors for {QKV}, which target_modules names"):
         adapter = read_adapter(edit(tmp_path / "a", drop), CONFIG)
     assert QKV not in adapter.modules
 

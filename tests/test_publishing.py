@@ -453,7 +453,7 @@ def test_token_that_may_only_read(folder: Path, hub: FakeHub, monkeypatch: pytes
 
 def test_token_that_cannot_be_one(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    assert failure(folder).startswith("your token holds characters that no token has")
+    assert failure(folder).startswith("your token has invalid characters")
 
 
 def test_refused_repository(folder: Path, writer: FakeHub) -> None:
@@ -479,9 +479,7 @@ def test_offline(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch)
     assert writer.requests == []
 
 
-@pytest.mark.parametrize(
-    ("status", "text"), [(500, "has a problem of its own (HTTP 500)"), (429, "limits your requests")]
-)
+@pytest.mark.parametrize(("status", "text"), [(500, "has a server error (HTTP 500)"), (429, "limits your requests")])
 def test_server_errors(status: int, text: str, folder: Path, writer: FakeHub) -> None:
     writer.status = status
     assert text in failure(folder)
@@ -490,7 +488,7 @@ def test_server_errors(status: int, text: str, folder: Path, writer: FakeHub) ->
 @pytest.mark.parametrize("part", ["/preupload/", "/objects/batch", "/lfs/", "/commit/"])
 def test_server_errors_on_the_way(part: str, folder: Path, writer: FakeHub, no_waiting: None) -> None:
     writer.fails_at = part
-    assert "127.0.0.1 has a problem of its own (HTTP 500)" in failure(folder)
+    assert "127.0.0.1 has a server error (HTTP 500)" in failure(folder)
     assert writer.commits == []
 
 

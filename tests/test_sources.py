@@ -301,7 +301,7 @@ def test_addresses(server: Server, tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("corenet:7B/checkpoint_average", "270M, 450M, 1.1B, 3B"),
-        ("corenet:270M-instruct/checkpoint_average", "names no size"),
+        ("corenet:270M-instruct/checkpoint_average", "is not a CoreNet download"),
         ("corenet:", "corenet:270M/checkpoint_average"),
         ("corenet:270M", "checkpoint_average"),
         ("corenet:270M/checkpoint_averag", "did you mean checkpoint_average"),
@@ -309,8 +309,8 @@ def test_addresses(server: Server, tmp_path: Path) -> None:
             "corenet:270M/checkpoint_epoch_0_iter_50000",
             "checkpoint_epoch_0_iter_49999 to checkpoint_epoch_0_iter_349999",
         ),
-        ("corenet:270M/../../etc/passwd", "names no published file"),
-        ("corenet:../270M/mlx", "names no size"),
+        ("corenet:270M/../../etc/passwd", "is not a published file"),
+        ("corenet:../270M/mlx", "is not a CoreNet download"),
     ],
 )
 def test_names_never_published_are_refused_before_any_request(server: Server, name: str, words: str) -> None:

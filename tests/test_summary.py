@@ -152,7 +152,7 @@ def test_what_cannot_be_summarized(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no hub repository named someone/nothing"):
         summarize("someone/nothing")
     (tmp_path / "config.json").write_text((SHAKESPEARE / "config.json").read_text())
-    with pytest.raises(RequestError, match="holds no"):
+    with pytest.raises(RequestError, match="has no"):
         summarize(str(tmp_path))
     hub.status = 500
     with pytest.raises(OpenELMError):

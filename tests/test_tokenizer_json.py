@@ -11,6 +11,8 @@ from typing import Any
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import gguf_tokenizer
+from mlx_openelm.hub import catalog
+from mlx_openelm.text.sentencepiece import read_model
 from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
@@ -276,7 +278,7 @@ def test_two_tokenizers_in_a_folder(original, tmp_path) -> None:
     """A tokenizer.json is made from a tokenizer.model, so where they contradict each other the latter is used."""
     original.save(tmp_path)
     shutil.copy(FIXTURES / "shakespeare-hf" / "tokenizer.model", tmp_path)
-    with pytest.warns(UserWarning, match="are two tokenizers .*Remove the one that is not the model's"):
+    with pytest.warns(UserWarning, match="are different tokenizers .*Remove the one that is not the model's"):
         tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("To be") == Tokenizer.from_folder(FIXTURES / "shakespeare-hf").encode("To be")
     named = Tokenizer.from_file(tmp_path / "tokenizer.json")  # this one was asked for
@@ -301,3 +303,10 @@ def test_unigram(tmp_path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"model": {**spec["model"], **damage}}))
         with pytest.raises(RequestError, match="is damaged"):
             Tokenizer.from_folder(tmp_path)
+
+
+def test_the_packaged_tokenizers_agree():
+    """`open_engine` does not compare these two files when the packaged model is loaded."""
+    vocab = json.loads((catalog.TINY_FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
+    assert [*vocab] == read_model(catalog.TINY_FOLDER / "tokenizer.model").pieces
+    assert [*vocab.values()] == list(range(len(vocab)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-from .. import backend
+from .. import backend, blas
 from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
@@ -140,12 +140,12 @@ def _blas(state: str, library: str) -> Finding:
     """Which BLAS multiplies matrices, how fast that is, and how to have a faster one."""
     names = {
         "loaded": library,
-        "off": f"the one in MLX's wheel, since {backend.BLAS_VARIABLE} says so",
+        "off": f"the one in MLX's wheel, since {blas.VARIABLE} says so",
         "unneeded": "the system's",
     }
-    advice = backend.blas_problem()
+    advice = blas.problem()
     if state == "off":
-        advice = f"unset {backend.BLAS_VARIABLE}, if the speed of OpenBLAS is wanted"
+        advice = f"unset {blas.VARIABLE}, if the speed of OpenBLAS is wanted"
     name = names.get(state, "the slow one in MLX's wheel")
     return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
 

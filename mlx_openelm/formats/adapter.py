@@ -1,4 +1,4 @@
-"""An adapter as such: low-rank changes of a model's matrices, whatever file they come from or model they are put in."""
+"""The data classes of an adapter: low-rank changes to a model's matrices, independent of file format and model."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Tensors:
             rename: what gives a tensor's name in the file its usual one.
 
         Raises:
-            RequestError: missing, damaged, with two tensors of one name, or one that holds no floating-point numbers.
+            RequestError: a file is missing or damaged, has a tensor twice, or a tensor that is not floating-point.
         """
         check_file(file)
         for name, info in safetensors.read_header(file).items():
@@ -111,7 +111,7 @@ def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
     """
     shape = config.matrix_shapes().get(path)
     if shape is None:
-        raise RequestError(f"{file} changes {path}, which the model does not have, or which is no matrix.")
+        raise RequestError(f"{file} changes {path}, which the model does not have or which is not a matrix.")
     return shape if path == EMBEDDING else (shape[1], shape[0])
 
 

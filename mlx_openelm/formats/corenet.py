@@ -106,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The section `model.language_modeling.general_gpt` of a training configuration.
 
     Raises:
-        RequestError: the file is missing, or it is no YAML, or has no such section.
+        RequestError: the file is missing, is not YAML, or does not have the section.
     """
     values = inputs.read_yaml(path)
     for key in ("model", "language_modeling", "general_gpt"):
@@ -136,7 +136,7 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
             values = base | values
         elif any(key not in values for key in _NEEDED_SIZES):
             raise RequestError(
-                f"model_name is {quote(name)}, none of {_PUBLISHED}, and {', '.join(_NEEDED_SIZES)} are not given"
+                f"model_name is {quote(name)}, not one of {_PUBLISHED}, and {', '.join(_NEEDED_SIZES)} are not given"
             )
         if "rope_max_length" not in section and "max_context_length" in values:
             # The published models were trained on half the length their positions were made for.
@@ -151,7 +151,7 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
 
 
 def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -> tuple[ModelConfig, int]:
-    """The published model that has tensors of these shapes, whatever its vocabulary was padded to."""
+    """The published model with tensors of these shapes, ignoring how its vocabulary was padded."""
     embedding = infos.get(f"{_EMBEDDING}.weight")
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     shapes = {name: info.shape for name, info in infos.items()}
@@ -162,7 +162,7 @@ def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -
         if config.tensor_shapes() == shapes:
             return config, min(rows, published.vocab_size)
     raise RequestError(
-        f"{path} is none of {_PUBLISHED} by its tensors' shapes; give its training configuration with --config-yaml."
+        f"{path} does not have the tensor shapes of {_PUBLISHED}; give its training configuration with --config-yaml."
     )
 
 

@@ -28,7 +28,7 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
     """The adapter in a `.pt` file. Nothing in the file is run, and of its tensors only the adapter's are read.
 
     Args:
-        alpha: what it was trained with; the rank unless told, as in CoreNet.
+        alpha: the value it was trained with; by default the rank, as in CoreNet.
 
     Raises:
         RequestError: the file is damaged, holds code or no adapter, or tensors that the model does
@@ -37,7 +37,7 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
     infos = corenet.read_tensors(file)
     names = {name: corenet.hub_name(name) for name in infos if ".lora_" in name}
     if not names:
-        raise RequestError(f"{file} holds no LoRA or DoRA adapter; a whole checkpoint is given as --model.")
+        raise RequestError(f"{file} does not have a LoRA or DoRA adapter; give a whole checkpoint with --model.")
     weights = Weights(torch_file.tensors(file, {name: infos[name] for name in names}))
     tensors = Tensors(file, {names[name]: weights.take(name) for name in list(weights)})
     adapter = Adapter()

@@ -223,7 +223,7 @@ def _encode(weight: mx.array, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def check(path: Path) -> None:
-    """Ask whether a file is GGUF and whole, as far as can be told; types that `read` cannot unpack are fine.
+    """Check that a file is GGUF and complete; types that `read` cannot unpack are accepted.
 
     Raises:
         RequestError: it is not.
@@ -265,7 +265,7 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
             )
     embedding = found.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise RequestError(f"{path} has no token_embd.weight of two dimensions, so it holds no model.")
+        raise RequestError(f"{path} has no token_embd.weight of two dimensions, so it is not a model.")
     if _repeats(path, found.get("output.weight"), embedding):
         del found["output.weight"]
     config = gguf_metadata.read(

@@ -40,7 +40,7 @@ def _unpack(blocks: mx.array, kind: str, shape: tuple[int, ...]) -> mx.array:
     packed = np.asarray(memoryview(blocks)).reshape(-1, blocks.shape[-1])  # type: ignore[arg-type]
     rows = np.asarray(memoryview(values)).reshape(-1, shape[-1])  # type: ignore[arg-type]
     step = max(1, CHUNK // shape[-1])
-    with np.errstate(all="ignore"):  # scales that are no numbers show in the logits, where they are refused
+    with np.errstate(all="ignore"):  # NaN scales appear in the logits, where they are refused
         for start in range(0, len(rows), step):
             chunk = packed[start : start + step]
             rows[start : start + step] = quants.dequantize(chunk, GGMLQuantizationType[kind])

@@ -89,7 +89,7 @@ def read(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads on from where it is in a file of `size` bytes."""
+    """Reads forward in a file of `size` bytes."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file = file

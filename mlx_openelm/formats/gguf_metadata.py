@@ -42,18 +42,18 @@ def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) ->
 
 
 def check_model(values: dict[str, Any], path: Path) -> None:
-    """Raises `RequestError` for the keys of another architecture, of a part of a model, or of what is no model."""
+    """Raise `RequestError` for another architecture, for a part of a model, and for files that are not models."""
     if (parts := values.get("split.count", 1)) != 1:
         raise RequestError(
             f"{path} is one of the {quote(parts)} files of a split model; join them with llama.cpp's llama-gguf-split "
             "--merge."
         )
     if (architecture := values.get("general.architecture")) is None:
-        raise RequestError(f"{path} has no general.architecture, so it holds no model.")
+        raise RequestError(f"{path} has no general.architecture, so it is not a model.")
     if architecture != ARCHITECTURE:
         raise RequestError(f"{path} is a {quote(architecture)} model; mlx-openelm runs {ARCHITECTURE!r}.")
     if (kind := values.get("general.type", "model")) != "model":
-        raise RequestError(f"{path} is no model, but of general.type {quote(kind)}.")
+        raise RequestError(f"{path} is not a model: its general.type is {quote(kind)}.")
 
 
 def end_ids(values: dict[str, Any]) -> list[int]:

@@ -47,7 +47,7 @@ _ADDED_SCORE = -1000.0  # as llama.cpp's own converter writes
 def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
     """Pieces, scores and types with which llama.cpp gives the tokenizer's ids; tokens that were added come last.
 
-    They are those of its `tokenizer.model`; where there is only a `tokenizer.json`, the scores follow the merges.
+    They come from its `tokenizer.model`; with only a `tokenizer.json`, the scores follow the merges.
 
     Raises:
         RequestError: a tokenizer that llama.cpp would encode otherwise.
@@ -74,7 +74,7 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
 
 def _from_merges(spec: TokenizerSpec) -> SentencePieceModel:
     if spec.scores:
-        raise RequestError("The tokenizer is of type unigram, of which llama.cpp knows bpe only.")
+        raise RequestError("The tokenizer is of type unigram; llama.cpp supports only bpe.")
     added = {token.content: CONTROL if token.special else USER_DEFINED for token in spec.added}
     types = []
     for piece in spec.pieces:
@@ -253,7 +253,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         folder.cleanup()
         reason = str(error).replace(f"{file}/", "")
         raise RequestError(
-            f"The tokenizer in {path} is damaged: its pieces make no SentencePiece model ({reason})."
+            f"The tokenizer in {path} is damaged: its pieces do not make a SentencePiece model ({reason})."
         ) from None
     weakref.finalize(tokenizer, folder.cleanup)
     return tokenizer

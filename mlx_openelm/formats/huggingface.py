@@ -1,6 +1,6 @@
-"""The folder `apple/OpenELM-*` would be: what Apple's code, and whatever else reads its models, loads.
+"""Model folders in the layout of `apple/OpenELM-*`, for Apple's code and every program that reads its models.
 
-Reading such folders is `formats.mlx`'s, since MLX keeps their names and their layout.
+`formats.mlx` reads such folders, since MLX keeps their names and layout.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..hub.catalog import Release
-from . import safetensors
+from . import safetensors, shards
 from .mlx import Checkpoint
 
-# Apple's repositories all carry the same two files of code; folders name the repository whose code runs them.
+# Apple's repositories all have the same two code files; a folder's config names the repository whose code runs it.
 CODE_REPO = "apple/OpenELM-270M"
 CODE = {
     "AutoConfig": "configuration_openelm.OpenELMConfig",
     "AutoModelForCausalLM": "modeling_openelm.OpenELMForCausalLM",
 }
-TRANSFORMERS_VERSION = "4.39.3"  # what Apple's code was published with, and runs in
+TRANSFORMERS_VERSION = "4.39.3"  # the version Apple's code was published with, and runs in
 _RMS_NORM_EPS = 1e-6  # a constant in Apple's code
 
 
@@ -32,32 +32,32 @@ def write(
     *,
     release: Release | None = None,
     progress: Callable[[int, int], None] | None = None,
-    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+    max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> None:
     """Write weights, `config.json` and `generation_config.json`; empties `checkpoint.weights`.
 
     Args:
-        release: the published model this is, whose repository the config then names for its code.
-        progress: called with the bytes written so far and in all.
+        release: the published model that this is; the config then names its repository for the code.
+        progress: called with the bytes written so far and the total.
 
     Raises:
         RequestError: a model that Apple's code computes differently, or one whose weights are packed.
     """
     if checkpoint.quantization:
-        raise RequestError("A Hugging Face folder holds no packed weights; dequantize the model first.")
+        raise RequestError("A Hugging Face folder cannot have packed weights; dequantize the model first.")
     config = checkpoint.config
     if config.rms_norm_eps != _RMS_NORM_EPS:
         raise RequestError(
-            f"rms_norm_eps is {config.rms_norm_eps}, which Apple's code cannot compute (it has {_RMS_NORM_EPS} "
-            "written in); convert to MLX instead."
+            f"rms_norm_eps is {config.rms_norm_eps}, which Apple's code cannot compute (it always uses "
+            f"{_RMS_NORM_EPS}); convert to MLX instead."
         )
     repo = CODE_REPO if release is None else release.hub_repo
     dtype = str(checkpoint.dtype).removeprefix("mlx.core.")
-    safetensors.write_shards(
+    shards.write(
         folder, checkpoint.weights, metadata={"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=progress
     )
     if (folder / "model.safetensors").exists():
-        (folder / safetensors.INDEX).unlink()  # as transformers: an index only where there are shards
+        (folder / safetensors.INDEX).unlink()  # as in transformers: an index only with several shards
     _write_json(folder / "config.json", _config_values(config, dtype, repo))
     generation = {
         "_from_model_config": True,

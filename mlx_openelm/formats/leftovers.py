@@ -1,4 +1,4 @@
-"""Tensors that other programs leave beside a model's own and that nothing computes with: known ones are left out."""
+"""Extra tensors that other programs store in a model and that nothing computes with: known ones are dropped."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from ..errors import RequestError
 from .safetensors import TensorInfo, read_lazily
 
 _EMBEDDING, _HEAD, _PARTS = "transformer.token_embeddings", "lm_head", ("weight", "scales", "biases")
-# Apple's code makes it where the output layer is not shared, and computes logits with `lm_head` alone.
+# Apple's code creates it if the output layer is not shared, but computes logits with `lm_head` alone.
 _TWIN = "transformer.classifier.weight"
 _FREQUENCIES = ".inv_freq"
-_CLOSE = 0.01  # two numbers that differ by less may be one, rounded to bfloat16
+_CLOSE = 0.01  # relative; rounding to bfloat16 changes a number by less
 
 
 def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors of a model without those that are provably unused; whatever else is too many stays.
+    """A model's tensors without those that are provably unused; other unexpected tensors stay.
 
-    Left out are copies of a shared output layer, the unused twin of one that is not shared, and RoPE's frequencies
-    where they are those of the configuration.
+    Dropped are a copy of a shared output layer, Apple's unused `classifier` beside one that is not shared, and RoPE
+    frequencies that follow from the configuration.
 
     Raises:
-        RequestError: one that could be meant otherwise, so that leaving it out could change the model.
+        RequestError: dropping a tensor could change the model.
     """
     kept = dict(tensors)
     if config.share_input_output_layers:
         for part in _PARTS:
             if (name := f"{_HEAD}.{part}") in kept:
-                if (own := f"{_EMBEDDING}.{part}") in kept:  # else the weight decides
+                if (own := f"{_EMBEDDING}.{part}") in kept:  # else comparing the weight is enough
                     _check_copy(folder, name, _read(tensors, name), _read(tensors, own))
                 del kept[name]
     elif _TWIN in kept:
         if f"{_HEAD}.weight" not in kept:
             raise RequestError(
-                f"{folder} holds {_TWIN}, which Apple's code never computes with, and no {_HEAD}.weight: if it is the "
-                "output layer, rename it so; if the embedding is, remove it and set share_input_output_layers to true "
-                "in config.json."
+                f"{folder} has {_TWIN}, which Apple's code never computes with, but no {_HEAD}.weight: if it is the "
+                "output layer, rename it; if the output layer is the embedding, remove it and set "
+                "share_input_output_layers to true in config.json."
             )
         del kept[_TWIN]
     for name in [name for name in kept if name.endswith(_FREQUENCIES)]:
@@ -53,20 +53,20 @@ def _read(tensors: Mapping[str, TensorInfo], name: str) -> mx.array:
 
 
 def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array) -> None:
-    """Raises RequestError if a part of the output layer is not what the embedding's same part is."""
+    """Raise RequestError if a part of the output layer differs from the same part of the embedding."""
     if mx.issubdtype(copy.dtype, mx.floating) and mx.issubdtype(own.dtype, mx.floating):
-        # In the type with fewer bits, where the one was rounded from the other.
+        # Compare in the type with fewer bits: one may have been rounded from the other.
         dtype = min(copy.dtype, own.dtype, key=lambda dtype: dtype.size)
         copy, own = copy.astype(dtype), own.astype(dtype)
     if copy.dtype != own.dtype or not mx.array_equal(copy, own, equal_nan=True).item():
         raise RequestError(
-            f"{folder} holds {name}, which differs from the embedding, though its config.json says that both are one: "
-            "set share_input_output_layers to false there if the model was trained so, or remove the tensor."
+            f"{folder} has {name}, which differs from the embedding, though its config.json says they are shared: "
+            "set share_input_output_layers to false if the model was trained that way, or remove the tensor."
         )
 
 
 def _are_frequencies(values: mx.array, config: ModelConfig) -> bool:
-    """Whether `values` are the angles a position that RoPE takes for this model [head_dim / 2]."""
+    """Whether `values` are RoPE's angles per position for this model, [head_dim / 2]."""
     half = config.head_dim // 2
     if values.shape != (half,) or not mx.issubdtype(values.dtype, mx.floating):
         return False

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face's layout, plain or quantized by MLX: `apple/OpenELM-*`, mlx-community, mlx-lm, ours.
+"""Model folders in Hugging Face's layout, full precision or quantized by MLX: from Apple, mlx-community, mlx-lm, ours.
 
 `config.json` and safetensors. Quantized matrices are stored as `.weight` (packed uint32), `.scales` and,
 in affine mode, `.biases`; `quantization` in the config holds group_size, bits and mode, and entries by
@@ -18,8 +18,8 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..inputs import read_json
-from . import foreign, leftovers, safetensors
-from .packing import Quantization, most_common
+from . import foreign, leftovers, safetensors, shards
+from .packing import PARTS, Quantization, most_common
 from .weights import Weights
 
 _LISTED = 8  # tensors named in an error before the rest is only counted
@@ -29,7 +29,7 @@ _LISTED = 8  # tensors named in an error before the rest is only counted
 class Checkpoint:
     """A model as stored: unread weights by Hugging Face name, and how each quantized matrix is packed.
 
-    `rounded_to` says what full weights had been quantized to before, where that is known: they are no more precise.
+    `rounded_to` is what full weights had been quantized to before, if known: they are no more precise than that.
     """
 
     config: ModelConfig
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def rounding(self) -> str | None:
-        """What its matrices are, or were, quantized to; None for full precision."""
+        """What the matrices are, or were, quantized to (`4 bits`, `mxfp4`); None for full precision."""
         if not self.quantization:
             return self.rounded_to
         common = most_common(self.quantization)
@@ -52,15 +52,15 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over parameters, scales and biases included, before weights are taken."""
+        """Stored bits per parameter, including scales and biases; call it before weights are taken."""
         return 8 * sum(tensor.nbytes for tensor in self.weights.tensors().values()) / self.config.num_parameters
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's configuration and the whole of its `config.json`.
+    """The model's configuration, and all values of its `config.json`.
 
     Raises:
-        RequestError: missing, damaged, not OpenELM, or impossible sizes.
+        RequestError: the file is missing or damaged, not an OpenELM configuration, or has impossible sizes.
     """
     if not (folder / "config.json").is_file():
         raise foreign.no_config(folder)
@@ -72,18 +72,24 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`. Headers are checked against the configuration; none of its weights is read yet.
+    """The checkpoint in `folder`. Headers are checked against the configuration; no weight is read yet.
 
     Raises:
-        RequestError: damaged files, weights packed by a method of others, or one list of every missing, unexpected or
-            wrongly shaped tensor.
+        RequestError: damaged files, weights packed by another quantization method, or one list of every missing,
+            unexpected or wrongly shaped tensor.
     """
     config, values = read_config(folder)
-    foreign.check_method(folder / "config.json", values)
+    if not isinstance(values.get("quantization"), dict):  # MLX's own entry wins, as in mlx-lm
+        foreign.check_method(folder / "config.json", values)
     files = safetensors.weight_files(folder)
     tensors = safetensors.read_headers(files)
-    foreign.check_tensors(folder, tensors)
-    tensors = leftovers.drop(folder, config, tensors)
+    shapes = config.tensor_shapes()
+    for name in tensors:
+        path, _, part = name.rpartition(".")
+        if part not in PARTS or f"{path}.weight" not in shapes:
+            foreign.check_tensors(folder, tensors)
+            tensors = leftovers.drop(folder, config, tensors)
+            break
     quantization = read_quantization(folder / "config.json", config, values, tensors)
     check(folder, config, quantization, tensors)
     weights = safetensors.read_lazily(files)
@@ -93,7 +99,11 @@ def read(folder: Path) -> Checkpoint:
 def read_quantization(
     file: Path, config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
 ) -> dict[str, Quantization]:
-    """How each matrix with scales is packed: its own entry, else the common one, else what the shapes tell."""
+    """How each matrix with scales is packed: by its own entry, else the common one, else judged from the shapes.
+
+    Raises:
+        RequestError: `config.json` has no usable entry.
+    """
     paths = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     if not paths:
         return {}
@@ -103,16 +113,18 @@ def read_quantization(
     shapes = config.tensor_shapes()
     quantization = {}
     for path in paths:
-        entry = settings.get(path)
-        entry = entry if isinstance(entry, dict) else None
-        common = settings | (entry or {})
+        own = settings.get(path)
+        entry = settings | (own if isinstance(own, dict) else {})
         try:
-            choice = Quantization(int(common["group_size"]), int(common["bits"]), common.get("mode", "affine"))
+            choice = Quantization(int(entry["group_size"]), int(entry["bits"]), entry.get("mode", "affine"))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RequestError(f"{file} has no usable quantization for {path}: {error}.") from None
-        shape = shapes.get(f"{path}.weight")
-        if entry is None and shape is not None and f"{path}.weight" in tensors:
-            choice = _from_shapes(choice, shape, tensors[f"{path}.weight"].shape, tensors[f"{path}.scales"].shape)
+        name = f"{path}.weight"
+        if not isinstance(own, dict) and name in shapes and name in tensors:
+            packed, scales = tensors[name].shape, tensors[f"{path}.scales"].shape
+            expected = choice.packed_shapes(shapes[name])
+            if (packed, scales) != (expected["weight"], expected["scales"]):
+                choice = _from_shapes(choice, shapes[name], packed, scales)
         quantization[path] = choice
     return quantization
 
@@ -120,44 +132,44 @@ def read_quantization(
 def _from_shapes(
     common: Quantization, shape: tuple[int, ...], packed: tuple[int, ...], scales: tuple[int, ...]
 ) -> Quantization:
-    """`common`, or what packed parts of other shapes must have been packed with."""
-    if common.packed_shapes(shape)["weight"] == packed and common.packed_shapes(shape)["scales"] == scales:
-        return common
+    """How a matrix of `shape` [out, in] was packed, judged from its packed shapes; `common` if they are impossible."""
     try:
         return Quantization(shape[1] // scales[-1], packed[-1] * 32 // shape[1], common.mode)
     except (RequestError, ZeroDivisionError, IndexError):
-        return common  # the check of all shapes will name the tensor
+        return common  # `check` will report the tensor
 
 
 def check(
-    place: Path,
+    source: Path,
     config: ModelConfig,
     quantization: Mapping[str, Quantization],
     tensors: Mapping[str, safetensors.TensorInfo],
     described_by: str = "its config.json",
 ) -> None:
-    """Compare every tensor in `place` with what the configuration asks for.
+    """Compare every tensor in `source` with what the configuration asks for.
 
     Raises:
         RequestError: one list of every missing, unexpected or wrongly shaped tensor.
     """
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[tuple[int, ...], mx.Dtype | mx.DtypeCategory]] = {}
     for name, shape in config.tensor_shapes().items():
         path = name.removesuffix(".weight")
         if path in quantization and len(shape) == 2:
-            parts = quantization[path].packed_shapes(shape)
-            expected.update({f"{path}.{part}": part_shape for part, part_shape in parts.items()})
+            choice = quantization[path]
+            scales = mx.floating if choice.mode == "affine" else mx.uint8
+            kinds = {"weight": mx.uint32, "scales": scales, "biases": mx.floating}
+            expected |= {f"{path}.{part}": (size, kinds[part]) for part, size in choice.packed_shapes(shape).items()}
         else:
-            expected[name] = shape
+            expected[name] = shape, mx.floating
     wrong = [
         f"{name} has shape {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
+        for name, (shape, _) in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
     wrong += [
         f"{name} is stored as {str(tensors[name].dtype).removeprefix('mlx.core.')}"
-        for name in expected
-        if name in tensors and not _fits(tensors[name].dtype, name, quantization)
+        for name, (_, kind) in expected.items()
+        if name in tensors and not mx.issubdtype(tensors[name].dtype, kind)
     ]
     problems = []
     for kind, names in (
@@ -169,17 +181,7 @@ def check(
             rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             problems.append(f"{kind}: {', '.join(names[:_LISTED])}{rest}")
     if problems:
-        raise RequestError(f"The weights in {place} do not fit {described_by}; {'; '.join(problems)}.")
-
-
-def _fits(dtype: mx.Dtype, name: str, quantization: Mapping[str, Quantization]) -> bool:
-    """Whether a tensor is of the kind its place needs: packed weights, byte-sized scales, floating-point values."""
-    path, _, part = name.rpartition(".")
-    if path in quantization and part == "weight":
-        return dtype == mx.uint32
-    if path in quantization and part == "scales" and quantization[path].mode != "affine":
-        return dtype == mx.uint8
-    return mx.issubdtype(dtype, mx.floating)
+        raise RequestError(f"The weights in {source} do not fit {described_by}; {'; '.join(problems)}.")
 
 
 def write(
@@ -187,16 +189,20 @@ def write(
     checkpoint: Checkpoint,
     *,
     progress: Callable[[int, int], None] | None = None,
-    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+    max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> None:
-    """Write weights, index and `config.json` as mlx-lm and mlx-swift read them; empties `checkpoint.weights`."""
+    """Write weights, index and `config.json` as mlx-lm and mlx-swift read them; empties `checkpoint.weights`.
+
+    Args:
+        progress: called with the bytes written so far and the total.
+    """
     values = checkpoint.config.to_dict() | {"torch_dtype": str(checkpoint.dtype).removeprefix("mlx.core.")}
     if checkpoint.quantization:
         common = most_common(checkpoint.quantization)
         entries = {path: choice.to_dict() for path, choice in checkpoint.quantization.items() if choice != common}
         # Hugging Face's pages read the second name.
         values["quantization"] = values["quantization_config"] = common.to_dict() | entries
-    safetensors.write_shards(
+    shards.write(
         folder,
         checkpoint.weights,
         metadata={"format": "mlx"},

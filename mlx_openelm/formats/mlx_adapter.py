@@ -37,7 +37,7 @@ def read(file: Path, config: ModelConfig) -> Adapter:
     """
     settings_file = file.parent / CONFIG
     settings = read_json(settings_file)
-    # Old versions wrote `use_dora` in its place.
+    # Old versions wrote `use_dora` instead.
     kind = settings.get("fine_tune_type", "dora" if settings.get("use_dora") is True else "lora")
     if kind not in FINE_TUNE_TYPES:
         raise RequestError(f"{settings_file}: fine_tune_type is {quote(kind)}; known are {', '.join(FINE_TUNE_TYPES)}.")

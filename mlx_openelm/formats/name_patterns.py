@@ -84,7 +84,7 @@ def _parse(pattern: str) -> Any:
             warnings.simplefilter("ignore")  # of what later versions of Python may read otherwise
             parsed = _parser.parse(pattern)
     except (re.error, OverflowError):
-        raise PatternError("is no regular expression") from None
+        raise PatternError("is not a regular expression") from None
     if parsed.state.flags & re.IGNORECASE:
         raise PatternError("has the flag i, which cannot be used here")
     return parsed

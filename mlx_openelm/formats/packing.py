@@ -1,4 +1,4 @@
-"""How MLX packs matrices: few bits a weight, and a scale (in affine mode also a bias) for each group of a row."""
+"""MLX's packed matrices: a few bits per weight, and a scale (in affine mode also a bias) for each group of a row."""
 
 from __future__ import annotations
 
@@ -49,22 +49,23 @@ class Quantization:
         return cls(group_size or default_sizes[0], bits or default_bits[0], mode)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as in `config.json`."""
         return asdict(self)
 
     def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shapes that replace a matrix of `shape` [out, in], by name of the part."""
+        """The shapes of the packed parts of a matrix of `shape` [out, in], by name of the part."""
         out_dims, in_dims = shape
         scales = (out_dims, in_dims // self.group_size)
         parts: dict[str, tuple[int, ...]] = {"weight": (out_dims, in_dims * self.bits // 32), "scales": scales}
         return parts | {"biases": scales} if self.mode == "affine" else parts
 
     def pack(self, weight: mx.array) -> dict[str, mx.array]:
-        """weight [out, in] as its packed parts, by name; scales and biases in 16 bits or less."""
+        """The packed parts of `weight` [out, in] by name; scales and biases have at most 16 bits."""
         if self.mode == "affine":
             packed, scales, biases = mx.quantize(weight, self.group_size, self.bits)
             stored = scale_dtype(weight.dtype)
             return {"weight": packed, "scales": scales.astype(stored), "biases": biases.astype(stored)}
-        mx.eval(weight)  # once, not once for every piece
+        mx.eval(weight)  # once, not for every piece
         pieces = []
         for rows in _row_pieces(*weight.shape):
             pieces.append(mx.quantize(weight[rows], self.group_size, self.bits, self.mode))
@@ -73,7 +74,7 @@ class Quantization:
         return {"weight": packed, "scales": scales}
 
     def unpack(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """The matrix [out, in] that packed parts stand for, with the scales' own precision taken into account."""
+        """The matrix [out, in] of packed parts, in `dtype`; scales and biases are cast to it first."""
         scales, biases = parts["scales"], parts.get("biases")
         if self.mode == "affine":
             scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
@@ -85,7 +86,7 @@ Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
 
 
 def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
-    """A matrix's rows, some at a time: without a kernel for a mode, as on a CPU, MLX makes many float32 copies."""
+    """Slices of a matrix's rows: without a kernel for the mode, as on a CPU, MLX makes many float32 copies."""
     step = max(1, _PIECE // columns)
     for start in range(0, rows, step):
         yield slice(start, start + step)
@@ -96,19 +97,18 @@ def _any_of(values: tuple[int, ...]) -> str:
 
 
 def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
-    """What most matrices are packed with; `quantization` by module path, at least one."""
+    """The most frequent packing; `quantization` is by module path and not empty."""
     choices = list(quantization.values())
     return max(choices, key=choices.count)
 
 
 def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """What scales and biases are stored in beside weights of `dtype`: 16 bits, so that bits per weight mean what
-    they say."""
+    """The type of the scales and biases for weights of `dtype`: 16 bits, as bits per weight are usually counted."""
     return mx.float16 if dtype == mx.float16 else mx.bfloat16
 
 
 def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
-    """Weights in `dtype`, the scales and biases of matrices that are packed in `scale_dtype`; nothing is read yet."""
+    """Weights cast to `dtype`, scales and biases of packed matrices to `scale_dtype`; nothing is read yet."""
     cast = weights.tensors()
     for name, tensor in cast.items():
         if mx.issubdtype(tensor.dtype, mx.floating):
@@ -117,7 +117,7 @@ def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: m
 
 
 def quantize_weights(weights: Weights, choices: Mapping[str, Quantization]) -> Weights:
-    """Weights with the chosen matrices packed; nothing is read yet."""
+    """Weights with the matrices in `choices` (by module path) packed; nothing is read yet."""
     packed: dict[str, Tensor] = {}
     for name, tensor in weights.tensors().items():
         path = name.removesuffix(".weight")
@@ -126,7 +126,7 @@ def quantize_weights(weights: Weights, choices: Mapping[str, Quantization]) -> W
 
 
 def _packed(path: str, tensor: Tensor, choice: Quantization) -> dict[str, Tensor]:
-    """The parts of a matrix: all are made when the first is read, and each is kept until it is."""
+    """The parts of a matrix: all are computed when the first is read, and each is kept until it is read."""
     made: dict[str, mx.array] = {}
 
     def read(part: str) -> mx.array:
@@ -142,7 +142,7 @@ def _packed(path: str, tensor: Tensor, choice: Quantization) -> dict[str, Tensor
 
 
 def dequantize_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
-    """The reverse: packed matrices as full ones of `dtype`, the rest as it is; nothing is read yet."""
+    """The reverse: packed matrices unpacked to `dtype`, other tensors unchanged; nothing is read yet."""
     tensors = weights.tensors()
     full: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -167,11 +167,11 @@ def _unpacked(parts: Mapping[str, Tensor], choice: Quantization, dtype: mx.Dtype
 def bits_per_weight(
     config: ModelConfig, choices: Mapping[str, Quantization], dtype_bytes: int, scale_bytes: int = 2
 ) -> float:
-    """Stored bits over parameters, scales and biases included.
+    """Stored bits per parameter, including scales and biases.
 
     Args:
-        dtype_bytes: of a value that is not quantized.
-        scale_bytes: of a scale or bias in affine mode; in the others scales always have one.
+        dtype_bytes: bytes of a value that is not quantized.
+        scale_bytes: bytes of a scale or bias in affine mode; in other modes a scale always has one byte.
     """
     total = 0
     for name, shape in config.tensor_shapes().items():
@@ -180,6 +180,6 @@ def bits_per_weight(
             total += math.prod(shape) * dtype_bytes
         else:
             parts = choice.packed_shapes(shape)
-            each = scale_bytes if choice.mode == "affine" else 1
-            total += 4 * math.prod(parts.pop("weight")) + each * sum(math.prod(s) for s in parts.values())
+            bytes_each = scale_bytes if choice.mode == "affine" else 1
+            total += 4 * math.prod(parts.pop("weight")) + bytes_each * sum(math.prod(s) for s in parts.values())
     return 8 * total / config.num_parameters

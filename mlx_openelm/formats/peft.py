@@ -74,8 +74,8 @@ def _take(tensors: Tensors, path: str, settings: Settings, config: ModelConfig) 
     rank = down.shape[0]
     up = tensors.take(f"{_PREFIX}{path}{b}", (outputs, rank))
     magnitude = tensors.take(f"{_PREFIX}{path}{_MAGNITUDE}", (outputs,)) if settings.is_dora else None
-    if (told := settings.rank(path)) != rank:
-        raise RequestError(f"{tensors.file}: {path} has rank {rank}, but {settings.file.name} says {told:g}.")
+    if (expected := settings.rank(path)) != rank:
+        raise RequestError(f"{tensors.file}: {path} has rank {rank}, but {settings.file.name} says {expected:g}.")
     return LowRank(down.T, up.T, settings.scale(path, rank), magnitude)
 
 
@@ -113,7 +113,7 @@ def _warn_of_missing(adapter: Adapter, settings: Settings, file: Path, config: M
     if missing and adapter.modules:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(
-            f"{file} holds nothing for {missing[0]}{more}, which target_modules names: it stays as in the base.",
+            f"{file} has no tensors for {missing[0]}{more}, which target_modules names: it stays as in the base model.",
             stacklevel=2,
         )
 
@@ -168,7 +168,7 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
 
 
 def _alpha(change: LowRank) -> float:
-    """scale times rank; a whole number where it is one."""
+    """scale times rank, as an int if it is whole."""
     alpha = change.scale * change.rank
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 

@@ -100,7 +100,7 @@ def _fit(grouped: mx.array, level: mx.array, counts: mx.array, fallback: Grid) -
 def pack(level: mx.array, bits: int) -> mx.array:
     """Levels [out, in] as MLX stores them, uint32 [out, in * bits / 32]: a stream of bits, lowest first."""
     rows, columns = level.shape
-    # 32 levels fill `bits` words exactly, whatever the number of bits.
+    # 32 levels fill `bits` words exactly, for any number of bits.
     level = level.astype(mx.uint32).reshape(rows, columns // 32, 32)
     words = []
     for word in range(bits):

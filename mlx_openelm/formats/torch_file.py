@@ -300,7 +300,7 @@ def _inflate(path: Path, place: _Place, name: str, span: Span) -> mx.array:
 
 
 def _content(path: Path, place: _Place, name: str) -> Iterator[bytes]:
-    """What lies in a place, piece by piece, unpacked where it is compressed.
+    """The bytes of an entry, piece by piece, decompressed if necessary.
 
     Raises:
         RequestError: it is shorter than it should be, or does not fit its checksum, once all is read.

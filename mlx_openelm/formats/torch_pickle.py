@@ -1,8 +1,8 @@
-"""What a PyTorch checkpoint's pickle describes, read as data: nothing in it is run, and no tensor is allocated.
+"""Reading a PyTorch checkpoint's pickle as data: nothing in it is run, and no tensor is allocated.
 
-A pickle is a program for a small stack machine. This one knows the instructions that state dictionaries are made of,
-and of the functions they may call a short list, like `torch.load(weights_only=True)`: those that build a tensor become
-its description, the harmless rest a placeholder. The number of steps is bounded, so a hostile file costs little.
+A pickle is a program for a small stack machine. This one knows the instructions that state dictionaries use, and
+a short list of functions they may call, like `torch.load(weights_only=True)`: a call that builds a tensor becomes its
+description, other harmless calls a placeholder. The number of steps is bounded, so a hostile file costs little.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _PARAMETERS = (
 )
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _DICTIONARIES = ("collections.OrderedDict", "collections.Counter")
-# All that a pickle may name; beside tensors NumPy's numbers (a best metric), devices, sets and the like.
+# Everything a pickle may name: besides tensors, NumPy numbers (a best metric), devices, sets and similar.
 _KNOWN = {
     *_ODD,
     *_PARAMETERS,
@@ -86,14 +86,14 @@ _LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# A checkpoint with the state of its training takes some 50,000; what a file allocates is bounded by them.
+# A checkpoint with training state takes about 50,000 steps; the limit also bounds what a file can allocate.
 _MAX_STEPS = 1_000_000
 _MAX_NUMBER = 1 << 62
 _MAX_DIMENSIONS = 64
 
 
 class DamagedPickle(Exception):
-    """No pickle of a checkpoint, or one that contradicts itself."""
+    """Not a checkpoint's pickle, or an inconsistent one."""
 
 
 class ForbiddenGlobal(Exception):
@@ -161,7 +161,7 @@ class _Global:
 
 
 class _Other:
-    """Stands for whatever is of no interest."""
+    """A placeholder for values that are not needed."""
 
 
 _OTHER = _Other()
@@ -173,7 +173,7 @@ def load(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
     Dictionaries, lists, tuples, numbers and text come as they are, tensors as `StoredTensor`.
 
     Raises:
-        DamagedPickle: what is there is no pickle of this kind.
+        DamagedPickle: the data is not such a pickle.
         ForbiddenGlobal: it asks for more than tensors and plain data.
     """
     try:
@@ -249,7 +249,7 @@ class _Machine:
                 stack.append(self._dictionary(*arguments))
             else:
                 stack.append(_call(function, arguments))
-        elif name == "BUILD":  # attributes, which are no values
+        elif name == "BUILD":  # attributes, which are not values
             stack.pop()
             if not isinstance(stack[-1], dict | _Other):
                 raise DamagedPickle("it sets the attributes of what has none")

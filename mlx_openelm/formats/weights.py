@@ -1,4 +1,4 @@
-"""A model's tensors by name, read one at a time, so that memory never holds all of them together."""
+"""A model's tensors by name, read one at a time, so that they are never all in memory together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Bytes of freed buffers that MLX may keep for reuse while tensors of all sizes pass through memory.
+# Bytes of freed buffers that MLX may keep for reuse while tensors of many sizes pass through memory.
 _KEPT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not read yet: its type, its shape, and what reads it (or makes it of others)."""
+    """A tensor that is not read yet: its type, its shape, and the function that reads or computes it."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
@@ -31,9 +31,9 @@ class Tensor:
 
 
 class Weights(Mapping[str, mx.array]):
-    """Tensors by name: `weights[name]` reads one, `take` also forgets it, types and shapes are known before.
+    """Tensors by name: `weights[name]` reads one, `take` also forgets it; types and shapes are known without reading.
 
-    It takes over the dictionary it is given, so that nobody else keeps what it forgets.
+    It owns the dictionary it is given, so that a tensor it forgets is freed.
     """
 
     def __init__(self, tensors: dict[str, Tensor]):
@@ -41,7 +41,7 @@ class Weights(Mapping[str, mx.array]):
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, mx.array]) -> Weights:
-        """Arrays that exist already, or that MLX reads by itself when they are used."""
+        """From arrays that exist already, or that MLX reads when they are first used."""
         # A default argument binds each array, not the loop's last.
         return cls({n: Tensor(a.dtype, a.shape, lambda array=a: array) for n, a in arrays.items()})  # type: ignore[misc]
 
@@ -58,21 +58,27 @@ class Weights(Mapping[str, mx.array]):
         return len(self._tensors)
 
     def take(self, name: str) -> mx.array:
-        """Read a tensor and forget it; what is returned may still be lazy."""
+        """Read a tensor and forget it; the array may still be lazy."""
         return self._tensors.pop(name).read()
 
+    def drain(self) -> Iterator[tuple[str, mx.array]]:
+        """Take every tensor with its name, the largest first; the arrays may still be lazy."""
+        sizes = {name: tensor.nbytes for name, tensor in self._tensors.items()}
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            yield name, self._tensors.pop(name).read()
+
     def tensor(self, name: str) -> Tensor:
-        """A tensor unread."""
+        """A tensor, unread."""
         return self._tensors[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them unread, in a dictionary of one's own."""
+        """All tensors, unread, in a new dictionary."""
         return dict(self._tensors)
 
 
 @contextlib.contextmanager
 def streaming() -> Iterator[None]:
-    """A block in which tensors are read, used and dropped one after the other: MLX keeps few of their buffers."""
+    """A block in which tensors are read, used and dropped one by one: MLX keeps few of their buffers for reuse."""
     limit = mx.set_cache_limit(_KEPT_BYTES)
     try:
         yield

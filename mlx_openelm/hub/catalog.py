@@ -14,9 +14,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / "tiny"
 
-# Where Apple publishes what CoreNet wrote: intermediate checkpoints, those with the state of the training, the average
-# of the last five (which is the published model), the folders of CoreNet's own MLX port, and adapters.
-# From CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
+# Where Apple publishes CoreNet's own files: intermediate checkpoints, with and without training state, the average of
+# the last five (which is the published model), the folders of CoreNet's MLX port, and adapters.
+# Names from CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
 CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
 CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
 _CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
@@ -34,8 +34,9 @@ class Release:
     """One published model.
 
     `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
-    `hub_repo` holds the float32 weights and no tokenizer; `tokenizer_repo` is the ungated community copy that is
-    asked first for one. `draft` is the `name` of the release that drafts for this one in speculative decoding.
+    `hub_repo` holds the float32 weights but no tokenizer; `tokenizer_repo` is the ungated community copy that is tried
+    first. `draft` is the `name` of the release that drafts for this one in speculative decoding. `float16` is whether
+    the activations fit that type.
     """
 
     name: str
@@ -66,31 +67,24 @@ class Release:
         return dict(suites[suite][self.name])
 
 
-def _release(size: str, instruct: bool) -> Release:
-    suffix = "-Instruct" if instruct else ""
-    name = f"OpenELM-{size.replace('.', '_')}{suffix}"
-    return Release(
-        name=name,
+_RELEASES = tuple(
+    Release(
+        name=(name := f"OpenELM-{size.replace('.', '_')}{suffix}"),
         size=size,
-        instruct=instruct,
+        instruct=suffix == "-Instruct",
         hub_repo=f"apple/{name}",
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
         draft=None if size == "270M" else f"OpenELM-270M{suffix}",
-        # The 3B model's activations leave float16's range; bfloat16 and float32 hold them.
+        # The 3B model's activations overflow float16; bfloat16 and float32 hold them.
         float16=size != "3B",
     )
-
-
-_RELEASES = tuple(_release(size, instruct) for size in ("270M", "450M", "1.1B", "3B") for instruct in (False, True))
-
-
-def _key(name: str) -> str:
-    """What is left of a name once everything that may be spelled in two ways is gone."""
-    return name.strip().lower().removeprefix("apple/").replace("_", ".")
-
-
-_BY_KEY = {_key(name): release for release in _RELEASES for name in (release.name, *release.aliases)}
+    for size in ("270M", "450M", "1.1B", "3B")
+    for suffix in ("", "-Instruct")
+)
+_BY_NAME = {
+    name.lower().replace("_", "."): release for release in _RELEASES for name in (release.name, *release.aliases)
+}
 
 
 def releases() -> tuple[Release, ...]:
@@ -102,9 +96,9 @@ def find(name: str) -> Release | None:
     """The release that `name` means, or None.
 
     An alias (`1.1b-instruct`) or Apple's name, with or without `apple/`, in any case, with `1.1B` or `1_1B`.
-    Repositories of others (`mlx-community/OpenELM-270M`) are not releases: their weights differ.
+    Other owners' repositories (`mlx-community/OpenELM-270M`) are not releases: their weights differ.
     """
-    return _BY_KEY.get(_key(name))
+    return _BY_NAME.get(name.strip().lower().removeprefix("apple/").replace("_", "."))
 
 
 def find_repo(repo: object) -> Release | None:
@@ -113,19 +107,19 @@ def find_repo(repo: object) -> Release | None:
 
 
 def corenet_files(name: str) -> tuple[str, ...]:
-    """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
+    """The paths below `CORENET_URL` that `corenet:SIZE/NAME` stands for; the files of one model share a folder.
 
-    NAME is a checkpoint's without `.pt`, `mlx` or `mlx-4bit` for a folder of the MLX port, or `lora` or `dora` for an
-    adapter, trained on CommonSense170k, whose file holds its base too.
-    Raises RequestError for a size or a name that was never published.
+    NAME is a checkpoint without its `.pt`, `mlx` or `mlx-4bit` (a folder of the MLX port), or `lora` or `dora` (an
+    adapter trained on CommonSense170k, whose file includes the base model).
+    Raises RequestError for a size or name that was never published.
     """
     size, _, file = name.removeprefix("corenet:").partition("/")
     release = find(size)
     sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
     if release is None or release.instruct:
         raise RequestError(
-            f"{quote(name)} names no size that CoreNet's files have: give corenet:SIZE/NAME with "
-            f"{', '.join(sizes)} as SIZE, as in corenet:270M/checkpoint_average"
+            f"{quote(name)} is not a CoreNet download: give corenet:SIZE/NAME, where SIZE is one of "
+            f"{', '.join(sizes)}, as in corenet:270M/checkpoint_average"
         )
     file = file.removesuffix(".pt")
     if file in _CORENET_PORTS:
@@ -139,8 +133,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     first, last = (f"checkpoint_epoch_0_iter_{CORENET_ITERATIONS[i] - 1}" for i in (0, -1))
     raise RequestError(
-        f"{quote(name)} names no published file{hint}: after corenet:{release.size}/ comes checkpoint_average, "
-        f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit, or with --adapter-path lora or dora"
+        f"{quote(name)} is not a published file{hint}: after corenet:{release.size}/ give checkpoint_average, "
+        f"{first} to {last}, the same with training_ in front, mlx or mlx-4bit; with --adapter-path, lora or dora"
     )
 
 
@@ -162,6 +156,6 @@ def suggest(name: str) -> list[str]:
 def published_scores() -> dict[str, Any]:
     """Everything published about the models' quality: suites, shots, settings, scores in percent.
 
-    From the model card of apple/OpenELM and arXiv:2404.14619. Read from package data when asked for.
+    From the model card of apple/OpenELM and arXiv:2404.14619. Read from package data on each call.
     """
     return json.loads((ASSETS / "published_scores.json").read_text(encoding="utf-8"))

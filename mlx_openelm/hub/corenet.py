@@ -1,7 +1,7 @@
-"""Downloads of what Apple published from CoreNet, which lies on a plain web server: `corenet:SIZE/NAME`.
+"""Downloading CoreNet's files from Apple's web server: `corenet:SIZE/NAME`.
 
-The hub's cache knows nothing of it, so the files have one of their own: `~/.cache/mlx-openelm`, or where
-XDG_CACHE_HOME or MLX_OPENELM_CACHE says. MLX_OPENELM_CORENET_URL names a mirror.
+They are not on the hub, so they have a cache of their own: `~/.cache/mlx-openelm`, or the folder that XDG_CACHE_HOME or
+MLX_OPENELM_CACHE names. MLX_OPENELM_CORENET_URL names a mirror.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import catalog
 URL_VARIABLE = "MLX_OPENELM_CORENET_URL"
 CACHE_VARIABLE = "MLX_OPENELM_CACHE"
 
-# A transfer that breaks off goes on where it stopped, this often before it is given up, and after this many seconds.
+# A transfer that breaks off resumes where it stopped: the number of attempts, and the pause between them in seconds.
 _ATTEMPTS = 4
 _PAUSE = 1.0
 _TIMEOUT = 30.0
@@ -29,7 +29,7 @@ _TIMEOUT = 30.0
 def download(name: str) -> Path:
     """The checkpoint file, or the folder of CoreNet's MLX port, that `corenet:SIZE/NAME` means.
 
-    What was downloaded before is not asked for again; a download that broke off goes on where it stopped.
+    Files that were downloaded before are not requested again; an interrupted download resumes.
 
     Raises:
         RequestError: a size or name that was never published, or that the server does not have.
@@ -43,14 +43,14 @@ def download(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads that are not the hub's are kept."""
+    """The folder for downloads that are not from the hub."""
     if named := os.environ.get(CACHE_VARIABLE):
         return to_path(named)
     return to_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-openelm"
 
 
 def _fetch(name: str, part: str, path: Path) -> None:
-    """Bring one file to `path`, where it appears complete or not at all."""
+    """Download one file to `path`, where it appears complete or not at all."""
     import httpx2 as httpx  # what huggingface_hub 2 talks with
     from filelock import FileLock
     from huggingface_hub import constants
@@ -60,7 +60,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
         raise OpenELMError(f"HF_HUB_OFFLINE is set and {name} was not downloaded yet: unset it and connect once.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes that want the same file: the second finds it complete.
+        # If two processes want the same file, the second finds it complete.
         with FileLock(path.with_name(f".{path.name}.lock")):
             if path.is_file():
                 return
@@ -91,7 +91,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
 
 
 def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
-    """One attempt: ask for what is missing, append it, and put the file in place once it has its whole size."""
+    """One attempt: request the missing bytes, append them, and put the file in place once it is complete."""
     from huggingface_hub.utils import tqdm
 
     partial, tag_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.tag")
@@ -100,7 +100,7 @@ def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
     # With If-Range a server whose file has changed sends the whole of the new one.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-", "If-Range": tag} if start else {})
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as answer:
-        if answer.status_code == 416:  # nothing is missing, or what is there belongs to another file
+        if answer.status_code == 416:  # nothing is missing, or the partial file belongs to another version
             partial.unlink(missing_ok=True)
             raise httpx.ReadError("the server has another file by now")
         _check_status(answer.status_code, url, name)
@@ -110,9 +110,9 @@ def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
         bar = tqdm(desc=name, initial=start, total=total or None, unit="B", unit_scale=True, leave=False, disable=None)
         with partial.open("r+b" if start else "wb") as file, bar:
             file.seek(start)
-            # After the file was emptied: a tag beside another file's bytes would make a mixture of both.
+            # Only after the file was truncated: a new tag beside old bytes would mix two versions.
             tag_file.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
-            for chunk in answer.iter_raw():  # as they arrive, so that all that did is kept
+            for chunk in answer.iter_raw():  # as they arrive, so that a broken transfer keeps them
                 file.write(chunk)
                 bar.update(len(chunk))
             size = file.tell()
@@ -126,7 +126,7 @@ def _check_status(status: int, url: str, name: str) -> None:
     if status == 404:
         raise RequestError(f"{_host(url)} has no {name}: names look like corenet:270M/checkpoint_average.")
     if status >= 500:
-        raise OpenELMError(f"{_host(url)} has a problem of its own (HTTP {status}): try again later.")
+        raise OpenELMError(f"{_host(url)} has a server error (HTTP {status}): try again later.")
     if status not in (200, 206):
         raise OpenELMError(f"{_host(url)} refused to send {name} (HTTP {status}).")
 

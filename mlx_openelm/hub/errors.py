@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from ..errors import OpenELMError, RequestError, quote
 from . import catalog
 
-# What must not be shown, and what is shown in its place. Tokens of the hub are `hf_` and 34 letters and digits, older
-# ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in small letters, are no tokens.
+# What must not be printed, and its replacement. Tokens of the hub are `hf_` and 34 letters and digits, older
+# ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in lower case, are not tokens.
 _SHORTEST_SECRET = 8
 _MAX_TEXT = 2000
 _SECRETS = [
@@ -30,10 +30,10 @@ _SECRETS = [
 
 _NO_ADDRESS = "HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it"
 _NO_HUB = "{} does not answer like a model hub: check HF_ENDPOINT and your proxy settings"
-_NO_TOKEN_TEXT = "your token holds characters that no token has: correct HF_TOKEN, or run `hf auth login`"
+_NO_TOKEN_TEXT = "your token has invalid characters: correct HF_TOKEN, or run `hf auth login`"
 _BAD_TOKEN = "{} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN"
 _TOO_MANY = "{} limits your requests: wait a few minutes"
-_BROKEN = "{} has a problem of its own (HTTP {}): try again later"
+_BROKEN = "{} has a server error (HTTP {}): try again later"
 
 
 def explain_download(error: Exception, repo: str, revision: str | None) -> OpenELMError:
@@ -47,7 +47,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
     cause = error.__cause__ if is_absent and isinstance(error.__cause__, Exception) else error
     if isinstance(cause, errors.HFValidationError):
         return RequestError(
-            f"{quote(repo)} is no folder here and no valid name of a hub repository (owner/name){did_you_mean(repo)}"
+            f"{quote(repo)} is neither a local folder nor a valid hub repository name (owner/name){did_you_mean(repo)}"
         )
     if isinstance(cause, errors.HfHubHTTPError):
         return _explain_answer(cause, repo, revision)
@@ -73,7 +73,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
 
 
 def is_absent(error: OpenELMError) -> bool:
-    """Whether a download failed because there is no such repository, or nothing of what was asked for in it."""
+    """Whether a download failed because the repository, or every file asked for, does not exist."""
     from huggingface_hub import errors
 
     cause = error.__cause__

@@ -1,7 +1,7 @@
-"""From a model's name to a folder on this machine, downloading from the Hugging Face Hub where needed.
+"""From a model's name to a folder on this machine, downloading from the Hugging Face Hub if necessary.
 
 huggingface_hub does the transfers, the cache and the retries, and honours HF_ENDPOINT, HF_HOME, HF_TOKEN and
-HF_HUB_OFFLINE. It is imported inside the functions that need it, because a local model must start without it.
+HF_HUB_OFFLINE. It is imported inside the functions that need it, so that local models start without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# What a model cannot be read without, as far as the repository has it.
+# The files a model is read from; not every repository has all of them.
 _READ_PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -37,32 +37,32 @@ _READ_PATTERNS = (
 DOCUMENT_PATTERNS = ("LICENSE*", "README.md")
 MODEL_PATTERNS = (*_READ_PATTERNS, *DOCUMENT_PATTERNS)
 
-# Code and pickles are never downloaded, whatever patterns are asked for; nor are subfolders, which hold
-# copies of the weights for other programs (`*` in a pattern matches `/` too).
+# Code and pickles are never downloaded, whatever patterns the caller gives. Neither are subfolders, which hold copies
+# of the weights for other programs (`*` in a pattern also matches `/`).
 NEVER_PATTERNS = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*/*")
 
 _FILE_TYPES = {".safetensors", ".gguf", ".pt", ".pth", ".bin", ".json", ".yaml", ".yml", ".model", ".npz"}
 
 
 def resolve(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of the model that `name` means, downloaded if it has to be.
+    """The folder of the model that `name` means, downloaded if necessary.
 
     `name` is `tiny` (the model inside the package), a local folder, an alias or name of a release (`270m`,
     `OpenELM-1.1B-Instruct`), or a hub repository (`owner/name`). A Path is always a local folder. A local
     folder that shares its name with a release or `tiny` wins only if it has a `config.json`.
 
-    Raises RequestError for a name or revision that does not exist, for a file where a folder is wanted, and
-    for a repository without a model; OpenELMError when the download fails.
+    Raises RequestError for a name or revision that does not exist, for a file instead of a folder, and for a
+    repository without a model; OpenELMError when the download fails.
     """
-    place = _locate(name)
-    if isinstance(place, Path):
+    found = locate(name)
+    if isinstance(found, Path):
         if revision is not None:
             raise RequestError(
                 f"{name} is a local folder, which has no revision {quote(revision)}: leave the revision out"
             )
-        return place
-    folder = download(place, revision=revision)
-    _check_is_model(place, folder)
+        return found
+    folder = download(found, revision=revision)
+    _check_is_model(found, folder)
     return folder
 
 
@@ -71,14 +71,14 @@ def source_repo(name: str | Path) -> str | None:
 
     Makes no network request. Raises RequestError for a name that is neither.
     """
-    place = _locate(name)
-    return place if isinstance(place, str) else None
+    found = locate(name)
+    return found if isinstance(found, str) else None
 
 
 def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] = MODEL_PATTERNS) -> Path:
-    """Download the files of a hub repository that match `patterns`, and give the folder in the cache.
+    """Download the files of a hub repository that match `patterns`, and return the folder in the cache.
 
-    Files already in the cache are not downloaded again; without a network a complete cached copy is used.
+    Files in the cache are not downloaded again; without a network, a complete cached copy is used.
     Raises RequestError for a repository or revision that does not exist, and OpenELMError when access is
     refused, the network or the disk fails, or the server does.
     """
@@ -86,7 +86,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = list(patterns)
-    # huggingface_hub's bars are for a terminal, and they show even when there is nothing to transfer.
+    # huggingface_hub's bars are for a terminal, and they appear even when there is nothing to transfer.
     has_bars = sys.stderr.isatty() and _cached(repo, revision, patterns) is None
     progress = None if has_bars else _progress_class(repo)
     try:
@@ -97,7 +97,7 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
             ignore_patterns=list(NEVER_PATTERNS),
             tqdm_class=progress,
         )
-    # Everything, because the transfer library in Rust raises kinds of its own.
+    # Exception, because the transfer library in Rust raises types of its own.
     except Exception as error:
         is_absent = isinstance(error, LocalEntryNotFoundError)
         cached = _cached_without_documents(repo, revision, patterns) if is_absent else None
@@ -105,27 +105,29 @@ def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] 
             raise explain_download(error, repo, revision) from error
         folder = cached
     if not os.path.isdir(folder):
-        raise RequestError(f"the repository {repo} has none of these files: {', '.join(patterns)}")
+        raise RequestError(f"the repository {repo} does not have any of these files: {', '.join(patterns)}")
     if progress is not None and progress.announced:
         print(f"Downloaded {repo}", file=sys.stderr, flush=True)
     return Path(folder)
 
 
-def _locate(name: str | Path) -> Path | str:
-    """Where the model is: a local folder as a Path, a hub repository as a str."""
-    to_path(name)  # refuses what no file can be called
+def locate(name: str | Path) -> Path | str:
+    """Where a model is: a local folder as a Path, a hub repository as a str; errors as `resolve`."""
+    to_path(name)  # refuses names that no file can have
     text = os.path.expanduser(str(name).strip())
     is_tiny = text.lower() == catalog.TINY
     release = None if isinstance(name, Path) else catalog.find(text)
-    shadows = not isinstance(name, Path) and (is_tiny or release is not None)
-    if text and os.path.isdir(text) and (not shadows or os.path.isfile(os.path.join(text, "config.json"))):
+    is_known = not isinstance(name, Path) and (is_tiny or release is not None)
+    if text and os.path.isdir(text) and (not is_known or os.path.isfile(os.path.join(text, "config.json"))):
         return Path(text)
-    if not shadows and os.path.isfile(text):
+    if not is_known and os.path.isfile(text):
         raise RequestError(f"{name} is a file: give the folder that holds the model, or a .pt or .gguf file")
-    if isinstance(name, Path) or _looks_like_path(str(name).strip()):
+    if isinstance(name, Path) or (not is_known and _looks_like_path(str(name).strip())):
         raise RequestError(f"the folder {name} does not exist")
     if is_tiny:
-        return _packaged_tiny()
+        if not (catalog.TINY_FOLDER / "config.json").is_file():
+            raise OpenELMError("the model inside the package is missing: install mlx-openelm again")
+        return catalog.TINY_FOLDER
     if release is not None:
         return release.hub_repo
     owner, _, repo = text.partition("/")
@@ -140,12 +142,6 @@ def _locate(name: str | Path) -> Path | str:
 def _looks_like_path(text: str) -> bool:
     is_marked = text.startswith((".", "~", "/")) or text.endswith("/") or text.count("/") > 1
     return is_marked or Path(text).suffix.lower() in _FILE_TYPES
-
-
-def _packaged_tiny() -> Path:
-    if not (catalog.TINY_FOLDER / "config.json").is_file():
-        raise OpenELMError("the model inside the package is missing: install mlx-openelm again")
-    return catalog.TINY_FOLDER
 
 
 def _check_is_model(repo: str, folder: Path) -> None:
@@ -177,16 +173,16 @@ def _cached(repo: str, revision: str | None, patterns: list[str]) -> str | None:
 
 
 def _cached_without_documents(repo: str, revision: str | None, patterns: list[str]) -> str | None:
-    """A cached copy that lacks nothing but the licence and the model card.
+    """A cached copy that may lack the licence and the model card, but nothing else.
 
-    Other programs (mlx-lm) fill the same cache and leave those out; huggingface_hub then calls it incomplete.
+    Other programs (mlx-lm) fill the same cache without them, and huggingface_hub then calls it incomplete.
     """
     needed = [pattern for pattern in patterns if pattern not in DOCUMENT_PATTERNS]
     return _cached(repo, revision, needed) if needed != patterns else None
 
 
 def _progress_class(repo: str) -> Any:
-    """A stand-in for the progress bars: one plain line when the first file really is transferred."""
+    """Replaces the progress bars: prints one plain line when the first file is really transferred."""
     from huggingface_hub.utils import tqdm
 
     lock = threading.Lock()
@@ -199,7 +195,7 @@ def _progress_class(repo: str) -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def refresh(self, *args: Any, **kwargs: Any) -> None:
-            # huggingface_hub refreshes the bar of bytes when a file that is not cached adds to its total.
+            # huggingface_hub refreshes the byte bar when a file that is not cached adds to its total.
             with lock:
                 if self._counts_bytes and self.total and not Announcement.announced:
                     Announcement.announced = True

@@ -1,4 +1,4 @@
-"""Conversations: which messages can be rendered, and in what form a chat template is given them."""
+"""Conversations: checking messages, and preparing them for a chat template."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..errors import RequestError, quote
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Message = Mapping[str, Any]
 
-# What a message may hold instead of a content, in OpenAI's newer and older form.
+# What a message may have instead of a content, in OpenAI's newer and older form.
 _CALLS = ("tool_calls", "function_call")
-# Names of what an assistant thought: the first is the one that templates read, the second that of gpt-oss.
+# Keys of an assistant's reasoning: templates read the first, gpt-oss's template the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# A template that handles parts takes the text of each.
+# A template that handles parts reads the text of each.
 _READS_PARTS = re.compile(r"""\[\s*["']text["']\s*\]|\.text\b""")
 
 
 def check_messages(messages: Sequence[Message], continue_final_message: bool = False) -> None:
-    """Raise `RequestError` unless `messages` is a filled list of `{"role": ..., "content": text}`.
+    """Raise `RequestError` unless `messages` is a non-empty list of `{"role": ..., "content": text}`.
 
-    A content may also be a list of parts that are text, and an assistant's may be missing beside tool calls.
+    A content may also be a list of text parts; an assistant's may be missing if it has tool calls.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError('messages must be a list with at least one {"role": ..., "content": ...}')
     for index, message in enumerate(messages):
-        calls = _has_calls(message) if isinstance(message, Mapping) else False
+        calls = isinstance(message, Mapping) and any(message.get(key) for key in _CALLS)
         if not isinstance(message, Mapping) or "role" not in message or not ("content" in message or calls):
             raise RequestError(f'message {index} must be an object with "role" and "content"')
         if message["role"] not in ROLES:
             raise RequestError(f"message {index} has role {quote(message['role'])}: use one of {', '.join(ROLES)}")
         if calls and message["role"] != "assistant":
-            raise RequestError(f"message {index} has tool calls, which only an assistant makes")
+            raise RequestError(f"message {index} has tool calls, which only an assistant can make")
         content = message.get("content")
         if isinstance(content, list | tuple):
             _check_parts(content, index)
@@ -45,16 +45,12 @@ def check_messages(messages: Sequence[Message], continue_final_message: bool = F
         raise RequestError("the last message has no content that could be continued")
 
 
-def _has_calls(message: Message) -> bool:
-    return any(message.get(key) for key in _CALLS)
-
-
 def _check_parts(parts: Sequence[Any], index: int) -> None:
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind != "text":
             raise RequestError(
-                f"part {number} of the content of message {index} is of type {quote(kind)}, which is not offered: "
+                f"part {number} of the content of message {index} is of type {quote(kind)}, which is not supported: "
                 "only text is"
             )
         if kind is None or not isinstance(part.get("text"), str):
@@ -64,22 +60,23 @@ def _check_parts(parts: Sequence[Any], index: int) -> None:
 
 
 def plain_text(content: Any) -> str:
-    """A content as one text, its parts joined."""
+    """A content as one text, with its parts joined."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
-def for_a_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]]:
-    """Role and text of each message, for templates that know the three roles OpenELM was tuned with.
+def for_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]]:
+    """Role and text of each message, for the built-in templates, which know the roles system, user and assistant.
 
     Raises:
-        RequestError: tools or their calls and results, which these templates cannot show.
+        RequestError: tools, or their calls and results, which these templates cannot render.
     """
-    if tools or any(_has_calls(message) or message["role"] in ("tool", "function") for message in messages):
+    tool_roles = any(message["role"] in ("tool", "function") for message in messages)
+    if tools or tool_roles or any(message.get(key) for message in messages for key in _CALLS):
         raise RequestError(
-            "tool calls are not offered by the templates corenet and plain: name one that shows them with "
+            "tool calls are not supported by the templates corenet and plain: give one that renders them with "
             "--chat-template FILE"
         )
-    # Newer models of OpenAI's call the system a developer.
+    # OpenAI's newer models call the system role developer.
     return [
         {"role": "system" if role == "developer" else role, "content": plain_text(message["content"])}
         for message in messages
@@ -87,27 +84,29 @@ def for_a_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, st
     ]
 
 
-def for_a_template(messages: Sequence[Message], source: str, tools: Any) -> list[dict[str, Any]]:
-    """Copies of the messages as transformers gives them to a template: without nulls, thoughts under both names.
+def for_jinja(messages: Sequence[Message], source: str, tools: Any) -> list[dict[str, Any]]:
+    """Copies of the messages as transformers passes them to a template: without nulls, reasoning under both names.
 
-    Parts are joined for a template that does not read them, which would show a Python list.
+    Parts are joined for a template that does not read them; it would print a Python list.
 
     Raises:
-        RequestError: tools or their calls, which the template does not mention and so would leave out.
+        RequestError: tools or their calls, if the template does not mention them and so would drop them.
     """
     for key in _CALLS:
         if key not in source and any(message.get(key) for message in messages):
-            raise RequestError(f"this chat template does not show {key}: use one that does, with --chat-template FILE")
+            raise RequestError(
+                f"this chat template does not render {key}: give one that does with --chat-template FILE"
+            )
     if tools and "tools" not in source:
-        raise RequestError("this chat template does not show tools: use one that does, with --chat-template FILE")
+        raise RequestError("this chat template does not render tools: give one that does with --chat-template FILE")
     reads_parts = _READS_PARTS.search(source) is not None
     prepared = []
     for message in messages:
-        given = {key: value for key, value in message.items() if value is not None}
-        if not reads_parts and "content" in given:
-            given["content"] = plain_text(given["content"])
-        reasoning = next((given[key] for key in _REASONING if key in given), None)
+        values = {key: value for key, value in message.items() if value is not None}
+        if not reads_parts and "content" in values:
+            values["content"] = plain_text(values["content"])
+        reasoning = next((values[key] for key in _REASONING if key in values), None)
         if reasoning is not None:
-            given = {"thinking": reasoning, **given, "reasoning_content": reasoning}
-        prepared.append(given)
+            values = {"thinking": reasoning, **values, "reasoning_content": reasoning}
+        prepared.append(values)
     return prepared

@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, which a template cannot outgrow: see `chat_template_worker`."""
+"""Rendering chat templates in a separate process with limits on time and memory: see `chat_template_worker`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typing import Any
 from ..errors import OpenELMError, RequestError
 from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, NO_JINJA, OUT_OF_MEMORY
 
-# macOS has a limit for a process's memory and does not keep it. There the memory is looked at so often, once a template
-# takes longer than that.
+# macOS does not enforce its memory limit for processes. There we check the memory at this interval, in seconds.
 _LIMITS_MEMORY = sys.platform == "linux"
 _WATCH_SECONDS = 0.05
 _ENDS = {
@@ -80,7 +79,7 @@ class _Worker:
         arguments = json.dumps([[str(folder) for folder in sys.path], _LIMITS_MEMORY])
         try:
             self._process = subprocess.Popen(
-                # Without the site module and the variables of the environment it starts sooner; it is told the path.
+                # It starts faster without the site module and environment variables; the path is an argument.
                 [sys.executable, "-I", "-S", str(script), arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -91,7 +91,7 @@ def first_pieces(path: Path, count: int) -> list[tuple[str, int]]:
 
 
 def _damaged(path: Path, error: Exception) -> RequestError:
-    return RequestError(f"{path} is damaged or no SentencePiece model ({error}): download it again")
+    return RequestError(f"{path} is damaged or not a SentencePiece model ({error}): download it again")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -251,7 +251,7 @@ def _ties_are_safe(model: SentencePieceModel) -> bool:
 
 
 def is_run(text: str) -> bool:
-    """Whether a text is one character again and again."""
+    """Whether a text is one character repeated."""
     return len(set(text)) == 1
 
 
@@ -283,7 +283,7 @@ class SentencePieceEngine:
         try:
             self._processor.LoadFromSerializedProto(read_bytes(path))
         except (RuntimeError, UnicodeDecodeError):  # its own message may be no text
-            raise RequestError(f"{path} is damaged or no SentencePiece model: download it again") from None
+            raise RequestError(f"{path} is damaged or not a SentencePiece model: download it again") from None
         self.adds_space = self._adds_space()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_token_id = self._optional(self._processor.bos_id())
@@ -317,7 +317,7 @@ class SentencePieceEngine:
             raise _damaged(self.model_file, error) from None
 
     def token_to_id(self, token: str) -> int | None:
-        token_id = self._processor.piece_to_id(token)  # the unknown id for what is no piece
+        token_id = self._processor.piece_to_id(token)  # gives the unknown id for unknown pieces
         return token_id if self._processor.id_to_piece(token_id) == token else None
 
     def is_control(self, token_id: int) -> bool:

@@ -1,8 +1,8 @@
-"""The tokenizer that all published models share, Llama 2's, found wherever a copy of it is.
+"""Finding a copy of the tokenizer that all published models share: Llama 2's.
 
-Apple's repositories have none, the one they point to is gated, and of the community's copies not every model has one.
-So each copy is asked for in turn, those on this machine first, and taken only if it is the right one: other tokenizers
-have 32,000 pieces and the same special tokens but give different ids.
+Apple's repositories have no tokenizer, the one they point to is gated, and not every community conversion has a copy.
+So we try each possible copy, local ones first, and accept only the right one: other tokenizers also have 32,000 pieces
+and the same special tokens, but give different ids.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..hub.errors import is_absent, is_refused
 from ..inputs import read_bytes
 from .tokenizer import ENGINES, Tokenizer
 
-# It has no conditions to accept, and holds the very file.
+# Not gated, and has the exact file.
 FALLBACK = "hf-internal-testing/llama-tokenizer"
 # Names that mlx-community gave to conversions, after the model's own.
 _SUFFIXES = ("", "-4bit", "-8bit")
-# Of the models, those that public code names without a suffix; the others are asked for later.
+# Repositories that public code names without a suffix; the others are tried later.
 _KNOWN = ("OpenELM-270M", "OpenELM-270M-Instruct", "OpenELM-450M-Instruct", "OpenELM-3B", "OpenELM-3B-Instruct")
-# What of the cache is looked through; Apple's documentation sends people to Meta's repositories.
+# The parts of the cache to search; Apple's documentation points to Meta's repositories.
 _CACHED = (
     "mlx-community--OpenELM*",
     "apple--OpenELM*",
@@ -34,7 +34,7 @@ _CACHED = (
     "meta-llama--Llama-2-*",
 )
 
-_MISSING = "the tokenizer, which is Llama 2's and not in Apple's repositories,"
+_MISSING = "the tokenizer, Llama 2's, which Apple's repositories lack,"
 _ADVICE = f"give a copy of its tokenizer.model with --tokenizer ({FALLBACK} has one)"
 
 
@@ -72,14 +72,14 @@ LLAMA2 = Identity(
 def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = None) -> Tokenizer:
     """The tokenizer of a published model: a copy in the hub's cache, else the first that can be downloaded.
 
-    Of repositories only the tokenizer's files are downloaded. A chat template is kept only from the model's own.
+    Only tokenizer files are downloaded. A chat template is kept only from the model's own repository.
 
     Args:
         eos_token_ids: every token that ends a generation, in place of the tokenizer's own.
 
     Raises:
-        RequestError: no repository has the right one.
-        OpenELMError: the network or the hub failed, or those that may have one refuse access.
+        RequestError: no repository has the right tokenizer.
+        OpenELMError: the network or the hub failed, or the repositories refuse access.
     """
     for folder in _cached(release):
         if (tokenizer := accept(folder, LLAMA2, eos_token_ids=eos_token_ids)) is not None:
@@ -91,7 +91,7 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
         except OpenELMError as error:
             if is_absent(error):
                 continue
-            if not is_refused(error):  # the next would end like this one
+            if not is_refused(error):  # the next would fail the same way
                 raise type(error)(f"{_MISSING} could not be downloaded: {error}; {_ADVICE}") from error
             refusal = refusal or error
             continue
@@ -155,7 +155,7 @@ def _cache_name(release: catalog.Release) -> str:
 
 
 def _without_foreign_template(tokenizer: Tokenizer, release: catalog.Release, folder: Path) -> Tokenizer:
-    """A sibling's chat template says how another model was tuned."""
+    """Drop the chat template of another model's repository: it describes how that model was tuned."""
     if _cache_name(release) not in folder.parts:
         tokenizer.chat_template = None
     return tokenizer

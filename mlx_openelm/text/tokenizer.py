@@ -1,7 +1,7 @@
 """Text to token ids and back, from a `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
-Both give the ids SentencePiece gives. Encoding is the tokenizers or the sentencepiece package's, whichever reads the
-file; decoding is ours, so that streaming and decoding all at once cannot differ.
+Both give SentencePiece's ids. The tokenizers or the sentencepiece package encodes, whichever reads the file. We decode
+ourselves, so that streaming and decoding all at once cannot differ.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, quote
+from ..inputs import read_json
 from . import added_tokens
 from . import chat_template as chat
+from .chat_messages import Message, check_messages, for_built_in
 from .tokenizer_engines import ENGINES, Engine, open_engine
 from .tokenizer_json import SPACE, TokenizerSpec, write_spec
 from .tokenizers_engine import LITERAL, TokenizersEngine
 
-UNKNOWN_TEXT = " \u2047 ".encode()  # what SentencePiece shows for the unknown token
+UNKNOWN_TEXT = " \u2047 ".encode()  # SentencePiece's text for the unknown token
 ONE_PER_BYTE = "mlx_openelm.one_per_byte"
-# SentencePiece's rule for bytes that are no UTF-8: one replacement character for each of them.
+# SentencePiece's rule for bytes that are not UTF-8: one replacement character for each byte.
 codecs.register_error(ONE_PER_BYTE, lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
 
 
 class Tokenizer:
     """A SentencePiece-style tokenizer: spaces are part of the pieces, and unknown characters become bytes.
 
-    Make one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
-    `eos_token_ids` every token that ends a generation, `chat_template` the folder's own template (jinja source).
+    Create one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
+    `eos_token_ids` are all tokens that end a generation, `vocab_size` is the number of tokens including special ones,
+    `chat_template` is the folder's own template (jinja source).
     """
 
     def __init__(
@@ -44,22 +47,26 @@ class Tokenizer:
         eos_token_ids: Iterable[int] | None = None,
         chat_template: str | None = None,
     ):
-        """`config` is a `tokenizer_config.json`, `model_config` what the model's configs say about ids.
+        """`config` is a `tokenizer_config.json`, `model_config` the ids in the model's configs.
 
-        Raises `RequestError` when no BOS or EOS is named, and for ids that are not the tokenizer's.
+        Raises `RequestError` if BOS or EOS is missing, and for ids that the tokenizer does not have.
         """
         self._engine = engine
+        self.vocab_size = engine.vocab_size
         self._config = config or {}
         self._pieces: dict[int, bytes | None] = {}
         self.chat_template = chat_template
         model_config = model_config or {}
         self.bos_token_id = self._special_id("bos", engine.bos_token_id, model_config)
         self.eos_token_id = self._special_id("eos", engine.eos_token_id, model_config)
-        if isinstance(engine, TokenizersEngine):  # a SentencePiece model says itself which tokens are special
-            engine.mark_special((self.bos_token_id, self.eos_token_id))
+        if isinstance(engine, TokenizersEngine):  # a SentencePiece model knows its special tokens
+            engine.build((self.bos_token_id, self.eos_token_id))
         if eos_token_ids is None:
             eos_token_ids = [self.eos_token_id, *_ids(model_config, "eos_token_id")]
-        self.eos_token_ids = {self._checked(token_id, "eos_token_id") for token_id in eos_token_ids}
+        self.eos_token_ids = set(eos_token_ids)
+        for token_id in self.eos_token_ids:
+            if engine.id_to_token(token_id) is None:
+                raise self._foreign_id("eos_token_id", token_id)
 
     @classmethod
     def from_folder(
@@ -68,19 +75,19 @@ class Tokenizer:
         """The tokenizer of a model folder: its `tokenizer.json`, else its `tokenizer.model`.
 
         The special ids come from `tokenizer_config.json`, the tokenizer itself, `generation_config.json` and
-        `config.json`. `eos_token_ids` replaces the set of ending tokens. `rows` says how many tokens the model can
-        take: special tokens that are named without an id are left out, with a warning, where they would lie beyond.
-        Raises `RequestError` when there is none, or when a file is damaged.
+        `config.json`. `eos_token_ids` replaces the set of ending tokens. `rows` is the number of tokens the model can
+        take: special tokens named without an id that would not fit are left out, with a warning.
+        Raises `RequestError` if there is no tokenizer, or a file is damaged.
         """
         folder = Path(folder)
         path = next((p for name in ENGINES if (p := folder / name).is_file()), None)
         if path is None:
             raise RequestError(
-                f"no tokenizer.json or tokenizer.model in {folder}: put one there, or name one with --tokenizer"
+                f"no tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
             )
         config, named = added_tokens.read(folder)
-        model_config = added_tokens.read_if_there(folder / "config.json")
-        generation_config = added_tokens.read_if_there(folder / "generation_config.json")
+        model_config = read_json(folder / "config.json", missing_ok=True)
+        generation_config = read_json(folder / "generation_config.json", missing_ok=True)
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
         return cls(
             open_engine(path, config, named, rows=rows, beside=True),
@@ -92,49 +99,44 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path, *, eos_token_ids: Iterable[int] | None = None, rows: int | None = None) -> Tokenizer:
-        """A tokenizer a person named: a folder, or a `.json` or `.model` file under any name.
+        """A tokenizer that a user named: a folder, or a `.json` or `.model` file under any name.
 
-        For a file only `tokenizer_config.json` and the added-token files are read beside it: other files there
-        may be another model's. `eos_token_ids` and `rows` as in `from_folder`.
-        Raises `RequestError` when there is none, or when a file is damaged.
+        Beside a file, only `tokenizer_config.json` and the added-token files are read: other files there may be
+        another model's. `eos_token_ids` and `rows` as in `from_folder`.
+        Raises `RequestError` if there is no tokenizer, or a file is damaged.
         """
         path = Path(path)
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
         if not path.is_file():
-            raise RequestError(f"no tokenizer at {path}: name a tokenizer.json, a tokenizer.model or a folder with one")
+            raise RequestError(f"no tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
-            raise RequestError(f"{path} is not a tokenizer: name a tokenizer.json or a tokenizer.model")
+            raise RequestError(f"{path} is not a tokenizer; give a tokenizer.json or a tokenizer.model")
         config, named = added_tokens.read(path.parent)
         return cls(open_engine(path, config, named, rows=rows), config=config, eos_token_ids=eos_token_ids)
 
     @property
-    def vocab_size(self) -> int:
-        """How many tokens there are, special ones included."""
-        return self._engine.vocab_size
-
-    @property
     def model_file(self) -> Path | None:
-        """The `tokenizer.model` that the tokenizer was read from, or that lies beside its `tokenizer.json`."""
+        """The `tokenizer.model` that the tokenizer was read from, or that is beside its `tokenizer.json`."""
         return self._engine.model_file
 
     @property
     def spec(self) -> TokenizerSpec:
-        """How text is cut, for other programs to do alike; errors as `check_writable`."""
+        """How text is split into tokens, for export to other programs; errors as `check_writable`."""
         return self._engine.spec
 
     def check_writable(self) -> None:
-        """Ask whether `save` can write this tokenizer, before long work whose result it goes with.
+        """Check that `save` can write this tokenizer, before long work whose result is saved with it.
 
-        Raises `RequestError` for a SentencePiece model that no `tokenizer.json` can reproduce.
+        Raises `RequestError` for a SentencePiece model that a `tokenizer.json` cannot reproduce.
         """
         _ = self.spec
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """The ids of `text`, BOS first; a lone surrogate becomes U+FFFD.
 
-        Control tokens of the tokenizer's own model (`<s>`, `</s>`) that are typed in a text are text. Tokens that were
-        added to it (`<|im_start|>`, special or not) and user-defined pieces become their ids, as in transformers.
+        The model's own control tokens (`<s>`, `</s>`) in a text are encoded as text. Added tokens (`<|im_start|>`,
+        special or not) and user-defined pieces become their ids, as in transformers.
         """
         ids = self._encode(text)
         return [self.bos_token_id, *ids] if add_bos else ids
@@ -150,38 +152,38 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece decodes it.
 
-        BOS, EOS and other control tokens, and ids that are no token, have no text; the unknown token shows as
-        " \u2047 "; the space that encoding put in front is removed; a byte that is no UTF-8 shows as U+FFFD.
+        BOS, EOS, other control tokens and unknown ids have no text; the unknown token becomes " \u2047 "; the space
+        that encoding put in front is removed; a byte that is not UTF-8 becomes U+FFFD.
         """
         decoder = self.streaming_decoder()
         return "".join([*map(decoder.add, ids), decoder.finish()])
 
     def streaming_decoder(self, after: Iterable[int] = ()) -> StreamingDecoder:
-        """A decoder to be fed token by token. With `after`, it goes on where the text of those ids ended: its text
-        is then what it adds to theirs, the space between two words included."""
+        """A decoder for one token at a time. With `after`, it continues the text of those ids, including the space
+        between two words."""
         return StreamingDecoder(self, after)
 
     def id_to_token(self, token_id: int) -> str:
-        """The piece of an id, spaces written as U+2581; `RequestError` when there is no such token."""
-        token = self._token(token_id)
+        """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
+        token = self._engine.id_to_token(token_id)
         if token is None:
             raise RequestError(f"there is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
         return token
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a piece, written as `id_to_token` gives it; None when there is no such piece."""
+        """The id of a piece, in the form `id_to_token` gives; None if there is no such piece."""
         return self._engine.token_to_id(token)
 
     def add_eos_token(self, token: str) -> None:
-        """Let a token, or an id given as text, end a generation too; `RequestError` when it is no token."""
+        """Let a further token, or an id given as text, end a generation; `RequestError` if there is no such token."""
         token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
-        if token_id is None or self._token(token_id) is None:
+        if token_id is None or self._engine.id_to_token(token_id) is None:
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
     def apply_chat_template(
         self,
-        messages: Sequence[chat.Message],
+        messages: Sequence[Message],
         template: str | Path | None = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
@@ -190,53 +192,49 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
-        `template` is `plain`, `corenet`, the path of a jinja file, or None for the folder's own, else `corenet`.
-        Special tokens in messages are text, also added ones: only the template writes them. Other added tokens become
-        their ids wherever they stand, as in transformers. `add_generation_prompt` opens the assistant's turn;
+        `template` is `plain`, `corenet` or the path of a jinja file; by default the folder's own, else `corenet`.
+        Special tokens in messages, including added ones, are encoded as text: only the template writes them. Other
+        added tokens become their ids anywhere, as in transformers. `add_generation_prompt` opens the assistant's turn;
         `continue_final_message` leaves the last message, the assistant's, open instead. `tools` are JSON schemas of
-        functions, for templates that show them.
+        functions, for templates that render them.
         Raises `RequestError` for bad messages and templates.
         """
-        if template is None:
-            source = self.chat_template or chat.CORENET_TEMPLATE
+        source = self.chat_template
+        if template is not None:
+            source = chat.NAMED_TEMPLATES.get(str(template)) or chat.find_template(template)
+        if source == chat.PLAIN_TEMPLATE:
+            check_messages(messages, continue_final_message)
+            text = "\n".join(message["content"] for message in for_built_in(messages, tools))
+            runs: list[str | int] = [self.bos_token_id, text] if text else [self.bos_token_id]
         else:
-            source = chat.find_template(template)
-        own = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
-        named = {name: self.id_to_token(token_id) for name, token_id in own.items()}
-        if self._engine.unk_token_id is not None:
-            named["unk_token"] = self.id_to_token(self._engine.unk_token_id)
-        runs = chat.render(
-            messages,
-            source,
-            {
-                **self._engine.special_beyond,
-                **self._engine.control_tokens,
-                **{named[name]: token_id for name, token_id in own.items()},
-            },
-            named={**chat.named_tokens(self._config), **named},
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
+            runs = chat.render(
+                messages,
+                source or chat.CORENET_TEMPLATE,
+                {**self._engine.special_beyond, **self._engine.control_tokens, **self._bos_and_eos()},
+                named={**chat.named_tokens(self._config), **self._named_tokens()},
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        if self._engine.special_beyond:
+            runs = self._with_added_tokens(runs)
         ids: list[int] = []
-        for start, run in enumerate(self._joined(runs)):
-            ids += [run] if isinstance(run, int) else self._encode(run, start=start == 0)
-        # OpenELM needs BOS, also where a template forgets it.
+        for position, run in enumerate(runs):
+            ids += [run] if isinstance(run, int) else self._encode(run, start=position == 0)
+        # OpenELM needs BOS even if a template forgets it.
         return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
 
     def save(self, folder: Path, *, chat_template: str | None = None) -> None:
         """Write the tokenizer so that transformers and mlx-lm read it to the same ids.
 
-        `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` when there is one, and
-        `chat_template.jinja` with `chat_template` (jinja source) or the folder's own.
+        `tokenizer.json` and `tokenizer_config.json` always, `tokenizer.model` if there is one, and
+        `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own.
         Raises `RequestError` as `check_writable`.
         """
         folder, spec = Path(folder), self.spec
-        tokens = {"bos_token": self.id_to_token(self.bos_token_id), "eos_token": self.id_to_token(self.eos_token_id)}
-        if self._engine.unk_token_id is not None:
-            tokens["unk_token"] = self.id_to_token(self._engine.unk_token_id)
+        tokens = self._named_tokens()
         kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
-        if self._named_id("pad") is None:  # left out for want of a row; who reads its name would add it again
+        if self._named_id("pad") is None:  # left out when the model had no row for it; a reader would add it again
             kept.pop("pad_token", None)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
@@ -246,7 +244,7 @@ class Tokenizer:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        if spec.parsed:  # what reads tokenizer.model looks for them here
+        if spec.parsed:  # programs that read tokenizer.model look for added tokens here
             added = {str(token.id): token.to_dict() for token in spec.added}
             config["added_tokens_decoder"] = {
                 key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()
@@ -261,25 +259,35 @@ class Tokenizer:
         if model_file is not None and not (target.exists() and target.samefile(model_file)):
             shutil.copyfile(model_file, target)
 
-    def _joined(self, runs: Iterable[str | int]) -> list[str | int]:
-        """Runs of a rendered template with added tokens written out again, so that they are found as in any text, and
-        not found where a message quotes them."""
+    def _bos_and_eos(self) -> dict[str, int]:
+        """The ids of BOS and EOS by their texts."""
+        return {self.id_to_token(token_id): token_id for token_id in (self.bos_token_id, self.eos_token_id)}
+
+    def _named_tokens(self) -> dict[str, str]:
+        """The texts of BOS, EOS and the unknown token by the names that files and templates use."""
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "unk_token": self._engine.unk_token_id}
+        return {name: self.id_to_token(token_id) for name, token_id in ids.items() if token_id is not None}
+
+    def _with_added_tokens(self, runs: Iterable[str | int]) -> list[str | int]:
+        """The runs of a rendered template with added special tokens as text, so that they affect the text around them
+        as in any text; quoted in a message, they are marked to be encoded as text."""
         tokens = self._engine.special_beyond
-        written = {token_id: token for token, token_id in tokens.items()}
+        texts = {token_id: token for token, token_id in tokens.items()}
+        starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
         joined: list[str | int] = []
         for run in runs:
-            run = written.get(run, run) if isinstance(run, int) else _literal(run, tokens)
+            if isinstance(run, str):
+                run = re.sub(starts, lambda found: found[0] + LITERAL, run, flags=re.DOTALL)
+            else:
+                run = texts.get(run, run)
             if isinstance(run, str) and joined and isinstance(joined[-1], str):
                 joined[-1] += run
             else:
                 joined.append(run)
         return joined
 
-    def _token(self, token_id: int) -> str | None:
-        return self._engine.id_to_token(token_id)
-
     def _piece(self, token_id: int) -> bytes | None:
-        """What a token adds to the text, in bytes; None for tokens without text."""
+        """The bytes that a token adds to the text; None for tokens without text."""
         try:
             return self._pieces[token_id]
         except KeyError:
@@ -288,7 +296,7 @@ class Tokenizer:
 
     def _make_piece(self, token_id: int) -> bytes | None:
         engine = self._engine
-        token = self._token(token_id)
+        token = engine.id_to_token(token_id)
         if token is None or engine.is_control(token_id):
             return None
         if token_id == engine.unk_token_id:
@@ -298,7 +306,7 @@ class Tokenizer:
         return token.replace(SPACE, " ").encode()
 
     def _special_id(self, name: str, engine_id: int | None, model_config: dict[str, Any]) -> int:
-        """The id of BOS or EOS: the tokenizer config's word first, then the tokenizer's, then the model config's."""
+        """The id of BOS or EOS: from the tokenizer config, else the tokenizer itself, else the model config."""
         token_id = self._named_id(name)
         if token_id is None:
             token_id = engine_id
@@ -306,25 +314,25 @@ class Tokenizer:
             token_id = next(iter(_ids(model_config, f"{name}_token_id")), None)
         if token_id is None:
             raise RequestError(f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json")
-        return self._checked(token_id, f"{name}_token_id")
+        if self._engine.id_to_token(token_id) is None:
+            raise self._foreign_id(f"{name}_token_id", token_id)
+        return token_id
 
     def _named_id(self, name: str) -> int | None:
-        """The id of the token that the tokenizer config names for a role."""
+        """The id of the token that the tokenizer config names for a role (`bos`, `pad`)."""
         token = self._config.get(f"{name}_token")
-        if isinstance(token, dict):  # older files spell a token out with its flags
+        if isinstance(token, dict):  # older files give a token with its flags
             token = token.get("content")
         return self._engine.token_to_id(token) if isinstance(token, str) else None
 
-    def _checked(self, token_id: int, key: str) -> int:
-        if self._token(token_id) is None:
-            raise RequestError(
-                f"{key} is {token_id}, but the tokenizer has {self.vocab_size} tokens: it belongs to another model"
-            )
-        return token_id
+    def _foreign_id(self, key: str, token_id: int) -> RequestError:
+        return RequestError(
+            f"{key} is {token_id}, but the tokenizer has {self.vocab_size} tokens: it belongs to another model"
+        )
 
 
 class StreamingDecoder:
-    """Decodes token by token; the pieces joined, `finish()` included, are exactly `decode` of all tokens."""
+    """Decodes token by token; the texts of all `add` and of `finish` together equal `decode` of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self._tokenizer = tokenizer
@@ -337,7 +345,7 @@ class StreamingDecoder:
         """The whole characters that this token completes; empty while a character's bytes are still coming."""
         piece = self._tokenizer._piece(token_id)
         if piece is None:
-            return self.finish()  # bytes on two sides of a control token are not one character
+            return self.finish()  # a character cannot continue after a control token
         if self._strip_space:
             self._strip_space = False
             if self._tokenizer.id_to_token(token_id).startswith(SPACE):
@@ -345,16 +353,8 @@ class StreamingDecoder:
         return self._characters.decode(piece)
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for each byte of an unfinished character."""
+        """The rest at the end: U+FFFD for each byte of an unfinished character."""
         return self._characters.decode(b"", True)
-
-
-def _literal(text: str, tokens: Iterable[str]) -> str:
-    """A text in which these tokens will be encoded as text."""
-    if not tokens:
-        return text
-    starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
-    return re.sub(starts, lambda found: found[0] + LITERAL, text, flags=re.DOTALL)
 
 
 def _ids(config: dict[str, Any], key: str) -> list[int]:
@@ -367,7 +367,7 @@ def _ids(config: dict[str, Any], key: str) -> list[int]:
 
 
 def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """`chat_template.jinja`, else the one in `tokenizer_config.json` (of several named ones, "default")."""
+    """The template in `chat_template.jinja`, else in `tokenizer_config.json` (of several, the one named "default")."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return chat.find_template(path)
@@ -381,7 +381,7 @@ def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

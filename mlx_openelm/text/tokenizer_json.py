@@ -1,8 +1,8 @@
-"""Hugging Face's `tokenizer.json`: what of it says how text is cut into tokens, read from a file and written to one.
+"""Hugging Face's `tokenizer.json`: the parts that define how text is split into tokens, read and written.
 
-A SentencePiece-style tokenizer is its vocabulary, its merges, its added tokens, and where a space is put in front.
-Everything else in a file is checked or left out: special tokens are ours to add and to skip, so its post-processor,
-truncation, padding, dropout and decoder play no part, and its normalizers must be those of SentencePiece.
+A SentencePiece-style tokenizer consists of a vocabulary, merges, added tokens, and a rule for the space in front.
+Everything else in a file is checked or ignored: we add and skip special tokens ourselves, so its post-processor,
+truncation, padding, dropout and decoder are not used, and its normalizers must be SentencePiece's.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ..inputs import MAX_BYTES, read_json
 from . import added_tokens
 from .added_tokens import MAX_TOKENS, AddedToken
 
-SPACE = "\u2581"  # SentencePiece writes a space as this character
+SPACE = "\u2581"  # SentencePiece's character for a space
 BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
-NOT_SENTENCEPIECE = "{} is not a SentencePiece-style tokenizer ({}): use Llama 2's, or one trained alike"
+NOT_SENTENCEPIECE = "{} is not a SentencePiece-style tokenizer ({}): use Llama 2's, or one trained the same way"
 REWRITES = (
-    "{} removes spaces or rewrites characters before encoding, so text would not survive it: "
-    "use Llama 2's tokenizer, or one trained alike (identity normalization, remove_extra_whitespaces false)"
+    "{} removes spaces or rewrites characters before encoding, so text would change: use Llama 2's tokenizer, "
+    "or one trained the same way (identity normalization, remove_extra_whitespaces false)"
 )
 
 
 @dataclass
 class TokenizerSpec:
-    """How a SentencePiece-style tokenizer cuts text.
+    """How a SentencePiece-style tokenizer splits text.
 
     Args:
         vocab: the id of every piece of the model; ids from 0 without gaps.
         merges: pairs of pieces that join, best first; empty for a Unigram model.
-        scores: per id the log-probability, for a Unigram model; empty for BPE.
-        added: tokens that are found in a text first, or are special; those that are no pieces follow them.
+        scores: the log-probability per id of a Unigram model; empty for BPE.
+        added: tokens that are found in a text first, or are special; ids of new ones follow the pieces'.
         adds_space: whether a space is put in front of a text.
-        first_only: whether text after an added token gets none (`legacy: false` in transformers).
-        splits: whether text is cut before each space, so that no piece spans two words.
-        ignore_merges: whether a text, or what it is cut into, that is a piece is that piece, whatever the merges.
+        first_only: whether text after an added token gets no space (`legacy: false` in transformers).
+        splits: whether text is split before each space, so that no piece spans two words.
+        ignore_merges: whether a word that is a piece becomes that piece whatever the merges.
     """
 
     vocab: dict[str, int]
@@ -67,12 +67,12 @@ class TokenizerSpec:
 
     @property
     def beyond(self) -> list[AddedToken]:
-        """The added tokens that are no pieces of the model, in the order of their ids."""
+        """The added tokens that are not pieces of the model, in the order of their ids."""
         return sorted((t for t in self.added if t.content not in self.vocab), key=lambda token: token.id)
 
     @property
     def parsed(self) -> list[AddedToken]:
-        """The tokens that are found in a text: not those that the model itself has for control."""
+        """The added tokens that are found in a text: all but the model's own control tokens."""
         return [token for token in self.added if not token.special or token.content not in self.vocab]
 
 
@@ -92,14 +92,14 @@ def read_spec(path: Path) -> TokenizerSpec:
     spec.added = [added_tokens.parse(entry, f"{path}") for entry in added]
     if len({token.content for token in spec.added}) != len(spec.added):
         raise damaged(path, "it adds a token twice")
-    for place, token in enumerate(spec.beyond, len(spec.vocab)):
-        if token.id < place:
+    for next_id, token in enumerate(spec.beyond, len(spec.vocab)):
+        if token.id < next_id:
             raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} of another one")
-        if token.id > place:  # the tokenizers package would give it `place`
+        if token.id > next_id:  # the tokenizers package would give it `next_id`
             raise RequestError(
                 f"{path} gives the added token {quote(token.content)} the id {token.id}, but added ids must have no "
-                f"gaps, and the next is {place}: give it that id if the model was trained with it, else put unused "
-                f"tokens (such as <|unused_{place}|>) before it."
+                f"gaps, and the next is {next_id}: give it that id if the model was trained with it, else put unused "
+                f"tokens (such as <|unused_{next_id}|>) before it."
             )
     for token in spec.added:
         if spec.vocab.get(token.content, token.id) != token.id:
@@ -108,10 +108,12 @@ def read_spec(path: Path) -> TokenizerSpec:
 
 
 def damaged(path: Path, why: str) -> RequestError:
+    """The error for a `tokenizer.json` that cannot be right."""
     return RequestError(f"{path} is damaged or not a tokenizer ({why}): download it again")
 
 
 def _read_model(model: Any, path: Path) -> TokenizerSpec:
+    """The vocabulary with merges or scores, the unknown token, and the model's switches."""
     if not isinstance(model, dict):
         raise damaged(path, "it has no model")
     kind = model.get("type", "BPE" if "merges" in model else None)
@@ -123,13 +125,16 @@ def _read_model(model: Any, path: Path) -> TokenizerSpec:
     if kind == "Unigram":
         spec = _read_unigram(model, path)
     else:
-        spec = TokenizerSpec(_read_vocab(model.get("vocab"), path), _read_merges(model.get("merges"), path))
-        spec.ignore_merges = _read_flag(model, "ignore_merges", path)
+        spec = _read_bpe(model, path)
         if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
             spec.unk_token = unknown
+    lengths = [*map(len, spec.vocab)]
+    if min(lengths) == 0 or max(lengths) > added_tokens.MAX_LENGTH:
+        raise damaged(path, f"its pieces must have 1 to {added_tokens.MAX_LENGTH} characters")
     if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
         raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is not a piece")
     spec.byte_fallback, spec.fuse_unk = (_read_flag(model, key, path) for key in ("byte_fallback", "fuse_unk"))
+    spec.ignore_merges = kind == "BPE" and _read_flag(model, "ignore_merges", path)
     return spec
 
 
@@ -139,17 +144,27 @@ def _read_flag(values: dict[str, Any], key: str, path: Path, default: bool = Fal
     return flag
 
 
-def _read_vocab(vocab: Any, path: Path) -> dict[str, int]:
+def _read_bpe(model: dict[str, Any], path: Path) -> TokenizerSpec:
+    """The pieces by id, and the merges, which older files write as one string each."""
+    vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not 0 < len(vocab) <= MAX_TOKENS:
         raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
-    # Tables are as long as the largest id, so a single one can cost gigabytes.
+    # Tables are as long as the largest id, so a single large one could cost gigabytes.
     if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
         raise damaged(path, f"its {len(vocab)} pieces must have the ids from 0 to {len(vocab) - 1}")
-    _check_lengths(vocab, path)
-    return vocab
+    if not isinstance(merges, list):
+        raise damaged(path, "its merges must be a list")
+    try:
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+    except TypeError:
+        pairs = [()]
+    if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
+        raise damaged(path, "a merge is not a pair of pieces")
+    return TokenizerSpec(vocab, cast(list[tuple[str, str]], pairs))
 
 
 def _read_unigram(model: dict[str, Any], path: Path) -> TokenizerSpec:
+    """The pieces and their scores, by id, and the unknown token."""
     vocab, unknown = model.get("vocab"), cast(int, model.get("unk_id"))
     if not isinstance(vocab, list) or not 0 < len(vocab) <= MAX_TOKENS:
         raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
@@ -161,34 +176,13 @@ def _read_unigram(model: dict[str, Any], path: Path) -> TokenizerSpec:
         raise damaged(path, "its vocabulary must be pairs of a piece and a score") from None
     if len(set(pieces)) != len(pieces) or not all(map(math.isfinite, scores)):
         raise damaged(path, "a piece occurs twice, or a score is not finite")
-    _check_lengths(pieces, path)
     return TokenizerSpec({piece: i for i, piece in enumerate(pieces)}, scores=scores, unk_token=unk_token)
 
 
-def _check_lengths(pieces: Iterable[str], path: Path) -> None:
-    lengths = [*map(len, pieces)]
-    if min(lengths) == 0 or max(lengths) > added_tokens.MAX_LENGTH:
-        raise damaged(path, f"its pieces must have 1 to {added_tokens.MAX_LENGTH} characters")
-
-
-def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
-    """The pairs, which older files write as one string each."""
-    if not isinstance(merges, list):
-        raise damaged(path, "its merges must be a list")
-    try:
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    except TypeError:
-        pairs = [()]
-    if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
-        raise damaged(path, "a merge is not a pair of pieces")
-    return cast(list[tuple[str, str]], pairs)
-
-
 def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
-    """Whether a space is put in front of a text, whether only there, and whether text is cut before each space, by the
-    normalizers and pre-tokenizers.
+    """(adds_space, first_only, splits) of a `TokenizerSpec`, from the normalizers and pre-tokenizers.
 
-    `Metaspace` puts none before a text that starts with one, where SentencePiece does: ours is SentencePiece's.
+    `Metaspace` does not add a space to a text that starts with one. SentencePiece does, and so do we.
     """
     adds_space = first_only = replaces = splits = False
     for step in _steps(values.get("normalizer"), "normalizers", path):
@@ -197,12 +191,13 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
         elif step.get("type") == "Replace" and step.get("pattern") in _SPACES and step.get("content") == SPACE:
             replaces = True
         elif step != _DOUBLED_SPACE:
-            raise RequestError(REWRITES.format(f"the normalizer {_shown(step)} in {path}"))
+            parts = {key: step[key] for key in ("type", "pattern", "content") if key in step}
+            raise RequestError(REWRITES.format(f"the normalizer {quote(parts)} in {path}"))
     for step in _steps(values.get("pre_tokenizer"), "pretokenizers", path):
         if step.get("type") != "Metaspace" or step.get("replacement") not in (SPACE, " "):
             raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(step.get('type'))}"))
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        # Where spaces are U+2581 already, one that looks for plain spaces finds none.
+        # If spaces are U+2581 already, a step that looks for plain spaces does not find any.
         splits |= _read_flag(step, "split", path, default=True) and not (replaces and step["replacement"] == " ")
         replaces = replaces or step["replacement"] == SPACE
         first_only = first_only or (scheme == "first" and not adds_space)
@@ -214,16 +209,12 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
 
 _SPACES = ({"String": " "}, {"Regex": " "})
 _MOST_STEPS = 100
-# With this transformers 5 makes `Metaspace` put a space before a text that starts with one, too.
+# With this step, transformers 5 makes `Metaspace` add a space even to a text that starts with one.
 _DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
 
 
-def _shown(step: dict[str, Any]) -> str:
-    return quote({key: step[key] for key in ("type", "pattern", "content") if key in step})
-
-
 def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
-    """The parts of a normalizer or pre-tokenizer, those in a `Sequence` one by one."""
+    """The steps of a normalizer or pre-tokenizer, with every `Sequence` flattened."""
     left = [] if value is None else [value]
     while left:
         if len(left) > _MOST_STEPS:
@@ -243,7 +234,7 @@ def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
     bos_token = next((t.content for t in spec.added if t.id == bos_token_id), None) or next(
         piece for piece, i in spec.vocab.items() if i == bos_token_id
     )
-    # Prepending in the normalizer would also change the tokens that are looked for in normalized text.
+    # Prepending in the normalizer would also change the tokens that are matched in normalized text.
     prepends = spec.adds_space and not spec.first_only and not any(token.normalized for token in spec.added)
     return {
         "version": "1.0",
@@ -251,7 +242,7 @@ def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [token.to_dict() for token in sorted(spec.added, key=lambda token: token.id)],
         "normalizer": _space_normalizer(prepends),
-        "pre_tokenizer": space_pre_tokenizer(spec, prepends=prepends),
+        "pre_tokenizer": _space_pre_tokenizer(spec, prepends=prepends),
         "post_processor": _template_processing(bos_token, bos_token_id),
         "decoder": _space_decoder(spec.adds_space),
         "model": _write_model(spec),
@@ -263,7 +254,7 @@ def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
         vocab = [[piece, score] for piece, score in zip(spec.pieces, spec.scores, strict=True)]
         unknown = spec.vocab[spec.unk_token]
         return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": spec.byte_fallback}
-    # Older readers (mlx-swift's among them) know merges as one string only.
+    # Older readers (mlx-swift's among them) accept merges only as one string.
     as_pairs = any(" " in piece for pair in spec.merges for piece in pair)
     return {
         "type": "BPE",
@@ -280,45 +271,53 @@ def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
 
 
 def _space_normalizer(prepends: bool) -> dict[str, Any]:
-    """Spaces become U+2581, one more in front. Not `Metaspace`, which adds none to text that starts with a space."""
+    """Spaces become U+2581, with one more in front if it `prepends`. `Metaspace` would not add one to text that starts
+    with a space."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     return {"type": "Sequence", "normalizers": [prepend, replace] if prepends else [replace]}
 
 
-def space_pre_tokenizer(spec: TokenizerSpec, *, prepends: bool) -> dict[str, Any] | None:
-    """A space in front of a text, or also of what follows an added token, unless the normalizer `prepends` it.
+def metaspaces(*, adds_space: bool, first_only: bool, splits: bool) -> list[tuple[str, str, bool]]:
+    """The `Metaspace` steps (replacement, prepend_scheme, split) that put a space in front of a text, and unless
+    `first_only` also in front of the text after an added token.
 
-    After the normalizer no plain space is left, so that the first `Metaspace` puts one before any text; the second
-    makes it U+2581.
+    After the normalizer no plain space is left, so that the first step puts one before any text; the second turns it
+    into U+2581.
     """
-
-    def metaspace(replacement: str, scheme: str, split: bool = False) -> dict[str, Any]:
-        return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": split}
-
-    last = metaspace(SPACE, "never", spec.splits)
-    if prepends or not spec.adds_space:
-        return last if spec.splits else None
-    return {
-        "type": "Sequence",
-        "pretokenizers": [metaspace(" ", "first" if spec.first_only else "always"), last],
-    }
+    last = (SPACE, "never", splits)
+    if adds_space:
+        return [(" ", "first" if first_only else "always", False), last]
+    return [last] if splits else []
 
 
-def _space_decoder(add_dummy_prefix: bool) -> dict[str, Any]:
-    """The way back: spaces, bytes to characters, and the space in front removed."""
+def _space_pre_tokenizer(spec: TokenizerSpec, *, prepends: bool) -> dict[str, Any] | None:
+    """The steps of `metaspaces` as JSON; the space in front may be the normalizer's, which then `prepends` it."""
+    steps = [
+        {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": split}
+        for replacement, scheme, split in metaspaces(
+            adds_space=spec.adds_space and not prepends, first_only=spec.first_only, splits=spec.splits
+        )
+    ]
+    if len(steps) > 1:
+        return {"type": "Sequence", "pretokenizers": steps}
+    return steps[0] if steps else None
+
+
+def _space_decoder(adds_space: bool) -> dict[str, Any]:
+    """From pieces back to text: U+2581 to spaces, bytes to characters, and the space in front removed."""
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if add_dummy_prefix:
+    if adds_space:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": decoders}
 
 
 def _template_processing(bos_token: str, bos_token_id: int) -> dict[str, Any]:
-    """A `TemplateProcessing` that puts one token in front of a text, and of each of a pair."""
+    """A `TemplateProcessing` that puts one token in front of a text, and of both texts of a pair."""
 
     def special(type_id: int) -> dict[str, Any]:
         return {"SpecialToken": {"id": bos_token, "type_id": type_id}}

@@ -1,4 +1,4 @@
-"""The engine that encodes with the tokenizers package, to the ids that SentencePiece gives."""
+"""The engine that encodes with the tokenizers package, giving the same ids as SentencePiece."""
 
 from __future__ import annotations
 
@@ -11,98 +11,92 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .added_tokens import AddedToken
-from .tokenizer_json import BYTE_TOKENS, SPACE, TokenizerSpec, damaged, space_pre_tokenizer
+from .tokenizer_json import BYTE_TOKENS, SPACE, TokenizerSpec, damaged, metaspaces
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Nobody can have typed this: what it stands in is text, whatever it reads. A normalizer removes it.
+# Put inside the text of an added token to have it encoded as text. A user cannot type it by chance, and a normalizer
+# removes it.
 LITERAL = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
 
 
 class TokenizersEngine:
-    """Encodes as a `TokenizerSpec` says, once `mark_special` has told it which tokens are special."""
+    """Encodes as a `TokenizerSpec` says, once `build` was called with the special tokens."""
 
     def __init__(self, spec: TokenizerSpec, path: Path, model_file: Path | None = None):
-        """`path` is for messages; `model_file` a `tokenizer.model` that goes along when the tokenizer is saved."""
+        """`path` is for messages; `model_file` is a `tokenizer.model` to copy when the tokenizer is saved."""
         self.spec = spec
         self.model_file = model_file
         self.adds_space = spec.adds_space
         self._path = path
-        self._pieces = [*spec.pieces, *(token.content for token in spec.beyond)]
-        self._ids = {**spec.vocab, **{token.content: token.id for token in spec.beyond}}
+        beyond = spec.beyond
+        self._pieces = [*spec.pieces, *(token.content for token in beyond)]
+        self._ids = {**spec.vocab, **{token.content: token.id for token in beyond}}
         self.vocab_size = len(self._pieces)
-        self.bos_token_id = self.token_to_id("<s>")
-        self.eos_token_id = self.token_to_id("</s>")
+        self.bos_token_id, self.eos_token_id = self._ids.get("<s>"), self._ids.get("</s>")
         self.unk_token_id = spec.vocab[spec.unk_token]
 
-    def mark_special(self, token_ids: Iterable[int]) -> None:
-        """Make these tokens, and the unknown one, special whatever the file says.
+    def build(self, special_ids: Iterable[int]) -> None:
+        """Build the encoder, with these tokens and the unknown one special whatever the file says.
 
         Raises:
             RequestError: the tokenizers package refuses the file.
         """
+        from tokenizers import models
+
         spec, added = self.spec, {token.id: token for token in self.spec.added}
-        for token_id in {*token_ids, self.unk_token_id}:
+        for token_id in {*special_ids, self.unk_token_id}:
             token = added.get(token_id, AddedToken(self._pieces[token_id], token_id))
             added[token_id] = replace(token, special=True, normalized=False)
         spec.added = [added[token_id] for token_id in sorted(added)]
-        self._control = {token.id for token in spec.added if token.special} - {self.unk_token_id}
-        # SentencePiece puts the space in front of a text also where a user-defined piece of its own starts it.
+        special = {token.content: token.id for token in spec.added if token.special}
+        # Added special tokens: found in a text, unlike the model's own control tokens.
+        self.special_beyond = {text: token_id for text, token_id in special.items() if text not in spec.vocab}
+        self._control = {*special.values()} - {self.unk_token_id}
+        # Some files have merges that build "</s>" or "<0x0A>" from its characters.
+        self._reserved = (special.keys() & spec.vocab.keys()) | (BYTE_TOKENS if spec.byte_fallback else set())
+        if not self._reserved.isdisjoint(map("".join, spec.merges)):
+            spec.merges = [pair for pair in spec.merges if "".join(pair) not in self._reserved]
+        # SentencePiece also puts the space in front of a text that starts with one of its user-defined pieces.
         own = [token.content for token in spec.parsed if token.content in spec.vocab]
         self._own = tuple(own) if spec.adds_space and spec.first_only else ()
-        self._remove_merges_into_control_tokens()
         with _rust_errors(self._path):
-            model = self._make_model()
+            if spec.scores:
+                vocab = list(zip(spec.pieces, spec.scores, strict=True))
+                model: Any = models.Unigram(vocab, self.unk_token_id, spec.byte_fallback)
+            else:
+                model = models.BPE(
+                    spec.vocab,
+                    spec.merges,
+                    unk_token=spec.unk_token,
+                    fuse_unk=spec.fuse_unk,
+                    byte_fallback=spec.byte_fallback,
+                    ignore_merges=spec.ignore_merges,
+                )
             self._start = self._make_tokenizer(model, spec.adds_space)
             self._later = self._make_tokenizer(model, spec.adds_space and not spec.first_only)
 
-    def _remove_merges_into_control_tokens(self) -> None:
-        """Some files have merges that build "</s>" or "<0x0A>" from its characters."""
-        spec = self.spec
-        self._reserved = {token.content for token in spec.added if token.special} & spec.vocab.keys()
-        self._reserved |= BYTE_TOKENS if spec.byte_fallback else set()
-        if not self._reserved.isdisjoint(map("".join, spec.merges)):
-            spec.merges = [pair for pair in spec.merges if "".join(pair) not in self._reserved]
-
-    def _make_model(self) -> Any:
-        from tokenizers import models
-
-        spec = self.spec
-        if spec.scores:
-            vocab = list(zip(spec.pieces, spec.scores, strict=True))
-            return models.Unigram(vocab, spec.vocab[spec.unk_token], spec.byte_fallback)
-        return models.BPE(
-            spec.vocab,
-            spec.merges,
-            unk_token=spec.unk_token,
-            fuse_unk=spec.fuse_unk,
-            byte_fallback=spec.byte_fallback,
-            ignore_merges=spec.ignore_merges,
-        )
-
     def _make_tokenizer(self, model: Any, adds_space: bool) -> tokenizers.Tokenizer:
+        """The package's tokenizer with our normalizer, space rule and added tokens around a model."""
         from tokenizers import AddedToken as TheirToken
         from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-        tokenizer = Tokenizer(model)
-        literal = [normalizers.Replace(LITERAL, "")] if self.spec.beyond else []
+        spec, tokenizer = self.spec, Tokenizer(model)
+        literal = [normalizers.Replace(LITERAL, "")] if len(self._pieces) > len(spec.vocab) else []
         tokenizer.normalizer = normalizers.Sequence([*literal, normalizers.Replace(" ", SPACE)])
-        cut = space_pre_tokenizer(replace(self.spec, adds_space=adds_space), prepends=False)
-        steps = [] if cut is None else cut.get("pretokenizers", [cut])
-        parts: list[Any] = [
-            pre_tokenizers.Metaspace(step["replacement"], step["prepend_scheme"], step["split"]) for step in steps
-        ]
-        if self.spec.ignore_merges:
+        steps = metaspaces(adds_space=adds_space, first_only=spec.first_only, splits=spec.splits)
+        parts: list[Any] = [pre_tokenizers.Metaspace(*step) for step in steps]
+        if spec.ignore_merges:
             parts.append(pre_tokenizers.Split(Regex(_after_the_first(self._reserved)), "isolated"))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-        # None is special to the package: which are found in a text is settled already.
+        # The package's `special` stays unset: `spec.parsed` already has exactly the tokens to find in a text.
         tokenizer.add_tokens(
             [
                 TheirToken(
                     t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized
                 )
-                for t in self.spec.parsed
+                for t in spec.parsed
             ]
         )
         return tokenizer
@@ -110,7 +104,7 @@ class TokenizersEngine:
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """The ids of `text` without BOS; `start` is false for text that follows a token.
 
-        Added tokens are found in it, but not the control tokens of the model itself.
+        Added tokens are found in the text, but not the model's own control tokens.
         """
         ids: list[int] = (self._start if start else self._later).encode(text, add_special_tokens=False).ids
         if start and self._own and text.startswith(self._own) and self._pieces[ids[0]] in self._own:
@@ -118,9 +112,11 @@ class TokenizersEngine:
         return ids
 
     def id_to_token(self, token_id: int) -> str | None:
+        """The text of a token; None for ids out of range."""
         return self._pieces[token_id] if 0 <= token_id < self.vocab_size else None
 
     def token_to_id(self, token: str) -> int | None:
+        """The id of a piece or added token; None if there is none."""
         return self._ids.get(token)
 
     def is_control(self, token_id: int) -> bool:
@@ -131,29 +127,25 @@ class TokenizersEngine:
 
     @property
     def control_tokens(self) -> dict[str, int]:
-        """The special tokens of the model itself, which are never found in a text."""
+        """The model's own special tokens, which are never found in a text."""
         return {t.content: t.id for t in self.spec.added if t.special and t.content in self.spec.vocab}
-
-    @property
-    def special_beyond(self) -> dict[str, int]:
-        """The special tokens that were added to the model's own, which are found in a text."""
-        return {token.content: token.id for token in self.spec.beyond if token.special}
 
 
 def _after_the_first(pieces: Iterable[str]) -> str:
-    """A regex that finds the first character of a text that is one of these, so that it is typed characters again."""
+    """A regex for the first character of a text that equals one of `pieces`. Splitting there keeps it from becoming
+    that piece."""
     found = (rf"{re.escape(piece[0])}(?={re.escape(piece[1:])}\z)" for piece in sorted(pieces) if len(piece) > 1)
     return rf"\A(?:{'|'.join(found)})"
 
 
 @contextmanager
 def _rust_errors(path: Path) -> Iterator[None]:
-    """What the tokenizers package raises for a bad file, as one line."""
+    """Turn what the tokenizers package raises for a bad file into one line."""
     try:
         yield
     except Exception as error:
         raise damaged(path, " ".join(str(error).split())) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic in Rust, which is no Exception
+        if type(error).__name__ != "PanicException":  # a panic in Rust, which is not an Exception
             raise
         raise damaged(path, " ".join(str(error).split())) from None
