@@ -7,22 +7,22 @@ import platform
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import typer
 
 from .. import backend
 from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
 from . import console, flags
+from .parsing import Parser
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
-_REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
+_REQUIRED = ("rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
 # What else can be used, what for, and the extra that brings it.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
@@ -44,11 +44,19 @@ class Finding:
     failed: bool = False
 
 
-def run(as_json: flags.Json = False, debug: flags.Debug = False) -> None:
+EXAMPLES = """\
+  mlx-openelm doctor"""
+
+
+def add_flags(parser: Parser) -> None:
+    flags.add_shared(parser.group("Common flags"), "--json")
+
+
+def run(args: Namespace) -> int:
     """Show what this machine offers, and what to do about what is slow or missing."""
     findings = list(examine())
     failed = any(finding.failed for finding in findings)
-    if as_json:
+    if args.json:
         console.print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
         width = max(len(finding.name) for finding in findings)
@@ -56,8 +64,7 @@ def run(as_json: flags.Json = False, debug: flags.Debug = False) -> None:
             print(f"{finding.name:{width}}  {finding.value}")
             if finding.advice:
                 print(f"{'':{width}}  -> {finding.advice}")
-    if failed:
-        raise typer.Exit(1)
+    return 1 if failed else 0
 
 
 def examine() -> Iterator[Finding]:

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
 from . import console, flags
+from .parsing import Parser
 
 _BAR = 24  # characters of the largest layer's bar
 
 
-def run(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]"),
-    ] = None,
-    revision: flags.Revision = None,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-) -> None:
+EXAMPLES = """\
+  mlx-openelm info 3b
+  mlx-openelm info --model OpenELM-270M-4bit --json"""
+
+
+def add_flags(parser: Parser) -> None:
+    parser.usage = f"{parser.prog} [flags] [MODEL]"
+    parser.group("Arguments").add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    common = parser.group("Common flags")
+    common.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]",
+    )
+    flags.add_shared(common, "--revision", "--json")
+
+
+def run(args: Namespace) -> int:
     """Show a model's layers, its size, and the memory it needs.
 
-    No weights are downloaded: what is not on this machine is told from what is known of it.
+    No weights are downloaded: for a model that is not on this machine, the published sizes are shown.
     """
-    if name is not None and model is not None:
+    if args.name is not None and args.model is not None:
         raise RequestError("Give the model once: as the argument or with --model.")
-    summary = summarize(name or model or catalog.TINY, revision=revision)
-    if as_json:
+    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision)
+    if args.json:
         console.print_json(_to_json(summary))
     else:
         print("\n".join([*_layer_lines(summary), "", *_total_lines(summary)]))
+    return 0
 
 
 def _to_json(summary: Summary) -> dict[str, Any]:

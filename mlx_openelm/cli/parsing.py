@@ -1,109 +1,143 @@
-"""Commands as typer declares them, their values read without pydantic.
-
-typer converts values with pydantic, whose import takes longer than loading a small model. Numbers, texts and
-lists of them need no such help.
-"""
+"""argparse with errors in one line, grouped help, and values that may begin with a dash."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import inspect
 from collections.abc import Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
-
-import typer
-from typer.core import TyperCommand
+from typing import Any, NoReturn
 
 from ..errors import RequestError, quote
 
 _ON = ("true", "t", "yes", "y", "on", "1")
 _OFF = ("false", "f", "no", "n", "off", "0")
-_KINDS = {int: "a whole number", float: "a number"}
 
 
-class QuickHelp:
-    """A `--help` that is False where it is absent: for None typer would load pydantic."""
+class Parser(argparse.ArgumentParser):
+    """The flags of one command, in groups.
 
-    def get_help_option(self, ctx: typer.Context) -> Any:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        if option is not None:
-            option.default = False
-        return option
-
-
-class Command(QuickHelp, TyperCommand):  # type: ignore[misc]
-    """A command whose flags are int, float, str, bool, or lists of these, None where they may be absent.
-
-    What a command takes without a flag is a list too. A flag that has a `--no-` form also takes a word, as mlx-lm's
-    `--verbose False` does.
+    Args:
+        prog: what is typed to run it.
+        description: the text under the usage; paragraphs are separated by empty lines.
+        examples: command lines, one a line.
     """
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Fill `ctx.params` from the command line; a `RequestError` names the flag that is wrong."""
-        if ctx.resilient_parsing:  # shell completion
-            return super().parse_args(ctx, args)  # type: ignore[arg-type]
-        values, rest, _ = self.make_parser(ctx).parse_args(args=self._with_switches(args))  # type: ignore[arg-type]
-        params = self.get_params(ctx)  # type: ignore[arg-type]
-        for param in params:
-            if param.is_eager:  # --help, --debug
-                param.handle_parse_result(ctx, values, rest)  # type: ignore[arg-type]
-        if rest:
-            raise RequestError(f"{ctx.command_path} has no use for {' '.join(map(repr, rest))}; see its --help.")
-        declared = inspect.signature(self.callback, eval_str=True).parameters  # type: ignore[arg-type]
-        for param in params:
-            if not param.is_eager and param.name is not None:
-                ctx.params[param.name] = _value(param, values.get(param.name), declared[param.name])
-        ctx.args = []
-        return []
+    def __init__(self, prog: str, description: str, examples: str):
+        super().__init__(
+            prog,
+            f"{prog} [flags]",
+            inspect.cleandoc(description),
+            f"Examples:\n{examples}",
+            formatter_class=HelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self._groups: dict[str, Any] = {}
 
-    def _with_switches(self, args: Sequence[str]) -> list[str]:
-        """`--verbose False` and `--verbose=False` as `--no-verbose`; values of other flags stay untouched."""
+    def group(self, title: str) -> Any:
+        """The group of flags under this heading; made when first asked for."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title]
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every spelling of every flag."""
+        return self._option_string_actions
+
+    def parse(self, args: Sequence[str]) -> argparse.Namespace:
+        """The values on a command line.
+
+        Raises:
+            RequestError: an unknown flag, a missing or wrong value, an argument too many.
+        """
+        try:
+            values, rest = self.parse_known_args(self._with_values_attached(args))
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or "").split("/")
+            name = next((name for name in names if name.startswith("--")), names[0])
+            raise RequestError(f"{name} {error.message}.".lstrip()) from None
+        if rest:
+            self.error(f"unexpected argument{'s' if rest[1:] else ''} {', '.join(map(quote, rest))}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            message = f"{missing} is missing"
+        raise RequestError(f"{message}; see {self.prog} --help.")
+
+    def _with_values_attached(self, args: Sequence[str]) -> list[str]:
+        """`--flag value` as `--flag=value`, since argparse takes a separate `-inf` or `--x` for a flag."""
         result: list[str] = []
-        flags = {flag: param for param in self.params for flag in param.opts if flag.startswith("-")}
-        rest = list(args)
-        while rest:
-            arg = rest.pop(0)
-            name, equals, word = arg.partition("=")
-            param: Any = flags.get(name)
-            is_switch = getattr(param, "is_flag", False)
-            if arg == "--":
-                return [*result, arg, *rest]
-            if is_switch and param.secondary_opts and (equals or (rest and rest[0].lower() in _ON + _OFF)):
-                word = word if equals else rest.pop(0)
-                if word.lower() not in _ON + _OFF:
-                    raise RequestError(f"{name} must be True or False, got {quote(word)}.")
-                result.append(name if word.lower() in _ON else param.secondary_opts[0])
-                continue
-            result.append(arg)
-            if param is not None and not is_switch and not equals and rest:
-                result.append(rest.pop(0))
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                return [*result, word, *words]
+            flag, equals, _ = word.partition("=")
+            action = self.flags.get(flag)
+            if action is None and flag.startswith("--"):
+                close = difflib.get_close_matches(flag, self.flags, n=2, cutoff=0.7)
+                hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+                self.error(f"{self.prog} has no flag {flag}{hint}")
+            if action is not None and action.nargs == 0 and equals:
+                self.error(f"{flag} takes no value")
+            if action is not None and action.nargs is None and not equals:
+                value = next(words, None)
+                if value is None:
+                    self.error(f"{flag} needs a value")
+                word = f"{flag}={value}"
+            result.append(word)
         return result
 
 
-def _value(param: Any, given: Any, declared: inspect.Parameter) -> Any:
-    """The value of one flag: what was typed, converted, else its default."""
-    flag = next((flag for flag in param.opts if flag.startswith("--")), param.name)
-    if not isinstance(given, str | bool | list | tuple):  # absent
-        if declared.default is inspect.Parameter.empty:
-            raise RequestError(f"{flag} is missing: {param.help}")
-        return declared.default
-    kind = _kind(declared.annotation)
-    if isinstance(given, list | tuple):
-        return [_convert(flag, text, kind) for text in given]
-    return given if isinstance(given, bool) else _convert(flag, given, kind)
+class Switch(argparse.Action):
+    """`--x` and `--no-x`; also `--x False`, as mlx-lm's `--verbose False`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
+        flags = [spelling for flag in option_strings for spelling in (flag, f"--no-{flag[2:]}")]
+        super().__init__(flags, dest, nargs="?", **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        is_no = (option_string or "").startswith("--no-")
+        if is_no and values is not None:
+            parser.error(f"{option_string} takes no value")
+        word = "true" if values is None else values.lower()
+        if word not in _ON + _OFF:
+            raise argparse.ArgumentError(self, f"must be True or False, got {quote(values)}")
+        setattr(namespace, self.dest, word in _ON and not is_no)
 
 
-def _kind(annotation: Any) -> type:
-    """int, float or str, from under Annotated, optional and list."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        annotation = next(arg for arg in get_args(annotation) if arg is not NoneType)
-    return get_args(annotation)[0] if get_origin(annotation) is list else annotation
-
-
-def _convert(flag: str, text: str, kind: type) -> Any:
+def integer(text: str) -> int:
     try:
-        return kind(text)
+        return int(text)
     except ValueError:
-        raise RequestError(f"{flag} must be {_KINDS[kind]}, got {quote(text)}.") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {quote(text)}") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {quote(text)}") from None
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Paragraphs are filled; indented lines (examples, lists) stay as they are."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, "Usage: ")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in paragraphs)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--max-tokens, -m N`: the value once, after the last spelling."""
+        flags = ", ".join(action.option_strings)
+        if action.nargs == 0 or isinstance(action, Switch):
+            return flags
+        return f"{flags} [{action.metavar}]" if flags and action.nargs == "?" else f"{flags} {action.metavar}".lstrip()

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from . import console, flags
+from .parsing import Parser
+
+EXAMPLES = """\
+  mlx-openelm upload --path OpenELM-270M-4bit --upload-repo me/OpenELM-270M-4bit --dry-run"""
 
 
-@flags.of_dataclass(UploadOptions, flags.UPLOAD)
-def run(
-    path: Annotated[str, typer.Option("--path", help="The model folder, or a .gguf file.")],
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **options: Any,
-) -> None:
+def add_flags(parser: Parser) -> None:
+    common = parser.group("Common flags")
+    common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
+    flags.add_shared(common, "--json")
+    flags.add_fields(parser, UploadOptions)
+
+
+def run(args: Namespace) -> int:
     """Publish a model folder on the Hugging Face Hub, with a model card.
 
     Only the files of the model are sent. A card of your own (README.md) is sent as it is.
     """
-    show(publish(path, UploadOptions(**options)), as_json=as_json)
+    show(publish(args.path, UploadOptions(**flags.given(args, UploadOptions))), as_json=args.json)
+    return 0
 
 
 def show(done: Upload, *, as_json: bool = False) -> None:
-    """Tell what was sent and where it is, or what would be."""
+    """Print what was sent and where it is, or what would be sent."""
     if as_json:
         console.print_json(to_json(done))
     elif done.url is not None:

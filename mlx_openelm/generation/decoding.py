@@ -16,6 +16,7 @@ from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
+from ..options import option
 from .checking import cache_offset, cached_ids, check_lengths, check_number, prompt_ids, warn
 from .sampling import LogitsProcessor, Sampler, greedy
 
@@ -32,10 +33,16 @@ class CacheOptions:
       the group size is head_dim up to 64 unless told.
     """
 
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int | None = None
-    quantized_kv_start: int = 0
+    max_kv_size: int | None = option(
+        None, "Keep at most this many positions, the first 4 and the latest.", group="Key-value cache"
+    )
+    kv_bits: int | None = option(
+        None, "Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"
+    )
+    kv_group_size: int | None = option(
+        None, "Elements that share a scale.", group="Key-value cache", metavar="32|64|128"
+    )
+    quantized_kv_start: int = option(0, "First position that is quantized.", group="Key-value cache")
 
     def check(self, config: ModelConfig) -> None:
         """Raise a `RequestError` that names the flag if a value cannot be right for this model."""

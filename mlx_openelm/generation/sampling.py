@@ -23,6 +23,7 @@ from numbers import Integral
 import mlx.core as mx
 
 from ..errors import RequestError, quote
+from ..options import option
 from .checking import check_number
 
 Sampler = Callable[[mx.array], mx.array]
@@ -56,20 +57,39 @@ class SamplingParams:
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    min_tokens_to_keep: int = 1
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    repetition_penalty: float | None = None
-    repetition_context_size: int | None = None
-    presence_penalty: float = 0.0
-    presence_context_size: int | None = None
-    frequency_penalty: float = 0.0
-    frequency_context_size: int | None = None
-    logit_bias: Mapping[int, float] | None = None
+    temp: float = option(0.0, "Sampling temperature; 0 takes the most likely token.")
+    top_p: float = option(1.0, "Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
+    top_k: int = option(0, "Sample from this many of the most likely tokens; 0 is off.", group="Sampling")
+    min_p: float = option(
+        0.0, "Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"
+    )
+    min_tokens_to_keep: int = option(1, "Minimum number of tokens that --min-p leaves.", group="Sampling")
+    xtc_probability: float = option(0.0, "Probability of dropping the most likely tokens (XTC).", group="Sampling")
+    xtc_threshold: float = option(0.1, "Probability above which XTC drops a token.", group="Sampling")
+    repetition_penalty: float | None = option(
+        None, "Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties"
+    )
+    repetition_context_size: int | None = option(
+        None, "Last tokens that --repetition-penalty looks at; by default all.", group="Penalties"
+    )
+    presence_penalty: float = option(
+        0.0, "Subtract this from the logits of tokens in the context, once each.", group="Penalties"
+    )
+    presence_context_size: int | None = option(
+        None, "Last tokens that --presence-penalty looks at; by default all.", group="Penalties"
+    )
+    frequency_penalty: float = option(
+        0.0, "Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"
+    )
+    frequency_context_size: int | None = option(
+        None, "Last tokens that --frequency-penalty looks at; by default all.", group="Penalties"
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None,
+        "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
+        group="Penalties",
+        metavar="ID=VALUE",
+    )
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise a `RequestError` that names the flag if a value cannot be right, for this vocabulary if it is told."""

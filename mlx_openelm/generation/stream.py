@@ -13,6 +13,7 @@ from .. import backend
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import OpenELM
+from ..options import option
 from ..text.tokenizer import Tokenizer
 from .checking import check_lengths, token_ids
 from .decoding import CacheOptions, generate_step, token_limit
@@ -30,10 +31,12 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `prefill_step_size`: prompt tokens processed at a time; None takes what suits the device.
     """
 
-    max_tokens: int = 256
-    seed: int | None = None
-    stop: str | Sequence[str] | None = ()
-    prefill_step_size: int | None = None
+    max_tokens: int = option(256, "Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
+    seed: int | None = option(None, "The same seed gives the same text; by default a random one is drawn.")
+    stop: str | Sequence[str] | None = option((), "End before this text; repeatable.")
+    prefill_step_size: int | None = option(
+        None, "Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"
+    )
 
     def check(self, config: ModelConfig) -> None:
         """Raise a `RequestError` that names the flag if a value cannot be right for this model."""

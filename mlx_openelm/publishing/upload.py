@@ -17,6 +17,7 @@ from ..errors import OpenELMError, RequestError, quote
 from ..formats import safetensors
 from ..hub.errors import explain_upload, host
 from ..inputs import to_path
+from ..options import option
 from . import card as model_card
 from .files import CARD, leads_out, model_files
 
@@ -30,11 +31,23 @@ _WEIGHTS = ("model*.safetensors", "weights*.safetensors", safetensors.INDEX)
 class UploadOptions:
     """Where and how to publish. Also the flags of every command that can."""
 
-    upload_repo: str | None = None
-    private: bool = False
-    upload_revision: str | None = None
-    commit_message: str | None = None
-    dry_run: bool = False
+    upload_repo: str | None = option(
+        None,
+        "The hub repository to upload to, as owner/name; created if it does not exist.",
+        group="Upload",
+        metavar="REPO",
+    )
+    private: bool = option(False, "Make the repository private.", group="Upload")
+    upload_revision: str | None = option(
+        None,
+        "The branch to upload to; created if it does not exist.  [default: main]",
+        group="Upload",
+        metavar="BRANCH",
+    )
+    commit_message: str | None = option(None, "The commit's message.", group="Upload")
+    dry_run: bool = option(
+        False, "Show what would be uploaded; send nothing and do not contact the hub.", group="Upload"
+    )
 
 
 @dataclass(frozen=True)
