@@ -7,13 +7,12 @@ from argparse import Namespace
 from ..inputs import to_path
 from ..jobs.average import average
 from . import console, flags
-from .parsing import Parser
 
 EXAMPLES = """\
   mlx-openelm average my_checkpoint_1.pt my_checkpoint_2.pt --mlx-path mean"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     parser.usage = f"{parser.prog} [flags] MODEL [MODEL ...]"
     parser.group("Arguments").add_argument(
         "models",
@@ -22,9 +21,7 @@ def add_flags(parser: Parser) -> None:
         help="Two checkpoints or more: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME.",
     )
     common = parser.group("Common flags")
-    common.add_argument(
-        "--mlx-path", metavar="FOLDER", default="mlx_model", help="The folder to write.  [default: %(default)s]"
-    )
+    flags.add_shared(common, "--mlx-path")
     common.add_argument(
         "--dtype", metavar=flags.DTYPES, help="The type to write; by default as stored, float32 if they differ."
     )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import RequestError
-from .parsing import Parser
+from .flags import Parser, Switch
 
 # A command's name, with its line of help and its parser.
 Commands = Mapping[str, tuple[str, Parser]]
@@ -68,8 +68,9 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
     if shell not in ("bash", "zsh"):
         raise RequestError(f"Completion is for bash, zsh and fish, not {shell}; name one of them.")
     reply = 'COMPREPLY=($(compgen -W "{}" -- "$current"))' if shell == "bash" else "compadd -- {}"
-    values, flags = [], [f'        " -"*) {reply.format(" ".join(own.flags))};;']
-    for name, (_, parser) in commands.items():
+    values, flags = [], []
+    parsers = {"": own} | {name: parser for name, (_, parser) in commands.items()}
+    for name, parser in parsers.items():
         for action in _actions(parser):
             if choices := _choices(action):
                 pattern = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
@@ -136,7 +137,7 @@ def _actions(parser: Parser) -> list[Action]:
 
 
 def _choices(action: Action) -> list[str]:
-    """The words of `mlx|peft`; a word in capitals, as FILE, stands for something else. Switches need no value."""
-    if action.nargs not in (None, "?") or "|" not in str(action.metavar):
+    """The words of `mlx|peft`; one in capitals, like FILE, stands for something else. Switches need no value."""
+    if isinstance(action, Switch) or "|" not in str(action.metavar):
         return []
     return [word for word in str(action.metavar).split("|") if not word.isupper()]

@@ -11,14 +11,13 @@ from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from . import console, flags
 from . import upload as upload_command
-from .parsing import Parser
 
 EXAMPLES = """\
   mlx-openelm convert --model apple/OpenELM-270M -q --mlx-path OpenELM-270M-4bit
   mlx-openelm convert --model my_checkpoint.pt --config-yaml my_run.yaml --tokenizer my_tokenizer.model"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common, source = map(parser.group, ("Common flags", "Source"))
     common.add_argument(
         "--model",
@@ -28,9 +27,7 @@ def add_flags(parser: Parser) -> None:
         help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), a .gguf "
         "file, or corenet:SIZE/NAME.  [default: %(default)s]",
     )
-    common.add_argument(
-        "--mlx-path", metavar="FOLDER", default="mlx_model", help="The folder to write.  [default: %(default)s]"
-    )
+    flags.add_shared(common, "--mlx-path")
     common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_packing(parser.group("Quantization"))

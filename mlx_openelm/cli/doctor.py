@@ -18,7 +18,6 @@ from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
 from . import console, flags
-from .parsing import Parser
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
@@ -48,7 +47,7 @@ EXAMPLES = """\
   mlx-openelm doctor"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     flags.add_shared(parser.group("Common flags"), "--json")
 
 

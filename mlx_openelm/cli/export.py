@@ -12,14 +12,13 @@ from ..publishing import upload as publishing
 from ..publishing.upload import Upload, UploadOptions
 from . import console, flags
 from . import upload as upload_command
-from .parsing import Parser
 
 EXAMPLES = """\
   mlx-openelm export --format huggingface --output tiny-hf
   mlx-openelm export --format gguf --gguf-type q8_0 --output tiny-q8_0.gguf"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common, source = map(parser.group, ("Common flags", "Source"))
     common.add_argument(
         "--format",

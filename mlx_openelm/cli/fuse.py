@@ -13,7 +13,6 @@ from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from . import console, flags
 from . import upload as upload_command
-from .parsing import Parser
 
 _UNITS = {"Writing": "bytes", "Reading the text": "batches"}
 # Below this share of the adapters' change that is left, a person should know.
@@ -25,7 +24,7 @@ EXAMPLES = """\
   mlx-openelm fuse --model 270m --adapter-path my_adapter=0.7 --adapter-path my_other=0.3 -q"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common, measuring, source = map(parser.group, ("Common flags", "Measuring", "Source"))
     flags.add_shared(common, "--model")
     common.add_argument(

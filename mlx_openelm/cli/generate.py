@@ -16,7 +16,6 @@ from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from . import console, flags
-from .parsing import Parser, Switch
 
 EXAMPLES = """\
   mlx-openelm generate --prompt "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
@@ -24,7 +23,7 @@ EXAMPLES = """\
   echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     for title in ("Common flags", "Sampling", "Penalties", "Chat", "Model", "Key-value cache", "Output"):
         parser.group(title)  # in this order
     common, chat, model, output = map(parser.group, ("Common flags", "Chat", "Model", "Output"))
@@ -48,7 +47,7 @@ def add_flags(parser: Parser) -> None:
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
     output.add_argument(
-        "--verbose", action=Switch, default=True, help="Print statistics to standard error.  [default: on]"
+        "--verbose", action=flags.Switch, default=True, help="Print statistics to standard error.  [default: on]"
     )
     output.add_argument(
         "--logprobs", action="store_true", help="Show each token's log-probability after the text, or in the JSON."

@@ -10,7 +10,6 @@ from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
 from . import console, flags
-from .parsing import Parser
 
 _BAR = 24  # characters of the largest layer's bar
 
@@ -20,7 +19,7 @@ EXAMPLES = """\
   mlx-openelm info --model OpenELM-270M-4bit --json"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     parser.usage = f"{parser.prog} [flags] [MODEL]"
     parser.group("Arguments").add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
     common = parser.group("Common flags")

@@ -16,7 +16,6 @@ from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
 from ..training.run.samples import Sample
 from . import console, flags
-from .parsing import Parser
 from .run_progress import RunProgress
 
 EXAMPLES = """\
@@ -26,7 +25,7 @@ EXAMPLES = """\
   mlx-openelm lora --train --data my_data -c my_run.yaml"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     for title in ("Common flags", "Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints"):
         parser.group(title)  # in this order
     common, model, output = map(parser.group, ("Common flags", "Model", "Output"))

@@ -16,7 +16,6 @@ from .. import backend
 from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
 from . import console, flags
-from .parsing import Parser
 
 PROGRAM = "mlx-openelm"
 SHELLS = ("bash", "zsh", "fish")
@@ -103,23 +102,23 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
     return run, values
 
 
-def command(name: str) -> tuple[Parser, Callable[[Namespace], int]]:
+def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
     """The parser of a command, and the function that runs it."""
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}."
         raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
     module = import_module(f".{name}", __package__)
-    parser = Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)
+    parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)
     module.add_flags(parser)
     flags.add_shared(parser.group("Other flags"), "--debug", "--help")
     return parser, module.run
 
 
-def _program() -> Parser:
+def _program() -> flags.Parser:
     """The parser of what stands before a command."""
     commands = "\n".join(f"  {name:10}  {line}" for name, line in COMMANDS.items())
-    parser = Parser(PROGRAM, _DESCRIPTION + commands, _EXAMPLES)
+    parser = flags.Parser(PROGRAM, _DESCRIPTION + commands, _EXAMPLES)
     parser.usage = f"{PROGRAM} COMMAND [flags]"
     group = parser.group("Flags")
     group.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="Print the version.")
@@ -131,7 +130,6 @@ def _program() -> Parser:
             f"--{name}-completion",
             nargs="?",
             const=Path(os.environ.get("SHELL", "")).name or "bash",
-            choices=SHELLS,
             metavar="|".join(SHELLS),
             help=f"{text}; by default the one in $SHELL.",
         )

@@ -13,13 +13,12 @@ from ..evaluation.perplexity import kl_divergence, load_documents, make_windows,
 from ..inputs import to_path
 from ..loading import load
 from . import console, flags
-from .parsing import Parser, integer
 
 EXAMPLES = """\
   mlx-openelm perplexity --data my_text.txt --model OpenELM-270M-4bit --reference-model apple/OpenELM-270M"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common, windows, model = map(parser.group, ("Common flags", "Windows", "Model"))
     common.add_argument(
         "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
@@ -31,22 +30,22 @@ def add_flags(parser: Parser) -> None:
     flags.add_shared(common, "--json")
     windows.add_argument(
         "--sequence-length",
-        type=integer,
+        type=flags.integer,
         metavar="N",
         help="Tokens per window; by default 512, or the model's context if that is shorter.",
     )
     windows.add_argument(
         "--num-samples",
-        type=integer,
+        type=flags.integer,
         metavar="N",
         help="The number of windows, drawn at random; -1 is all, the default.",
     )
     windows.add_argument(
-        "--batch-size", type=integer, metavar="N", default=4, help="Windows per batch.  [default: %(default)s]"
+        "--batch-size", type=flags.integer, metavar="N", default=4, help="Windows per batch.  [default: %(default)s]"
     )
     windows.add_argument(
         "--seed",
-        type=integer,
+        type=flags.integer,
         metavar="N",
         default=0,
         help="The same seed draws the same windows.  [default: %(default)s]",

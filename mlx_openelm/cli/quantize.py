@@ -16,7 +16,6 @@ from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, chart, check_picture, draw, letter
 from . import console, flags
 from . import upload as upload_command
-from .parsing import Parser
 
 # What each stage counts; the others are one piece of work.
 _UNITS = {
@@ -36,12 +35,9 @@ EXAMPLES = """\
   mlx-openelm quantize --model 270m --q-bits 3 --method awq,gptq --calibration my_text.txt"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common, source = map(parser.group, ("Common flags", "Source"))
-    flags.add_shared(common, "--model")
-    common.add_argument(
-        "--mlx-path", metavar="FOLDER", default="mlx_model", help="The folder to write.  [default: %(default)s]"
-    )
+    flags.add_shared(common, "--model", "--mlx-path")
     flags.add_fields(parser, QuantizeOptions)
     parser.group("Report").add_argument(
         "--report-plot",

@@ -8,13 +8,12 @@ from typing import Any
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from . import console, flags
-from .parsing import Parser
 
 EXAMPLES = """\
   mlx-openelm upload --path OpenELM-270M-4bit --upload-repo me/OpenELM-270M-4bit --dry-run"""
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: flags.Parser) -> None:
     common = parser.group("Common flags")
     common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
     flags.add_shared(common, "--json")
