@@ -166,7 +166,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     assert process.returncode == 130 and "Ctrl-C again stops at once" in said and "Traceback" not in said
     step = re.search(r"Stopped after step (\d+) of 100,000", output)
     assert step is not None
-    assert "go on with: mlx-openelm lora --resume --adapter-path 'stopped run'" in output
+    assert "continue with: mlx-openelm lora --resume --adapter-path 'stopped run'" in output
     assert (folder / "stopped run" / "checkpoints" / f"{int(step[1]):07d}" / "state.json").exists()
     assert (folder / "stopped run" / "adapters.safetensors").exists()
 

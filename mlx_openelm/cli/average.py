@@ -1,4 +1,4 @@
-"""`mlx-openelm average`: several checkpoints become their mean."""
+"""`mlx-openelm average`: the mean of several checkpoints."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from . import console, flags
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 _REQUIRED = ("rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
-# What else can be used, what for, and the extra that brings it.
+# Optional packages: what they are for, and the extra that installs them.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
     "matplotlib": ("draws quantize --report-plot and the losses of a training run", "plots"),
@@ -35,7 +35,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact; `advice` where something is to be done, `failed` where nothing works without it."""
+    """One fact. `advice` says what to do about it; `failed` means that nothing works without it."""
 
     name: str
     value: str
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, those that need MLX first found out with it missing."""
+    """Every finding; without MLX, those that need it are left out."""
     yield Finding("mlx-openelm", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}, {platform.machine()}")
     yield from _glibc()
@@ -92,7 +92,7 @@ def _mlx() -> Iterator[Finding]:
     try:
         with backend.naming_the_extra():
             facts = backend.describe()
-    # A wheel of another platform fails in ways of its own.
+    # A wheel for another platform can raise anything.
     except Exception as error:
         reason = str(error) if isinstance(error, OpenELMError) else f"MLX cannot be imported: {error}"
         yield Finding("MLX", "missing", " ".join(reason.split()), failed=True)
@@ -115,7 +115,7 @@ def _mlx() -> Iterator[Finding]:
 
 
 def _cuda_kernels() -> Finding:
-    """Whether a token is decoded by one kernel of ours."""
+    """Whether our kernel decodes the tokens."""
     from ..cuda.decoding import obstacle
 
     reason = obstacle()
@@ -123,7 +123,7 @@ def _cuda_kernels() -> Finding:
 
 
 def _packed_weights() -> Finding:
-    """Which packings this machine multiplies as they are stored, and which it unpacks at load."""
+    """The quantization modes that this machine multiplies as stored, and those that it unpacks at load."""
     from ..ops.packed import MODES, multiplied_modes
 
     multiplied = multiplied_modes()
@@ -134,7 +134,7 @@ def _packed_weights() -> Finding:
 
 
 def _kernels() -> Finding:
-    """Whether the model runs on our own kernels, and how to have them if not."""
+    """Whether the model runs on our own kernels, and how to get them if not."""
     from ..native import status
 
     names = {"used": "used", "off": "off", "missing": "missing"}
@@ -143,7 +143,7 @@ def _kernels() -> Finding:
 
 
 def _blas(state: str, library: str) -> Finding:
-    """Which BLAS multiplies matrices, how fast that is, and how to have a faster one."""
+    """Which BLAS multiplies matrices, how fast it is, and how to get a faster one."""
     names = {
         "loaded": library,
         "off": f"the one in MLX's wheel, since {backend.BLAS_VARIABLE} says so",
@@ -151,13 +151,13 @@ def _blas(state: str, library: str) -> Finding:
     }
     advice = backend.blas_problem()
     if state == "off":
-        advice = f"unset {backend.BLAS_VARIABLE}, if the speed of OpenBLAS is wanted"
+        advice = f"unset {backend.BLAS_VARIABLE} to use OpenBLAS"
     name = names.get(state, "the slow one in MLX's wheel")
     return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
 
 
 def _gigaflops(size: int = 512) -> float:
-    """The speed of a product of two float32 matrices, the best of three."""
+    """The speed of multiplying two float32 matrices, the best of three runs."""
     import mlx.core as mx
 
     matrix = mx.ones((size, size))
@@ -186,7 +186,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package, which is not imported."""
+    """The version of an installed package, without importing it."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -204,12 +204,14 @@ def _hub() -> Iterator[Finding]:
         return
     yield Finding("Hub token", "present" if get_token() else "none (not needed for OpenELM)")
     if os.environ.get("HF_HUB_OFFLINE"):
-        yield Finding("Hub", "offline, since HF_HUB_OFFLINE says so")
+        yield Finding("Hub", "offline, since HF_HUB_OFFLINE is set")
     cache = Path(constants.HF_HUB_CACHE)
     models = sorted(path for path in cache.glob("models--*") if "openelm" in path.name.lower())
-    held = [f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_held(path))})" for path in models]
+    held = [
+        f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_bytes_in(path))})" for path in models
+    ]
     yield Finding("Hub cache", f"{cache}: {', '.join(held) or 'no OpenELM models'}")
 
 
-def _held(folder: Path) -> int:
+def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("blobs/*"))

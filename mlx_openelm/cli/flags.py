@@ -55,11 +55,16 @@ class Parser(argparse.ArgumentParser):
         try:
             values, rest = self.parse_known_args(self._with_values_attached(args))
         except argparse.ArgumentError as error:
-            names = (error.argument_name or "").split("/")
+            if error.argument_name is None:
+                self.error(error.message)
+            names = error.argument_name.split("/")
             name = next((name for name in names if name.startswith("--")), names[0])
-            raise RequestError(f"{name} {error.message}.".lstrip()) from None
-        if rest:
-            self.error(f"unexpected argument{'s' if rest[1:] else ''} {', '.join(map(quote, rest))}")
+            raise RequestError(f"{name} {error.message}.") from None
+        for word in rest:
+            if word.startswith("-") and word not in ("-", "--"):
+                self.error(f"{self.prog} has no flag {word}")
+            if word != "--":
+                self.error(f"unexpected argument {quote(word)}")
         return values
 
     def error(self, message: str) -> NoReturn:

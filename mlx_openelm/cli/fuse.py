@@ -1,4 +1,4 @@
-"""`mlx-openelm fuse`: a model with adapters becomes a model without."""
+"""`mlx-openelm fuse`: merge adapters into the weights of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import console, flags
 from . import upload as upload_command
 
 _UNITS = {"Writing": "bytes", "Reading the text": "batches"}
-# Below this share of the adapters' change that is left, a person should know.
+# Warn if less than this share of the adapters' change is left.
 _MOSTLY_LOST = 0.5
 
 
@@ -101,7 +101,7 @@ def _written(result: Fusion) -> int:
 
 
 def _lines(result: Fusion) -> list[str]:
-    """What was written, and what the adapters and the storing did to it."""
+    """What was written, and how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
         f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(_written(result))}",
@@ -116,19 +116,21 @@ def _lines(result: Fusion) -> list[str]:
         )
     if result.kl_divergence is not None:
         lines.append(
-            f"  KL divergence from the base with the adapter: {result.kl_divergence:.6f} nats a token "
+            f"  KL divergence from the base with the adapter: {result.kl_divergence:.6f} nats per token "
             f"(of the base without it: {result.base_kl_divergence:.6f})"
         )
     if result.untied:
-        lines.append("  the adapter changes the embedding alone, so the output layer is now one of its own (lm_head)")
+        lines.append("  the adapter changes the embedding alone, so the output layer is now separate (lm_head)")
     lines += [f"  {path}: {what}" for path, what in result.exceptions.items()]
     if (result.kl_divergence or 0) > (result.base_kl_divergence or 0):
         way = "with more bits or --dequantize" if result.requantized else "with more bits"
-        console.say(f"warning: The result is further from the adapter on the base than the base alone is: fuse {way}.")
+        console.say(
+            f"warning: The result is further from the base with the adapter than the base alone is: fuse {way}."
+        )
     if overall.kept < _MOSTLY_LOST:
         console.say(
-            "warning: rounding took most of the adapter's change back. Use --dequantize, or fuse into the model before "
-            "it was quantized, with -q if you like."
+            "warning: rounding undid most of the adapter's change. Use --dequantize, or fuse into the model before it "
+            "was quantized, with -q if you like."
         )
     return lines
 

@@ -126,7 +126,7 @@ def _decode(data: bytes, source: str) -> str:
 
 
 def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
-    """`ID=VALUE`, several of them, or JSON objects, as one mapping."""
+    """One mapping from any number of `ID=VALUE` and JSON objects."""
     biases: dict[int, float] = {}
     for text in given:
         try:
@@ -142,7 +142,7 @@ def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
 def _encode(
     tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
 ) -> list[int]:
-    """The ids of the conversation in this template, or of the prompt alone without one; BOS comes first."""
+    """The token ids of the conversation in this template, or without one of the prompt; BOS comes first."""
     if template is None:
         return tokenizer.encode(prompt)
     messages = [{"role": "user", "content": prompt}]
@@ -156,7 +156,7 @@ def _encode(
 def _generate(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], options: dict[str, Any], *, show: bool
 ) -> tuple[list[Piece], bool]:
-    """The pieces, their text printed as it comes, and whether Ctrl-C ended them."""
+    """The pieces, and whether Ctrl-C ended them; with `show` their text is printed as it comes."""
     pieces: list[Piece] = []
     with console.Progress("Reading the prompt", unit="tokens", lines=False) as progress:
         try:
@@ -199,7 +199,7 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
         console.say(
-            f"Weights: {' and '.join(map(str, bits))} bits, expanded at load since that is faster on a CPU; "
+            f"Weights: {' and '.join(map(str, bits))} bits, expanded at load because that is faster on a CPU; "
             "--no-expand saves memory"
         )
     if pieces:

@@ -1,4 +1,4 @@
-"""`mlx-openelm info`: the layer table, in which layer-wise scaling can be seen, and what the model needs."""
+"""`mlx-openelm info`: the layer table, which shows the layer-wise scaling, and the memory the model needs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _total_lines(summary: Summary) -> list[str]:
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
         "  layers": f"{layers:,} ({layers / total:.1%})",
         "  head": head,
-        "  norms": f"{summary.norms:,} (those of layers are counted there too)",
+        "  norms": f"{summary.norms:,} (those of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
         f"Memory at {memory.tokens} tokens": needs,
@@ -102,7 +102,7 @@ def _total_lines(summary: Summary) -> list[str]:
     if summary.source == "published":
         lines += ["", "The model is not on this machine: these are the published sizes, no file was read."]
     elif summary.source == "config":
-        lines += ["", "The weights are not on this machine: this is what the repository's config.json says."]
+        lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
     return lines
 
 
@@ -111,5 +111,5 @@ def _tokenizer_line(summary: Summary) -> str:
         return summary.tokenizer
     release = catalog.find(summary.name)
     if release is not None:
-        return f"none of its own; Llama 2's, from {release.tokenizer_repo} or a sibling"
+        return f"not in the repository; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
     return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"

@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
-        warnings.simplefilter("ignore")  # the first process says the same
+        warnings.simplefilter("ignore")  # the first process prints the same
     progress = RunProgress()
     try:
         with progress:
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
             console.say("Stopped before training began; nothing was saved.")
         return 130
     if not leads:
-        return 0  # without an error, on which mlx.launch would end the first, which may be writing
+        return 0  # an error would make mlx.launch end the first process, which may still be writing
     if args.json:
         console.print_json(_to_json(done))
     else:
@@ -100,7 +100,7 @@ def _show(done: FineTuned) -> None:
             print(f"Validation loss {result.val_loss:.3f}{was_better}")
         if done.interrupted:
             print(
-                f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; go on with: "
+                f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with: "
                 f"mlx-openelm lora --resume --adapter-path {shlex.quote(str(folder))}"
             )
         elif result.stopped != "finished":

@@ -63,6 +63,8 @@ def _run(args: Sequence[str]) -> int:
             run, values = parse(args)
             debug = values.debug
             return run(values)
+    except SystemExit as stop:  # of --help and --version
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

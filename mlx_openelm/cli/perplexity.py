@@ -92,7 +92,7 @@ def run(args: Namespace) -> int:
 
 
 def _checked_length(length: int | None, config: ModelConfig) -> int:
-    """The default, or what was asked for, if the model's positions reach that far."""
+    """The window length: the default, or the one given if the model's positions reach that far."""
     if length is None:
         return min(512, config.max_context_length)
     if not 1 <= length <= config.rope_max_length:

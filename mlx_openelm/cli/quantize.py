@@ -1,4 +1,4 @@
-"""`mlx-openelm quantize`: few bits, knowing what they cost."""
+"""`mlx-openelm quantize`: fewer bits, and a measure of what they cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..quantization.report import Row, chart, check_picture, draw, letter
 from . import console, flags
 from . import upload as upload_command
 
-# What each stage counts; the others are one piece of work.
+# What each stage counts; the other stages count nothing.
 _UNITS = {
     "Writing": "bytes",
     "Reading the text": "batches",
@@ -95,7 +95,7 @@ def run(args: Namespace) -> int:
 
 
 class _Stages:
-    """One progress bar after the other, each named after what is being done."""
+    """One progress bar after another, each labelled with its stage."""
 
     def __init__(self) -> None:
         self._stage, self._bar = "", console.Progress("", unit="")
@@ -120,7 +120,7 @@ def _show(result: Quantized) -> None:
     if result.path is None:
         return
     if result.costs:
-        print("Bits, group size and cost (KL divergence of the output when that matrix alone is rounded):")
+        print("Bits, group size and cost (KL divergence of the output when only that matrix is rounded):")
         for path, choice in result.choices.items():
             print(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
     if result.calibrated_on is not None:
@@ -132,7 +132,7 @@ def _show(result: Quantized) -> None:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """The rows, marked as in the drawing below them."""
+    """The rows, with the letters that mark them in the chart below."""
     width = max(len(row.name) for row in rows)
     head = f"    {'':{width}}  bits/weight       size  perplexity  KL divergence"
     lines = [
@@ -140,7 +140,7 @@ def _table(rows: list[Row]) -> list[str]:
         f"  {row.perplexity:10.3f}  {row.kl_divergence:13.5f}"
         for index, row in enumerate(rows)
     ]
-    return [head, *lines, "", "  KL divergence from the full model, in nats a token", *chart(rows)]
+    return [head, *lines, "", "  KL divergence from the full model, in nats per token", *chart(rows)]
 
 
 def _to_json(model: str, result: Quantized) -> dict[str, Any]:
