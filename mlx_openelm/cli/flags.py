@@ -52,8 +52,11 @@ class Parser(argparse.ArgumentParser):
         Raises:
             RequestError: an unknown flag, a missing or wrong value, an argument too many.
         """
+        words = self._with_values_attached(args)
+        # Arguments may stand between flags; argparse allows that only without `--`.
+        parse_known = self.parse_known_args if "--" in words else self.parse_known_intermixed_args
         try:
-            values, rest = self.parse_known_args(self._with_values_attached(args))
+            values, rest = parse_known(words)
         except argparse.ArgumentError as error:
             if error.argument_name is None:
                 self.error(error.message)
