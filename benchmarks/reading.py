@@ -1,9 +1,9 @@
-"""How far a reader goes from a command to the logits: files and functions that `generate --prompt hi` passes.
+"""Counts the files and functions that a reader passes from `generate --prompt hi` to the first logits.
 
     python benchmarks/reading.py            # --list names them
 
-Counted are files and distinct functions of the package (no module or class bodies, lambdas or comprehensions) that the
-main thread enters from `mlx_openelm.cli.main.main()` on, until a function named `logits` is entered.
+It counts files and distinct functions of the package (no module or class bodies, lambdas or comprehensions) that the
+main thread enters, from `mlx_openelm.cli.main.main()` until a function named `logits` is entered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Reached(BaseException):
 
 
 def passed() -> list[tuple[str, str]]:
-    """Each function as (file, qualified name), in the order in which they are first entered."""
+    """Each function as (file, qualified name), in the order of their first call."""
     from mlx_openelm.cli.main import main
 
     found: dict[CodeType, None] = {}

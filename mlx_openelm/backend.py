@@ -191,7 +191,7 @@ def device() -> str:
 
     if not on_gpu():
         return "CPU"
-    return "Metal" if mx.metal.is_available() else "CUDA"
+    return "CUDA" if mx.cuda.is_available() else "Metal"
 
 
 def on_cuda() -> bool:

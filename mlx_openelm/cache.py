@@ -1,8 +1,8 @@
-"""Key-value caches, one a layer: growing, sliding, quantized. And for batches of rows of different lengths.
+"""Key-value caches, one per layer: growing, sliding, quantized, and for batches of rows of different lengths.
 
-Class names, methods and `state` are those of mlx-lm, so that its generators drive our caches, ours
-drive its models, and saved prompt caches are read by both. Keys and values are [B, K, T, D]
-(rows, key-value heads, positions, head_dim); buffers grow in steps and are longer than what they hold.
+Class names, methods and `state` are those of mlx-lm: its generators can drive our caches, ours its models, and saved
+prompt caches are read by both. Keys and values are [B, K, T, D] (rows, key-value heads, positions, head_dim); buffers
+grow in steps, so they are longer than what they hold.
 """
 
 from __future__ import annotations
@@ -14,13 +14,26 @@ import mlx.core as mx
 
 from .errors import RequestError
 
-SMALLEST_WINDOW = 8  # of a sliding cache: the 4 it keeps, and room beside them
+SMALLEST_WINDOW = 8  # of a sliding cache: its first 4 positions, and room for the latest
+
+
+def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
+    """Empty caches for one sequence: growing, or keeping the first 4 positions and the latest, `max_kv_size` in all.
+
+    Raises:
+        RequestError: `max_kv_size` leaves too little room for the latest.
+    """
+    if max_kv_size is None:
+        return [KVCache() for _ in range(num_layers)]
+    if max_kv_size < SMALLEST_WINDOW:
+        raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {max_kv_size}.")
+    return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
 
 
 class Cache:
-    """What every cache shares. `keys` and `values` are None until the first update."""
+    """The base class of all caches. `keys` and `values` are None until the first update."""
 
-    step = 256  # by which buffers grow
+    step = 256  # buffers grow by this many positions
     keys: Any = None
     values: Any = None
     offset: Any = 0
@@ -35,42 +48,45 @@ class Cache:
     def empty(self) -> bool:
         return self.keys is None
 
+    def size(self) -> int:
+        """How many positions are held."""
+        return self.offset
+
     def is_trimmable(self) -> bool:
         return True
 
     def trim(self, count: int) -> int:
-        """Forget the last `count` positions; returns how many there were to forget."""
+        """Forget the last `count` positions; returns how many could be forgotten."""
+        if not self.is_trimmable():
+            return 0
         count = max(0, min(self.offset, count))
         self.offset -= count
         return count
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, the unused part included."""
+        """Bytes of the buffers, including their unused part."""
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
 
 class KVCache(Cache):
-    """The past of one sequence (or of rows of equal length).
+    """A growing cache of one sequence, or of rows of equal length.
 
-    A kernel may write new positions straight into the buffers, though arrays are values in MLX: only into buffers that
-    it made room for itself (`own_buffers`) and that nobody was given since. Whoever takes `keys` or `values` gets them
-    with all that was to be written, and the next such kernel makes new ones.
+    A kernel may write new positions straight into the buffers, although MLX treats arrays as values: only into buffers
+    that `own_buffers` made and that nobody else has a reference to. Reading `keys` or `values` hands the buffers out:
+    it waits for pending writes, and the next such kernel gets new buffers.
     """
 
     _keys: Any = None
     _values: Any = None
     _are_own = False
-    _room = 0  # positions in buffers that are own
-    _written: mx.array | None = None  # once this is there, so is what the last kernel wrote
-    next_position: tuple[int, mx.array] | None = None  # of a kernel that counts positions on the device
-
-    def __init__(self) -> None:
-        self.keys, self.values, self.offset = None, None, 0
+    _capacity = 0  # positions in our own buffers
+    _pending: mx.array | None = None  # evaluating it completes the last kernel's write
+    next_position: tuple[int, mx.array] | None = None  # for a kernel that counts positions on the device
 
     @property
     def keys(self) -> Any:
-        self._give_away()
+        self._hand_out()
         return self._keys
 
     @keys.setter
@@ -79,18 +95,22 @@ class KVCache(Cache):
 
     @property
     def values(self) -> Any:
-        self._give_away()
+        self._hand_out()
         return self._values
 
     @values.setter
     def values(self, values: Any) -> None:
         self._values = values
 
-    def _give_away(self) -> None:
+    def _hand_out(self) -> None:
         self._are_own = False
-        if self._written is not None:
-            mx.eval(self._written)
-            self._written = None
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._hand_out()  # a copy of the cache shares the buffers
+        return self.__dict__
 
     def empty(self) -> bool:
         return self._keys is None
@@ -99,27 +119,16 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         return 0 if self._keys is None else self._keys.nbytes + self._values.nbytes
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._give_away()  # a copy of the cache shares the buffers
-        return self.__dict__
+    @property
+    def state(self) -> tuple[Any, Any, int]:
+        return self.keys, self.values, self.offset
 
-    def own_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Buffers [1, K, T, D] with what is held and room for one position more, into which a kernel may write."""
-        if not self._are_own or self._room <= self.offset:
-            shape = 1, heads, 1, dim
-            keys, values = (grow(old, shape, dtype, self.offset, self.step) for old in (self.keys, self.values))
-            # Evaluated, they are whole in memory, and stay where they are.
-            mx.eval(keys, values)
-            self._keys, self._values, self._are_own, self._room = keys, values, True, keys.shape[2]
-        return self._keys, self._values
-
-    def wrote(self, result: mx.array) -> None:
-        """One more position is held once `result` is evaluated."""
-        self.offset += 1
-        self._written = result
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        self.keys, self.values, self.offset = state
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values [B, K, L, D]; returns all of them."""
+        """Append keys and values [B, K, L, D]; returns all of them, [B, K, offset, D]."""
         rows, heads, length, dim = keys.shape
         start = self.reserve(rows, heads, length, dim, keys.dtype)
         self.keys[:, :, start : self.offset] = keys
@@ -130,39 +139,43 @@ class KVCache(Cache):
         """What is held, without the unused part of the buffers; there must have been an update."""
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
-    def holds(self, dtype: mx.Dtype) -> bool:
-        """Whether keys and values are, or will be, of this type."""
-        return self._keys is None or self._keys.dtype == self._values.dtype == dtype
-
     def reserve(self, rows: int, heads: int, length: int, dim: int, dtype: mx.Dtype) -> int:
-        """Count `length` new positions and make room for them in the buffers; returns where they are to be written."""
+        """Count `length` new positions and make room for them in the buffers; returns the position of the first."""
         start, self.offset = self.offset, self.offset + length
-        if self.keys is None or self.offset > self.keys.shape[2]:
+        if self._keys is None or self.offset > self._keys.shape[2]:
             shape = rows, heads, length, dim
             self.keys, self.values = (grow(old, shape, dtype, start, self.step) for old in (self.keys, self.values))
         return start
 
-    def size(self) -> int:
-        return self.offset
+    def holds(self, dtype: mx.Dtype) -> bool:
+        """Whether keys and values are, or can become, of this type."""
+        return self._keys is None or self._keys.dtype == self._values.dtype == dtype
 
-    @property
-    def state(self) -> tuple[Any, Any, int]:
-        return self.keys, self.values, self.offset
+    def own_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Buffers [1, K, T, D] with what is held and room for one more position, into which a kernel may write."""
+        if not self._are_own or self._capacity <= self.offset:
+            shape = 1, heads, 1, dim
+            keys, values = (grow(old, shape, dtype, self.offset, self.step) for old in (self.keys, self.values))
+            # Once evaluated, they are complete and do not move in memory.
+            mx.eval(keys, values)
+            self._keys, self._values, self._are_own, self._capacity = keys, values, True, keys.shape[2]
+        return self._keys, self._values
 
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        self.keys, self.values, self.offset = state
+    def wrote(self, result: mx.array) -> None:
+        """Count the position that a kernel writes into `own_buffers` when `result` is evaluated."""
+        self.offset += 1
+        self._pending = result
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """What `length` new positions may see: None (all), "causal", or booleans [length, total]."""
+        """What `length` new positions may see: None (everything), "causal", or booleans [length, total]."""
         if window_size is not None or (return_array and length > 1):
             return causal_mask(length, self.offset, window_size)
         return "causal" if length > 1 else None
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
-        """The same past in fewer bits."""
+        """The same positions in fewer bits."""
         cache = QuantizedKVCache(group_size, bits)
         if self.keys is not None:
             cache.update_and_fetch(*self.keys_and_values())
@@ -175,14 +188,13 @@ class KVCache(Cache):
 
 
 class QuantizedKVCache(Cache):
-    """The past of one sequence in `bits` a value, with a scale and a bias for every `group_size` values."""
+    """A growing cache with `bits` per value, and a scale and a bias for every `group_size` values."""
 
     def __init__(self, group_size: int = 64, bits: int = 8) -> None:
-        self.keys, self.values, self.offset = None, None, 0
         self.group_size, self.bits = group_size, bits
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append keys and values [B, K, L, D]; returns all of them as (packed, scales, biases)."""
+        """Append keys and values [B, K, L, D]; returns all of them, each as (packed, scales, biases)."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
         packed = [mx.quantize(x, group_size=self.group_size, bits=self.bits) for x in (keys, values)]
         if self.keys is None or self.offset > self.keys[0].shape[2]:
@@ -200,9 +212,6 @@ class QuantizedKVCache(Cache):
         """What is held, each as (packed, scales, biases), without the unused part of the buffers."""
         return tuple(tuple(b[:, :, : self.offset] for b in part) for part in (self.keys, self.values))
 
-    def size(self) -> int:
-        return self.offset
-
     @property
     def state(self) -> tuple[Any, Any, int, int, int]:
         return self.keys, self.values, self.offset, self.group_size, self.bits
@@ -219,14 +228,13 @@ class QuantizedKVCache(Cache):
 
 
 class RotatingKVCache(Cache):
-    """The first `keep` positions and the latest of the rest, `max_size` in all.
+    """A sliding cache of one sequence: the first `keep` positions and the latest of the rest, `max_size` in all.
 
-    A single new position overwrites the oldest in place: order does not matter to attention, since
-    keys are already rotated by their positions. Longer updates first put the past back in order.
+    A single new position overwrites the oldest in place: attention does not depend on the order, since RoPE has
+    already rotated the keys by their positions. Longer updates first put the columns back in order.
     """
 
     def __init__(self, max_size: int, keep: int = 0) -> None:
-        self.keys, self.values, self.offset = None, None, 0
         self.max_size, self.keep = max_size, keep
         self._idx = 0  # where the next single position is written
 
@@ -234,7 +242,7 @@ class RotatingKVCache(Cache):
         """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L."""
         length = keys.shape[2]
         if length > 1:
-            # Each new position still sees max_size positions, itself included.
+            # Each new position still sees max_size positions, including itself.
             self.keys, self.values = (self._append(old, new) for old, new in ((self.keys, keys), (self.values, values)))
             self._idx = self.keys.shape[2]
         else:
@@ -251,9 +259,9 @@ class RotatingKVCache(Cache):
         return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _make_room(self, keys: mx.array, values: mx.array) -> None:
-        """Let `_idx` be where a single new position goes: behind what is held, or in place of the oldest."""
+        """Set `_idx` to where a single new position goes: behind what is held, or in place of the oldest."""
         columns = 0 if self.keys is None else self.keys.shape[2]
-        if columns > self.max_size:  # as a longer update left them: in order
+        if columns > self.max_size:  # a longer update left them, in order
             parts = (self._latest_parts(x, self.max_size) for x in (self.keys, self.values))
             self.keys, self.values = (mx.concatenate(x, axis=2) for x in parts)
             self._idx = self.max_size
@@ -272,12 +280,17 @@ class RotatingKVCache(Cache):
         return mx.concatenate([*self._latest_parts(self.in_order(old), self.max_size - 1), new], axis=2)
 
     def _latest_parts(self, buffer: mx.array, size: int) -> list[mx.array]:
-        """Of `buffer`, which is in order, what is kept and the latest, `size` columns in all."""
+        """The parts of an ordered `buffer` that stay: the first `keep` and the latest columns, `size` in all."""
         excess = buffer.shape[2] - size
         return [buffer] if excess <= 0 else [buffer[:, :, : self.keep], buffer[:, :, self.keep + excess :]]
 
+    def latest(self) -> tuple[mx.array, mx.array]:
+        """Keys and values, oldest first, at most `max_size` of them; there must have been an update."""
+        keys, values = (self.in_order(x)[:, :, -self.max_size :] for x in (self.keys, self.values))
+        return keys, values
+
     def in_order(self, buffer: mx.array) -> mx.array:
-        """What `buffer` holds, oldest first."""
+        """The columns that `buffer` holds, oldest first."""
         if self._idx < min(self.offset, buffer.shape[2]):
             parts = [buffer[:, :, : self.keep], buffer[:, :, self._idx :], buffer[:, :, self.keep : self._idx]]
             return mx.concatenate(parts, axis=2)
@@ -295,23 +308,21 @@ class RotatingKVCache(Cache):
         self.keys, self.values, self.offset, self.keep, self.max_size, self._idx = state
 
     def is_trimmable(self) -> bool:
-        return self.offset < self.max_size
+        return self.offset < self.max_size  # else the positions that the latest ones overwrote are gone
 
     def trim(self, count: int) -> int:
-        if not self.is_trimmable():  # what the last positions took the place of is gone
-            return 0
         count = super().trim(count)
         self._idx -= count
         return count
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> QuantizedKVCache:
-        """Refused with a `RequestError`: mlx-lm has no quantized cache that slides, either."""
+        """Raises `RequestError`: a sliding cache cannot be quantized, which mlx-lm does not support either."""
         raise RequestError("--kv-bits cannot be combined with a sliding cache (--max-kv-size).")
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """What `length` new positions may see of what `update_and_fetch` will return."""
+        """What `length` new positions may see of the columns that `update_and_fetch` will return."""
         window = window_size or self.max_size
         if length == 1:
             return self._latest(window) if window < self.max_size and self.offset >= window else None
@@ -321,7 +332,7 @@ class RotatingKVCache(Cache):
         return "causal"
 
     def _latest(self, window: int) -> mx.array:
-        """Booleans [columns] after one more position: True for the kept and the latest, `window` of them in all."""
+        """Booleans [columns] after one more position: True for the first `keep` and the latest, `window` in all."""
         columns = mx.arange(min(self.offset + 1, self.max_size))
         last = self.keep if self._idx >= self.max_size else self._idx
         age = (last - columns) % max(1, columns.size - self.keep)
@@ -333,57 +344,20 @@ class RotatingKVCache(Cache):
         return BatchRotatingKVCache.merge(caches)
 
 
-def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
-    """Empty caches for one sequence: growing, or holding the first 4 and the latest up to `max_kv_size`.
-
-    Raises:
-        RequestError: `max_kv_size` does not leave room beside the 4 kept.
-    """
-    if max_kv_size is None:
-        return [KVCache() for _ in range(num_layers)]
-    if max_kv_size < SMALLEST_WINDOW:
-        raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {max_kv_size}.")
-    return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
-
-
-def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0) -> mx.array:
-    """Booleans [length, past + length], True where visible: itself and the past, or `window` of them in all.
-
-    Those are the first `keep` columns and the latest of the rest.
-    """
-    rows = mx.arange(past, past + length)[:, None]
-    columns = mx.arange(past + length)
-    mask = rows >= columns
-    if window is not None:
-        mask = mask & ((rows < columns + (window - keep)) | (columns < keep))
-    return mask
-
-
-def grow(buffer: mx.array | None, new: Sequence[int], dtype: mx.Dtype, used: int, step: int) -> mx.array:
-    """`buffer` with what it holds and room for a shape `new` [B, K, L, D] behind its `used` columns, in whole steps."""
-    room = -(-new[2] // step) * step
-    zeros = mx.zeros((*new[:2], room, new[3]), dtype)
-    return zeros if buffer is None else mx.concatenate([buffer[:, :, :used], zeros], axis=2)
-
-
-# Batches: rows of different lengths, each padded on the left.
-
-
 class BatchKVCache(Cache):
-    """The pasts of several sequences, each row padded on the left: `left_padding[b]` columns hold nothing.
+    """A growing cache of several sequences: the first `left_padding[b]` columns of row b are padding.
 
-    `offset` is an array [B]: the position of each row's next token, negative while it is still padding.
+    `offset` is an array [B]: the position of each row's next token, negative while that is still padding.
     """
 
     def __init__(self, left_padding: Sequence[int]) -> None:
-        self.keys, self.values = None, None
         self.left_padding = mx.array(list(left_padding), mx.int32)
         self.offset = -self.left_padding
         self._idx = 0  # columns in use
         self._right_padding: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values [B, K, L, D]; returns all of them, padding included."""
+        """Append keys and values [B, K, L, D]; returns all of them, including padding."""
         start, self._idx = self._idx, self._idx + keys.shape[2]
         self.offset = self.offset + keys.shape[2]
         if self.keys is None or self._idx > self.keys.shape[2]:
@@ -396,7 +370,7 @@ class BatchKVCache(Cache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What is held, padding included, without the unused part of the buffers; there must have been an update."""
+        """What is held, including padding, without the unused part of the buffers; there must have been an update."""
         return self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
 
     def prepare(
@@ -406,7 +380,7 @@ class BatchKVCache(Cache):
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """Announce that the coming rows are padded; `right_padding` is moved to the left by `finalize`."""
+        """Declare the padding of the next updates; `finalize` moves `right_padding` to the left."""
         if left_padding is not None:
             if self.keys is not None:
                 raise ValueError("Padding on the left can only be added to an empty cache.")
@@ -417,14 +391,14 @@ class BatchKVCache(Cache):
             self._right_padding = mx.array(list(right_padding))
 
     def finalize(self) -> None:
-        """After rows padded on the right: move their padding to the left."""
+        """After updates with padding on the right: move it to the left."""
         if self._right_padding is not None:
             self._move_left(self._right_padding)
             self._right_padding = None
 
     def _move_left(self, padding: mx.array) -> None:
-        """Move the last `padding[b]` columns of each row to its left, as columns that hold nothing."""
-        columns = (mx.arange(self._idx) - padding[:, None]) % self._idx
+        """Move the last `padding[b]` columns of each row to its left, where they count as padding."""
+        columns = (mx.arange(self._idx) - padding[:, None]) % self._idx  # [B, T]
         index = columns[:, None, :, None]
         self.keys = mx.take_along_axis(self.keys[:, :, : self._idx], index, axis=2)
         self.values = mx.take_along_axis(self.values[:, :, : self._idx], index, axis=2)
@@ -444,7 +418,7 @@ class BatchKVCache(Cache):
         self._right_padding = None
 
     def trim(self, count: int) -> int:
-        if not self.is_trimmable():  # what the last positions took the place of is gone
+        if not self.is_trimmable():
             return 0
         count = max(0, min(self._idx, count))
         self._idx -= count
@@ -452,22 +426,22 @@ class BatchKVCache(Cache):
         return count
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Booleans [B, 1, length, total]: causal, and blind to each row's padding."""
+        """Booleans [B, 1, length, total]: causal, with each row's padding hidden."""
         mask = causal_mask(length, self._idx, window_size)
         return mask & (mx.arange(self._idx + length) >= self.left_padding.reshape(-1, 1, 1, 1))
 
     def filter(self, rows: Any) -> None:
-        """Keep the given rows, in their order, and drop the columns that are padding in all of them.
+        """Keep the given rows, in that order, and drop the columns that are padding in all of them.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist.
         """
         rows = self._index(rows)
         self.left_padding, self.offset = self.left_padding[rows], self.offset[rows]
         if self._right_padding is not None:
             self._right_padding = self._right_padding[rows]
         padding: Any = self.left_padding.tolist()
-        shared = max(0, min([self._idx, *padding]))  # columns that are yet to come cannot be dropped
+        shared = max(0, min([self._idx, *padding]))  # columns still to come cannot be dropped
         if self.keys is not None:
             self.keys, self.values = (x[:, :, shared : self._idx][rows] for x in (self.keys, self.values))
         self._idx -= shared
@@ -479,7 +453,7 @@ class BatchKVCache(Cache):
         return index
 
     def _check_rows(self, rows: Any) -> None:
-        # MLX does not look, and would give what lies behind an array.
+        # MLX does not check indices, and would read beyond the array.
         count = self.left_padding.size
         for row in rows:
             if not -count <= row < count:
@@ -502,16 +476,16 @@ class BatchKVCache(Cache):
         if self.keys is None:
             shapes = [(self.offset.shape[0], x.shape[1], length, x.shape[3]) for x in (like.keys, like.values)]
             return mx.zeros(shapes[0], like.keys.dtype), mx.zeros(shapes[1], like.values.dtype)
-        left = [(0, 0), (0, 0), (length - self._idx, 0), (0, 0)]
-        return mx.pad(self.keys[:, :, : self._idx], left), mx.pad(self.values[:, :, : self._idx], left)
+        return pad_left(self.keys[:, :, : self._idx], length), pad_left(self.values[:, :, : self._idx], length)
 
     def _row(self, row: int) -> tuple[mx.array, ...]:
+        """Keys and values [1, K, T, D] of a row, without its padding."""
         row %= self.left_padding.size
         padding = max(0, int(self.left_padding[row]))
         return tuple(mx.contiguous(x[row : row + 1, :, padding : self._idx]) for x in (self.keys, self.values))
 
     def extract(self, row: int) -> Any:
-        """One row as a cache of its own; IndexError if there is no such row."""
+        """One row as a cache of its own; IndexError if the row does not exist."""
         self._check_rows([row])
         cache = KVCache()
         if self.keys is not None:
@@ -521,41 +495,36 @@ class BatchKVCache(Cache):
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Self:
-        """Rows from caches of single sequences, padded on the left to the longest."""
-        return cls._merged(cls([0] * len(caches)), caches, lambda c, x: x[:, :, : c.offset])
+        """A batch with a row for each of these caches of single sequences, padded on the left to the longest."""
+        parts = [None if cache.empty() else cache.keys_and_values() for cache in caches]
+        return cls([0] * len(caches))._filled(parts, [cache.offset for cache in caches])
 
-    @staticmethod
-    def _merged(merged: Any, caches: Sequence[Any], held: Any) -> Any:
-        lengths = [c.size() for c in caches]
+    def _filled(self, rows: Sequence[tuple[mx.array, mx.array] | None], offsets: list[int]) -> Self:
+        """This batch, new and empty, with the given keys and values [1, K, T, D] as rows; None is an empty row."""
+        lengths = [0 if row is None else row[0].shape[2] for row in rows]
         longest = max(lengths)
-        if longest == 0:
-            return merged
-        merged.left_padding = mx.array([longest - length for length in lengths])
-        merged.offset = mx.array([c.offset for c in caches])
-        merged._idx = longest
-        filled = next(c for c in caches if c.keys is not None)
-
-        def rows(name: str) -> mx.array:
-            like = getattr(filled, name)
-            empty = mx.zeros((1, like.shape[1], 0, like.shape[3]), like.dtype)
-            parts = [empty if c.keys is None else held(c, getattr(c, name)) for c in caches]
-            return mx.concatenate([mx.pad(x, [(0, 0), (0, 0), (longest - x.shape[2], 0), (0, 0)]) for x in parts])
-
-        merged.keys, merged.values = rows("keys"), rows("values")
-        return merged
+        if longest > 0:
+            self.left_padding = mx.array([longest - length for length in lengths])
+            self.offset, self._idx = mx.array(offsets), longest
+            like = next(row for row in rows if row is not None)
+            empty = [mx.zeros((1, x.shape[1], 0, x.shape[3]), x.dtype) for x in like]
+            self.keys, self.values = (
+                mx.concatenate([pad_left((empty if row is None else row)[i], longest) for row in rows]) for i in (0, 1)
+            )
+        return self
 
 
 class BatchRotatingKVCache(BatchKVCache):
-    """Several sequences, of which only the latest `max_size` positions are held (none of the first are kept).
+    """A sliding cache of several sequences: the latest `max_size` positions, without keeping the first ones.
 
     Once `max_size` columns are held, a single new one overwrites the oldest in place: then `rotated` is True, and the
-    next is written at `_idx`. Everything else first puts the columns back in order.
+    next is written at `_idx`. Every other method first puts the columns back in order.
     """
 
     def __init__(self, max_size: int, left_padding: Sequence[int]) -> None:
         super().__init__(left_padding)
         self.max_size, self.rotated = max_size, False
-        self._ends: mx.array | None = None  # where rows that are being padded on the right end
+        self._ends: mx.array | None = None  # [B], where rows with padding on the right end
 
     def prepare(
         self,
@@ -564,17 +533,18 @@ class BatchRotatingKVCache(BatchKVCache):
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """As of `BatchKVCache`; `right_padding` needs the `lengths` of the coming rows."""
+        """As for `BatchKVCache`; `right_padding` needs the `lengths` of the coming rows."""
         super().prepare(left_padding=left_padding)
         if right_padding is not None and lengths is not None and max(right_padding) > 0:
             self._ends = self.offset + mx.array(list(lengths))
 
     def finalize(self) -> None:
-        """After rows padded on the right: move their padding to the left."""
+        """After updates with padding on the right: move it to the left."""
         self._settle()
         self._ends = None
 
     def _settle(self) -> None:
+        """Put the columns in order, and padding that came on the right so far to the left."""
         self._put_in_order()
         if self._ends is not None and self.keys is not None:
             self._move_left(mx.maximum(0, self.offset - self._ends))
@@ -583,13 +553,13 @@ class BatchRotatingKVCache(BatchKVCache):
         """Append keys and values [B, K, L, D]; returns those still held, at most max_size - 1 + L columns."""
         if self._overwrites(keys.shape[2]):
             return self._overwrite(keys, values)
-        # A row that has ended must not lose what it holds to the padding of later pieces.
+        # The padding of later pieces must not push out what a finished row holds.
         self._settle()
         self._keep_latest(self.max_size - 1)
         return super().update_and_fetch(keys, values)
 
     def _overwrites(self, length: int) -> bool:
-        """Whether an update of this length takes the place of the oldest column."""
+        """Whether an update of this length overwrites the oldest column."""
         return length == 1 and self._ends is None and self._held() >= self.max_size
 
     def _overwrite(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -604,19 +574,19 @@ class BatchRotatingKVCache(BatchKVCache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What is held, in the order of the buffers, padding included; there must have been an update."""
+        """What is held, in the order of the buffers, including padding; there must have been an update."""
         held = self._held()
         return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _held(self) -> int:
-        """How many columns there are, padding included."""
+        """How many columns are held, including padding."""
         return self.max_size if self.rotated else self._idx
 
     def _next_column(self) -> int:
         return self._idx if self.rotated and self._idx < self.max_size else 0
 
     def _keep_latest(self, count: int) -> None:
-        """Let the oldest columns beyond `count`, and the unused part of the buffers, go; columns must be in order."""
+        """Drop the oldest columns beyond `count` and the unused part of the buffers; columns must be in order."""
         excess = self._idx - count
         if excess >= 0 and self.keys is not None:
             self.keys, self.values = (x[:, :, excess : self._idx] for x in (self.keys, self.values))
@@ -643,7 +613,7 @@ class BatchRotatingKVCache(BatchKVCache):
 
     def extend(self, other: Self) -> None:
         if other.max_size != self.max_size:
-            raise ValueError("Only caches of one maximum size can be put together.")
+            raise ValueError("Only caches of the same maximum size can be extended by each other.")
         for cache in (self, other):
             cache._put_in_order()
         super().extend(other)
@@ -657,7 +627,7 @@ class BatchRotatingKVCache(BatchKVCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        # Other than ours, mlx-lm's buffers have no unused part when there are columns to forget.
+        # Unlike ours, mlx-lm's buffers have no unused part once there are columns to forget.
         keys, values = (None, None) if self.keys is None else self.keys_and_values()
         held = self._held()
         return keys, values, self.offset, self.left_padding, self.max_size, held, self._idx, self.rotated
@@ -679,7 +649,32 @@ class BatchRotatingKVCache(BatchKVCache):
 
     @classmethod
     def merge(cls, caches: Sequence[RotatingKVCache]) -> Self:
-        if len({c.max_size for c in caches}) > 1:
-            raise ValueError("Only caches of one maximum size can be merged.")
-        empty = cls(caches[0].max_size, [0] * len(caches))
-        return cls._merged(empty, caches, lambda c, x: c.in_order(x)[:, :, -c.size() :])
+        if len({cache.max_size for cache in caches}) > 1:
+            raise ValueError("Only caches of the same maximum size can be merged.")
+        rows = [None if cache.empty() else cache.latest() for cache in caches]
+        return cls(caches[0].max_size, [0] * len(caches))._filled(rows, [cache.offset for cache in caches])
+
+
+def causal_mask(length: int, past: int, window: int | None = None, keep: int = 0) -> mx.array:
+    """Booleans [length, past + length], True where visible: a position itself and those before it.
+
+    With `window`, only that many: the first `keep` columns and the latest of the rest.
+    """
+    rows = mx.arange(past, past + length)[:, None]
+    columns = mx.arange(past + length)
+    mask = rows >= columns
+    if window is not None:
+        mask = mask & ((rows < columns + (window - keep)) | (columns < keep))
+    return mask
+
+
+def grow(buffer: mx.array | None, new: Sequence[int], dtype: mx.Dtype, used: int, step: int) -> mx.array:
+    """The first `used` columns of `buffer`, and room behind them for the shape `new` [B, K, L, D], in whole steps."""
+    room = -(-new[2] // step) * step
+    zeros = mx.zeros((*new[:2], room, new[3]), dtype)
+    return zeros if buffer is None else mx.concatenate([buffer[:, :, :used], zeros], axis=2)
+
+
+def pad_left(x: mx.array, length: int) -> mx.array:
+    """Keys or values [B, K, T, D] -> [B, K, length, D], with zeros in front."""
+    return mx.pad(x, [(0, 0), (0, 0), (length - x.shape[2], 0), (0, 0)])

@@ -1,4 +1,4 @@
-"""What to say when a model's numbers are not finite; they are checked where one is read back anyway."""
+"""The error for NaN and infinity; numbers are checked where one is read back from the device anyway."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ADVICE = "download the model, or convert the original, again"
 
 
 def not_finite(what: str, model: OpenELM, *, processed: bool = False) -> OpenELMError:
-    """The error that `what` is not finite, with the likely cause and what to do; looks through the model's weights.
+    """The error for `what` not being finite, with a likely cause and advice; looks through the model's weights.
 
     Args:
-        processed: whether logits processors (a bias, penalties) changed the numbers after the model.
+        processed: whether logits processors (a bias, penalties) changed the model's logits.
     """
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     floating = [(name, value) for name, value in parameters if mx.issubdtype(value.dtype, mx.floating)]

@@ -1,4 +1,4 @@
-"""Small models that the CUDA kernel for decoding serves, and what the reference gives for them."""
+"""Small models that the CUDA kernel for decoding supports, and the reference's logits for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy_model
 
-# Projections are packed as these, (bits, group size), one after the other, or not at all.
+# (bits, group size) of each projection in turn; None is not quantized.
 Packings = list[tuple[int, int] | None]
 ALL_PACKINGS: Packings = [(2, 32), (3, 64), (5, 128), None, (6, 64), (8, 32), (4, 128)]
 
@@ -50,7 +50,7 @@ def make_model(dtype: mx.Dtype, packings: Packings, head_dim: int, norms: bool =
 
 
 def plain_logits(model: OpenELM, ids: list[int]) -> np.ndarray:
-    """What the reference gives for the model's weights, unpacked, in float64 [length, vocab]."""
+    """The reference's logits [length, vocab] for the model's dequantized weights, in float64."""
     weights = {}
     for path, module in model.named_modules():
         if "scales" in module:

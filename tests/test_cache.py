@@ -110,7 +110,7 @@ def seen_total(cache: Any, length: int) -> int:
 @pytest.mark.parametrize("keep", [0, 1, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_rotating_with_keep_sees_the_first_and_the_latest(keep: int, seed: int) -> None:
-    """Against the definition; mlx-lm's hides the kept ones from the later positions of a chunk."""
+    """Against the definition; mlx-lm's mask hides the kept positions from the later ones of a chunk."""
     rng = random.Random(seed)
     size = 16
     cache, history = ours.RotatingKVCache(size, keep=keep), []
@@ -136,6 +136,68 @@ def test_rotating_with_keep_one_token_at_a_time_is_mlx_lms(keep: int) -> None:
     for length in [9, *[1] * 40]:
         keys, values = fresh(rng, 1, length)
         assert seen(a, keys, values) == seen(b, keys, values)
+
+
+@pytest.mark.parametrize("pieces", [[8], [1] * 8, [7, 1], [3, 5], [8, 1], [9], [1] * 9, [4, 5]], ids=str)
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_rotating_cache_at_exactly_its_limit(pieces: list[int], keep: int) -> None:
+    """Filled to its size and one beyond: what it holds, sees, forgets and overwrites next."""
+    rng, size = random.Random(0), 8
+    cache, history = ours.RotatingKVCache(size, keep=keep), []
+    total = sum(pieces)
+    for length in pieces:
+        keys, values = fresh(rng, 1, length)
+        cache.update_and_fetch(keys, values)
+        both = np.array(mx.concatenate([keys, values], axis=-1).swapaxes(1, 2))[0]
+        history += [vector.tobytes() for vector in both]
+        if cache.offset == size - 1:
+            assert cache.is_trimmable()
+            twin = copy.deepcopy(cache)
+            assert (twin.trim(2), twin.offset, twin.size()) == (2, 5, 5)
+            assert seen(twin, *fresh(rng, 1, 1))[0][0] > set(history[:5])
+    assert (cache.offset, cache.size()) == (total, size)
+    assert not cache.is_trimmable()
+    assert (cache.trim(3), cache.offset) == (0, total)
+    if pieces[-1] == 1:  # single positions are written in place
+        assert cache.keys.shape[2] == size
+    # One more position sees everything held except the position that it overwrites.
+    for length in (1, 3):
+        twin = copy.deepcopy(cache)
+        keys, values = fresh(rng, 1, length)
+        both = np.array(mx.concatenate([keys, values], axis=-1).swapaxes(1, 2))[0]
+        longer = history + [vector.tobytes() for vector in both]
+        for i, visible in enumerate(seen(twin, keys, values)[0]):
+            latest = longer[total + i + 1 - (size - keep) : total + i + 1]
+            assert visible == frozenset(longer[:keep] + latest)
+        if length == 1:
+            assert twin.keys.shape[2] == size
+
+
+@pytest.mark.parametrize(("past", "visible"), [(4, 5), (5, 5), (6, 5), (15, 5), (16, 5)])
+def test_a_window_smaller_than_a_rotating_cache(past: int, visible: int) -> None:
+    """One more position sees `window` columns from the moment that there are more, itself included."""
+    rng, cache = random.Random(0), ours.RotatingKVCache(16)
+    cache.update_and_fetch(*fresh(rng, 1, past))
+    mask = cache.make_mask(1, window_size=5)
+    total = min(past + 1, 16)
+    assert full_mask(mask, 1, total, 1).sum() == visible
+
+
+@pytest.mark.parametrize("length", [7, 8, 9])
+def test_rotating_caches_at_their_limit_merge_and_come_apart(length: int) -> None:
+    rng, singles = random.Random(1), [ours.RotatingKVCache(8) for _ in range(3)]
+    for single, count in zip(singles, (length, 3, 0), strict=True):
+        if count:
+            single.update_and_fetch(*fresh(rng, 1, count))
+    merged = ours.RotatingKVCache.merge(singles)
+    assert (merged.size(), merged.offset.tolist()) == (min(length, 8), [length, 3, 0])
+    for row, single in enumerate(singles):
+        keys, values = fresh(rng, 1, 1)
+        assert seen(merged.extract(row), keys, values) == seen(copy.deepcopy(single), keys, values)
+    keys, values = fresh(rng, 3, 1)
+    expected = [seen(c, keys[i : i + 1], values[i : i + 1])[0] for i, c in enumerate(singles)]
+    assert seen(merged, keys, values) == expected
+    assert merged.is_trimmable() == (length < 7)
 
 
 def test_what_is_written_after_a_trim_replaces_what_was_there() -> None:
@@ -192,11 +254,11 @@ def test_other_bits(bits: int) -> None:
 
 # Batches.
 
-SIZE = 12  # of the rotating ones
+SIZE = 12  # of the rotating caches
 
 
 class Rows:
-    """One batch three times: our cache, mlx-lm's, and the definition: a row sees the latest of what it was given."""
+    """A batch in three forms: our cache, mlx-lm's, and the definition, where a row sees its latest tokens."""
 
     def __init__(self, rng: random.Random, kind: str, prompts: list[int]) -> None:
         self.rng, self.kind, self.limit = rng, kind, SIZE if kind == "rotating" else 10**9
@@ -223,11 +285,11 @@ class Rows:
         return visible
 
     def step(self, lengths: list[int], total: int) -> None:
-        """`total` columns, of which the first `lengths[row]` are the row's."""
+        """`total` columns, the first `lengths[row]` of them real, the rest padding."""
         keys, values = fresh(self.rng, len(self.histories), total)
         mine = seen(self.ours, keys, values)
         other = seen(self.theirs, keys, values)
-        for row, length in enumerate(lengths):  # what padding sees is nobody's business
+        for row, length in enumerate(lengths):  # what padding sees does not matter
             expected = self._remember(row, keys[row], values[row], length)
             assert mine[row][:length] == expected
             if self.kind == "plain":
@@ -295,7 +357,7 @@ def test_batches(kind: str, seed: int, chunk: int) -> None:
         assert rows.ours.nbytes > 0
 
 
-def test_a_batch_of_nothing_yet() -> None:
+def test_an_empty_batch() -> None:
     for m in (ours, theirs):
         merged = m.KVCache.merge([m.KVCache(), m.KVCache()])
         assert type(merged).__name__ == "BatchKVCache"
@@ -364,7 +426,7 @@ def test_saved_prompt_caches_are_read_both_ways(tmp_path: Path, name: str, direc
         untouched.update_and_fetch(keys, values)
     file = str(tmp_path / "cache.safetensors")
     theirs.save_prompt_cache(file, [cache], {"model": "x"})
-    # mlx-lm looks classes up by their names, and ours have the same: read with its code, made with our classes.
+    # mlx-lm looks classes up by name, and ours have the same names; this uses its code and our classes.
     loaded, metadata = theirs.load_prompt_cache(file, return_metadata=True)
     assert metadata == {"model": "x"}
     if reader is ours:

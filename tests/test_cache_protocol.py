@@ -1,4 +1,4 @@
-"""Our caches where mlx-lm's would be: the same calls give the same keys, values, masks, positions and states.
+"""Our caches in place of mlx-lm's: the same calls give the same keys, values, masks, positions and states.
 
 The calls are drawn at random; mlx-lm's classes are the oracle, of the version whose cache state ours follows.
 """
@@ -82,14 +82,14 @@ def test_one_sequence(kind: str, steps: list[tuple[str, Any]], window: int | Non
             assert equal(got, expected)
             assert equal(a.keys_and_values(), b.keys_and_values())
             total = (got[0] if kind != "quantized" else got[0][0]).shape[2]
-            if not kept or masks[1] is None:  # theirs hides the kept ones from a window
+            if not kept or masks[1] is None:  # theirs hides the kept positions behind a window
                 assert np.array_equal(*(as_array(mask, value, total) for mask in masks)), (value, window)
         elif name == "trim":
             assert a.is_trimmable() == b.is_trimmable()
             if a.is_trimmable():
                 assert a.trim(value) == b.trim(value)
         elif not a.empty():
-            a, b = (type(c).from_state(c.state) for c in (b, a))  # each goes on from the other's
+            a, b = (type(c).from_state(c.state) for c in (b, a))  # each continues from the other's state
             a, b = (getattr(m, type(a).__name__).from_state(c.state) for m, c in ((ours, a), (theirs, b)))
         assert (a.offset, a.empty(), a.step) == (b.offset, b.empty(), b.step)
         assert equal(a.state[2:], b.state[2:])
@@ -99,7 +99,7 @@ def test_one_sequence(kind: str, steps: list[tuple[str, Any]], window: int | Non
 
 @pytest.mark.parametrize("kind", SINGLE)
 def test_buffers_grow_by_the_step_that_is_set(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm's way to other steps is to set them on the class."""
+    """In mlx-lm, the step is changed by setting it on the class."""
     shapes = []
     for module in (ours, theirs):
         cache = SINGLE[kind](module)
@@ -110,7 +110,7 @@ def test_buffers_grow_by_the_step_that_is_set(kind: str, monkeypatch: pytest.Mon
     assert shapes[0] == shapes[1]
 
 
-def test_a_sliding_cache_is_not_quantized_behind_anybodys_back() -> None:
+def test_a_sliding_cache_is_never_quantized_silently() -> None:
     with pytest.raises(RequestError, match="--kv-bits cannot be combined with a sliding cache"):
         their_generate.maybe_quantize_kv_cache([ours.RotatingKVCache(8)], 0, 32, 8)
 
@@ -126,7 +126,7 @@ SIZE = 9
 
 
 def seen(cache: Any, keys: mx.array, values: mx.array) -> list[list[list[bytes]]]:
-    """What attention sees, for each row and new position: the columns, sorted, for their order is nobody's business."""
+    """What attention sees, for each row and new position: the columns, sorted, since their order does not matter."""
     length = keys.shape[2]
     mask = cache.make_mask(length)
     both = mx.concatenate(cache.update_and_fetch(keys, values), axis=-1)
@@ -140,7 +140,7 @@ def seen(cache: Any, keys: mx.array, values: mx.array) -> list[list[list[bytes]]
 
 def from_state(kind: type, state: Any) -> Any:
     cache = kind.from_state(state)  # type: ignore[attr-defined]
-    cache._lengths = None  # which theirs forgets to set
+    cache._lengths = None  # mlx-lm's from_state does not set it
     return cache
 
 
@@ -163,14 +163,14 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
     for name, value in steps:
         rows = a.left_padding.size
         if name == "update":
-            # Padding comes in the first piece, whole, as mlx-lm's own generator gives it.
+            # The first piece contains all the padding, as in mlx-lm's own generator.
             length = value if started else max(value, 5)
             keys, values = numbers(rows, length)
             got, expected = seen(a, keys, values), seen(b, keys, values)
             columns = a.left_padding.tolist()
             first = [max(0, p) for p in columns] if not started else [0] * rows
-            # A window's mask for several positions is wrong in theirs once it has slid over padding; test_cache has
-            # ours against the definition.
+            # mlx-lm's mask for several positions is wrong once the window has slid over padding; test_cache compares
+            # ours with the definition.
             assert (kind == "sliding" and length > 1) or [row[p:] for row, p in zip(got, first, strict=True)] == [
                 row[p:] for row, p in zip(expected, first, strict=True)
             ]
@@ -189,7 +189,7 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
                 other.update_and_fetch(keys, values)
                 cache.extend(other)
         elif name == "trim" and a.is_trimmable() and b.is_trimmable():
-            # What is left of a row must not be less than nothing.
+            # A row must keep at least one position.
             count = min(value, min(a.offset.tolist()) - 1)
             if count > 0:
                 assert a.trim(count) == b.trim(count)
@@ -201,7 +201,7 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
         elif name == "reload":
             states = a.state, b.state
             assert len(states[0]) == len(states[1])
-            a = type(a).from_state(states[1])  # each goes on from the other's
+            a = type(a).from_state(states[1])  # each continues from the other's state
             b = from_state(type(b), states[0])
         assert a.offset.tolist() == b.offset.tolist()
         assert a.empty() == b.empty()
@@ -210,8 +210,8 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @QUICK
 @given(lengths=st.lists(st.sampled_from([1, 1, 1, 1, 2, 5, 9]), max_size=14))
-def test_a_batch_has_its_columns_where_theirs_has(kind: str, lengths: list[int]) -> None:
-    """Beside what each row sees: the layout, and all of the state but how many columns there ever were."""
+def test_a_batch_has_the_same_columns_as_theirs(kind: str, lengths: list[int]) -> None:
+    """The layout too, and all of the state except the count of columns ever held."""
     numbers, (a, b) = Numbers(), (batch(m, kind, [2, 0, 3]) for m in (ours, theirs))
     for length in [5, *lengths]:
         keys, values = numbers(3, length)
@@ -225,7 +225,7 @@ def test_a_batch_has_its_columns_where_theirs_has(kind: str, lengths: list[int])
 
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 class TestEdges:
-    """A batch that is empty, of one row, of no rows, with rows twice or in another order, and rows that are not."""
+    """Empty batches, one row, no rows, repeated or reordered rows, and rows that do not exist."""
 
     def test_filtering_before_the_first_update_keeps_the_padding_to_come(self, kind: str) -> None:
         a, whole = batch(ours, kind, [2, 3]), batch(ours, kind, [2])
@@ -256,7 +256,7 @@ class TestEdges:
             assert equal(single.keys_and_values(), singles[source].keys_and_values())
             assert single.offset == singles[source].offset
 
-    def test_all_rows_removed_and_others_taken_in(self, kind: str) -> None:
+    def test_all_rows_removed_and_others_added(self, kind: str) -> None:
         for none in ([], mx.array([], mx.int32), mx.array([])):
             a, numbers = batch(ours, kind, [0, 1]), Numbers()
             a.update_and_fetch(*numbers(2, 4))
@@ -269,7 +269,7 @@ class TestEdges:
             assert a.offset.tolist() == [3]
             assert equal(a.extract(0).keys_and_values(), single.keys_and_values())
 
-    def test_rows_that_are_not_there(self, kind: str) -> None:
+    def test_rows_that_do_not_exist(self, kind: str) -> None:
         a = batch(ours, kind, [0, 1])
         for _ in range(2):
             for wrong in ([2], [0, -3], mx.array([7])):
@@ -295,8 +295,8 @@ class TestEdges:
         keys, values = Numbers()(1, 3)
         assert equal(single.update_and_fetch(keys, values), (keys, values))
 
-    def test_what_is_forgotten_comes_not_back(self, kind: str) -> None:
-        """Trimming less than nothing, more than all, or what has slid."""
+    def test_forgotten_positions_do_not_come_back(self, kind: str) -> None:
+        """Trimming a negative number, more than there is, or a cache that has slid."""
         a, numbers = batch(ours, kind, [0]), Numbers()
         assert a.trim(3) == 0
         a.update_and_fetch(*numbers(1, 4))
@@ -305,7 +305,7 @@ class TestEdges:
         a.update_and_fetch(*numbers(1, 1))
         assert a.trim(2) == (2 if kind == "plain" else 0)
 
-    def test_one_row_alone_is_what_it_is_in_company(self, kind: str) -> None:
+    def test_a_row_alone_behaves_as_in_a_batch(self, kind: str) -> None:
         make = ours.KVCache if kind == "plain" else lambda: ours.RotatingKVCache(SIZE)
         numbers, singles = Numbers(), [make() for _ in range(3)]
         for single, length in zip(singles, (3, 0, 8), strict=True):
@@ -318,7 +318,7 @@ class TestEdges:
         assert seen(merged, keys, values) == seen(singles[0].merge([make()]), keys, values)
 
 
-def test_no_rows_of_different_windows_in_one_batch() -> None:
+def test_rows_with_different_windows_cannot_share_a_batch() -> None:
     with pytest.raises(ValueError, match="maximum size"):
         ours.BatchRotatingKVCache(8, [0]).extend(ours.BatchRotatingKVCache(9, [0]))
 
@@ -340,7 +340,7 @@ def test_rows_removed_while_others_are_padded_on_the_right(kind: str) -> None:
     assert equal(a.extract(1).keys_and_values(), alone.extract(0).keys_and_values())
 
 
-# Files of batches, and the model over every kind of cache there is.
+# Files of batches, and the model with every kind of cache.
 
 
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
@@ -353,7 +353,7 @@ def test_batches_are_saved_and_loaded_both_ways(tmp_path: Path, kind: str, updat
             cache.update_and_fetch(keys, values)
     file = str(tmp_path / "cache.safetensors")
     theirs.save_prompt_cache(file, caches)
-    # What mlx-lm reads, in its classes and in ours, whoever wrote it. Read twice: theirs writes into its arrays.
+    # mlx-lm reads both files, into its classes and ours; twice, since its caches write into the arrays.
     kinds = [getattr(m, type(caches[0]).__name__) for m in (theirs, ours)]
     every = caches + [from_state(kind, c.state) for kind in kinds for c in theirs.load_prompt_cache(file)]
     for _ in range(4):
@@ -403,13 +403,13 @@ def test_the_model_works_with_every_cache_of_keys_and_values(
         assert [int(token) for token, _ in their_steps] == expected
 
 
-def test_caches_of_other_things_are_refused(model: OpenELM) -> None:
+def test_caches_of_other_kinds_are_refused(model: OpenELM) -> None:
     for make in (lambda: theirs.CacheList(theirs.KVCache()), lambda: theirs.ArraysCache(2)):
         with pytest.raises(RequestError, match="which holds no keys and values"):
             generate_step(model, PROMPT, cache=[make() for _ in model.layers])
 
 
-def test_mlx_lm_guesses_ahead_and_takes_back_over_our_caches(model: OpenELM, expected: list[int]) -> None:
+def test_mlx_lms_speculative_decoding_works_with_our_caches(model: OpenELM, expected: list[int]) -> None:
     """Its speculative decoding trims; so do `trim_prompt_cache` and whoever edits a prompt."""
     caches = ours.make_cache(2 * len(model.layers))
     steps = their_generate.speculative_generate_step(

@@ -19,7 +19,7 @@ from typing import Any
 from mlx_openelm import backend, load, native, stream_generate
 from mlx_openelm.cli import console, doctor
 from mlx_openelm.cli.main import COMMANDS
-from mlx_openelm.generation.stream import GenerationOptions
+from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet as corenet_files
 
 import mlx.core as mx

@@ -1,4 +1,4 @@
-"""The line about compiled kernels: once, on CUDA alone, and only where new ones appear while work takes long."""
+"""The announcement of compiled kernels: once, only on CUDA, and only if new ones appear during long work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 
 class Machine:
-    """A GPU that has little patience, in a process that has done nothing yet; `said` is what it says."""
+    """A GPU with a short `PATIENCE`, in a process that has done nothing yet; `announced` collects the lines."""
 
     def __init__(self, cache: Path):
         self.cache = cache
-        self.said: list[str] = []
+        self.announced: list[str] = []
 
     def work(self, name: str, seconds: float = 0.3, kernels: int = 0) -> None:
-        with compiling.notice(name, self.said.append):
+        with compiling.notice(name, self.announced.append):
             for _ in range(kernels):
                 file = self.cache / "a long name" / f"{len(list(self.cache.rglob('*')))}.ptx"
                 file.parent.mkdir(exist_ok=True)
@@ -31,43 +31,43 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
     monkeypatch.setattr(compiling, "_begun", set())
-    monkeypatch.setattr(compiling, "_said", threading.Event())
+    monkeypatch.setattr(compiling, "_announced", threading.Event())
     monkeypatch.setattr(compiling, "PATIENCE", 0.05)
     monkeypatch.setattr(backend, "on_cuda", lambda: True)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
     return Machine(tmp_path)
 
 
-def test_long_first_work_is_told_once(machine):
+def test_long_first_work_is_announced_once(machine):
     machine.work("Validating", kernels=2)
     machine.work("Training", kernels=2)
-    assert machine.said == [compiling.LINE]
+    assert machine.announced == [compiling.LINE]
 
 
-def test_quick_work_and_later_work_is_not_told(machine):
+def test_quick_work_and_later_work_are_not_announced(machine):
     machine.work("Training", seconds=0.0, kernels=1)
     machine.work("Training", kernels=1)
-    assert machine.said == []
+    assert machine.announced == []
     machine.work("Testing", kernels=1)
-    assert machine.said == [compiling.LINE]
+    assert machine.announced == [compiling.LINE]
 
 
-def test_work_that_is_long_by_itself_is_not_told(machine):
+def test_long_work_without_new_kernels_is_not_announced(machine):
     machine.work("Training", kernels=3, seconds=0.0)
     machine.work("Testing")
-    assert machine.said == []
+    assert machine.announced == []
 
 
-def test_nothing_is_told_elsewhere(machine, monkeypatch):
+def test_nothing_is_announced_on_other_devices(machine, monkeypatch):
     monkeypatch.setattr(backend, "on_cuda", lambda: False)
     machine.work("Training", kernels=1)
-    assert machine.said == []
+    assert machine.announced == []
 
 
 def test_work_that_fails_ends_the_wait(machine):
-    with pytest.raises(ZeroDivisionError), compiling.notice("Training", machine.said.append):
+    with pytest.raises(ZeroDivisionError), compiling.notice("Training", machine.announced.append):
         print(1 / 0)
     time.sleep(0.1)
     machine.work("Testing", seconds=0.0, kernels=1)
     time.sleep(0.2)
-    assert machine.said == []
+    assert machine.announced == []

@@ -54,7 +54,7 @@ class Emulation:
         assert len(names) == len(kinds)
         source, library = folder / f"kernel{number}.cpp", folder / f"kernel{number}.so"
         source.write_text(text)
-        # Of several such libraries none may take another's variables.
+        # Several such libraries must not share variables.
         options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-fno-gnu-unique", "-fvisibility=hidden"]
         subprocess.run(["g++", *options, "-o", library, source], check=True)
         self._run = ctypes.CDLL(str(library)).run
@@ -127,7 +127,7 @@ def test_steps_give_the_references_logits(calls, dtype, packings, head_dim):
     assert error < (0.03 if dtype == mx.bfloat16 else 0.005)
 
 
-def test_blocks_divide_a_long_past(calls, monkeypatch):
+def test_blocks_share_the_work_of_a_long_cache(calls, monkeypatch):
     monkeypatch.setattr(compiler, "multiprocessors", lambda: 13)  # three for each of four heads, one for each of eight
     model = make_model(mx.float16, [None], 64)
     ids = np.random.default_rng(1).integers(0, 64, 304).tolist()
@@ -162,7 +162,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.abs(found - wanted).max() < 0.006 * np.abs(wanted).max())
 
 
-def test_a_cache_holds_what_the_plain_path_would_put_there(calls, model, monkeypatch):
+def test_a_cache_holds_the_same_as_on_the_plain_path(calls, model, monkeypatch):
     cache = prefilled(model, [5, 6, 7])
     steps(model, cache, [8, 9])
     found = held(cache)
@@ -171,11 +171,11 @@ def test_a_cache_holds_what_the_plain_path_would_put_there(calls, model, monkeyp
     plain = prefilled(model, [5, 6, 7])
     steps(model, plain, [8, 9])
     assert all(close(a, b) for a, b in zip(found, held(plain), strict=True))
-    # And the plain path goes on from there.
+    # And the plain path continues from there.
     assert close(steps(model, cache, [10]), steps(model, plain, [10]))
 
 
-def test_copies_of_a_cache_go_their_own_ways(calls, model):
+def test_copies_of_a_cache_are_independent(calls, model):
     cache = prefilled(model, [5, 6, 7])
     steps(model, cache, [8])
     other = copy.deepcopy(cache)
@@ -208,7 +208,7 @@ def test_buffers_grow(calls, model, monkeypatch):
 
 
 def test_steps_follow_each_other(calls, model):
-    """A step is computed after those before it, also where nobody asked for their results: it takes the last one's."""
+    """Each step waits for the previous one, even if that one's result is not read: it takes it as an input."""
     inputs = []
     call = mx.fast.precompiled_cuda_kernel
 
@@ -224,12 +224,12 @@ def test_steps_follow_each_other(calls, model):
         assert after[3] is before[0]
 
 
-def test_other_threads_do_without_while_the_first_lives(calls, model):
+def test_other_threads_run_without_the_kernel_while_the_first_lives(calls, model):
     steps(model, prefilled(model, [5]), [8])
     results = []
 
     def work() -> None:
-        # Threads have streams of their own, so this one needs a model of its own, too.
+        # Each thread has its own streams, so it also needs its own model.
         results.append(steps(own, prefilled(own, [5]), [8]))
 
     own = make_model(mx.float16, [None], 64)

@@ -79,7 +79,7 @@ def steps(model: OpenELM, params: dict[str, Any], count: int = 3) -> list[tuple[
     ids=str,
 )
 def test_the_first_logits_end_generation(either_way: None, name: str, value: float, params: dict[str, Any]) -> None:
-    """In the embedding it is one logit of 256 that is none."""
+    """In the embedding, one logit of 256 is not finite."""
     with pytest.raises(OpenELMError) as caught:
         steps(damaged(tiny_model(), name, value), params)
     assert str(caught.value) == (
@@ -93,7 +93,7 @@ def test_the_first_logits_end_generation(either_way: None, name: str, value: flo
 @pytest.mark.parametrize("token", [0, 100, 255])
 @pytest.mark.parametrize("params", SAMPLING[:2], ids=str)
 def test_one_logit_of_all(either_way: None, params: dict[str, Any], token: int, value: float) -> None:
-    """Whatever comes of it: the most likely token, a drawn one, or one that bans it."""
+    """Whether the token becomes the most likely one, is drawn, or is banned."""
     sampler = make_sampler(SamplingParams(**params), key=mx.random.key(0))
 
     def add(_: mx.array, logits: mx.array) -> mx.array:
@@ -104,8 +104,8 @@ def test_one_logit_of_all(either_way: None, params: dict[str, Any], token: int, 
 
 
 @pytest.mark.parametrize("params", SAMPLING, ids=str)
-def test_what_sampling_rules_out_is_not_meant(either_way: None, params: dict[str, Any]) -> None:
-    """Logits of -inf are a part of it, and so is a bias that no logit reaches."""
+def test_tokens_that_sampling_rules_out_are_no_error(either_way: None, params: dict[str, Any]) -> None:
+    """A bias of -inf is allowed, and so is one larger than any logit."""
     biased = params | {"logit_bias": {n: -math.inf for n in range(255)} | {255: -1e30}}
     assert [token for token, _ in steps(tiny_model(), biased)] == [255] * 3
     assert len(steps(tiny_model(), params)) == 3
@@ -113,7 +113,7 @@ def test_what_sampling_rules_out_is_not_meant(either_way: None, params: dict[str
 
 @pytest.mark.parametrize("ruled_out", [slice(None), 5])
 def test_processors_that_rule_out_what_is_chosen_are_named(ruled_out: Any) -> None:
-    """The weights alone are not blamed for what a caller did to the logits."""
+    """The weights are not blamed for what a caller did to the logits."""
 
     def process(_: mx.array, logits: mx.array) -> mx.array:
         logits[:, ruled_out] = -math.inf
@@ -125,7 +125,7 @@ def test_processors_that_rule_out_what_is_chosen_are_named(ruled_out: Any) -> No
 
 
 def test_tokens_before_are_delivered(either_way: None) -> None:
-    """An embedding of its own is met when its token is: what follows that one cannot be known."""
+    """With untied embeddings, a damaged row only matters once its token is read."""
     model = tiny_model(share_input_output_layers=False)
     expected = [token for token, _ in steps(model, {"temp": 0.0}, 8)]
     third = expected[2]
@@ -160,7 +160,7 @@ def test_finite_weights_of_a_damaged_file() -> None:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model one of whose weights is NaN."""
+    """The folder of a model with a weight that is NaN."""
     return damage(write_tiny(tmp_path_factory.mktemp("finite") / "broken"), EMBEDDING, math.nan)
 
 
@@ -218,8 +218,8 @@ def test_quantization_by_a_text_ends(broken: Path, tmp_path: Path, options: dict
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_that_no_text_uses_are_looked_at(tmp_path: Path) -> None:
-    """An embedding of its own is NaN for a token that the text does not have."""
+def test_rows_that_the_text_does_not_use_are_checked(tmp_path: Path) -> None:
+    """An untied embedding is NaN for a token that the text does not contain."""
     folder = write_tiny(tmp_path / "m", share_input_output_layers=False)
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
     weights[EMBEDDING][0, 3] = math.nan  # the unknown token
@@ -265,7 +265,7 @@ def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["weights.w", "optimizer.m"])
 def test_what_an_update_broke_is_not_saved(tmp_path: Path, name: str) -> None:
-    """The next update only would show it by its loss, when the checkpoint before had been removed."""
+    """Only the next step's loss would show it, when the previous checkpoint had already been removed."""
 
     class Breaking(Counting):
         def state(self) -> dict[str, mx.array]:

@@ -1,4 +1,4 @@
-"""Generation: the reference's text, stops, limits, seeds, penalties, caches, and what is computed when."""
+"""Generation: the reference's text, stop strings, limits, seeds, penalties, caches, and the order of computation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(loaded: tuple[OpenELM, Tokenizer]) -> OpenELM:
 
 @pytest.fixture
 def tokenizer() -> Tokenizer:
-    """Of one's own: some tests add tokens that end a text."""
+    """A fresh one for each test: some tests add tokens that end a text."""
     return Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
 
 
@@ -76,7 +76,7 @@ def test_a_prompt_may_be_ids_in_any_form(model: OpenELM, tokenizer: Tokenizer) -
         assert [p.token for p in pieces(model, tokenizer, ids, max_tokens=9)] == GREEDY[0][:9]
 
 
-def test_pieces_say_what_happened(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_the_fields_of_pieces(model: OpenELM, tokenizer: Tokenizer) -> None:
     found = pieces(model, tokenizer, PROMPTS[1], max_tokens=12)
     assert [piece.generation_tokens for piece in found] == list(range(1, 13))
     assert {piece.prompt_tokens for piece in found} == {len(IDS[1])}
@@ -89,8 +89,8 @@ def test_pieces_say_what_happened(model: OpenELM, tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_streamed_pieces_join_to_what_decoding_gives(model: OpenELM, tokenizer: Tokenizer, seed: int) -> None:
-    """At a high temperature byte tokens come up, whose characters may never become whole."""
+def test_streamed_pieces_join_to_the_decoded_text(model: OpenELM, tokenizer: Tokenizer, seed: int) -> None:
+    """At a high temperature there are byte tokens, whose characters may stay incomplete."""
     found = pieces(model, tokenizer, PROMPTS[3], max_tokens=120, temp=2.5, seed=seed)
     tokens = [p.token for p in found]
     kept = tokens[:-1] if found[-1].finish_reason == "stop" else tokens
@@ -187,7 +187,7 @@ def ban(tokens: mx.array, logits: mx.array) -> mx.array:
     return logits.at[:, 2].add(-math.inf)
 
 
-def test_a_cached_past_counts(tokenizer: Tokenizer) -> None:
+def test_cached_tokens_count_towards_the_limit(tokenizer: Tokenizer) -> None:
     model = small_model()
     cache = make_cache(2)
     model(mx.array([IDS[0][:9]]), cache)
@@ -200,7 +200,7 @@ def test_a_cached_past_counts(tokenizer: Tokenizer) -> None:
         stream_generate(model, tokenizer, [5], prompt_cache=cache)
 
 
-def test_a_prompt_cache_goes_on_where_it_was(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_generation_continues_from_a_prompt_cache(model: OpenELM, tokenizer: Tokenizer) -> None:
     cache = make_cache(6)
     first = pieces(model, tokenizer, PROMPTS[2], max_tokens=20, prompt_cache=cache)
     # All but the last token were processed.
@@ -209,7 +209,7 @@ def test_a_prompt_cache_goes_on_where_it_was(model: OpenELM, tokenizer: Tokenize
     assert [p.token for p in first + second] == GREEDY[2]
 
 
-def test_beyond_the_training_length_a_warning(tokenizer: Tokenizer) -> None:
+def test_a_prompt_beyond_the_training_length_warns(tokenizer: Tokenizer) -> None:
     model = small_model()
     with pytest.warns(UserWarning, match="13 tokens, more than the 12") as caught:
         generate(model, tokenizer, IDS[0] + IDS[1][:4], max_tokens=1)
@@ -219,7 +219,7 @@ def test_beyond_the_training_length_a_warning(tokenizer: Tokenizer) -> None:
         generate(model, tokenizer, IDS[0] + IDS[1][:3], max_tokens=1)
 
 
-def test_beyond_the_positions_an_error(tokenizer: Tokenizer) -> None:
+def test_a_prompt_beyond_the_last_position_is_an_error(tokenizer: Tokenizer) -> None:
     model = small_model()
     ids = (IDS[0] * 3)[:21]
     with pytest.raises(RequestError, match="too long: 21 tokens.*end at 20"):
@@ -230,7 +230,7 @@ def test_beyond_the_positions_an_error(tokenizer: Tokenizer) -> None:
     assert found[0].finish_reason in ("length", "stop")
 
 
-# Chance.
+# Randomness.
 
 
 def test_seeds(model: OpenELM, tokenizer: Tokenizer) -> None:
@@ -355,7 +355,7 @@ def test_logprobs_are_log_softmax_of_full_logits(model: OpenELM, tokenizer: Toke
     for options in ({}, {"temp": 1.3, "seed": 1}, {"temp": 0.7, "top_p": 0.8, "min_p": 0.05, "top_k": 9, "seed": 2}):
         ids = list(IDS[0])
         for piece in stream_generate(model, tokenizer, IDS[0], max_tokens=15, **options):
-            # Neither temperature nor filters are in them.
+            # Log-probabilities are those before the temperature and the filters.
             assert abs(piece.logprob - full_logprobs(model, ids)[piece.token]) < 1e-4
             ids.append(piece.token)
         assert len(ids) > len(IDS[0])
@@ -380,7 +380,7 @@ def test_prefill_steps_change_nothing(model: OpenELM, tokenizer: Tokenizer, size
 def test_quantized_caches(model: OpenELM, tokenizer: Tokenizer) -> None:
     found = pieces(model, tokenizer, PROMPTS[2], max_tokens=30, kv_bits=8)
     assert [p.token for p in found] == GREEDY[2][:30]
-    # The first token is computed from the prompt as it is; the second one from the quantized past.
+    # The first token is computed from the prompt before it is quantized; the second one from the quantized cache.
     expected = full_logprobs(model, IDS[2] + GREEDY[2][:1])
     assert 1e-5 < abs(found[1].logprob - expected[found[1].token]) < 0.05
     coarse = pieces(model, tokenizer, PROMPTS[2], max_tokens=30, kv_bits=2)
@@ -393,7 +393,7 @@ def test_quantized_caches(model: OpenELM, tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 5, 13, 14, 25, 1000])
-def test_quantized_from_a_position_on(model: OpenELM, start: int) -> None:
+def test_caches_are_quantized_from_a_position_on(model: OpenELM, start: int) -> None:
     cache = make_cache(6)
     options = CacheOptions(kv_bits=8, quantized_kv_start=start)
     steps = generate_step(model, IDS[2], max_tokens=20, cache=cache, options=options, prefill_step_size=4)
@@ -407,8 +407,8 @@ def test_quantized_from_a_position_on(model: OpenELM, start: int) -> None:
         assert (cache[0].bits, cache[0].group_size) == (8, 32)
 
 
-def test_a_window_of_the_past(model: OpenELM, tokenizer: Tokenizer) -> None:
-    """As long as everything fits nothing changes; then the text does, and the caches stay small."""
+def test_a_sliding_cache(model: OpenELM, tokenizer: Tokenizer) -> None:
+    """Nothing changes while everything fits; after that the text changes and the caches stay small."""
     found = [p.token for p in pieces(model, tokenizer, PROMPTS[1], max_tokens=48, max_kv_size=24)]
     same = next(i for i, (a, b) in enumerate(zip(found, GREEDY[1], strict=True)) if a != b)
     assert 16 <= same < 48
@@ -421,7 +421,7 @@ def test_a_window_of_the_past(model: OpenELM, tokenizer: Tokenizer) -> None:
         assert [p.token for p in again] == [p.token for p in whole]
 
 
-# What is computed when.
+# The order of computation.
 
 
 @pytest.fixture
@@ -450,7 +450,7 @@ def test_the_next_step_is_submitted_before_the_last_token_is_delivered(
     async_eval = mx.async_eval
     monkeypatch.setattr(decoding.mx, "async_eval", lambda *x: (submitted.append(1), async_eval(*x))[1])
     stream = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=6)
-    assert counted == {"hidden_states": [], "logits": []}  # nothing before the first piece is asked for
+    assert counted == {"hidden_states": [], "logits": []}  # nothing before the first piece is requested
     for n in range(1, 7):
         assert next(stream).token == GREEDY[0][n - 1]
         ahead = min(n + 1, 6)  # and nothing after the last token
@@ -490,7 +490,7 @@ def test_an_interrupted_stream_leaves_a_usable_cache(model: OpenELM, tokenizer: 
     stream = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=48, prompt_cache=cache)
     tokens = [next(stream).token for _ in range(4)]
     stream.close()
-    # The step that was computed ahead is in the cache too: one more than delivered tokens that were fed.
+    # The cache also has the token of the step that was computed ahead.
     assert cache[0].offset == len(IDS[0]) + 4
     rest = pieces(model, tokenizer, GREEDY[0][4:5], max_tokens=5, prompt_cache=cache)
     assert tokens + [GREEDY[0][4]] + [p.token for p in rest] == GREEDY[0][:10]
@@ -502,7 +502,7 @@ def test_two_streams_at_once(model: OpenELM, tokenizer: Tokenizer) -> None:
     assert [[p.token for p in row] for row in zip(*rounds, strict=True)] == [tokens[:12] for tokens in GREEDY[:3]]
 
 
-def test_a_long_text_does_not_pile_up_memory(tokenizer: Tokenizer) -> None:
+def test_memory_stays_bounded_over_a_long_text(tokenizer: Tokenizer) -> None:
     model = small_model(rope_max_length=4096, max_context_length=4096)
     steps = generate_step(model, IDS[0], max_tokens=700, sampler=greedy)
     for _ in range(300):
@@ -516,7 +516,7 @@ def test_a_long_text_does_not_pile_up_memory(tokenizer: Tokenizer) -> None:
     assert mx.get_active_memory() - early <= 2 * 2 * 2 * 256 * 2 * 16 * 4 + 100_000
 
 
-# Requests that cannot be.
+# Bad requests.
 
 
 @pytest.mark.parametrize(
@@ -569,7 +569,7 @@ def test_a_long_text_does_not_pile_up_memory(tokenizer: Tokenizer) -> None:
     ids=str,
 )
 def test_bad_options(model: OpenELM, tokenizer: Tokenizer, options: dict, words: str) -> None:
-    """Refused when asked, not when the first piece is."""
+    """They are refused at the call, not when the first piece is requested."""
     with pytest.raises(RequestError, match=words):
         stream_generate(model, tokenizer, PROMPTS[0], **options)
     with pytest.raises(RequestError, match=words):

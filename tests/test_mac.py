@@ -85,6 +85,7 @@ def test_a_cpu_beside_metal_keeps_nothing_resident(metal, monkeypatch):
 def test_devices_have_their_names(metal, monkeypatch):
     assert (backend.describe()["device"], backend.describe()["device_name"]) == ("Metal", "Apple M9")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: H100)
     assert backend.describe()["device"] == "CUDA"
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))

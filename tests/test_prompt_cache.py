@@ -1,4 +1,4 @@
-"""Generation that goes on from a prompt cache: what penalties see of it, and caches that cannot be gone on from."""
+"""Generation from a prompt cache: what penalties see of it, and caches that cannot be continued."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_penalties_count_what_the_cache_holds(
     assert text == generate(model, tokenizer, ids, max_tokens=24, **penalty)
 
 
-def test_without_the_ids_a_text_is_another_and_one_warning_says_why(
+def test_without_the_ids_the_text_differs_and_a_warning_says_why(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int]
 ) -> None:
     penalty = {"frequency_penalty": 2.0, "repetition_penalty": 1.2}
@@ -111,8 +111,8 @@ def test_without_the_ids_a_text_is_another_and_one_warning_says_why(
 
 
 @pytest.mark.usefixtures("no_warnings")
-def test_nothing_warns_where_nothing_is_missed(model: OpenELM, tokenizer: Tokenizer, ids: list[int]) -> None:
-    """No penalty; a bias, which is the same whatever came before; a cache that is empty; ids that are known."""
+def test_no_warning_if_the_penalties_miss_nothing(model: OpenELM, tokenizer: Tokenizer, ids: list[int]) -> None:
+    """No penalty; a bias, which does not depend on the context; an empty cache; known ids."""
     past = filled(model, ids[:5])
     generate(model, tokenizer, ids[5:], prompt_cache=past, max_tokens=1, logit_bias={3: -1.0}, temp=1.0, seed=1)
     generate(model, tokenizer, ids, prompt_cache=make_cache(6), max_tokens=1, frequency_penalty=1.0)
@@ -122,7 +122,7 @@ def test_nothing_warns_where_nothing_is_missed(model: OpenELM, tokenizer: Tokeni
 
 
 def test_a_sliding_cache_counts_what_it_has_seen(model: OpenELM, ids: list[int]) -> None:
-    """All tokens, those that it let go included: penalties are about the text, not about what attention sees."""
+    """Including tokens that it has dropped: penalties are about the text, not about what attention sees."""
     cache = filled(model, ids, lambda: RotatingKVCache(12, keep=4))
     seen: list[list[int]] = []
 
@@ -149,7 +149,7 @@ def test_a_sliding_cache_counts_what_it_has_seen(model: OpenELM, ids: list[int])
     ],
     ids=str,
 )
-def test_ids_that_are_not_the_caches(
+def test_ids_that_do_not_match_the_cache(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], tokens: Any, words: str
 ) -> None:
     cache = filled(model, ids[:5])
@@ -160,13 +160,13 @@ def test_ids_that_are_not_the_caches(
     assert cache[0].offset == 5
 
 
-def test_ids_of_no_cache(model: OpenELM, ids: list[int]) -> None:
+def test_ids_without_a_cache(model: OpenELM, ids: list[int]) -> None:
     for cache in (None, make_cache(6)):
         with pytest.raises(RequestError, match="has 3 ids, and the prompt cache has seen 0 tokens"):
             generate_step(model, ids, cache=cache, prompt_cache_tokens=[1, 2, 3])
 
 
-# What `generate_step` is given, told in one line at the call.
+# Arguments of `generate_step`, refused in one line at the call.
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_ids_of_no_cache(model: OpenELM, ids: list[int]) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_prompts_that_are_no_ids(model: OpenELM, prompt: Any, words: str) -> None:
+def test_prompts_that_are_not_token_ids(model: OpenELM, prompt: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
         generate_step(model, prompt)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 350
@@ -230,13 +230,13 @@ def test_prompts_in_any_form(model: OpenELM, ids: list[int]) -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_options_of_a_step_are_checked(model: OpenELM, options: CacheOptions, words: str) -> None:
+def test_the_options_of_generate_step_are_checked(model: OpenELM, options: CacheOptions, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         generate_step(model, [1, 2], options=options)
 
 
 @pytest.mark.parametrize("given", [{"max_tokens": n} for n in (0, -2, 1.5, True, None, math.nan)])
-def test_lengths_of_a_step_are_checked(model: OpenELM, given: dict) -> None:
+def test_the_lengths_of_generate_step_are_checked(model: OpenELM, given: dict) -> None:
     with pytest.raises(RequestError, match="--max-tokens must be 1 or more, or -1 for no limit, got"):
         generate_step(model, [1, 2], **given)
     with pytest.raises(RequestError, match="--prefill-step-size must be 1 or more, got 0"):
@@ -244,13 +244,13 @@ def test_lengths_of_a_step_are_checked(model: OpenELM, given: dict) -> None:
 
 
 @pytest.mark.parametrize("given", [{"temp": -1.0}, {"temp": math.nan}, {"top_p": 2.0}, {"repetition_penalty": 0.0}])
-def test_what_samples_and_punishes_is_checked_where_it_is_made(given: dict) -> None:
+def test_samplers_and_processors_check_their_parameters(given: dict) -> None:
     for make in (make_sampler, make_logits_processors):
         with pytest.raises(RequestError, match="--"):
             make(SamplingParams(**given))
 
 
-# Caches that cannot be gone on from, or not so.
+# Caches that cannot be continued, or not with these options.
 
 
 def sliding() -> RotatingKVCache:
@@ -268,7 +268,7 @@ def sliding() -> RotatingKVCache:
     ],
 )
 @pytest.mark.parametrize("held", [0, 5])
-def test_options_that_a_given_cache_would_not_follow(
+def test_options_that_a_given_cache_does_not_match(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], make: Callable, options: dict, words: str, held: int
 ) -> None:
     cache = filled(model, ids[:held], make)
@@ -289,7 +289,7 @@ def test_options_that_a_given_cache_would_not_follow(
         (sliding, {}, RotatingKVCache),
     ],
 )
-def test_options_that_a_given_cache_follows(
+def test_options_that_a_given_cache_matches(
     model: OpenELM, ids: list[int], make: Callable, options: dict, kind: type
 ) -> None:
     cache = filled(model, ids[:5], make)
@@ -298,7 +298,7 @@ def test_options_that_a_given_cache_follows(
     assert cache[0].offset == 11
 
 
-def test_a_given_cache_in_groups_of_another_size(model: OpenELM, ids: list[int]) -> None:
+def test_a_given_cache_with_another_group_size(model: OpenELM, ids: list[int]) -> None:
     cache = [QuantizedKVCache(64, 8) for _ in model.layers]
     with pytest.raises(RequestError, match="8 bits in groups of 64.*leave them out"):
         generate_step(model, ids, cache=cache, options=CacheOptions(kv_bits=8, kv_group_size=32))

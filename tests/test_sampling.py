@@ -37,7 +37,7 @@ def random_logprobs(seed, batch=5, vocab=60, spread=2.5):
 
 
 def support(filtered, logprobs):
-    """Which tokens are left; the values of those must be untouched."""
+    """Which tokens are left; their values must be unchanged."""
     filtered = np.array(filtered)
     kept = filtered > -INF
     assert not np.isnan(filtered).any()
@@ -45,7 +45,7 @@ def support(filtered, logprobs):
     return kept
 
 
-# Each filter again, one row at a time, in float64, as its paper says it.
+# Each filter again, one row at a time, in float64, as defined in its paper.
 def top_p_support(row, top_p):
     probs, kept, mass = np.exp(row.astype(np.float64)), np.zeros(row.size, bool), 0.0
     for token in np.argsort(-row):
@@ -87,7 +87,7 @@ def test_supports_of_the_filters(seed, spread):
         np.testing.assert_array_equal(
             support(apply_top_p(x, top_p), logprobs), each_row(top_p_support, logprobs, top_p)
         )
-        shifted = np.array(apply_top_p(x - 3, top_p)) > -INF  # a share of whatever the row holds
+        shifted = np.array(apply_top_p(x - 3, top_p)) > -INF  # a fraction of the row's total probability
         np.testing.assert_array_equal(shifted, each_row(top_p_support, logprobs, top_p))
     for min_p in (1e-9, 0.01, 0.2, 0.9, 1.0):
         for at_least in (1, 3, 59, 60, 1000):
@@ -106,7 +106,7 @@ def test_supports_of_the_filters(seed, spread):
 
 
 def test_ties():
-    """What the docstrings say about equals."""
+    """What the docstrings say about ties."""
     x = mx.array([[0.3, 0.2, 0.2, 0.2, 0.1]])
     x = mx.log(x)
 
@@ -330,7 +330,7 @@ def test_same_seed_same_tokens_whatever_happens_to_the_global_state():
     mx.random.normal((7,))
     state = [np.array(s) for s in mx.random.state]
     assert texts(ALL_ON, seed=3) == first
-    for before, after in zip(state, mx.random.state, strict=True):  # nor do we change it for others
+    for before, after in zip(state, mx.random.state, strict=True):  # nor is the global state changed
         np.testing.assert_array_equal(before, np.array(after))
     assert texts(ALL_ON, seed=4) != first
     plain = SamplingParams(temp=1.0)
@@ -366,7 +366,7 @@ def test_nothing_waits_for_the_device():
 
 @pytest.fixture
 def theirs():
-    """mlx-lm's samplers, from their one file: importing the whole of mlx-lm takes seconds."""
+    """mlx-lm's samplers, loaded from a single file: importing the whole of mlx-lm takes seconds."""
     package = importlib.util.find_spec("mlx_lm")
     if package is None:
         pytest.skip("mlx-lm is not installed")
@@ -485,7 +485,7 @@ def test_processors_agree_with_mlx_lm(theirs):
         ({"logit_bias": {t: -INF for t in range(100)}}, "--logit-bias bans every token of the vocabulary"),
     ],
 )
-def test_values_that_cannot_be_right_are_refused(changes, message):
+def test_bad_values_are_refused(changes, message):
     with pytest.raises(RequestError, match=re.escape(message)) as error:
         dataclasses.replace(ALL_ON, **changes).validate(vocab_size=100)
     assert "\n" not in str(error.value)
@@ -501,13 +501,13 @@ def test_values_that_cannot_be_right_are_refused(changes, message):
         {"temp": np.float32(0.5), "top_k": np.int64(3), "logit_bias": None},
     ],
 )
-def test_values_that_are_right_are_accepted_and_work(changes):
+def test_good_values_are_accepted_and_work(changes):
     params = dataclasses.replace(ALL_ON, **changes)
     params.validate(vocab_size=100)
     assert len(texts(params, seed=0, steps=3)) == 6
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, None, True])
-def test_seeds_that_cannot_be_right_are_refused(seed):
+def test_bad_seeds_are_refused(seed):
     with pytest.raises(RequestError, match="--seed must be a whole number from 0 to"):
         make_key(seed)

@@ -187,6 +187,21 @@ def test_only_whole_characters_are_streamed():
     assert from_model.decode(cut) == "\ufffd" * 3 == joined(from_model, cut)
 
 
+def test_finish_gives_one_replacement_for_each_byte_of_an_incomplete_character():
+    emoji = from_model.encode("😀", add_bos=False)[-4:]  # its four bytes
+    for count in (1, 2, 3):
+        decoder = from_model.streaming_decoder()
+        assert "".join(decoder.add(token) for token in emoji[:count]) == ""
+        assert decoder.finish() == "\ufffd" * count
+        assert decoder.finish() == ""  # and nothing a second time
+        assert "".join(decoder.add(token) for token in emoji) == "😀"
+    # A control token ends the character too.
+    decoder = from_model.streaming_decoder()
+    pieces = [decoder.add(token) for token in (*emoji[:2], from_model.eos_token_id, *emoji[2:])]
+    assert pieces == ["", "", "\ufffd\ufffd", "\ufffd", "\ufffd"]
+    assert decoder.finish() == ""
+
+
 def test_ids_that_are_no_token_have_no_text():
     assert from_model.decode([VOCAB + 5, 262, -3, 10**12, 262]) == "a a"
 

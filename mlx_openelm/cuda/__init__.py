@@ -1,1 +1,1 @@
-"""Our own kernels for NVIDIA GPUs: compiled when first used, and only where MLX runs on CUDA."""
+"""Our own kernels for NVIDIA GPUs, compiled on first use and only where MLX runs on CUDA."""

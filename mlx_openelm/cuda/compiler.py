@@ -1,6 +1,6 @@
-"""CUDA source to machine code for this GPU, through the compiler (nvrtc) that MLX brings; kept between runs.
+"""Compiles CUDA source for this GPU with the compiler (nvrtc) that comes with MLX; the results are cached on disk.
 
-MLX's own `mx.fast.cuda_kernel` compiles anew in every process, and with headers that take a second to read.
+MLX's own `mx.fast.cuda_kernel` compiles again in every process, with headers that take a second to read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import OpenELMError
 
-# Numbers of the driver's cuDeviceGetAttribute.
+# Attributes of the driver's cuDeviceGetAttribute.
 _MULTIPROCESSORS, _MAJOR, _MINOR, _SHARES_GPU = 16, 75, 76, 133
 
 
@@ -27,7 +27,7 @@ def multiprocessors() -> int:
 
 @cache
 def is_shared() -> bool:
-    """Whether programs share the GPU's multiprocessors at the same time (MPS), so that none can count on having all."""
+    """Whether several programs use the GPU's multiprocessors at the same time (MPS), so that none can rely on all."""
     return _attribute(_SHARES_GPU) != 0
 
 
@@ -38,7 +38,7 @@ def capability() -> tuple[int, int]:
 
 
 def _attribute(number: int) -> int:
-    """A property of the first GPU, 0 where the driver does not know it."""
+    """An attribute of the first GPU, 0 if the driver does not know it."""
     driver = ctypes.CDLL("libcuda.so.1")
     value = ctypes.c_int(0)
     driver.cuInit(0)
@@ -47,10 +47,10 @@ def _attribute(number: int) -> int:
 
 
 def compiled(source: str) -> bytes:
-    """The machine code of `source` for this GPU, from the cache if it is there.
+    """The machine code of `source` for this GPU, from the cache if possible.
 
     Raises:
-        OpenELMError: there is no nvrtc, or it refuses the source.
+        OpenELMError: nvrtc is missing, or rejects the source.
     """
     architecture = "sm_{}{}".format(*capability())
     name = hashlib.sha256(f"{architecture}\n{source}".encode()).hexdigest()[:32]
@@ -58,7 +58,7 @@ def compiled(source: str) -> bytes:
     with contextlib.suppress(OSError):
         return file.read_bytes()
     code = _compile(source, architecture)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+    with contextlib.suppress(OSError):  # if the cache cannot be written, the next run compiles again
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_bytes(code)
@@ -99,11 +99,11 @@ def _read(size_of: Callable[..., int], read: Callable[..., int], program: ctypes
 
 
 def _nvrtc() -> ctypes.CDLL:
-    """MLX has loaded it already, so its bare name finds it."""
+    """MLX has already loaded it, so its name without a path is enough."""
     for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    raise OpenELMError("libnvrtc, which MLX brings for CUDA, was not found.")
+    raise OpenELMError("libnvrtc, which comes with MLX for CUDA, was not found.")
 
 
 def _check(nvrtc: ctypes.CDLL, result: int) -> None:

@@ -1,7 +1,7 @@
-"""All layers for one token of one sequence in one CUDA kernel (`decoding.cu`), made for the model at hand.
+"""All layers for one token of one sequence in one CUDA kernel (`decoding.cu`), specialized for the model.
 
-Measured on an H100 beside MLX's own kernels: see docs/benchmarks.md. `OpenELM.hidden_states` asks a `TokenKernel` first
-where a token is to be decoded, and goes on as ever where that gives None.
+docs/benchmarks.md compares it with MLX's own kernels on an H100. To decode a token, `OpenELM.hidden_states` first
+tries a `TokenKernel`; if that returns None, the layers run as usual.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from ..errors import OpenELMError
 from ..native import VARIABLE
 from . import compiler
 
-THREADS = 512  # of a block, of which each multiprocessor has one
-_STRIDE = 256  # what all inner sizes must be multiples of
+THREADS = 512  # per block; there is one block per multiprocessor
+_STRIDE = 256  # all inner sizes must be multiples of this
 _SOURCE = Path(__file__).with_name("decoding.cu")
 
-# How a projection is packed: bits and group size, or (0, 0).
+# How a projection is quantized: bits and group size, or (0, 0).
 Kind = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the kernel is made for; `heads` and `inner` have a number a layer, `kinds` four: a projection each.
+    """The sizes that the kernel is compiled for.
 
+    `heads` and `inner` have one number per layer, `kinds` one entry per projection, four per layer.
     `grid` is the number of blocks.
     """
 
@@ -54,7 +55,7 @@ class Shape:
     grid: int
 
     @property
-    def is_served(self) -> bool:
+    def is_supported(self) -> bool:
         sizes = (self.model_dim, *self.inner, *(n * self.head_dim for n in self.heads))
         return (
             self.head_dim in (64, 128)
@@ -83,12 +84,12 @@ class Shape:
 
     @property
     def most_parts(self) -> int:
-        """Results of attention that are held at a time: at most one a block, but at least one a head."""
+        """Partial results of attention held at the same time: at most one per block, but at least one per head."""
         return max(self.grid, *self.heads)
 
     @property
     def parts_size(self) -> int:
-        """Numbers of these results, in whole 16 bytes."""
+        """Float32 numbers in these results, rounded up to 16 bytes."""
         return -(-self.most_parts * (self.head_dim + 2) // 4) * 4
 
     @property
@@ -101,13 +102,13 @@ class Shape:
 
     @property
     def scratch(self) -> int:
-        """Float32 numbers of memory that the kernel's steps hand to each other."""
+        """Float32 numbers of global memory through which the kernel's stages pass their results."""
         halves = self.most_qkv + 2 * self.model_dim + max(self.inner)
         return self.parts_size + -(-halves // 2)
 
     @property
     def shared(self) -> int:
-        """Bytes of memory that a block's threads share."""
+        """Bytes of shared memory per block."""
         rows = max(self.most_qkv, self.model_dim, *(2 * n for n in self.inner))
         inputs = 2 * self.most_inputs
         sums = self.most_inputs // 32 * 4
@@ -116,7 +117,7 @@ class Shape:
 
 
 def source(shape: Shape) -> str:
-    """The kernel `decode_token` for a model of this shape, whole."""
+    """The complete source of the kernel `decode_token` for a model of this shape."""
     distinct = sorted(set(shape.kinds))
     numbers = [distinct.index(kind) for kind in shape.kinds]
     rows = [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
@@ -153,8 +154,8 @@ def source(shape: Shape) -> str:
 
 
 def _entry(shape: Shape) -> str:
-    """The function that is called: MLX gives every array as a parameter of its own, so they are gathered in a table."""
-    tables: list[list[str]] = []  # of each layer, in the order of `Layer` in the source
+    """The entry function: MLX passes every array as a parameter of its own, so it gathers them in a table."""
+    tables: list[list[str]] = []  # one per layer, in the order of `Layer` in the source
     count = 0
 
     def next_name() -> str:
@@ -163,10 +164,10 @@ def _entry(shape: Shape) -> str:
         return f"p{count - 1}"
 
     for layer in range(len(shape.heads)):
-        are_there = [True, True, shape.has_norms, shape.has_norms]
+        present = [True, True, shape.has_norms, shape.has_norms]
         for bits, _ in shape.kinds[4 * layer : 4 * layer + 4]:
-            are_there += [True, bits > 0, bits > 0]
-        tables.append([next_name() if is_there else "nullptr" for is_there in are_there])
+            present += [True, bits > 0, bits > 0]
+        tables.append([next_name() if is_present else "nullptr" for is_present in present])
     for table in tables:
         table += [next_name(), next_name()]  # keys and values come after all weights
     pointers = [pointer for table in tables for pointer in table]
@@ -189,11 +190,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_token(
 
 @lru_cache(maxsize=8)
 def machine_code(shape: Shape) -> bytes | None:
-    """The kernel, compiled for this GPU; None, with a warning, where that fails."""
+    """The kernel, compiled for this GPU; None, with a warning, if that fails."""
     try:
         return compiler.compiled(source(shape))
     except OpenELMError as error:
-        warnings.warn(f"Decoding goes without its CUDA kernel: {error}", stacklevel=2)
+        warnings.warn(f"Decoding without its CUDA kernel: {error}", stacklevel=2)
         return None
 
 
@@ -204,7 +205,7 @@ def is_allowed() -> bool:
 
 @lru_cache(maxsize=1)
 def obstacle() -> str | None:
-    """Why this machine cannot run the kernel; None if it can: it has an NVIDIA GPU since Ampere, and that to itself."""
+    """Why this machine cannot run the kernel; None if it can: it needs an NVIDIA GPU, Ampere or newer, not shared."""
     if not mx.cuda.is_available():
         return "MLX has no CUDA here"
     if says_off(os.environ.get(VARIABLE, "")):
@@ -215,10 +216,11 @@ def obstacle() -> str | None:
 
 
 class _Turns:
-    """Lets one thread use the kernel, and one call follow the other.
+    """Lets only one thread use the kernel, one call after the other.
 
-    Its blocks wait for each other, so two of it at the same time could each hold what the other waits for. Calls of a
-    thread depend on each other; other threads, whose lazy arrays MLX keeps apart, do without while that one lives.
+    The kernel's blocks wait for each other, so two kernels running at the same time could deadlock. The calls of one
+    thread depend on each other, which orders them. MLX keeps the lazy arrays of threads apart, so other threads run
+    without the kernel while that thread lives.
     """
 
     def __init__(self) -> None:
@@ -243,27 +245,28 @@ _turns = _Turns()
 class TokenKernel:
     """The kernel for one model, called for each token.
 
-    Weights that are the very arrays of the call before need not be looked at again; they are not kept alive for that.
+    Weights that are the same array objects as in the last call are not checked again. Weak references keep track of
+    them, so they are not kept alive.
     """
 
     def __init__(self, config: ModelConfig):
         self._config = config
-        self._known: list[int] | None = None  # identities of the weights for which `_shape` holds
+        self._known: list[int] | None = None  # ids of the weights that `_shape` describes
         self._watching: list[weakref.ref[mx.array]] = []
         self._shape: Shape | None = None
 
     def __call__(
         self, x: mx.array, weights: list[mx.array], kinds: Callable[[], list[Kind]], caches: Sequence[KVCache]
     ) -> mx.array | None:
-        """The last layer's output [1, model_dim] for a token's embedding x, with its keys and values in the caches.
+        """The last layer's output [1, model_dim] for a token's embedding x [1, model_dim]; extends the caches.
 
-        None, and nothing changed, where the kernel does not serve: other types and sizes, other threads than the first.
+        Returns None and changes nothing if the kernel does not support the types or sizes, or another thread uses it.
 
         Args:
-            weights: of each layer the attention's norm, the feed-forward's, the queries' and the keys' if there are;
-                then `qkv_proj`, `out_proj`, `proj_1` (gate first), `proj_2`, with scales and biases where packed.
-            kinds: gives how each projection is packed, four a layer.
-            caches: growing ones, of one sequence.
+            weights: for each layer the norms of attention and feed-forward, and of queries and keys if there are any;
+                then `qkv_proj`, `out_proj`, `proj_1` (gate first), `proj_2`, with scales and biases if quantized.
+            kinds: returns how each projection is quantized, four per layer.
+            caches: one growing cache per layer, of one sequence.
         """
         shape = self._shape_for(x.dtype, weights, kinds)
         offset = caches[0].offset
@@ -303,7 +306,7 @@ class TokenKernel:
         return y
 
     def _shape_for(self, dtype: mx.Dtype, weights: list[mx.array], kinds: Callable[[], list[Kind]]) -> Shape | None:
-        """What the kernel is to be made for, or None where it does not serve these weights."""
+        """What to compile the kernel for, or None if it does not support these weights."""
         identities = list(map(id, weights))
         if identities != self._known:
             self._watching = [weakref.ref(weight, self._forget) for weight in weights]
@@ -312,7 +315,7 @@ class TokenKernel:
         return self._shape if self._shape is not None and self._shape.half == (dtype == mx.float16) else None
 
     def _forget(self, _: Any) -> None:
-        self._known = None  # another array may come to be where this one was
+        self._known = None  # a new array may get the same id
 
     def _describe(self, dtype: mx.Dtype, weights: list[mx.array], kinds: list[Kind]) -> Shape | None:
         config = self._config
@@ -331,7 +334,7 @@ class TokenKernel:
             tuple(kinds),
             compiler.multiprocessors(),
         )
-        if not shape.is_served or any(
+        if not shape.is_supported or any(
             k * shape.groups != n for n, k in zip(shape.heads, config.num_kv_heads, strict=True)
         ):
             return None

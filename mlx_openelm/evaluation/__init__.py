@@ -1,1 +1,1 @@
-"""How good a model is: perplexity and divergence."""
+"""How good a model is: perplexity and KL divergence."""

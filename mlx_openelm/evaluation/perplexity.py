@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence over windows of text; logits exist for a few positions at a time only."""
+"""Perplexity and KL divergence over windows of text; logits are held for only a few positions at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
+from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 
-# Positions whose logits exist at once: 256 rows of 32000 float32 are 33 MB.
+# Positions whose logits are held at once: 256 rows of 32000 float32 are 33 MB.
 _CHUNK = 256
 
 Progress = Callable[[int, int], None]
@@ -25,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class NLL:
-    """The mean negative log-likelihood a token (natural), over `tokens` tokens, with its standard error."""
+    """The mean negative log-likelihood per token (natural) over `tokens` tokens, with its standard error."""
 
     nll: float
     tokens: int
@@ -37,12 +38,12 @@ class NLL:
 
 
 def load_documents(path: str | Path) -> list[str]:
-    """The documents of a `.jsonl` file, one object with `text` a line, or a text file as one document.
+    """The documents of a `.jsonl` file, one object with `text` per line, or a text file as one document.
 
-    A pipe that the shell opened, as in `--data <(zcat play.txt.gz)`, is read as a text file.
+    A pipe opened by the shell, as in `--data <(zcat play.txt.gz)`, is read as a text file.
 
     Raises:
-        RequestError: unreadable, empty, or a line that is no such object, by its number.
+        RequestError: the file is unreadable or empty, or a line (named by its number) is not such an object.
     """
     path = Path(path)
     try:
@@ -70,7 +71,7 @@ def _document(path: Path, number: int, line: str) -> str:
 
 
 def make_windows(tokenizer: Tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
-    """Windows of BOS and `length` tokens: documents as BOS, ids, EOS are joined and cut, the rest dropped.
+    """Windows of BOS and `length` tokens, cut from the documents joined as BOS, ids, EOS; the remainder is dropped.
 
     Raises:
         RequestError: the text is shorter than one window.
@@ -92,10 +93,10 @@ def mean_nll(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> NLL:
-    """The mean loss over every token of `windows` (equal lengths) but each window's first.
+    """The mean loss over all tokens of `windows` (of equal length) except the first of each.
 
     Args:
-        progress: called with the windows done so far and in all.
+        progress: called with the number of windows done so far and in all.
 
     Raises:
         OpenELMError: the logits are not finite.
@@ -104,7 +105,8 @@ def mean_nll(
     for inputs, targets in _batches(windows, batch_size, progress):
         hidden_states = model.hidden_states(inputs)
         for rows, wanted in _chunks(hidden_states, targets):
-            losses = _cross_entropy(model.logits(rows), wanted)
+            logprobs = log_softmax(model.logits(rows))  # [rows, vocab]
+            losses = -mx.take_along_axis(logprobs, wanted[:, None], axis=-1)
             total += _number(losses.sum())
             squares += _number(mx.square(losses).sum())
             if not math.isfinite(total):
@@ -123,7 +125,7 @@ def kl_divergence(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> float:
-    """The mean over positions of KL(reference || model), in nats: what replacing `reference` by `model` costs.
+    """The mean over positions of KL(reference || model), in nats: the cost of replacing `reference` by `model`.
 
     Raises:
         RequestError: the two vocabularies differ in size.
@@ -139,8 +141,8 @@ def kl_divergence(
             strict=True,
         )
         for (reference_rows, _), (rows, wanted) in pairs:
-            expected = _log_softmax(reference.logits(reference_rows))
-            divergence = mx.exp(expected) * (expected - _log_softmax(model.logits(rows)))
+            expected = log_softmax(reference.logits(reference_rows))
+            divergence = mx.exp(expected) * (expected - log_softmax(model.logits(rows)))
             total, count = total + _number(divergence.sum()), count + wanted.size
             if not math.isfinite(total):
                 is_reference = not math.isfinite(_number(expected.sum()))
@@ -172,13 +174,3 @@ def _chunks(hidden_states: mx.array, targets: mx.array) -> Iterator[tuple[mx.arr
 
 def _number(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import RequestError, quote
+from .options import check_stop
 
 
 class StopStrings:
     """Cuts a stream of text before the first stop string, wherever the pieces begin and end.
 
-    The stop string that is complete first wins, so generation ends as early as it can; of several complete at
-    the same character, the longest. That is also the one that begins first, unless one stop string lies
-    inside another ("c" in "bcd"): the outer one is then never reached.
+    The stop string that is complete first wins, so generation ends as early as it can; if several are complete at
+    the same character, the longest wins. It is also the one that begins first, unless one stop string lies
+    inside another ("c" in "bcd"): then the outer one is never reached.
 
     Text is held back only while it may still be the beginning of a stop string that would win. A character
-    costs a few steps for each stop string, however long the text is.
+    costs a few steps per stop string, however long the text is.
 
-    Raises `RequestError` for an empty stop string, or one that is no string.
+    Raises `RequestError` for a stop string that is empty or not a string.
     """
 
     def __init__(self, stops: str | Sequence[str] | None):
-        if isinstance(stops, str):  # a sequence of strings too, but nobody means its characters
+        if isinstance(stops, str):  # also a sequence of strings, but nobody means its characters
             stops = [stops]
         stops = stops or []
         for stop in stops:
-            if not isinstance(stop, str) or not stop:
-                raise RequestError(f"--stop must be text that is not empty, got {quote(stop)}")
-        # One that contains another before its last character is never complete first: drop it.
+            check_stop(stop)
+        # A stop string that contains another before its last character is never complete first: drop it.
         self._stops = [s for s in dict.fromkeys(stops) if not any(other in s[:-1] for other in stops)]
         self._fallbacks = [_prefix_function(stop) for stop in self._stops]
         self._stopped = False

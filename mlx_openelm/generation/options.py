@@ -1,0 +1,326 @@
+"""The input of generation and its checks: options, prompt, caches. Errors name the command's flags."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import mlx.core as mx
+
+from ..cache import SMALLEST_WINDOW
+from ..config import ModelConfig
+from ..errors import RequestError, quote
+from ..options import option
+
+# These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
+PENALTY_LIMIT = 1000.0
+BIAS_LIMIT = 1e30
+MAX_TEMP = 1000.0  # nearly uniform
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Names and meanings are mlx-lm's; the defaults mean "off" (greedy decoding).
+
+    - `temp`: 0 takes the most likely token.
+    - `top_p`: the smallest set of most likely tokens that holds this much probability; 0 and 1 mean off.
+    - `top_k`: exactly this many of the most likely tokens; 0, or the size of the vocabulary or more, means off.
+    - `min_p`: tokens at least this likely relative to the most likely one, and never fewer than
+      `min_tokens_to_keep` (which affects `min_p` only).
+    - `xtc_probability`, `xtc_threshold`: with this probability, drop all but the least likely of the tokens
+      above the threshold ("exclude top choices").
+    - `repetition_penalty`: positive logits of tokens in the context are divided by it, negative ones
+      multiplied, once each (Keskar et al., 2019, CTRL, section 4.1). `None` and 1 mean off.
+    - `presence_penalty`: subtracted from the logit of every token in the context, once each.
+    - `frequency_penalty`: subtracted once for every time the token is in the context. Both may be negative.
+    - `*_context_size`: how many of the last tokens the penalty looks at, including the prompt and, if their ids are
+      given, the tokens in the prompt cache. `None` is all of them, as in transformers (mlx-lm looks at 20). Presence
+      and frequency penalties count the prompt too, as in mlx-lm and unlike the OpenAI API.
+    - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
+    """
+
+    temp: float = option(0.0, "Sampling temperature; 0 takes the most likely token.")
+    top_p: float = option(1.0, "Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
+    top_k: int = option(0, "Sample from this many of the most likely tokens; 0 is off.", group="Sampling")
+    min_p: float = option(
+        0.0, "Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"
+    )
+    min_tokens_to_keep: int = option(1, "Minimum number of tokens that --min-p leaves.", group="Sampling")
+    xtc_probability: float = option(0.0, "Probability of dropping the most likely tokens (XTC).", group="Sampling")
+    xtc_threshold: float = option(0.1, "Probability above which XTC drops a token.", group="Sampling")
+    repetition_penalty: float | None = option(
+        None, "Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties"
+    )
+    repetition_context_size: int | None = option(
+        None, "Last tokens that --repetition-penalty looks at; by default all.", group="Penalties"
+    )
+    presence_penalty: float = option(
+        0.0, "Subtract this from the logits of tokens in the context, once each.", group="Penalties"
+    )
+    presence_context_size: int | None = option(
+        None, "Last tokens that --presence-penalty looks at; by default all.", group="Penalties"
+    )
+    frequency_penalty: float = option(
+        0.0, "Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"
+    )
+    frequency_context_size: int | None = option(
+        None, "Last tokens that --frequency-penalty looks at; by default all.", group="Penalties"
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None,
+        "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
+        group="Penalties",
+        metavar="ID=VALUE",
+    )
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise a `RequestError` that names the flag of a bad value; token ids are checked if `vocab_size` is given."""
+        check_number("--temp", self.temp, 0, MAX_TEMP, f"between 0 and {MAX_TEMP:g}")
+        check_number("--top-p", self.top_p, 0, 1, "between 0 and 1")
+        check_number("--top-k", self.top_k, 0, math.inf, "a whole number, 0 or above", kind=Integral)
+        check_number("--min-p", self.min_p, 0, 1, "between 0 and 1")
+        at_least_1 = "a whole number, 1 or above"
+        check_number("--min-tokens-to-keep", self.min_tokens_to_keep, 1, math.inf, at_least_1, kind=Integral)
+        check_number("--xtc-probability", self.xtc_probability, 0, 1, "between 0 and 1")
+        check_number("--xtc-threshold", self.xtc_threshold, 0, 0.5, "between 0 and 0.5")
+        if self.repetition_penalty is not None:
+            wanted = f"between {1 / PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (1 changes nothing)"
+            check_number("--repetition-penalty", self.repetition_penalty, 1 / PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+        for name in ("presence", "frequency"):
+            wanted = f"between {-PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (0 changes nothing)"
+            value = getattr(self, f"{name}_penalty")
+            check_number(f"--{name}-penalty", value, -PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+        for name in ("repetition", "presence", "frequency"):
+            size = getattr(self, f"{name}_context_size")
+            if size is not None:
+                check_number(f"--{name}-context-size", size, 1, math.inf, at_least_1, kind=Integral)
+        if self.logit_bias is not None:
+            check_logit_bias(self.logit_bias, vocab_size)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a bias or a penalty is on."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty not in (None, 1)
+        return bool(self.logit_bias or penalties)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How keys and values are cached.
+
+    - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
+    - `kv_bits`, `kv_group_size`: quantize keys and values to this many bits, from position `quantized_kv_start` on;
+      by default the group size is head_dim, at most 64.
+    """
+
+    max_kv_size: int | None = option(
+        None, "Keep at most this many positions, the first 4 and the latest.", group="Key-value cache"
+    )
+    kv_bits: int | None = option(
+        None, "Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"
+    )
+    kv_group_size: int | None = option(
+        None, "Elements that share a scale.", group="Key-value cache", metavar="32|64|128"
+    )
+    quantized_kv_start: int = option(0, "First position that is quantized.", group="Key-value cache")
+
+    def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
+        """Raise a `RequestError` that names the flag of a bad value; groups must divide `head_dim` if that is given.
+
+        `vocab_size` is for the sampling half of `GenerationOptions`.
+        """
+        check_number("--quantized-kv-start", self.quantized_kv_start, 0, math.inf, "0 or more", kind=int)
+        if self.max_kv_size is not None:
+            wanted = f"{SMALLEST_WINDOW} or more"
+            check_number("--max-kv-size", self.max_kv_size, SMALLEST_WINDOW, math.inf, wanted, kind=int)
+        if self.kv_bits is None:
+            if self.kv_group_size is not None:
+                raise RequestError("--kv-group-size needs --kv-bits.")
+            return
+        if self.max_kv_size is not None:
+            raise RequestError("--kv-bits cannot be combined with --max-kv-size.")
+        if type(self.kv_bits) is not int or self.kv_bits not in (2, 3, 4, 5, 6, 8):
+            raise RequestError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}.")
+        dim = 128 if head_dim is None else head_dim  # 128 can be divided by every group size
+        size = self.group_size(dim)
+        if type(size) is not int or size not in (32, 64, 128) or dim % size:
+            raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {size}.")
+
+    def check_cache(self, cache: Sequence[Any]) -> None:
+        """Raise a `RequestError` if the given caches are of another kind than these options ask for."""
+        for layer in cache:
+            kind = type(layer).__name__
+            if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
+                raise RequestError(
+                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, was not made "
+                    "with it; leave it out."
+                )
+            if self.kv_bits is None:
+                continue
+            if hasattr(layer, "bits"):
+                if (layer.bits, layer.group_size) != (self.kv_bits, self.kv_group_size or layer.group_size):
+                    raise RequestError(
+                        f"The prompt cache has {layer.bits} bits in groups of {layer.group_size}, which is not what "
+                        "--kv-bits and --kv-group-size ask for; leave them out."
+                    )
+            elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
+                raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
+
+    def group_size(self, head_dim: int) -> int:
+        return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
+
+
+@dataclass(frozen=True)
+class GenerationOptions(SamplingParams, CacheOptions):
+    """All options of `generate`, written once for Python and the command line.
+
+    - `max_tokens`: how many tokens at most; -1 goes on to the end of the context.
+    - `seed`: the same seed gives the same text; None draws one.
+    - `stop`: strings that end the text; they are not part of it.
+    - `prefill_step_size`: prompt tokens processed at a time; None takes what suits the device.
+    """
+
+    max_tokens: int = option(256, "Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
+    seed: int | None = option(None, "The same seed gives the same text; by default a random one is drawn.")
+    stop: str | Sequence[str] | None = option((), "End before this text; repeatable.")
+    prefill_step_size: int | None = option(
+        None, "Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"
+    )
+
+    def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
+        """Raise a `RequestError` that names the flag of a bad value, of any option.
+
+        Token ids and group sizes are checked against the model's `vocab_size` and `head_dim` if these are given.
+        """
+        SamplingParams.validate(self, vocab_size)
+        CacheOptions.validate(self, vocab_size, head_dim)
+        check_lengths(self.max_tokens, self.prefill_step_size)
+        if self.seed is not None:
+            check_seed(self.seed)
+        for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
+            check_stop(stop)
+
+
+def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
+    """Refuse bools, types other than `kind`, what is not in [low, high], and NaN (no comparison holds)."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
+        raise RequestError(f"{flag} must be {wanted}, got {value}")
+
+
+def check_lengths(max_tokens: Any, prefill_step_size: Any) -> None:
+    """Raise a `RequestError` unless `max_tokens` is -1 or at least 1, and `prefill_step_size` None or at least 1."""
+    wanted = "1 or more, or -1 for no limit"
+    check_number("--max-tokens", max_tokens, -1, math.inf, wanted, kind=Integral)
+    if max_tokens == 0:
+        raise RequestError(f"--max-tokens must be {wanted}, got 0")
+    if prefill_step_size is not None:
+        check_number("--prefill-step-size", prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
+
+
+def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise RequestError(f"--logit-bias must map token ids to numbers, got {quote(logit_bias)}")
+    last = math.inf if vocab_size is None else vocab_size - 1
+    wanted = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
+    for token, bias in logit_bias.items():
+        check_number("--logit-bias: the keys", token, 0, last, wanted, kind=Integral)
+        if bias != -math.inf:
+            check_number(f"--logit-bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT, "a number, or -inf")
+    if len(logit_bias) == vocab_size and all(bias == -math.inf for bias in logit_bias.values()):
+        raise RequestError("--logit-bias bans every token of the vocabulary; leave at least one")
+
+
+def check_seed(seed: Any) -> None:
+    check_number("--seed", seed, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", kind=Integral)
+
+
+def check_stop(stop: Any) -> None:
+    if not isinstance(stop, str) or not stop:
+        raise RequestError(f"--stop must be text that is not empty, got {quote(stop)}")
+
+
+def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
+    """Token ids, given as a sequence or a one-dimensional array, as a list.
+
+    Raises:
+        RequestError: they are anything else, or not in the vocabulary.
+    """
+    values: Any = ids.tolist() if isinstance(ids, mx.array) else ids
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise RequestError(f"{name} must be a list of token ids, got {quote(values)}.")
+    values = list(values)
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise RequestError(f"{name} must be a flat list of token ids, which are whole numbers; got {quote(token)}.")
+        if not 0 <= int(token) < vocab_size:
+            raise RequestError(f"{name} has the token id {quote(token)}; the vocabulary ends at {vocab_size - 1}.")
+    return [int(token) for token in values]
+
+
+def prompt_ids(prompt: Any, past: int, config: ModelConfig) -> list[int]:
+    """The checked token ids of a prompt that follows `past` cached tokens; warns beyond the training length.
+
+    Raises:
+        RequestError: they are not token ids, there are none, or more than the model has positions for.
+    """
+    ids = token_ids(prompt, config.vocab_size)
+    if not ids:
+        raise RequestError("The prompt is empty; give at least one token.")
+    total = past + len(ids)
+    if total > config.rope_max_length:
+        raise RequestError(
+            f"The prompt is too long: {total} tokens, where the model's positions end at "
+            f"{config.rope_max_length}; shorten it."
+        )
+    if total > config.max_context_length:
+        warn(
+            f"The prompt has {total} tokens, more than the {config.max_context_length} "
+            "the model was trained on; expect worse text."
+        )
+    return ids
+
+
+def cached_ids(ids: Any, past: int, config: ModelConfig) -> list[int]:
+    """The checked ids of the `past` tokens in a cache.
+
+    Raises:
+        RequestError: they are not token ids, or not as many as the cache has seen.
+    """
+    known = token_ids(ids, config.vocab_size, "prompt_cache_tokens")
+    if len(known) != past:
+        raise RequestError(f"prompt_cache_tokens has {len(known)} ids, and the prompt cache has seen {past} tokens.")
+    return known
+
+
+def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
+    """How many tokens the caches of one sequence have seen.
+
+    Raises:
+        RequestError: there is not one for each layer, they are not key-value caches of one sequence, or they disagree.
+    """
+    if len(cache) != num_layers:
+        raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
+    for layer in cache:
+        if not hasattr(layer, "update_and_fetch") or not hasattr(layer, "offset"):
+            raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")
+        if isinstance(layer.offset, mx.array) and layer.offset.size != 1:
+            raise RequestError(f"The prompt cache holds {layer.offset.size} sequences; one can be continued at a time.")
+    offsets = {int(layer.offset) for layer in cache}
+    if len(offsets) > 1:
+        raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
+    return max(0, offsets.pop())  # negative while a row of a batch is still padding
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line outside this package that made the call."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
