@@ -174,7 +174,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["average"])
     assert stop.value.code == 2
-    assert capfd.readouterr().err.startswith("error: models is missing")
+    assert capfd.readouterr().err.startswith("error: MODEL is missing")
 
 
 def card(folder: Path) -> dict[str, Any]:

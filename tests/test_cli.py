@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import blas, load, native, stream_generate
-from mlx_openelm.cli import console, doctor, flags
+from mlx_openelm.cli import console, doctor
 from mlx_openelm.cli.main import COMMANDS
-from mlx_openelm.generation.stream import GenerationOptions
+from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet as corenet_files
 
 import mlx.core as mx
@@ -111,6 +111,9 @@ def test_every_command_has_help() -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
         assert "--debug" in done.stdout
+        assert "\nCommon flags:\n  --" in done.stdout
+        examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
+        assert examples and all(f"mlx-openelm {name}" in line for line in examples)
 
 
 def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: str, tmp_path: Path) -> None:
@@ -136,7 +139,15 @@ def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: s
         (["generate", "-m", "x"], "--max-tokens must be a whole number, got 'x'."),
         (["generate", "--temp", "warm"], "--temp must be a number, got 'warm'."),
         (["generate", "--verbose=maybe"], "--verbose must be True or False, got 'maybe'."),
-        (["generate", "--prompt", "two", "words"], "has no use for 'words'"),
+        (["generate", "--prompt", "two", "words"], "unexpected argument 'words'; see mlx-openelm generate --help."),
+        (["generate", "--prompt", "two", "--", "words"], "unexpected argument 'words'"),
+        (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
+        (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
+        (["generate", "--max", "3"], "generate has no flag --max"),
+        (["generate", "--json=yes"], "--json takes no value"),
+        (["generate", "--no-verbose=no"], "--no-verbose takes no value"),
+        (["generate", "--prompt", "x", "--max-tokens"], "--max-tokens needs a value"),
+        (["average"], "MODEL is missing"),
         (["info", "tiny", "--model", "tiny"], "Give the model once"),
         (["perplexity"], "--data is missing"),
     ],
@@ -213,6 +224,12 @@ def test_quiet(quiet: list[str]) -> None:
 def test_a_word_after_another_flag_is_no_switch() -> None:
     values = result("generate", "-m", 3, "--prompt", "--verbose", "--verbose", "true")
     assert values["prompt"] == "--verbose"
+
+
+def test_a_value_may_begin_with_a_dash() -> None:
+    for args in (["--prompt", "-x"], ["--prompt=-x"], ["-p", "-x"], ["-p-x"], ["--prompt", "--", "-p", "-x"]):
+        assert result("generate", "-m", 1, *args)["prompt"] == "-x"
+    assert result("generate", "-p", "x", "-m", 2, "--stop", "--json", "--presence-penalty", "-1e-2")["text"]
 
 
 def test_prompts_from_everywhere(greedy_text: str, tmp_path: Path) -> None:
@@ -307,9 +324,10 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
 
 
 def test_every_option_has_a_flag() -> None:
-    assert set(flags.GENERATION) == {field.name for field in fields(GenerationOptions)}
-    text = run("generate", "--help").stdout
-    assert all(f"--{name.replace('_', '-')}" in text for name in flags.GENERATION)
+    text = " ".join(run("generate", "--help").stdout.split())
+    for field in fields(GenerationOptions):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["help"] in text
     assert "[default: 256]" in text
 
 

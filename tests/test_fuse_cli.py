@@ -75,12 +75,12 @@ def test_what_packing_again_costs_is_told(folder: Path, capfd: pytest.CaptureFix
     lines, warnings = capfd.readouterr()
     assert "packing them again costs an error of " in lines and "of the change" in lines
     assert "KL divergence from the base with the adapter: 0." in lines and "(of the base without it: " in lines
-    assert "the output layer is now one of its own (lm_head)" in lines
+    assert "the output layer is now separate (lm_head)" in lines
     assert "warning" not in warnings  # on a busy machine it tells of progress
 
     weak = ("--model", "packed", "--adapter-path", "adapters=0.1", "--overwrite")
     assert run(*weak) == 0
-    assert "warning: rounding took most of the adapter's change back. Use --dequantize" in capfd.readouterr().err
+    assert "warning: rounding undid most of the adapter's change. Use --dequantize" in capfd.readouterr().err
     assert run(*weak, "--dequantize") == 0
     assert "warning" not in capfd.readouterr().err
     assert not mlx_format.read(folder / "fused_model").quantization
@@ -110,7 +110,7 @@ def test_a_result_further_away_than_the_base_is_warned_about(
 ) -> None:
     cli_fuse._lines(Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences))
     said = capfd.readouterr().err
-    further = f"The result is further from the adapter on the base than the base alone is: fuse {advice}\n"
+    further = f"The result is further from the base with the adapter than the base alone is: fuse {advice}\n"
     assert said == (f"warning: {further}" if advice else "")
 
 

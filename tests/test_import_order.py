@@ -16,7 +16,7 @@ ROOMS = (
     *("__main__", "cli", "__init__", "training", "jobs", "loading", "quantization", "evaluation", "generation"),
     *("adapters", "sources", "publishing", "finite", "model", "formats", "ops", "cuda", "text", "cache", "hub"),
     *("backend", "blas", "config", "native"),
-    *("inputs", "environment", "errors", "version"),
+    *("inputs", "environment", "options", "errors", "version"),
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -205,7 +205,8 @@ def test_the_guide_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[s
 
 def test_the_guide_names_every_setting_with_its_default() -> None:
     settings = GUIDE.read_text().partition("## Settings")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(--[\w-]+)` \| (\S*) ?\|", settings, flags=re.MULTILINE))
+    found = re.findall(r"^\| `(--[\w-]+)` \| (\S*) ?\| (.*) \|$", settings, flags=re.MULTILINE)
+    rows = {flag: (default, text) for flag, default, text in found}
     for field in dataclasses.fields(FineTuneOptions):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if field.name == "sample_prompts":
@@ -214,7 +215,9 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
             flag, default = flag.replace("--", "--no-", 1), None
         is_off = default is None or default is False or default == ()
         shown = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-        assert rows.pop(flag) == ("" if is_off else shown), flag
+        default_there, text = rows.pop(flag)
+        assert default_there == ("" if is_off else shown), flag
+        assert flag.startswith("--no-") or text.startswith(field.metadata["help"].rstrip(".")), flag
     assert not rows
 
 

@@ -323,10 +323,12 @@ def test_dry_run_says_what_it_does_not_know(folder: Path, hub: FakeHub, hub_env:
         assert done.returncode == 0, done.stderr
         return [" ".join(line.split()) for line in done.stdout.splitlines()]
 
-    unknown = "The hub was not asked. If the repository exists, its files of these names are replaced. Of the others:"
+    unknown = (
+        "The hub was not contacted. In an existing repository files with these names are replaced. Its other files:"
+    )
     removed = "model*.safetensors or weights*.safetensors or model.safetensors.index.json"
     ours = plan(folder)
-    assert unknown in ours and f"older weights removed if their names fit {removed}" in ours
+    assert unknown in ours and f"older weights removed if their names match {removed}" in ours
     assert "README.md kept, and this one not sent, if a person wrote or edited it" in ours
     assert "anything else kept" in ours
     (folder / "README.md").write_text("# Mine\n")

@@ -1,50 +1,52 @@
-"""`mlx-openelm average`: several checkpoints become their mean."""
+"""`mlx-openelm average`: the mean of several checkpoints."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from argparse import Namespace
 
 from ..inputs import to_path
 from ..jobs.average import average
 from . import console, flags
 
+EXAMPLES = """\
+  mlx-openelm average my_checkpoint_1.pt my_checkpoint_2.pt --mlx-path mean"""
 
-def run(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Two checkpoints or more: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME."
-        ),
-    ],
-    mlx_path: Annotated[str, typer.Option(help="The folder to write.")] = "mlx_model",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16; as stored unless told, float32 where they differ."),
-    ] = None,
-    tokenizer: flags.Tokenizer = None,
-    config_yaml: flags.ConfigYaml = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    parser.usage = f"{parser.prog} [flags] MODEL [MODEL ...]"
+    parser.group("Arguments").add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="Two checkpoints or more: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME.",
+    )
+    common = parser.group("Common flags")
+    flags.add_shared(common, "--mlx-path")
+    common.add_argument(
+        "--dtype", metavar=flags.DTYPES, help="The type to write; by default as stored, float32 if they differ."
+    )
+    flags.add_shared(common, "--overwrite", "--json")
+    flags.add_shared(parser.group("Source"), "--tokenizer", "--config-yaml")
+
+
+def run(args: Namespace) -> int:
     """Write the mean of several checkpoints of one model, of any format, as an MLX folder.
 
     Means are computed in float32, tensor by tensor. CoreNet averages the last five checkpoints of a training.
     """
     with console.Progress("Writing", unit="bytes") as progress:
         path = average(
-            models,
-            to_path(mlx_path),
-            dtype=dtype,
-            tokenizer=tokenizer,
-            config_yaml=config_yaml,
-            overwrite=overwrite,
+            args.models,
+            to_path(args.mlx_path),
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            overwrite=args.overwrite,
             progress=progress,
         )
     written = sum(file.stat().st_size for file in path.iterdir())
-    if as_json:
-        console.print_json({"models": models, "mlx_path": str(path), "size": written})
-        return
-    print(f"Wrote {path}: the mean of {len(models)} checkpoints, {console.size(written)}")
+    if args.json:
+        console.print_json({"models": args.models, "mlx_path": str(path), "size": written})
+        return 0
+    print(f"Wrote {path}: the mean of {len(args.models)} checkpoints, {console.size(written)}")
+    return 0

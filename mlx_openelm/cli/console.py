@@ -1,4 +1,4 @@
-"""What every command prints with: one-line errors and warnings, sizes, JSON, progress."""
+"""Output that the commands share: one-line errors and warnings, sizes, JSON, progress."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
-# Work that takes less than this shows no progress, in seconds.
+# Shorter work shows no progress.
 QUIET_SECONDS = 1.0
-# How often a line of progress is printed where there is no terminal, in seconds.
+# Between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
 
 
 def prepare_streams() -> None:
-    """One line a warning, and no crash where a stream is closed or cannot show a character."""
+    """Print a warning as one line, and do not crash if a stream is closed or cannot encode a character."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -33,7 +33,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 
 
 def say(line: str) -> None:
-    """A line on standard error, where everything goes that is not the result."""
+    """Print a line on standard error, where everything but the result goes."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -42,7 +42,7 @@ def say_error(message: str) -> None:
 
 
 def print_json(values: Any) -> None:
-    """One JSON object on one line of standard output; numbers JSON does not have (NaN, infinity) become null."""
+    """One JSON object on one line of standard output; NaN and infinity, which JSON does not have, become null."""
     print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False))
 
 
@@ -64,15 +64,15 @@ def size(count: float) -> str:
 
 
 class Progress:
-    """Call it with what is done and how much there is; it shows work that takes over a second.
+    """Progress of work that takes over a second: call it with what is done and the total.
 
-    On a terminal a bar that vanishes at the end; otherwise, with `lines`, a plain line every few seconds.
-    Use it in a `with` block, so that a bar does not outlive an error.
+    On a terminal it is a bar that disappears at the end; elsewhere, with `lines`, a plain line every few seconds.
+    Use it in a `with` block, so that an error removes the bar.
     """
 
     def __init__(self, label: str, *, unit: str, lines: bool = True):
         self._label, self._unit, self._lines = label, unit, lines
-        self._started = self._spoke = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
@@ -83,8 +83,8 @@ class Progress:
         elif self._bar is not None:
             self._bar.update(self._task, completed=done)
         elif not sys.stderr.isatty():
-            if self._lines and now - self._spoke >= _LINE_SECONDS:
-                self._spoke = now
+            if self._lines and now - self._last_line >= _LINE_SECONDS:
+                self._last_line = now
                 say(f"{self._label}: {self._amounts(done, total)}")
         elif self._expected_seconds(now, done, total) > QUIET_SECONDS:
             self._open(done, total)

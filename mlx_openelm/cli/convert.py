@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
 
 from ..hub import catalog
 from ..inputs import to_path
@@ -14,70 +12,59 @@ from ..publishing.upload import UploadOptions
 from . import console, flags
 from . import upload as upload_command
 
+EXAMPLES = """\
+  mlx-openelm convert --model apple/OpenELM-270M -q --mlx-path OpenELM-270M-4bit
+  mlx-openelm convert --model my_checkpoint.pt --config-yaml my_run.yaml --tokenizer my_tokenizer.model"""
 
-@flags.of_dataclass(UploadOptions, flags.UPLOAD)
-def run(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "--hf-path",
-            help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), "
-            "a .gguf file, or corenet:SIZE/NAME.",
-        ),
-    ] = catalog.TINY,
-    mlx_path: Annotated[str, typer.Option(help="The folder to write.")] = "mlx_model",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16 for what is not quantized; bfloat16 unless told."),
-    ] = None,
-    quantize: Annotated[bool, typer.Option("--quantize", "-q", help="Pack every matrix into few bits.")] = False,
-    q_bits: flags.QBits = None,
-    q_group_size: flags.QGroupSize = None,
-    q_mode: flags.QMode = "affine",
-    recipe: flags.Recipe = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model.")] = False,
-    tokenizer: flags.Tokenizer = None,
-    config_yaml: flags.ConfigYaml = None,
-    revision: flags.Revision = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **options: Any,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    common, source = map(parser.group, ("Common flags", "Source"))
+    common.add_argument(
+        "--model",
+        "--hf-path",
+        metavar="MODEL",
+        default=catalog.TINY,
+        help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), a .gguf "
+        "file, or corenet:SIZE/NAME.  [default: %(default)s]",
+    )
+    flags.add_shared(common, "--mlx-path")
+    common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
+    flags.add_shared(common, "--overwrite", "--json")
+    flags.add_packing(parser.group("Quantization"))
+    flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
+    flags.add_fields(parser, UploadOptions)
+
+
+def run(args: Namespace) -> int:
     """Write a model as an MLX folder, quantized if you like.
 
     The folder appears complete or not at all, and mlx-lm reads it too.
     """
-    upload = UploadOptions(**options)
+    upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
     with console.Progress("Writing", unit="bytes") as progress:
         result = convert(
-            model,
-            to_path(mlx_path),
-            dtype=dtype,
-            quantize=quantize,
-            q_bits=q_bits,
-            q_group_size=q_group_size,
-            q_mode=q_mode,
-            recipe=recipe,
-            dequantize=dequantize,
-            tokenizer=tokenizer,
-            config_yaml=config_yaml,
-            revision=revision,
-            overwrite=overwrite,
+            args.model,
+            to_path(args.mlx_path),
+            dtype=args.dtype,
+            **flags.packing(args),
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            revision=args.revision,
+            overwrite=args.overwrite,
             progress=progress,
         )
     written = sum(path.stat().st_size for path in result.path.iterdir())
-    if as_json:
-        values = {"model": model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}
+    if args.json:
+        values = {"model": args.model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}
         values |= {"size": written, "exceptions": result.exceptions}
         if upload.upload_repo is not None:
             values["upload"] = upload_command.to_json(publishing.publish(result.path, upload))
         console.print_json(values)
-        return
+        return 0
     print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(written)}")
     for path, what in result.exceptions.items():
         print(f"  {path}: {what}")
     if upload.upload_repo is not None:
         upload_command.show(publishing.publish(result.path, upload))
+    return 0

@@ -7,12 +7,11 @@ import platform
 import shutil
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import typer
 
 from .. import backend, blas
 from ..errors import OpenELMError
@@ -22,8 +21,8 @@ from . import console, flags
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
-_REQUIRED = ("typer", "rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
-# What else can be used, what for, and the extra that brings it.
+_REQUIRED = ("rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "pyyaml")
+# Optional packages: what they are for, and the extra that installs them.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
     "matplotlib": ("draws quantize --report-plot and the losses of a training run", "plots"),
@@ -36,7 +35,7 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact; `advice` where something is to be done, `failed` where nothing works without it."""
+    """One fact. `advice` says what to do about it; `failed` means that nothing works without it."""
 
     name: str
     value: str
@@ -44,11 +43,19 @@ class Finding:
     failed: bool = False
 
 
-def run(as_json: flags.Json = False, debug: flags.Debug = False) -> None:
+EXAMPLES = """\
+  mlx-openelm doctor"""
+
+
+def add_flags(parser: flags.Parser) -> None:
+    flags.add_shared(parser.group("Common flags"), "--json")
+
+
+def run(args: Namespace) -> int:
     """Show what this machine offers, and what to do about what is slow or missing."""
     findings = list(examine())
     failed = any(finding.failed for finding in findings)
-    if as_json:
+    if args.json:
         console.print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
         width = max(len(finding.name) for finding in findings)
@@ -56,12 +63,11 @@ def run(as_json: flags.Json = False, debug: flags.Debug = False) -> None:
             print(f"{finding.name:{width}}  {finding.value}")
             if finding.advice:
                 print(f"{'':{width}}  -> {finding.advice}")
-    if failed:
-        raise typer.Exit(1)
+    return 1 if failed else 0
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, those that need MLX first found out with it missing."""
+    """Every finding; without MLX, those that need it are left out."""
     yield Finding("mlx-openelm", __version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}, {platform.machine()}")
     yield from _glibc()
@@ -86,7 +92,7 @@ def _mlx() -> Iterator[Finding]:
     try:
         with backend.naming_the_extra():
             facts = backend.describe()
-    # A wheel of another platform fails in ways of its own.
+    # A wheel for another platform can raise anything.
     except Exception as error:
         reason = str(error) if isinstance(error, OpenELMError) else f"MLX cannot be imported: {error}"
         yield Finding("MLX", "missing", " ".join(reason.split()), failed=True)
@@ -109,7 +115,7 @@ def _mlx() -> Iterator[Finding]:
 
 
 def _cuda_kernels() -> Finding:
-    """Whether a token is decoded by one kernel of ours."""
+    """Whether our kernel decodes the tokens."""
     from ..cuda.decoding import obstacle
 
     reason = obstacle()
@@ -117,7 +123,7 @@ def _cuda_kernels() -> Finding:
 
 
 def _packed_weights() -> Finding:
-    """Which packings this machine multiplies as they are stored, and which it unpacks at load."""
+    """The quantization modes that this machine multiplies as stored, and those that it unpacks at load."""
     from ..ops.packed import MODES, multiplied_modes
 
     multiplied = multiplied_modes()
@@ -128,7 +134,7 @@ def _packed_weights() -> Finding:
 
 
 def _kernels() -> Finding:
-    """Whether the model runs on our own kernels, and how to have them if not."""
+    """Whether the model runs on our own kernels, and how to get them if not."""
     from ..native import status
 
     names = {"used": "used", "off": "off", "missing": "missing"}
@@ -137,7 +143,7 @@ def _kernels() -> Finding:
 
 
 def _blas(state: str, library: str) -> Finding:
-    """Which BLAS multiplies matrices, how fast that is, and how to have a faster one."""
+    """Which BLAS multiplies matrices, how fast it is, and how to get a faster one."""
     names = {
         "loaded": library,
         "off": f"the one in MLX's wheel, since {blas.VARIABLE} says so",
@@ -145,13 +151,13 @@ def _blas(state: str, library: str) -> Finding:
     }
     advice = blas.problem()
     if state == "off":
-        advice = f"unset {blas.VARIABLE}, if the speed of OpenBLAS is wanted"
+        advice = f"unset {blas.VARIABLE} to use OpenBLAS"
     name = names.get(state, "the slow one in MLX's wheel")
     return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
 
 
 def _gigaflops(size: int = 512) -> float:
-    """The speed of a product of two float32 matrices, the best of three."""
+    """The speed of multiplying two float32 matrices, the best of three runs."""
     import mlx.core as mx
 
     matrix = mx.ones((size, size))
@@ -180,7 +186,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package, which is not imported."""
+    """The version of an installed package, without importing it."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -198,12 +204,14 @@ def _hub() -> Iterator[Finding]:
         return
     yield Finding("Hub token", "present" if get_token() else "none (not needed for OpenELM)")
     if os.environ.get("HF_HUB_OFFLINE"):
-        yield Finding("Hub", "offline, since HF_HUB_OFFLINE says so")
+        yield Finding("Hub", "offline, since HF_HUB_OFFLINE is set")
     cache = Path(constants.HF_HUB_CACHE)
     models = sorted(path for path in cache.glob("models--*") if "openelm" in path.name.lower())
-    held = [f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_held(path))})" for path in models]
+    held = [
+        f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_bytes_in(path))})" for path in models
+    ]
     yield Finding("Hub cache", f"{cache}: {', '.join(held) or 'no OpenELM models'}")
 
 
-def _held(folder: Path) -> int:
+def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("blobs/*"))

@@ -1,14 +1,12 @@
-"""`mlx-openelm fuse`: a model with adapters becomes a model without."""
+"""`mlx-openelm fuse`: merge adapters into the weights of a model."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..adapters.merging import Deviation
-from ..hub import catalog
 from ..inputs import to_path
 from ..jobs.fuse import Fusion, fuse
 from ..publishing import upload as publishing
@@ -17,55 +15,52 @@ from . import console, flags
 from . import upload as upload_command
 
 _UNITS = {"Writing": "bytes", "Reading the text": "batches"}
-# Below this share of the adapters' change that is left, a person should know.
+# Warn if less than this share of the adapters' change is left.
 _MOSTLY_LOST = 0.5
 
 
-@flags.of_dataclass(UploadOptions, flags.UPLOAD)
-def run(
-    model: flags.Model = catalog.TINY,
-    adapter_path: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An adapter: mlx-lm's, PEFT's or CoreNet's, a folder, a file or a hub name; repeatable, and with "
-            "PATH=WEIGHT each counts so many times.  [default: adapters]"
-        ),
-    ] = None,
-    save_path: Annotated[str, typer.Option(help="The folder to write.")] = "fused_model",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16 for what is not quantized; as it is stored unless told."),
-    ] = None,
-    quantize: Annotated[
-        bool, typer.Option("--quantize", "-q", help="Pack the matrices of a full model, or those of a packed one anew.")
-    ] = False,
-    q_bits: flags.QBits = None,
-    q_group_size: flags.QGroupSize = None,
-    q_mode: flags.QMode = "affine",
-    recipe: flags.Recipe = None,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", "-d", help="Unpack a quantized model; otherwise it is packed again.")
-    ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Also measure on text what storing the result costs (KL divergence).")
-    ] = False,
-    report_data: Annotated[
-        str | None, typer.Option(help="That text: a text file, or .jsonl with `text` on every line; one is bundled.")
-    ] = None,
-    tokenizer: flags.Tokenizer = None,
-    config_yaml: flags.ConfigYaml = None,
-    revision: flags.Revision = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **options: Any,
-) -> None:
+EXAMPLES = """\
+  mlx-openelm fuse --model 270m --adapter-path my_adapter --save-path my_model
+  mlx-openelm fuse --model 270m --adapter-path my_adapter=0.7 --adapter-path my_other=0.3 -q"""
+
+
+def add_flags(parser: flags.Parser) -> None:
+    common, measuring, source = map(parser.group, ("Common flags", "Measuring", "Source"))
+    flags.add_shared(common, "--model")
+    common.add_argument(
+        "--adapter-path",
+        action="append",
+        metavar="PATH",
+        help="An adapter of mlx-lm, PEFT or CoreNet: a folder, a file or a hub name. Repeat it as PATH=WEIGHT to mix "
+        "several.  [default: adapters]",
+    )
+    common.add_argument(
+        "--save-path", metavar="FOLDER", default="fused_model", help="The folder to write.  [default: %(default)s]"
+    )
+    common.add_argument(
+        "--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; by default as it is stored."
+    )
+    flags.add_shared(common, "--overwrite", "--json")
+    flags.add_packing(parser.group("Quantization"))
+    measuring.add_argument(
+        "--report", action="store_true", help="Also measure on text what storing the result costs (KL divergence)."
+    )
+    measuring.add_argument(
+        "--report-data",
+        metavar="FILE",
+        help="The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
+    )
+    flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
+    flags.add_fields(parser, UploadOptions)
+
+
+def run(args: Namespace) -> int:
     """Fuse adapters into a model, and write it as an MLX folder.
 
-    A quantized model is packed again as it was, and what that costs is told. The folder appears complete or not at
-    all, and mlx-lm reads it too. For llama.cpp or transformers, give it to `export`.
+    A quantized model is packed again as it was, unless --dequantize is given, and the cost of that is printed. The
+    folder appears complete or not at all, and mlx-lm reads it too. For llama.cpp or transformers, `export` it.
     """
-    upload = UploadOptions(**options)
+    upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
     with contextlib.ExitStack() as stack:
         bars: dict[str, console.Progress] = {}
@@ -76,33 +71,29 @@ def run(
             bars[stage](done, total)
 
         result = fuse(
-            model,
-            adapter_path or "adapters",
-            to_path(save_path),
-            dtype=dtype,
-            quantize=quantize,
-            q_bits=q_bits,
-            q_group_size=q_group_size,
-            q_mode=q_mode,
-            recipe=recipe,
-            dequantize=dequantize,
-            report=report,
-            report_data=report_data,
-            tokenizer=tokenizer,
-            config_yaml=config_yaml,
-            revision=revision,
-            overwrite=overwrite,
+            args.model,
+            args.adapter_path or "adapters",
+            to_path(args.save_path),
+            dtype=args.dtype,
+            **flags.packing(args),
+            report=args.report,
+            report_data=args.report_data,
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            revision=args.revision,
+            overwrite=args.overwrite,
             progress=show,
         )
     sent = publishing.publish(result.path, upload) if upload.upload_repo is not None else None
-    if as_json:
-        values = {"model": model, "adapter_path": adapter_path or ["adapters"], **_to_json(result)}
+    if args.json:
+        values = {"model": args.model, "adapter_path": args.adapter_path or ["adapters"], **_to_json(result)}
         console.print_json(values | ({"upload": upload_command.to_json(sent)} if sent is not None else {}))
-        return
+        return 0
     for line in _lines(result):
         print(line)
     if sent is not None:
         upload_command.show(sent)
+    return 0
 
 
 def _written(result: Fusion) -> int:
@@ -110,7 +101,7 @@ def _written(result: Fusion) -> int:
 
 
 def _lines(result: Fusion) -> list[str]:
-    """What was written, and what the adapters and the storing did to it."""
+    """What was written, and how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
         f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(_written(result))}",
@@ -125,19 +116,21 @@ def _lines(result: Fusion) -> list[str]:
         )
     if result.kl_divergence is not None:
         lines.append(
-            f"  KL divergence from the base with the adapter: {result.kl_divergence:.6f} nats a token "
+            f"  KL divergence from the base with the adapter: {result.kl_divergence:.6f} nats per token "
             f"(of the base without it: {result.base_kl_divergence:.6f})"
         )
     if result.untied:
-        lines.append("  the adapter changes the embedding alone, so the output layer is now one of its own (lm_head)")
+        lines.append("  the adapter changes the embedding alone, so the output layer is now separate (lm_head)")
     lines += [f"  {path}: {what}" for path, what in result.exceptions.items()]
     if (result.kl_divergence or 0) > (result.base_kl_divergence or 0):
         way = "with more bits or --dequantize" if result.requantized else "with more bits"
-        console.say(f"warning: The result is further from the adapter on the base than the base alone is: fuse {way}.")
+        console.say(
+            f"warning: The result is further from the base with the adapter than the base alone is: fuse {way}."
+        )
     if overall.kept < _MOSTLY_LOST:
         console.say(
-            "warning: rounding took most of the adapter's change back. Use --dequantize, or fuse into the model before "
-            "it was quantized, with -q if you like."
+            "warning: rounding undid most of the adapter's change. Use --dequantize, or fuse into the model before it "
+            "was quantized, with -q if you like."
         )
     return lines
 

@@ -5,94 +5,99 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..errors import RequestError, quote
+from ..generation.options import GenerationOptions
 from ..generation.sampling import random_seed
-from ..generation.stream import GenerationOptions, Piece, stream_generate
-from ..hub import catalog
+from ..generation.stream import Piece, stream_generate
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from . import console, flags
 
+EXAMPLES = """\
+  mlx-openelm generate --prompt "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
+  mlx-openelm generate --model 270m-instruct --prompt "Once upon a time" --repetition-penalty 1.2
+  echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8"""
 
-@flags.of_dataclass(GenerationOptions, flags.GENERATION)
-def run(
-    model: flags.Model = catalog.TINY,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads standard input.")
-    ] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="Read the prompt from a file.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="A system message for the chat template.")] = None,
-    prefill_response: Annotated[
-        str | None, typer.Option(help="How the response begins; what is printed goes on from there.")
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="plain (the default), corenet, or a jinja file.", metavar="plain|corenet|FILE")
-    ] = None,
-    ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Use the prompt as it is, without a template.")
-    ] = False,
-    extra_eos_token: Annotated[
-        list[str] | None, typer.Option(help="A token, or its id, that ends the text too; repeatable.")
-    ] = None,
-    adapter_path: flags.AdapterPath = None,
-    tokenizer: flags.Tokenizer = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    expand: flags.Expand = None,
-    exact_activations: flags.ExactActivations = False,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Show each token's log-probability after the text, or in the JSON.")
-    ] = False,
-    as_json: flags.Json = False,
-    verbose: Annotated[bool, typer.Option(help="Print statistics to standard error after the text.")] = True,
-    debug: flags.Debug = False,
-    **options: Any,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    for title in ("Common flags", "Sampling", "Penalties", "Chat", "Model", "Key-value cache", "Output"):
+        parser.group(title)  # in this order
+    common, chat, model, output = map(parser.group, ("Common flags", "Chat", "Model", "Output"))
+    flags.add_shared(common, "--model")
+    common.add_argument("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads standard input.")
+    common.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from a file.")
+    flags.add_fields(parser, GenerationOptions)
+    chat.add_argument("--chat-template", metavar="plain|corenet|FILE", help="How to write the chat.  [default: plain]")
+    chat.add_argument("--system-prompt", metavar="TEXT", help="A system message for the chat template.")
+    chat.add_argument(
+        "--prefill-response", metavar="TEXT", help="The start of the response; the output continues from there."
+    )
+    chat.add_argument(
+        "--ignore-chat-template", action="store_true", help="Use the prompt as it is, without a template."
+    )
+    chat.add_argument(
+        "--extra-eos-token",
+        action="append",
+        metavar="TOKEN",
+        help="Another token, or its id, that ends the text; repeatable.",
+    )
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
+    output.add_argument(
+        "--verbose", action=flags.Switch, default=True, help="Print statistics to standard error.  [default: on]"
+    )
+    output.add_argument(
+        "--logprobs", action="store_true", help="Show each token's log-probability after the text, or in the JSON."
+    )
+    flags.add_shared(output, "--json")
+
+
+def run(args: Namespace) -> int:
     """Print text that follows a prompt.
 
     The text goes to standard output, everything else to standard error. A prompt that is read from a file or
     from standard input loses the line break at its end.
     """
-    if ignore_chat_template and (system_prompt, prefill_response, chat_template) != (None, None, None):
+    chat = (args.system_prompt, args.prefill_response, args.chat_template)
+    if args.ignore_chat_template and chat != (None, None, None):
         raise RequestError(
             "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
         )
-    text = _read_prompt(prompt, prompt_file)
-    options |= {"stop": options["stop"] or (), "logit_bias": _parse_logit_bias(options["logit_bias"])}
-    if options["seed"] is None and options["temp"] > 0:
+    prompt = _read_prompt(args.prompt, args.prompt_file)
+    options = flags.given(args, GenerationOptions)
+    if "logit_bias" in options:
+        options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
+    if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
-    loaded, its_tokenizer = load(
-        model,
-        adapter_path or None,
-        dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        expand=expand,
-        exact_activations=exact_activations,
+    model, tokenizer = load(
+        args.model,
+        args.adapter_path,
+        args.dtype,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        expand=args.expand,
+        exact_activations=args.exact_activations,
     )
-    for token in extra_eos_token or ():
-        its_tokenizer.add_eos_token(token)
-    ids = _encode(
-        its_tokenizer, text, system_prompt, prefill_response, None if ignore_chat_template else chat_template or "plain"
-    )
+    for token in args.extra_eos_token or ():
+        tokenizer.add_eos_token(token)
+    template = None if args.ignore_chat_template else args.chat_template or "plain"
+    ids = _encode(tokenizer, prompt, args.system_prompt, args.prefill_response, template)
 
-    pieces, interrupted = _generate(loaded, its_tokenizer, ids, options, show=not as_json)
-    if as_json:
-        _print_result(model, text, pieces, its_tokenizer if logprobs else None, options["seed"], interrupted)
+    pieces, interrupted = _generate(model, tokenizer, ids, options, show=not args.json)
+    seed = options.get("seed")
+    if args.json:
+        _print_result(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted)
     else:
         print()
-        if logprobs:
-            _say_logprobs(its_tokenizer, pieces)
-        if verbose:
-            _say_statistics(loaded, pieces, options["seed"])
-    if interrupted:
-        raise typer.Exit(130)
+        if args.logprobs:
+            _say_logprobs(tokenizer, pieces)
+        if args.verbose:
+            _say_statistics(model, pieces, seed)
+    return 130 if interrupted else 0
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -121,10 +126,10 @@ def _decode(data: bytes, source: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _parse_logit_bias(given: list[str] | None) -> dict[int, float] | None:
-    """`ID=VALUE`, several of them, or JSON objects, as one mapping."""
+def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
+    """One mapping from any number of `ID=VALUE` and JSON objects."""
     biases: dict[int, float] = {}
-    for text in given or ():
+    for text in given:
         try:
             pairs = json.loads(text).items() if text.lstrip().startswith("{") else [text.split("=", 1)]
             biases.update({int(token): float(value) for token, value in pairs})
@@ -132,13 +137,13 @@ def _parse_logit_bias(given: list[str] | None) -> dict[int, float] | None:
             raise RequestError(
                 f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {quote(text)}."
             ) from None
-    return biases or None
+    return biases
 
 
 def _encode(
     tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
 ) -> list[int]:
-    """The ids of the conversation in this template, or of the prompt alone without one; BOS comes first."""
+    """The token ids of the conversation in this template, or without one of the prompt; BOS comes first."""
     if template is None:
         return tokenizer.encode(prompt)
     messages = [{"role": "user", "content": prompt}]
@@ -152,7 +157,7 @@ def _encode(
 def _generate(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], options: dict[str, Any], *, show: bool
 ) -> tuple[list[Piece], bool]:
-    """The pieces, their text printed as it comes, and whether Ctrl-C ended them."""
+    """The pieces, and whether Ctrl-C ended them; with `show` their text is printed as it comes."""
     pieces: list[Piece] = []
     with console.Progress("Reading the prompt", unit="tokens", lines=False) as progress:
         try:
@@ -195,7 +200,7 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
         console.say(
-            f"Weights: {' and '.join(map(str, bits))} bits, expanded at load since that is faster on a CPU; "
+            f"Weights: {' and '.join(map(str, bits))} bits, expanded at load because that is faster on a CPU; "
             "--no-expand saves memory"
         )
     if pieces:

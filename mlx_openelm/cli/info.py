@@ -1,11 +1,10 @@
-"""`mlx-openelm info`: the layer table, in which layer-wise scaling can be seen, and what the model needs."""
+"""`mlx-openelm info`: the layer table, which shows the layer-wise scaling, and the memory the model needs."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..errors import RequestError
 from ..hub import catalog
@@ -15,27 +14,36 @@ from . import console, flags
 _BAR = 24  # characters of the largest layer's bar
 
 
-def run(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As --model.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]"),
-    ] = None,
-    revision: flags.Revision = None,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-) -> None:
+EXAMPLES = """\
+  mlx-openelm info 3b
+  mlx-openelm info --model OpenELM-270M-4bit --json"""
+
+
+def add_flags(parser: flags.Parser) -> None:
+    parser.usage = f"{parser.prog} [flags] [MODEL]"
+    parser.group("Arguments").add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    common = parser.group("Common flags")
+    common.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]",
+    )
+    flags.add_shared(common, "--revision", "--json")
+
+
+def run(args: Namespace) -> int:
     """Show a model's layers, its size, and the memory it needs.
 
-    No weights are downloaded: what is not on this machine is told from what is known of it.
+    No weights are downloaded: for a model that is not on this machine, the published sizes are shown.
     """
-    if name is not None and model is not None:
+    if args.name is not None and args.model is not None:
         raise RequestError("Give the model once: as the argument or with --model.")
-    summary = summarize(name or model or catalog.TINY, revision=revision)
-    if as_json:
+    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision)
+    if args.json:
         console.print_json(_to_json(summary))
     else:
         print("\n".join([*_layer_lines(summary), "", *_total_lines(summary)]))
+    return 0
 
 
 def _to_json(summary: Summary) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def _total_lines(summary: Summary) -> list[str]:
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
         "  layers": f"{layers:,} ({layers / total:.1%})",
         "  head": head,
-        "  norms": f"{summary.norms:,} (those of layers are counted there too)",
+        "  norms": f"{summary.norms:,} (those of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
         f"Memory at {memory.tokens} tokens": needs,
@@ -94,7 +102,7 @@ def _total_lines(summary: Summary) -> list[str]:
     if summary.source == "published":
         lines += ["", "The model is not on this machine: these are the published sizes, no file was read."]
     elif summary.source == "config":
-        lines += ["", "The weights are not on this machine: this is what the repository's config.json says."]
+        lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
     return lines
 
 
@@ -103,5 +111,5 @@ def _tokenizer_line(summary: Summary) -> str:
         return summary.tokenizer
     release = catalog.find(summary.name)
     if release is not None:
-        return f"none of its own; Llama 2's, from {release.tokenizer_repo} or a sibling"
+        return f"not in the repository; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
     return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"

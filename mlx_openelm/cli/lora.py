@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import warnings
+from argparse import Namespace
 from dataclasses import asdict
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..hub import catalog
 from ..inputs import to_path
@@ -19,77 +18,72 @@ from ..training.run.samples import Sample
 from . import console, flags
 from .run_progress import RunProgress
 
+EXAMPLES = """\
+  mlx-openelm lora --model 270m --train --data my_data --mask-prompt --iters 1000
+  mlx-openelm lora --resume --adapter-path adapters
+  mlx-openelm lora --model 270m --test --data my_data --adapter-path adapters
+  mlx-openelm lora --train --data my_data -c my_run.yaml"""
 
-@flags.of_dataclass(FineTuneOptions, flags.FINE_TUNE, may_be_absent=True)
-def run(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]"
-        ),
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option("--config", "-c", help="A YAML file with any of these settings; flags come before it."),
-    ] = None,
-    tokenizer: flags.Tokenizer = None,
-    config_yaml: flags.ConfigYaml = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="corenet, plain or a jinja file to write chats with.", metavar="plain|corenet|FILE"),
-    ] = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **values: Any,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    for title in ("Common flags", "Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints"):
+        parser.group(title)  # in this order
+    common, model, output = map(parser.group, ("Common flags", "Model", "Output"))
+    common.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]",
+    )
+    common.add_argument(
+        "--config", "-c", metavar="FILE", help="A YAML file with any of these settings; flags override it."
+    )
+    flags.add_fields(parser, FineTuneOptions)
+    flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
+    model.add_argument("--chat-template", metavar="corenet|plain|FILE", help="How to write chats.")
+    flags.add_shared(output, "--overwrite", "--json")
+
+
+def run(args: Namespace) -> int:
     """Fine-tune a model on your examples.
 
-    With --train an adapter is trained, or with --fine-tune-type full the weights themselves; with --test its
-    perplexity is measured. Ctrl-C saves, and --resume goes on as if nothing had happened, after a crash too.
+    --train trains an adapter, or with --fine-tune-type full the weights themselves; --test measures its perplexity.
+    Ctrl-C saves, and --resume continues exactly where the run stopped, after a crash too.
     """
-    own = {"model": model, "tokenizer": tokenizer, "config_yaml": config_yaml, "revision": revision, "dtype": dtype,
-           "chat_template": chat_template}  # fmt: skip
-    given = {name: value for name, value in (own | values).items() if value is not None}
-    for name in ("target_modules", "sample_prompts"):
-        if name in given:
-            given[name] = tuple(given[name])
+    given = {key: getattr(args, key) for key in config_file.MODEL_KEYS if getattr(args, key) is not None}
+    given |= flags.given(args, FineTuneOptions)
     if "target_modules" in given:
         given["target_modules"] = tuple(part.strip() for text in given["target_modules"] for part in text.split(","))
-    options, said = _merged(given, config)
-    name = said.pop("model", catalog.TINY)
+    options, loading = _merged(given, args.config)
+    name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
-        warnings.simplefilter("ignore")  # the first process says the same
+        warnings.simplefilter("ignore")  # the first process prints the same
     progress = RunProgress()
     try:
         with progress:
-            done = finetune(name, options, loading=Loading(**said), overwrite=overwrite, listener=progress)
+            done = finetune(name, options, loading=Loading(**loading), overwrite=args.overwrite, listener=progress)
     except KeyboardInterrupt:
         if options.train and leads and not progress.began:
             console.say("Stopped before training began; nothing was saved.")
-        raise typer.Exit(130) from None
+        return 130
     if not leads:
-        return  # without an error, on which mlx.launch would end the first, which may be writing
-    if as_json:
+        return 0  # an error would make mlx.launch end the first process, which may still be writing
+    if args.json:
         console.print_json(_to_json(done))
     else:
         _show(done)
-    if done.interrupted:
-        raise typer.Exit(130)
+    return 130 if done.interrupted else 0
 
 
 def _merged(given: dict[str, Any], config: str | None) -> tuple[FineTuneOptions, dict[str, Any]]:
-    """The options, and what is said about the model: by flags, else by the file, else by the run that goes on."""
+    """The options, and the settings of the model: from flags, then the file, then the run that is resumed."""
     if config is not None:
         file = to_path(config)
         return config_file.merge(FineTuneOptions, config_file.read(file), given, place=str(config))
-    told: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
     if given.get("resume"):
-        told = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))
-    return config_file.merge(FineTuneOptions, told, given, place="run.json")
+        saved = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))
+    return config_file.merge(FineTuneOptions, saved, given, place="run.json")
 
 
 def _show(done: FineTuned) -> None:
@@ -106,7 +100,7 @@ def _show(done: FineTuned) -> None:
             print(f"Validation loss {result.val_loss:.3f}{was_better}")
         if done.interrupted:
             print(
-                f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; go on with: "
+                f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with: "
                 f"mlx-openelm lora --resume --adapter-path {shlex.quote(str(folder))}"
             )
         elif result.stopped != "finished":

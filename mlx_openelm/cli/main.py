@@ -1,4 +1,4 @@
-"""`mlx-openelm`: finds the command, imports its module and no other, and turns every failure into one line."""
+"""`mlx-openelm`: finds the command, imports its module and no other, and reports every failure in one line."""
 
 from __future__ import annotations
 
@@ -6,81 +6,42 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperGroup
+from itertools import takewhile
+from pathlib import Path
 
 from .. import backend
 from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
 from . import console, flags
-from .parsing import Command, QuickHelp
 
 PROGRAM = "mlx-openelm"
+SHELLS = ("bash", "zsh", "fish")
 
-# Every command with its line in `--help`; the module has its name, the function in it is `run`.
+# Every command with its line in `--help`. Its module has its name; `add_flags` declares its flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
-    "quantize": "Quantize a model, knowing what it costs.",
+    "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
     "lora": "Fine-tune a model on your examples: LoRA, DoRA, or all weights.",
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
     "info": "Show a model's layers, its size, and the memory it needs.",
-    "doctor": "Show what this machine offers, and what to do about what is slow or missing.",
+    "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
 }
+_DESCRIPTION = """Apple's OpenELM language models in MLX: generate, convert, measure, on the machine in front of you.
 
-# typer carries a copy of click, whose errors about flags and values have no public name of their own.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_APP: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-
-
-class Group(QuickHelp, TyperGroup):  # type: ignore[misc]
-    """The commands by name, each imported when it is asked for."""
-
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return list(COMMANDS)
-
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
-        if cmd_name not in COMMANDS:
-            close = difflib.get_close_matches(cmd_name, COMMANDS, n=2)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}."
-            raise RequestError(f"{PROGRAM} has no command {quote(cmd_name)}; {hint}")
-        app = typer.Typer(**_APP)
-        app.command(cmd_name, cls=Command)(import_module(f".{cmd_name}", __package__).run)
-        return typer.main.get_command(app)
-
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"{PROGRAM} {__version__}")
-        raise typer.Exit
-
-
-_app = typer.Typer(cls=Group, **_APP)
-
-
-@_app.callback(invoke_without_command=True)
-def _group(
-    ctx: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-    debug: flags.Debug = False,
-) -> None:
-    """Apple's OpenELM language models in MLX: generate, convert, measure, on the machine in front of you."""
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+Commands:
+"""
+_EXAMPLES = f"""\
+  {PROGRAM} generate --prompt "To be, or not to be"
+  {PROGRAM} convert --model apple/OpenELM-270M -q --mlx-path OpenELM-270M-4bit
+  {PROGRAM} lora --help"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -95,30 +56,27 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Sequence[str]) -> int:
-    """The exit code of a command line; what goes wrong is told in one line on standard error."""
+    """The exit code of a command line; a failure is one line on standard error."""
+    debug = False
     try:
         with backend.naming_the_extra():
-            group = typer.main.get_command(_app)
-            with group.make_context(PROGRAM, list(args)) as context:
-                group.invoke(context)
-        return 0
-    except typer.Exit as stop:
-        return stop.exit_code
+            run, values = parse(args)
+            debug = values.debug
+            return run(values)
+    except SystemExit as stop:  # of --help and --version
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return _leave_pipe()
-    except UsageError as error:
-        console.say_error(_usage_line(error))
-        return 2
     except OpenELMError as error:
-        if flags.debugging():
+        if debug:
             traceback.print_exc()
         console.say_error(str(error))
         return error.exit_code
-    # Whatever it is, a person gets a line and a way to the traceback.
+    # Whatever it is, the user gets one line and a way to the traceback.
     except Exception as error:
-        if flags.debugging():
+        if debug:
             traceback.print_exc()
             return 1
         reason = " ".join(str(error).split())
@@ -126,21 +84,79 @@ def _run(args: Sequence[str]) -> int:
         return 1
 
 
-def _usage_line(error: Any) -> str:
-    """What is wrong with the flags, and where to look."""
-    context = getattr(error, "ctx", None)
-    if context is None:
-        return f"{error.format_message().rstrip('.')}; see --help."
-    command = context.command_path
-    if not hasattr(error, "possibilities"):
-        return f"{error.format_message().rstrip('.')}; see {command} --help."
-    known = [flag for param in context.command.params for flag in (*param.opts, *param.secondary_opts)]
-    close = difflib.get_close_matches(error.option_name, known, n=2, cutoff=0.7)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    return f"{command} has no flag {error.option_name}{hint}; see {command} --help."
+def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
+    """The function that a command line asks for, and its arguments. `--help` and `--version` print and exit."""
+    # Flags before the command are the program's own.
+    own = list(takewhile(lambda word: word.startswith("-") or word in SHELLS, args))
+    name, *rest = args[len(own) :] or (None,)
+    debug = False
+    if own or name is None:
+        values = _program().parse(own)
+        wants_completion = values.install_completion or values.show_completion
+        if name is None:
+            return _complete if wants_completion else _print_help, values
+        if wants_completion:
+            raise RequestError(f"Completion is for {', '.join(SHELLS)}, not {quote(name)}.")
+        debug = values.debug
+    parser, run = command(name)
+    values = parser.parse(rest)
+    values.debug |= debug
+    return run, values
+
+
+def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
+    """The parser of a command, and the function that runs it."""
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}."
+        raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
+    module = import_module(f".{name}", __package__)
+    parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)
+    module.add_flags(parser)
+    flags.add_shared(parser.group("Other flags"), "--debug", "--help")
+    return parser, module.run
+
+
+def _program() -> flags.Parser:
+    """The parser of what stands before a command."""
+    commands = "\n".join(f"  {name:10}  {line}" for name, line in COMMANDS.items())
+    parser = flags.Parser(PROGRAM, _DESCRIPTION + commands, _EXAMPLES)
+    parser.usage = f"{PROGRAM} COMMAND [flags]"
+    group = parser.group("Flags")
+    group.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="Print the version.")
+    for name, text in (
+        ("install", "Install completion for a shell"),
+        ("show", "Print the script of --install-completion"),
+    ):
+        group.add_argument(
+            f"--{name}-completion",
+            nargs="?",
+            const=Path(os.environ.get("SHELL", "")).name or "bash",
+            metavar="|".join(SHELLS),
+            help=f"{text}; by default the one in $SHELL.",
+        )
+    flags.add_shared(group, "--debug", "--help")
+    return parser
+
+
+def _print_help(_: Namespace) -> int:
+    _program().print_help()
+    return 0
+
+
+def _complete(values: Namespace) -> int:
+    from . import completion
+
+    commands = {name: (line, command(name)[0]) for name, line in COMMANDS.items()}
+    text = completion.script(values.install_completion or values.show_completion, PROGRAM, _program(), commands)
+    if values.show_completion:
+        print(text)
+    else:
+        print(completion.install(values.install_completion, PROGRAM, text))
+    return 0
 
 
 def _leave_pipe() -> int:
-    """Whoever read our output has left: write the rest, and Python's last flush, to nowhere."""
+    """The reader of our output has left: write the rest, and Python's last flush, to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

@@ -4,62 +4,70 @@ from __future__ import annotations
 
 import random
 import warnings
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
-from ..hub import catalog
 from ..inputs import to_path
 from ..loading import load
 from . import console, flags
 
+EXAMPLES = """\
+  mlx-openelm perplexity --data my_text.txt --model OpenELM-270M-4bit --reference-model apple/OpenELM-270M"""
 
-def run(
-    data: Annotated[str, typer.Option("--data", help="A text file, or a .jsonl file with `text` on every line.")],
-    model: flags.Model = catalog.TINY,
-    adapter_path: flags.AdapterPath = None,
-    reference_model: Annotated[
-        str | None, typer.Option(help="Also give the KL divergence from this model, in nats a token.")
-    ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a window; by default 512, or the model's context if that is shorter.")
-    ] = None,
-    num_samples: Annotated[
-        int | None, typer.Option(help="How many windows, drawn at random; by default, and with -1, all.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same windows.")] = 0,
-    tokenizer: flags.Tokenizer = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    expand: flags.Expand = None,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    common, windows, model = map(parser.group, ("Common flags", "Windows", "Model"))
+    common.add_argument(
+        "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
+    )
+    flags.add_shared(common, "--model")
+    common.add_argument(
+        "--reference-model", metavar="MODEL", help="Also give the KL divergence from this model, in nats per token."
+    )
+    flags.add_shared(common, "--json")
+    windows.add_argument(
+        "--sequence-length",
+        type=flags.integer,
+        metavar="N",
+        help="Tokens per window; by default 512, or the model's context if that is shorter.",
+    )
+    windows.add_argument(
+        "--num-samples",
+        type=flags.integer,
+        metavar="N",
+        help="The number of windows, drawn at random; -1 is all, the default.",
+    )
+    windows.add_argument(
+        "--batch-size", type=flags.integer, metavar="N", default=4, help="Windows per batch.  [default: %(default)s]"
+    )
+    windows.add_argument(
+        "--seed",
+        type=flags.integer,
+        metavar="N",
+        default=0,
+        help="The same seed draws the same windows.  [default: %(default)s]",
+    )
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand")
+
+
+def run(args: Namespace) -> int:
     """Measure how well a model predicts a text.
 
     The text is cut into windows, each read from its beginning. The loss is the mean over tokens, in nats.
     """
-    documents = load_documents(to_path(data))
-    loaded, its_tokenizer = load(
-        model,
-        adapter_path or None,
-        dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        expand=expand,
-        exact_activations=True,
-    )
-    length = _checked_length(sequence_length, loaded.config)
-    windows = _sample(make_windows(its_tokenizer, documents, length), num_samples, seed)
+    documents = load_documents(to_path(args.data))
+    settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
+    model, tokenizer = load(args.model, args.adapter_path, args.dtype, revision=args.revision, **settings)
+    length = _checked_length(args.sequence_length, model.config)
+    windows = _sample(make_windows(tokenizer, documents, length), args.num_samples, args.seed)
     with console.Progress("Measuring", unit="windows") as progress:
-        measured = mean_nll(loaded, windows, batch_size=batch_size, progress=progress)
+        measured = mean_nll(model, windows, batch_size=args.batch_size, progress=progress)
     values: dict[str, Any] = {
-        "model": model,
-        "data": data,
+        "model": args.model,
+        "data": args.data,
         "sequence_length": length,
         "windows": len(windows),
         "tokens": measured.tokens,
@@ -67,23 +75,24 @@ def run(
         "standard_error": measured.standard_error,
         "perplexity": measured.perplexity,
     }
-    if reference_model is not None:
-        reference, _ = load(reference_model, dtype=dtype, tokenizer=tokenizer, expand=expand, exact_activations=True)
+    if args.reference_model is not None:
+        reference, _ = load(args.reference_model, dtype=args.dtype, **settings)
         with console.Progress("Comparing", unit="windows") as progress:
-            divergence = kl_divergence(reference, loaded, windows, batch_size=batch_size, progress=progress)
-        values |= {"reference_model": reference_model, "kl_divergence": divergence}
-    if as_json:
+            divergence = kl_divergence(reference, model, windows, batch_size=args.batch_size, progress=progress)
+        values |= {"reference_model": args.reference_model, "kl_divergence": divergence}
+    if args.json:
         console.print_json(values)
-        return
+        return 0
     print(f"Perplexity: {measured.perplexity:.4f}")
-    print(f"Loss: {measured.nll:.4f} ± {measured.standard_error:.4f} nats a token")
-    if reference_model is not None:
-        print(f"KL divergence from {reference_model}: {values['kl_divergence']:.6f} nats a token")
+    print(f"Loss: {measured.nll:.4f} ± {measured.standard_error:.4f} nats per token")
+    if args.reference_model is not None:
+        print(f"KL divergence from {args.reference_model}: {values['kl_divergence']:.6f} nats per token")
     print(f"Measured on {measured.tokens:,} tokens: {len(windows):,} windows of {length}")
+    return 0
 
 
 def _checked_length(length: int | None, config: ModelConfig) -> int:
-    """The default, or what was asked for, if the model's positions reach that far."""
+    """The window length: the default, or the one given if the model's positions reach that far."""
     if length is None:
         return min(512, config.max_context_length)
     if not 1 <= length <= config.rope_max_length:

@@ -1,15 +1,13 @@
-"""`mlx-openelm quantize`: few bits, knowing what they cost."""
+"""`mlx-openelm quantize`: fewer bits, and a measure of what they cost."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from typing import Annotated, Any, Self
-
-import typer
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any, Self
 
 from ..cuda.compiling import notice
 from ..errors import RequestError
-from ..hub import catalog
 from ..inputs import to_path
 from ..jobs.quantize import Quantized, quantize
 from ..publishing import upload as publishing
@@ -19,7 +17,7 @@ from ..quantization.report import Row, chart, check_picture, draw, letter
 from . import console, flags
 from . import upload as upload_command
 
-# What each stage counts; the others are one piece of work.
+# What each stage counts; the other stages count nothing.
 _UNITS = {
     "Writing": "bytes",
     "Reading the text": "batches",
@@ -31,68 +29,73 @@ _UNITS = {
 }
 
 
-@flags.of_dataclass(UploadOptions, flags.UPLOAD)
-@flags.of_dataclass(QuantizeOptions, flags.QUANTIZE)
-def run(
-    model: flags.Model = catalog.TINY,
-    mlx_path: Annotated[str, typer.Option(help="The folder to write.")] = "mlx_model",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16 for what is not quantized; bfloat16 unless told.")
-    ] = None,
-    report_plot: Annotated[
-        str | None, typer.Option(help="Also draw the report into this PNG, SVG or PDF file; needs matplotlib.")
-    ] = None,
-    tokenizer: flags.Tokenizer = None,
-    config_yaml: flags.ConfigYaml = None,
-    revision: flags.Revision = None,
-    overwrite: flags.Overwrite = False,
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **values: Any,
-) -> None:
-    """Quantize a model, knowing what it costs.
+EXAMPLES = """\
+  mlx-openelm quantize --model 270m --report
+  mlx-openelm quantize --model 270m --target-bpw 4.2 --mlx-path OpenELM-270M-4.2bpw
+  mlx-openelm quantize --model 270m --q-bits 3 --method awq,gptq --calibration my_text.txt"""
 
-    With --q-bits, --q-mode or --recipe as `convert -q` does; with --target-bpw each matrix gets the bits it needs
-    most, as measured on text; with --method rounding is learned from text. With --report alone nothing is written.
+
+def add_flags(parser: flags.Parser) -> None:
+    common, source = map(parser.group, ("Common flags", "Source"))
+    flags.add_shared(common, "--model", "--mlx-path")
+    flags.add_fields(parser, QuantizeOptions)
+    parser.group("Report").add_argument(
+        "--report-plot",
+        metavar="FILE",
+        help="Also draw the report into this PNG, SVG or PDF file; needs matplotlib.",
+    )
+    common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
+    flags.add_shared(common, "--overwrite", "--json")
+    flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
+    flags.add_fields(parser, UploadOptions)
+
+
+def run(args: Namespace) -> int:
+    """Quantize a model and measure what it costs.
+
+    --q-bits, --q-mode and --recipe quantize as `convert -q` does. --target-bpw measures on text which matrices need
+    more bits, and gives them more. --method learns from text how to round. --report alone writes nothing.
     """
-    upload = UploadOptions(**{field.name: values.pop(field.name) for field in fields(UploadOptions)})
-    options = QuantizeOptions(**values | {"method": tuple(values["method"] or ())})
-    if report_plot is not None and not options.report:
-        raise RequestError("--report-plot needs --report.")
-    if report_plot is not None:
-        check_picture(to_path(report_plot))
+    upload = UploadOptions(**flags.given(args, UploadOptions))
+    options = QuantizeOptions(**flags.given(args, QuantizeOptions))
+    plot = None if args.report_plot is None else to_path(args.report_plot)
+    if plot is not None:
+        if not options.report:
+            raise RequestError("--report-plot needs --report.")
+        check_picture(plot)
     if upload.upload_repo is not None and not options.writes:
-        raise RequestError("--upload-repo needs a model to upload; say how to quantize, with --q-bits for one.")
+        raise RequestError("--upload-repo needs a model to upload; say how to quantize, for example with --q-bits.")
     publishing.check(upload)
     with _Stages() as stages, notice("Quantizing", console.say):
         result = quantize(
-            model,
-            to_path(mlx_path),
+            args.model,
+            to_path(args.mlx_path),
             options,
-            dtype=dtype,
-            tokenizer=tokenizer,
-            config_yaml=config_yaml,
-            revision=revision,
-            overwrite=overwrite,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            revision=args.revision,
+            overwrite=args.overwrite,
             progress=stages,
         )
-    if report_plot is not None:
-        draw(result.report, to_path(report_plot))
+    if plot is not None:
+        draw(result.report, plot)
     sent = None
     if result.path is not None and upload.upload_repo is not None:
         sent = publishing.publish(result.path, upload)
-    if as_json:
-        console.print_json(_to_json(model, result) | ({"upload": upload_command.to_json(sent)} if sent else {}))
-        return
+    if args.json:
+        console.print_json(_to_json(args.model, result) | ({"upload": upload_command.to_json(sent)} if sent else {}))
+        return 0
     _show(result)
-    if report_plot is not None:
-        print(f"Drew {report_plot}")
+    if plot is not None:
+        print(f"Drew {args.report_plot}")
     if sent is not None:
         upload_command.show(sent)
+    return 0
 
 
 class _Stages:
-    """One progress bar after the other, each named after what is being done."""
+    """One progress bar after another, each labelled with its stage."""
 
     def __init__(self) -> None:
         self._stage, self._bar = "", console.Progress("", unit="")
@@ -117,7 +120,7 @@ def _show(result: Quantized) -> None:
     if result.path is None:
         return
     if result.costs:
-        print("Bits, group size and cost (KL divergence of the output when that matrix alone is rounded):")
+        print("Bits, group size and cost (KL divergence of the output when only that matrix is rounded):")
         for path, choice in result.choices.items():
             print(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
     if result.calibrated_on is not None:
@@ -129,7 +132,7 @@ def _show(result: Quantized) -> None:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    """The rows, marked as in the drawing below them."""
+    """The rows, with the letters that mark them in the chart below."""
     width = max(len(row.name) for row in rows)
     head = f"    {'':{width}}  bits/weight       size  perplexity  KL divergence"
     lines = [
@@ -137,7 +140,7 @@ def _table(rows: list[Row]) -> list[str]:
         f"  {row.perplexity:10.3f}  {row.kl_divergence:13.5f}"
         for index, row in enumerate(rows)
     ]
-    return [head, *lines, "", "  KL divergence from the full model, in nats a token", *chart(rows)]
+    return [head, *lines, "", "  KL divergence from the full model, in nats per token", *chart(rows)]
 
 
 def _to_json(model: str, result: Quantized) -> dict[str, Any]:

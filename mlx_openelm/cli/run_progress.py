@@ -13,7 +13,8 @@ import mlx.core as mx
 from ..training.run.listener import Listener
 from . import console
 
-# The share of the latest step in the pace that the time left is told by.
+# The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
+# first steps replace the average.
 _LATEST = 0.1
 _WARMUP = 3
 
@@ -21,13 +22,13 @@ _WARMUP = 3
 class RunProgress(Listener):
     """Shows a run: its reports as lines, and on a terminal a bar with the latest step below them.
 
-    Use it in a `with` block, so that a bar does not outlive an error.
+    Use it in a `with` block, so that an error removes the bar.
     """
 
     def __init__(self) -> None:
-        self.began = False  # training, as opposed to what comes before it
+        self.began = False  # training, after loading and tokenizing
         self._total = self._step = 0
-        self._pace: float | None = None  # seconds a step, reports and validations included
+        self._pace: float | None = None  # seconds per step, including reports and validations
         self._measured = 0
         self._last = time.monotonic()
         self._bar: Any = None
@@ -45,7 +46,7 @@ class RunProgress(Listener):
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
         now = time.monotonic()
         latest, self._last, self._step = now - self._last, now, step
-        # The first step of a process is slower than others: it is traced and compiled.
+        # The first step is slower than the others, because it is traced and compiled.
         if self._pace is None or self._measured < _WARMUP:
             self._pace = latest
         else:
@@ -115,7 +116,7 @@ class RunProgress(Listener):
         self._bar.start()
 
     def _show(self, **fields: Any) -> None:
-        bar = self._bar  # another thread may close it
+        bar = self._bar  # another thread may close it meanwhile
         if bar is not None:
             bar.update(self._task, **fields)
 

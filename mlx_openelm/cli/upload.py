@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from argparse import Namespace
+from typing import Any
 
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from . import console, flags
 
+EXAMPLES = """\
+  mlx-openelm upload --path OpenELM-270M-4bit --upload-repo me/OpenELM-270M-4bit --dry-run"""
 
-@flags.of_dataclass(UploadOptions, flags.UPLOAD)
-def run(
-    path: Annotated[str, typer.Option("--path", help="The model folder, or a .gguf file.")],
-    as_json: flags.Json = False,
-    debug: flags.Debug = False,
-    **options: Any,
-) -> None:
+
+def add_flags(parser: flags.Parser) -> None:
+    common = parser.group("Common flags")
+    common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
+    flags.add_shared(common, "--json")
+    flags.add_fields(parser, UploadOptions)
+
+
+def run(args: Namespace) -> int:
     """Publish a model folder on the Hugging Face Hub, with a model card.
 
     Only the files of the model are sent. A card of your own (README.md) is sent as it is.
     """
-    show(publish(path, UploadOptions(**options)), as_json=as_json)
+    show(publish(args.path, UploadOptions(**flags.given(args, UploadOptions))), as_json=args.json)
+    return 0
 
 
 def show(done: Upload, *, as_json: bool = False) -> None:
-    """Tell what was sent and where it is, or what would be."""
+    """Print what was sent and where it is, or what would be sent."""
     if as_json:
         console.print_json(to_json(done))
     elif done.url is not None:
         if all(file.name != CARD for file in done.files):
-            print("The README.md in the repository is somebody's own, so it was kept.")
+            print("The README.md in the repository was written or edited by a person, so it was kept.")
         print(f"Uploaded {len(done.files)} files, {console.size(done.size)}: {done.url}")
     else:
         print("\n".join(_plan_lines(done)))
 
 
 def to_json(done: Upload) -> dict[str, Any]:
-    """What was sent, or would be, in plain values."""
+    """What was sent, or would be sent, as JSON values."""
     return {
         "path": str(done.path),
         "repo": done.repo,
@@ -57,10 +61,10 @@ def to_json(done: Upload) -> dict[str, Any]:
 
 def _plan_lines(plan: Upload) -> list[str]:
     owner = "" if "/" in plan.repo else " (of the token's owner)"
-    visibility = "private" if plan.private else "public if it is new; one that exists keeps its visibility"
+    visibility = "private" if plan.private else "public if it is new; an existing repository keeps its visibility"
     width = max(len(file.name) for file in plan.files)
     card = "yours, as it is" if plan.own_card else "written for this model"
-    weights = f"removed if their names fit {' or '.join(plan.removes)}" if plan.removes else "kept"
+    weights = f"removed if their names match {' or '.join(plan.removes)}" if plan.removes else "kept"
     theirs = "replaced by yours" if plan.own_card else "kept, and this one not sent, if a person wrote or edited it"
     return [
         f"Would upload {plan.path}; nothing was sent.",
@@ -71,7 +75,7 @@ def _plan_lines(plan: Upload) -> list[str]:
         *(f"  {file.name:{width}}  {console.size(file.size):>9}" for file in plan.files),
         f"  {len(plan.files)} files, {console.size(plan.size)}",
         *([f"Not sent: {', '.join(plan.left_out)}"] if plan.left_out else []),
-        "The hub was not asked. If the repository exists, its files of these names are replaced. Of the others:",
+        "The hub was not contacted. In an existing repository files with these names are replaced. Its other files:",
         f"  older weights   {weights}",
         f"  README.md       {theirs}",
         "  anything else   kept",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
+from ..options import option
 from .card import Card, card_for_upload
 from .files import leads_out, model_files
 from .plan import Upload, make_plan
@@ -20,11 +21,23 @@ from .transfer import MAIN, check_visibility, full_name, send
 class UploadOptions:
     """Where and how to publish: the flags of `upload`, and of every command that can upload what it writes."""
 
-    upload_repo: str | None = None
-    private: bool = False
-    upload_revision: str | None = None
-    commit_message: str | None = None
-    dry_run: bool = False
+    upload_repo: str | None = option(
+        None,
+        "The hub repository to upload to, as owner/name; created if it does not exist.",
+        group="Upload",
+        metavar="REPO",
+    )
+    private: bool = option(False, "Make the repository private.", group="Upload")
+    upload_revision: str | None = option(
+        None,
+        "The branch to upload to; created if it does not exist.  [default: main]",
+        group="Upload",
+        metavar="BRANCH",
+    )
+    commit_message: str | None = option(None, "The commit's message.", group="Upload")
+    dry_run: bool = option(
+        False, "Show what would be uploaded; send nothing and do not contact the hub.", group="Upload"
+    )
 
 
 def check(options: UploadOptions) -> None:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import RequestError, quote
+from ..options import option
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
 from .values import conform, field_types, flag, one_of
@@ -94,42 +95,66 @@ class TrainOptions:
         RequestError: an invalid value; the message names its flag.
     """
 
-    batch_size: int = 4
-    grad_accumulation_steps: int = 1
-    max_seq_length: int = 2048
-    packing: bool = False
-    seed: int = 0
+    batch_size: int = option(4, "Examples per batch.", group="Training")
+    grad_accumulation_steps: int = option(1, "Batches per update of the weights.", group="Training")
+    max_seq_length: int = option(2048, "Longest example in tokens; longer ones are cut.", group="Data")
+    packing: bool = option(False, "Pack several examples into a row; they do not attend to each other.", group="Data")
+    seed: int = option(0, "The same seed gives the same adapter.", group="Training")
 
-    iters: int = 1000
-    epochs: float | None = None
-    optimizer: str = "adam"
-    learning_rate: float = 1e-5
-    lr_schedule: str = "constant"
-    min_learning_rate: float = 0.0
-    decay_steps: int | None = None
-    warmup: int = 0
-    warmup_init: float = 0.0
-    weight_decay: float | None = None
-    beta1: float | None = None
-    beta2: float | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    bias_correction: bool = True
-    max_grad_norm: float | None = None
-    z_loss: float = 0.0
-    label_smoothing: float = 0.0
-    recompute: str = AUTO
-    grad_checkpoint: bool = False
+    iters: int = option(1000, "Updates of the weights.", group="Training")
+    epochs: float | None = option(None, "Passes over the data, instead of --iters.", group="Training")
+    optimizer: str = option("adam", "The optimizer.", group="Optimizer", metavar="|".join(OPTIMIZERS))
+    learning_rate: float = option(1e-5, "Learning rate, after the warm-up.", group="Training")
+    lr_schedule: str = option(
+        "constant", "The learning rate's schedule.", group="Optimizer", metavar="|".join(SCHEDULES)
+    )
+    min_learning_rate: float = option(
+        0.0, "Learning rate at the end of a cosine or linear schedule.", group="Optimizer"
+    )
+    decay_steps: int | None = option(
+        None, "Steps from the warm-up to --min-learning-rate; by default all that are left.", group="Optimizer"
+    )
+    warmup: int = option(0, "Steps over which the learning rate rises at first.", group="Optimizer")
+    warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.", group="Optimizer")
+    weight_decay: float | None = option(None, "Weight decay, applied to matrices only.", group="Optimizer")
+    beta1: float | None = option(None, "First momentum coefficient of the optimizer.", group="Optimizer")
+    beta2: float | None = option(None, "Second momentum coefficient of the optimizer.", group="Optimizer")
+    eps: float | None = option(
+        None, "Added to the denominator of the update, against division by zero.", group="Optimizer"
+    )
+    momentum: float | None = option(None, "Momentum of sgd and muon.", group="Optimizer")
+    bias_correction: bool = option(True, "Correct the bias of Adam's moments, which start at zero.", group="Optimizer")
+    max_grad_norm: float | None = option(None, "Scale gradients down to this norm.", group="Optimizer")
+    z_loss: float = option(
+        0.0, "Add this times the squared log-sum-exp of the logits to the loss; CoreNet uses 1e-4.", group="Optimizer"
+    )
+    label_smoothing: float = option(
+        0.0, "Share of the target probability that is spread over the other tokens.", group="Optimizer"
+    )
+    recompute: str = option(
+        AUTO,
+        "What the backward pass recomputes to save memory; auto is parts, or on CUDA what fits.",
+        group="Memory",
+        metavar="|".join(RECOMPUTE),
+    )
+    grad_checkpoint: bool = option(False, "The same as --recompute layers, under mlx-lm's name.", group="Memory")
 
-    steps_per_report: int = 10
-    steps_per_eval: int = 200
-    val_batches: int = 25
-    early_stop: int | None = None
-    save_every: int = 100
-    keep_last: int = 2
-    keep_every: int | None = None
-    report_to: str | None = None
-    project_name: str | None = None
+    steps_per_report: int = option(10, "Steps between reports of the loss.", group="Reports")
+    steps_per_eval: int = option(200, "Steps between validations.", group="Validation")
+    val_batches: int = option(25, "Batches per validation; -1 is all, 0 turns validation off.", group="Validation")
+    early_stop: int | None = option(
+        None, "Stop after this many validations without a new best, and keep the best.", group="Validation"
+    )
+    save_every: int = option(100, "Steps between checkpoints.", group="Checkpoints")
+    keep_last: int = option(2, "Keep this many of the last checkpoints, and the best.", group="Checkpoints")
+    keep_every: int | None = option(None, "Also keep every N-th step's checkpoint.", group="Checkpoints")
+    report_to: str | None = option(
+        None,
+        "Also report to TensorBoard, Weights & Biases, or both with a comma.",
+        group="Reports",
+        metavar="tensorboard|wandb",
+    )
+    project_name: str | None = option(None, "The project at Weights & Biases.", group="Reports")
 
     @property
     def recomputed(self) -> str:
@@ -218,29 +243,63 @@ class FineTuneOptions(TrainOptions):
         alpha, scale: the factor of the low-rank product, see `lora_scale`; give at most one of them.
     """
 
-    data: str | None = None
-    train: bool = False
-    test: bool = False
-    test_batches: int = 500
-    valid_fraction: float = 0.1
-    mask_prompt: bool = False
-    long_examples: str = "truncate"
+    data: str | None = option(
+        None, "A folder with train, valid and test files, one file, or a data set on the hub.", metavar="PATH"
+    )
+    train: bool = option(False, "Train.")
+    test: bool = option(
+        False, "Measure the perplexity of the test examples, after training or of the adapter in --adapter-path."
+    )
+    test_batches: int = option(500, "Batches of the test; -1 is all.", group="Validation")
+    valid_fraction: float = option(
+        0.1, "Share of the data held out for validation if there is no valid file; 0 is none.", group="Data"
+    )
+    mask_prompt: bool = option(False, "Learn completions and assistant turns only, not prompts.", group="Data")
+    long_examples: str = option(
+        "truncate",
+        "What to do with examples longer than --max-seq-length.",
+        group="Data",
+        metavar="|".join(LONG_EXAMPLES),
+    )
 
-    fine_tune_type: str = "lora"
-    num_layers: int = -1
-    target_modules: tuple[str, ...] | None = None
-    rank: int = 8
-    alpha: float | None = None
-    scale: float | None = None
-    use_rslora: bool = False
-    dropout: float = 0.0
+    fine_tune_type: str = option(
+        "lora", "Train LoRA or DoRA adapters, or the full weights.", group="Adapter", metavar="|".join(FINE_TUNE_TYPES)
+    )
+    num_layers: int = option(-1, "Train only the last N layers; -1 is all.", group="Adapter")
+    target_modules: tuple[str, ...] | None = option(
+        None,
+        "Matrices to train, repeatable or with commas; by default all of a layer, with full everything.",
+        group="Adapter",
+        metavar="|".join(TARGET_MODULES),
+    )
+    rank: int = option(8, "Rank of an adapter's matrices.", group="Adapter")
+    alpha: float | None = option(None, "Multiply the adapter's output by alpha / rank.", group="Adapter")
+    scale: float | None = option(
+        None, "Multiply the adapter's output by this instead; 20 by default, as in mlx-lm.", group="Adapter"
+    )
+    use_rslora: bool = option(False, "Divide --alpha by the square root of the rank (rsLoRA).", group="Adapter")
+    dropout: float = option(0.0, "Dropout on the adapter's input during training.", group="Adapter")
 
-    adapter_path: str = "adapters"
-    adapter_format: str = "mlx"
-    resume: bool = False
-    resume_adapter_file: str | None = None
-    sample_prompts: tuple[str, ...] = ()
-    sample_tokens: int = 64
+    adapter_path: str = option(
+        "adapters", "The folder of the adapter and everything else of the run.", metavar="FOLDER"
+    )
+    adapter_format: str = option(
+        "mlx",
+        "Format of the adapter's files; mlx is read by mlx-lm and here.",
+        group="Adapter",
+        metavar="|".join(ADAPTER_FORMATS),
+    )
+    resume: bool = option(False, "Continue the run in --adapter-path exactly; other flags need not be repeated.")
+    resume_adapter_file: str | None = option(
+        None, "Start from the weights of this adapter.", group="Training", metavar="PATH"
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (),
+        "Show the model's continuation of this prompt before and after training; repeatable.",
+        group="Reports",
+        flags=("--sample-prompt",),
+    )
+    sample_tokens: int = option(64, "Tokens per sample.", group="Reports")
 
     @property
     def lora_scale(self) -> float:

@@ -1,0 +1,106 @@
+"""Shell completion: the scripts, where they are written, and what bash completes with its one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from mlx_openelm.cli.main import COMMANDS, SHELLS, command, main
+from mlx_openelm.training.options import OPTIMIZERS
+
+import pytest
+
+
+def run(*args: str) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Each shell's script, as it is installed in a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    paths = {
+        "bash": ".local/share/bash-completion/completions/mlx-openelm",
+        "zsh": ".zfunc/_mlx-openelm",
+        "fish": ".config/fish/completions/mlx-openelm.fish",
+    }
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+        monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+        for shell in SHELLS:
+            assert run("--install-completion", shell) == 0
+    return {shell: (home / path).read_text() for shell, path in paths.items()}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_knows_every_command_its_flags_and_their_choices(shell: str, scripts: dict[str, str]) -> None:
+    script = scripts[shell]
+    for name in COMMANDS:
+        assert name in script
+        for flag in command(name)[0].flags:
+            assert (f"-l {flag[2:]} " if shell == "fish" and flag.startswith("--") else flag) in script
+    assert " ".join(OPTIMIZERS) in script
+
+
+def test_show_prints_what_install_writes(scripts: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in SHELLS:
+        assert run("--show-completion", shell) == 0
+        assert capsys.readouterr().out == scripts[shell]
+
+
+def test_the_shell_is_that_of_the_environment(
+    scripts: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHELL", "/usr/bin/fish")
+    assert run("--show-completion") == 0
+    assert capsys.readouterr().out == scripts["fish"]
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert run("--show-completion") == 2
+    assert "bash, zsh and fish, not tcsh" in capsys.readouterr().err
+    assert run("--show-completion", "tcsh") == 2
+    assert "bash, zsh, fish, not 'tcsh'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_shell_itself_finds_no_mistake(shell: str, scripts: dict[str, str], tmp_path: Path) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(scripts[shell])
+    done = subprocess.run([program, "-n", tmp_path / "script"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["gen"], {"generate"}),
+        ([""], set(COMMANDS)),
+        (["--ver"], {"--version"}),
+        (["--debug", "per"], {"perplexity"}),
+        (["generate", "--max-"], {"--max-tokens", "--max-kv-size"}),
+        (["generate", "--dtype", ""], {"float32", "float16", "bfloat16"}),
+        (["generate", "--dtype", "b"], {"bfloat16"}),
+        (["generate", "--prompt", "x", "--chat-template", "c"], {"corenet"}),
+        (["lora", "--lr-schedule", "co"], {"constant", "cosine"}),
+        (["lora", "--train", "--no-tr"], {"--no-train"}),
+        (["--install-completion", ""], set(SHELLS)),
+        (["generate", "--tokenizer", ""], set()),  # bash then completes files
+    ],
+)
+def test_bash_completes(line: list[str], expected: set[str], scripts: dict[str, str]) -> None:
+    asks = (
+        f"{scripts['bash']}\n"
+        'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _mlx_openelm; printf "%s\\n" "${COMPREPLY[@]}"\n'
+        "complete -p mlx-openelm"
+    )
+    done = subprocess.run(["bash", "-c", asks, "bash", "mlx-openelm", *line], capture_output=True, text=True)
+    assert done.stderr == ""
+    *words, registered = done.stdout.splitlines()
+    assert set(filter(None, words)) == expected
+    assert registered == "complete -o default -F _mlx_openelm mlx-openelm"
