@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,18 +181,23 @@ def naming_the_extra() -> Iterator[None]:
 
 def on_gpu() -> bool:
     """Whether MLX's default device is a GPU (Metal or CUDA); its fused kernels exist only there."""
-    import mlx.core as mx
-
-    return mx.default_device().type == mx.DeviceType.gpu
+    return device() != "CPU"
 
 
 def device() -> str:
-    """What MLX's default device is: Metal, CUDA or CPU."""
-    import mlx.core as mx
-
-    if not on_gpu():
+    """What MLX's default device is: Metal, CUDA or CPU. All that is chosen by device asks here, many times a token."""
+    mx, gpu = _mlx()
+    if mx.default_device().type is not gpu:
         return "CPU"
     return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+@lru_cache(maxsize=1)
+def _mlx() -> tuple[Any, Any]:
+    """MLX, and the type of its devices that are GPUs: to import and look up both takes longer than to ask for one."""
+    import mlx.core as mx
+
+    return mx, mx.DeviceType.gpu
 
 
 def on_cuda() -> bool:
