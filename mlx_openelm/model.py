@@ -6,7 +6,7 @@ Modules carry the names of the Hugging Face checkpoint, so a checkpoint's keys a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -210,41 +210,35 @@ class TransformerLayer(nn.Module):
         return add_to(h, self["ffn"], self["ffn_norm"](h))
 
 
-class LayerWeights(NamedTuple):
-    """A layer's weights, for kernels that compute whole layers."""
-
-    num_heads: tuple[int, int]
-    norms: list[mx.array]  # attn_norm, ffn_norm, and q_norm and k_norm if there are
-    projections: list[ops.Stored]  # qkv_proj, out_proj, proj_1, proj_2
+# What kernels that compute whole layers need of one: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there
+# are; and the projections qkv_proj, out_proj, proj_1, proj_2.
+LayerParts = tuple[list[mx.array], tuple[nn.Module, ...]]
 
 
-def collect_weights(layers: Sequence[nn.Module], eps: float) -> list[LayerWeights] | None:
-    """The weights of layers that are still what `OpenELM` made; None if a module was replaced by one of another class.
+def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
+    """The parts of layers that are still as `OpenELM` made them; None if a module was replaced by another class's.
 
-    This runs for each token, so that a change counts from the next call on. Packed weights count if they are affine.
+    This runs for each token, so that a change counts from the next call on. Projections may be packed in affine mode.
     """
-    found = []
+    found: list[LayerParts] = []
     for layer in layers:
         if type(layer) is not TransformerLayer:
             return None
         attn, ffn = layer["attn"], layer["ffn"]
         if type(attn) is not Attention or type(ffn) is not FeedForward or not ffn.has_swiglu:
             return None
-        norms = [layer["attn_norm"], layer["ffn_norm"]]
-        if attn.normalizes:
-            norms += attn["q_norm"], attn["k_norm"]
-        for norm in norms:
+        head_norms = (attn["q_norm"], attn["k_norm"]) if attn.normalizes else ()
+        norm_weights = []
+        for norm in (layer["attn_norm"], layer["ffn_norm"], *head_norms):
             if type(norm) is not RMSNorm or norm.eps != eps:
                 return None
-        projections: list[ops.Stored] = []
-        for projection in (attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]):
-            if type(projection) is Linear:
-                projections.append((projection["weight"], None, None, 0, 0, False))
-            elif type(projection) is QuantizedLinear and projection.mode == "affine":
-                projections.append(ops.stored(projection))
-            else:
+            norm_weights.append(norm["weight"])
+        projections = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
+        for projection in projections:
+            kind = type(projection)
+            if kind is not Linear and not (kind is QuantizedLinear and projection.mode == "affine"):
                 return None
-        found.append(LayerWeights(attn["num_heads"], [norm["weight"] for norm in norms], projections))
+        found.append((norm_weights, projections))
     return found
 
 
@@ -272,6 +266,7 @@ class OpenELM(nn.Module):
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
+        self._num_heads = tuple(zip(config.num_query_heads, config.num_kv_heads, strict=True))
         self._token_kernel = decoding.TokenKernel(config)
         if initialize:
             self.initialize()
@@ -336,34 +331,34 @@ class OpenELM(nn.Module):
         return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
     def _run_kernels(self, x: mx.array, attend: Attend, caches: Sequence[Any]) -> mx.array | None:
-        """All layers in kernels that compute whole ones: the CPU's for a few rows, CUDA's for a token.
+        """All layers in kernels that compute whole ones: CUDA's for one token, the CPU's for a few rows.
 
-        None, and nothing changed, where no kernel serves: this is the one place that decides.
+        None, with nothing changed, where no kernel serves: this is the one place that decides.
         """
         eps = self.config.rms_norm_eps
-        if isinstance(attend, attention.KernelAttention):
-            if not attend.takes_layers(x, caches) or (weights := collect_weights(self.layers, eps)) is None:
+        if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
+            if any(type(cache) is not KVCache for cache in caches):
                 return None
-            for layer, cache in zip(weights, caches, strict=True):
-                x = attend.layer(x, layer.num_heads, eps, layer.norms, layer.projections, cache)
-            return x
-        if x.shape[0] > 1 or attend.mask is not None or not decoding.is_allowed():
+            parts = collect_parts(self.layers, eps)
+            return None if parts is None else self._decode_token(x, parts, caches)
+        if not isinstance(attend, attention.KernelAttention) or not attend.takes_layers(x, caches):
             return None
-        if (
-            any(type(cache) is not KVCache for cache in caches)
-            or (weights := collect_weights(self.layers, eps)) is None
-        ):
+        if (parts := collect_parts(self.layers, eps)) is None:
             return None
-        return self._decode(x, weights, caches)
+        for (norms, projections), num_heads, cache in zip(parts, self._num_heads, caches, strict=True):
+            x = attend.layer(x, num_heads, eps, norms, [ops.stored(p) for p in projections], cache)
+        return x
 
-    def _decode(self, x: mx.array, layers: list[LayerWeights], caches: Sequence[Any]) -> mx.array | None:
-        """All layers for one token [1, model_dim] in one CUDA kernel, if it serves this model; else None."""
+    def _decode_token(self, x: mx.array, layers: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
+        """All layers for one token [1, model_dim] in one CUDA kernel; None where it does not serve these weights."""
         weights: list[mx.array] = []
-        for layer in layers:
-            weights += layer.norms
-            for parts in layer.projections:
-                weights += [part for part in parts[:3] if part is not None]
-        return self._token_kernel(x, weights, lambda: [p[3:5] for layer in layers for p in layer.projections], caches)
+        for norms, projections in layers:
+            weights += norms
+            for projection in projections:
+                weights.append(projection["weight"])
+                if type(projection) is QuantizedLinear:
+                    weights += projection["scales"], projection["biases"]
+        return self._token_kernel(x, weights, lambda: [ops.stored(p)[3:5] for _, four in layers for p in four], caches)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """hidden states [..., model_dim] to logits [..., vocab]."""

@@ -1,7 +1,7 @@
 """All layers for one token of one sequence in one CUDA kernel (`decoding.cu`), made for the model at hand.
 
-Measured on an H100 beside MLX's own kernels: see docs/benchmarks.md. `OpenELM.hidden_states` asks a `TokenKernel` first
-where a token is to be decoded, and goes on as ever where that gives None.
+Measured on an H100 beside MLX's own kernels: see docs/benchmarks.md. To decode a token `OpenELM.hidden_states` calls a
+`TokenKernel` first, and runs its layers one by one if that gives None.
 """
 
 from __future__ import annotations
@@ -251,6 +251,9 @@ class TokenKernel:
         self._known: list[int] | None = None  # identities of the weights for which `_shape` holds
         self._watching: list[weakref.ref[mx.array]] = []
         self._shape: Shape | None = None
+
+    def __reduce__(self) -> Any:
+        return TokenKernel, (self._config,)  # the copy of a model has other weights
 
     def __call__(
         self, x: mx.array, weights: list[mx.array], kinds: Callable[[], list[Kind]], caches: Sequence[KVCache]

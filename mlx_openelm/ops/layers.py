@@ -90,7 +90,9 @@ def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) 
 
 
 def stored(layer: Any) -> Stored:
-    """The packed weight of an affine layer, as the CPU kernels take it."""
+    """The weight of a plain or affine layer, as the CPU kernels take it."""
+    if "scales" not in layer:
+        return layer["weight"], None, None, 0, 0, False
     return layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds
 
 
