@@ -15,8 +15,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
-# Describes what the library was compiled for. It is read before the library is loaded, since loading may already use
-# instructions that the processor lacks.
+# What the library was compiled for, beside it: read before it is loaded, since loading may already use instructions
+# that a processor lacks.
 FACTS = f"{LIBRARY}.json"
 
 # What the compiler may use, by its macro, and how /proc/cpuinfo names that: all that `-march=native` may bring, since a
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp", "__ARM_FEATURE_ATOMICS": "atomics", "__ARM_FEATURE_SVE": "sve",
     "__ARM_FEATURE_BF16": "bf16", "__ARM_FEATURE_MATMUL_INT8": "i8mm", "__ARM_FEATURE_SVE2": "sve2",
 }  # fmt: skip
-# The instructions that the kernels have code for.
+# Those that the kernels are written for.
 KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 
 
@@ -42,7 +42,7 @@ KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 FUSED = ("--param=avoid-fma-max-bits=0", "-Wno-unused-command-line-argument")
 
 
-# MLX 0.32 was built with this version; modules built with another do not recognize its arrays.
+# With which MLX 0.32 was built: another one's modules do not know its arrays.
 NANOBIND = "3.1.0"
 
 
@@ -102,7 +102,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
             "bytes": library.stat().st_size,
         }
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-        # If this is interrupted, no description may be left beside another library than its own.
+        # Never a description beside another library than its own, whenever this is interrupted.
         (folder / FACTS).unlink(missing_ok=True)
         for name in (LIBRARY, FACTS):
             os.replace(partial / name, folder / name)
@@ -127,7 +127,7 @@ def find_compiler() -> list[str]:
     for words in [named.split()] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(words[0]) is None:
             continue
-        # The newest feature that the sources use; it needs GCC 12 or Clang 14.
+        # The newest thing that is used; it comes with GCC 12 and Clang 14.
         probe = "#if !__has_builtin(__builtin_shufflevector)\n#error\n#endif\n"
         command = [*words, "-std=c++20", "-fsyntax-only", "-xc++", "-"]
         if subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0:
@@ -135,7 +135,7 @@ def find_compiler() -> list[str]:
         too_old.append(words[0])
     if too_old:
         names = " and ".join(too_old)
-        # A Mac without Xcode's tools has these names too, as programs that only offer to install them.
+        # A Mac has these names without Xcode's tools, too, as programs that only ask for them.
         way = "run xcode-select --install" if sys.platform == "darwin" else "install GCC 12 or Clang 14, or newer"
         raise BuildError(f"{names} cannot compile them; {way}, or name another compiler in CXX.")
     if named:
