@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +59,23 @@ def naming_the_extra() -> Iterator[None]:
 
 def on_gpu() -> bool:
     """Whether MLX's default device is a GPU (Metal or CUDA), which has MLX's fused kernels."""
-    import mlx.core as mx
-
-    return mx.default_device().type == mx.DeviceType.gpu
+    return device() != "CPU"
 
 
 def device() -> str:
-    """MLX's default device: `Metal`, `CUDA` or `CPU`."""
-    import mlx.core as mx
-
-    if not on_gpu():
+    """MLX's default device: `Metal`, `CUDA` or `CPU`. Everything that depends on the device asks this."""
+    mx, gpu = _mlx()
+    if mx.default_device().type is not gpu:
         return "CPU"
     return "CUDA" if mx.cuda.is_available() else "Metal"
+
+
+@lru_cache(maxsize=1)
+def _mlx() -> tuple[Any, Any]:
+    """MLX and its device type for GPUs, looked up once: `device` is called many times a token."""
+    import mlx.core as mx
+
+    return mx, mx.DeviceType.gpu
 
 
 def on_cuda() -> bool:

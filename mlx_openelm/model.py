@@ -14,7 +14,10 @@ import mlx.nn as nn
 from .cache import KVCache
 from .config import ModelConfig
 from .cuda import decoding
+from .ops import attention
 from .ops import layers as ops
+from .ops.attention import PlainAttention as Attend
+from .ops.derived import Derived
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
 
@@ -26,12 +29,14 @@ ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.re
 class Linear(nn.Linear):
     """A linear layer without bias, through `ops.linear`."""
 
+    takes_residual = True
+
     def __init__(self, in_dims: int, out_dims: int):
         nn.Module.__init__(self)
         self.weight = mx.zeros((out_dims, in_dims))
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        """The product, plus the residual if there is one: in one on a GPU."""
+        """x [..., in] to [..., out], plus the residual if there is one."""
         return ops.linear(x, self["weight"], residual)
 
     def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
@@ -41,6 +46,7 @@ class Linear(nn.Linear):
 class QuantizedLinear(nn.QuantizedLinear):
     """The same with a packed weight, through `ops.quantized_linear`; `rounds` lets few rows be rounded there."""
 
+    takes_residual = True
     rounds = False
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
@@ -99,69 +105,97 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self["weight"], self.eps)
 
 
-_PROJECTIONS = Linear, QuantizedLinear
+def add_to(residual: mx.array, module: nn.Module, *inputs: Any) -> mx.array:
+    """residual + module(*inputs), in one product where the module's class says that its call takes the residual.
 
-
-def project(layer: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
-    """layer(x) + residual; in one product where layer and device can."""
-    if isinstance(layer, _PROJECTIONS):
-        return layer(x, residual)
-    onto = getattr(type(layer), "onto", None)
-    return residual + layer(x) if onto is None else onto(layer, residual, x)
+    A subclass must say so itself: its own `__call__` may not take one.
+    """
+    if vars(type(module)).get("takes_residual", False):
+        return module(*inputs, residual=residual)
+    return residual + module(*inputs)
 
 
 class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized over head_dim, then rotated."""
 
+    takes_residual = True
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         heads, kv_heads = self.num_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
-        self.norms = ops.HeadNorms(config.rms_norm_eps) if config.normalize_qk_projections else None
+        self.normalizes = config.normalize_qk_projections
         self.qkv_proj = Linear(config.model_dim, (heads + 2 * kv_heads) * config.head_dim)
         self.out_proj = Linear(heads * config.head_dim, config.model_dim)
-        if config.normalize_qk_projections:
+        if self.normalizes:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self._norms: Derived[attention.HeadNorms] = Derived()
 
-    def __call__(
-        self, qkv: mx.array, residual: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any
-    ) -> mx.array:
-        """residual + out_proj(attention), from what `qkv_proj` gave."""
-        norms = self.norms and self.norms.use(self["q_norm"]["weight"], self["k_norm"]["weight"])
-        mixed = attend(qkv, shape, self.num_heads, norms, cache)
-        return project(self["out_proj"], mixed, residual)
+    def __call__(self, x: mx.array, attend: Attend, cache: Any = None, residual: mx.array | None = None) -> mx.array:
+        """Attention of x [N, model_dim] over itself and the cache, plus the residual if there is one.
+
+        Args:
+            attend: what `attention.choose` gave for this forward pass.
+            cache: this layer's, extended in place.
+        """
+        qkv, norms = self.head_norms(self["qkv_proj"](x))  # [N, (H + 2K) * D]
+        mixed = attend(qkv, self["num_heads"], norms, cache)  # [N, H * D]
+        return self["out_proj"](mixed) if residual is None else add_to(residual, self["out_proj"], mixed)
+
+    def _make_norms(self, query_weight: mx.array, key_weight: mx.array) -> attention.HeadNorms:
+        return attention.HeadNorms(query_weight, key_weight, self["q_norm"].eps)
+
+    def head_norms(self, qkv: mx.array) -> tuple[mx.array, attention.HeadNorms | None]:
+        """qkv, and the norms of queries and keys that are still to be applied: `attend` fuses them with RoPE.
+
+        Norms of another class, as somebody may have put in their place, are applied here.
+        """
+        if not self.normalizes:
+            return qkv, None
+        q_norm, k_norm = self["q_norm"], self["k_norm"]
+        if type(q_norm) is type(k_norm) is RMSNorm and q_norm.eps == k_norm.eps:
+            return qkv, self._norms.get(q_norm.eps, self._make_norms, q_norm["weight"], k_norm["weight"])
+        heads, kv_heads = self["num_heads"]
+        split = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [N, H + 2K, D]
+        queries, keys, values = mx.split(split, [heads, heads + kv_heads], axis=1)
+        return mx.concatenate([q_norm(queries), k_norm(keys), values], axis=1).reshape(qkv.shape), None
 
 
 class FeedForward(nn.Module):
     """proj_2(silu(gate) * up); without GLU proj_2(activation(proj_1))."""
 
+    takes_residual = True
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
-        self.activation = ACTIVATIONS[config.activation_fn_name]
-        self.has_swiglu = self.gated and self.activation is nn.silu
+        self.activation = config.activation_fn_name
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """residual + proj_2(activation), from what `proj_1` gave."""
-        return project(self["proj_2"], self._activate(x), residual)
+    @property
+    def has_swiglu(self) -> bool:
+        return self.gated and self.activation in ("swish", "silu")
 
-    def _activate(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """The feed-forward of x [N, model_dim], plus the residual if there is one."""
+        inner = self.activate(self["proj_1"](x))  # [N, inner]
+        return self["proj_2"](inner) if residual is None else add_to(residual, self["proj_2"], inner)
+
+    def activate(self, x: mx.array) -> mx.array:
+        """What enters `proj_2` [N, inner], from what `proj_1` gave: gate and up [N, 2 * inner] with GLU."""
         if self.has_swiglu:
             return ops.swiglu(x)
+        activation = ACTIVATIONS[self.activation]
         if not self.gated:
-            return self.activation(x)
+            return activation(x)
         gate, up = mx.split(x, 2, axis=-1)
-        return self.activation(gate) * up
+        return activation(gate) * up
 
 
 class TransformerLayer(nn.Module):
-    """Attention, then the feed-forward, each in two stages: a norm and a projection, then the rest up to the residual.
-
-    Training keeps what goes from stage to stage and computes the rest again in the backward pass.
-    """
+    """h = x + attn(norm(x)), then h + ffn(norm(h))."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -170,61 +204,42 @@ class TransformerLayer(nn.Module):
         self.attn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        if attend.takes_layers(x, cache) and self._is_plain():
-            return self._at_once(x, attend, shape, cache)
-        x = self["attn"](self.project(x), x, attend, shape, cache)
-        return self["ffn"](self.expand(x), x)
+    def __call__(self, x: mx.array, attend: Attend, cache: Any = None) -> mx.array:
+        """x [N, model_dim] to the same shape; `attend` and `cache` as for `Attention`."""
+        h = add_to(x, self["attn"], self["attn_norm"](x), attend, cache)
+        return add_to(h, self["ffn"], self["ffn_norm"](h))
 
-    def project(self, x: mx.array) -> mx.array:
-        """Queries, keys and values of x [N, model_dim]."""
-        return self["attn"]["qkv_proj"](self["attn_norm"](x))
 
-    def expand(self, x: mx.array) -> mx.array:
-        """The feed-forward's gate and up of x [N, model_dim]."""
-        return self["ffn"]["proj_1"](self["ffn_norm"](x))
+# What kernels that compute whole layers need of one: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there
+# are; and the projections qkv_proj, out_proj, proj_1, proj_2.
+LayerParts = tuple[list[mx.array], tuple[nn.Module, ...]]
 
-    def _norms(self) -> list[nn.Module]:
-        attn = self["attn"]
-        return [self["attn_norm"], self["ffn_norm"], *([attn["q_norm"], attn["k_norm"]] if attn.norms else [])]
 
-    def _projections(self) -> list[nn.Module]:
-        attn, ffn = self["attn"], self["ffn"]
-        return [attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]]
+def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
+    """The parts of layers that are still as `OpenELM` made them; None if a module was replaced by another class's.
 
-    def _is_plain(self) -> bool:
-        """Whether `ops.Attend.layer` knows all that it is made of: not adapters, nor other activations or packings."""
-        return (
-            self["ffn"].has_swiglu
-            and all(type(norm) is RMSNorm for norm in self._norms())
-            and all(
-                type(p) is Linear or (type(p) is QuantizedLinear and p.mode == "affine") for p in self._projections()
-            )
-        )
-
-    def add_plain_weights(self, weights: list[mx.array]) -> bool:
-        """Append them in the order of `decoding.TokenKernel`; False where it does not know all that this is made of."""
-        attn, ffn = self["attn"], self["ffn"]
-        if type(self) is not TransformerLayer or type(attn) is not Attention or type(ffn) is not FeedForward:
-            return False
-        if not ffn.has_swiglu:
-            return False
-        for norm in self._norms():
-            if type(norm) is not RMSNorm:
-                return False
-            weights.append(norm["weight"])
-        for projection in (attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]):
-            if type(projection) is Linear:
-                weights.append(projection["weight"])
-            elif type(projection) is QuantizedLinear and projection.mode == "affine":
-                weights += projection["weight"], projection["scales"], projection["biases"]
-            else:
-                return False
-        return True
-
-    def _at_once(self, x: mx.array, attend: ops.Attend, shape: tuple[int, int], cache: Any) -> mx.array:
-        norms, projections = [norm["weight"] for norm in self._norms()], [ops.stored(p) for p in self._projections()]
-        return attend.layer(x, shape, self["attn"].num_heads, self["attn_norm"].eps, norms, projections, cache)
+    This runs for each token, so that a change counts from the next call on. Projections may be packed in affine mode.
+    """
+    found: list[LayerParts] = []
+    for layer in layers:
+        if type(layer) is not TransformerLayer:
+            return None
+        attn, ffn = layer["attn"], layer["ffn"]
+        if type(attn) is not Attention or type(ffn) is not FeedForward or not ffn.has_swiglu:
+            return None
+        head_norms = (attn["q_norm"], attn["k_norm"]) if attn.normalizes else ()
+        norm_weights = []
+        for norm in (layer["attn_norm"], layer["ffn_norm"], *head_norms):
+            if type(norm) is not RMSNorm or norm.eps != eps:
+                return None
+            norm_weights.append(norm["weight"])
+        projections = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
+        for projection in projections:
+            kind = type(projection)
+            if kind is not Linear and not (kind is QuantizedLinear and projection.mode == "affine"):
+                return None
+        found.append((norm_weights, projections))
+    return found
 
 
 class Transformer(nn.Module):
@@ -251,6 +266,7 @@ class OpenELM(nn.Module):
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
+        self._num_heads = tuple(zip(config.num_query_heads, config.num_kv_heads, strict=True))
         self._token_kernel = decoding.TokenKernel(config)
         if initialize:
             self.initialize()
@@ -262,7 +278,11 @@ class OpenELM(nn.Module):
         """
         embeddings = self.transformer.token_embeddings
         embeddings.weight = mx.random.normal(embeddings.weight.shape, scale=self.config.model_dim**-0.5)
-        matrices = [p for layer in self.layers for p in layer._projections()]
+        matrices = [
+            matrix
+            for layer in self.layers
+            for matrix in (layer.attn.qkv_proj, layer.attn.out_proj, layer.ffn.proj_1, layer.ffn.proj_2)
+        ]
         if not self.config.share_input_output_layers:
             matrices.append(self.lm_head)
         for matrix in matrices:
@@ -280,15 +300,15 @@ class OpenELM(nn.Module):
         cache: Sequence[Any] | None = None,
         mask: mx.array | str | None = None,
         *,
-        run_layer: Callable[..., mx.array] = TransformerLayer.__call__,
+        run_layer: Callable[[nn.Module, mx.array, Attend, Any], mx.array] | None = None,
     ) -> mx.array:
-        """tokens [batch, length] to hidden states [batch, length, model_dim] after the final norm.
+        """tokens [B, L] to hidden states [B, L, model_dim] after the final norm.
 
         Args:
             cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence.
-            mask: what each position may see, in place of the causal mask: booleans or numbers to add,
-                [length, total] or [batch, 1, length, total].
-            run_layer: calls a layer, as training does in its own way.
+            mask: what each position may see, in place of the causal mask: booleans (True: visible) or numbers to add,
+                [L, T] or [B, 1, L, T], T counting the past.
+            run_layer: calls a layer, as training does in its own way; None calls it as it is.
         """
         batch, length = tokens.shape
         caches = cache if cache is not None else [None] * len(self.layers)
@@ -298,30 +318,47 @@ class OpenELM(nn.Module):
             mask = first.make_mask(length, return_array=False, window_size=None)
         elif mask is None and length > 1:
             mask = "causal"
-        attend = ops.Attend(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
-        # Layers see one row a position: matrix products of two dimensions need no reshaping.
-        x = self.transformer.token_embeddings(tokens.reshape(-1))
-        # Where a packing's scales are no floating-point numbers, embeddings come out as bfloat16.
+        attend = attention.choose(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
+        # Layers take one row a position: matrix products of two dimensions need no reshaping.
+        x = self.transformer.token_embeddings(tokens.reshape(-1))  # [N, model_dim]
+        # In packings whose scales are not floating-point numbers, embeddings come out as bfloat16.
         x = x.astype(self.transformer.norm["weight"].dtype)
-        y = self._decode(x, caches) if mask is None and run_layer is TransformerLayer.__call__ else None
+        y = self._run_kernels(x, attend, caches) if run_layer is None else None
         if y is None:
-            for layer, layer_cache in zip(self.layers, caches, strict=True):
-                x = run_layer(layer, x, attend, (batch, length), layer_cache)
             y = x
-        return self.transformer.norm(y).reshape(batch, length, -1)
+            for layer, layer_cache in zip(self.layers, caches, strict=True):
+                y = layer(y, attend, layer_cache) if run_layer is None else run_layer(layer, y, attend, layer_cache)
+        return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
-    def _decode(self, x: mx.array, caches: Sequence[Any]) -> mx.array | None:
-        """All layers for one token [1, model_dim] in one kernel, where there is one for this model; else None."""
-        if x.shape[0] > 1 or not decoding.is_allowed() or any(type(cache) is not KVCache for cache in caches):
-            return None
-        weights: list[mx.array] = []
-        for layer in self.layers:
-            if not layer.add_plain_weights(weights):
+    def _run_kernels(self, x: mx.array, attend: Attend, caches: Sequence[Any]) -> mx.array | None:
+        """All layers in kernels that compute whole ones: CUDA's for one token, the CPU's for a few rows.
+
+        None, with nothing changed, where no kernel serves: this is the one place that decides.
+        """
+        eps = self.config.rms_norm_eps
+        if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
+            if any(type(cache) is not KVCache for cache in caches):
                 return None
-        return self._token_kernel(x, weights, self._kinds, caches)
+            parts = collect_parts(self.layers, eps)
+            return None if parts is None else self._decode_token(x, parts, caches)
+        if not isinstance(attend, attention.KernelAttention) or not attend.takes_layers(x, caches):
+            return None
+        if (parts := collect_parts(self.layers, eps)) is None:
+            return None
+        for (norms, projections), num_heads, cache in zip(parts, self._num_heads, caches, strict=True):
+            x = attend.layer(x, num_heads, eps, norms, [ops.stored(p) for p in projections], cache)
+        return x
 
-    def _kinds(self) -> list[decoding.Kind]:
-        return [ops.stored(p)[3:5] for layer in self.layers for p in layer._projections()]
+    def _decode_token(self, x: mx.array, layers: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
+        """All layers for one token [1, model_dim] in one CUDA kernel; None where it does not serve these weights."""
+        weights: list[mx.array] = []
+        for norms, projections in layers:
+            weights += norms
+            for projection in projections:
+                weights.append(projection["weight"])
+                if type(projection) is QuantizedLinear:
+                    weights += projection["scales"], projection["biases"]
+        return self._token_kernel(x, weights, lambda: [ops.stored(p)[3:5] for _, four in layers for p in four], caches)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """hidden states [..., model_dim] to logits [..., vocab]."""

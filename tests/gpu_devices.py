@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import backend
-from mlx_openelm.ops import layers as ops
-from mlx_openelm.training.step import loss
 
 import mlx.core as mx
 import numpy as np
@@ -70,8 +68,6 @@ def gpu_tests() -> Iterator[None]:
     """Compute on the GPU, or the stand-in, while the block runs; what a block `on("cpu")` within compiles nothing."""
     with pytest.MonkeyPatch.context() as patch, on("gpu"):
         if STAND_IN:
-            for module, name in ((backend, "on_gpu"), (ops, "_on_gpu"), (loss, "on_gpu")):
-                patch.setattr(module, name, lambda: _device == "gpu")
             patch.setattr(backend, "device", lambda: {"gpu": "CUDA", "cpu": "CPU"}[_device])
             patch.setattr(mx.fast, "scaled_dot_product_attention", _attend_as_cuda)
             patch.setattr(mx, "device_info", lambda: H100)

@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from decoding_models import ALL_PACKINGS, make_model, plain_logits
+from test_replaced_modules import CHANGES
 
 EMULATION = Path(__file__).parent / "cuda" / "emulation.h"
 
@@ -269,3 +270,14 @@ def test_other_models_and_caches_take_the_plain_path(calls, model, change):
         cache = [RotatingKVCache(8) for _ in model.layers]
     mx.eval(model(mx.array(tokens), cache))
     assert not calls
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_replaced_module_is_used_from_the_next_call_on(calls, model, name, length):
+    cache = prefilled(model, [5, 6, 7])
+    mx.eval(model(mx.array([[8]]), cache))
+    assert len(calls) == 1
+    changed = CHANGES[name](model)
+    mx.eval(model(mx.array([[*range(length)]]), cache))
+    assert changed.calls == 1 and len(calls) == 1

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import backend
 from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 from mlx_openelm.ops import layers as ops
+from mlx_openelm.ops import rope
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +32,7 @@ REFERENCE = json.loads((FIXTURES / "shakespeare-reference.json").read_text())
 @pytest.fixture(params=["plain", "fused"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both forms of what a layer computes; the fused one is what a GPU runs, and a CPU can compute it too."""
-    monkeypatch.setattr(ops, "_on_gpu", lambda: request.param == "fused")
+    monkeypatch.setattr(backend, "device", lambda: "Metal" if request.param == "fused" else "CPU")
     return request.param
 
 
@@ -444,7 +446,7 @@ def test_gradients_over_many_rows_are_the_fused_forms(monkeypatch: pytest.Monkey
     ids = mx.array(tokens_for(model.config, 2, 60))
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(ops, "_on_gpu", lambda fused=fused: fused)
+        monkeypatch.setattr(backend, "device", lambda fused=fused: "Metal" if fused else "CPU")
         value, gradients = nn.value_and_grad(model, loss)(model, ids)
         found.append({"loss": value} | dict(tree_flatten(gradients)))
     for name, gradient in found[0].items():
@@ -474,7 +476,7 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
 def test_a_first_call_may_be_compiled() -> None:
     """The constants a layer keeps must not be made inside a function that is being traced."""
     ops._norm_constants.cache_clear()
-    ops._rotation_constants.cache_clear()
+    rope._constants.cache_clear()
     if shutil.which("g++") is None:
         pytest.skip("on a CPU mx.compile needs a compiler")
     one_layer = {"num_transformer_layers": 1, "num_query_heads": 2, "num_kv_heads": 1}

@@ -17,7 +17,7 @@ from mlx_openelm.cache import BatchKVCache, KVCache, RotatingKVCache, make_cache
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 from mlx_openelm.loading import ROUNDED_BITS, round_activations
 from mlx_openelm.native import build
-from mlx_openelm.ops import layers as ops
+from mlx_openelm.ops.rope import rotation_table
 
 import mlx.core as mx
 import numpy as np
@@ -220,7 +220,7 @@ def test_heads_are_normalized_and_rotated(shape):
     batch, length, queries, kv, dim = shape
     qkv, norms = normal(batch * length, (queries + 2 * kv) * dim), (normal(dim, seed=1), normal(dim, seed=2))
     for offset in (3, mx.array([3, -2][:batch])):
-        table = ops._rotation_table(dim, 1e4, offset, length)
+        table = rotation_table(dim, 1e4, offset, length)
         for weights in ((None, None), norms):
             q, k, v = mx.split(qkv.reshape(batch, length, -1, dim), [queries, queries + kv], axis=2)
             if weights[0] is not None:
@@ -366,7 +366,7 @@ def layer_arguments(batch, length, start, bits, group_size, has_norms, room=40):
             opened.append(stored[-1][0].astype(mx.float32))
     norms = [(1 + 0.1 * normal(n, seed=9)).astype(mx.bfloat16) for n in (dim, dim, head_dim, head_dim)]
     buffers = [normal(batch, kv, room, head_dim, seed=s) for s in (5, 6)]
-    table = ops._rotation_table(head_dim, 1e4, start, length)
+    table = rotation_table(head_dim, 1e4, start, length)
     x = normal(batch * length, dim, seed=7)
     return [x, table, *buffers, start, queries, kv, 1e-6, 0.2, norms[: 4 if has_norms else 2], stored], opened
 

@@ -16,6 +16,7 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats.packing import Quantization
 from mlx_openelm.jobs.summary import summarize_config
 from mlx_openelm.model import QuantizedLinear
+from mlx_openelm.ops import attention
 from mlx_openelm.ops import layers as ops
 from mlx_openelm.ops import packed as packed_products
 from mlx_openelm.ops.packed import MODES
@@ -37,8 +38,6 @@ multiply = mx.quantized_matmul
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a model takes to be its device; where that is CUDA, products that it has no kernel for are refused."""
     monkeypatch.setattr(backend, "device", lambda: request.param)
-    monkeypatch.setattr(backend, "on_gpu", lambda: True)
-    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
     if request.param == "CUDA":
         monkeypatch.setattr(mx, "quantized_matmul", cudas)
     return request.param
@@ -161,9 +160,9 @@ def test_attention_over_a_quantized_cache(
     past = 0
     for length in (9, 3, 1, 1):
         qkv = mx.random.normal((length, 8 * head_dim), key=mx.random.key(length + past)).astype(dtype)
-        attend = ops.Attend(head_dim, 10000, past, length, "causal" if length > 1 else None)
-        found = attend(qkv, (1, length), shape, None, cache)
-        queries = attend.heads(qkv, (1, length), shape, None)[0]
+        attend = attention.choose(head_dim, 10000, past, length, "causal" if length > 1 else None)
+        found = attend(qkv, shape, None, cache)
+        queries = attend.heads(qkv, shape, None)[0]
         past += length
         held = [mx.dequantize(part[0], part[1].astype(mx.float32), part[2].astype(mx.float32), group_size, bits)
                 for part in cache.keys_and_values()]  # fmt: skip
@@ -179,8 +178,8 @@ def test_mlx_lms_quantized_cache_is_unpacked_alike(gpu: str, monkeypatch: pytest
     caches, past = (ours.QuantizedKVCache(32, 4), theirs.QuantizedKVCache(32, 4)), 0
     for length in (5, 300, 1):
         qkv = mx.random.normal((length, 8 * 64), key=mx.random.key(length))
-        attend = ops.Attend(64, 10000, past, length, "causal" if length > 1 else None)
-        found = [attend(qkv, (1, length), (4, 2), None, cache) for cache in caches]
+        attend = attention.choose(64, 10000, past, length, "causal" if length > 1 else None)
+        found = [attend(qkv, (4, 2), None, cache) for cache in caches]
         assert mx.array_equal(*found)
         past += length
 
@@ -203,13 +202,12 @@ def test_only_a_cpu_and_single_positions_on_metal_multiply_a_packed_cache(monkey
 
 
 def test_a_packed_cache_is_multiplied_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
     monkeypatch.setattr(backend, "device", lambda: "Metal")
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape) or multiply(x, *a, **k))
     cache = ours.QuantizedKVCache(32, 8)
     for past, length in ((0, 5), (5, 1)):
-        ops.Attend(32, 10000, past, length, None)(mx.ones((length, 8 * 32)), (1, length), (4, 2), None, cache)
+        attention.choose(32, 10000, past, length, None)(mx.ones((length, 8 * 32)), (4, 2), None, cache)
     assert asked == [(1, 2, 2, 32), (1, 2, 2, 6)]
 
 

@@ -6,7 +6,6 @@ from mlx_openelm import backend
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
-from mlx_openelm.ops import layers as ops
 from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
@@ -28,9 +27,7 @@ from mlx.utils import tree_flatten
 @pytest.fixture
 def cuda(monkeypatch) -> None:
     """Everything that asks is told that this is a GPU; attention's gradient is MLX's in float32 too, to compare."""
-    monkeypatch.setattr(backend, "on_cuda", lambda: True)
-    monkeypatch.setattr(backend, "on_gpu", lambda: True)
-    monkeypatch.setattr(ops, "_on_gpu", lambda: True)
+    monkeypatch.setattr(backend, "device", lambda: "CUDA")
     for module in (attention_module, forward_module):
         monkeypatch.setattr(module, "fuses_attention_gradient", lambda dtype, head_dim: True)
 

@@ -8,15 +8,14 @@ With `lora_b` at zero, and DoRA's `m` as it starts, outputs are the base's bit f
 
 from __future__ import annotations
 
-import operator
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..formats.adapter import LowRank
 from ..formats.packing import PARTS, Quantization
-from ..model import project
-from ..ops import packed as packed_products
+from ..model import add_to
+from ..ops import packed
+from ..ops.derived import Derived
 
 Factors = tuple[mx.array, ...]
 
@@ -38,28 +37,23 @@ class _Adapted(nn.Module):
         self.scale = change.scale
         self.dropout = dropout
         self._dropout_key: mx.array | None = None
-        self._ready = _Ready()
+        self._derived: Derived[Factors] = Derived()
 
     def change(self) -> LowRank:
         """The change as it is now."""
         return LowRank(self.lora_a, self.lora_b, self.scale)
 
     def _factors(self, dtype: mx.Dtype) -> Factors:
-        """What `_make_factors` gives; outside of training it is made once, until a parameter is replaced."""
+        """What `_make_factors` gives; outside of training it is computed once, until a parameter is replaced."""
         if self.training:
             return self._make_factors(dtype)
-        sources = self._sources()
-        factors = self._ready.find(sources, dtype)
-        if factors is None:
-            factors = self._make_factors(dtype)
-            self._ready.keep(sources, dtype, factors)
-        return factors
+        return self._derived.get(dtype, lambda *_: self._make_factors(dtype), *self._sources())
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"]
 
     def _make_factors(self, dtype: mx.Dtype) -> Factors:
-        """What an output is computed with, in the activations' type: first `lora_a` and `lora_b`."""
+        """What an output is computed with, in the activations' type: `lora_a` and `lora_b` first."""
         return self["lora_a"].astype(dtype), self["lora_b"].astype(dtype)
 
     def _low_rank(self, x: mx.array, a: mx.array) -> tuple[mx.array, float]:
@@ -68,25 +62,6 @@ class _Adapted(nn.Module):
             return x @ a, self.scale
         kept = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
         return mx.where(kept, x, mx.zeros((), x.dtype)) @ a, self.scale / (1 - self.dropout)
-
-
-class _Ready:
-    """What was made of some parameters, which are told apart by identity, for each type."""
-
-    def __init__(self) -> None:
-        self._kept: dict[mx.Dtype, tuple[Factors, Factors]] = {}
-
-    def find(self, sources: Factors, dtype: mx.Dtype) -> Factors | None:
-        known, factors = self._kept.get(dtype, ((), None))
-        return factors if len(known) == len(sources) and all(map(operator.is_, known, sources)) else None
-
-    def keep(self, sources: Factors, dtype: mx.Dtype, factors: Factors) -> None:
-        try:
-            # Only evaluated arrays may be shared: two threads that evaluate one graph wait for each other.
-            mx.eval(factors)
-        except (ValueError, RuntimeError):
-            return  # the parameters are being traced, so what was made of them belongs to the trace
-        self._kept[dtype] = sources, factors
 
 
 class LoRALinear(_Adapted):
@@ -102,14 +77,11 @@ class LoRALinear(_Adapted):
         super().__init__(change, dropout)
         self.linear = linear
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._add(self["linear"](x), x)
+    takes_residual = True
 
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        """residual + self(x), with what the base saves by that."""
-        return self._add(project(self["linear"], x, residual), x)
-
-    def _add(self, y: mx.array, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """x [..., in] to [..., out], plus the residual if there is one: the base may add it in its own product."""
+        y = self["linear"](x) if residual is None else add_to(residual, self["linear"], x)
         a, b = self._factors(x.dtype)
         z, scale = self._low_rank(x, a)
         return mx.addmm(y, z, b, scale)
@@ -130,14 +102,12 @@ class DoRALinear(LoRALinear):
     def change(self) -> LowRank:
         return LowRank(self.lora_a, self.lora_b, self.scale, self.m)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         y = self["linear"](x)
         a, b, excess = self._factors(x.dtype)
         z, scale = self._low_rank(x, a)
-        return mx.addmm(y + excess * y, z, b, scale)  # y once, and what makes that m / length times the adapted one
-
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
-        return residual + self(x)  # the base's output is needed alone
+        y = mx.addmm(y + excess * y, z, b, scale)  # m / length times the adapted output
+        return y if residual is None else residual + y
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"], self["m"], self._squares
@@ -217,7 +187,7 @@ def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
     """a^T W [rank, dim] for an embedding W [vocab, dim] and a [vocab, rank]."""
     if not isinstance(embedding, nn.QuantizedEmbedding):
         return a.T @ embedding["weight"].astype(a.dtype)
-    return packed_products.columns_product(a.T, embedding)
+    return packed.columns_product(a.T, embedding)
 
 
 def matrix_of(base: nn.Module) -> mx.array:

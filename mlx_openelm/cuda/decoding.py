@@ -255,6 +255,9 @@ class TokenKernel:
         self._watching: list[weakref.ref[mx.array]] = []
         self._shape: Shape | None = None
 
+    def __reduce__(self) -> Any:
+        return TokenKernel, (self._config,)  # the copy of a model has other weights
+
     def __call__(
         self, x: mx.array, weights: list[mx.array], kinds: Callable[[], list[Kind]], caches: Sequence[KVCache]
     ) -> mx.array | None:

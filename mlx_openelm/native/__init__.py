@@ -1,8 +1,8 @@
-"""Kernels in C++ for MLX on a CPU: found, checked, or done without.
+"""C++ kernels for MLX on a CPU: finding, checking and loading them.
 
-`kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Both are found out when
-one of them is first asked for: by the first forward pass on a CPU, and never where a GPU computes. Linux compiles them
-while it installs, where there is a compiler; `python -m mlx_openelm.native` does it again. On a Mac it alone does.
+`kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Both are determined
+on first use: by the first forward pass on a CPU, and never when a GPU computes. On Linux the kernels are compiled at
+installation if there is a compiler; `python -m mlx_openelm.native` compiles them again. On a Mac only that does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from ..environment import says_off, thread_count
 from .build import FACTS, KNOWN, LIBRARY, fingerprint
 
-# Set to 0 to do without the kernels.
+# Set to 0 to turn the kernels off.
 VARIABLE = "MLX_OPENELM_NATIVE"
 COMMAND = f"{Path(sys.executable).name} -m mlx_openelm.native"
 REBUILD = f"compile them again: {COMMAND}"
@@ -45,7 +45,7 @@ class Status:
 
 
 def missing_instructions(needed: list[str]) -> list[str]:
-    """Those of `needed` that this processor does not have; none where the system does not tell."""
+    """The instructions in `needed` that this processor lacks; empty if the system does not list them."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, values = line.partition(":")
@@ -55,7 +55,7 @@ def missing_instructions(needed: list[str]) -> list[str]:
 
 
 def examine(folder: Path) -> Status | None:
-    """What speaks against loading the library in `folder`, from its description alone; None if nothing does."""
+    """Why the library in `folder` must not be loaded, judged from its description alone; None if it may be."""
     if says_off(os.environ.get(VARIABLE, "")):
         return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE}, if the kernels are wanted")
     if not (folder / LIBRARY).is_file():
@@ -108,7 +108,7 @@ def _load() -> tuple[Any, Status]:
         assert spec is not None and spec.loader is not None
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
-        # Where nanobind differs from MLX's, arrays are strangers to the module.
+        # With another nanobind than MLX's the module does not recognize arrays.
         module.rms_norm(mx.ones(2), mx.ones(2), 1e-6)
     except (ImportError, TypeError) as error:
         reason = "it does not know MLX's arrays (nanobind differs)" if isinstance(error, TypeError) else str(error)
@@ -127,7 +127,7 @@ _loading = threading.Lock()
 
 
 def __getattr__(name: str) -> Any:
-    # For whoever first asks; from then on they are plain variables.
+    # Runs on first use only; from then on both are plain variables.
     if name not in ("kernels", "status"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     global kernels, status

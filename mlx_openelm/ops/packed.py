@@ -30,13 +30,13 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((8,), (32,)),
 }
 
-# CUDA: MLX gives so many rows and more to tensor cores, which take no longer for 16 rows than for these.
+# CUDA: with this many rows MLX uses tensor cores, which take no longer for 16 rows.
 _MATRIX_ROWS = 8
-# CUDA: from here on it is faster to fill rows up to that, since the other kernel's time grows with their number
-# (an H100, 12288 x 3072 in 4 bits: 35, 55 and 99 µs for 1, 2 and 4 rows; 41, 44 and 46 µs when filled up).
+# CUDA: from this many rows on it is faster to pad them to that, since the other kernel's time grows with their number
+# (an H100, 12288 x 3072 in 4 bits: 35, 55 and 99 µs for 1, 2 and 4 rows; 41, 44 and 46 µs padded).
 _FILLED_ROWS = 2
-# CUDA: from here on unpacking and a plain product take less time than tensor cores do with packed weights (there: 86
-# against 134 µs for 128 rows, 151 against 141 for 256).
+# CUDA: from this many rows on unpacking and a plain product are faster than tensor cores with packed weights (there:
+# 134 against 86 µs for 128 rows, 141 against 151 for 256).
 _MANY_ROWS = 256
 # CUDA: the tiles of the kernel on tensor cores.
 _TILE_OUT, _TILE_IN = 128, 64
@@ -63,7 +63,7 @@ def product(x: mx.array, layer: Any) -> mx.array:
 
 @lru_cache
 def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
-    """CUDA's product of several rows x with weights that are packed so, given as their parts, which have no gradient.
+    """CUDA's product of several rows x with weights packed this way, given as their parts, which have no gradient.
 
     They are unpacked again in the backward pass: kept until then, all would be as large as without packing.
     """
@@ -158,7 +158,7 @@ def _packing(layer: Any) -> Any:
 def _unpack(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None = None, **packing: Any
 ) -> mx.array:
-    """The weight [out, in] for a product with x, in the type of its scales; where these are no floats, in that of x."""
-    # Not before x is there: MLX would unpack many matrices ahead, and hold them all.
+    """The weight [out, in] for a product with x, in the type of its scales, or of x if these are not floats."""
+    # Not before x is computed: MLX would unpack many matrices ahead, and hold them all.
     weight = mx.depends(weight, x)
     return mx.dequantize(weight, scales, biases, dtype=x.dtype if biases is None else scales.dtype, **packing)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
+from ..ops import attention
 from ..ops import layers as ops
 
 # The matrices of a layer, by path within it, in the order a token meets them.
@@ -97,9 +98,9 @@ class Stream:
         """The outputs of `layers`, batch by batch; `hidden` stays unchanged."""
         config = self._model.config
         for hidden, shape in zip(self.hidden, self._shapes, strict=True):
-            attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
+            attend = attention.choose(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
             for layer in layers:
-                hidden = layer(hidden, attend, shape, None)
+                hidden = layer(hidden, attend)
             yield hidden
 
 

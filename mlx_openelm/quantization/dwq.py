@@ -17,7 +17,7 @@ from ..errors import OpenELMError
 from ..formats.packing import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
-from ..ops import layers as ops
+from ..ops import attention
 from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
 
 # In steps of a matrix's grid. A larger rate overfits the calibration text.
@@ -149,10 +149,10 @@ def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) 
     """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
-    attend = ops.Attend(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
+    attend = attention.choose(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
     x = model.transformer.token_embeddings(tokens.reshape(-1)).astype(teacher.hidden[index].dtype)
     for layer in model.layers:
-        x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend, shape, None))(x)  # type: ignore[misc]
+        x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend))(x)  # type: ignore[misc]
     hidden, expected = model.transformer.norm(x), teacher.hidden[index]
     head = model.transformer.token_embeddings if config.share_input_output_layers else model.lm_head
     # Unpacked once for all rows: [vocab, model_dim].

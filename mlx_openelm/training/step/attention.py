@@ -1,76 +1,121 @@
-"""Attention as training needs it: queries in blocks, forward and backward, so that no [length x length] matrix exists.
+"""Attention as training needs it: queries in blocks, forward and backward, so that no [L, L] matrix exists.
 
-Of a layer's attention its input and its output are kept; the weights are computed again, block by block, in the
-backward pass (FlashAttention, arXiv:2205.14135, section 3.1, at the grain of whole rows). A block of queries looks only
-at keys up to its end, which for causal attention halves the work. A CPU's own kernels do the same in finer blocks, and
+Only the input and the output of a layer's attention are kept; the weights are computed again, block by block, in the
+backward pass (FlashAttention, arXiv:2205.14135, section 3.1, but with whole rows of scores). A block of queries looks
+only at keys up to its end, which halves the work of causal attention. The CPU kernels do the same in finer blocks, and
 CUDA has a fused gradient, which does the same in one kernel.
+
+Shapes: B rows, L positions, N = B * L, H query heads, K key-value heads, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from ...ops import exponentials as cpu_math
-from ...ops.layers import Attend, HeadNorms
+from ... import native
+from ...ops import exponentials
+from ...ops.attention import FusedAttention, HeadNorms, KernelAttention, PlainAttention
 from .strategy import TILE, fuses_attention_gradient
 
 # Queries in a block. Smaller ones save more of the hidden half, larger ones make better matrix products.
 BLOCK = 128
 
 
-def attention(
-    qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
-) -> mx.array:
-    """What `attend(qkv, shape, num_heads, norms, None)` gives; gradients reach qkv and the norms' weights.
+def attention(qkv: mx.array, attend: PlainAttention, num_heads: tuple[int, int], norms: HeadNorms | None) -> mx.array:
+    """What `attend(qkv, num_heads, norms)` gives [N, H * D]; gradients reach qkv and the norms' weights.
 
     Where the gradient is fused, a mask is what `fused_mask` gives.
     """
     if fuses_attention_gradient(qkv.dtype, attend.head_dim):
-        return _fused(qkv, attend, shape, num_heads, norms)
-    if not attend.fused and qkv.dtype != mx.float32:  # a CPU is many times slower in half precision
-        return attention(qkv.astype(mx.float32), attend, shape, num_heads, norms).astype(qkv.dtype)
-    has_kernels = attend.kernels is not None and qkv.dtype == mx.float32
-    weights = [] if norms is None else [norms.query_weight, norms.key_weight]
+        return _fused(qkv, attend, num_heads, norms)
+    if isinstance(attend, FusedAttention):
+        return _FusedForward(attend, num_heads, norms)(qkv)
+    exact = qkv.astype(mx.float32)  # a CPU is many times slower in half precision
+    form = _Kernels if isinstance(attend, KernelAttention) else _Blocks
+    return form(attend, num_heads, norms)(exact).astype(qkv.dtype)
 
-    def heads(qkv: mx.array, *weights: mx.array) -> list[mx.array]:
-        used = None if norms is None else HeadNorms(norms.eps).use(*weights)
-        return list(attend.heads(qkv, shape, num_heads, used))
 
-    @mx.custom_function
-    def mix(qkv, *weights):
-        queries, keys, values = heads(qkv, *weights)
-        if has_kernels:  # queries come scaled
-            return attend.kernels.attention(queries.swapaxes(1, 2), [keys], [values], 1.0, *attend.hiding(), shape[1])
-        if attend.fused:
-            mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=attend.mask)
-            return [mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1)]
-        mixed, sums = _mix(attend, queries, keys, values)
-        return [mixed.swapaxes(1, 2).reshape(qkv.shape[0], -1), sums]
+class _Blocks:
+    """Attention whose gradient is computed from its input and output alone, in blocks of queries."""
 
-    @mix.vjp
-    def _(primals, cotangents, outputs):
-        primals = primals if isinstance(primals, tuple | list) else [primals]
-        primals = mx.depends(list(primals), [cotangents[0]])
-        if has_kernels:
-            queries, keys, values = heads(*primals)
-            whole = queries.swapaxes(1, 2), keys, values, *outputs, cotangents[0], 1.0
-            by_queries, by_keys, by_values = attend.kernels.attention_gradient(*whole, *attend.hiding())
-            return mx.vjp(heads, primals, [by_queries.swapaxes(1, 2), by_keys, by_values])[1]
-        cotangent, mixed = (a.reshape(*shape, num_heads[0], -1).swapaxes(1, 2) for a in (cotangents[0], outputs[0]))
-        queries, keys, values = heads(*primals)
-        gradients = _gradients(attend, queries, keys, values, mixed, cotangent, *outputs[1:])
-        return mx.vjp(heads, primals, gradients)[1]
+    def __init__(self, attend: PlainAttention, num_heads: tuple[int, int], norms: HeadNorms | None):
+        self.attend, self.num_heads = attend, num_heads
+        self.norms = norms
 
-    return mix(qkv, *weights)[0]  # type: ignore[index]
+    def __call__(self, qkv: mx.array) -> mx.array:
+        """qkv [N, (H + 2K) * D] to [N, H * D]."""
+
+        @mx.custom_function
+        def mix(*inputs):
+            return self.forward(*self.heads(*inputs))
+
+        @mix.vjp
+        def _(primals, cotangents, outputs):
+            primals = primals if isinstance(primals, tuple | list) else [primals]
+            # Not before the gradient is there: otherwise every layer's heads could be computed at once.
+            primals = mx.depends(list(primals), [cotangents[0]])
+            gradients = self.backward(self.heads(*primals), outputs, cotangents[0])
+            return mx.vjp(self.heads, primals, gradients)[1]
+
+        weights = [] if self.norms is None else [self.norms.query_weight, self.norms.key_weight]
+        return mix(qkv, *weights)[0]  # type: ignore[index]
+
+    def heads(self, qkv: mx.array, *weights: mx.array) -> list[mx.array]:
+        """Queries [B, H, L, D], keys and values [B, K, L, D]; `weights` are those of the norms."""
+        norms = None if self.norms is None else HeadNorms(weights[0], weights[1], self.norms.eps)
+        return list(self.attend.heads(qkv, self.num_heads, norms))
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """The output [N, H * D], and what else the gradient can use."""
+        mixed, sums = _mix(self.attend, queries, keys, values)
+        return [_as_rows(mixed), sums]
+
+    def backward(self, heads: list[mx.array], outputs: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
+        """The gradients of queries, keys and values, from what `forward` gave and the gradient of the output."""
+        shape = -1, self.attend.length, self.num_heads[0], self.attend.head_dim
+        mixed, by_mixed = (x.reshape(shape).swapaxes(1, 2) for x in (outputs[0], cotangent))  # [B, H, L, D]
+        queries, keys, values = heads
+        return _gradients(self.attend, queries, keys, values, mixed, by_mixed, *outputs[1:])
+
+
+class _FusedForward(_Blocks):
+    """The same with MLX's fused attention forward, on a GPU whose MLX has no fused gradient."""
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        scale, mask = self.attend.scale, self.attend.mask
+        return [_as_rows(mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask))]
+
+
+class _Kernels(_Blocks):
+    """The same with the CPU kernels, forward and backward. Queries are scaled already."""
+
+    attend: KernelAttention
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        by_position = queries.swapaxes(1, 2)  # [B, L, H, D]
+        mask_args = self.attend.mask_args()
+        return list(native.kernels.attention(by_position, [keys], [values], 1.0, *mask_args, self.attend.length))
+
+    def backward(self, heads: list[mx.array], outputs: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
+        by_queries, by_keys, by_values = native.kernels.attention_gradient(
+            heads[0].swapaxes(1, 2), *heads[1:], *outputs, cotangent, 1.0, *self.attend.mask_args()
+        )
+        return [by_queries.swapaxes(1, 2), by_keys, by_values]
+
+
+def _as_rows(mixed: mx.array) -> mx.array:
+    """[B, H, L, D] to [N, H * D]."""
+    batch, _, length, _ = mixed.shape
+    return mixed.swapaxes(1, 2).reshape(batch * length, -1)
 
 
 def fused_mask(segments: mx.array, dtype: mx.Dtype) -> mx.array:
-    """The mask of packed rows for the fused gradient: `packed_mask` as numbers to add, of whole tiles.
+    """The mask of packed rows for the fused gradient: `packed_mask` as numbers to add, in whole tiles.
 
-    Not booleans, of which MLX would make numbers for each head anew in every layer, and of which it makes -inf. What
-    is hidden gets half the lowest number, to which scores can be added. Padding sees itself.
+    Not booleans: MLX would turn them into numbers for each head in every layer, and into -inf. What is hidden gets
+    half the lowest number, to which scores can be added. Padding sees itself.
     """
     padded = mx.pad(segments, [(0, 0), (0, -segments.shape[1] % TILE)], constant_values=-1)
     return mx.where(packed_mask(padded), 0.0, mx.finfo(dtype).min / 2).astype(dtype)
@@ -83,25 +128,24 @@ def packed_mask(segments: mx.array) -> mx.array:
     return (same & (positions[:, None] >= positions))[:, None]
 
 
-def _fused(
-    qkv: mx.array, attend: Attend, shape: tuple[int, int], num_heads: tuple[int, int], norms: HeadNorms | None
-) -> mx.array:
+def _fused(qkv: mx.array, attend: PlainAttention, num_heads: tuple[int, int], norms: HeadNorms | None) -> mx.array:
     """The same with MLX's own gradient, whose queries must fill whole tiles: rows are padded to that.
 
-    Padding lies behind all positions, so that causal ones do not see it.
+    Padding comes after all positions, so that causal attention does not see it.
     """
-    batch, length = shape
+    length = attend.length
     whole = length + -length % TILE
+    padded = qkv.reshape(-1, length, qkv.shape[-1])  # [B, L, (H + 2K) * D]
     if whole > length:
-        padding = [(0, 0), (0, whole - length), (0, 0)]
-        qkv = mx.pad(qkv.reshape(batch, length, -1), padding).reshape(batch * whole, -1)
-    queries, keys, values = attend.heads(qkv, (batch, whole), num_heads, norms)
+        padded = mx.pad(padded, [(0, 0), (0, whole - length), (0, 0)])
+    fused = FusedAttention(attend.head_dim, attend.base, attend.offset, whole, None)
+    queries, keys, values = fused.heads(padded, num_heads, norms)
     mask = attend.mask if isinstance(attend.mask, mx.array) else "causal"  # a single position has no mask
     mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=mask)
-    return mixed.swapaxes(1, 2)[:, :length].reshape(batch * length, -1)
+    return _as_rows(mixed[:, :, :length])
 
 
-def _blocks(attend: Attend, length: int) -> Iterator[tuple[slice, mx.array]]:
+def _blocks(attend: PlainAttention, length: int) -> Iterator[tuple[slice, mx.array]]:
     """Each block of queries, with what it may see of the keys up to its end [block, T] or [B, 1, block, T]."""
     for start in range(0, length, BLOCK):
         rows = slice(start, min(length, start + BLOCK))
@@ -118,18 +162,18 @@ def _grouped(queries: mx.array, rows: slice, kv_heads: int) -> mx.array:
     return queries.reshape(batch, kv_heads, -1, length, dim)[..., rows, :].reshape(batch, kv_heads, -1, dim)
 
 
-def _scores(attend: Attend, queries: mx.array, keys: mx.array, visible: mx.array) -> mx.array:
-    """Scores [B, K, H / K * block, T] of a block, hidden ones at the lowest number; float32 if `fused`."""
+def _scores(attend: PlainAttention, queries: mx.array, keys: mx.array, visible: mx.array) -> mx.array:
+    """Scores [B, K, H / K * block, T] of a block, hidden ones at the lowest number; in float32 on a GPU."""
     scores = queries @ keys.swapaxes(-1, -2)
-    if attend.fused:
-        scores = scores.astype(mx.float32) * attend.scale  # elsewhere queries come scaled
+    if not attend.scales_queries:
+        scores = scores.astype(mx.float32) * attend.scale
     batch, heads, _, total = shape = scores.shape
     visible = visible if visible.ndim == 2 else visible[:, None]
-    apart = scores.reshape(batch, heads, -1, visible.shape[-2], total)
-    return mx.where(visible, apart, mx.finfo(scores.dtype).min).reshape(shape)
+    by_head = scores.reshape(batch, heads, -1, visible.shape[-2], total)  # [B, K, H / K, block, T]
+    return mx.where(visible, by_head, mx.finfo(scores.dtype).min).reshape(shape)
 
 
-def _mix(attend: Attend, queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+def _mix(attend: PlainAttention, queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     """The mixed values [B, H, L, D], and logsumexp of each query's scores [B, K, H / K, L, 1]."""
     batch, kv_heads, length, dim = keys.shape
     mixed: list[mx.array] = []
@@ -138,7 +182,7 @@ def _mix(attend: Attend, queries: mx.array, keys: mx.array, values: mx.array) ->
         past = (slice(None), slice(None), slice(rows.stop))
         scores = _scores(attend, _grouped(queries, rows, kv_heads), keys[past], visible)
         top = mx.max(scores, axis=-1, keepdims=True)
-        weights = cpu_math.exp_below(scores, top)
+        weights = exponentials.exp_below(scores, top)
         total = mx.sum(weights, axis=-1, keepdims=True)
         block = ((weights @ values[past]) / total, top + mx.log(total))
         queries = mx.depends(queries, [*block])  # one block after the other
@@ -148,7 +192,7 @@ def _mix(attend: Attend, queries: mx.array, keys: mx.array, values: mx.array) ->
 
 
 def _gradients(
-    attend: Attend,
+    attend: PlainAttention,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -158,11 +202,11 @@ def _gradients(
 ) -> list[mx.array]:
     """The gradients of queries, keys and values, from the mixed values and their gradient, all [B, heads, L, D].
 
-    `sums` as `_mix` gives them spare the maximum and the sum of each row.
+    `sums`, as `_mix` gives them, save computing the maximum and the sum of each row again.
     """
     batch, kv_heads, length, dim = keys.shape
-    scale = attend.scale if attend.fused else 1.0
-    # How a weight's gradient changes through the sum all weights are divided by: the same for a whole row.
+    scale = 1.0 if attend.scales_queries else attend.scale
+    # How a weight's gradient changes through the sum that all weights are divided by: the same for a whole row.
     shift = mx.sum(mixed.astype(mx.float32) * cotangent, axis=-1, keepdims=True)
     # Summed in float32: there may be many blocks.
     by_queries, by_keys, by_values = [], mx.zeros(keys.shape), mx.zeros(values.shape)
@@ -173,7 +217,7 @@ def _gradients(
         if sums is None:
             weights = mx.softmax(scores, axis=-1)
         else:
-            weights = cpu_math.exp_below(scores, sums[..., rows, :].reshape(batch, kv_heads, -1, 1))
+            weights = exponentials.exp_below(scores, sums[..., rows, :].reshape(batch, kv_heads, -1, 1))
         slopes = weights * (wanted @ values[past].swapaxes(-1, -2) - moved) * scale
         slopes, weights = slopes.astype(queries.dtype), weights.astype(queries.dtype)
         # The heads of a group share keys and values, so their gradients add up: the sum is part of the product.

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ... import backend
-from ...model import FeedForward, OpenELM, TransformerLayer, project
-from ...ops.layers import Attend, HeadNorms
+from ...model import Attention, FeedForward, OpenELM, TransformerLayer, add_to
+from ...ops.attention import PlainAttention, choose
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
 from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
@@ -20,11 +20,10 @@ from .swiglu import swiglu
 def hidden_states(model: OpenELM, inputs: mx.array, segments: mx.array | None, *, recompute: str = PARTS) -> mx.array:
     """Hidden states [rows * length, model_dim] of inputs [rows, length], after the final norm.
 
-    With `PARTS` of each layer only what goes from one matrix product to the next is kept: its input, queries, keys and
-    values, the mixed values, the second residual, gate and up. Norms, RoPE, attention weights and SwiGLU are computed
-    again in the backward pass: they take little time and most of the memory. (A fused gradient of attention keeps its
-    rotated queries and keys beside.) With `LAYERS` only each layer's input is kept, with `NOTHING` all that gradients
-    need.
+    `PARTS` keeps only what goes from one matrix product of a layer to the next: its input, queries, keys and values,
+    attention's output, the second residual, gate and up. Norms, RoPE, attention weights and SwiGLU are computed again
+    in the backward pass: they take little time and most of the memory. (A fused gradient of attention also keeps its
+    rotated queries and keys.) `LAYERS` keeps only each layer's input, `NOTHING` recomputes nothing.
 
     Args:
         segments: of packed rows, as in `Batch`; None for rows that are one example each.
@@ -47,31 +46,38 @@ def _kept(modules: Sequence[nn.Module], function: Callable[..., mx.array], *inpu
     return function(*inputs)
 
 
-def _run(
-    layer: TransformerLayer, x: mx.array, attend: Attend, shape: tuple[int, int], _: Any, stage: Any = _kept
-) -> mx.array:
+def _run(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any, stage: Any = _kept) -> mx.array:
+    """What `layer(x, attend)` gives, in stages: each from one matrix product to the next."""
+    if not _has_stages(layer):
+        return stage([layer], lambda x: layer(x, _without_padding(attend)), x)
     attn, ffn = layer.attn, layer.ffn
-    qkv = stage([layer.attn_norm, attn.qkv_proj], layer.project, x)
-    norms = attn.norms and HeadNorms(attn.norms.eps).use(attn.q_norm.weight, attn.k_norm.weight)
-    mixed = attention(qkv, attend, shape, attn.num_heads, norms)
-    x = stage([attn.out_proj], lambda mixed, x: project(attn.out_proj, mixed, x), mixed, x)
-    inner = stage([layer.ffn_norm, ffn.proj_1], layer.expand, x)
-    return stage([ffn.proj_2], _finish(ffn), inner, x)
+    qkv = stage([layer.attn_norm, attn.qkv_proj], lambda x: attn.qkv_proj(layer.attn_norm(x)), x)
+    qkv, norms = attn.head_norms(qkv)
+    mixed = attention(qkv, attend, attn.num_heads, norms)
+    h = stage([attn.out_proj], lambda mixed, x: add_to(x, attn.out_proj, mixed), mixed, x)
+    inner = stage([layer.ffn_norm, ffn.proj_1], lambda h: ffn.proj_1(layer.ffn_norm(h)), h)
+    # On a GPU SwiGLU has a gradient that keeps nothing but its input.
+    activate = swiglu if ffn.has_swiglu and backend.on_gpu() else ffn.activate
+    return stage([ffn.proj_2], lambda inner, h: add_to(h, ffn.proj_2, activate(inner)), inner, h)
 
 
-def _finish(ffn: FeedForward) -> Callable[..., mx.array]:
-    """The second stage of a feed-forward; on a GPU with a gradient of SwiGLU that keeps nothing but its input."""
-    if not (ffn.has_swiglu and backend.on_gpu()):
-        return ffn
-    return lambda inner, x: project(ffn.proj_2, swiglu(inner), x)
+def _has_stages(layer: nn.Module) -> bool:
+    """Whether a layer is built as `OpenELM` builds it, whatever its norms and projections are."""
+    return type(layer) is TransformerLayer and type(layer.attn) is Attention and type(layer.ffn) is FeedForward
 
 
-def _run_keeping_little(
-    layer: TransformerLayer, x: mx.array, attend: Attend, shape: tuple[int, int], _: Any
-) -> mx.array:
-    return _run(layer, x, attend, shape, None, recomputed)
+def _without_padding(attend: PlainAttention) -> PlainAttention:
+    """The same for a layer that runs as it is: the mask of a fused gradient is padded to whole tiles."""
+    if isinstance(attend.mask, mx.array):
+        mask = attend.mask[..., : attend.length, : attend.length]
+        return choose(attend.head_dim, attend.base, attend.offset, attend.length, mask)
+    return attend
 
 
-def _run_again(layer: TransformerLayer, x: mx.array, attend: Attend, shape: tuple[int, int], _: Any) -> mx.array:
+def _run_keeping_little(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any) -> mx.array:
+    return _run(layer, x, attend, None, recomputed)
+
+
+def _run_again(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any) -> mx.array:
     run = _run if here().within_layers == NOTHING else _run_keeping_little
-    return recomputed([layer], lambda x: run(layer, x, attend, shape, None), x)
+    return recomputed([layer], lambda x: run(layer, x, attend, None), x)

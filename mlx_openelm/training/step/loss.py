@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ...backend import on_gpu
+from ... import backend
 from ...model import OpenELM
 from ...ops import exponentials as cpu_math
 from ..data.batches import IGNORED
@@ -119,7 +119,7 @@ def _chunk(
 
 def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
     """The softmax of float32 logits [rows, vocab], and the logarithm of the sum it is divided by [rows, 1]."""
-    if on_gpu():  # one kernel reads the logits once; the exponential is fused into what uses it
+    if backend.on_gpu():  # one kernel reads the logits once; the exponential is fused into what uses it
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.exp(logits - lse), lse
     top = mx.max(logits, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Values that the backward pass makes again rather than keeps, and modules called with other parameters than theirs."""
+"""Recomputing values in the backward pass instead of keeping them, and calling modules with other parameters."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ Parameters = list[tuple[nn.Module, str]]
 
 
 def trainable(modules: Sequence[nn.Module]) -> tuple[Parameters, list[mx.array]]:
-    """Where the trainable parameters of `modules` are: the module that owns each, its name there. And their values."""
-    places: Parameters = []
+    """The trainable parameters of `modules`, each as its owner and its name there, and their values."""
+    parameters: Parameters = []
     for root in modules:
         for module in root.modules():
             own = module.trainable_parameters()
-            places += [(module, name) for name, value in own.items() if isinstance(value, mx.array)]
-    return places, [module[name] for module, name in places]
+            parameters += [(module, name) for name, value in own.items() if isinstance(value, mx.array)]
+    return parameters, [module[name] for module, name in parameters]
 
 
 @contextmanager
-def substituted(places: Parameters, values: Sequence[mx.array]) -> Iterator[None]:
-    """Let parameters have these values while the block runs."""
-    previous = [module[name] for module, name in places]
-    _set(places, values)
+def substituted(parameters: Parameters, values: Sequence[mx.array]) -> Iterator[None]:
+    """Give parameters these values while the block runs."""
+    previous = [module[name] for module, name in parameters]
+    _set(parameters, values)
     try:
         yield
     finally:
-        _set(places, previous)
+        _set(parameters, previous)
 
 
-def _set(places: Parameters, values: Sequence[mx.array]) -> None:
-    for (module, name), value in zip(places, values, strict=True):
+def _set(parameters: Parameters, values: Sequence[mx.array]) -> None:
+    for (module, name), value in zip(parameters, values, strict=True):
         module[name] = value
 
 
 def recomputed(modules: Sequence[nn.Module], function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
-    """function(*inputs), of which only the inputs are kept for the backward pass; the rest is computed again there.
+    """function(*inputs), keeping only the inputs for the backward pass and computing the rest again there.
 
-    What the gradients do not need is not computed again: of a last matrix product in `function`, nothing is.
-    `modules` are those whose trainable parameters `function` uses; gradients reach these and the inputs.
+    What the gradients do not need is not computed again, such as the result of a last matrix product.
+
+    Args:
+        modules: those whose trainable parameters `function` uses; gradients reach these and the inputs.
     """
-    places, values = trainable(modules)
+    parameters, values = trainable(modules)
     count = len(inputs)
 
     def call(*arrays: mx.array) -> mx.array:
-        with substituted(places, arrays[count:]):
+        with substituted(parameters, arrays[count:]):
             return function(*arrays[:count])
 
     kept = mx.custom_function(call)
@@ -55,10 +57,10 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., mx.array], 
     @kept.vjp
     def _(primals, cotangent, _):
         primals = primals if isinstance(primals, tuple | list) else [primals]
-        # Not before its gradient is asked for: else every layer could be computed again at once.
+        # Not before the gradient is there: otherwise every layer could be computed again at once.
         primals = mx.depends(list(primals), [cotangent])
         gradients = mx.vjp(lambda *arrays: [call(*arrays)], primals, [cotangent])[1]
-        # Those of parameters first: left for the end, they would keep alive what they are made of.
+        # Gradients of parameters first: left for the end, they would keep alive what they are made of.
         return [*mx.depends(gradients[:count], gradients[count:]), *gradients[count:]] if values else gradients
 
     return kept(*inputs, *values)  # type: ignore[return-value]
