@@ -31,7 +31,7 @@ def killed_between_the_renames(target: Path) -> int:
     code = """
 import os, signal, sys
 from pathlib import Path
-from mlx_openelm import atomic
+from mlx_openelm.formats import atomic
 rename = Path.rename
 def once(self, target):
     rename(self, target)

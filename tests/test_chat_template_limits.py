@@ -96,7 +96,7 @@ SLOW = {
 # Runs the templates one after another and prints, for each, the error and the processor time, then the peak memory.
 SCRIPT = """
 import json, resource, sys
-from mlx_openelm.chat_template_process import render
+from mlx_openelm.text.chat_template_process import render
 def seconds():
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 rows = []
@@ -266,7 +266,7 @@ def test_a_fork_starts_its_own(no_worker):
 def test_a_fork_leaves_the_parents_process_alone():
     """What the parent has begun to write is not sent by the child, too, and nothing is left to be warned of."""
     script = (
-        "import gc, os, sys; from mlx_openelm import chat_template_process as p; p.render('', {})\n"
+        "import gc, os, sys; from mlx_openelm.text import chat_template_process as p; p.render('', {})\n"
         "process = p._worker._process; process.stdin.write(b'half'); child = os.fork()\n"
         "if not child: del process; gc.collect(); sys.exit()\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
@@ -281,7 +281,7 @@ def test_a_fork_leaves_the_parents_process_alone():
 
 def test_no_process_is_left_behind(no_worker):
     script = (
-        "import os, sys, time; from mlx_openelm import chat_template_process as p; p.render('', {})\n"
+        "import os, sys, time; from mlx_openelm.text import chat_template_process as p; p.render('', {})\n"
         "print(p._worker._process.pid, flush=True)\n"
         "if len(sys.argv) > 1: os.kill(os.getpid(), 9)"
     )

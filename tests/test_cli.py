@@ -155,7 +155,7 @@ def test_debug_shows_the_traceback_before_and_after_the_command() -> None:
 
 def test_what_nobody_expected_is_one_line_too() -> None:
     code = (
-        "import sys\nfrom mlx_openelm import summary\nfrom mlx_openelm.cli.main import main\n"
+        "import sys\nfrom mlx_openelm.jobs import summary\nfrom mlx_openelm.cli.main import main\n"
         "def broken(*args, **kwargs): raise KeyError('two\\nlines')\n"
         "summary.summarize = broken\nmain(['info', *sys.argv[1:]])"
     )

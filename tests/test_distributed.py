@@ -132,7 +132,7 @@ def test_whichever_is_ended_and_how(here, victim, number):
 FAILING = """
 import os, sys
 import mlx_openelm
-from mlx_openelm.training import trainer
+from mlx_openelm.training.run import trainer
 from mlx_openelm.cli.main import main
 update = trainer.Updater.update
 def fail(self, batches, num_targets, rate, step):
@@ -167,7 +167,7 @@ import os
 import mlx_openelm
 import mlx.core as mx
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training.distributed import Processes
+from mlx_openelm.training.run.distributed import Processes
 p = Processes()
 assert (p.size, p.leads, p.rank) == (2, p.rank == 0, int(os.environ["MLX_RANK"]))
 assert p.share("Ünï" * 100 if p.leads else "other") == "Ünï" * 100

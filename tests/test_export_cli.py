@@ -293,8 +293,8 @@ def test_files_are_written_and_read_tensor_by_tensor(tmp_path: Path) -> None:
     code = """
 import json, sys
 from mlx_openelm import convert
-from mlx_openelm.averaging import average
-from mlx_openelm.exporting import export
+from mlx_openelm.jobs.average import average
+from mlx_openelm.jobs.export import export
 from mlx_openelm.formats import packing
 import mlx.core as mx
 mx.set_default_device(mx.cpu)

@@ -471,9 +471,10 @@ def test_one_matrix_is_held_at_a_time(tmp_path: Path) -> None:
 import sys, json
 from pathlib import Path
 import mlx_openelm
-from mlx_openelm.adapters.adapter import Adapter, LowRank, EMBEDDING
-from mlx_openelm.adapters import fusing, merging
+from mlx_openelm.adapters import merging
 from mlx_openelm.config import ModelConfig
+from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.jobs import fuse as job
 from mlx_openelm.jobs.convert import convert
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -500,11 +501,11 @@ for name, (base, dora, options) in {
 }.items():
     made = adapter(dora)
     mx.eval([[c.a, c.b] for c in made.modules.values()])
-    fusing.read_adapter = lambda *_: made
+    job.read_adapter = lambda *_: made
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    fusing.fuse(base, "adapter", out / name, tokenizer=tokenizer, **options)
+    job.fuse(base, "adapter", out / name, tokenizer=tokenizer, **options)
     result[name] = mx.get_peak_memory() - before
 print(json.dumps(result))
 """

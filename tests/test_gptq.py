@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mlx_openelm.formats import rounding
 from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.quantization import gptq, rounding
+from mlx_openelm.quantization import gptq
 
 import mlx.core as mx
 import numpy as np

@@ -35,11 +35,11 @@ import json, sys
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
-from mlx_openelm.training import planning
-from mlx_openelm.training.batches import Batch
-from mlx_openelm.training.optimizers import make_optimizer
+from mlx_openelm.training.run import planning
+from mlx_openelm.training.data.batches import Batch
+from mlx_openelm.training.step.optimizers import make_optimizer
 from mlx_openelm.training.options import TrainOptions
-from mlx_openelm.training.step import Updater
+from mlx_openelm.training.step.updater import Updater
 import mlx.core as mx
 
 size, method, rows, length, grad_checkpoint = json.loads(sys.argv[1])

@@ -173,7 +173,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_run_state import checkpoints, tensors
-from mlx_openelm.training.run_state import RunState
+from mlx_openelm.training.run.state import RunState
 kept = checkpoints(Path({folder!r}), keep_last=2, keep_every=10)
 kept.remove_leftovers()
 start = (kept.load(print) or (RunState(), None))[0].step

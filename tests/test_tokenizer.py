@@ -437,7 +437,7 @@ def test_only_the_needed_package_is_imported(saved, name, other):
     heavy = [other, "transformers", "torch", "mlx_lm", "jinja2"]
     code = f"""
 import sys
-from mlx_openelm.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.from_file({str(saved / name)!r})
 tokenizer.apply_chat_template([{{"role": "user", "content": "Hi"}}])
 print(tokenizer.decode(tokenizer.encode("Hi")), [name for name in {heavy} if name in sys.modules])
