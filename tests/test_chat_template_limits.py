@@ -145,7 +145,9 @@ def new_copy() -> ModuleType:
 
 def workers() -> set[int]:
     """The processes of templates that this one has started, ended ones left out."""
-    found = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+    )
     rows = [line.split(None, 3) for line in found.stdout.splitlines()]
     return {int(row[0]) for row in rows if int(row[1]) == os.getpid() and row[2][0] != "Z" and WORKER in row[-1]}
 
