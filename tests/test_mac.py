@@ -30,9 +30,10 @@ GIB = 1 << 30
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
-    # Python itself keeps the true answers.
+    # Python itself keeps the true answers, and so do the kernels, which other tests use after these.
     platform.uname()
     sysconfig.get_config_vars()
+    assert native.status
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
