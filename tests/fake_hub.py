@@ -18,6 +18,7 @@ import json
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,7 +69,8 @@ class FakeHub:
 
     `status` answers everything with that status (500, 503, 429); `rejects_token` answers as to a wrong token.
     For uploads: `forbids` answers writes with 403, `breaks_uploads` closes the connection in the midst of a large
-    file, `rejects_card` finds fault with every card, `fails_at` is the part of a path that answers with 500.
+    file, `rejects_card` finds fault with every card, `meanwhile` is called while a card is checked, `fails_at` is the
+    part of a path that answers with 500.
     """
 
     def __init__(self) -> None:
@@ -79,6 +81,7 @@ class FakeHub:
         self.tokens = {"hf_writer": "me", "hf_reader": "me"}
         self.forbids = self.breaks_uploads = self.rejects_card = False
         self.fails_at: str | None = None
+        self.meanwhile: Callable[[], None] | None = None
         self.commits: list[dict[str, Any]] = []
         self.objects: dict[str, bytes] = {}  # large files that arrived, by SHA-256
         self._storage = tempfile.TemporaryDirectory()
@@ -265,6 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
             user = {"name": self.hub.tokens[token], "auth": {"accessToken": {"displayName": "test", "role": role}}}
             self._send_json({"type": "user", "orgs": []} | user)
         elif path == "/api/validate-yaml":
+            if self.hub.meanwhile is not None:
+                self.hub.meanwhile()
             fault = {"errors": [{"message": '"license" must be one of [mit]'}], "warnings": []}
             self._send_json(fault if self.hub.rejects_card else {}, 400 if self.hub.rejects_card else 200)
         elif self.hub.forbids:

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import raw
 from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.weights import Tensor
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 
@@ -659,8 +661,17 @@ def test_corenets_base_is_not_read(model: OpenELM, tmp_path: Path, monkeypatch: 
     adapter = Adapter({path: low_rank(model, path) for path in (QKV, EMBEDDING)})
     torch.save({"model_state_dict": corenet_state(model, adapter), "epoch": 3}, tmp_path / "lora.pt")
     read_bytes = []
-    plain = raw._read
-    monkeypatch.setattr(raw, "_read", lambda path, span: read_bytes.append(span.nbytes) or plain(path, span))
+    plain = raw.tensors
+
+    def counted(path: Path, spans: Mapping[str, raw.Span]) -> dict[str, Tensor]:
+        def read(tensor: Tensor) -> mx.array:
+            read_bytes.append(tensor.nbytes)
+            return tensor.read()
+
+        found = plain(path, spans)
+        return {name: replace(tensor, read=partial(read, tensor)) for name, tensor in found.items()}
+
+    monkeypatch.setattr(raw, "tensors", counted)
     read_adapter(tmp_path / "lora.pt", model.config)
     assert sum(read_bytes) == 4 * 3 * (192 + 160 + ROWS + 64 + DIM)
 

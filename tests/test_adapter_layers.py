@@ -337,6 +337,12 @@ def test_the_same_key_drops_the_same_when_recomputed() -> None:
 # In models.
 
 
+@pytest.mark.parametrize(("num_layers", "layers"), [(1, [2]), (3, [0, 1, 2]), (-1, [0, 1, 2])])
+def test_the_last_layers_are_adapted(small: OpenELM, num_layers: int, layers: list[int]) -> None:
+    paths = attach_new(small, target_modules=["out_proj"], num_layers=num_layers)
+    assert paths == [f"transformer.layers.{layer}.attn.out_proj" for layer in layers]
+
+
 def test_only_the_adapter_can_be_trained(small: OpenELM) -> None:
     small.unfreeze()
     paths = attach_new(small, target_modules=["token_embeddings", "out_proj"], num_layers=2, rank=3, dora=True)
@@ -430,6 +436,8 @@ def test_adapters_of_another_shape_are_refused_and_change_nothing(small: OpenELM
         attach(small, Adapter({"transformer.layers.7.ffn.proj_1": change(inputs, outputs)}))
     with pytest.raises(RequestError, match=r"norm.weight has shape \[63\] instead of \[64\]"):
         attach(small, Adapter(weights={"transformer.norm.weight": mx.zeros(63)}))
+    with pytest.raises(RequestError, match=r"has transformer.norm.bias, which the model does not have"):
+        attach(small, Adapter(weights={"transformer.norm.bias": mx.zeros(64)}))
     assert same(small(IDS % 128), base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.text import chat_template_process as process
 from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
@@ -129,35 +131,66 @@ def test_a_template_without_end_is_stopped(attacks):
         assert peak << 10 < 200 << 20
 
 
+WORKER = "chat_template_worker.py"
+
+
+def new_copy() -> ModuleType:
+    """The module anew, as in a program that has rendered nothing yet."""
+    spec = importlib.util.find_spec("mlx_openelm.text.chat_template_process")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def workers() -> set[int]:
+    """The processes of templates that this one has started, ended ones left out."""
+    found = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 3) for line in found.stdout.splitlines()]
+    return {int(row[0]) for row in rows if int(row[1]) == os.getpid() and row[2][0] != "Z" and WORKER in row[-1]}
+
+
 @pytest.fixture
-def no_worker(monkeypatch):
-    """No process yet, and none left behind."""
-    monkeypatch.setattr(process, "_worker", None)
-    yield
-    process._end()
+def process() -> Iterator[ModuleType]:
+    """The module before its first call; what it starts is ended."""
+    before = workers()
+    yield new_copy()
+    for pid in workers() - before:
+        os.kill(pid, signal.SIGKILL)
 
 
-def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch, no_worker):
-    monkeypatch.setattr(process, "_LIMITS_MEMORY", False)
+@pytest.fixture
+def worker(process) -> int:
+    """The process that has rendered one template."""
+    before = workers()
+    process.render("", {})
+    (pid,) = workers() - before
+    return pid
+
+
+def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    process = new_copy()
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
     with pytest.raises(RequestError, match=MEMORY):
         process.render("{% set x = 'x' * (200 * 2**20) %}" + next(key for key in QUICK if "99999" in key), {})
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
 
 
-def test_one_process_serves_all_and_is_replaced_when_it_ended(no_worker):
-    assert process.render("{{ a }}", {"a": 1}) == "1"
-    first = process._worker
+def test_one_process_serves_all_and_is_replaced_when_it_ended(process, worker):
     assert process.render("{{ b }}", {"b": "é\ud800\n\u2028"}) == "é\ud800\n\u2028"
-    assert process._worker is first
+    assert worker in workers()
     for code in (signal.SIGKILL, signal.SIGTERM):
-        process._worker._process.send_signal(code)
-        process._worker._process.wait()
+        before = workers()
+        os.kill(worker, code)
         assert process.render("{{ c }}", {"c": [1]}) == "[1]"
-    assert process._worker is not first
+        assert worker not in workers()
+        (worker,) = workers() - before
 
 
-def test_threads_share_the_process(no_worker):
+def test_threads_share_the_process(process):
     results: dict[int, list[str]] = {}
 
     def work(number: int) -> None:
@@ -171,7 +204,7 @@ def test_threads_share_the_process(no_worker):
     assert results == {number: [f"{number}.{i}" for i in range(20)] for number in range(5)}
 
 
-def test_a_bad_template_does_not_fail_other_threads(no_worker):
+def test_a_bad_template_does_not_fail_other_threads(process):
     outcomes: list[str] = []
 
     def work(source: str) -> None:
@@ -188,39 +221,27 @@ def test_a_bad_template_does_not_fail_other_threads(no_worker):
     assert sorted(outcomes) == sorted([TIME, *["ok"] * 4])
 
 
-def test_a_request_is_repeated_when_the_process_is_killed_from_outside(monkeypatch, no_worker):
-    process.render("", {})
-    write = process._worker._process.stdin.write
-
-    class KillsFirst:
-        def __init__(self, worker):
-            self._worker, self._stdin = worker, worker._process.stdin
-
-        def __getattr__(self, name):
-            return getattr(self._stdin, name)
-
-        def write(self, request):
-            self._worker._process.kill()
-            return write(request)
-
-    monkeypatch.setattr(process._worker._process, "stdin", KillsFirst(process._worker))
+def test_a_request_is_repeated_when_the_process_is_killed_from_outside(process, worker):
+    os.kill(worker, signal.SIGSTOP)  # so that it takes the request and never answers
+    killing = threading.Timer(0.2, os.kill, (worker, signal.SIGKILL))
+    killing.start()
     assert process.render("{{ a }}", {"a": 1}) == "1"
+    killing.join()
+    assert worker not in workers()
 
 
-def test_a_process_that_ends_at_once_is_given_up(monkeypatch, no_worker):
+def test_a_process_that_ends_at_once_is_given_up(monkeypatch, process):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    process._worker = process._Worker()
-    process._worker._process.wait()
     with pytest.raises(RequestError, match="its process ended with status 1"):
         process.render("", {})
 
 
-def test_a_path_may_hold_other_things_than_text(monkeypatch, no_worker, tmp_path):
+def test_a_path_may_hold_other_things_than_text(monkeypatch, process, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
     assert process.render("{{ a }}", {"a": 1}) == "1"
 
 
-def test_a_missing_jinja2_is_named(monkeypatch, no_worker, tmp_path):
+def test_a_missing_jinja2_is_named(monkeypatch, process, tmp_path):
     (tmp_path / "jinja2.py").write_text("raise ImportError")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(OpenELMError, match="need jinja2, which cannot be imported"):
@@ -228,32 +249,29 @@ def test_a_missing_jinja2_is_named(monkeypatch, no_worker, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is limited on Linux")
-def test_a_long_message_is_rendered_or_the_reason_named(no_worker):
+def test_a_long_message_is_rendered_or_the_reason_named(process):
     text = "語" * 2_000_000
     assert process.render("{{ a }}", {"a": text}) == text
     with pytest.raises(RequestError, match=MEMORY):
         process.render("{{ a }}", {"a": text * 15})
 
 
-def test_an_interrupted_request_does_not_answer_the_next(monkeypatch, no_worker):
-    process.render("", {})
-    stdout = process._worker._process.stdout
+def test_an_interrupted_request_does_not_answer_the_next(process, worker):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    class Interrupted:
-        def __getattr__(self, name):
-            return getattr(stdout, name)
-
-        def readline(self):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(process._worker._process, "stdout", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        process.render("first", {})
+    os.kill(worker, signal.SIGSTOP)
+    usual = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            process.render("first", {})
+    finally:
+        signal.signal(signal.SIGALRM, usual)
     assert process.render("second", {}) == "second"
 
 
-def test_a_fork_starts_its_own(no_worker):
-    process.render("", {})
+def test_a_fork_starts_its_own():
     script = (
         "import os; from mlx_openelm.text.chat_template_process import render; render('', {}); child = os.fork()\n"
         "texts = {render('{{ a }}', {'a': i}) for i in [bool(child)] * 50}\n"
@@ -279,15 +297,16 @@ def test_a_fork_leaves_the_parents_process_alone():
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_no_process_is_left_behind(no_worker):
+def test_no_process_is_left_behind():
     script = (
-        "import os, sys, time; from mlx_openelm.text import chat_template_process as p; p.render('', {})\n"
-        "print(p._worker._process.pid, flush=True)\n"
+        "import os, sys; sys.path.insert(0, 'tests'); from test_chat_template_limits import workers\n"
+        "from mlx_openelm.text.chat_template_process import render; render('', {})\n"
+        "print(*workers(), flush=True)\n"
         "if len(sys.argv) > 1: os.kill(os.getpid(), 9)"
     )
     for killed in ([], ["killed"]):
         found = subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, text=True, cwd=ROOT)
-        assert found.stderr == ""
+        assert found.stderr == "" and found.stdout.strip().isdigit()
         for _ in range(600):
             shown = subprocess.run(["ps", "-o", "stat=", "-p", found.stdout.strip()], capture_output=True, text=True)
             if shown.stdout.strip()[:1] in ("", "Z"):  # a zombie has ended; who should read its status may not
@@ -297,14 +316,14 @@ def test_no_process_is_left_behind(no_worker):
             pytest.fail("the process is still there")
 
 
-def test_a_long_conversation_is_rendered():
+def test_a_long_conversation_is_rendered(process):
     messages = [{"role": "user", "content": "Wörter 😀 " * 100_000}, {"role": "assistant", "content": "x" * 500_000}]
     source = "{% for m in messages %}{{ m.role + ': ' + m.content | trim }}{% endfor %}"
     text = process.render(source, {"messages": messages})
     assert text == "user: " + messages[0]["content"].strip() + "assistant: " + messages[1]["content"]
 
 
-def test_values_that_are_no_json_are_placeholders_as_in_transformers():
+def test_values_that_are_no_json_are_placeholders_as_in_transformers(process):
     values = {"a": b"bytes", "b": {1, 2}, "c": (1, None), "d": float("nan"), 5: 2**70}
     assert process.render("{{ v }}", {"v": values}) == (
         "{'a': '<bytes>', 'b': '<set>', 'c': [1, None], 'd': nan, '5': 1180591620717411303424}"

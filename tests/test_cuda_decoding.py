@@ -103,6 +103,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
     monkeypatch.setattr(decoding, "is_allowed", lambda: True)
     monkeypatch.setattr(decoding, "machine_code", lambda shape: shape)
     monkeypatch.setattr(compiler, "multiprocessors", lambda: 5)
+    monkeypatch.setattr(decoding, "THREADS", 128)  # of a block; a GPU has 512
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", call)
     return made
 

@@ -161,9 +161,14 @@ def test_the_3b_model_defaults_to_bfloat16(tmp_path: Path, monkeypatch: pytest.M
         (str(SHAKESPEARE / "model.safetensors"), "model"),
     ],
 )
-def test_outputs_are_named_after_what_was_typed(typed: str, name: str) -> None:
+def test_outputs_are_named_after_what_was_typed(
+    typed: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, tokenizer = mlx_format.read(SHAKESPEARE), Tokenizer.from_folder(SHAKESPEARE)
-    assert exporting._name(Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, None)) == name
+    source = Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, None)
+    monkeypatch.setattr(exporting, "open_source", lambda *_, **__: source)
+    monkeypatch.chdir(tmp_path)
+    assert export(typed, format="gguf").path == Path(f"{name}-f16.gguf")
 
 
 @pytest.mark.parametrize("format", exporting.FORMATS)

@@ -22,21 +22,47 @@ FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for pat
 
 
 def imports(name: str) -> set[str]:
-    """The files of the package that a file imports, wherever in it."""
-    found = set()
-    package = name.split(".")[:-1]
+    """The files of the package that a file imports, at any place in it and for type checkers alone, too."""
+    targets: list[list[str]] = []
+    package = [PACKAGE.name, *name.split(".")[:-1]]
     for node in ast.walk(ast.parse(FILES[name].read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        base = package[: len(package) + 1 - node.level] + (node.module or "").split(".")
-        for alias in node.names:
-            for parts in ([*base, alias.name], base):
-                target = ".".join(filter(None, parts))
-                file = target if target in FILES else f"{target}.__init__".lstrip(".")
-                if file in FILES:
-                    found.add(file)
-                    break
-    return found - {name}
+        if isinstance(node, ast.Import):
+            targets += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            targets += [[*base, alias.name] for alias in node.names]
+    return {_file(target[1:]) for target in targets if target[0] == PACKAGE.name} - {name}
+
+
+def _file(target: list[str]) -> str:
+    """The file of a module, or of the module that defines a name: `ops.layers` of [ops, layers, rms_norm]."""
+    for parts in (target, target[:-1]):
+        for file in (".".join(parts), ".".join([*parts, "__init__"])):
+            if file in FILES:
+                return file
+    raise AssertionError(f"no file of the package defines {'.'.join(target)}")
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("from . import cache, load", {"cache", "__init__"}),
+        ("def later():\n    from .ops.layers import rms_norm", {"ops.layers"}),
+        ("if TYPE_CHECKING:\n    from .hub import resolve", {"hub.resolve"}),
+        ("import mlx_openelm, mlx_openelm.native", {"__init__", "native.__init__"}),
+        ("from mlx_openelm.generation.stream import generate", {"generation.stream"}),
+        ("import mlx.core as mx\nfrom pathlib import Path", set()),
+    ],
+)
+def test_every_form_of_import_is_found(line, files, tmp_path, monkeypatch):
+    (tmp_path / "errors.py").write_text(line)
+    monkeypatch.setitem(FILES, "errors", tmp_path / "errors.py")
+    assert imports("errors") == files
+
+
+def test_every_file_is_in_a_room():
+    assert {file.split(".")[0] for file in FILES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -18,7 +18,6 @@ from typing import Any
 from mlx_openelm import convert, load
 from mlx_openelm.cli.main import PROGRAM, main
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.jobs import fuse as fusing
 from mlx_openelm.training.options import FineTuneOptions
 
 import pytest
@@ -150,7 +149,6 @@ def test_only_programs_everybody_has_are_not_run() -> None:
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone, with a few of the examples, and `tiny` unpacked."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fusing, "_WINDOWS", 1)
     shutil.copytree(FOLDER, "lora")
     for split, count in {"train": 8, "valid": 2, "test": 2}.items():
         lines = (FOLDER / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -202,8 +202,10 @@ def test_drawing_does_not_stop_the_training(tmp_path: Path, monkeypatch: pytest.
         assert go_on.wait(10)
 
     monkeypatch.setattr(metrics, "draw", draw)
-    monkeypatch.setattr(metrics, "_PAUSE_SECONDS", 0.0)
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     log = Metrics(tmp_path)
+    now[0] = 100.0
     for step in range(1, 101):
         log.log(step, {"train_loss": 1.0})
     assert begun.wait(10)

@@ -221,20 +221,15 @@ def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub,
 # What others do meanwhile
 
 
-def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(
-    folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(folder: Path, writer: FakeHub) -> None:
     there = writer.add(REPO, writer.new_folder()).folder
     (there / "model.safetensors.index.json").write_text("old")
-    model_info = HfApi.model_info
 
-    def someone_commits(*args: Any, **options: Any) -> Any:
-        info = model_info(*args, **options)
+    def someone_commits() -> None:
         (there / "README.md").write_text("# Mine\n")
         (there / "model-00001-of-00002.safetensors").write_text("somebody's new weights")
-        return info
 
-    monkeypatch.setattr(HfApi, "model_info", someone_commits)
+    writer.meanwhile = someone_commits
     assert failure(folder).startswith(f"{REPO} was changed by someone else meanwhile: try again.")
     names = {"README.md", "model.safetensors.index.json", "model-00001-of-00002.safetensors"}
     assert set(arrived(writer)) == names and (there / "README.md").read_text() == "# Mine\n"

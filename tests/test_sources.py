@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -233,7 +234,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: FakeHub) -> Ite
     server = Server()
     monkeypatch.setenv(corenet_files.URL_VARIABLE, server.url)
     monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(corenet_files, "_PAUSE", 0.0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     yield server
     server.close()
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.training.run import trackers
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.run.trackers import check, make_trackers
 
@@ -129,8 +128,14 @@ def test_a_service_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monke
         make_trackers("wandb", tmp_path, None, {})
 
 
-def test_names(runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "_has", lambda package: True)
+def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Of the trackers' packages these are there, as stand-ins, and no others."""
+    for name in ("tensorboardX", "tensorboard", "wandb", "torch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if name in packages else None)
+
+
+def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "tensorboardX", "wandb")
     assert check(None) == check("") == check(" , ") == ()
     assert check("wandb, TensorBoard,wandb") == ("wandb", "tensorboard")
     with pytest.raises(RequestError, match="--report-to knows tensorboard and wandb, not 'swanlab'."):
@@ -139,15 +144,19 @@ def test_names(runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_told_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "_has", lambda package: package == "torch")
+    install(monkeypatch, "torch")
     with pytest.raises(RequestError, match=rf"--report-to {name} needs .*pip install 'mlx-openelm\[trackers\]'"):
         check(name)
 
 
-def test_pytorchs_writer_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "_has", lambda package: package in ("torch", "tensorboard"))
-    assert trackers._tensorboard_module() == "torch.utils.tensorboard"
-    assert check("tensorboard") == ("tensorboard",)
+def test_pytorchs_writer_serves_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, "torch", "tensorboard")
+    writers: list[str] = []
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder, **_: writers.append(folder)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    make_trackers("tensorboard", tmp_path, None, {})
+    assert writers == [str(tmp_path / "tensorboard")]
 
 
 def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +166,5 @@ def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if any((Path(folder) / "wandb" / "__init__.py").exists() for folder in sys.path):
         pytest.skip("Weights & Biases is installed")
-    assert not trackers._has("wandb")
-    assert trackers._has("json") and not trackers._has("no_such_package")
+    with pytest.raises(RequestError, match="needs Weights & Biases' package"):
+        check("wandb")

@@ -21,7 +21,7 @@ from ..ops import attention
 from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
 
 # In steps of a matrix's grid. A larger rate overfits the calibration text.
-_LEARNING_RATE = 0.002
+LEARNING_RATE = 0.002
 _WARMUP_SHARE = 0.05
 _EPOCHS = 2
 # Every N-th batch is held out to choose the best of the states checked during training.
@@ -85,6 +85,7 @@ def distill(
     batches: Batches,
     dtype: mx.Dtype,
     *,
+    learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Grid]:
@@ -93,6 +94,7 @@ def distill(
     Args:
         model: the quantized model; its packed matrices are replaced by trained ones.
         batches: tokens [batch, length], those of the teacher.
+        learning_rate: the peak of the schedule, in steps of a matrix's grid.
 
     Raises:
         OpenELMError: the divergence is not finite.
@@ -115,7 +117,7 @@ def distill(
         return total
 
     gradient = nn.value_and_grad(model, loss)
-    optimizer = optimizers.Adam(learning_rate=_schedule(len(training)))
+    optimizer = optimizers.Adam(learning_rate=_schedule(len(training), learning_rate))
     # Without held-out text the last state is taken.
     best, least = _state(trained), check()
     for step, index in enumerate(training, 1):
@@ -138,10 +140,10 @@ def _state(trained: Mapping[str, Distilled]) -> dict[str, tuple[mx.array, mx.arr
     return {path: (module.slope, module.shift) for path, module in trained.items()}
 
 
-def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
+def _schedule(steps: int, learning_rate: float) -> Callable[[mx.array], mx.array]:
     warmup = max(1, int(steps * _WARMUP_SHARE))
-    rise = optimizers.linear_schedule(0.0, _LEARNING_RATE, warmup)
-    fall = optimizers.cosine_decay(_LEARNING_RATE, max(1, steps - warmup), 0.05 * _LEARNING_RATE)
+    rise = optimizers.linear_schedule(0.0, learning_rate, warmup)
+    fall = optimizers.cosine_decay(learning_rate, max(1, steps - warmup), 0.05 * learning_rate)
     return optimizers.join_schedules([rise, fall], [warmup])
 
 

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -37,11 +38,13 @@ struct Index {
 
 namespace emulation {
 
+constexpr size_t stack_size = 1 << 16;
+
 struct Fiber {
   ucontext_t start;
   jmp_buf context;  // once it has started: unlike swapcontext, jumps make no system calls
   bool is_started = false;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
   Index thread;
   bool is_done = false;
 };
@@ -157,6 +160,7 @@ inline void prefetch(const void*) {}
 inline void add_release(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
 
 inline uint32_t read_acquire(const uint32_t* at) {
+  std::this_thread::yield();  // to the blocks this one waits for: there are more of them than cores
   emulation::yield();
   return __atomic_load_n(at, __ATOMIC_SEQ_CST);
 }
@@ -178,10 +182,10 @@ void launch(unsigned blocks, unsigned threads, Body body) {
       for (unsigned t = 0; t < threads; ++t) {
         auto& fiber = own.fibers[t];
         fiber.thread.x = t;
-        fiber.stack.resize(1 << 16);
+        fiber.stack.reset(new char[stack_size]);  // not cleared, so that little of it is touched
         getcontext(&fiber.start);
-        fiber.start.uc_stack.ss_sp = fiber.stack.data();
-        fiber.start.uc_stack.ss_size = fiber.stack.size();
+        fiber.start.uc_stack.ss_sp = fiber.stack.get();
+        fiber.start.uc_stack.ss_size = stack_size;
         makecontext(&fiber.start, (void (*)())(+[] {
           (*run)();
           block->current->is_done = true;
