@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence
 from mlx_openelm.formats.mlx import Checkpoint
@@ -10,7 +11,7 @@ from mlx_openelm.formats.rounding import Grid
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.quantization import dwq, learned
-from mlx_openelm.quantization.calibration import EMBEDDING, Teacher, divergence, module_at
+from mlx_openelm.quantization.calibration import Teacher, divergence, module_at
 from mlx_openelm.quantization.dwq import Distilled, DistilledEmbedding, Packed
 from mlx_openelm.quantization.recipes import plan
 

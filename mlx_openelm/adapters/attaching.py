@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError
-from ..formats.adapter import EMBEDDING, Adapter, LowRank
+from ..formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
 from ..formats.packing import PARTS, Quantization
 from ..model import Embedding, Linear, OpenELM
 from .base_copies import Stored, check_base_copies
@@ -20,9 +20,6 @@ Adapted = LoRALinear | LoRAEmbedding
 # What whole weights took the place of, by path: tensors, or packed modules.
 Replaced = dict[str, nn.Module | mx.array]
 
-PROJECTIONS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
-TARGET_MODULES = ("token_embeddings", *PROJECTIONS)
-_LAYERS = "transformer.layers."
 _PARAMETERS = ("lora_a", "lora_b", "m")
 
 
@@ -132,7 +129,7 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
     first = 0 if num_layers == -1 else total - num_layers
     paths = []
     for path in config.matrix_shapes():
-        in_range = not path.startswith(_LAYERS) or int(path.removeprefix(_LAYERS).partition(".")[0]) >= first
+        in_range = not path.startswith(LAYERS) or int(path.removeprefix(LAYERS).partition(".")[0]) >= first
         if path.rpartition(".")[2] in wanted and in_range:
             paths.append(path)
     return paths

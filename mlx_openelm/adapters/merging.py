@@ -9,16 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from ..config import ModelConfig
-from ..formats.adapter import EMBEDDING, Adapter, LowRank
+from ..config import EMBEDDING, HEAD, ModelConfig
+from ..formats.adapter import Adapter, LowRank
 from ..formats.mlx import Checkpoint
 from ..formats.packing import PARTS, Plan, Quantization, cast_weights, dequantize_weights, quantize_weights, scale_dtype
 from ..formats.weights import Tensor, Weights
 from .attaching import check_fits
 from .base_copies import Stored, check_base_copies
 from .repacking import pack_again
-
-HEAD = "lm_head"
 
 _PIECE = 1 << 20  # values computed at a time
 # No row is taken to be shorter, so that an empty one is not divided by zero.

@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-EMBEDDING = "transformer.token_embeddings"
+from ..config import EMBEDDING, LAYER_MATRICES
+
+# What an adapter can change, by the last part of its path: the matrices of a layer, and the embedding.
+PROJECTIONS = tuple(path.rpartition(".")[2] for path in LAYER_MATRICES)
+TARGET_MODULES = (EMBEDDING.rpartition(".")[2], *PROJECTIONS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..text.tokenizer import Tokenizer
@@ -65,12 +65,12 @@ def _package() -> Any:
 def _tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of a file: the Hugging Face name it comes from, and its shape."""
     shapes = config.tensor_shapes()
-    names = {"token_embd": "transformer.token_embeddings"}
+    names = {"token_embd": EMBEDDING}
     for layer in range(config.num_transformer_layers):
-        names |= {f"blk.{layer}.{name}": f"transformer.layers.{layer}.{path}" for name, path in _PER_LAYER.items()}
+        names |= {f"blk.{layer}.{name}": f"{LAYERS}{layer}.{path}" for name, path in _PER_LAYER.items()}
     names["output_norm"] = "transformer.norm"
     if not config.share_input_output_layers:  # read only: llama.cpp's openelm has no such tensor
-        names["output"] = "lm_head"
+        names["output"] = HEAD
     tensors = {}
     for name, path in names.items():
         shape = shapes[f"{path}.weight"]

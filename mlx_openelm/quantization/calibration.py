@@ -9,14 +9,10 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import HEAD, LAYER_MATRICES
 from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
 from ..ops import layers as ops
-
-# The matrices of a layer, by path within it, in the order a token meets them.
-MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
-EMBEDDING = "transformer.token_embeddings"
-HEAD = "lm_head"
 
 # Positions whose logits exist at once.
 CHUNK = 256
@@ -80,7 +76,7 @@ class Stream:
 
     def moments(self, layer: TransformerLayer) -> dict[str, mx.array]:
         """The mean of x xᵀ [in, in] over the rows x that enter each matrix of `layer`, by path within it."""
-        sizes = {path: module_at(layer, path)["weight"].shape[1] for path in MATRICES}
+        sizes = {path: module_at(layer, path)["weight"].shape[1] for path in LAYER_MATRICES}
         with recording(layer, sizes) as recorders:
             for _ in self.through([layer]):
                 mx.eval([recorder.moments for recorder in recorders.values()])

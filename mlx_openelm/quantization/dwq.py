@@ -13,12 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
+from ..config import EMBEDDING
 from ..errors import OpenELMError
 from ..formats.packing import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
 from ..ops import layers as ops
-from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
+from .calibration import CHUNK, Batches, Teacher, divergence, replace_module
 
 # The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
 _LEARNING_RATE = 0.002

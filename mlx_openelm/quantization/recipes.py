@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError, quote
 from ..formats.packing import Plan, Quantization
 from ..ops.packed import MODES
@@ -71,7 +71,7 @@ def _takes_more(path: str, config: ModelConfig) -> bool:
     """
     parts = path.split(".")
     if "layers" not in parts:
-        return path == ("transformer.token_embeddings" if config.share_input_output_layers else "lm_head")
+        return path == (EMBEDDING if config.share_input_output_layers else HEAD)
     if parts[-1] not in ("qkv_proj", "proj_2"):
         return False
     layer, count = int(parts[parts.index("layers") + 1]), config.num_transformer_layers

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from ..errors import RequestError
 from ..formats.packing import Quantization, bits_per_weight
 from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
 from ..ops.packed import MODES
-from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
+from .calibration import Batches, Stream, Teacher, module_at, output_moments
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
 _MEASURED = (2, 3, 4)
@@ -110,8 +110,8 @@ def measure(
             _report(progress, len(costs), total)
     for index, layer in enumerate(model.layers):
         moments_here = stream.moments(layer)
-        for name in MATRICES:
-            path = f"transformer.layers.{index}.{name}"
+        for name in LAYER_MATRICES:
+            path = f"{LAYERS}{index}.{name}"
             if path not in choices:
                 continue
 

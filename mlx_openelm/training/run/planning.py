@@ -10,9 +10,8 @@ from mlx.utils import tree_flatten
 
 from ...adapters.attaching import dropout_layers
 from ...backend import available_memory, total_memory
-from ...config import ModelConfig
+from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError
-from ...formats.adapter import EMBEDDING
 from ..options import TrainOptions
 from ..step.strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
 from ..step.updater import Updater

@@ -1,0 +1,53 @@
+"""Twice is once: what many modules name is written in one of them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import mlx_openelm
+from mlx_openelm.config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
+from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES
+
+import pytest
+
+PACKAGE = Path(mlx_openelm.__file__).parent
+
+
+def files_with(constant: object) -> list[str]:
+    """The files of the package whose code, docstrings aside, holds a constant."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        constants = (ast.literal_eval(n) for n in ast.walk(ast.parse(path.read_text())) if _is_constant(n))
+        if any(type(value) is type(constant) and value == constant for value in constants):
+            found.append(str(path.relative_to(PACKAGE)))
+    return sorted(found)
+
+
+def _is_constant(node: ast.AST) -> bool:
+    if isinstance(node, ast.Tuple):
+        return all(map(_is_constant, node.elts))
+    return isinstance(node, ast.Constant)
+
+
+@pytest.mark.parametrize(
+    ("constant", "home"),
+    [
+        (EMBEDDING, "config.py"),
+        (LAYERS, "config.py"),
+        (LAYER_MATRICES, "config.py"),
+        (("lora", "dora", "full"), "formats/mlx_adapter.py"),
+        (("truncate", "refuse"), "training/data/examples.py"),
+    ],
+)
+def test_a_constant_has_one_home(constant, home):
+    assert files_with(constant) == [home]
+
+
+def test_paths_are_those_of_the_configuration():
+    config = ModelConfig.from_name("OpenELM-270M")
+    first = [f"{LAYERS}0.{path}" for path in LAYER_MATRICES]
+    assert list(config.matrix_shapes())[:5] == [EMBEDDING, *first]
+    assert f"{HEAD}.weight" not in config.tensor_shapes()
+    assert (PROJECTIONS, TARGET_MODULES[0]) == (("qkv_proj", "out_proj", "proj_1", "proj_2"), "token_embeddings")
+    assert TARGET_MODULES[1:] == PROJECTIONS
