@@ -10,8 +10,9 @@ from mlx_openelm.formats.packing import Quantization
 from mlx_openelm.formats.rounding import Grid
 from mlx_openelm.formats.weights import Weights
 from mlx_openelm.loading import build_model
+from mlx_openelm.modules import module_at
 from mlx_openelm.quantization import dwq, learned
-from mlx_openelm.quantization.calibration import Teacher, divergence, module_at
+from mlx_openelm.quantization.calibration import Teacher, divergence
 from mlx_openelm.quantization.dwq import Distilled, DistilledEmbedding, Packed
 from mlx_openelm.quantization.recipes import plan
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import mlx_openelm
 from mlx_openelm.config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES
+from mlx_openelm.loading import load
+from mlx_openelm.model import OpenELM
+from mlx_openelm.modules import module_at, output_layer, replace_at
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 PACKAGE = Path(mlx_openelm.__file__).parent
@@ -51,3 +57,22 @@ def test_paths_are_those_of_the_configuration():
     assert f"{HEAD}.weight" not in config.tensor_shapes()
     assert (PROJECTIONS, TARGET_MODULES[0]) == (("qkv_proj", "out_proj", "proj_1", "proj_2"), "token_embeddings")
     assert TARGET_MODULES[1:] == PROJECTIONS
+
+
+def test_a_part_is_found_and_replaced_by_its_path():
+    model, _ = load("tiny")
+    second = model.layers[1]
+    assert module_at(model, f"{LAYERS}1.ffn.proj_1") is second.ffn.proj_1
+    assert module_at(second, "") is second
+    linear, weight = nn.Linear(2, 2), mx.ones((3,))
+    replace_at(model, f"{LAYERS}1.ffn.proj_1", linear)
+    replace_at(model, "transformer.norm.weight", weight)
+    assert second.ffn.proj_1 is linear and model.transformer.norm["weight"] is weight
+    with pytest.raises(KeyError):
+        module_at(model, "transformer.classifier")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_output_layer(shared):
+    model = OpenELM(replace(load("tiny")[0].config, share_input_output_layers=shared))
+    assert output_layer(model) is (model.transformer.token_embeddings if shared else model.lm_head)

@@ -13,6 +13,7 @@ from ..errors import RequestError
 from ..formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
 from ..formats.packing import PARTS, Quantization
 from ..model import Embedding, Linear, OpenELM
+from ..modules import module_at, replace_at
 from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 
@@ -54,7 +55,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
     check_base(adapter, model)
     layers = {}
     for path, change in adapter.modules.items():
-        module = _module(model, path)
+        module = module_at(model, path)
         base = base_of(module) if isinstance(module, Adapted) else module
         layers[path] = _adapted(base, change, adapter.dropout)
         mx.eval(layers[path].trainable_parameters())  # threads may share what is evaluated
@@ -64,7 +65,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
 def put(model: OpenELM, parts: Mapping[str, nn.Module | mx.array]) -> None:
     """Put modules, or tensors, where their paths say."""
     for path, part in parts.items():
-        _set(model, path, part)
+        replace_at(model, path, part)
 
 
 def attach_new(
@@ -107,7 +108,7 @@ def attach_new(
         bound = 1 / math.sqrt(inputs)
         a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         change = LowRank(a, mx.zeros((rank, outputs)), scale)
-        _set(model, path, _adapted(_module(model, path), change, dropout, dora=dora))
+        replace_at(model, path, _adapted(module_at(model, path), change, dropout, dora=dora))
     mx.eval(model.trainable_parameters())
     return paths
 
@@ -148,13 +149,13 @@ def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
 def detach(model: OpenELM) -> None:
     """Take the low-rank layers out of a model: it is the base again."""
     for path, layer in list(adapted_layers(model)):
-        _set(model, path, base_of(layer))
+        replace_at(model, path, base_of(layer))
 
 
 def adapted_layers(model: OpenELM) -> Iterator[tuple[str, Adapted]]:
     """Path and layer of every matrix that has an adapter, in the order of the model."""
     for path in model.config.matrix_shapes():
-        module = _module(model, path)
+        module = module_at(model, path)
         if isinstance(module, Adapted):
             yield path, module
 
@@ -215,7 +216,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
         path, _, leaf = name.rpartition(".")
         if isinstance(tensor := before.get(name), mx.array):
             return {leaf: tensor}, known.get(path)
-        module = before.get(path, _module(model, path))
+        module = before.get(path, module_at(model, path))
         module = base_of(module) if isinstance(module, Adapted) else module
         packing = known.get(path)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
@@ -244,11 +245,11 @@ def _replace_weights(model: OpenELM, weights: Mapping[str, mx.array], dtype: mx.
     replaced: Replaced = {}
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")
-        module = _module(model, path)
+        module = module_at(model, path)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             replaced[path] = module
             module = _plain(module, *weight.shape)
-            _set(model, path, module)
+            replace_at(model, path, module)
         else:
             replaced[name] = module[leaf]
         module[leaf] = weight.astype(dtype)
@@ -268,15 +269,3 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
         for name, value in module.trainable_parameters().items():
             if isinstance(value, mx.array):
                 yield f"{path}.{name}".lstrip("."), value
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    module = model
-    for part in path.split("."):
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module
-
-
-def _set(model: nn.Module, path: str, part: nn.Module | mx.array) -> None:
-    parent, _, name = path.rpartition(".")
-    (_module(model, parent) if parent else model)[name] = part

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ..config import HEAD, LAYER_MATRICES
 from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
+from ..modules import module_at, output_layer, replace_at
 from ..ops import layers as ops
 
 # Positions whose logits exist at once.
@@ -36,30 +37,17 @@ class _Recorder(nn.Module):
         return self.layer(x)
 
 
-def module_at(parent: nn.Module, path: str) -> nn.Module:
-    """The module of `parent` that a dotted path names."""
-    for name in path.split("."):
-        parent = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
-    return parent
-
-
-def replace_module(parent: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where a dotted path leads."""
-    above, _, name = path.rpartition(".")
-    setattr(module_at(parent, above) if above else parent, name, module)
-
-
 @contextmanager
 def recording(layer: TransformerLayer, shapes: dict[str, int]) -> Iterator[dict[str, _Recorder]]:
     """Recorders in the place of the matrices named in `shapes` (path to input size) while the block runs."""
     recorders = {path: _Recorder(module_at(layer, path), size) for path, size in shapes.items()}
     for path, recorder in recorders.items():
-        replace_module(layer, path, recorder)
+        replace_at(layer, path, recorder)
     try:
         yield recorders
     finally:
         for path, recorder in recorders.items():
-            replace_module(layer, path, recorder.layer)
+            replace_at(layer, path, recorder.layer)
 
 
 class Stream:
@@ -110,7 +98,7 @@ class Teacher:
     """
 
     def __init__(self, model: OpenELM, batches: Batches, progress: Progress | None = None):
-        self._head = head_weight(model)
+        self._head = output_layer(model)["weight"]
         self.hidden: list[mx.array] = []
         total = mx.zeros((model.config.model_dim,) * 2)
         for output in Stream(model, batches).through(model.layers):
@@ -170,12 +158,6 @@ def output_moments(model: OpenELM, teacher: Teacher, path: str) -> mx.array:
     if path == HEAD:
         return teacher.moments
     return teacher.moments + read if model.config.share_input_output_layers else read
-
-
-def head_weight(model: OpenELM) -> mx.array:
-    """The output layer's matrix [vocab, model_dim], shared with the embedding or not."""
-    shared = model.config.share_input_output_layers
-    return (model.transformer.token_embeddings if shared else model.lm_head)["weight"]
 
 
 def divergence(student: mx.array, teacher: mx.array) -> mx.array:

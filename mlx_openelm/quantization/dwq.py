@@ -18,8 +18,9 @@ from ..errors import OpenELMError
 from ..formats.packing import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
+from ..modules import output_layer, replace_at
 from ..ops import layers as ops
-from .calibration import CHUNK, Batches, Teacher, divergence, replace_module
+from .calibration import CHUNK, Batches, Teacher, divergence
 
 # The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
 _LEARNING_RATE = 0.002
@@ -101,7 +102,7 @@ def distill(
     model.freeze()
     trained = {path: (DistilledEmbedding if path == EMBEDDING else Distilled)(part) for path, part in packed.items()}
     for path, module in trained.items():
-        replace_module(model, path, module)
+        replace_at(model, path, module)
     held_out = range(0, len(batches), _HELD_OUT) if len(batches) >= _HELD_OUT else range(0)
     training = [index for index in range(len(batches)) if index not in held_out] * _EPOCHS
     random.Random(seed).shuffle(training)
@@ -155,7 +156,7 @@ def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) 
     for layer in model.layers:
         x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend, shape, None))(x)  # type: ignore[misc]
     hidden, expected = model.transformer.norm(x), teacher.hidden[index]
-    head = model.transformer.token_embeddings if config.share_input_output_layers else model.lm_head
+    head = output_layer(model)
     # Unpacked once for all rows.
     weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
     part = mx.checkpoint(lambda rows, wanted, matrix: divergence(rows @ matrix.T, teacher.logits(wanted)))

@@ -13,8 +13,9 @@ from ..finite import not_finite
 from ..formats import rounding
 from ..formats.packing import Quantization
 from ..model import OpenELM
+from ..modules import module_at
 from . import awq, dwq, gptq
-from .calibration import Batches, Stream, Teacher, module_at, output_moments
+from .calibration import Batches, Stream, Teacher, output_moments
 from .dwq import Packed
 
 METHODS = ("awq", "gptq", "dwq")

@@ -20,8 +20,9 @@ from ..formats.packing import Quantization, bits_per_weight
 from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
+from ..modules import module_at
 from ..ops.packed import MODES
-from .calibration import Batches, Stream, Teacher, module_at, output_moments
+from .calibration import Batches, Stream, Teacher, output_moments
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
 _MEASURED = (2, 3, 4)
