@@ -14,6 +14,7 @@ from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
 from ..modules import module_at, output_layer, replace_at
 from ..ops import layers as ops
+from ..ops.distributions import cross_entropy, kl_divergence
 
 # Positions whose logits exist at once.
 CHUNK = 256
@@ -135,11 +136,10 @@ class Teacher:
             hidden = model.transformer.norm(output)
             for start in range(0, hidden.shape[0], CHUNK):
                 rows = slice(start, start + CHUNK)
-                logits = model.logits(hidden[rows]).astype(mx.float32)
-                parts = [divergence(logits, self.logits(expected[rows]))]
+                logits = model.logits(hidden[rows])
+                parts = [kl_divergence(self.logits(expected[rows]), logits).sum()]
                 if targets is not None:
-                    chosen = mx.take_along_axis(logits, targets[index][rows, None], axis=-1)[:, 0]
-                    parts.append((mx.logsumexp(logits, axis=-1) - chosen).sum())
+                    parts.append(cross_entropy(logits, targets[index][rows]).sum())
                 mx.eval(parts)
                 numbers = [float(part.item()) for part in parts]  # type: ignore[arg-type]
                 distance, loss = distance + numbers[0], loss + sum(numbers[1:])
@@ -158,9 +158,3 @@ def output_moments(model: OpenELM, teacher: Teacher, path: str) -> mx.array:
     if path == HEAD:
         return teacher.moments
     return teacher.moments + read if model.config.share_input_output_layers else read
-
-
-def divergence(student: mx.array, teacher: mx.array) -> mx.array:
-    """The sum over rows of KL(teacher || student), both logits [rows, vocab], in nats."""
-    expected = nn.log_softmax(teacher.astype(mx.float32), axis=-1)
-    return (mx.exp(expected) * (expected - nn.log_softmax(student.astype(mx.float32), axis=-1))).sum()

@@ -20,7 +20,8 @@ from ..formats.rounding import Grid
 from ..model import OpenELM
 from ..modules import output_layer, replace_at
 from ..ops import layers as ops
-from .calibration import CHUNK, Batches, Teacher, divergence
+from ..ops.distributions import kl_divergence
+from .calibration import CHUNK, Batches, Teacher
 
 # The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
 _LEARNING_RATE = 0.002
@@ -159,7 +160,7 @@ def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) 
     head = output_layer(model)
     # Unpacked once for all rows.
     weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
-    part = mx.checkpoint(lambda rows, wanted, matrix: divergence(rows @ matrix.T, teacher.logits(wanted)))
+    part = mx.checkpoint(lambda rows, wanted, matrix: kl_divergence(teacher.logits(wanted), rows @ matrix.T).sum())
     starts = range(0, hidden.shape[0], CHUNK)
     total = sum((part(hidden[s : s + CHUNK], expected[s : s + CHUNK], weight) for s in starts), mx.array(0.0))
     return total / hidden.shape[0]
