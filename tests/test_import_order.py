@@ -29,7 +29,7 @@ ROOMS = (
         "hub",
     ),
     *("backend", "interposing", "config", "native"),
-    *("inputs", "environment", "errors", "version"),
+    *("inputs", "environment", "errors", "wording", "version"),
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -12,6 +12,7 @@ from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES
 from mlx_openelm.loading import load
 from mlx_openelm.model import OpenELM
 from mlx_openelm.modules import module_at, output_layer, replace_at
+from mlx_openelm.wording import flag, one_of, size
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -76,3 +77,10 @@ def test_a_part_is_found_and_replaced_by_its_path():
 def test_the_output_layer(shared):
     model = OpenELM(replace(load("tiny")[0].config, share_input_output_layers=shared))
     assert output_layer(model) is (model.transformer.token_embeddings if shared else model.lm_head)
+
+
+def test_flags_choices_and_sizes_are_written_for_people():
+    assert flag("q_group_size") == "--q-group-size"
+    assert [one_of(range(n)) for n in (1, 2, 3)] == ["0", "0 or 1", "0, 1 or 2"]
+    sizes = [0, 512, 999, 999.6, 3_100_000, 12_149_000_000, 1e13]
+    assert list(map(size, sizes)) == ["0 B", "512 B", "999 B", "1.0 kB", "3.1 MB", "12.1 GB", "10000.0 GB"]

@@ -98,7 +98,7 @@ def test_without_a_recipe_all_are_alike():
         ({"recipe": "mixed_5_6"}, "--recipe must be one of mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6"),
         ({"recipe": "mixed_3_6", "bits": 4}, "leave --q-bits and --q-mode out"),
         ({"recipe": "mixed_3_6", "mode": "mxfp4"}, "leave --q-bits and --q-mode out"),
-        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32 or 64 or 128"),
+        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32, 64 or 128"),
         ({"bits": 7}, "--q-bits must be"),
         ({"mode": "nf4"}, "--q-mode must be one of"),
     ],

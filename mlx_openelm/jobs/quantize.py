@@ -29,6 +29,7 @@ from ..quantization.report import Row, Yardstick
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
 from ..sources import open_source
+from ..wording import flag
 from .convert import requantize, write_source
 
 SENSITIVITIES = "sensitivities.json"
@@ -154,9 +155,7 @@ class _Run:
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
         flags = options.making().items()
-        self.name = "this: " + " ".join(
-            f"--{name.replace('_', '-')} {v}" for name, v in flags if not isinstance(v, Path)
-        )
+        self.name = "this: " + " ".join(f"{flag(name)} {v}" for name, v in flags if not isinstance(v, Path))
         # Small divergences drown in the rounding of half precision, so float32 where memory allows, and on a CPU.
         available = backend.available_memory()
         fits = available is None or config.num_parameters * _BYTES_NEEDED < available

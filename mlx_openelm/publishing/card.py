@@ -22,6 +22,7 @@ from ..config import ModelConfig
 from ..errors import OpenELMError, RequestError
 from ..hub import catalog
 from ..hub import resolve as hub
+from ..wording import flag
 from . import card_text as model_card_text
 from .card_text import Contents, Facts, Quality
 from .files import CARD, leads_out
@@ -197,12 +198,11 @@ def command_line(command: str, flags: Mapping[str, Any]) -> str:
     """
     words = ["mlx-openelm", command]
     for key, value in flags.items():
-        flag = f"--{key.replace('_', '-')}"
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is True:
-                words.append(flag)
+                words.append(flag(key))
             elif item is not None and item is not False:
-                words += [flag, shlex.quote(without_folders(item))]
+                words += [flag(key), shlex.quote(without_folders(item))]
     return " ".join(words)
 
 

@@ -17,6 +17,7 @@ from ..errors import OpenELMError, RequestError, quote
 from ..formats import safetensors
 from ..hub.errors import explain_upload, host
 from ..inputs import to_path
+from ..wording import flag
 from . import card as model_card
 from .files import CARD, leads_out, model_files
 
@@ -81,8 +82,7 @@ def check(options: UploadOptions) -> None:
     if options.upload_repo is None:
         given = [name for name, value in vars(options).items() if value]
         if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise RequestError(f"{flags} needs --upload-repo: name the repository to upload to.")
+            raise RequestError(f"{', '.join(map(flag, given))} needs --upload-repo: name the repository to upload to.")
         return
     repo = _checked_name(options.upload_repo)
     _checked_revision(options.upload_revision)

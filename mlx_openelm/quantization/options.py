@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import RequestError
 from ..formats.packing import Plan
 from ..inputs import to_path
+from ..wording import flag
 from .learned import parse_methods
 from .recipes import planner
 
@@ -54,7 +55,7 @@ class QuantizeOptions:
         if self.target_bpw is not None:
             given = [name for name in _WAYS if name != "target_bpw" and getattr(self, name) is not None]
             if given:
-                raise RequestError(f"--target-bpw chooses bits and groups itself; leave {_flag(given[0])} out.")
+                raise RequestError(f"--target-bpw chooses bits and groups itself; leave {flag(given[0])} out.")
             if not 0 < self.target_bpw < math.inf:
                 raise RequestError(f"--target-bpw must be a positive number, got {self.target_bpw:g}.")
         if self.q_mode not in (None, "affine") and self.method:
@@ -66,17 +67,17 @@ class QuantizeOptions:
             raise RequestError("--report-data needs --report.")
         for name in _TEXT if not (self.is_learned or self.report) else ():
             if getattr(self, name) is not None:
-                raise RequestError(f"{_flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
+                raise RequestError(f"{flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
         if self.num_samples is not None and not self.is_learned:
             raise RequestError("--num-samples needs --target-bpw or --method: a report alone learns from nothing.")
         if self.calibration is not None and self.report_data is not None and not self.is_learned:
             raise RequestError("With --report-data nothing reads --calibration but --target-bpw and --method.")
         for name, least in (("num_samples", 1), ("sequence_length", _SHORTEST)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise RequestError(f"{_flag(name)} must be {least} or more, got {value}.")
+                raise RequestError(f"{flag(name)} must be {least} or more, got {value}.")
         for name in _FILES:
             if (value := getattr(self, name)) is not None and not to_path(value).is_file():
-                raise RequestError(f"{_flag(name)} must name a file, which {value} is not.")
+                raise RequestError(f"{flag(name)} must name a file, which {value} is not.")
 
     def plan(self) -> Plan:
         """What bits or a recipe make of a model, where no budget is given."""
@@ -98,7 +99,3 @@ class QuantizeOptions:
         values |= {name: Path(values[name]) for name in _FILES if values[name] is not None}
         values["method"] = ",".join(self.method) or None
         return {name: value for name, value in values.items() if value is not None and not name.startswith("report")}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

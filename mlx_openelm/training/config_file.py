@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from .. import inputs
 from ..errors import RequestError, quote
+from ..wording import flag
 from . import mlx_lm_config
-from .options import TrainOptions, conform, field_types, flag
+from .options import TrainOptions, conform, field_types
 
 Options = TypeVar("Options", bound=TrainOptions)
 

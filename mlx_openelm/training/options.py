@@ -7,13 +7,13 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import RequestError, quote
 from ..formats.adapter import TARGET_MODULES
 from ..formats.mlx_adapter import FINE_TUNE_TYPES
+from ..wording import flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
@@ -303,11 +303,6 @@ class FineTuneOptions(TrainOptions):
 # The names and types of values, which YAML files share.
 
 
-def flag(field: str) -> str:
-    """The flag that sets a field."""
-    return f"--{field.replace('_', '-')}"
-
-
 def field_types(options: type[TrainOptions]) -> dict[str, Any]:
     """The type of every field, by name."""
     hints = typing.get_type_hints(options)
@@ -344,10 +339,6 @@ def conform(kind: Any, value: Any) -> Any:
 def _expect(right: bool, expected: str) -> None:
     if not right:
         raise ValueError(expected)
-
-
-def one_of(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _instead_of(name: str) -> str:

@@ -23,7 +23,8 @@ from ... import inputs
 from ...errors import OpenELMError, RequestError
 from ...formats import atomic
 from ...version import __version__
-from ..options import TrainOptions, flag
+from ...wording import flag
+from ..options import TrainOptions
 from . import metrics, trackers
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
