@@ -42,6 +42,7 @@ def _is_constant(node: ast.AST) -> bool:
     [
         (EMBEDDING, "config.py"),
         (LAYERS, "config.py"),
+        ("corenet:", "hub/catalog.py"),
         (LAYER_MATRICES, "config.py"),
         (("lora", "dora", "full"), "formats/mlx_adapter.py"),
         (("truncate", "refuse"), "training/data/examples.py"),

@@ -10,13 +10,13 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
 from ..formats.adapter import Adapter
+from ..hub import catalog
 from ..hub import resolve as hub
 from ..inputs import check_file, read_json, to_path
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
 CONFIG = "adapter_config.json"
 _TORCH_SUFFIXES, _SAFETENSORS = (".pt", ".pth"), ".safetensors"
-_CORENET_PREFIX = "corenet:"
 _PATTERNS = (CONFIG, mlx_adapter.WEIGHTS, peft.WEIGHTS)
 
 
@@ -106,7 +106,7 @@ def find_local(name: str) -> Path | None:
 def _find(path: str | Path, revision: str | None) -> Path:
     """The local file or folder; downloaded if it has to be."""
     text = str(path).strip()
-    if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
+    if catalog.corenet_name(path) is not None:
         from ..hub import corenet as corenet_files
 
         return corenet_files.download(text)

@@ -19,6 +19,7 @@ TINY_FOLDER = ASSETS / "tiny"
 # From CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
 CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
 CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
+_CORENET_PREFIX = "corenet:"
 _CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
 _CORENET_ADAPTERS = ("lora", "dora")
 _CORENET_CHECKPOINTS = (
@@ -112,6 +113,12 @@ def find_repo(repo: object) -> Release | None:
     return next((release for release in _RELEASES if release.hub_repo == repo), None)
 
 
+def corenet_name(name: object) -> str | None:
+    """SIZE/NAME of a text `corenet:SIZE/NAME`, in any case; None for all else, a Path too."""
+    text = name.strip() if isinstance(name, str) else ""
+    return text[len(_CORENET_PREFIX) :] if text.lower().startswith(_CORENET_PREFIX) else None
+
+
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
 
@@ -119,7 +126,7 @@ def corenet_files(name: str) -> tuple[str, ...]:
     adapter, trained on CommonSense170k, whose file holds its base too.
     Raises RequestError for a size or a name that was never published.
     """
-    size, _, file = name.removeprefix("corenet:").partition("/")
+    size, _, file = (corenet_name(name) or name).partition("/")
     release = find(size)
     sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
     if release is None or release.instruct:

@@ -13,10 +13,11 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..formats import atomic
 from ..formats.weights import Tensor, Weights
+from ..hub import catalog
 from ..loading import dtype_for
 from ..publishing import card as model_card
 from ..publishing.card import Origin
-from ..sources import CORENET_PREFIX, Source, open_source
+from ..sources import Source, open_source
 from .convert import find_origin, write_source
 
 # Fields that change what a model computes from the same weights.
@@ -105,7 +106,7 @@ def _origin(sources: Sequence[Source]) -> Origin:
 
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
     # Folders among the checkpoints bring a configuration of their own.
-    is_bare = str(model).lower().endswith((".pt", ".pth")) or str(model).lower().startswith(CORENET_PREFIX)
+    is_bare = str(model).lower().endswith((".pt", ".pth")) or catalog.corenet_name(model) is not None
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(

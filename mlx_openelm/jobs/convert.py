@@ -14,11 +14,12 @@ from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..formats.mlx import Checkpoint
 from ..formats.packing import Plan, cast_weights, dequantize_weights, quantize_weights
+from ..hub import catalog
 from ..loading import check_dtype, dtype_for
 from ..publishing import card as model_card
 from ..publishing.card import Origin
 from ..quantization.recipes import planner
-from ..sources import CORENET_PREFIX, Source, open_source
+from ..sources import Source, open_source
 from ..text.chat_template import CORENET_TEMPLATE
 
 
@@ -135,7 +136,7 @@ def write_source(
 
 def find_origin(source: Source) -> Origin:
     """What a model card tells of a source: where it comes from, and its licence."""
-    is_published = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
+    is_published = catalog.corenet_name(source.name) is not None and source.release is not None
     base_model = source.release.hub_repo if is_published and source.release is not None else None
     return model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
 

@@ -18,7 +18,7 @@ from ..hub import catalog
 from ..inputs import to_path
 from ..loading import DTYPES
 from ..publishing import card as model_card
-from ..sources import CORENET_PREFIX, Source, open_source
+from ..sources import Source, open_source
 from ..text.chat_template import CORENET_TEMPLATE
 from .convert import find_origin
 
@@ -188,8 +188,8 @@ def _name(source: Source) -> str:
         return path.resolve().stem if path.is_file() else path.resolve().name
     if (release := catalog.find(source.name)) is not None:
         return release.name
-    if source.name.lower().startswith(CORENET_PREFIX):
-        return "OpenELM-" + source.name[len(CORENET_PREFIX) :].replace("/", "-")
+    if (published := catalog.corenet_name(source.name)) is not None:
+        return "OpenELM-" + published.replace("/", "-")
     return path.name
 
 

@@ -20,6 +20,7 @@ from ..adapters.attaching import attach, extract
 from ..adapters.files import find_local, read_adapter, write_adapter
 from ..cuda.compiling import notice
 from ..errors import OpenELMError, RequestError
+from ..hub import catalog
 from ..inputs import to_path
 from ..loading import check_dtype
 from ..text.chat_template import find_template
@@ -426,7 +427,7 @@ class _Work:
 
 def _is_missing(path: str) -> bool:
     """Whether a path names no adapter here and could be no repository's name on the hub either."""
-    if find_local(path) is not None or path.startswith("corenet:"):
+    if find_local(path) is not None or catalog.corenet_name(path) is not None:
         return False
     owner, _, name = path.partition("/")
     return not name or "/" in name or not owner.strip(".~") or Path(path).suffix in (".safetensors", ".pt")
