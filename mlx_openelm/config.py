@@ -272,6 +272,11 @@ class ModelConfig:
         return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
 
     @property
+    def fits_float16(self) -> bool:
+        """Whether float16 holds the activations: those of the 3B model, or one of its shape, leave its range."""
+        return (self.num_transformer_layers, self.model_dim, self.head_dim) != SIZES["3B"]
+
+    @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import backend, convert, load, loading, native
-from mlx_openelm.config import ModelConfig
+from mlx_openelm.config import SIZES, ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import atomic, safetensors
 from mlx_openelm.formats import mlx as mlx_format
@@ -768,7 +768,7 @@ def test_float16_is_refused_for_the_3b_model() -> None:
 
 def test_float16_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "m")
-    monkeypatch.setattr(loading, "SIZES", {"3B": (2, 32, 8)})
+    monkeypatch.setitem(SIZES, "3B", (2, 32, 8))
     with pytest.raises(RequestError, match="float16"):
         convert(tmp_path / "m", tmp_path / "out", dtype="float16")
     with pytest.raises(RequestError, match="float16"):

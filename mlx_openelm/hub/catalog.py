@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import ModelConfig
 from ..errors import RequestError, quote
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -46,12 +47,16 @@ class Release:
     tokenizer_repo: str
     aliases: tuple[str, ...]
     draft: str | None
-    float16: bool
 
     @property
     def display_name(self) -> str:
         """The name as the paper prints it: `OpenELM-1.1B-Instruct`."""
         return self.name.replace("_", ".")
+
+    @property
+    def float16(self) -> bool:
+        """Whether it runs in float16."""
+        return ModelConfig.from_name(self.name).fits_float16
 
     def scores(self, suite: str = "zero_shot") -> dict[str, float]:
         """Published scores in percent by task, with their `average`.
@@ -78,8 +83,6 @@ def _release(size: str, instruct: bool) -> Release:
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
         draft=None if size == "270M" else f"OpenELM-270M{suffix}",
-        # The 3B model's activations leave float16's range; bfloat16 and float32 hold them.
-        float16=size != "3B",
     )
 
 

@@ -16,7 +16,7 @@ from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights
 from ..hub import catalog
 from ..inputs import to_path
-from ..loading import DTYPES
+from ..loading import check_dtype, dtype_for
 from ..publishing import card as model_card
 from ..sources import Source, open_source
 from ..text.chat_template import CORENET_TEMPLATE
@@ -73,6 +73,7 @@ def export(
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
     _check_request(format, gguf_type, dtype)
+    check_dtype(model, dtype)
     if output is not None:  # before a download, so that it is not done in vain
         _check_output(Path(output), format, overwrite=overwrite)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
@@ -101,8 +102,6 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
         raise RequestError(f"--gguf-type must be one of {', '.join(gguf.FILE_TYPES)}, got {quote(gguf_type)}.")
     if dtype is not None and format != "huggingface":
         raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
 
 
 def _export_gguf(
@@ -115,8 +114,7 @@ def _export_gguf(
     progress: Callable[[int, int], None] | None,
 ) -> Export:
     config, name = source.checkpoint.config, _name(source)
-    needs_range = source.release is not None and not source.release.float16
-    chosen = gguf_type or ("bf16" if needs_range else "f16")
+    chosen = gguf_type or ("f16" if config.fits_float16 else "bf16")
     gguf.check_representable(config, chosen)
     path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
@@ -148,12 +146,11 @@ def _export_huggingface(
     progress: Callable[[int, int], None] | None,
 ) -> Export:
     checkpoint = source.checkpoint
-    if dtype == "float16" and source.release is not None and not source.release.float16:
-        raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
+    wanted = dtype_for(dtype, checkpoint.config)
     path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
     _keep_source(source, target)
-    _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
+    _unpack(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin = find_origin(source)
     template = source.tokenizer.chat_template or _instruct_template(source)
