@@ -13,12 +13,12 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..formats.mlx import Checkpoint
-from ..formats.packing import Plan, cast_weights, dequantize_weights, quantize_weights
+from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
 from ..hub import catalog
 from ..loading import check_dtype, dtype_for
 from ..publishing import card as model_card
 from ..publishing.card import Origin
-from ..quantization.recipes import planner
+from ..quantization.recipes import Packing
 from ..sources import Source, open_source
 from ..text.chat_template import CORENET_TEMPLATE
 
@@ -66,31 +66,21 @@ def convert(
         RequestError: a request that cannot be right; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
-    if quantize and dequantize:
-        raise RequestError("Choose either -q or --dequantize.")
-    if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
-        raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
-    wanted = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
+    packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     if source.path.resolve().is_relative_to(target):
         raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
     checkpoint = source.checkpoint
-    exceptions = requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, wanted, dequantize)
+    exceptions = requantize(checkpoint, packing)
     bits = checkpoint.bits_per_weight
     command = model_card.command_line(
         "convert",
         {
             "model": str(model),
             "mlx_path": Path(mlx_path),
-            "dtype": dtype,
-            "quantize": quantize,
-            "q_bits": q_bits,
-            "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize and recipe is None else None,
-            "recipe": recipe,
-            "dequantize": dequantize,
+            **packing.flags(),
             **model_card.source_flags(tokenizer, config_yaml, revision),
         },
     )
@@ -141,21 +131,21 @@ def find_origin(source: Source) -> Origin:
     return model_card.find_origin(source.path, repo=source.repo, base_model=base_model)
 
 
-def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: Plan | None, dequantize: bool) -> dict[str, str]:
+def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
     """Cast, pack or unpack the checkpoint's unread weights in place; returns what was packed unlike the rest."""
-    if wanted is not None and checkpoint.rounding is not None:
+    dtype = dtype_for(packing.dtype, checkpoint.config) or mx.bfloat16
+    if packing.quantize and checkpoint.rounding is not None:
         raise RequestError(
             f"The model is already quantized to {checkpoint.rounding}; convert the original, or unpack it into a "
             f"folder first{', with --dequantize' if checkpoint.quantization else ', without -q'}."
         )
-    if dequantize:
-        if not checkpoint.quantization:
-            raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
+    packing.check(checkpoint)
+    if packing.dequantize:
         checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
         checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
-    if wanted is None:
+    if not packing.quantize:
         return {}
-    checkpoint.quantization, exceptions = wanted(checkpoint.config)
+    checkpoint.quantization, exceptions = packing.plan(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions

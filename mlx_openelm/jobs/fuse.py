@@ -23,7 +23,7 @@ from ..loading import build_model, check_dtype, dtype_for
 from ..publishing import card as model_card
 from ..publishing.card import Origin
 from ..quantization.options import QuantizeOptions
-from ..quantization.recipes import planner
+from ..quantization.recipes import Packing
 from ..quantization.report import Yardstick
 from ..quantization.text import read_text
 from ..sources import Source, open_source
@@ -101,13 +101,9 @@ def fuse(
         RequestError: a request that cannot be right, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
-    if quantize and dequantize:
-        raise RequestError("Choose either -q or --dequantize.")
-    if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
-        raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
+    packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
-    plan = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
     reading = QuantizeOptions(report=True, report_data=report_data)
     adapters = parse_paths(adapter_path)
     check_dtype(model, dtype)
@@ -117,13 +113,19 @@ def fuse(
     _check_places(target, source, adapters)
     source.tokenizer.check_writable()
     base = source.checkpoint
-    _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
+    _check_packing(base, packing)
     windows = read_text(source.tokenizer, base.config, reading).held_out[:_WINDOWS] if report else []
 
     read = _read_all(adapters, source)
     made_of = [_describe(*entry) for entry in read]
     packed = bool(base.quantization)
-    merged = merge(base, mix(read), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
+    merged = merge(
+        base,
+        mix(read),
+        dtype=dtype_for(dtype, base.config),
+        plan=packing.plan if quantize else None,
+        dequantize=dequantize,
+    )
     source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
     command = model_card.command_line(
         "fuse",
@@ -131,13 +133,7 @@ def fuse(
             "model": str(model),
             "adapter_path": [_typed(model_card.without_folders(path), weight) for path, weight in adapters],
             "save_path": Path(save_path),
-            "dtype": dtype,
-            "quantize": quantize,
-            "q_bits": q_bits,
-            "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize and recipe is None else None,
-            "recipe": recipe,
-            "dequantize": dequantize,
+            **packing.flags(),
             **model_card.source_flags(tokenizer, config_yaml, revision),
         },
     )
@@ -174,17 +170,17 @@ def _typed(path: str, weight: float) -> str:
     return path if weight == 1 else f"{path}={weight:g}"
 
 
-def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype: str | None) -> None:
+def _check_packing(base: Checkpoint, packing: Packing) -> None:
     """Refuse to unpack what is not packed, and warn of packing what was rounded before, and of what stays packed."""
-    if dequantize and not base.quantization:
-        raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
-    if quantize and base.rounding is not None:
+    packing.check(base)
+    if packing.quantize and base.rounding is not None:
         warnings.warn(
             f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
             "original loses less.",
             stacklevel=3,
         )
-    if dtype is not None and base.quantization and not (quantize or dequantize):
+    dtype = packing.dtype
+    if dtype is not None and base.quantization and not (packing.quantize or packing.dequantize):
         warnings.warn(
             f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; --dequantize "
             f"gives {dtype} throughout.",

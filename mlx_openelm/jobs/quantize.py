@@ -120,10 +120,10 @@ def quantize(
             with _keeping(run, target):
                 source.checkpoint = run.learn(full)
         else:
-            run.add_row(lambda: report.row_of(run.name, full, options.plan()(config)[0], run.yardstick, stored))
+            run.add_row(lambda: report.row_of(run.name, full, options.packing().plan(config)[0], run.yardstick, stored))
             source = open_source(model, **places)
     if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, stored, options.plan(), dequantize=False)
+        run.exceptions = requantize(source.checkpoint, options.packing(dtype))
     choices = source.checkpoint.quantization
     making = {"model": str(model), "mlx_path": target, **options.making(), "dtype": dtype, "revision": revision}
     making |= {name: None if path is None else Path(path) for name, path in places.items() if name != "revision"}
@@ -192,7 +192,7 @@ class _Run:
                 )
             choices = sensitivity.assign(self.known.costs, self.config, self.options.target_bpw, self.stored)
         else:
-            choices, self.exceptions = self.options.plan()(self.config)
+            choices, self.exceptions = self.options.packing().plan(self.config)
         tensors = learned.quantize_model(
             full,
             choices,

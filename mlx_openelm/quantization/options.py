@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..formats.packing import Plan
 from ..inputs import to_path
 from ..wording import flag
 from .learned import parse_methods
-from .recipes import planner
+from .recipes import Packing
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512
@@ -60,7 +59,7 @@ class QuantizeOptions:
                 raise RequestError(f"--target-bpw must be a positive number, got {self.target_bpw:g}.")
         if self.q_mode not in (None, "affine") and self.method:
             raise RequestError(f"--method needs scales to learn, which --q-mode {self.q_mode} does not have.")
-        self.plan()
+        self.packing()
         if self.sensitivities is not None and self.target_bpw is None:
             raise RequestError("--sensitivities needs --target-bpw, which they serve.")
         if self.report_data is not None and not self.report:
@@ -79,9 +78,9 @@ class QuantizeOptions:
             if (value := getattr(self, name)) is not None and not to_path(value).is_file():
                 raise RequestError(f"{flag(name)} must name a file, which {value} is not.")
 
-    def plan(self) -> Plan:
-        """What bits or a recipe make of a model, where no budget is given."""
-        return planner(self.q_mode or "affine", self.q_bits, self.q_group_size, self.recipe)
+    def packing(self, dtype: str | None = None) -> Packing:
+        """What bits or a recipe ask for, where no budget is given."""
+        return Packing(True, self.q_bits, self.q_group_size, self.q_mode or "affine", self.recipe, dtype=dtype)
 
     @property
     def writes(self) -> bool:
