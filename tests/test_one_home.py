@@ -12,7 +12,7 @@ from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES
 from mlx_openelm.loading import load
 from mlx_openelm.model import OpenELM
 from mlx_openelm.modules import module_at, output_layer, replace_at
-from mlx_openelm.wording import flag, one_of, size
+from mlx_openelm.wording import flag, one_of, size, some
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,3 +85,10 @@ def test_flags_choices_and_sizes_are_written_for_people():
     assert [one_of(range(n)) for n in (1, 2, 3)] == ["0", "0 or 1", "0, 1 or 2"]
     sizes = [0, 512, 999, 999.6, 3_100_000, 12_149_000_000, 1e13]
     assert list(map(size, sizes)) == ["0 B", "512 B", "999 B", "1.0 kB", "3.1 MB", "12.1 GB", "10000.0 GB"]
+
+
+def test_many_names_are_cut_and_counted():
+    names = [str(n) for n in range(10)]
+    assert some(names[:2]) == "0, 1"
+    assert some(names, separator="; ") == "0; 1; 2; 3; 4; 5; 6; 7 and 2 more"
+    assert some(names[:8]) == "0, 1, 2, 3, 4, 5, 6, 7" and some(names[:8], 100).endswith("7 and 92 more")

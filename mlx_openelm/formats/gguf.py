@@ -18,6 +18,7 @@ from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..text.tokenizer import Tokenizer
+from ..wording import some
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
 from .gguf_header import Placed
 from .mlx import Checkpoint
@@ -324,8 +325,7 @@ def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]], found: 
         if name in found and found[name] != shape
     ]
     if problems:
-        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise RequestError(f"The tensors in {path} do not fit its keys: {'; '.join(problems[:8])}{rest}.")
+        raise RequestError(f"The tensors in {path} do not fit its keys: {some(problems, separator='; ')}.")
 
 
 def _joined(first: Tensor, second: Tensor | None = None) -> Tensor:
