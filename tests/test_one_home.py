@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx_openelm
 from mlx_openelm.config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
-from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES
+from mlx_openelm.formats.adapter import FILES, PROJECTIONS, TARGET_MODULES
 from mlx_openelm.loading import load
 from mlx_openelm.model import OpenELM
 from mlx_openelm.modules import module_at, output_layer, replace_at
@@ -43,6 +43,7 @@ def _is_constant(node: ast.AST) -> bool:
         (EMBEDDING, "config.py"),
         (LAYERS, "config.py"),
         ("corenet:", "hub/catalog.py"),
+        *((name, "formats/adapter.py") for name in FILES),
         (LAYER_MATRICES, "config.py"),
         (("lora", "dora", "full"), "formats/mlx_adapter.py"),
         (("truncate", "refuse"), "training/data/examples.py"),

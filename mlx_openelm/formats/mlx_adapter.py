@@ -19,10 +19,10 @@ from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import adapter_tensors
-from .adapter import Adapter, LowRank
+from .adapter import CONFIG, MLX_WEIGHTS, Adapter, LowRank
 from .adapter_tensors import MAX_FLOAT32, Tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+WEIGHTS = MLX_WEIGHTS
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 # Ours, in adapter_config.json; mlx-lm does not read it.
 _OUTPUT_SIDE = "embedding_output_side"

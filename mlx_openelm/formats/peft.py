@@ -17,12 +17,12 @@ import mlx.core as mx
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
 from . import adapter_tensors
-from .adapter import Adapter, BaseCopy, LowRank
+from .adapter import CONFIG, PEFT_WEIGHTS, Adapter, BaseCopy, LowRank
 from .adapter_tensors import Tensors
 from .mlx_adapter import uses_dora
 from .peft_settings import Settings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = PEFT_WEIGHTS
 _PREFIX = "base_model.model."
 _HEAD = f"{HEAD}.weight"
 _MAGNITUDE = ".lora_magnitude_vector"
