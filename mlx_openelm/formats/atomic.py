@@ -114,6 +114,17 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
     return path
 
 
+def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") -> None:
+    """Refuse a target folder that is what is read, or holds it.
+
+    Args:
+        what: what `source` is, for the message.
+        flag: what the command calls `target`.
+    """
+    if source.resolve().is_relative_to(target):
+        raise RequestError(f"{target} is {what}, or holds it; choose another {flag}.")
+
+
 def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
     """Put `partial` in the place of `path`; what was there is kept until the new one is."""
     previous = partial.with_name(f"{partial.name}-previous")

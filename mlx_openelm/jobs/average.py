@@ -62,8 +62,7 @@ def average(
     sources = [_open(model, tokenizer, config_yaml) for model in models]
     first = sources[0]
     for source in sources:
-        if source.path.resolve().is_relative_to(target):
-            raise RequestError(f"{target} is one of the models to average, or holds it; choose another --mlx-path.")
+        atomic.keep_apart(target, source.path, "one of the models to average")
         _check_alike(first, source)
     dtypes = [source.checkpoint.dtype for source in sources]
     stored = dtypes[0] if all(kind == dtypes[0] for kind in dtypes) else mx.float32

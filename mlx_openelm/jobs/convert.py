@@ -70,8 +70,7 @@ def convert(
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-    if source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to convert, or holds it; choose another --mlx-path.")
+    atomic.keep_apart(target, source.path, "the model to convert")
     checkpoint = source.checkpoint
     exceptions = requantize(checkpoint, packing)
     bits = checkpoint.bits_per_weight

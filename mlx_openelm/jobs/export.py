@@ -118,7 +118,7 @@ def _export_gguf(
     gguf.check_representable(config, chosen)
     path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
-    _keep_source(source, target)
+    atomic.keep_apart(target, source.path, "the model to export", "--output")
     origin = find_origin(source)
     template = source.tokenizer.chat_template or _instruct_template(source)
     with atomic.new_file(target) as partial, source.reading():
@@ -149,7 +149,7 @@ def _export_huggingface(
     wanted = dtype_for(dtype, checkpoint.config)
     path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
-    _keep_source(source, target)
+    atomic.keep_apart(target, source.path, "the model to export", "--output")
     _unpack(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin = find_origin(source)
@@ -205,8 +205,3 @@ def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     if target.exists() and not gguf.is_gguf(target):
         raise RequestError(f"{target} is no GGUF file, so it is not overwritten; choose another --output.")
     return target
-
-
-def _keep_source(source: Source, target: Path) -> None:
-    if source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to export, or holds it; choose another --output.")

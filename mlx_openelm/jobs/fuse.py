@@ -192,8 +192,7 @@ def _check_places(target: Path, source: Source, adapters: Adapters) -> None:
     """Refuse to write over what is read."""
     places = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in adapters}
     for what, place in places.items():
-        if place.resolve().is_relative_to(target):
-            raise RequestError(f"{target} is {what} to fuse, or holds it; choose another --save-path.")
+        atomic.keep_apart(target, place, f"{what} to fuse", "--save-path")
 
 
 def _read_all(adapters: Adapters, source: Source) -> list[tuple[str, Adapter, float]]:

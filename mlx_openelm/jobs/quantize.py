@@ -97,9 +97,8 @@ def quantize(
             f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
             f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
         )
-    if options.writes and source.path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is the model to quantize, or holds it; choose another --mlx-path.")
     if options.writes:
+        atomic.keep_apart(target, source.path, "the model to quantize")
         source.tokenizer.check_writable()
     if options.target_bpw is not None:
         sensitivity.check_target(options.target_bpw, config, stored)
