@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .errors import RequestError, quote
 from .formats.mlx import Checkpoint
 from .formats.packing import dequantize_weights
-from .formats.weights import Weights, streaming
+from .formats.weights import DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
 from .ops import packed as packed_products
@@ -25,7 +25,6 @@ from .text.tokenizer import Tokenizer
 if TYPE_CHECKING:  # most models are loaded without
     from .adapters.switching import AdapterPaths
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
 

@@ -22,6 +22,7 @@ from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
 from ..publishing import card as model_card
 from ..publishing.card import Origin
+from ..quantization.learned import Progress
 from ..quantization.options import QuantizeOptions
 from ..quantization.recipes import Packing
 from ..quantization.report import Yardstick
@@ -31,8 +32,6 @@ from .convert import find_origin, write_source
 
 # Windows of text that a report reads.
 _WINDOWS = 8
-# Called with what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 # A path or name, and how often it counts.
 Adapters = list[tuple[str, float]]
 

@@ -24,6 +24,7 @@ from ..model import OpenELM
 from ..publishing import card as model_card
 from ..publishing.card_text import Quality
 from ..quantization import learned, report, sensitivity
+from ..quantization.learned import Progress
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, Yardstick
 from ..quantization.sensitivity import Sensitivities
@@ -37,9 +38,6 @@ SENSITIVITIES = "sensitivities.json"
 _SENSITIVITY_WINDOWS = 8
 # Bytes a parameter that calibrating in float32 takes: the model, and the matrices a report puts in their place.
 _BYTES_NEEDED = 9
-
-# Called with what is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

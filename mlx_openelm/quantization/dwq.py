@@ -21,7 +21,7 @@ from ..model import OpenELM
 from ..modules import output_layer, replace_at
 from ..ops import layers as ops
 from ..ops.distributions import kl_divergence
-from .calibration import CHUNK, Batches, Teacher
+from .calibration import CHUNK, Batches, Progress, Teacher
 
 # The largest change a training step makes, in steps of a matrix's grid. More of it learns the text by heart.
 _LEARNING_RATE = 0.002
@@ -30,8 +30,6 @@ _EPOCHS = 2
 # One batch in so many is not trained on, but tells which of the states on the way is the best.
 _HELD_OUT = 8
 _CHECKS = 4
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..inputs import read_json
 from ..model import OpenELM
 from ..modules import module_at
 from ..ops.packed import MODES
-from .calibration import Batches, Stream, Teacher, output_moments
+from .calibration import Batches, Progress, Stream, Teacher, output_moments
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; that of more bits follows from the errors.
 _MEASURED = (2, 3, 4)
@@ -31,8 +31,6 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _STEPS = 4000
 # Rows of a matrix that stand for all when errors are compared.
 _ROWS = 128
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
