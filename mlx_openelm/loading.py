@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import backend
-from .config import SIZES, ModelConfig
+from .config import ModelConfig
 from .errors import RequestError, quote
 from .formats.mlx import Checkpoint
 from .formats.packing import dequantize_weights
-from .formats.weights import Weights, streaming
+from .formats.weights import DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
 from .ops import packed as packed_products
@@ -25,7 +25,6 @@ from .text.tokenizer import Tokenizer
 if TYPE_CHECKING:  # most models are loaded without
     from .adapters.switching import AdapterPaths
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which leave its range; use bfloat16 or float32."
 
@@ -140,7 +139,7 @@ def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     dtype = backend.compute_dtype(checkpoint.dtype)
-    return mx.bfloat16 if dtype == mx.float16 and _needs_range(checkpoint.config) else dtype
+    return mx.bfloat16 if dtype == mx.float16 and not checkpoint.config.fits_float16 else dtype
 
 
 def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
@@ -154,7 +153,7 @@ def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
 def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
     """The type asked for; float16 is refused for the 3B model."""
     parsed = _parse_dtype(dtype)
-    if parsed is not None and parsed == mx.float16 and _needs_range(config):
+    if parsed is not None and parsed == mx.float16 and not config.fits_float16:
         raise RequestError(_NO_FLOAT16)
     return parsed
 
@@ -164,11 +163,6 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
     parsed, release = _parse_dtype(dtype), catalog.find(str(model))
     if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
-
-
-def _needs_range(config: ModelConfig) -> bool:
-    """Whether this is the 3B model, or one of its shape."""
-    return (config.num_transformer_layers, config.model_dim, config.head_dim) == SIZES["3B"]
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

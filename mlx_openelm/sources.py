@@ -19,7 +19,6 @@ from .inputs import check_file, read_json, to_path
 from .text import shared_tokenizer
 from .text.tokenizer import ENGINES, Tokenizer
 
-CORENET_PREFIX = "corenet:"
 _CORENET_SUFFIXES = (".pt", ".pth")
 _FILE_SUFFIXES = (*_CORENET_SUFFIXES, ".gguf")
 # What a model is read from, among the files of its folder.
@@ -90,7 +89,7 @@ def open_source(
         RequestError: unknown names, damaged or unfitting files, a tokenizer that is missing or does not fit.
         OpenELMError: a download that failed.
     """
-    is_download = isinstance(model, str) and model.strip().lower().startswith(CORENET_PREFIX)
+    is_download = catalog.corenet_name(model) is not None
     file = None if is_download else _as_file(model)
     if revision is not None and (is_download or file is not None):
         raise RequestError(

@@ -11,6 +11,8 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
+from ..wording import size as size
+
 # Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
 # How often a line of progress is printed where there is no terminal, in seconds.
@@ -52,15 +54,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
 class Progress:

@@ -9,6 +9,8 @@ from typing import Annotated, get_type_hints
 
 import typer
 
+from .. import wording
+
 _debug = False
 
 
@@ -213,7 +215,7 @@ def of_dataclass(
 
     def parameter(name: str) -> inspect.Parameter:
         kind, default, text = hints[name], defaults[name], help[name]
-        flag = f"--{name.replace('_', '-')}"
+        flag = wording.flag(name)
         if name in _REPEATABLE:
             kind, default = list[str] | None, None
         elif may_be_absent:

@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from ..errors import RequestError, quote
 from ..inputs import check_file, read_json, refuse_pointer
+from ..wording import SOME, some
 from . import foreign
 from .weights import Tensor, Weights, streaming
 
@@ -44,7 +45,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")
 # Neither a path, nor half a character, which no file's name holds.
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
-_LISTED = 8  # missing files named in an error before the rest is only counted
 _MAX_HEADER = 100_000_000  # as the format's reference library
 # Of the largest tensor: what is prepared while one is written; the next matrix, and seldom one more.
 _AHEAD_SHARE = 16
@@ -78,9 +78,7 @@ def weight_files(folder: Path) -> list[Path]:
     if has_whole and WHOLE not in indexed:
         return [whole]
     if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
-        raise RequestError(
-            f"{folder / INDEX} names {_listed(absent, len(absent))}: missing in its folder; download the folder again."
-        )
+        raise RequestError(f"{folder / INDEX} names {some(absent)}: missing in its folder; download the folder again.")
     sets = {_set_of(name) for name in indexed}
     names = indexed | {file.name for file in folder.glob("*.safetensors") if _set_of(file.name) in sets}
     _check_numbers(folder, names)
@@ -137,16 +135,11 @@ def _check_numbers(folder: Path, names: Iterable[str]) -> None:
         if len(numbers) == int(total) and numbers == set(range(len(numbers))):  # some programs count from 0
             continue
         lacking = (number for number in range(1, int(total) + 1) if number not in numbers)
-        shown = itertools.islice(lacking, _LISTED)
+        shown = itertools.islice(lacking, SOME)
         missing += [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in shown]
         count += int(total) - sum(number <= int(total) for number in numbers)
     if missing:
-        raise RequestError(f"{folder} is incomplete, missing: {_listed(missing, count)}; download the folder again.")
-
-
-def _listed(names: Sequence[str], count: int) -> str:
-    more = f" and {count - _LISTED} more" if count > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
+        raise RequestError(f"{folder} is incomplete, missing: {some(missing, count)}; download the folder again.")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import ModelConfig
 from ..errors import RequestError, quote
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -19,6 +20,7 @@ TINY_FOLDER = ASSETS / "tiny"
 # From CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
 CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
 CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
+_CORENET_PREFIX = "corenet:"
 _CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
 _CORENET_ADAPTERS = ("lora", "dora")
 _CORENET_CHECKPOINTS = (
@@ -45,12 +47,16 @@ class Release:
     tokenizer_repo: str
     aliases: tuple[str, ...]
     draft: str | None
-    float16: bool
 
     @property
     def display_name(self) -> str:
         """The name as the paper prints it: `OpenELM-1.1B-Instruct`."""
         return self.name.replace("_", ".")
+
+    @property
+    def float16(self) -> bool:
+        """Whether it runs in float16."""
+        return ModelConfig.from_name(self.name).fits_float16
 
     def scores(self, suite: str = "zero_shot") -> dict[str, float]:
         """Published scores in percent by task, with their `average`.
@@ -77,8 +83,6 @@ def _release(size: str, instruct: bool) -> Release:
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
         draft=None if size == "270M" else f"OpenELM-270M{suffix}",
-        # The 3B model's activations leave float16's range; bfloat16 and float32 hold them.
-        float16=size != "3B",
     )
 
 
@@ -112,6 +116,12 @@ def find_repo(repo: object) -> Release | None:
     return next((release for release in _RELEASES if release.hub_repo == repo), None)
 
 
+def corenet_name(name: object) -> str | None:
+    """SIZE/NAME of a text `corenet:SIZE/NAME`, in any case; None for all else, a Path too."""
+    text = name.strip() if isinstance(name, str) else ""
+    return text[len(_CORENET_PREFIX) :] if text.lower().startswith(_CORENET_PREFIX) else None
+
+
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` of what `corenet:SIZE/NAME` means, files of one model beside each other.
 
@@ -119,7 +129,7 @@ def corenet_files(name: str) -> tuple[str, ...]:
     adapter, trained on CommonSense170k, whose file holds its base too.
     Raises RequestError for a size or a name that was never published.
     """
-    size, _, file = name.removeprefix("corenet:").partition("/")
+    size, _, file = (corenet_name(name) or name).partition("/")
     release = find(size)
     sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
     if release is None or release.instruct:

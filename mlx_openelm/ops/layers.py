@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .. import backend, native
 from ..cache import KVCache
+from . import distributions
 from . import exponentials as cpu_math
 from . import packed as packed_products
 
@@ -120,8 +121,7 @@ def log_softmax(x: mx.array) -> mx.array:
     """x [..., n] minus logsumexp(x), in float32."""
     if (kernels := _kernels()) is not None:
         return kernels.log_softmax(x)
-    x = x.astype(mx.float32)
-    return x - mx.logsumexp(x, axis=-1, keepdims=True)
+    return distributions.log_softmax(x)
 
 
 @lru_cache
