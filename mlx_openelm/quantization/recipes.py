@@ -63,7 +63,7 @@ class Packing:
         return planner(self.q_mode, self.q_bits, self.q_group_size, self.recipe)
 
     def flags(self) -> dict[str, Any]:
-        """The flags as a person types them, for `card.command_line`; defaults are None or False."""
+        """The flags as a person types them, for `command_line`; defaults are None or False."""
         return {
             "dtype": self.dtype,
             "quantize": self.quantize,
