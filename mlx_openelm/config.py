@@ -17,6 +17,10 @@ from .inputs import kind_of, read_json
 # Layers, model_dim and head_dim of the published sizes; they share everything else.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
 
+# Where the matrices are, by module path; those of a layer by path within it, in the order a token meets them.
+EMBEDDING, HEAD, LAYERS = "transformer.token_embeddings", "lm_head", "transformer.layers."
+LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
+
 ACTIVATIONS = ("swish", "silu", "gelu", "relu")
 
 _SIZE_FIELDS = (
@@ -229,10 +233,10 @@ class ModelConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight by its Hugging Face name; all checks and counts use this list."""
         dim, head_dim = self.model_dim, self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (self.vocab_size, dim)}
+        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (self.vocab_size, dim)}
         layers = zip(self.num_query_heads, self.num_kv_heads, self.ffn_dims, strict=True)
         for layer, (query, kv, inner) in enumerate(layers):
-            prefix = f"transformer.layers.{layer}"
+            prefix = f"{LAYERS}{layer}"
             shapes[f"{prefix}.attn.qkv_proj.weight"] = ((query + 2 * kv) * head_dim, dim)
             shapes[f"{prefix}.attn.out_proj.weight"] = (dim, query * head_dim)
             if self.normalize_qk_projections:
@@ -244,13 +248,18 @@ class ModelConfig:
             shapes[f"{prefix}.ffn_norm.weight"] = (dim,)
         shapes["transformer.norm.weight"] = (dim,)
         if not self.share_input_output_layers:
-            shapes["lm_head.weight"] = (self.vocab_size, dim)
+            shapes[f"{HEAD}.weight"] = (self.vocab_size, dim)
         return shapes
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """The shape [out, in] of every matrix by module path; these can be quantized."""
         shapes = self.tensor_shapes().items()
         return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
+
+    @property
+    def fits_float16(self) -> bool:
+        """Whether float16 holds the activations: those of the 3B model, or one of its shape, leave its range."""
+        return (self.num_transformer_layers, self.model_dim, self.head_dim) != SIZES["3B"]
 
     @property
     def num_parameters(self) -> int:

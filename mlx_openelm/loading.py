@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import backend
-from .config import SIZES, ModelConfig
+from .config import ModelConfig
 from .errors import RequestError, quote
 from .formats.mlx import Checkpoint
 from .formats.packing import dequantize_weights
-from .formats.weights import Weights, streaming
+from .formats.weights import DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
 from .ops import packed
@@ -26,7 +26,6 @@ from .text.tokenizer import Tokenizer
 if TYPE_CHECKING:  # most models are loaded without adapters
     from .adapters.switching import AdapterPaths
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which overflow it; use bfloat16 or float32."
 
@@ -104,7 +103,7 @@ def build_model(
     compute = None if dtype is None else dtype_for(dtype, checkpoint.config)
     if compute is None:
         compute = backend.compute_dtype(checkpoint.dtype)
-        if compute == mx.float16 and _needs_range(checkpoint.config):
+        if compute == mx.float16 and not checkpoint.config.fits_float16:
             compute = mx.bfloat16
     keeps_matrices = dtype is None and backend.has_kernels()
     choices = checkpoint.quantization
@@ -150,7 +149,7 @@ def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
 def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
     """The type that a name or type means, None for None; RequestError for float16 with the 3B model."""
     parsed = _parse_dtype(dtype)
-    if parsed is not None and parsed == mx.float16 and _needs_range(config):
+    if parsed is not None and parsed == mx.float16 and not config.fits_float16:
         raise RequestError(_NO_FLOAT16)
     return parsed
 
@@ -164,11 +163,6 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
     parsed, release = _parse_dtype(dtype), catalog.find(str(model))
     if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
-
-
-def _needs_range(config: ModelConfig) -> bool:
-    """Whether activations overflow float16: the 3B model and others of its shape."""
-    return (config.num_transformer_layers, config.model_dim, config.head_dim) == SIZES["3B"]
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

@@ -18,7 +18,6 @@ from .inputs import check_file, read_json, to_path
 from .text import shared_tokenizer
 from .text.tokenizer import ENGINES, Tokenizer
 
-CORENET_PREFIX = "corenet:"
 _CORENET_SUFFIXES = (".pt", ".pth")
 _FILE_SUFFIXES = (*_CORENET_SUFFIXES, ".gguf")
 # The files of a folder that a model is read from.
@@ -90,7 +89,7 @@ def open_source(
         RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
         OpenELMError: a download that failed.
     """
-    is_download = isinstance(model, str) and model.strip().lower().startswith(CORENET_PREFIX)
+    is_download = catalog.corenet_name(model) is not None
     local = None if is_download else to_path(model)
     is_file = local is not None and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
     if revision is not None and (is_download or is_file):

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
-from mlx_openelm.adapters.attaching import TARGET_MODULES, adapted_layers, attach, attach_new, detach, extract
+from mlx_openelm.adapters.attaching import adapted_layers, attach, attach_new, detach, extract
 from mlx_openelm.adapters.files import read_adapter, write_adapter
+from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import raw
-from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.adapter import TARGET_MODULES, Adapter, LowRank
 from mlx_openelm.formats.weights import Tensor
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.adapters.attaching import (
-    PROJECTIONS,
-    TARGET_MODULES,
     adapted_layers,
     attach,
     attach_new,
@@ -18,10 +16,10 @@ from mlx_openelm.adapters.attaching import (
     put,
 )
 from mlx_openelm.adapters.layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear, matrix_of
-from mlx_openelm.config import ModelConfig
+from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
 from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import Embedding, Linear, OpenELM

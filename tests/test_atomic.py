@@ -158,3 +158,11 @@ def test_a_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OpenELMError, match="Writing .* failed"), atomic.new_folder(target, overwrite=True) as partial:
         model(partial, "new")
     assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
+
+
+def test_what_is_read_is_kept_apart_from_what_is_written(tmp_path: Path) -> None:
+    atomic.keep_apart(tmp_path / "out", tmp_path / "model", "the model")
+    atomic.keep_apart(tmp_path / "model" / "out", tmp_path / "model", "the model")  # beside its files
+    for source in (tmp_path / "out", tmp_path / "out" / "model" / "config.json"):
+        with pytest.raises(RequestError, match="out is the model, or contains it; choose another --save-path"):
+            atomic.keep_apart(tmp_path / "out", source, "the model", "--save-path")

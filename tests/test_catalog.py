@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
@@ -188,3 +189,10 @@ def test_importing_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_names_of_corenets_files():
+    assert catalog.corenet_name(" CoreNet:270M/lora ") == "270M/lora"
+    assert [catalog.corenet_name(other) for other in ("270m", "corenet", Path("corenet:270M/lora"), None)] == 4 * [None]
+    lower, upper = (catalog.corenet_files(f"{prefix}:270M/mlx") for prefix in ("corenet", "CORENET"))
+    assert lower == upper == ("mlx/270M/config.json", "mlx/270M/weights.safetensors")

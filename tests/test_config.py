@@ -457,3 +457,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(name: str, value: An
     else:
         assert config.num_parameters > 0
         assert len(config.num_query_heads) == len(config.ffn_dims) == config.num_transformer_layers
+
+
+def test_only_the_3b_shape_does_not_fit_float16():
+    assert [size for size in SIZES if not ModelConfig.from_name(size).fits_float16] == ["3B"]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.adapter import TARGET_MODULES
 from mlx_openelm.training import config_file
 from mlx_openelm.training.config_file import merge, read, to_dict
-from mlx_openelm.training.options import TARGET_MODULES, FineTuneOptions, TrainOptions
+from mlx_openelm.training.options import FineTuneOptions, TrainOptions
 
 import pytest
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert
+from mlx_openelm.config import SIZES, ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import huggingface
@@ -137,6 +138,8 @@ def test_gguf_to_hugging_face_is_of_one_type(tmp_path: Path) -> None:
 def test_the_3b_model_defaults_to_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(SHAKESPEARE, tmp_path / "OpenELM-3B-Instruct")
     monkeypatch.chdir(tmp_path)
+    shape = ModelConfig.from_file(SHAKESPEARE)
+    monkeypatch.setitem(SIZES, "3B", (shape.num_transformer_layers, shape.model_dim, shape.head_dim))
     result = export("OpenELM-3B-Instruct", format="gguf")
     assert (str(result.path), result.type) == ("OpenELM-3B-Instruct-bf16.gguf", "bf16")
     template = gguf.GGUFReader(result.path).get_field("tokenizer.chat_template").contents()

@@ -14,10 +14,11 @@ from mlx_openelm.adapters.attaching import attach
 from mlx_openelm.adapters.files import read_adapter
 from mlx_openelm.adapters.merging import merge
 from mlx_openelm.adapters.switching import read_mixture
+from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.formats.packing import PARTS, quantize_weights
 from mlx_openelm.jobs.fuse import Fusion, fuse
@@ -468,8 +469,8 @@ import sys, json
 from pathlib import Path
 import mlx_openelm
 from mlx_openelm.adapters import merged_tensors
-from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.config import EMBEDDING, ModelConfig
+from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.jobs import fuse as job
 from mlx_openelm.jobs.convert import convert
 import mlx.core as mx

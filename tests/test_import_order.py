@@ -14,9 +14,22 @@ PACKAGE = Path(mlx_openelm.__file__).parent
 # From the top floor down; what is below the line is free to import.
 ROOMS = (
     *("__main__", "cli", "__init__", "training", "jobs", "loading", "quantization", "evaluation", "generation"),
-    *("adapters", "sources", "publishing", "finite", "model", "formats", "ops", "cuda", "text", "cache", "hub"),
+    *(
+        "adapters",
+        "sources",
+        "publishing",
+        "finite",
+        "modules",
+        "model",
+        "formats",
+        "ops",
+        "cuda",
+        "text",
+        "cache",
+        "hub",
+    ),
     *("backend", "blas", "config", "native"),
-    *("inputs", "environment", "options", "errors", "version"),
+    *("inputs", "environment", "options", "errors", "wording", "version"),
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import backend, convert, load, loading, native
-from mlx_openelm.config import ModelConfig
+from mlx_openelm.config import SIZES, ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import atomic, safetensors
 from mlx_openelm.formats import mlx as mlx_format
@@ -738,8 +738,8 @@ def test_rows_no_group_size_divides_stay_as_they_are(tmp_path: Path) -> None:
         ({"q_bits": 4}, "need -q"),
         ({"q_mode": "mxfp4"}, "need -q"),
         ({"quantize": True, "dequantize": True}, "either"),
-        ({"quantize": True, "q_bits": 7}, "--q-bits must be 2 or 3 or 4 or 5 or 6 or 8"),
-        ({"quantize": True, "q_group_size": 16}, "--q-group-size must be 32 or 64 or 128"),
+        ({"quantize": True, "q_bits": 7}, "--q-bits must be 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "q_group_size": 16}, "--q-group-size must be 32, 64 or 128"),
         ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "--q-bits must be 4"),
         ({"quantize": True, "q_mode": "nvfp4", "q_group_size": 32}, "--q-group-size must be 16"),
         ({"quantize": True, "q_mode": "nf4"}, "--q-mode must be one of affine, mxfp4, nvfp4, mxfp8"),
@@ -768,7 +768,7 @@ def test_float16_is_refused_for_the_3b_model() -> None:
 
 def test_float16_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path / "m")
-    monkeypatch.setattr(loading, "SIZES", {"3B": (2, 32, 8)})
+    monkeypatch.setitem(SIZES, "3B", (2, 32, 8))
     with pytest.raises(RequestError, match="float16"):
         convert(tmp_path / "m", tmp_path / "out", dtype="float16")
     with pytest.raises(RequestError, match="float16"):

@@ -16,11 +16,10 @@ from mlx_openelm import AdapterSwitch, convert, load
 from mlx_openelm.adapters.attaching import adapted_layers, attach, detach, extract
 from mlx_openelm.adapters.files import read_adapter, write_adapter
 from mlx_openelm.adapters.merging import merge
-from mlx_openelm.config import ModelConfig
+from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import peft_settings
-from mlx_openelm.formats.adapter import EMBEDDING
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 

@@ -402,7 +402,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
     elif place == "sensitivities":
         monkeypatch.setattr(sensitivity.Sensitivities, "save", fail)
     else:
-        monkeypatch.setattr(dwq, "divergence", lambda *_: mx.array(float("nan")))
+        monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(expected, match="leave dwq out" if place == "distilling" else "No space left"):
         quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
     # What took long to measure is kept, where it can be.
@@ -414,7 +414,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
 
 
 def test_a_failure_is_told_where_there_is_no_folder_yet_to_keep_anything_in(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(dwq, "divergence", lambda *_: mx.array(float("nan")))
+    monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
     assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,10 @@ import importlib
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
+from mlx_openelm.formats.mlx import Checkpoint
 from mlx_openelm.formats.packing import Quantization, bits_per_weight
-from mlx_openelm.quantization.recipes import RECIPES, planner
+from mlx_openelm.formats.weights import Weights
+from mlx_openelm.quantization.recipes import RECIPES, Packing, planner
 
 import mlx.nn as nn
 import pytest
@@ -98,7 +100,7 @@ def test_without_a_recipe_all_are_alike():
         ({"recipe": "mixed_5_6"}, "--recipe must be one of mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6"),
         ({"recipe": "mixed_3_6", "bits": 4}, "leave --q-bits and --q-mode out"),
         ({"recipe": "mixed_3_6", "mode": "mxfp4"}, "leave --q-bits and --q-mode out"),
-        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32 or 64 or 128"),
+        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32, 64 or 128"),
         ({"bits": 7}, "--q-bits must be"),
         ({"mode": "nf4"}, "--q-mode must be one of"),
     ],
@@ -106,3 +108,41 @@ def test_without_a_recipe_all_are_alike():
 def test_what_cannot_be_is_refused(request_, message):
     with pytest.raises(RequestError, match=message):
         planner(**request_)
+
+
+def test_a_packing_is_the_flags_that_commands_share():
+    asked = Packing(quantize=True, q_bits=3, dtype="float16")
+    choices, exceptions = asked.plan(ModelConfig.from_name("270m"))
+    assert set(choices.values()) == {Quantization(64, 3)} and exceptions == {}
+    given = {name: value for name, value in asked.flags().items() if value}
+    assert given == {"dtype": "float16", "quantize": True, "q_bits": 3, "q_mode": "affine"}
+    recipe = Packing(quantize=True, recipe="mixed_3_6")
+    assert {choice.bits for choice in recipe.plan(ModelConfig.from_name("270m"))[0].values()} == {3, 6}
+    assert recipe.flags()["q_mode"] is None
+    assert Packing().plan(ModelConfig.from_name("270m")) == ({}, {})
+    assert not any(Packing().flags().values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"quantize": True, "dequantize": True}, "either -q or --dequantize"),
+        ({"q_bits": 4}, "need -q"),
+        ({"recipe": "mixed_3_6"}, "need -q"),
+        ({"q_mode": "mxfp4", "dequantize": True}, "need -q"),
+        ({"quantize": True, "q_bits": 7}, "--q-bits must be 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "recipe": "mixed_3_6", "q_bits": 4}, "leave --q-bits and --q-mode out"),
+    ],
+)
+def test_packings_that_cannot_be_meant_are_refused(flags, expected):
+    with pytest.raises(RequestError, match=expected):
+        Packing(**flags)
+
+
+def test_only_a_packed_model_is_unpacked():
+    config = ModelConfig.from_name("270m")
+    packed = Checkpoint(config, Weights({}), {"lm_head": Quantization(64, 4)})
+    Packing(dequantize=True).check(packed)
+    Packing().check(Checkpoint(config, Weights({})))
+    with pytest.raises(RequestError, match="nothing to --dequantize"):
+        Packing(dequantize=True).check(Checkpoint(config, Weights({})))

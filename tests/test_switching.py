@@ -7,9 +7,10 @@ from pathlib import Path
 from mlx_openelm.adapters.attaching import adapted_layers, attach
 from mlx_openelm.adapters.files import read_adapter
 from mlx_openelm.adapters.switching import AdapterSwitch, mix, parse_paths
+from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.adapter import EMBEDDING, Adapter, LowRank
+from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.formats.packing import Quantization, quantize_weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM

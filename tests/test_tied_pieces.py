@@ -24,9 +24,10 @@ from mlx_openelm.text.sentencepiece import (
     SentencePieceModel,
     read_model,
     serialize_model,
-    to_tokenizer_json,
+    to_spec,
 )
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer_json import write_spec
 
 import mlx.core as mx
 import numpy as np
@@ -253,7 +254,7 @@ def test_runs_of_one_character_may_tie_whatever_else_there_is() -> None:
         model = ab_model(scores)
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(serialize_model(model, bos_piece="<s>", eos_piece="</s>"))
-        library = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizer_json(model, 1)))
+        library = tokenizers.Tokenizer.from_str(json.dumps(write_spec(to_spec(model), 1)))
         for text in texts:
             assert library.encode(text, add_special_tokens=False).ids == processor.encode(text), (scores, text)
 
@@ -261,7 +262,7 @@ def test_runs_of_one_character_may_tie_whatever_else_there_is() -> None:
 @pytest.mark.parametrize("tied", [("ab", "ba"), ("aa", "bb"), ("aa", "ab"), ("aa", "aaa", "bb")])
 def test_other_ties_are_refused(tied) -> None:
     with pytest.raises(RequestError, match="two pieces have the same score"):
-        to_tokenizer_json(ab_model(dict.fromkeys(tied, -1.0)), 1)
+        to_spec(ab_model(dict.fromkeys(tied, -1.0)))
 
 
 def test_merges_of_tied_runs_that_join_otherwise_are_refused(saved, tmp_path) -> None:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.text.sentencepiece import read_model, to_tokenizer_json
+from mlx_openelm.text.sentencepiece import read_model, to_spec
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer_json import write_spec
 
 import pytest
 import sentencepiece
@@ -432,7 +433,7 @@ def test_reading_a_sentencepiece_model():
     assert model.scores == [processor.get_score(i) for i in range(VOCAB)]
     assert (model.model_type, model.byte_fallback, model.add_dummy_prefix) == ("bpe", True, True)
     assert not (model.remove_extra_whitespaces or model.rewrites_text)
-    merges = to_tokenizer_json(model, 1)["model"]["merges"]
+    merges = write_spec(to_spec(model), 1)["model"]["merges"]
     assert merges[0] == "▁ t"
     assert len(merges) == 2577
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError
-from ..formats.adapter import EMBEDDING, Adapter, LowRank
+from ..formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
 from ..formats.packing import PARTS, Quantization
 from ..model import Embedding, Linear, OpenELM
+from ..modules import module_at, replace_at
 from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 
@@ -20,9 +21,6 @@ Adapted = LoRALinear | LoRAEmbedding
 # What whole weights replaced, by path: tensors, or packed modules.
 Replaced = dict[str, nn.Module | mx.array]
 
-PROJECTIONS = ("qkv_proj", "out_proj", "proj_1", "proj_2")
-TARGET_MODULES = ("token_embeddings", *PROJECTIONS)
-_LAYERS = "transformer.layers."
 _PARAMETERS = ("lora_a", "lora_b", "m")
 
 
@@ -57,7 +55,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
     check_base(adapter, model)
     layers = {}
     for path, change in adapter.modules.items():
-        module = _module(model, path)
+        module = module_at(model, path)
         base = base_of(module) if isinstance(module, Adapted) else module
         layers[path] = _adapted(base, change, adapter.dropout)
         mx.eval(layers[path].trainable_parameters())  # threads may share evaluated arrays
@@ -67,7 +65,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
 def put(model: OpenELM, parts: Mapping[str, nn.Module | mx.array]) -> None:
     """Put modules or tensors at their paths in the model."""
     for path, part in parts.items():
-        _set(model, path, part)
+        replace_at(model, path, part)
 
 
 def attach_new(
@@ -112,7 +110,7 @@ def attach_new(
         bound = 1 / math.sqrt(inputs)
         a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         change = LowRank(a, mx.zeros((rank, outputs)), scale)
-        _set(model, path, _adapted(_module(model, path), change, dropout, dora=dora))
+        replace_at(model, path, _adapted(module_at(model, path), change, dropout, dora=dora))
     mx.eval(model.trainable_parameters())
     return paths
 
@@ -134,7 +132,7 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
     first = 0 if num_layers == -1 else total - num_layers
     paths = []
     for path in config.matrix_shapes():
-        in_range = not path.startswith(_LAYERS) or int(path.removeprefix(_LAYERS).partition(".")[0]) >= first
+        in_range = not path.startswith(LAYERS) or int(path.removeprefix(LAYERS).partition(".")[0]) >= first
         if path.rpartition(".")[2] in wanted and in_range:
             paths.append(path)
     return paths
@@ -153,13 +151,13 @@ def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
 def detach(model: OpenELM) -> None:
     """Take the low-rank layers out of a model, which leaves the base."""
     for path, layer in list(adapted_layers(model)):
-        _set(model, path, base_of(layer))
+        replace_at(model, path, base_of(layer))
 
 
 def adapted_layers(model: OpenELM) -> Iterator[tuple[str, Adapted]]:
     """Path and layer of every matrix that has an adapter, in the order of the model."""
     for path in model.config.matrix_shapes():
-        module = _module(model, path)
+        module = module_at(model, path)
         if isinstance(module, Adapted):
             yield path, module
 
@@ -222,7 +220,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
         path, _, leaf = name.rpartition(".")
         if isinstance(tensor := before.get(name), mx.array):
             return {leaf: tensor}, known.get(path)
-        module = before.get(path, _module(model, path))
+        module = before.get(path, module_at(model, path))
         module = base_of(module) if isinstance(module, Adapted) else module
         packing = known.get(path)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
@@ -251,11 +249,11 @@ def _replace_weights(model: OpenELM, weights: Mapping[str, mx.array], dtype: mx.
     replaced: Replaced = {}
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")
-        module = _module(model, path)
+        module = module_at(model, path)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             replaced[path] = module
             module = _plain(module, *weight.shape)
-            _set(model, path, module)
+            replace_at(model, path, module)
         else:
             replaced[name] = module[leaf]
         module[leaf] = weight.astype(dtype)
@@ -275,15 +273,3 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
         for name, value in module.trainable_parameters().items():
             if isinstance(value, mx.array):
                 yield f"{path}.{name}".lstrip("."), value
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    module = model
-    for part in path.split("."):
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module
-
-
-def _set(model: nn.Module, path: str, part: nn.Module | mx.array) -> None:
-    parent, _, name = path.rpartition(".")
-    (_module(model, parent) if parent else model)[name] = part

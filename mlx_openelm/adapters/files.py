@@ -9,15 +9,13 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
-from ..formats.adapter import Adapter
+from ..formats.adapter import CONFIG, FILES, Adapter
+from ..hub import catalog
 from ..hub import resolve as hub
 from ..inputs import check_file, read_json, to_path
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
-CONFIG = "adapter_config.json"
 _TORCH_SUFFIXES, _SAFETENSORS = (".pt", ".pth"), ".safetensors"
-_CORENET_PREFIX = "corenet:"
-_PATTERNS = (CONFIG, mlx_adapter.WEIGHTS, peft.WEIGHTS)
 
 
 def read_adapter(
@@ -105,7 +103,7 @@ def find_local(name: str) -> Path | None:
 def _find(path: str | Path, revision: str | None) -> Path:
     """The local file or folder, downloaded if need be."""
     text = str(path).strip()
-    if text.lower().startswith(_CORENET_PREFIX) and not isinstance(path, Path):
+    if catalog.corenet_name(path) is not None:
         from ..hub import corenet as corenet_files
 
         return corenet_files.download(text)
@@ -122,4 +120,4 @@ def _find(path: str | Path, revision: str | None) -> Path:
         raise RequestError(
             f"There is no adapter {quote(text)}: adapters are folders, .safetensors or .pt files, or hub repositories."
         )
-    return hub.download(text, revision=revision, patterns=_PATTERNS)
+    return hub.download(text, revision=revision, patterns=FILES)

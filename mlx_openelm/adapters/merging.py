@@ -7,16 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from ..config import ModelConfig
-from ..formats.adapter import EMBEDDING, Adapter, LowRank
+from ..config import EMBEDDING, HEAD, ModelConfig
+from ..formats.adapter import Adapter, LowRank
 from ..formats.mlx import Checkpoint
 from ..formats.packing import PARTS, Plan, Quantization, cast_weights, dequantize_weights, quantize_weights
 from ..formats.weights import Tensor, Weights
 from .attaching import check_fits
 from .base_copies import Stored, check_base_copies
 from .merged_tensors import Base, Change, Deviation, merged_tensors
-
-HEAD = "lm_head"
 
 
 @dataclass

@@ -12,6 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 # Shorter work shows no progress.
+from ..wording import size as size
+
+# Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
 # Between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
@@ -52,15 +55,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
 class Progress:

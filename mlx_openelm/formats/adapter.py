@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-EMBEDDING = "transformer.token_embeddings"
+from ..config import EMBEDDING, LAYER_MATRICES
+
+# An adapter's settings, and its weights as mlx-lm and PEFT call them.
+CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
+FILES = (CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS)
+
+# What an adapter can change, by the last part of its path: the matrices of a layer, and the embedding.
+PROJECTIONS = tuple(path.rpartition(".")[2] for path in LAYER_MATRICES)
+TARGET_MODULES = (EMBEDDING.rpartition(".")[2], *PROJECTIONS)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, ModelConfig
 from ..errors import RequestError
 from ..inputs import check_file
 from . import safetensors
-from .adapter import EMBEDDING
 
 # The largest scale: beyond it changes are infinite.
 MAX_FLOAT32 = 3.4e38

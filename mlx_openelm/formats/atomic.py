@@ -114,6 +114,21 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
     return path
 
 
+def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") -> None:
+    """Refuse to write to `target` if it is, or contains, a file or folder that is read.
+
+    Args:
+        source: what is read.
+        what: how to call it, such as "the model to convert".
+        flag: the flag that names another target.
+
+    Raises:
+        RequestError: it is, or contains it.
+    """
+    if source.resolve().is_relative_to(target):
+        raise RequestError(f"{target} is {what}, or contains it; choose another {flag}.")
+
+
 def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
     """Put `partial` in the place of `path`; what was there is kept until the new one is."""
     previous = partial.with_name(f"{partial.name}-previous")

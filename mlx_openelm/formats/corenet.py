@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import inputs
-from ..config import SIZES, ModelConfig
+from ..config import EMBEDDING, HEAD, SIZES, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import mlx as mlx_format
@@ -21,8 +21,6 @@ from .mlx import Checkpoint
 from .torch_pickle import StoredTensor
 from .weights import Tensor, Weights
 
-_EMBEDDING = "transformer.token_embeddings"
-_HEAD = "lm_head"
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
 _PUBLISHED = ", ".join(f"OpenELM-{size}" for size in SIZES)
 _NEEDED_SIZES = ("num_transformer_layers", "model_dim", "head_dim")
@@ -89,7 +87,7 @@ def cut_vocabulary(checkpoint: Checkpoint, size: int) -> None:
     checkpoint.config = replace(checkpoint.config, vocab_size=size)
     checkpoint.weights = Weights(
         {
-            name: _first_rows(tensor, size) if name.rpartition(".")[0] in (_EMBEDDING, _HEAD) else tensor
+            name: _first_rows(tensor, size) if name.rpartition(".")[0] in (EMBEDDING, HEAD) else tensor
             for name, tensor in checkpoint.weights.tensors().items()
         }
     )
@@ -152,12 +150,12 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
 
 def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -> tuple[ModelConfig, int]:
     """The published model with tensors of these shapes, ignoring how its vocabulary was padded."""
-    embedding = infos.get(f"{_EMBEDDING}.weight")
+    embedding = infos.get(f"{EMBEDDING}.weight")
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     shapes = {name: info.shape for name, info in infos.items()}
     for size in SIZES:
         published = ModelConfig.from_name(size)
-        shared = f"{_HEAD}.weight" not in infos
+        shared = f"{HEAD}.weight" not in infos
         config = replace(published, vocab_size=max(rows, 1), share_input_output_layers=shared)
         if config.tensor_shapes() == shapes:
             return config, min(rows, published.vocab_size)
@@ -172,7 +170,7 @@ def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -
 def hub_name(name: str) -> str:
     """Hugging Face's name of a CoreNet tensor."""
     path, _, part = name.rpartition(".")
-    return f"{_HEAD}.{part}" if path == _CORENET_HEAD else f"transformer.{name}"
+    return f"{HEAD}.{part}" if path == _CORENET_HEAD else f"transformer.{name}"
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:

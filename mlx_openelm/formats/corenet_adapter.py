@@ -10,10 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, ModelConfig
 from ..errors import RequestError
 from . import adapter_tensors, corenet, torch_file
-from .adapter import EMBEDDING, Adapter, LowRank
+from .adapter import Adapter, LowRank
 from .adapter_tensors import Tensors
 from .weights import Weights
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import RequestError, quote
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 # Name endings of incomplete downloads.
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 _PICKLED = (".bin", ".ckpt", ".pkl", ".pickle")
@@ -27,7 +26,9 @@ _PARTS = {
 
 def no_config(folder: Path) -> RequestError:
     """Why a folder without `config.json` is not a model."""
-    if any((folder / name).exists() for name in _ADAPTER_FILES):
+    from .adapter import FILES
+
+    if any((folder / name).exists() for name in FILES):
         return RequestError(
             f"{folder} has no config.json: it is an adapter. Give it with --adapter-path, and the model it was "
             "trained on with --model."
@@ -37,6 +38,8 @@ def no_config(folder: Path) -> RequestError:
 
 def no_weights(folder: Path) -> RequestError:
     """Why a folder without `model*.safetensors` cannot be read."""
+    from .adapter import FILES
+
     names = sorted(file.name for file in folder.iterdir())
     names = [name for name in names if name not in _NO_WEIGHTS and not name.startswith(".")]
     advice = (
@@ -48,7 +51,7 @@ def no_weights(folder: Path) -> RequestError:
         found = next((name for name in names if name.lower().endswith(endings)), None)
         if found is not None:
             return RequestError(f"{folder} has no model*.safetensors file, but {quote(found)}, {what}.")
-    if any(name in _ADAPTER_FILES for name in names):
+    if any(name in FILES for name in names):
         what = "it is an adapter. Give it with --adapter-path, and the model it was trained on with --model"
         return RequestError(f"{folder} has no model*.safetensors file: {what}.")
     other = next((name for name in names if name.endswith(".safetensors")), None)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..text.tokenizer import Tokenizer
+from ..wording import some
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
 from .gguf_header import Placed
 from .mlx import Checkpoint
@@ -65,12 +66,12 @@ def _package() -> Any:
 def _tensors(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every tensor of a file: the Hugging Face name it comes from, and its shape."""
     shapes = config.tensor_shapes()
-    names = {"token_embd": "transformer.token_embeddings"}
+    names = {"token_embd": EMBEDDING}
     for layer in range(config.num_transformer_layers):
-        names |= {f"blk.{layer}.{name}": f"transformer.layers.{layer}.{path}" for name, path in _PER_LAYER.items()}
+        names |= {f"blk.{layer}.{name}": f"{LAYERS}{layer}.{path}" for name, path in _PER_LAYER.items()}
     names["output_norm"] = "transformer.norm"
     if not config.share_input_output_layers:  # read only: llama.cpp's openelm has no such tensor
-        names["output"] = "lm_head"
+        names["output"] = HEAD
     tensors = {}
     for name, path in names.items():
         shape = shapes[f"{path}.weight"]
@@ -324,8 +325,7 @@ def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]], found: 
         if name in found and found[name] != shape
     ]
     if problems:
-        rest = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise RequestError(f"The tensors in {path} do not fit its keys: {'; '.join(problems[:8])}{rest}.")
+        raise RequestError(f"The tensors in {path} do not fit its keys: {some(problems, separator='; ')}.")
 
 
 def _joined(first: Tensor, second: Tensor | None = None) -> Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
+from .packing import PARTS
 from .safetensors import TensorInfo, read_lazily
 
-_EMBEDDING, _HEAD, _PARTS = "transformer.token_embeddings", "lm_head", ("weight", "scales", "biases")
 # Apple's code creates it if the output layer is not shared, but computes logits with `lm_head` alone.
 _TWIN = "transformer.classifier.weight"
 _FREQUENCIES = ".inv_freq"
@@ -29,15 +29,15 @@ def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -
     """
     kept = dict(tensors)
     if config.share_input_output_layers:
-        for part in _PARTS:
-            if (name := f"{_HEAD}.{part}") in kept:
-                if (own := f"{_EMBEDDING}.{part}") in kept:  # else comparing the weight is enough
+        for part in PARTS:
+            if (name := f"{HEAD}.{part}") in kept:
+                if (own := f"{EMBEDDING}.{part}") in kept:  # else comparing the weight is enough
                     _check_copy(folder, name, _read(tensors, name), _read(tensors, own))
                 del kept[name]
     elif _TWIN in kept:
-        if f"{_HEAD}.weight" not in kept:
+        if f"{HEAD}.weight" not in kept:
             raise RequestError(
-                f"{folder} has {_TWIN}, which Apple's code never computes with, but no {_HEAD}.weight: if it is the "
+                f"{folder} has {_TWIN}, which Apple's code never computes with, but no {HEAD}.weight: if it is the "
                 "output layer, rename it; if the output layer is the embedding, remove it and set "
                 "share_input_output_layers to true in config.json."
             )

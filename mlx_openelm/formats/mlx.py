@@ -18,11 +18,10 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..inputs import read_json
+from ..wording import some
 from . import foreign, leftovers, safetensors, shards
 from .packing import PARTS, Quantization, most_common
 from .weights import Weights
-
-_LISTED = 8  # tensors named in an error before the rest is only counted
 
 
 @dataclass
@@ -178,8 +177,7 @@ def check(
         ("wrong", wrong),
     ):
         if names:
-            rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            problems.append(f"{kind}: {', '.join(names[:_LISTED])}{rest}")
+            problems.append(f"{kind}: {some(names)}")
     if problems:
         raise RequestError(f"The weights in {source} do not fit {described_by}; {'; '.join(problems)}.")
 

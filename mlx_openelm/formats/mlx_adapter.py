@@ -15,16 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from . import adapter_tensors
-from .adapter import EMBEDDING, Adapter, LowRank
+from .adapter import CONFIG, MLX_WEIGHTS, Adapter, LowRank
 from .adapter_tensors import MAX_FLOAT32, Tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+WEIGHTS = MLX_WEIGHTS
 FINE_TUNE_TYPES = ("lora", "dora", "full")
-_LAYERS = "transformer.layers."
 # Ours, in adapter_config.json; mlx-lm does not read it.
 _OUTPUT_SIDE = "embedding_output_side"
 
@@ -157,14 +156,12 @@ def _keys(paths: Collection[str], total: int) -> tuple[list[str], int]:
     by_name: dict[str, set[int]] = {}
     whole = []
     for path in paths:
-        if path.startswith(_LAYERS):
-            layer, _, name = path.removeprefix(_LAYERS).partition(".")
+        if path.startswith(LAYERS):
+            layer, _, name = path.removeprefix(LAYERS).partition(".")
             by_name.setdefault(name, set()).add(int(layer))
         else:
             whole.append(path)
     first = min((layer for layers in by_name.values() for layer in layers), default=0)
     relative = [name for name, layers in by_name.items() if len(layers) == total - first]
-    whole += [
-        f"{_LAYERS}{n}.{name}" for name, layers in by_name.items() if name not in relative for n in sorted(layers)
-    ]
+    whole += [f"{LAYERS}{n}.{name}" for name, layers in by_name.items() if name not in relative for n in sorted(layers)]
     return relative + whole, total - first

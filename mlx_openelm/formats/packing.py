@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..ops.packed import MODES
+from ..wording import one_of
 from .weights import Tensor, Weights
 
 PARTS = ("weight", "scales", "biases")
@@ -32,10 +33,10 @@ class Quantization:
             raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {quote(self.mode)}.")
         bits, group_sizes = MODES[self.mode]
         if self.bits not in bits:
-            raise RequestError(f"--q-bits must be {_any_of(bits)} in mode {self.mode}, got {self.bits}.")
+            raise RequestError(f"--q-bits must be {one_of(sorted(bits))} in mode {self.mode}, got {self.bits}.")
         if self.group_size not in group_sizes:
             raise RequestError(
-                f"--q-group-size must be {_any_of(group_sizes)} in mode {self.mode}, got {self.group_size}."
+                f"--q-group-size must be {one_of(sorted(group_sizes))} in mode {self.mode}, got {self.group_size}."
             )
 
     @classmethod
@@ -90,10 +91,6 @@ def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
     step = max(1, _PIECE // columns)
     for start in range(0, rows, step):
         yield slice(start, start + step)
-
-
-def _any_of(values: tuple[int, ...]) -> str:
-    return " or ".join(str(v) for v in sorted(values))
 
 
 def most_common(quantization: Mapping[str, Quantization]) -> Quantization:

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
 from . import adapter_tensors
-from .adapter import EMBEDDING, Adapter, BaseCopy, LowRank
+from .adapter import CONFIG, PEFT_WEIGHTS, Adapter, BaseCopy, LowRank
 from .adapter_tensors import Tensors
 from .mlx_adapter import uses_dora
 from .peft_settings import Settings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = PEFT_WEIGHTS
 _PREFIX = "base_model.model."
-_HEAD = "lm_head.weight"
+_HEAD = f"{HEAD}.weight"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector|velora_embed))\.default(?=\.weight$|$)")

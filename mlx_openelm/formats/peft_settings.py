@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..config import EMBEDDING, HEAD
 from ..errors import QUOTED, RequestError, quote
 from ..inputs import read_json
-from .adapter import EMBEDDING
 from .adapter_tensors import MAX_FLOAT32
 from .name_patterns import Matcher, PatternError
 
@@ -145,7 +145,7 @@ class Settings:
         if self._targets is None:
             return None
         if self._targets == _ALL_LINEAR:
-            return "target_modules" if path in (EMBEDDING, "lm_head") else None
+            return "target_modules" if path in (EMBEDDING, HEAD) else None
         if not self._is_among(self._targets, "target_modules", path):
             return "target_modules"
         if self._layers is None or isinstance(self._targets, str) or self._layer_of(path) in self._layers:

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from ..errors import RequestError, quote
 from ..inputs import LFS_POINTER, check_file, pointer_error, read_json
+from ..wording import some
 from . import foreign
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,9 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (has_whole and WHOLE not in indexed) or (indexed == {WHOLE} and whole.is_file()):
         return [whole]
     if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
-        raise RequestError(
-            f"{folder / INDEX} names {_listed(absent, len(absent))}, which is missing: download the folder again."
-        )
+        raise RequestError(f"{folder / INDEX} names {some(absent)}, which is missing: download the folder again.")
     sets = {_set_of(name) for name in indexed}
     names = indexed | {file.name for file in folder.glob("*.safetensors") if _set_of(file.name) in sets}
     _check_numbers(folder, names)
@@ -139,12 +138,7 @@ def _check_numbers(folder: Path, names: Iterable[str]) -> None:
         missing += [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in first]
         count += int(total) - sum(number <= int(total) for number in numbers)
     if missing:
-        raise RequestError(f"{folder} is incomplete, missing: {_listed(missing, count)}; download the folder again.")
-
-
-def _listed(names: Sequence[str], count: int) -> str:
-    more = f" and {count - _LISTED} more" if count > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
+        raise RequestError(f"{folder} is incomplete, missing: {some(missing, count)}; download the folder again.")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

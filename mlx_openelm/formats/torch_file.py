@@ -22,9 +22,8 @@ from ..inputs import check_file
 from . import raw, torch_pickle
 from .raw import Span
 from .torch_pickle import StoredTensor
-from .weights import Tensor
+from .weights import DTYPES, Tensor
 
-_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which the older files begin
 # What an archive holds beside its storages; only the first two are needed, but all must be whole.
 _RECORDS = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
@@ -76,9 +75,9 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
     Raises:
         RequestError: a type that weights do not have, or a tensor that is not a plain array.
     """
-    if tensor.dtype not in _DTYPES:
-        raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(_DTYPES)}.")
-    return _DTYPES[tensor.dtype]
+    if tensor.dtype not in DTYPES:
+        raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(DTYPES)}.")
+    return DTYPES[tensor.dtype]
 
 
 def tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ import mlx.core as mx
 # Bytes of freed buffers that MLX may keep for reuse while tensors of many sizes pass through memory.
 _KEPT_BYTES = 1 << 28
 
+# The types of weights, by the names that flags and files give them.
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
 
 @dataclass(frozen=True)
 class Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import ModelConfig
 from ..errors import RequestError, quote
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -19,6 +20,7 @@ TINY_FOLDER = ASSETS / "tiny"
 # Names from CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.
 CORENET_URL = "https://docs-assets.developer.apple.com/ml-research/models/corenet/v0.1.0/openelm"
 CORENET_ITERATIONS = (*range(50_000, 300_001, 50_000), *range(330_000, 350_001, 5_000))
+_CORENET_PREFIX = "corenet:"
 _CORENET_PORTS = {"mlx": "", "mlx-4bit": "-4bit"}
 _CORENET_ADAPTERS = ("lora", "dora")
 _CORENET_CHECKPOINTS = (
@@ -35,8 +37,7 @@ class Release:
 
     `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
     `hub_repo` holds the float32 weights but no tokenizer; `tokenizer_repo` is the ungated community copy that is tried
-    first. `draft` is the `name` of the release that drafts for this one in speculative decoding. `float16` is whether
-    the activations fit that type.
+    first. `draft` is the `name` of the release that drafts for this one in speculative decoding.
     """
 
     name: str
@@ -46,12 +47,16 @@ class Release:
     tokenizer_repo: str
     aliases: tuple[str, ...]
     draft: str | None
-    float16: bool
 
     @property
     def display_name(self) -> str:
         """The name as the paper prints it: `OpenELM-1.1B-Instruct`."""
         return self.name.replace("_", ".")
+
+    @property
+    def float16(self) -> bool:
+        """Whether it runs in float16."""
+        return ModelConfig.from_name(self.name).fits_float16
 
     def scores(self, suite: str = "zero_shot") -> dict[str, float]:
         """Published scores in percent by task, with their `average`.
@@ -76,8 +81,6 @@ _RELEASES = tuple(
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
         draft=None if size == "270M" else f"OpenELM-270M{suffix}",
-        # The 3B model's activations overflow float16; bfloat16 and float32 hold them.
-        float16=size != "3B",
     )
     for size in ("270M", "450M", "1.1B", "3B")
     for suffix in ("", "-Instruct")
@@ -106,6 +109,12 @@ def find_repo(repo: object) -> Release | None:
     return next((release for release in _RELEASES if release.hub_repo == repo), None)
 
 
+def corenet_name(name: object) -> str | None:
+    """SIZE/NAME of a text `corenet:SIZE/NAME`, in any case; None for all else, a Path too."""
+    text = name.strip() if isinstance(name, str) else ""
+    return text[len(_CORENET_PREFIX) :] if text.lower().startswith(_CORENET_PREFIX) else None
+
+
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` that `corenet:SIZE/NAME` stands for; the files of one model share a folder.
 
@@ -113,7 +122,7 @@ def corenet_files(name: str) -> tuple[str, ...]:
     adapter trained on CommonSense170k, whose file includes the base model).
     Raises RequestError for a size or name that was never published.
     """
-    size, _, file = name.removeprefix("corenet:").partition("/")
+    size, _, file = (corenet_name(name) or name).partition("/")
     release = find(size)
     sizes = tuple(dict.fromkeys(known.size for known in _RELEASES))
     if release is None or release.instruct:

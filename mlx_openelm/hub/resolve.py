@@ -146,7 +146,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _check_is_model(repo: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        if any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapters.safetensors")):
+        if any(folder.glob("adapter*.safetensors")):
             raise RequestError(f"{repo} is an adapter: give it with --adapter-path, and its base model with --model")
         raise RequestError(f"the repository {repo} has no config.json, so it is not a model{did_you_mean(repo)}")
     if not any(folder.glob("*.safetensors")):

@@ -13,11 +13,12 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..formats import atomic
 from ..formats.weights import Tensor, Weights
+from ..hub import catalog
 from ..loading import dtype_for
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
-from ..sources import CORENET_PREFIX, Source, open_source
-from .writing import check_not_input, find_origin, write_folder
+from ..sources import Source, open_source
+from .writing import find_origin, write_folder
 
 # Fields that change what a model computes from the same weights.
 _BEHAVIOUR = (
@@ -62,7 +63,7 @@ def average(
     sources = [_open(model, tokenizer, config_yaml) for model in models]
     first = sources[0]
     for source in sources:
-        check_not_input(target, source.path, "one of the models to average")
+        atomic.keep_apart(target, source.path, "one of the models to average")
         _check_same_architecture(first, source)
 
     dtypes = [source.checkpoint.dtype for source in sources]
@@ -86,7 +87,7 @@ def average(
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
     """One of the checkpoints; RequestError if it is quantized."""
     # Folders among the checkpoints have a configuration of their own.
-    is_bare = str(model).lower().endswith((".pt", ".pth")) or str(model).lower().startswith(CORENET_PREFIX)
+    is_bare = str(model).lower().endswith((".pt", ".pth")) or catalog.corenet_name(model) is not None
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(

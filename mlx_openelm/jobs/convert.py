@@ -11,12 +11,12 @@ import mlx.core as mx
 from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint
-from ..formats.packing import Plan, cast_weights, dequantize_weights, quantize_weights
+from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
 from ..loading import check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags
-from ..quantization.recipes import planner
+from ..quantization.recipes import Packing
 from ..sources import open_source
-from .writing import check_not_input, write_folder
+from .writing import write_folder
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,15 @@ def convert(
         RequestError: an impossible request; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
-    if quantize and dequantize:
-        raise RequestError("Choose either -q or --dequantize.")
-    if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
-        raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
-    plan = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
+    packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
 
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-    check_not_input(target, source.path, "the model to convert")
+    atomic.keep_apart(target, source.path, "the model to convert")
 
     checkpoint = source.checkpoint
-    exceptions = requantize(checkpoint, dtype_for(dtype, checkpoint.config) or mx.bfloat16, plan, dequantize)
+    exceptions = requantize(checkpoint, packing)
     bits = checkpoint.bits_per_weight
 
     command = command_line(
@@ -84,13 +80,7 @@ def convert(
         {
             "model": str(model),
             "mlx_path": Path(mlx_path),
-            "dtype": dtype,
-            "quantize": quantize,
-            "q_bits": q_bits,
-            "q_group_size": q_group_size,
-            "q_mode": q_mode if quantize and recipe is None else None,
-            "recipe": recipe,
-            "dequantize": dequantize,
+            **packing.flags(),
             **source_flags(tokenizer, config_yaml, revision),
         },
     )
@@ -98,13 +88,12 @@ def convert(
     return Conversion(target, bits, exceptions)
 
 
-def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, plan: Plan | None, dequantize: bool) -> dict[str, str]:
+def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
     """Cast, pack or unpack the checkpoint's unread weights in place.
 
     Args:
-        dtype: the type of what is not packed.
-        plan: how to pack a model that is not quantized; None leaves matrices packed or full as they are.
-        dequantize: unpack a quantized model.
+        packing: with `quantize`, how to pack a model that is not quantized; otherwise matrices stay packed or full as
+            they are, unless `dequantize` unpacks them. What is not packed becomes bfloat16 by default.
 
     Returns:
         descriptions of matrices packed differently from the rest, by module path.
@@ -112,19 +101,19 @@ def requantize(checkpoint: Checkpoint, dtype: mx.Dtype, plan: Plan | None, dequa
     Raises:
         RequestError: packing a quantized model, or unpacking one that is not.
     """
-    if plan is not None and checkpoint.rounding is not None:
+    dtype = dtype_for(packing.dtype, checkpoint.config) or mx.bfloat16
+    if packing.quantize and checkpoint.rounding is not None:
         raise RequestError(
             f"The model is already quantized to {checkpoint.rounding}; convert the original, or unpack it into a "
             f"folder first{', with --dequantize' if checkpoint.quantization else ', without -q'}."
         )
-    if dequantize:
-        if not checkpoint.quantization:
-            raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
+    packing.check(checkpoint)
+    if packing.dequantize:
         checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
         checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
-    if plan is None:
+    if not packing.quantize:
         return {}
-    checkpoint.quantization, exceptions = plan(checkpoint.config)
+    checkpoint.quantization, exceptions = packing.plan(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions

@@ -16,11 +16,11 @@ from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights
 from ..hub import catalog
 from ..inputs import to_path
-from ..loading import DTYPES
+from ..loading import check_dtype, dtype_for
 from ..publishing.card import compose_card, write_card
 from ..publishing.command_line import command_line, source_flags
-from ..sources import CORENET_PREFIX, Source, open_source
-from .writing import chat_template, check_not_input, find_origin
+from ..sources import Source, open_source
+from .writing import chat_template, find_origin
 
 FORMATS = ("huggingface", "gguf")
 
@@ -76,6 +76,7 @@ def export(
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
     _check_request(format, gguf_type, dtype)
+    check_dtype(model, dtype)
     if output is not None:  # before a download that would be wasted
         _check_output(Path(output), format, overwrite=overwrite)
 
@@ -106,8 +107,6 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
         raise RequestError(f"--gguf-type must be one of {', '.join(gguf.FILE_TYPES)}, got {quote(gguf_type)}.")
     if dtype is not None and format != "huggingface":
         raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
 
 
 def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
@@ -134,12 +133,11 @@ def _export_gguf(
     progress: Callable[[int, int], None] | None,
 ) -> Export:
     config, name = source.checkpoint.config, _name(source)
-    needs_range = source.release is not None and not source.release.float16
-    chosen = gguf_type or ("bf16" if needs_range else "f16")
+    chosen = gguf_type or ("f16" if config.fits_float16 else "bf16")
     gguf.check_representable(config, chosen)
     path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
     target = _check_output(path, "gguf", overwrite=overwrite)
-    check_not_input(target, source.path, "the model to export", "--output")
+    atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     origin, template = find_origin(source), chat_template(source)
     with atomic.new_file(target) as partial, source.reading():
@@ -167,13 +165,12 @@ def _export_huggingface(
     progress: Callable[[int, int], None] | None,
 ) -> Export:
     checkpoint = source.checkpoint
-    if dtype == "float16" and source.release is not None and not source.release.float16:
-        raise RequestError("float16 cannot hold the 3B model's activations, which leave its range; use bfloat16.")
+    wanted = dtype_for(dtype, checkpoint.config)
     path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
     target = _check_output(path, "huggingface", overwrite=overwrite)
-    check_not_input(target, source.path, "the model to export", "--output")
+    atomic.keep_apart(target, source.path, "the model to export", "--output")
 
-    _unpack(checkpoint, None if dtype is None else DTYPES[dtype])
+    _unpack(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin, template = find_origin(source), chat_template(source)
     with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
@@ -202,6 +199,6 @@ def _name(source: Source) -> str:
         return path.resolve().stem if path.is_file() else path.resolve().name
     if (release := catalog.find(source.name)) is not None:
         return release.name
-    if source.name.lower().startswith(CORENET_PREFIX):
-        return "OpenELM-" + source.name[len(CORENET_PREFIX) :].replace("/", "-")
+    if (published := catalog.corenet_name(source.name)) is not None:
+        return "OpenELM-" + published.replace("/", "-")
     return path.name

@@ -22,17 +22,16 @@ from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
+from ..quantization.learned import Progress
 from ..quantization.options import QuantizeOptions
-from ..quantization.recipes import planner
+from ..quantization.recipes import Packing
 from ..quantization.report import Evaluator
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .writing import check_not_input, find_origin, write_folder
+from .writing import find_origin, write_folder
 
 # Windows of text that a report reads.
 _WINDOWS = 8
-# Called with the name of a stage, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 # Adapters by path or hub name, each with its weight.
 WeightedPaths = list[tuple[str, float]]
 
@@ -109,13 +108,9 @@ def fuse(
         RequestError: an impossible request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
-    if quantize and dequantize:
-        raise RequestError("Choose either -q or --dequantize.")
-    if not quantize and (q_bits, q_group_size, q_mode, recipe) != (None, None, "affine", None):
-        raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
+    packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
-    plan = planner(q_mode, q_bits, q_group_size, recipe) if quantize else None
     text_options = QuantizeOptions(report=True, report_data=report_data)
     paths = parse_paths(adapter_path)
     check_dtype(model, dtype)
@@ -128,24 +123,16 @@ def fuse(
     base = source.checkpoint
     was_packed = bool(base.quantization)
     _check_inputs(target, source, paths)
-    _check_packing(base, quantize=quantize, dequantize=dequantize, dtype=dtype)
+    _check_packing(base, packing)
     windows = read_text(source.tokenizer, base.config, text_options).held_out[:_WINDOWS] if report else []
 
     adapters = _read_adapters(paths, source)
     descriptions = [_describe(*entry) for entry in adapters]
+    plan = packing.plan if quantize else None
     merged = merge(base, mix(adapters), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
     source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
 
-    packing_flags = {
-        "dtype": dtype,
-        "quantize": quantize,
-        "q_bits": q_bits,
-        "q_group_size": q_group_size,
-        "q_mode": q_mode if quantize and recipe is None else None,
-        "recipe": recipe,
-        "dequantize": dequantize,
-    }
-    flags = _adapter_flags(model, paths, save_path) | packing_flags | source_flags(tokenizer, config_yaml, revision)
+    flags = _adapter_flags(model, paths, save_path) | packing.flags() | source_flags(tokenizer, config_yaml, revision)
     show = progress or (lambda *_: None)
     write_folder(
         source,
@@ -167,21 +154,21 @@ def _check_inputs(target: Path, source: Source, paths: WeightedPaths) -> None:
     """Refuse to write over the model or an adapter, and a tokenizer that cannot be written."""
     inputs = {"the model": source.path} | {f"the adapter {path}": to_path(path) for path, _ in paths}
     for what, path in inputs.items():
-        check_not_input(target, path, f"{what} to fuse", "--save-path")
+        atomic.keep_apart(target, path, f"{what} to fuse", "--save-path")
     source.tokenizer.check_writable()
 
 
-def _check_packing(base: Checkpoint, *, quantize: bool, dequantize: bool, dtype: str | None) -> None:
+def _check_packing(base: Checkpoint, packing: Packing) -> None:
     """Refuse to unpack a full model; warn of rounding twice, and of matrices that `dtype` leaves packed."""
-    if dequantize and not base.quantization:
-        raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
-    if quantize and base.rounding is not None:
+    packing.check(base)
+    if packing.quantize and base.rounding is not None:
         warnings.warn(
             f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
             "original loses less.",
             stacklevel=3,
         )
-    if dtype is not None and base.quantization and not (quantize or dequantize):
+    dtype = packing.dtype
+    if dtype is not None and base.quantization and not (packing.quantize or packing.dequantize):
         warnings.warn(
             f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; --dequantize "
             f"gives {dtype} throughout.",

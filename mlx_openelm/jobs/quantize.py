@@ -23,22 +23,21 @@ from ..model import OpenELM
 from ..publishing.card_text import Quality
 from ..publishing.command_line import command_line, source_flags
 from ..quantization import learned, report, sensitivity
+from ..quantization.learned import Progress
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Evaluator, Row
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
 from ..sources import Source, open_source
+from ..wording import flag
 from .convert import requantize
-from .writing import check_not_input, write_folder
+from .writing import write_folder
 
 SENSITIVITIES = "sensitivities.json"
 # Windows that sensitivities are measured on.
 _SENSITIVITY_WINDOWS = 8
 # Bytes per parameter that calibration in float32 needs: the model, and the rounded matrices of a report.
 _BYTES_PER_PARAMETER = 9
-
-# Called with the name of a stage, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,10 @@ def quantize(
             with _sensitivities_kept(run, target):
                 source.checkpoint = run.learn(full)
         else:
-            run.add_row(lambda: report.row_of(run.name, full, options.plan()(config)[0], run.evaluator, stored))
+            run.add_row(lambda: report.row_of(run.name, full, options.packing().plan(config)[0], run.evaluator, stored))
             source = open_model()  # its weights are in `full`
     if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, stored, options.plan(), dequantize=False)
+        run.exceptions = requantize(source.checkpoint, options.packing(dtype))
     choices = source.checkpoint.quantization
 
     flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
@@ -151,7 +150,7 @@ def _check_source(source: Source, model: str | Path, target: Path, options: Quan
             f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
         )
     if options.writes:
-        check_not_input(target, source.path, "the model to quantize")
+        atomic.keep_apart(target, source.path, "the model to quantize")
         source.tokenizer.check_writable()
     if options.target_bpw is not None:
         sensitivity.check_target(options.target_bpw, source.checkpoint.config, stored)
@@ -169,9 +168,7 @@ class _Run:
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
         flags = options.flags().items()
-        self.name = "this: " + " ".join(
-            f"--{name.replace('_', '-')} {v}" for name, v in flags if not isinstance(v, Path)
-        )
+        self.name = "this: " + " ".join(f"{flag(name)} {v}" for name, v in flags if not isinstance(v, Path))
         # The rounding of half precision hides small divergences, so use float32 on a CPU, and where memory allows.
         available = backend.available_memory()
         fits = available is None or config.num_parameters * _BYTES_PER_PARAMETER < available
@@ -230,7 +227,7 @@ class _Run:
     def _choose(self, full: OpenELM) -> dict[str, Quantization]:
         """How to pack each matrix, by module path: under the bit budget if there is one, else as the flags say."""
         if self.options.target_bpw is None:
-            choices, self.exceptions = self.options.plan()(self.config)
+            choices, self.exceptions = self.options.packing().plan(self.config)
             return choices
         if self.sensitivities is None:
             self.sensitivities = sensitivity.measure(

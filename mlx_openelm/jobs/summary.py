@@ -21,12 +21,12 @@ from ..hub import resolve as hub
 from ..inputs import to_path
 from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
+from ..text.tokenizer_engines import ENGINES
 
 # Tokens that memory is reported for: the training length of the published models.
 CONTEXT = 2048
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def summarize_folder(folder: Path, name: str | None = None) -> Summary:
         dtype=_dtype_name(checkpoint.dtype),
         bits=checkpoint.bits_per_weight,
         storage_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        tokenizer=next((name for name in _TOKENIZERS if (folder / name).is_file()), None),
+        tokenizer=next((name for name in ENGINES if (folder / name).is_file()), None),
         folder=folder,
     )
 

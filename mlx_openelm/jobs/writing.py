@@ -1,4 +1,4 @@
-"""What the jobs share: writing a model folder, its card's origin, and never writing over what is read."""
+"""What the jobs share: writing a model folder, and its card's origin."""
 
 from __future__ import annotations
 
@@ -6,29 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
 from ..formats import atomic
 from ..formats import mlx as mlx_format
+from ..hub import catalog
 from ..publishing import origin as origins
 from ..publishing.card import write_card
 from ..publishing.origin import Origin
-from ..sources import CORENET_PREFIX, Source
+from ..sources import Source
 from ..text.chat_template import CORENET_TEMPLATE
-
-
-def check_not_input(target: Path, path: Path, what: str, flag: str = "--mlx-path") -> None:
-    """Refuse to write to `target` if it is, or contains, a file or folder that is read.
-
-    Args:
-        path: what is read.
-        what: how to call it, such as "the model to convert".
-        flag: the flag that names another target.
-
-    Raises:
-        RequestError: it is, or contains it.
-    """
-    if path.resolve().is_relative_to(target):
-        raise RequestError(f"{target} is {what}, or contains it; choose another {flag}.")
 
 
 def write_folder(
@@ -73,6 +58,6 @@ def chat_template(source: Source) -> str | None:
 
 def find_origin(source: Source) -> Origin:
     """Where a source comes from, and its licence, for a model card."""
-    is_corenet_release = source.name.strip().lower().startswith(CORENET_PREFIX) and source.release is not None
+    is_corenet_release = catalog.corenet_name(source.name) is not None and source.release is not None
     base_model = source.release.hub_repo if is_corenet_release and source.release is not None else None
     return origins.find_origin(source.path, repo=source.repo, base_model=base_model)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backend, native
-from . import exponentials, packed
+from . import distributions, exponentials, packed
 
 # A weight as the CPU kernels take it: values, scales and biases, bits (0: not packed), group size, and whether a few
 # rows of activations may be rounded to 8 bits.
@@ -158,5 +158,4 @@ def log_softmax(x: mx.array) -> mx.array:
     """x [..., n] minus logsumexp(x), in float32."""
     if not backend.on_gpu() and (kernels := native.kernels) is not None:
         return kernels.log_softmax(x)
-    x = x.astype(mx.float32)
-    return x - mx.logsumexp(x, axis=-1, keepdims=True)
+    return distributions.log_softmax(x)

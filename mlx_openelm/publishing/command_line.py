@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..wording import flag
+
 
 def command_line(command: str, flags: Mapping[str, Any]) -> str:
     """`mlx-openelm COMMAND` with its flags as a person types them.
@@ -16,12 +18,11 @@ def command_line(command: str, flags: Mapping[str, Any]) -> str:
     """
     words = ["mlx-openelm", command]
     for key, value in flags.items():
-        flag = f"--{key.replace('_', '-')}"
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is True:
-                words.append(flag)
+                words.append(flag(key))
             elif item is not None and item is not False:
-                words += [flag, shlex.quote(without_folders(item))]
+                words += [flag(key), shlex.quote(without_folders(item))]
     return " ".join(words)
 
 

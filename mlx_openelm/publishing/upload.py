@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
 from ..options import option
+from ..wording import flag
 from .card import Card, card_for_upload
 from .files import leads_out, model_files
 from .plan import Upload, make_plan
@@ -50,8 +51,7 @@ def check(options: UploadOptions) -> None:
     if options.upload_repo is None:
         given = [name for name, value in vars(options).items() if value]
         if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise RequestError(f"{flags} needs --upload-repo: name the repository to upload to.")
+            raise RequestError(f"{', '.join(map(flag, given))} needs --upload-repo: name the repository to upload to.")
         return
     repo = _checked_name(options.upload_repo)
     _checked_revision(options.upload_revision)

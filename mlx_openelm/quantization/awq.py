@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..formats.packing import Quantization
 from ..formats.rounding import round_error
 from ..model import TransformerLayer
-from .calibration import module_at
+from ..modules import module_at
 
 # Exponents to try on the size of the inputs, or on that size over the size of the columns.
 _EXPONENTS = tuple(step / 10 for step in range(1, 9))

@@ -9,15 +9,13 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import HEAD, LAYER_MATRICES
 from ..finite import not_finite
 from ..model import OpenELM, TransformerLayer
+from ..modules import module_at, output_layer, replace_at
 from ..ops import attention
 from ..ops import layers as ops
-
-# The matrices of a layer, by path within it, in the order a token meets them.
-MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
-EMBEDDING = "transformer.token_embeddings"
-HEAD = "lm_head"
+from ..ops.distributions import cross_entropy, kl_divergence
 
 # Positions whose logits are held at once.
 CHUNK = 256
@@ -41,30 +39,17 @@ class _Recorder(nn.Module):
         return self.layer(x)
 
 
-def module_at(parent: nn.Module, path: str) -> nn.Module:
-    """The module of `parent` at a dotted path."""
-    for name in path.split("."):
-        parent = parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
-    return parent
-
-
-def replace_module(parent: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted path of `parent`."""
-    above, _, name = path.rpartition(".")
-    setattr(module_at(parent, above) if above else parent, name, module)
-
-
 @contextmanager
 def recording(layer: TransformerLayer, shapes: dict[str, int]) -> Iterator[dict[str, _Recorder]]:
     """Replace the matrices named in `shapes` (path to input size) by recorders while the block runs."""
     recorders = {path: _Recorder(module_at(layer, path), size) for path, size in shapes.items()}
     for path, recorder in recorders.items():
-        replace_module(layer, path, recorder)
+        replace_at(layer, path, recorder)
     try:
         yield recorders
     finally:
         for path, recorder in recorders.items():
-            replace_module(layer, path, recorder.layer)
+            replace_at(layer, path, recorder.layer)
 
 
 class Stream:
@@ -81,7 +66,7 @@ class Stream:
 
     def moments(self, layer: TransformerLayer) -> dict[str, mx.array]:
         """The mean of x xᵀ [in, in] over the input rows x of each matrix of `layer`, by path within it."""
-        sizes = {path: module_at(layer, path)["weight"].shape[1] for path in MATRICES}
+        sizes = {path: module_at(layer, path)["weight"].shape[1] for path in LAYER_MATRICES}
         with recording(layer, sizes) as recorders:
             for _ in self.through([layer]):
                 mx.eval([recorder.moments for recorder in recorders.values()])
@@ -115,7 +100,7 @@ class Teacher:
     """
 
     def __init__(self, model: OpenELM, batches: Batches, progress: Progress | None = None):
-        self._head = head_weight(model)
+        self._head = output_layer(model)["weight"]
         self.hidden: list[mx.array] = []
         total = mx.zeros((model.config.model_dim,) * 2)
         for output in Stream(model, batches).through(model.layers):
@@ -152,11 +137,10 @@ class Teacher:
             hidden = model.transformer.norm(output)
             for start in range(0, hidden.shape[0], CHUNK):
                 rows = slice(start, start + CHUNK)
-                logits = model.logits(hidden[rows]).astype(mx.float32)
-                parts = [divergence(logits, self.logits(expected[rows]))]
+                logits = model.logits(hidden[rows])
+                parts = [kl_divergence(self.logits(expected[rows]), logits).sum()]
                 if targets is not None:
-                    chosen = mx.take_along_axis(logits, targets[index][rows, None], axis=-1)[:, 0]
-                    parts.append((mx.logsumexp(logits, axis=-1) - chosen).sum())
+                    parts.append(cross_entropy(logits, targets[index][rows]).sum())
                 mx.eval(parts)
                 numbers = [float(part.item()) for part in parts]  # type: ignore[arg-type]
                 distance, loss = distance + numbers[0], loss + sum(numbers[1:])
@@ -175,15 +159,3 @@ def output_moments(model: OpenELM, teacher: Teacher, path: str) -> mx.array:
     if path == HEAD:
         return teacher.moments
     return teacher.moments + embedding if model.config.share_input_output_layers else embedding
-
-
-def head_weight(model: OpenELM) -> mx.array:
-    """The output layer's matrix [vocab, model_dim], shared with the embedding or not."""
-    shared = model.config.share_input_output_layers
-    return (model.transformer.token_embeddings if shared else model.lm_head)["weight"]
-
-
-def divergence(student: mx.array, teacher: mx.array) -> mx.array:
-    """The sum over rows of KL(teacher || student), both logits [rows, vocab], in nats."""
-    expected = nn.log_softmax(teacher.astype(mx.float32), axis=-1)
-    return (mx.exp(expected) * (expected - nn.log_softmax(student.astype(mx.float32), axis=-1))).sum()

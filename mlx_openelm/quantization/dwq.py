@@ -13,12 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 
+from ..config import EMBEDDING
 from ..errors import OpenELMError
 from ..formats.packing import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
+from ..modules import output_layer, replace_at
 from ..ops import attention
-from .calibration import CHUNK, EMBEDDING, Batches, Teacher, divergence, replace_module
+from ..ops.distributions import kl_divergence
+from .calibration import CHUNK, Batches, Progress, Teacher
 
 # In steps of a matrix's grid. A larger rate overfits the calibration text.
 LEARNING_RATE = 0.002
@@ -27,8 +30,6 @@ _EPOCHS = 2
 # Every N-th batch is held out to choose the best of the states checked during training.
 _HELD_OUT = 8
 _CHECKS = 4
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -102,7 +103,7 @@ def distill(
     model.freeze()
     trained = {path: (DistilledEmbedding if path == EMBEDDING else Distilled)(part) for path, part in packed.items()}
     for path, module in trained.items():
-        replace_module(model, path, module)
+        replace_at(model, path, module)
     held_out = range(0, len(batches), _HELD_OUT) if len(batches) >= _HELD_OUT else range(0)
     training = [index for index in range(len(batches)) if index not in held_out] * _EPOCHS
     random.Random(seed).shuffle(training)
@@ -156,10 +157,10 @@ def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) 
     for layer in model.layers:
         x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend))(x)  # type: ignore[misc]
     hidden, expected = model.transformer.norm(x), teacher.hidden[index]
-    head = model.transformer.token_embeddings if config.share_input_output_layers else model.lm_head
+    head = output_layer(model)
     # Unpacked once for all rows: [vocab, model_dim].
     weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
-    part = mx.checkpoint(lambda rows, target, matrix: divergence(rows @ matrix.T, teacher.logits(target)))
+    part = mx.checkpoint(lambda rows, target, matrix: kl_divergence(teacher.logits(target), rows @ matrix.T).sum())
     starts = range(0, hidden.shape[0], CHUNK)
     total = sum((part(hidden[s : s + CHUNK], expected[s : s + CHUNK], weight) for s in starts), mx.array(0.0))
     return total / hidden.shape[0]

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS
 from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..formats import rounding
 from ..formats.packing import Quantization
 from ..model import OpenELM
+from ..modules import module_at
 from . import awq, dwq, gptq
-from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
+from .calibration import Batches, Stream, Teacher, output_moments
 from .dwq import Packed
 
 METHODS = ("awq", "gptq", "dwq")
@@ -87,7 +89,7 @@ def quantize_model(
     stream = Stream(model, batches)
     for index, layer in enumerate(model.layers):
         moments = stream.moments(layer)
-        paths = {name: f"transformer.layers.{index}.{name}" for name in MATRICES}
+        paths = {name: f"{LAYERS}{index}.{name}" for name in LAYER_MATRICES}
         for name in _FOLD_ORDER if "awq" in methods else ():
             if paths[name] in choices:
                 moments[name] = awq.fold(layer, name, moments[name], choices[paths[name]], dtype, scale_dtype)

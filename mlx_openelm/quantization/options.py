@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..formats.packing import Plan
 from ..inputs import to_path
 from ..options import option
+from ..wording import flag
 from .learned import parse_methods
-from .recipes import planner
+from .recipes import Packing
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512
@@ -80,33 +80,33 @@ class QuantizeOptions:
         if self.target_bpw is not None:
             given = [name for name in _WRITING if name != "target_bpw" and getattr(self, name) is not None]
             if given:
-                raise RequestError(f"--target-bpw chooses bits and groups itself; leave {_flag(given[0])} out.")
+                raise RequestError(f"--target-bpw chooses bits and groups itself; leave {flag(given[0])} out.")
             if not 0 < self.target_bpw < math.inf:
                 raise RequestError(f"--target-bpw must be a positive number, got {self.target_bpw:g}.")
         if self.q_mode not in (None, "affine") and self.method:
             raise RequestError(f"--method needs scales to learn, which --q-mode {self.q_mode} does not have.")
-        self.plan()
+        self.packing()
         if self.sensitivities is not None and self.target_bpw is None:
             raise RequestError("--sensitivities needs --target-bpw.")
         if self.report_data is not None and not self.report:
             raise RequestError("--report-data needs --report.")
         for name in _TEXT_FLAGS if not (self.is_learned or self.report) else ():
             if getattr(self, name) is not None:
-                raise RequestError(f"{_flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
+                raise RequestError(f"{flag(name)} needs --target-bpw, --method or --report: nothing else reads text.")
         if self.num_samples is not None and not self.is_learned:
             raise RequestError("--num-samples needs --target-bpw or --method: a report alone learns from no text.")
         if self.calibration is not None and self.report_data is not None and not self.is_learned:
             raise RequestError("With --report-data, only --target-bpw and --method read --calibration.")
         for name, least in (("num_samples", 1), ("sequence_length", _MIN_SEQUENCE_LENGTH)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise RequestError(f"{_flag(name)} must be {least} or more, got {value}.")
+                raise RequestError(f"{flag(name)} must be {least} or more, got {value}.")
         for name in _FILE_FLAGS:
             if (value := getattr(self, name)) is not None and not to_path(value).is_file():
-                raise RequestError(f"{_flag(name)} must name a file; {value} is not one.")
+                raise RequestError(f"{flag(name)} must name a file; {value} is not one.")
 
-    def plan(self) -> Plan:
-        """The plan that the bits or the recipe mean, without a budget: see `recipes.planner`."""
-        return planner(self.q_mode or "affine", self.q_bits, self.q_group_size, self.recipe)
+    def packing(self, dtype: str | None = None) -> Packing:
+        """The packing that the bits or the recipe mean, without a budget."""
+        return Packing(True, self.q_bits, self.q_group_size, self.q_mode or "affine", self.recipe, dtype=dtype)
 
     @property
     def writes(self) -> bool:
@@ -124,7 +124,3 @@ class QuantizeOptions:
         values |= {name: Path(values[name]) for name in _FILE_FLAGS if values[name] is not None}
         values["method"] = ",".join(self.method) or None
         return {name: value for name, value in values.items() if value is not None and not name.startswith("report")}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

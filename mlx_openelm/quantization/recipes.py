@@ -7,14 +7,72 @@ matrices that carry values into and out of the residual stream get more bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError, quote
+from ..formats.mlx import Checkpoint
 from ..formats.packing import Plan, Quantization
 from ..ops.packed import MODES
 
 # Low and high bits by name.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the matrices of a model are stored: the flags that `convert`, `fuse` and `quantize` share, checked together.
+
+    Args:
+        quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
+        recipe: more bits for some matrices than for others, in place of q_bits: a key of `RECIPES`.
+        dequantize: unpack a quantized model.
+        dtype: the type of what is not packed, by name; None is each command's default.
+
+    Raises:
+        RequestError: a combination that cannot be meant, or that MLX does not have.
+    """
+
+    quantize: bool = False
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str = "affine"
+    recipe: str | None = None
+    dequantize: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.dequantize:
+            raise RequestError("Choose either -q or --dequantize.")
+        given = (self.q_bits, self.q_group_size, self.q_mode, self.recipe)
+        if not self.quantize and given != (None, None, "affine", None):
+            raise RequestError("--q-bits, --q-group-size, --q-mode and --recipe need -q.")
+        self._planner()
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse to unpack a model that is not packed."""
+        if self.dequantize and not checkpoint.quantization:
+            raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
+
+    def plan(self, config: ModelConfig) -> tuple[dict[str, Quantization], dict[str, str]]:
+        """A quantization for each matrix and the exceptions, as the function `plan` gives; none without `quantize`."""
+        return self._planner()(config) if self.quantize else ({}, {})
+
+    def _planner(self) -> Plan:
+        return planner(self.q_mode, self.q_bits, self.q_group_size, self.recipe)
+
+    def flags(self) -> dict[str, Any]:
+        """The flags as a person types them, for `command_line`; defaults are None or False."""
+        return {
+            "dtype": self.dtype,
+            "quantize": self.quantize,
+            "q_bits": self.q_bits,
+            "q_group_size": self.q_group_size,
+            "q_mode": self.q_mode if self.quantize and self.recipe is None else None,
+            "recipe": self.recipe,
+            "dequantize": self.dequantize,
+        }
 
 
 def plan(
@@ -71,7 +129,7 @@ def _gets_high_bits(path: str, config: ModelConfig) -> bool:
     """
     parts = path.split(".")
     if "layers" not in parts:
-        return path == ("transformer.token_embeddings" if config.share_input_output_layers else "lm_head")
+        return path == (EMBEDDING if config.share_input_output_layers else HEAD)
     if parts[-1] not in ("qkv_proj", "proj_2"):
         return False
     layer, count = int(parts[parts.index("layers") + 1]), config.num_transformer_layers

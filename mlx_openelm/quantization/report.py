@@ -14,8 +14,9 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats.packing import Quantization, bits_per_weight
 from ..model import OpenELM
+from ..modules import module_at
 from ..ops.packed import MODES
-from .calibration import Progress, Stream, Teacher, module_at
+from .calibration import Progress, Stream, Teacher
 from .recipes import RECIPES, planner
 
 _WIDTH, _HEIGHT = 64, 16

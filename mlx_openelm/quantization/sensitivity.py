@@ -14,14 +14,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from ..errors import RequestError
 from ..formats.packing import Quantization, bits_per_weight
 from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
+from ..modules import module_at
 from ..ops.packed import MODES
-from .calibration import EMBEDDING, HEAD, MATRICES, Batches, Stream, Teacher, module_at, output_moments
+from .calibration import Batches, Progress, Stream, Teacher, output_moments
 
 # Bits whose cost is measured, at group size 64 or the largest smaller one; other costs follow from rounding errors.
 _MEASURED = (2, 3, 4)
@@ -30,8 +31,6 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _STEPS = 4000
 # Rows sampled from a matrix to compare errors.
 _ROWS = 128
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def measure(
             _report(progress, len(costs), total)
     for index, layer in enumerate(model.layers):
         layer_moments = stream.moments(layer)
-        for name in MATRICES:
-            path = f"transformer.layers.{index}.{name}"
+        for name in LAYER_MATRICES:
+            path = f"{LAYERS}{index}.{name}"
             if path not in choices:
                 continue
 

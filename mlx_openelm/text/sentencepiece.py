@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import RequestError
 from ..inputs import read_bytes
 from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
-from .tokenizer_json import REWRITES, SPACE, TokenizerSpec, write_spec
+from .tokenizer_json import REWRITES, SPACE, TokenizerSpec
 
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
@@ -194,11 +194,6 @@ def to_spec(model: SentencePieceModel, added: Iterable[AddedToken] = (), *, firs
         adds_space=model.add_dummy_prefix,
         first_only=first_only or USER_DEFINED in model.types,
     )
-
-
-def to_tokenizer_json(model: SentencePieceModel, bos_token_id: int) -> dict[str, Any]:
-    """The `tokenizer.json` whose ids equal SentencePiece's, BOS first; errors as `to_spec`."""
-    return write_spec(to_spec(model), bos_token_id)
 
 
 _LISTED = (UNKNOWN, CONTROL, USER_DEFINED)

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from .. import inputs
 from ..errors import RequestError, quote
+from ..wording import flag
 from . import mlx_lm_config
 from .options import TrainOptions
-from .values import conform, field_types, flag
+from .values import conform, field_types
 
 Options = TypeVar("Options", bound=TrainOptions)
 

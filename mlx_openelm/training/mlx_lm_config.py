@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..config import EMBEDDING, LAYER_MATRICES
 from ..errors import RequestError, quote
-from .options import TARGET_MODULES
+from ..formats.adapter import TARGET_MODULES
 
 # lr_schedule is also one of our flat keys, when its value is a name.
 KEYS = ("lora_parameters", "lr_schedule", "optimizer_config")
@@ -28,9 +29,7 @@ _SAME_HERE: dict[str, dict[str, Any]] = {
 }
 # Their paths, within a layer or in the model, of the modules that can have an adapter.
 _MODULES = {
-    **{f"attn.{name}": name for name in ("qkv_proj", "out_proj")},
-    **{f"ffn.{name}": name for name in ("proj_1", "proj_2")},
-    "transformer.token_embeddings": "token_embeddings",
+    **{path: path.rpartition(".")[2] for path in (*LAYER_MATRICES, EMBEDDING)},
     **{name: name for name in TARGET_MODULES},
 }
 

@@ -8,16 +8,17 @@ import math
 from dataclasses import dataclass
 
 from ..errors import RequestError, quote
+from ..formats.adapter import TARGET_MODULES
+from ..formats.mlx_adapter import FINE_TUNE_TYPES
 from ..options import option
+from ..wording import flag, one_of
+from .data.examples import LONG_EXAMPLES
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
-from .values import conform, field_types, flag, one_of
+from .values import conform, field_types
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
-FINE_TUNE_TYPES = ("lora", "dora", "full")
-TARGET_MODULES = ("token_embeddings", "qkv_proj", "out_proj", "proj_1", "proj_2")
-LONG_EXAMPLES = ("truncate", "refuse")
 ADAPTER_FORMATS = ("mlx", "peft")
 
 # mlx-lm's scale, when neither scale nor alpha is given.

@@ -5,14 +5,8 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
-
-
-def flag(field: str) -> str:
-    """The flag that sets a field."""
-    return f"--{field.replace('_', '-')}"
 
 
 def field_types(options: type) -> dict[str, Any]:
@@ -51,8 +45,3 @@ def conform(kind: Any, value: Any) -> Any:
 def _expect(fits: bool, expected: str) -> None:
     if not fits:
         raise ValueError(expected)
-
-
-def one_of(choices: Sequence[str]) -> str:
-    """Choices for a message: "a, b or c"."""
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"

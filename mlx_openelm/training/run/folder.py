@@ -21,10 +21,10 @@ import mlx.core as mx
 
 from ... import inputs
 from ...errors import OpenELMError, RequestError
-from ...formats import atomic
+from ...formats import adapter, atomic
 from ...version import __version__
+from ...wording import flag
 from ..options import TrainOptions
-from ..values import flag
 from . import metrics, trackers
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
@@ -34,9 +34,7 @@ _FILES = (
     RUN,
     metrics.FILE,
     metrics.PICTURE,
-    "adapter_config.json",
-    "adapters.safetensors",
-    "adapter_model.safetensors",
+    *adapter.FILES,
     "wandb-run.txt",
 )
 
@@ -104,7 +102,7 @@ def _describe_content(path: Path) -> str:
         except RequestError:
             return f"a run whose {RUN} is damaged; "
         return "a run already; continue it with --resume, "
-    return "an adapter already; " if (path / "adapter_config.json").exists() else f"parts of a run without {RUN}; "
+    return "an adapter already; " if (path / adapter.CONFIG).exists() else f"parts of a run without {RUN}; "
 
 
 def holds_run(path: Path) -> bool:

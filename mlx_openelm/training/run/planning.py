@@ -10,9 +10,9 @@ from mlx.utils import tree_flatten
 
 from ...adapters.attaching import dropout_layers
 from ...backend import available_memory, total_memory
-from ...config import ModelConfig
+from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError
-from ...formats.adapter import EMBEDDING
+from ...wording import size
 from ..options import TrainOptions
 from ..step.strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
 from ..step.updater import Updater
@@ -42,8 +42,8 @@ class Memory:
 
     def __str__(self) -> str:
         return (
-            f"about {_size(self.peak)}: the model {_size(self.model)}, the optimizer {_size(self.optimizer)}, "
-            f"gradients {_size(self.gradients)}, activations up to {_size(self.activations)}"
+            f"about {size(self.peak)}: the model {size(self.model)}, the optimizer {size(self.optimizer)}, "
+            f"gradients {size(self.gradients)}, activations up to {size(self.activations)}"
         )
 
 
@@ -69,9 +69,9 @@ class Plan:
         if self.memory.peak <= room:
             return None
         fitting = [way for way in self.alternatives if way[1].peak <= room] or list(self.alternatives[-1:])
-        ways = " or ".join(f"{flags}: {_size(memory.peak)}" for flags, memory in fitting[:2])
+        ways = " or ".join(f"{flags}: {size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
-        line = f"The run needs about {_size(self.memory.peak)}, and {_size(room / _USABLE_SHARE)} is available{advice}."
+        line = f"The run needs about {size(self.memory.peak)}, and {size(room / _USABLE_SHARE)} is available{advice}."
         if self.memory.peak > _HOPELESS * (total_memory() or math.inf):
             raise RequestError(line)
         return line
@@ -136,13 +136,6 @@ def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Pla
         short = f"--max-seq-length {length // 2}"
         ways.append((" ".join([*flags, short]), needs(rows, length // 2, LAYERS, accumulates)))
     return Plan(recompute, memory, tuple(way for way in ways if way[1].peak < memory.peak))
-
-
-def _size(count: float) -> str:
-    """Bytes in readable units (1 GB is 1e9 bytes)."""
-    if count >= 1e9:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def estimate(

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...adapters.files import find_local
 from ...errors import RequestError
+from ...hub import catalog
 from ...inputs import to_path
 from ...loading import check_dtype
 from ...text.chat_template import find_template
@@ -90,7 +91,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
 
 def _is_missing(path: str) -> bool:
     """Whether a path names no adapter on this machine and cannot be the name of a hub repository either."""
-    if find_local(path) is not None or path.startswith("corenet:"):
+    if find_local(path) is not None or catalog.corenet_name(path) is not None:
         return False
     owner, _, name = path.partition("/")
     return not name or "/" in name or not owner.strip(".~") or Path(path).suffix in (".safetensors", ".pt")

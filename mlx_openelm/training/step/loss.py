@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ... import backend
 from ...model import OpenELM
+from ...modules import output_layer
 from ...ops import exponentials as cpu_math
 from ..data.batches import IGNORED
 from .recompute import substituted, trainable
@@ -41,8 +42,7 @@ def cross_entropy(
     chunk = here().loss_rows
     if learned is None:
         targets, learned = split_targets(targets)
-    head = model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
-    places, weights = trainable([head])
+    places, weights = trainable([output_layer(model)])
 
     def logits_of(rows: mx.array, *values: mx.array) -> mx.array:
         with substituted(places, values):

@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten
 
 from ...adapters.attaching import attach, attach_new, target_paths
 from ...adapters.files import read_adapter
-from ...config import ModelConfig
+from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError
-from ...formats.adapter import EMBEDDING, Adapter
+from ...formats.adapter import Adapter
 from ...model import OpenELM
 from ..options import FineTuneOptions
 

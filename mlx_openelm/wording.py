@@ -1,0 +1,38 @@
+"""How messages and reports write flags, choices and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# How many names `some` gives before the rest is only counted.
+SOME = 8
+
+
+def flag(name: str) -> str:
+    """The flag that sets an argument or a field: `q_bits` is `--q-bits`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def one_of(choices: Sequence[object]) -> str:
+    """Choices for a sentence: a, b or c."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def some(names: Sequence[str], count: int | None = None, *, separator: str = ", ") -> str:
+    """The first names of many, and how many more there are.
+
+    Args:
+        count: how many there are in all, where `names` are only the first.
+    """
+    more = (len(names) if count is None else count) - SOME
+    return separator.join(names[:SOME]) + (f" and {more} more" if more > 0 else "")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
