@@ -134,7 +134,7 @@ def test_keys_of_mlx_lm_that_ask_for_what_is_done_anyway_are_read(tmp_path: Path
 
 def test_the_docs_list_every_key_that_is_not_offered() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "coming-from-mlx-lm.md").read_text()
-    section = docs[docs.index("## What is not offered") :]
+    section = docs[docs.index("## What is not supported") :]
     assert [key for key in config_file._NOT_OFFERED if f"`{key}`" not in section] == []
 
 
