@@ -91,7 +91,7 @@ class KVCache(Cache):
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        self._keys = keys
+        self._keys, self._are_own = keys, False
 
     @property
     def values(self) -> Any:
@@ -100,7 +100,7 @@ class KVCache(Cache):
 
     @values.setter
     def values(self, values: Any) -> None:
-        self._values = values
+        self._values, self._are_own = values, False
 
     def _hand_out(self) -> None:
         self._are_own = False

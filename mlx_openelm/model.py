@@ -212,7 +212,7 @@ class TransformerLayer(nn.Module):
 
 # What kernels that compute whole layers need of one: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there
 # are; and the projections qkv_proj, out_proj, proj_1, proj_2.
-LayerParts = tuple[list[mx.array], tuple[nn.Module, ...]]
+LayerParts = tuple[list[mx.array], tuple[nn.Module, ...], tuple[int, int]]
 
 
 def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
@@ -238,7 +238,7 @@ def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] |
             kind = type(projection)
             if kind is not Linear and not (kind is QuantizedLinear and projection.mode == "affine"):
                 return None
-        found.append((norm_weights, projections))
+        found.append((norm_weights, projections, attn.num_heads))
     return found
 
 
@@ -266,7 +266,6 @@ class OpenELM(nn.Module):
         self.transformer = Transformer(config)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
-        self._num_heads = tuple(zip(config.num_query_heads, config.num_kv_heads, strict=True))
         self._token_kernel = decoding.TokenKernel(config)
         if initialize:
             self.initialize()
@@ -345,20 +344,22 @@ class OpenELM(nn.Module):
             return None
         if (parts := collect_parts(self.layers, eps)) is None:
             return None
-        for (norms, projections), num_heads, cache in zip(parts, self._num_heads, caches, strict=True):
+        for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
             x = attend.layer(x, num_heads, eps, norms, [ops.stored(p) for p in projections], cache)
         return x
 
     def _decode_token(self, x: mx.array, layers: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one CUDA kernel; None where it does not serve these weights."""
         weights: list[mx.array] = []
-        for norms, projections in layers:
+        for norms, projections, _ in layers:
             weights += norms
             for projection in projections:
                 weights.append(projection["weight"])
                 if type(projection) is QuantizedLinear:
                     weights += projection["scales"], projection["biases"]
-        return self._token_kernel(x, weights, lambda: [ops.stored(p)[3:5] for _, four in layers for p in four], caches)
+        return self._token_kernel(
+            x, weights, lambda: [ops.stored(p)[3:5] for _, four, _ in layers for p in four], caches
+        )
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """hidden states [..., model_dim] to logits [..., vocab]."""

@@ -282,3 +282,55 @@ def test_a_replaced_module_is_used_from_the_next_call_on(calls, model, name, len
     changed = CHANGES[name](model)
     mx.eval(model(mx.array([[*range(length)]]), cache))
     assert changed.calls == 1 and len(calls) == 1
+
+
+def test_caches_that_are_given_a_state_leave_its_arrays_alone(calls, model):
+    first = prefilled(model, [5, 6, 7])
+    steps(model, first, [8])
+    state = [[mx.array(part) if isinstance(part, mx.array) else part for part in layer.state] for layer in first]
+    used = [prefilled(model, [9]) for _ in range(3)]
+    for cache in used:
+        steps(model, cache, [10])
+    for cache in used[:2]:
+        for layer, part in zip(cache, state, strict=True):
+            layer.state = part
+    one, two = steps(model, used[0], [20]), steps(model, used[1], [30])
+    assert close(one[-1], plain_logits(model, [5, 6, 7, 8, 20])[-1])
+    assert close(two[-1], plain_logits(model, [5, 6, 7, 8, 30])[-1])
+    for layer, part in zip(used[2], state, strict=True):  # arrays without room, as a saved prompt cache has them
+        layer.state = (part[0][:, :, :4], part[1][:, :, :4], 4)
+    assert close(steps(model, used[2], [40])[-1], plain_logits(model, [5, 6, 7, 8, 40])[-1])
+    for layer in used[2]:
+        layer.state = None, None, 0
+    assert close(steps(model, used[2], [50])[-1], plain_logits(model, [50])[-1])
+
+
+def test_a_weight_that_changes_in_place_is_looked_at_again(calls, model):
+    steps(model, prefilled(model, [5, 6]), [8])
+    weight = model.layers[0].attn_norm.weight
+    weight *= mx.array(1.5)  # the same object, of another type
+    made = len(calls)
+    found = steps(model, prefilled(model, [5, 6]), [8])
+    assert len(calls) == made and weight.dtype == mx.float32
+    assert close(found[-1], plain_logits(model, [5, 6, 8])[-1])
+
+
+def test_the_type_of_the_activations_counts(calls):
+    model = make_model(mx.bfloat16, [None], 64)
+    steps(model, prefilled(model, [5, 6]), [8])
+    made = len(calls)
+    model.transformer.norm.weight = model.transformer.norm.weight.astype(mx.float32)  # activations take its type
+    assert np.isfinite(steps(model, prefilled(model, [5, 6]), [8])).all()
+    assert len(calls) == made
+    model.transformer.norm.weight = model.transformer.norm.weight.astype(mx.bfloat16)
+    steps(model, prefilled(model, [5, 6]), [8])
+    assert len(calls) == made + 1
+
+
+def test_another_thread_may_have_the_kernel_when_the_first_has_ended():
+    turns = decoding._Turns()
+    first = threading.Thread(target=lambda: owned.append(turns.is_mine()))
+    owned: list[bool] = []
+    first.start()
+    first.join()
+    assert turns.is_mine() and owned == [True]

@@ -53,7 +53,9 @@ def compiled(source: str) -> bytes:
         OpenELMError: nvrtc is missing, or rejects the source.
     """
     architecture = "sm_{}{}".format(*capability())
-    name = hashlib.sha256(f"{architecture}\n{source}".encode()).hexdigest()[:32]
+    # Machine code of a newer compiler may be refused by an older driver.
+    key = f"{architecture} {_versions()}\n{source}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
     file = _cache_folder() / f"{name}.cubin"
     with contextlib.suppress(OSError):
         return file.read_bytes()
@@ -64,6 +66,14 @@ def compiled(source: str) -> bytes:
         partial.write_bytes(code)
         partial.replace(file)
     return code
+
+
+def _versions() -> str:
+    """The versions of the compiler and of the driver."""
+    major, minor, driver = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    return f"{major.value}.{minor.value} {driver.value}"
 
 
 def _cache_folder() -> Path:

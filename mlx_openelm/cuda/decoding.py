@@ -10,7 +10,6 @@ import math
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -200,7 +199,7 @@ def machine_code(shape: Shape) -> bytes | None:
 
 def is_allowed() -> bool:
     """Whether MLX computes on a GPU that can run the kernel."""
-    return obstacle() is None and mx.default_device().type == mx.DeviceType.gpu
+    return obstacle() is None and mx.default_device() == mx.Device(mx.gpu, 0)
 
 
 @lru_cache(maxsize=1)
@@ -224,19 +223,21 @@ class _Turns:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.arrivals = self.last = mx.zeros(0)
 
     def is_mine(self) -> bool:
         here = threading.current_thread()
-        if self._thread is here:
+        with self._lock:
+            if self._thread is here:
+                return True
+            if self._thread is not None and self._thread.is_alive():
+                return False
+            self._thread = here
+            self.arrivals, self.last = mx.zeros(4, mx.uint32), mx.zeros(1)
+            mx.eval(self.arrivals, self.last)
             return True
-        if self._thread is not None and self._thread.is_alive():
-            return False
-        self._thread = here
-        self.arrivals, self.last = mx.zeros(4, mx.uint32), mx.zeros(1)
-        mx.eval(self.arrivals, self.last)
-        return True
 
 
 _turns = _Turns()
@@ -245,14 +246,12 @@ _turns = _Turns()
 class TokenKernel:
     """The kernel for one model, called for each token.
 
-    Weights that are the same array objects as in the last call are not checked again. Weak references keep track of
-    them, so they are not kept alive.
+    Shapes and types of all weights are compared with the last call's: assignments and in-place operations change them.
     """
 
     def __init__(self, config: ModelConfig):
         self._config = config
-        self._known: list[int] | None = None  # ids of the weights that `_shape` describes
-        self._watching: list[weakref.ref[mx.array]] = []
+        self._known: Any = None  # the types and shapes that `_shape` describes
         self._shape: Shape | None = None
 
     def __reduce__(self) -> Any:
@@ -263,7 +262,8 @@ class TokenKernel:
     ) -> mx.array | None:
         """The last layer's output [1, model_dim] for a token's embedding x [1, model_dim]; extends the caches.
 
-        Returns None and changes nothing if the kernel does not support the types or sizes, or another thread uses it.
+        Returns None if the kernel does not support the types or sizes, or another thread uses it. Inside `mx.compile`
+        and `mx.grad` MLX refuses it with a ValueError; `MLX_OPENELM_NATIVE=0` does without it.
 
         Args:
             weights: for each layer the norms of attention and feed-forward, and of queries and keys if there are any;
@@ -302,6 +302,8 @@ class TokenKernel:
             shared_memory=shape.shared,
             ensure_row_contiguous=True,
         )
+        # Started at once, so that no step that is never evaluated, or belongs to a trace, is waited for later.
+        mx.async_eval(y)
         _turns.last = y
         for cache in caches:
             cache.wrote(y)
@@ -310,17 +312,15 @@ class TokenKernel:
 
     def _shape_for(self, dtype: mx.Dtype, weights: list[mx.array], kinds: Callable[[], list[Kind]]) -> Shape | None:
         """What to compile the kernel for, or None if it does not support these weights."""
-        identities = list(map(id, weights))
-        if identities != self._known:
-            self._watching = [weakref.ref(weight, self._forget) for weight in weights]
-            self._shape = self._describe(dtype, weights, kinds())
-            self._known = identities
-        return self._shape if self._shape is not None and self._shape.half == (dtype == mx.float16) else None
+        found = [(weight.shape, weight.dtype) for weight in weights]
+        if (dtype, found) != self._known:
+            self._shape = self._describe(dtype, found, kinds())
+            self._known = dtype, found
+        return self._shape
 
-    def _forget(self, _: Any) -> None:
-        self._known = None  # a new array may get the same id
-
-    def _describe(self, dtype: mx.Dtype, weights: list[mx.array], kinds: list[Kind]) -> Shape | None:
+    def _describe(
+        self, dtype: mx.Dtype, found: list[tuple[tuple[int, ...], mx.Dtype]], kinds: list[Kind]
+    ) -> Shape | None:
         config = self._config
         if dtype not in (mx.bfloat16, mx.float16):
             return None
@@ -341,5 +341,4 @@ class TokenKernel:
             k * shape.groups != n for n, k in zip(shape.heads, config.num_kv_heads, strict=True)
         ):
             return None
-        found = [(weight.shape, weight.dtype) for weight in weights]
         return shape if found == list(shape.expected(dtype)) else None
