@@ -626,7 +626,7 @@ def test_adapters_that_apple_published(tmp_path: Path) -> None:
 
 def test_a_failure_while_working_exits_with_1(hub: FakeHub, hub_env: dict[str, str]) -> None:
     hub.status = 500
-    assert "problem of its own" in refused("generate", "--model", "a/b", "-p", "x", env=hub_env, code=1)
+    assert "has a server error" in refused("generate", "--model", "a/b", "-p", "x", env=hub_env, code=1)
 
 
 def test_doctor() -> None:

@@ -389,7 +389,7 @@ def test_published_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_dim": None}, "none of OpenELM-270M"),
+        ({"model_dim": None}, "not one of OpenELM-270M"),
         ({"model_name": "OpenELM-7B", "head_dim": None}, "'OpenELM-7B'"),
         ({"vocab_size": None}, "no vocab_size"),
         ({"vocab_size": "many"}, "vocab_size is many"),

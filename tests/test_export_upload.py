@@ -131,7 +131,7 @@ def test_a_dry_run_asks_nobody(hub: FakeHub, hub_env: dict[str, str], out: Path)
     [
         ([*FOLDER, "--upload-repo", REPO], 1, "Uploading needs a token that may write"),
         ([*FOLDER, "--dry-run"], 2, "--dry-run needs --upload-repo"),
-        ([*GGUF, "--output", "a.bin", "--upload-repo", REPO, "--dry-run"], 2, "which --output a.bin lacks"),
+        ([*GGUF, "--output", "a.bin", "--upload-repo", REPO, "--dry-run"], 2, "--output a.bin does not"),
     ],
 )
 def test_refused_before_any_work(

@@ -376,7 +376,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["me/two words", "me/a--b", "me/x.git", "-me/x", "me/" + "x" * 200])
 def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
-    with pytest.raises(RequestError, match="no valid name of a hub repository") as error:
+    with pytest.raises(RequestError, match="a valid hub repository name") as error:
         names.resolve(name)
     assert message_of(error).startswith(quote(name))
     assert hub.requests == []

@@ -332,7 +332,7 @@ def test_only_gated_ones(hub: FakeHub, tmp_path: Path, status: int) -> None:
     assert "mlx-community/OpenELM-270M is gated: accept its conditions" in text
 
 
-@pytest.mark.parametrize(("status", "words"), [(503, "a problem of its own"), (429, "limits your requests")])
+@pytest.mark.parametrize(("status", "words"), [(503, "has a server error"), (429, "limits your requests")])
 def test_a_hub_that_cannot_answer_is_asked_once(hub: FakeHub, status: int, words: str) -> None:
     assert words in message(hub, lambda hub: setattr(hub, "status", status), OpenELMError, 6)
     assert {path for _, path in hub.requests} == {"/api/models/mlx-community/OpenELM-1_1B-Instruct/revision/main"}

@@ -325,7 +325,7 @@ def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytes
     name = "corenet:270M/checkpoint_average"
     with pytest.raises(RequestError, match="127.0.0.1 has no corenet:270M/checkpoint_average"):
         corenet_files.download(name)
-    for status, words in ((503, "problem of its own"), (403, "refused to send"), (302, "refused to send")):
+    for status, words in ((503, "has a server error"), (403, "refused to send"), (302, "refused to send")):
         server.status = status
         with pytest.raises(OpenELMError, match=words) as caught:
             corenet_files.download(name)

@@ -109,7 +109,7 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
     if folder is not None and any(folder.glob("*.safetensors")):
         return summarize_folder(folder, name)
     if repo is None:
-        raise RequestError(f"{folder} holds no *.safetensors, so it is not a model.")
+        raise RequestError(f"{folder} has no *.safetensors file, so it is not a model.")
     if (release := catalog.find(name)) is not None:
         return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
     return _summarize_config_file(hub.download(repo, revision=revision, patterns=["config.json"]), name)
