@@ -131,7 +131,7 @@ def test_what_cannot_be_averaged(tmp_path: Path) -> None:
         (["a", "wide"], "such as transformer.token_embeddings.weight .2048 x 64 and 2048 x 96"),
         (["a", "deep"], "have different shapes"),
         (["a", "relu"], "activation_fn_name: swish and relu"),
-        (["a", "packed"], "packed is quantized to 4 bits.*unpack it with convert"),
+        (["a", "packed"], "packed is quantized to 4 bits.*convert --dequantize"),
         (["a", "absent"], "absent does not exist"),
     ):
         with pytest.raises(RequestError, match=words):

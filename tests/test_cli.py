@@ -222,6 +222,24 @@ def test_quiet(quiet: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["upload", "folder", "--upload-repo", "me/x"], "unexpected argument 'folder'"),
+        (["export", "gguf"], "unexpected argument 'gguf'"),
+        (["perplexity", "-x"], "has no flag -x"),
+        (["convert", "-q4"], "--quantize takes no value"),
+    ],
+)
+def test_what_cannot_be_right_goes_before_what_is_missing(words: list[str], reason: str) -> None:
+    assert reason in refused(*words)
+
+
+def test_help_has_a_short_flag() -> None:
+    done = run("generate", "-h")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: mlx-openelm generate")
+
+
 def test_a_word_after_another_flag_is_no_switch() -> None:
     values = result("generate", "-m", 3, "--prompt", "--verbose", "--verbose", "true")
     assert values["prompt"] == "--verbose"

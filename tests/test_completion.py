@@ -42,7 +42,8 @@ def test_a_script_knows_every_command_its_flags_and_their_choices(shell: str, sc
     for name in COMMANDS:
         assert name in script
         for flag in command(name)[0].flags:
-            assert (f"-l {flag[2:]} " if shell == "fish" and flag.startswith("--") else flag) in script
+            in_fish = f"-l {flag[2:]} " if flag.startswith("--") else f"-s {flag[1:]} "
+            assert (in_fish if shell == "fish" else flag) in script
     assert " ".join(OPTIMIZERS) in script
 
 

@@ -62,7 +62,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(error.message)
             names = error.argument_name.split("/")
             name = next((name for name in names if name.startswith("--")), names[0])
-            raise RequestError(f"{name} {error.message}.") from None
+            is_extra = error.message.startswith("ignored explicit argument")  # -q4
+            raise RequestError(f"{name} {'takes no value' if is_extra else error.message}.") from None
         for word in rest:
             if word.startswith("-") and word not in ("-", "--"):
                 self.error(f"{self.prog} has no flag {word}")
@@ -77,9 +78,14 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; see {self.prog} --help.")
 
     def _with_values_attached(self, args: Sequence[str]) -> list[str]:
-        """`--flag value` as `--flag=value`, since argparse takes a separate `-inf` or `--x` for a flag."""
+        """`--flag value` as `--flag=value`, since argparse takes a separate `-inf` or `--x` for a flag.
+
+        What cannot be right is refused here, before argparse complains of flags that are missing.
+        """
         result: list[str] = []
         words = iter(args)
+        takes_arguments = any(not action.option_strings for action in self._actions)
+        may_be_value = False
         for word in words:
             if word == "--":
                 return [*result, word, *words]
@@ -96,6 +102,11 @@ class Parser(argparse.ArgumentParser):
                 if value is None:
                     self.error(f"{flag} needs a value")
                 word = f"{flag}={value}"
+            if action is None and flag.startswith("-") and flag[:2] not in self.flags and flag[1:2].isalpha():
+                self.error(f"{self.prog} has no flag {flag}")
+            if not word.startswith("-") and not takes_arguments and not may_be_value:
+                self.error(f"unexpected argument {quote(word)}")
+            may_be_value = action is not None and action.nargs == "?" and not equals
             result.append(word)
         return result
 
@@ -206,7 +217,7 @@ _SHARED: dict[str, dict[str, Any]] = {
 def add_shared(group: Any, *names: str) -> None:
     """Add these of the flags that commands share."""
     for name in names:
-        group.add_argument(name, **_SHARED[name])
+        group.add_argument(name, *(["-h"] if name == "--help" else []), **_SHARED[name])
 
 
 def add_packing(group: Any) -> None:
