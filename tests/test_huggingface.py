@@ -169,9 +169,8 @@ def test_what_apples_code_computes_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot have packed weights"):
         huggingface.write(tmp_path, packed)
     assert list(tmp_path.iterdir()) == []
-    shutil.copytree(SHAKESPEARE, tmp_path / "OpenELM-3B")
     with pytest.raises(RequestError, match="float16 cannot hold the 3B model's activations"):
-        export(tmp_path / "OpenELM-3B", tmp_path / "hf", format="huggingface", dtype="float16")
+        export("apple/OpenELM-3B", tmp_path / "hf", format="huggingface", dtype="float16")
     assert not (tmp_path / "hf").exists()
 
 
