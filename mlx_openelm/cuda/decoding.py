@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,13 @@ class Shape:
     def most_inputs(self) -> int:
         return max(self.model_dim, *self.inner, *(n * self.head_dim for n in self.heads))
 
-    @property
+    @cached_property
     def scratch(self) -> int:
         """Float32 numbers of global memory through which the kernel's stages pass their results."""
         halves = self.most_qkv + 2 * self.model_dim + max(self.inner)
         return self.parts_size + -(-halves // 2)
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Bytes of shared memory per block."""
         rows = max(self.most_qkv, self.model_dim, *(2 * n for n in self.inner))

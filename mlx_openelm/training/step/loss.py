@@ -11,7 +11,7 @@ import mlx.core as mx
 from ... import backend
 from ...model import OpenELM
 from ...modules import output_layer
-from ...ops import exponentials as cpu_math
+from ...ops import exponentials
 from ..data.batches import IGNORED
 from .recompute import substituted, trainable
 from .strategy import here
@@ -123,6 +123,6 @@ def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.exp(logits - lse), lse
     top = mx.max(logits, axis=-1, keepdims=True)
-    powers = cpu_math.exp_below(logits, top)
+    powers = exponentials.exp_below(logits, top)
     total = mx.sum(powers, axis=-1, keepdims=True)
     return powers * (1 / total), top + mx.log(total)
