@@ -35,9 +35,9 @@ from typing import Any
 
 from mlx_openelm import backend, convert
 from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, quantize_weights
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import quantize_weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.loading import build_model
 
 import generation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.formats.rounding import round_error
 from mlx_openelm.quantization import awq
 from mlx_openelm.quantization.calibration import Stream

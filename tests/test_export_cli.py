@@ -168,7 +168,7 @@ def test_outputs_are_named_after_what_was_typed(
     typed: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, tokenizer = mlx_format.read(SHAKESPEARE), Tokenizer.from_folder(SHAKESPEARE)
-    source = Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, None)
+    source = Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, checkpoint.config)
     monkeypatch.setattr(exporting, "open_source", lambda *_, **__: source)
     monkeypatch.chdir(tmp_path)
     assert export(typed, format="gguf").path == Path(f"{name}-f16.gguf")
@@ -303,10 +303,10 @@ import json, sys
 from mlx_openelm import convert
 from mlx_openelm.jobs.average import average
 from mlx_openelm.jobs.export import export
-from mlx_openelm.formats import packing
+from mlx_openelm.formats import mlx as mlx_format
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-packing._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
+mlx_format._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
 model, out = sys.argv[1:]
 peaks = {}
 def measure(name, work):

@@ -20,9 +20,10 @@ from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, mak
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import PARTS, quantize_weights
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.jobs.fuse import Fusion, fuse
 from mlx_openelm.loading import build_model
+from mlx_openelm.ops.packed import PARTS
 from mlx_openelm.quantization.recipes import planner
 
 import mlx.core as mx

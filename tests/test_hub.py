@@ -345,6 +345,18 @@ def test_repository_that_does_not_exist(hub: FakeHub, here: Path, capfd: pytest.
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_mistyped_folder_is_named_as_one(hub: FakeHub, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="there is no folder and no hub repository named models/foo"):
+        names.resolve("models/foo")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OpenELMError, match="models/foo is neither a folder nor in the download cache"):
+        names.resolve("models/foo")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.stop()
+    with pytest.raises(OpenELMError, match=r"cannot reach .* and models/foo is neither a folder nor in the download"):
+        names.resolve("models/foo")
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated_repository(status: int, hub: FakeHub, repo_folder: Path) -> None:
     hub.add("meta-llama/Llama-2-7b", repo_folder, gated=status)

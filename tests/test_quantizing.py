@@ -13,7 +13,7 @@ from mlx_openelm import convert, load
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.jobs import quantize as quantizing
 from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
 from mlx_openelm.jobs.summary import summarize

@@ -6,9 +6,9 @@ import importlib
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, bits_per_weight
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import bits_per_weight
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.quantization.recipes import RECIPES, Packing, planner
 
 import mlx.nn as nn

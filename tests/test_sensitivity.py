@@ -9,7 +9,8 @@ import math
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence
 from mlx_openelm.formats import rounding
-from mlx_openelm.formats.packing import Quantization, bits_per_weight
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import bits_per_weight
 from mlx_openelm.quantization.sensitivity import assign, candidates, measure, read
 
 import mlx.core as mx

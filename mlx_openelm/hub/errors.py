@@ -127,7 +127,12 @@ def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMErr
     from huggingface_hub import errors
 
     is_partial = hasattr(error, "snapshot_path")  # IncompleteSnapshotError, which older releases lack
-    what = f"only a part of {repo} is in the download cache" if is_partial else f"{repo} is not in the download cache"
+    if is_partial:
+        what = f"only a part of {repo} is in the download cache"
+    elif catalog.find_repo(repo) is None and repo.count("/") == 1:  # the name may be a mistyped folder
+        what = f"{repo} is neither a folder nor in the download cache"
+    else:  # a release, or datasets/owner/name
+        what = f"{repo} is not in the download cache"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return OpenELMError(
             f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "

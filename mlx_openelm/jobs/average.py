@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..formats import atomic
-from ..formats.weights import Tensor, Weights
+from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
 from ..loading import dtype_for
 from ..publishing.command_line import command_line, source_flags, without_folders

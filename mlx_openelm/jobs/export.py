@@ -184,7 +184,7 @@ def _export_huggingface(
 
 def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
     """Dequantize and cast the checkpoint's unread weights in place, so that all have one type."""
-    stored = {tensor.dtype for tensor in checkpoint.weights.tensors().values()}
+    stored = {tensor.dtype for tensor in checkpoint.weights.tensors.values()}
     if dtype is None and not checkpoint.quantization and len(stored) == 1:
         return
     dtype = dtype or mx.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,37 +112,29 @@ def fuse(
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
-    text_options = QuantizeOptions(report=True, report_data=report_data)
     paths = parse_paths(adapter_path)
     check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
-
-    def open_base() -> Source:
-        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    open_base = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    show = progress or (lambda *_: None)
 
     source = open_base()
-    base = source.checkpoint
-    was_packed = bool(base.quantization)
     _check_inputs(target, source, paths)
-    _check_packing(base, packing)
-    windows = read_text(source.tokenizer, base.config, text_options).held_out[:_WINDOWS] if report else []
-
+    _check_packing(source.checkpoint, packing)
+    windows = _held_out(source, report_data) if report else []
+    was_packed = bool(source.checkpoint.quantization)
     adapters = _read_adapters(paths, source)
-    descriptions = [_describe(*entry) for entry in adapters]
-    plan = packing.plan if quantize else None
-    merged = merge(base, mix(adapters), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
-    source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
-
+    merged = _merge(source, adapters, packing)
+    bits = merged.checkpoint.bits_per_weight  # before the weights are taken
     flags = _adapter_flags(model, paths, save_path) | packing.flags() | source_flags(tokenizer, config_yaml, revision)
-    show = progress or (lambda *_: None)
     write_folder(
         source,
         target,
         command=command_line("fuse", flags),
         origin=_origin(source),
         overwrite=overwrite,
-        progress=lambda done, total: show("Writing", done, total),
-        card={"recipe": recipe, "adapters": descriptions},
+        progress=partial(show, "Writing"),
+        card={"recipe": recipe, "adapters": [_describe(*entry) for entry in adapters]},
     )
     fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
     if report:
@@ -174,6 +167,26 @@ def _check_packing(base: Checkpoint, packing: Packing) -> None:
             f"gives {dtype} throughout.",
             stacklevel=3,
         )
+
+
+def _held_out(source: Source, report_data: str | None) -> list[list[int]]:
+    """The windows of text that a report reads, as token ids."""
+    options = QuantizeOptions(report=True, report_data=report_data)
+    return read_text(source.tokenizer, source.checkpoint.config, options).held_out[:_WINDOWS]
+
+
+def _merge(source: Source, adapters: list[tuple[str, Adapter, float]], packing: Packing) -> Merged:
+    """Add the adapters to the source's checkpoint, which the sum replaces; no weight is read yet."""
+    base = source.checkpoint
+    merged = merge(
+        base,
+        mix(adapters),
+        dtype=dtype_for(packing.dtype, base.config),
+        plan=packing.plan if packing.quantize else None,
+        dequantize=packing.dequantize,
+    )
+    source.checkpoint = merged.checkpoint
+    return merged
 
 
 def _read_adapters(paths: WeightedPaths, source: Source) -> list[tuple[str, Adapter, float]]:
@@ -232,7 +245,7 @@ def _divergences(
     exact = merge(source.checkpoint, mix(_read_adapters(paths, source)), dtype=mx.float32, dequantize=packed)
     with source.reading():
         full = build_model(exact.checkpoint, dtype=mx.float32, expand=True)
-    evaluator = Evaluator(full, windows, progress=lambda done, total: show("Reading the text", done, total))
+    evaluator = Evaluator(full, windows, progress=partial(show, "Reading the text"))
     del full
 
     def divergence(checkpoint: Checkpoint) -> float:

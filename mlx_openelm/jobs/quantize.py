@@ -14,9 +14,9 @@ from .. import backend
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import atomic
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Quantization, bits_per_weight, scale_dtype
-from ..formats.weights import Weights
+from ..formats.mlx import Checkpoint, Quantization, scale_dtype
+from ..formats.packing import bits_per_weight
+from ..formats.safetensors import Weights
 from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
 from ..model import OpenELM

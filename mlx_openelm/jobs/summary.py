@@ -15,7 +15,8 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import gguf
 from ..formats import mlx as mlx_format
-from ..formats.packing import Quantization, bits_per_weight, most_common
+from ..formats.mlx import Quantization, most_common
+from ..formats.packing import bits_per_weight
 from ..hub import catalog
 from ..hub import resolve as hub
 from ..inputs import to_path
@@ -138,7 +139,7 @@ def _summarize_gguf(path: Path, name: str) -> Summary:
         checkpoint.config,
         name=name,
         source="files",
-        dtype=_dtype_name(checkpoint.weights.tensor("transformer.token_embeddings.weight").dtype),  # norms are float32
+        dtype=_dtype_name(checkpoint.weights.tensors["transformer.token_embeddings.weight"].dtype),  # norms are float32
         bits=8 * size / checkpoint.config.num_parameters,
         storage_bytes=size,
         tokenizer=path.name,

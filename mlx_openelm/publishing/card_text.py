@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from ..formats import mlx as mlx_format
 from ..formats import safetensors
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Quantization, most_common
+from ..formats.mlx import Checkpoint, Quantization, most_common
 from ..hub import catalog
 
 Layout = Literal["mlx", "huggingface", "gguf"]

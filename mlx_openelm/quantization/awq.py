@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import round_error
 from ..model import TransformerLayer
 from ..modules import module_at

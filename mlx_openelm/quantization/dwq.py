@@ -15,7 +15,7 @@ import mlx.optimizers as optimizers
 
 from ..config import EMBEDDING
 from ..errors import OpenELMError
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
 from ..modules import output_layer, replace_at

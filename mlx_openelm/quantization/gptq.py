@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import OpenELMError
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import Grid
 
 # Columns rounded before their corrections are applied to the rest of the matrix.

@@ -11,7 +11,7 @@ from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS
 from ..errors import RequestError, quote
 from ..finite import not_finite
 from ..formats import rounding
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..model import OpenELM
 from ..modules import module_at
 from . import awq, dwq, gptq

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError, quote
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Plan, Quantization
+from ..formats.mlx import Checkpoint, Quantization
+from ..formats.packing import Plan
 from ..ops.packed import MODES
 
 # Low and high bits by name.

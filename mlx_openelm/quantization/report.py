@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..formats.packing import Quantization, bits_per_weight
+from ..formats.mlx import Quantization
+from ..formats.packing import bits_per_weight
 from ..model import OpenELM
 from ..modules import module_at
 from ..ops.packed import MODES

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from ..errors import RequestError
-from ..formats.packing import Quantization, bits_per_weight
+from ..formats.mlx import Quantization
+from ..formats.packing import bits_per_weight
 from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
