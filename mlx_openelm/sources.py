@@ -123,21 +123,21 @@ def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
         RequestError: an unknown name, or a revision of something that is not a hub repository.
         OpenELMError: a download that failed.
     """
+    local = to_path(model)
     is_download = catalog.corenet_name(model) is not None
-    local = None if is_download else to_path(model)
-    is_file = local is not None and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
+    is_file = not is_download and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
     if revision is not None and (is_download or is_file):
         raise RequestError(
             f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
         )
     if is_download:
         return _download_corenet(str(model)), None
-    if local is not None and revision is None and os.path.isfile(local / "config.json"):
-        return local, None
-    if is_file and local is not None:
+    if is_file:
         if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
             raise RequestError(f"the file {model} does not exist")
         check_file(local)
+        return local, None
+    if revision is None and os.path.isfile(local / "config.json"):
         return local, None
     from .hub import resolve
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats.safetensors import read_header, read_tensors
 
@@ -15,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 reference = pytest.importorskip("safetensors", reason="mlx-lm brings it")
 
 
@@ -23,7 +26,7 @@ def entry(dtype: str, shape: list[Any], start: Any, end: Any) -> dict[str, Any]:
 
 
 def raw(header: Any, data: int = 0, length: int | None = None) -> bytes:
-    """A file with that header (JSON values, or bytes as they are) and so many bytes of data."""
+    """A file with that header (JSON values, or bytes as they are) and `data` bytes of data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(i % 251 for i in range(data))
 
@@ -122,7 +125,7 @@ def check_equal(path: Path, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "U32"])
 @pytest.mark.parametrize("before", [1, 2, 3, 5])
 def test_tensors_at_any_offset_hold_the_right_values(tmp_path: Path, kind: str, before: int) -> None:
-    """Their bytes may begin where a value of their type is not aligned, as after a bool; no writer of ours does so."""
+    """An offset need not be a multiple of the type's size, for example after a single byte."""
     rows, columns, size = 37, 53, {"F16": 2, "BF16": 2}.get(kind, 4)
     end = before + rows * columns * size
     header = {"a": entry("U8", [before], 0, before), "b": entry(kind, [rows, columns], before, end)}
@@ -136,6 +139,19 @@ def test_tensors_at_any_offset_hold_the_right_values(tmp_path: Path, kind: str, 
     assert np.array_equal(flat.view(np.uint8), numbers.view(np.uint8))
 
 
+def test_a_model_whose_data_is_not_aligned_loads(tmp_path: Path) -> None:
+    """A header of odd length leaves every tensor of the file at an odd offset."""
+    folder = tmp_path / "m"
+    shutil.copytree(FOLDER, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip(b" ")
+    header += b" " * (1 - len(header) % 2)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    tokens = mx.array([[1, 5, 9]])
+    assert mx.array_equal(load(folder)[0](tokens), load(FOLDER)[0](tokens)).item()
+
+
 @pytest.mark.parametrize(("content", "words"), BAD.values(), ids=BAD)
 def test_what_the_library_refuses(tmp_path: Path, content: bytes, words: str) -> None:
     assert judged(content) is None
@@ -146,7 +162,7 @@ def test_what_the_library_refuses(tmp_path: Path, content: bytes, words: str) ->
 
 
 def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
-    """Its product has a million digits, which no one need compute."""
+    """Its product would have a million digits, and need not be computed."""
     (tmp_path / "x").write_bytes(raw({"a": entry("F32", [1 << 40] * 100_000, 0, 4)}, 4))
     with pytest.raises(RequestError, match="the bytes of 'a' do not match its shape"):
         read_header(tmp_path / "x")

@@ -6,6 +6,7 @@ dtype, shape and byte range within the data. `shards` writes such files.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -205,7 +206,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             names = [name for name, _ in pairs] if isinstance(pairs, tuple) else []
             "".join(names).encode()  # a UnicodeError, which is a ValueError, for a lone surrogate
             if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
+                twice, _ = collections.Counter(names).most_common(1)[0]
                 raise _damaged(path, f"its header names {quote(twice)} twice")
     except RequestError:
         raise
