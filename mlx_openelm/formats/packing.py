@@ -1,4 +1,4 @@
-"""MLX's packed matrices: a few bits per weight, and a scale (in affine mode also a bias) for each group of a row."""
+"""Packing and unpacking a model's matrices (`formats.mlx.Quantization`), without reading a weight before it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .mlx import Quantization, scale_dtype
 from .safetensors import Tensor, Weights
 
 # Gives each matrix of a model its quantization by module path, and describes the exceptions to the usual one.
-
 Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
 
 
