@@ -12,7 +12,6 @@ from typing import Any
 
 from mlx_openelm import convert
 from mlx_openelm.adapters.merging import Deviation
-from mlx_openelm.cli import fuse as cli_fuse
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
@@ -106,9 +105,12 @@ def test_a_result_further_away_than_the_base_is_warned_about(
     requantized: bool,
     advice: str | None,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    cli_fuse._lines(Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences))
+    done = Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences)
+    monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", lambda *_, **__: done)
+    assert run("--report") == 0
     said = capfd.readouterr().err
     further = f"The result is further from the base with the adapter than the base alone is: fuse {advice}\n"
     assert said == (f"warning: {further}" if advice else "")
@@ -130,7 +132,7 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((args, options))
         raise RequestError("that is enough")
 
-    monkeypatch.setattr(cli_fuse, "fuse", record)
+    monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", record)
     told = {
         "dtype": "float16",
         "quantize": True,

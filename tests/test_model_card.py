@@ -10,7 +10,7 @@ from mlx_openelm import convert
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
-from mlx_openelm.hub import resolve as hub
+from mlx_openelm.hub.resolve import DOCUMENT_PATTERNS, download
 from mlx_openelm.publishing.card import Card, card_for_upload, write_card
 from mlx_openelm.publishing.card_text import Quality
 from mlx_openelm.publishing.command_line import command_line
@@ -268,7 +268,7 @@ def test_links_of_the_hub_s_cache_lead_to_its_own_contents_only(apple: Path, hub
 
 
 def hub_folder(repo: str) -> Path:
-    return hub.download(repo, patterns=hub.DOCUMENT_PATTERNS)
+    return download(repo, patterns=DOCUMENT_PATTERNS)
 
 
 # The licence of Apple's models whose files came without one

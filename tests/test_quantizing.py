@@ -14,10 +14,9 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.jobs import quantize as quantizing
 from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
 from mlx_openelm.jobs.summary import summarize
-from mlx_openelm.quantization import dwq, learned, sensitivity
+from mlx_openelm.quantization import dwq, learned, report, sensitivity
 from mlx_openelm.quantization.text import read_text
 
 import mlx.core as mx
@@ -119,7 +118,7 @@ def test_plain_bits_are_what_convert_writes(source, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "float16", "float32"])
 def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    monkeypatch.setattr(report, "plain_choices", lambda _: {})
     plain = quantize(source, tmp_path / "plain", QuantizeOptions(q_bits=4), dtype=dtype)
     reported = quantize(source, tmp_path / "out", options(text, q_bits=4, report=True), dtype=dtype)
     first, second = (mx.load(str(result.path / "model.safetensors")) for result in (plain, reported))
@@ -147,7 +146,7 @@ def test_a_report_alone_writes_nothing(source, text, tmp_path, monkeypatch):
 
 
 def test_a_report_reads_the_text_it_is_given(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    monkeypatch.setattr(report, "plain_choices", lambda _: {})
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": TEXT[i : i + 900]}) + "\n" for i in (20000, 30000)))
     result = quantize(source, tmp_path / "out", options(text, report=True, report_data=str(other)))
@@ -328,15 +327,13 @@ def test_windows_longer_than_the_context_are_refused(source, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path, monkeypatch):
+def test_an_existing_folder_is_kept_unless_asked(source, tmp_path):
     target = tmp_path / "out"
     quantize(source, target, QuantizeOptions(q_bits=8))
     before = contents(target)
-    with monkeypatch.context() as patch:
-        patch.setattr(quantizing, "open_source", lambda *_, **__: pytest.fail("read before it was refused"))
-        for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
-            with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
-                quantize(source, target, QuantizeOptions(**values))
+    for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
+        with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
+            quantize("no-such-model", target, QuantizeOptions(**values))
     assert contents(target) == before
     quantize(source, target, options(text, q_bits=4, method=("gptq",)), overwrite=True)
     assert contents(target) != before

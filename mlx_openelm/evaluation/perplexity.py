@@ -15,8 +15,7 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
-from ..ops.distributions import cross_entropy
-from ..ops.distributions import kl_divergence as kl_of_logits
+from ..ops import distributions
 from ..text.tokenizer import Tokenizer
 
 # Positions whose logits are held at once: 256 rows of 32000 float32 are 33 MB.
@@ -106,7 +105,7 @@ def mean_nll(
     for inputs, targets in _batches(windows, batch_size, progress):
         hidden_states = model.hidden_states(inputs)
         for rows, wanted in _chunks(hidden_states, targets):
-            losses = cross_entropy(model.logits(rows), wanted)  # [rows]
+            losses = distributions.cross_entropy(model.logits(rows), wanted)  # [rows]
             total += _number(losses.sum())
             squares += _number(mx.square(losses).sum())
             if not math.isfinite(total):
@@ -142,7 +141,7 @@ def kl_divergence(
         )
         for (reference_rows, _), (rows, wanted) in pairs:
             expected = reference.logits(reference_rows)
-            divergence = kl_of_logits(expected, model.logits(rows))  # [rows]
+            divergence = distributions.kl_divergence(expected, model.logits(rows))  # [rows]
             total, count = total + _number(divergence.sum()), count + wanted.size
             if not math.isfinite(total):
                 is_reference = not mx.all(mx.isfinite(expected)).item()

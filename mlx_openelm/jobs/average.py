@@ -18,7 +18,7 @@ from ..loading import dtype_for
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
 from ..sources import Source, open_source
-from .writing import find_origin, write_folder
+from .writing import origin_of, write_folder
 
 # Fields that change what a model computes from the same weights.
 _BEHAVIOUR = (
@@ -133,7 +133,7 @@ def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
 
 def _origin(sources: Sequence[Source]) -> Origin:
     """The origin of the mean: every base model, and the metadata and licence that all of them share."""
-    origins = [find_origin(source) for source in sources]
+    origins = [origin_of(source) for source in sources]
     first = origins[0]
     stated = [o.base_model for o in origins if o.base_model is not None]
     bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))

@@ -109,11 +109,16 @@ def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
         )
     packing.check(checkpoint)
     if packing.dequantize:
-        checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
-        checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
+        unpack(checkpoint, dtype)
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
     if not packing.quantize:
         return {}
     checkpoint.quantization, exceptions = packing.plan(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions
+
+
+def unpack(checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
+    """Dequantize the checkpoint's unread weights in place; its `rounded_to` keeps what they were quantized to."""
+    checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
+    checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..quantization.recipes import Packing
 from ..quantization.report import Evaluator
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .writing import find_origin, write_folder
+from .writing import origin_of, write_folder
 
 # Windows of text that a report reads.
 _WINDOWS = 8
@@ -116,9 +117,7 @@ def fuse(
     check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
 
-    def open_base() -> Source:
-        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-
+    open_base = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     source = open_base()
     base = source.checkpoint
     was_packed = bool(base.quantization)
@@ -218,7 +217,7 @@ def _describe(path: str, adapter: Adapter, weight: float) -> str:
 
 def _origin(source: Source) -> Origin:
     """The origin of the sum: a model derived from the base, no longer the same one."""
-    origin = find_origin(source)
+    origin = origin_of(source)
     relation = "merge" if origin.relation == "merge" else "finetune"
     return replace(origin, name=f"{origin.name}, fine-tuned", relation=relation if origin.base_model else None)
 

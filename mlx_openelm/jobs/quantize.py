@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -95,9 +96,7 @@ def quantize(
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
 
-    def open_model() -> Source:
-        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-
+    open_model = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     source = open_model()
     config = source.checkpoint.config
     stored = dtype_for(dtype, config) or mx.bfloat16

@@ -17,7 +17,7 @@ from ..formats import gguf
 from ..formats import mlx as mlx_format
 from ..formats.packing import Quantization, bits_per_weight, most_common
 from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub.resolve import download, resolve, source_repo
 from ..inputs import to_path
 from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
@@ -104,15 +104,15 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
     """
     if (file := to_path(name)).suffix.lower() == ".gguf" and not file.is_dir():
         return _summarize_gguf(file, name)
-    repo = hub.source_repo(name)
-    folder = hub.resolve(name) if repo is None else _cached_folder(repo, revision)
+    repo = source_repo(name)
+    folder = resolve(name) if repo is None else _cached_folder(repo, revision)
     if folder is not None and any(folder.glob("*.safetensors")):
         return summarize_folder(folder, name)
     if repo is None:
         raise RequestError(f"{folder} has no *.safetensors file, so it is not a model.")
     if (release := catalog.find(name)) is not None:
         return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
-    return _summarize_config_file(hub.download(repo, revision=revision, patterns=["config.json"]), name)
+    return _summarize_config_file(download(repo, revision=revision, patterns=["config.json"]), name)
 
 
 def summarize_folder(folder: Path, name: str | None = None) -> Summary:

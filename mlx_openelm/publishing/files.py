@@ -9,11 +9,11 @@ from pathlib import Path
 from ..errors import RequestError
 from ..formats import gguf, safetensors
 from ..formats import mlx as mlx_format
-from ..hub import resolve as hub
+from ..hub.resolve import NEVER_PATTERNS, TOKENIZER_PATTERNS
 
 CARD = "README.md"
 # Files that belong to a model besides its weights.
-_PATTERNS = ("config.json", "generation_config.json", *hub.TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
+_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
 
 
 def model_files(path: Path) -> list[Path]:
@@ -64,5 +64,5 @@ def leads_out(file: Path) -> bool:
 
 
 def _belongs_to_model(name: str) -> bool:
-    is_code = any(fnmatch(name, pattern) for pattern in hub.NEVER_PATTERNS)
+    is_code = any(fnmatch(name, pattern) for pattern in NEVER_PATTERNS)
     return not is_code and any(fnmatch(name, pattern) for pattern in _PATTERNS)

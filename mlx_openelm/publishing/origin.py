@@ -11,7 +11,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import OpenELMError, RequestError
 from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub.resolve import DOCUMENT_PATTERNS, NEVER_PATTERNS, download
 from .card_text import Contents
 from .files import leads_out
 from .front_matter import EMPTY, ParsedCard, read_leniently
@@ -90,7 +90,7 @@ def _with_license(origin: Origin) -> Origin:
     if release is None or origin.relation is not None or origin.metadata.get("license") or origin.licenses:
         return origin
     try:
-        folder = hub.download(release.hub_repo, patterns=hub.DOCUMENT_PATTERNS)
+        folder = download(release.hub_repo, patterns=DOCUMENT_PATTERNS)
     except OpenELMError:  # perhaps there is no network; the card then links to the repository for the licence
         return origin
     licenses = _license_files(folder)
@@ -117,7 +117,7 @@ def _license_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _is_license(file: Path) -> bool:
-    is_code = any(fnmatch(file.name, pattern) for pattern in hub.NEVER_PATTERNS)
+    is_code = any(fnmatch(file.name, pattern) for pattern in NEVER_PATTERNS)
     return file.is_file() and not is_code and not leads_out(file) and file.stat().st_size <= _MAX_LICENSE_BYTES
 
 
