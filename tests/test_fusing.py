@@ -442,6 +442,17 @@ def test_the_card_names_adapter_and_base(tmp_path: Path, monkeypatch: pytest.Mon
     assert card is not None and (card["base_model"], card["base_model_relation"]) == ("them/plays", "finetune")
 
 
+def test_a_merge_stays_one_when_adapters_are_fused_into_it(tmp_path: Path) -> None:
+    from huggingface_hub import metadata_load
+
+    base = shutil.copytree(SHAKESPEARE, tmp_path / "base")
+    (base / "README.md").write_text("---\nbase_model: [them/plays, me/poems]\nbase_model_relation: merge\n---\n")
+    fuse(base, FIXTURES / "peft-lora", tmp_path / "fused")
+    card = metadata_load(tmp_path / "fused" / "README.md")
+    assert card is not None
+    assert (card["base_model"], card["base_model_relation"]) == (["them/plays", "me/poems"], "merge")
+
+
 def test_the_card_of_the_packaged_model_does_not_call_the_result_by_its_name(tmp_path: Path) -> None:
     config = load("tiny")[0].config
     merged_in = tmp_path / "adapter"

@@ -209,6 +209,12 @@ def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) 
     assert "license_link" not in find_origin(apple).metadata
 
 
+def test_a_licence_is_a_page_and_not_any_large_file(apple: Path) -> None:
+    for size, licenses in ((1_000_000, (apple / "LICENSE",)), (1_000_001, ())):
+        (apple / "LICENSE").write_bytes(b"x" * size)
+        assert find_origin(apple).licenses == licenses
+
+
 def test_code_called_licence_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)

@@ -167,10 +167,14 @@ def test_weights_of_another_upload_do_not_stay_beside_the_new(folder: Path, writ
     stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in (*stale, "adapters.safetensors", "notes.txt", "other.gguf"):
         (there / name).write_text("old")
+    (there / "models").mkdir()
+    (there / "models" / "other.safetensors").write_text("of another model")
     writer.add(REPO, there)
     upload(folder, REPO)
     assert sorted(writer.commits[0]["deleted"]) == stale
-    assert {"adapters.safetensors", "notes.txt", "other.gguf", "model.safetensors"} <= set(arrived(writer))
+    assert {"models/other.safetensors", "adapters.safetensors", "notes.txt", "other.gguf", "model.safetensors"} <= set(
+        arrived(writer)
+    )
 
 
 def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
