@@ -51,6 +51,18 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_a_folder_stored_in_several_types_is_exported_in_float32(tmp_path: Path) -> None:
+    mixed = shutil.copytree(SHAKESPEARE, tmp_path / "mixed")
+    weights = mx.load(str(mixed / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mixed_weights = {name: w.astype(mx.bfloat16) if w.ndim == 2 else w for name, w in weights.items()}
+    mx.save_safetensors(str(mixed / "model.safetensors"), mixed_weights, {"format": "pt"})
+    result = export(mixed, tmp_path / "hf", format="huggingface")
+    written = mx.load(str(tmp_path / "hf" / "model.safetensors"))
+    assert isinstance(written, dict)
+    assert result.type == "float32" and {w.dtype for w in written.values()} == {mx.float32}
+
+
 def test_the_command_writes_a_gguf_file(tmp_path: Path) -> None:
     done = run("--model", SHAKESPEARE, "--format", "gguf", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

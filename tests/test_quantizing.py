@@ -327,7 +327,7 @@ def test_windows_longer_than_the_context_are_refused(source, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_kept_unless_asked(source, tmp_path):
+def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path):
     target = tmp_path / "out"
     quantize(source, target, QuantizeOptions(q_bits=8))
     before = contents(target)
@@ -415,6 +415,31 @@ def test_a_failure_is_told_where_there_is_no_folder_yet_to_keep_anything_in(sour
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sensitivities_of_an_earlier_failure_are_not_replaced(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
+    earlier = tmp_path / "out-sensitivities.json"
+    earlier.write_text("measured on more text")
+    with pytest.raises(OpenELMError, match="leave dwq out"):
+        quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
+    assert earlier.read_text() == "measured on more text"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "memory", "dtype"), [(True, 1 << 40, "float32"), (True, 1 << 10, None), (False, 1 << 10, "float32")]
+)
+def test_calibration_is_in_float32_unless_a_gpu_lacks_the_memory(
+    on_gpu, memory, dtype, source, text, tmp_path, monkeypatch
+):
+    def build_model(checkpoint, dtype):
+        raise OpenELMError(f"built in {dtype}")
+
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: on_gpu)
+    monkeypatch.setattr("mlx_openelm.backend.available_memory", lambda: memory)
+    monkeypatch.setattr("mlx_openelm.jobs.quantize.build_model", build_model)
+    with pytest.raises(OpenELMError, match=f"built in {dtype}"):
+        quantize(source, tmp_path / "out", options(text, method=("gptq",)))
 
 
 def test_what_is_being_done_is_told_to_its_end(source, text, tmp_path):
