@@ -109,7 +109,7 @@ def distill(
     random.Random(seed).shuffle(training)
 
     def loss(index: int) -> mx.array:
-        return _divergence(model, teacher, batches, index)
+        return divergence(model, teacher, batches, index)
 
     def check() -> float:
         total = 0.0
@@ -148,11 +148,19 @@ def _schedule(steps: int, learning_rate: float) -> Callable[[mx.array], mx.array
     return optimizers.join_schedules([rise, fall], [warmup])
 
 
-def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
-    """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
+def divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
+    """KL(teacher || model) in nats, the mean over the tokens of one batch.
+
+    Layers and logits are recomputed in the backward pass, to save memory.
+
+    Args:
+        batches: tokens [batch, length], those of the teacher.
+        index: the batch.
+    """
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
     attend = attention.choose(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
+    # [batch * length, model_dim], as layers take it.
     x = model.transformer.token_embeddings(tokens.reshape(-1)).astype(teacher.hidden[index].dtype)
     for layer in model.layers:
         x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend))(x)  # type: ignore[misc]
