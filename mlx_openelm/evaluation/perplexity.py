@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence over windows of text; logits are held for only a few positions at a time."""
+"""Perplexity and KL divergence over windows of text; only a few positions' logits are in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..model import OpenELM
 from ..ops import distributions
 from ..text.tokenizer import Tokenizer
 
-# Positions whose logits are held at once: 256 rows of 32000 float32 are 33 MB.
+# Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
 _CHUNK = 256
 
 Progress = Callable[[int, int], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class NLL:
-    """The mean negative log-likelihood per token (natural) over `tokens` tokens, with its standard error."""
+    """The mean negative log-likelihood over `tokens` tokens, in nats per token, and its standard error."""
 
     nll: float
     tokens: int
@@ -96,7 +96,7 @@ def mean_nll(
     """The mean loss over all tokens of `windows` (of equal length) except the first of each.
 
     Args:
-        progress: called with the number of windows done so far and in all.
+        progress: called with the windows done so far and in all.
 
     Raises:
         OpenELMError: the logits are not finite.

@@ -1,4 +1,4 @@
-"""Models for other programs: Hugging Face folders for transformers, GGUF files for llama.cpp."""
+"""Write models for other programs: Hugging Face folders for transformers, GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def export(
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: an impossible request; nothing was written.
+        RequestError: an invalid request; nothing was written.
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
     _check_request(format, gguf_type, dtype)
@@ -111,7 +111,7 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
 
 
 def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
-    """The real path of the output; RequestError if it must not be written to."""
+    """The output with links resolved; RequestError if it cannot or must not be replaced."""
     target = Path(os.path.realpath(to_path(path)))
     if format == "huggingface":
         return atomic.check_target(path, overwrite=overwrite, flag="--output")
@@ -194,7 +194,7 @@ def _unify(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
 
 
 def _name(source: Source) -> str:
-    """The model's name for default file names: the release of an alias, else the last part of what was typed."""
+    """The model's name for default file names: its release's, or the last part of its path or hub name."""
     path = to_path(source.name)
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name

@@ -1,4 +1,4 @@
-"""A model in numbers: parameters by layer, bits as stored, memory needed. No weight is loaded."""
+"""The numbers of a model: parameters by layer, bits as stored, memory needed. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class Summary:
     Attributes:
         source: "files" (headers read), "config" (a `config.json` alone), or "published" (known sizes, no file read).
         parameters, embedding, head, norms: counts of parameters; `head` is 0 if the embedding is shared.
-        dtype: the stored type of what is not quantized.
+        dtype: the stored type of tensors that are not quantized.
         quantization: the settings that most matrices share; None if the model is not quantized.
         bits_per_weight: bits per parameter as stored.
         storage_bytes: bytes of the weights on disk.
-        tokenizer: the name of its file; None if there is none, or no files were read.
-        rounded_to: the low-bit types in a GGUF file, which are unpacked when they are read.
+        tokenizer: the name of the tokenizer's file; None if there is none, or if no files were read.
+        rounded_to: the low-bit types in a GGUF file, whose tensors are unpacked when they are read.
     """
 
     name: str
@@ -209,7 +209,7 @@ def memory_needed(
     """Bytes of weights and key-value cache while generating, after `tokens` tokens.
 
     Args:
-        stored: the stored type of what is not quantized.
+        stored: the stored type of tensors that are not quantized.
     """
     compute = backend.compute_dtype(getattr(mx, stored))
     # Our CPU kernels read matrices in their stored type.

@@ -26,17 +26,17 @@ def write_folder(
     card: Mapping[str, Any] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a source as an MLX folder, once its files prove unchanged; this empties its weights.
+    """Write a source as an MLX folder, unless its files change meanwhile. Its weights are used up.
 
     Args:
-        command: the command line that makes the folder, for the model card.
+        command: the command line that wrote the folder, for the model card.
         origin: where the model comes from; by default what the source's own files state.
         progress: called with the bytes written so far and in all.
         card: further facts for the card (see `card.compose_card`).
-        extra: writes more files into the folder it is given.
+        extra: a function that writes more files into the folder.
 
     Raises:
-        RequestError: `mlx_path` exists and `overwrite` is not set, or it cannot be made.
+        RequestError: `mlx_path` exists and `overwrite` is not set, or it cannot be created.
         OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
     """
     origin = origin or origin_of(source)

@@ -1,4 +1,4 @@
-"""Distilled scales (after mlx-lm's DWQ): train scales and biases to make the quantized model predict as the full one.
+"""DWQ (after mlx-lm's): train scales and biases so that the quantized model predicts what the full model does.
 
 Levels stay fixed. Scales and biases move by fractions of a step, so one learning rate fits every matrix.
 """
@@ -34,7 +34,7 @@ _CHECKS = 4
 
 @dataclass
 class Packed:
-    """A matrix as levels packed by MLX, uint32 [out, in * bits / 32], and the grid they refer to."""
+    """A packed matrix: levels in MLX's layout, uint32 [out, in * bits / 32], and their scales and biases."""
 
     levels: mx.array
     grid: Grid
@@ -90,7 +90,7 @@ def distill(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Grid]:
-    """Grids by module path, as `dtype` stores them, under which the packed model is closest to its teacher.
+    """Train the scales and biases of a packed model; returns them by module path, rounded to `dtype`.
 
     Args:
         model: the quantized model; its packed matrices are replaced by trained ones.

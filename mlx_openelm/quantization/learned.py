@@ -23,7 +23,7 @@ METHODS = ("awq", "gptq", "dwq")
 # The order in which AWQ folds scales: those of `proj_2` go into `proj_1`, so it comes before `proj_1`.
 _FOLD_ORDER = ("attn.qkv_proj", "ffn.proj_2", "ffn.proj_1")
 
-# Called with the name of a stage, how much of it is done, and how much there is.
+# Called with the name of a stage, the amount done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
@@ -59,11 +59,11 @@ def quantize_model(
     Args:
         choices: affine quantizations by module path.
         batches: calibration tokens [batch, length].
-        dtype, scale_dtype: the stored types of what is not quantized, and of scales and biases.
+        dtype, scale_dtype: the stored types of tensors that are not quantized, and of scales and biases.
 
     Raises:
-        OpenELMError: weights or logits are not finite, or a method failed: the activations of the text are unusable,
-            or distillation diverged.
+        OpenELMError: weights or logits are not finite, GPTQ cannot use the activations of the text, or distillation
+            diverged.
     """
 
     def stage(name: str) -> Callable[[int, int], None]:

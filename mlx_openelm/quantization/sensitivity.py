@@ -90,7 +90,7 @@ def measure(
     """The cost of every choice for every matrix of a full model, on `batches` of tokens [batch, length].
 
     Args:
-        text: the name of that text, for a saved file.
+        text: the name of the text, for a saved file.
         dtype: the type that scales and biases will be stored in.
         progress: called with the matrices done so far and in all.
     """
@@ -163,10 +163,10 @@ def assign(
     Dynamic programming over the budget in equal steps: each matrix adds its best option at every budget.
 
     Args:
-        dtype: the stored type of what is not quantized.
+        dtype: the stored type of tensors that are not quantized.
 
     Raises:
-        RequestError: the smallest choices need more bits.
+        RequestError: even the smallest choices need more bits.
     """
     shapes = config.matrix_shapes()
     sizes = {path: {o: _bits(o, shapes[path]) for o in options} for path, options in costs.items()}
@@ -209,7 +209,7 @@ def _spend(
 
 
 def check_target(target_bpw: float, config: ModelConfig, dtype: mx.Dtype) -> float:
-    """The fewest bits per parameter the model can have; call it before anything is measured.
+    """The fewest bits per parameter that the model can have; call it before measuring.
 
     Raises:
         RequestError: `target_bpw` is less than that.
