@@ -308,7 +308,7 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_files_are_written_and_read_tensor_by_tensor(tmp_path: Path) -> None:
-    """In a process of its own, where nothing else counts into the peak."""
+    """In a separate process, so that nothing else counts in the peak."""
     code = """
 import json, sys
 from mlx_openelm import convert

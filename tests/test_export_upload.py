@@ -102,7 +102,7 @@ def test_the_folder_has_a_card_without_an_upload(tmp_path: Path) -> None:
 
 
 def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
-    """Everything the card tells was read before the weights were written."""
+    """Everything on the card was read before the weights were written."""
     pytest.importorskip("gguf")
     model = Path(shutil.copytree(SHAKESPEARE, tmp_path / "model"))
     (model / "README.md").write_text("---\nlicense: mit\nbase_model: them/plays\n---\n# Plays\n")

@@ -25,7 +25,7 @@ import pytest
 from quantization_models import FIXTURES, SHAKESPEARE, write_tiny
 
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
-# Few short windows: what is tested here is not the quality.
+# A few short windows: quality is not tested here.
 SMALL: dict[str, Any] = {"num_samples": 4, "sequence_length": 32}
 
 
@@ -43,13 +43,13 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def budgeted(source, text, tmp_path_factory):
-    """One model under a budget, with its folder, for all who look at it."""
+    """One model under a budget, with its folder, shared by the tests."""
     target = tmp_path_factory.mktemp("budgeted") / "out"
     return quantize(source, target, QuantizeOptions(target_bpw=4.2, calibration=str(text), **SMALL))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the card, which tells the command and so the folder's own name."""
+    """Every file but the card, which names the command and so the folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
@@ -66,7 +66,7 @@ def options(text: Path, **values: Any) -> QuantizeOptions:
 # What is written.
 
 
-def test_what_is_written_under_a_budget_is_within_it_and_told_truly(budgeted, source):
+def test_a_budget_is_kept_and_the_size_is_reported_correctly(budgeted, source):
     assert 4.0 < budgeted.bits_per_weight <= 4.2
     stored = mlx_format.read(budgeted.path)
     assert stored.quantization == budgeted.choices and len(set(budgeted.choices.values())) > 2
@@ -385,7 +385,7 @@ def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text,
     assert list(tmp_path.iterdir()) == []
 
 
-# What goes wrong on the way.
+# Failures during the work.
 
 
 @pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
@@ -402,7 +402,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
         monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(expected, match="leave dwq out" if place == "distilling" else "No space left"):
         quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
-    # What took long to measure is kept, where it can be.
+    # Sensitivities take long to measure, so they are saved if possible.
     kept = [] if place == "sensitivities" else ["out-sensitivities.json"]
     assert [path.name for path in tmp_path.iterdir()] == kept
     if kept:
@@ -410,7 +410,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
         assert sensitivity.read(tmp_path / kept[0], config).text == "play.txt"
 
 
-def test_a_failure_is_told_where_there_is_no_folder_yet_to_keep_anything_in(source, text, tmp_path, monkeypatch):
+def test_a_failure_is_reported_if_there_is_no_folder_to_save_sensitivities_in(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
@@ -442,20 +442,20 @@ def test_calibration_is_in_float32_unless_a_gpu_lacks_the_memory(
         quantize(source, tmp_path / "out", options(text, method=("gptq",)))
 
 
-def test_what_is_being_done_is_told_to_its_end(source, text, tmp_path):
-    told: dict[str, list[tuple[int, int]]] = {}
+def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path):
+    reported: dict[str, list[tuple[int, int]]] = {}
     quantize(
         source,
         tmp_path / "out",
         options(text, target_bpw=4.5, method=("gptq", "dwq"), report=True),
-        progress=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
+        progress=lambda stage, done, total: reported.setdefault(stage, []).append((done, total)),
     )
     stages = [
         stage
-        for stage in told
+        for stage in reported
         if stage in ("Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing")
     ]
     assert stages == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
-    for steps in told.values():
+    for steps in reported.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
-    assert told["Quantizing"][-1] == (9, 9)
+    assert reported["Quantizing"][-1] == (9, 9)
