@@ -104,9 +104,7 @@ def distill(
     trained = {path: (DistilledEmbedding if path == EMBEDDING else Distilled)(part) for path, part in packed.items()}
     for path, module in trained.items():
         replace_at(model, path, module)
-    held_out = range(0, len(batches), _HELD_OUT) if len(batches) >= _HELD_OUT else range(0)
-    training = [index for index in range(len(batches)) if index not in held_out] * _EPOCHS
-    random.Random(seed).shuffle(training)
+    held_out, training = _split(len(batches), seed)
 
     def loss(index: int) -> mx.array:
         return divergence(model, teacher, batches, index)
@@ -119,7 +117,7 @@ def distill(
 
     gradient = nn.value_and_grad(model, loss)
     optimizer = optimizers.Adam(learning_rate=_schedule(len(training), learning_rate))
-    # Without held-out text the last state is taken.
+    # Without held-out text every check gives 0, so the last state is taken.
     best, least = _state(trained), check()
     for step, index in enumerate(training, 1):
         value, gradients = gradient(index)
@@ -135,6 +133,14 @@ def distill(
     for path, module in trained.items():
         module.slope, module.shift = best[path]
     return {path: module.grid().stored(dtype) for path, module in trained.items()}
+
+
+def _split(count: int, seed: int) -> tuple[range, list[int]]:
+    """The indices of the held-out batches, and of the others in the order of training; few batches are all trained."""
+    held_out = range(0, count, _HELD_OUT) if count >= _HELD_OUT else range(0)
+    training = [index for index in range(count) if index not in held_out] * _EPOCHS
+    random.Random(seed).shuffle(training)
+    return held_out, training
 
 
 def _state(trained: Mapping[str, Distilled]) -> dict[str, tuple[mx.array, mx.array]]:
