@@ -104,6 +104,12 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.startswith("https://") or (document.parent / target).is_file(), target
 
 
+def test_the_layout_names_what_exists() -> None:
+    layout = blocks(ROOT / "README.md", "text")[0]
+    names = [name for line in layout.splitlines() for name in re.findall(r"[\w/.]+", re.split(r"  +", line)[0])]
+    assert len(names) > 15 and all((ROOT / "mlx_openelm" / name).exists() for name in names)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
 def test_commands_run_as_written(document: Path, clone: Path) -> None:
     if any("gguf" in command for command in commands(document)):
