@@ -872,15 +872,16 @@ def test_weights_are_read_lazily_and_never_held_twice(tmp_path: Path) -> None:
     """In a process of its own, where nothing else counts into the peak."""
     code = """
 import sys, json
+from pathlib import Path
 import mlx_openelm
-from mlx_openelm.formats import mlx as fmt
+from mlx_openelm.formats.mlx import read
 from mlx_openelm.jobs.convert import convert
 from mlx_openelm.loading import build_model
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 folder, out = sys.argv[1:]
 result = {}
-checkpoint = fmt.read(folder if False else __import__("pathlib").Path(folder))
+checkpoint = read(Path(folder))
 result["read"] = mx.get_peak_memory()
 model = build_model(checkpoint)
 result["load"] = mx.get_peak_memory()
@@ -894,7 +895,7 @@ for name, options in {"cast": {}, "q": {"quantize": True}, "same": {"dtype": "fl
 for name in ("cast", "q"):
     mx.clear_cache()
     mx.reset_peak_memory()
-    model = build_model(fmt.read(__import__("pathlib").Path(f"{out}/{name}")))
+    model = build_model(read(Path(out, name)))
     result["load " + name] = mx.get_peak_memory()
     del model
 print(json.dumps(result))

@@ -165,6 +165,22 @@ def test_budgets_are_never_passed_and_well_used(measured, model, target):
     assert target - 0.1 < bits <= target
 
 
+def test_a_bit_less_than_a_choice_needs_rules_it_out():
+    config = tiny_config()
+    wanted = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
+    # Only these choices, and larger ones, are worth anything.
+    costs = {
+        path: {
+            option: float(size_of(option, shape) < size_of(wanted[path], shape)) for option in candidates(config)[path]
+        }
+        for path, shape in config.matrix_shapes().items()
+    }
+    needed = bits_per_weight(config, wanted, 2)
+    chosen = assign(costs, config, needed - 1 / config.num_parameters, mx.bfloat16)
+    assert bits_per_weight(config, chosen, 2) < needed
+    assert sum(costs[path][choice] for path, choice in chosen.items()) == 1
+
+
 def test_what_costs_most_gets_the_bits():
     config = tiny_config()
     shapes = config.matrix_shapes()

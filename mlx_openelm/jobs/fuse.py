@@ -1,4 +1,4 @@
-"""Fuse: add adapters to a model's weights and write the sum as an ordinary MLX folder (`mlx-openelm fuse`)."""
+"""Add adapters to a model's weights and write the sum as an ordinary MLX folder (`mlx-openelm fuse`)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from ..quantization.recipes import Packing
 from ..quantization.report import Evaluator
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .writing import find_origin, write_folder
+from .writing import origin_of, write_folder
 
-# Windows of text that a report reads.
+# Windows of text that a report measures on.
 _WINDOWS = 8
 # Adapters by path or hub name, each with its weight.
 WeightedPaths = list[tuple[str, float]]
@@ -44,10 +44,10 @@ class Fusion:
     Attributes:
         path: the folder.
         bits_per_weight: bits per parameter as stored.
-        matrices: by module path, what the adapters changed and what storing the sum lost.
+        matrices: what the adapters changed and what storing the sum lost, by module path.
         overall: the same over all matrices.
         exceptions: descriptions of matrices packed differently from the rest, by module path.
-        untied: whether the output layer, shared with the embedding before, became a tensor of its own.
+        untied: whether the output layer, which shared the embedding, became a tensor of its own.
         requantized: whether the matrices were packed before, and were packed again.
         kl_divergence: if a report was asked for, KL(base with the adapters in float32 || what was written), in nats
             per token.
@@ -96,17 +96,17 @@ def fuse(
         model: as in `convert`.
         adapter_path: an adapter (mlx-lm's, PEFT's or CoreNet's format, or a hub name), or several LoRA adapters, with
             weights if wanted: `{"a": 0.7, "b": 0.3}`, or `["a=0.7", "b=0.3"]`.
-        dtype: the type of what is not quantized; the stored type by default.
+        dtype: the type of tensors that are not quantized; the stored type by default.
         quantize, q_bits, q_group_size, q_mode, recipe: as in `convert`, for a model that is not quantized.
         dequantize: unpack a quantized model.
         report: measure what storing the sum costs (`kl_divergence`), on `report_data` or the bundled text. Holds the
             model in float32.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `save_path` if it exists.
-        progress: called with the name of a stage, how much of it is done, and how much there is.
+        progress: called with the name of a stage, the amount done, and the total.
 
     Raises:
-        RequestError: an impossible request, or adapters of another model; nothing was written.
+        RequestError: an invalid request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
@@ -207,7 +207,7 @@ def _fusion(target: Path, bits_per_weight: float, merged: Merged, *, requantized
 
 
 def _with_weight(path: str, weight: float) -> str:
-    """An adapter and its weight as a person types them."""
+    """An adapter and its weight, as `--adapter-path` takes them."""
     return path if weight == 1 else f"{path}={weight:g}"
 
 
@@ -218,7 +218,7 @@ def _adapter_flags(model: str | Path, paths: WeightedPaths, save_path: str | Pat
 
 
 def _describe(path: str, adapter: Adapter, weight: float) -> str:
-    """An adapter, for the model card."""
+    """A description of an adapter for the model card."""
     times = "" if weight == 1 else f", {weight:g} times"
     name = f"`{without_folders(path)}`{times}"
     if not adapter.modules:
@@ -230,14 +230,18 @@ def _describe(path: str, adapter: Adapter, weight: float) -> str:
 
 
 def _origin(source: Source) -> Origin:
-    """The origin of the sum: a model derived from the base, no longer the same one."""
-    origin = find_origin(source)
+    """The origin of the sum: a model derived from the base."""
+    origin = origin_of(source)
     relation = "merge" if origin.relation == "merge" else "finetune"
     return replace(origin, name=f"{origin.name}, fine-tuned", relation=relation if origin.base_model else None)
 
 
 def _divergences(
-    open_base: Callable[[], Source], paths: WeightedPaths, target: Path, windows: list[list[int]], show: Progress
+    open_base: Callable[[], Source],
+    paths: WeightedPaths,
+    target: Path,
+    windows: list[list[int]],
+    show: Progress,
 ) -> tuple[float, float]:
     """KL(base with the adapters || model) in nats per token, in float32, of the written model and of the base."""
     source = open_base()
