@@ -431,7 +431,7 @@ def test_saved_prompt_caches_are_read_both_ways(tmp_path: Path, name: str, direc
     assert metadata == {"model": "x"}
     if reader is ours:
         loaded = [getattr(ours, type(c).__name__).from_state(c.state) for c in loaded]
-    assert type(loaded[0]).__module__ == reader.__name__
+    assert type(loaded[0]).__module__.startswith(reader.__name__)
     assert offsets(loaded[0]) == [27]
     for _ in range(3):
         keys, values = fresh(rng, 1, 1)

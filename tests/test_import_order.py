@@ -60,7 +60,7 @@ def _file(target: list[str]) -> str:
 @pytest.mark.parametrize(
     ("line", "files"),
     [
-        ("from . import cache, load", {"cache", "__init__"}),
+        ("from . import cache, load", {"cache.__init__", "__init__"}),
         ("def later():\n    from .ops.layers import rms_norm", {"ops.layers"}),
         ("if TYPE_CHECKING:\n    from .hub import resolve", {"hub.resolve"}),
         ("import mlx_openelm, mlx_openelm.native", {"__init__", "native.__init__"}),
