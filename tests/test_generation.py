@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -16,9 +17,10 @@ from mlx_openelm.cache import QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation import decoding
-from mlx_openelm.generation.decoding import CacheOptions, generate_step, token_limit
+from mlx_openelm.generation.decoding import Piece
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions, GenerationOptions
 from mlx_openelm.generation.sampling import greedy
-from mlx_openelm.generation.stream import Piece
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -191,9 +193,9 @@ def test_cached_tokens_count_towards_the_limit(tokenizer: Tokenizer) -> None:
     model = small_model()
     cache = make_cache(2)
     model(mx.array([IDS[0][:9]]), cache)
-    assert token_limit(model, cache, 3, -1) == 9
-    assert token_limit(model, cache, 3, 4) == 4
-    assert token_limit(model, None, 20, -1) == 1
+    for max_tokens, following in ((-1, 9), (9, 9), (10, 9), (4, 4)):
+        steps = generate_step(model, [5, 6, 7], max_tokens=max_tokens, cache=copy.deepcopy(cache))
+        assert len(list(steps)) == following
     found = pieces(model, tokenizer, [5, 6, 7], prompt_cache=cache, max_tokens=-1, **NO_EOS)
     assert (len(found), found[-1].finish_reason, cache[0].offset) == (9, "length", 20)
     with pytest.raises(RequestError, match="21 tokens.*end at 20"):
@@ -613,8 +615,6 @@ def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer
 
 
 def test_options_are_those_of_the_command() -> None:
-    from mlx_openelm.generation.stream import GenerationOptions
-
     names = {field.name for field in dataclasses.fields(GenerationOptions)}
     wanted = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
     wanted += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"

@@ -138,7 +138,7 @@ class BatchCache(Cache):
             self.keys, self.values = (mx.concatenate(parts) for parts in zip(*pairs, strict=True))
 
     def _padded_to(self, length: int, like: Self) -> tuple[mx.array, mx.array] | None:
-        """Keys and values [B, K, length, D], padded on the left; if there are none, zeros with the K and D of `like`."""
+        """Keys and values [B, K, length, D], padded on the left; if there are none, zeros shaped as `like`'s."""
         if self.keys is None and like.keys is None:
             return None
         if self.keys is None:
