@@ -1,4 +1,4 @@
-"""The input of generation and its checks: options, prompt, caches. Errors name the command's flags."""
+"""The options of generation, and checks of options, token ids and caches. Errors name the command's flags."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SamplingParams:
 
     - `temp`: 0 takes the most likely token.
     - `top_p`: the smallest set of most likely tokens that holds this much probability; 0 and 1 mean off.
-    - `top_k`: exactly this many of the most likely tokens; 0, or the size of the vocabulary or more, means off.
+    - `top_k`: exactly this many of the most likely tokens; 0, or at least the size of the vocabulary, means off.
     - `min_p`: tokens at least this likely relative to the most likely one, and never fewer than
       `min_tokens_to_keep` (which affects `min_p` only).
     - `xtc_probability`, `xtc_threshold`: with this probability, drop all but the least likely of the tokens
@@ -39,8 +39,8 @@ class SamplingParams:
       multiplied, once each (Keskar et al., 2019, CTRL, section 4.1). `None` and 1 mean off.
     - `presence_penalty`: subtracted from the logit of every token in the context, once each.
     - `frequency_penalty`: subtracted once for every time the token is in the context. Both may be negative.
-    - `*_context_size`: how many of the last tokens the penalty looks at, including the prompt and, if their ids are
-      given, the tokens in the prompt cache. `None` is all of them, as in transformers (mlx-lm looks at 20). Presence
+    - `*_context_size`: the number of last tokens that the penalty reads, including the prompt and, if their ids are
+      given, the tokens in the prompt cache. `None` is all of them, as in transformers (in mlx-lm it is 20). Presence
       and frequency penalties count the prompt too, as in mlx-lm and unlike the OpenAI API.
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
@@ -115,8 +115,8 @@ class CacheOptions:
     """How keys and values are cached.
 
     - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
-    - `kv_bits`, `kv_group_size`: quantize keys and values to this many bits, from position `quantized_kv_start` on;
-      by default the group size is head_dim, at most 64.
+    - `kv_bits`, `kv_group_size`: quantize keys and values to this many bits once the cache holds `quantized_kv_start`
+      positions; by default the group size is head_dim, at most 64.
     """
 
     max_kv_size: int | None = option(
@@ -181,10 +181,10 @@ class CacheOptions:
 class GenerationOptions(SamplingParams, CacheOptions):
     """All options of `generate`, written once for Python and the command line.
 
-    - `max_tokens`: how many tokens at most; -1 goes on to the end of the context.
-    - `seed`: the same seed gives the same text; None draws one.
+    - `max_tokens`: the maximum number of tokens; -1 continues to the end of the context.
+    - `seed`: the same seed gives the same text; None draws a random one.
     - `stop`: strings that end the text; they are not part of it.
-    - `prefill_step_size`: prompt tokens processed at a time; None takes what suits the device.
+    - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
     """
 
     max_tokens: int = option(256, "Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
