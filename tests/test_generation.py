@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_the_fields_of_pieces(model: OpenELM, tokenizer: Tokenizer) -> None:
     assert found[0].generation_tps == 0
     assert all(0 < piece.generation_tps < 1e7 for piece in found[1:])
     assert 0.009 < found[-1].peak_memory < 4
+
+
+def test_speeds_are_those_of_the_clock(model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 seconds for the prompt and its token, then half a second per token."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def pass_a_second(done: int, total: int) -> None:  # at the start and at the end of the prompt
+        clock[0] += 1
+
+    stream = stream_generate(model, tokenizer, IDS[0], max_tokens=5, progress=pass_a_second)
+    speeds = []
+    for piece in stream:
+        speeds.append((piece.prompt_tps, piece.generation_tps))
+        clock[0] += 0.5
+    assert speeds == [(len(IDS[0]) / 2, 0.0)] + [(len(IDS[0]) / 2, 2.0)] * 4
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -516,6 +533,16 @@ def test_memory_stays_bounded_over_a_long_text(tokenizer: Tokenizer) -> None:
     gc.collect()
     # Two layers' keys and values grow by two steps of 256 positions, 2 heads of 16.
     assert mx.get_active_memory() - early <= 2 * 2 * 2 * 256 * 2 * 16 * 4 + 100_000
+
+
+def test_unused_buffers_are_freed_every_256_tokens(model: OpenELM, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    clear_cache = mx.clear_cache
+    monkeypatch.setattr(mx, "clear_cache", lambda: (freed.append(1), clear_cache())[1])
+    counts = []
+    for _ in generate_step(model, IDS[0], max_tokens=515):
+        counts.append(len(freed))
+    assert counts == [0] * 256 + [1] * 256 + [2] * 3
 
 
 # Bad requests.

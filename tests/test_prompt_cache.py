@@ -328,3 +328,11 @@ def test_caches_of_another_model_or_of_a_batch(model: OpenELM, ids: list[int]) -
         for layer in cache:
             layer.offset = model.config.rope_max_length
         generate_step(model, [5], cache=cache)
+
+
+def test_a_row_whose_padding_is_still_to_come_has_seen_nothing(model: OpenELM, ids: list[int]) -> None:
+    """The prompt's first tokens are that padding, and attention does not see them."""
+    expected = [token for token, _ in generate_step(model, ids, max_tokens=4)]
+    cache = [BatchKVCache([2]) for _ in model.layers]
+    steps = generate_step(model, [9, 9, *ids], max_tokens=4, cache=cache, prompt_cache_tokens=[])
+    assert [token for token, _ in steps] == expected
