@@ -242,7 +242,7 @@ def token_stream(whose: str, model: Any) -> Callable[[list[int], int], Iterator[
     import mlx.core as mx
 
     if whose == "ours":
-        from mlx_openelm.generation.decoding import generate_step as step
+        from mlx_openelm.generation.generate_step import generate_step as step
 
         return lambda prompt, count: step(model, prompt, max_tokens=count)
     from mlx_lm.generate import generate_step

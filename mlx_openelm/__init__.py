@@ -27,7 +27,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .adapters.switching import AdapterSwitch
-    from .generation.stream import generate, stream_generate
+    from .generation.decoding import generate, stream_generate
     from .jobs.convert import convert
     from .jobs.fuse import fuse
     from .jobs.quantize import quantize
@@ -41,8 +41,8 @@ blas.preload()
 _HOMES = {
     "load": "loading",
     "convert": "jobs.convert",
-    "generate": "generation.stream",
-    "stream_generate": "generation.stream",
+    "generate": "generation.decoding",
+    "stream_generate": "generation.decoding",
     "finetune": "training.finetune",
     "FineTuneOptions": "training.options",
     "fuse": "jobs.fuse",

@@ -1,4 +1,4 @@
-"""The error for NaN and infinity; numbers are checked where one is read back from the device anyway."""
+"""The error for NaN and infinity. Callers check numbers that they read back from the device anyway."""
 
 from __future__ import annotations
 

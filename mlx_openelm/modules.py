@@ -1,4 +1,4 @@
-"""Parts of a model by their dotted path, to look at and to replace."""
+"""Get and replace parts of a model by their dotted path."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .model import OpenELM
 
 
 def module_at(parent: nn.Module, path: str) -> nn.Module:
-    """The module of `parent` at a dotted path, `parent` itself at the empty one.
+    """The module at a dotted path below `parent`; the empty path is `parent` itself.
 
     Raises:
-        KeyError, IndexError: there is none.
+        KeyError, IndexError: there is no such module.
     """
     for name in filter(None, path.split(".")):
         parent = parent[int(name)] if isinstance(parent, list) else parent[name]
@@ -20,11 +20,11 @@ def module_at(parent: nn.Module, path: str) -> nn.Module:
 
 
 def replace_at(parent: nn.Module, path: str, part: nn.Module | mx.array) -> None:
-    """Put a module or a parameter in place of the one at a dotted path."""
+    """Replace the module or parameter at a dotted path below `parent`."""
     above, _, name = path.rpartition(".")
     setattr(module_at(parent, above), name, part)
 
 
 def output_layer(model: OpenELM) -> nn.Module:
-    """What gives the logits: `lm_head`, or the embedding where it is shared."""
+    """The layer that gives the logits: `lm_head`, or the embedding if it is shared."""
     return model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head

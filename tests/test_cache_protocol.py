@@ -11,7 +11,7 @@ from typing import Any
 from mlx_openelm import cache as ours
 from mlx_openelm import load
 from mlx_openelm.errors import RequestError
-from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.model import OpenELM
 
 import mlx.core as mx

@@ -160,9 +160,14 @@ def test_prefill_evaluates_only_the_cache(model: OpenELM, monkeypatch: pytest.Mo
     rows: list[int] = []
     logits = OpenELM.logits
     monkeypatch.setattr(OpenELM, "logits", lambda self, x: rows.append(x.size // x.shape[-1]) or logits(self, x))
+    evaluated: list[int] = []  # how many positions the cache had whenever something was evaluated
+    decoder = Decoder(model)
+    evaluate = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *x: evaluated.append(decoder.cache[0].offset) or evaluate(*x))
     progress: list[tuple[int, int]] = []
-    Decoder(model).prefill(mx.array([IDS[0]]), 4, lambda *numbers: progress.append(numbers))
+    decoder.prefill(mx.array([IDS[0]]), 4, lambda *numbers: progress.append(numbers))
     assert (rows, progress) == ([1], [(0, 9), (4, 9), (8, 9)])
+    assert set(evaluated) == {4, 8}  # the last piece is left lazy
 
 
 # A rotating cache at exactly its limit: generation with it.

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_openelm import load, stream_generate
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
-from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
 from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.model import OpenELM

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,10 @@ from mlx_openelm.cache import QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation import decoding
-from mlx_openelm.generation.decoding import CacheOptions, generate_step, token_limit
+from mlx_openelm.generation.decoding import Piece
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions, GenerationOptions
 from mlx_openelm.generation.sampling import greedy
-from mlx_openelm.generation.stream import Piece
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -86,6 +89,22 @@ def test_the_fields_of_pieces(model: OpenELM, tokenizer: Tokenizer) -> None:
     assert found[0].generation_tps == 0
     assert all(0 < piece.generation_tps < 1e7 for piece in found[1:])
     assert 0.009 < found[-1].peak_memory < 4
+
+
+def test_speeds_are_those_of_the_clock(model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 seconds for the prompt and its token, then half a second per token."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def pass_a_second(done: int, total: int) -> None:  # at the start and at the end of the prompt
+        clock[0] += 1
+
+    stream = stream_generate(model, tokenizer, IDS[0], max_tokens=5, progress=pass_a_second)
+    speeds = []
+    for piece in stream:
+        speeds.append((piece.prompt_tps, piece.generation_tps))
+        clock[0] += 0.5
+    assert speeds == [(len(IDS[0]) / 2, 0.0)] + [(len(IDS[0]) / 2, 2.0)] * 4
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -191,9 +210,9 @@ def test_cached_tokens_count_towards_the_limit(tokenizer: Tokenizer) -> None:
     model = small_model()
     cache = make_cache(2)
     model(mx.array([IDS[0][:9]]), cache)
-    assert token_limit(model, cache, 3, -1) == 9
-    assert token_limit(model, cache, 3, 4) == 4
-    assert token_limit(model, None, 20, -1) == 1
+    for max_tokens, following in ((-1, 9), (9, 9), (10, 9), (4, 4)):
+        steps = generate_step(model, [5, 6, 7], max_tokens=max_tokens, cache=copy.deepcopy(cache))
+        assert len(list(steps)) == following
     found = pieces(model, tokenizer, [5, 6, 7], prompt_cache=cache, max_tokens=-1, **NO_EOS)
     assert (len(found), found[-1].finish_reason, cache[0].offset) == (9, "length", 20)
     with pytest.raises(RequestError, match="21 tokens.*end at 20"):
@@ -516,6 +535,16 @@ def test_memory_stays_bounded_over_a_long_text(tokenizer: Tokenizer) -> None:
     assert mx.get_active_memory() - early <= 2 * 2 * 2 * 256 * 2 * 16 * 4 + 100_000
 
 
+def test_unused_buffers_are_freed_every_256_tokens(model: OpenELM, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    clear_cache = mx.clear_cache
+    monkeypatch.setattr(mx, "clear_cache", lambda: (freed.append(1), clear_cache())[1])
+    counts = []
+    for _ in generate_step(model, IDS[0], max_tokens=515):
+        counts.append(len(freed))
+    assert counts == [0] * 256 + [1] * 256 + [2] * 3
+
+
 # Bad requests.
 
 
@@ -613,8 +642,6 @@ def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer
 
 
 def test_options_are_those_of_the_command() -> None:
-    from mlx_openelm.generation.stream import GenerationOptions
-
     names = {field.name for field in dataclasses.fields(GenerationOptions)}
     wanted = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
     wanted += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"

@@ -16,7 +16,8 @@ from mlx_openelm import generate, load
 from mlx_openelm.cache import make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.generation import sampling
-from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.model import OpenELM
 
 import mlx.core as mx

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mlx_openelm.cache import KVCache
 from mlx_openelm.cuda import decoding
-from mlx_openelm.generation.decoding import generate_step
+from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.model import OpenELM
 
 import mlx.core as mx

@@ -47,11 +47,11 @@ def _file(target: list[str]) -> str:
 @pytest.mark.parametrize(
     ("line", "files"),
     [
-        ("from . import cache, load", {"cache", "__init__"}),
+        ("from . import cache, load", {"cache.__init__", "__init__"}),
         ("def later():\n    from .ops.layers import rms_norm", {"ops.layers"}),
         ("if TYPE_CHECKING:\n    from .hub import resolve", {"hub.resolve"}),
         ("import mlx_openelm, mlx_openelm.native", {"__init__", "native.__init__"}),
-        ("from mlx_openelm.generation.stream import generate", {"generation.stream"}),
+        ("from mlx_openelm.generation.decoding import generate", {"generation.decoding"}),
         ("import mlx.core as mx\nfrom pathlib import Path", set()),
     ],
 )

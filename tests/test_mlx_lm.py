@@ -12,7 +12,8 @@ from mlx_openelm import cache as our_cache
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint, Quantization
 from mlx_openelm.formats.packing import quantize_weights
-from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer

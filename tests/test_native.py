@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 from mlx_openelm import convert, environment, generate, load, native
 from mlx_openelm.cache import BatchKVCache, KVCache, RotatingKVCache, make_cache
-from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.loading import ROUNDED_BITS
 from mlx_openelm.native import build
 from mlx_openelm.ops.rope import rotation_table

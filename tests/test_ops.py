@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlx_openelm import backend, load, native
 from mlx_openelm.cache import BatchKVCache, make_cache
-from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.ops import layers as ops
 from mlx_openelm.ops import rope
 

@@ -11,9 +11,9 @@ from typing import Any
 from mlx_openelm import generate, load, stream_generate
 from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.errors import RequestError
-from mlx_openelm.generation.decoding import CacheOptions, generate_step
+from mlx_openelm.generation.generate_step import generate_step
+from mlx_openelm.generation.options import CacheOptions, GenerationOptions
 from mlx_openelm.generation.sampling import SamplingParams, make_logits_processors, make_sampler
-from mlx_openelm.generation.stream import GenerationOptions
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -113,12 +113,18 @@ def test_without_the_ids_the_text_differs_and_a_warning_says_why(
 @pytest.mark.usefixtures("no_warnings")
 def test_no_warning_if_the_penalties_miss_nothing(model: OpenELM, tokenizer: Tokenizer, ids: list[int]) -> None:
     """No penalty; a bias, which does not depend on the context; an empty cache; known ids."""
-    past = filled(model, ids[:5])
-    generate(model, tokenizer, ids[5:], prompt_cache=past, max_tokens=1, logit_bias={3: -1.0}, temp=1.0, seed=1)
-    generate(model, tokenizer, ids, prompt_cache=make_cache(6), max_tokens=1, frequency_penalty=1.0)
-    generate(model, tokenizer, ids, prompt_cache_tokens=[], max_tokens=1, frequency_penalty=1.0)
-    past = filled(model, ids[:5])
-    generate(model, tokenizer, ids[5:], prompt_cache=past, prompt_cache_tokens=ids[:5], max_tokens=1)
+    first = [piece.token for piece in stream_generate(model, tokenizer, ids, max_tokens=3)]
+    cases: list[dict[str, Any]] = [
+        {"prompt_cache": filled(model, ids[:5]), "logit_bias": {first[0]: 1.0}},
+        {"prompt_cache": make_cache(6), "frequency_penalty": 0.0},
+        {"prompt_cache": make_cache(6), "frequency_penalty": 1e-3},
+        {"prompt_cache_tokens": [], "frequency_penalty": 1e-3},
+        {"prompt_cache": filled(model, ids[:5]), "prompt_cache_tokens": ids[:5]},
+    ]
+    for options in cases:
+        past = options["prompt_cache"][0].offset if "prompt_cache" in options else 0
+        found = stream_generate(model, tokenizer, ids[past:], max_tokens=3, **options)
+        assert [piece.token for piece in found] == first, options
 
 
 def test_a_sliding_cache_counts_what_it_has_seen(model: OpenELM, ids: list[int]) -> None:
@@ -322,3 +328,11 @@ def test_caches_of_another_model_or_of_a_batch(model: OpenELM, ids: list[int]) -
         for layer in cache:
             layer.offset = model.config.rope_max_length
         generate_step(model, [5], cache=cache)
+
+
+def test_a_row_whose_padding_is_still_to_come_has_seen_nothing(model: OpenELM, ids: list[int]) -> None:
+    """The prompt's first tokens are that padding, and attention does not see them."""
+    expected = [token for token, _ in generate_step(model, ids, max_tokens=4)]
+    cache = [BatchKVCache([2]) for _ in model.layers]
+    steps = generate_step(model, [9, 9, *ids], max_tokens=4, cache=cache, prompt_cache_tokens=[])
+    assert [token for token, _ in steps] == expected

@@ -9,9 +9,9 @@ from argparse import Namespace
 from typing import Any
 
 from ..errors import RequestError, quote
+from ..generation.decoding import Piece, stream_generate
 from ..generation.options import GenerationOptions
 from ..generation.sampling import random_seed
-from ..generation.stream import Piece, stream_generate
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM

@@ -1,6 +1,7 @@
-"""Decoding: `Decoder.prefill` takes the prompt in pieces, `Decoder.step` one token, `decode` is the loop around them.
+"""Decoding, from a prompt to text: `stream_generate` and `generate`, and the parts they are made of.
 
-Each gives the log-probabilities [1, vocab] of the token that follows, so greedy decoding by hand is:
+`Decoder.prefill` processes the prompt, `Decoder.step` one token; `decode` is the loop around them. Both methods give
+the log-probabilities [1, vocab] of the next token, so greedy decoding by hand is:
 
     decoder = Decoder(model)
     logprobs = decoder.prefill(mx.array([ids]))
@@ -12,24 +13,151 @@ Each gives the log-probabilities [1, vocab] of the token that follows, so greedy
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from .. import backend
 from ..cache import make_cache
-from ..errors import RequestError, quote
+from ..errors import RequestError
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
-from .options import CacheOptions, cache_offset, cached_ids, check_lengths, prompt_ids, warn
-from .sampling import LogitsProcessor, Sampler, greedy
+from ..text.tokenizer import Tokenizer
+from .options import CacheOptions, GenerationOptions, cache_offset, token_ids, warn
+from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
+from .stopping import StopStrings
 
 # Free MLX's buffers now and then: lengths change with every token, so few are reused.
 _CLEAR_EVERY = 256
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of generated text.
+
+    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and
+    before filters; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
+    """
+
+    text: str
+    token: int
+    logprob: float
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+
+
+def generate(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any) -> str:
+    """The text that follows `prompt`; arguments and errors as in `stream_generate`."""
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+
+
+def stream_generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    prompt_cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
+    """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
+
+    The pieces' texts join to exactly `tokenizer.decode` of the tokens before the end of the text.
+
+    Args:
+        prompt: text (BOS is put first), or token ids as they are.
+        prompt_cache: key-value caches, one per layer, that hold what precedes the prompt; extended in place.
+        prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
+            count only the prompt and what follows, and a warning says so.
+        progress: called with the prompt tokens processed so far and in total.
+        options: the fields of `GenerationOptions`.
+
+    Raises:
+        RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
+            at the call, before anything is computed.
+        OpenELMError: while iterating, the model's logits are not finite.
+    """
+    unknown = options.keys() - GenerationOptions.__dataclass_fields__.keys()
+    if unknown:
+        raise RequestError(f"generate has no option {', '.join(sorted(unknown))}.")
+    chosen = GenerationOptions(**options)
+    chosen.validate(model.config.vocab_size, model.config.head_dim)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("The prompt is empty; give some text with --prompt.")
+        prompt = tokenizer.encode(prompt)
+    sampler: Sampler = greedy
+    if chosen.temp > 0:
+        key = None if chosen.seed is None else make_key(chosen.seed)
+        sampler = make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
+    decoder, ids, count = make_decoder(
+        model,
+        prompt,
+        chosen.max_tokens,
+        chosen,
+        cache=prompt_cache,
+        prompt_cache_tokens=prompt_cache_tokens,
+        logits_processors=make_logits_processors(chosen) if chosen.changes_logits else (),
+    )
+    return _pieces(tokenizer, decoder, ids, count, sampler, chosen, progress)
+
+
+def _pieces(
+    tokenizer: Tokenizer,
+    decoder: Decoder,
+    prompt: list[int],
+    count: int,
+    sampler: Sampler,
+    options: GenerationOptions,
+    progress: Progress | None,
+) -> Iterator[Piece]:
+    """At most `count` pieces; nothing is computed before the first one is requested."""
+    text_decoder = tokenizer.streaming_decoder()
+    stops = StopStrings(options.stop) if options.stop else None
+    steps = decode(
+        decoder, prompt, count, sampler=sampler, prefill_step_size=options.prefill_step_size, progress=progress
+    )
+    started = time.perf_counter()
+    prompt_seconds = 0.0
+    with backend.wired_limit():
+        for n, (token, logprob, _) in enumerate(steps, 1):
+            now = time.perf_counter()
+            if n == 1:
+                prompt_seconds, started = now - started, now
+            text, stopped = "", token in tokenizer.eos_token_ids
+            if not stopped:
+                text = text_decoder.add(token)
+                if stops is not None:
+                    text, stopped = stops.add(text)
+            finish_reason = "stop" if stopped else "length" if n == count else None
+            if finish_reason is not None:
+                rest = text_decoder.finish()
+                text += rest if stops is None else stops.add(rest)[0] + stops.finish()
+            yield Piece(
+                text,
+                token,
+                logprob,
+                prompt_tokens=len(prompt),
+                prompt_tps=len(prompt) / max(prompt_seconds, 1e-9),
+                generation_tokens=n,
+                # The first token belongs to the prompt's time, so speed counts from the second.
+                generation_tps=(n - 1) / (now - started) if n > 1 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish_reason,
+            )
+            if finish_reason is not None:
+                return
 
 
 class Decoder:
@@ -40,7 +168,7 @@ class Decoder:
     Args:
         cache: the caches to extend; by default empty ones, as `options` ask for.
         logits_processors: each maps (the context's ids [n], logits [1, vocab]) to new logits. They need a batch of one.
-        context: the ids of what `cache` has seen, for the processors.
+        context: the ids of the tokens in `cache`, for the processors.
     """
 
     def __init__(
@@ -61,11 +189,12 @@ class Decoder:
     def prefill(self, prompt: mx.array, step_size: int | None = None, progress: Progress | None = None) -> mx.array:
         """Extend the caches by a prompt [B, L]; returns the next token's log-probabilities [B, vocab].
 
-        Only the caches are evaluated, piece by piece, except for the last piece: that one is left lazy, as in `step`.
+        The prompt is processed in pieces. The caches are evaluated after each piece but the last, which is left lazy,
+        as in `step`.
 
         Args:
             step_size: tokens of a row in a piece; by default what suits the device.
-            progress: called before each piece with the tokens of a row processed so far and in all.
+            progress: called before each piece with the tokens of a row processed so far and in total.
         """
         step_size = step_size or backend.prefill_step_size()
         last = (prompt.shape[1] - 1) // step_size * step_size  # where the last piece begins
@@ -102,94 +231,60 @@ class Decoder:
         return log_softmax(logits)
 
     def _quantize_cache(self) -> None:
-        """Replace caches that have reached `quantized_kv_start` by quantized ones."""
+        """Replace caches that have reached `quantized_kv_start` with quantized ones."""
         group_size, bits = self.options.group_size(self.model.config.head_dim), self.options.kv_bits
         for i, layer in enumerate(self.cache):
             if hasattr(layer, "to_quantized") and layer.offset >= self.options.quantized_kv_start:
                 self.cache[i] = layer.to_quantized(group_size=group_size, bits=bits)
 
 
-def generate_step(
-    model: OpenELM,
-    prompt: Sequence[int] | mx.array,
-    *,
-    max_tokens: int = 256,
-    sampler: Sampler = greedy,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    cache: list[Any] | None = None,
-    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
-    options: CacheOptions | None = None,
-    prefill_step_size: int | None = None,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Tokens after `prompt` with their log-probabilities (natural; after penalties and bias, before the filters).
-
-    Args:
-        prompt: token ids, at least one.
-        max_tokens: how many at most; -1 goes on to the end of the context.
-        logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits.
-        cache: key-value caches, one per layer, which may already hold what precedes the prompt; extended in place.
-        prompt_cache_tokens: the ids of all tokens that `cache` has seen, for `logits_processors` that look at them,
-            such as penalties; without it they see only the prompt and what follows, and a warning says so.
-        options: how keys and values are cached; a given cache must match them.
-        prefill_step_size: prompt tokens processed at a time; by default what suits the device.
-        progress: called with the prompt tokens processed so far and in all.
-
-    Raises:
-        RequestError: a bad value, a prompt that is empty or too long, a cache that does not fit; at the call, before
-            anything is computed.
-        OpenELMError: while iterating, the logits are not finite.
-    """
-    options = CacheOptions() if options is None else options
-    if not isinstance(options, CacheOptions):
-        raise RequestError(f"options must be CacheOptions or GenerationOptions, got {quote(options)}.")
-    options.validate(model.config.vocab_size, model.config.head_dim)
-    check_lengths(max_tokens, prefill_step_size)
-    decoder, ids = make_decoder(
-        model,
-        prompt,
-        options,
-        cache=cache,
-        prompt_cache_tokens=prompt_cache_tokens,
-        logits_processors=logits_processors,
-    )
-    count = token_limit(model, decoder.cache, len(ids), max_tokens)
-    steps = decode(decoder, ids, count, sampler=sampler, prefill_step_size=prefill_step_size, progress=progress)
-    return ((token, logprob) for token, logprob, _ in steps)
-
-
 def make_decoder(
     model: OpenELM,
     prompt: Any,
+    max_tokens: int,
     options: CacheOptions,
     *,
     cache: list[Any] | None = None,
     prompt_cache_tokens: Any = None,
     logits_processors: Sequence[LogitsProcessor] = (),
-) -> tuple[Decoder, list[int]]:
-    """A decoder for one sequence and the prompt's ids, both checked; arguments and errors as in `generate_step`."""
+) -> tuple[Decoder, list[int], int]:
+    """A decoder for one sequence, the prompt's ids, and the number of tokens that can follow; warns of long prompts.
+
+    `max_tokens` and `options` are valid; the other arguments, and the errors, are those of `generate_step`.
+    """
+    config = model.config
     past, context = 0, []
     if cache is not None:
         past = cache_offset(cache, len(model.layers))
         options.check_cache(cache)
-    ids = prompt_ids(prompt, past, model.config)
+    ids = token_ids(prompt, config.vocab_size)
+    if not ids:
+        raise RequestError("The prompt is empty; give at least one token.")
+    total = past + len(ids)
+    if total > config.rope_max_length:
+        raise RequestError(
+            f"The prompt is too long: {total} tokens, where the model's positions end at "
+            f"{config.rope_max_length}; shorten it."
+        )
+    if total > config.max_context_length:
+        warn(
+            f"The prompt has {total} tokens, more than the {config.max_context_length} "
+            "the model was trained on; expect worse text."
+        )
     if prompt_cache_tokens is not None:
-        context = cached_ids(prompt_cache_tokens, past, model.config)
+        context = token_ids(prompt_cache_tokens, config.vocab_size, "prompt_cache_tokens")
+        if len(context) != past:
+            raise RequestError(
+                f"prompt_cache_tokens has {len(context)} ids, and the prompt cache has seen {past} tokens."
+            )
     if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
         warn(
             f"Penalties see only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens."
         )
-    return Decoder(model, cache, options, logits_processors=logits_processors, context=context), ids
-
-
-def token_limit(model: OpenELM, cache: Sequence[Any] | None, prompt_tokens: int, max_tokens: int) -> int:
-    """How many tokens can follow: `max_tokens` (-1 for no limit), or fewer where the model's positions end.
-
-    The last token needs no position of its own, since nothing is computed from it.
-    """
-    past = int(cache[0].offset) if cache else 0
-    room = model.config.rope_max_length - past - prompt_tokens + 1
-    return room if max_tokens < 0 else min(max_tokens, room)
+    # The last token needs no position, since nothing is computed from it.
+    room = config.rope_max_length - total + 1
+    decoder = Decoder(model, cache, options, logits_processors=logits_processors, context=context)
+    return decoder, ids, room if max_tokens < 0 else min(max_tokens, room)
 
 
 def decode(
@@ -224,7 +319,7 @@ def decode(
 
 
 def _draw(logprobs: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array, mx.array]:
-    """A token [1], its log-probability [1, 1] and `logprobs` [1, vocab], which the device starts to compute."""
+    """A token [1], its log-probability [1, 1] and `logprobs` [1, vocab]; starts computing the first two."""
     token = sampler(logprobs)
     logprob = mx.take_along_axis(logprobs, token[:, None], axis=-1)
     mx.async_eval(token, logprob)

@@ -1,4 +1,4 @@
-"""The input of generation and its checks: options, prompt, caches. Errors name the command's flags."""
+"""The options of generation, and checks of options, token ids and caches. Errors name the command's flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
-from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..options import option
 
@@ -31,7 +30,7 @@ class SamplingParams:
 
     - `temp`: 0 takes the most likely token.
     - `top_p`: the smallest set of most likely tokens that holds this much probability; 0 and 1 mean off.
-    - `top_k`: exactly this many of the most likely tokens; 0, or the size of the vocabulary or more, means off.
+    - `top_k`: exactly this many of the most likely tokens; 0, or at least the size of the vocabulary, means off.
     - `min_p`: tokens at least this likely relative to the most likely one, and never fewer than
       `min_tokens_to_keep` (which affects `min_p` only).
     - `xtc_probability`, `xtc_threshold`: with this probability, drop all but the least likely of the tokens
@@ -40,8 +39,8 @@ class SamplingParams:
       multiplied, once each (Keskar et al., 2019, CTRL, section 4.1). `None` and 1 mean off.
     - `presence_penalty`: subtracted from the logit of every token in the context, once each.
     - `frequency_penalty`: subtracted once for every time the token is in the context. Both may be negative.
-    - `*_context_size`: how many of the last tokens the penalty looks at, including the prompt and, if their ids are
-      given, the tokens in the prompt cache. `None` is all of them, as in transformers (mlx-lm looks at 20). Presence
+    - `*_context_size`: the number of last tokens that the penalty reads, including the prompt and, if their ids are
+      given, the tokens in the prompt cache. `None` is all of them, as in transformers (in mlx-lm it is 20). Presence
       and frequency penalties count the prompt too, as in mlx-lm and unlike the OpenAI API.
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
@@ -116,8 +115,8 @@ class CacheOptions:
     """How keys and values are cached.
 
     - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
-    - `kv_bits`, `kv_group_size`: quantize keys and values to this many bits, from position `quantized_kv_start` on;
-      by default the group size is head_dim, at most 64.
+    - `kv_bits`, `kv_group_size`: quantize keys and values to this many bits once the cache holds `quantized_kv_start`
+      positions; by default the group size is head_dim, at most 64.
     """
 
     max_kv_size: int | None = option(
@@ -134,7 +133,7 @@ class CacheOptions:
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value; groups must divide `head_dim` if that is given.
 
-        `vocab_size` is for the sampling half of `GenerationOptions`.
+        `vocab_size` is for subclasses, whose options may hold token ids.
         """
         check_number("--quantized-kv-start", self.quantized_kv_start, 0, math.inf, "0 or more", kind=int)
         if self.max_kv_size is not None:
@@ -154,7 +153,7 @@ class CacheOptions:
             raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {size}.")
 
     def check_cache(self, cache: Sequence[Any]) -> None:
-        """Raise a `RequestError` if the given caches are of another kind than these options ask for."""
+        """Raise a `RequestError` if the given caches are not what these options ask for."""
         for layer in cache:
             kind = type(layer).__name__
             if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
@@ -174,6 +173,7 @@ class CacheOptions:
                 raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
 
     def group_size(self, head_dim: int) -> int:
+        """`kv_group_size`, or its default for this head_dim."""
         return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
 
 
@@ -181,10 +181,10 @@ class CacheOptions:
 class GenerationOptions(SamplingParams, CacheOptions):
     """All options of `generate`, written once for Python and the command line.
 
-    - `max_tokens`: how many tokens at most; -1 goes on to the end of the context.
-    - `seed`: the same seed gives the same text; None draws one.
+    - `max_tokens`: the maximum number of tokens; -1 continues to the end of the context.
+    - `seed`: the same seed gives the same text; None draws a random one.
     - `stop`: strings that end the text; they are not part of it.
-    - `prefill_step_size`: prompt tokens processed at a time; None takes what suits the device.
+    - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
     """
 
     max_tokens: int = option(256, "Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
@@ -201,7 +201,12 @@ class GenerationOptions(SamplingParams, CacheOptions):
         """
         SamplingParams.validate(self, vocab_size)
         CacheOptions.validate(self, vocab_size, head_dim)
-        check_lengths(self.max_tokens, self.prefill_step_size)
+        wanted = "1 or more, or -1 for no limit"
+        check_number("--max-tokens", self.max_tokens, -1, math.inf, wanted, kind=Integral)
+        if self.max_tokens == 0:
+            raise RequestError(f"--max-tokens must be {wanted}, got 0")
+        if self.prefill_step_size is not None:
+            check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
         if self.seed is not None:
             check_seed(self.seed)
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
@@ -209,22 +214,21 @@ class GenerationOptions(SamplingParams, CacheOptions):
 
 
 def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
-    """Refuse bools, types other than `kind`, what is not in [low, high], and NaN (no comparison holds)."""
+    """Raise a `RequestError` unless `value` is of type `kind`, not a bool, not NaN, and in [low, high].
+
+    Args:
+        wanted: what the message says the flag must be.
+    """
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{flag} must be {wanted}, got {value}")
 
 
-def check_lengths(max_tokens: Any, prefill_step_size: Any) -> None:
-    """Raise a `RequestError` unless `max_tokens` is -1 or at least 1, and `prefill_step_size` None or at least 1."""
-    wanted = "1 or more, or -1 for no limit"
-    check_number("--max-tokens", max_tokens, -1, math.inf, wanted, kind=Integral)
-    if max_tokens == 0:
-        raise RequestError(f"--max-tokens must be {wanted}, got 0")
-    if prefill_step_size is not None:
-        check_number("--prefill-step-size", prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
-
-
 def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
+    """Raise a `RequestError` unless it maps token ids to numbers or -inf, and leaves at least one token.
+
+    Args:
+        vocab_size: the number of token ids; None allows any.
+    """
     if not isinstance(logit_bias, Mapping):
         raise RequestError(f"--logit-bias must map token ids to numbers, got {quote(logit_bias)}")
     last = math.inf if vocab_size is None else vocab_size - 1
@@ -238,19 +242,21 @@ def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
 
 
 def check_seed(seed: Any) -> None:
+    """Raise a `RequestError` unless it is a whole number of 64 bits."""
     check_number("--seed", seed, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1", kind=Integral)
 
 
 def check_stop(stop: Any) -> None:
+    """Raise a `RequestError` unless it is text and not empty."""
     if not isinstance(stop, str) or not stop:
         raise RequestError(f"--stop must be text that is not empty, got {quote(stop)}")
 
 
 def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
-    """Token ids, given as a sequence or a one-dimensional array, as a list.
+    """Token ids as a list, from a sequence or a one-dimensional array.
 
     Raises:
-        RequestError: they are anything else, or not in the vocabulary.
+        RequestError: `ids` is anything else, or an id is not in the vocabulary.
     """
     values: Any = ids.tolist() if isinstance(ids, mx.array) else ids
     if not isinstance(values, Iterable) or isinstance(values, str | bytes):
@@ -264,46 +270,12 @@ def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
     return [int(token) for token in values]
 
 
-def prompt_ids(prompt: Any, past: int, config: ModelConfig) -> list[int]:
-    """The checked token ids of a prompt that follows `past` cached tokens; warns beyond the training length.
-
-    Raises:
-        RequestError: they are not token ids, there are none, or more than the model has positions for.
-    """
-    ids = token_ids(prompt, config.vocab_size)
-    if not ids:
-        raise RequestError("The prompt is empty; give at least one token.")
-    total = past + len(ids)
-    if total > config.rope_max_length:
-        raise RequestError(
-            f"The prompt is too long: {total} tokens, where the model's positions end at "
-            f"{config.rope_max_length}; shorten it."
-        )
-    if total > config.max_context_length:
-        warn(
-            f"The prompt has {total} tokens, more than the {config.max_context_length} "
-            "the model was trained on; expect worse text."
-        )
-    return ids
-
-
-def cached_ids(ids: Any, past: int, config: ModelConfig) -> list[int]:
-    """The checked ids of the `past` tokens in a cache.
-
-    Raises:
-        RequestError: they are not token ids, or not as many as the cache has seen.
-    """
-    known = token_ids(ids, config.vocab_size, "prompt_cache_tokens")
-    if len(known) != past:
-        raise RequestError(f"prompt_cache_tokens has {len(known)} ids, and the prompt cache has seen {past} tokens.")
-    return known
-
-
 def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
-    """How many tokens the caches of one sequence have seen.
+    """The number of tokens that the caches of one sequence have seen.
 
     Raises:
-        RequestError: there is not one for each layer, they are not key-value caches of one sequence, or they disagree.
+        RequestError: there is not one cache per layer, they are not key-value caches of one sequence, or their
+            positions differ.
     """
     if len(cache) != num_layers:
         raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
@@ -319,7 +291,7 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
 
 
 def warn(message: str) -> None:
-    """A warning that points at the line outside this package that made the call."""
+    """Warn about the line outside this package that called into it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         frame, level = frame.f_back, level + 1

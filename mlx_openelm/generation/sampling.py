@@ -30,7 +30,7 @@ MIN_TEMP = 1e-6
 
 
 def random_seed() -> int:
-    """A seed from the operating system, short enough to type again."""
+    """A seed from the operating system, short enough to be typed."""
     return int.from_bytes(os.urandom(4), "little")
 
 
@@ -41,7 +41,7 @@ def make_key(seed: int) -> mx.array:
 
 
 class KeyStream:
-    """A new key at every call, all of them determined by the first one, computed lazily."""
+    """Gives a new random key at every call, computed lazily; the first key determines all of them."""
 
     def __init__(self, key: mx.array):
         self._key = key
@@ -65,6 +65,7 @@ def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key:
     inverse_temp = 1.0 / max(float(params.temp), MIN_TEMP)
 
     def sample(logprobs: mx.array) -> mx.array:
+        """Log-probabilities [B, vocab] to tokens [B]."""
         # Costs nothing if it is float32 already; half precision would blur top-p's sum.
         logprobs = logprobs.astype(mx.float32)
         if 0 < params.top_p < 1:
@@ -91,10 +92,10 @@ def apply_top_p(logprobs: mx.array, top_p: float) -> mx.array:
     [B, vocab] -> the same with `-inf` elsewhere. The most likely token always stays, and so
     do all tokens as likely as the last one kept.
     """
-    descending = -mx.sort(-logprobs, axis=-1)
+    descending = -mx.sort(-logprobs, axis=-1)  # [B, vocab]
     probs = mx.exp(descending)
     mass_before = mx.cumsum(probs, axis=-1, inclusive=False)
-    total = mass_before[..., -1:] + probs[..., -1:]  # a little off 1 after rounding
+    total = mass_before[..., -1:] + probs[..., -1:]  # [B, 1], a little off 1 after rounding
     kept = mx.where(mass_before < top_p * total, descending, mx.inf)
     # The first is kept explicitly: a tiny top_p is 0 in float32, and then the comparison keeps nothing.
     threshold = mx.minimum(kept.min(axis=-1, keepdims=True), descending[..., :1])
@@ -109,7 +110,7 @@ def apply_min_p(logprobs: mx.array, min_p: float, min_tokens_to_keep: int = 1) -
     """
     if min_tokens_to_keep >= logprobs.shape[-1]:
         return logprobs
-    threshold = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)
+    threshold = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)  # [B, 1]
     filtered = mx.where(logprobs < threshold, -mx.inf, logprobs)
     if min_tokens_to_keep > 1:
         filtered = mx.maximum(filtered, apply_top_k(logprobs, min_tokens_to_keep))
@@ -119,11 +120,11 @@ def apply_min_p(logprobs: mx.array, min_p: float, min_tokens_to_keep: int = 1) -
 def apply_top_k(logprobs: mx.array, top_k: int) -> mx.array:
     """Keep exactly the `top_k` most likely tokens; among equals, which ones is unspecified.
 
-    [B, vocab] -> the same with `-inf` elsewhere, unchanged if the vocabulary is not larger. Does not sort all of it.
+    [B, vocab] -> the same with `-inf` elsewhere, unchanged if the vocabulary is not larger. Nothing is fully sorted.
     """
     if top_k >= logprobs.shape[-1]:
         return logprobs
-    kept = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., :top_k]
+    kept = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., :top_k]  # [B, top_k]
     values = mx.take_along_axis(logprobs, kept, axis=-1)
     return mx.put_along_axis(mx.full(logprobs.shape, -mx.inf), kept, values, axis=-1)
 
@@ -137,7 +138,7 @@ def apply_xtc(
     threshold, or none, nothing is dropped; tokens as likely as the least likely one stay too.
     """
     probs = mx.softmax(logprobs, axis=-1)
-    least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
+    least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)  # [B, 1]
     dropped = probs > least
     if len(special_ids) > 0:
         dropped[..., mx.array(list(special_ids))] = False
@@ -146,11 +147,11 @@ def apply_xtc(
 
 
 def make_logits_processors(params: SamplingParams) -> list[LogitsProcessor]:
-    """The bias and the penalties that are on, in the order they apply; mlx-lm can call them too.
+    """The bias and the penalties that are on, in the order in which they apply; mlx-lm can call them too.
 
     Each maps (tokens [n], logits [B, vocab]) to new logits [B, vocab], in a new array. `tokens` is the
-    prompt and what was generated after it, the same for all rows (in practice one). The result is float32: a small
-    penalty would be lost against a half-precision logit. Processors that do not look at `tokens` have the attribute
+    prompt and what was generated after it, the same for all rows (usually one). The result is float32: a small
+    penalty would be lost against a half-precision logit. Processors that do not read `tokens` have the attribute
     `reads_context` set to False. RequestError for a bad value.
     """
     params.validate()
@@ -171,6 +172,7 @@ def _logit_bias(logit_bias: Mapping[int, float]) -> LogitsProcessor:
     biases = mx.array([float(bias) for bias in logit_bias.values()])
 
     def add_bias(tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits [B, vocab] to new logits [B, vocab]."""
         return logits.astype(mx.float32).at[:, tokens_with_bias].add(biases)
 
     add_bias.reads_context = False  # type: ignore[attr-defined]
@@ -189,15 +191,16 @@ def _presence_penalty(penalty: float, context_size: int | None) -> LogitsProcess
 
 
 def _once_per_token(change: Callable[[mx.array], mx.array], context_size: int | None) -> LogitsProcessor:
-    """Apply `change` to the logits of the tokens in the context."""
+    """A processor that applies `change` to the logits of the tokens in the context."""
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        """Tokens [n] and logits [B, vocab] to new logits [B, vocab]."""
         logits = logits.astype(mx.float32)
         context = _last(tokens, context_size)
         if context.size == 0:
             return logits
         # All reads come before all writes, so a repeated token writes the same value again.
-        index = mx.broadcast_to(context, (logits.shape[0], context.size))
+        index = mx.broadcast_to(context, (logits.shape[0], context.size))  # [B, n]
         return mx.put_along_axis(logits, index, change(mx.take_along_axis(logits, index, axis=-1)), axis=-1)
 
     return process
@@ -205,16 +208,18 @@ def _once_per_token(change: Callable[[mx.array], mx.array], context_size: int | 
 
 def _frequency_penalty(penalty: float, context_size: int | None) -> LogitsProcessor:
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        """Tokens [n] and logits [B, vocab] to new logits [B, vocab]."""
         logits = logits.astype(mx.float32)
         context = _last(tokens, context_size)
         if context.size == 0:
             return logits
         # Count first: whole numbers add up exactly, repeated penalties would not.
-        counts = mx.zeros(logits.shape[-1]).at[context].add(1.0)
+        counts = mx.zeros(logits.shape[-1]).at[context].add(1.0)  # [vocab]
         return logits - penalty * counts
 
     return process
 
 
 def _last(tokens: mx.array, size: int | None) -> mx.array:
+    """The last `size` tokens, or all of them."""
     return tokens if size is None or size >= tokens.size else tokens[-size:]

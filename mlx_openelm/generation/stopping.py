@@ -10,18 +10,18 @@ from .options import check_stop
 class StopStrings:
     """Cuts a stream of text before the first stop string, wherever the pieces begin and end.
 
-    The stop string that is complete first wins, so generation ends as early as it can; if several are complete at
-    the same character, the longest wins. It is also the one that begins first, unless one stop string lies
-    inside another ("c" in "bcd"): then the outer one is never reached.
+    The stop string that is complete first wins, so generation ends as early as possible. If several are complete at
+    the same character, the longest wins. If one stop string is inside another ("c" in "bcd"), the outer one is never
+    reached.
 
-    Text is held back only while it may still be the beginning of a stop string that would win. A character
-    costs a few steps per stop string, however long the text is.
+    Text is held back only while it may be the beginning of a stop string that would win. The cost of a character is
+    a few steps per stop string, whatever the length of the text.
 
     Raises `RequestError` for a stop string that is empty or not a string.
     """
 
     def __init__(self, stops: str | Sequence[str] | None):
-        if isinstance(stops, str):  # also a sequence of strings, but nobody means its characters
+        if isinstance(stops, str):  # also a sequence, but its characters are not meant
             stops = [stops]
         stops = stops or []
         for stop in stops:
@@ -31,7 +31,9 @@ class StopStrings:
         self._fallbacks = [_prefix_function(stop) for stop in self._stops]
         self._stopped = False
         self._held = ""
-        self._matched = [0] * len(self._stops)  # how many characters of each stop string the text ends with
+        self._matched = [0] * len(
+            self._stops
+        )  # for each stop string, the number of its first characters that the text ends with
 
     def add(self, text: str) -> tuple[str, bool]:
         """Take the next piece; return the text safe to print now, and whether a stop string is complete.

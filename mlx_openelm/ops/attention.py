@@ -176,12 +176,13 @@ class KernelAttention(PlainAttention):
         keys: Any
         if _extends_in_place(qkv, cache):
             batch = qkv.shape[0] // self.length
-            start = cache.reserve(batch, num_heads[1], self.length, self.head_dim, qkv.dtype)
-            # The cache lets go of its buffers here, so that the kernel may write into them.
-            queries, cache.keys, cache.values = native.kernels.split_heads(
-                qkv, self.table, *weights, cache.keys, cache.values, *num_heads, eps, start
+            *buffers, start = cache.reserve(batch, num_heads[1], self.length, self.head_dim, qkv.dtype)
+            queries, new_keys, new_values = native.kernels.split_heads(
+                qkv, self.table, *weights, *buffers, *num_heads, eps, start
             )
-            keys, values, total = [cache.keys], [cache.values], cache.offset
+            # The cache lets go of its old buffers here, so that the kernel may write into them.
+            cache.state = new_keys, new_values, cache.offset
+            keys, values, total = [new_keys], [new_values], cache.offset
         else:
             queries, keys, values = native.kernels.split_heads(
                 qkv, self.table, *weights, None, None, *num_heads, eps, 0
@@ -226,11 +227,10 @@ class KernelAttention(PlainAttention):
             projections: `qkv_proj`, `out_proj`, `proj_1` (gate first) and `proj_2`.
             cache: extended in place.
         """
-        start = cache.reserve(x.shape[0] // self.length, num_heads[1], self.length, self.head_dim, mx.float32)
-        # The cache lets go of its buffers here, so that the kernel may write into them.
-        y, cache.keys, cache.values = native.kernels.layer(
-            x, self.table, cache.keys, cache.values, start, *num_heads, eps, self.scale, norms, projections
-        )
+        buffers = cache.reserve(x.shape[0] // self.length, num_heads[1], self.length, self.head_dim, mx.float32)
+        y, keys, values = native.kernels.layer(x, self.table, *buffers, *num_heads, eps, self.scale, norms, projections)
+        # The cache lets go of its old buffers here, so that the kernel may write into them.
+        cache.state = keys, values, cache.offset
         return y
 
 
