@@ -12,10 +12,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_openelm import blas, load, native, stream_generate
 from mlx_openelm.cli import console, doctor
@@ -344,9 +343,9 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
 
 def test_every_option_has_a_flag() -> None:
     text = " ".join(run("generate", "--help").stdout.split())
-    for field in fields(GenerationOptions):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert field.metadata["help"] in text
+    for name, annotation in get_type_hints(GenerationOptions, include_extras=True).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert annotation.__metadata__[0].help in text
     assert "[default: 256]" in text
 
 

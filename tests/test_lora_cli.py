@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_openelm.cli import lora
 from mlx_openelm.cli.main import _run
@@ -49,7 +49,7 @@ def asked(monkeypatch) -> dict[str, Any]:
 
 def test_every_option_has_a_flag_with_its_own_words():
     parser, _ = cli_command("lora")
-    texts = [field.metadata["help"] for field in fields(FineTuneOptions)]
+    texts = [kind.__metadata__[0].help for kind in get_type_hints(FineTuneOptions, include_extras=True).values()]
     assert {f"--{field.name.replace('_', '-')}" for field in fields(FineTuneOptions)} < set(parser.flags)
     assert len(set(texts)) == len(texts)
     assert all(text[0].isupper() and text.endswith(".") for text in texts)
@@ -64,16 +64,17 @@ def test_every_flag_reaches_its_option(asked):
     words = ["lora", "--model", "m", "--dtype", "float32", "--tokenizer", "t", "--revision", "r", "--chat-template",
              "corenet", "--config-yaml", "y", "--overwrite"]  # fmt: skip
     expected: dict[str, Any] = {}
+    kinds = get_type_hints(FineTuneOptions)
     for number, field in enumerate(fields(FineTuneOptions), 3):
-        flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+        flag, kind = f"--{field.name.replace('_', '-')}", kinds[field.name]
         if field.name in ("target_modules", "sample_prompts"):
             words += [flag, f"a{number}", flag, "b"]
             expected[field.name] = (f"a{number}", "b")
-        elif kind == "bool":
+        elif kind is bool:
             words.append(f"--no-{flag[2:]}" if field.default else flag)
             expected[field.name] = not field.default
         else:
-            value: Any = number + 0.5 if "float" in kind else number if "int" in kind else f"w{number}"
+            value: Any = number + 0.5 if "float" in str(kind) else number if "int" in str(kind) else f"w{number}"
             words += [flag, str(value)]
             expected[field.name] = value
     for one in ("--epochs", "--scale", "--resume"):  # which exclude others

@@ -246,27 +246,28 @@ def packing(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_fields(parser: Parser, options: type) -> None:
-    """A flag for each field of a dataclass, with the field's name, help and group (see `options.option`).
+    """A flag for each field of a dataclass, named after it, as its `Option` describes.
 
     A flag that was not typed leaves no value behind, so that the dataclass, or a configuration file, supplies it.
     """
-    hints = get_type_hints(options)
+    hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        about, kind = field.metadata, hints[field.name]
+        annotation = hints[field.name]
+        kind, about = annotation.__origin__, annotation.__metadata__[0]
         if get_origin(kind) in (Union, UnionType):  # int | None
             kind, *others = (part for part in get_args(kind) if part is not NoneType)
             kind = None if others else kind
         settings = dict(_TYPES.get(kind, _REPEATABLE))
-        if about["metavar"]:
-            settings["metavar"] = about["metavar"]
+        if about.metavar:
+            settings["metavar"] = about.metavar
         shown = "on" if field.default is True else field.default
         has_default = shown is not None and shown is not False and shown != ()
-        parser.group(about["group"]).add_argument(
+        parser.group(about.group).add_argument(
             f"--{field.name.replace('_', '-')}",
-            *about["flags"],
+            *about.flags,
             dest=field.name,
             default=argparse.SUPPRESS,
-            help=f"{about['help']}  [default: {shown}]" if has_default else about["help"],
+            help=f"{about.help}  [default: {shown}]" if has_default else about.help,
             **settings,
         )
 
