@@ -143,8 +143,10 @@ def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: s
         (["generate", "--prompt", "two", "--", "words"], "unexpected argument 'words'"),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
-        (["generate", "--max", "3"], "generate has no flag --max"),
-        (["generate", "--json=yes"], "--json takes no value"),
+        (["generate", "--max", "3"], "generate has no flag --max (did you mean --max-kv-size or --max-tokens?)"),
+        (["generate", "--json=maybe"], "--json must be True or False, got 'maybe'."),
+        (["generate", "--temperature", "1"], "no flag --temperature (did you mean --temp?)"),
+        (["info", "--no-json=yes"], "--no-json takes no value"),
         (["generate", "--no-verbose=no"], "--no-verbose takes no value"),
         (["generate", "--prompt", "x", "--max-tokens"], "--max-tokens needs a value"),
         (["average"], "MODEL is missing"),
@@ -176,6 +178,34 @@ def test_what_nobody_expected_is_one_line_too() -> None:
     assert "run again with --debug for the traceback" in line
     done = run("--debug", start=start)
     assert (done.returncode, "Traceback" in done.stderr) == (1, True)
+
+
+def test_a_full_disk_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has /dev/full")
+    full = ("sh", "-c", f'"{sys.executable}" -m mlx_openelm "$@" >/dev/full', "sh")
+    for args in ([], ["--help"], ["--version"], ["info", "--help"], ["info", "--json"]):
+        assert "No space left on device" in refused(*args, start=full, code=1)
+
+
+def test_ctrl_c_during_the_imports_is_quiet() -> None:
+    code = (
+        "import _thread, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'mlx_openelm.cli.flags': _thread.interrupt_main()\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from mlx_openelm.cli.main import main\nmain(['generate', '-p', 'x'])"
+    )
+    done = run(start=(sys.executable, "-c", code))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_every_switch_has_a_negative_form() -> None:
+    assert run("info", "--json", "--no-json", "tiny").stdout == run("info", "tiny").stdout
+    assert json.loads(run("info", "--json", "tiny").stdout)["name"] == "tiny"
+    assert run("info", "--no-json", "--model", "tiny").stdout.startswith("layer")
+    assert "already quantized" in refused("convert", "-q", "--dequantize", "--no-dequantize")
 
 
 def test_closed_streams_are_no_crash() -> None:

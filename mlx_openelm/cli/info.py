@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
+from ..wording import size
 from . import console, flags
 
 _BAR = 24  # characters of the largest layer's bar
@@ -21,8 +22,8 @@ EXAMPLES = """\
 
 def add_flags(parser: flags.Parser) -> None:
     parser.usage = f"{parser.prog} [flags] [MODEL]"
-    parser.group("Arguments").add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
-    common = parser.group("Common flags")
+    parser.groups["Arguments"].add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    common = parser.groups["Common flags"]
     common.add_argument(
         "--model",
         metavar="MODEL",
@@ -76,13 +77,13 @@ def _total_lines(summary: Summary) -> list[str]:
     elif summary.quantization is not None:
         quantization = "{bits} bits, group size {group_size}, mode {mode}; ".format(**summary.quantization)
         quantization += "multiplied as stored" if memory.expanded is None else "unpacked at load, while memory allows"
-    needs = f"{console.size(memory.total)} (weights {console.size(memory.weights)}, " + (
-        f"key-value cache {console.size(memory.kv_cache)}, computing in {memory.dtype})"
+    needs = f"{size(memory.total)} (weights {size(memory.weights)}, " + (
+        f"key-value cache {size(memory.kv_cache)}, computing in {memory.dtype})"
     )
     if memory.expanded is not None:
-        unpacked = console.size(memory.expanded + memory.kv_cache)
+        unpacked = size(memory.expanded + memory.kv_cache)
         needs += f"; {unpacked} with the weights unpacked, as is the default on a CPU"
-    stored = f"{console.size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    stored = f"{size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     if summary.rounded_to is None:
         stored += f", {summary.dtype}"
     rows = {

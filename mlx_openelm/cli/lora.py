@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
+from ..errors import RequestError
 from ..hub import catalog
 from ..inputs import to_path
 from ..training import config_file
@@ -26,16 +27,18 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    for title in ("Common flags", "Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints"):
-        parser.group(title)  # in this order
-    common, model, output = map(parser.group, ("Common flags", "Model", "Output"))
+    common, model, output = (parser.groups[title] for title in ("Common flags", "Model", "Output"))
     common.add_argument(
         "--model",
         metavar="MODEL",
         help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]",
     )
     common.add_argument(
-        "--config", "-c", metavar="FILE", help="A YAML file with any of these settings; flags override it."
+        "--config",
+        "-c",
+        action="append",
+        metavar="FILE",
+        help="A YAML file with any of these settings; flags override it.",
     )
     flags.add_fields(parser, FineTuneOptions)
     flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
@@ -53,7 +56,7 @@ def run(args: Namespace) -> int:
     given |= flags.given(args, FineTuneOptions)
     if "target_modules" in given:
         given["target_modules"] = tuple(part.strip() for text in given["target_modules"] for part in text.split(","))
-    options, loading = _merged(given, args.config)
+    options, loading = _merged(given, args.config or [])
     name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
@@ -75,11 +78,12 @@ def run(args: Namespace) -> int:
     return 130 if done.interrupted else 0
 
 
-def _merged(given: dict[str, Any], config: str | None) -> tuple[FineTuneOptions, dict[str, Any]]:
+def _merged(given: dict[str, Any], configs: list[str]) -> tuple[FineTuneOptions, dict[str, Any]]:
     """The options, and the settings of the model: from flags, then the file, then the run that is resumed."""
-    if config is not None:
-        file = to_path(config)
-        return config_file.merge(FineTuneOptions, config_file.read(file), given, place=str(config))
+    if len(configs) > 1:
+        raise RequestError("--config takes one file; put all settings into it.")
+    if configs:
+        return config_file.merge(FineTuneOptions, config_file.read(to_path(configs[0])), given, place=configs[0])
     saved: dict[str, Any] = {}
     if given.get("resume"):
         saved = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))

@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, windows, model = map(parser.group, ("Common flags", "Windows", "Model"))
+    common, windows, model = (parser.groups[title] for title in ("Common flags", "Windows", "Model"))
     common.add_argument(
         "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
     )

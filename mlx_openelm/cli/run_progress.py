@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..training.run.listener import Listener
+from ..wording import size
 from . import console
 
 # The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
@@ -52,7 +53,7 @@ class RunProgress(Listener):
         else:
             self._pace += _LATEST * (latest - self._pace)
         self._measured += 1
-        memory = console.size(mx.get_peak_memory())
+        memory = size(mx.get_peak_memory())
         facts = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}  {self._left()} left"
         self._show(completed=step, facts=facts)
 
