@@ -628,7 +628,7 @@ def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str])
     done = run("info", "3b", env=hub_env)
     assert done.returncode == 0, done.stderr
     assert "3,036,647,424" in done.stdout
-    assert done.stdout.endswith("these are the published sizes, no file was read.\n")
+    assert done.stdout.endswith("these are the published sizes; no file was read.\n")
     assert hub.requests == []
     hub.add("someone/model", SHAKESPEARE)
     assert "2,485,056" in run("info", "someone/model", "--revision", "main", env=hub_env).stdout

@@ -109,6 +109,18 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path
     assert asked["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
 
 
+def test_a_file_and_resume_train(asked, tmp_path):
+    file = tmp_path / "lora.yaml"
+    file.write_text("rank: 16\n")
+    assert exit_code(["lora", "-c", str(file), "--resume"]) == 0
+    assert asked["options"] == FineTuneOptions(train=True, resume=True, rank=16)
+
+
+def test_a_second_file_is_refused(capsys):
+    assert exit_code(["lora", "-c", "a.yaml", "--config", "b.yaml"]) == 2
+    assert "--config takes one file" in capsys.readouterr().err
+
+
 def test_a_run_and_what_it_prints(folder):
     done = run(*SMALL, "--test", "--sample-prompt", "the king", "--sample-tokens", 3, folder=folder)
     assert done.returncode == 0, done.stderr
@@ -117,7 +129,7 @@ def test_a_run_and_what_it_prints(folder):
     steps = [line for line in said if re.match(r"Step [246] of 6: train loss \d", line)]
     assert len(steps) == 3 and all("tokens/s" in line and "GB" in line and "left" in line for line in steps)
     assert [line.split(":")[0] for line in said if "validation loss" in line] == ["Step 0", "Step 3", "Step 6"]
-    assert "Trained 6 steps" in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
+    assert "Trained 6 steps, " in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
     assert "before" in done.stdout and "after" in done.stdout
     names = {path.name for path in (folder / "adapters").iterdir()}
     assert {"adapters.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "checkpoints"} <= names

@@ -14,6 +14,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `average` to its parser."""
     parser.usage = f"{parser.prog} [flags] MODEL [MODEL ...]"
     parser.groups["Arguments"].add_argument(
         "models",

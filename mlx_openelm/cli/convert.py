@@ -20,6 +20,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `convert` to its parser."""
     common, source = (parser.groups[title] for title in ("Common flags", "Source"))
     common.add_argument(
         "--model",

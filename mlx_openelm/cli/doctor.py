@@ -49,6 +49,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `doctor` to its parser."""
     flags.add_shared(parser.groups["Common flags"], "--json")
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 from ..errors import RequestError, quote
 from ..hub import catalog
 
-# What may follow a switch, as in mlx-lm's `--verbose False`.
+# The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")
 _OFF = ("false", "f", "no", "n", "off", "0")
 
@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
     """The flags of one command, in groups.
 
     Args:
-        prog: what is typed to run it.
-        description: the text under the usage; paragraphs are separated by empty lines.
+        prog: how the command is called, like `mlx-openelm generate`.
+        description: the text below the usage; empty lines separate paragraphs.
         examples: command lines, one a line.
     """
 
@@ -79,6 +79,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the command line, with a pointer to its help."""
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"{missing} is missing"

@@ -12,7 +12,7 @@ from ..jobs.fuse import Fusion, fuse
 from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..quantization.recipes import Packing
-from ..wording import size
+from ..wording import counted, size
 from . import console, flags
 from . import upload as upload_command
 
@@ -27,6 +27,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `fuse` to its parser."""
     common, measuring, source = (parser.groups[title] for title in ("Common flags", "Measuring", "Source"))
     flags.add_shared(common, "--model")
     common.add_argument(
@@ -102,11 +103,11 @@ def _written(result: Fusion) -> int:
 
 
 def _lines(result: Fusion) -> list[str]:
-    """What was written, and how much the adapters and the rounding changed."""
+    """The lines that say what was written, and how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
         f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(_written(result))}",
-        f"  {len(result.matrices)} tensors changed by {overall.relative_change:.2%} (root mean square)",
+        f"  {counted(len(result.matrices), 'tensor')} changed by {overall.relative_change:.2%} (root mean square)",
     ]
     if overall.relative_error:
         worst = max(result.matrices, key=lambda path: result.matrices[path].relative_error)

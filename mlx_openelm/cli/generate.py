@@ -1,4 +1,4 @@
-"""`mlx-openelm generate`: text to standard output as it comes, statistics to standard error."""
+"""`mlx-openelm generate`: text on standard output as it is generated, statistics on standard error."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
+from ..wording import counted
 from . import console, flags
 
 EXAMPLES = """\
@@ -205,9 +206,9 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
         )
     if pieces:
         last = pieces[-1]
-        console.say(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s")
+        console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
-        console.say(f"Generation: {last.generation_tokens} tokens{speed}")
+        console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if seed is not None:
         console.say(f"Seed: {seed}")

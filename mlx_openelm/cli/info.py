@@ -21,6 +21,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `info` to its parser."""
     parser.usage = f"{parser.prog} [flags] [MODEL]"
     parser.groups["Arguments"].add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
     common = parser.groups["Common flags"]
@@ -92,7 +93,7 @@ def _total_lines(summary: Summary) -> list[str]:
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
         "  layers": f"{layers:,} ({layers / total:.1%})",
         "  head": head,
-        "  norms": f"{summary.norms:,} (those of the layers are counted there too)",
+        "  norms": f"{summary.norms:,} (the norms of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
         f"Memory at {memory.tokens} tokens": needs,
@@ -101,7 +102,7 @@ def _total_lines(summary: Summary) -> list[str]:
     width = max(map(len, rows))
     lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
     if summary.source == "published":
-        lines += ["", "The model is not on this machine: these are the published sizes, no file was read."]
+        lines += ["", "The model is not on this machine: these are the published sizes; no file was read."]
     elif summary.source == "config":
         lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
     return lines

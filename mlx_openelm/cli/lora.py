@@ -1,4 +1,4 @@
-"""`mlx-openelm lora`: fine-tuning, with the flags, the YAML keys and the Python arguments of `FineTuneOptions`."""
+"""`mlx-openelm lora`: fine-tuning. Flags, YAML keys and Python arguments are the fields of `FineTuneOptions`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
 from ..training.run.samples import Sample
+from ..wording import counted
 from . import console, flags
 from .run_progress import RunProgress
 
@@ -27,6 +28,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `lora` to its parser."""
     common, model, output = (parser.groups[title] for title in ("Common flags", "Model", "Output"))
     common.add_argument(
         "--model",
@@ -60,7 +62,7 @@ def run(args: Namespace) -> int:
     name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
-        warnings.simplefilter("ignore")  # the first process prints the same
+        warnings.simplefilter("ignore")  # the first process prints them
     progress = RunProgress()
     try:
         with progress:
@@ -83,7 +85,10 @@ def _merged(given: dict[str, Any], configs: list[str]) -> tuple[FineTuneOptions,
     if len(configs) > 1:
         raise RequestError("--config takes one file; put all settings into it.")
     if configs:
-        return config_file.merge(FineTuneOptions, config_file.read(to_path(configs[0])), given, place=configs[0])
+        values = config_file.read(to_path(configs[0]))
+        if given.get("resume"):
+            values = {"train": True, **values}  # what is resumed is training
+        return config_file.merge(FineTuneOptions, values, given, place=configs[0])
     saved: dict[str, Any] = {}
     if given.get("resume"):
         saved = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))
@@ -95,7 +100,7 @@ def _show(done: FineTuned) -> None:
     if result is not None:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
         print(
-            f"Trained {result.steps:,} steps, {result.trained_tokens:,} tokens learned{speed}, "
+            f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
             f"peak memory {result.peak_memory:.3f} GB"
         )
         if result.val_loss is not None:
@@ -117,7 +122,7 @@ def _show(done: FineTuned) -> None:
 
 
 def _show_samples(samples: tuple[Sample, ...]) -> None:
-    """Before and after, side by side."""
+    """Print each prompt's continuations before and after training, side by side."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -18,7 +18,7 @@ from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
-# What each stage counts; the other stages count nothing.
+# The unit that each stage counts; other stages have none.
 _UNITS = {
     "Writing": "bytes",
     "Reading the text": "batches",
@@ -37,6 +37,7 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `quantize` to its parser."""
     common, source = (parser.groups[title] for title in ("Common flags", "Source"))
     flags.add_shared(common, "--model", "--mlx-path")
     flags.add_fields(parser, QuantizeOptions)
