@@ -1,9 +1,9 @@
 """Counts the files and functions that a reader passes from `generate --prompt hi` to the first logits.
 
-    python benchmarks/reading.py            # --list names them
+    python benchmarks/reading.py            # --list lists them
 
-It counts files and distinct functions of the package (no module or class bodies, lambdas or comprehensions) that the
-main thread enters, from `mlx_openelm.cli.main.main()` until a function named `logits` is entered.
+Counted are the package's files and distinct functions (no module or class bodies, lambdas or comprehensions) that the
+main thread enters, from `mlx_openelm.cli.main.main()` until it enters a function named `logits`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMAND = ["generate", "--prompt", "hi"]
 
 
 class Reached(BaseException):
-    """The first `logits`."""
+    """A function named `logits` was entered."""
 
 
 def passed() -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def passed() -> list[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--list", action="store_true", help="name every function")
+    parser.add_argument("--list", action="store_true", help="also list every function")
     arguments = parser.parse_args()
     names = passed()
     for file, name in names if arguments.list else ():

@@ -29,6 +29,11 @@ def some(names: Sequence[str], count: int | None = None, *, separator: str = ", 
     return separator.join(names[:SOME]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 step, 2,000 steps."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """A number of bytes in decimal units: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -193,6 +193,9 @@ def test_a_template_writes_them_and_a_message_never_does(case) -> None:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": hostile}])
     assert [ids.count(i) for i in (1, 2, 2048, 2049)] == [1, 0, 2, 1]
     assert tokenizer.decode(ids) == f"user\n{hostile}\nassistant\n"
+    plain = tokenizer.encode_plain(hostile)
+    assert plain == tokenizer.apply_chat_template([{"role": "user", "content": hostile}], "plain")
+    assert [plain.count(i) for i in (1, 2, 2048, 2049)] == [1, 0, 0, 0]
 
 
 def test_a_template_may_put_them_together(tmp_path) -> None:

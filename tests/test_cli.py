@@ -12,10 +12,9 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_openelm import blas, load, native, stream_generate
 from mlx_openelm.cli import console, doctor
@@ -144,8 +143,10 @@ def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: s
         (["generate", "--prompt", "two", "--", "words"], "unexpected argument 'words'"),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
-        (["generate", "--max", "3"], "generate has no flag --max"),
-        (["generate", "--json=yes"], "--json takes no value"),
+        (["generate", "--max", "3"], "generate has no flag --max (did you mean --max-kv-size or --max-tokens?)"),
+        (["generate", "--json=maybe"], "--json must be True or False, got 'maybe'."),
+        (["generate", "--temperature", "1"], "no flag --temperature (did you mean --temp?)"),
+        (["info", "--no-json=yes"], "--no-json takes no value"),
         (["generate", "--no-verbose=no"], "--no-verbose takes no value"),
         (["generate", "--prompt", "x", "--max-tokens"], "--max-tokens needs a value"),
         (["average"], "MODEL is missing"),
@@ -177,6 +178,34 @@ def test_what_nobody_expected_is_one_line_too() -> None:
     assert "run again with --debug for the traceback" in line
     done = run("--debug", start=start)
     assert (done.returncode, "Traceback" in done.stderr) == (1, True)
+
+
+def test_a_full_disk_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has /dev/full")
+    full = ("sh", "-c", f'"{sys.executable}" -m mlx_openelm "$@" >/dev/full', "sh")
+    for args in ([], ["--help"], ["--version"], ["info", "--help"], ["info", "--json"]):
+        assert "No space left on device" in refused(*args, start=full, code=1)
+
+
+def test_ctrl_c_during_the_imports_is_quiet() -> None:
+    code = (
+        "import _thread, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'mlx_openelm.cli.flags': _thread.interrupt_main()\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from mlx_openelm.cli.main import main\nmain(['generate', '-p', 'x'])"
+    )
+    done = run(start=(sys.executable, "-c", code))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_every_switch_has_a_negative_form() -> None:
+    assert run("info", "--json", "--no-json", "tiny").stdout == run("info", "tiny").stdout
+    assert json.loads(run("info", "--json", "tiny").stdout)["name"] == "tiny"
+    assert run("info", "--no-json", "--model", "tiny").stdout.startswith("layer")
+    assert "already quantized" in refused("convert", "-q", "--dequantize", "--no-dequantize")
 
 
 def test_closed_streams_are_no_crash() -> None:
@@ -344,9 +373,9 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
 
 def test_every_option_has_a_flag() -> None:
     text = " ".join(run("generate", "--help").stdout.split())
-    for field in fields(GenerationOptions):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert field.metadata["help"] in text
+    for name, annotation in get_type_hints(GenerationOptions, include_extras=True).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert annotation.__metadata__[0].help in text
     assert "[default: 256]" in text
 
 
@@ -427,6 +456,8 @@ def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
     start = {"role": "assistant", "content": "My lord,"}
     bare = len(tiny[1].encode("Speak"))
     assert prompt_tokens() == prompt_tokens("--ignore-chat-template") == bare
+    for text in ("Speak", " two  spaces\n", "<s>not BOS</s>", "▁"):
+        assert tiny[1].encode_plain(text) == tiny[1].apply_chat_template([user | {"content": text}], "plain")
     assert prompt_tokens("--chat-template", "corenet") == encoded([user], "corenet") > bare
     assert prompt_tokens("--chat-template", template) == encoded([user], str(template))
     assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")
@@ -599,7 +630,7 @@ def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str])
     done = run("info", "3b", env=hub_env)
     assert done.returncode == 0, done.stderr
     assert "3,036,647,424" in done.stdout
-    assert done.stdout.endswith("these are the published sizes, no file was read.\n")
+    assert done.stdout.endswith("these are the published sizes; no file was read.\n")
     assert hub.requests == []
     hub.add("someone/model", SHAKESPEARE)
     assert "2,485,056" in run("info", "someone/model", "--revision", "main", env=hub_env).stdout

@@ -13,11 +13,11 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_openelm.cli import lora
-from mlx_openelm.cli.main import _run
 from mlx_openelm.cli.main import command as cli_command
+from mlx_openelm.cli.main import main
 from mlx_openelm.training.finetune import FineTuned, Loading
 from mlx_openelm.training.options import FineTuneOptions
 
@@ -27,6 +27,12 @@ from training_runs import command, environment, metrics, run, trained, write_run
 # Tiny enough to be over in a second.
 SMALL = ("--train", "--model", "model", "--data", "data", "--iters", 6, "--max-seq-length", 48, "--rank", 2,
          "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 3, "--val-batches", -1)  # fmt: skip
+
+
+def exit_code(words: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +55,14 @@ def asked(monkeypatch) -> dict[str, Any]:
 
 def test_every_option_has_a_flag_with_its_own_words():
     parser, _ = cli_command("lora")
-    texts = [field.metadata["help"] for field in fields(FineTuneOptions)]
+    texts = [kind.__metadata__[0].help for kind in get_type_hints(FineTuneOptions, include_extras=True).values()]
     assert {f"--{field.name.replace('_', '-')}" for field in fields(FineTuneOptions)} < set(parser.flags)
     assert len(set(texts)) == len(texts)
     assert all(text[0].isupper() and text.endswith(".") for text in texts)
 
 
 def test_without_flags_there_are_the_defaults(asked):
-    assert _run(["lora"]) == 0
+    assert exit_code(["lora"]) == 0
     assert asked == {"model": "tiny", "options": FineTuneOptions(), "loading": Loading(), "overwrite": False}
 
 
@@ -64,23 +70,24 @@ def test_every_flag_reaches_its_option(asked):
     words = ["lora", "--model", "m", "--dtype", "float32", "--tokenizer", "t", "--revision", "r", "--chat-template",
              "corenet", "--config-yaml", "y", "--overwrite"]  # fmt: skip
     expected: dict[str, Any] = {}
+    kinds = get_type_hints(FineTuneOptions)
     for number, field in enumerate(fields(FineTuneOptions), 3):
-        flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+        flag, kind = f"--{field.name.replace('_', '-')}", kinds[field.name]
         if field.name in ("target_modules", "sample_prompts"):
             words += [flag, f"a{number}", flag, "b"]
             expected[field.name] = (f"a{number}", "b")
-        elif kind == "bool":
+        elif kind is bool:
             words.append(f"--no-{flag[2:]}" if field.default else flag)
             expected[field.name] = not field.default
         else:
-            value: Any = number + 0.5 if "float" in kind else number if "int" in kind else f"w{number}"
+            value: Any = number + 0.5 if "float" in str(kind) else number if "int" in str(kind) else f"w{number}"
             words += [flag, str(value)]
             expected[field.name] = value
     for one in ("--epochs", "--scale", "--resume"):  # which exclude others
         index = words.index(one)
         del words[index : index + (1 if one == "--resume" else 2)]
         del expected[one[2:]]
-    assert _run(words) == 0
+    assert exit_code(words) == 0
     assert asked["options"] == FineTuneOptions(**expected)
     assert asked["model"] == "m" and asked["overwrite"]
     assert asked["loading"] == Loading("float32", "t", "y", "r", "corenet")
@@ -90,16 +97,28 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path
     file = tmp_path / "lora.yaml"
     file.write_text("model: small\ntrain: true\nrank: 16\nlearning_rate: 3e-4\nbias_correction: false\n"
                     "target_modules: [qkv_proj]\ngrad_checkpoint: true\nseed: 7\n")  # fmt: skip
-    assert _run(["lora", "-c", str(file)]) == 0
+    assert exit_code(["lora", "-c", str(file)]) == 0
     from_file = FineTuneOptions(train=True, rank=16, learning_rate=3e-4, bias_correction=False, grad_checkpoint=True,
                                 target_modules=("qkv_proj",), seed=7)  # fmt: skip
     assert (asked["model"], asked["options"]) == ("small", from_file)
     # A flag with the value of a default is given all the same.
     words = ["--rank", "8", "--no-grad-checkpoint", "--bias-correction", "--seed", "0", "--model", "other",
              "--target-modules", "proj_1, proj_2"]  # fmt: skip
-    assert _run(["lora", "--config", str(file), *words]) == 0
+    assert exit_code(["lora", "--config", str(file), *words]) == 0
     assert asked["model"] == "other"
     assert asked["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
+
+
+def test_a_file_and_resume_train(asked, tmp_path):
+    file = tmp_path / "lora.yaml"
+    file.write_text("rank: 16\n")
+    assert exit_code(["lora", "-c", str(file), "--resume"]) == 0
+    assert asked["options"] == FineTuneOptions(train=True, resume=True, rank=16)
+
+
+def test_a_second_file_is_refused(capsys):
+    assert exit_code(["lora", "-c", "a.yaml", "--config", "b.yaml"]) == 2
+    assert "--config takes one file" in capsys.readouterr().err
 
 
 def test_a_run_and_what_it_prints(folder):
@@ -110,7 +129,7 @@ def test_a_run_and_what_it_prints(folder):
     steps = [line for line in said if re.match(r"Step [246] of 6: train loss \d", line)]
     assert len(steps) == 3 and all("tokens/s" in line and "GB" in line and "left" in line for line in steps)
     assert [line.split(":")[0] for line in said if "validation loss" in line] == ["Step 0", "Step 3", "Step 6"]
-    assert "Trained 6 steps" in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
+    assert "Trained 6 steps, " in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
     assert "before" in done.stdout and "after" in done.stdout
     names = {path.name for path in (folder / "adapters").iterdir()}
     assert {"adapters.safetensors", "adapter_config.json", "run.json", "metrics.jsonl", "checkpoints"} <= names
@@ -147,7 +166,7 @@ def test_a_run_and_what_it_prints(folder):
 )
 def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    assert _run(["lora", *words]) == 2
+    assert exit_code(["lora", *words]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
     assert named in output.err
@@ -179,7 +198,7 @@ def test_ctrl_c_before_training_says_that_nothing_was_saved(began, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lora, "finetune", finetune)
-    assert _run(["lora", "--train", "--data", "data"]) == 130
+    assert exit_code(["lora", "--train", "--data", "data"]) == 130
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == ("" if began else "Stopped before training began; nothing was saved.\n")

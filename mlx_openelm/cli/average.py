@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from ..inputs import to_path
 from ..jobs.average import average
+from ..wording import size
 from . import console, flags
 
 EXAMPLES = """\
@@ -13,20 +14,21 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `average` to its parser."""
     parser.usage = f"{parser.prog} [flags] MODEL [MODEL ...]"
-    parser.group("Arguments").add_argument(
+    parser.groups["Arguments"].add_argument(
         "models",
         nargs="+",
         metavar="MODEL",
         help="Two checkpoints or more: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME.",
     )
-    common = parser.group("Common flags")
+    common = parser.groups["Common flags"]
     flags.add_shared(common, "--mlx-path")
     common.add_argument(
         "--dtype", metavar=flags.DTYPES, help="The type to write; by default as stored, float32 if they differ."
     )
     flags.add_shared(common, "--overwrite", "--json")
-    flags.add_shared(parser.group("Source"), "--tokenizer", "--config-yaml")
+    flags.add_shared(parser.groups["Source"], "--tokenizer", "--config-yaml")
 
 
 def run(args: Namespace) -> int:
@@ -48,5 +50,5 @@ def run(args: Namespace) -> int:
     if args.json:
         console.print_json({"models": args.models, "mlx_path": str(path), "size": written})
         return 0
-    print(f"Wrote {path}: the mean of {len(args.models)} checkpoints, {console.size(written)}")
+    print(f"Wrote {path}: the mean of {len(args.models)} checkpoints, {size(written)}")
     return 0

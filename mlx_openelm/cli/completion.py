@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import RequestError
-from .flags import Parser, Switch
+from ..hub import catalog
+from .flags import Parser
+
+_MODELS = [catalog.TINY, *(alias for release in catalog.releases() for alias in release.aliases)]
 
 # A command's name, with its line of help and its parser.
 Commands = Mapping[str, tuple[str, Parser]]
@@ -25,6 +28,8 @@ _{function}() {{
         case $word in {commands}) command=$word; break;; esac
     done
     COMPREPLY=()
+    # bash makes words of --flag=value: the flag, = and the value.
+    if [[ $current == = ]]; then current=; elif [[ $previous == = ]]; then previous=${{COMP_WORDS[COMP_CWORD-2]}}; fi
     case "$command $previous" in
 {values}
     esac
@@ -42,6 +47,7 @@ _{function}() {{
     for word in "${{(@)words[2,CURRENT-1]}}"; do
         case $word in {commands}) command=$word; break;; esac
     done
+    if [[ $current == --*=* ]]; then previous=${{current%%=*}}; compset -P 1 '*='; fi
     case "$command $previous" in
 {values}
     esac
@@ -68,13 +74,17 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
     if shell not in ("bash", "zsh"):
         raise RequestError(f"Completion is for bash, zsh and fish, not {shell}; name one of them.")
     reply = 'COMPREPLY=($(compgen -W "{}" -- "$current"))' if shell == "bash" else "compadd -- {}"
+    # bash completes files by itself if no choice fits.
+    or_file = "" if shell == "bash" else "; _files"
     values, flags = [], []
     parsers = {"": own} | {name: parser for name, (_, parser) in commands.items()}
     for name, parser in parsers.items():
         for action in _actions(parser):
-            if choices := _choices(action):
+            choices, takes_others = _choices(action)
+            if choices:
                 pattern = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
-                values.append(f"        {pattern}) {reply.format(' '.join(choices))}; return;;")
+                files = or_file if takes_others else ""
+                values.append(f"        {pattern}) {reply.format(' '.join(choices))}{files}; return;;")
         flags.append(f'        "{name} -"*) {reply.format(" ".join(parser.flags))};;')
     flags.append(f'        " "*) {reply.format(" ".join(commands))};;')
     template = _BASH if shell == "bash" else _ZSH
@@ -118,8 +128,9 @@ def _fish(program: str, own: Parser, commands: Commands) -> str:
     for condition, parser in parsers.items():
         for action in _actions(parser):
             flags = [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in action.option_strings]
-            choices = _choices(action)
-            value = f" -x -a {_quoted(' '.join(choices))}" if choices else " -r" if action.nargs is None else ""
+            choices, takes_others = _choices(action)
+            kind = " -r" if takes_others else " -x" if choices else ""
+            value = f"{kind} -a {_quoted(' '.join(choices))}" if choices else kind
             # The first sentence says enough.
             about = _quoted(re.split(r"[.;:] ", action.help or "")[0].rstrip("."))
             lines.append(f"complete -c {program} -n {_quoted(condition)} {' '.join(flags)}{value} -d {about}")
@@ -127,7 +138,7 @@ def _fish(program: str, own: Parser, commands: Commands) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A word of fish, in which a backslash escapes a quote inside of quotes."""
+    """A word in quotes for fish, where a backslash escapes a quote."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -136,8 +147,13 @@ def _actions(parser: Parser) -> list[Action]:
     return list(dict.fromkeys(parser.flags.values()))
 
 
-def _choices(action: Action) -> list[str]:
-    """The words of `mlx|peft`; one in capitals, like FILE, stands for something else. Switches need no value."""
-    if isinstance(action, Switch) or "|" not in str(action.metavar):
-        return []
-    return [word for word in str(action.metavar).split("|") if not word.isupper()]
+def _choices(action: Action) -> tuple[list[str], bool]:
+    """The words that the shell completes as the value of a flag, and whether files can be a value too.
+
+    They are the words of a metavar like `mlx|peft`; one in capitals, like FILE, stands for any value.
+    """
+    if action.nargs == 0:
+        return [], False
+    words = str(action.metavar).split("|")
+    choices = _MODELS if words == ["MODEL"] else [word for word in words if not word.isupper()]
+    return choices, any(word.isupper() for word in words)

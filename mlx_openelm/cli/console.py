@@ -1,46 +1,25 @@
-"""Output that the commands share: one-line errors and warnings, sizes, JSON, progress."""
+"""Output that the commands share: lines on standard error, JSON, progress bars."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-import warnings
 from types import TracebackType
 from typing import Any, Self
 
-from ..wording import size as size
+from ..wording import size
 
 # Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
-# Between two lines of progress, if there is no terminal.
+# Seconds between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
-
-
-def prepare_streams() -> None:
-    """Print a warning as one line, and do not crash if a stream is closed or cannot encode a character."""
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    say(f"warning: {' '.join(str(message).split())}")
 
 
 def say(line: str) -> None:
     """Print a line on standard error, where everything but the result goes."""
     print(line, file=sys.stderr, flush=True)
-
-
-def say_error(message: str) -> None:
-    say(f"error: {' '.join(message.split())}")
 
 
 def print_json(values: Any) -> None:
@@ -58,6 +37,7 @@ def print_json(values: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, in nested dictionaries and lists too."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -113,6 +93,7 @@ class Progress:
         self._bar.start()
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -9,6 +9,8 @@ from ..inputs import to_path
 from ..jobs.convert import convert
 from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
+from ..quantization.recipes import Packing
+from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
@@ -18,7 +20,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, source = map(parser.group, ("Common flags", "Source"))
+    """Add the flags of `convert` to its parser."""
+    common, source = (parser.groups[title] for title in ("Common flags", "Source"))
     common.add_argument(
         "--model",
         "--hf-path",
@@ -30,7 +33,7 @@ def add_flags(parser: flags.Parser) -> None:
     flags.add_shared(common, "--mlx-path")
     common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
     flags.add_shared(common, "--overwrite", "--json")
-    flags.add_packing(parser.group("Quantization"))
+    flags.add_fields(parser, Packing)
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
     flags.add_fields(parser, UploadOptions)
 
@@ -46,8 +49,7 @@ def run(args: Namespace) -> int:
         result = convert(
             args.model,
             to_path(args.mlx_path),
-            dtype=args.dtype,
-            **flags.packing(args),
+            **flags.given(args, Packing),
             tokenizer=args.tokenizer,
             config_yaml=args.config_yaml,
             revision=args.revision,
@@ -62,7 +64,7 @@ def run(args: Namespace) -> int:
             values["upload"] = upload_command.to_json(publishing.publish(result.path, upload))
         console.print_json(values)
         return 0
-    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(written)}")
+    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}")
     for path, what in result.exceptions.items():
         print(f"  {path}: {what}")
     if upload.upload_repo is not None:

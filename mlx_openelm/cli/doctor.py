@@ -17,6 +17,7 @@ from .. import backend, blas
 from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
+from ..wording import size
 from . import console, flags
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
@@ -48,7 +49,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    flags.add_shared(parser.group("Common flags"), "--json")
+    """Add the flags of `doctor` to its parser."""
+    flags.add_shared(parser.groups["Common flags"], "--json")
 
 
 def run(args: Namespace) -> int:
@@ -102,7 +104,7 @@ def _mlx() -> Iterator[Finding]:
     yield Finding("MLX", f"{facts['mlx_version']} ({', '.join(wheels) or 'mlx'})", several)
     yield Finding("Device", f"{facts['device']}, {facts['device_name']}")
     total, available = (
-        "unknown" if facts[key] is None else console.size(facts[key]) for key in ("memory_total", "memory_available")
+        "unknown" if facts[key] is None else size(facts[key]) for key in ("memory_total", "memory_available")
     )
     yield Finding("Memory", f"{total}, {available} available")
     if facts["device"] == "CPU":
@@ -207,9 +209,7 @@ def _hub() -> Iterator[Finding]:
         yield Finding("Hub", "offline, since HF_HUB_OFFLINE is set")
     cache = Path(constants.HF_HUB_CACHE)
     models = sorted(path for path in cache.glob("models--*") if "openelm" in path.name.lower())
-    held = [
-        f"{path.name.removeprefix('models--').replace('--', '/')} ({console.size(_bytes_in(path))})" for path in models
-    ]
+    held = [f"{path.name.removeprefix('models--').replace('--', '/')} ({size(_bytes_in(path))})" for path in models]
     yield Finding("Hub cache", f"{cache}: {', '.join(held) or 'no OpenELM models'}")
 
 

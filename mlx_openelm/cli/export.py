@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..jobs.export import Export, export
 from ..publishing import upload as publishing
 from ..publishing.upload import Upload, UploadOptions
+from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
@@ -19,7 +20,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, source = map(parser.group, ("Common flags", "Source"))
+    """Add the flags of `export` to its parser."""
+    common, source = (parser.groups[title] for title in ("Common flags", "Source"))
     common.add_argument(
         "--format",
         required=True,
@@ -78,7 +80,7 @@ def run(args: Namespace) -> int:
         console.print_json(values)
         return 0
     bits = f"{result.bits_per_weight:.2f} bits per weight"
-    print(f"Wrote {result.path}: {result.type}, {bits}, {console.size(result.size)}")
+    print(f"Wrote {result.path}: {result.type}, {bits}, {size(result.size)}")
     for name, what in result.exceptions.items():
         print(f"  {name}: {what}")
     if upload.upload_repo is not None:

@@ -6,23 +6,36 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Sequence
+import sys
+from argparse import BooleanOptionalAction
+from collections import deque
+from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..errors import RequestError, quote
 from ..hub import catalog
 
+# The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")
 _OFF = ("false", "f", "no", "n", "off", "0")
+
+# The headings of every command's `--help`, in their order; one without flags is not shown.
+_GROUPS = (
+    *("Flags", "Arguments", "Common flags"),
+    *("Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints", "Reports"),
+    *("Sampling", "Penalties", "Chat", "Windows", "Measuring"),
+    *("Quantization", "Calibration", "Report"),
+    *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
+)
 
 
 class Parser(argparse.ArgumentParser):
     """The flags of one command, in groups.
 
     Args:
-        prog: what is typed to run it.
-        description: the text under the usage; paragraphs are separated by empty lines.
+        prog: how the command is called, like `mlx-openelm generate`.
+        description: the text below the usage; empty lines separate paragraphs.
         examples: command lines, one a line.
     """
 
@@ -38,13 +51,7 @@ class Parser(argparse.ArgumentParser):
             exit_on_error=False,
         )
         self.flags = self._option_string_actions  # every spelling of every flag
-        self._groups: dict[str, Any] = {}
-
-    def group(self, title: str) -> Any:
-        """The group of flags under this heading; made when first asked for."""
-        if title not in self._groups:
-            self._groups[title] = self.add_argument_group(title)
-        return self._groups[title]
+        self.groups = {title: self.add_argument_group(title) for title in _GROUPS}
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """The values on a command line.
@@ -52,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             RequestError: an unknown flag, a missing or wrong value, an argument too many.
         """
-        words = self._with_values_attached(args)
+        words = self._normalized(args)
         # Arguments may stand between flags; argparse allows that only without `--`.
         parse_known = self.parse_known_args if "--" in words else self.parse_known_intermixed_args
         try:
@@ -72,63 +79,74 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the command line, with a pointer to its help."""
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"{missing} is missing"
         raise RequestError(f"{message}; see {self.prog} --help.")
 
-    def _with_values_attached(self, args: Sequence[str]) -> list[str]:
-        """`--flag value` as `--flag=value`, since argparse takes a separate `-inf` or `--x` for a flag.
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or a version. argparse ignores an error in writing, such as a full disk."""
+        print(message, end="", file=file or sys.stdout, flush=True)
 
-        What cannot be right is refused here, before argparse complains of flags that are missing.
+    def _normalized(self, args: Sequence[str]) -> list[str]:
+        """One word for each flag: `--flag value` as `--flag=value`, `--switch False` as `--no-switch`.
+
+        argparse takes a separate `-inf` or `--x` for a flag. A word that cannot be right is refused here, before
+        argparse complains of flags that are missing.
         """
         result: list[str] = []
-        words = iter(args)
+        words = deque(args)
         takes_arguments = any(not action.option_strings for action in self._actions)
         may_be_value = False
-        for word in words:
+        while words:
+            word = words.popleft()
             if word == "--":
                 return [*result, word, *words]
-            flag, equals, _ = word.partition("=")
+            flag, equals, value = word.partition("=")
             action = self.flags.get(flag)
-            if action is None and flag.startswith("--"):
-                close = difflib.get_close_matches(flag, self.flags, n=2, cutoff=0.7)
-                hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-                self.error(f"{self.prog} has no flag {flag}{hint}")
-            if action is not None and action.nargs == 0 and equals:
+            if isinstance(action, BooleanOptionalAction):
+                if words and not (equals or takes_arguments) and words[0].lower() in _ON + _OFF:
+                    equals, value = "=", words.popleft()
+                if equals:
+                    word = self._switch(action, flag, value)
+            elif action is not None and action.nargs == 0 and equals:
                 self.error(f"{flag} takes no value")
-            if action is not None and action.nargs is None and not equals:
-                value = next(words, None)
-                if value is None:
+            elif action is not None and action.nargs is None and not equals:
+                if not words:
                     self.error(f"{flag} needs a value")
-                word = f"{flag}={value}"
-            if action is None and flag.startswith("-") and flag[:2] not in self.flags and flag[1:2].isalpha():
+                word = f"{flag}={words.popleft()}"
+            elif action is None and flag.startswith("--"):
+                hint = did_you_mean(flag, self.flags)
+                self.error(f"{self.prog} has no flag {flag}{hint and f' ({hint})'}")
+            elif action is None and flag.startswith("-") and flag[:2] not in self.flags and flag[1:2].isalpha():
                 self.error(f"{self.prog} has no flag {flag}")
-            if not word.startswith("-") and not takes_arguments and not may_be_value:
+            elif not flag.startswith("-") and not takes_arguments and not may_be_value:
                 self.error(f"unexpected argument {quote(word)}")
             may_be_value = action is not None and action.nargs == "?" and not equals
             result.append(word)
         return result
 
+    def _switch(self, action: BooleanOptionalAction, flag: str, value: str) -> str:
+        """The spelling of a switch, on or off, that means `flag=value`."""
+        if flag.startswith("--no-"):
+            self.error(f"{flag} takes no value")
+        if value.lower() not in _ON + _OFF:
+            raise RequestError(f"{flag} must be True or False, got {quote(value)}.")
+        on, off, *_ = action.option_strings
+        return on if value.lower() in _ON else off
 
-class Switch(argparse.Action):
-    """`--x` and `--no-x`; also `--x False`, as mlx-lm's `--verbose False`."""
 
-    def __init__(self, option_strings: list[str], dest: str, **options: Any):
-        flags = [spelling for flag in option_strings for spelling in (flag, f"--no-{flag[2:]}")]
-        super().__init__(flags, dest, nargs="?", **options)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        is_no = (option_string or "").startswith("--no-")
-        if is_no and values is not None:
-            parser.error(f"{option_string} takes no value")
-        word = "true" if values is None else values.lower()
-        if word not in _ON + _OFF:
-            raise argparse.ArgumentError(self, f"must be True or False, got {quote(values)}")
-        setattr(namespace, self.dest, word in _ON and not is_no)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean --temp?` for `--temperature`; empty if no known word is similar."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
+    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
+    return f"did you mean {' or '.join(close[:2])}?" if close else ""
 
 
 def integer(text: str) -> int:
+    """A flag's value as a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -136,6 +154,7 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
+    """A flag's value as a number."""
     try:
         return float(text)
     except ValueError:
@@ -156,20 +175,22 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """`--max-tokens, -m N`: the value once, after the last spelling."""
         flags = ", ".join(action.option_strings)
-        if action.nargs == 0 or isinstance(action, Switch):
+        if action.nargs == 0:
             return flags
         return f"{flags} [{action.metavar}]" if flags and action.nargs == "?" else f"{flags} {action.metavar}".lstrip()
 
 
-# What argparse converts a value with, and how `--help` writes it.
+# How argparse handles a field, by its type; other types are lists, whose flags may be repeated.
 _TYPES: dict[Any, dict[str, Any]] = {
-    bool: {"action": Switch, "metavar": "True|False"},
+    bool: {"action": BooleanOptionalAction},
     int: {"type": integer, "metavar": "N"},
     float: {"type": number, "metavar": "NUMBER"},
     str: {"metavar": "TEXT"},
 }
 _REPEATABLE: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
 
+# A switch that is off by default. Every switch has a --no- form.
+SWITCH: dict[str, Any] = {"action": BooleanOptionalAction, "default": False}
 DTYPES = "float32|float16|bfloat16"
 _SHARED: dict[str, dict[str, Any]] = {
     "--model": {
@@ -192,13 +213,12 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--revision": {"metavar": "NAME", "help": "A branch, tag or commit on the hub."},
     "--dtype": {"metavar": DTYPES, "help": "The type to compute in; by default the one that suits the device."},
     "--expand": {
-        "action": Switch,
-        "metavar": "True|False",
+        "action": BooleanOptionalAction,
         "help": "Unpack quantized weights at load, or keep them packed. By default they are unpacked only on a CPU "
         "without our kernels, while memory allows.",
     },
     "--exact-activations": {
-        "action": "store_true",
+        **SWITCH,
         "help": "On a CPU, do not round the activations that quantized weights are multiplied with; by default they "
         "are rounded to 8 bits if the weights have 6 or less.",
     },
@@ -207,9 +227,9 @@ _SHARED: dict[str, dict[str, Any]] = {
         "default": "mlx_model",
         "help": "The folder to write.  [default: %(default)s]",
     },
-    "--overwrite": {"action": "store_true", "help": "Replace the output if it exists."},
-    "--json": {"action": "store_true", "help": "Print one JSON object."},
-    "--debug": {"action": "store_true", "help": "Show the traceback of an error."},
+    "--overwrite": {**SWITCH, "help": "Replace the output if it exists."},
+    "--json": {**SWITCH, "help": "Print one JSON object."},
+    "--debug": {**SWITCH, "help": "Show the traceback of an error."},
     "--help": {"action": "help", "help": "Show this help."},
 }
 
@@ -220,59 +240,37 @@ def add_shared(group: Any, *names: str) -> None:
         group.add_argument(name, *(["-h"] if name == "--help" else []), **_SHARED[name])
 
 
-def add_packing(group: Any) -> None:
-    """The flags of a command that can also pack or unpack a model."""
-    group.add_argument("--quantize", "-q", action="store_true", help="Pack every matrix into few bits.")
-    group.add_argument("--q-bits", type=integer, metavar="N", help="Bits per weight; affine: 4 by default.")
-    group.add_argument(
-        "--q-group-size", type=integer, metavar="N", help="Weights that share a scale; affine: 64 by default."
-    )
-    group.add_argument(
-        "--q-mode", metavar="affine|mxfp4|nvfp4|mxfp8", default="affine", help="The packing.  [default: %(default)s]"
-    )
-    group.add_argument(
-        "--recipe",
-        "--quant-predicate",
-        metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
-        help="With -q, more bits for the matrices that need them.",
-    )
-    group.add_argument("--dequantize", "-d", action="store_true", help="Unpack a quantized model.")
-
-
-def packing(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of `add_packing`'s flags."""
-    names = ("quantize", "q_bits", "q_group_size", "q_mode", "recipe", "dequantize")
-    return {name: getattr(args, name) for name in names}
-
-
 def add_fields(parser: Parser, options: type) -> None:
-    """A flag for each field of a dataclass, with the field's name, help and group (see `options.option`).
+    """A flag for each field of a dataclass that has an `Option`, named after the field.
 
-    A flag that was not typed leaves no value behind, so that the dataclass, or a configuration file, supplies it.
+    A flag that is not given leaves no value behind, so that the dataclass, or a configuration file, supplies it.
     """
-    hints = get_type_hints(options)
+    hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        about, kind = field.metadata, hints[field.name]
+        kind = hints[field.name]
+        if get_origin(kind) is not Annotated:
+            continue
+        kind, option = get_args(kind)
         if get_origin(kind) in (Union, UnionType):  # int | None
             kind, *others = (part for part in get_args(kind) if part is not NoneType)
             kind = None if others else kind
         settings = dict(_TYPES.get(kind, _REPEATABLE))
-        if about["metavar"]:
-            settings["metavar"] = about["metavar"]
-        shown = "on" if field.default is True else field.default
-        has_default = shown is not None and shown is not False and shown != ()
-        parser.group(about["group"]).add_argument(
+        if option.metavar:
+            settings["metavar"] = option.metavar
+        default = "on" if field.default is True else field.default
+        has_default = default is not None and default is not False and default != ()
+        parser.groups[option.group].add_argument(
             f"--{field.name.replace('_', '-')}",
-            *about["flags"],
+            *option.flags,
             dest=field.name,
             default=argparse.SUPPRESS,
-            help=f"{about['help']}  [default: {shown}]" if has_default else about["help"],
+            help=f"{option.help}  [default: {default}]" if has_default else option.help,
             **settings,
         )
 
 
 def given(args: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The fields of a dataclass whose flags were typed; those that may be repeated as tuples."""
+    """The values of the dataclass's fields whose flags were given; lists as tuples."""
     values = vars(args)
     found = {field.name: values[field.name] for field in dataclasses.fields(options) if field.name in values}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

@@ -11,6 +11,8 @@ from ..inputs import to_path
 from ..jobs.fuse import Fusion, fuse
 from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
+from ..quantization.recipes import Packing
+from ..wording import counted, size
 from . import console, flags
 from . import upload as upload_command
 
@@ -25,7 +27,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, measuring, source = map(parser.group, ("Common flags", "Measuring", "Source"))
+    """Add the flags of `fuse` to its parser."""
+    common, measuring, source = (parser.groups[title] for title in ("Common flags", "Measuring", "Source"))
     flags.add_shared(common, "--model")
     common.add_argument(
         "--adapter-path",
@@ -41,9 +44,9 @@ def add_flags(parser: flags.Parser) -> None:
         "--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; by default as it is stored."
     )
     flags.add_shared(common, "--overwrite", "--json")
-    flags.add_packing(parser.group("Quantization"))
+    flags.add_fields(parser, Packing)
     measuring.add_argument(
-        "--report", action="store_true", help="Also measure on text what storing the result costs (KL divergence)."
+        "--report", **flags.SWITCH, help="Also measure on text what storing the result costs (KL divergence)."
     )
     measuring.add_argument(
         "--report-data",
@@ -74,8 +77,7 @@ def run(args: Namespace) -> int:
             args.model,
             args.adapter_path or "adapters",
             to_path(args.save_path),
-            dtype=args.dtype,
-            **flags.packing(args),
+            **flags.given(args, Packing),
             report=args.report,
             report_data=args.report_data,
             tokenizer=args.tokenizer,
@@ -101,11 +103,11 @@ def _written(result: Fusion) -> int:
 
 
 def _lines(result: Fusion) -> list[str]:
-    """What was written, and how much the adapters and the rounding changed."""
+    """The lines that say what was written, and how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
-        f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(_written(result))}",
-        f"  {len(result.matrices)} tensors changed by {overall.relative_change:.2%} (root mean square)",
+        f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(_written(result))}",
+        f"  {counted(len(result.matrices), 'tensor')} changed by {overall.relative_change:.2%} (root mean square)",
     ]
     if overall.relative_error:
         worst = max(result.matrices, key=lambda path: result.matrices[path].relative_error)

@@ -1,13 +1,15 @@
-"""`mlx-openelm generate`: text to standard output as it comes, statistics to standard error."""
+"""`mlx-openelm generate`: text on standard output as it is generated, statistics on standard error."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
+from contextlib import nullcontext
 from typing import Any
 
+from .. import backend
 from ..errors import RequestError, quote
 from ..generation.decoding import Piece, stream_generate
 from ..generation.options import GenerationOptions
@@ -16,6 +18,7 @@ from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
+from ..wording import counted
 from . import console, flags
 
 EXAMPLES = """\
@@ -25,9 +28,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    for title in ("Common flags", "Sampling", "Penalties", "Chat", "Model", "Key-value cache", "Output"):
-        parser.group(title)  # in this order
-    common, chat, model, output = map(parser.group, ("Common flags", "Chat", "Model", "Output"))
+    """Add the flags of `generate` to its parser."""
+    common, chat, model, output = (parser.groups[title] for title in ("Common flags", "Chat", "Model", "Output"))
     flags.add_shared(common, "--model")
     common.add_argument("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads standard input.")
     common.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from a file.")
@@ -37,9 +39,7 @@ def add_flags(parser: flags.Parser) -> None:
     chat.add_argument(
         "--prefill-response", metavar="TEXT", help="The start of the response; the output continues from there."
     )
-    chat.add_argument(
-        "--ignore-chat-template", action="store_true", help="Use the prompt as it is, without a template."
-    )
+    chat.add_argument("--ignore-chat-template", **flags.SWITCH, help="Use the prompt as it is, without a template.")
     chat.add_argument(
         "--extra-eos-token",
         action="append",
@@ -48,10 +48,13 @@ def add_flags(parser: flags.Parser) -> None:
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
     output.add_argument(
-        "--verbose", action=flags.Switch, default=True, help="Print statistics to standard error.  [default: on]"
+        "--verbose",
+        action=BooleanOptionalAction,
+        default=True,
+        help="Print statistics to standard error.  [default: on]",
     )
     output.add_argument(
-        "--logprobs", action="store_true", help="Show each token's log-probability after the text, or in the JSON."
+        "--logprobs", **flags.SWITCH, help="Show each token's log-probability after the text, or in the JSON."
     )
     flags.add_shared(output, "--json")
 
@@ -84,13 +87,30 @@ def run(args: Namespace) -> int:
     )
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
-    template = None if args.ignore_chat_template else args.chat_template or "plain"
-    ids = _encode(tokenizer, prompt, args.system_prompt, args.prefill_response, template)
+    if args.ignore_chat_template:
+        ids = tokenizer.encode(prompt)
+    elif chat in ((None, None, None), (None, None, "plain")):
+        ids = tokenizer.encode_plain(prompt)
+    else:
+        ids = _encode_chat(tokenizer, prompt, *chat)
 
-    pieces, interrupted = _generate(model, tokenizer, ids, options, show=not args.json)
+    # A bar is of use only for a prompt that is processed in several steps.
+    is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
+    progress = console.Progress("Reading the prompt", unit="tokens", lines=False) if is_long else None
+    pieces: list[Piece] = []
+    interrupted = False
+    try:
+        with progress or nullcontext():
+            for piece in stream_generate(model, tokenizer, ids, progress=progress, **options):
+                pieces.append(piece)
+                if not args.json:
+                    sys.stdout.write(piece.text)
+                    sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
     seed = options.get("seed")
     if args.json:
-        _print_result(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted)
+        _print_json(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted)
     else:
         print()
         if args.logprobs:
@@ -140,41 +160,22 @@ def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
     return biases
 
 
-def _encode(
+def _encode_chat(
     tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
 ) -> list[int]:
-    """The token ids of the conversation in this template, or without one of the prompt; BOS comes first."""
-    if template is None:
-        return tokenizer.encode(prompt)
+    """The token ids of the conversation, written with a chat template; BOS comes first."""
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     if prefill is not None:
         messages.append({"role": "assistant", "content": prefill})
-    return tokenizer.apply_chat_template(messages, template, continue_final_message=prefill is not None)
+    return tokenizer.apply_chat_template(messages, template or "plain", continue_final_message=prefill is not None)
 
 
-def _generate(
-    model: OpenELM, tokenizer: Tokenizer, ids: list[int], options: dict[str, Any], *, show: bool
-) -> tuple[list[Piece], bool]:
-    """The pieces, and whether Ctrl-C ended them; with `show` their text is printed as it comes."""
-    pieces: list[Piece] = []
-    with console.Progress("Reading the prompt", unit="tokens", lines=False) as progress:
-        try:
-            for piece in stream_generate(model, tokenizer, ids, progress=progress, **options):
-                pieces.append(piece)
-                if show:
-                    sys.stdout.write(piece.text)
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            return pieces, True
-    return pieces, False
-
-
-def _print_result(
+def _print_json(
     model: str, prompt: str, pieces: list[Piece], tokenizer: Tokenizer | None, seed: int | None, interrupted: bool
 ) -> None:
-    """The JSON object; with a tokenizer also tokens and log-probabilities."""
+    """Print the result as a JSON object; with a tokenizer, also tokens and log-probabilities."""
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
     if pieces:
         last = dataclasses.asdict(pieces[-1])
@@ -205,9 +206,9 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
         )
     if pieces:
         last = pieces[-1]
-        console.say(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s")
+        console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
-        console.say(f"Generation: {last.generation_tokens} tokens{speed}")
+        console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if seed is not None:
         console.say(f"Seed: {seed}")

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
+from ..wording import size
 from . import console, flags
 
 _BAR = 24  # characters of the largest layer's bar
@@ -20,9 +21,10 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
+    """Add the flags of `info` to its parser."""
     parser.usage = f"{parser.prog} [flags] [MODEL]"
-    parser.group("Arguments").add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
-    common = parser.group("Common flags")
+    parser.groups["Arguments"].add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    common = parser.groups["Common flags"]
     common.add_argument(
         "--model",
         metavar="MODEL",
@@ -76,13 +78,13 @@ def _total_lines(summary: Summary) -> list[str]:
     elif summary.quantization is not None:
         quantization = "{bits} bits, group size {group_size}, mode {mode}; ".format(**summary.quantization)
         quantization += "multiplied as stored" if memory.expanded is None else "unpacked at load, while memory allows"
-    needs = f"{console.size(memory.total)} (weights {console.size(memory.weights)}, " + (
-        f"key-value cache {console.size(memory.kv_cache)}, computing in {memory.dtype})"
+    needs = f"{size(memory.total)} (weights {size(memory.weights)}, " + (
+        f"key-value cache {size(memory.kv_cache)}, computing in {memory.dtype})"
     )
     if memory.expanded is not None:
-        unpacked = console.size(memory.expanded + memory.kv_cache)
+        unpacked = size(memory.expanded + memory.kv_cache)
         needs += f"; {unpacked} with the weights unpacked, as is the default on a CPU"
-    stored = f"{console.size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    stored = f"{size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     if summary.rounded_to is None:
         stored += f", {summary.dtype}"
     rows = {
@@ -91,7 +93,7 @@ def _total_lines(summary: Summary) -> list[str]:
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
         "  layers": f"{layers:,} ({layers / total:.1%})",
         "  head": head,
-        "  norms": f"{summary.norms:,} (those of the layers are counted there too)",
+        "  norms": f"{summary.norms:,} (the norms of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
         f"Memory at {memory.tokens} tokens": needs,
@@ -100,7 +102,7 @@ def _total_lines(summary: Summary) -> list[str]:
     width = max(map(len, rows))
     lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
     if summary.source == "published":
-        lines += ["", "The model is not on this machine: these are the published sizes, no file was read."]
+        lines += ["", "The model is not on this machine: these are the published sizes; no file was read."]
     elif summary.source == "config":
         lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
     return lines

@@ -1,4 +1,4 @@
-"""`mlx-openelm lora`: fine-tuning, with the flags, the YAML keys and the Python arguments of `FineTuneOptions`."""
+"""`mlx-openelm lora`: fine-tuning. Flags, YAML keys and Python arguments are the fields of `FineTuneOptions`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
+from ..errors import RequestError
 from ..hub import catalog
 from ..inputs import to_path
 from ..training import config_file
@@ -15,6 +16,7 @@ from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
 from ..training.run.samples import Sample
+from ..wording import counted
 from . import console, flags
 from .run_progress import RunProgress
 
@@ -26,16 +28,19 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    for title in ("Common flags", "Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints"):
-        parser.group(title)  # in this order
-    common, model, output = map(parser.group, ("Common flags", "Model", "Output"))
+    """Add the flags of `lora` to its parser."""
+    common, model, output = (parser.groups[title] for title in ("Common flags", "Model", "Output"))
     common.add_argument(
         "--model",
         metavar="MODEL",
         help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]",
     )
     common.add_argument(
-        "--config", "-c", metavar="FILE", help="A YAML file with any of these settings; flags override it."
+        "--config",
+        "-c",
+        action="append",
+        metavar="FILE",
+        help="A YAML file with any of these settings; flags override it.",
     )
     flags.add_fields(parser, FineTuneOptions)
     flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
@@ -53,11 +58,11 @@ def run(args: Namespace) -> int:
     given |= flags.given(args, FineTuneOptions)
     if "target_modules" in given:
         given["target_modules"] = tuple(part.strip() for text in given["target_modules"] for part in text.split(","))
-    options, loading = _merged(given, args.config)
+    options, loading = _merged(given, args.config or [])
     name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
-        warnings.simplefilter("ignore")  # the first process prints the same
+        warnings.simplefilter("ignore")  # the first process prints them
     progress = RunProgress()
     try:
         with progress:
@@ -75,11 +80,15 @@ def run(args: Namespace) -> int:
     return 130 if done.interrupted else 0
 
 
-def _merged(given: dict[str, Any], config: str | None) -> tuple[FineTuneOptions, dict[str, Any]]:
+def _merged(given: dict[str, Any], configs: list[str]) -> tuple[FineTuneOptions, dict[str, Any]]:
     """The options, and the settings of the model: from flags, then the file, then the run that is resumed."""
-    if config is not None:
-        file = to_path(config)
-        return config_file.merge(FineTuneOptions, config_file.read(file), given, place=str(config))
+    if len(configs) > 1:
+        raise RequestError("--config takes one file; put all settings into it.")
+    if configs:
+        values = config_file.read(to_path(configs[0]))
+        if given.get("resume"):
+            values = {"train": True, **values}  # what is resumed is training
+        return config_file.merge(FineTuneOptions, values, given, place=configs[0])
     saved: dict[str, Any] = {}
     if given.get("resume"):
         saved = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))
@@ -91,7 +100,7 @@ def _show(done: FineTuned) -> None:
     if result is not None:
         speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
         print(
-            f"Trained {result.steps:,} steps, {result.trained_tokens:,} tokens learned{speed}, "
+            f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
             f"peak memory {result.peak_memory:.3f} GB"
         )
         if result.val_loss is not None:
@@ -113,7 +122,7 @@ def _show(done: FineTuned) -> None:
 
 
 def _show_samples(samples: tuple[Sample, ...]) -> None:
-    """Before and after, side by side."""
+    """Print each prompt's continuations before and after training, side by side."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-import traceback
-from argparse import Namespace
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .. import backend
 from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
-from . import console, flags
+
+# Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from . import flags
 
 PROGRAM = "mlx-openelm"
 SHELLS = ("bash", "zsh", "fish")
@@ -46,42 +49,57 @@ _EXAMPLES = f"""\
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `mlx-openelm` with these arguments, by default the process's own, and exit."""
-    console.prepare_streams()
-    code = _run(sys.argv[1:] if args is None else args)
+    debug = False
     try:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by the caller
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # characters that the terminal does not have
+        run, values = parse(sys.argv[1:] if args is None else args)
+        debug = values.debug
+        code = run(values)
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = _leave_pipe()
+    except BaseException as error:
+        code = _exit_code(error, debug)
     sys.exit(code)
 
 
-def _run(args: Sequence[str]) -> int:
-    """The exit code of a command line; a failure is one line on standard error."""
-    debug = False
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def _exit_code(error: BaseException, debug: bool) -> int:
+    """Print an error in one line on standard error, and return the exit code."""
+    from .. import backend
+
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or the disk is full: Python's last flush must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         with backend.naming_the_extra():
-            run, values = parse(args)
-            debug = values.debug
-            return run(values)
-    except SystemExit as stop:  # of --help and --version
+            raise error
+    except SystemExit as stop:  # from --help and --version
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return _leave_pipe()
-    except OpenELMError as error:
-        if debug:
-            traceback.print_exc()
-        console.say_error(str(error))
-        return error.exit_code
-    # Whatever it is, the user gets one line and a way to the traceback.
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-            return 1
-        reason = " ".join(str(error).split())
-        console.say_error(f"{type(error).__name__}: {reason}; run again with --debug for the traceback.")
         return 1
+    except OpenELMError as known:
+        code, line = known.exit_code, str(known)
+    except Exception as unexpected:
+        code, line = 1, f"{type(unexpected).__name__}: {unexpected}"
+        if not debug:
+            line = f"{line}; run again with --debug for the traceback."
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    return code
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
@@ -105,24 +123,31 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
 
 
 def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
-    """The parser of a command, and the function that runs it."""
+    """The parser of a command, and the function that runs it.
+
+    Raises:
+        RequestError: there is no such command.
+    """
+    from . import flags
+
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(COMMANDS)}."
+        hint = flags.did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
         raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
     module = import_module(f".{name}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)
     module.add_flags(parser)
-    flags.add_shared(parser.group("Other flags"), "--debug", "--help")
+    flags.add_shared(parser.groups["Other flags"], "--debug", "--help")
     return parser, module.run
 
 
 def _program() -> flags.Parser:
-    """The parser of what stands before a command."""
+    """The parser of the flags before a command."""
+    from . import flags
+
     commands = "\n".join(f"  {name:10}  {line}" for name, line in COMMANDS.items())
     parser = flags.Parser(PROGRAM, _DESCRIPTION + commands, _EXAMPLES)
     parser.usage = f"{PROGRAM} COMMAND [flags]"
-    group = parser.group("Flags")
+    group = parser.groups["Flags"]
     group.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="Print the version.")
     for name, text in (
         ("install", "Install completion for a shell"),
@@ -154,9 +179,3 @@ def _complete(values: Namespace) -> int:
     else:
         print(completion.install(values.install_completion, PROGRAM, text))
     return 0
-
-
-def _leave_pipe() -> int:
-    """The reader of our output has left: write the rest, and Python's last flush, to the null device."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1

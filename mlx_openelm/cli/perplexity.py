@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
 from ..inputs import to_path
 from ..loading import load
+from ..wording import counted
 from . import console, flags
 
 EXAMPLES = """\
@@ -19,7 +20,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, windows, model = map(parser.group, ("Common flags", "Windows", "Model"))
+    """Add the flags of `perplexity` to its parser."""
+    common, windows, model = (parser.groups[title] for title in ("Common flags", "Windows", "Model"))
     common.add_argument(
         "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
     )
@@ -87,7 +89,7 @@ def run(args: Namespace) -> int:
     print(f"Loss: {measured.nll:.4f} ± {measured.standard_error:.4f} nats per token")
     if args.reference_model is not None:
         print(f"KL divergence from {args.reference_model}: {values['kl_divergence']:.6f} nats per token")
-    print(f"Measured on {measured.tokens:,} tokens: {len(windows):,} windows of {length}")
+    print(f"Measured on {counted(measured.tokens, 'token')}: {counted(len(windows), 'window')} of {length}")
     return 0
 
 

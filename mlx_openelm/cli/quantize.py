@@ -14,10 +14,11 @@ from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, chart, check_picture, draw, letter
+from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
-# What each stage counts; the other stages count nothing.
+# The unit that each stage counts; other stages have none.
 _UNITS = {
     "Writing": "bytes",
     "Reading the text": "batches",
@@ -36,10 +37,11 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common, source = map(parser.group, ("Common flags", "Source"))
+    """Add the flags of `quantize` to its parser."""
+    common, source = (parser.groups[title] for title in ("Common flags", "Source"))
     flags.add_shared(common, "--model", "--mlx-path")
     flags.add_fields(parser, QuantizeOptions)
-    parser.group("Report").add_argument(
+    parser.groups["Report"].add_argument(
         "--report-plot",
         metavar="FILE",
         help="Also draw the report into this PNG, SVG or PDF file; needs matplotlib.",
@@ -126,7 +128,7 @@ def _show(result: Quantized) -> None:
     if result.calibrated_on is not None:
         print(f"Learned from {result.calibrated_on}")
     written = sum(path.stat().st_size for path in result.path.iterdir())
-    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {console.size(written)}")
+    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}")
     for path, what in result.exceptions.items():
         print(f"  {path}: {what}")
 
@@ -136,7 +138,7 @@ def _table(rows: list[Row]) -> list[str]:
     width = max(len(row.name) for row in rows)
     head = f"    {'':{width}}  bits/weight       size  perplexity  KL divergence"
     lines = [
-        f"  {letter(index)} {row.name:{width}}  {row.bits_per_weight:11.2f}  {console.size(row.size):>9}"
+        f"  {letter(index)} {row.name:{width}}  {row.bits_per_weight:11.2f}  {size(row.size):>9}"
         f"  {row.perplexity:10.3f}  {row.kl_divergence:13.5f}"
         for index, row in enumerate(rows)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..training.run.listener import Listener
+from ..wording import size
 from . import console
 
 # The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
@@ -20,7 +21,7 @@ _WARMUP = 3
 
 
 class RunProgress(Listener):
-    """Shows a run: its reports as lines, and on a terminal a bar with the latest step below them.
+    """Shows a run: reports as lines, and below them, on a terminal, a bar with the latest step.
 
     Use it in a `with` block, so that an error removes the bar.
     """
@@ -37,6 +38,7 @@ class RunProgress(Listener):
         self._live = sys.stderr.isatty()
 
     def started(self, step: int, total_steps: int) -> None:
+        """Training begins: open the bar, on a terminal."""
         self.began = True
         self._end_work()
         self._step, self._total, self._last = step, total_steps, time.monotonic()
@@ -44,6 +46,7 @@ class RunProgress(Listener):
             self._open()
 
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show the latest step beside the bar."""
         now = time.monotonic()
         latest, self._last, self._step = now - self._last, now, step
         # The first step is slower than the others, because it is traced and compiled.
@@ -52,11 +55,12 @@ class RunProgress(Listener):
         else:
             self._pace += _LATEST * (latest - self._pace)
         self._measured += 1
-        memory = console.size(mx.get_peak_memory())
+        memory = size(mx.get_peak_memory())
         facts = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}  {self._left()} left"
         self._show(completed=step, facts=facts)
 
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
+        """Print the training loss and speed."""
         self.say(
             f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
             f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
@@ -65,6 +69,7 @@ class RunProgress(Listener):
         )
 
     def working(self, what: str, done: int, total: int) -> None:
+        """Show other work: beside the bar while training, else with a bar of its own."""
         if self._bar is not None:
             self._show(facts=f"{what} {done:,} of {total:,}")
             return
@@ -74,13 +79,16 @@ class RunProgress(Listener):
         self._work[1](done, total)
 
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
+        """Print the validation loss."""
         self._end_work()
         self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}, {values['val_seconds']:.1f} s")
 
     def saved(self, step: int, path: Path) -> None:
+        """Print where a checkpoint is."""
         self.say(f"Step {step:,}: saved {path}")
 
     def say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
         bar = self._bar
         if bar is None:
             console.say(line)
@@ -88,9 +96,11 @@ class RunProgress(Listener):
             bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
+        """Print a warning, as `say` does."""
         self.say(f"warning: {line}")
 
     def close(self) -> None:
+        """Remove the bars; what follows is printed as plain lines."""
         bar, self._bar, self._live = self._bar, None, False
         if bar is not None:
             bar.stop()

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
+from ..wording import counted, size
 from . import console, flags
 
 EXAMPLES = """\
@@ -14,7 +15,8 @@ EXAMPLES = """\
 
 
 def add_flags(parser: flags.Parser) -> None:
-    common = parser.group("Common flags")
+    """Add the flags of `upload` to its parser."""
+    common = parser.groups["Common flags"]
     common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
     flags.add_shared(common, "--json")
     flags.add_fields(parser, UploadOptions)
@@ -36,7 +38,7 @@ def show(done: Upload, *, as_json: bool = False) -> None:
     elif done.url is not None:
         if all(file.name != CARD for file in done.files):
             print("The README.md in the repository was written or edited by a person, so it was kept.")
-        print(f"Uploaded {len(done.files)} files, {console.size(done.size)}: {done.url}")
+        print(f"Uploaded {counted(len(done.files), 'file')}, {size(done.size)}: {done.url}")
     else:
         print("\n".join(_plan_lines(done)))
 
@@ -72,8 +74,8 @@ def _plan_lines(plan: Upload) -> list[str]:
         f"  visibility      {visibility}",
         f"  revision        {plan.revision}",
         f"  commit message  {plan.commit_message}",
-        *(f"  {file.name:{width}}  {console.size(file.size):>9}" for file in plan.files),
-        f"  {len(plan.files)} files, {console.size(plan.size)}",
+        *(f"  {file.name:{width}}  {size(file.size):>9}" for file in plan.files),
+        f"  {counted(len(plan.files), 'file')}, {size(plan.size)}",
         *([f"Not sent: {', '.join(plan.left_out)}"] if plan.left_out else []),
         "The hub was not contacted. In an existing repository files with these names are replaced. Its other files:",
         f"  older weights   {weights}",

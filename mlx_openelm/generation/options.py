@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
 from ..errors import RequestError, quote
-from ..options import option
+from ..options import Option
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
 PENALTY_LIMIT = 1000.0
@@ -45,39 +45,47 @@ class SamplingParams:
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
-    temp: float = option(0.0, "Sampling temperature; 0 takes the most likely token.")
-    top_p: float = option(1.0, "Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
-    top_k: int = option(0, "Sample from this many of the most likely tokens; 0 is off.", group="Sampling")
-    min_p: float = option(
-        0.0, "Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"
-    )
-    min_tokens_to_keep: int = option(1, "Minimum number of tokens that --min-p leaves.", group="Sampling")
-    xtc_probability: float = option(0.0, "Probability of dropping the most likely tokens (XTC).", group="Sampling")
-    xtc_threshold: float = option(0.1, "Probability above which XTC drops a token.", group="Sampling")
-    repetition_penalty: float | None = option(
-        None, "Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties"
-    )
-    repetition_context_size: int | None = option(
-        None, "Last tokens that --repetition-penalty looks at; by default all.", group="Penalties"
-    )
-    presence_penalty: float = option(
-        0.0, "Subtract this from the logits of tokens in the context, once each.", group="Penalties"
-    )
-    presence_context_size: int | None = option(
-        None, "Last tokens that --presence-penalty looks at; by default all.", group="Penalties"
-    )
-    frequency_penalty: float = option(
-        0.0, "Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"
-    )
-    frequency_context_size: int | None = option(
-        None, "Last tokens that --frequency-penalty looks at; by default all.", group="Penalties"
-    )
-    logit_bias: Mapping[int, float] | None = option(
-        None,
-        "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
-        group="Penalties",
-        metavar="ID=VALUE",
-    )
+    temp: Annotated[float, Option("Sampling temperature; 0 takes the most likely token.")] = 0.0
+    top_p: Annotated[
+        float, Option("Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
+    ] = 1.0
+    top_k: Annotated[int, Option("Sample from this many of the most likely tokens; 0 is off.", group="Sampling")] = 0
+    min_p: Annotated[
+        float,
+        Option("Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"),
+    ] = 0.0
+    min_tokens_to_keep: Annotated[int, Option("Minimum number of tokens that --min-p leaves.", group="Sampling")] = 1
+    xtc_probability: Annotated[
+        float, Option("Probability of dropping the most likely tokens (XTC).", group="Sampling")
+    ] = 0.0
+    xtc_threshold: Annotated[float, Option("Probability above which XTC drops a token.", group="Sampling")] = 0.1
+    repetition_penalty: Annotated[
+        float | None, Option("Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties")
+    ] = None
+    repetition_context_size: Annotated[
+        int | None, Option("Last tokens that --repetition-penalty looks at; by default all.", group="Penalties")
+    ] = None
+    presence_penalty: Annotated[
+        float, Option("Subtract this from the logits of tokens in the context, once each.", group="Penalties")
+    ] = 0.0
+    presence_context_size: Annotated[
+        int | None, Option("Last tokens that --presence-penalty looks at; by default all.", group="Penalties")
+    ] = None
+    frequency_penalty: Annotated[
+        float,
+        Option("Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"),
+    ] = 0.0
+    frequency_context_size: Annotated[
+        int | None, Option("Last tokens that --frequency-penalty looks at; by default all.", group="Penalties")
+    ] = None
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        Option(
+            "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
+            group="Penalties",
+            metavar="ID=VALUE",
+        ),
+    ] = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value; token ids are checked if `vocab_size` is given."""
@@ -119,16 +127,17 @@ class CacheOptions:
       positions; by default the group size is head_dim, at most 64.
     """
 
-    max_kv_size: int | None = option(
-        None, "Keep at most this many positions, the first 4 and the latest.", group="Key-value cache"
-    )
-    kv_bits: int | None = option(
-        None, "Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"
-    )
-    kv_group_size: int | None = option(
-        None, "Elements that share a scale.", group="Key-value cache", metavar="32|64|128"
-    )
-    quantized_kv_start: int = option(0, "First position that is quantized.", group="Key-value cache")
+    max_kv_size: Annotated[
+        int | None, Option("Keep at most this many positions, the first 4 and the latest.", group="Key-value cache")
+    ] = None
+    kv_bits: Annotated[
+        int | None,
+        Option("Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"),
+    ] = None
+    kv_group_size: Annotated[
+        int | None, Option("Elements that share a scale.", group="Key-value cache", metavar="32|64|128")
+    ] = None
+    quantized_kv_start: Annotated[int, Option("First position that is quantized.", group="Key-value cache")] = 0
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value; groups must divide `head_dim` if that is given.
@@ -187,12 +196,15 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
     """
 
-    max_tokens: int = option(256, "Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
-    seed: int | None = option(None, "The same seed gives the same text; by default a random one is drawn.")
-    stop: str | Sequence[str] | None = option((), "End before this text; repeatable.")
-    prefill_step_size: int | None = option(
-        None, "Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"
-    )
+    max_tokens: Annotated[
+        int, Option("Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
+    ] = 256
+    seed: Annotated[int | None, Option("The same seed gives the same text; by default a random one is drawn.")] = None
+    stop: Annotated[str | Sequence[str] | None, Option("End before this text; repeatable.")] = ()
+    prefill_step_size: Annotated[
+        int | None,
+        Option("Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"),
+    ] = None
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value, of any option.

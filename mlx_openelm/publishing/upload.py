@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
-from ..options import option
+from ..options import Option
 from ..wording import flag
 from .card import Card, card_for_upload
 from .files import leads_out, model_files
@@ -22,23 +23,25 @@ from .transfer import MAIN, check_visibility, full_name, send
 class UploadOptions:
     """Where and how to publish: the flags of `upload`, and of every command that can upload what it writes."""
 
-    upload_repo: str | None = option(
-        None,
-        "The hub repository to upload to, as owner/name; created if it does not exist.",
-        group="Upload",
-        metavar="REPO",
-    )
-    private: bool = option(False, "Make the repository private.", group="Upload")
-    upload_revision: str | None = option(
-        None,
-        "The branch to upload to; created if it does not exist.  [default: main]",
-        group="Upload",
-        metavar="BRANCH",
-    )
-    commit_message: str | None = option(None, "The commit's message.", group="Upload")
-    dry_run: bool = option(
-        False, "Show what would be uploaded; send nothing and do not contact the hub.", group="Upload"
-    )
+    upload_repo: Annotated[
+        str | None,
+        Option(
+            "The hub repository to upload to, as owner/name; created if it does not exist.",
+            group="Upload",
+            metavar="REPO",
+        ),
+    ] = None
+    private: Annotated[bool, Option("Make the repository private.", group="Upload")] = False
+    upload_revision: Annotated[
+        str | None,
+        Option(
+            "The branch to upload to; created if it does not exist.  [default: main]", group="Upload", metavar="BRANCH"
+        ),
+    ] = None
+    commit_message: Annotated[str | None, Option("The commit's message.", group="Upload")] = None
+    dry_run: Annotated[
+        bool, Option("Show what would be uploaded; send nothing and do not contact the hub.", group="Upload")
+    ] = False
 
 
 def check(options: UploadOptions) -> None:

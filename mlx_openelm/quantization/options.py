@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import RequestError
 from ..inputs import to_path
-from ..options import option
+from ..options import Option
 from ..wording import flag
 from .learned import parse_methods
 from .recipes import Packing
@@ -38,42 +38,54 @@ class QuantizeOptions:
         RequestError: flags that contradict each other, or a missing file.
     """
 
-    q_bits: int | None = option(None, "Bits per weight; affine: 4 by default.")
-    q_group_size: int | None = option(None, "Weights that share a scale; affine: 64 by default.")
-    q_mode: str | None = option(None, "The packing; affine by default.", metavar="affine|mxfp4|nvfp4|mxfp8")
-    recipe: str | None = option(
-        None,
-        "More bits for the matrices that need them.",
-        flags=("--quant-predicate",),
-        metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
+    q_bits: Annotated[int | None, Option("Bits per weight; affine: 4 by default.")] = None
+    q_group_size: Annotated[int | None, Option("Weights that share a scale; affine: 64 by default.")] = None
+    q_mode: Annotated[str | None, Option("The packing; affine by default.", metavar="affine|mxfp4|nvfp4|mxfp8")] = None
+    recipe: Annotated[
+        str | None,
+        Option(
+            "More bits for the matrices that need them.",
+            flags=("--quant-predicate",),
+            metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
+        ),
+    ] = None
+    target_bpw: Annotated[
+        float | None,
+        Option("Average bits per weight at most; the matrices that need more bits get more.", group="Calibration"),
+    ] = None
+    method: Annotated[
+        tuple[str, ...],
+        Option(
+            "Learn the rounding from text; repeatable, or with commas.", group="Calibration", metavar="awq|gptq|dwq"
+        ),
+    ] = ()
+    calibration: Annotated[
+        str | None,
+        Option(
+            "The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
+            group="Calibration",
+            metavar="FILE",
+        ),
+    ] = None
+    num_samples: Annotated[int | None, Option("Windows of that text; 128 by default.", group="Calibration")] = None
+    sequence_length: Annotated[int | None, Option("Tokens per window; 512 by default.", group="Calibration")] = None
+    sensitivities: Annotated[
+        str | None,
+        Option(
+            "Sensitivities that an earlier --target-bpw saved, instead of measuring them.",
+            group="Calibration",
+            metavar="FILE",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, Option("The same seed picks the same windows, and gives the same model.", group="Calibration")
+    ] = None
+    report: Annotated[bool, Option("Compare with other bits, modes and recipes on held-out text.", group="Report")] = (
+        False
     )
-    target_bpw: float | None = option(
-        None, "Average bits per weight at most; the matrices that need more bits get more.", group="Calibration"
-    )
-    method: tuple[str, ...] = option(
-        (), "Learn the rounding from text; repeatable, or with commas.", group="Calibration", metavar="awq|gptq|dwq"
-    )
-    calibration: str | None = option(
-        None,
-        "The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
-        group="Calibration",
-        metavar="FILE",
-    )
-    num_samples: int | None = option(None, "Windows of that text; 128 by default.", group="Calibration")
-    sequence_length: int | None = option(None, "Tokens per window; 512 by default.", group="Calibration")
-    sensitivities: str | None = option(
-        None,
-        "Sensitivities that an earlier --target-bpw saved, instead of measuring them.",
-        group="Calibration",
-        metavar="FILE",
-    )
-    seed: int | None = option(
-        None, "The same seed picks the same windows, and gives the same model.", group="Calibration"
-    )
-    report: bool = option(False, "Compare with other bits, modes and recipes on held-out text.", group="Report")
-    report_data: str | None = option(
-        None, "A text file or .jsonl to compare on instead.", group="Report", metavar="FILE"
-    )
+    report_data: Annotated[
+        str | None, Option("A text file or .jsonl to compare on instead.", group="Report", metavar="FILE")
+    ] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", parse_methods(self.method))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError, quote
 from ..formats.mlx import Checkpoint, Quantization
 from ..formats.packing import Plan
 from ..ops.packed import MODES
+from ..options import Option
 
 # Low and high bits by name.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
@@ -36,12 +37,22 @@ class Packing:
         RequestError: flags that contradict each other, or a mode, bits and group size that MLX does not combine.
     """
 
-    quantize: bool = False
-    q_bits: int | None = None
-    q_group_size: int | None = None
-    q_mode: str = "affine"
-    recipe: str | None = None
-    dequantize: bool = False
+    quantize: Annotated[bool, Option("Pack every matrix into few bits.", group="Quantization", flags=("-q",))] = False
+    q_bits: Annotated[int | None, Option("Bits per weight; affine: 4 by default.", group="Quantization")] = None
+    q_group_size: Annotated[
+        int | None, Option("Weights that share a scale; affine: 64 by default.", group="Quantization")
+    ] = None
+    q_mode: Annotated[str, Option("The packing.", group="Quantization", metavar="affine|mxfp4|nvfp4|mxfp8")] = "affine"
+    recipe: Annotated[
+        str | None,
+        Option(
+            "With -q, more bits for the matrices that need them.",
+            group="Quantization",
+            flags=("--quant-predicate",),
+            metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
+        ),
+    ] = None
+    dequantize: Annotated[bool, Option("Unpack a quantized model.", group="Quantization", flags=("-d",))] = False
     dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -141,6 +141,12 @@ class Tokenizer:
         ids = self._encode(text)
         return [self.bos_token_id, *ids] if add_bos else ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a user's message in the `plain` template: BOS, and the text with special tokens as text."""
+        if self._engine.special_beyond:
+            return self.apply_chat_template([{"role": "user", "content": text}], "plain")
+        return [self.bos_token_id, *self._encode(text, start=False)]
+
     def _encode(self, text: str, *, start: bool = True) -> list[int]:
         """The ids of a text without BOS; `start` is false for one that follows a token."""
         try:

@@ -6,11 +6,12 @@ import contextlib
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import RequestError, quote
 from ..formats.adapter import TARGET_MODULES
 from ..formats.mlx_adapter import FINE_TUNE_TYPES
-from ..options import option
+from ..options import Option
 from ..wording import flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
@@ -96,66 +97,83 @@ class TrainOptions:
         RequestError: an invalid value; the message names its flag.
     """
 
-    batch_size: int = option(4, "Examples per batch.", group="Training")
-    grad_accumulation_steps: int = option(1, "Batches per update of the weights.", group="Training")
-    max_seq_length: int = option(2048, "Longest example in tokens; longer ones are cut.", group="Data")
-    packing: bool = option(False, "Pack several examples into a row; they do not attend to each other.", group="Data")
-    seed: int = option(0, "The same seed gives the same adapter.", group="Training")
+    batch_size: Annotated[int, Option("Examples per batch.", group="Training")] = 4
+    grad_accumulation_steps: Annotated[int, Option("Batches per update of the weights.", group="Training")] = 1
+    max_seq_length: Annotated[int, Option("Longest example in tokens; longer ones are cut.", group="Data")] = 2048
+    packing: Annotated[
+        bool, Option("Pack several examples into a row; they do not attend to each other.", group="Data")
+    ] = False
+    seed: Annotated[int, Option("The same seed gives the same adapter.", group="Training")] = 0
 
-    iters: int = option(1000, "Updates of the weights.", group="Training")
-    epochs: float | None = option(None, "Passes over the data, instead of --iters.", group="Training")
-    optimizer: str = option("adam", "The optimizer.", group="Optimizer", metavar="|".join(OPTIMIZERS))
-    learning_rate: float = option(1e-5, "Learning rate, after the warm-up.", group="Training")
-    lr_schedule: str = option(
-        "constant", "The learning rate's schedule.", group="Optimizer", metavar="|".join(SCHEDULES)
+    iters: Annotated[int, Option("Updates of the weights.", group="Training")] = 1000
+    epochs: Annotated[float | None, Option("Passes over the data, instead of --iters.", group="Training")] = None
+    optimizer: Annotated[str, Option("The optimizer.", group="Optimizer", metavar="|".join(OPTIMIZERS))] = "adam"
+    learning_rate: Annotated[float, Option("Learning rate, after the warm-up.", group="Training")] = 1e-5
+    lr_schedule: Annotated[
+        str, Option("The learning rate's schedule.", group="Optimizer", metavar="|".join(SCHEDULES))
+    ] = "constant"
+    min_learning_rate: Annotated[
+        float, Option("Learning rate at the end of a cosine or linear schedule.", group="Optimizer")
+    ] = 0.0
+    decay_steps: Annotated[
+        int | None,
+        Option("Steps from the warm-up to --min-learning-rate; by default all that are left.", group="Optimizer"),
+    ] = None
+    warmup: Annotated[int, Option("Steps over which the learning rate rises at first.", group="Optimizer")] = 0
+    warmup_init: Annotated[float, Option("Learning rate at the start of the warm-up.", group="Optimizer")] = 0.0
+    weight_decay: Annotated[float | None, Option("Weight decay, applied to matrices only.", group="Optimizer")] = None
+    beta1: Annotated[float | None, Option("First momentum coefficient of the optimizer.", group="Optimizer")] = None
+    beta2: Annotated[float | None, Option("Second momentum coefficient of the optimizer.", group="Optimizer")] = None
+    eps: Annotated[
+        float | None, Option("Added to the denominator of the update, against division by zero.", group="Optimizer")
+    ] = None
+    momentum: Annotated[float | None, Option("Momentum of sgd and muon.", group="Optimizer")] = None
+    bias_correction: Annotated[
+        bool, Option("Correct the bias of Adam's moments, which start at zero.", group="Optimizer")
+    ] = True
+    max_grad_norm: Annotated[float | None, Option("Scale gradients down to this norm.", group="Optimizer")] = None
+    z_loss: Annotated[
+        float,
+        Option(
+            "Add this times the squared log-sum-exp of the logits to the loss; CoreNet uses 1e-4.", group="Optimizer"
+        ),
+    ] = 0.0
+    label_smoothing: Annotated[
+        float, Option("Share of the target probability that is spread over the other tokens.", group="Optimizer")
+    ] = 0.0
+    recompute: Annotated[
+        str,
+        Option(
+            "What the backward pass recomputes to save memory; auto is parts, or on CUDA what fits.",
+            group="Memory",
+            metavar="|".join(RECOMPUTE),
+        ),
+    ] = AUTO
+    grad_checkpoint: Annotated[bool, Option("The same as --recompute layers, under mlx-lm's name.", group="Memory")] = (
+        False
     )
-    min_learning_rate: float = option(
-        0.0, "Learning rate at the end of a cosine or linear schedule.", group="Optimizer"
-    )
-    decay_steps: int | None = option(
-        None, "Steps from the warm-up to --min-learning-rate; by default all that are left.", group="Optimizer"
-    )
-    warmup: int = option(0, "Steps over which the learning rate rises at first.", group="Optimizer")
-    warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.", group="Optimizer")
-    weight_decay: float | None = option(None, "Weight decay, applied to matrices only.", group="Optimizer")
-    beta1: float | None = option(None, "First momentum coefficient of the optimizer.", group="Optimizer")
-    beta2: float | None = option(None, "Second momentum coefficient of the optimizer.", group="Optimizer")
-    eps: float | None = option(
-        None, "Added to the denominator of the update, against division by zero.", group="Optimizer"
-    )
-    momentum: float | None = option(None, "Momentum of sgd and muon.", group="Optimizer")
-    bias_correction: bool = option(True, "Correct the bias of Adam's moments, which start at zero.", group="Optimizer")
-    max_grad_norm: float | None = option(None, "Scale gradients down to this norm.", group="Optimizer")
-    z_loss: float = option(
-        0.0, "Add this times the squared log-sum-exp of the logits to the loss; CoreNet uses 1e-4.", group="Optimizer"
-    )
-    label_smoothing: float = option(
-        0.0, "Share of the target probability that is spread over the other tokens.", group="Optimizer"
-    )
-    recompute: str = option(
-        AUTO,
-        "What the backward pass recomputes to save memory; auto is parts, or on CUDA what fits.",
-        group="Memory",
-        metavar="|".join(RECOMPUTE),
-    )
-    grad_checkpoint: bool = option(False, "The same as --recompute layers, under mlx-lm's name.", group="Memory")
 
-    steps_per_report: int = option(10, "Steps between reports of the loss.", group="Reports")
-    steps_per_eval: int = option(200, "Steps between validations.", group="Validation")
-    val_batches: int = option(25, "Batches per validation; -1 is all, 0 turns validation off.", group="Validation")
-    early_stop: int | None = option(
-        None, "Stop after this many validations without a new best, and keep the best.", group="Validation"
-    )
-    save_every: int = option(100, "Steps between checkpoints.", group="Checkpoints")
-    keep_last: int = option(2, "Keep this many of the last checkpoints, and the best.", group="Checkpoints")
-    keep_every: int | None = option(None, "Also keep every N-th step's checkpoint.", group="Checkpoints")
-    report_to: str | None = option(
-        None,
-        "Also report to TensorBoard, Weights & Biases, or both with a comma.",
-        group="Reports",
-        metavar="tensorboard|wandb",
-    )
-    project_name: str | None = option(None, "The project at Weights & Biases.", group="Reports")
+    steps_per_report: Annotated[int, Option("Steps between reports of the loss.", group="Reports")] = 10
+    steps_per_eval: Annotated[int, Option("Steps between validations.", group="Validation")] = 200
+    val_batches: Annotated[
+        int, Option("Batches per validation; -1 is all, 0 turns validation off.", group="Validation")
+    ] = 25
+    early_stop: Annotated[
+        int | None,
+        Option("Stop after this many validations without a new best, and keep the best.", group="Validation"),
+    ] = None
+    save_every: Annotated[int, Option("Steps between checkpoints.", group="Checkpoints")] = 100
+    keep_last: Annotated[int, Option("Keep this many of the last checkpoints, and the best.", group="Checkpoints")] = 2
+    keep_every: Annotated[int | None, Option("Also keep every N-th step's checkpoint.", group="Checkpoints")] = None
+    report_to: Annotated[
+        str | None,
+        Option(
+            "Also report to TensorBoard, Weights & Biases, or both with a comma.",
+            group="Reports",
+            metavar="tensorboard|wandb",
+        ),
+    ] = None
+    project_name: Annotated[str | None, Option("The project at Weights & Biases.", group="Reports")] = None
 
     @property
     def recomputed(self) -> str:
@@ -244,63 +262,76 @@ class FineTuneOptions(TrainOptions):
         alpha, scale: the factor of the low-rank product, see `lora_scale`; give at most one of them.
     """
 
-    data: str | None = option(
-        None, "A folder with train, valid and test files, one file, or a data set on the hub.", metavar="PATH"
+    data: Annotated[
+        str | None,
+        Option("A folder with train, valid and test files, one file, or a data set on the hub.", metavar="PATH"),
+    ] = None
+    train: Annotated[bool, Option("Train.")] = False
+    test: Annotated[
+        bool, Option("Measure the perplexity of the test examples, after training or of the adapter in --adapter-path.")
+    ] = False
+    test_batches: Annotated[int, Option("Batches of the test; -1 is all.", group="Validation")] = 500
+    valid_fraction: Annotated[
+        float, Option("Share of the data held out for validation if there is no valid file; 0 is none.", group="Data")
+    ] = 0.1
+    mask_prompt: Annotated[bool, Option("Learn completions and assistant turns only, not prompts.", group="Data")] = (
+        False
     )
-    train: bool = option(False, "Train.")
-    test: bool = option(
-        False, "Measure the perplexity of the test examples, after training or of the adapter in --adapter-path."
-    )
-    test_batches: int = option(500, "Batches of the test; -1 is all.", group="Validation")
-    valid_fraction: float = option(
-        0.1, "Share of the data held out for validation if there is no valid file; 0 is none.", group="Data"
-    )
-    mask_prompt: bool = option(False, "Learn completions and assistant turns only, not prompts.", group="Data")
-    long_examples: str = option(
-        "truncate",
-        "What to do with examples longer than --max-seq-length.",
-        group="Data",
-        metavar="|".join(LONG_EXAMPLES),
-    )
+    long_examples: Annotated[
+        str,
+        Option("What to do with examples longer than --max-seq-length.", group="Data", metavar="|".join(LONG_EXAMPLES)),
+    ] = "truncate"
 
-    fine_tune_type: str = option(
-        "lora", "Train LoRA or DoRA adapters, or the full weights.", group="Adapter", metavar="|".join(FINE_TUNE_TYPES)
+    fine_tune_type: Annotated[
+        str,
+        Option("Train LoRA or DoRA adapters, or the full weights.", group="Adapter", metavar="|".join(FINE_TUNE_TYPES)),
+    ] = "lora"
+    num_layers: Annotated[int, Option("Train only the last N layers; -1 is all.", group="Adapter")] = -1
+    target_modules: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Matrices to train, repeatable or with commas; by default all of a layer, with full everything.",
+            group="Adapter",
+            metavar="|".join(TARGET_MODULES),
+        ),
+    ] = None
+    rank: Annotated[int, Option("Rank of an adapter's matrices.", group="Adapter")] = 8
+    alpha: Annotated[float | None, Option("Multiply the adapter's output by alpha / rank.", group="Adapter")] = None
+    scale: Annotated[
+        float | None,
+        Option("Multiply the adapter's output by this instead; 20 by default, as in mlx-lm.", group="Adapter"),
+    ] = None
+    use_rslora: Annotated[bool, Option("Divide --alpha by the square root of the rank (rsLoRA).", group="Adapter")] = (
+        False
     )
-    num_layers: int = option(-1, "Train only the last N layers; -1 is all.", group="Adapter")
-    target_modules: tuple[str, ...] | None = option(
-        None,
-        "Matrices to train, repeatable or with commas; by default all of a layer, with full everything.",
-        group="Adapter",
-        metavar="|".join(TARGET_MODULES),
-    )
-    rank: int = option(8, "Rank of an adapter's matrices.", group="Adapter")
-    alpha: float | None = option(None, "Multiply the adapter's output by alpha / rank.", group="Adapter")
-    scale: float | None = option(
-        None, "Multiply the adapter's output by this instead; 20 by default, as in mlx-lm.", group="Adapter"
-    )
-    use_rslora: bool = option(False, "Divide --alpha by the square root of the rank (rsLoRA).", group="Adapter")
-    dropout: float = option(0.0, "Dropout on the adapter's input during training.", group="Adapter")
+    dropout: Annotated[float, Option("Dropout on the adapter's input during training.", group="Adapter")] = 0.0
 
-    adapter_path: str = option(
-        "adapters", "The folder of the adapter and everything else of the run.", metavar="FOLDER"
+    adapter_path: Annotated[
+        str, Option("The folder of the adapter and everything else of the run.", metavar="FOLDER")
+    ] = "adapters"
+    adapter_format: Annotated[
+        str,
+        Option(
+            "Format of the adapter's files; mlx is read by mlx-lm and here.",
+            group="Adapter",
+            metavar="|".join(ADAPTER_FORMATS),
+        ),
+    ] = "mlx"
+    resume: Annotated[bool, Option("Continue the run in --adapter-path exactly; other flags need not be repeated.")] = (
+        False
     )
-    adapter_format: str = option(
-        "mlx",
-        "Format of the adapter's files; mlx is read by mlx-lm and here.",
-        group="Adapter",
-        metavar="|".join(ADAPTER_FORMATS),
-    )
-    resume: bool = option(False, "Continue the run in --adapter-path exactly; other flags need not be repeated.")
-    resume_adapter_file: str | None = option(
-        None, "Start from the weights of this adapter.", group="Training", metavar="PATH"
-    )
-    sample_prompts: tuple[str, ...] = option(
-        (),
-        "Show the model's continuation of this prompt before and after training; repeatable.",
-        group="Reports",
-        flags=("--sample-prompt",),
-    )
-    sample_tokens: int = option(64, "Tokens per sample.", group="Reports")
+    resume_adapter_file: Annotated[
+        str | None, Option("Start from the weights of this adapter.", group="Training", metavar="PATH")
+    ] = None
+    sample_prompts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Show the model's continuation of this prompt before and after training; repeatable.",
+            group="Reports",
+            flags=("--sample-prompt",),
+        ),
+    ] = ()
+    sample_tokens: Annotated[int, Option("Tokens per sample.", group="Reports")] = 64
 
     @property
     def lora_scale(self) -> float:
