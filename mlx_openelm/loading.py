@@ -19,7 +19,6 @@ from .formats.packing import dequantize_weights
 from .formats.weights import DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
-from .ops import packed
 from .sources import open_source
 from .text.tokenizer import Tokenizer
 
@@ -167,7 +166,7 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether unpacked weights would be faster here and fit in memory."""
-    if packed.stays_packed(choice.mode for choice in checkpoint.quantization.values()):
+    if all(backend.multiplies_packed(choice.mode) for choice in checkpoint.quantization.values()):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

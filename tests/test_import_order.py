@@ -29,7 +29,7 @@ ROOMS = (
         "hub",
     ),
     *("backend", "blas", "config", "native"),
-    *("inputs", "environment", "options", "errors", "wording", "version"),
+    *("inputs", "options", "errors", "wording", "version"),
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
