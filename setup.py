@@ -16,11 +16,11 @@ NATIVE = Path(__file__).parent / "mlx_openelm" / "native"
 
 
 def _builder():
-    """`mlx_openelm/native/build.py`, loaded by its path: the package itself needs MLX."""
-    spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
-    module = importlib.util.module_from_spec(spec)
+    """`mlx_openelm/native/build.py`, loaded without the package around it, which needs MLX."""
+    spec = importlib.util.spec_from_file_location("native", NATIVE / "__init__.py")
+    sys.modules["native"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("native.build")
 
 
 class BuildKernels(build_ext):

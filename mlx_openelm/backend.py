@@ -9,11 +9,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import blas
+from . import blas, native
 from .errors import OpenELMError
 
 if TYPE_CHECKING:
@@ -21,11 +20,42 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 
+# `mlx.core`, from the first `on_gpu` on.
+_mlx: Any = None
+
+
+def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU (Metal or CUDA), which has MLX's fused kernels."""
+    global _mlx
+    if _mlx is None:  # an import statement takes longer than the rest, and this runs many times per token
+        import mlx.core as _mlx
+    return _mlx.default_device().type is _mlx.DeviceType.gpu
+
+
+def device() -> str:
+    """MLX's default device: `Metal`, `CUDA` or `CPU`."""
+    if not on_gpu():
+        return "CPU"
+    return "CUDA" if _mlx.cuda.is_available() else "Metal"
+
+
+def on_cuda() -> bool:
+    """Whether MLX's default device is an NVIDIA GPU."""
+    return device() == "CUDA"
+
+
+def has_kernels() -> bool:
+    """Whether matrix products use our own CPU kernels, which take weights in their stored type."""
+    return not on_gpu() and native.kernels is not None
+
+
+def multiplies_packed(mode: str) -> bool:
+    """Whether weights packed in `mode` are best left packed at load: on a GPU always, on a CPU if our kernels do it."""
+    return on_gpu() or (mode == "affine" and has_kernels())
+
 
 def slow_cpu_warning() -> str | None:
-    """A warning in one line if a CPU is slower than it could be without being told to; else None."""
-    from . import native
-
+    """A one-line warning if the CPU is slower than it could be, unless that was asked for; else None."""
     if on_gpu() or native.status.state == "used":
         return None
     if native.status.state in ("missing", "off"):
@@ -34,16 +64,16 @@ def slow_cpu_warning() -> str | None:
 
 
 def slow_training_warning() -> str | None:
-    """A warning in one line if only training and learned quantization are slow, which also need a BLAS; else None.
+    """A one-line warning if only training and learned quantization are slow, for want of a BLAS; else None.
 
-    If loading a model warns already (`slow_cpu_warning`), there is no second warning.
+    If loading a model already warns (`slow_cpu_warning`), there is no second warning.
     """
     return blas.problem() if slow_cpu_warning() is None else None
 
 
 @contextlib.contextmanager
 def naming_the_extra() -> Iterator[None]:
-    """A block in which a failed import of MLX becomes one line that says what to install."""
+    """A block in which a failed import of MLX becomes a one-line error that says what to install."""
     try:
         yield
     except ImportError as error:
@@ -55,39 +85,6 @@ def naming_the_extra() -> Iterator[None]:
             f"MLX is not installed ({error}); on Linux install one of the extras: "
             "pip install 'mlx-openelm[cpu]', 'mlx-openelm[cuda12]' or 'mlx-openelm[cuda13]'."
         ) from None
-
-
-def on_gpu() -> bool:
-    """Whether MLX's default device is a GPU (Metal or CUDA), which has MLX's fused kernels."""
-    return device() != "CPU"
-
-
-def device() -> str:
-    """MLX's default device: `Metal`, `CUDA` or `CPU`. Everything that depends on the device asks this."""
-    mx, gpu = _mlx()
-    if mx.default_device().type is not gpu:
-        return "CPU"
-    return "CUDA" if mx.cuda.is_available() else "Metal"
-
-
-@lru_cache(maxsize=1)
-def _mlx() -> tuple[Any, Any]:
-    """MLX and its device type for GPUs, looked up once: `device` is called many times a token."""
-    import mlx.core as mx
-
-    return mx, mx.DeviceType.gpu
-
-
-def on_cuda() -> bool:
-    """Whether MLX's default device is an NVIDIA GPU."""
-    return device() == "CUDA"
-
-
-def has_kernels() -> bool:
-    """Whether matrix products use our own CPU kernels, which take weights in their stored type."""
-    from . import native
-
-    return not on_gpu() and native.kernels is not None
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
@@ -106,14 +103,14 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
 def prefill_step_size() -> int:
     """Prompt tokens to process at a time.
 
-    A CPU multiplies 64 rows as fast per row as 512, computes masked scores anyway, and needs a third of the memory
-    (measured on the 270M size: 225 tokens/s either way, 43 MB against 125).
+    On a CPU, 64 rows are as fast per row as 512, and take a third of the memory (270M: 225 tokens/s either way, 43 MB
+    against 125).
     """
     return 2048 if on_gpu() else 64
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, on CUDA in the GPU; None if the system does not tell."""
+    """Bytes that can be allocated without swapping, on CUDA in the GPU's memory; None if unknown."""
     if on_cuda():
         import mlx.core as mx
 
@@ -131,7 +128,7 @@ def available_memory() -> int | None:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in this machine, on CUDA in the GPU; None if the system does not tell."""
+    """Bytes of memory in this machine, on CUDA in the GPU; None if unknown."""
     if on_cuda():
         import mlx.core as mx
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from .environment import says_off, thread_count
+from .native import OFF, thread_count
 
 # Set to 0 to leave MLX with the BLAS of its wheel, or to the path of another library with cblas_sgemm.
 VARIABLE = "MLX_OPENELM_BLAS"
@@ -63,7 +63,7 @@ def preload() -> None:
     library = ""
     if not sys.platform.startswith("linux") or _mlx_is_for_cuda():
         state = "unneeded"
-    elif says_off(wanted):
+    elif wanted.lower() in OFF:
         state = "off"
     elif "mlx.core" in sys.modules:
         state = "late"

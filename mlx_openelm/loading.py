@@ -19,7 +19,6 @@ from .formats.packing import dequantize_weights
 from .formats.safetensors import WEIGHT_DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
-from .ops.packed import KERNEL_MODES, stays_packed
 from .sources import open_source
 from .text.tokenizer import Tokenizer
 
@@ -106,19 +105,16 @@ def build_model(
         compute = backend.compute_dtype(checkpoint.dtype)
         if compute == mx.float16 and not config.fits_float16:
             compute = mx.bfloat16
-    has_kernels = backend.has_kernels()
     if expand is None:
-        # Our kernels multiply affine weights as they are stored; elsewhere expanding may be faster.
-        kernels_suffice = has_kernels and all(choice.mode in KERNEL_MODES for choice in choices.values())
-        expand = not kernels_suffice and _expansion_pays(checkpoint, compute)
+        expand = _expansion_pays(checkpoint, compute)
     expand = expand and bool(choices)
+    keeps_matrices = dtype is None and backend.has_kernels()
     weights = dequantize_weights(checkpoint.weights, choices, compute) if expand else checkpoint.weights
     checkpoint.weights = Weights({})
 
     model = OpenELM(config, initialize=False)
     if choices and not expand:
         nn.quantize(model, class_predicate=lambda path, _: asdict(choices[path]) if path in choices else False)
-    keeps_matrices = dtype is None and has_kernels
     tensors = weights.tensors
     loaded = []
     with streaming():
@@ -169,7 +165,7 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether unpacked weights would be faster here and fit in memory."""
-    if stays_packed(choice.mode for choice in checkpoint.quantization.values()):
+    if all(backend.multiplies_packed(mode) for mode in {choice.mode for choice in checkpoint.quantization.values()}):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

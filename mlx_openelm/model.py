@@ -14,21 +14,73 @@ import mlx.nn as nn
 from .cache import KVCache
 from .config import ModelConfig
 from .cuda import decoding
-from .ops import attention
-from .ops import layers as ops
-from .ops.attention import PlainAttention as Attend
+from .ops import attention, layers
+from .ops.attention import PlainAttention
 from .ops.derived import Derived
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
 
 
-# Layers start with zeros, which take no memory until used; `OpenELM.initialize` or a checkpoint brings weights.
-# MLX's own constructors draw random ones, and each draw adds to an unevaluated chain of states that is never let go.
+# Weights start as zeros, which take no memory until used; `OpenELM.initialize` or a checkpoint fills them. MLX's own
+# constructors draw random ones, and each draw adds to an unevaluated chain of states that is never released.
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias, through `ops.linear`."""
+class QuantizedLinear(nn.QuantizedLinear):
+    """A linear layer without bias whose weight is packed; `rounds` permits rounding activations of few rows."""
 
+    takes_residual = True
+    rounds = False
+
+    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """x [..., in] to [..., out], plus the residual if there is one."""
+        return layers.quantized_linear(x, self, residual)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """Token embeddings, packed, that also serve as the output layer; `rounds` as for `QuantizedLinear`."""
+
+    rounds = False
+
+    @property
+    def num_embeddings(self) -> int:  # type: ignore[override]
+        return self["weight"].shape[0]
+
+    @property
+    def dims(self) -> int:  # type: ignore[override]
+        return self["weight"].shape[1] * 32 // self.bits
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """tokens [...] to their embeddings [..., dims]."""
+        return layers.quantized_rows(tokens, self)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x [..., dims] to logits [..., num_embeddings]."""
+        return layers.quantized_linear(x, self)
+
+
+class _Packable(nn.Module):
+    """A layer whose weight can be packed; `packed_class` is the class it has then."""
+
+    packed_class: type[nn.Module]
+
+    def to_quantized(self, group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> Any:
+        """The same layer with its weight packed. Group size and bits are the mode's by default."""
+        weight = self["weight"]
+        # MLX's constructor would first draw a random weight.
+        layer: Any = self.packed_class.__new__(self.packed_class)
+        nn.Module.__init__(layer)
+        layer.weight, layer.scales, *biases = mx.quantize(weight, group_size, bits, mode)
+        layer.biases = biases[0] if biases else None
+        layer.mode, layer.group_size = mode, weight.shape[1] // layer.scales.shape[1]
+        layer.bits = layer.weight.shape[1] * 32 // weight.shape[1]
+        layer.freeze()
+        return layer
+
+
+class Linear(_Packable, nn.Linear):  # type: ignore[misc]
+    """A linear layer without bias."""
+
+    packed_class = QuantizedLinear
     takes_residual = True
 
     def __init__(self, in_dims: int, out_dims: int):
@@ -37,78 +89,35 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """x [..., in] to [..., out], plus the residual if there is one."""
-        return ops.linear(x, self["weight"], residual)
-
-    def to_quantized(self, *packing: Any, **named: Any) -> QuantizedLinear:
-        return _packed(QuantizedLinear, self["weight"], *packing, **named)
+        return layers.linear(x, self["weight"], residual)
 
 
-class QuantizedLinear(nn.QuantizedLinear):
-    """The same with a packed weight, through `ops.quantized_linear`; `rounds` lets few rows be rounded there."""
-
-    takes_residual = True
-    rounds = False
-
-    def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        return ops.quantized_linear(x, self, residual)
-
-
-class Embedding(nn.Embedding):
+class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
     """Token embeddings that also serve as the output layer."""
+
+    packed_class = QuantizedEmbedding
 
     def __init__(self, num_embeddings: int, dims: int):
         nn.Module.__init__(self)
         self.weight = mx.zeros((num_embeddings, dims))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return ops.linear(x, self["weight"])
-
-    def to_quantized(self, *packing: Any, **named: Any) -> QuantizedEmbedding:
-        layer = _packed(QuantizedEmbedding, self["weight"], *packing, **named)
-        layer.num_embeddings, layer.dims = self["weight"].shape
-        return layer
-
-
-class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """The same with a packed weight."""
-
-    rounds = False
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return ops.quantized_rows(tokens, self)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return ops.quantized_linear(x, self)
-
-
-def _packed(
-    kind: Any, weight: mx.array, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-) -> Any:
-    """A layer of a packed kind from a plain weight [out, in]; MLX's constructor would draw a random one first.
-
-    Group size and bits are the mode's unless given.
-    """
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.weight, layer.scales, *biases = mx.quantize(weight, group_size, bits, mode)
-    layer.biases = biases[0] if biases else None
-    layer.mode, layer.group_size = mode, weight.shape[1] // layer.scales.shape[1]
-    layer.bits = layer.weight.shape[1] * 32 // weight.shape[1]
-    layer.freeze()
-    return layer
+        """x [..., dims] to logits [..., num_embeddings]."""
+        return layers.linear(x, self["weight"])
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square normalization, through `ops.rms_norm`."""
+    """Root mean square normalization."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self["weight"], self.eps)
+        """x [N, dims] to the same shape."""
+        return layers.rms_norm(x, self["weight"], self.eps)
 
 
 def add_to(residual: mx.array, module: nn.Module, *inputs: Any) -> mx.array:
-    """residual + module(*inputs), in one product where the module's class says that its call takes the residual.
+    """residual + module(*inputs), in one product if the module's class has `takes_residual`.
 
-    A subclass must say so itself: its own `__call__` may not take one.
+    A subclass does not inherit that: its own `__call__` may not take a residual.
     """
     if vars(type(module)).get("takes_residual", False):
         return module(*inputs, residual=residual)
@@ -119,6 +128,7 @@ class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized over head_dim, then rotated."""
 
     takes_residual = True
+    _norms: Derived[attention.HeadNorms] | None = None  # made by the first call that needs them
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -129,14 +139,15 @@ class Attention(nn.Module):
         if self.normalizes:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self._norms: Derived[attention.HeadNorms] = Derived()
 
-    def __call__(self, x: mx.array, attend: Attend, cache: Any = None, residual: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, attend: PlainAttention, cache: Any = None, residual: mx.array | None = None
+    ) -> mx.array:
         """Attention of x [N, model_dim] over itself and the cache, plus the residual if there is one.
 
         Args:
-            attend: what `attention.choose` gave for this forward pass.
-            cache: this layer's, extended in place.
+            attend: the result of `attention.choose` for this forward pass.
+            cache: this layer's cache, extended in place.
         """
         qkv, norms = self.head_norms(self["qkv_proj"](x))  # [N, (H + 2K) * D]
         mixed = attend(qkv, self["num_heads"], norms, cache)  # [N, H * D]
@@ -146,14 +157,16 @@ class Attention(nn.Module):
         return attention.HeadNorms(query_weight, key_weight, self["q_norm"].eps)
 
     def head_norms(self, qkv: mx.array) -> tuple[mx.array, attention.HeadNorms | None]:
-        """qkv, and the norms of queries and keys that are still to be applied: `attend` fuses them with RoPE.
+        """qkv, and the norms of queries and keys for `attend` to apply, which fuses them with RoPE.
 
-        Norms of another class, as somebody may have put in their place, are applied here.
+        Norms that were replaced by another class's are applied here.
         """
         if not self.normalizes:
             return qkv, None
         q_norm, k_norm = self["q_norm"], self["k_norm"]
         if type(q_norm) is type(k_norm) is RMSNorm and q_norm.eps == k_norm.eps:
+            if self._norms is None:
+                self._norms = Derived()
             return qkv, self._norms.get(q_norm.eps, self._make_norms, q_norm["weight"], k_norm["weight"])
         heads, kv_heads = self["num_heads"]
         split = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [N, H + 2K, D]
@@ -170,13 +183,10 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
-        self.activation = config.activation_fn_name
+        has_swiglu = self.gated and config.activation_fn_name in ("swish", "silu")
+        self.activation = "swiglu" if has_swiglu else config.activation_fn_name
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
-
-    @property
-    def has_swiglu(self) -> bool:
-        return self.gated and self.activation in ("swish", "silu")
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """The feed-forward of x [N, model_dim], plus the residual if there is one."""
@@ -184,9 +194,9 @@ class FeedForward(nn.Module):
         return self["proj_2"](inner) if residual is None else add_to(residual, self["proj_2"], inner)
 
     def activate(self, x: mx.array) -> mx.array:
-        """What enters `proj_2` [N, inner], from what `proj_1` gave: gate and up [N, 2 * inner] with GLU."""
-        if self.has_swiglu:
-            return ops.swiglu(x)
+        """The input of `proj_2` [N, inner] from the output of `proj_1`: gate and up [N, 2 * inner] with GLU."""
+        if self.activation == "swiglu":
+            return layers.swiglu(x)
         activation = ACTIVATIONS[self.activation]
         if not self.gated:
             return activation(x)
@@ -204,28 +214,29 @@ class TransformerLayer(nn.Module):
         self.attn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, attend: Attend, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, attend: PlainAttention, cache: Any = None) -> mx.array:
         """x [N, model_dim] to the same shape; `attend` and `cache` as for `Attention`."""
         h = add_to(x, self["attn"], self["attn_norm"](x), attend, cache)
         return add_to(h, self["ffn"], self["ffn_norm"](h))
 
 
-# What kernels that compute whole layers need of one: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there
-# are; and the projections qkv_proj, out_proj, proj_1, proj_2.
+# A layer as kernels for whole layers take it: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there are
+# any; the projections qkv_proj, out_proj, proj_1, proj_2; and the numbers of query and key-value heads.
 LayerParts = tuple[list[mx.array], tuple[nn.Module, ...], tuple[int, int]]
 
 
-def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
-    """The parts of layers that are still as `OpenELM` made them; None if a module was replaced by another class's.
+def collect_parts(blocks: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
+    """The parts of all layers, or None if a module in them was replaced by one of another class.
 
-    This runs for each token, so that a change counts from the next call on. Projections may be packed in affine mode.
+    This runs for each token, so that a replacement is used from the next call on. Projections may be packed in affine
+    mode.
     """
     found: list[LayerParts] = []
-    for layer in layers:
+    for layer in blocks:
         if type(layer) is not TransformerLayer:
             return None
         attn, ffn = layer["attn"], layer["ffn"]
-        if type(attn) is not Attention or type(ffn) is not FeedForward or not ffn.has_swiglu:
+        if type(attn) is not Attention or type(ffn) is not FeedForward or ffn.activation != "swiglu":
             return None
         head_norms = (attn["q_norm"], attn["k_norm"]) if attn.normalizes else ()
         norm_weights = []
@@ -242,38 +253,34 @@ def collect_parts(layers: Sequence[nn.Module], eps: float) -> list[LayerParts] |
     return found
 
 
-class Transformer(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
-        self.layers = [TransformerLayer(config, layer) for layer in range(config.num_transformer_layers)]
-        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
-
-
 class OpenELM(nn.Module):
     """The language model.
 
     Calling it with tokens [batch, length] gives logits [batch, length, vocab]: `logits(hidden_states(tokens))`.
 
     Args:
-        initialize: whether to draw random weights; a loader that fills all of them does without.
+        initialize: whether to draw random weights, which a loader that fills all of them does not need.
     """
 
     def __init__(self, config: ModelConfig, *, initialize: bool = True):
         super().__init__()
         self.config = config
         self.model_type = "openelm"
-        self.transformer = Transformer(config)
+        self.transformer = nn.Module()
+        self.transformer.token_embeddings = Embedding(config.vocab_size, config.model_dim)
+        self.transformer.layers = [TransformerLayer(config, layer) for layer in range(config.num_transformer_layers)]
+        self.transformer.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         if not config.share_input_output_layers:
             self.lm_head = Linear(config.model_dim, config.vocab_size)
-        self._token_kernel = decoding.TokenKernel(config)
+        self._token_kernel: decoding.TokenKernel | None = None  # made by the first token on CUDA
         if initialize:
             self.initialize()
 
     def initialize(self) -> None:
-        """Draw every matrix as MLX's layers do, from its global random state.
+        """Draw all matrices from MLX's global random state, as MLX's layers do.
 
-        Embeddings are normal with deviation 1 / sqrt(model_dim), the others uniform within 1 / sqrt(inputs).
+        Embeddings are normal with standard deviation 1 / sqrt(model_dim), other matrices uniform within
+        1 / sqrt(inputs).
         """
         embeddings = self.transformer.token_embeddings
         embeddings.weight = mx.random.normal(embeddings.weight.shape, scale=self.config.model_dim**-0.5)
@@ -299,15 +306,15 @@ class OpenELM(nn.Module):
         cache: Sequence[Any] | None = None,
         mask: mx.array | str | None = None,
         *,
-        run_layer: Callable[[nn.Module, mx.array, Attend, Any], mx.array] | None = None,
+        run_layer: Callable[[nn.Module, mx.array, PlainAttention, Any], mx.array] | None = None,
     ) -> mx.array:
         """tokens [B, L] to hidden states [B, L, model_dim] after the final norm.
 
         Args:
             cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence.
-            mask: what each position may see, in place of the causal mask: booleans (True: visible) or numbers to add,
-                [L, T] or [B, 1, L, T], T counting the past.
-            run_layer: calls a layer, as training does in its own way; None calls it as it is.
+            mask: replaces the causal mask: booleans (True: visible) or numbers to add to scores, [L, T] or
+                [B, 1, L, T], where T includes the past.
+            run_layer: called with each layer and its arguments, in place of the layer itself.
         """
         batch, length = tokens.shape
         caches = cache if cache is not None else [None] * len(self.layers)
@@ -318,7 +325,7 @@ class OpenELM(nn.Module):
         elif mask is None and length > 1:
             mask = "causal"
         attend = attention.choose(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
-        # Layers take one row a position: matrix products of two dimensions need no reshaping.
+        # One row per position from here on: products of two-dimensional matrices need no reshaping.
         x = self.transformer.token_embeddings(tokens.reshape(-1))  # [N, model_dim]
         # In packings whose scales are not floating-point numbers, embeddings come out as bfloat16.
         x = x.astype(self.transformer.norm["weight"].dtype)
@@ -329,36 +336,40 @@ class OpenELM(nn.Module):
                 y = layer(y, attend, layer_cache) if run_layer is None else run_layer(layer, y, attend, layer_cache)
         return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
-    def _run_kernels(self, x: mx.array, attend: Attend, caches: Sequence[Any]) -> mx.array | None:
-        """All layers in kernels that compute whole ones: CUDA's for one token, the CPU's for a few rows.
+    def _run_kernels(self, x: mx.array, attend: PlainAttention, caches: Sequence[Any]) -> mx.array | None:
+        """All layers in kernels for whole layers: CUDA's for one token, the CPU's for a few rows.
 
-        None, with nothing changed, where no kernel serves: this is the one place that decides.
+        Returns None, with nothing changed, if no kernel can do it: this is the one place that decides.
         """
+        if x.shape[0] >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
+            return None
+        if any(type(cache) is not KVCache or not cache.holds(x.dtype) for cache in caches):
+            return None
         eps = self.config.rms_norm_eps
         if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
-            if any(type(cache) is not KVCache for cache in caches):
-                return None
             parts = collect_parts(self.layers, eps)
             return None if parts is None else self._decode_token(x, parts, caches)
-        if not isinstance(attend, attention.KernelAttention) or not attend.takes_layers(x, caches):
+        if not isinstance(attend, attention.KernelAttention) or x.dtype != mx.float32:
             return None
         if (parts := collect_parts(self.layers, eps)) is None:
             return None
         for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
-            x = attend.layer(x, num_heads, eps, norms, [ops.stored(p) for p in projections], cache)
+            x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
         return x
 
-    def _decode_token(self, x: mx.array, layers: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
-        """All layers for one token [1, model_dim] in one CUDA kernel; None where it does not serve these weights."""
+    def _decode_token(self, x: mx.array, parts: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
+        """All layers for one token [1, model_dim] in one CUDA kernel; None if it does not support these weights."""
+        if self._token_kernel is None:
+            self._token_kernel = decoding.TokenKernel(self.config)
         weights: list[mx.array] = []
-        for norms, projections, _ in layers:
+        for norms, projections, _ in parts:
             weights += norms
             for projection in projections:
                 weights.append(projection["weight"])
                 if type(projection) is QuantizedLinear:
                     weights += projection["scales"], projection["biases"]
         return self._token_kernel(
-            x, weights, lambda: [ops.stored(p)[3:5] for _, four, _ in layers for p in four], caches
+            x, weights, lambda: [layers.stored(p)[3:5] for _, four, _ in parts for p in four], caches
         )
 
     def logits(self, hidden_states: mx.array) -> mx.array:

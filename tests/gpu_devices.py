@@ -69,6 +69,7 @@ def gpu_tests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, on("gpu"):
         if STAND_IN:
             patch.setattr(backend, "device", lambda: {"gpu": "CUDA", "cpu": "CPU"}[_device])
+            patch.setattr(backend, "on_gpu", lambda: _device == "gpu")
             patch.setattr(mx.fast, "scaled_dot_product_attention", _attend_as_cuda)
             patch.setattr(mx, "device_info", lambda: H100)
             patch.setattr(mx, "quantized_matmul", lambda *a, **k: (cudas if _device == "gpu" else _multiply)(*a, **k))

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from mlx_openelm import backend, blas, environment, native
+from mlx_openelm import backend, blas, native
 from mlx_openelm.cli import doctor
 from mlx_openelm.native import build
 
@@ -38,6 +38,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="arm64"))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(blas, "state", "unneeded")
+    monkeypatch.setattr(blas, "library", blas.library)
 
 
 @pytest.fixture
@@ -96,11 +97,11 @@ def test_devices_have_their_names(metal, monkeypatch):
 
 
 def test_threads_are_counted_where_there_is_no_affinity(mac, monkeypatch):
-    for name in environment.THREAD_VARIABLES:
+    for name in native.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
-    monkeypatch.setattr(environment, "Path", lambda _: Path("/nowhere"))
-    assert environment.thread_count() == 10
+    monkeypatch.setattr(native, "Path", lambda _: Path("/nowhere"))
+    assert native.thread_count() == 10
 
 
 # doctor.
@@ -207,9 +208,13 @@ build.main()
     assert done.stderr.splitlines()[-1] == f"Error: g++ and clang++ and c++ cannot compile them; {advice}."
 
 
-def test_no_instructions_are_missed_where_the_system_does_not_tell(monkeypatch):
+def test_no_instructions_are_missed_if_the_system_does_not_list_them(monkeypatch, tmp_path):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
     monkeypatch.setattr(native, "Path", lambda _: Path("/nowhere/cpuinfo"))
-    assert native.missing_instructions(["asimddp"]) == []
+    (tmp_path / native.LIBRARY).touch()
+    facts = {"mlx": mx.__version__, "sources": native.fingerprint(), "machine": os.uname().machine, "bytes": 0}
+    (tmp_path / native.FACTS).write_text(json.dumps(facts | {"instructions": ["asimddp"]}))
+    assert native.examine(tmp_path) is None
 
 
 def test_the_text_of_a_macs_cpu_is_that_of_plain_mlx(tmp_path):
@@ -221,7 +226,8 @@ if len(sys.argv) > 1:
     import platform; sys.platform = "darwin"
     from pathlib import Path
     from mlx_openelm import native
-    native.find_folder = lambda: Path(sys.argv[1])
+    native.__file__ = f"{sys.argv[1]}/__init__.py"
+    import sysconfig; sysconfig.get_path = lambda name: "/nowhere"
 from mlx_openelm import generate, load
 import mlx.core as mx
 mx.set_default_device(mx.cpu)

@@ -9,20 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import backend
 from mlx_openelm.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
-from mlx_openelm.ops import layers as ops
-from mlx_openelm.ops import rope
+from mlx_openelm.ops import layers
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy_model
 import pytest
+from devices import pretend
 from mlx.utils import tree_flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,7 +31,7 @@ REFERENCE = json.loads((FIXTURES / "shakespeare-reference.json").read_text())
 @pytest.fixture(params=["plain", "fused"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both forms of what a layer computes; the fused one is what a GPU runs, and a CPU can compute it too."""
-    monkeypatch.setattr(backend, "device", lambda: "Metal" if request.param == "fused" else "CPU")
+    pretend(monkeypatch, "Metal" if request.param == "fused" else "CPU")
     return request.param
 
 
@@ -315,10 +314,10 @@ def test_large_single_rows_take_blocks_to_the_same_numbers() -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((6000, 700)).astype(np.float32)
     x = rng.standard_normal((1, 700)).astype(np.float32)
-    assert ops._blocks(6000, 700) is not None
-    assert_close(ops.linear(mx.array(x), mx.array(weight)), x.astype(np.float64) @ weight.T, 1e-3)
-    assert ops.linear(mx.array(x[None]), mx.array(weight)).shape == (1, 1, 6000)
-    assert ops.linear(mx.array(x[0]), mx.array(weight)).shape == (6000,)
+    assert layers._blocks(6000, 700) is not None
+    assert_close(layers.linear(mx.array(x), mx.array(weight)), x.astype(np.float64) @ weight.T, 1e-3)
+    assert layers.linear(mx.array(x[None]), mx.array(weight)).shape == (1, 1, 6000)
+    assert layers.linear(mx.array(x[0]), mx.array(weight)).shape == (6000,)
 
 
 # Masks.
@@ -446,7 +445,7 @@ def test_gradients_over_many_rows_are_the_fused_forms(monkeypatch: pytest.Monkey
     ids = mx.array(tokens_for(model.config, 2, 60))
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(backend, "device", lambda fused=fused: "Metal" if fused else "CPU")
+        pretend(monkeypatch, "Metal" if fused else "CPU")
         value, gradients = nn.value_and_grad(model, loss)(model, ids)
         found.append({"loss": value} | dict(tree_flatten(gradients)))
     for name, gradient in found[0].items():
@@ -456,7 +455,7 @@ def test_gradients_over_many_rows_are_the_fused_forms(monkeypatch: pytest.Monkey
 
 def test_gradients_of_large_single_rows() -> None:
     weight, x = mx.random.normal((6000, 700), key=mx.random.key(0)), mx.random.normal((1, 700), key=mx.random.key(1))
-    ours = mx.grad(lambda w, x: ops.linear(x, w).square().sum(), argnums=(0, 1))(weight, x)
+    ours = mx.grad(lambda w, x: layers.linear(x, w).square().sum(), argnums=(0, 1))(weight, x)
     plain = mx.grad(lambda w, x: (x @ w.T).square().sum(), argnums=(0, 1))(weight, x)
     for a, b in zip(ours, plain, strict=True):
         assert a.shape == b.shape
@@ -475,8 +474,9 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
 
 def test_a_first_call_may_be_compiled() -> None:
     """The constants a layer keeps must not be made inside a function that is being traced."""
-    ops._norm_constants.cache_clear()
-    rope._constants.cache_clear()
+    layers._norm_constants.cache_clear()
+    layers._first_rotations.cache_clear()
+    layers._identity_and_swap.cache_clear()
     if shutil.which("g++") is None:
         pytest.skip("on a CPU mx.compile needs a compiler")
     one_layer = {"num_transformer_layers": 1, "num_query_heads": 2, "num_kv_heads": 1}

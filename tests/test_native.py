@@ -12,13 +12,13 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-from mlx_openelm import convert, environment, generate, load, native
+from mlx_openelm import convert, generate, load, native
 from mlx_openelm.cache import BatchKVCache, KVCache, RotatingKVCache, make_cache
 from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.options import CacheOptions
 from mlx_openelm.loading import ROUNDED_BITS
 from mlx_openelm.native import build
-from mlx_openelm.ops.rope import rotation_table
+from mlx_openelm.ops.layers import rotation_table
 
 import mlx.core as mx
 import numpy as np
@@ -483,7 +483,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
             for layer in cache:
                 layer.trim(1)
     finally:
-        kernels.set_threads(environment.thread_count())
+        kernels.set_threads(native.thread_count())
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
 
 
@@ -668,11 +668,11 @@ def test_quantized_caches_generate_with_them(reference):
      ({"OMP_NUM_THREADS": "none", "OPENBLAS_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "0"}, None), ({}, None)],
 )  # fmt: skip
 def test_thread_counts_follow_the_usual_variables(variables, count, monkeypatch):
-    for name in environment.THREAD_VARIABLES:
+    for name in native.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert environment.thread_count() == count if count else 1 <= environment.thread_count() <= (os.cpu_count() or 1)
+    assert native.thread_count() == count if count else 1 <= native.thread_count() <= (os.cpu_count() or 1)
 
 
 @pytest.fixture
@@ -685,7 +685,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def describe(folder: Path, **facts: object) -> None:
-    known = {"mlx": mx.__version__, "sources": build.fingerprint(), "machine": os.uname().machine, "instructions": []}
+    known = {"mlx": mx.__version__, "sources": native.fingerprint(), "machine": os.uname().machine, "instructions": []}
     known["bytes"] = (folder / build.LIBRARY).stat().st_size
     (folder / build.FACTS).write_text(json.dumps(known | facts))
 
@@ -714,18 +714,25 @@ def test_a_clone_uses_the_installed_library(monkeypatch, tmp_path):
     installed.mkdir(parents=True)
     (installed / build.LIBRARY).write_bytes(b"")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert native.find_folder() == (own if (own / build.LIBRARY).is_file() else installed)
+    examined: list[Path] = []
+    monkeypatch.setattr(native, "examine", lambda folder: examined.append(folder) or native.Status("off"))
+
+    def folder() -> Path:
+        native._load()
+        return examined[-1]
+
+    assert folder() == (own if (own / build.LIBRARY).is_file() else installed)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "clone" / "__init__.py"))
-    assert native.find_folder() == installed
+    assert folder() == installed
     (installed / build.LIBRARY).unlink()
-    assert native.find_folder() == tmp_path / "clone"
+    assert folder() == tmp_path / "clone"
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells")
 def test_a_library_for_another_processor_is_not_loaded(folder):
     describe(folder, instructions=["no_such_instruction"])
     status = native.examine(folder)
-    assert status is not None and status.state == "foreign" and "has no no_such_instruction" in status.detail
+    assert status is not None and status.state == "foreign" and "lacks no_such_instruction" in status.detail
     describe(folder, machine="abacus")
     assert native.examine(folder).state == "foreign"  # type: ignore[union-attr]
 
@@ -743,7 +750,7 @@ def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
 
 
 def test_a_library_that_does_not_load_is_told(folder, monkeypatch):
-    monkeypatch.setattr(native, "find_folder", lambda: folder)
+    monkeypatch.setattr(native, "__file__", str(folder / "__init__.py"))
     module, status = native._load()
     assert module is None and status.state == "failed" and build.LIBRARY in status.detail
 
@@ -752,7 +759,7 @@ def test_a_library_with_another_nanobind_is_told(folder, monkeypatch):
     def strange(*_):
         raise TypeError("rms_norm(): incompatible function arguments")
 
-    monkeypatch.setattr(native, "find_folder", lambda: folder)
+    monkeypatch.setattr(native, "__file__", str(folder / "__init__.py"))
     loader = SimpleNamespace(exec_module=lambda module: None)
     monkeypatch.setattr(native, "spec_from_file_location", lambda *_: SimpleNamespace(loader=loader))
     monkeypatch.setattr(native, "module_from_spec", lambda _: SimpleNamespace(rms_norm=strange))
@@ -795,7 +802,7 @@ def test_without_a_compiler_building_says_what_to_install(monkeypatch, tmp_path)
     with pytest.raises(build.BuildError, match="There is no C\\+\\+ compiler; install one"):
         build.build(tmp_path / "there")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match="CXX names 'no-such-compiler', which is not there"):
+    with pytest.raises(build.BuildError, match="CXX names 'no-such-compiler', which was not found"):
         build.build(tmp_path / "there")
     assert not (tmp_path / "there").exists()
 

@@ -6,17 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm import backend, load, native
+from mlx_openelm import load, native
 from mlx_openelm.cache import BatchKVCache, make_cache
 from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.generation.options import CacheOptions
-from mlx_openelm.ops import layers as ops
-from mlx_openelm.ops import rope
+from mlx_openelm.ops import layers
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from devices import pretend
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture
 def fused(monkeypatch):
-    monkeypatch.setattr(backend, "device", lambda: "Metal")
+    pretend(monkeypatch, "Metal")
 
 
 @pytest.mark.parametrize("prompt", range(4))
@@ -53,7 +53,7 @@ def test_both_forms_agree_on_rows_at_different_offsets(model, monkeypatch):
         return mx.concatenate([first, model(mx.array([[3], [4]]), cache=caches)], axis=1)
 
     plain = run()
-    monkeypatch.setattr(backend, "device", lambda: "Metal")
+    pretend(monkeypatch, "Metal")
     assert mx.abs(run() - plain).max().item() < 1e-4
     alone = model(mx.array([[11, 12, 13, 4]]))[0, -2:]
     assert mx.abs(plain[1] - alone).max().item() < 1e-4
@@ -66,7 +66,7 @@ def test_both_forms_agree_on_quantized_caches(model, monkeypatch, bits):
         return [logprob for _, logprob in generate_step(model, [1, 5, 9, 300], max_tokens=12, options=options)]
 
     plain = run()
-    monkeypatch.setattr(backend, "device", lambda: "Metal")
+    pretend(monkeypatch, "Metal")
     # A key that lies between two steps may be rounded to either.
     assert np.abs(np.array(run()) - np.array(plain)).max() < 2e-3
 
@@ -83,10 +83,10 @@ def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
     weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))
     x = mx.random.normal((1, in_dims), key=mx.random.key(2))
     expected = np.array(x, dtype=np.float64) @ np.array(weight, dtype=np.float64).T
-    assert np.abs(np.array(ops.linear(x, weight)) - expected).max() < 1e-5 * in_dims**0.5 * 10
-    assert ops.linear(x[None], weight).shape == (1, 1, out_dims)
+    assert np.abs(np.array(layers.linear(x, weight)) - expected).max() < 1e-5 * in_dims**0.5 * 10
+    assert layers.linear(x[None], weight).shape == (1, 1, out_dims)
     two = mx.concatenate([x, x])
-    assert np.abs(np.array(ops.linear(two, weight))[1] - expected[0]).max() < 1e-5 * in_dims**0.5 * 10
+    assert np.abs(np.array(layers.linear(two, weight))[1] - expected[0]).max() < 1e-5 * in_dims**0.5 * 10
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -98,19 +98,19 @@ def test_many_rows_in_half_precision_are_multiplied_in_float32(dtype, monkeypatc
     wide = [array.astype(mx.float32) for array in (x, weight, residual)]
     for rest in ([], [2]):
         given, exact = [x, weight, *(residual for _ in rest)], [*wide[:2], *(wide[i] for i in rest)]
-        product = ops.linear(*given)
+        product = layers.linear(*given)
         assert product.dtype == dtype
-        assert mx.array_equal(product, ops.linear(*exact).astype(dtype))
-    by_weight = mx.grad(lambda weight: ops.linear(x, weight).astype(mx.float32).sum())(weight)
+        assert mx.array_equal(product, layers.linear(*exact).astype(dtype))
+    by_weight = mx.grad(lambda weight: layers.linear(x, weight).astype(mx.float32).sum())(weight)
     assert by_weight.dtype == dtype
     assert mx.array_equal(by_weight, mx.broadcast_to(wide[0].sum(axis=0), weight.shape).astype(dtype))
 
 
 def test_blocks_divide_the_matrix_and_stay_below_the_packing_limit():
-    assert ops._blocks(5120, 1280) == (8, 640, 1280)
-    assert ops._blocks(1280, 5120) == (8, 160, 5120)
-    assert ops._blocks(2560, 1280) is None  # too small to be worth it
-    assert ops._blocks(4093, 1100) is None  # a prime number of rows
+    assert layers._blocks(5120, 1280) == (8, 640, 1280)
+    assert layers._blocks(1280, 5120) == (8, 160, 5120)
+    assert layers._blocks(2560, 1280) is None  # too small to be worth it
+    assert layers._blocks(4093, 1100) is None  # a prime number of rows
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -119,8 +119,8 @@ def test_rms_norm_in_every_type_is_that_of_numpy(rows):
     weight = mx.random.uniform(shape=(96,), key=mx.random.key(1))
     wide = np.array(x, dtype=np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.array(weight)
-    assert np.abs(np.array(ops.rms_norm(x, weight, 1e-6)) - expected).max() < 1e-5
-    half = ops.rms_norm(x.astype(mx.bfloat16), weight.astype(mx.bfloat16), 1e-6)
+    assert np.abs(np.array(layers.rms_norm(x, weight, 1e-6)) - expected).max() < 1e-5
+    half = layers.rms_norm(x.astype(mx.bfloat16), weight.astype(mx.bfloat16), 1e-6)
     assert half.dtype == mx.bfloat16
     assert np.abs(np.array(half.astype(mx.float32)) - expected).max() < 0.05
 
@@ -130,7 +130,7 @@ def test_swiglu_is_silu_of_the_first_half_times_the_second(rows):
     x = mx.random.normal((rows, 64), key=mx.random.key(3)) * 4
     wide = np.array(x, dtype=np.float64)
     gate, up = wide[:, :32], wide[:, 32:]
-    assert np.abs(np.array(ops.swiglu(x)) - gate / (1 + np.exp(-gate)) * up).max() < 1e-5
+    assert np.abs(np.array(layers.swiglu(x)) - gate / (1 + np.exp(-gate)) * up).max() < 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -142,7 +142,7 @@ def test_rotation_of_one_and_of_many_positions_is_rope_in_halves(length):
     expected = np.concatenate(
         [low * np.cos(angles) - high * np.sin(angles), high * np.cos(angles) + low * np.sin(angles)], axis=-1
     )
-    rotation = rope.Rotation(8, 100.0, mx.array(offsets), length)
+    rotation = layers.Rotation(8, 100.0, mx.array(offsets), length)
     assert np.abs(np.array(rotation(x)) - expected).max() < 1e-3
 
 

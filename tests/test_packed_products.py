@@ -16,9 +16,7 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.jobs.summary import summarize_config
 from mlx_openelm.model import QuantizedLinear
-from mlx_openelm.ops import attention
-from mlx_openelm.ops import layers as ops
-from mlx_openelm.ops import packed as packed_products
+from mlx_openelm.ops import attention, layers, packed
 from mlx_openelm.ops.packed import MODES
 from mlx_openelm.quantization.recipes import plan
 
@@ -26,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from devices import pretend
 from gpu_devices import cudas
 from mlx.utils import tree_flatten
 from quantization_models import tiny_model
@@ -37,7 +36,7 @@ multiply = mx.quantized_matmul
 @pytest.fixture(params=["CUDA", "Metal"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a model takes to be its device; where that is CUDA, products that it has no kernel for are refused."""
-    monkeypatch.setattr(backend, "device", lambda: request.param)
+    pretend(monkeypatch, request.param)
     if request.param == "CUDA":
         monkeypatch.setattr(mx, "quantized_matmul", cudas)
     return request.param
@@ -47,12 +46,12 @@ def layer_of(mode: str, bits: int, group_size: int, shape: tuple[int, int], dtyp
     weight = mx.random.normal(shape, key=mx.random.key(0)) / shape[1] ** 0.5
     layer = nn.Linear(*reversed(shape), bias=False)
     layer.weight = weight.astype(dtype)
-    packed = QuantizedLinear.__new__(QuantizedLinear)
-    nn.Module.__init__(packed)
-    packed.weight, packed.scales, *biases = mx.quantize(layer.weight, group_size, bits, mode)
-    packed.biases = biases[0] if biases else None
-    packed.mode, packed.bits, packed.group_size = mode, bits, group_size
-    return packed
+    quantized = QuantizedLinear.__new__(QuantizedLinear)
+    nn.Module.__init__(quantized)
+    quantized.weight, quantized.scales, *biases = mx.quantize(layer.weight, group_size, bits, mode)
+    quantized.biases = biases[0] if biases else None
+    quantized.mode, quantized.bits, quantized.group_size = mode, bits, group_size
+    return quantized
 
 
 def exact(layer: QuantizedLinear) -> np.ndarray:
@@ -80,16 +79,16 @@ def test_products_and_gradients_of_any_packing(
         weight = exact(layer)
         for rows in counts:
             x = mx.random.normal((rows, shape[1]), key=mx.random.key(rows)).astype(dtype)
-            close(ops.quantized_linear(x, layer), np.array(x.astype(mx.float32)) @ weight.T, dtype)
+            close(layers.quantized_linear(x, layer), np.array(x.astype(mx.float32)) @ weight.T, dtype)
         x = mx.random.normal((64, shape[1])).astype(dtype)
-        slope = mx.grad(lambda x, layer=layer: ops.quantized_linear(x, layer).astype(mx.float32).sum())(x)
+        slope = mx.grad(lambda x, layer=layer: layers.quantized_linear(x, layer).astype(mx.float32).sum())(x)
         assert slope.dtype == dtype
         close(slope, np.broadcast_to(weight.sum(axis=0), slope.shape), dtype)
 
 
 def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else every case above could pass by unpacking always."""
-    monkeypatch.setattr(backend, "device", lambda: "CUDA")
+    pretend(monkeypatch, "CUDA")
     asked: list[int] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape[0]) or multiply(x, *a, **k))
     for bits, out_dims, dtype, expected in (
@@ -102,7 +101,7 @@ def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) 
         asked.clear()
         layer = layer_of("affine", bits, 64, (out_dims, 128), dtype)
         for rows in (1, 2, 3, 7, 8, 255, 256, 500):
-            packed_products.product(mx.zeros((rows, 128), dtype), layer)
+            packed.product(mx.zeros((rows, 128), dtype), layer)
         assert asked == expected
 
 
@@ -110,12 +109,12 @@ def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) 
 def test_rows_keep_their_shape(gpu: str, shape: tuple[int, ...]) -> None:
     layer = layer_of("affine", 4, 64, (256, 128), mx.float16)
     x = mx.random.normal(shape, key=mx.random.key(1)).astype(mx.float16)
-    close(packed_products.product(x, layer), np.array(x.astype(mx.float32)) @ exact(layer).T, mx.float16)
+    close(packed.product(x, layer), np.array(x.astype(mx.float32)) @ exact(layer).T, mx.float16)
 
 
 def test_few_unpacked_weights_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in a forward pass nor from there to the backward pass."""
-    monkeypatch.setattr(backend, "device", lambda: "CUDA")
+    pretend(monkeypatch, "CUDA")
 
     def peak(count: int, way: Any) -> int:
         layers = [layer_of("affine", 4, 64, (1024, 1024), mx.float32) for _ in range(count)]
@@ -124,7 +123,7 @@ def test_few_unpacked_weights_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
         def run(x: mx.array) -> mx.array:
             for layer in layers:
-                x = packed_products.product(x, layer)
+                x = packed.product(x, layer)
             return x.sum()
 
         mx.reset_peak_memory()
@@ -197,12 +196,12 @@ def plain_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -
 
 def test_only_a_cpu_and_single_positions_on_metal_multiply_a_packed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, expected in {"CPU": (True, True), "Metal": (True, False), "CUDA": (False, False)}.items():
-        monkeypatch.setattr(backend, "device", lambda device=device: device)
-        assert (packed_products.attends_packed(1), packed_products.attends_packed(2)) == expected
+        pretend(monkeypatch, device)
+        assert (packed.attends_packed(1), packed.attends_packed(2)) == expected
 
 
 def test_a_packed_cache_is_multiplied_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "device", lambda: "Metal")
+    pretend(monkeypatch, "Metal")
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape) or multiply(x, *a, **k))
     cache = ours.QuantizedKVCache(32, 8)

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from devices import pretend
 from gpu_devices import H100
 from mlx.utils import tree_flatten
 
@@ -27,7 +28,7 @@ from mlx.utils import tree_flatten
 @pytest.fixture
 def cuda(monkeypatch) -> None:
     """Everything that asks is told that this is a GPU; attention's gradient is MLX's in float32 too, to compare."""
-    monkeypatch.setattr(backend, "device", lambda: "CUDA")
+    pretend(monkeypatch, "CUDA")
     for module in (attention_module, forward_module):
         monkeypatch.setattr(module, "fuses_attention_gradient", lambda dtype, head_dim: True)
 
@@ -178,7 +179,7 @@ def test_the_fused_gradient_is_for_half_precision_on_new_enough_gpus(monkeypatch
 
 def test_metal_and_cpus_do_as_they_did(monkeypatch):
     for gpu in (False, True):
-        monkeypatch.setattr(backend, "device", lambda gpu=gpu: "Metal" if gpu else "CPU")
+        pretend(monkeypatch, "Metal" if gpu else "CPU")
         assert strategy.here() == strategy.Strategy(False, PARTS, 128, 200_000_000)
         assert not strategy.fuses_attention_gradient(mx.bfloat16, 64)
 

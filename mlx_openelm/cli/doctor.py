@@ -126,10 +126,9 @@ def _cuda_kernels() -> Finding:
 
 def _packed_weights() -> Finding:
     """The quantization modes that this machine multiplies as stored, and those that it unpacks at load."""
-    from ..ops.packed import MODES, multiplied_modes
+    from ..ops.packed import MODES
 
-    multiplied = multiplied_modes()
-    kept, rest = ([mode for mode in MODES if (mode in multiplied) is wanted] for wanted in (True, False))
+    kept, rest = ([mode for mode in MODES if backend.multiplies_packed(mode) is wanted] for wanted in (True, False))
     parts = [f"{', '.join(kept)}: multiplied as stored"] if kept else []
     parts += [f"{', '.join(rest)}: unpacked at load, while memory allows"] if rest else []
     return Finding("Packed weights", "; ".join(parts))

@@ -1,13 +1,13 @@
-// All layers of OpenELM for one token of one sequence, in one kernel: as many blocks as the GPU has multiprocessors go
-// from step to step together, and wait for each other in between. A launch of its own for each step costs more than
-// many of the steps themselves, and nothing would be read from memory meanwhile.
+// All layers of OpenELM for one token of one sequence in one kernel, with one block per multiprocessor. All blocks work
+// on the same step and wait for each other before the next. A launch per step would take longer than many of the steps
+// themselves, and no memory would be read meanwhile.
 //
-// `decoding.py` puts these lines before it, and the parameters, which depend on the model:
+// `decoding.py` puts definitions before this source, which depend on the model:
 //   HALF (numbers are float16, else bfloat16), LAYERS, MODEL_DIM, HEAD_DIM, GROUPS (query heads of a key-value head),
 //   NORMS (of queries and keys), EPS, LOG_BASE (of RoPE, to base 2), SCALE,
-//   MOST_PARTS, PARTS_SIZE, MOST_QKV and MOST_IN, the sizes of what is held for a moment,
-//   per layer HEADS[], INNER[] and KINDS[][4]; FOR_KIND(kind, call) for the kinds of weights there are.
-// Sums are float32. What MLX's own kernels round between operations is rounded here, too.
+//   MOST_PARTS, PARTS_SIZE, MOST_QKV and MOST_IN, the sizes of intermediate results,
+//   per layer HEADS[], INNER[] and KINDS[][4]; FOR_KIND(kind, call) for the model's kinds of weights.
+// Sums are float32. Intermediate results are rounded where MLX's own kernels round them.
 
 #ifndef EMULATED
 __device__ __forceinline__ float to_float(half_t x) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ half_t to_half(float x) {
   return y;
 }
 
-// Weights are read once: they need not push anything out of the cache.
+// Weights are read once, so they should not evict other data from the cache.
 __device__ __forceinline__ uint4 read_once(const uint4* at) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -38,7 +38,7 @@ __device__ __forceinline__ uint4 read_once(const uint4* at) {
   return v;
 }
 
-// What other blocks wrote during this kernel must not come from a cache of this multiprocessor.
+// Data that other blocks write during this kernel must not come from this multiprocessor's own cache.
 __device__ __forceinline__ uint4 read_shared(const uint4* at) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_release(word_t* at, word_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
-// From memory into the cache that all multiprocessors share.
+// Loads from memory into the cache that all multiprocessors share.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 #endif
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ float read_shared(const float* at) { return __uint_as
 
 __device__ __forceinline__ float rounded(float x) { return to_float(to_half(x)); }
 
-// The two numbers of a word, the one in the low bits first.
+// The two numbers of a word, low bits first.
 __device__ __forceinline__ void unpack(word_t pair, float* out) {
 #if HALF
   out[0] = to_float((half_t)pair);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void unpack(uint4 words, float* out) {
 
 __device__ __forceinline__ word_t pack(float low, float high) { return to_half(low) | (word_t)to_half(high) << 16; }
 
-// The sum over `width` neighbouring lanes, in all of them; other lanes of the warp may be elsewhere.
+// The sum over `width` neighbouring lanes, returned in all of them; other lanes of the warp may have diverged.
 template <int width>
 __device__ __forceinline__ float lane_sum(float x) {
   const word_t lanes = width == 32 ? 0xffffffffu : ((1u << width % 32) - 1) << (threadIdx.x % 32 / width * width);
@@ -108,11 +108,11 @@ __device__ __forceinline__ float lane_sum(float x) {
 constexpr int WARPS = THREADS / 32;
 // Every product takes its inputs 256 at a time.
 constexpr int STRIDE = 256;
-// So many tiles of each unit's weights are on their way to it before it can use them, and so many more to the cache:
-// memory goes on reading while the blocks wait for each other.
+// Before its inputs are complete, each unit loads the first AHEAD tiles of its weights into registers and prefetches
+// FURTHER tiles into the cache, so that memory keeps reading while the blocks wait for each other.
 constexpr int AHEAD = 4, FURTHER = 16;
 
-// Waits until all blocks are here; `target` counts arrivals.
+// Waits until all blocks have arrived; `target` counts arrivals.
 __device__ void wait_for_all(word_t* arrivals, word_t& target) {
   target += gridDim.x;
   __syncthreads();
@@ -120,20 +120,20 @@ __device__ void wait_for_all(word_t* arrivals, word_t& target) {
     add_release(arrivals, 1u);
     const long long since = clock64();
     while (read_acquire(arrivals) < target) {
-      if (clock64() - since > 10000000000ll) __trap();  // some seconds: better an error than a GPU that hangs
+      if (clock64() - since > 10000000000ll) __trap();  // after a few seconds: an error is better than a GPU that hangs
     }
   }
   __syncthreads();
 }
 
-// A weight [rows, in] as MLX has it: plain, or packed in affine mode.
+// A weight [rows, in] as MLX stores it: plain, or packed in affine mode.
 struct Matrix {
   const void* weight;
   const half_t* scales;
   const half_t* biases;
 };
 
-// 256 weights are the work of a unit: a warp (8 a lane), or for packed ones 8 lanes (32 a lane).
+// A tile is 256 weights of one row. It is the work of a unit: a warp (8 per lane), or if packed, 8 lanes (32 per lane).
 template <int bits, int group>
 struct Tile {
   static constexpr int lanes = 8, bytes = 32 * bits;
@@ -154,7 +154,7 @@ struct Tile {
     bias = m.biases[chunk * 32 / group];
   }
 
-  // With 256 inputs: four pieces of 8 a lane, which lie `lanes` apart so that lanes read neighbours; and their sums.
+  // The product with 256 inputs: four pieces of 8 per lane, `lanes` apart so that lanes read neighbours; and the sums.
   __device__ __forceinline__ float dot(const uint4* inputs, const float* sums, int lane) const {
     float sum = 0.0f;
 #pragma unroll
@@ -166,7 +166,7 @@ struct Tile {
         const int bit = (piece * 8 + i) * bits, word = bit / 32, shift = bit % 32;
         word_t q = words[word] >> shift;
         if (shift + bits > 32) q |= words[(bit + bits - 1) / 32] << (32 - shift);
-        // A whole number below 2^23 becomes a float without a conversion, of which there are few a cycle.
+        // An integer below 2^23 becomes a float without a conversion instruction, which has a low throughput.
         const float value = __uint_as_float((q & ((1u << bits) - 1)) | 0x4b000000u) - 8388608.0f;
         sum = fmaf(value, x[i], sum);
       }
@@ -194,37 +194,37 @@ struct Tile<0, group> {
   }
 };
 
-// What the blocks' threads share of one product's inputs: 16 bits each, 8 in a piece; the sum of every 32; partial results.
+// A product's inputs in shared memory: 16 bits each, 8 in a piece; the sum of every 32; and partial results.
 struct Inputs {
   uint4* pieces;
   float* sums;
   float* partial;
 };
 
-// Block b's share of x W^T: some rows (of the gates, then of what they gate, if `glu`), whose tiles the units divide evenly.
+// A block's share of x W^T: some rows (with `glu`, of gates and then of ups), whose tiles the units divide evenly.
 template <int bits, int group, bool glu>
 struct Product {
   using Part = Tile<bits, group>;
   static constexpr int lanes = Part::lanes, units = THREADS / lanes;
   Matrix matrix;
-  int tiles;        // of a row
+  int tiles;        // per row
   int row, count;   // the first row, and how many
-  int each;         // tiles of a unit
-  long long first, second;  // tile of the first gate, and of the first row that is gated
+  int each;         // tiles per unit
+  long long first, second;  // tile of the first gate, and of the first up
   Part ahead[AHEAD];
 
   __device__ __forceinline__ int unit() const { return threadIdx.x / lanes; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % lanes; }
   __device__ __forceinline__ int end() const { return min((unit() + 1) * each, tiles * count * (1 + glu)); }
 
-  // Where this block's i-th tile is in the weight.
+  // The position of this block's i-th tile in the weight.
   __device__ __forceinline__ long long place_of(int i) const {
     return glu && i >= tiles * count ? second + i - tiles * count : first + i;
   }
 
   __device__ __forceinline__ void load(Part& tile, int i) const { tile.load(matrix, place_of(i), lane()); }
 
-  // The share of this block.
+  // Determines the share of this block.
   __device__ __forceinline__ void divide(const Matrix& m, int in, int rows) {
     matrix = m;
     tiles = in / STRIDE;
@@ -235,7 +235,7 @@ struct Product {
     second = first + (long long)rows * tiles;
   }
 
-  // Brings a unit's tiles from its `from`-th on into the cache.
+  // Prefetches a unit's tiles from its `from`-th on into the cache.
   __device__ __forceinline__ void fetch(int from, int count_) const {
     constexpr int lines = Part::bytes < 128 ? 1 : Part::bytes / 128;
     const int begin = unit() * each + from, last = min(begin + count_, end());
@@ -245,7 +245,7 @@ struct Product {
     }
   }
 
-  // Needs no inputs yet.
+  // Does not need the inputs yet.
   __device__ __forceinline__ void start(const Matrix& m, int in, int rows) {
     divide(m, in, rows);
 #pragma unroll
@@ -255,7 +255,7 @@ struct Product {
     fetch(AHEAD, FURTHER);
   }
 
-  // After this and a __syncthreads, `result` has the sums.
+  // After this and a __syncthreads, `result` returns the sums.
   __device__ __forceinline__ void run(const Inputs& inputs) {
     int i = unit() * each, r = tiles ? i / tiles : 0, t = i - r * tiles;
     const int last = end();
@@ -270,7 +270,7 @@ struct Product {
           ++i, ++t;
           if (t == tiles || i == last) {
             sum = lane_sum<lanes>(sum);
-            // Units and rows both go up, so their sum is a place of its own.
+            // Units and rows both increase, so their sum is a unique index.
             if (lane() == 0) inputs.partial[unit() + r] = sum;
             sum = 0.0f, t = 0, ++r;
           }
@@ -288,7 +288,7 @@ struct Product {
   }
 };
 
-// Piece i of the inputs, where the product's tiles look for it.
+// Stores piece i of the inputs where the product's tiles read it.
 template <int bits>
 __device__ __forceinline__ void place(const Inputs& inputs, int i, uint4 words) {
   if constexpr (bits == 0) {
@@ -299,14 +299,14 @@ __device__ __forceinline__ void place(const Inputs& inputs, int i, uint4 words) 
     unpack(words, x);
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum += x[j];
-    // Pieces come 32 at a time, a warp's.
+    // A warp stores 32 pieces at a time.
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (i % 4 == 0) inputs.sums[i / 4] = sum;
   }
 }
 
-// RMSNorm of x [MODEL_DIM] as inputs.
+// Stores RMSNorm of x [MODEL_DIM] as inputs.
 template <int bits>
 __device__ __forceinline__ void place_normalized(const Inputs& inputs, const half_t* x, const half_t* weight) {
   constexpr int pieces = MODEL_DIM / 8, each = (pieces + THREADS - 1) / THREADS;
@@ -345,7 +345,7 @@ __device__ __forceinline__ void place_normalized(const Inputs& inputs, const hal
   __syncthreads();
 }
 
-// Attention's parts for each head [heads, parts, HEAD_DIM + 2], joined, as inputs.
+// Merges attention's parts of each head [heads, parts, HEAD_DIM + 2] and stores them as inputs.
 template <int bits>
 __device__ __forceinline__ void place_mixed(const Inputs& inputs, const float* parts, int heads, int active) {
   __shared__ float tops[MOST_PARTS], sums[MOST_PARTS];
@@ -385,7 +385,7 @@ __device__ __forceinline__ void place_plain(const Inputs& inputs, const half_t* 
   __syncthreads();
 }
 
-// A head of qkv, normalized and rotated to its position: a warp's lane l has the numbers l, l + 32, ...
+// A head of qkv, normalized and rotated to its position: lane l of a warp has numbers l, l + 32, ...
 __device__ __forceinline__ void prepare(const half_t* head, const half_t* norm, int position, float* out) {
   constexpr int each = HEAD_DIM / 32;
   const int lane = threadIdx.x % 32;
@@ -409,14 +409,14 @@ __device__ __forceinline__ void prepare(const half_t* head, const half_t* norm, 
   }
 }
 
-// How many blocks divide the past of a head.
+// The number of blocks that share the past of a head.
 __device__ __forceinline__ int count_parts(int heads, int position) {
   return max(1, min((int)gridDim.x / heads, position / 128 + 1));
 }
 
 // A part of the past for one query head, with the new position in the last part.
 struct Past {
-  static constexpr int lanes = HEAD_DIM / 8;     // read the key and value of one position
+  static constexpr int lanes = HEAD_DIM / 8;     // that read the key and value of one position
   static constexpr int slots = THREADS / lanes;  // positions at a time
   int head, part, first, last;
   half_t *keys, *values;  // of the head [capacity, HEAD_DIM]
@@ -429,7 +429,7 @@ struct Past {
     keys = k + start, values = v + start;
   }
 
-  // What is there before the new position is known.
+  // Reads a past position, which does not depend on the new one.
   __device__ __forceinline__ void load(int position, int t, uint4& key, uint4& value) const {
     if (t >= min(last, position)) return;
     const long long at = (long long)t * HEAD_DIM + threadIdx.x % lanes * 8;
@@ -438,7 +438,7 @@ struct Past {
   }
 };
 
-// Attention of the new position over a part of the past, by one block, which writes its key and value.
+// Attention of the new position over a part of the past, by one block; it also writes the new key and value.
 // `mixes` [WARPS, HEAD_DIM] is shared; k_words and v_words are the first keys and values as `past.load` gave them.
 __device__ __forceinline__ void attend(
     const Past& past, uint4 k_words, uint4 v_words, const half_t* qkv, const half_t* q_norm, const half_t* k_norm,
@@ -452,7 +452,7 @@ __device__ __forceinline__ void attend(
   float numbers[each];
   if (warp == 0) {
     prepare(qkv + h * HEAD_DIM, q_norm, position, numbers);
-    // In powers of two from here on.
+    // From here on exponentials have base 2.
     for (int i = 0; i < each; ++i) query[lane + 32 * i] = numbers[i] * (SCALE * 1.44269504f);
   } else if (warp == 1 && has_new) {
     prepare(qkv + (heads + kv) * HEAD_DIM, k_norm, position, numbers);
@@ -473,7 +473,7 @@ __device__ __forceinline__ void attend(
   float q[8], top = -1e30f, sum = 0.0f, mix[8] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) q[i] = query[own + i];
-  // A warp's lanes all go round equally often, since they exchange numbers.
+  // All lanes of a warp do the same number of rounds, since they exchange numbers.
 #pragma unroll 1
   for (int start = first; start < last; start += slots) {
     const int t = start + slot;
@@ -483,7 +483,7 @@ __device__ __forceinline__ void attend(
       unpack(v_words, v);
       past.load(position, t + slots, k_words, v_words);
     } else {
-      // The new one may not be in memory yet.
+      // The new position may not be in memory yet.
 #pragma unroll
       for (int i = 0; i < 8; ++i) k[i] = t < last ? key[own + i] : 0.0f, v[i] = t < last ? value[own + i] : 0.0f;
     }
@@ -499,7 +499,7 @@ __device__ __forceinline__ void attend(
     }
   }
 
-  // The slots of a warp are joined, then the warps.
+  // Merge the slots of a warp, then the warps.
 #pragma unroll
   for (int i = lanes; i < 32; i *= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, top, i), higher = fmaxf(top, other);
@@ -529,7 +529,7 @@ __device__ __forceinline__ void attend(
   if (thread == 0) parts[HEAD_DIM] = top, parts[HEAD_DIM + 1] = sum;
 }
 
-// What goes from one step to the next.
+// Results that one step passes to the next.
 struct Scratch {
   half_t* qkv;
   float* parts;
@@ -565,7 +565,7 @@ __device__ __noinline__ void project(State& state, const Layer& layer, const hal
   }
 }
 
-// Attention keeps memory from being read: meanwhile what comes next goes to the cache.
+// Attention leaves memory idle: meanwhile the next step's weights are prefetched into the cache.
 template <int bits, int group>
 __device__ __noinline__ void fetch_out(const Layer& layer, int heads) {
   Product<bits, group, false> product;
@@ -663,7 +663,7 @@ __device__ __forceinline__ void decode(
   }
   if (threadIdx.x == 0) {
     if (blockIdx.x == 0) next_position[0] = position + 1;
-    // Nobody waits any more when the last block is here: ready for the next token.
+    // When the last block arrives, no block waits any more: reset for the next token.
     if (atomicAdd(arrivals, 1u) + 1 == (LAYERS * 5 + 1) * gridDim.x) *arrivals = 0;
   }
 }

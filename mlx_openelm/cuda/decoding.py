@@ -20,9 +20,8 @@ import mlx.core as mx
 
 from ..cache import KVCache
 from ..config import ModelConfig
-from ..environment import says_off
 from ..errors import OpenELMError
-from ..native import VARIABLE
+from ..native import OFF, VARIABLE
 from . import compiler
 
 THREADS = 512  # per block; there is one block per multiprocessor
@@ -207,7 +206,7 @@ def obstacle() -> str | None:
     """Why this machine cannot run the kernel; None if it can: it needs an NVIDIA GPU, Ampere or newer, not shared."""
     if not mx.cuda.is_available():
         return "MLX has no CUDA here"
-    if says_off(os.environ.get(VARIABLE, "")):
+    if os.environ.get(VARIABLE, "").lower() in OFF:
         return f"{VARIABLE} says so"
     if compiler.capability() < (8, 0):
         return "the GPU is older than Ampere"
@@ -219,15 +218,17 @@ class _Turns:
 
     The kernel's blocks wait for each other, so two kernels running at the same time could deadlock. The calls of one
     thread depend on each other, which orders them. MLX keeps the lazy arrays of threads apart, so other threads run
-    without the kernel while that thread lives.
+    without the kernel while that thread lives. `arrivals` counts the blocks that wait, `last` is the result of the
+    last call.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self.arrivals = self.last = mx.zeros(0)
+    arrivals: mx.array
+    last: mx.array
+    _lock = threading.Lock()
+    _thread: threading.Thread | None = None
 
     def is_mine(self) -> bool:
+        """Whether the current thread may use the kernel; the first to ask, and the next after it has ended, may."""
         here = threading.current_thread()
         with self._lock:
             if self._thread is here:

@@ -20,7 +20,6 @@ from ..formats.packing import bits_per_weight
 from ..hub import catalog
 from ..hub.resolve import download, resolve, source_repo
 from ..inputs import to_path
-from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
 from ..text.tokenizer_engines import ENGINES
 
@@ -216,7 +215,7 @@ def memory_needed(
     # Our CPU kernels read matrices in their stored type.
     kept = getattr(mx, stored) if backend.has_kernels() else compute
     weights = bits_per_weight(config, quantization, kept.size, scale_bytes=kept.size) * config.num_parameters / 8
-    expands = bool(quantization) and not stays_packed(choice.mode for choice in quantization.values())
+    expands = not all(backend.multiplies_packed(choice.mode) for choice in quantization.values())
     return Memory(
         tokens=tokens,
         dtype=_dtype_name(compute),

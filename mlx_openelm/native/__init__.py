@@ -2,7 +2,10 @@
 
 `kernels` is the compiled module, or None where plain MLX is used; `status` says which, and why. Both are determined
 on first use: by the first forward pass on a CPU, and never when a GPU computes. On Linux the kernels are compiled at
-installation if there is a compiler; `python -m mlx_openelm.native` compiles them again. On a Mac only that does.
+installation if there is a compiler; `python -m mlx_openelm.native` compiles them again. On a Mac only that command
+compiles them.
+
+This file imports the standard library alone at its top: it is loaded before MLX, and by setup.py.
 """
 
 from __future__ import annotations
@@ -12,18 +15,29 @@ import json
 import os
 import sys
 import threading
+import zlib
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from ..environment import says_off, thread_count
-from .build import FACTS, KNOWN, LIBRARY, fingerprint
+SOURCES = Path(__file__).parent / "src"
+LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
+# What the library was compiled for. This file lies beside it and is read first, since loading the library may already
+# execute instructions that a processor lacks.
+FACTS = f"{LIBRARY}.json"
+# The instructions that the kernels are written for, by their names in /proc/cpuinfo.
+KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 
 # Set to 0 to turn the kernels off.
 VARIABLE = "MLX_OPENELM_NATIVE"
+# Values of an environment variable that turn its feature off, in lower case.
+OFF = ("0", "off", "false", "no")
 COMMAND = f"{Path(sys.executable).name} -m mlx_openelm.native"
 REBUILD = f"compile them again: {COMMAND}"
+# The first of these that is set gives the number of threads.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # Set by `__getattr__`.
 kernels: Any
@@ -35,8 +49,8 @@ class Status:
     """Whether the kernels are used.
 
     `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another
-    MLX, or from other sources), foreign (for another processor), failed (it does not load, or does not know MLX's
-    arrays). `detail` says more in a few words, `advice` what to do, if anything.
+    MLX, or from other sources), foreign (for another processor), failed (the library does not load, or does not
+    recognize MLX's arrays). `detail` says more in a few words, `advice` what to do, if anything.
     """
 
     state: str
@@ -44,22 +58,37 @@ class Status:
     advice: str | None = None
 
 
-def missing_instructions(needed: list[str]) -> list[str]:
-    """The instructions in `needed` that this processor lacks; empty if the system does not list them."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, values = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return [instruction for instruction in needed if instruction not in values.split()]
-    return []
+def fingerprint() -> int:
+    """A checksum of the sources and of how they are compiled: a library of other sources may have other functions."""
+    number = zlib.crc32(SOURCES.with_name("build.py").read_bytes())
+    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        number = zlib.crc32(file.read_bytes(), number)
+    return number
+
+
+def thread_count() -> int:
+    """The number of threads for arithmetic: from the environment, else the processors this process may use.
+
+    `OMP_NUM_THREADS` may be a list with one number for each nesting level; the first is used.
+    """
+    for name in THREAD_VARIABLES:
+        with contextlib.suppress(ValueError):
+            if (count := int(os.environ.get(name, "").split(",")[0])) > 0:
+                return count
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A container may use fewer processors than it sees (cgroup v2: microseconds of each period).
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    return count
 
 
 def examine(folder: Path) -> Status | None:
     """Why the library in `folder` must not be loaded, judged from its description alone; None if it may be."""
-    if says_off(os.environ.get(VARIABLE, "")):
-        return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE}, if the kernels are wanted")
+    if os.environ.get(VARIABLE, "").lower() in OFF:
+        return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE} to use them")
     if not (folder / LIBRARY).is_file():
-        return Status("missing", "not compiled", f"{COMMAND} compiles them; it says what it lacks")
+        return Status("missing", "not compiled", f"{COMMAND} compiles them, and says what it needs")
     try:
         facts = json.loads((folder / FACTS).read_text())
         built_for, sources, machine = facts["mlx"], facts["sources"], facts["machine"]
@@ -79,28 +108,28 @@ def examine(folder: Path) -> Status | None:
         return Status("failed", f"the sources cannot be read: {error}", "install mlx-openelm again")
     if not is_ours:
         return Status("stale", "compiled from other sources", REBUILD)
-    lacking = missing_instructions(needed)
-    if machine != os.uname().machine or lacking:
-        other = f"has no {', '.join(lacking)}" if lacking else f"is {os.uname().machine}, not {machine}"
-        return Status("foreign", f"compiled for another processor: this one {other}", REBUILD)
+    if machine != os.uname().machine:
+        detail = f"compiled for another processor: this one is {os.uname().machine}, not {machine}"
+        return Status("foreign", detail, REBUILD)
+    # Only Linux lists a processor's instructions.
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        offered = next(line for line in lines if line.startswith(("flags", "Features"))).split()
+        if lacking := [instruction for instruction in needed if instruction not in offered]:
+            return Status("foreign", f"compiled for another processor: this one lacks {', '.join(lacking)}", REBUILD)
     return None
 
 
-def find_folder() -> Path:
-    """Where the library is: beside this file, or, for a clone that was installed, where it was installed."""
-    own = Path(__file__).parent
-    if (own / LIBRARY).is_file():
-        return own
-    import sysconfig
-
-    installed = (Path(sysconfig.get_path(name)) / "mlx_openelm" / "native" for name in ("platlib", "purelib"))
-    return next((folder for folder in installed if (folder / LIBRARY).is_file()), own)
-
-
 def _load() -> tuple[Any, Status]:
-    folder = find_folder()
-    if (status := examine(folder)) is not None:
-        return None, status
+    """The module, or None, and the status that says why."""
+    folder = Path(__file__).parent
+    if not (folder / LIBRARY).is_file():  # a clone may use the library that was compiled when it was installed
+        import sysconfig
+
+        installed = (Path(sysconfig.get_path(name), "mlx_openelm", "native") for name in ("platlib", "purelib"))
+        folder = next((found for found in installed if (found / LIBRARY).is_file()), folder)
+    if (reason := examine(folder)) is not None:
+        return None, reason
     import mlx.core as mx
 
     try:
@@ -110,24 +139,22 @@ def _load() -> tuple[Any, Status]:
         spec.loader.exec_module(module)
         # With another nanobind than MLX's the module does not recognize arrays.
         module.rms_norm(mx.ones(2), mx.ones(2), 1e-6)
-    except (ImportError, TypeError) as error:
-        reason = "it does not know MLX's arrays (nanobind differs)" if isinstance(error, TypeError) else str(error)
-        return None, Status("failed", reason, REBUILD)
+    except ImportError as error:
+        return None, Status("failed", str(error), REBUILD)
+    except TypeError:
+        return None, Status("failed", "it does not recognize MLX's arrays (nanobind differs)", REBUILD)
     module.set_threads(thread_count())
     count = module.threads()
-    return module, Status("used", f"{count} thread{'s' * (count > 1)}, for {_instructions(folder)}")
-
-
-def _instructions(folder: Path) -> str:
     used = json.loads((folder / FACTS).read_text())["instructions"]
-    return ", ".join(name for name in used if name in KNOWN) or os.uname().machine
+    names = ", ".join(name for name in used if name in KNOWN) or os.uname().machine
+    return module, Status("used", f"{count} thread{'s' * (count > 1)}, for {names}")
 
 
 _loading = threading.Lock()
 
 
 def __getattr__(name: str) -> Any:
-    # Runs on first use only; from then on both are plain variables.
+    """`kernels` and `status`, on first use only: from then on both are plain variables."""
     if name not in ("kernels", "status"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     global kernels, status

@@ -1,26 +1,24 @@
 """Compiles the kernels for the machine it runs on: `python -m mlx_openelm.native`, and setup.py on Linux.
 
-Uses the standard library alone, since setup.py loads this file before anything is installed; and imports what only
-compiling needs when it compiles, since every start of a program imports this file.
+It imports the standard library alone, since setup.py loads it before anything is installed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
-import zlib
-from importlib.machinery import EXTENSION_SUFFIXES
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "src"
-LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
-# What the library was compiled for, beside it: read before it is loaded, since loading may already use instructions
-# that a processor lacks.
-FACTS = f"{LIBRARY}.json"
+from . import FACTS, LIBRARY, SOURCES, fingerprint
 
-# What the compiler may use, by its macro, and how /proc/cpuinfo names that: all that `-march=native` may bring, since a
-# processor without one of them would stop the program.
+# The instruction sets that `-march=native` may enable: the compiler's macro and the name in /proc/cpuinfo. All of them
+# are listed, since the library crashes on a processor that lacks one it was compiled with.
 INSTRUCTIONS = {
     **{f"__{name.upper()}__": name for name in (
         "avx", "avx2", "fma", "f16c", "bmi2", "movbe", "adx", "gfni", "vaes",
@@ -33,16 +31,12 @@ INSTRUCTIONS = {
     "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp", "__ARM_FEATURE_ATOMICS": "atomics", "__ARM_FEATURE_SVE": "sve",
     "__ARM_FEATURE_BF16": "bf16", "__ARM_FEATURE_MATMUL_INT8": "i8mm", "__ARM_FEATURE_SVE2": "sve2",
 }  # fmt: skip
-# Those that the kernels are written for.
-KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
 
-
-# Products and sums are rounded together, whatever processor is tuned for: so a row's result is the same however many
-# are computed beside it, on any number of threads. (Clang does so by itself, and does not know the flag.)
+# Always fuse multiply and add, even where the tuning for a processor avoids it: then a row's result does not depend on
+# how many rows are computed with it, nor on the number of threads. (Clang always does, and ignores the parameter.)
 FUSED = ("--param=avoid-fma-max-bits=0", "-Wno-unused-command-line-argument")
 
-
-# With which MLX 0.32 was built: another one's modules do not know its arrays.
+# The version that MLX 0.32 was built with: modules built with another one do not recognize its arrays.
 NANOBIND = "3.1.0"
 
 
@@ -51,18 +45,14 @@ class BuildError(Exception):
 
 
 def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
-    """Compile the library into `folder`, where it appears once it is whole; returns its path.
+    """Compile the library into `folder`, where it appears only when complete; returns its path.
 
     Args:
-        flags: for the compiler, behind all others.
+        flags: more flags for the compiler, after all others.
 
     Raises:
-        BuildError: no compiler, no nanobind or MLX to compile against, or an error of the compiler.
+        BuildError: the compiler, nanobind or MLX is missing, or the compiler failed.
     """
-    import sysconfig
-    import tempfile
-    from concurrent.futures import ThreadPoolExecutor
-
     compiler = find_compiler()
     mlx, nanobind = find_mlx(), find_nanobind()
     options = [
@@ -73,7 +63,7 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
         f"-isystem{nanobind / 'ext' / 'robin_map' / 'include'}",
         *flags,
     ]
-    # Products first: they take as long as all others together.
+    # Products first: they take as long as all the others together.
     sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: (source.stem != "products", source))
     sources.append(nanobind / "src" / "nb_combined.cpp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,32 +92,21 @@ def build(folder: Path, *, flags: tuple[str, ...] = ()) -> Path:
             "bytes": library.stat().st_size,
         }
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-        # Never a description beside another library than its own, whenever this is interrupted.
+        # The old description goes first: if this is interrupted, none lies beside a library it does not describe.
         (folder / FACTS).unlink(missing_ok=True)
         for name in (LIBRARY, FACTS):
             os.replace(partial / name, folder / name)
     return folder / LIBRARY
 
 
-def fingerprint() -> int:
-    """Tells these sources, and how they are compiled, from others: a library of others may know other functions."""
-    number = zlib.crc32(Path(__file__).read_bytes())
-    for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
-        number = zlib.crc32(file.read_bytes(), number)
-    return number
-
-
 def find_compiler() -> list[str]:
-    """The C++ compiler, as a command: what CXX names, else g++ or clang++, whichever knows what the sources use."""
-    import shutil
-    import subprocess
-
+    """The C++ compiler as a command: CXX if set, else g++, clang++ or c++; it must be new enough for the sources."""
     named = os.environ.get("CXX")
     too_old = []
     for words in [named.split()] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(words[0]) is None:
             continue
-        # The newest thing that is used; it comes with GCC 12 and Clang 14.
+        # The newest feature that the sources use: GCC 12 and Clang 14 have it.
         probe = "#if !__has_builtin(__builtin_shufflevector)\n#error\n#endif\n"
         command = [*words, "-std=c++20", "-fsyntax-only", "-xc++", "-"]
         if subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0:
@@ -135,11 +114,11 @@ def find_compiler() -> list[str]:
         too_old.append(words[0])
     if too_old:
         names = " and ".join(too_old)
-        # A Mac has these names without Xcode's tools, too, as programs that only ask for them.
+        # Without Xcode's tools a Mac still has programs of these names, which only ask to install them.
         way = "run xcode-select --install" if sys.platform == "darwin" else "install GCC 12 or Clang 14, or newer"
         raise BuildError(f"{names} cannot compile them; {way}, or name another compiler in CXX.")
     if named:
-        raise BuildError(f"CXX names {named!r}, which is not there.")
+        raise BuildError(f"CXX names {named!r}, which was not found.")
     ways = "Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install"
     raise BuildError(f"There is no C++ compiler; install one ({ways}).")
 
@@ -147,12 +126,10 @@ def find_compiler() -> list[str]:
 def find_mlx() -> Path:
     """The folder of the MLX that the library will run with.
 
-    pip builds in an environment of its own; where the one it installs into has an MLX already, that one counts.
+    pip builds in an isolated environment; if the one it installs into already has MLX, that is used.
     """
-    import sysconfig
-
-    for place in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path):
-        folder = Path(place) / "mlx"
+    for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path):
+        folder = Path(path) / "mlx"
         if (folder / "include" / "mlx" / "mlx.h").is_file() and list((folder / "lib").glob("libmlx.*")):
             return folder
     raise BuildError("MLX is not installed; on Linux: pip install 'mlx[cpu]'.")
@@ -160,8 +137,8 @@ def find_mlx() -> Path:
 
 def find_nanobind() -> Path:
     """The folder of nanobind, with its sources."""
-    for place in sys.path:
-        folder = Path(place) / "nanobind"
+    for path in sys.path:
+        folder = Path(path) / "nanobind"
         if (folder / "src" / "nb_combined.cpp").is_file():
             if (version := _nanobind_version(folder)) == NANOBIND:
                 return folder
@@ -173,11 +150,9 @@ def find_nanobind() -> Path:
 
 
 def native_flag(compiler: list[str]) -> str:
-    """The flag that compiles for this very processor: x86 compilers and older ones of ARM name it differently."""
-    import subprocess
-
+    """The flag that compiles for this processor; compilers for x86 and older ones for ARM name it differently."""
     if sys.platform == "darwin" and os.uname().machine == "arm64":
-        return "-mcpu=apple-m1"  # which every M-series chip can do
+        return "-mcpu=apple-m1"  # runs on every M-series chip
     for flag in ("-march=native", "-mcpu=native"):
         if not subprocess.run([*compiler, flag, "-E", "-xc++", os.devnull], capture_output=True).returncode:
             return flag
@@ -185,17 +160,13 @@ def native_flag(compiler: list[str]) -> str:
 
 
 def used_instructions(compiler: list[str]) -> list[str]:
-    """The names in /proc/cpuinfo of what this compiler uses for this processor."""
-    import subprocess
-
+    """The instruction sets that the compiler uses on this processor, by their names in /proc/cpuinfo."""
     command = [*compiler, native_flag(compiler), "-dM", "-E", "-xc++", os.devnull]
     macros = {line.split()[1] for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()}
     return [name for macro, name in INSTRUCTIONS.items() if macro in macros]
 
 
 def _run(command: list[str]) -> None:
-    import subprocess
-
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command[:1])} failed:\n{done.stderr.strip()[-2000:]}")

@@ -13,19 +13,18 @@ import mlx.core as mx
 from .. import backend, native
 from ..cache import KVCache
 from . import exponentials, layers, packed
-from .rope import Rotation, rotation_table
 
 Heads = tuple[mx.array, mx.array, mx.array]
 
-# With this many rows per-operation overhead no longer matters, so a layer need not be one kernel. And where a prompt
-# only fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
-_MANY_LAYER_ROWS = 12
+# With this many rows per-operation overhead no longer matters, so a layer need not be one kernel. And if a prompt only
+# fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
+MANY_LAYER_ROWS = 12
 
 
 def choose(
     head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None
 ) -> PlainAttention:
-    """The attention for MLX's default device. Positions and mask are prepared once and shared by all layers.
+    """The attention for MLX's default device; positions and mask are prepared once and shared by all layers.
 
     Args:
         base: RoPE rotates by the angles position / base ** (2j / D).
@@ -48,7 +47,7 @@ class HeadNorms:
         self._joined: mx.array | None = None
 
     def joined(self, num_heads: tuple[int, int], scale: float) -> mx.array:
-        """The weight of every head [H + K, D], the queries' times `scale`, so that one product serves all."""
+        """The weight of every head [H + K, D], the queries' times `scale`, so that one product normalizes all."""
         if self._joined is None:
             weights = (self.query_weight * scale, self.key_weight)
             rows = [mx.broadcast_to(w, (n, w.size)) for w, n in zip(weights, num_heads, strict=True)]
@@ -59,7 +58,7 @@ class HeadNorms:
 class PlainAttention:
     """Attention in plain products, for a CPU without kernels; arguments as for `choose`. The others build on it."""
 
-    scales_queries = True  # whether `heads` gives queries that are scaled already
+    scales_queries = True  # whether `heads` gives queries already scaled
 
     def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
         self.head_dim, self.base, self.offset, self.length, self.mask = head_dim, base, offset, length, mask
@@ -67,8 +66,8 @@ class PlainAttention:
         self._added: mx.array | None = None  # the mask as numbers to add, made by the first layer that needs it
 
     @cached_property
-    def _rotate(self) -> Rotation:
-        return Rotation(self.head_dim, self.base, self.offset, self.length)
+    def _rotate(self) -> layers.Rotation:
+        return layers.Rotation(self.head_dim, self.base, self.offset, self.length)
 
     def __call__(
         self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any = None
@@ -94,7 +93,7 @@ class PlainAttention:
         return output.reshape(qkv.shape[0], -1)  # [N, H * D]
 
     def heads(self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
-        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; queries are scaled already."""
+        """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; queries are already scaled."""
         heads = qkv.reshape(-1, self.length, sum(num_heads) + num_heads[1], self.head_dim)  # [B, L, H + 2K, D]
         rotated, values = mx.split(heads, [sum(num_heads)], axis=2)
         if norms is not None:
@@ -166,7 +165,7 @@ class KernelAttention(PlainAttention):
 
     def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
         super().__init__(head_dim, base, offset, length, mask)
-        self.table = rotation_table(head_dim, base, offset, length)
+        self.table = layers.rotation_table(head_dim, base, offset, length)
 
     def __call__(
         self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any = None
@@ -174,7 +173,7 @@ class KernelAttention(PlainAttention):
         weights = (None, None) if norms is None else (norms.query_weight, norms.key_weight)
         eps = 0.0 if norms is None else norms.eps
         keys: Any
-        if _extends_in_place(qkv, cache):
+        if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.holds(mx.float32):
             batch = qkv.shape[0] // self.length
             *buffers, start = cache.reserve(batch, num_heads[1], self.length, self.head_dim, qkv.dtype)
             queries, new_keys, new_values = native.kernels.split_heads(
@@ -202,14 +201,6 @@ class KernelAttention(PlainAttention):
             self._added = _as_numbers(self.mask, mx.float32)
         return False, self._added
 
-    def takes_layers(self, x: mx.array, caches: Any) -> bool:
-        """Whether `layer` can compute whole layers: a few rows of float32 with growing caches of ours."""
-        return (
-            x.shape[0] < _MANY_LAYER_ROWS
-            and not isinstance(self.mask, mx.array)
-            and all(_extends_in_place(x, cache) for cache in caches)
-        )
-
     def layer(
         self,
         x: mx.array,
@@ -219,24 +210,19 @@ class KernelAttention(PlainAttention):
         projections: list[layers.Stored],
         cache: KVCache,
     ) -> mx.array:
-        """A whole layer in one kernel: x [N, model_dim] to its output.
+        """A whole layer in one kernel: x [N, model_dim] of float32 to its output. The mask must not be an array.
 
         Args:
             num_heads: H, K.
             norms: weights of the attention's and the feed-forward's norm, then of the queries' and the keys', if any.
             projections: `qkv_proj`, `out_proj`, `proj_1` (gate first) and `proj_2`.
-            cache: extended in place.
+            cache: of float32, extended in place.
         """
         buffers = cache.reserve(x.shape[0] // self.length, num_heads[1], self.length, self.head_dim, mx.float32)
         y, keys, values = native.kernels.layer(x, self.table, *buffers, *num_heads, eps, self.scale, norms, projections)
         # The cache lets go of its old buffers here, so that the kernel may write into them.
         cache.state = keys, values, cache.offset
         return y
-
-
-def _extends_in_place(x: mx.array, cache: Any) -> bool:
-    """Whether the kernels can write keys and values into this cache's buffers: a growing one of ours, in float32."""
-    return type(cache) is KVCache and x.dtype == mx.float32 and cache.holds(mx.float32)
 
 
 def _packed_product(x: mx.array, packed_part: Any, cache: Any, *, transpose: bool) -> mx.array:
@@ -249,8 +235,8 @@ def _packed_product(x: mx.array, packed_part: Any, cache: Any, *, transpose: boo
 def _fused_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     """A mask as fused attention takes it: booleans, or numbers of no wider type than queries.
 
-    On CUDA booleans would become -inf, and a padded row that sees nothing NaN; the lowest number would, too, since the
-    kernel multiplies it by log2(e).
+    On CUDA booleans would become -inf, which makes a padded row that sees nothing NaN. So would the lowest finite
+    number, since the kernel multiplies it by log2(e).
     """
     if mask.dtype == mx.bool_ and backend.on_cuda():
         return mx.where(mask, 0.0, mx.finfo(dtype).min / 2).astype(dtype)

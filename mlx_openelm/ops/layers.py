@@ -1,9 +1,9 @@
-"""Matrix products, norms and activations, each in the form that is fastest on the device.
+"""Matrix products, norms, activations and rotation, each in the form that is fastest on the device.
 
-`mx.fast` has no CPU kernels: there its functions expand into many primitives. So a CPU has kernels of its own in
-`native`; where they are missing, the same mathematics is written here in as few primitives as it needs.
+`mx.fast` has no CPU kernels: there its functions expand into many primitives. So on a CPU the kernels in `native` do
+the work; without them, the same mathematics is written here in as few primitives as possible.
 
-Shapes: N rows (one for each position of each sequence). Activations between layers are [N, model_dim].
+Shapes: B rows, L new positions, N = B * L, D head_dim. Activations between layers are [N, model_dim].
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import mlx.core as mx
 from .. import backend, native
 from . import distributions, exponentials, packed
 
-# A weight as the CPU kernels take it: values, scales and biases, bits (0: not packed), group size, and whether a few
-# rows of activations may be rounded to 8 bits.
+# A weight as the CPU kernels take it: values, scales and biases, bits (0: not packed), group size, and whether
+# activations of few rows may be rounded to 8 bits.
 Stored = tuple[mx.array, mx.array | None, mx.array | None, int, int, bool]
 
-# CUDA: `addmm` of one row is a matrix product, where `x @ W.T` is a matrix-vector kernel (an H100, 3072 x 3072 in
-# bfloat16: 27 against 14 µs). From two rows on `addmm` is faster (27 against 29). Metal has both kernels.
+# On CUDA `addmm` of one row runs as a matrix product, `x @ W.T` as a matrix-vector kernel (H100, 3072 x 3072 in
+# bfloat16: 27 against 14 µs). From two rows on `addmm` is faster (27 against 29 µs). Metal has both kernels.
 _ADDS_SEPARATELY = mx.cuda.is_available()
 
 # OpenBLAS multiplies matrices of at most a million elements without copying them into packed panels first.
@@ -31,11 +31,17 @@ _UNPACKED_ELEMENTS = 1_000_000
 _WORTH_BLOCKS = 4_000_000
 _SMALLEST_BLOCK = 32
 
-# With this many rows a CPU multiplies half precision faster in float32, for which it has a BLAS, copies included.
+# With this many rows half precision is multiplied faster in float32, copies included: a BLAS does that.
 _MANY_HALF_ROWS = 8
 
-# With this many rows a CPU's own exponential pays: it costs several primitives, and compiles once per machine.
+# With this many rows our own exponential is worth its several primitives, which compile once per machine.
 MANY_ROWS = 64
+
+# Rotation matrices made at a time while decoding: 2 MB for the largest head.
+_MATRICES = 32
+
+# Positions in the smallest rotation table; when one is too short, a table of twice as many replaces it.
+_SMALLEST_TABLE = 256
 
 
 def linear(x: mx.array, weight: mx.array, residual: mx.array | None = None) -> mx.array:
@@ -80,7 +86,7 @@ def _blocks(out_dims: int, in_dims: int) -> tuple[int, int, int] | None:
 def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) -> mx.array:
     """`linear` with the packed weight of a quantized layer.
 
-    The layer's `rounds` says whether the CPU kernels may round x to 8 bits, in groups, when it has few rows.
+    If `layer.rounds`, the CPU kernels may round x to 8 bits, in groups, when it has few rows.
     """
     if layer.mode == "affine" and not backend.on_gpu() and (kernels := native.kernels) is not None:
         output = kernels.linear(x, stored(layer))
@@ -103,7 +109,7 @@ def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
         return mx.dequantize(layer["weight"][tokens], layer["scales"][tokens], None, group_size, bits, mode)
     if not backend.on_gpu() and (kernels := native.kernels) is not None:
         return kernels.lookup(tokens, stored(layer))
-    # Scales may have 16 bits; what they scale needs more.
+    # Scales may have 16 bits; their products need more.
     scales, biases = (layer[part][tokens].astype(mx.float32) for part in ("scales", "biases"))
     return mx.dequantize(layer["weight"][tokens], scales, biases, group_size, bits, mode)
 
@@ -159,3 +165,91 @@ def log_softmax(x: mx.array) -> mx.array:
     if not backend.on_gpu() and (kernels := native.kernels) is not None:
         return kernels.log_softmax(x)
     return distributions.log_softmax(x)
+
+
+# Rotary position embeddings (RoPE, arXiv:2104.09864), in halves as in Llama: columns j and j + D / 2 of a head are
+# rotated together, by the angle position / base ** (2j / D). A GPU has `mx.fast.rope`. On a CPU the angles are computed
+# once for all layers.
+
+
+def rotation_table(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+    """Cosines, then sines, of each position's angles [1 or B, L, D], as the CPU kernels take them.
+
+    Args:
+        offset: the first position: an int, or an array [B] with one for each row.
+    """
+    if not isinstance(offset, mx.array):
+        count = _SMALLEST_TABLE
+        while count < offset + length:
+            count *= 2
+        return _first_rotations(head_dim, base, count)[:, offset : offset + length]
+    frequencies = 1.0 / (base ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim))  # [D / 2]
+    positions = mx.arange(length) + offset.reshape(-1, 1)  # [B, L]
+    angles = positions[..., None].astype(mx.float32) * frequencies  # [B, L, D / 2]
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+@lru_cache(maxsize=4)
+def _first_rotations(head_dim: int, base: float, count: int) -> mx.array:
+    """The table [1, count, D] of the first positions, computed once for all tokens."""
+    table = rotation_table(head_dim, base, mx.array([0]), count)
+    mx.eval(table)
+    return table
+
+
+class Rotation:
+    """RoPE for one forward pass, in plain operations.
+
+    A single position is one matrix that rotates a row vector: one small product replaces six elementwise passes.
+    Several positions take the passes, since that many matrices would need too much memory.
+    """
+
+    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int):
+        self.matrix = None
+        if length > 1:
+            self.cos, self.sin = _by_column(rotation_table(head_dim, base, offset, length))
+            self.swap = _identity_and_swap(head_dim)[1]
+        elif isinstance(offset, mx.array):
+            self.matrix = _rotation_matrices(rotation_table(head_dim, base, offset, 1))
+        else:
+            start = offset - offset % _MATRICES
+            self.matrix = _cached_matrices(head_dim, base, start)[:, offset - start : offset - start + 1]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotate x [B, L, heads, D]."""
+        if self.matrix is not None:
+            return (x @ self.matrix).astype(x.dtype)
+        return (x * self.cos + (x @ self.swap) * self.sin).astype(x.dtype)
+
+
+def _by_column(table: mx.array) -> tuple[mx.array, mx.array]:
+    """The cosine and sine [1 or B, L, 1, D] of each output column, from a rotation table."""
+    cos, sin = mx.split(table[:, :, None], 2, axis=-1)  # [1 or B, L, 1, D / 2]
+    return mx.concatenate([cos, cos], axis=-1), mx.concatenate([sin, sin], axis=-1)
+
+
+def _rotation_matrices(table: mx.array) -> mx.array:
+    """For each position of a rotation table the matrix that rotates a row vector: [1 or B, L, D, D]."""
+    identity, swap = _identity_and_swap(table.shape[-1])
+    cos, sin = _by_column(table)
+    return identity * cos + swap * sin
+
+
+@lru_cache(maxsize=4)
+def _cached_matrices(head_dim: int, base: float, start: int) -> mx.array:
+    """The matrices of `_MATRICES` positions from `start` on, computed once for that many tokens."""
+    matrices = _rotation_matrices(rotation_table(head_dim, base, start, _MATRICES))
+    mx.eval(matrices)
+    return matrices
+
+
+@lru_cache
+def _identity_and_swap(head_dim: int) -> tuple[mx.array, mx.array]:
+    """Identity, and the signed swap of halves [D, D].
+
+    The swap's output column j < D / 2 is minus input column j + D / 2; the others are plus input column j - D / 2.
+    """
+    half = head_dim // 2
+    constants = mx.eye(head_dim), mx.eye(head_dim, k=half) - mx.eye(head_dim, k=-half)
+    mx.eval(constants)
+    return constants

@@ -14,7 +14,7 @@ without a kernel fail only when they are evaluated, so the choice is made here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -31,8 +31,6 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 # What MLX stores of a packed matrix: the levels, a scale for each group, and in affine mode also a bias.
 PARTS = ("weight", "scales", "biases")
-# The modes that our CPU kernels multiply as they are stored.
-KERNEL_MODES = frozenset({"affine"})
 
 # CUDA: with this many rows MLX uses tensor cores, which take no longer for 16 rows.
 _MATRIX_ROWS = 8
@@ -44,18 +42,6 @@ _FILLED_ROWS = 2
 _MANY_ROWS = 256
 # CUDA: the tiles of the kernel on tensor cores.
 _TILE_OUT, _TILE_IN = 128, 64
-
-
-def multiplied_modes() -> frozenset[str]:
-    """The modes whose weights are best left packed at load here: all on a GPU, affine with our kernels for CPUs."""
-    if backend.on_gpu():
-        return frozenset(MODES)
-    return KERNEL_MODES if backend.has_kernels() else frozenset()
-
-
-def stays_packed(modes: Iterable[str]) -> bool:
-    """Whether a model packed in these modes is best left so at load."""
-    return multiplied_modes().issuperset(modes)
 
 
 def product(x: mx.array, layer: Any) -> mx.array:

@@ -1,4 +1,4 @@
-// Attention and its gradient as operations of MLX.
+// Attention and its gradient as MLX operations.
 
 #include "attention.h"
 
@@ -71,7 +71,7 @@ class AttentionKernel : public Kernel {
       dispatch([=, y = allocate(outputs[0]), sums = allocate(outputs[1])] { attention(a, y, sums); });
       return;
     }
-    // Behind the inputs of the value: its outputs, and the gradient of the first.
+    // After the inputs of the forward pass: its outputs, and the gradient of the first.
     size_t count = inputs.size();
     auto y = dense(inputs[count - 3]), sums = dense(inputs[count - 2]), dy = dense(inputs[count - 1]);
     dispatch([=, y = y.data<float>(), sums = sums.data<float>(), dy = dy.data<float>(), dq = allocate(outputs[0]),
@@ -99,7 +99,7 @@ class AttentionKernel : public Kernel {
     Arrays parts;
     for (int i = first; i < first + o_.parts(); i++) {
       auto& a = inputs[i];
-      // Heads and rows of the batch may lie anywhere; a packed head's rows follow one another.
+      // Strides of heads and of the batch may be anything; the rows of a packed head must be contiguous.
       bool usable = a.strides(3) == 1 && (!o_.packing.bits || a.strides(2) == a.shape(3));
       parts.push_back(usable ? a : dense(a));
     }
@@ -117,7 +117,7 @@ class AttentionKernel : public Kernel {
   bool masked_, gradient_;
 };
 
-// A mask as the kernel takes it: [batch or 1, length, total].
+// A mask in the form the kernel takes: [batch or 1, length, total].
 mx::array flat_mask(const mx::array& mask, int batch, int length, int total) {
   auto stream = cpu_stream();
   require(
@@ -133,7 +133,7 @@ std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx:
                                  const std::vector<mx::array>& values, const Optional& mask, AttentionOptions options) {
   auto [scale, causal, total, packing] = options;
   require(queries.ndim() == 4 && keys.size() == size_t(options.parts()) && values.size() == keys.size(),
-          "attention takes queries of four dimensions, and keys and values alike.");
+          "attention takes queries of four dimensions, and as many arrays of keys as of values.");
   int batch = queries.shape(0), length = queries.shape(1), heads = queries.shape(2), dim = queries.shape(3);
   Arrays inputs = {as_float(queries)};
   for (auto* past : {&keys, &values}) {
@@ -174,7 +174,7 @@ std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::ar
               mixed.size() == queries.size() && gradient.size() == queries.size() && keys.size() > 0 &&
               queries.size() > 0 && queries.shape(2) % keys.shape(1) == 0 &&
               sums.size() * queries.shape(3) == queries.size(),
-          "what attention gave does not fit its inputs.");
+          "attention's results do not fit its inputs.");
   Arrays inputs = {queries, keys, values};
   if (mask) inputs.push_back(flat_mask(*mask, queries.shape(0), queries.shape(1), options.total));
   inputs.insert(inputs.end(), {mixed, sums, gradient});

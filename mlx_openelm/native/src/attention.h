@@ -1,8 +1,8 @@
 // Attention without a matrix of [length x length]: FlashAttention (arXiv:2205.14135) for a CPU's caches.
 //
-// A task is a block of queries that share a key-value head: some positions, and all query heads of the group. Keys and
-// values pass by in blocks of kKeys; the softmax's maximum and sum are corrected as larger scores appear. The products
-// are the tiles of `matmul.h`, with the keys of a block turned so that one lane is one key.
+// A task is a block of queries that share a key-value head: some positions, and all query heads of the group. It goes
+// through keys and values in blocks of kKeys, and corrects the softmax's maximum and sum when larger scores appear. The
+// products are the tiles of `matmul.h`, with the keys of a block transposed so that each lane is a key.
 
 #pragma once
 
@@ -16,7 +16,7 @@ namespace openelm {
 // Keys or values [batch, heads, total, dim], plain or packed: a matrix for each head.
 struct Past {
   Matrix matrix;  // of row 0 and head 0
-  int64_t batch[3], head[3];  // bytes from one to the next, of data, scales and biases
+  int64_t batch[3], head[3];  // strides in bytes, of data, scales and biases
 
   Matrix at(int64_t b, int64_t h) const {
     Matrix m = matrix;
@@ -30,7 +30,7 @@ struct Past {
 
 struct Attention {
   int64_t batch, length, total, heads, kv, dim;  // rows, new positions, all positions, query and key-value heads
-  const float* queries;       // [batch, length, heads, dim] by these strides
+  const float* queries;       // [batch, length, heads, dim] with these strides
   int64_t query_strides[3];
   Past keys, values;
   float scale;
@@ -45,12 +45,12 @@ struct Attention {
 
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = 64;
-constexpr int64_t kFewQueries = 8;          // rows for which turning the keys costs more than it saves
-constexpr int64_t kTasks = 64;              // that keep all threads busy
-constexpr int64_t kWorthAThread = 1 << 15;  // products of a number and a number
+constexpr int64_t kFewQueries = 8;          // with fewer rows transposing the keys costs more than it saves
+constexpr int64_t kTasks = 64;              // enough to keep all threads busy
+constexpr int64_t kWorthAThread = 1 << 15;  // multiplications
 
 // Queries (or another array of their shape) of positions [first, last) as rows (position, head of the group) of `width`
-// floats, zeros at their ends.
+// floats, padded with zeros.
 inline void gather(const Attention& a, const float* from, const int64_t* strides, int64_t b, int64_t kv, int64_t first,
                    int64_t last, float* to) {
   for (int64_t l = first; l < last; l++) {
@@ -61,8 +61,8 @@ inline void gather(const Attention& a, const float* from, const int64_t* strides
   }
 }
 
-// Rows [first, first + count) of keys or values as floats, and the distance between them: where they lie, if they can
-// be used there, else in `memory`, padded to whole panels where `padded`.
+// Rows [first, first + count) of keys or values as floats, and the distance between them: in place if they can be used
+// there, else copied to `memory`, padded to whole panels if `padded`.
 INLINE const float* some_rows(const Matrix& m, int64_t first, int64_t count, int64_t width, bool padded, float* memory,
                               int64_t& stride) {
   if (!m.bits && m.type == Type::float32 && !(padded && width != m.columns)) {
@@ -105,7 +105,7 @@ inline void block_products(const float* a, int64_t rows, const float* b, int64_t
   }
 }
 
-// Scales a block of scores, and adds what hides keys: rows are (position, head), keys start at `key`.
+// Scales a block of scores and applies the mask: rows are (position, head), keys start at `key`.
 inline void scale_and_hide(const Attention& a, int64_t b, int64_t position, int64_t rows, int64_t key, int64_t count,
                            float* scores) {
   for (int64_t r = 0; r < rows; r++, scores += kKeys) {
@@ -119,8 +119,8 @@ inline void scale_and_hide(const Attention& a, int64_t b, int64_t position, int6
   }
 }
 
-// What a task has made of the keys it has seen: for each row the largest score, the sum of weights relative to it, and
-// the sum of weighted values [rows, width].
+// A task's result for the keys so far: for each row the largest score, the sum of weights relative to it, and the sum
+// of weighted values [rows, width].
 struct Partial {
   float* top;
   float* sum;
@@ -155,7 +155,7 @@ inline void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int
       Float top = spread(to.top[r]), total{};
       for (int i = 0; i < kKeys; i += kLanes) top = larger(top, load(row + i));
       float highest = largest(top);
-      if (highest == -INFINITY) {  // nothing to see so far
+      if (highest == -INFINITY) {  // nothing visible so far
         std::memset(row, 0, kKeys * sizeof(float));
         continue;
       }
@@ -195,7 +195,7 @@ inline void finish(const Attention& a, int64_t b, int64_t kv, int64_t first, int
   }
 }
 
-// Adds `other` to `to`, as if one task had seen the keys of both.
+// Merges `other` into `to`, as if one task had processed the keys of both.
 inline void join(Partial to, Partial other, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; r++) {
     if (other.sum[r] == 0) continue;
@@ -215,7 +215,7 @@ inline void attention(const Attention& a, float* y, float* sums) {
   int64_t blocks = (a.length + positions - 1) / positions, tasks = a.batch * a.kv * blocks;
   int64_t rows = positions * a.group(), work = a.batch * a.length * a.heads * a.total * a.dim;
   bool alone = work < kWorthAThread;
-  // Few queries with a long past: the past is split too (the same for any number of threads), and the parts joined.
+  // Few queries with a long past: the past is split too (the same for any number of threads), and the parts are merged.
   int64_t parts = 1, least = 2 * kKeys;
   if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
   if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
@@ -255,7 +255,7 @@ inline void attention(const Attention& a, float* y, float* sums) {
 }
 
 // The gradients of queries [batch, length, heads, dim], and of keys and values [batch, kv, total, dim], from the output
-// y and its gradient dy [batch, length, heads, dim], and the rows' logsumexp. Weights are made again, block by block.
+// y and its gradient dy [batch, length, heads, dim], and the rows' logsumexp. Weights are recomputed, block by block.
 inline void attention_gradient(const Attention& a, const float* y, const float* dy, const float* sums, float* dqueries,
                                float* dkeys, float* dvalues) {
   int64_t positions = kQueryRows / a.group() > 1 ? kQueryRows / a.group() : 1;
@@ -280,7 +280,7 @@ inline void attention_gradient(const Attention& a, const float* y, const float* 
       gather(a, a.queries, a.query_strides, b, kv, first, last, queries);
       gather(a, y, strides, b, kv, first, last, outputs);
       gather(a, dy, strides, b, kv, first, last, wanted);
-      // How a weight's gradient changes through the sum that all weights are divided by: the same for a whole row.
+      // The part of the gradient that comes from the softmax's denominator: the same for a whole row.
       for (int64_t r = 0; r < rows; r++) {
         Float total{};
         for (int64_t i = r * width; i < (r + 1) * width; i += kLanes) total += load(outputs + i) * load(wanted + i);

@@ -1,4 +1,4 @@
-// What lies between matrix products: RMSNorm, SwiGLU, and the way from projections to heads.
+// The elementwise parts between matrix products: RMSNorm, SwiGLU, and splitting projections into heads.
 
 #pragma once
 
@@ -44,7 +44,7 @@ inline void log_softmax(const float* x, int64_t rows, int64_t dims, float* y) {
       for (int64_t i = 0; i < whole; i += kLanes) tops = larger(tops, load(from + i));
       top = largest(tops);
       for (int64_t i = whole; i < dims; i++) top = from[i] > top ? from[i] : top;
-      // All hidden: as MLX has it, log 0 is subtracted from minus infinity, which is not a number.
+      // All are minus infinity: as in MLX, subtracting log 0 from that gives NaN.
       for (int64_t i = 0; i < whole; i += kLanes) totals += exp(load(from + i) - top);
       for (int64_t i = whole; i < dims; i++) total += std::exp(from[i] - top);
       float logsum = top + std::log(total + sum(totals));
@@ -56,7 +56,7 @@ inline void log_softmax(const float* x, int64_t rows, int64_t dims, float* y) {
 
 INLINE Float sigmoid(Float x) { return 1.0f / (1.0f + exp(-x)); }
 
-// body(at, count) for the places of `rows` rows of `dims` numbers, a vector at a time.
+// Calls body(at, count) for `rows` rows of `dims` numbers, a vector at a time.
 template <class Body>
 INLINE void vectors(int64_t rows, int64_t dims, const Body& body) {
   for_ranges(rows, kNumbersWorthAThread / dims + 1, [&](int64_t begin, int64_t end) {
@@ -90,14 +90,14 @@ inline void swiglu_gradient(const float* x, const float* dy, int64_t rows, int64
   });
 }
 
-// How queries, keys and values lie in a projection, and where they go.
+// The layout of queries, keys and values in a projection, and how they are normalized and rotated.
 struct Heads {
   int64_t batch, length, queries, kv, dim;  // rows, positions, query heads, key-value heads, head_dim
   float eps;
   const float* query_weight;  // of the norms [dim], or null
   const float* key_weight;
   const float* table;         // [batch or 1, length, dim]: cosines of a position's angles, then sines
-  int64_t table_stride;       // from one row of the batch to the next, 0 if they share positions
+  int64_t table_stride;       // stride of the batch, 0 if its rows share positions
 };
 
 // RMSNorm over a head, then RoPE in halves: (a, b) becomes (a cos - b sin, b cos + a sin).

@@ -1,4 +1,4 @@
-// What the operations of MLX are built on: a kernel that runs on the CPU's stream, and checks of what it is given.
+// The base of our MLX operations: a kernel that runs on the CPU stream, and checks of its inputs.
 
 #pragma once
 
@@ -46,7 +46,7 @@ inline Matrix as_matrix(const Projection& p) {
   return m;
 }
 
-// How many kernels have been dispatched to a stream, and have finished.
+// The numbers of kernels that were dispatched to a stream, and that have finished.
 class Dispatched {
  public:
   static Dispatched& to(mx::Stream stream) {
@@ -56,7 +56,7 @@ class Dispatched {
     return (*all)[stream.index];
   }
 
-  // Counts one that holds what this returns until it has finished, or is dropped.
+  // Counts a kernel, which must hold the returned object until it has finished or is dropped.
   std::shared_ptr<void> one_more() {
     (std::lock_guard(mutex_), started_++);
     return {nullptr, [this](void*) {
@@ -66,7 +66,7 @@ class Dispatched {
             }};
   }
 
-  // Waits, not for ever, until nobody else holds an array, or all have finished.
+  // Waits, for a limited time, until nothing else references an array, or all kernels have finished.
   void wait_for(const mx::array& a) {
     std::unique_lock lock(mutex_);
     changed_.wait_for(lock, std::chrono::seconds(1), [&] { return a.is_donatable() || finished_ == started_; });
@@ -78,8 +78,8 @@ class Dispatched {
   int64_t started_ = 0, finished_ = 0;
 };
 
-// An operation on the CPU. What a kernel has no gradient of its own for, and MLX's other transformations, go through
-// `fallback`, the same mathematics in MLX's operations.
+// An operation on the CPU. Gradients that a kernel does not define, and MLX's other transformations, use `fallback`,
+// the same mathematics in MLX's operations.
 class Kernel : public mx::Primitive {
  public:
   Kernel(mx::Stream stream, Fallback fallback) : Primitive(stream), fallback_(std::move(fallback)) {}
@@ -104,14 +104,14 @@ class Kernel : public mx::Primitive {
   }
 
  protected:
-  // Runs `kernel` on the stream's thread once its turn has come. MLX keeps inputs and outputs alive until then.
+  // Runs `kernel` on the stream's thread, in order. MLX keeps inputs and outputs alive until then.
   template <class Call>
   void dispatch(Call&& kernel) {
     mx::cpu::get_command_encoder(stream()).dispatch(
         [kernel = std::forward<Call>(kernel), held = Dispatched::to(stream()).one_more()]() mutable { kernel(); });
   }
 
-  // The array itself where its rows follow one another without gaps, else a copy that lives as long as the kernel.
+  // The array itself if it is contiguous, else a contiguous copy that lives as long as the kernel.
   mx::array dense(const mx::array& a) {
     if (a.flags().row_contiguous) return a;
     mx::array copy(a.shape(), a.dtype(), nullptr, {});
@@ -134,18 +134,18 @@ class Kernel : public mx::Primitive {
     return as_matrix({dense(p.weight), dense(*p.scales), dense(*p.biases), p.packing});
   }
 
-  // For a kernel with several outputs, which writes into inputs: each output refers to all inputs, and MLX clears that
-  // only afterwards, so that buffers would seem to be needed several times.
+  // For a kernel with several outputs that writes into its inputs: each output references all inputs until MLX clears
+  // that after evaluation, so buffers would seem to be in use several times.
   static void forget_inputs(const Arrays& inputs, Arrays& outputs) {
     if (std::any_of(outputs.begin(), outputs.end(), [](auto& out) { return out.is_tracer(); })) return;
     for (auto& out : outputs)
       if (&out.inputs() != &inputs) out.inputs().clear();
   }
 
-  // `out` becomes the buffer itself if nobody else holds it, else a copy.
+  // `out` becomes the buffer itself if nothing else references it, else a copy.
   void append_to(const mx::array& buffer, mx::array& out) {
-    // Kernels of the last token hold it until they have run, and MLX for them a moment longer; waiting costs less than
-    // a copy.
+    // Kernels of the last token reference it until they have run, and MLX does so a moment longer; waiting costs less
+    // than a copy.
     Dispatched::to(stream()).wait_for(buffer);
     for (int i = 0; i < kPatience && !buffer.is_donatable(); i++) pause_briefly();
     if (buffer.is_donatable() && buffer.flags().row_contiguous) return out.copy_shared_buffer(buffer);
@@ -159,10 +159,10 @@ class Kernel : public mx::Primitive {
   }
 
  private:
-  static constexpr int kPatience = 4000;  // pauses: some 50 microseconds
+  static constexpr int kPatience = 4000;  // pauses: about 50 microseconds
 
-  // The inputs asked for, and what comes of others in their place. Those not asked for may have no gradient, as packed
-  // weights.
+  // The inputs with these numbers, and the fallback as a function of them alone. Others may not be differentiable, such
+  // as packed weights.
   std::pair<Arrays, Fallback> vary(const Arrays& primals, const std::vector<int>& argnums) {
     Arrays varied;
     for (int i : argnums) varied.push_back(primals[i]);
@@ -176,24 +176,24 @@ class Kernel : public mx::Primitive {
   Fallback fallback_;
 };
 
-// y [rows, m.rows] += x [rows, m.columns] times m transposed. Compiled in one place: it has hundreds of cases.
+// y [rows, m.rows] += x [rows, m.columns] times m transposed. Defined in one file, as it has hundreds of cases.
 void multiply(const Matrix& m, const float* x, int64_t rows, float* y, bool round);
 
-// Whether packed weights, scales and biases fit each other and are of a packing there is.
+// Checks that packed weights, scales and biases fit together, and that the packing is supported.
 inline void check_packing(const mx::array& weight, const mx::array& scales, const mx::array& biases, Packing packing) {
   static const std::vector<int> bits = {2, 3, 4, 5, 6, 8}, groups = {32, 64, 128};
   auto among = [](const std::vector<int>& all, int one) { return std::find(all.begin(), all.end(), one) != all.end(); };
   require(among(bits, packing.bits) && among(groups, packing.group),
           "bits are 2, 3, 4, 5, 6 or 8, groups 32, 64 or 128.");
   require(weight.dtype() == mx::uint32 && scales.dtype() == biases.dtype() && scales.shape() == biases.shape(),
-          "packed weights are uint32, their scales and biases alike.");
+          "packed weights must be uint32, and scales and biases of the same type and shape.");
   int64_t columns = int64_t(weight.shape(-1)) * 32 / packing.bits;
   require(columns == int64_t(scales.shape(-1)) * packing.group && weight.shape(-2) == scales.shape(-2),
           "packed weights and scales do not fit.");
   type_of(scales);
 }
 
-// Appends a projection's arrays, once checked, to inputs; returns how many numbers it multiplies.
+// Checks a projection's arrays and appends them to inputs; returns its number of columns.
 inline int64_t add_projection(const Projection& p, Arrays& inputs) {
   require(p.weight.ndim() == 2, "a weight matrix has two dimensions.");
   inputs.push_back(p.weight);
@@ -207,7 +207,7 @@ inline int64_t add_projection(const Projection& p, Arrays& inputs) {
   return int64_t(p.weight.shape(1)) * 32 / p.packing.bits;
 }
 
-// The same arrays again, from inputs[first] on.
+// The projection whose arrays start at inputs[first].
 inline Projection projection_at(const Arrays& inputs, size_t first, Packing packing) {
   if (!packing.bits) return {inputs[first], {}, {}, packing};
   return {inputs[first], inputs[first + 1], inputs[first + 2], packing};

@@ -1,7 +1,7 @@
-// A whole transformer layer as one operation of MLX.
+// A whole transformer layer as one MLX operation.
 //
-// A token of a small model takes milliseconds, and beside its products everything counts: an operation costs MLX and
-// Python some ten microseconds, on a thread that takes its time from those which multiply.
+// A token of a small model takes milliseconds, so overhead matters: each operation costs MLX and Python about ten
+// microseconds, on a thread that competes with those that multiply.
 
 #include "attention.h"
 #include "elementwise.h"
@@ -30,7 +30,7 @@ std::vector<Projection> projections_of(const Arrays& in, const LayerOptions& o) 
   return all;
 }
 
-// The same as one operation after the other, which have gradients.
+// The same in separate operations, which have gradients.
 Arrays layer_in_steps(const Arrays& in, const LayerOptions& o) {
   auto projections = projections_of(in, o);
   auto norm = [&](int i) { return i < o.norms ? Optional(in[kNorms + i]) : Optional(); };
@@ -90,7 +90,7 @@ class Layer : public Kernel {
   }
 
  private:
-  // A buffer [batch, kv, room, dim] as attention takes it.
+  // A buffer [batch, kv, room, dim] in the form that attention takes.
   static Past past(const mx::array& buffer) {
     Matrix m = as_matrix({buffer, {}, {}, {}});
     int64_t head = m.rows * m.row_bytes();

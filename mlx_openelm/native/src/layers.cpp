@@ -1,4 +1,4 @@
-// What lies between products: norms, gates, and the way from projections to heads, as operations of MLX.
+// The elementwise parts between products as MLX operations: norms, gates, and splitting projections into heads.
 
 #include "elementwise.h"
 #include "kernel.h"
@@ -7,12 +7,13 @@ namespace openelm {
 
 namespace {
 
-// A kernel that makes a row of each row [dims] of its first input: body(inputs, rows, dims, y).
+// A kernel that maps each row [dims] of its first input to a row of its output: body(inputs, rows, dims, y).
 class RowByRow : public Kernel {
  public:
   using Body = std::function<void(const std::vector<const float*>&, int64_t, int64_t, float*)>;
 
-  // gradient: that of the first input, from it and the gradient of the output; else MLX's of `fallback`.
+  // gradient: computes the gradient of the first input from that input and the gradient of the output; if empty, MLX
+  // differentiates `fallback`.
   RowByRow(const char* name, Fallback fallback, Body body, Fallback gradient)
       : Kernel(cpu_stream(), fallback), name_(name), body_(body), gradient_(gradient) {}
 

@@ -1,10 +1,10 @@
 // Products of many rows, after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 //
-// The kernel in the middle keeps a tile of results in registers: kTile rows of one matrix times kPanel columns of the
-// other, each step one broadcast number times a few vectors. Around it, blocks are chosen so that what a step reads
-// again and again lies in the nearest cache. Vectors run along the rows of activations (one lane a token), so that
-// weights are only ever broadcast: packed ones are opened in the order they are stored, a block at a time, and nothing
-// is transposed but the small results.
+// The innermost kernel keeps a tile of results in registers: kTile rows of one matrix times kPanel columns of the
+// other, each step one broadcast number times a few vectors. Blocks are chosen so that data that is read repeatedly
+// stays in the nearest cache. Vectors run along the rows of activations (one lane per token), so weights are only
+// broadcast: packed ones are unpacked in the order they are stored, a block at a time, and only the small results are
+// transposed.
 
 #pragma once
 
@@ -36,7 +36,7 @@ INLINE void tile(int64_t depth, const float* a, int64_t row, int64_t step, const
     for (int v = 0; v < kVectors; v++) write(c + r * c_stride + v * kLanes, total[r][v]);
 }
 
-// The same for any number of rows: whole tiles, then what is left.
+// The same for any number of rows: whole tiles, then the rest.
 inline void tiles(int64_t rows, int64_t depth, const float* a, int64_t row, int64_t step, const float* b,
                   int64_t b_stride, float* c, int64_t c_stride, bool add) {
   int64_t r = 0;
@@ -52,7 +52,7 @@ inline void tiles(int64_t rows, int64_t depth, const float* a, int64_t row, int6
 // Panels of kPanel rows of x [rows, depth], column by column: to[panel][k][lane], zeros in lanes beyond the rows.
 inline void pack_panel(const float* x, int64_t stride, int64_t rows, int64_t depth, float* to) {
   for (int64_t k = 0; k < depth; k += kLanes) {
-    // A square of the matrix fits the registers, so that both sides are read and written in whole lines.
+    // A square block fits in registers, so that both sides are read and written in whole cache lines.
     int64_t count = depth - k < kLanes ? depth - k : kLanes;
     for (int lane = 0; lane < kPanel; lane++) {
       if (lane >= rows) {
@@ -109,7 +109,7 @@ inline void many_rows(const Matrix& m, int64_t outputs, int64_t depth, const flo
   }
 }
 
-// From so many rows on, opening the weights first is quicker than opening them for every four rows.
+// From this many rows on, unpacking the weights first is faster than unpacking them for every four rows.
 constexpr int64_t kManyRows = 12;
 
 }  // namespace openelm

@@ -10,7 +10,7 @@ namespace openelm {
 
 enum class Type { float32, bfloat16, float16 };
 
-// What `body` does for a stored type, chosen at run time: called with a null pointer of the type.
+// Calls `body` for a stored type that is chosen at run time: its argument is a null pointer to the type.
 template <class Body>
 INLINE auto with_type(Type type, const Body& body) {
   if (type == Type::bfloat16) return body(static_cast<const BFloat16*>(nullptr));
@@ -57,14 +57,14 @@ struct Matrix {
   int64_t groups() const { return columns / group; }
 };
 
-// Not inlined: at the very end of a matrix only, and everywhere it would be compiled a thousand times.
+// Not inlined: it runs only at the very end of a matrix, and inlining would compile it a thousand times.
 template <class T>
 __attribute__((noinline)) Vector<float, 8> load_last(const T* from, int count) {
   return load_some<8>(from, count);
 }
 
-// `count` scales or biases of a type from position `at` of `all`, zeros behind them. Of a row's last few, the next row's
-// are read along and dropped.
+// `count` scales or biases of a type from position `at` of `all`, then zeros. At the end of a row, those of the next
+// row are read as well and dropped.
 INLINE Vector<float, 8> load_scales(const void* scales, Type type, int64_t at, int count, int64_t all) {
   return with_type(type, [&](auto* t) INLINE_LAMBDA {
     auto* from = static_cast<decltype(t)>(scales) + at;

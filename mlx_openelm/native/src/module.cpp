@@ -14,7 +14,7 @@ using openelm::Optional;
 using Array = const openelm::mx::array&;
 using Arrays = const std::vector<openelm::mx::array>&;
 
-// What Python has for a `Projection`: weight, scales, biases, bits, group size, and whether rows may be rounded.
+// A `Projection` as Python passes it: weight, scales, biases, bits, group size, and whether rows may be rounded.
 using Stored = std::tuple<openelm::mx::array, Optional, Optional, int, int, bool>;
 
 openelm::Projection projection(const Stored& stored) {

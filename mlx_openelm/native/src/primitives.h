@@ -1,4 +1,4 @@
-// The kernels as operations of MLX: lazy, on the CPU stream, with gradients.
+// The kernels as MLX operations: lazy, on the CPU stream, with gradients.
 
 #pragma once
 
@@ -30,7 +30,7 @@ struct Projection {
 // x [..., in] times a matrix [out, in] transposed: [..., out], of x's type.
 mx::array product(const mx::array& x, const Projection& projection);
 
-// Rows of a packed embedding [vocab, dim] for tokens [...], which are whole numbers: [..., dim].
+// Rows of a packed embedding [vocab, dim] for tokens [...], which are integers: [..., dim].
 mx::array lookup(const mx::array& tokens, const Projection& embedding);
 
 // x [..., n] minus logsumexp(x): float32.
@@ -47,16 +47,16 @@ mx::array swiglu(const mx::array& x);
 // table [1 or batch, length, dim]: cosines, then sines, of each position's angles.
 //
 // With buffers [batch, kv, room, dim], keys and values are written there from position `start` on, and the buffers
-// returned: in place where nobody else holds them.
+// returned: in place if nothing else references them.
 std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table, const Optional& query_weight,
                                    const Optional& key_weight, const Optional& keys, const Optional& values,
                                    int queries, int kv, float eps, int start);
 
-// How attention is to be computed.
+// The options of attention.
 struct AttentionOptions {
   float scale;
   bool causal;      // a position sees those up to itself, the last `length` being the new ones
-  int total;        // positions of keys and values that count, out of `room`
+  int total;        // positions of keys and values in use, out of `room`
   Packing packing;  // of keys and values
   int parts() const { return packing.bits ? 3 : 1; }
 };
@@ -68,16 +68,16 @@ struct AttentionOptions {
 std::vector<mx::array> attention(const mx::array& queries, const std::vector<mx::array>& keys,
                                  const std::vector<mx::array>& values, const Optional& mask, AttentionOptions options);
 
-// The gradients of queries, keys and values, which are float32, from what `attention` gave and the gradient of the
-// mixed values; `total` is all of `room`.
+// The gradients of queries, keys and values, which are float32, from the results of `attention` and the gradient of the
+// mixed values; `total` must equal `room`.
 std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::array& keys, const mx::array& values,
                                           const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
                                           const Optional& mask, AttentionOptions options);
 
 // A whole transformer layer for x [batch * length, dim] of float32: its output, and the buffers. Table,
-// buffers and `start` are as for `split_heads`; a position sees all before it. norms: weights of the attention's and the
-// feed-forward's, and then, if there are, of the queries' and the keys'. projections: to queries, keys and values; from
-// what attention mixed; to gate and up; down.
+// buffers and `start` are as for `split_heads`; a position sees all before it. norms: the weights of the norms of
+// attention and feed-forward, and then of queries and keys, if there are any. projections: qkv_proj, out_proj, proj_1
+// (gate first) and proj_2.
 std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const mx::array& keys, const mx::array& values,
                              int start, int queries, int kv, float eps, float scale,
                              const std::vector<mx::array>& norms, const std::vector<Projection>& projections);

@@ -1,4 +1,4 @@
-// Products with weight matrices, and rows of packed embeddings, as operations of MLX.
+// Products with weight matrices, and rows of packed embeddings, as MLX operations.
 
 #include "kernel.h"
 #include "matmul.h"
@@ -18,7 +18,7 @@ mx::array in_mlx(const Arrays& in, bool transpose, Packing packing) {
                               "affine", stream);
 }
 
-// Inputs: x, weight, and for packed ones scales and biases.
+// Inputs: x, weight, and if that is packed, scales and biases.
 class Product : public Kernel {
  public:
   Product(mx::Stream stream, Packing packing, bool transpose)
@@ -83,7 +83,7 @@ class Lookup : public Kernel {
     Matrix m = matrix(projection_at(inputs, 1, packing_));
     dispatch([=, y = allocate(outputs[0]), ids = tokens.data<int32_t>(), count = int64_t(tokens.size())] {
       for (int64_t i = 0; i < count; i++) {
-        // As MLX has it: from the end if negative; nothing is read from outside.
+        // As in MLX, negative tokens count from the end; others out of range are not read.
         int64_t id = ids[i] < 0 ? ids[i] + m.rows : ids[i];
         id = id < 0 ? 0 : id < m.rows ? id : m.rows - 1;
         open(m, id, 1, 0, m.columns, y + i * m.columns, m.columns);

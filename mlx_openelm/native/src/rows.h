@@ -1,12 +1,13 @@
-// Products of few rows with a matrix: y = x W^T, where reading W is all the work.
+// Products of few rows with a matrix: y = x W^T, where reading W is most of the work.
 //
-// Each row of W is read once, for up to four rows of x at a time, and opened in registers. Several rows of W are read
-// side by side from places far apart: a processor asks memory for only so much of each stream that it recognizes, so
-// that four streams of plain weights arrive a quarter faster than one. (Packed ones, of which two pay, take registers.)
+// Each row of W is read once, for up to four rows of x at a time, and unpacked in registers. Several rows of W, far
+// apart in memory, are read at the same time: a processor prefetches only a limited amount per stream that it
+// recognizes, so four streams of plain weights arrive a quarter faster than one. (Packed ones take more registers: two
+// streams pay.)
 //
 // For packed matrices w = scale * q + bias within a group, so a group adds scale * sum(q x) + bias * sum(x), and the
-// second sum is the same for every row of W. Activations may be rounded to 8 bits, each group with a scale of its own:
-// then q x is a product of small integers, of which the machine does 32 or more at once.
+// second sum is the same for every row of W. Activations may be rounded to 8 bits, with a scale per group: then q x is
+// a product of small integers, and the processor computes 32 or more at once.
 
 #pragma once
 
@@ -17,13 +18,13 @@
 
 namespace openelm {
 
-// Whether weights of so many bits can be multiplied with rounded activations: 16 bits hold two products.
+// Whether weights of this many bits can be multiplied with rounded activations: 16 bits must hold two products.
 constexpr bool can_round(int bits) { return bits >= 2 && bits <= 6; }
 
 // A few rows of activations [rows, columns], prepared for a packed matrix. Groups are padded to whole vectors of 8.
 struct Prepared {
   int64_t columns, groups, padded;
-  const float* values;    // exact: [rows, columns], within a block in the order in which weights are opened
+  const float* values;    // exact: [rows, columns], within a block in the order of unpacked weights
   const int8_t* rounded;  // rounded: the same
   const float* scales;    // rounded: [rows, padded]
   const float* sums;      // [rows, padded], each group's sum
@@ -55,12 +56,12 @@ Prepared prepare(const float* x, int64_t rows, int64_t columns, bool round, Scra
           for (int j = 0; j < block; j++) values[at + i + j] = from[i + unpacked_order<bits, block>(j)];
         continue;
       }
-      if (!std::isfinite(sum_of_group)) {  // and so are the products
+      if (!std::isfinite(sum_of_group)) {  // so the products are not finite either
         std::memset(rounded + at, 0, group);
         scales[r * padded + g] = sum_of_group = NAN;
         continue;
       }
-      // A step that is too small for an inverse stands for zeros.
+      // If the step is too small to invert, the values count as zeros.
       float step = largest(top) / 127, inverse = step > 1e-37f ? 1 / step : 0;
       int32_t whole[group];
       Int count{};
@@ -74,18 +75,18 @@ Prepared prepare(const float* x, int64_t rows, int64_t columns, bool round, Scra
       for (int i = 0; i < group; i += block)
         for (int j = 0; j < block; j++) rounded[at + i + j] = int8_t(whole[i + unpacked_order<bits, block>(j)]);
       scales[r * padded + g] = step;
-      // Of the rounded values, so that scale and bias meet the same error and most of it cancels.
+      // The sum of the rounded values, so that scale and bias see the same error and most of it cancels.
       sum_of_group = step * sum(__builtin_convertvector(count, Float));
     }
   }
   return {columns, groups, padded, values, rounded, scales, sums};
 }
 
-// Bytes ahead of what is opened that are asked from memory: opening takes so many instructions that the processor by
-// itself would not look far enough. (Plain values are read faster without.)
+// Bytes to prefetch ahead: unpacking takes so many instructions that the processor does not look far enough ahead by
+// itself. (Plain values are read faster without.)
 constexpr int64_t kAhead = 2048;
 
-// N rows of a packed matrix, from `row` on and `apart` from one to the next, times R prepared rows.
+// N rows of a packed matrix, from `row` on at a distance of `apart`, times R prepared rows.
 template <int bits, int group, bool round, int R, int N>
 INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepared& x, int64_t first, float* out) {
   constexpr int lanes = round ? 8 : kLanes, block = kBlock<bits, group>;
@@ -96,7 +97,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
   for (int n = 0; n < N; n++) packed[n] = m.row(row + n * apart);
   const float *scales_of_x = x.scales + first * x.padded, *sums_of_x = x.sums + first * x.padded;
   int64_t all = m.rows * x.groups;
-  // `count` groups from `g` on; kCount is the same where it is known beforehand.
+  // `count` groups from `g` on; kCount is the same if it is known at compile time.
   auto some_groups = [&](int64_t g, int count, auto known) INLINE_LAMBDA {
     constexpr int kCount = known.value;
     alignas(32) float factors[N][R][8];
@@ -142,7 +143,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
     }
   };
   int64_t g = 0;
-  if constexpr (round) {  // where counting takes a tenth of the time
+  if constexpr (round) {  // here a loop of unknown length takes a tenth of the time
     for (; g + 8 <= x.groups; g += 8) some_groups(g, 8, Constant<8>{});
     if (g + 4 == x.groups) some_groups(g, 4, Constant<4>{}), g += 4;
   }
@@ -156,11 +157,11 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
   }
 }
 
-// N rows of a plain matrix, from `row` on and `apart` from one to the next, times R rows.
+// N rows of a plain matrix, from `row` on at a distance of `apart`, times R rows.
 template <class T, int R, int N>
 INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float* x, float* out) {
-  // Independent sums, since an addition takes four cycles. As many for any N: which rows are side by side depends on
-  // the number of threads, and results must not.
+  // Independent sums, since an addition takes four cycles. Their number is the same for any N: which rows are computed
+  // together depends on the number of threads, and results must not.
   constexpr int kSums = 2;
   Float total[N][R][kSums] = {};
   const T* weights[N];
@@ -189,7 +190,7 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
   }
 }
 
-// body(first, Constant<R>) for R of 4, 2 and 1 that cover the rows.
+// Calls body(first, Constant<R>) with R of 4, 2 and 1 so as to cover all rows.
 template <class Body>
 INLINE void in_fours(int64_t rows, const Body& body) {
   int64_t r = 0;
@@ -198,7 +199,7 @@ INLINE void in_fours(int64_t rows, const Body& body) {
   if (r < rows) body(r, Constant<1>{});
 }
 
-// body(row, apart, Constant<N>) for rows that cover [begin, end): N of them, `apart` from one to the next, or one.
+// Calls body(row, apart, Constant<N>) so as to cover [begin, end): N rows at a distance of `apart`, or one.
 template <int N, class Body>
 INLINE void side_by_side(int64_t begin, int64_t end, const Body& body) {
   if constexpr (N > 1) {
@@ -209,7 +210,7 @@ INLINE void side_by_side(int64_t begin, int64_t end, const Body& body) {
   for (; begin < end; begin++) body(begin, int64_t(0), Constant<1>{});
 }
 
-// Of weights: what a thread takes at a time, and the least for which other threads are called.
+// In weights: the share a thread takes at a time, and the smallest product that uses other threads.
 constexpr int64_t kBytesAtATime = 24 << 10, kBytesWorthHelp = 256 << 10;
 
 // y [rows, m.rows] += x [rows, m.columns] W^T for few rows.

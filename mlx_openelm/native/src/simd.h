@@ -1,8 +1,8 @@
-// Vectors: the one place that knows which instructions there are.
+// Vectors: the only file that depends on the instruction set.
 //
-// `Float` holds as many floats as the machine's widest register (16, 8 or 4). Sums, products and comparisons are the
-// compiler's own vector arithmetic (GCC and Clang know `vector_size` on every machine), which fuses a * b + c into one
-// rounding; intrinsics appear only where that arithmetic has no word for an instruction.
+// `Float` holds as many floats as the widest register (16, 8 or 4). Sums, products and comparisons are the compiler's
+// vector arithmetic (`vector_size` of GCC and Clang works on every machine), which fuses a * b + c into one rounding;
+// intrinsics appear only for instructions that it cannot express.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(OPENELM_EMULATE_AVX512)  // the tests run AVX-512's code on machines without it
+#if defined(OPENELM_EMULATE_AVX512)  // tests run the AVX-512 code on machines without it
 #include "emulated_avx512.h"
 #endif
 #if defined(__AVX512F__) || defined(OPENELM_EMULATE_AVX512)
@@ -61,7 +61,7 @@ using Vector = typename VectorOf<T, N>::type;
 using Float = Vector<float, kLanes>;
 using Int = Vector<int32_t, kLanes>;
 
-// What memory holds at any address, as a vector; memcpy is how C++ spells an unaligned load.
+// A vector from any address: in C++ an unaligned load is a memcpy.
 template <class V, class T>
 INLINE V read(const T* from) {
   V value;
@@ -87,7 +87,7 @@ INLINE Vector<float, N> spread(float value) {
   return value - Vector<float, N>{};
 }
 
-// N small whole numbers in 32 bits each. (GCC 12 has the instructions, but does not find them.)
+// N small integers in 32 bits each. (GCC 12 does not choose these instructions by itself.)
 template <int N>
 INLINE Vector<int32_t, N> widen(const uint8_t* from) {
 #if defined(__AVX2__)
@@ -156,7 +156,7 @@ INLINE float load_one(const float* from) { return *from; }
 INLINE float load_one(const BFloat16* from) { return bits_of<float>(uint32_t(from->bits) << 16); }
 INLINE float load_one(const Float16* from) { return half_to_float(from->bits); }
 
-// The first `count` of a vector's numbers, zeros behind them: for the ends of rows.
+// The first `count` numbers of a vector, then zeros: for the ends of rows.
 template <int N = kLanes, class T>
 INLINE Vector<float, N> load_some(const T* from, int count) {
   if (count >= N) return load<N>(from);
@@ -188,7 +188,7 @@ INLINE Float add_blocks(Float a, Float b, std::integer_sequence<int, lane...>) {
   return first + second;
 }
 
-// The sums of kLanes vectors, one a lane: in log2(kLanes) rounds for all of them.
+// The sums of kLanes vectors, one per lane, in log2(kLanes) rounds for all of them.
 template <int step = 1>
 INLINE Float sums(Float* vectors) {
   for (int i = 0; i < kLanes / step / 2; i++)
@@ -210,7 +210,7 @@ INLINE float largest(Float value) {
 }
 
 // e^x: 2^n as bits of the exponent, times 2^f by a polynomial for f in [-1/2, 1/2] (relative error 2e-7).
-// From -87.3 downwards it is 0, so that sums meet no subnormal numbers, which are slow; NaN stays NaN.
+// Below -87.3 it is 0, since subnormal numbers would make sums slow; NaN stays NaN.
 INLINE Float exp(Float x) {
   constexpr float kLowest = -87.3f, kHighest = 88.7f;
   Float in_range = x > kHighest ? spread(kHighest) : x;
@@ -230,14 +230,14 @@ INLINE Float exp(Float x) {
   return x < kLowest ? Float{} : x != x ? x : value;
 }
 
-// 32 bytes: the unit in which packed weights are opened, whatever the width of a register.
+// 32 bytes: the unit in which weights are unpacked, for any register width.
 using Bytes = Vector<uint8_t, 32>;
 using Sums = Vector<int32_t, 8>;
 
 // Sums of products of unsigned weights below 64 and signed activations, 32 at a time, into 8 lanes.
 //
-// AVX2's instruction adds pairs of products into 16 bits, which hold `kHeld` such additions of weights of `bits` bits;
-// only then they are widened. VNNI and ARM's dot products go to 32 bits at once.
+// AVX2 adds pairs of products in 16 bits, which can hold `kHeld` such sums for weights of `bits` bits before they must
+// be widened. VNNI and ARM's dot products use 32 bits from the start.
 template <int bits>
 class Dot {
  public:

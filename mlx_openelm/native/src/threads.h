@@ -1,9 +1,9 @@
 // A pool of threads for loops inside one kernel.
 //
-// A token of a small model is a hundred loops of a few microseconds each, so helpers watch for work a short while before
-// they sleep. Only one kernel has the pool at a time: another stream's kernel that finds it taken runs alone on
-// its own thread, so that two generations at once do not multiply threads. Whoever starts a loop works on it too and
-// never waits for helpers that have not come yet: a busy machine makes a loop slower, not stuck.
+// A token of a small model is a hundred loops of a few microseconds each, so helpers spin for a short while before they
+// sleep. Only one kernel has the pool at a time: another stream's kernel that finds it taken runs on its own thread
+// alone, so that two generations at once do not multiply threads. The thread that starts a loop works on it too and
+// never waits for helpers that have not started: on a busy machine a loop gets slower, but never stuck.
 
 #pragma once
 
@@ -59,7 +59,7 @@ class Pool {
     open_ = true;
     epoch_.fetch_add(1);
     epoch_.notify_all();
-    // Also where a task throws: helpers must have left before what they work on is gone.
+    // Also if a task throws: helpers must have left before the data they work on is destroyed.
     struct Closing {
       Pool& pool;
       ~Closing() {
@@ -74,7 +74,7 @@ class Pool {
   static constexpr int kPatience = 4000;  // pauses before a helper sleeps: about 50 microseconds
 
   Pool() {
-    // A forked child has no helpers, and a lock that may never open.
+    // A forked child has no helpers, and the lock may be held forever.
     pthread_atfork(nullptr, nullptr, [] { is_child_ = true; });
   }
 
@@ -86,7 +86,7 @@ class Pool {
     try {
       for (; started_ < threads() - 1; started_++) std::thread([this, number = started_] { help(number); }).detach();
     } catch (const std::system_error&) {
-      // The system gives no more threads, so those there are will do.
+      // The system refuses more threads: go on with those that started.
     }
   }
 
@@ -95,7 +95,7 @@ class Pool {
       for (int i = 0; i < kPatience && epoch_.load(std::memory_order_acquire) == seen; i++) pause_briefly();
       epoch_.wait(seen);
       seen = epoch_.load();
-      // While anyone is inside, the loop's description stays as it is; before it is open, nobody reads it.
+      // While a thread is inside, the loop's description does not change; before it is open, no thread reads it.
       inside_.fetch_add(1);
       if (open_.load() && number < threads() - 1) work();
       inside_.fetch_sub(1);
@@ -110,18 +110,18 @@ class Pool {
   void (*call_)(const void*, int64_t) = nullptr;
   const void* body_ = nullptr;
   int64_t tasks_ = 0;
-  // On lines of their own: helpers watch one while others change.
+  // On separate cache lines: helpers poll one while others change.
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int> inside_{0};
   std::atomic<bool> open_{false};
 };
 
-// body(begin, end) for ranges that cover [0, total), each at least `grain` long but the last.
+// Calls body(begin, end) for ranges that cover [0, total), each at least `grain` long except the last.
 template <class Body>
 void for_ranges(int64_t total, int64_t grain, const Body& body) {
   auto& pool = Pool::shared();
-  // Several ranges a thread, so that one which is held up leaves the rest to others.
+  // Several ranges per thread, so that a delayed thread leaves the rest to others.
   int64_t most = pool.threads() * 8;
   int64_t size = (total + most - 1) / most;
   size = size < grain ? grain : size;

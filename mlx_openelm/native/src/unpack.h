@@ -1,4 +1,4 @@
-// Packed weights, opened 32 at a time.
+// Unpacking weights, 32 at a time.
 //
 // MLX packs a row as one string of bits, lowest first: weight i of `bits` bits starts at bit i * bits. 32 weights are
 // 4 * bits bytes, whatever `bits` is, and a group (32, 64 or 128 weights that share scale and bias) is whole blocks.
@@ -9,8 +9,8 @@
 
 namespace openelm {
 
-// The order in which a block of weights is opened: place i holds weight `unpacked_order<bits, block>(i)`. 2 and 4 bits
-// come apart by shifting whole registers, so that neighbours end up in different parts.
+// The order of a block of unpacked weights: position i holds weight `unpacked_order<bits, block>(i)`. 2 and 4 bits are
+// separated by shifting whole registers, so neighbours end up in different parts.
 template <int bits>
 constexpr int kParts = bits == 4 ? 2 : bits == 2 ? 4 : 1;
 template <int bits, int block>
@@ -18,7 +18,7 @@ constexpr int unpacked_order(int place) {
   return place % (block / kParts<bits>) * kParts<bits> + place / (block / kParts<bits>);
 }
 
-// 32 weights as bytes, in the order that is quickest.
+// 32 weights as bytes, in the order that is fastest.
 template <int bits>
 INLINE Bytes unpack(const uint8_t* packed) {
   if constexpr (bits == 8) {
@@ -34,8 +34,8 @@ INLINE Bytes unpack(const uint8_t* packed) {
     return bits_of<Bytes>(words >> shifts) & uint8_t((1 << bits) - 1);
   } else {
 #if defined(__AVX2__)
-    // A half of the register gets the bytes of 16 weights. Of these, 8 at a time are spread to 16 bits each, which
-    // always hold the whole weight; a multiplication shifts it to the top, where its neighbours fall off.
+    // Each half of the register gets the bytes of 16 weights. 8 at a time are spread to 16 bits each, which always
+    // hold the whole weight; a multiplication shifts it to the top, which drops its neighbours.
     constexpr int skipped = bits == 3 ? 6 : 16 - 2 * bits;  // bytes before the second half's first weight
     __m128i first, second;
     if constexpr (bits == 3) {
@@ -49,7 +49,7 @@ INLINE Bytes unpack(const uint8_t* packed) {
     Vector<uint16_t, 16> factors;
     for (int i = 0; i < 16; i++) {
       int weight = i % 8, from = weight * bits / 8 + (i < 8 ? 0 : skipped), shift = weight * bits % 8;
-      // Where a weight ends within its first byte, the second may lie beyond what was read.
+      // If a weight ends within its first byte, the second may be out of range.
       bool one = shift + bits <= 8;
       spread_low[2 * i] = int8_t(from), spread_low[2 * i + 1] = int8_t(one ? -1 : from + 1);
       spread_high[2 * i] = int8_t(from + bits), spread_high[2 * i + 1] = int8_t(one ? -1 : from + bits + 1);
@@ -73,7 +73,7 @@ INLINE Bytes unpack(const uint8_t* packed) {
   }
 }
 
-// Weights that are best opened together: a shift does for 64 of 4 bits, where a group has as many.
+// Weights that are best unpacked together: with 4 bits one shift unpacks 64, if a group has that many.
 template <int bits, int group>
 constexpr int kBlock = bits == 4 && group >= 64 ? 64 : 32;
 
