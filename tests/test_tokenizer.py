@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.text.saving import write_spec
 from mlx_openelm.text.sentencepiece import read_model, to_spec
 from mlx_openelm.text.tokenizer import Tokenizer
-from mlx_openelm.text.tokenizer_json import write_spec
 
 import pytest
 import sentencepiece

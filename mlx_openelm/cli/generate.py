@@ -146,6 +146,8 @@ def _encode(
     """The token ids of the conversation in this template, or without one of the prompt; BOS comes first."""
     if template is None:
         return tokenizer.encode(prompt)
+    if template == "plain" and system_prompt is None and prefill is None:
+        return tokenizer.encode(prompt, as_message=True)
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})

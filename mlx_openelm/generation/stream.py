@@ -102,7 +102,6 @@ def _pieces(
     options: GenerationOptions,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Piece]:
-    text_decoder = tokenizer.streaming_decoder()
     stops = StopStrings(options.stop) if options.stop else None
     limit = token_limit(decoder.model, decoder.cache, len(prompt), options.max_tokens)
     steps = decode(
@@ -115,6 +114,7 @@ def _pieces(
             now = time.perf_counter()
             if n == 1:
                 prompt_seconds, started = now - started, now
+                text_decoder = tokenizer.streaming_decoder()
             text, stopped = "", token in tokenizer.eos_token_ids
             if not stopped:
                 text = text_decoder.add(token)

@@ -21,7 +21,7 @@ from ..hub import resolve as hub
 from ..inputs import to_path
 from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
-from ..text.tokenizer_engines import ENGINES
+from ..text.tokenizer import ENGINES
 
 # Tokens that memory is reported for: the training length of the published models.
 CONTEXT = 2048

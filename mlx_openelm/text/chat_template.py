@@ -6,7 +6,8 @@ rendering gives a list in which a special token is its id (an int) and everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import RequestError
 from ..inputs import read_text
 from .chat_marker import Marker, code
 from .chat_messages import Message, check_messages, for_built_in, for_jinja
+from .tokenizers_engine import LITERAL
 
 # CoreNet's instruction tuning, without the empty system turn that its code put first.
 CORENET_TEMPLATE = (
@@ -39,6 +41,16 @@ def find_template(name: str | Path) -> str:
         raise RequestError(
             f"cannot read the chat template: {str(error).rstrip('.')}; give plain, corenet or the path of a .jinja file"
         ) from None
+
+
+def default_template(value: Any, path: Path) -> str | None:
+    """The template in a `tokenizer_config.json`: text, or of a list of several the one named "default"."""
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1].get("template") if named else None
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"chat_template in {path} must be text")
+    return value
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -153,3 +165,21 @@ def _cut_at_end(text: str) -> str:
     before, _, after = text.rpartition(end)
     before = before.replace(f"{end} ", "").replace(end, "")
     return before if after.startswith(" ") else before.rstrip()
+
+
+def join_added_tokens(runs: Iterable[str | int], tokens: Mapping[str, int]) -> list[str | int]:
+    """The runs of a rendered template with added special `tokens` as text, so that they affect the text around them as
+    in any text; tokens quoted in a message are marked to be encoded as text."""
+    texts = {token_id: token for token, token_id in tokens.items()}
+    starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
+    joined: list[str | int] = []
+    for run in runs:
+        if isinstance(run, str):
+            run = re.sub(starts, lambda found: found[0] + LITERAL, run, flags=re.DOTALL)
+        else:
+            run = texts.get(run, run)
+        if isinstance(run, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += run
+        else:
+            joined.append(run)
+    return joined
