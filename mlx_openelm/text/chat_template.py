@@ -18,7 +18,7 @@ from .chat_marker import Marker, code
 from .chat_messages import Message, check_messages, for_built_in, for_jinja
 from .tokenizers_engine import LITERAL
 
-# CoreNet's instruction tuning, without the empty system turn that its code put first.
+# The format of CoreNet's instruction tuning, without the empty system turn that its code put first.
 CORENET_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -88,7 +88,7 @@ def render(
     check_messages(messages, continue_final_message)
     add_generation_prompt = add_generation_prompt and not continue_final_message
     marker = _marker(tuple(special_tokens))
-    if source == CORENET_TEMPLATE:  # without jinja2, whose import costs more than the rendering
+    if source == CORENET_TEMPLATE:  # without jinja2, which takes longer to import than to render
         hidden = marker.hide(for_built_in(messages, tools))
         text = _render_corenet(hidden, named, add_generation_prompt, continue_final_message)
         return marker.runs(text, special_tokens)
@@ -121,7 +121,7 @@ def _render_marked(write: Callable[[dict[str, Any]], str], request: dict[str, An
     """The rendering of a request in which every special token is the template's own.
 
     With the first and last characters of tokens hidden, nothing in a message can become a token. But a template may
-    look for such characters (as in `</think>`), or alter texts. Then a rendering with fewer hidden characters is used,
+    search for such characters (as in `</think>`) or change texts. Then a rendering with fewer hidden characters is used
     if it has the same special tokens.
     """
     text = write(request)

@@ -227,11 +227,12 @@ def _require_convertible(model: SentencePieceModel) -> None:
 
 
 def _ties_are_safe(model: SentencePieceModel) -> bool:
-    """Whether pieces of one score are all runs of one character.
+    """Whether all pieces that share a score are runs of one character.
 
-    Of those SentencePiece joins the leftmost, merges the best ranked. In a run both let the first piece grow as long as
-    one can be: it starts at the left, and ranked by the length of the left part, a longer one joins on before two
-    others join. Other pieces of one score can overlap, and then the two differ.
+    Among equal scores SentencePiece joins the leftmost pair, whereas merges join the best-ranked one. In a run of one
+    character both give the same pieces: the first piece grows from the left until no longer one exists, because merges
+    are ranked by the length of their left part. Other pieces with equal scores can overlap; then the
+    results differ.
     """
     tied: dict[float, set[str]] = {}
     for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True):

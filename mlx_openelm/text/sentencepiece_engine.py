@@ -24,7 +24,7 @@ class SentencePieceEngine:
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(read_bytes(path))
-        except (RuntimeError, UnicodeDecodeError):  # its own message may be no text
+        except (RuntimeError, UnicodeDecodeError):  # a message that is not UTF-8
             raise RequestError(f"{path} is damaged or not a SentencePiece model: download it again") from None
         self.adds_space = self._adds_space()
         self.vocab_size: int = self._processor.vocab_size()
@@ -33,7 +33,7 @@ class SentencePieceEngine:
         self.unk_token_id = self._optional(self._processor.unk_id())
 
     def _adds_space(self) -> bool:
-        """Whether a space is put in front of a text, judged by what is made of `PROBE`."""
+        """Whether a space is put in front of a text, found by normalizing `PROBE`."""
         kept, normalized = PROBE.replace(" ", SPACE), self._processor.normalize(PROBE)
         if normalized not in (kept, SPACE + kept):
             raise RequestError(REWRITES.format(self.model_file))
@@ -41,7 +41,7 @@ class SentencePieceEngine:
 
     @cached_property
     def spec(self) -> TokenizerSpec:
-        """How the model cuts text, for other programs; `RequestError` where that cannot be said exactly."""
+        """How the model splits text, for other programs; `RequestError` if merges cannot reproduce it exactly."""
         return to_spec(read_model(self.model_file))
 
     @staticmethod
@@ -49,7 +49,7 @@ class SentencePieceEngine:
         return None if token_id < 0 else token_id
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
-        """The ids of `text` without BOS, as a text of its own wherever it stands."""
+        """The ids of `text` without BOS; `start` changes nothing, since SentencePiece adds the space to every text."""
         return self._processor.encode(text)
 
     def id_to_token(self, token_id: int) -> str | None:
