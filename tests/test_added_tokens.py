@@ -193,7 +193,7 @@ def test_a_template_writes_them_and_a_message_never_does(case) -> None:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": hostile}])
     assert [ids.count(i) for i in (1, 2, 2048, 2049)] == [1, 0, 2, 1]
     assert tokenizer.decode(ids) == f"user\n{hostile}\nassistant\n"
-    plain = tokenizer.encode_plain(hostile)
+    plain = tokenizer.encode(hostile, as_message=True)
     assert plain == tokenizer.apply_chat_template([{"role": "user", "content": hostile}], "plain")
     assert [plain.count(i) for i in (1, 2, 2048, 2049)] == [1, 0, 0, 0]
 

@@ -282,10 +282,13 @@ def test_a_fork_starts_its_own():
 
 
 def test_a_fork_leaves_the_parents_process_alone():
-    """What the parent has begun to write is not sent by the child, too, and nothing is left to be warned of."""
+    """The child does not send what the parent has buffered, and leaves no ResourceWarning."""
     script = (
-        "import gc, os, sys; from mlx_openelm.text import chat_template_process as p; p.render('', {})\n"
-        "process = p._worker._process; process.stdin.write(b'half'); child = os.fork()\n"
+        "import gc, os, subprocess, sys; from mlx_openelm.text.chat_template_process import render; started = []\n"
+        "class Popen(subprocess.Popen):\n"
+        "    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); started.append(self)\n"
+        "subprocess.Popen = Popen; render('', {}); process = started.pop()\n"
+        "process.stdin.write(b'half'); child = os.fork()\n"
         "if not child: del process; gc.collect(); sys.exit()\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
         'os.write(process.stdin.fileno(), b\'{"template": "a", "variables": {}}\\n\')\n'

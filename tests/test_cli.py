@@ -457,7 +457,7 @@ def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
     bare = len(tiny[1].encode("Speak"))
     assert prompt_tokens() == prompt_tokens("--ignore-chat-template") == bare
     for text in ("Speak", " two  spaces\n", "<s>not BOS</s>", "▁"):
-        assert tiny[1].encode_plain(text) == tiny[1].apply_chat_template([user | {"content": text}], "plain")
+        assert tiny[1].encode(text, as_message=True) == tiny[1].apply_chat_template([user | {"content": text}], "plain")
     assert prompt_tokens("--chat-template", "corenet") == encoded([user], "corenet") > bare
     assert prompt_tokens("--chat-template", template) == encoded([user], str(template))
     assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")

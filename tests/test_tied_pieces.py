@@ -17,6 +17,7 @@ from mlx_openelm.jobs.export import export
 from mlx_openelm.jobs.fuse import fuse
 from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.quantization.options import QuantizeOptions
+from mlx_openelm.text.saving import write_spec
 from mlx_openelm.text.sentencepiece import (
     CONTROL,
     NORMAL,
@@ -27,7 +28,6 @@ from mlx_openelm.text.sentencepiece import (
     to_spec,
 )
 from mlx_openelm.text.tokenizer import Tokenizer
-from mlx_openelm.text.tokenizer_json import write_spec
 
 import mlx.core as mx
 import numpy as np

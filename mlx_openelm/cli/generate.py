@@ -90,7 +90,7 @@ def run(args: Namespace) -> int:
     if args.ignore_chat_template:
         ids = tokenizer.encode(prompt)
     elif chat in ((None, None, None), (None, None, "plain")):
-        ids = tokenizer.encode_plain(prompt)
+        ids = tokenizer.encode(prompt, as_message=True)
     else:
         ids = _encode_chat(tokenizer, prompt, *chat)
 

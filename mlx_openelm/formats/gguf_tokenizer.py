@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, quote
-from ..text.added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
 from ..text.sentencepiece import (
     BYTE,
     CONTROL,
@@ -31,7 +30,7 @@ from ..text.sentencepiece import (
     serialize_model,
 )
 from ..text.tokenizer import Tokenizer
-from ..text.tokenizer_json import BYTE_TOKENS, TokenizerSpec
+from ..text.tokenizer_spec import BYTE_TOKENS, MAX_LENGTH, MAX_TOKENS, AddedToken, TokenizerSpec
 from .gguf_metadata import OTHER_ENDS, end_ids
 
 if TYPE_CHECKING:

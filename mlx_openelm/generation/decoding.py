@@ -123,7 +123,6 @@ def _pieces(
     progress: Progress | None,
 ) -> Iterator[Piece]:
     """At most `count` pieces; nothing is computed before the first one is requested."""
-    text_decoder = tokenizer.streaming_decoder()
     stops = StopStrings(options.stop) if options.stop else None
     steps = decode(
         decoder, prompt, count, sampler=sampler, prefill_step_size=options.prefill_step_size, progress=progress
@@ -135,6 +134,7 @@ def _pieces(
             now = time.perf_counter()
             if n == 1:
                 prompt_seconds, started = now - started, now
+                text_decoder = tokenizer.streaming_decoder()
             text, stopped = "", token in tokenizer.eos_token_ids
             if not stopped:
                 text = text_decoder.add(token)

@@ -21,7 +21,7 @@ from ..hub import catalog
 from ..hub.resolve import download, resolve, source_repo
 from ..inputs import to_path
 from ..quantization.recipes import plan
-from ..text.tokenizer_engines import ENGINES
+from ..text.tokenizer import ENGINES
 
 # Tokens that memory is reported for: the training length of the published models.
 CONTEXT = 2048

@@ -13,8 +13,8 @@ from ..errors import RequestError
 
 @lru_cache(maxsize=1)
 def code() -> str:
-    """A random number that marks hidden characters. A user cannot have typed it, and it survives what a template may do
-    with texts, such as JSON or capitals. It never appears in the result."""
+    """A random number that marks hidden characters. A user cannot have typed it, and digits survive what a template may
+    do to texts, such as JSON encoding or capitals. It never appears in the result."""
     return "".join(secrets.choice("0123456789") for _ in range(20))
 
 
@@ -22,8 +22,8 @@ class Marker:
     """Separates the special tokens that a template writes from those that a message quotes.
 
     In messages, characters that could be part of a token are replaced by a code. So every token in the rendered text is
-    the template's, whether written out, by name, or assembled from parts. Not detected: a template that takes a word
-    from a message and puts it into angle brackets itself.
+    the template's, whether written out, named, or assembled from parts. One case is not detected: a template that puts
+    a word from a message into angle brackets itself.
     """
 
     def __init__(self, tokens: tuple[str, ...]):

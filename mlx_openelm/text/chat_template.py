@@ -6,7 +6,8 @@ rendering gives a list in which a special token is its id (an int) and everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from ..errors import RequestError
 from ..inputs import read_text
 from .chat_marker import Marker, code
 from .chat_messages import Message, check_messages, for_built_in, for_jinja
+from .tokenizers_engine import LITERAL
 
-# CoreNet's instruction tuning, without the empty system turn that its code put first.
+# The format of CoreNet's instruction tuning, without the empty system turn that its code put first.
 CORENET_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -39,6 +41,16 @@ def find_template(name: str | Path) -> str:
         raise RequestError(
             f"cannot read the chat template: {str(error).rstrip('.')}; give plain, corenet or the path of a .jinja file"
         ) from None
+
+
+def default_template(value: Any, path: Path) -> str | None:
+    """The template in a `tokenizer_config.json`: text, or of a list of several the one named "default"."""
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1].get("template") if named else None
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"chat_template in {path} must be text")
+    return value
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -76,7 +88,7 @@ def render(
     check_messages(messages, continue_final_message)
     add_generation_prompt = add_generation_prompt and not continue_final_message
     marker = _marker(tuple(special_tokens))
-    if source == CORENET_TEMPLATE:  # without jinja2, whose import costs more than the rendering
+    if source == CORENET_TEMPLATE:  # without jinja2, which takes longer to import than to render
         hidden = marker.hide(for_built_in(messages, tools))
         text = _render_corenet(hidden, named, add_generation_prompt, continue_final_message)
         return marker.runs(text, special_tokens)
@@ -109,7 +121,7 @@ def _render_marked(write: Callable[[dict[str, Any]], str], request: dict[str, An
     """The rendering of a request in which every special token is the template's own.
 
     With the first and last characters of tokens hidden, nothing in a message can become a token. But a template may
-    look for such characters (as in `</think>`), or alter texts. Then a rendering with fewer hidden characters is used,
+    search for such characters (as in `</think>`) or change texts. Then a rendering with fewer hidden characters is used
     if it has the same special tokens.
     """
     text = write(request)
@@ -153,3 +165,21 @@ def _cut_at_end(text: str) -> str:
     before, _, after = text.rpartition(end)
     before = before.replace(f"{end} ", "").replace(end, "")
     return before if after.startswith(" ") else before.rstrip()
+
+
+def join_added_tokens(runs: Iterable[str | int], tokens: Mapping[str, int]) -> list[str | int]:
+    """The runs of a rendered template with added special `tokens` as text, so that they affect the text around them as
+    in any text; tokens quoted in a message are marked to be encoded as text."""
+    texts = {token_id: token for token, token_id in tokens.items()}
+    starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
+    joined: list[str | int] = []
+    for run in runs:
+        if isinstance(run, str):
+            run = re.sub(starts, lambda found: found[0] + LITERAL, run, flags=re.DOTALL)
+        else:
+            run = texts.get(run, run)
+        if isinstance(run, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += run
+        else:
+            joined.append(run)
+    return joined

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import OpenELMError, RequestError
 from .chat_template_worker import CPU_SECONDS, MEMORY_BYTES, NO_JINJA, OUT_OF_MEMORY
 
-# macOS does not enforce its memory limit for processes. There we check the memory at this interval, in seconds.
+# macOS does not enforce memory limits of processes. There we check the memory at this interval, in seconds.
 _LIMITS_MEMORY = sys.platform == "linux"
 _WATCH_SECONDS = 0.05
 _ENDS = {
@@ -30,14 +30,14 @@ _ENDS = {
 def render(source: str, variables: Mapping[str, Any]) -> str:
     """The text of a template.
 
-    The first call starts the process, which serves all later ones: a fifth of a second, most of it jinja2's import.
+    The first call starts the process, which takes 0.2 seconds, mostly for importing jinja2. Later calls reuse it.
 
     Args:
-        variables: JSON values; of other types the template sees the name in angle brackets, as in transformers.
+        variables: JSON values; a value of another type becomes its type's name in angle brackets, as in transformers.
 
     Raises:
         RequestError: the template fails, takes too much time or memory, or renders too much.
-        OpenELMError: no process could be started, or jinja2 cannot be imported.
+        OpenELMError: the process could not be started, or jinja2 cannot be imported.
     """
     try:
         request = json.dumps(
@@ -45,7 +45,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
             ensure_ascii=False,
             default=lambda it: f"<{type(it).__name__}>",
         ).encode("utf-8", "surrogatepass")
-    except (TypeError, ValueError, RecursionError) as error:  # keys of other types, values that hold themselves
+    except (TypeError, ValueError, RecursionError) as error:  # unsupported keys, or values that contain themselves
         raise RequestError(f"the messages cannot be written as JSON: {error}") from None
     answer = _ask(request)
     if "text" in answer:
@@ -57,8 +57,8 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def _ask(request: bytes) -> dict[str, str]:
-    """The answer to a request; an `error` too where the process ended over it."""
-    tries = 2  # somebody else may kill the process
+    """The answer to a request; if the process died while rendering, the reason as its `error`."""
+    tries = 2  # another program may kill the process
     while True:
         answer = _the_worker().ask(request)
         if isinstance(answer, dict):
@@ -72,19 +72,19 @@ def _ask(request: bytes) -> dict[str, str]:
 
 
 class _Worker:
-    """The process, and the one conversation with it at a time."""
+    """The process and its pipes; a lock lets one thread use them at a time."""
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("chat_template_worker.py")
         arguments = json.dumps([[str(folder) for folder in sys.path], _LIMITS_MEMORY])
         try:
             self._process = subprocess.Popen(
-                # It starts faster without the site module and environment variables; the path is an argument.
+                # -I -S: it starts faster without the site module and environment variables. sys.path is an argument.
                 [sys.executable, "-I", "-S", str(script), arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is for us
+                process_group=0,  # Ctrl-C must reach only the parent
             )
         except OSError as error:
             raise OpenELMError(f"no process for the chat template could be started: {error.strerror}") from None
@@ -95,10 +95,10 @@ class _Worker:
         return self._process.stdin.closed or self._process.poll() is not None
 
     def ask(self, request: bytes) -> dict[str, str] | int | None:
-        """The answer to a request, the status with which the process ended over it, or None after `end`."""
+        """The answer to a request, the exit status if the process died on it, or None if it was ended before."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
-            if self._process.stdin.closed:  # over another thread's request
+            if self._process.stdin.closed:  # ended by another thread's request
                 return None
             try:
                 self._process.stdin.write(request + b"\n")
@@ -107,7 +107,7 @@ class _Worker:
                 line = b"" if grew else self._process.stdout.readline()
             except BrokenPipeError:
                 grew, line = False, b""
-            except BaseException:  # Ctrl-C: the answer would be taken for that to the next request
+            except BaseException:  # Ctrl-C: a later request must not read this answer
                 self.end()
                 raise
             if line.endswith(b"\n"):
@@ -116,21 +116,21 @@ class _Worker:
         return OUT_OF_MEMORY if grew else status
 
     def _outgrows_its_memory(self) -> bool:
-        """Whether the process takes too much memory before it answers."""
+        """Wait for the answer; true if the process exceeds the memory limit first."""
         assert self._process.stdout is not None
         while not select.select([self._process.stdout], [], [], _WATCH_SECONDS)[0]:
-            shown = subprocess.run(["ps", "-o", "rss=", "-p", str(self._process.pid)], capture_output=True, text=True)
-            if shown.stdout.strip().isdigit() and int(shown.stdout) << 10 > MEMORY_BYTES:
+            usage = subprocess.run(["ps", "-o", "rss=", "-p", str(self._process.pid)], capture_output=True, text=True)
+            if usage.stdout.strip().isdigit() and int(usage.stdout) << 10 > MEMORY_BYTES:
                 return True
         return False
 
     def end(self) -> int:
-        """Stop the process, if it has not ended itself; its status."""
+        """Stop the process if it is still running; its exit status."""
         for pipe in (self._process.stdin, self._process.stdout):
             try:
                 if pipe is not None:
                     pipe.close()
-            except OSError:  # what was written and not sent
+            except OSError:  # the rest of the buffer could not be sent
                 pass
         try:
             return self._process.wait(timeout=0.1)
@@ -139,7 +139,7 @@ class _Worker:
             return self._process.wait()
 
     def abandon(self) -> None:
-        """Close the pipes without sending what stands in their buffers, and leave the process alone."""
+        """Close the pipes without flushing their buffers, and let the process run on."""
         for pipe in (self._process.stdin, self._process.stdout):
             if isinstance(pipe, io.BufferedWriter | io.BufferedReader):
                 pipe.raw.close()
@@ -159,7 +159,7 @@ def _the_worker() -> _Worker:
 
 
 def _forget() -> None:
-    """In a fork: the process belongs to the parent."""
+    """After a fork, in the child: the process belongs to the parent."""
     global _worker, _starting
     if _worker is not None:
         _worker.abandon()

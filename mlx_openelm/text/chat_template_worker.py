@@ -1,11 +1,11 @@
 """The process that renders chat templates: `chat_template_process` starts this file as a script and talks to it.
 
-A chat template is a program that somebody else wrote. A sandbox keeps it from files and attributes, but not from
-`"x" * 10**9`, `10**10**8`, or comparing lists that hold one another forty levels deep: calls into C that no signal
-handler and no other thread can interrupt, and far too many to wrap one by one. A process of its own can be ended at
-any time, by the kernel: a timer for the processor time, a limit for the memory.
+A chat template is a program that somebody else wrote. jinja2's sandbox blocks files and attributes, but not
+`"x" * 10**9`, `10**10**8`, or comparing deeply nested lists. These are calls into C, which neither a signal handler nor
+another thread can interrupt, and there are too many to wrap one by one. The kernel can end a separate process at any
+time: with a timer on CPU time and a limit on memory.
 
-Nothing of the package is imported here, so that starting costs Python and jinja2 alone.
+Nothing else of the package is imported here, so that only Python and jinja2 have to start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-# Real templates take milliseconds, and a few MB.
+# Real templates take milliseconds and a few MB.
 CPU_SECONDS = 0.5
 MEMORY_BYTES = 100 << 20
-# How long the text may be, beside ten times what the request takes: far beyond what a model reads at once.
+# The longest text, in addition to ten times the length of the request: far more than a model's context.
 MAX_CHARACTERS = 1 << 18
 # This process's exit statuses.
 OUT_OF_MEMORY = 77
@@ -37,7 +37,7 @@ def compile_template(source: str) -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant says. It changes no text, but is a scope of its own."""
+        """`{% generation %}` marks the assistant's text. It renders its body unchanged, in its own scope."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -50,7 +50,7 @@ def compile_template(source: str) -> Any:
             return caller()
 
     class PublicNamespace(Namespace):
-        def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja2's, so that `self` may be a name in it
+        def __init__(*args: Any, **kwargs: Any) -> None:  # like jinja2's, which also accepts a name `self`
             attributes = dict(*args[1:], **kwargs)
             for name in attributes:
                 refuse_private(name)
@@ -71,7 +71,7 @@ def compile_template(source: str) -> Any:
 
     def refuse_private(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace holds no names that begin with _, such as {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a name in a namespace must not begin with _, as {name!r} does")
 
     def raise_exception(message: Any) -> None:
         raise jinja2.TemplateError(message)
@@ -95,7 +95,7 @@ def compile_template(source: str) -> Any:
 
 
 def answer(line: bytes) -> dict[str, str]:
-    """The answer to a request, both JSON: `text`, or the `error` that the template raised and where."""
+    """The answer to a request in JSON: the `text`, or the `error` that the template raised and its `place`."""
     request = json.loads(line)
     try:
         text = compile_template(request["template"]).render(request["variables"])
@@ -112,14 +112,14 @@ def answer(line: bytes) -> dict[str, str]:
 
 
 def main(path: list[str], limits_itself: bool) -> None:
-    """Answer the requests on standard input, a line each, until it is closed.
+    """Answer the requests on standard input, one per line, until it is closed.
 
     Args:
         path: where to look for jinja2, the parent's `sys.path`.
-        limits_itself: whether the system keeps the limit; else the parent watches the memory.
+        limits_itself: whether the system enforces the memory limit; otherwise the parent watches the memory.
     """
     sys.path[:] = path
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, in the middle of a call, too
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process even in the middle of a call
     try:
         compile_template("")
     except ImportError:
@@ -127,7 +127,7 @@ def main(path: list[str], limits_itself: bool) -> None:
     if limits_itself:
         import resource
 
-        # What is allocated, and no libraries. An allocation beyond it fails at once, however large.
+        # This limits allocations, not mapped libraries. A larger allocation fails at once.
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -1,7 +1,5 @@
-"""SentencePiece's `tokenizer.model`: the engine that encodes with one, and its way to merges and to a `tokenizer.json`.
-
-The engine uses the sentencepiece package. The conversion keeps every id; for that the file (a protocol buffer,
-sentencepiece_model.proto) is read here.
+"""SentencePiece's `tokenizer.model` (a protocol buffer, sentencepiece_model.proto): reading, writing, and the
+conversion to merges and a `tokenizer.json`, which keeps every id.
 """
 
 from __future__ import annotations
@@ -10,19 +8,16 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from ..inputs import read_bytes
-from .added_tokens import MAX_LENGTH, MAX_TOKENS, AddedToken
-from .tokenizer_json import REWRITES, SPACE, TokenizerSpec
+from .tokenizer_spec import MAX_LENGTH, MAX_TOKENS, SPACE, AddedToken, TokenizerSpec
 
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
-PROBE = "  \u2460 x "  # what an identity normalization keeps: spaces at both ends, a character NFKC rewrites
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ def read_model(path: Path) -> SentencePieceModel:
     try:
         return parse_model(read_bytes(path))
     except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
@@ -87,10 +82,10 @@ def first_pieces(path: Path, count: int) -> list[tuple[str, int]]:
         messages = (dict(_fields(value)) for number, value in _fields(read_bytes(path)) if number == 1)
         return [(piece[1].decode(), piece.get(3, NORMAL)) for piece in islice(messages, count)]
     except (ValueError, IndexError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> RequestError:
+def damaged(path: Path, error: Exception) -> RequestError:
     return RequestError(f"{path} is damaged or not a SentencePiece model ({error}): download it again")
 
 
@@ -232,11 +227,12 @@ def _require_convertible(model: SentencePieceModel) -> None:
 
 
 def _ties_are_safe(model: SentencePieceModel) -> bool:
-    """Whether pieces of one score are all runs of one character.
+    """Whether all pieces that share a score are runs of one character.
 
-    Of those SentencePiece joins the leftmost, merges the best ranked. In a run both let the first piece grow as long as
-    one can be: it starts at the left, and ranked by the length of the left part, a longer one joins on before two
-    others join. Other pieces of one score can overlap, and then the two differ.
+    Among equal scores SentencePiece joins the leftmost pair, whereas merges join the best-ranked one. In a run of one
+    character both give the same pieces: the first piece grows from the left until no longer one exists, because merges
+    are ranked by the length of their left part. Other pieces with equal scores can overlap; then the
+    results differ.
     """
     tied: dict[float, set[str]] = {}
     for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
@@ -265,72 +261,3 @@ def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
         known = [split for split in splits if split[0] in score and split[1] in score]
         merges += sorted(known, key=lambda split: (len(split[0]), len(split[1])), reverse=True)
     return merges
-
-
-class SentencePieceEngine:
-    """Encodes with a `tokenizer.model`. Raises `RequestError` for a damaged one, and for one that rewrites text."""
-
-    def __init__(self, path: Path):
-        from sentencepiece import SentencePieceProcessor
-
-        self.model_file = path
-        self._processor = SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(read_bytes(path))
-        except (RuntimeError, UnicodeDecodeError):  # its own message may be no text
-            raise RequestError(f"{path} is damaged or not a SentencePiece model: download it again") from None
-        self.adds_space = self._adds_space()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_token_id = self._optional(self._processor.bos_id())
-        self.eos_token_id = self._optional(self._processor.eos_id())
-        self.unk_token_id = self._optional(self._processor.unk_id())
-
-    def _adds_space(self) -> bool:
-        """Whether a space is put in front of a text, judged by what is made of `PROBE`."""
-        kept, normalized = PROBE.replace(" ", SPACE), self._processor.normalize(PROBE)
-        if normalized not in (kept, SPACE + kept):
-            raise RequestError(REWRITES.format(self.model_file))
-        return normalized != kept
-
-    @cached_property
-    def spec(self) -> TokenizerSpec:
-        """How the model cuts text, for other programs; `RequestError` where that cannot be said exactly."""
-        return to_spec(read_model(self.model_file))
-
-    @staticmethod
-    def _optional(token_id: int) -> int | None:
-        return None if token_id < 0 else token_id
-
-    def encode(self, text: str, *, start: bool = True) -> list[int]:
-        """The ids of `text` without BOS, as a text of its own wherever it stands."""
-        return self._processor.encode(text)
-
-    def id_to_token(self, token_id: int) -> str | None:
-        try:
-            return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
-        except UnicodeDecodeError as error:
-            raise _damaged(self.model_file, error) from None
-
-    def token_to_id(self, token: str) -> int | None:
-        token_id = self._processor.piece_to_id(token)  # gives the unknown id for unknown pieces
-        return token_id if self._processor.id_to_piece(token_id) == token else None
-
-    def is_control(self, token_id: int) -> bool:
-        return self._processor.is_control(token_id)
-
-    def is_byte(self, token_id: int) -> bool:
-        return self._processor.is_byte(token_id)
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether a piece is a control token or the unknown one."""
-        return token_id == self.unk_token_id or (token_id < self.vocab_size and self.is_control(token_id))
-
-    @cached_property
-    def control_tokens(self) -> dict[str, int]:
-        """The special tokens, which are never found in a text."""
-        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self.is_special(i)}
-
-    @property
-    def special_beyond(self) -> dict[str, int]:
-        """Special tokens that were added to the model's own: this engine has none."""
-        return {}

@@ -1,8 +1,8 @@
 """Finding a copy of the tokenizer that all published models share: Llama 2's.
 
 Apple's repositories have no tokenizer, the one they point to is gated, and not every community conversion has a copy.
-So we try each possible copy, local ones first, and accept only the right one: other tokenizers also have 32,000 pieces
-and the same special tokens, but give different ids.
+So we try each known location, local ones first, and check every copy: other tokenizers also have 32,000 pieces and the
+same special tokens, but give different ids.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OpenELMError, RequestError
-from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub import catalog, resolve
 from ..hub.errors import is_absent, is_refused
 from ..inputs import read_bytes
 from .tokenizer import ENGINES, Tokenizer
 
-# Not gated, and has the exact file.
+# Not gated; it has the exact file.
 FALLBACK = "hf-internal-testing/llama-tokenizer"
 # Names that mlx-community gave to conversions, after the model's own.
 _SUFFIXES = ("", "-4bit", "-8bit")
-# Repositories that public code names without a suffix; the others are tried later.
+# Repositories that exist without a suffix and are named in public code; they are tried first.
 _KNOWN = ("OpenELM-270M", "OpenELM-270M-Instruct", "OpenELM-450M-Instruct", "OpenELM-3B", "OpenELM-3B-Instruct")
 # The parts of the cache to search; Apple's documentation points to Meta's repositories.
 _CACHED = (
@@ -40,7 +39,7 @@ _ADVICE = f"give a copy of its tokenizer.model with --tokenizer ({FALLBACK} has 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a tokenizer must be: its size, its special ids, the SHA-256 of its `tokenizer.model`, and ids of texts."""
+    """What identifies a tokenizer: its size, special ids, the SHA-256 of its `tokenizer.model`, ids of samples."""
 
     vocab_size: int
     bos_token_id: int
@@ -75,7 +74,7 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
     Only tokenizer files are downloaded. A chat template is kept only from the model's own repository.
 
     Args:
-        eos_token_ids: every token that ends a generation, in place of the tokenizer's own.
+        eos_token_ids: all tokens that end a generation; by default the tokenizer's own.
 
     Raises:
         RequestError: no repository has the right tokenizer.
@@ -87,11 +86,11 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
     refusal: OpenELMError | None = None
     for repo in candidates(release):
         try:
-            folder = hub.download(repo, patterns=hub.TOKENIZER_PATTERNS)
+            folder = resolve.download(repo, patterns=resolve.TOKENIZER_PATTERNS)
         except OpenELMError as error:
             if is_absent(error):
                 continue
-            if not is_refused(error):  # the next would fail the same way
+            if not is_refused(error):  # the others would fail the same way
                 raise type(error)(f"{_MISSING} could not be downloaded: {error}; {_ADVICE}") from error
             refusal = refusal or error
             continue
@@ -105,8 +104,8 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
 
 
 def candidates(release: catalog.Release) -> list[str]:
-    """The repositories that may have it, in the order in which they are asked: the model's own, those known to exist,
-    the model's in few bits, the rest."""
+    """Repositories that may have the tokenizer, in the order to try them: the model's own, those known to exist, the
+    model's quantized ones, the rest."""
     names = [known.name for known in catalog.releases()]
     own = [f"{release.name}{suffix}" for suffix in _SUFFIXES]
     rest = [f"{name}{suffix}" for suffix in _SUFFIXES for name in names]
@@ -115,23 +114,23 @@ def candidates(release: catalog.Release) -> list[str]:
 
 
 def accept(folder: Path, identity: Identity, *, eos_token_ids: Collection[int] | None = None) -> Tokenizer | None:
-    """The tokenizer in a folder, or None if it is another than `identity` says, or damaged.
+    """The tokenizer in a folder, or None if it is damaged or does not match `identity`.
 
-    A `tokenizer.model` must have the right checksum. A `tokenizer.json`, which has no single form, must give the right
-    ids; where it does not, the `tokenizer.model` beside it is taken alone.
+    A `tokenizer.model` must have the right checksum. A `tokenizer.json` can be written in many ways, so its ids are
+    compared; if they differ, only the `tokenizer.model` beside it is used.
     """
     model = folder / "tokenizer.model"
-    for place in (folder, model):  # in a folder, `tokenizer.json` comes first
+    for path in (folder, model):  # in a folder, `tokenizer.json` comes first
         with contextlib.suppress(RequestError):  # not there, or damaged
             if model.exists() and hashlib.sha256(read_bytes(model)).hexdigest() != identity.sha256:
                 return None
-            tokenizer = Tokenizer.from_file(place, eos_token_ids=eos_token_ids)
-            if _gives(tokenizer, identity):
+            tokenizer = Tokenizer.from_file(path, eos_token_ids=eos_token_ids)
+            if _matches(tokenizer, identity):
                 return tokenizer
     return None
 
 
-def _gives(tokenizer: Tokenizer, identity: Identity) -> bool:
+def _matches(tokenizer: Tokenizer, identity: Identity) -> bool:
     own = (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
     return own == (identity.vocab_size, identity.bos_token_id, identity.eos_token_id) and all(
         tokenizer.encode(text, add_bos=False) == [int(number) for number in ids.split()]
@@ -140,7 +139,7 @@ def _gives(tokenizer: Tokenizer, identity: Identity) -> bool:
 
 
 def _cached(release: catalog.Release) -> Iterator[Path]:
-    """Folders in the hub's cache that hold a tokenizer: the model's own first, of each repository the newest first."""
+    """Folders with a tokenizer in the hub's cache: the model's own repository first, newest snapshots first."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)

@@ -1,33 +1,23 @@
 """Text to token ids and back, from a `tokenizer.json` or a SentencePiece `tokenizer.model`.
 
-Both give SentencePiece's ids. The tokenizers or the sentencepiece package encodes, whichever reads the file. We decode
-ourselves, so that streaming and decoding all at once cannot differ.
+Both give SentencePiece's ids. The tokenizers or the sentencepiece package encodes, whichever reads the file; decoding
+is in `streaming`.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-import os
-import re
-import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, quote
 from ..inputs import read_json
-from . import added_tokens
 from . import chat_template as chat
 from .chat_messages import Message, check_messages, for_built_in
-from .tokenizer_engines import ENGINES, Engine, open_engine
-from .tokenizer_json import SPACE, TokenizerSpec, write_spec
-from .tokenizers_engine import LITERAL, TokenizersEngine
-
-UNKNOWN_TEXT = " \u2047 ".encode()  # SentencePiece's text for the unknown token
-ONE_PER_BYTE = "mlx_openelm.one_per_byte"
-# SentencePiece's rule for bytes that are not UTF-8: one replacement character for each byte.
-codecs.register_error(ONE_PER_BYTE, lambda error: ("\ufffd", getattr(error, "start", 0) + 1))
+from .streaming import StreamingDecoder, TokenBytes
+from .tokenizer_spec import TokenizerSpec
+from .tokenizers_engine import ENGINES, Engine, TokenizersEngine, open_engine
 
 
 class Tokenizer:
@@ -54,19 +44,36 @@ class Tokenizer:
         self._engine = engine
         self.vocab_size = engine.vocab_size
         self._config = config or {}
-        self._pieces: dict[int, bytes | None] = {}
         self.chat_template = chat_template
-        model_config = model_config or {}
-        self.bos_token_id = self._special_id("bos", engine.bos_token_id, model_config)
-        self.eos_token_id = self._special_id("eos", engine.eos_token_id, model_config)
+        ids: dict[str, list[int]] = {}
+        # BOS and EOS: from the tokenizer config, else the tokenizer itself, else the model config.
+        for name, own_id in (("bos", engine.bos_token_id), ("eos", engine.eos_token_id)):
+            token = self._config.get(f"{name}_token")
+            if isinstance(token, dict):  # older files give a token with its flags
+                token = token.get("content")
+            token_id = engine.token_to_id(token) if isinstance(token, str) else None
+            token_id = own_id if token_id is None else token_id
+            ids[name] = [] if token_id is None else [token_id]
+            if not ids[name] or (name == "eos" and eos_token_ids is None):
+                value = (model_config or {}).get(f"{name}_token_id")
+                listed = value if isinstance(value, list) else [] if value is None else [value]
+                if not all(type(item) is int for item in listed):
+                    raise RequestError(f"{name}_token_id must be a token id or a list of them, not {quote(value)}")
+                ids[name] += listed
+            if not ids[name]:
+                raise RequestError(
+                    f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
+                )
+        self.bos_token_id, self.eos_token_id = ids["bos"][0], ids["eos"][0]
+        self.eos_token_ids = set(ids["eos"] if eos_token_ids is None else eos_token_ids)
+        named = [("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id)]
+        for key, token_id in [*named, *(("eos_token_id", token_id) for token_id in self.eos_token_ids)]:
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(
+                    f"{key} is {token_id}, but the tokenizer has {self.vocab_size} tokens: it belongs to another model"
+                )
         if isinstance(engine, TokenizersEngine):  # a SentencePiece model knows its special tokens
             engine.build((self.bos_token_id, self.eos_token_id))
-        if eos_token_ids is None:
-            eos_token_ids = [self.eos_token_id, *_ids(model_config, "eos_token_id")]
-        self.eos_token_ids = set(eos_token_ids)
-        for token_id in self.eos_token_ids:
-            if engine.id_to_token(token_id) is None:
-                raise self._foreign_id("eos_token_id", token_id)
 
     @classmethod
     def from_folder(
@@ -85,16 +92,17 @@ class Tokenizer:
             raise RequestError(
                 f"no tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
             )
-        config, named = added_tokens.read(folder)
+        engine, config = open_engine(path, rows=rows, beside=True)
         model_config = read_json(folder / "config.json", missing_ok=True)
         generation_config = read_json(folder / "generation_config.json", missing_ok=True)
         model_config.update((key, value) for key, value in generation_config.items() if value is not None)
+        template, template_file = config.get("chat_template"), folder / "chat_template.jinja"
+        if template_file.is_file():
+            template = chat.find_template(template_file)
+        elif template is not None:
+            template = chat.default_template(template, folder / "tokenizer_config.json")
         return cls(
-            open_engine(path, config, named, rows=rows, beside=True),
-            config=config,
-            model_config=model_config,
-            eos_token_ids=eos_token_ids,
-            chat_template=_own_template(folder, config),
+            engine, config=config, model_config=model_config, eos_token_ids=eos_token_ids, chat_template=template
         )
 
     @classmethod
@@ -112,8 +120,8 @@ class Tokenizer:
             raise RequestError(f"no tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is not a tokenizer; give a tokenizer.json or a tokenizer.model")
-        config, named = added_tokens.read(path.parent)
-        return cls(open_engine(path, config, named, rows=rows), config=config, eos_token_ids=eos_token_ids)
+        engine, config = open_engine(path, rows=rows)
+        return cls(engine, config=config, eos_token_ids=eos_token_ids)
 
     @property
     def model_file(self) -> Path | None:
@@ -132,28 +140,21 @@ class Tokenizer:
         """
         _ = self.spec
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True, *, as_message: bool = False) -> list[int]:
         """The ids of `text`, BOS first; a lone surrogate becomes U+FFFD.
 
         The model's own control tokens (`<s>`, `</s>`) in a text are encoded as text. Added tokens (`<|im_start|>`,
-        special or not) and user-defined pieces become their ids, as in transformers.
+        special or not) and user-defined pieces become their ids, as in transformers. With `as_message`, special tokens
+        among them are encoded as text too, as in the only message of the chat template `plain`.
         """
-        ids = self._encode(text)
-        return [self.bos_token_id, *ids] if add_bos else ids
-
-    def encode_plain(self, text: str) -> list[int]:
-        """The ids of a user's message in the `plain` template: BOS, and the text with special tokens as text."""
-        if self._engine.special_beyond:
-            return self.apply_chat_template([{"role": "user", "content": text}], "plain")
-        return [self.bos_token_id, *self._encode(text, start=False)]
-
-    def _encode(self, text: str, *, start: bool = True) -> list[int]:
-        """The ids of a text without BOS; `start` is false for one that follows a token."""
+        if as_message and self._engine.special_beyond:
+            return self._encode_runs([self.bos_token_id, text])[0 if add_bos else 1 :]
         try:
             text.encode()
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._engine.encode(text, start=start)
+            text = _replace_surrogates(text)
+        ids = self._engine.encode(text, start=not as_message)
+        return [self.bos_token_id, *ids] if add_bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as SentencePiece decodes it.
@@ -167,7 +168,11 @@ class Tokenizer:
     def streaming_decoder(self, after: Iterable[int] = ()) -> StreamingDecoder:
         """A decoder for one token at a time. With `after`, it continues the text of those ids, including the space
         between two words."""
-        return StreamingDecoder(self, after)
+        return StreamingDecoder(self._token_bytes, after)
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._engine)
 
     def id_to_token(self, token_id: int) -> str:
         """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
@@ -216,17 +221,28 @@ class Tokenizer:
             runs = chat.render(
                 messages,
                 source or chat.CORENET_TEMPLATE,
-                {**self._engine.special_beyond, **self._engine.control_tokens, **self._bos_and_eos()},
+                {
+                    **self._engine.special_beyond,
+                    **self._engine.control_tokens,
+                    **{self.id_to_token(token_id): token_id for token_id in (self.bos_token_id, self.eos_token_id)},
+                },
                 named={**chat.named_tokens(self._config), **self._named_tokens()},
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
+        return self._encode_runs(runs)
+
+    def _encode_runs(self, runs: list[str | int]) -> list[int]:
+        """The ids of a rendered template's runs of text and special token ids, BOS first."""
         if self._engine.special_beyond:
-            runs = self._with_added_tokens(runs)
+            runs = chat.join_added_tokens(runs, self._engine.special_beyond)
         ids: list[int] = []
         for position, run in enumerate(runs):
-            ids += [run] if isinstance(run, int) else self._encode(run, start=position == 0)
+            if isinstance(run, str):
+                ids += self._engine.encode(_replace_surrogates(run), start=position == 0)
+            else:
+                ids.append(run)
         # OpenELM needs BOS even if a template forgets it.
         return ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
 
@@ -237,157 +253,24 @@ class Tokenizer:
         `chat_template.jinja` with `chat_template` (jinja source), by default the folder's own.
         Raises `RequestError` as `check_writable`.
         """
-        folder, spec = Path(folder), self.spec
-        tokens = self._named_tokens()
-        kept = {k: self._config[k] for k in ("pad_token", "model_max_length") if self._config.get(k) is not None}
-        if self._named_id("pad") is None:  # left out when the model had no row for it; a reader would add it again
-            kept.pop("pad_token", None)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer ignores the file's own normalizer
-            **tokens,
-            **kept,
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-        }
-        if spec.parsed:  # programs that read tokenizer.model look for added tokens here
-            added = {str(token.id): token.to_dict() for token in spec.added}
-            config["added_tokens_decoder"] = {
-                key: {k: v for k, v in t.items() if k != "id"} for key, t in added.items()
-            }
-            config["legacy"] = not spec.first_only
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "tokenizer.json", json.dumps(write_spec(spec, self.bos_token_id), ensure_ascii=False, indent=1))
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
-        if chat_template or self.chat_template:
-            _write(folder / "chat_template.jinja", chat_template or self.chat_template or "")
-        model_file, target = self._engine.model_file, folder / "tokenizer.model"
-        if model_file is not None and not (target.exists() and target.samefile(model_file)):
-            shutil.copyfile(model_file, target)
+        from . import saving
 
-    def _bos_and_eos(self) -> dict[str, int]:
-        """The ids of BOS and EOS by their texts."""
-        return {self.id_to_token(token_id): token_id for token_id in (self.bos_token_id, self.eos_token_id)}
+        saving.save(
+            Path(folder),
+            self.spec,
+            self.bos_token_id,
+            named=self._named_tokens(),
+            config=self._config,
+            model_file=self.model_file,
+            chat_template=chat_template or self.chat_template,
+        )
 
     def _named_tokens(self) -> dict[str, str]:
         """The texts of BOS, EOS and the unknown token by the names that files and templates use."""
         ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id, "unk_token": self._engine.unk_token_id}
         return {name: self.id_to_token(token_id) for name, token_id in ids.items() if token_id is not None}
 
-    def _with_added_tokens(self, runs: Iterable[str | int]) -> list[str | int]:
-        """The runs of a rendered template with added special tokens as text, so that they affect the text around them
-        as in any text; quoted in a message, they are marked to be encoded as text."""
-        tokens = self._engine.special_beyond
-        texts = {token_id: token for token, token_id in tokens.items()}
-        starts = f"(?={'|'.join(map(re.escape, tokens))})."  # one may begin within another
-        joined: list[str | int] = []
-        for run in runs:
-            if isinstance(run, str):
-                run = re.sub(starts, lambda found: found[0] + LITERAL, run, flags=re.DOTALL)
-            else:
-                run = texts.get(run, run)
-            if isinstance(run, str) and joined and isinstance(joined[-1], str):
-                joined[-1] += run
-            else:
-                joined.append(run)
-        return joined
 
-    def _piece(self, token_id: int) -> bytes | None:
-        """The bytes that a token adds to the text; None for tokens without text."""
-        try:
-            return self._pieces[token_id]
-        except KeyError:
-            piece = self._pieces[token_id] = self._make_piece(token_id)
-            return piece
-
-    def _make_piece(self, token_id: int) -> bytes | None:
-        engine = self._engine
-        token = engine.id_to_token(token_id)
-        if token is None or engine.is_control(token_id):
-            return None
-        if token_id == engine.unk_token_id:
-            return UNKNOWN_TEXT
-        if engine.is_byte(token_id):
-            return bytes([int(token[3:5], 16)])  # "<0x0A>"
-        return token.replace(SPACE, " ").encode()
-
-    def _special_id(self, name: str, engine_id: int | None, model_config: dict[str, Any]) -> int:
-        """The id of BOS or EOS: from the tokenizer config, else the tokenizer itself, else the model config."""
-        token_id = self._named_id(name)
-        if token_id is None:
-            token_id = engine_id
-        if token_id is None:
-            token_id = next(iter(_ids(model_config, f"{name}_token_id")), None)
-        if token_id is None:
-            raise RequestError(f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json")
-        if self._engine.id_to_token(token_id) is None:
-            raise self._foreign_id(f"{name}_token_id", token_id)
-        return token_id
-
-    def _named_id(self, name: str) -> int | None:
-        """The id of the token that the tokenizer config names for a role (`bos`, `pad`)."""
-        token = self._config.get(f"{name}_token")
-        if isinstance(token, dict):  # older files give a token with its flags
-            token = token.get("content")
-        return self._engine.token_to_id(token) if isinstance(token, str) else None
-
-    def _foreign_id(self, key: str, token_id: int) -> RequestError:
-        return RequestError(
-            f"{key} is {token_id}, but the tokenizer has {self.vocab_size} tokens: it belongs to another model"
-        )
-
-
-class StreamingDecoder:
-    """Decodes token by token; the texts of all `add` and of `finish` together equal `decode` of all tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
-        self._tokenizer = tokenizer
-        self._characters = codecs.getincrementaldecoder("utf-8")(ONE_PER_BYTE)
-        self._strip_space = tokenizer._engine.adds_space
-        for token_id in after:
-            self.add(token_id)
-
-    def add(self, token_id: int) -> str:
-        """The whole characters that this token completes; empty while a character's bytes are still coming."""
-        piece = self._tokenizer._piece(token_id)
-        if piece is None:
-            return self.finish()  # a character cannot continue after a control token
-        if self._strip_space:
-            self._strip_space = False
-            if self._tokenizer.id_to_token(token_id).startswith(SPACE):
-                piece = piece[1:]
-        return self._characters.decode(piece)
-
-    def finish(self) -> str:
-        """The rest at the end: U+FFFD for each byte of an unfinished character."""
-        return self._characters.decode(b"", True)
-
-
-def _ids(config: dict[str, Any], key: str) -> list[int]:
-    """An id, a list of ids or null, as a list."""
-    value = config.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(item) is int for item in values):
-        raise RequestError(f"{key} must be a token id or a list of them, not {quote(value)}")
-    return values
-
-
-def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The template in `chat_template.jinja`, else in `tokenizer_config.json` (of several, the one named "default")."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return chat.find_template(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    if template is not None and not isinstance(template, str):
-        raise RequestError(f"chat_template in {folder / 'tokenizer_config.json'} must be text")
-    return template
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _replace_surrogates(text: str) -> str:
+    """A text with U+FFFD in place of lone surrogates, which cannot be written as UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

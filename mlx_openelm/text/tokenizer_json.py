@@ -1,79 +1,48 @@
-"""Hugging Face's `tokenizer.json`: the parts that define how text is split into tokens, read and written.
+"""Hugging Face's tokenizer files: `tokenizer.json`, and the files beside a tokenizer that list added tokens.
 
-A SentencePiece-style tokenizer consists of a vocabulary, merges, added tokens, and a rule for the space in front.
-Everything else in a file is checked or ignored: we add and skip special tokens ourselves, so its post-processor,
+Of a `tokenizer.json`, the vocabulary, the merges, the added tokens and the rule for the space in front are read.
+Everything else in it is checked or ignored: we add and skip special tokens ourselves, so its post-processor,
 truncation, padding, dropout and decoder are not used, and its normalizers must be SentencePiece's.
+
+transformers keeps added tokens in `added_tokens_decoder` of `tokenizer_config.json`. Older versions kept them in
+`added_tokens.json` and `special_tokens_map.json`, which are still read if the first is missing. A special token named
+there without an id becomes a new token unless it is a piece. All of this follows transformers 5
+(`PreTrainedTokenizerBase._from_pretrained`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from ..errors import RequestError, quote
 from ..inputs import MAX_BYTES, read_json
-from . import added_tokens
-from .added_tokens import MAX_TOKENS, AddedToken
+from .tokenizer_spec import FLAGS, MAX_LENGTH, MAX_TOKENS, REWRITES, SPACE, AddedToken, TokenizerSpec
 
-SPACE = "\u2581"  # SentencePiece's character for a space
-BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 NOT_SENTENCEPIECE = "{} is not a SentencePiece-style tokenizer ({}): use Llama 2's, or one trained the same way"
-REWRITES = (
-    "{} removes spaces or rewrites characters before encoding, so text would change: use Llama 2's tokenizer, "
-    "or one trained the same way (identity normalization, remove_extra_whitespaces false)"
-)
+_SPACES = ({"String": " "}, {"Regex": " "})
+_MOST_STEPS = 100
+# With this step, transformers 5 makes `Metaspace` add a space even to a text that starts with one.
+_DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+_OLD_FILES = ("special_tokens_map.json", "added_tokens.json")
+_OLD_EXTRA = "additional_special_tokens"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a lone surrogate cannot occur in UTF-8 text
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
-@dataclass
-class TokenizerSpec:
-    """How a SentencePiece-style tokenizer splits text.
+@dataclass(frozen=True)
+class Named:
+    """A token that the file `where` names; without an id it takes its own piece's, or the next free one."""
 
-    Args:
-        vocab: the id of every piece of the model; ids from 0 without gaps.
-        merges: pairs of pieces that join, best first; empty for a Unigram model.
-        scores: the log-probability per id of a Unigram model; empty for BPE.
-        added: tokens that are found in a text first, or are special; ids of new ones follow the pieces'.
-        adds_space: whether a space is put in front of a text.
-        first_only: whether text after an added token gets no space (`legacy: false` in transformers).
-        splits: whether text is split before each space, so that no piece spans two words.
-        ignore_merges: whether a word that is a piece becomes that piece whatever the merges.
-    """
-
-    vocab: dict[str, int]
-    merges: list[tuple[str, str]] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    added: list[AddedToken] = field(default_factory=list)
-    unk_token: str = "<unk>"
-    byte_fallback: bool = False
-    fuse_unk: bool = True
-    adds_space: bool = True
-    first_only: bool = False
-    splits: bool = False
-    ignore_merges: bool = False
-
-    @property
-    def spans_words(self) -> bool:
-        """Whether a text can become a piece with a space after its first character."""
-        return any(SPACE in piece[1:] for piece in (self.vocab if self.scores else map("".join, self.merges)))
-
-    @property
-    def pieces(self) -> list[str]:
-        """The model's pieces in the order of their ids."""
-        return sorted(self.vocab, key=self.vocab.__getitem__)
-
-    @property
-    def beyond(self) -> list[AddedToken]:
-        """The added tokens that are not pieces of the model, in the order of their ids."""
-        return sorted((t for t in self.added if t.content not in self.vocab), key=lambda token: token.id)
-
-    @property
-    def parsed(self) -> list[AddedToken]:
-        """The added tokens that are found in a text: all but the model's own control tokens."""
-        return [token for token in self.added if not token.special or token.content not in self.vocab]
+    token: AddedToken
+    where: str
+    id: int | None = None
 
 
 def read_spec(path: Path) -> TokenizerSpec:
@@ -89,10 +58,11 @@ def read_spec(path: Path) -> TokenizerSpec:
     added = values.get("added_tokens") or []
     if not isinstance(added, list) or len(added) > MAX_TOKENS:
         raise damaged(path, "added_tokens must be a list")
-    spec.added = [added_tokens.parse(entry, f"{path}") for entry in added]
+    spec.added = [_parse(entry, f"{path}") for entry in added]
     if len({token.content for token in spec.added}) != len(spec.added):
         raise damaged(path, "it adds a token twice")
-    for next_id, token in enumerate(spec.beyond, len(spec.vocab)):
+    beyond = [token for token in spec.added if token.content not in spec.vocab]
+    for next_id, token in enumerate(sorted(beyond, key=lambda token: token.id), len(spec.vocab)):
         if token.id < next_id:
             raise damaged(path, f"the added token {quote(token.content)} has the id {token.id} of another one")
         if token.id > next_id:  # the tokenizers package would give it `next_id`
@@ -122,52 +92,40 @@ def _read_model(model: Any, path: Path) -> TokenizerSpec:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise RequestError(NOT_SENTENCEPIECE.format(path, f"it has a {key}"))
-    if kind == "Unigram":
-        spec = _read_unigram(model, path)
+    vocab: Any = model.get("vocab")
+    if not isinstance(vocab, dict if kind == "BPE" else list) or not 0 < len(vocab) <= MAX_TOKENS:
+        raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
+    if isinstance(vocab, list):  # Unigram
+        spec = _read_unigram(vocab, model.get("unk_id"), path)
     else:
-        spec = _read_bpe(model, path)
-        if (unknown := model.get("unk_token")) is not None:  # transformers 5 leaves it out
-            spec.unk_token = unknown
+        # Tables are as long as the largest id, so a single large one could cost gigabytes.
+        if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
+            raise damaged(path, f"its {len(vocab)} pieces must have the ids from 0 to {len(vocab) - 1}")
+        if not isinstance(merges := model.get("merges"), list):
+            raise damaged(path, "its merges must be a list")
+        try:  # older files write a merge as one string
+            pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        except TypeError:
+            pairs = [()]
+        if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
+            raise damaged(path, "a merge is not a pair of pieces")
+        unk_token = "<unk>" if model.get("unk_token") is None else model["unk_token"]  # transformers 5 leaves it out
+        spec = TokenizerSpec(vocab, cast(list[tuple[str, str]], pairs), unk_token=unk_token)
     lengths = [*map(len, spec.vocab)]
-    if min(lengths) == 0 or max(lengths) > added_tokens.MAX_LENGTH:
-        raise damaged(path, f"its pieces must have 1 to {added_tokens.MAX_LENGTH} characters")
+    if min(lengths) == 0 or max(lengths) > MAX_LENGTH:
+        raise damaged(path, f"its pieces must have 1 to {MAX_LENGTH} characters")
     if not isinstance(spec.unk_token, str) or spec.unk_token not in spec.vocab:
         raise damaged(path, f"its unknown token, {quote(spec.unk_token)}, is not a piece")
-    spec.byte_fallback, spec.fuse_unk = (_read_flag(model, key, path) for key in ("byte_fallback", "fuse_unk"))
-    spec.ignore_merges = kind == "BPE" and _read_flag(model, "ignore_merges", path)
-    return spec
+    flags = {key: model.get(key, False) for key in ("byte_fallback", "fuse_unk")}
+    flags["ignore_merges"] = kind == "BPE" and model.get("ignore_merges", False)
+    for key, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise damaged(path, f"{key} must be true or false")
+    return replace(spec, **flags)
 
 
-def _read_flag(values: dict[str, Any], key: str, path: Path, default: bool = False) -> bool:
-    if not isinstance(flag := values.get(key, default), bool):
-        raise damaged(path, f"{key} must be true or false")
-    return flag
-
-
-def _read_bpe(model: dict[str, Any], path: Path) -> TokenizerSpec:
-    """The pieces by id, and the merges, which older files write as one string each."""
-    vocab, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(vocab, dict) or not 0 < len(vocab) <= MAX_TOKENS:
-        raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
-    # Tables are as long as the largest id, so a single large one could cost gigabytes.
-    if {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
-        raise damaged(path, f"its {len(vocab)} pieces must have the ids from 0 to {len(vocab) - 1}")
-    if not isinstance(merges, list):
-        raise damaged(path, "its merges must be a list")
-    try:
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    except TypeError:
-        pairs = [()]
-    if {*map(len, pairs)} - {2} or {*map(type, chain.from_iterable(pairs))} - {str}:
-        raise damaged(path, "a merge is not a pair of pieces")
-    return TokenizerSpec(vocab, cast(list[tuple[str, str]], pairs))
-
-
-def _read_unigram(model: dict[str, Any], path: Path) -> TokenizerSpec:
+def _read_unigram(vocab: list[Any], unknown: Any, path: Path) -> TokenizerSpec:
     """The pieces and their scores, by id, and the unknown token."""
-    vocab, unknown = model.get("vocab"), cast(int, model.get("unk_id"))
-    if not isinstance(vocab, list) or not 0 < len(vocab) <= MAX_TOKENS:
-        raise damaged(path, f"its vocabulary must have 1 to {MAX_TOKENS} pieces")
     try:
         pieces = [str(piece) for piece, _ in vocab]
         scores = [float(score) for _, score in vocab]
@@ -185,149 +143,159 @@ def _read_spaces(values: dict[str, Any], path: Path) -> tuple[bool, bool, bool]:
     `Metaspace` does not add a space to a text that starts with one. SentencePiece does, and so do we.
     """
     adds_space = first_only = replaces = splits = False
-    for step in _steps(values.get("normalizer"), "normalizers", path):
-        if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
+    steps = {"normalizers": values.get("normalizer"), "pretokenizers": values.get("pre_tokenizer")}
+    left = [(key, step) for key, step in steps.items() if step is not None]
+    while left:
+        if len(left) > _MOST_STEPS:
+            raise damaged(path, f"it has more than {_MOST_STEPS} {left[0][0]}")
+        key, step = left.pop(0)
+        if not isinstance(step, dict):
+            raise damaged(path, f"one of its {key} is {quote(step)}")
+        kind = step.get("type")
+        if kind == "Sequence":
+            parts = step.get(key)
+            left[:0] = [(key, part) for part in (parts if isinstance(parts, list) else [parts])]
+        elif key == "pretokenizers":
+            if kind != "Metaspace" or step.get("replacement") not in (SPACE, " "):
+                raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(kind)}"))
+            if not isinstance(split := step.get("split", True), bool):
+                raise damaged(path, "split must be true or false")
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            # If spaces are U+2581 already, a step that looks for plain spaces does not find any.
+            splits |= split and not (replaces and step["replacement"] == " ")
+            replaces = replaces or step["replacement"] == SPACE
+            first_only = first_only or (scheme == "first" and not adds_space)
+            adds_space = adds_space or scheme != "never"
+        elif kind == "Prepend" and step.get("prepend") == SPACE:
             adds_space = True
-        elif step.get("type") == "Replace" and step.get("pattern") in _SPACES and step.get("content") == SPACE:
+        elif kind == "Replace" and step.get("pattern") in _SPACES and step.get("content") == SPACE:
             replaces = True
         elif step != _DOUBLED_SPACE:
-            parts = {key: step[key] for key in ("type", "pattern", "content") if key in step}
-            raise RequestError(REWRITES.format(f"the normalizer {quote(parts)} in {path}"))
-    for step in _steps(values.get("pre_tokenizer"), "pretokenizers", path):
-        if step.get("type") != "Metaspace" or step.get("replacement") not in (SPACE, " "):
-            raise RequestError(NOT_SENTENCEPIECE.format(path, f"its pre-tokenizer is {quote(step.get('type'))}"))
-        scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        # If spaces are U+2581 already, a step that looks for plain spaces does not find any.
-        splits |= _read_flag(step, "split", path, default=True) and not (replaces and step["replacement"] == " ")
-        replaces = replaces or step["replacement"] == SPACE
-        first_only = first_only or (scheme == "first" and not adds_space)
-        adds_space = adds_space or scheme != "never"
+            shown = {name: step[name] for name in ("type", "pattern", "content") if name in step}
+            raise RequestError(REWRITES.format(f"the normalizer {quote(shown)} in {path}"))
     if not replaces:
         raise RequestError(REWRITES.format(path))
     return adds_space, first_only, splits
 
 
-_SPACES = ({"String": " "}, {"Regex": " "})
-_MOST_STEPS = 100
-# With this step, transformers 5 makes `Metaspace` add a space even to a text that starts with one.
-_DOUBLED_SPACE = {"type": "Replace", "pattern": {"Regex": rf"\A{SPACE}"}, "content": SPACE * 2}
+def read_added(folder: Path) -> tuple[dict[str, Any], list[Named]]:
+    """`tokenizer_config.json`, with the tokens that `special_tokens_map.json` adds to it, and every token these files
+    name.
 
-
-def _steps(value: Any, key: str, path: Path) -> Iterable[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, with every `Sequence` flattened."""
-    left = [] if value is None else [value]
-    while left:
-        if len(left) > _MOST_STEPS:
-            raise damaged(path, f"it has more than {_MOST_STEPS} {key}")
-        step = left.pop(0)
-        if not isinstance(step, dict):
-            raise damaged(path, f"one of its {key} is {quote(step)}")
-        if step.get("type") == "Sequence":
-            parts = step.get(key)
-            left[:0] = parts if isinstance(parts, list) else [parts]
-        else:
-            yield step
-
-
-def write_spec(spec: TokenizerSpec, bos_token_id: int) -> dict[str, Any]:
-    """The contents of a `tokenizer.json` that other programs read to the same ids, BOS first."""
-    bos_token = next((t.content for t in spec.added if t.id == bos_token_id), None) or next(
-        piece for piece, i in spec.vocab.items() if i == bos_token_id
-    )
-    # Prepending in the normalizer would also change the tokens that are matched in normalized text.
-    prepends = spec.adds_space and not spec.first_only and not any(token.normalized for token in spec.added)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [token.to_dict() for token in sorted(spec.added, key=lambda token: token.id)],
-        "normalizer": _space_normalizer(prepends),
-        "pre_tokenizer": _space_pre_tokenizer(spec, prepends=prepends),
-        "post_processor": _template_processing(bos_token, bos_token_id),
-        "decoder": _space_decoder(spec.adds_space),
-        "model": _write_model(spec),
-    }
-
-
-def _write_model(spec: TokenizerSpec) -> dict[str, Any]:
-    if spec.scores:
-        vocab = [[piece, score] for piece, score in zip(spec.pieces, spec.scores, strict=True)]
-        unknown = spec.vocab[spec.unk_token]
-        return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": spec.byte_fallback}
-    # Older readers (mlx-swift's among them) accept merges only as one string.
-    as_pairs = any(" " in piece for pair in spec.merges for piece in pair)
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": spec.unk_token,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": spec.fuse_unk,
-        "byte_fallback": spec.byte_fallback,
-        "ignore_merges": spec.ignore_merges,
-        "vocab": spec.vocab,
-        "merges": [list(pair) if as_pairs else " ".join(pair) for pair in spec.merges],
-    }
-
-
-def _space_normalizer(prepends: bool) -> dict[str, Any]:
-    """Spaces become U+2581, with one more in front if it `prepends`. `Metaspace` would not add one to text that starts
-    with a space."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    return {"type": "Sequence", "normalizers": [prepend, replace] if prepends else [replace]}
-
-
-def metaspaces(*, adds_space: bool, first_only: bool, splits: bool) -> list[tuple[str, str, bool]]:
-    """The `Metaspace` steps (replacement, prepend_scheme, split) that put a space in front of a text, and unless
-    `first_only` also in front of the text after an added token.
-
-    After the normalizer no plain space is left, so that the first step puts one before any text; the second turns it
-    into U+2581.
+    Raises:
+        RequestError: a damaged file.
     """
-    last = (SPACE, "never", splits)
-    if adds_space:
-        return [(" ", "first" if first_only else "always", False), last]
-    return [last] if splits else []
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, missing_ok=True)
+    named: list[Named] = []
+    if config.get("added_tokens_decoder") is not None:  # transformers then reads no other file
+        named = _read_decoder(config["added_tokens_decoder"], f"added_tokens_decoder in {path}")
+    elif any((folder / name).exists() for name in _OLD_FILES):
+        named = _read_old_files(folder, config)
+    named.sort(key=lambda entry: entry.token.id)
+    # The usual special tokens, a model's own (`eot_token`), and the extra ones; older files give each with its flags.
+    own = [key for key in config if key.endswith("_token") and key not in _NAMED]
+    extra = config.get("extra_special_tokens") or config.get(_OLD_EXTRA) or []
+    extra = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    special = {}
+    for value in [*(config.get(key) for key in (*_NAMED, *own)), *extra]:
+        details = value if isinstance(value, dict) else {"content": value}
+        if isinstance(content := details.get("content"), str) and content:
+            special[content] = details
+    for index, entry in enumerate(named):
+        if special.pop(entry.token.content, None) is not None:
+            named[index] = replace(entry, token=replace(entry.token, special=True, normalized=False))
+    if len({entry.token.content for entry in named}) != len(named):
+        raise RequestError(f"{named[0].where} is damaged: it adds a token twice.")
+    where = f"a special token in {folder}"
+    for content, details in special.items():
+        named.append(Named(_parse({**details, "content": content, "special": True, "id": 0}, where), where))
+    return config, named
 
 
-def _space_pre_tokenizer(spec: TokenizerSpec, *, prepends: bool) -> dict[str, Any] | None:
-    """The steps of `metaspaces` as JSON; the space in front may be the normalizer's, which then `prepends` it."""
-    steps = [
-        {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": split}
-        for replacement, scheme, split in metaspaces(
-            adds_space=spec.adds_space and not prepends, first_only=spec.first_only, splits=spec.splits
+def _read_decoder(decoder: Any, where: str) -> list[Named]:
+    """The tokens of `added_tokens_decoder`, an object with ids as keys."""
+    named = []
+    for key, value in _object(decoder, where).items():
+        token_id = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else key
+        token = _parse({**_object(value, where), "id": token_id}, where)
+        named.append(Named(token, where, token.id))
+    return named
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be a JSON object.")
+    return value
+
+
+def _read_old_files(folder: Path, config: dict[str, Any]) -> list[Named]:
+    """The tokens of `added_tokens.json`; what `special_tokens_map.json` names is put into `config`."""
+    older = read_json(folder / "special_tokens_map.json", missing_ok=True)
+    # Only flags for tokens that have an id: transformers 5 does not add these.
+    extra = older.pop(_OLD_EXTRA, None)
+    extra = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    texts = [value.get("content") if isinstance(value, dict) else value for value in extra]
+    special = {text for text in texts if isinstance(text, str)}
+    config |= older
+    path = folder / "added_tokens.json"
+    named = []
+    for text, value in read_json(path, missing_ok=True).items():
+        token = {"content": text, "id": value, "special": text in special, "normalized": text not in special}
+        named.append(Named(_parse(token, str(path)), str(path), value))
+    return named
+
+
+def _parse(value: Any, where: str) -> AddedToken:
+    """A token from a file, with its id; `where` names the file in messages.
+
+    Raises:
+        RequestError: not an object, an id outside 0 to `MAX_TOKENS` - 1, a bad text or flag.
+    """
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} is damaged: {quote(value)} is not an added token.")
+    content, token_id = value.get("content"), value.get("id")
+    if type(token_id) is not int or not 0 <= token_id < MAX_TOKENS:
+        raise RequestError(f"{where} is damaged: {quote(token_id)} is not a token id (0 to {MAX_TOKENS - 1}).")
+    flags = {flag: value.get(flag, False) for flag in (*FLAGS, "special")}
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise RequestError(f"{where} is damaged: the flags of {quote(content)} must be true or false.")
+    if not isinstance(content, str) or not 0 < len(content) <= MAX_LENGTH or _SURROGATE.search(content):
+        raise RequestError(f"{where} is damaged: {quote(content)} is not a token of 1 to {MAX_LENGTH} characters.")
+    return AddedToken(content, token_id, **flags)
+
+
+def resolve(
+    named: Iterable[Named], token_to_id: Callable[[str], int | None], size: int, rows: int | None = None
+) -> list[AddedToken]:
+    """The tokens with their ids: pieces keep theirs, others are numbered from `size` (the number of tokens so far).
+
+    Tokens named without an id (a `pad_token` for training in batches) are left out, with a warning, if the model's
+    `rows` are used up.
+
+    Raises:
+        RequestError: a file gives a token another id, so it belongs to another tokenizer.
+    """
+    tokens: list[AddedToken] = []
+    left_out: list[str] = []
+    for entry in named:
+        content, token_id = entry.token.content, token_to_id(entry.token.content)
+        if token_id is None and entry.id is None and rows is not None and size >= rows:
+            left_out.append(content)
+            continue
+        if token_id is None:
+            token_id, size = size, size + 1
+        if entry.id is not None and entry.id != token_id:
+            raise RequestError(
+                f"{entry.where} gives {quote(content)} the id {entry.id}, but in this tokenizer it has the id "
+                f"{token_id}: the file belongs to another tokenizer, so remove or correct it."
+            )
+        tokens.append(replace(entry.token, id=token_id))
+    if left_out:
+        tokens_text = quote(left_out if len(left_out) > 1 else left_out[0])
+        warnings.warn(
+            f"The model has no row for {tokens_text}, named as special without an id: left out.", stacklevel=3
         )
-    ]
-    if len(steps) > 1:
-        return {"type": "Sequence", "pretokenizers": steps}
-    return steps[0] if steps else None
-
-
-def _space_decoder(adds_space: bool) -> dict[str, Any]:
-    """From pieces back to text: U+2581 to spaces, bytes to characters, and the space in front removed."""
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if adds_space:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": decoders}
-
-
-def _template_processing(bos_token: str, bos_token_id: int) -> dict[str, Any]:
-    """A `TemplateProcessing` that puts one token in front of a text, and of both texts of a pair."""
-
-    def special(type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": bos_token, "type_id": type_id}}
-
-    def sequence(name: str, type_id: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": type_id}}
-
-    return {
-        "type": "TemplateProcessing",
-        "single": [special(0), sequence("A", 0)],
-        "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
-        "special_tokens": {bos_token: {"id": bos_token, "ids": [bos_token_id], "tokens": [bos_token]}},
-    }
+    if size > MAX_TOKENS:
+        raise RequestError(f"The tokenizer has {size} tokens, more than the limit of {MAX_TOKENS}.")
+    return tokens
