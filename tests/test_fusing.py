@@ -471,7 +471,7 @@ import mlx_openelm
 from mlx_openelm.adapters import merged_tensors
 from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.formats.adapter import Adapter, LowRank
-from mlx_openelm.jobs import fuse as job
+from mlx_openelm.jobs import fuse
 from mlx_openelm.jobs.convert import convert
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -498,11 +498,11 @@ for name, (base, dora, options) in {
 }.items():
     made = adapter(dora)
     mx.eval([[c.a, c.b] for c in made.modules.values()])
-    job.read_adapter = lambda *_: made
+    fuse.read_adapter = lambda *_: made
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    job.fuse(base, "adapter", out / name, tokenizer=tokenizer, **options)
+    fuse.fuse(base, "adapter", out / name, tokenizer=tokenizer, **options)
     result[name] = mx.get_peak_memory() - before
 print(json.dumps(result))
 """

@@ -10,7 +10,7 @@ from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import IGNORED, Batch
-from mlx_openelm.training.step import updater as step_module
+from mlx_openelm.training.step import updater as updater_module
 from mlx_openelm.training.step.evaluation import Evaluation, evaluate
 from mlx_openelm.training.step.forward import hidden_states
 from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums, learned_positions
@@ -172,16 +172,23 @@ def test_half_precision_loses_nothing_in_steps_of_many_tokens():
         assert error.item() < 0.01, name
 
 
-def test_graphs_of_a_few_shapes_alone_are_kept(model, monkeypatch):
-    monkeypatch.setattr(step_module, "GRAPHS", 3)
+def test_only_the_graphs_of_a_few_shapes_are_kept(model, monkeypatch):
+    traced = []
+
+    class Tracing(CrossEntropy):
+        def __call__(self, forward, arrays):
+            traced.append(arrays[0].shape)
+            return super().__call__(forward, arrays)
+
+    monkeypatch.setattr(updater_module, "GRAPHS", 3)
     adapt(model)
-    updater = Updater(model, optim.SGD(0.0))
+    updater = Updater(model, optim.SGD(0.0), objective=Tracing())
     batches = [rows_of(sequences([10 + number])) for number in range(5)]
-    losses, graphs = [], []
-    for number in (0, 1, 2, 0, 3, 3, 4, 0):  # the fourth shape, number 3, makes them all go
+    losses, traces = [], []
+    for number in (0, 1, 2, 0, 3, 3, 4, 0):  # the fourth shape, number 3, drops all graphs before it
         losses.append((number, updater.update([batches[number]], 10, 0.0, 0).loss.item()))
-        graphs.append(updater._gradients)
-    assert graphs == [graphs[0]] * 4 + [graphs[4]] * 4 and graphs[0] is not graphs[4]
+        traces.append(len(traced))
+    assert traces == [1, 2, 3, 3, 4, 4, 5, 6]
     assert len(set(losses)) == 5
 
 

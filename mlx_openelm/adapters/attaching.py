@@ -168,7 +168,7 @@ def base_of(layer: Adapted) -> nn.Module:
 
 
 def dropout_layers(model: OpenELM) -> list[LoRALinear]:
-    """The layers that need a `_dropout_key` before each forward pass in training, in the order of the model."""
+    """The layers with dropout, in the order of the model; training sets their keys before each forward pass."""
     return [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinear) and layer.dropout > 0]
 
 

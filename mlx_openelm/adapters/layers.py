@@ -26,8 +26,8 @@ _SHORTEST = 1e-12
 class _Adapted(nn.Module):
     """The factors, their scale, and dropout.
 
-    Dropout must drop the same when activations are computed again in the backward pass, so the training step sets
-    `_dropout_key` before each forward pass; None, which it is otherwise, means no dropout.
+    Dropout must drop the same values when the backward pass recomputes activations, so its random key is set from
+    outside, before each forward pass.
     """
 
     def __init__(self, change: LowRank, dropout: float = 0.0):
@@ -39,8 +39,12 @@ class _Adapted(nn.Module):
         self._dropout_key: mx.array | None = None
         self._derived: Derived[Factors] = Derived()
 
+    def set_dropout_key(self, key: mx.array | None) -> None:
+        """Apply dropout with this random key; None turns it off."""
+        self._dropout_key = key
+
     def change(self) -> LowRank:
-        """The change as it is now."""
+        """The change with the current parameters."""
         return LowRank(self.lora_a, self.lora_b, self.scale)
 
     def _factors(self, dtype: mx.Dtype) -> Factors:

@@ -109,7 +109,7 @@ def distill(
     random.Random(seed).shuffle(training)
 
     def loss(index: int) -> mx.array:
-        return _divergence(model, teacher, batches, index)
+        return divergence(model, teacher, batches, index)
 
     def check() -> float:
         total = 0.0
@@ -148,7 +148,7 @@ def _schedule(steps: int, learning_rate: float) -> Callable[[mx.array], mx.array
     return optimizers.join_schedules([rise, fall], [warmup])
 
 
-def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
+def divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
     """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
