@@ -33,7 +33,7 @@ def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -
         dtype: the type of whole weights; by default the one the model computes in. Low-rank parameters are float32.
 
     Returns:
-        what whole weights replaced, for `put` to restore; `detach` takes out low-rank layers.
+        what whole weights replaced, for `put` to restore; `detach` removes low-rank layers.
 
     Raises:
         RequestError: the adapter does not fit the model, or belongs to another base; the model is unchanged.
@@ -139,7 +139,11 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
 
 
 def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
-    """The adapter in a model in its present state; without low-rank layers, the trainable weights."""
+    """The adapter in a model, with its current parameters; without low-rank layers, the trainable weights.
+
+    Args:
+        base_model: the name to write into the adapter's files.
+    """
     layers = dict(adapted_layers(model))
     adapter = Adapter({path: layer.change() for path, layer in layers.items()}, base_model=base_model)
     adapter.dropout = max((layer.dropout for layer in layers.values()), default=0.0)
@@ -149,7 +153,7 @@ def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
 
 
 def detach(model: OpenELM) -> None:
-    """Take the low-rank layers out of a model, which leaves the base."""
+    """Remove the low-rank layers from a model, which leaves the base's own layers."""
     for path, layer in list(adapted_layers(model)):
         replace_at(model, path, base_of(layer))
 
@@ -217,6 +221,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
     known = getattr(model, "quantization", {})  # loaded models have it
 
     def find(name: str) -> Stored:
+        """The base's tensor of this name, as stored, and how it is or was packed."""
         path, _, leaf = name.rpartition(".")
         if isinstance(tensor := before.get(name), mx.array):
             return {leaf: tensor}, known.get(path)
@@ -231,7 +236,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
 
 
 def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:
-    """A layer with this change, which alone is trainable."""
+    """A layer with this change; only the change is trainable."""
     dora = dora or change.magnitude is not None
     layer: Adapted
     if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):
