@@ -341,3 +341,11 @@ def test_a_token_is_in_only_one_of_two_turns_in_a_row():
     turns = [{"role": "user", "content": "u"}, *({"role": "assistant", "content": content} for content in "ac")]
     tokens, learned = render_chat(conversation(turns), OverlappingTokens(), None, mask_prompt=True)
     assert (tokens, learned) == ([2, 3, 4, 6, 1], ((2, 3), (3, 5)))
+
+
+def test_a_given_template_replaces_the_tokenizers_own():
+    own = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
+    own.chat_template = TOOL_TEMPLATE
+    records = [Record({"messages": [USER, KING]}, "train.jsonl, line 1")]
+    templates = [tokenize(records, own, max_seq_length=99, chat_template=given) for given in (None, "corenet")]
+    assert [found.report.chat_template for found in templates] == ["the tokenizer's own", "corenet"]

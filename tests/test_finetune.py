@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: exact resume, the methods, what is left in the folder, and what is refused."""
+"""Fine-tuning as a whole: exact resume, the methods, the files in the folder, and the requests that are refused."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch) -> Path:
-    """A new folder to train into, with the model and the data beside."""
+    """A new folder to train into, next to the model and the data."""
     for name in ("model", "data"):
         (tmp_path / name).symlink_to(folder / name)
     monkeypatch.chdir(tmp_path)
-    # Pictures take a second each, and have tests of their own.
+    # Plots take a second each, and are tested elsewhere.
     monkeypatch.setattr(finetune_module, "Metrics", partial(Metrics, plot=False))
     return tmp_path
 
@@ -108,7 +108,7 @@ def test_stopped_at_any_step_in_one_process(here):
     tune(replace(SHORT, adapter_path="whole"))
     for end in (1, 2, 5, 8):
         listener = Notes()
-        # Another number of steps would be another cosine, so that the run is stopped by an error instead.
+        # With fewer --iters the cosine would differ, so an error stops the run instead.
         _stop_after(end, replace(SHORT, adapter_path="parts", resume=end > 1, save_every=1), listener)
     done = tune(replace(SHORT, adapter_path="parts", resume=True, save_every=1))
     assert done.training.stopped == "finished"
@@ -204,7 +204,7 @@ def test_nothing_to_resume(here):
     with pytest.raises(RequestError, match="no run in adapters to --resume"):
         tune(replace(SHORT, resume=True))
     assert not (here / "adapters").exists()
-    # Killed before the first checkpoint: the beginning is where it goes on.
+    # Killed before the first checkpoint: it starts from the beginning.
     tune()
     shutil.rmtree(here / "adapters" / "checkpoints")
     notes, before = Notes(), (here / "adapters" / "adapters.safetensors").read_bytes()
@@ -236,7 +236,7 @@ def test_another_run_is_no_continuation(here, changes, named):
     assert tune(replace(SHORT, resume=True, **free)).training.steps == 9
 
 
-def test_a_run_is_not_shortened_behind_where_it_is(here):
+def test_a_run_is_not_shortened_to_fewer_steps_than_it_has(here):
     tune()
     before = (here / "adapters" / "run.json").read_text()
     with pytest.raises(RequestError, match="after step 9 already; --iters must be at least that"):
@@ -313,7 +313,7 @@ def test_a_quantized_model_under_an_adapter_and_trained_itself(here):
         assert done.training.val_loss < metrics(here / kind)[0]["val_loss"]
         again = finetune("small", replace(options, train=False))
         assert again.test.loss == pytest.approx(done.test.loss, rel=1e-5)
-        # Packed as it is, too: what was trained takes the place of what is packed.
+        # Without unpacking, too: the trained weights replace packed ones.
         model, _ = load("small", adapter_path=kind, expand=False, exact_activations=True)
         expanded, _ = load("small", adapter_path=kind, expand=True)
         tokens = mx.array([[1, 5, 6, 7]])
@@ -399,7 +399,7 @@ def test_the_loss_of_the_adapter_is_the_test_loss(here):
 
 
 def test_early_stopping_keeps_the_best(here):
-    # A rate at which it gets worse soon.
+    # The validation loss soon rises at this learning rate.
     options = replace(SHORT, iters=200, learning_rate=0.1, lr_schedule="constant", warmup=0, early_stop=2, test=True,
                       steps_per_eval=2, max_grad_norm=None)  # fmt: skip
     notes = Notes()
@@ -495,7 +495,7 @@ def test_options_reach_what_they_are_for(here, monkeypatch):
                 loading=Loading(dtype="bfloat16"))  # fmt: skip
     assert json.loads(Path("adapters/run.json").read_text())["recompute"] == "layers" and values.pop("grad_checkpoint")
     assert {name: seen[name] for name in values} == values
-    # Computed with in 16 bits, kept in 32.
+    # Computed in 16 bits, stored in 32.
     assert seen["compute_dtype"] == mx.bfloat16 and math.isfinite(done.test.loss)
     assert {value.dtype for value in mx.load("adapters/adapters.safetensors").values()} == {mx.float32}
 

@@ -1,4 +1,4 @@
-"""The `lora` command: which of flags, file and defaults counts, what it prints, and how it ends."""
+"""The `lora` command: the precedence of flags, file and defaults, its output, and its exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlx_openelm.training.options import FineTuneOptions
 import pytest
 from training_runs import command, environment, metrics, run, trained, write_run_folder
 
-# Tiny enough to be over in a second.
+# Small enough to finish in a second.
 SMALL = ("--train", "--model", "model", "--data", "data", "--iters", 6, "--max-seq-length", 48, "--rank", 2,
          "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 3, "--val-batches", -1)  # fmt: skip
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch) -> dict[str, Any]:
-    """What `finetune` was asked for, which does nothing."""
+    """The arguments that `finetune` was called with; it does nothing."""
     seen: dict[str, Any] = {}
 
     def finetune(model, options, *, loading, overwrite, listener):
@@ -101,7 +101,7 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path
     from_file = FineTuneOptions(train=True, rank=16, learning_rate=3e-4, bias_correction=False, grad_checkpoint=True,
                                 target_modules=("qkv_proj",), seed=7)  # fmt: skip
     assert (asked["model"], asked["options"]) == ("small", from_file)
-    # A flag with the value of a default is given all the same.
+    # A flag overrides the file even if its value is the default.
     words = ["--rank", "8", "--no-grad-checkpoint", "--bias-correction", "--seed", "0", "--model", "other",
              "--target-modules", "proj_1, proj_2"]  # fmt: skip
     assert exit_code(["lora", "--config", str(file), *words]) == 0
@@ -126,7 +126,7 @@ def test_a_run_and_what_it_prints(folder):
     assert record["command"][:2] == ["mlx-openelm", "lora"] and "--sample-prompt" in record["command"]
     assert set(record["versions"]) == {"mlx_openelm", "mlx", "python"} and record["data"]["train"] == 23
 
-    # Continued without a word about it, with more steps.
+    # Resumed without repeating the flags, with more steps.
     more = run("--resume", "--iters", 8, "--json", folder=folder)
     assert more.returncode == 0, more.stderr
     result = json.loads(more.stdout)
@@ -152,7 +152,7 @@ def test_a_run_and_what_it_prints(folder):
         (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
     ],
 )
-def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, capsys):
+def test_a_bad_request_prints_one_line_and_exits_with_2(words, named, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert exit_code(["lora", *words]) == 2
     output = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, ca
     assert named in output.err
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+def test_ctrl_c_saves_and_says_how_to_resume(folder):
     words = command(*SMALL[:5], "--iters", 100000, "--max-seq-length", 48, "--rank", 2, "--adapter-path", "stopped run")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
                                cwd=folder)  # fmt: skip
@@ -204,7 +204,7 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  [\d,]+ tokens/s  [\d.]+ MB  \d+:\d\d left", shown)
     assert len(set(live)) > 2
     assert re.search(r"Step 75 of 150: train loss", shown)
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
 
 
 def _read_all(terminal: int, process: subprocess.Popen) -> str:
@@ -213,7 +213,7 @@ def _read_all(terminal: int, process: subprocess.Popen) -> str:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 piece = os.read(terminal, 65536)
-            except OSError:  # the other side is closed
+            except OSError:  # the process has closed its side
                 break
             if not piece:
                 break

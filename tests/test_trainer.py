@@ -52,7 +52,7 @@ class Data:
 
 
 class Counting:
-    """Its loss at step i is 10 - i (or what `losses` says); its weights are the sum of the rates of all updates."""
+    """Its loss at step i is 10 - i, or `losses[i]`; its weight is the sum of the learning rates of all updates."""
 
     def __init__(self, losses: dict[int, float] | None = None, seconds: float = 0.0):
         self.weight, self.losses, self.seconds = mx.array(0.0), losses or {}, seconds
@@ -126,7 +126,7 @@ def until_it_raises(check) -> None:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The metrics without what differs from run to run."""
+    """The metrics without those that differ from run to run."""
     return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
 
 
@@ -198,11 +198,11 @@ def test_early_stop_counts_validations_without_a_new_best_across_a_resume(tmp_pa
     assert (tmp_path / "checkpoints" / "best").resolve().name == "0000012"
 
 
-def _signal_when(notes_steps: int, updater: Counting, number: int = signal.SIGINT) -> None:
-    """Send this process a signal once so many updates are done."""
+def _signal_after(steps: int, updater: Counting, number: int = signal.SIGINT) -> None:
+    """Send this process a signal after this many updates."""
 
     def wait() -> None:
-        while len(updater.rates) < notes_steps:
+        while len(updater.rates) < steps:
             time.sleep(0.001)
         os.kill(os.getpid(), number)
 
@@ -213,7 +213,7 @@ def _signal_when(notes_steps: int, updater: Counting, number: int = signal.SIGIN
 def test_an_interrupted_run_is_saved_and_continues(tmp_path, number):
     updater = Counting(seconds=0.03)
     before = signal.getsignal(number)
-    _signal_when(3, updater, number)
+    _signal_after(3, updater, number)
     result, notes, *_ = run(tmp_path, updater, 100)
     assert result.stopped == "interrupted" and 3 <= result.steps <= 6
     assert notes.saved_steps[-1] == result.steps and "Ctrl-C again" in notes.lines[0]
