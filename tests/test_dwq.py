@@ -5,10 +5,9 @@ from __future__ import annotations
 from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.evaluation.perplexity import kl_divergence
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
 from mlx_openelm.formats.rounding import Grid
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.modules import module_at
 from mlx_openelm.quantization import dwq, learned
@@ -172,7 +171,7 @@ def test_the_divergence_that_is_trained_is_that_of_the_models():
     rounded(model)
     windows = [[*row, 0] for row in batches[0].tolist()]
     expected = kl_divergence(tiny_model(), model, windows)
-    assert dwq.divergence(model, teacher, batches, 0).item() == pytest.approx(expected, rel=1e-4)
+    assert dwq._divergence(model, teacher, batches, 0).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("methods", [("dwq",), ("awq", "gptq", "dwq")])

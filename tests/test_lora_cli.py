@@ -1,4 +1,4 @@
-"""The `lora` command: the precedence of flags, file and defaults, its output, and its exit codes."""
+"""The `lora` command: which of flags, file and defaults counts, what it prints, and how it ends."""
 
 from __future__ import annotations
 
@@ -11,29 +11,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm.cli import lora
-from mlx_openelm.cli import main as cli
+from mlx_openelm.cli.main import _run
+from mlx_openelm.cli.main import command as cli_command
 from mlx_openelm.training.finetune import FineTuned, Loading
 from mlx_openelm.training.options import FineTuneOptions
 
 import pytest
 from training_runs import command, environment, metrics, run, trained, write_run_folder
 
-# Small enough to finish in a second.
+# Tiny enough to be over in a second.
 SMALL = ("--train", "--model", "model", "--data", "data", "--iters", 6, "--max-seq-length", 48, "--rank", 2,
          "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 3, "--val-batches", -1)  # fmt: skip
-
-
-def exit_code(words: Sequence[str]) -> object:
-    """What `mlx-openelm` with these words exits with, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main(words)
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch) -> dict[str, Any]:
-    """The arguments that `finetune` was called with; it does nothing."""
+    """What `finetune` was asked for, which does nothing."""
     seen: dict[str, Any] = {}
 
     def finetune(model, options, *, loading, overwrite, listener):
@@ -55,7 +48,7 @@ def asked(monkeypatch) -> dict[str, Any]:
 
 
 def test_every_option_has_a_flag_with_its_own_words():
-    parser, _ = cli.command("lora")
+    parser, _ = cli_command("lora")
     texts = [field.metadata["help"] for field in fields(FineTuneOptions)]
     assert {f"--{field.name.replace('_', '-')}" for field in fields(FineTuneOptions)} < set(parser.flags)
     assert len(set(texts)) == len(texts)
@@ -63,7 +56,7 @@ def test_every_option_has_a_flag_with_its_own_words():
 
 
 def test_without_flags_there_are_the_defaults(asked):
-    assert exit_code(["lora"]) == 0
+    assert _run(["lora"]) == 0
     assert asked == {"model": "tiny", "options": FineTuneOptions(), "loading": Loading(), "overwrite": False}
 
 
@@ -87,7 +80,7 @@ def test_every_flag_reaches_its_option(asked):
         index = words.index(one)
         del words[index : index + (1 if one == "--resume" else 2)]
         del expected[one[2:]]
-    assert exit_code(words) == 0
+    assert _run(words) == 0
     assert asked["options"] == FineTuneOptions(**expected)
     assert asked["model"] == "m" and asked["overwrite"]
     assert asked["loading"] == Loading("float32", "t", "y", "r", "corenet")
@@ -97,14 +90,14 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path
     file = tmp_path / "lora.yaml"
     file.write_text("model: small\ntrain: true\nrank: 16\nlearning_rate: 3e-4\nbias_correction: false\n"
                     "target_modules: [qkv_proj]\ngrad_checkpoint: true\nseed: 7\n")  # fmt: skip
-    assert exit_code(["lora", "-c", str(file)]) == 0
+    assert _run(["lora", "-c", str(file)]) == 0
     from_file = FineTuneOptions(train=True, rank=16, learning_rate=3e-4, bias_correction=False, grad_checkpoint=True,
                                 target_modules=("qkv_proj",), seed=7)  # fmt: skip
     assert (asked["model"], asked["options"]) == ("small", from_file)
-    # A flag overrides the file even if its value is the default.
+    # A flag with the value of a default is given all the same.
     words = ["--rank", "8", "--no-grad-checkpoint", "--bias-correction", "--seed", "0", "--model", "other",
              "--target-modules", "proj_1, proj_2"]  # fmt: skip
-    assert exit_code(["lora", "--config", str(file), *words]) == 0
+    assert _run(["lora", "--config", str(file), *words]) == 0
     assert asked["model"] == "other"
     assert asked["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
 
@@ -126,7 +119,7 @@ def test_a_run_and_what_it_prints(folder):
     assert record["command"][:2] == ["mlx-openelm", "lora"] and "--sample-prompt" in record["command"]
     assert set(record["versions"]) == {"mlx_openelm", "mlx", "python"} and record["data"]["train"] == 23
 
-    # Resumed without repeating the flags, with more steps.
+    # Continued without a word about it, with more steps.
     more = run("--resume", "--iters", 8, "--json", folder=folder)
     assert more.returncode == 0, more.stderr
     result = json.loads(more.stdout)
@@ -152,15 +145,15 @@ def test_a_run_and_what_it_prints(folder):
         (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
     ],
 )
-def test_a_bad_request_prints_one_line_and_exits_with_2(words, named, folder, monkeypatch, capsys):
+def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    assert exit_code(["lora", *words]) == 2
+    assert _run(["lora", *words]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
     assert named in output.err
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(folder):
+def test_ctrl_c_saves_and_says_how_to_go_on(folder):
     words = command(*SMALL[:5], "--iters", 100000, "--max-seq-length", 48, "--rank", 2, "--adapter-path", "stopped run")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
                                cwd=folder)  # fmt: skip
@@ -186,7 +179,7 @@ def test_ctrl_c_before_training_says_that_nothing_was_saved(began, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lora, "finetune", finetune)
-    assert exit_code(["lora", "--train", "--data", "data"]) == 130
+    assert _run(["lora", "--train", "--data", "data"]) == 130
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == ("" if began else "Stopped before training began; nothing was saved.\n")
@@ -204,7 +197,7 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  [\d,]+ tokens/s  [\d.]+ MB  \d+:\d\d left", shown)
     assert len(set(live)) > 2
     assert re.search(r"Step 75 of 150: train loss", shown)
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
 
 
 def _read_all(terminal: int, process: subprocess.Popen) -> str:
@@ -213,7 +206,7 @@ def _read_all(terminal: int, process: subprocess.Popen) -> str:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 piece = os.read(terminal, 65536)
-            except OSError:  # the process has closed its side
+            except OSError:  # the other side is closed
                 break
             if not piece:
                 break

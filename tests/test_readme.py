@@ -1,7 +1,7 @@
 """The commands and the Python of the README and the guides.
 
-Every command line is parsed. Those that need neither the network, nor a file of the reader's, nor minutes of work are
-run as written and in order, in a folder that looks like a clone.
+Every command is parsed by the command it names. Those that need no network, no file of the reader's and no minutes run
+as written, in the order they stand in, in a folder of their own that looks like a clone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ((PROGRAM,), ("python", "generate.py"), ("python", "convert.py"))
-# The least number of commands that must run, so that a rule below that excludes too many is noticed.
+# Fewest commands that run: a rule below that takes too much is noticed.
 FEWEST = {
     "README.md": 11,
     "backends.md": 1,
@@ -53,7 +53,7 @@ def words(command: str) -> list[str]:
 
 
 def why_not_run(command: str) -> str | None:
-    """What a command needs that a test does not have; None if it can run."""
+    """What a command needs that a test has not; None for one that runs."""
     given = words(command)
     if not any(tuple(given[: len(start)]) == start for start in OURS):
         return "another program"
@@ -118,7 +118,7 @@ def test_commands_run_as_written(document: Path, clone: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
 def test_every_command_is_one_that_its_program_understands(document: Path) -> None:
-    """Flags that exist, values of their types: what is checked before any work."""
+    """Flags that exist, values of their types: what a command line is checked for before any work."""
     lines = [words(command) for command in commands(document)]
     for line in [line for line in lines if line[0] == PROGRAM]:
         command, _ = parse(line[1:])  # runs nothing

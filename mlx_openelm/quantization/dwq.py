@@ -15,7 +15,7 @@ import mlx.optimizers as optimizers
 
 from ..config import EMBEDDING
 from ..errors import OpenELMError
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import Grid
 from ..model import OpenELM
 from ..modules import output_layer, replace_at
@@ -109,7 +109,7 @@ def distill(
     random.Random(seed).shuffle(training)
 
     def loss(index: int) -> mx.array:
-        return divergence(model, teacher, batches, index)
+        return _divergence(model, teacher, batches, index)
 
     def check() -> float:
         total = 0.0
@@ -148,7 +148,7 @@ def _schedule(steps: int, learning_rate: float) -> Callable[[mx.array], mx.array
     return optimizers.join_schedules([rise, fall], [warmup])
 
 
-def divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
+def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
     """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
