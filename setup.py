@@ -1,6 +1,6 @@
-"""Compiles the kernels while installing on Linux, where a compiler is there; all else stands in pyproject.toml.
+"""Compiles the CPU kernels during installation on Linux, if there is a compiler; the rest is in pyproject.toml.
 
-A Mac computes on its GPU, which needs none: there they are compiled on request, by `python -m mlx_openelm.native`.
+A Mac uses its GPU and does not need them; `python -m mlx_openelm.native` compiles them on request.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def _builder():
 
 
 class BuildKernels(build_ext):
-    """Compiles with our own builder; without compiler or MLX it installs without kernels, and `doctor` says so."""
+    """Compiles with our own builder. Without a compiler or MLX, it installs without kernels, and `doctor` says so."""
 
     def run(self) -> None:
         folder = NATIVE if self.inplace else Path(self.build_lib) / "mlx_openelm" / "native"
         builder = _builder()
         try:
             builder.build(folder)
-        except Exception as error:  # whatever it is, the rest works without
+        except Exception as error:  # the package works without the kernels
             print(f"warning: the CPU kernels were not compiled, so plain MLX will be used: {error}")
 
     def get_outputs(self) -> list[str]:
@@ -43,7 +43,7 @@ class BuildKernels(build_ext):
 
 
 class WithKernels(Distribution):
-    """Marks the wheel as made for this machine."""
+    """Marks the wheel as specific to this platform."""
 
     def has_ext_modules(self) -> bool:
         return True

@@ -7,7 +7,7 @@
 Models of published sizes have random weights, the same in every program's files. Programs take turns, each in its own
 process; rows are medians over turns. On a busy machine llama.cpp suffers most, because its threads wait for each other.
 Its rows need `pip install llama-cpp-python`, which compiles for about ten minutes. mlx-lm uses the BLAS of MLX's wheel
-or OpenBLAS, as the name of a row says. In rows that say float32, mlx-lm computes in float32: with packed weights it is
+or OpenBLAS, as the name of a row says. In rows named float32, mlx-lm computes in float32: with packed weights it is
 then several times faster than in bfloat16, which it would choose because of their scales. Linux only: memory is read
 from /proc.
 """
@@ -224,7 +224,7 @@ class Loaded:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit("a worker failed; its own words stand above")
+        return json.loads(line) if line else sys.exit("a worker failed; its error is above")
 
     def __enter__(self) -> Loaded:
         return self
@@ -284,7 +284,7 @@ def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
 def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
     """GB (1e9 bytes) per second of threads that together read 1 GiB, the best of ten times.
 
-    The maximum is the cheapest thing to ask of numbers: with SIMD it waits for memory only.
+    The maximum is cheap to compute with SIMD, so only memory limits the speed.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -384,8 +384,8 @@ def bytes_of_matrices(folder: str) -> int:
 def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
     """Peak MB (1e6 bytes) of loading, a prompt of 512 and 16 tokens, above a bare interpreter.
 
-    It counts pages that are resident, also those of mapped files, as which llama.cpp reads its weights: unlike others
-    they can be given up, but decoding reads all of them for every token.
+    Resident pages count, including those of mapped files, which llama.cpp reads its weights from: the system may drop
+    them, but decoding reads all of them for every token.
     """
     generate(program, path)(max(PROMPT_LENGTHS), 16)
     status = Path("/proc/self/status").read_text()

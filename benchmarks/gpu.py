@@ -35,9 +35,9 @@ from typing import Any
 
 from mlx_openelm import backend, convert
 from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, quantize_weights
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import quantize_weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.loading import build_model
 
 import generation
@@ -104,8 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=names, help="of 270M, 1.1B and 3B; by default all, comma-separated")
     parser.add_argument("--only", type=names, default=PARTS, help=f"of {', '.join(PARTS)}; by default all")
-    parser.add_argument("--repeats", type=int, help="turns of each program, by default 5; medians count")
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing is repeated any more")
+    parser.add_argument("--repeats", type=int, help="turns of each program, by default 5; rows are medians")
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which no more turns are started")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to this file")
     parser.add_argument("--smoke", action="store_true", help="a model of two layers, one turn, also on a CPU")
     arguments = parser.parse_args()
@@ -115,7 +115,9 @@ def main() -> None:
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if not (backend.on_gpu() or arguments.smoke):
-        sys.exit("MLX has no GPU to use here. benchmarks/cpu.py measures a CPU; --smoke only sees whether this runs.")
+        sys.exit(
+            "MLX has no GPU to use here. benchmarks/cpu.py measures a CPU; --smoke only checks that this one runs."
+        )
     repeats = arguments.repeats or (1 if arguments.smoke else 5)
     with backend.wired_limit():
         failed = Benchmark(work, Turns(repeats, arguments.budget), arguments.json).run(sizes, arguments.only)
@@ -164,8 +166,8 @@ class Benchmark:
         for size in sizes:
             self.measure(size, self.work.configs[size], only)
         if self.turns.cut:
-            self.notes.append(f"Time was up after {self.turns.budget:g} s: some rows have fewer turns than asked for.")
-        print("\n" + "\n".join([*self.notes, f"All of it took {self.turns.seconds():.0f} s."]))
+            self.notes.append(f"The time limit of {self.turns.budget:g} s was reached: some rows have fewer turns.")
+        print("\n" + "\n".join([*self.notes, f"Total time: {self.turns.seconds():.0f} s."]))
         self.save()
         return self.failed
 
@@ -393,7 +395,7 @@ def token_seconds(stream: Callable[[list[int], int], Iterator[Any]], count: int)
 def prompt_seconds(stream: Callable[[list[int], int], Iterator[Any]], length: int) -> float:
     """Seconds to the first of two tokens: both programs return it once the second one is queued.
 
-    A run before it lets the program find MLX's buffers as it leaves them itself.
+    An untimed run comes first, so that MLX's buffers are those that the program itself leaves behind.
     """
     seconds = []
     for _ in range(2):

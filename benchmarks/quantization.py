@@ -20,9 +20,9 @@ from typing import Any
 
 from mlx_openelm import load
 from mlx_openelm.evaluation.perplexity import load_documents, make_windows
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, bits_per_weight
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import bits_per_weight
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.jobs.convert import convert
 from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.loading import build_model

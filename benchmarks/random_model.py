@@ -17,7 +17,7 @@ def weights(config: ModelConfig, dtype: mx.Dtype) -> Any:
 
     Matrices have about the scale of trained ones, norms are 1.
     """
-    from mlx_openelm.formats.weights import Tensor, Weights
+    from mlx_openelm.formats.safetensors import Tensor, Weights
 
     import mlx.core as mx
 

@@ -1,8 +1,8 @@
-"""Fine-tuning beside mlx-lm's trainer: tokens a second, peak memory, losses; one command, one run.
+"""Fine-tuning compared with mlx-lm's trainer: tokens per second, peak memory, losses.
 
     python benchmarks/training.py                                  # tiny and the 270M size
     python benchmarks/training.py --size tiny --json
-    python benchmarks/training.py --openbookqa openbookqa/train.json   # of LLM-Adapters: instruction, input, output
+    python benchmarks/training.py --openbookqa openbookqa/train.json   # from LLM-Adapters
 
 Models of the published sizes get random weights. Both programs train the same float32 weights from the same adapter,
 with the same optimizer and BLAS, alternating within one process: a step of ours, a step of mlx-lm's. On texts each
@@ -257,7 +257,7 @@ def both(folder: str, method: str, grad_checkpoint: bool = False) -> dict[str, P
 
 
 def equal(folder: str, size: str, method: str, turns: int, grad_checkpoint: bool = False) -> dict[str, float]:
-    """Tokens a second on the same full batches, and the largest relative difference between their losses."""
+    """Tokens per second on the same full batches, and the largest relative difference between their losses."""
     programs = both(folder, method, grad_checkpoint)
     seconds: dict[str, list[float]] = {whose: [] for whose in programs}
     losses: dict[str, list[float]] = {whose: [] for whose in programs}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class ModelConfig:
 
     A per-layer field may be given as one number for all layers, as two bounds (multipliers), as a list with one
     number per layer, or left out if the multipliers determine it. After construction `num_query_heads`,
-    `num_kv_heads` and `ffn_multipliers` are tuples with one number per layer.
+    `num_kv_heads` and `ffn_multipliers` are tuples with one number per layer, and so is `ffn_dims`, the inner size of
+    each layer's feed-forward.
 
     Raises:
         RequestError: a value is not possible; the message names the field.
@@ -98,6 +99,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int | tuple[int, ...] = 2
+    ffn_dims: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in _SIZE_FIELDS:
@@ -120,47 +122,54 @@ class ModelConfig:
         for token in eos if isinstance(eos, tuple | list) else (eos,):
             _check("eos_token_id", token, _TOKEN_ID)
 
-        multipliers = self._per_layer("qkv_multipliers")
         object.__setattr__(self, "eos_token_id", tuple(eos) if isinstance(eos, list) else eos)
         if isinstance(self.qkv_multipliers, list):
             object.__setattr__(self, "qkv_multipliers", tuple(self.qkv_multipliers))
-        object.__setattr__(self, "ffn_multipliers", self._per_layer("ffn_multipliers"))
-        self._set_heads(multipliers)
 
-    def _per_layer(self, name: str) -> tuple[Any, ...]:
-        """A field with one number per layer, checked, from any of the forms a file may give it in."""
-        value, layers, is_count = getattr(self, name), self.num_transformer_layers, name.startswith("num_")
-        numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * layers
-        has_bounds = not is_count and isinstance(value, list | tuple) and len(numbers) == 2
-        if len(numbers) != layers and not has_bounds:
-            expected = f"{layers} numbers, one per layer"
-            expected = expected if is_count else f"one number, two bounds, or {expected}"
-            raise _invalid(name, f"a list of {len(numbers)}", expected)
-        for number in numbers:
-            _check(name, number, _SIZE if is_count else _POSITIVE)
-        return spread(numbers, layers) if has_bounds else numbers
+        layers, given = self.num_transformer_layers, {}
+        for name in ("qkv_multipliers", "ffn_multipliers", "num_query_heads", "num_kv_heads"):
+            value, is_count = getattr(self, name), name.startswith("num_")
+            if is_count and value in (None, (), []):
+                continue
+            numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * layers
+            if len(numbers) != layers and (is_count or len(numbers) != 2):
+                forms = "" if is_count else "one number, two bounds, or "
+                raise _invalid(name, f"a list of {len(numbers)}", f"{forms}{layers} numbers, one per layer")
+            for number in numbers:
+                _check(name, number, _SIZE if is_count else _POSITIVE)
+            given[name] = numbers
+        self._scale_layers(**given)
 
-    def _set_heads(self, multipliers: tuple[float, ...]) -> None:
-        """Set `num_query_heads` and `num_kv_heads`: as given, else from the multipliers and `num_gqa_groups`."""
-        groups = self.num_gqa_groups
-        if self.num_query_heads in (None, (), []):
+    def _scale_layers(
+        self,
+        qkv_multipliers: tuple[float, ...],
+        ffn_multipliers: tuple[float, ...],
+        num_query_heads: tuple[int, ...] = (),
+        num_kv_heads: tuple[int, ...] = (),
+    ) -> None:
+        """Set the sizes of each layer: as given, else from the multipliers (section 2.1 of the paper)."""
+        layers, groups = self.num_transformer_layers, self.num_gqa_groups
+        if len(ffn_multipliers) == 2 and isinstance(self.ffn_multipliers, list | tuple):
+            ffn_multipliers = spread(ffn_multipliers, layers)
+        if not num_query_heads:
+            if len(qkv_multipliers) == 2 and isinstance(self.qkv_multipliers, tuple):
+                qkv_multipliers = spread(qkv_multipliers, layers)
             # Query widths are divisible by head_dim times the group size, so that every layer has whole groups.
-            widths = (make_divisible(self.model_dim * m, self.head_dim * groups) for m in multipliers)
-            query_heads = tuple(width // self.head_dim for width in widths)
-        else:
-            query_heads = self._per_layer("num_query_heads")
-        if self.num_kv_heads in (None, (), []):
-            for heads in query_heads:
+            widths = (make_divisible(self.model_dim * m, self.head_dim * groups) for m in qkv_multipliers)
+            num_query_heads = tuple(width // self.head_dim for width in widths)
+        if not num_kv_heads:
+            for heads in num_query_heads:
                 if heads % groups:
                     raise _invalid("num_query_heads", heads, f"divisible by num_gqa_groups, {groups}, in every layer")
-            kv_heads = tuple(heads // groups for heads in query_heads)
-        else:
-            kv_heads = self._per_layer("num_kv_heads")
-        for layer, (query, kv) in enumerate(zip(query_heads, kv_heads, strict=True)):
+            num_kv_heads = tuple(heads // groups for heads in num_query_heads)
+        for layer, (query, kv) in enumerate(zip(num_query_heads, num_kv_heads, strict=True)):
             if query % kv:
                 raise _invalid("num_query_heads", query, f"divisible by num_kv_heads, {kv}, in layer {layer}")
-        object.__setattr__(self, "num_query_heads", query_heads)
-        object.__setattr__(self, "num_kv_heads", kv_heads)
+        ffn_dims = tuple(make_divisible(self.model_dim * m, self.ffn_dim_divisor) for m in ffn_multipliers)
+        object.__setattr__(self, "num_query_heads", num_query_heads)
+        object.__setattr__(self, "num_kv_heads", num_kv_heads)
+        object.__setattr__(self, "ffn_multipliers", ffn_multipliers)
+        object.__setattr__(self, "ffn_dims", ffn_dims)
 
     @classmethod
     def from_name(cls, name: str) -> ModelConfig:
@@ -198,7 +207,7 @@ class ModelConfig:
         model_type = values.get("model_type", "openelm")
         if model_type != "openelm":
             raise RequestError(f"This is a {quote(model_type)} model; mlx-openelm runs model_type 'openelm'.")
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.init}
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size"):
             if given.get(name) is None:
@@ -216,14 +225,9 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `config.json`, with per-layer values as lists, as Apple's code and mlx-lm read them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return values | {"model_type": "openelm", "architectures": ["OpenELMForCausalLM"], "use_cache": True}
-
-    @property
-    def ffn_dims(self) -> tuple[int, ...]:
-        """The inner size of each layer's feed-forward."""
-        return tuple(make_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in self.ffn_multipliers)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -1,16 +1,16 @@
-"""The two errors a user can meet: a bad request, and work that failed."""
+"""The two errors that users see: an invalid request, and work that failed."""
 
 from __future__ import annotations
 
 import re
 
-# The most characters of a name or value in a message; it may come from a damaged file.
+# Longer names and values are cut in messages, since they may come from a damaged file.
 QUOTED = 200
 _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
 
 
 class OpenELMError(Exception):
-    """Something failed while working. The message is one line: what is wrong, and what to do. Exit code 1.
+    """A failure during the work. The message says in one line what is wrong and what to do. Exit code 1.
 
     Unprintable characters become spaces, and words of more than `QUOTED` characters are shortened.
     """
@@ -24,7 +24,7 @@ class OpenELMError(Exception):
 
 
 class RequestError(OpenELMError, ValueError):
-    """A bad flag, name, file or value; no work was started. Exit code 2."""
+    """An invalid flag, name, file or value; no work was started. Exit code 2."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ def quote(value: object) -> str:
 
 
 def _shorten(word: str) -> str:
-    """A word without its middle, since a path is recognized by its end."""
+    """A word without its middle; the end is kept because it identifies a path."""
     return f"{word[: QUOTED // 2]}…{word[1 - QUOTED // 2 :]}"
 
 

@@ -18,7 +18,7 @@ _MAX_TEXT_BYTES = 1 << 31
 _MAX_JSON_BYTES = 1 << 24
 # Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and reading would wait forever.
 _OPEN_FILES = ("/dev/fd", "/proc/self/fd")
-# How the file begins that Git leaves in place of a large one if Git LFS is not installed.
+# The start of the file that Git leaves in place of a large one if Git LFS is not installed.
 LFS_POINTER = b"version https://git-lfs"
 # YAML is parsed in pure Python, a megabyte in ten seconds. Limits: the size of the text, the number of values after
 # aliases are expanded, and the length of a number (1:1:1 is a base-60 number in YAML).

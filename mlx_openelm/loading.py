@@ -16,10 +16,10 @@ from .config import ModelConfig
 from .errors import RequestError, quote
 from .formats.mlx import Checkpoint
 from .formats.packing import dequantize_weights
-from .formats.weights import DTYPES, Weights, streaming
+from .formats.safetensors import WEIGHT_DTYPES, Weights, streaming
 from .hub import catalog
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
-from .ops import packed
+from .ops.packed import KERNEL_MODES, stays_packed
 from .sources import open_source
 from .text.tokenizer import Tokenizer
 
@@ -100,49 +100,51 @@ def build_model(
 
     The model's `quantization` says how its matrices were stored, `expanded` whether they were unpacked.
     """
-    compute = None if dtype is None else dtype_for(dtype, checkpoint.config)
+    config, choices = checkpoint.config, checkpoint.quantization
+    compute = None if dtype is None else dtype_for(dtype, config)
     if compute is None:
         compute = backend.compute_dtype(checkpoint.dtype)
-        if compute == mx.float16 and not checkpoint.config.fits_float16:
+        if compute == mx.float16 and not config.fits_float16:
             compute = mx.bfloat16
-    keeps_matrices = dtype is None and backend.has_kernels()
-    choices = checkpoint.quantization
-    expanded = bool(choices) and (_expansion_pays(checkpoint, compute) if expand is None else expand)
-    weights = dequantize_weights(checkpoint.weights, choices, compute) if expanded else checkpoint.weights
+    has_kernels = backend.has_kernels()
+    if expand is None:
+        # Our kernels multiply affine weights as they are stored; elsewhere expanding may be faster.
+        kernels_suffice = has_kernels and all(choice.mode in KERNEL_MODES for choice in choices.values())
+        expand = not kernels_suffice and _expansion_pays(checkpoint, compute)
+    expand = expand and bool(choices)
+    weights = dequantize_weights(checkpoint.weights, choices, compute) if expand else checkpoint.weights
     checkpoint.weights = Weights({})
 
-    model = OpenELM(checkpoint.config, initialize=False)
-    if choices and not expanded:
+    model = OpenELM(config, initialize=False)
+    if choices and not expand:
         nn.quantize(model, class_predicate=lambda path, _: asdict(choices[path]) if path in choices else False)
+    keeps_matrices = dtype is None and has_kernels
+    tensors = weights.tensors
     loaded = []
     with streaming():
         # One by one, so that the source of a cast or an unpacking is freed before the next weight is read; the
         # largest first, while the least memory is held.
-        for name, weight in weights.drain():
+        for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
+            weight = tensors.pop(name).read()
             if mx.issubdtype(weight.dtype, mx.floating) and (weight.ndim == 1 or not keeps_matrices):
                 weight = weight.astype(compute)
             mx.eval(weight)
             loaded.append((name, weight))
     model.load_weights(loaded)
     model.eval()
-    model.quantization, model.expanded = choices, expanded
+    model.quantization, model.expanded = choices, expand
     if not exact_activations:
-        round_activations(model)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+                module.rounds = module.bits <= ROUNDED_BITS
     return model
-
-
-def round_activations(model: OpenELM) -> None:
-    """Let our CPU kernels round the activations that meet packed weights of at most `ROUNDED_BITS` bits."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            module.rounds = module.bits <= ROUNDED_BITS
 
 
 def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, got {quote(dtype)}.")
-        return DTYPES[dtype]
+        if dtype not in WEIGHT_DTYPES:
+            raise RequestError(f"--dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {quote(dtype)}.")
+        return WEIGHT_DTYPES[dtype]
     return dtype
 
 
@@ -167,7 +169,7 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether unpacked weights would be faster here and fit in memory."""
-    if packed.stays_packed(choice.mode for choice in checkpoint.quantization.values()):
+    if stays_packed(choice.mode for choice in checkpoint.quantization.values()):
         return False
     available = backend.available_memory()
     return available is None or checkpoint.config.num_parameters * dtype.size < (1 - _FREE_SHARE) * available

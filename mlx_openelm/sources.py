@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,9 +14,8 @@ from .config import SIZES, ModelConfig
 from .errors import OpenELMError, RequestError, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
-from .hub import catalog, resolve
+from .hub import catalog
 from .inputs import check_file, read_json, to_path
-from .text import shared_tokenizer
 from .text.tokenizer import ENGINES, Tokenizer
 
 _CORENET_SUFFIXES = (".pt", ".pth")
@@ -36,37 +36,38 @@ class Source:
     checkpoint: Checkpoint  # config, unread weights by Hugging Face name, quantization
     tokenizer: Tokenizer
     repo: str | None  # the hub repository it stands for, None when local
-    release: catalog.Release | None
+    config: ModelConfig  # as it was opened; `checkpoint` may be replaced by a changed one
     stamps: dict[Path, Stamp | None] = field(default_factory=dict, repr=False)  # the state of its files when opened
 
-    def check_unchanged(self) -> None:
-        """Call after the last weight was read, before anything made from the weights is put in place.
+    @functools.cached_property
+    def release(self) -> catalog.Release | None:
+        """The published model that this is, if any."""
+        return find_release(self.name, self.path, self.config)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block in which the weights are evaluated; leave it before anything made from them is put in place.
 
         Raises:
-            OpenELMError: a file of the model was written to, replaced or removed since it was opened.
+            OpenELMError: a file cannot be read, or was written to, replaced or removed since the model was opened.
         """
+        failure = None
+        try:
+            yield
+        except RuntimeError as error:  # MLX's, for a file that it cannot read
+            if isinstance(error, NotImplementedError | RecursionError):
+                raise
+            failure = " ".join(str(error).split())
         now = _stamps(*self.stamps)
         changed = next((path for path, stamp in self.stamps.items() if now[path] != stamp), None)
         if changed is not None:
             raise OpenELMError(
                 f"{changed} was changed while it was being read; run again when no other program writes to it."
             )
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """A block in which the weights are evaluated: MLX's error for an unreadable file becomes one line, and a file
-        that changed meanwhile fails the block (see `check_unchanged`)."""
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, NotImplementedError | RecursionError):
-                raise
-            self.check_unchanged()
-            reason = " ".join(str(error).split())
+        if failure is not None:
             raise OpenELMError(
-                f"Reading the weights of {self.name} failed ({reason}); the disk may be failing, or a file is damaged."
-            ) from None
-        self.check_unchanged()
+                f"Reading the weights of {self.name} failed ({failure}); the disk may be failing, or a file is damaged."
+            )
 
 
 def open_source(
@@ -89,25 +90,12 @@ def open_source(
         RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
         OpenELMError: a download that failed.
     """
-    is_download = catalog.corenet_name(model) is not None
-    local = None if is_download else to_path(model)
-    is_file = local is not None and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
-    if revision is not None and (is_download or is_file):
-        raise RequestError(
-            f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
-        )
-    repo = None
-    if is_download:
-        path = _download_corenet(str(model))
-    elif is_file and local is not None:
-        if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
-            raise RequestError(f"the file {model} does not exist")
-        check_file(local)
-        path = local
+    # The built-in model needs no look-up, unless a local folder of the same name overrides it.
+    is_tiny = model == catalog.TINY and revision is None and not os.path.isfile(f"{model}/config.json")
+    if is_tiny and (catalog.TINY_FOLDER / "config.json").is_file():
+        path, repo = catalog.TINY_FOLDER, None
     else:
-        found = resolve.locate(model)
-        repo = found if isinstance(found, str) else None
-        path = found if isinstance(found, Path) and revision is None else resolve.resolve(model, revision=revision)
+        path, repo = _find(model, revision)
     is_folder = path.is_dir()
     if config_yaml is not None and (is_folder or path.suffix.lower() == ".gguf"):
         raise RequestError(f"--config-yaml belongs to CoreNet's .pt files; {model} brings its own configuration.")
@@ -115,11 +103,7 @@ def open_source(
     # CoreNet's MLX port names its model in config.json instead of giving its sizes.
     is_port = (path / "weights.safetensors").is_file() and "model_name" in read_json(path / "config.json")
     if is_port or (not is_folder and path.suffix.lower() != ".gguf"):
-        source = _open_corenet(model, path, tokenizer, config_yaml, repo)
-        # The average of the last checkpoints is what the hub has, and what the port was made from.
-        if is_download and source.release is not None and (is_folder or path.stem == "checkpoint_average"):
-            source.repo = source.release.hub_repo
-        return source
+        return _open_corenet(model, path, tokenizer, config_yaml, repo)
     stamps = _stamps(path)
     if is_folder:
         checkpoint, text = mlx_format.read(path), None
@@ -129,7 +113,35 @@ def open_source(
         checkpoint, text = gguf.read(path)
     if text is None or tokenizer is not None:
         text = find_tokenizer(model, path, checkpoint.config, tokenizer)
-    return Source(str(model), path, checkpoint, text, repo, find_release(model, path, checkpoint.config), stamps)
+    return Source(str(model), path, checkpoint, text, repo, checkpoint.config, stamps)
+
+
+def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """The folder or file of a model, downloaded if necessary, and the hub repository it stands for, if any.
+
+    Raises:
+        RequestError: an unknown name, or a revision of something that is not a hub repository.
+        OpenELMError: a download that failed.
+    """
+    local = to_path(model)
+    is_download = catalog.corenet_name(model) is not None
+    is_file = not is_download and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
+    if revision is not None and (is_download or is_file):
+        raise RequestError(
+            f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
+        )
+    if is_download:
+        return _download_corenet(str(model)), None
+    if is_file:
+        if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
+            raise RequestError(f"the file {model} does not exist")
+        check_file(local)
+        return local, None
+    if revision is None and os.path.isfile(local / "config.json"):
+        return local, None
+    from .hub import resolve
+
+    return resolve.resolve(model, revision=revision), resolve.source_repo(model)
 
 
 def _download_corenet(name: str) -> Path:
@@ -151,7 +163,6 @@ def _open_corenet(
     stamps = _stamps(path, *([] if yaml_file is None else [yaml_file]))
     checkpoint, pieces = corenet.read_port(path) if path.is_dir() else corenet.read(path, yaml_file)
     unpadded = replace(checkpoint.config, vocab_size=pieces)
-    release = find_release(model, path, unpadded)
     text = find_tokenizer(model, path, unpadded, tokenizer, rows=checkpoint.config.vocab_size)
     if text.vocab_size < pieces < checkpoint.config.vocab_size:
         warnings.warn(
@@ -160,7 +171,12 @@ def _open_corenet(
             stacklevel=3,
         )
     corenet.cut_vocabulary(checkpoint, text.vocab_size)
-    return Source(str(model), path, checkpoint, text, repo, release, stamps)
+    source = Source(str(model), path, checkpoint, text, repo, unpadded, stamps)
+    # The average of the last checkpoints is what the hub has, and what the port was made from.
+    is_average = path.is_dir() or path.stem == "checkpoint_average"
+    if catalog.corenet_name(model) is not None and source.release is not None and is_average:
+        source.repo = source.release.hub_repo
+    return source
 
 
 def find_tokenizer(
@@ -190,13 +206,15 @@ def find_tokenizer(
             tokenizer = Tokenizer.from_folder(folder, rows=rows)
         else:  # other files beside a checkpoint may belong to another model
             tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids, rows=rows)
-    elif (release := find_release(model, path, config)) is not None:
-        tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     else:
-        raise RequestError(
-            f"{folder} has no tokenizer.json or tokenizer.model; give one with --tokenizer "
-            f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
-        )
+        from .text import shared_tokenizer
+
+        if (release := find_release(model, path, config)) is None:
+            raise RequestError(
+                f"{folder} has no tokenizer.json or tokenizer.model; give one with --tokenizer "
+                f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
+            )
+        tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     if tokenizer.vocab_size > rows:
         raise RequestError(
             f"The tokenizer has {tokenizer.vocab_size} pieces, but the model only {rows}; "

@@ -1,36 +1,36 @@
-"""How messages and reports write flags, choices and sizes."""
+"""Text for messages and reports: flags, choices, lists of names, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# How many names `some` gives before the rest is only counted.
+# The most names that `some` lists.
 SOME = 8
 
 
 def flag(name: str) -> str:
-    """The flag that sets an argument or a field: `q_bits` is `--q-bits`."""
+    """The command-line flag of an argument or a field: `--q-bits` for `q_bits`."""
     return f"--{name.replace('_', '-')}"
 
 
 def one_of(choices: Sequence[object]) -> str:
-    """Choices for a sentence: a, b or c."""
+    """Choices in a sentence: `a, b or c`."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
 
 
 def some(names: Sequence[str], count: int | None = None, *, separator: str = ", ") -> str:
-    """The first names of many, and how many more there are.
+    """The first `SOME` names and the number of the others: `a, b, c and 12 more`.
 
     Args:
-        count: how many there are in all, where `names` are only the first.
+        count: the number of all names, if `names` has only the first of them.
     """
     more = (len(names) if count is None else count) - SOME
     return separator.join(names[:SOME]) + (f" and {more} more" if more > 0 else "")
 
 
 def size(count: float) -> str:
-    """Bytes as people read them: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
+    """A number of bytes in decimal units: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
             break

@@ -45,7 +45,7 @@ def model(path: Path, kind: str) -> None:
 
     yaml = path.with_name("run.yaml")
     source = open_source(path, config_yaml=yaml if yaml.exists() else None)
-    names = source.checkpoint.weights.tensors()
+    names = source.checkpoint.weights.tensors
     with source.reading():
         weights = {name: np.array(tensor.read().astype(mx.float32)) for name, tensor in names.items()}
     _check_weights(path, kind, weights)

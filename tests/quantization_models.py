@@ -1,4 +1,4 @@
-"""Tiny random models for the tests of quantization, and what several of them count the same way."""
+"""Tiny random models and helpers for the tests of quantization."""
 
 from __future__ import annotations
 

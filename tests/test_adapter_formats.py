@@ -21,7 +21,7 @@ from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats import raw
 from mlx_openelm.formats.adapter import TARGET_MODULES, Adapter, LowRank
-from mlx_openelm.formats.weights import Tensor
+from mlx_openelm.formats.safetensors import Tensor
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 

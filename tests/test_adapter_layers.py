@@ -20,7 +20,8 @@ from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
-from mlx_openelm.formats.packing import Quantization, quantize_weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import Embedding, Linear, OpenELM
 from mlx_openelm.ops.packed import MODES

@@ -207,7 +207,7 @@ def test_the_card_names_every_model_and_keeps_a_licence_they_share(tmp_path: Pat
     )
 
 
-def test_the_card_of_models_nobody_knows_names_no_base(tmp_path: Path) -> None:
+def test_the_card_of_unknown_models_names_no_base(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / name, 0)
     average([tmp_path / "a", tmp_path / "b"], tmp_path / "out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.formats.rounding import round_error
 from mlx_openelm.quantization import awq
 from mlx_openelm.quantization.calibration import Stream
@@ -104,7 +104,14 @@ def test_norms_are_stored_exactly_and_zeros_and_signs_kept(path, norm):
     assert np.abs(np.array(model(tokens)) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-def test_scales_are_one_where_nothing_is_gained():
+def test_small_columns_are_scaled_up_if_all_inputs_have_the_same_size():
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    weight[:, ::2] *= 0.1
+    scales = np.array(awq.column_scales(mx.array(weight), mx.eye(64), CHOICE, mx.bfloat16))
+    assert scales[::2].min() > 1.5 * scales[1::2].max()
+
+
+def test_scales_are_one_if_nothing_is_gained():
     # On 8 bits' grid a matrix of whole numbers up to 255 is exact already.
     weight = np.random.default_rng(0).integers(0, 256, (16, 32)).astype(np.float32)
     weight[:, 0], weight[:, 1] = 0, 255

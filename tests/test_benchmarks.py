@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: that it runs, on a model of two layers, with a CPU in the GPU's place where there is none."""
+"""benchmarks/gpu.py runs on a model of two layers, on the CPU if there is no GPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_all_rows_are_there(tmp_path: Path) -> None:
     assert answer["title"] in done.stdout
 
 
-def test_a_machine_without_a_gpu_is_told_so() -> None:
+def test_a_machine_without_a_gpu_is_refused() -> None:
     if mx.metal.is_available() or mx.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = run()
@@ -85,7 +85,7 @@ def test_both_programs_share_the_weights_and_nothing_stays(gpu: ModuleType, benc
     arrays = gpu.random_weights(config)
     size = sum(array.nbytes for array in arrays.values())
     assert size == 2 * config.num_parameters
-    list(benchmark.train(config, arrays, "lora", "smoke"))  # what is kept for good is there now
+    list(benchmark.train(config, arrays, "lora", "smoke"))  # allocates what stays for the whole run
     gpu.release()
     before = mx.get_active_memory()
     models = gpu.our_model(config, arrays, {}), gpu.their_model(config, arrays, {})
@@ -116,7 +116,7 @@ def test_the_budget_ends_the_turns_but_not_the_first(gpu: ModuleType) -> None:
     assert list(turns) == [0] and turns.cut
 
 
-def test_what_fails_is_told_and_does_not_stop_the_rest(gpu: ModuleType, benchmark: Any, capsys: Any) -> None:
+def test_a_failure_is_noted_and_does_not_stop_the_rest(gpu: ModuleType, benchmark: Any, capsys: Any) -> None:
     def fails() -> list[Any]:
         raise RuntimeError("[malloc] no memory\nfor this")
 

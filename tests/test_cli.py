@@ -21,7 +21,7 @@ from mlx_openelm import blas, load, native, stream_generate
 from mlx_openelm.cli import console, doctor
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.options import GenerationOptions
-from mlx_openelm.hub import corenet as corenet_files
+from mlx_openelm.hub import corenet
 
 import mlx.core as mx
 import pytest
@@ -625,8 +625,8 @@ def test_adapters_that_apple_published(tmp_path: Path) -> None:
     try:
         server.files["peft/openelm_lora_270M.pt"] = (tmp_path / "mine.pt").read_bytes()
         env = {
-            corenet_files.URL_VARIABLE: server.url,
-            corenet_files.CACHE_VARIABLE: str(tmp_path / "cache"),
+            corenet.URL_VARIABLE: server.url,
+            corenet.CACHE_VARIABLE: str(tmp_path / "cache"),
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
         }
@@ -747,6 +747,15 @@ def test_sizes() -> None:
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_json({"a": float("nan"), "b": [float("-inf"), 1.5], "é": ()})
     assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "é": []}\n'
+
+
+def test_json_keeps_every_character_whatever_the_stream_encodes() -> None:
+    for encoding, shown in (("ascii", r"\u00e9"), ("latin-1", "é"), ("utf-8", "é")):
+        code = "from mlx_openelm.cli import console; console.prepare_streams(); console.print_json({'a': 'é'})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
+        )
+        assert done.stdout.decode(encoding) == f'{{"a": "{shown}"}}\n'
 
 
 class FakeTime:

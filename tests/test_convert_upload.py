@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx_openelm
-from mlx_openelm.cli import convert as convert_command
 from mlx_openelm.cli.main import main
 from mlx_openelm.jobs.convert import Conversion
 
@@ -162,7 +161,7 @@ def test_a_network_that_is_gone_after_the_work(
         return result
 
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    monkeypatch.setattr(convert_command, "convert", convert_then_stop)
+    monkeypatch.setattr("mlx_openelm.cli.convert.convert", convert_then_stop)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as end:
         main(["convert", "--model", str(SHAKESPEARE), "--mlx-path", str(out), "--upload-repo", REPO])

@@ -50,7 +50,7 @@ def test_whatever_is_imported_is_declared() -> None:
 
 
 def test_what_a_plain_installation_needs_is_no_extra() -> None:
-    """Modules of the download of CoreNet's files, which no extra stands for."""
+    """The modules that download CoreNet's files are in no extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
     assert {"httpx2", "filelock"} <= names

@@ -171,7 +171,7 @@ def test_the_divergence_that_is_trained_is_that_of_the_models():
     rounded(model)
     windows = [[*row, 0] for row in batches[0].tolist()]
     expected = kl_divergence(tiny_model(), model, windows)
-    assert dwq._divergence(model, teacher, batches, 0).item() == pytest.approx(expected, rel=1e-4)
+    assert dwq.divergence(model, teacher, batches, 0).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("methods", [("dwq",), ("awq", "gptq", "dwq")])

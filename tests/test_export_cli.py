@@ -1,4 +1,4 @@
-"""`mlx-openelm export` and `exporting.export`: what it writes, where, and what it leaves when it cannot."""
+"""`mlx-openelm export` and `jobs.export`: what it writes, where, and what it leaves when it cannot."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import huggingface
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.jobs import export as exporting
 from mlx_openelm.jobs.average import average
-from mlx_openelm.jobs.export import export
+from mlx_openelm.jobs.export import FORMATS, export
 from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.quantization.options import QuantizeOptions
 from mlx_openelm.sources import Source
@@ -50,6 +49,18 @@ def model(tmp_path: Path) -> Path:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_stored_in_several_types_is_exported_in_float32(tmp_path: Path) -> None:
+    mixed = shutil.copytree(SHAKESPEARE, tmp_path / "mixed")
+    weights = mx.load(str(mixed / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mixed_weights = {name: w.astype(mx.bfloat16) if w.ndim == 2 else w for name, w in weights.items()}
+    mx.save_safetensors(str(mixed / "model.safetensors"), mixed_weights, {"format": "pt"})
+    result = export(mixed, tmp_path / "hf", format="huggingface")
+    written = mx.load(str(tmp_path / "hf" / "model.safetensors"))
+    assert isinstance(written, dict)
+    assert result.type == "float32" and {w.dtype for w in written.values()} == {mx.float32}
 
 
 def test_the_command_writes_a_gguf_file(tmp_path: Path) -> None:
@@ -168,13 +179,13 @@ def test_outputs_are_named_after_what_was_typed(
     typed: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, tokenizer = mlx_format.read(SHAKESPEARE), Tokenizer.from_folder(SHAKESPEARE)
-    source = Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, None)
-    monkeypatch.setattr(exporting, "open_source", lambda *_, **__: source)
+    source = Source(typed, SHAKESPEARE, checkpoint, tokenizer, None, checkpoint.config)
+    monkeypatch.setattr("mlx_openelm.jobs.export.open_source", lambda *_, **__: source)
     monkeypatch.chdir(tmp_path)
     assert export(typed, format="gguf").path == Path(f"{name}-f16.gguf")
 
 
-@pytest.mark.parametrize("format", exporting.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path, format: str) -> None:
     output = tmp_path / "out"
     export(SHAKESPEARE, output, format=format)
@@ -222,7 +233,7 @@ def test_the_source_is_never_the_output(tmp_path: Path, model: Path) -> None:
 # What is left when it fails.
 
 
-@pytest.mark.parametrize("format", exporting.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing_but_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
@@ -245,7 +256,7 @@ def test_a_full_disk_leaves_nothing_but_what_was_there(
     assert names(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("format", exporting.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_source_that_changes_meanwhile_leaves_nothing(tmp_path: Path, model: Path, format: str) -> None:
     def change(done: int, total: int) -> None:
         os.utime(model / "model.safetensors", ns=(done, done))
@@ -297,16 +308,16 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_files_are_written_and_read_tensor_by_tensor(tmp_path: Path) -> None:
-    """In a process of its own, where nothing else counts into the peak."""
+    """In a separate process, so that nothing else counts in the peak."""
     code = """
 import json, sys
 from mlx_openelm import convert
 from mlx_openelm.jobs.average import average
 from mlx_openelm.jobs.export import export
-from mlx_openelm.formats import packing
+from mlx_openelm.formats import mlx as mlx_format
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-packing._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
+mlx_format._PIECE = 1 << 14  # small beside these matrices, as it is beside the published models'
 model, out = sys.argv[1:]
 peaks = {}
 def measure(name, work):

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 from mlx_openelm import convert
-from mlx_openelm.jobs import export as exporting
-from mlx_openelm.publishing import upload as publishing
-from mlx_openelm.publishing.upload import UploadOptions
+from mlx_openelm.jobs.export import export
+from mlx_openelm.publishing.upload import UploadOptions, publish
 
 import pytest
 from fake_hub import FakeHub
@@ -25,7 +24,7 @@ WRITER = {"HF_TOKEN": "hf_writer"}
 GGUF, FOLDER = ("--format", "gguf"), ("--format", "huggingface")
 
 
-def export(*args: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run_export(*args: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in `folder`."""
     command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | env
@@ -60,7 +59,7 @@ def test_a_gguf_file_with_card_and_licence(
 ) -> None:
     pytest.importorskip("gguf")
     args = ["--model", "them/plays", *GGUF, "--gguf-type", kind, "--upload-repo", REPO]
-    done = export(*args, env=hub_env | WRITER, folder=out)
+    done = run_export(*args, env=hub_env | WRITER, folder=out)
     assert done.returncode == 0, done.stderr
     file = f"plays-{kind}.gguf"
     assert [path.name for path in out.iterdir()] == [file]
@@ -80,7 +79,7 @@ def test_a_gguf_file_with_card_and_licence(
 
 def test_a_hugging_face_folder(original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
     args = ["--model", "them/plays", *FOLDER, "--output", "hf", "--upload-repo", REPO, "--json"]
-    done = export(*args, env=hub_env | WRITER, folder=out)
+    done = run_export(*args, env=hub_env | WRITER, folder=out)
     assert done.returncode == 0, done.stderr
     arrived, written = sent(hub), {path.name: path.read_bytes() for path in (out / "hf").iterdir()}
     assert arrived.keys() == written.keys() and "LICENSE" in written
@@ -96,21 +95,21 @@ def test_a_hugging_face_folder(original: Path, hub: FakeHub, hub_env: dict[str, 
 
 def test_the_folder_has_a_card_without_an_upload(tmp_path: Path) -> None:
     packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True).path
-    exporting.export(packed, tmp_path / "hf", format="huggingface")
+    export(packed, tmp_path / "hf", format="huggingface")
     card = metadata_load(tmp_path / "hf" / "README.md")
     assert card["library_name"] == "transformers" and "base_model" not in card
     assert f"| Parameters | {PARAMETERS} |" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
-    """Everything the card tells was read before the weights were written."""
+    """Everything on the card was read before the weights were written."""
     pytest.importorskip("gguf")
     model = Path(shutil.copytree(SHAKESPEARE, tmp_path / "model"))
     (model / "README.md").write_text("---\nlicense: mit\nbase_model: them/plays\n---\n# Plays\n")
-    result = exporting.export(model, tmp_path / "a.gguf", format="gguf", gguf_type="q4_0")
+    result = export(model, tmp_path / "a.gguf", format="gguf", gguf_type="q4_0")
     shutil.rmtree(model)
     options = UploadOptions(upload_repo=REPO, dry_run=True)
-    plan = publishing.publish(result.path, options, card=result.card, licenses=result.licenses)
+    plan = publish(result.path, options, card=result.card, licenses=result.licenses)
     assert {file.name for file in plan.files} == {"a.gguf", "README.md"}
     front = plan.card.split("---")[1]
     assert "license: mit" in front and "base_model: them/plays" in front and "relation: quantized" in front
@@ -120,7 +119,7 @@ def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
 
 def test_a_dry_run_asks_nobody(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
     args = ["--model", SHAKESPEARE, *FOLDER, "--upload-repo", REPO, "--dry-run"]
-    done = export(*args, env=hub_env, folder=out)
+    done = run_export(*args, env=hub_env, folder=out)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Would upload shakespeare-hf-hf; nothing was sent." in done.stdout
     assert (out / "shakespeare-hf-hf" / "model.safetensors").is_file() and hub.requests == []
@@ -137,7 +136,7 @@ def test_a_dry_run_asks_nobody(hub: FakeHub, hub_env: dict[str, str], out: Path)
 def test_refused_before_any_work(
     args: list[str], code: int, message: str, hub: FakeHub, hub_env: dict[str, str], out: Path
 ) -> None:
-    done = export("--model", SHAKESPEARE, *args, env=hub_env, folder=out)
+    done = run_export("--model", SHAKESPEARE, *args, env=hub_env, folder=out)
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert list(out.iterdir()) == [] and hub.requests == []
@@ -146,7 +145,7 @@ def test_refused_before_any_work(
 def test_a_refused_upload_keeps_the_file(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
     pytest.importorskip("gguf")
     hub.forbids = True
-    done = export(
+    done = run_export(
         "--model", SHAKESPEARE, *GGUF, "--output", "a.gguf", "--upload-repo", REPO, env=hub_env | WRITER, folder=out
     )
     assert done.returncode == 1 and done.stdout.startswith("Wrote a.gguf: f16")

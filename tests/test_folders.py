@@ -14,7 +14,7 @@ from mlx_openelm import load
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.hub import resolve as names
+from mlx_openelm.hub.resolve import resolve
 from mlx_openelm.inputs import read_json
 from mlx_openelm.publishing.files import model_files
 
@@ -374,7 +374,7 @@ def test_adapters_on_the_hub_given_as_a_model(hub: FakeHub) -> None:
         (adapter / name).write_text("{}")
     hub.add("me/my-adapter", adapter)
     with pytest.raises(RequestError, match="me/my-adapter is an adapter: give it with --adapter-path"):
-        names.resolve("me/my-adapter")
+        resolve("me/my-adapter")
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -476,7 +476,7 @@ def test_an_unused_twin_of_the_output_layer_is_left_out(folder: Path) -> None:
     own = tensors_of(UNTIED)
     save(folder, own | {TWIN: own[HEAD] + 1})
     checkpoint = mlx_format.read(folder)
-    assert checkpoint.weights.tensors().keys() == own.keys()
+    assert checkpoint.weights.tensors.keys() == own.keys()
     assert mx.array_equal(checkpoint.weights[HEAD], own[HEAD]).item()
 
 

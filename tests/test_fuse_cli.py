@@ -12,7 +12,6 @@ from typing import Any
 
 from mlx_openelm import convert
 from mlx_openelm.adapters.merging import Deviation
-from mlx_openelm.cli import fuse as cli_fuse
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
@@ -41,7 +40,7 @@ def run(*args: object) -> int | str | None:
     return stop.value.code
 
 
-def test_it_says_what_was_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_what_was_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--model", "model") == 0
     lines, warnings = capfd.readouterr()
     size = sum(path.stat().st_size for path in (folder / "fused_model").iterdir()) / 1e6
@@ -49,10 +48,10 @@ def test_it_says_what_was_written(folder: Path, capfd: pytest.CaptureFixture[str
         f"Wrote {folder / 'fused_model'}: 32.00 bits per weight, {size:.1f} MB",
         "  24 tensors changed by 16.11% (root mean square)",
     ]
-    assert "warning" not in warnings  # on a busy machine it tells of progress
+    assert "warning" not in warnings  # on a busy machine it reports progress
 
 
-def test_json_holds_what_python_gives(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_values_of_the_python_function(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     convert("model", "packed", quantize=True, q_bits=8)
     assert run("--model", "packed", "--adapter-path", "embedding", "--save-path", "fused", "--json") == 0
     values: dict[str, Any] = json.loads(capfd.readouterr().out)
@@ -68,7 +67,7 @@ def test_json_holds_what_python_gives(folder: Path, capfd: pytest.CaptureFixture
     assert "kl_divergence" not in values and "upload" not in values
 
 
-def test_what_packing_again_costs_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_packing_again_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "text.txt").write_text((SHAKESPEARE / "config.json").read_text() * 4)
     convert("model", "packed", quantize=True)
     assert run("--model", "packed", "--adapter-path", "embedding", "--report", "--report-data", "text.txt") == 0
@@ -76,7 +75,7 @@ def test_what_packing_again_costs_is_told(folder: Path, capfd: pytest.CaptureFix
     assert "packing them again costs an error of " in lines and "of the change" in lines
     assert "KL divergence from the base with the adapter: 0." in lines and "(of the base without it: " in lines
     assert "the output layer is now separate (lm_head)" in lines
-    assert "warning" not in warnings  # on a busy machine it tells of progress
+    assert "warning" not in warnings  # on a busy machine it reports progress
 
     weak = ("--model", "packed", "--adapter-path", "adapters=0.1", "--overwrite")
     assert run(*weak) == 0
@@ -90,8 +89,10 @@ def test_a_type_for_what_stays_packed_is_warned_about(folder: Path, capfd: pytes
     convert("model", "packed", quantize=True)
     words = ("--model", "packed", "--dtype", "float16", "--overwrite")
     assert run(*words) == 0
-    said = capfd.readouterr().err
-    assert "warning: The matrices stay packed in 4 bits" in said and "--dequantize gives float16 throughout." in said
+    printed = capfd.readouterr().err
+    assert (
+        "warning: The matrices stay packed in 4 bits" in printed and "--dequantize gives float16 throughout." in printed
+    )
     assert run(*words, "--dequantize") == 0
     assert "packed in" not in capfd.readouterr().err
 
@@ -106,12 +107,15 @@ def test_a_result_further_away_than_the_base_is_warned_about(
     requantized: bool,
     advice: str | None,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    cli_fuse._lines(Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences))
-    said = capfd.readouterr().err
+    done = Fusion(tmp_path, 4.5, {}, Deviation(), {}, False, requantized, *divergences)
+    monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", lambda *_, **__: done)
+    assert run("--report") == 0
+    printed = capfd.readouterr().err
     further = f"The result is further from the base with the adapter than the base alone is: fuse {advice}\n"
-    assert said == (f"warning: {further}" if advice else "")
+    assert printed == (f"warning: {further}" if advice else "")
 
 
 def test_adapters_are_mixed_and_matrices_packed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -130,8 +134,8 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((args, options))
         raise RequestError("that is enough")
 
-    monkeypatch.setattr(cli_fuse, "fuse", record)
-    told = {
+    monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", record)
+    expected = {
         "dtype": "float16",
         "quantize": True,
         "q_bits": 3,
@@ -148,13 +152,13 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     flags = [
         word
-        for name, value in told.items()
+        for name, value in expected.items()
         for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
     ]
     assert run("--model", "base", "--adapter-path", "a", "--save-path", "out", *flags) == 2
     ((args, options),) = calls
     assert args == ("base", ["a"], Path("out"))
-    assert callable(options.pop("progress")) and options == told
+    assert callable(options.pop("progress")) and options == expected
 
 
 @pytest.mark.parametrize(

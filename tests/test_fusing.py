@@ -20,9 +20,10 @@ from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, mak
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import PARTS, quantize_weights
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.jobs.fuse import Fusion, fuse
 from mlx_openelm.loading import build_model
+from mlx_openelm.ops.packed import PARTS
 from mlx_openelm.quantization.recipes import planner
 
 import mlx.core as mx
@@ -211,7 +212,7 @@ def test_full_fine_tuning_replaces_tensors_to_the_bit(tmp_path: Path) -> None:
         assert same(merged.checkpoint.weights.take(name), new.get(name, before[name]))
 
 
-def test_several_adapters_count_as_often_as_told(tmp_path: Path) -> None:
+def test_several_adapters_are_weighted(tmp_path: Path) -> None:
     weights = {FIXTURES / "peft-lora": 0.7, FIXTURES / "peft-rslora-attention": -0.3}
     fuse(SHAKESPEARE, weights, tmp_path / "mapping")
     typed = [f"{path}={weight}" for path, weight in weights.items()]
@@ -356,7 +357,7 @@ def test_quantizing_while_fusing_is_fusing_and_then_quantizing(
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-def test_types_are_those_of_the_base_unless_told(stored: str, tmp_path: Path) -> None:
+def test_types_are_those_of_the_base_by_default(stored: str, tmp_path: Path) -> None:
     convert(SHAKESPEARE, tmp_path / "base", dtype=stored)
     fuse(tmp_path / "base", FIXTURES / "peft-lora", tmp_path / "fused")
     fuse(tmp_path / "base", FIXTURES / "peft-lora", tmp_path / "exact", dtype="float32")
@@ -380,7 +381,7 @@ def test_scales_keep_their_type(scales: str, tmp_path: Path) -> None:
     assert mlx_format.read(tmp_path / "fused").dtype == getattr(mx, scales)
 
 
-# What is told of it.
+# What is reported.
 
 
 def test_the_report_is_the_divergence_from_the_adapter_on_the_base(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_the_report_is_the_divergence_from_the_adapter_on_the_base(packed: dict[
 
 
 def test_rounding_takes_back_what_is_small_beside_its_steps(packed: dict[str, Path], tmp_path: Path) -> None:
-    """What is told of a weak adapter on few bits, and how not to lose it."""
+    """A weak adapter is mostly lost in a few bits, unless the result is unpacked or the base was not packed."""
     weak = {FIXTURES / "peft-lora": 0.1}
     lost = fuse(packed["4 bits"], weak, tmp_path / "lost")
     full = fuse(packed["4 bits"], weak, tmp_path / "full", dequantize=True)
@@ -436,10 +437,21 @@ def test_the_card_names_adapter_and_base(tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copytree(FIXTURES / "peft-lora", tmp_path / "clients" / "acme")
     fuse(base, "clients/acme=0.5", tmp_path / "weighed")
     assert "clients" not in (tmp_path / "weighed" / "README.md").read_text()
-    # What is made of the result still derives from the same base.
+    # A conversion of the result still derives from the same base.
     convert(tmp_path / "fused", tmp_path / "again", dequantize=True)
     card = metadata_load(tmp_path / "again" / "README.md")
     assert card is not None and (card["base_model"], card["base_model_relation"]) == ("them/plays", "finetune")
+
+
+def test_a_merge_stays_one_when_adapters_are_fused_into_it(tmp_path: Path) -> None:
+    from huggingface_hub import metadata_load
+
+    base = shutil.copytree(SHAKESPEARE, tmp_path / "base")
+    (base / "README.md").write_text("---\nbase_model: [them/plays, me/poems]\nbase_model_relation: merge\n---\n")
+    fuse(base, FIXTURES / "peft-lora", tmp_path / "fused")
+    card = metadata_load(tmp_path / "fused" / "README.md")
+    assert card is not None
+    assert (card["base_model"], card["base_model_relation"]) == (["them/plays", "me/poems"], "merge")
 
 
 def test_the_card_of_the_packaged_model_does_not_call_the_result_by_its_name(tmp_path: Path) -> None:
@@ -463,7 +475,7 @@ def test_the_card_of_the_packaged_model_does_not_call_the_result_by_its_name(tmp
 
 
 def test_one_matrix_is_held_at_a_time(tmp_path: Path) -> None:
-    """In a process of its own, where nothing else counts into the peak."""
+    """In a separate process, so that nothing else counts in the peak."""
     code = """
 import sys, json
 from pathlib import Path
@@ -527,7 +539,7 @@ def test_a_quantized_base_goes_into_another_packing(packed: dict[str, Path], tmp
     with pytest.warns(UserWarning, match="already quantized to 4 bits, so with -q it is rounded twice"):
         fuse(base, FIXTURES / "peft-rslora-attention", tmp_path / "fused", quantize=True, q_bits=8)
     model, _ = load(tmp_path / "fused")
-    # Matrices the adapter does not change are packed anew as well.
+    # Matrices the adapter does not change are packed again too.
     assert {choice.bits for choice in model.quantization.values()} == {8}
     assert len(model.quantization) == len(planner(bits=8)(model.config)[0])
     difference = np.abs(logits(model) - logits(load(tmp_path / "full")[0]))

@@ -16,7 +16,7 @@ from mlx_openelm.formats import gguf as gguf_format
 from mlx_openelm.formats import gguf_tokenizer
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.text.sentencepiece import read_model
 from mlx_openelm.text.tokenizer import Tokenizer

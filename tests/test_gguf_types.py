@@ -84,7 +84,7 @@ def test_every_type_unpacks_to_what_the_package_makes_of_it(
     path = file.write(tmp_path / "a.gguf")
     checkpoint, _ = gguf_format.read(path)
     assert checkpoint.rounded_to == kind.lower()
-    assert {tensor.dtype for tensor in checkpoint.weights.tensors().values()} == {mx.float32}
+    assert {tensor.dtype for tensor in checkpoint.weights.tensors.values()} == {mx.float32}
     ours, theirs = weights_in(path), {name: full(tensor) for name, tensor in file.tensors}
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_openelm.formats import rounding
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.quantization import gptq
 
 import mlx.core as mx
@@ -69,7 +69,7 @@ def test_levels_are_those_of_the_textbook(columns, size, bits):
 
 
 def test_the_order_of_columns_is_that_of_their_inputs():
-    # With two columns that always have equal inputs, the second makes good what the first rounds away.
+    # With two columns that always have equal inputs, the second corrects the rounding of the first.
     weight = mx.array(np.tile(np.float32([0.3, 0.3] + [0.0] * 30), (1, 1)))
     moments = np.eye(32, dtype=np.float32) * 1e-3
     moments[:2, :2] = [[1.0, 1.0], [1.0, 1.0001]]

@@ -9,7 +9,8 @@ from mlx_openelm import load
 from mlx_openelm.cache import make_cache
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.packing import Quantization, quantize_weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM, QuantizedLinear

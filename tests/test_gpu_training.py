@@ -11,7 +11,7 @@ from typing import Any
 from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.errors import OpenELMError
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.model import OpenELM
 from mlx_openelm.ops.packed import MODES
 from mlx_openelm.training import finetune as finetune_module

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError, quote
-from mlx_openelm.hub import catalog
-from mlx_openelm.hub import resolve as names
+from mlx_openelm.hub import catalog, resolve
 from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
@@ -96,29 +95,29 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["tiny", "Tiny", " tiny "])
 def test_tiny_is_packaged(name: str, packaged: Path) -> None:
-    assert names.resolve(name) == packaged
-    assert names.source_repo(name) is None
+    assert resolve.resolve(name) == packaged
+    assert resolve.source_repo(name) is None
 
 
 def test_tiny_missing_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "TINY_FOLDER", tmp_path / "nothing")
     with pytest.raises(OpenELMError, match="install mlx-openelm again") as error:
-        names.resolve("tiny")
+        resolve.resolve("tiny")
     assert error.value.exit_code == 1
 
 
 def test_local_folder_is_itself(here: Path) -> None:
     make_folder(here, {"models/mine/config.json": "{}", "plain/weights.safetensors": ""})
     for name in ("models/mine", "models/mine/", "./models/mine", str(here / "models/mine"), "plain"):
-        assert names.resolve(name).resolve() == (here / name).resolve()
-        assert names.source_repo(name) is None
-    assert names.resolve(Path("plain")) == Path("plain")
+        assert resolve.resolve(name).resolve() == (here / name).resolve()
+        assert resolve.source_repo(name) is None
+    assert resolve.resolve(Path("plain")) == Path("plain")
 
 
 def test_home_is_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(here))
     make_folder(here, {"mine/config.json": "{}"})
-    assert names.resolve("~/mine") == here / "mine"
+    assert resolve.resolve("~/mine") == here / "mine"
 
 
 @pytest.mark.parametrize("name", ["270m", "OpenELM-1.1B", "apple/OpenELM-3B", "tiny"])
@@ -126,12 +125,12 @@ def test_folder_named_as_a_model_wins_only_with_a_config(name: str, here: Path, 
     (here / name).mkdir(parents=True)
     (here / name / "notes.txt").write_text("no model")
     release = catalog.find(name)
-    assert names.source_repo(name) == (release.hub_repo if release else None)
+    assert resolve.source_repo(name) == (release.hub_repo if release else None)
     if release is None:
-        assert names.resolve(name) == packaged
+        assert resolve.resolve(name) == packaged
     (here / name / "config.json").write_text("{}")
-    assert names.source_repo(name) is None
-    assert names.resolve(name).resolve() == (here / name).resolve()
+    assert resolve.source_repo(name) is None
+    assert resolve.resolve(name).resolve() == (here / name).resolve()
 
 
 @pytest.mark.parametrize(
@@ -149,25 +148,25 @@ def test_folder_named_as_a_model_wins_only_with_a_config(name: str, here: Path, 
 )
 def test_path_that_does_not_exist(name: str, here: Path) -> None:
     with pytest.raises(RequestError) as error:
-        names.resolve(name)
+        resolve.resolve(name)
     assert message_of(error) == f"the folder {name} does not exist"
     assert error.value.exit_code == 2
 
 
 def test_a_path_object_is_never_a_hub_name(here: Path) -> None:
     with pytest.raises(RequestError, match="the folder 270m does not exist"):
-        names.resolve(Path("270m"))
+        resolve.resolve(Path("270m"))
 
 
 def test_a_file_is_not_a_folder(here: Path) -> None:
     make_folder(here, {"model.safetensors": ""})
     with pytest.raises(RequestError, match=r"model\.safetensors is a file: give the folder"):
-        names.resolve("model.safetensors")
+        resolve.resolve("model.safetensors")
 
 
 def test_revision_of_a_local_folder(packaged: Path) -> None:
     with pytest.raises(RequestError, match="tiny is a local folder, which has no revision 'v2'"):
-        names.resolve("tiny", revision="v2")
+        resolve.resolve("tiny", revision="v2")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def test_revision_of_a_local_folder(packaged: Path) -> None:
 )
 def test_unknown_name_lists_close_ones(name: str, close: str, here: Path) -> None:
     with pytest.raises(RequestError) as error:
-        names.resolve(name)
+        resolve.resolve(name)
     assert message_of(error).startswith(f"there is no model named '{name}'")
     assert close in message_of(error)
 
@@ -189,7 +188,7 @@ def test_unknown_name_lists_close_ones(name: str, close: str, here: Path) -> Non
 @pytest.mark.parametrize("name", ["", "  ", "owner/", "/owner", "a\0b", "x" * 5000, "~nobody-here/x"])
 def test_strange_names_are_refused(name: str, here: Path) -> None:
     with pytest.raises(RequestError):
-        names.resolve(name)
+        resolve.resolve(name)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +203,7 @@ def test_strange_names_are_refused(name: str, here: Path) -> None:
     ],
 )
 def test_source_repo(name: str, repo: str, here: Path) -> None:
-    assert names.source_repo(name) == repo
+    assert resolve.source_repo(name) == repo
 
 
 # Downloads that work
@@ -212,7 +211,7 @@ def test_source_repo(name: str, repo: str, here: Path) -> None:
 
 def test_download_takes_the_model_and_no_code(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    folder = names.resolve("270m")
+    folder = resolve.resolve("270m")
     assert {path.name: path.read_text() for path in folder.iterdir()} == WANTED
     assert sorted(hub.files_sent) == sorted(WANTED)
     assert not [path for _, path in hub.requests if path.endswith((".py", ".bin", ".pt", ".pkl", ".png"))]
@@ -220,26 +219,26 @@ def test_download_takes_the_model_and_no_code(hub: FakeHub, repo_folder: Path) -
 
 def test_patterns_of_a_caller_cannot_ask_for_code(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    folder = names.download(REPO, patterns=["*"])
+    folder = resolve.download(REPO, patterns=["*"])
     assert {path.name for path in folder.iterdir()} == {*WANTED, "figure.png"}
     assert not [path for _, path in hub.requests if path.endswith((".py", ".bin", ".pt", ".pkl"))]
 
 
 def test_second_resolve_transfers_nothing_and_needs_no_server(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    folder = names.resolve("270m")
+    folder = resolve.resolve("270m")
     sent = len(hub.files_sent)
-    assert names.resolve("apple/OpenELM-270M") == folder
+    assert resolve.resolve("apple/OpenELM-270M") == folder
     assert len(hub.files_sent) == sent == len(WANTED)
     hub.stop()
-    assert names.resolve("270m") == folder
+    assert resolve.resolve("270m") == folder
 
 
 def test_a_changed_repository_is_downloaded_again(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    first = names.resolve("270m")
+    first = resolve.resolve("270m")
     (repo_folder / "config.json").write_text('{"changed": true}')
-    second = names.resolve("270m")
+    second = resolve.resolve("270m")
     assert second != first
     assert json.loads((second / "config.json").read_text()) == {"changed": True}
     assert hub.files_sent.count("config.json") == 2
@@ -249,25 +248,25 @@ def test_a_changed_repository_is_downloaded_again(hub: FakeHub, repo_folder: Pat
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_cache_serves_while_the_hub_is_down(status: int, hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
-    folder = names.resolve("270m")
+    folder = resolve.resolve("270m")
     hub.status = status
-    assert names.resolve("270m") == folder
+    assert resolve.resolve("270m") == folder
 
 
 def test_cache_without_licence_and_card_is_enough_offline(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     # What mlx-lm would leave in the cache.
-    folder = names.download(REPO, patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
+    folder = resolve.download(REPO, patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
     assert not (folder / "README.md").exists()
     hub.stop()
-    assert names.resolve("270m") == folder
+    assert resolve.resolve("270m") == folder
 
 
 def test_revision(hub: FakeHub, repo_folder: Path) -> None:
     repo = hub.add(REPO, repo_folder, refs={"main", "refs/pr/1", "v1.0"})
     commit = repo.commit()
     for revision in ("v1.0", "refs/pr/1", commit):
-        assert names.resolve("270m", revision=revision).name == commit
+        assert resolve.resolve("270m", revision=revision).name == commit
 
 
 def test_added_tokens_come_from_the_hub_too(hub: FakeHub, tmp_path: Path) -> None:
@@ -277,7 +276,7 @@ def test_added_tokens_come_from_the_hub_too(hub: FakeHub, tmp_path: Path) -> Non
     shutil.copy(Path(__file__).parent / "fixtures" / "shakespeare-hf" / "tokenizer.model", local)
     (local / "added_tokens.json").write_text('{"<|im_end|>": 2049, "<|im_start|>": 2048}')
     hub.add("me/model", local)
-    folder = names.download("me/model", patterns=names.MODEL_PATTERNS)
+    folder = resolve.download("me/model", patterns=resolve.MODEL_PATTERNS)
     ids = [Tokenizer.from_folder(place).encode("<|im_start|>a<|im_end|>") for place in (local, folder)]
     assert ids[0] == ids[1] and {2048, 2049} <= set(ids[0])
 
@@ -286,22 +285,22 @@ def test_tokenizer_download_takes_only_the_tokenizer(hub: FakeHub, repo_folder: 
     repo = "mlx-community/OpenELM-1_1B-Instruct"
     (repo_folder / "added_tokens.json").write_text("{}")
     hub.add(repo, repo_folder)
-    folder = names.download(repo, patterns=names.TOKENIZER_PATTERNS)
-    assert {path.name for path in folder.iterdir()} == set(names.TOKENIZER_PATTERNS)
+    folder = resolve.download(repo, patterns=resolve.TOKENIZER_PATTERNS)
+    assert {path.name for path in folder.iterdir()} == set(resolve.TOKENIZER_PATTERNS)
     # Offline, the same cache must not pass for the model.
     hub.stop()
-    assert names.download(repo, patterns=names.TOKENIZER_PATTERNS) == folder
+    assert resolve.download(repo, patterns=resolve.TOKENIZER_PATTERNS) == folder
     with pytest.raises(OpenELMError, match="only a part of mlx-community/OpenELM-1_1B-Instruct"):
-        names.resolve("mlx-community/OpenELM-1_1B-Instruct")
+        resolve.resolve("mlx-community/OpenELM-1_1B-Instruct")
 
 
 def test_piped_progress_is_two_plain_lines_once(
     hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add(REPO, repo_folder)
-    names.resolve("270m")
+    resolve.resolve("270m")
     assert capfd.readouterr() == ("", f"Downloading {REPO} ...\nDownloaded {REPO}\n")
-    names.resolve("270m")
+    resolve.resolve("270m")
     assert capfd.readouterr() == ("", "")
 
 
@@ -310,9 +309,9 @@ def test_terminal_shows_bars_only_for_a_download(
 ) -> None:
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    names.resolve("270m")
+    resolve.resolve("270m")
     assert "100%" in capfd.readouterr().err
-    names.resolve("270m")
+    resolve.resolve("270m")
     assert capfd.readouterr() == ("", "")
 
 
@@ -337,7 +336,7 @@ def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[st
 
 def test_repository_that_does_not_exist(hub: FakeHub, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RequestError) as error:
-        names.resolve("apple/OpenELM-7B")
+        resolve.resolve("apple/OpenELM-7B")
     assert message_of(error) == (
         "there is no folder and no hub repository named apple/OpenELM-7B (did you mean apple/OpenELM-3B, "
         "apple/OpenELM-270M, apple/OpenELM-1_1B?); a private one needs `hf auth login`"
@@ -347,21 +346,21 @@ def test_repository_that_does_not_exist(hub: FakeHub, here: Path, capfd: pytest.
 
 def test_a_mistyped_folder_is_named_as_one(hub: FakeHub, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="there is no folder and no hub repository named models/foo"):
-        names.resolve("models/foo")
+        resolve.resolve("models/foo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OpenELMError, match="models/foo is neither a folder nor in the download cache"):
-        names.resolve("models/foo")
+        resolve.resolve("models/foo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.stop()
     with pytest.raises(OpenELMError, match=r"cannot reach .* and models/foo is neither a folder nor in the download"):
-        names.resolve("models/foo")
+        resolve.resolve("models/foo")
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated_repository(status: int, hub: FakeHub, repo_folder: Path) -> None:
     hub.add("meta-llama/Llama-2-7b", repo_folder, gated=status)
     with pytest.raises(OpenELMError) as error:
-        names.resolve("meta-llama/Llama-2-7b")
+        resolve.resolve("meta-llama/Llama-2-7b")
     assert message_of(error) == (
         "meta-llama/Llama-2-7b is gated: accept its conditions at "
         "https://huggingface.co/meta-llama/Llama-2-7b, then log in with `hf auth login` or set HF_TOKEN"
@@ -373,7 +372,7 @@ def test_revision_that_does_not_exist(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     for revision in ("v9", "0" * 40):
         with pytest.raises(RequestError) as error:
-            names.resolve("270m", revision=revision)
+            resolve.resolve("270m", revision=revision)
         assert message_of(error).startswith(f"{REPO} has no revision '{revision}': give a branch, a tag")
 
 
@@ -381,7 +380,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     hub.rejects_token = True
     with pytest.raises(OpenELMError, match="refuses your token: log in again with `hf auth login`") as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert "secret" not in message_of(error)
     assert error.value.exit_code == 1
 
@@ -389,7 +388,7 @@ def test_refused_token_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["me/two words", "me/a--b", "me/x.git", "-me/x", "me/" + "x" * 200])
 def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
     with pytest.raises(RequestError, match="a valid hub repository name") as error:
-        names.resolve(name)
+        resolve.resolve(name)
     assert message_of(error).startswith(quote(name))
     assert hub.requests == []
 
@@ -397,7 +396,7 @@ def test_invalid_repository_name(name: str, hub: FakeHub, here: Path) -> None:
 def test_no_network_and_nothing_cached(hub: FakeHub) -> None:
     hub.stop()
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     text = message_of(error)
     assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
     assert f"{REPO} is not in the download cache: connect once, or download the model on another machine" in text
@@ -407,7 +406,7 @@ def test_no_network_and_nothing_cached(hub: FakeHub) -> None:
 def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert message_of(error) == (
         f"HF_HUB_OFFLINE is set and {REPO} is not in the download cache: unset it and connect once, "
         "or download the model on another machine and give the folder"
@@ -426,7 +425,7 @@ def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
 def test_server_errors(status: int, text: str, hub: FakeHub) -> None:
     hub.status = status
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert message_of(error).startswith("127.0.0.1 ") and text in message_of(error)
     assert error.value.exit_code == 1
 
@@ -434,7 +433,7 @@ def test_server_errors(status: int, text: str, hub: FakeHub) -> None:
 def test_broken_transfer_leaves_nothing_that_looks_complete(hub: FakeHub, repo_folder: Path, no_waiting: None) -> None:
     hub.add(REPO, repo_folder, broken="model-00002-of-00002.safetensors")
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert message_of(error).startswith(f"the transfer of {REPO} from 127.0.0.1 broke off (")
     assert message_of(error).endswith("run the same command again, files that arrived whole are kept")
     cache = Path(hub_cache())
@@ -443,10 +442,10 @@ def test_broken_transfer_leaves_nothing_that_looks_complete(hub: FakeHub, repo_f
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(OpenELMError, match=f"HF_HUB_OFFLINE is set and only a part of {REPO} is in the"):
-            names.resolve("270m")
+            resolve.resolve("270m")
 
     hub.repos[REPO].broken = None
-    folder = names.resolve("270m")
+    folder = resolve.resolve("270m")
     assert {path.name: path.read_text() for path in folder.iterdir()} == WANTED
 
 
@@ -465,7 +464,7 @@ def test_disk_full(failure: Exception, hub: FakeHub, repo_folder: Path, monkeypa
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert message_of(error) == (
         f"the disk is full, {REPO} did not fit: free some space in {hub_cache()}, "
         "or set HF_HOME to a folder on another disk"
@@ -480,7 +479,7 @@ def test_cache_that_cannot_be_written(hub: FakeHub, repo_folder: Path, monkeypat
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert f"cannot write to the download cache {hub_cache()} (Permission denied): set HF_HOME" in message_of(error)
 
 
@@ -493,7 +492,7 @@ def test_signed_addresses_and_tokens_stay_out_of_messages(
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(OpenELMError) as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert "(403 for the hub with hf_...)" in message_of(error)
     assert "SECRET" not in message_of(error)
 
@@ -503,7 +502,7 @@ def test_an_endpoint_with_a_password_is_not_shown(hub: FakeHub, monkeypatch: pyt
     endpoint = hub.url.replace("127", "me:SECRET@127")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(OpenELMError, match=r"cannot reach 127\.0\.0\.1 ") as error:
-        names.resolve("270m")
+        resolve.resolve("270m")
     assert "SECRET" not in message_of(error)
 
 
@@ -511,36 +510,36 @@ def test_an_endpoint_with_a_password_is_not_shown(hub: FakeHub, monkeypatch: pyt
 def test_endpoint_that_is_no_address(endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(RequestError, match="HF_ENDPOINT must be a whole address"):
-        names.resolve("270m")
+        resolve.resolve("270m")
 
 
 def test_token_that_cannot_be_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
     with pytest.raises(OpenELMError, match="your token has invalid characters"):
-        names.resolve("270m")
+        resolve.resolve("270m")
 
 
 def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_HEADER_X_REPO_COMMIT", "X-Not-There")
     with pytest.raises(OpenELMError, match="does not answer like a model hub: check HF_ENDPOINT"):
-        names.resolve("270m")
+        resolve.resolve("270m")
 
 
 def test_repository_without_a_model(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "licence"}))
     with pytest.raises(RequestError, match=r"apple/OpenELM has no config.json, so it is not a model \(did you mean"):
-        names.resolve("apple/OpenELM")
+        resolve.resolve("apple/OpenELM")
 
 
 def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/pickled", make_folder(tmp_path / "pickled", {"config.json": "{}", "pytorch_model.bin": "pickle"}))
     with pytest.raises(RequestError, match=r"me/pickled has no \*.safetensors; pickled weights"):
-        names.resolve("me/pickled")
+        resolve.resolve("me/pickled")
     assert hub.files_sent == ["config.json"]
 
 
 def test_repository_with_nothing_to_take(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/nothing", make_folder(tmp_path / "nothing", {"a.py": "code"}))
     with pytest.raises(RequestError, match="me/nothing does not have any of these files: "):
-        names.resolve("me/nothing")
+        resolve.resolve("me/nothing")

@@ -12,9 +12,8 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import huggingface
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.jobs.export import export
 from mlx_openelm.loading import build_model
 from mlx_openelm.text.tokenizer import Tokenizer

@@ -674,7 +674,7 @@ def test_shards_of_at_most_so_many_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     done = convert(FOLDER, tmp_path / "out", dtype=dtype)
-    expected = {n: w.astype(loading.DTYPES[dtype]) for n, w in mlx_format.read(FOLDER).weights.items()}
+    expected = {n: w.astype(loading.WEIGHT_DTYPES[dtype]) for n, w in mlx_format.read(FOLDER).weights.items()}
     assert same(mlx_format.read(tmp_path / "out").weights, expected)
     assert done.bits_per_weight == {"float32": 32, "bfloat16": 16, "float16": 16}[dtype]
     assert (done.path, done.exceptions) == (tmp_path / "out", {})
@@ -699,14 +699,14 @@ def test_quantizing_is_what_mlx_does(tmp_path: Path, dtype: str) -> None:
     """Scales and biases of float32 weights are stored in 16 bits all the same."""
     done = convert(FOLDER, tmp_path / "q", quantize=True, q_bits=3, q_group_size=32, dtype=dtype)
     weights, source = mlx_format.read(tmp_path / "q").weights, mlx_format.read(FOLDER).weights
-    name, kind = "transformer.layers.4.ffn.proj_2", loading.DTYPES[dtype]
+    name, kind = "transformer.layers.4.ffn.proj_2", loading.WEIGHT_DTYPES[dtype]
     packed, scales, biases = mx.quantize(source[f"{name}.weight"].astype(kind), 32, 3)
     stored = mx.float16 if dtype == "float16" else mx.bfloat16
     scales, biases = scales.astype(stored), biases.astype(stored)
     for part, expected in zip(("weight", "scales", "biases"), (packed, scales, biases), strict=True):
         assert weights[f"{name}.{part}"].dtype == expected.dtype
         assert mx.array_equal(weights[f"{name}.{part}"], expected)
-    norms = sum(math.prod(tensor.shape) for tensor in weights.tensors().values() if len(tensor.shape) == 1)
+    norms = sum(math.prod(tensor.shape) for tensor in weights.tensors.values() if len(tensor.shape) == 1)
     bits = (3 + 32 / 32) * (2_485_056 - norms) + 8 * kind.size * norms
     assert done.bits_per_weight == pytest.approx(bits / 2_485_056, rel=1e-12)
     convert(tmp_path / "q", tmp_path / "back", dequantize=True, dtype="float32")
@@ -872,15 +872,16 @@ def test_weights_are_read_lazily_and_never_held_twice(tmp_path: Path) -> None:
     """In a process of its own, where nothing else counts into the peak."""
     code = """
 import sys, json
+from pathlib import Path
 import mlx_openelm
-from mlx_openelm.formats import mlx as fmt
+from mlx_openelm.formats.mlx import read
 from mlx_openelm.jobs.convert import convert
 from mlx_openelm.loading import build_model
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 folder, out = sys.argv[1:]
 result = {}
-checkpoint = fmt.read(folder if False else __import__("pathlib").Path(folder))
+checkpoint = read(Path(folder))
 result["read"] = mx.get_peak_memory()
 model = build_model(checkpoint)
 result["load"] = mx.get_peak_memory()
@@ -894,7 +895,7 @@ for name, options in {"cast": {}, "q": {"quantize": True}, "same": {"dtype": "fl
 for name in ("cast", "q"):
     mx.clear_cache()
     mx.reset_peak_memory()
-    model = build_model(fmt.read(__import__("pathlib").Path(f"{out}/{name}")))
+    model = build_model(read(Path(out, name)))
     result["load " + name] = mx.get_peak_memory()
     del model
 print(json.dumps(result))

@@ -10,8 +10,8 @@ from typing import Any
 from mlx_openelm import backend, convert, load
 from mlx_openelm import cache as our_cache
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, quantize_weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.generation.decoding import CacheOptions, generate_step
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM

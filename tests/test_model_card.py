@@ -10,7 +10,7 @@ from mlx_openelm import convert
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
-from mlx_openelm.hub import resolve as hub
+from mlx_openelm.hub.resolve import DOCUMENT_PATTERNS, download
 from mlx_openelm.publishing.card import Card, card_for_upload, write_card
 from mlx_openelm.publishing.card_text import Quality
 from mlx_openelm.publishing.command_line import command_line
@@ -74,7 +74,7 @@ def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -
     assert (folder / "LICENSE").read_text() == "Apple's licence\n"
 
 
-def test_text_tells_sizes_from_the_files(folder: Path, apple: Path) -> None:
+def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
     quality = [Quality("a play", 12345, 10.5, 10.125, 0.0123), Quality("a poem", 7, 3.0)]
     write_card(
         folder,
@@ -209,6 +209,12 @@ def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) 
     assert "license_link" not in find_origin(apple).metadata
 
 
+def test_a_file_too_large_for_a_licence_is_not_copied(apple: Path) -> None:
+    for size, licenses in ((1_000_000, (apple / "LICENSE",)), (1_000_001, ())):
+        (apple / "LICENSE").write_bytes(b"x" * size)
+        assert find_origin(apple).licenses == licenses
+
+
 def test_code_called_licence_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)
@@ -268,7 +274,7 @@ def test_links_of_the_hub_s_cache_lead_to_its_own_contents_only(apple: Path, hub
 
 
 def hub_folder(repo: str) -> Path:
-    return hub.download(repo, patterns=hub.DOCUMENT_PATTERNS)
+    return download(repo, patterns=DOCUMENT_PATTERNS)
 
 
 # The licence of Apple's models whose files came without one
@@ -321,7 +327,7 @@ def test_without_the_repository_the_card_names_it(
     assert "No licence came with" not in text
 
 
-def test_nobody_is_asked_where_no_known_model_is_without_a_licence(
+def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_licence(
     apple: Path, folder: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     hub.add("apple/OpenELM-270M", apple)
@@ -343,7 +349,7 @@ def test_nobody_is_asked_where_no_known_model_is_without_a_licence(
     assert hub.requests == []
 
 
-def test_offline_asks_nobody_even_for_a_known_model(bare: Path, apple: Path, hub: FakeHub) -> None:
+def test_offline_makes_no_request_even_for_a_known_model(bare: Path, apple: Path, hub: FakeHub) -> None:
     hub.add("apple/OpenELM-270M", apple)
     assert find_origin(bare, base_model="apple/OpenELM-270M", offline=True).metadata == {}
     assert hub.requests == []
@@ -439,7 +445,7 @@ def test_facts_that_we_did_not_write_make_a_card_a_person_s(facts: str, folder: 
     assert card_for_upload(folder, "me/x") == Card(text, is_own=True)
 
 
-def test_command_line_tells_no_folders() -> None:
+def test_command_line_hides_folders() -> None:
     flags = {
         "model": "/home/someone/private/model",
         "mlx_path": Path("/home/someone/out put"),
@@ -459,8 +465,8 @@ def test_command_line_tells_no_folders() -> None:
     assert command_line("convert", {"model": "apple/OpenELM-270M"}).endswith("--model apple/OpenELM-270M")
 
 
-def test_command_line_tells_no_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of two parts looks like a hub repository; what is on this machine is told by its last name."""
+def test_command_line_hides_relative_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of two parts looks like a hub repository; one that exists here is shown by its last part."""
     shutil.copytree(SHAKESPEARE, tmp_path / "acme-secret" / "run7")
     monkeypatch.chdir(tmp_path)
     named = {"model": "acme-secret/run7", "a": "acme-secret/run7/", "b": " acme-secret/run7 ", "c": "~nobody/x/y"}

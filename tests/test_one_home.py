@@ -1,4 +1,4 @@
-"""Twice is once: what many modules name is written in one of them."""
+"""Constants and helpers that several modules use are defined once."""
 
 from __future__ import annotations
 

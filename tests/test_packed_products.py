@@ -13,7 +13,7 @@ from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.adapters.layers import _columns_times
 from mlx_openelm.cli import doctor, info
 from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.jobs.summary import summarize_config
 from mlx_openelm.model import QuantizedLinear
 from mlx_openelm.ops import attention

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mlx_openelm.config import ModelConfig
-from mlx_openelm.formats.packing import Quantization, bits_per_weight, quantize_weights
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import bits_per_weight, quantize_weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.ops.packed import MODES
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ PATH = "transformer.layers.0.ffn.proj_1"
 def test_types_and_shapes_are_known_before_a_matrix_is_packed(mode, dtype):
     weight = mx.array(np.random.default_rng(0).standard_normal((96, 128), np.float32)).astype(dtype)
     packed = quantize_weights(Weights.of_arrays({f"{PATH}.weight": weight}), {PATH: Quantization.make(mode)})
-    named = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors().items()}
+    named = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors.items()}
     assert named[f"{PATH}.weight"][0] == mx.uint32 and f"{PATH}.scales" in named
     assert named == {name: (packed[name].dtype, packed[name].shape) for name in named}
 

@@ -60,7 +60,7 @@ def edit(folder: Path, change: Callable[[dict[str, mx.array]], object] = dict, *
 def merged(folder: Path) -> dict[str, np.ndarray]:
     """The model with an adapter added by our code."""
     checkpoint = mlx_format.read(FOLDER)
-    tensors = merge(checkpoint, read_adapter(folder, checkpoint.config)).checkpoint.weights.tensors()
+    tensors = merge(checkpoint, read_adapter(folder, checkpoint.config)).checkpoint.weights.tensors
     return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
 
 

@@ -86,6 +86,8 @@ def test_windows_start_with_bos_and_drop_the_rest(loaded):
     ids = [*tokenizer.encode("To be"), 2, *tokenizer.encode("or not to be"), 2]
     cut = make_windows(tokenizer, ["To be", "or not to be"], 4)
     assert cut == [[1, *ids[start : start + 4]] for start in range(0, len(ids) - 3, 4)]
+    whole = make_windows(tokenizer, ["To be", "or not to be"], len(ids))  # nothing is left over
+    assert whole == [[1, *ids]]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,8 @@ def test_text_files_are_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("first\nsecond\n")
     assert load_documents(path) == ["first\nsecond\n"]
+    path.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\rthird")
+    assert load_documents(path) == ["first\nsecond\nthird"]
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text(json.dumps({"text": "a b"}) + "\n" + json.dumps({"text": "c"}) + "\n")
     assert load_documents(jsonl) == ["a b", "c"]

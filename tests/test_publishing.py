@@ -12,11 +12,10 @@ from typing import Any
 
 import mlx_openelm
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.hub import resolve as names
-from mlx_openelm.publishing import upload as publishing
+from mlx_openelm.hub.resolve import resolve
 from mlx_openelm.publishing.card import compose_card, write_card
 from mlx_openelm.publishing.origin import Origin
-from mlx_openelm.publishing.upload import UploadOptions
+from mlx_openelm.publishing.upload import UploadOptions, check, publish, upload
 
 import mlx.core as mx
 import numpy as np
@@ -88,7 +87,9 @@ def model_names(folder: Path) -> set[str]:
 
 def arrived(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
     folder = hub.repos[repo].folder
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".gitattributes"
+    }
 
 
 def run(*args: Any, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -121,7 +122,7 @@ def test_upload_and_download_give_the_same_model(
     assert writer.commits[0]["revision"] == "main" and writer.commits[0]["message"] == "Upload with mlx-openelm"
     assert not writer.repos[REPO].private
 
-    downloaded = names.resolve(REPO)
+    downloaded = resolve(REPO)
     card = (downloaded / "README.md").read_text()
     assert f'load("{REPO}")' in card and metadata_load(downloaded / "README.md")["base_model"] == "apple/OpenELM-270M"
     ours, _ = mlx_openelm.load(folder)
@@ -131,35 +132,35 @@ def test_upload_and_download_give_the_same_model(
 
 
 def test_private_revision_and_message(folder: Path, writer: FakeHub) -> None:
-    done = publishing.upload(folder, REPO, private=True, revision="q4", commit_message="Four bits")
+    done = upload(folder, REPO, private=True, revision="q4", commit_message="Four bits")
     assert writer.repos[REPO].private
     assert [(c["revision"], c["message"]) for c in writer.commits] == [("q4", "Four bits")]
     assert arrived(writer) == {}  # main is as it was
     assert (writer.repos[REPO].branches["q4"] / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert done.url == f"{writer.url}/{REPO}/tree/q4"
-    assert (names.resolve(REPO, revision="q4") / "config.json").is_file()
+    assert (resolve(REPO, revision="q4") / "config.json").is_file()
     # Again, to a branch and a repository that exist.
     (folder / "LICENSE").write_text("another")
-    publishing.upload(folder, REPO, private=True, revision="q4")
+    upload(folder, REPO, private=True, revision="q4")
     assert writer.commits[1]["files"] == ["LICENSE"]
 
 
 def test_bare_name_belongs_to_the_token_s_owner(folder: Path, writer: FakeHub) -> None:
-    done = publishing.upload(folder, "OpenELM-4bit")
+    done = upload(folder, "OpenELM-4bit")
     assert done.repo == REPO and b'load("me/OpenELM-4bit")' in arrived(writer)["README.md"]
 
 
 def test_an_existing_public_repository_is_not_taken_for_a_private_one(folder: Path, writer: FakeHub) -> None:
     writer.add(REPO, writer.new_folder())
     for call in (
-        lambda: publishing.check(UploadOptions(upload_repo=REPO, private=True)),
-        lambda: publishing.upload(folder, REPO, private=True),
+        lambda: check(UploadOptions(upload_repo=REPO, private=True)),
+        lambda: upload(folder, REPO, private=True),
     ):
         with pytest.raises(OpenELMError, match="exists and is public"):
             call()
     assert writer.commits == []
     writer.repos[REPO].private = True
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert writer.repos[REPO].private
 
 
@@ -168,9 +169,12 @@ def test_weights_of_another_upload_do_not_stay_beside_the_new(folder: Path, writ
     stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in (*stale, "adapters.safetensors", "notes.txt", "other.gguf"):
         (there / name).write_text("old")
+    (there / "models").mkdir()
+    (there / "models" / "other.safetensors").write_text("of another model")
     writer.add(REPO, there)
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert sorted(writer.commits[0]["deleted"]) == stale
+    assert (there / "models" / "other.safetensors").exists()
     assert {"adapters.safetensors", "notes.txt", "other.gguf", "model.safetensors"} <= set(arrived(writer))
 
 
@@ -181,7 +185,7 @@ def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
     there = writer.new_folder()
     (there / "model.safetensors").write_text("kept")
     writer.add(REPO, there)
-    publishing.upload(file, REPO)
+    upload(file, REPO)
     assert set(writer.commits[0]["files"]) == {"openelm-q8_0.gguf", "README.md"} and not writer.commits[0]["deleted"]
     assert arrived(writer)["openelm-q8_0.gguf"] == file.read_bytes()
     assert b"llama-cli --hf-repo me/OpenELM-4bit --hf-file openelm-q8_0.gguf" in arrived(writer)["README.md"]
@@ -199,7 +203,7 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
         return compose_card(file, name=repo, origin=origin, method="q8_0")
 
     options = UploadOptions(upload_repo="OpenELM-4bit")
-    done = publishing.publish(file, options, card=card, licenses=origin.licenses)
+    done = publish(file, options, card=card, licenses=origin.licenses)
     assert done.repo == REPO and set(arrived(writer)) == {"openelm-q8_0.gguf", "LICENSE", "README.md"}
     assert arrived(writer)["LICENSE"] == b"licence"
     text = arrived(writer)["README.md"].decode()
@@ -214,7 +218,7 @@ def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub,
     (source / "LICENSE").symlink_to(tmp_path / ".netrc")
     options = UploadOptions(upload_repo=REPO)
     with pytest.raises(RequestError, match="LICENSE is a link to a file outside its folder"):
-        publishing.publish(file, options, card=lambda repo: "# x\n", licenses=[source / "LICENSE"])
+        publish(file, options, card=lambda repo: "# x\n", licenses=[source / "LICENSE"])
     assert writer.requests == []
 
 
@@ -238,9 +242,9 @@ def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(folder: 
 
 def test_each_commit_names_the_one_it_was_decided_on(folder: Path, writer: FakeHub) -> None:
     writer.add(REPO, writer.new_folder())
-    publishing.upload(folder, REPO, revision="q4")
+    upload(folder, REPO, revision="q4")
     (folder / "LICENSE").write_text("another")
-    publishing.upload(folder, REPO, revision="q4")
+    upload(folder, REPO, revision="q4")
     parents = [commit["parent"] for commit in writer.commits]
     assert parents[1] == writer.commits[0]["commit"] and len(set(parents)) == 2
 
@@ -257,7 +261,7 @@ def test_a_public_repository_that_somebody_makes_meanwhile_gets_nothing_private(
 
     monkeypatch.setattr(HfApi, "create_repo", someone_is_faster)
     with pytest.raises(OpenELMError, match="exists and is public"):
-        publishing.upload(folder, REPO, private=True)
+        upload(folder, REPO, private=True)
     assert writer.commits == [] and writer.objects == {} and arrived(writer) == {}
 
 
@@ -266,7 +270,7 @@ def test_a_public_repository_that_somebody_makes_meanwhile_gets_nothing_private(
 
 def test_own_card_is_sent_as_it_is(folder: Path, writer: FakeHub) -> None:
     (folder / "README.md").write_text("# My model\n")
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert arrived(writer)["README.md"] == b"# My model\n"
 
 
@@ -278,16 +282,16 @@ def test_card_written_on_the_hub_is_kept(text: str, kept: bool, folder: Path, wr
     there = writer.new_folder()
     (there / "README.md").write_text(text)
     writer.add(REPO, there)
-    done = publishing.upload(folder, REPO)
+    done = upload(folder, REPO)
     assert (arrived(writer)["README.md"] == text.encode()) == kept
     assert ("README.md" in [file.name for file in done.files]) != kept
 
 
 def test_our_card_is_replaced_by_a_newer_one(folder: Path, writer: FakeHub) -> None:
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M")
     write_card(folder, name="mine", origin=origin, method="awq")
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert writer.commits[1]["files"] == ["README.md"] and b"method `awq`" in arrived(writer)["README.md"]
 
 
@@ -338,7 +342,7 @@ def test_dry_run_is_what_is_sent(folder: Path, writer: FakeHub, hub_env: dict[st
     done = run("upload", "--path", folder, "--upload-repo", REPO, "--dry-run", "--json", env=hub_env)
     values = json.loads(done.stdout)
     assert writer.requests == [] and values["url"] is None and values["own_card"] is False
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert {file["name"]: file["size"] for file in values["files"]} == {k: len(v) for k, v in arrived(writer).items()}
     assert values["size"] == sum(map(len, arrived(writer).values()))
     assert values["card"].encode() == arrived(writer)["README.md"]
@@ -349,7 +353,7 @@ def test_dry_run_is_what_is_sent(folder: Path, writer: FakeHub, hub_env: dict[st
 
 @pytest.mark.parametrize("name", ["me/two words", "a/b/c", "me/a--b", "me/x.git", "-me/x", "", "me/" + "x" * 200])
 def test_bad_names(name: str, folder: Path, writer: FakeHub) -> None:
-    for call in (lambda: publishing.check(UploadOptions(upload_repo=name)), lambda: publishing.upload(folder, name)):
+    for call in (lambda: check(UploadOptions(upload_repo=name)), lambda: upload(folder, name)):
         with pytest.raises(RequestError, match="not a valid name for a repository"):
             call()
     assert writer.requests == []
@@ -358,47 +362,47 @@ def test_bad_names(name: str, folder: Path, writer: FakeHub) -> None:
 @pytest.mark.parametrize("revision", ["0" * 40, "a b", "-x", "a..b", "x/", "", "x.lock"])
 def test_bad_revisions(revision: str, folder: Path, writer: FakeHub) -> None:
     with pytest.raises(RequestError, match="--upload-revision must be the name of a branch"):
-        publishing.upload(folder, REPO, revision=revision)
+        upload(folder, REPO, revision=revision)
     assert writer.requests == []
 
 
 def test_pull_request_that_does_not_exist(folder: Path, writer: FakeHub) -> None:
     with pytest.raises(RequestError, match="has no such revision"):
-        publishing.upload(folder, REPO, revision="refs/pr/5")
+        upload(folder, REPO, revision="refs/pr/5")
     assert writer.commits == []
 
 
 def test_flags_that_need_a_repository() -> None:
-    publishing.check(UploadOptions())
+    check(UploadOptions())
     with pytest.raises(RequestError, match="--private, --dry-run needs --upload-repo"):
-        publishing.check(UploadOptions(private=True, dry_run=True))
+        check(UploadOptions(private=True, dry_run=True))
 
 
 def test_check_asks_before_long_work(writer: FakeHub) -> None:
-    publishing.check(UploadOptions(upload_repo=REPO))
+    check(UploadOptions(upload_repo=REPO))
     assert writer.requests == [("GET", "/api/whoami-v2")]
-    publishing.check(UploadOptions(upload_repo=REPO, private=True))  # no such repository yet
+    check(UploadOptions(upload_repo=REPO, private=True))  # no such repository yet
     assert writer.repos == {}
 
 
 def test_folders_that_are_no_model(folder: Path, writer: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="does not exist"):
-        publishing.upload(tmp_path / "nothing", REPO)
+        upload(tmp_path / "nothing", REPO)
     with pytest.raises(RequestError, match="give the folder"):
-        publishing.upload(folder / "config.json", REPO)
+        upload(folder / "config.json", REPO)
     (tmp_path / "bad.gguf").write_text("no")
     with pytest.raises(RequestError, match="not a GGUF file"):
-        publishing.upload(tmp_path / "bad.gguf", REPO)
+        upload(tmp_path / "bad.gguf", REPO)
     partial = shutil.copytree(folder, tmp_path / ".mine.partial-123")
     with pytest.raises(RequestError, match="interrupted conversion"):
-        publishing.upload(partial, REPO)
+        upload(partial, REPO)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(RequestError, match="is damaged"):
-        publishing.upload(folder, REPO)
+        upload(folder, REPO)
     weights.unlink()
     with pytest.raises(RequestError):
-        publishing.upload(folder, REPO)
+        upload(folder, REPO)
     assert writer.requests == []
 
 
@@ -407,7 +411,7 @@ def test_links_out_of_the_folder(name: str, folder: Path, writer: FakeHub, tmp_p
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RequestError, match=f"{name} is a link to a file outside the folder"):
-        publishing.upload(folder, REPO)
+        upload(folder, REPO)
     assert writer.requests == []
 
 
@@ -416,7 +420,7 @@ def test_links_out_of_the_folder(name: str, folder: Path, writer: FakeHub, tmp_p
 
 def failure(folder: Path, repo: str = REPO) -> str:
     with pytest.raises(OpenELMError) as error:
-        publishing.upload(folder, repo)
+        upload(folder, repo)
     assert error.value.exit_code == 1
     text = message_of(error)
     assert text.endswith(
@@ -429,7 +433,7 @@ def failure(folder: Path, repo: str = REPO) -> str:
 
 def test_no_token(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
     with pytest.raises(OpenELMError, match="needs a token that may write: log in with `hf auth login`, or set HF"):
-        publishing.check(UploadOptions(upload_repo=REPO))
+        check(UploadOptions(upload_repo=REPO))
     assert failure(folder).startswith("Uploading needs a token")
     done = run("upload", "--path", folder, "--upload-repo", REPO, env=hub_env)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "needs a token" in done.stderr
@@ -492,7 +496,7 @@ def test_server_errors_on_the_way(part: str, folder: Path, writer: FakeHub, no_w
 def test_refused_card(folder: Path, writer: FakeHub) -> None:
     writer.rejects_card = True
     with pytest.raises(RequestError) as error:
-        publishing.upload(folder, REPO)
+        upload(folder, REPO)
     assert '127.0.0.1 refuses the front matter of README.md ("license" must be one of [mit])' in message_of(error)
     assert writer.objects == {}
 
@@ -507,7 +511,7 @@ def test_broken_transfer_can_be_continued(folder: Path, writer: FakeHub, no_wait
     assert failure(folder).startswith(f"the transfer of {REPO} to 127.0.0.1 broke off (")
     assert writer.commits == []
     writer.breaks_uploads = False
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert set(arrived(writer)) == model_names(folder)
 
 
@@ -517,7 +521,7 @@ def test_large_files_are_not_sent_twice(folder: Path, writer: FakeHub, no_waitin
     assert [path for method, path in writer.requests if method == "PUT"]
     writer.fails_at = None
     writer.requests.clear()
-    publishing.upload(folder, REPO)
+    upload(folder, REPO)
     assert not [path for method, path in writer.requests if method == "PUT"]
     assert set(arrived(writer)) == model_names(folder)
 
@@ -530,7 +534,7 @@ def test_interrupted(
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        publishing.upload(folder, REPO)
+        upload(folder, REPO)
     assert f"Interrupted. {folder} is kept; `mlx-openelm upload --path {folder}" in capfd.readouterr().err
     from huggingface_hub.utils import are_progress_bars_disabled
 

@@ -7,8 +7,9 @@ import importlib.util
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll
-from mlx_openelm.formats.packing import Quantization, quantize_weights
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import quantize_weights
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.quantization.recipes import plan, planner
 from mlx_openelm.quantization.report import Evaluator, Row, chart, check_picture, compare, draw, letter, plain_choices
 

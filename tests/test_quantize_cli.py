@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_budget_a_report_and_an_upload_that_is_only_shown(folder):
+def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder):
     done = run("quantize", "--model", "model", "--mlx-path", "small", "--target-bpw", 4.2, "--method", "gptq",
                "--method", "awq", *LEARNING, "--report", "--report-plot", "plot.svg", "--json",
                "--upload-repo", "me/small", "--dry-run", folder=folder)  # fmt: skip
@@ -50,16 +50,16 @@ def test_a_budget_a_report_and_an_upload_that_is_only_shown(folder):
     info = json.loads(run("info", "--model", "small", "--json", folder=folder).stdout)
     assert info["bits_per_weight"] == pytest.approx(result["bits_per_weight"], rel=1e-6)
 
-    shown = run("quantize", "--model", "model", "--mlx-path", "again", "--target-bpw", 4.2, "--sensitivities",
-                "small/sensitivities.json", *LEARNING, folder=folder)  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    assert "Measuring" not in shown.stderr
+    done = run("quantize", "--model", "model", "--mlx-path", "again", "--target-bpw", 4.2, "--sensitivities",
+               "small/sensitivities.json", *LEARNING, folder=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Measuring" not in done.stderr
     for path, choice in result["choices"].items():
-        line = next(line for line in shown.stdout.splitlines() if line.split()[:1] == [path])
+        line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path])
         bits, size, cost = line.split()[1:]
         assert (int(bits), int(size)) == (choice["bits"], choice["group_size"])
         assert float(cost) == pytest.approx(choice["kl_divergence"], rel=0.06)
-    assert f"/again: {result['bits_per_weight']:.2f} bits per weight" in shown.stdout
+    assert f"/again: {result['bits_per_weight']:.2f} bits per weight" in done.stdout
 
 
 def test_a_report_is_a_table_and_a_drawing_and_writes_nothing(folder):

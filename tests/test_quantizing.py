@@ -13,11 +13,10 @@ from mlx_openelm import convert, load
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats.packing import Quantization
-from mlx_openelm.jobs import quantize as quantizing
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.jobs.quantize import QuantizeOptions, quantize
 from mlx_openelm.jobs.summary import summarize
-from mlx_openelm.quantization import dwq, learned, sensitivity
+from mlx_openelm.quantization import dwq, learned, report, sensitivity
 from mlx_openelm.quantization.text import read_text
 
 import mlx.core as mx
@@ -26,7 +25,7 @@ import pytest
 from quantization_models import FIXTURES, SHAKESPEARE, write_tiny
 
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
-# Few short windows: what is tested here is not the quality.
+# A few short windows: quality is not tested here.
 SMALL: dict[str, Any] = {"num_samples": 4, "sequence_length": 32}
 
 
@@ -44,13 +43,13 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def budgeted(source, text, tmp_path_factory):
-    """One model under a budget, with its folder, for all who look at it."""
+    """One model under a budget, with its folder, shared by the tests."""
     target = tmp_path_factory.mktemp("budgeted") / "out"
     return quantize(source, target, QuantizeOptions(target_bpw=4.2, calibration=str(text), **SMALL))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the card, which tells the command and so the folder's own name."""
+    """Every file but the card, which names the command and so the folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
@@ -67,7 +66,7 @@ def options(text: Path, **values: Any) -> QuantizeOptions:
 # What is written.
 
 
-def test_what_is_written_under_a_budget_is_within_it_and_told_truly(budgeted, source):
+def test_a_budget_is_kept_and_the_size_is_reported_correctly(budgeted, source):
     assert 4.0 < budgeted.bits_per_weight <= 4.2
     stored = mlx_format.read(budgeted.path)
     assert stored.quantization == budgeted.choices and len(set(budgeted.choices.values())) > 2
@@ -119,7 +118,7 @@ def test_plain_bits_are_what_convert_writes(source, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "float16", "float32"])
 def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    monkeypatch.setattr(report, "plain_choices", lambda _: {})
     plain = quantize(source, tmp_path / "plain", QuantizeOptions(q_bits=4), dtype=dtype)
     reported = quantize(source, tmp_path / "out", options(text, q_bits=4, report=True), dtype=dtype)
     first, second = (mx.load(str(result.path / "model.safetensors")) for result in (plain, reported))
@@ -147,7 +146,7 @@ def test_a_report_alone_writes_nothing(source, text, tmp_path, monkeypatch):
 
 
 def test_a_report_reads_the_text_it_is_given(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantizing.report, "plain_choices", lambda _: {})
+    monkeypatch.setattr(report, "plain_choices", lambda _: {})
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": TEXT[i : i + 900]}) + "\n" for i in (20000, 30000)))
     result = quantize(source, tmp_path / "out", options(text, report=True, report_data=str(other)))
@@ -328,15 +327,13 @@ def test_windows_longer_than_the_context_are_refused(source, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path, monkeypatch):
+def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path):
     target = tmp_path / "out"
     quantize(source, target, QuantizeOptions(q_bits=8))
     before = contents(target)
-    with monkeypatch.context() as patch:
-        patch.setattr(quantizing, "open_source", lambda *_, **__: pytest.fail("read before it was refused"))
-        for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
-            with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
-                quantize(source, target, QuantizeOptions(**values))
+    for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
+        with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
+            quantize("no-such-model", target, QuantizeOptions(**values))
     assert contents(target) == before
     quantize(source, target, options(text, q_bits=4, method=("gptq",)), overwrite=True)
     assert contents(target) != before
@@ -388,7 +385,7 @@ def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text,
     assert list(tmp_path.iterdir()) == []
 
 
-# What goes wrong on the way.
+# Failures during the work.
 
 
 @pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
@@ -405,7 +402,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
         monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(expected, match="leave dwq out" if place == "distilling" else "No space left"):
         quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
-    # What took long to measure is kept, where it can be.
+    # Sensitivities take long to measure, so they are saved if possible.
     kept = [] if place == "sensitivities" else ["out-sensitivities.json"]
     assert [path.name for path in tmp_path.iterdir()] == kept
     if kept:
@@ -413,27 +410,52 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
         assert sensitivity.read(tmp_path / kept[0], config).text == "play.txt"
 
 
-def test_a_failure_is_told_where_there_is_no_folder_yet_to_keep_anything_in(source, text, tmp_path, monkeypatch):
+def test_a_failure_is_reported_if_there_is_no_folder_to_save_sensitivities_in(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_being_done_is_told_to_its_end(source, text, tmp_path):
-    told: dict[str, list[tuple[int, int]]] = {}
+def test_sensitivities_of_an_earlier_failure_are_not_replaced(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
+    earlier = tmp_path / "out-sensitivities.json"
+    earlier.write_text("measured on more text")
+    with pytest.raises(OpenELMError, match="leave dwq out"):
+        quantize(source, tmp_path / "out", options(text, target_bpw=4.5, method=("dwq",)))
+    assert earlier.read_text() == "measured on more text"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "memory", "dtype"), [(True, 1 << 40, "float32"), (True, 1 << 10, None), (False, 1 << 10, "float32")]
+)
+def test_calibration_is_in_float32_unless_a_gpu_lacks_the_memory(
+    on_gpu, memory, dtype, source, text, tmp_path, monkeypatch
+):
+    def build_model(checkpoint, dtype):
+        raise OpenELMError(f"built in {dtype}")
+
+    monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: on_gpu)
+    monkeypatch.setattr("mlx_openelm.backend.available_memory", lambda: memory)
+    monkeypatch.setattr("mlx_openelm.jobs.quantize.build_model", build_model)
+    with pytest.raises(OpenELMError, match=f"built in {dtype}"):
+        quantize(source, tmp_path / "out", options(text, method=("gptq",)))
+
+
+def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path):
+    reported: dict[str, list[tuple[int, int]]] = {}
     quantize(
         source,
         tmp_path / "out",
         options(text, target_bpw=4.5, method=("gptq", "dwq"), report=True),
-        progress=lambda stage, done, total: told.setdefault(stage, []).append((done, total)),
+        progress=lambda stage, done, total: reported.setdefault(stage, []).append((done, total)),
     )
     stages = [
         stage
-        for stage in told
+        for stage in reported
         if stage in ("Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing")
     ]
     assert stages == ["Comparing", "Measuring sensitivities", "Quantizing", "Distilling", "Writing"]
-    for steps in told.values():
+    for steps in reported.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
-    assert told["Quantizing"][-1] == (9, 9)
+    assert reported["Quantizing"][-1] == (9, 9)

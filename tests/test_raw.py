@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.packing import Quantization, dequantize_weights, quantize_weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import dequantize_weights, quantize_weights
 from mlx_openelm.formats.raw import Span, tensors
-from mlx_openelm.formats.weights import Tensor, Weights, streaming
+from mlx_openelm.formats.safetensors import Tensor, Weights, streaming
 
 import mlx.core as mx
 import numpy as np
@@ -83,7 +84,7 @@ def test_memory_is_that_of_one_tensor() -> None:
 import resource, sys, tempfile
 from pathlib import Path
 from mlx_openelm.formats.raw import Span, tensors
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.safetensors import Weights
 import mlx.core as mx
 size, count = 2_500_000, 40
 with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +148,8 @@ def test_only_what_is_asked_for_is_read() -> None:
     reads: list[str] = []
     weights = counted(reads)
     assert ("a" in weights, "d" in weights, list(weights), len(weights)) == (True, False, ["a", "bb", "ccc"], 3)
-    cast = weights.tensor("bb").cast(mx.float32)
-    assert (cast.dtype, cast.shape, cast.nbytes, weights.tensor("bb").nbytes) == (mx.float32, (2, 3), 24, 12)
+    cast = weights.tensors["bb"].cast(mx.float32)
+    assert (cast.dtype, cast.shape, cast.nbytes, weights.tensors["bb"].nbytes) == (mx.float32, (2, 3), 24, 12)
     assert reads == []
     assert cast.read().dtype == mx.float32
     assert weights["bb"].tolist() == [[2.0] * 3] * 2
@@ -170,7 +171,7 @@ def test_packed_parts_are_made_together_and_once() -> None:
         {"w.weight": Tensor(mx.float32, (2, 64), read), "n": Tensor(mx.float32, (1,), lambda: mx.ones(1))}
     )
     packed = quantize_weights(weights, {"w": Quantization(32, 8)})
-    foretold = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors().items()}
+    foretold = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors.items()}
     assert foretold == {
         "w.weight": (mx.uint32, (2, 16)),
         "w.scales": (mx.bfloat16, (2, 2)),
@@ -191,7 +192,7 @@ def test_unpacked_is_what_the_stored_parts_stand_for(mode: str) -> None:
     choices = {"w": Quantization.make(mode)}
     packed = dict(quantize_weights(weights, choices))
     full = dequantize_weights(Weights.of_arrays(packed), choices, mx.float32)
-    assert (list(full), full.tensor("w.weight").shape) == (["w.weight"], (4, 64))
+    assert (list(full), full.tensors["w.weight"].shape) == (["w.weight"], (4, 64))
     codes = (np.array(packed["w.weight"])[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(4, 64)
     if mode == "affine":
         scales, biases = (np.array(packed[f"w.{part}"].astype(mx.float32)) for part in ("scales", "biases"))

@@ -1,7 +1,7 @@
 """The commands and the Python of the README and the guides.
 
-Every command is parsed by the command it names. Those that need no network, no file of the reader's and no minutes run
-as written, in the order they stand in, in a folder of their own that looks like a clone.
+Every command is parsed by the command it names. Those that need no network, no file of the reader's and only seconds
+run as written, in order, in a temporary folder that looks like a clone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ((PROGRAM,), ("python", "generate.py"), ("python", "convert.py"))
-# Fewest commands that run: a rule below that takes too much is noticed.
+# The fewest commands that must run, so that a rule below that skips too many is noticed.
 FEWEST = {
     "README.md": 11,
     "backends.md": 1,
@@ -53,7 +53,7 @@ def words(command: str) -> list[str]:
 
 
 def why_not_run(command: str) -> str | None:
-    """What a command needs that a test has not; None for one that runs."""
+    """What a command needs that the tests do not have; None for one that runs."""
     given = words(command)
     if not any(tuple(given[: len(start)]) == start for start in OURS):
         return "another program"
@@ -69,9 +69,9 @@ def why_not_run(command: str) -> str | None:
     if "--upload-repo" in given and "--dry-run" not in given:
         return "the hub"
     if {"--report", "--target-bpw", "--method"} & set(given):
-        return "minutes"  # what they do is tested beside quantizing.py
+        return "minutes"  # tested in test_quantizing.py
     if given[1] == "lora":
-        return "minutes"  # shortened below, and in test_lora_folder.py
+        return "minutes"  # run with fewer steps below, and in test_lora_folder.py
     return None
 
 
@@ -102,6 +102,12 @@ def test_nothing_is_left_to_fill_in(document: Path) -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         assert target.startswith("https://") or (document.parent / target).is_file(), target
+
+
+def test_the_layout_names_what_exists() -> None:
+    layout = blocks(ROOT / "README.md", "text")[0]
+    names = [name for line in layout.splitlines() for name in re.findall(r"[\w/.]+", re.split(r"  +", line)[0])]
+    assert len(names) > 15 and all((ROOT / "mlx_openelm" / name).exists() for name in names)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)

@@ -1,4 +1,4 @@
-"""Mixed-bit recipes: spelled out by hand, and beside mlx-lm's own rule."""
+"""Mixed-bit recipes: spelled out by hand, and compared with mlx-lm's own rule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.formats.packing import Quantization, bits_per_weight
-from mlx_openelm.formats.weights import Weights
+from mlx_openelm.formats.mlx import Checkpoint, Quantization
+from mlx_openelm.formats.packing import bits_per_weight
+from mlx_openelm.formats.safetensors import Weights
 from mlx_openelm.quantization.recipes import RECIPES, Packing, planner
 
 import mlx.nn as nn
@@ -89,7 +89,7 @@ def test_the_group_size_may_be_chosen_and_gives_way_where_it_does_not_fit():
     assert {c.group_size for c in planner(group_size=32, recipe="mixed_4_6")(tiny_config())[0].values()} == {32}
 
 
-def test_without_a_recipe_all_are_alike():
+def test_without_a_recipe_all_matrices_get_the_same_bits():
     choices, _ = planner("affine", 5, 32)(tiny_config())
     assert set(choices) == set(tiny_config().matrix_shapes()) and set(choices.values()) == {Quantization(32, 5)}
 
@@ -134,7 +134,7 @@ def test_a_packing_is_the_flags_that_commands_share():
         ({"quantize": True, "recipe": "mixed_3_6", "q_bits": 4}, "leave --q-bits and --q-mode out"),
     ],
 )
-def test_packings_that_cannot_be_meant_are_refused(flags, expected):
+def test_contradictory_packings_are_refused(flags, expected):
     with pytest.raises(RequestError, match=expected):
         Packing(**flags)
 

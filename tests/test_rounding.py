@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_openelm.formats import rounding
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.formats.rounding import Grid
 
 import mlx.core as mx

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import load
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats.safetensors import read_header, read_lazily
+from mlx_openelm.formats.safetensors import read_header, read_tensors
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 reference = pytest.importorskip("safetensors", reason="mlx-lm brings it")
 
 
@@ -23,7 +26,7 @@ def entry(dtype: str, shape: list[Any], start: Any, end: Any) -> dict[str, Any]:
 
 
 def raw(header: Any, data: int = 0, length: int | None = None) -> bytes:
-    """A file with that header (JSON values, or bytes as they are) and so many bytes of data."""
+    """A file with that header (JSON values, or bytes as they are) and `data` bytes of data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(i % 251 for i in range(data))
 
@@ -110,13 +113,43 @@ def test_what_the_library_reads(tmp_path: Path, content: bytes) -> None:
 
 
 def check_equal(path: Path, expected: dict[str, Any]) -> None:
-    header, arrays = read_header(path), read_lazily([path])
+    header, arrays = read_header(path), {name: tensor.read() for name, tensor in read_tensors([path]).items()}
     assert header.keys() == arrays.keys() == expected.keys()
     for name, tensor in expected.items():
         assert list(header[name].shape) == tensor["shape"] == list(arrays[name].shape)
         assert header[name].dtype == arrays[name].dtype
         flat = arrays[name].reshape(-1)
         assert bytes(np.array(flat if flat.dtype == mx.bool_ else flat.view(mx.uint8))) == bytes(tensor["data"])
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "U32"])
+@pytest.mark.parametrize("before", [1, 2, 3, 5])
+def test_tensors_at_any_offset_hold_the_right_values(tmp_path: Path, kind: str, before: int) -> None:
+    """An offset need not be a multiple of the type's size, for example after a single byte."""
+    rows, columns, size = 37, 53, {"F16": 2, "BF16": 2}.get(kind, 4)
+    end = before + rows * columns * size
+    header = {"a": entry("U8", [before], 0, before), "b": entry(kind, [rows, columns], before, end)}
+    content = raw(header | {"c": entry("F32", [3], end, end + 12)}, end + 12)
+    (tmp_path / "x").write_bytes(content)
+    check_equal(tmp_path / "x", judged(content) or {})
+    values = read_tensors([tmp_path / "x"])["b"].read()
+    data = content[-(end + 12) :][before:end]
+    numbers = np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}[kind])
+    flat = np.array(values.view(mx.uint16) if kind == "BF16" else values).reshape(-1)
+    assert np.array_equal(flat.view(np.uint8), numbers.view(np.uint8))
+
+
+def test_a_model_whose_data_is_not_aligned_loads(tmp_path: Path) -> None:
+    """A header of odd length leaves every tensor of the file at an odd offset."""
+    folder = tmp_path / "m"
+    shutil.copytree(FOLDER, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip(b" ")
+    header += b" " * (1 - len(header) % 2)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    tokens = mx.array([[1, 5, 9]])
+    assert mx.array_equal(load(folder)[0](tokens), load(FOLDER)[0](tokens)).item()
 
 
 @pytest.mark.parametrize(("content", "words"), BAD.values(), ids=BAD)
@@ -129,7 +162,7 @@ def test_what_the_library_refuses(tmp_path: Path, content: bytes, words: str) ->
 
 
 def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
-    """Its product has a million digits, which no one need compute."""
+    """Its product would have a million digits, and need not be computed."""
     (tmp_path / "x").write_bytes(raw({"a": entry("F32", [1 << 40] * 100_000, 0, 4)}, 4))
     with pytest.raises(RequestError, match="the bytes of 'a' do not match its shape"):
         read_header(tmp_path / "x")

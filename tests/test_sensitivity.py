@@ -9,7 +9,8 @@ import math
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence
 from mlx_openelm.formats import rounding
-from mlx_openelm.formats.packing import Quantization, bits_per_weight
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import bits_per_weight
 from mlx_openelm.quantization.sensitivity import assign, candidates, measure, read
 
 import mlx.core as mx
@@ -162,6 +163,22 @@ def test_budgets_are_never_passed_and_well_used(measured, model, target):
     chosen = assign(measured.costs, model.config, target, mx.bfloat16)
     bits = bits_per_weight(model.config, chosen, 2)
     assert target - 0.1 < bits <= target
+
+
+def test_a_bit_less_than_a_choice_needs_rules_it_out():
+    config = tiny_config()
+    wanted = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
+    # Only these choices, and larger ones, are worth anything.
+    costs = {
+        path: {
+            option: float(size_of(option, shape) < size_of(wanted[path], shape)) for option in candidates(config)[path]
+        }
+        for path, shape in config.matrix_shapes().items()
+    }
+    needed = bits_per_weight(config, wanted, 2)
+    chosen = assign(costs, config, needed - 1 / config.num_parameters, mx.bfloat16)
+    assert bits_per_weight(config, chosen, 2) < needed
+    assert sum(costs[path][choice] for path, choice in chosen.items()) == 1
 
 
 def test_what_costs_most_gets_the_bits():

@@ -10,8 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.hub import catalog
-from mlx_openelm.hub import corenet as corenet_files
+from mlx_openelm.hub import catalog, corenet
 from mlx_openelm.sources import open_source
 from mlx_openelm.text import shared_tokenizer
 from mlx_openelm.text.shared_tokenizer import FALLBACK, LLAMA2, Identity, accept, candidates, find
@@ -281,8 +280,8 @@ def test_every_way_to_a_model_finds_it(
         shutil.copy(FIXTURE / name, bare)
     hub.add("apple/OpenELM-270M", bare)
     server = Server()
-    monkeypatch.setenv(corenet_files.URL_VARIABLE, server.url)
-    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(corenet.URL_VARIABLE, server.url)
+    monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "cache"))
     weights = {n.removeprefix("transformer."): w for n, w in mx.load(str(FIXTURE / "model.safetensors")).items()}
     mx.save_safetensors(str(tmp_path / "w.safetensors"), weights)
     values = json.loads((FIXTURE / "config.json").read_text()) | {"model_name": "custom", "padding_index": 2048}

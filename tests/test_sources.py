@@ -19,8 +19,7 @@ from typing import Any
 from mlx_openelm import convert, load, loading
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.hub import catalog
-from mlx_openelm.hub import corenet as corenet_files
+from mlx_openelm.hub import catalog, corenet
 from mlx_openelm.sources import open_source
 
 import mlx.core as mx
@@ -232,8 +231,8 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: FakeHub) -> Iterator[Server]:
     server = Server()
-    monkeypatch.setenv(corenet_files.URL_VARIABLE, server.url)
-    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(corenet.URL_VARIABLE, server.url)
+    monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
     yield server
     server.close()
@@ -247,10 +246,10 @@ def cached(tmp_path: Path) -> list[str]:
 def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     server.files[AVERAGE] = BYTES
     name = "corenet:270M/checkpoint_average"
-    path = corenet_files.download(name)
+    path = corenet.download(name)
     assert path.read_bytes() == BYTES
     assert capfd.readouterr().err == f"Downloading {name} ...\nDownloaded {name}\n"
-    assert corenet_files.download("corenet:270m/checkpoint_average.pt") == path
+    assert corenet.download("corenet:270m/checkpoint_average.pt") == path
     assert server.requests == [(AVERAGE, None)]
     assert cached(tmp_path) == ["checkpoint_average.pt"]
 
@@ -258,7 +257,7 @@ def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest
 def test_a_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
     server.files[AVERAGE] = BYTES
     server.breaks = [300_000, 200_000]
-    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
+    assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
     assert server.requests == [(AVERAGE, None), (AVERAGE, "bytes=300000-"), (AVERAGE, "bytes=500000-")]
 
 
@@ -266,10 +265,10 @@ def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> N
     server.files[AVERAGE] = BYTES
     server.breaks = [100_000] * 4
     with pytest.raises(OpenELMError, match="broke off.*run the same command again") as caught:
-        corenet_files.download("corenet:270M/checkpoint_average")
+        corenet.download("corenet:270M/checkpoint_average")
     assert caught.value.exit_code == 1
     assert "checkpoint_average.pt" not in cached(tmp_path)
-    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
+    assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
     assert server.requests[-1] == (AVERAGE, "bytes=400000-")
     assert cached(tmp_path) == ["checkpoint_average.pt"]
 
@@ -278,9 +277,9 @@ def test_a_file_that_changed_meanwhile_is_taken_whole(server: Server, tmp_path: 
     server.files[AVERAGE] = BYTES
     server.breaks = [100_000] * 4
     with pytest.raises(OpenELMError):
-        corenet_files.download("corenet:270M/checkpoint_average")
+        corenet.download("corenet:270M/checkpoint_average")
     server.files[AVERAGE], server.tags[AVERAGE] = BYTES[::-1], '"two"'
-    assert corenet_files.download("corenet:270M/checkpoint_average").read_bytes() == BYTES[::-1]
+    assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES[::-1]
 
 
 def test_addresses(server: Server, tmp_path: Path) -> None:
@@ -292,7 +291,7 @@ def test_addresses(server: Server, tmp_path: Path) -> None:
         "corenet:450M/mlx-4bit": "mlx/450M-4bit/weights.safetensors",
     }.items():
         server.files |= {path: path.encode(), str(Path(path).parent / "config.json"): b"{}"}
-        found = corenet_files.download(name)
+        found = corenet.download(name)
         is_port = path.endswith("safetensors")
         assert (found / "weights.safetensors" if is_port else found).read_bytes() == path.encode()
         assert not is_port or (found / "config.json").read_bytes() == b"{}"
@@ -324,18 +323,18 @@ def test_names_never_published_are_refused_before_any_request(server: Server, na
 def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "corenet:270M/checkpoint_average"
     with pytest.raises(RequestError, match="127.0.0.1 has no corenet:270M/checkpoint_average"):
-        corenet_files.download(name)
+        corenet.download(name)
     for status, words in ((503, "has a server error"), (403, "refused to send"), (302, "refused to send")):
         server.status = status
         with pytest.raises(OpenELMError, match=words) as caught:
-            corenet_files.download(name)
+            corenet.download(name)
         assert caught.value.exit_code == 1
     server.close()
     with pytest.raises(OpenELMError, match="Cannot reach 127.0.0.1"):
-        corenet_files.download(name)
-    monkeypatch.setenv(corenet_files.URL_VARIABLE, "somewhere")
+        corenet.download(name)
+    monkeypatch.setenv(corenet.URL_VARIABLE, "somewhere")
     with pytest.raises(RequestError, match="must be a whole address"):
-        corenet_files.download(name)
+        corenet.download(name)
     assert cached(tmp_path) == []
 
 
@@ -346,47 +345,45 @@ def test_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "corenet:270M/checkpoint_average"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OpenELMError, match="HF_HUB_OFFLINE"):
-        corenet_files.download(name)
+        corenet.download(name)
     assert server.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    path = corenet_files.download(name)
+    path = corenet.download(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert corenet_files.download(name) == path
+    assert corenet.download(name) == path
 
 
 def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.files[AVERAGE] = BYTES
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(OpenELMError, match="Cannot write to"):
-        corenet_files.download("corenet:270M/checkpoint_average")
+        corenet.download("corenet:270M/checkpoint_average")
     if Path("/dev/full").exists():  # a disk on which nothing fits
         place = tmp_path / "cache" / "corenet" / "pretrained" / "270M"
         place.mkdir(parents=True)
         (place / ".checkpoint_average.pt.partial").symlink_to("/dev/full")
-        monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "cache"))
+        monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "cache"))
         with pytest.raises(OpenELMError, match="The disk is full"):
-            corenet_files.download("corenet:270M/checkpoint_average")
+            corenet.download("corenet:270M/checkpoint_average")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (corenet_files.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+    for name in (corenet.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert corenet_files.cache_folder() == tmp_path / ".cache" / "mlx-openelm"
+    assert corenet.cache_folder() == tmp_path / ".cache" / "mlx-openelm"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert corenet_files.cache_folder() == tmp_path / "xdg" / "mlx-openelm"
-    monkeypatch.setenv(corenet_files.CACHE_VARIABLE, str(tmp_path / "mine"))
-    assert corenet_files.cache_folder() == tmp_path / "mine"
+    assert corenet.cache_folder() == tmp_path / "xdg" / "mlx-openelm"
+    monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert corenet.cache_folder() == tmp_path / "mine"
 
 
 def test_two_processes_share_one_transfer(server: Server) -> None:
     server.files[AVERAGE] = BYTES
     found: list[bytes] = []
     name = "corenet:270M/checkpoint_average"
-    threads = [
-        threading.Thread(target=lambda: found.append(corenet_files.download(name).read_bytes())) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(corenet.download(name).read_bytes())) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

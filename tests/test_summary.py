@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.formats.packing import Quantization
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.hub.catalog import TINY_FOLDER
 from mlx_openelm.jobs.convert import convert
 from mlx_openelm.jobs.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder

@@ -11,7 +11,8 @@ from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.adapter import Adapter, LowRank
-from mlx_openelm.formats.packing import Quantization, quantize_weights
+from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.formats.packing import quantize_weights
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 

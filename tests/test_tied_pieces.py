@@ -13,9 +13,9 @@ from typing import Any
 from mlx_openelm import convert, load
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import gguf_tokenizer
-from mlx_openelm.jobs import quantize as quantizing
 from mlx_openelm.jobs.export import export
 from mlx_openelm.jobs.fuse import fuse
+from mlx_openelm.jobs.quantize import quantize
 from mlx_openelm.quantization.options import QuantizeOptions
 from mlx_openelm.text.sentencepiece import (
     CONTROL,
@@ -215,7 +215,7 @@ def test_every_command_writes_it(folder, processor, texts, tmp_path) -> None:
     mx.save_safetensors(str(adapter / "adapters.safetensors"), full)
     (adapter / "adapter_config.json").write_text('{"fine_tune_type": "full", "num_layers": 2}')
     convert(model, tmp_path / "converted")
-    quantizing.quantize(model, tmp_path / "quantized", QuantizeOptions(q_bits=8, q_group_size=32))
+    quantize(model, tmp_path / "quantized", QuantizeOptions(q_bits=8, q_group_size=32))
     fuse(model, str(adapter), tmp_path / "fused")
     export(model, tmp_path / "exported", format="huggingface")
     export(model, tmp_path / "a.gguf", format="gguf", gguf_type="f32")
@@ -287,9 +287,9 @@ def test_a_tokenizer_that_cannot_be_written_is_known_before_the_work(tmp_path, m
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr(quantizing, "read_text", fail)
+    monkeypatch.setattr("mlx_openelm.jobs.quantize.read_text", fail)
     for work in (
-        lambda: quantizing.quantize(folder, tmp_path / "out", QuantizeOptions(q_bits=4, method=("gptq",))),
+        lambda: quantize(folder, tmp_path / "out", QuantizeOptions(q_bits=4, method=("gptq",))),
         lambda: convert(folder, tmp_path / "out"),
         lambda: export(folder, tmp_path / "out", format="huggingface"),
         lambda: export(folder, tmp_path / "out.gguf", format="gguf"),

@@ -11,9 +11,10 @@ import mlx.nn as nn
 from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError
 from ..formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
-from ..formats.packing import PARTS, Quantization
+from ..formats.mlx import Quantization
 from ..model import Embedding, Linear, OpenELM
 from ..modules import module_at, replace_at
+from ..ops.packed import PARTS
 from .base_copies import Stored, check_base_copies
 from .layers import DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRALinear
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..formats.adapter import Adapter
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 
 _PIECE = 1 << 20  # values compared at a time
 # Two tensors count as equal up to this multiple of a row's rounding error: both were rounded, not always to nearest.

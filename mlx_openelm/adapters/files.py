@@ -11,7 +11,7 @@ from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
 from ..formats.adapter import CONFIG, FILES, Adapter
 from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub.resolve import download
 from ..inputs import check_file, read_json, to_path
 
 FORMATS = {"mlx": mlx_adapter, "peft": peft}
@@ -108,9 +108,9 @@ def _find(path: str | Path, revision: str | None) -> Path:
     """The local file or folder, downloaded if need be."""
     text = str(path).strip()
     if catalog.corenet_name(path) is not None:
-        from ..hub import corenet as corenet_files
+        from ..hub import corenet
 
-        return corenet_files.download(text)
+        return corenet.download(text)
     local = find_local(text) if text else None
     if local is not None:
         if not local.is_dir():
@@ -124,4 +124,4 @@ def _find(path: str | Path, revision: str | None) -> Path:
         raise RequestError(
             f"There is no adapter {quote(text)}: adapters are folders, .safetensors or .pt files, or hub repositories."
         )
-    return hub.download(text, revision=revision, patterns=FILES)
+    return download(text, revision=revision, patterns=FILES)

@@ -12,10 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..formats.adapter import LowRank
-from ..formats.packing import PARTS, Quantization
+from ..formats.mlx import Quantization
 from ..model import add_to
 from ..ops import packed
 from ..ops.derived import Derived
+from ..ops.packed import PARTS
 
 Factors = tuple[mx.array, ...]
 

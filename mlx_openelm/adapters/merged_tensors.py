@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..formats.adapter import LowRank
-from ..formats.packing import Quantization, scale_dtype
-from ..formats.weights import Tensor
+from ..formats.mlx import Quantization, scale_dtype
+from ..formats.safetensors import Tensor
 from .repacking import pack_again
 
 PIECE = 1 << 20  # values computed at a time

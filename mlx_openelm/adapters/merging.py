@@ -9,9 +9,10 @@ import mlx.core as mx
 
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..formats.adapter import Adapter, LowRank
-from ..formats.mlx import Checkpoint
-from ..formats.packing import PARTS, Plan, Quantization, cast_weights, dequantize_weights, quantize_weights
-from ..formats.weights import Tensor, Weights
+from ..formats.mlx import Checkpoint, Quantization
+from ..formats.packing import Plan, cast_weights, dequantize_weights, quantize_weights
+from ..formats.safetensors import Tensor, Weights
+from ..ops.packed import PARTS
 from .attaching import check_fits
 from .base_copies import Stored, check_base_copies
 from .merged_tensors import Base, Change, Deviation, merged_tensors
@@ -59,7 +60,7 @@ def merge(
     """
     config, packed = checkpoint.config, checkpoint.quantization
     check_fits(adapter, config)
-    tensors = checkpoint.weights.tensors()
+    tensors = checkpoint.weights.tensors
 
     def stored_parts(name: str) -> Stored:
         path = name.rpartition(".")[0]
@@ -87,7 +88,7 @@ def merge(
     if plan is not None:
         rest = quantize_weights(rest, choices)
 
-    result = rest.tensors()
+    result = rest.tensors
     for name, change in changes.items():
         path, _, _ = name.rpartition(".")
         parts = {part: tensors[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in tensors}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import Grid, extremes, groups, levels, pack, values
 
 

@@ -11,7 +11,6 @@ import warnings
 from types import TracebackType
 from typing import Any, Self
 
-# Shorter work shows no progress.
 from ..wording import size as size
 
 # Work that takes less than this shows no progress, in seconds.
@@ -45,8 +44,17 @@ def say_error(message: str) -> None:
 
 
 def print_json(values: Any) -> None:
-    """One JSON object on one line of standard output; NaN and infinity, which JSON does not have, become null."""
-    print(json.dumps(_finite(values), ensure_ascii=False, allow_nan=False))
+    """One JSON object on one line of standard output; NaN and infinity, which JSON does not have, become null.
+
+    If the stream cannot encode the text, characters beyond ASCII are escaped, so that none is lost.
+    """
+    values = _finite(values)
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(values, allow_nan=False)
+    print(text)
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Perplexity and KL divergence over windows of text; logits are held for only a few positions at a time."""
+"""Perplexity and KL divergence over windows of text; only a few positions' logits are in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
-from ..ops.distributions import cross_entropy
-from ..ops.distributions import kl_divergence as kl_of_logits
+from ..ops import distributions
 from ..text.tokenizer import Tokenizer
 
-# Positions whose logits are held at once: 256 rows of 32000 float32 are 33 MB.
+# Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
 _CHUNK = 256
 
 Progress = Callable[[int, int], None]
@@ -27,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class NLL:
-    """The mean negative log-likelihood per token (natural) over `tokens` tokens, with its standard error."""
+    """The mean negative log-likelihood over `tokens` tokens, in nats per token, and its standard error."""
 
     nll: float
     tokens: int
@@ -97,7 +96,7 @@ def mean_nll(
     """The mean loss over all tokens of `windows` (of equal length) except the first of each.
 
     Args:
-        progress: called with the number of windows done so far and in all.
+        progress: called with the windows done so far and in all.
 
     Raises:
         OpenELMError: the logits are not finite.
@@ -106,7 +105,7 @@ def mean_nll(
     for inputs, targets in _batches(windows, batch_size, progress):
         hidden_states = model.hidden_states(inputs)
         for rows, wanted in _chunks(hidden_states, targets):
-            losses = cross_entropy(model.logits(rows), wanted)  # [rows]
+            losses = distributions.cross_entropy(model.logits(rows), wanted)  # [rows]
             total += _number(losses.sum())
             squares += _number(mx.square(losses).sum())
             if not math.isfinite(total):
@@ -142,7 +141,7 @@ def kl_divergence(
         )
         for (reference_rows, _), (rows, wanted) in pairs:
             expected = reference.logits(reference_rows)
-            divergence = kl_of_logits(expected, model.logits(rows))  # [rows]
+            divergence = distributions.kl_divergence(expected, model.logits(rows))  # [rows]
             total, count = total + _number(divergence.sum()), count + wanted.size
             if not math.isfinite(total):
                 is_reference = not mx.all(mx.isfinite(expected)).item()

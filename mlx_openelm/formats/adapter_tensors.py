@@ -34,16 +34,17 @@ class Tensors:
             RequestError: a file is missing or damaged, has a tensor twice, or a tensor that is not floating-point.
         """
         check_file(file)
-        for name, info in safetensors.read_header(file).items():
-            if not mx.issubdtype(info.dtype, mx.floating):
-                kind = str(info.dtype).removeprefix("mlx.core.")
+        stored = safetensors.read_tensors([file])
+        for name, tensor in stored.items():
+            if not mx.issubdtype(tensor.dtype, mx.floating):
+                kind = str(tensor.dtype).removeprefix("mlx.core.")
                 raise RequestError(f"{file} stores {name} as {kind}; adapters hold floating-point numbers.")
         tensors: dict[str, mx.array] = {}
-        for name, tensor in safetensors.read_lazily([file]).items():
+        for name, tensor in stored.items():
             usual = rename(name)
             if usual in tensors:
                 raise RequestError(f"{file} holds {usual} twice, under two names; keep one adapter in a file.")
-            tensors[usual] = tensor
+            tensors[usual] = tensor.read()
         return cls(file, tensors)
 
     def names(self) -> list[str]:

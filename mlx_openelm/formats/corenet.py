@@ -18,8 +18,8 @@ from ..inputs import read_json
 from . import mlx as mlx_format
 from . import safetensors, torch_file
 from .mlx import Checkpoint
+from .safetensors import Tensor, Weights
 from .torch_pickle import StoredTensor
-from .weights import Tensor, Weights
 
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
 _PUBLISHED = ", ".join(f"OpenELM-{size}" for size in SIZES)
@@ -48,7 +48,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
             "it was trained on with --model."
         )
     infos = {
-        hub_name(name): safetensors.TensorInfo(torch_file.dtype_of(path, name, tensor), tensor.shape, path)
+        hub_name(name): safetensors.TensorInfo(torch_file.dtype_of(path, name, tensor), tensor.shape)
         for name, tensor in tensors.items()
     }
     if section is None:
@@ -72,12 +72,10 @@ def read_port(folder: Path) -> tuple[Checkpoint, int]:
     file, weight_file = folder / "config.json", folder / "weights.safetensors"
     section = read_json(file)
     config, pieces = config_from_section(section, str(file))
-    infos = {hub_name(name): info for name, info in safetensors.read_header(weight_file).items()}
-    quantization = mlx_format.read_quantization(file, config, section, infos)
-    mlx_format.check(folder, config, quantization, infos)
-    weights = safetensors.read_lazily([weight_file])
-    named = {hub_name(name): weight for name, weight in weights.items()}
-    return Checkpoint(config, Weights.of_arrays(named), quantization), pieces
+    tensors = {hub_name(name): tensor for name, tensor in safetensors.read_tensors([weight_file]).items()}
+    quantization = mlx_format.read_quantization(file, config, section, tensors)
+    mlx_format.check(folder, config, quantization, tensors)
+    return Checkpoint(config, Weights(tensors), quantization), pieces
 
 
 def cut_vocabulary(checkpoint: Checkpoint, size: int) -> None:
@@ -88,7 +86,7 @@ def cut_vocabulary(checkpoint: Checkpoint, size: int) -> None:
     checkpoint.weights = Weights(
         {
             name: _first_rows(tensor, size) if name.rpartition(".")[0] in (EMBEDDING, HEAD) else tensor
-            for name, tensor in checkpoint.weights.tensors().items()
+            for name, tensor in checkpoint.weights.tensors.items()
         }
     )
 
@@ -124,7 +122,7 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
         RequestError: an unknown name without sizes, or values that cannot be right.
     """
     name = section.get("model_name")
-    known = {field.name for field in fields(ModelConfig)}
+    known = {field.name for field in fields(ModelConfig) if field.init}
     values: dict[str, Any] = {key: value for key, value in section.items() if key in known and value is not None}
     try:
         if isinstance(name, str) and name.lower().removeprefix("openelm-").upper().replace(".", "_") in SIZES:

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from . import adapter_tensors, corenet, torch_file
 from .adapter import Adapter, LowRank
 from .adapter_tensors import Tensors
-from .weights import Weights
+from .safetensors import Weights
 
 _NAME = "lora"
 _EMBEDDING_A, _EMBEDDING_B = f".lora_embedding_A.{_NAME}", f".lora_embedding_B.{_NAME}"

@@ -24,7 +24,7 @@ from .gguf_header import Placed
 from .mlx import Checkpoint
 from .packing import dequantize_weights
 from .raw import Span
-from .weights import Tensor, Weights, streaming
+from .safetensors import Tensor, Weights, streaming
 
 if TYPE_CHECKING:
     import numpy as np

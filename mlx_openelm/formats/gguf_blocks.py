@@ -6,7 +6,7 @@ import functools
 
 import mlx.core as mx
 
-from .weights import Tensor
+from .safetensors import Tensor
 
 CHUNK = 1 << 22  # weights packed or unpacked at a time; the package makes several float32 copies of them
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
-from .packing import PARTS
-from .safetensors import TensorInfo, read_lazily
+from ..ops.packed import PARTS
+from .safetensors import Tensor, read_tensors
 
 # Apple's code creates it if the output layer is not shared, but computes logits with `lm_head` alone.
 _TWIN = "transformer.classifier.weight"
@@ -18,8 +18,8 @@ _FREQUENCIES = ".inv_freq"
 _CLOSE = 0.01  # relative; rounding to bfloat16 changes a number by less
 
 
-def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """A model's tensors without those that are provably unused; other unexpected tensors stay.
+def drop(folder: Path, files: Sequence[Path], config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a model's files without those that are provably unused; other unexpected tensors stay.
 
     Dropped are a copy of a shared output layer, Apple's unused `classifier` beside one that is not shared, and RoPE
     frequencies that follow from the configuration.
@@ -28,11 +28,12 @@ def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -
         RequestError: dropping a tensor could change the model.
     """
     kept = dict(tensors)
+    copies = read_tensors(files)  # once more: `tensors` would keep what is read here
     if config.share_input_output_layers:
         for part in PARTS:
             if (name := f"{HEAD}.{part}") in kept:
                 if (own := f"{EMBEDDING}.{part}") in kept:  # else comparing the weight is enough
-                    _check_copy(folder, name, _read(tensors, name), _read(tensors, own))
+                    _check_copy(folder, name, copies[name].read(), copies[own].read())
                 del kept[name]
     elif _TWIN in kept:
         if f"{HEAD}.weight" not in kept:
@@ -43,13 +44,9 @@ def drop(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -
             )
         del kept[_TWIN]
     for name in [name for name in kept if name.endswith(_FREQUENCIES)]:
-        if _are_frequencies(_read(tensors, name), config):
+        if _are_frequencies(copies[name].read(), config):
             del kept[name]
     return kept
-
-
-def _read(tensors: Mapping[str, TensorInfo], name: str) -> mx.array:
-    return read_lazily([tensors[name].file])[name]
 
 
 def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array) -> None:

@@ -8,20 +8,85 @@ module path for matrices that differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError
+from ..errors import RequestError, quote
 from ..inputs import read_json
-from ..wording import some
+from ..ops.packed import MODES, PARTS
+from ..wording import one_of, some
 from . import foreign, leftovers, safetensors, shards
-from .packing import PARTS, Quantization, most_common
-from .weights import Weights
+from .safetensors import Tensor, TensorInfo, Weights
+
+_PIECE = 1 << 20  # weights packed at a time
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one matrix is packed: `group_size` neighbours of a row share a scale (and, in affine mode, a bias)."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {quote(self.mode)}.")
+        bits, group_sizes = MODES[self.mode]
+        if self.bits not in bits:
+            raise RequestError(f"--q-bits must be {one_of(sorted(bits))} in mode {self.mode}, got {self.bits}.")
+        if self.group_size not in group_sizes:
+            raise RequestError(
+                f"--q-group-size must be {one_of(sorted(group_sizes))} in mode {self.mode}, got {self.group_size}."
+            )
+
+    @classmethod
+    def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Quantization:
+        """The mode's defaults where bits or group size are not given.
+
+        Raises:
+            RequestError: a combination MLX does not have.
+        """
+        default_bits, default_sizes = MODES.get(mode, ((0,), (0,)))
+        return cls(group_size or default_sizes[0], bits or default_bits[0], mode)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as in `config.json`."""
+        return asdict(self)
+
+    def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the packed parts of a matrix of `shape` [out, in], by name of the part."""
+        out_dims, in_dims = shape
+        scales = (out_dims, in_dims // self.group_size)
+        parts: dict[str, tuple[int, ...]] = {"weight": (out_dims, in_dims * self.bits // 32), "scales": scales}
+        return parts | {"biases": scales} if self.mode == "affine" else parts
+
+    def pack(self, weight: mx.array) -> dict[str, mx.array]:
+        """The packed parts of `weight` [out, in] by name; scales and biases have at most 16 bits."""
+        if self.mode == "affine":
+            packed, scales, biases = mx.quantize(weight, self.group_size, self.bits)
+            stored = scale_dtype(weight.dtype)
+            return {"weight": packed, "scales": scales.astype(stored), "biases": biases.astype(stored)}
+        mx.eval(weight)  # once, not for every piece
+        pieces = []
+        for rows in _row_pieces(*weight.shape):
+            pieces.append(mx.quantize(weight[rows], self.group_size, self.bits, self.mode))
+            mx.eval(pieces[-1])
+        packed, scales = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
+        return {"weight": packed, "scales": scales}
+
+    def unpack(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """The matrix [out, in] of packed parts, in `dtype`; scales and biases are cast to it first."""
+        scales, biases = parts["scales"], parts.get("biases")
+        if self.mode == "affine":
+            scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
+        full = mx.dequantize(parts["weight"], scales, biases, self.group_size, self.bits, self.mode)
+        return full.astype(dtype)
 
 
 @dataclass
@@ -47,12 +112,12 @@ class Checkpoint:
     @property
     def dtype(self) -> mx.Dtype:
         """The stored floating-point type (of the final norm, which is never quantized)."""
-        return self.weights.tensor("transformer.norm.weight").dtype
+        return self.weights.tensors["transformer.norm.weight"].dtype
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per parameter, including scales and biases; call it before weights are taken."""
-        return 8 * sum(tensor.nbytes for tensor in self.weights.tensors().values()) / self.config.num_parameters
+        return 8 * sum(tensor.nbytes for tensor in self.weights.tensors.values()) / self.config.num_parameters
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -81,22 +146,21 @@ def read(folder: Path) -> Checkpoint:
     if not isinstance(values.get("quantization"), dict):  # MLX's own entry wins, as in mlx-lm
         foreign.check_method(folder / "config.json", values)
     files = safetensors.weight_files(folder)
-    tensors = safetensors.read_headers(files)
+    tensors = safetensors.read_tensors(files)
     shapes = config.tensor_shapes()
     for name in tensors:
         path, _, part = name.rpartition(".")
         if part not in PARTS or f"{path}.weight" not in shapes:
             foreign.check_tensors(folder, tensors)
-            tensors = leftovers.drop(folder, config, tensors)
+            tensors = leftovers.drop(folder, files, config, tensors)
             break
     quantization = read_quantization(folder / "config.json", config, values, tensors)
     check(folder, config, quantization, tensors)
-    weights = safetensors.read_lazily(files)
-    return Checkpoint(config, Weights.of_arrays({name: weights[name] for name in tensors}), quantization)
+    return Checkpoint(config, Weights(tensors), quantization)
 
 
 def read_quantization(
-    file: Path, config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, safetensors.TensorInfo]
+    file: Path, config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, TensorInfo | Tensor]
 ) -> dict[str, Quantization]:
     """How each matrix with scales is packed: by its own entry, else the common one, else judged from the shapes.
 
@@ -142,7 +206,7 @@ def check(
     source: Path,
     config: ModelConfig,
     quantization: Mapping[str, Quantization],
-    tensors: Mapping[str, safetensors.TensorInfo],
+    tensors: Mapping[str, TensorInfo | Tensor],
     described_by: str = "its config.json",
 ) -> None:
     """Compare every tensor in `source` with what the configuration asks for.
@@ -208,3 +272,21 @@ def write(
         progress=progress,
     )
     (folder / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n")
+
+
+def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of a matrix's rows: without a kernel for the mode, as on a CPU, MLX makes many float32 copies."""
+    step = max(1, _PIECE // columns)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
+    """The most frequent packing; `quantization` is by module path and not empty."""
+    choices = list(quantization.values())
+    return max(choices, key=choices.count)
+
+
+def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """The type of the scales and biases for weights of `dtype`: 16 bits, as bits per weight are usually counted."""
+    return mx.float16 if dtype == mx.float16 else mx.bfloat16

@@ -1,112 +1,25 @@
-"""MLX's packed matrices: a few bits per weight, and a scale (in affine mode also a bias) for each group of a row."""
+"""Packing and unpacking a model's matrices (`formats.mlx.Quantization`), without reading a weight before it is used."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
 from ..config import ModelConfig
-from ..errors import RequestError, quote
-from ..ops.packed import MODES
-from ..wording import one_of
-from .weights import Tensor, Weights
+from ..ops.packed import PARTS
+from .mlx import Quantization, scale_dtype
+from .safetensors import Tensor, Weights
 
-PARTS = ("weight", "scales", "biases")
-_PIECE = 1 << 20  # weights packed at a time
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How one matrix is packed: `group_size` neighbours of a row share a scale (and, in affine mode, a bias)."""
-
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise RequestError(f"--q-mode must be one of {', '.join(MODES)}, got {quote(self.mode)}.")
-        bits, group_sizes = MODES[self.mode]
-        if self.bits not in bits:
-            raise RequestError(f"--q-bits must be {one_of(sorted(bits))} in mode {self.mode}, got {self.bits}.")
-        if self.group_size not in group_sizes:
-            raise RequestError(
-                f"--q-group-size must be {one_of(sorted(group_sizes))} in mode {self.mode}, got {self.group_size}."
-            )
-
-    @classmethod
-    def make(cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None) -> Quantization:
-        """The mode's defaults where bits or group size are not given.
-
-        Raises:
-            RequestError: a combination MLX does not have.
-        """
-        default_bits, default_sizes = MODES.get(mode, ((0,), (0,)))
-        return cls(group_size or default_sizes[0], bits or default_bits[0], mode)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as in `config.json`."""
-        return asdict(self)
-
-    def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the packed parts of a matrix of `shape` [out, in], by name of the part."""
-        out_dims, in_dims = shape
-        scales = (out_dims, in_dims // self.group_size)
-        parts: dict[str, tuple[int, ...]] = {"weight": (out_dims, in_dims * self.bits // 32), "scales": scales}
-        return parts | {"biases": scales} if self.mode == "affine" else parts
-
-    def pack(self, weight: mx.array) -> dict[str, mx.array]:
-        """The packed parts of `weight` [out, in] by name; scales and biases have at most 16 bits."""
-        if self.mode == "affine":
-            packed, scales, biases = mx.quantize(weight, self.group_size, self.bits)
-            stored = scale_dtype(weight.dtype)
-            return {"weight": packed, "scales": scales.astype(stored), "biases": biases.astype(stored)}
-        mx.eval(weight)  # once, not for every piece
-        pieces = []
-        for rows in _row_pieces(*weight.shape):
-            pieces.append(mx.quantize(weight[rows], self.group_size, self.bits, self.mode))
-            mx.eval(pieces[-1])
-        packed, scales = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
-        return {"weight": packed, "scales": scales}
-
-    def unpack(self, parts: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
-        """The matrix [out, in] of packed parts, in `dtype`; scales and biases are cast to it first."""
-        scales, biases = parts["scales"], parts.get("biases")
-        if self.mode == "affine":
-            scales, biases = scales.astype(dtype), biases.astype(dtype) if biases is not None else None
-        full = mx.dequantize(parts["weight"], scales, biases, self.group_size, self.bits, self.mode)
-        return full.astype(dtype)
-
-
+# Gives each matrix of a model its quantization by module path, and describes the exceptions to the usual one.
 Plan = Callable[[ModelConfig], tuple[dict[str, Quantization], dict[str, str]]]
-
-
-def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of a matrix's rows: without a kernel for the mode, as on a CPU, MLX makes many float32 copies."""
-    step = max(1, _PIECE // columns)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
-
-
-def most_common(quantization: Mapping[str, Quantization]) -> Quantization:
-    """The most frequent packing; `quantization` is by module path and not empty."""
-    choices = list(quantization.values())
-    return max(choices, key=choices.count)
-
-
-def scale_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """The type of the scales and biases for weights of `dtype`: 16 bits, as bits per weight are usually counted."""
-    return mx.float16 if dtype == mx.float16 else mx.bfloat16
 
 
 def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
     """Weights cast to `dtype`, scales and biases of packed matrices to `scale_dtype`; nothing is read yet."""
-    cast = weights.tensors()
+    cast = dict(weights.tensors)
     for name, tensor in cast.items():
         if mx.issubdtype(tensor.dtype, mx.floating):
             cast[name] = tensor.cast(scale_dtype(dtype) if name.rpartition(".")[0] in choices else dtype)
@@ -116,7 +29,7 @@ def cast_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: m
 def quantize_weights(weights: Weights, choices: Mapping[str, Quantization]) -> Weights:
     """Weights with the matrices in `choices` (by module path) packed; nothing is read yet."""
     packed: dict[str, Tensor] = {}
-    for name, tensor in weights.tensors().items():
+    for name, tensor in weights.tensors.items():
         path = name.removesuffix(".weight")
         packed |= _packed(path, tensor, choices[path]) if path in choices else {name: tensor}
     return Weights(packed)
@@ -140,7 +53,7 @@ def _packed(path: str, tensor: Tensor, choice: Quantization) -> dict[str, Tensor
 
 def dequantize_weights(weights: Weights, choices: Mapping[str, Quantization], dtype: mx.Dtype) -> Weights:
     """The reverse: packed matrices unpacked to `dtype`, other tensors unchanged; nothing is read yet."""
-    tensors = weights.tensors()
+    tensors = weights.tensors
     full: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         path, _, part = name.rpartition(".")

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import RequestError
-from .weights import Tensor
+from .safetensors import Tensor
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint16, mx.uint8, mx.int8)
 

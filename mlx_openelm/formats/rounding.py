@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .packing import Quantization
+from .mlx import Quantization
 
 # Shares of the group's range that `search` tries: clipping a few extremes makes all other steps smaller.
 _SHRINKS = tuple(1.0 - 0.04 * step for step in range(14))

@@ -1,18 +1,18 @@
 """Reading safetensors files: which files make a model, headers checked first, tensors read lazily.
 
 Format: the length of a JSON header (8 bytes, little-endian), the header, the data. The header gives each tensor's
-dtype, shape and byte range within the data. `shards` writes them.
+dtype, shape and byte range within the data. `shards` writes such files.
 """
 
 from __future__ import annotations
 
 import collections
-import itertools
+import contextlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..errors import RequestError, quote
 from ..inputs import LFS_POINTER, check_file, pointer_error, read_json
 from ..wording import some
-from . import foreign
+from . import shard_names
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -41,20 +41,82 @@ DTYPES = {
     "U16": mx.uint16,
     "U64": mx.uint64,
 }
-_SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)\.safetensors")
+# The types of weights, by the names that flags and files give them.
+WEIGHT_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
 # A file name: not a path, and without lone surrogates, which no file name has.
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
-_LISTED = 8  # missing files named in an error before the rest is only counted
 _MAX_HEADER = 100_000_000  # as in the format's reference library
+# Bytes of freed buffers that MLX may keep for reuse while tensors of many sizes pass through memory.
+_KEPT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's entry in a header, and the file it is in."""
+    """A tensor's entry in a header."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
-    file: Path
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is not read yet: its type, its shape, and the function that reads or computes it."""
+
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+    read: Callable[[], mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.size
+
+    def cast(self, dtype: mx.Dtype) -> Tensor:
+        """The same values in another type."""
+        return self if dtype == self.dtype else Tensor(dtype, self.shape, lambda: self.read().astype(dtype))
+
+
+@dataclass(eq=False, repr=False)
+class Weights(Mapping[str, mx.array]):
+    """A model's tensors by name, read one at a time, so that they are never all in memory together.
+
+    `weights[name]` reads a tensor, `take` also forgets it; `tensors` gives types and shapes without reading. It owns
+    the dictionary it is given, so that a tensor it forgets is freed.
+    """
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, mx.array]) -> Weights:
+        """From arrays that exist already, or that MLX reads when they are first used."""
+        # A default argument binds each array, not the loop's last.
+        return cls({n: Tensor(a.dtype, a.shape, lambda array=a: array) for n, a in arrays.items()})  # type: ignore[misc]
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self.tensors[name].read()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def take(self, name: str) -> mx.array:
+        """Read a tensor and forget it; the array may still be lazy."""
+        return self.tensors.pop(name).read()
+
+
+@contextlib.contextmanager
+def streaming() -> Iterator[None]:
+    """A block in which tensors are read, used and dropped one by one: MLX keeps few of their buffers for reuse."""
+    limit = mx.set_cache_limit(_KEPT_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,34 +128,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         RequestError: there are no weights, the index is damaged, or a shard is missing or outside the folder.
     """
-    whole = folder / WHOLE
+    whole, index = folder / WHOLE, folder / INDEX
     has_whole = whole.exists() or whole.is_symlink()
-    indexed = _indexed(folder)
-    if indexed is None:
-        files = _unindexed(folder, has_whole)
-        _check_numbers(folder, (file.name for file in files))
-        return files
-    if (has_whole and WHOLE not in indexed) or (indexed == {WHOLE} and whole.is_file()):
-        return [whole]
-    if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
-        raise RequestError(f"{folder / INDEX} names {some(absent)}, which is missing: download the folder again.")
-    sets = {_set_of(name) for name in indexed}
-    names = indexed | {file.name for file in folder.glob("*.safetensors") if _set_of(file.name) in sets}
-    _check_numbers(folder, names)
-    return [folder / name for name in sorted(names)]
-
-
-def index_of(files: Sequence[Path]) -> Path | None:
-    """The index beside the weight files of a model, if it names all of them and nothing else."""
-    folder = files[0].parent
-    return folder / INDEX if _indexed(folder) == {file.name for file in files} else None
-
-
-def _indexed(folder: Path) -> set[str] | None:
-    """The files that a folder's index names; None if there is no index."""
-    index = folder / INDEX
     if not index.exists():
-        return None
+        return shard_names.find_unindexed(folder, WHOLE if has_whole else None)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise RequestError(f"{index} has no weight_map.")
@@ -101,44 +139,45 @@ def _indexed(folder: Path) -> set[str] | None:
         # Shards are files beside their index; any other path could reach files that are not the model's.
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or len(name.encode()) > 255:
             raise RequestError(f"{index} names {quote(name)}, which is not a file in its folder.")
-    return set(weight_map.values())
+    indexed = set(weight_map.values())
+    if (has_whole and WHOLE not in indexed) or (indexed == {WHOLE} and whole.is_file()):
+        return [whole]
+    if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
+        raise RequestError(f"{index} names {some(absent)}, which is missing: download the folder again.")
+    return shard_names.complete_sets(folder, indexed)
 
 
-def _unindexed(folder: Path, has_whole: bool) -> list[Path]:
-    """The weight files of a folder without an index; RequestError if there are none."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if has_whole:
-        # Shards, variants (model.fp16.safetensors) and copies (model (1).safetensors) repeat the same model. Files
-        # named like model-2.safetensors may hold the rest of it; mlx-lm reads them too.
-        files = [f for f in files if f.name == WHOLE or (f.name.startswith("model-") and not _SHARD.fullmatch(f.name))]
-    files = files or sorted(folder.glob("weights*.safetensors"))
-    if not files:
-        raise foreign.no_weights(folder)
-    return files
+def index_of(files: Sequence[Path]) -> Path | None:
+    """The index beside the files that `weight_files` gave, if it names all of them and nothing else."""
+    index = files[0].parent / INDEX
+    if not index.exists():
+        return None
+    return index if set(read_json(index)["weight_map"].values()) == {file.name for file in files} else None
 
 
-def _set_of(name: str) -> tuple[str, str] | str:
-    """What identifies a set of shards: the name before the numbers, and the total; for other files the name."""
-    found = _SHARD.fullmatch(name)
-    return (found[1], found[3]) if found else name
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor in `files`, unread: headers are checked, and MLX reads the bytes, in threads, when they are used.
 
-
-def _check_numbers(folder: Path, names: Iterable[str]) -> None:
-    """Raise RequestError if shards are missing from a numbered set."""
-    sets: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
-    for found in filter(None, map(_SHARD.fullmatch, names)):
-        sets[found[1], found[3]].add(int(found[2]))
-    missing: list[str] = []
-    count = 0
-    for (stem, total), numbers in sorted(sets.items()):
-        if len(numbers) == int(total) and numbers == set(range(len(numbers))):  # some programs count from 0
-            continue
-        absent = (number for number in range(1, int(total) + 1) if number not in numbers)
-        first = itertools.islice(absent, _LISTED)
-        missing += [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in first]
-        count += int(total) - sum(number <= int(total) for number in numbers)
-    if missing:
-        raise RequestError(f"{folder} is incomplete, missing: {some(missing, count)}; download the folder again.")
+    Raises:
+        RequestError: as `read_header`, or a tensor is in two files.
+    """
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, Path] = {}
+    for path in files:
+        read_header(path)  # MLX checks less
+        try:  # with the format, since files in the hub's cache may be links to names without an ending
+            arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(path, f"MLX cannot read it ({error})") from None
+        for name, array in arrays.items():
+            if name in tensors:
+                raise RequestError(
+                    f"{name} is both in {found[name].name} and in {path.name}; remove the file that does not "
+                    f"belong to the model from {path.parent}."
+                )
+            found[name] = path
+            tensors[name] = Tensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+    return tensors
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -160,62 +199,57 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(_unique, path))
+        # JSON objects as tuples of (name, value) pairs: a dict would hide names that occur twice.
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=tuple)
+        objects = [header, *(value for _, value in header)] if isinstance(header, tuple) else []
+        for pairs in objects:
+            names = [name for name, _ in pairs] if isinstance(pairs, tuple) else []
+            "".join(names).encode()  # a UnicodeError, which is a ValueError, for a lone surrogate
+            if len(set(names)) < len(names):
+                twice, _ = collections.Counter(names).most_common(1)[0]
+                raise _damaged(path, f"its header names {quote(twice)} twice")
     except RequestError:
         raise
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, tuple):
         raise _damaged(path, "its header is not a JSON object")
+    return _check_tensors(path, {n: dict(v) if isinstance(v, tuple) else v for n, v in header}, size - 8 - length)
+
+
+def _check_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors in a header; they must fill the file's `data_bytes` bytes of data, one after the other."""
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _damaged(path, "its metadata are not strings by name")
-    tensors = {name: _tensor_info(path, name, entry, size - 8 - length) for name, entry in header.items()}
-    _check_filled(path, {name: entry["data_offsets"] for name, entry in header.items()}, size - 8 - length)
-    return tensors
-
-
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of the header; RequestError for a name that occurs twice, ValueError for a lone surrogate."""
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise _damaged(path, f"its header names {quote(name)} twice")
-        values[name] = value
-    "".join(values).encode()
-    return values
-
-
-def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
-    """One entry of the header, checked against the number of data bytes in the file."""
-    try:
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        well_formed = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end))
-    except (TypeError, KeyError, ValueError):
-        well_formed = False
-    if not well_formed:
-        raise _damaged(path, f"its header entry for {quote(name)} is malformed")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise RequestError(
-            f"{path} stores {quote(name)} as {quote(dtype)}, which is not supported; expected F32, F16 or BF16, "
-            "or U32 and U8 for weights packed by MLX."
-        )
-    nbytes = 0 if 0 in shape else DTYPES[dtype].size
-    for n in shape:
-        nbytes *= n
-        if nbytes > end - start:  # no need to multiply the many dimensions of a hostile file
-            break
-    if nbytes != end - start:
-        raise _damaged(path, f"the bytes of {quote(name)} do not match its shape")
-    if end > data_bytes:
-        raise _damaged(path, f"{quote(name)} is cut off")
-    return TensorInfo(DTYPES[dtype], tuple(shape), path)
-
-
-def _check_filled(path: Path, spans: Mapping[str, tuple[int, int]], data_bytes: int) -> None:
-    """Tensors must fill the data one after the other; RequestError for overlaps and for bytes of no tensor."""
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = (*shape, start, end)
+            well_formed = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+        except (TypeError, KeyError, ValueError):
+            well_formed = False
+        if not well_formed:
+            raise _damaged(path, f"its header entry for {quote(name)} is malformed")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise RequestError(
+                f"{path} stores {quote(name)} as {quote(dtype)}, which is not supported; expected F32, F16 or BF16, "
+                "or U32 and U8 for weights packed by MLX."
+            )
+        nbytes = 0 if 0 in shape else DTYPES[dtype].size
+        for n in shape:
+            nbytes *= n
+            if nbytes > end - start:  # no need to multiply the many dimensions of a hostile file
+                break
+        if nbytes != end - start:
+            raise _damaged(path, f"the bytes of {quote(name)} do not match its shape")
+        if end > data_bytes:
+            raise _damaged(path, f"{quote(name)} is cut off")
+        tensors[name] = TensorInfo(DTYPES[dtype], tuple(shape))
+        spans.append((start, end, name))
     reached = 0
-    for start, end, name in sorted((start, end, name) for name, (start, end) in spans.items()):
+    for start, end, name in sorted(spans):
         if start < reached:
             raise _damaged(path, f"{quote(name)} overlaps another tensor")
         if start > reached:
@@ -223,37 +257,8 @@ def _check_filled(path: Path, spans: Mapping[str, tuple[int, int]], data_bytes: 
         reached = end
     if reached < data_bytes:
         raise _damaged(path, f"{data_bytes - reached} bytes at its end belong to no tensor")
+    return tensors
 
 
 def _damaged(path: Path, why: str) -> RequestError:
     return RequestError(f"{path} is damaged: {why}; download or convert it again.")
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """The tensors in all of `files`.
-
-    Raises:
-        RequestError: as `read_header`, or a tensor is in two files.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for path in files:
-        for name, info in read_header(path).items():
-            if name in tensors:
-                raise RequestError(
-                    f"{name} is both in {tensors[name].file.name} and in {path.name}; remove the file that does not "
-                    f"belong to the model from {path.parent}."
-                )
-            tensors[name] = info
-    return tensors
-
-
-def read_lazily(files: Iterable[Path]) -> dict[str, mx.array]:
-    """Every tensor in `files`, unevaluated: MLX reads its bytes, with several threads, when it is first used."""
-    weights: dict[str, mx.array] = {}
-    for path in files:
-        # Give the format: files in the hub's cache may be links to names without an ending.
-        try:
-            weights.update(mx.load(str(path), format="safetensors"))  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            raise _damaged(path, f"MLX cannot read it ({error})") from None
-    return weights

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .safetensors import DTYPES, INDEX, WHOLE
-from .weights import Tensor, Weights, streaming
+from .safetensors import DTYPES, INDEX, WHOLE, Tensor, Weights, streaming
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,14 +33,13 @@ def write(
         metadata: strings by name for the header of each file.
         progress: called with the bytes written so far and the total.
     """
-    tensors = weights.tensors()
+    tensors = weights.tensors
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     shards = _split(sizes, max_shard_bytes)
     names = [WHOLE]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     headers = [_header({name: tensors[name] for name in shard}, metadata or {}) for shard in shards]
-    del tensors
     written, total = 0, sum(sizes.values())
     with streaming():
         values = _evaluated(weights, max(sizes.values(), default=0) // _AHEAD_SHARE)

@@ -21,8 +21,8 @@ from ..errors import RequestError, quote
 from ..inputs import check_file
 from . import raw, torch_pickle
 from .raw import Span
+from .safetensors import WEIGHT_DTYPES, Tensor
 from .torch_pickle import StoredTensor
-from .weights import DTYPES, Tensor
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which the older files begin
 # What an archive holds beside its storages; only the first two are needed, but all must be whole.
@@ -75,9 +75,9 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
     Raises:
         RequestError: a type that weights do not have, or a tensor that is not a plain array.
     """
-    if tensor.dtype not in DTYPES:
-        raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(DTYPES)}.")
-    return DTYPES[tensor.dtype]
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(WEIGHT_DTYPES)}.")
+    return WEIGHT_DTYPES[tensor.dtype]
 
 
 def tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def find_repo(repo: object) -> Release | None:
 
 
 def corenet_name(name: object) -> str | None:
-    """SIZE/NAME of a text `corenet:SIZE/NAME`, in any case; None for all else, a Path too."""
+    """The part SIZE/NAME of a name `corenet:SIZE/NAME` (any case); None for other names and for a Path."""
     text = name.strip() if isinstance(name, str) else ""
     return text[len(_CORENET_PREFIX) :] if text.lower().startswith(_CORENET_PREFIX) else None
 

@@ -51,7 +51,7 @@ def cache_folder() -> Path:
 
 def _fetch(name: str, part: str, path: Path) -> None:
     """Download one file to `path`, where it appears complete or not at all."""
-    import httpx2 as httpx  # what huggingface_hub 2 talks with
+    import httpx2 as httpx  # the HTTP client of huggingface_hub 2
     from filelock import FileLock
     from huggingface_hub import constants
 
@@ -102,7 +102,7 @@ def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT) as answer:
         if answer.status_code == 416:  # nothing is missing, or the partial file belongs to another version
             partial.unlink(missing_ok=True)
-            raise httpx.ReadError("the server has another file by now")
+            raise httpx.ReadError("the file on the server has changed")
         _check_status(answer.status_code, url, name)
         start = start if answer.status_code == 206 else 0
         length = int(answer.headers.get("Content-Length") or 0)
@@ -144,7 +144,7 @@ def _disk_error(error: OSError, name: str) -> OpenELMError:
 
 
 def _host(url: str) -> str:
-    """The name of the server's machine; never the whole address, which can hold a password."""
+    """The server's host name; never the whole address, which can hold a password."""
     from urllib.parse import urlsplit
 
     return urlsplit(url).hostname or url

@@ -83,7 +83,7 @@ def is_absent(error: OpenELMError) -> bool:
 
 
 def is_refused(error: OpenELMError) -> bool:
-    """Whether a download failed because this repository is not for everybody; others may be."""
+    """Whether a download failed because access to this repository is restricted."""
     from huggingface_hub import errors
 
     cause = error.__cause__
@@ -95,7 +95,7 @@ def is_refused(error: OpenELMError) -> bool:
 
 
 def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError:
-    """The server answered, and the answer was no."""
+    """The server refused a download."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -127,7 +127,12 @@ def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMErr
     from huggingface_hub import errors
 
     is_partial = hasattr(error, "snapshot_path")  # IncompleteSnapshotError, which older releases lack
-    what = f"only a part of {repo} is in the download cache" if is_partial else f"{repo} is not in the download cache"
+    if is_partial:
+        what = f"only a part of {repo} is in the download cache"
+    elif catalog.find_repo(repo) is None and repo.count("/") == 1:  # the name may be a mistyped folder
+        what = f"{repo} is neither a folder nor in the download cache"
+    else:  # a release, or datasets/owner/name
+        what = f"{repo} is not in the download cache"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return OpenELMError(
             f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "
@@ -166,7 +171,7 @@ def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMErro
 
 
 def _explain_refusal(error: Any, repo: str) -> OpenELMError:
-    """The server answered an upload, and the answer was no."""
+    """The server refused an upload."""
     from huggingface_hub import errors
 
     status = error.response.status_code
@@ -220,7 +225,7 @@ def _clean(text: str) -> str:
 
 
 def host() -> str:
-    """The name of the hub's machine; never the whole endpoint, which can hold a password."""
+    """The hub's host name; never the whole endpoint, which can hold a password."""
     from huggingface_hub import constants
 
     return urlsplit(constants.ENDPOINT).hostname or ""
@@ -233,6 +238,6 @@ def _cache_folder() -> str:
 
 
 def did_you_mean(name: str) -> str:
-    """` (did you mean ...?)`, or nothing where no known name is close."""
+    """` (did you mean ...?)`, or nothing if no known name is close."""
     close = [text for text in catalog.suggest(name) if text != name]
     return f" (did you mean {', '.join(close)}?)" if close else ""

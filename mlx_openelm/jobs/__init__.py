@@ -1,1 +1,1 @@
-"""Jobs on whole models, from folder to folder: convert, quantize, fuse, export, average, summarize."""
+"""Jobs on whole models, most of them from folder to folder: convert, quantize, fuse, export, average, summarize."""

@@ -12,13 +12,13 @@ import mlx.core as mx
 
 from ..errors import RequestError
 from ..formats import atomic
-from ..formats.weights import Tensor, Weights
+from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
 from ..loading import dtype_for
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
 from ..sources import Source, open_source
-from .writing import find_origin, write_folder
+from .writing import origin_of, write_folder
 
 # Fields that change what a model computes from the same weights.
 _BEHAVIOUR = (
@@ -54,7 +54,7 @@ def average(
 
     Raises:
         RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
-        OpenELMError: reading, a download or writing failed, or a file changed meanwhile; nothing was left behind.
+        OpenELMError: a download, reading or writing failed, or a file changed meanwhile; nothing was left behind.
     """
     if len(models) < 2:
         raise RequestError("An average needs at least two checkpoints.")
@@ -86,9 +86,9 @@ def average(
 
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
     """One of the checkpoints; RequestError if it is quantized."""
-    # Folders among the checkpoints have a configuration of their own.
-    is_bare = str(model).lower().endswith((".pt", ".pth")) or catalog.corenet_name(model) is not None
-    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_bare else None)
+    # `config_yaml` is for CoreNet checkpoints; folders have their own configuration.
+    is_corenet = str(model).lower().endswith((".pt", ".pth")) or catalog.corenet_name(model) is not None
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_corenet else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
             f"{model} is quantized to {rounding}, so the mean would be rough; convert --dequantize unpacks it."
@@ -133,17 +133,17 @@ def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
 
 def _origin(sources: Sequence[Source]) -> Origin:
     """The origin of the mean: every base model, and the metadata and licence that all of them share."""
-    origins = [find_origin(source) for source in sources]
+    origins = [origin_of(source) for source in sources]
     first = origins[0]
     stated = [o.base_model for o in origins if o.base_model is not None]
     bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))
     shared = {k: v for k, v in first.metadata.items() if all(o.metadata.get(k) == v for o in origins)}
-    terms = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
-    is_same_licence = all(other == terms[0] for other in terms)
+    license_fields = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
+    is_same_licence = all(fields == license_fields[0] for fields in license_fields)
     return Origin(
         name="the mean of " + ", ".join(origin.name for origin in origins),
         base_model=bases[0] if len(bases) == 1 else bases or None,
         relation="merge" if bases else None,
-        metadata=shared if is_same_licence else {k: v for k, v in shared.items() if k not in terms[0]},
+        metadata=shared if is_same_licence else {k: v for k, v in shared.items() if k not in license_fields[0]},
         licenses=first.licenses if is_same_licence else (),
     )

@@ -1,4 +1,4 @@
-"""Convert: from a name to a folder that mlx-openelm and mlx-lm read (`mlx-openelm convert`)."""
+"""Convert a model to a folder that mlx-openelm and mlx-lm read (`mlx-openelm convert`)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def convert(
 
     Args:
         model: an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`.
-        dtype: the type of what is not quantized; bfloat16 by default. Scales and biases always have 16 bits.
-        quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
+        dtype: the type of tensors that are not quantized; bfloat16 by default. Scales and biases always have 16 bits.
+        quantize: quantize every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
         recipe: more bits for some matrices than for others, in place of q_bits: mixed_2_6, mixed_3_4, mixed_3_6
             or mixed_4_6.
         dequantize: unpack a quantized model.
@@ -61,7 +61,7 @@ def convert(
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: an impossible request; nothing was written.
+        RequestError: an invalid request; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
@@ -92,14 +92,14 @@ def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
     """Cast, pack or unpack the checkpoint's unread weights in place.
 
     Args:
-        packing: with `quantize`, how to pack a model that is not quantized; otherwise matrices stay packed or full as
-            they are, unless `dequantize` unpacks them. What is not packed becomes bfloat16 by default.
+        packing: how to store matrices. Without `quantize` and `dequantize` they stay as they are, packed or full.
+            Tensors that are not packed are cast to its `dtype`, bfloat16 by default.
 
     Returns:
-        descriptions of matrices packed differently from the rest, by module path.
+        Descriptions of matrices packed differently from the rest, by module path.
 
     Raises:
-        RequestError: packing a quantized model, or unpacking one that is not.
+        RequestError: the model is already quantized, or there is nothing to dequantize.
     """
     dtype = dtype_for(packing.dtype, checkpoint.config) or mx.bfloat16
     if packing.quantize and checkpoint.rounding is not None:
@@ -109,11 +109,16 @@ def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
         )
     packing.check(checkpoint)
     if packing.dequantize:
-        checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
-        checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
+        unpack(checkpoint, dtype)
     checkpoint.weights = cast_weights(checkpoint.weights, checkpoint.quantization, dtype)
     if not packing.quantize:
         return {}
     checkpoint.quantization, exceptions = packing.plan(checkpoint.config)
     checkpoint.weights = quantize_weights(checkpoint.weights, checkpoint.quantization)
     return exceptions
+
+
+def unpack(checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
+    """Dequantize the checkpoint's unread weights in place; its `rounded_to` keeps what they were quantized to."""
+    checkpoint.weights = dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype)
+    checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}

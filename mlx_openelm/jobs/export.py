@@ -1,4 +1,4 @@
-"""Models for other programs: Hugging Face folders for transformers, GGUF files for llama.cpp."""
+"""Write models for other programs: Hugging Face folders for transformers, GGUF files for llama.cpp."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import mlx.core as mx
 from ..errors import RequestError, quote
 from ..formats import atomic, gguf, huggingface
 from ..formats.mlx import Checkpoint
-from ..formats.packing import cast_weights, dequantize_weights
+from ..formats.packing import cast_weights
 from ..hub import catalog
 from ..inputs import to_path
 from ..loading import check_dtype, dtype_for
 from ..publishing.card import compose_card, write_card
 from ..publishing.command_line import command_line, source_flags
 from ..sources import Source, open_source
-from .writing import chat_template, find_origin
+from .convert import unpack
+from .writing import chat_template, origin_of
 
 FORMATS = ("huggingface", "gguf")
 
@@ -72,7 +73,7 @@ def export(
         progress: called with the bytes written so far and in all.
 
     Raises:
-        RequestError: an impossible request; nothing was written.
+        RequestError: an invalid request; nothing was written.
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
     _check_request(format, gguf_type, dtype)
@@ -110,7 +111,7 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
 
 
 def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
-    """The real path of the output; RequestError if it must not be written to."""
+    """The output with links resolved; RequestError if it cannot or must not be replaced."""
     target = Path(os.path.realpath(to_path(path)))
     if format == "huggingface":
         return atomic.check_target(path, overwrite=overwrite, flag="--output")
@@ -139,7 +140,7 @@ def _export_gguf(
     target = _check_output(path, "gguf", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
-    origin, template = find_origin(source), chat_template(source)
+    origin, template = origin_of(source), chat_template(source)
     with atomic.new_file(target) as partial, source.reading():
         exceptions = gguf.write(
             partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
@@ -170,9 +171,9 @@ def _export_huggingface(
     target = _check_output(path, "huggingface", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
-    _unpack(checkpoint, wanted)
+    _unify(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
-    origin, template = find_origin(source), chat_template(source)
+    origin, template = origin_of(source), chat_template(source)
     with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
         source.tokenizer.save(partial, chat_template=template)
         huggingface.write(partial, checkpoint, release=source.release, progress=progress)
@@ -182,18 +183,18 @@ def _export_huggingface(
     return Export(path, str(stored).removeprefix("mlx.core."), size, bits)
 
 
-def _unpack(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
+def _unify(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
     """Dequantize and cast the checkpoint's unread weights in place, so that all have one type."""
-    stored = {tensor.dtype for tensor in checkpoint.weights.tensors().values()}
+    stored = {tensor.dtype for tensor in checkpoint.weights.tensors.values()}
     if dtype is None and not checkpoint.quantization and len(stored) == 1:
         return
     dtype = dtype or mx.float32
-    checkpoint.weights = cast_weights(dequantize_weights(checkpoint.weights, checkpoint.quantization, dtype), {}, dtype)
-    checkpoint.rounded_to, checkpoint.quantization = checkpoint.rounding, {}
+    unpack(checkpoint, dtype)
+    checkpoint.weights = cast_weights(checkpoint.weights, {}, dtype)
 
 
 def _name(source: Source) -> str:
-    """The model's name for default file names: the release of an alias, else the last part of what was typed."""
+    """The model's name for default file names: its release's, or the last part of its path or hub name."""
     path = to_path(source.name)
     if path.exists():
         return path.resolve().stem if path.is_file() else path.resolve().name

@@ -1,10 +1,11 @@
-"""Fuse: add adapters to a model's weights and write the sum as an ordinary MLX folder (`mlx-openelm fuse`)."""
+"""Add adapters to a model's weights and write the sum as an ordinary MLX folder (`mlx-openelm fuse`)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from ..quantization.recipes import Packing
 from ..quantization.report import Evaluator
 from ..quantization.text import read_text
 from ..sources import Source, open_source
-from .writing import find_origin, write_folder
+from .writing import origin_of, write_folder
 
-# Windows of text that a report reads.
+# Windows of text that a report measures on.
 _WINDOWS = 8
 # Adapters by path or hub name, each with its weight.
 WeightedPaths = list[tuple[str, float]]
@@ -43,10 +44,10 @@ class Fusion:
     Attributes:
         path: the folder.
         bits_per_weight: bits per parameter as stored.
-        matrices: by module path, what the adapters changed and what storing the sum lost.
+        matrices: what the adapters changed and what storing the sum lost, by module path.
         overall: the same over all matrices.
         exceptions: descriptions of matrices packed differently from the rest, by module path.
-        untied: whether the output layer, shared with the embedding before, became a tensor of its own.
+        untied: whether the output layer, which shared the embedding, became a tensor of its own.
         requantized: whether the matrices were packed before, and were packed again.
         kl_divergence: if a report was asked for, KL(base with the adapters in float32 || what was written), in nats
             per token.
@@ -95,53 +96,45 @@ def fuse(
         model: as in `convert`.
         adapter_path: an adapter (mlx-lm's, PEFT's or CoreNet's format, or a hub name), or several LoRA adapters, with
             weights if wanted: `{"a": 0.7, "b": 0.3}`, or `["a=0.7", "b=0.3"]`.
-        dtype: the type of what is not quantized; the stored type by default.
+        dtype: the type of tensors that are not quantized; the stored type by default.
         quantize, q_bits, q_group_size, q_mode, recipe: as in `convert`, for a model that is not quantized.
         dequantize: unpack a quantized model.
         report: measure what storing the sum costs (`kl_divergence`), on `report_data` or the bundled text. Holds the
             model in float32.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `save_path` if it exists.
-        progress: called with the name of a stage, how much of it is done, and how much there is.
+        progress: called with the name of a stage, the amount done, and the total.
 
     Raises:
-        RequestError: an impossible request, or adapters of another model; nothing was written.
+        RequestError: an invalid request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
-    text_options = QuantizeOptions(report=True, report_data=report_data)
     paths = parse_paths(adapter_path)
     check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
-
-    def open_base() -> Source:
-        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    open_base = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    show = progress or (lambda *_: None)
 
     source = open_base()
-    base = source.checkpoint
-    was_packed = bool(base.quantization)
     _check_inputs(target, source, paths)
-    _check_packing(base, packing)
-    windows = read_text(source.tokenizer, base.config, text_options).held_out[:_WINDOWS] if report else []
-
+    _check_packing(source.checkpoint, packing)
+    windows = _held_out(source, report_data) if report else []
+    was_packed = bool(source.checkpoint.quantization)
     adapters = _read_adapters(paths, source)
-    descriptions = [_describe(*entry) for entry in adapters]
-    plan = packing.plan if quantize else None
-    merged = merge(base, mix(adapters), dtype=dtype_for(dtype, base.config), plan=plan, dequantize=dequantize)
-    source.checkpoint, bits = merged.checkpoint, merged.checkpoint.bits_per_weight
-
+    merged = _merge(source, adapters, packing)
+    bits = merged.checkpoint.bits_per_weight  # before the weights are taken
     flags = _adapter_flags(model, paths, save_path) | packing.flags() | source_flags(tokenizer, config_yaml, revision)
-    show = progress or (lambda *_: None)
     write_folder(
         source,
         target,
         command=command_line("fuse", flags),
         origin=_origin(source),
         overwrite=overwrite,
-        progress=lambda done, total: show("Writing", done, total),
-        card={"recipe": recipe, "adapters": descriptions},
+        progress=partial(show, "Writing"),
+        card={"recipe": recipe, "adapters": [_describe(*entry) for entry in adapters]},
     )
     fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
     if report:
@@ -176,6 +169,26 @@ def _check_packing(base: Checkpoint, packing: Packing) -> None:
         )
 
 
+def _held_out(source: Source, report_data: str | None) -> list[list[int]]:
+    """The windows of text that a report reads, as token ids."""
+    options = QuantizeOptions(report=True, report_data=report_data)
+    return read_text(source.tokenizer, source.checkpoint.config, options).held_out[:_WINDOWS]
+
+
+def _merge(source: Source, adapters: list[tuple[str, Adapter, float]], packing: Packing) -> Merged:
+    """Add the adapters to the source's checkpoint, which the sum replaces; no weight is read yet."""
+    base = source.checkpoint
+    merged = merge(
+        base,
+        mix(adapters),
+        dtype=dtype_for(packing.dtype, base.config),
+        plan=packing.plan if packing.quantize else None,
+        dequantize=packing.dequantize,
+    )
+    source.checkpoint = merged.checkpoint
+    return merged
+
+
 def _read_adapters(paths: WeightedPaths, source: Source) -> list[tuple[str, Adapter, float]]:
     return [(path, read_adapter(path, source.checkpoint.config), weight) for path, weight in paths]
 
@@ -194,7 +207,7 @@ def _fusion(target: Path, bits_per_weight: float, merged: Merged, *, requantized
 
 
 def _with_weight(path: str, weight: float) -> str:
-    """An adapter and its weight as a person types them."""
+    """An adapter and its weight, as `--adapter-path` takes them."""
     return path if weight == 1 else f"{path}={weight:g}"
 
 
@@ -205,7 +218,7 @@ def _adapter_flags(model: str | Path, paths: WeightedPaths, save_path: str | Pat
 
 
 def _describe(path: str, adapter: Adapter, weight: float) -> str:
-    """An adapter, for the model card."""
+    """A description of an adapter for the model card."""
     times = "" if weight == 1 else f", {weight:g} times"
     name = f"`{without_folders(path)}`{times}"
     if not adapter.modules:
@@ -217,14 +230,18 @@ def _describe(path: str, adapter: Adapter, weight: float) -> str:
 
 
 def _origin(source: Source) -> Origin:
-    """The origin of the sum: a model derived from the base, no longer the same one."""
-    origin = find_origin(source)
+    """The origin of the sum: a model derived from the base."""
+    origin = origin_of(source)
     relation = "merge" if origin.relation == "merge" else "finetune"
     return replace(origin, name=f"{origin.name}, fine-tuned", relation=relation if origin.base_model else None)
 
 
 def _divergences(
-    open_base: Callable[[], Source], paths: WeightedPaths, target: Path, windows: list[list[int]], show: Progress
+    open_base: Callable[[], Source],
+    paths: WeightedPaths,
+    target: Path,
+    windows: list[list[int]],
+    show: Progress,
 ) -> tuple[float, float]:
     """KL(base with the adapters || model) in nats per token, in float32, of the written model and of the base."""
     source = open_base()
@@ -232,7 +249,7 @@ def _divergences(
     exact = merge(source.checkpoint, mix(_read_adapters(paths, source)), dtype=mx.float32, dequantize=packed)
     with source.reading():
         full = build_model(exact.checkpoint, dtype=mx.float32, expand=True)
-    evaluator = Evaluator(full, windows, progress=lambda done, total: show("Reading the text", done, total))
+    evaluator = Evaluator(full, windows, progress=partial(show, "Reading the text"))
     del full
 
     def divergence(checkpoint: Checkpoint) -> float:

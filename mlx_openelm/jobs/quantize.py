@@ -1,4 +1,4 @@
-"""Quantize a model by measurement: bit budgets, learned methods, and a report on held-out text."""
+"""Quantize a model by measuring it: bit budgets, learned methods, and a report on held-out text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,9 +15,9 @@ from .. import backend
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import atomic
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Quantization, bits_per_weight, scale_dtype
-from ..formats.weights import Weights
+from ..formats.mlx import Checkpoint, Quantization, scale_dtype
+from ..formats.packing import bits_per_weight
+from ..formats.safetensors import Weights
 from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
 from ..model import OpenELM
@@ -34,7 +35,7 @@ from .convert import requantize
 from .writing import write_folder
 
 SENSITIVITIES = "sensitivities.json"
-# Windows that sensitivities are measured on.
+# The number of windows that sensitivities are measured on.
 _SENSITIVITY_WINDOWS = 8
 # Bytes per parameter that calibration in float32 needs: the model, and the rounded matrices of a report.
 _BYTES_PER_PARAMETER = 9
@@ -50,7 +51,7 @@ class Quantized:
         choices: how each matrix is packed, by module path.
         exceptions: descriptions of matrices packed differently from the rest, by module path.
         costs: if bits were chosen by sensitivity, the measured cost of each choice, by module path.
-        calibrated_on: a description of the text that was learned from.
+        calibrated_on: a description of the calibration text; None if none was used.
         report: the rows of the report.
     """
 
@@ -80,13 +81,13 @@ def quantize(
     Args:
         model: as in `convert`.
         options: how to quantize; 4 bits in groups of 64 by default.
-        dtype: the type of what is not quantized; bfloat16 by default.
+        dtype: the type of tensors that are not quantized; bfloat16 by default.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the name of a stage, how much of it is done, and how much there is.
+        progress: called with the name of a stage, the amount done, and the total.
 
     Raises:
-        RequestError: an impossible request; nothing was written.
+        RequestError: an invalid request; nothing was written.
         OpenELMError: a download, a method or writing failed; nothing was left behind.
     """
     options = options or QuantizeOptions()
@@ -95,9 +96,7 @@ def quantize(
     check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
 
-    def open_model() -> Source:
-        return open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-
+    open_model = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     source = open_model()
     config = source.checkpoint.config
     stored = dtype_for(dtype, config) or mx.bfloat16
@@ -143,7 +142,7 @@ def quantize(
 
 
 def _check_source(source: Source, model: str | Path, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
-    """Refuse a quantized model, an impossible target, and a budget too small, before any weight is read."""
+    """Refuse a quantized model, a target that cannot be written, and too small a budget, before any weight is read."""
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
             f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
@@ -157,13 +156,13 @@ def _check_source(source: Source, model: str | Path, target: Path, options: Quan
 
 
 class _Run:
-    """State that the steps of one `quantize` call share."""
+    """The state that the steps of one `quantize` call share."""
 
     text: CalibrationText
     evaluator: Evaluator
 
-    def __init__(self, options: QuantizeOptions, config: ModelConfig, stored: mx.Dtype, show: Progress):
-        self.options, self.config, self.stored, self.show = options, config, stored, show
+    def __init__(self, options: QuantizeOptions, config: ModelConfig, stored: mx.Dtype, progress: Progress):
+        self.options, self.config, self.stored, self.progress = options, config, stored, progress
         self.sensitivities: Sensitivities | None = None
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
@@ -176,31 +175,31 @@ class _Run:
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress callback of one stage."""
-        return lambda done, total: self.show(name, done, total)
+        return lambda done, total: self.progress(name, done, total)
 
     def load(self, source: Source) -> OpenELM:
         """Read the text, known sensitivities, and the full model; takes the weights out of `source`."""
         if self.options.sensitivities is not None:
             self.sensitivities = sensitivity.read(to_path(self.options.sensitivities), self.config)
         self.text = read_text(source.tokenizer, self.config, self.options)
-        self.show("Loading", 0, 1)
+        self.progress("Loading", 0, 1)
         with source.reading():
             full = build_model(source.checkpoint, dtype=self.compute)
-        self.show("Loading", 1, 1)
+        self.progress("Loading", 1, 1)
         return full
 
     def compare(self, full: OpenELM) -> None:
-        """If there is a report, begin it with the full model and with plain quantizations."""
+        """With `report`, add the rows of the full model and of plain quantizations."""
         if self.options.report:
             self.evaluator = Evaluator(full, self.text.held_out, progress=self.stage("Reading the held-out text"))
             self.rows += report.compare(full, self.evaluator, self.stored, progress=self.stage("Comparing"))
 
     def add_row(self, measure: Callable[[], Row]) -> None:
-        """If there is a report, end it with the model that is written."""
+        """With `report`, add the row of the model that is written."""
         if self.options.report:
-            self.show("Measuring", 0, 1)
+            self.progress("Measuring", 0, 1)
             self.rows.append(measure())
-            self.show("Measuring", 1, 1)
+            self.progress("Measuring", 1, 1)
 
     def learn(self, full: OpenELM) -> Checkpoint:
         """Choose bits, round by the learned methods, and measure the result; empties the full model."""
@@ -213,7 +212,7 @@ class _Run:
             self.stored,
             scale_dtype(self.stored),
             seed=self.options.seed or 0,
-            progress=self.show,
+            progress=self.progress,
         )
 
         def measure() -> Row:

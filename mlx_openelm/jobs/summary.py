@@ -1,4 +1,4 @@
-"""A model in numbers: parameters by layer, bits as stored, memory needed. No weight is loaded."""
+"""The numbers of a model: parameters by layer, bits as stored, memory needed. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import gguf
 from ..formats import mlx as mlx_format
-from ..formats.packing import Quantization, bits_per_weight, most_common
+from ..formats.mlx import Quantization, most_common
+from ..formats.packing import bits_per_weight
 from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub.resolve import download, resolve, source_repo
 from ..inputs import to_path
 from ..ops.packed import stays_packed
 from ..quantization.recipes import plan
@@ -67,12 +68,12 @@ class Summary:
     Attributes:
         source: "files" (headers read), "config" (a `config.json` alone), or "published" (known sizes, no file read).
         parameters, embedding, head, norms: counts of parameters; `head` is 0 if the embedding is shared.
-        dtype: the stored type of what is not quantized.
+        dtype: the stored type of tensors that are not quantized.
         quantization: the settings that most matrices share; None if the model is not quantized.
         bits_per_weight: bits per parameter as stored.
         storage_bytes: bytes of the weights on disk.
-        tokenizer: the name of its file; None if there is none, or no files were read.
-        rounded_to: the low-bit types in a GGUF file, which are unpacked when they are read.
+        tokenizer: the name of the tokenizer's file; None if there is none, or if no files were read.
+        rounded_to: the low-bit types in a GGUF file, whose tensors are unpacked when they are read.
     """
 
     name: str
@@ -104,15 +105,15 @@ def summarize(name: str, *, revision: str | None = None) -> Summary:
     """
     if (file := to_path(name)).suffix.lower() == ".gguf" and not file.is_dir():
         return _summarize_gguf(file, name)
-    repo = hub.source_repo(name)
-    folder = hub.resolve(name) if repo is None else _cached_folder(repo, revision)
+    repo = source_repo(name)
+    folder = resolve(name) if repo is None else _cached_folder(repo, revision)
     if folder is not None and any(folder.glob("*.safetensors")):
         return summarize_folder(folder, name)
     if repo is None:
         raise RequestError(f"{folder} has no *.safetensors file, so it is not a model.")
     if (release := catalog.find(name)) is not None:
         return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
-    return _summarize_config_file(hub.download(repo, revision=revision, patterns=["config.json"]), name)
+    return _summarize_config_file(download(repo, revision=revision, patterns=["config.json"]), name)
 
 
 def summarize_folder(folder: Path, name: str | None = None) -> Summary:
@@ -138,7 +139,7 @@ def _summarize_gguf(path: Path, name: str) -> Summary:
         checkpoint.config,
         name=name,
         source="files",
-        dtype=_dtype_name(checkpoint.weights.tensor("transformer.token_embeddings.weight").dtype),  # norms are float32
+        dtype=_dtype_name(checkpoint.weights.tensors["transformer.token_embeddings.weight"].dtype),  # norms are float32
         bits=8 * size / checkpoint.config.num_parameters,
         storage_bytes=size,
         tokenizer=path.name,
@@ -209,7 +210,7 @@ def memory_needed(
     """Bytes of weights and key-value cache while generating, after `tokens` tokens.
 
     Args:
-        stored: the stored type of what is not quantized.
+        stored: the stored type of tensors that are not quantized.
     """
     compute = backend.compute_dtype(getattr(mx, stored))
     # Our CPU kernels read matrices in their stored type.

@@ -9,9 +9,8 @@ from typing import Any
 from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..hub import catalog
-from ..publishing import origin as origins
 from ..publishing.card import write_card
-from ..publishing.origin import Origin
+from ..publishing.origin import Origin, find_origin
 from ..sources import Source
 from ..text.chat_template import CORENET_TEMPLATE
 
@@ -27,20 +26,20 @@ def write_folder(
     card: Mapping[str, Any] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a source as an MLX folder, once its files prove unchanged; this empties its weights.
+    """Write a source as an MLX folder, unless its files change meanwhile. Its weights are used up.
 
     Args:
-        command: the command line that makes the folder, for the model card.
+        command: the command line that wrote the folder, for the model card.
         origin: where the model comes from; by default what the source's own files state.
         progress: called with the bytes written so far and in all.
         card: further facts for the card (see `card.compose_card`).
-        extra: writes more files into the folder it is given.
+        extra: a function that writes more files into the folder.
 
     Raises:
-        RequestError: `mlx_path` exists and `overwrite` is not set, or it cannot be made.
+        RequestError: `mlx_path` exists and `overwrite` is not set, or it cannot be created.
         OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
     """
-    origin = origin or find_origin(source)
+    origin = origin or origin_of(source)
     with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
         source.tokenizer.save(partial, chat_template=chat_template(source))
         mlx_format.write(partial, source.checkpoint, progress=progress)
@@ -56,8 +55,8 @@ def chat_template(source: Source) -> str | None:
     return source.tokenizer.chat_template or (CORENET_TEMPLATE if is_instruct else None)
 
 
-def find_origin(source: Source) -> Origin:
+def origin_of(source: Source) -> Origin:
     """Where a source comes from, and its licence, for a model card."""
     is_corenet_release = catalog.corenet_name(source.name) is not None and source.release is not None
     base_model = source.release.hub_repo if is_corenet_release and source.release is not None else None
-    return origins.find_origin(source.path, repo=source.repo, base_model=base_model)
+    return find_origin(source.path, repo=source.repo, base_model=base_model)

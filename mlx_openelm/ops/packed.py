@@ -29,6 +29,10 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
+# What MLX stores of a packed matrix: the levels, a scale for each group, and in affine mode also a bias.
+PARTS = ("weight", "scales", "biases")
+# The modes that our CPU kernels multiply as they are stored.
+KERNEL_MODES = frozenset({"affine"})
 
 # CUDA: with this many rows MLX uses tensor cores, which take no longer for 16 rows.
 _MATRIX_ROWS = 8
@@ -46,7 +50,7 @@ def multiplied_modes() -> frozenset[str]:
     """The modes whose weights are best left packed at load here: all on a GPU, affine with our kernels for CPUs."""
     if backend.on_gpu():
         return frozenset(MODES)
-    return frozenset({"affine"} if backend.has_kernels() else ())
+    return KERNEL_MODES if backend.has_kernels() else frozenset()
 
 
 def stays_packed(modes: Iterable[str]) -> bool:

@@ -1,8 +1,8 @@
-"""Model cards: the README.md of a model folder, written from the folder and from how it was made.
+"""Model cards: the README.md of a model folder, from the folder's files and from how it was made.
 
-A card is YAML front matter, which the hub reads, and a text. What the folder itself does not state (where the model
-came from, the command, measurements) is kept in the front matter under `mlx_openelm`, with a digest of the text. So a
-card can be written again under another name, and a card that a person has edited is recognised and left alone.
+A card has YAML front matter, which the hub reads, and a text. Facts that the files do not state (where the model came
+from, the command, measurements) are kept in the front matter under `mlx_openelm`, with a digest of the text. So a card
+can be written again under another name, and a card that a person has edited is recognized and left alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .origin import COPIED_FIELDS, Origin, find_origin
 
 @dataclass(frozen=True)
 class Card:
-    """The README.md to publish. `is_own` tells that a person wrote it, so that it is sent unchanged."""
+    """The README.md to publish. `is_own` is true for one that a person wrote, which is sent unchanged."""
 
     text: str
     is_own: bool
@@ -65,7 +65,7 @@ def compose_card(
         adapters: descriptions of the adapters that were fused into the weights.
 
     Raises:
-        RequestError: there is no model, or files are damaged.
+        RequestError: the path holds no model, or files are damaged.
     """
     contents = Contents.read(path)
     facts = Facts(

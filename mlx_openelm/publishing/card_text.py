@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from ..formats import mlx as mlx_format
 from ..formats import safetensors
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Quantization, most_common
+from ..formats.mlx import Checkpoint, Quantization, most_common
 from ..hub import catalog
 
 Layout = Literal["mlx", "huggingface", "gguf"]
@@ -21,7 +20,7 @@ PROMPT = "Once upon a time"
 
 @dataclass(frozen=True)
 class Quality:
-    """Measurements on a text: perplexity, that of the model before quantization, KL divergence in nats per token."""
+    """Measurements on a text: perplexity, perplexity before quantization, and KL divergence in nats per token."""
 
     text: str
     tokens: int
@@ -32,7 +31,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card states that the files do not. `parameters` and `layers` only for GGUF, which has no config.json."""
+    """Facts that the files do not state. `parameters` and `layers` are only for GGUF, which has no config.json."""
 
     source: str | None
     command: str | None = None
@@ -114,7 +113,7 @@ class Contents:
 
     @property
     def common(self) -> Quantization | None:
-        """How most matrices are packed; None if none is."""
+        """The quantization of most matrices; None if the model is not quantized."""
         packed = self.checkpoint.quantization if self.checkpoint is not None else {}
         return most_common(packed) if packed else None
 
@@ -165,7 +164,7 @@ def _sizes(contents: Contents, facts: Facts) -> str:
         rows["Parameters"] = f"{checkpoint.config.num_parameters:,}"
         rows["Layers"] = str(checkpoint.config.num_transformer_layers)
         rows["Context"] = f"{checkpoint.config.max_context_length:,} tokens"
-        rows["Type" if contents.common is None else "Type of what is not packed"] = dtype
+        rows["Type" if contents.common is None else "Type of other tensors"] = dtype
         rows["Bits per weight"] = f"{bits:.2f}"
     else:
         rows |= {"Parameters": f"{facts.parameters:,}"} if facts.parameters is not None else {}

@@ -14,7 +14,7 @@ from ..wording import flag
 def command_line(command: str, flags: Mapping[str, Any]) -> str:
     """`mlx-openelm COMMAND` with its flags as a person types them.
 
-    None, False and empty lists are left out. Of a `Path`, or of text that is a path, only the last part is shown.
+    None, False and empty lists are left out. Paths are cut to their last part, whether they are `Path`s or text.
     """
     words = ["mlx-openelm", command]
     for key, value in flags.items():

@@ -1,4 +1,4 @@
-"""The files of a folder that belong to the model, and so may be published."""
+"""The files of a folder that belong to the model and may be published."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from ..errors import RequestError
 from ..formats import gguf, safetensors
 from ..formats import mlx as mlx_format
-from ..hub import resolve as hub
+from ..hub.resolve import NEVER_PATTERNS, TOKENIZER_PATTERNS
 
 CARD = "README.md"
-# Files that belong to a model besides its weights.
-_PATTERNS = ("config.json", "generation_config.json", *hub.TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
+# A model's files other than its weights.
+_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_PATTERNS, "chat_template.jinja", "LICENSE*")
 
 
 def model_files(path: Path) -> list[Path]:
     """The files of a model folder to publish, except its card; for a GGUF file, that file.
 
-    Weights are those the model is read from, checked against `config.json`. Code, pickles, subfolders, hidden files
-    and anything else in the folder are never sent.
+    The weights are the files that the model is read from, checked against `config.json`. Code, pickles, subfolders,
+    hidden files and anything else in the folder are never sent.
 
     Raises:
         RequestError: no model, damaged files, or a link to a file outside the folder.
@@ -55,7 +55,7 @@ def model_files(path: Path) -> list[Path]:
 def leads_out(file: Path) -> bool:
     """Whether `file` is a link out of its own folder, other than into the blobs of the hub's cache.
 
-    A model folder may come from a stranger: the target of such a link must not be copied or published.
+    A model folder may come from a stranger, so the target of such a link must not be copied or published.
     """
     folder, target = file.parent.resolve(), file.resolve()
     cache = folder.parent.parent
@@ -64,5 +64,5 @@ def leads_out(file: Path) -> bool:
 
 
 def _belongs_to_model(name: str) -> bool:
-    is_code = any(fnmatch(name, pattern) for pattern in hub.NEVER_PATTERNS)
+    is_code = any(fnmatch(name, pattern) for pattern in NEVER_PATTERNS)
     return not is_code and any(fnmatch(name, pattern) for pattern in _PATTERNS)

@@ -11,28 +11,28 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import OpenELMError, RequestError
 from ..hub import catalog
-from ..hub import resolve as hub
+from ..hub.resolve import DOCUMENT_PATTERNS, NEVER_PATTERNS, download
 from .card_text import Contents
 from .files import leads_out
 from .front_matter import EMPTY, ParsedCard, read_leniently
 
 # Fields that a card copies from the card of the original.
 COPIED_FIELDS = ("license", "license_name", "license_link", "language")
-# Relations to a base model that outlive a conversion; with any other the base model is the model itself.
+# Relations that a conversion keeps; with any other, the base model is the model itself.
 _DERIVED = ("finetune", "adapter", "merge")
-# A licence is a page or two; a longer file only has the name of one.
+# A licence is a page or two; a larger file is something else.
 _MAX_LICENSE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the model that was converted.
+    """What is known about the original model.
 
     Attributes:
         name: what the card's text calls it.
         base_model: the hub repository (or several) it is or derives from; None if unknown.
-        relation: how it derives from `base_model`; None if it is a mere conversion.
-        metadata: the licence and language that its own card states.
+        relation: how it derives from `base_model`; None if it is only a conversion of it.
+        metadata: the licence and language that its card states.
         licenses: its licence files.
     """
 
@@ -44,15 +44,15 @@ class Origin:
 
 
 def find_origin(path: Path, *, repo: str | None = None, base_model: str | None = None, offline: bool = False) -> Origin:
-    """What is known of the model in `path`, from its name and from the card and the licence beside it.
+    """What is known about the model in `path`, from its name and from the card and the licence beside it.
 
     One of Apple's models that came without a licence, as CoreNet's files do, gets that of Apple's repository.
 
     Args:
-        path: the folder (or file) it is read from.
+        path: the model's folder or file.
         repo: the hub repository that the user named; None for a local model.
         base_model: the hub repository of the same model, if its files came from elsewhere.
-        offline: make no network request.
+        offline: whether to make no network request.
     """
     origin = _local_origin(path, repo, base_model)
     return origin if offline else _with_license(origin)
@@ -90,7 +90,7 @@ def _with_license(origin: Origin) -> Origin:
     if release is None or origin.relation is not None or origin.metadata.get("license") or origin.licenses:
         return origin
     try:
-        folder = hub.download(release.hub_repo, patterns=hub.DOCUMENT_PATTERNS)
+        folder = download(release.hub_repo, patterns=DOCUMENT_PATTERNS)
     except OpenELMError:  # perhaps there is no network; the card then links to the repository for the licence
         return origin
     licenses = _license_files(folder)
@@ -117,7 +117,7 @@ def _license_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _is_license(file: Path) -> bool:
-    is_code = any(fnmatch(file.name, pattern) for pattern in hub.NEVER_PATTERNS)
+    is_code = any(fnmatch(file.name, pattern) for pattern in NEVER_PATTERNS)
     return file.is_file() and not is_code and not leads_out(file) and file.stat().st_size <= _MAX_LICENSE_BYTES
 
 

@@ -10,7 +10,7 @@ from ..formats import safetensors
 from .card import Card
 from .files import CARD
 
-# Weights that a loader would take for part of the model if they stayed beside new ones.
+# Old weights, which a loader would take for part of the model if they stayed beside the new ones.
 _WEIGHTS = ("model*.safetensors", "weights*.safetensors", safetensors.INDEX)
 
 
@@ -25,10 +25,10 @@ class File:
 
 @dataclass(frozen=True)
 class Upload:
-    """What is sent, or was.
+    """An upload, planned or done.
 
     Attributes:
-        left_out: names of what lies in the folder and is not sent.
+        left_out: names of files and folders in `path` that are not sent.
         own_card: whether a person wrote the card.
         removes: patterns; files at the top of the repository that match one and are not sent are removed.
         url: where it was sent; None for a dry run.

@@ -26,7 +26,7 @@ def full_name(repo: str) -> str:
     """`owner/name`, where a bare name belongs to the token's owner.
 
     Raises:
-        OpenELMError: offline, no token, one that may only read, or a hub that does not answer.
+        OpenELMError: offline, no token, a read-only token, or a hub that does not answer.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -64,7 +64,7 @@ def check_visibility(repo: str, private: bool) -> None:
 
 
 def send(plan: Upload) -> Upload:
-    """Make the repository and the branch if need be, then send every file in one commit.
+    """Create the repository and the branch if needed, then send every file in one commit.
 
     Raises:
         OpenELMError: a refusal, a broken transfer, or somebody else changed the repository meanwhile.

@@ -46,7 +46,7 @@ def check(options: UploadOptions) -> None:
 
     Raises:
         RequestError: an invalid name, revision or combination.
-        OpenELMError: no token, one that may not write, no network, HF_HUB_OFFLINE.
+        OpenELMError: no token, a read-only token, no network, or HF_HUB_OFFLINE.
     """
     if options.upload_repo is None:
         given = [name for name, value in vars(options).items() if value]
@@ -100,10 +100,10 @@ def upload(
     """Publish a model folder, or a GGUF file, in one commit; nothing in the folder is changed.
 
     Args:
-        repo: `owner/name`; a bare name belongs to the token's owner. It is made if it does not exist.
-        private: make it private. One that exists keeps its visibility, and must be private already.
-        revision: the branch, made from `main` if it does not exist.
-        dry_run: only return what would be sent. Makes no network request, needs no token.
+        repo: `owner/name`; a bare name belongs to the token's owner. It is created if it does not exist.
+        private: create it as private. An existing repository keeps its visibility, and must be private already.
+        revision: the branch, created from `main` if it does not exist.
+        dry_run: only return what would be sent, without a network request or a token.
         card, licenses: for a GGUF file, which has no folder to hold them: a function from the repository's name to
             the card's text, and licence files.
 

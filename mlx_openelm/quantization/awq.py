@@ -1,14 +1,14 @@
-"""AWQ (arXiv:2306.00978): give the columns that matter most a larger share of a matrix's levels.
+"""AWQ (arXiv:2306.00978): scale up the columns that matter most, so that rounding changes them less.
 
 Columns are multiplied by a scale, and the layer before them is divided by it: OpenELM's norms before `qkv_proj` and
-`proj_1`, and the up half of `proj_1` before `proj_2`. The full model computes the same; only rounding changes.
+`proj_1`, and the up half of `proj_1` before `proj_2`. The full model's outputs do not change, only the rounding.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import round_error
 from ..model import TransformerLayer
 from ..modules import module_at

@@ -1,4 +1,4 @@
-"""A model on calibration text: second moments of the inputs of its matrices, and its predictions."""
+"""Running a model on calibration text: second moments of its matrices' inputs, and its predictions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..ops import attention
 from ..ops import layers as ops
 from ..ops.distributions import cross_entropy, kl_divergence
 
-# Positions whose logits are held at once.
+# Positions whose logits are held in memory at once.
 CHUNK = 256
 
 Batches = Sequence[mx.array]
-# Called with how much is done, and how much there is.
+# Called with the amount done and the total.
 Progress = Callable[[int, int], None]
 
 
@@ -34,7 +34,7 @@ class _Recorder(nn.Module):
         self.moments = mx.zeros((in_dims, in_dims))
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+        rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)  # [rows, in]
         self.moments = self.moments + rows.T @ rows
         return self.layer(x)
 
@@ -90,7 +90,7 @@ class Stream:
 
 
 class Teacher:
-    """The full model's predictions for each token, which others are compared with.
+    """The full model's predictions for each token, to compare other models with.
 
     Kept as hidden states [rows, model_dim] after the final norm, and a reference to the head's weight: the logits of
     all rows would fill memory. The model may change afterwards.
@@ -117,7 +117,7 @@ class Teacher:
         self.moments = total / self.tokens
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden states [rows, model_dim] of the full model to its logits [rows, vocab]."""
+        """The full model's logits [rows, vocab] of its hidden states [rows, model_dim]."""
         return ops.linear(hidden, self._head)
 
     def compare(

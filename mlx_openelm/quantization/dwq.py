@@ -1,4 +1,4 @@
-"""Distilled scales (after mlx-lm's DWQ): train scales and biases to make the quantized model predict as the full one.
+"""DWQ (after mlx-lm's): train scales and biases so that the quantized model predicts what the full model does.
 
 Levels stay fixed. Scales and biases move by fractions of a step, so one learning rate fits every matrix.
 """
@@ -34,7 +34,7 @@ _CHECKS = 4
 
 @dataclass
 class Packed:
-    """A matrix as levels packed by MLX, uint32 [out, in * bits / 32], and the grid they refer to."""
+    """A packed matrix: levels in MLX's layout, uint32 [out, in * bits / 32], and their scales and biases."""
 
     levels: mx.array
     grid: Grid
@@ -90,7 +90,7 @@ def distill(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Grid]:
-    """Grids by module path, as `dtype` stores them, under which the packed model is closest to its teacher.
+    """Train the scales and biases of a packed model; returns them by module path, rounded to `dtype`.
 
     Args:
         model: the quantized model; its packed matrices are replaced by trained ones.
@@ -104,12 +104,10 @@ def distill(
     trained = {path: (DistilledEmbedding if path == EMBEDDING else Distilled)(part) for path, part in packed.items()}
     for path, module in trained.items():
         replace_at(model, path, module)
-    held_out = range(0, len(batches), _HELD_OUT) if len(batches) >= _HELD_OUT else range(0)
-    training = [index for index in range(len(batches)) if index not in held_out] * _EPOCHS
-    random.Random(seed).shuffle(training)
+    held_out, training = _split(len(batches), seed)
 
     def loss(index: int) -> mx.array:
-        return _divergence(model, teacher, batches, index)
+        return divergence(model, teacher, batches, index)
 
     def check() -> float:
         total = 0.0
@@ -119,7 +117,7 @@ def distill(
 
     gradient = nn.value_and_grad(model, loss)
     optimizer = optimizers.Adam(learning_rate=_schedule(len(training), learning_rate))
-    # Without held-out text the last state is taken.
+    # Without held-out text every check gives 0, so the last state is taken.
     best, least = _state(trained), check()
     for step, index in enumerate(training, 1):
         value, gradients = gradient(index)
@@ -137,6 +135,14 @@ def distill(
     return {path: module.grid().stored(dtype) for path, module in trained.items()}
 
 
+def _split(count: int, seed: int) -> tuple[range, list[int]]:
+    """The indices of the held-out batches, and of the others in the order of training; few batches are all trained."""
+    held_out = range(0, count, _HELD_OUT) if count >= _HELD_OUT else range(0)
+    training = [index for index in range(count) if index not in held_out] * _EPOCHS
+    random.Random(seed).shuffle(training)
+    return held_out, training
+
+
 def _state(trained: Mapping[str, Distilled]) -> dict[str, tuple[mx.array, mx.array]]:
     return {path: (module.slope, module.shift) for path, module in trained.items()}
 
@@ -148,11 +154,19 @@ def _schedule(steps: int, learning_rate: float) -> Callable[[mx.array], mx.array
     return optimizers.join_schedules([rise, fall], [warmup])
 
 
-def _divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
-    """The mean over one batch's tokens of KL(teacher || model); layers and logits are recomputed going back."""
+def divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -> mx.array:
+    """KL(teacher || model) in nats, the mean over the tokens of one batch.
+
+    Layers and logits are recomputed in the backward pass, to save memory.
+
+    Args:
+        batches: tokens [batch, length], those of the teacher.
+        index: the batch.
+    """
     tokens, config = batches[index], model.config
     shape: tuple[int, int] = tuple(tokens.shape)  # type: ignore[assignment]
     attend = attention.choose(config.head_dim, config.rope_freq_constant, 0, shape[1], "causal")
+    # [batch * length, model_dim], as layers take it.
     x = model.transformer.token_embeddings(tokens.reshape(-1)).astype(teacher.hidden[index].dtype)
     for layer in model.layers:
         x = nn.utils.checkpoint(layer, lambda h, layer=layer: layer(h, attend))(x)  # type: ignore[misc]

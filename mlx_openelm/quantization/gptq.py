@@ -5,20 +5,20 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import OpenELMError
-from ..formats.packing import Quantization
+from ..formats.mlx import Quantization
 from ..formats.rounding import Grid
 
-# Columns rounded before their corrections are applied to the rest of the matrix.
+# Columns rounded at a time; their corrections are then applied to the rest of the matrix.
 _BLOCK = 64
 # Added to the diagonal of the moments, as a share of its mean, to make them invertible; the first that works is used.
 _DAMPING = (0.01, 0.1, 1.0)
 
 
 def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quantization) -> mx.array:
-    """Levels [out, groups, group_size] for weight [out, in] that keep its products, given what enters it.
+    """Levels [out, groups, group_size] for weight [out, in] that keep its products with inputs x.
 
     Args:
-        moments: the mean of x xᵀ [in, in] over inputs x.
+        moments: the mean of x xᵀ [in, in] over the inputs x.
         grid: scales and biases, which stay fixed. Columns are rounded in order of the size of their inputs, the
             largest first (GPTQ's activation order), and keep the grid of their group (static groups).
 
@@ -38,7 +38,7 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
         scales, biases = grid.scales[:, group[start:end]], grid.biases[:, group[start:end]]
         safe = mx.where(scales == 0, 1.0, scales)
         for column in range(end - start):
-            value = block[:, column]
+            value = block[:, column]  # [out]
             level = mx.clip(mx.round((value - biases[:, column]) / safe[:, column]), 0, most)
             columns.append(level)
             position = start + column
@@ -49,12 +49,12 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
         if end < in_dims:
             rest = rest[:, end - start :] - mx.stack(errors, axis=1) @ factor[start:end, end:]
             mx.eval(rest)
-    level = mx.stack(columns, axis=1)[:, mx.argsort(order)]
-    return level.reshape(out_dims, -1, choice.group_size)
+    levels = mx.stack(columns, axis=1)[:, mx.argsort(order)]  # [out, in], in the matrix's own order
+    return levels.reshape(out_dims, -1, choice.group_size)
 
 
 def _inverse_factor(moments: mx.array) -> mx.array:
-    """The upper Cholesky factor [in, in] of the inverse of the damped moments; MLX computes it on the CPU only.
+    """The upper Cholesky factor [in, in] of the inverse of the damped moments; MLX computes it only on the CPU.
 
     Raises:
         OpenELMError: the moments are not finite, or cannot be made positive.

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError, quote
-from ..formats.mlx import Checkpoint
-from ..formats.packing import Plan, Quantization
+from ..formats.mlx import Checkpoint, Quantization
+from ..formats.packing import Plan
 from ..ops.packed import MODES
 
 # Low and high bits by name.
@@ -22,16 +22,18 @@ RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed
 
 @dataclass(frozen=True)
 class Packing:
-    """How the matrices of a model are stored: the flags that `convert`, `fuse` and `quantize` share, checked together.
+    """How to store a model's matrices: the flags of `convert`, `fuse` and `quantize`, validated together.
 
-    Args:
-        quantize: pack every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
-        recipe: more bits for some matrices than for others, in place of q_bits: a key of `RECIPES`.
+    Attributes:
+        quantize: quantize every matrix.
+        q_bits, q_group_size: by default the mode's (affine: 4 and 64).
+        q_mode: affine, mxfp4, nvfp4 or mxfp8.
+        recipe: a key of `RECIPES`, in place of q_bits: more bits for some matrices than for others.
         dequantize: unpack a quantized model.
-        dtype: the type of what is not packed, by name; None is each command's default.
+        dtype: the type of tensors that are not quantized; None for the command's default.
 
     Raises:
-        RequestError: a combination that cannot be meant, or that MLX does not have.
+        RequestError: flags that contradict each other, or a mode, bits and group size that MLX does not combine.
     """
 
     quantize: bool = False
@@ -51,19 +53,19 @@ class Packing:
         self._planner()
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse to unpack a model that is not packed."""
+        """Refuse `dequantize` for a checkpoint that is not quantized."""
         if self.dequantize and not checkpoint.quantization:
             raise RequestError("The model is not quantized, so there is nothing to --dequantize.")
 
     def plan(self, config: ModelConfig) -> tuple[dict[str, Quantization], dict[str, str]]:
-        """A quantization for each matrix and the exceptions, as the function `plan` gives; none without `quantize`."""
+        """What the function `plan` returns for these flags; empty without `quantize`."""
         return self._planner()(config) if self.quantize else ({}, {})
 
     def _planner(self) -> Plan:
         return planner(self.q_mode, self.q_bits, self.q_group_size, self.recipe)
 
     def flags(self) -> dict[str, Any]:
-        """The flags as a person types them, for `command_line`; defaults are None or False."""
+        """The flags for `command_line`; those that are not given are None or False."""
         return {
             "dtype": self.dtype,
             "quantize": self.quantize,

@@ -1,4 +1,4 @@
-"""A report: the quality of each quantization of a model on held-out text, and a chart of quality over size."""
+"""A report: the quality of a model's quantizations on held-out text, and a chart of quality over size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..formats.packing import Quantization, bits_per_weight
+from ..formats.mlx import Quantization
+from ..formats.packing import bits_per_weight
 from ..model import OpenELM
 from ..modules import module_at
 from ..ops.packed import MODES
@@ -78,7 +79,7 @@ def compare(
     """A row for the full model, then one for each of `plain_choices`; the model is unchanged afterwards.
 
     Args:
-        dtype: the stored type of what is not quantized.
+        dtype: the stored type of tensors that are not quantized.
     """
     choices: dict[str, dict[str, Quantization]] = {"not quantized": {}, **plain_choices(model.config)}
     for done, (name, choice) in enumerate(choices.items(), 1):
@@ -150,7 +151,7 @@ def letter(index: int) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a path that `draw` could not write to, before long work.
+    """Refuse a path that `draw` cannot write to; call it before long work.
 
     Raises:
         RequestError: matplotlib is missing, the suffix is not supported, the file exists or its folder does not.

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from ..config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
 from ..errors import RequestError
-from ..formats.packing import Quantization, bits_per_weight
+from ..formats.mlx import Quantization
+from ..formats.packing import bits_per_weight
 from ..formats.rounding import round_error, round_nearest
 from ..inputs import read_json
 from ..model import OpenELM
@@ -90,7 +91,7 @@ def measure(
     """The cost of every choice for every matrix of a full model, on `batches` of tokens [batch, length].
 
     Args:
-        text: the name of that text, for a saved file.
+        text: the name of the text, for a saved file.
         dtype: the type that scales and biases will be stored in.
         progress: called with the matrices done so far and in all.
     """
@@ -163,47 +164,53 @@ def assign(
     Dynamic programming over the budget in equal steps: each matrix adds its best option at every budget.
 
     Args:
-        dtype: the stored type of what is not quantized.
+        dtype: the stored type of tensors that are not quantized.
 
     Raises:
-        RequestError: the smallest choices need more bits.
+        RequestError: even the smallest choices need more bits.
     """
     shapes = config.matrix_shapes()
     sizes = {path: {o: _bits(o, shapes[path]) for o in options} for path, options in costs.items()}
     smallest = sum(min(options.values()) for options in sizes.values())
-    spare = (target_bpw - check_target(target_bpw, config, dtype)) * config.num_parameters
     largest = sum(max(options.values()) for options in sizes.values()) - smallest
+    spare = (target_bpw - check_target(target_bpw, config, dtype)) * config.num_parameters
     # Rounding up wastes up to one step per matrix, and the largest choices must fit if the budget allows them.
     room = min(spare, largest * _STEPS / (_STEPS - len(sizes)))
     unit = room / _STEPS or 1.0
-    steps = int(room / unit + 1e-9)
+    # Steps beyond the smallest option of each matrix, rounded up so that the budget is never exceeded.
+    steps = {
+        path: {o: -int(-(size - min(options.values())) // unit) for o, size in options.items()}
+        for path, options in sizes.items()
+    }
+    return _spend(costs, steps, int(room / unit + 1e-9))
+
+
+def _spend(
+    costs: Mapping[str, Mapping[Quantization, float]], steps: Mapping[str, Mapping[Quantization, int]], budget: int
+) -> dict[str, Quantization]:
+    """One option for each matrix, with the least sum of costs and at most `budget` steps in all."""
+    picks: dict[str, mx.array] = {}
     with mx.stream(mx.cpu):
-        best = mx.zeros((steps + 1,))
-        taken: list[tuple[str, list[Quantization], list[int], mx.array]] = []
-        for path, options in sizes.items():
-            names = list(options)
-            # Steps beyond the smallest option, rounded up so that the budget is never exceeded.
-            extra = [-int(-(options[o] - min(options.values())) // unit) for o in names]
-            table = mx.stack(
-                [
-                    mx.concatenate([mx.full((min(e, steps + 1),), mx.inf), best[: max(0, steps + 1 - e)]])
-                    + costs[path][o]
-                    for o, e in zip(names, extra, strict=True)
-                ]
-            )
-            best = table.min(axis=0)
-            taken.append((path, names, extra, table.argmin(axis=0)))
-        mx.eval(best, [t[3] for t in taken])
-    remaining, result = steps, {}
-    for path, names, extra, choice in reversed(taken):
-        index = int(choice[remaining].item())  # type: ignore[arg-type]
-        result[path] = names[index]
-        remaining -= extra[index]
+        least = mx.zeros((budget + 1,))  # the least cost of the matrices so far, for every budget
+        for path, options in steps.items():
+            totals = []
+            for option, extra in options.items():
+                shifted = [mx.full((min(extra, budget + 1),), mx.inf), least[: max(0, budget + 1 - extra)]]
+                totals.append(mx.concatenate(shifted) + costs[path][option])
+            table = mx.stack(totals)  # [options, budget + 1]
+            least, picks[path] = table.min(axis=0), table.argmin(axis=0)
+        mx.eval(least, picks)
+    remaining = budget
+    result: dict[str, Quantization] = {}
+    for path in reversed(list(steps)):
+        option = list(steps[path])[int(picks[path][remaining].item())]  # type: ignore[arg-type]
+        result[path] = option
+        remaining -= steps[path][option]
     return {path: result[path] for path in costs}
 
 
 def check_target(target_bpw: float, config: ModelConfig, dtype: mx.Dtype) -> float:
-    """The fewest bits per parameter the model can have; call it before anything is measured.
+    """The fewest bits per parameter that the model can have; call it before measuring.
 
     Raises:
         RequestError: `target_bpw` is less than that.

@@ -1,4 +1,4 @@
-"""The text that quantization calibrates on, and the text it is measured on."""
+"""The text to calibrate quantization on, and the text to measure it on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .options import NUM_SAMPLES, SEQUENCE_LENGTH, QuantizeOptions
 BUNDLED = ASSETS / "calibration.jsonl"
 _BUNDLED_NAME = "the bundled text"
 
-# Every N-th window of the calibration text is kept for the report, and never learned from.
+# Every N-th window of the calibration text is held out for the report, with or without one.
 _HELD_OUT = 8
 _REPORT_WINDOWS = 32
 _BATCH = 4
@@ -28,7 +28,7 @@ _BATCH = 4
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows to calibrate on, and held-out windows to measure on: each BOS and tokens of one length."""
+    """Windows to calibrate on, and held-out windows to measure on. Each is BOS and the same number of tokens."""
 
     name: str
     windows: list[list[int]]
