@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 try:
     from mlx_openelm.cli.main import main
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed; in the folder above this one run: pip install '.[cpu]'")
+    sys.exit(f"error: {error.name} is not installed; in the repository's top folder run: pip install '.[cpu]'")
 
 if __name__ == "__main__":
     main(["fuse", *sys.argv[1:]])

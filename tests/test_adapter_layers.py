@@ -300,7 +300,7 @@ def test_dropout_needs_a_key_and_repeats_with_it() -> None:
     linear.weight = mx.zeros((32, 64))
     layer, x = LoRALinear(linear, LowRank(mx.eye(64), mx.ones((64, 32)) / 64, 1.0), 0.25), mx.ones((400, 64))
     assert close(layer(x), np.ones((400, 32)))
-    layer._dropout_key = mx.random.key(1)
+    layer.set_dropout_key(mx.random.key(1))
     once, again = layer(x), layer(x)
     assert same(once, again)
     # Each output is the share of 64 inputs that were kept, over 0.75.
@@ -308,19 +308,19 @@ def test_dropout_needs_a_key_and_repeats_with_it() -> None:
     assert np.allclose(kept, kept.round(), atol=1e-3)
     assert abs(kept.mean() / 64 - 0.75) < 0.01
     assert 2.5 < kept.std() < 4.5  # of a binomial with 64 draws: 3.46
-    layer._dropout_key = mx.random.key(2)
+    layer.set_dropout_key(mx.random.key(2))
     assert not same(layer(x), once)
-    layer._dropout_key = None
+    layer.set_dropout_key(None)
     assert close(layer(x), np.ones((400, 32)))
 
 
-def test_dropout_keys_are_no_parameters(small: OpenELM) -> None:
+def test_dropout_keys_are_not_parameters(small: OpenELM) -> None:
     attach_new(small, target_modules=TARGET_MODULES, dropout=0.1)
     layers = dropout_layers(small)
     assert len(layers) == 12  # the embedding has none
     before = [name for name, _ in tree_flatten(small.parameters())]
     for number, layer in enumerate(layers):
-        layer._dropout_key = mx.random.key(number)
+        layer.set_dropout_key(mx.random.key(number))
     assert [name for name, _ in tree_flatten(small.parameters())] == before
     attach_new(small)
     assert dropout_layers(small) == []
@@ -328,7 +328,7 @@ def test_dropout_keys_are_no_parameters(small: OpenELM) -> None:
 
 def test_the_same_key_drops_the_same_when_recomputed() -> None:
     layer, x = LoRALinear(plain_linear(64, 32), change(64, 32), 0.5), normal(9, 64)
-    layer._dropout_key = mx.random.key(4)
+    layer.set_dropout_key(mx.random.key(4))
     run = lambda x: mx.sum(mx.square(layer(x)))  # noqa: E731
     assert close(mx.grad(mx.checkpoint(run))(x), np.array(mx.grad(run)(x)), 1e-6)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.training.data.conversations import conversation
 from mlx_openelm.training.data.examples import Example, tokenize
 from mlx_openelm.training.data.kinds import Record, recognise
+from mlx_openelm.training.data.rendering import render_chat
 
 import pytest
 from hypothesis import given, settings
@@ -314,3 +317,35 @@ def test_what_a_template_says_is_said_with_the_line(tmp_path):
     path = tmp_path / "strict.jinja"
     path.write_text("{{ raise_exception('Turns must alternate') }}")
     assert "failed: Turns must alternate" in refusal({"messages": [USER, KING]}, chat_template=path)
+
+
+class OverlappingTokens:
+    """A tokenizer for which the generation prompt `b` merges with the turn before, but not if a turn follows."""
+
+    bos_token_id, eos_token_id, eos_token_ids, chat_template = 0, 1, {1}, "there is one"
+    texts: ClassVar = {1: "", 2: "u", 3: "b", 4: "a", 5: "ab", 6: "bc"}
+    tokens: ClassVar = {"ub": [2, 3], "uba": [2, 3, 4], "ubab": [2, 3, 5], "ubabc": [2, 3, 4, 6]}
+
+    def apply_chat_template(self, messages, template, *, add_generation_prompt, **_):
+        turns = ["b" * (message["role"] == "assistant") + message["content"] for message in messages]
+        return list(self.tokens["".join(turns) + "b" * add_generation_prompt])
+
+    def decode(self, ids):
+        return "".join(self.texts[token] for token in ids)
+
+    def streaming_decoder(self, _):
+        return SimpleNamespace(add=self.texts.get, finish=lambda: "")
+
+
+def test_a_token_is_in_only_one_of_two_turns_in_a_row():
+    turns = [{"role": "user", "content": "u"}, *({"role": "assistant", "content": content} for content in "ac")]
+    tokens, learned = render_chat(conversation(turns), OverlappingTokens(), None, mask_prompt=True)
+    assert (tokens, learned) == ([2, 3, 4, 6, 1], ((2, 3), (3, 5)))
+
+
+def test_a_given_template_replaces_the_tokenizers_own():
+    own = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
+    own.chat_template = TOOL_TEMPLATE
+    records = [Record({"messages": [USER, KING]}, "train.jsonl, line 1")]
+    templates = [tokenize(records, own, max_seq_length=99, chat_template=given) for given in (None, "corenet")]
+    assert [found.report.chat_template for found in templates] == ["the tokenizer's own", "corenet"]

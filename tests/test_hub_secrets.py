@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from mlx_openelm.hub.errors import _clean
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_openelm.hub.errors import explain_upload, host
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 MIXED, SMALL = "AbCdEfGhIjKlMnOpQrStUvWxYz01234567", "abcdefghijklmnopqrstuvwxyzabcdefgh"
 
 
+def cleaned(text: str) -> str:
+    """A message of the hub's as it is shown to the user."""
+    response: Any = SimpleNamespace(status_code=418, headers={}, request=None)
+    answer = HfHubHTTPError("", response=response, server_message=text)
+    shown = str(explain_upload(answer, "me/model", sending=False))
+    start = f"{host()} refused the upload to me/model (HTTP 418): "
+    assert shown.startswith(start)
+    return shown.removeprefix(start)
+
+
 @pytest.fixture(autouse=True)
-def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
 
@@ -26,8 +40,8 @@ def _no_token(monkeypatch: pytest.MonkeyPatch) -> None:
         "Why? x = 3, tokenizer=llama, api_version 3",
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
-    assert _clean(text) == text
+def test_what_is_not_secret_stays(text: str) -> None:
+    assert cleaned(text) == text
 
 
 @pytest.mark.parametrize(
@@ -49,15 +63,15 @@ def test_what_is_no_secret_stays(text: str) -> None:
     ],
 )
 def test_secrets_are_left_out(text: str, shown: str) -> None:
-    assert _clean(text) == shown
+    assert cleaned(text) == shown
 
 
 def test_the_token_in_use_is_left_out_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "my-own-mirror-token")
-    assert _clean("401 for my-own-mirror-token.") == "401 for ...."
+    assert cleaned("401 for my-own-mirror-token.") == "401 for ...."
 
 
 def test_long_texts_cost_little_and_show_no_half_of_a_secret() -> None:
     for text in ("a" * 1_000_000, "a:" * 500_000, "word " * 397 + f"mine: hf_{MIXED}", "x" * 1990 + f" hf_{MIXED}"):
-        shown = _clean(text)
+        shown = cleaned(text)
         assert len(shown) <= 2010 and MIXED[:5] not in shown

@@ -90,8 +90,8 @@ def test_two_threads_that_come_first_load_them_once():
 import threading
 from mlx_openelm import native
 seen, start = [], threading.Barrier(4)
-original, calls = native._load, []
-native._load = lambda: (calls.append(1), original())[1]
+original, calls = native.examine, []
+native.examine = lambda folder: (calls.append(1), original(folder))[1]
 def ask(): start.wait(); seen.append((native.kernels, native.status))
 threads = [threading.Thread(target=ask) for _ in range(4)]
 for thread in threads: thread.start()

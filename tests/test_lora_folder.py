@@ -1,4 +1,4 @@
-"""The folder `lora/`: its data, read by other means than it was made, and every command of its README, on `tiny`."""
+"""The folder `lora/`: its data, parsed independently of `make.py`, and every command of its README, on `tiny`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def examples(split: str) -> list[dict[str, str]]:
 
 
 def read_note(note: str) -> dict[str, Any]:
-    """Date, amount and currency of a note, by patterns."""
+    """Date, amount and currency of a note, found by regular expressions."""
     plain = re.sub(r"(\d)(st|nd|rd|th) of", r"\1 of", note)
     dates = set()
     for pattern, form in DATES.items():
@@ -55,7 +55,7 @@ def read_note(note: str) -> dict[str, Any]:
             try:
                 dates.add(datetime.strptime(found, form).date().isoformat())
             except ValueError:
-                continue  # a month's name of three letters where a long one is read, and the reverse
+                continue  # a short month name where a long one is expected, or the reverse
     signs = "|".join(map(re.escape, SYMBOLS))
     amounts = re.findall(rf"({signs}) ?(\d+(?:\.\d\d)?)(?![\d-])|(?<![\d.])(\d+(?:\.\d\d)?) ({signs})\b", note)
     assert len(dates) == 1 and len(amounts) == 1, note
@@ -64,7 +64,7 @@ def read_note(note: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_answer_is_what_the_note_says(split: str) -> None:
+def test_every_answer_matches_its_note(split: str) -> None:
     for example in examples(split):
         assert set(example) == {"prompt", "completion"}
         note = re.fullmatch(r"Note: (.+[.?]) JSON:", example["prompt"])
@@ -75,14 +75,14 @@ def test_every_answer_is_what_the_note_says(split: str) -> None:
         assert answer["shop"] in note[1] and answer["category"] in CATEGORIES
 
 
-def test_nothing_is_said_twice_and_the_splits_share_no_shop() -> None:
+def test_notes_are_unique_and_the_splits_share_no_shop() -> None:
     read = {split: examples(split) for split in SPLITS}
     assert {split: len(found) for split, found in read.items()} == {"train": 320, "valid": 40, "test": 40}
     prompts = [example["prompt"] for found in read.values() for example in found]
     assert len(set(prompts)) == len(prompts)
     shops = {split: {json.loads(e["completion"])["shop"] for e in found} for split, found in read.items()}
     assert not shops["train"] & shops["valid"] and not (shops["train"] | shops["valid"]) & shops["test"]
-    # A shop belongs to one category, so that this can be learned; and all of them occur everywhere.
+    # Each shop has only one category, so that it can be learned, and each category occurs in every split.
     categories: dict[str, set[str]] = {}
     for found in read.values():
         answers = [json.loads(example["completion"]) for example in found]
@@ -117,7 +117,7 @@ def ours(document: Path) -> list[str]:
 
 
 def adapted(command: str) -> list[str]:
-    """A command's words, with `tiny` in the place of published sizes, and two steps in that of many."""
+    """A command's words, with `tiny` instead of the published sizes, and only two steps."""
     words = shlex.split(command)
     if "-c" in words:  # the file names a size
         words += ["--model", "270m"]
@@ -139,7 +139,7 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (document.parent / target).is_file(), target
 
 
-def test_only_programs_everybody_has_are_not_run() -> None:
+def test_only_commands_of_other_programs_are_not_run() -> None:
     assert len(ours(README)) > 18 and len(ours(GUIDE)) > 5
     others = [line.split()[0] for path in (README, GUIDE) for line in commands(path) if line not in ours(path)]
     assert others == ["python3", "head", "mlx.launch"]
@@ -158,7 +158,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """A command of a document, adapted; it must succeed and say something."""
+    """Run a document's command, adapted; it must succeed and print something."""
     words = adapted(command)
     if words[0] == "python":
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -185,7 +185,7 @@ def test_every_command_of_the_readme_runs_in_its_order(clone: Path, capfd: pytes
 
 
 def test_the_guide_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With the reader's files in their places: data, two other adapters, a quantized model."""
+    """With stand-ins for the reader's files: data, two other adapters, a quantized model."""
     shutil.copytree(clone / "lora" / "data", "my_data")
     first, *rest = ours(GUIDE)
     run(first, capfd)

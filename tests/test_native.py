@@ -749,22 +749,27 @@ def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
     assert native.examine(folder).state == "off"  # type: ignore[union-attr]
 
 
-def test_a_library_that_does_not_load_is_told(folder, monkeypatch):
+@pytest.fixture
+def unloaded(folder, monkeypatch) -> None:
+    """The kernels were not used yet, and the library in `folder` is the one that is installed."""
+    assert native.status is not None  # loads them now, so that they can be restored afterwards
+    monkeypatch.delattr(native, "kernels")
+    monkeypatch.delattr(native, "status")
     monkeypatch.setattr(native, "__file__", str(folder / "__init__.py"))
-    module, status = native._load()
-    assert module is None and status.state == "failed" and build.LIBRARY in status.detail
 
 
-def test_a_library_with_another_nanobind_is_told(folder, monkeypatch):
+def test_a_library_that_does_not_load_is_reported(unloaded):
+    assert native.kernels is None and native.status.state == "failed" and build.LIBRARY in native.status.detail
+
+
+def test_a_library_with_another_nanobind_is_reported(unloaded, monkeypatch):
     def strange(*_):
         raise TypeError("rms_norm(): incompatible function arguments")
 
-    monkeypatch.setattr(native, "__file__", str(folder / "__init__.py"))
     loader = SimpleNamespace(exec_module=lambda module: None)
     monkeypatch.setattr(native, "spec_from_file_location", lambda *_: SimpleNamespace(loader=loader))
     monkeypatch.setattr(native, "module_from_spec", lambda _: SimpleNamespace(rms_norm=strange))
-    module, status = native._load()
-    assert module is None and status.state == "failed" and "nanobind differs" in status.detail
+    assert native.kernels is None and native.status.state == "failed" and "nanobind differs" in native.status.detail
 
 
 def run(code: str, **environment: str) -> str:

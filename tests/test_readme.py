@@ -127,7 +127,8 @@ def test_every_command_is_one_that_its_program_understands(document: Path) -> No
     """Flags that exist, values of their types: what a command line is checked for before any work."""
     lines = [words(command) for command in commands(document)]
     for line in [line for line in lines if line[0] == PROGRAM]:
-        parse(line[1:])  # runs nothing
+        command, _ = parse(line[1:])  # runs nothing
+        assert callable(command), line
 
 
 def test_fine_tuning_runs_in_its_order(clone: Path) -> None:

@@ -12,9 +12,9 @@ from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
-from mlx_openelm.training.run import folder as run_folder
 from mlx_openelm.training.run import planning
 from mlx_openelm.training.run.activations import Shape
+from mlx_openelm.training.run.folder import compare
 from mlx_openelm.training.step.optimizers import make_optimizer
 from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
@@ -116,7 +116,7 @@ def test_two_names_must_not_contradict():
 def test_a_run_may_go_on_with_another_choice():
     options = FineTuneOptions(train=True, data="x")
     record = {"model": "m", "options": {**json.loads(json.dumps(vars(options)))}}
-    assert run_folder.compare("m", replace(options, recompute=NOTHING), {}, record) == []
+    assert compare("m", replace(options, recompute=NOTHING), {}, record) == []
 
 
 def test_the_choice_is_kept_in_the_runs_record(tmp_path: Path):

@@ -16,7 +16,6 @@ from pathlib import Path
 from mlx_openelm.errors import OpenELMError
 from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.options import TrainOptions
-from mlx_openelm.training.run import trainer
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics, read
 from mlx_openelm.training.run.state import Checkpoints
@@ -53,7 +52,7 @@ class Data:
 
 
 class Counting:
-    """Its loss at step i is 10 - i (or what `losses` says); its weights are the sum of the rates of all updates."""
+    """Its loss at step i is 10 - i, or `losses[i]`; its weight is the sum of the learning rates of all updates."""
 
     def __init__(self, losses: dict[int, float] | None = None, seconds: float = 0.0):
         self.weight, self.losses, self.seconds = mx.array(0.0), losses or {}, seconds
@@ -92,7 +91,7 @@ OPTIONS = TrainOptions(steps_per_report=3, steps_per_eval=4, save_every=5)
 
 
 def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPTIONS, *, val=None, **rest):
-    """Train in `folder`, continuing what is there; `val` maps steps to validation losses."""
+    """Train in `folder`, continuing the run there; `val` maps steps to validation losses, None to an interrupt."""
     checkpoints = Checkpoints(folder / "checkpoints", keep_last=options.keep_last, keep_every=options.keep_every)
     found = checkpoints.load(pytest.fail)
     if found is not None:
@@ -102,9 +101,13 @@ def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPT
     notes, data = Notes(), Data()
     evaluated = []
 
-    def evaluate(progress):
+    def evaluate(check):
         evaluated.append(start + len(notes.losses))
-        return Evaluation(val(evaluated[-1]), 5)
+        loss = val(evaluated[-1])
+        if loss is None:  # this validation is interrupted
+            os.kill(os.getpid(), signal.SIGINT)
+            until_it_raises(check)
+        return Evaluation(loss, 5)
 
     validated = state.validated if state else None
     with Metrics(folder, resume_step=start if state else None, validated=validated, plot=False) as metrics:
@@ -115,8 +118,15 @@ def run(folder: Path, updater: Counting, total: int, options: TrainOptions = OPT
     return result, notes, data, evaluated, checkpoints
 
 
+def until_it_raises(check) -> None:
+    for _ in range(2000):
+        time.sleep(0.001)
+        check()
+    raise AssertionError("the validation was not interrupted")
+
+
 def rows(folder: Path) -> list[dict]:
-    """The metrics without what differs from run to run."""
+    """The metrics without those that differ from run to run."""
     return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
 
 
@@ -188,11 +198,11 @@ def test_early_stop_counts_validations_without_a_new_best_across_a_resume(tmp_pa
     assert (tmp_path / "checkpoints" / "best").resolve().name == "0000012"
 
 
-def _signal_when(notes_steps: int, updater: Counting, number: int = signal.SIGINT) -> None:
-    """Send this process a signal once so many updates are done."""
+def _signal_after(steps: int, updater: Counting, number: int = signal.SIGINT) -> None:
+    """Send this process a signal after this many updates."""
 
     def wait() -> None:
-        while len(updater.rates) < notes_steps:
+        while len(updater.rates) < steps:
             time.sleep(0.001)
         os.kill(os.getpid(), number)
 
@@ -203,7 +213,7 @@ def _signal_when(notes_steps: int, updater: Counting, number: int = signal.SIGIN
 def test_an_interrupted_run_is_saved_and_continues(tmp_path, number):
     updater = Counting(seconds=0.03)
     before = signal.getsignal(number)
-    _signal_when(3, updater, number)
+    _signal_after(3, updater, number)
     result, notes, *_ = run(tmp_path, updater, 100)
     assert result.stopped == "interrupted" and 3 <= result.steps <= 6
     assert notes.saved_steps[-1] == result.steps and "Ctrl-C again" in notes.lines[0]
@@ -217,10 +227,7 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path, number):
 def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path):
     def evaluate(check):
         os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(2000):
-            time.sleep(0.001)
-            check()
-        raise AssertionError("it went on")
+        until_it_raises(check)
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)
     job = TrainingRun(updater=Counting(), steps=Data(), options=OPTIONS, total_steps=10,
@@ -234,22 +241,17 @@ def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path
 def test_an_interrupt_of_the_last_validation_leaves_it_to_be_done(tmp_path):
     losses = {0: 9.0, 4: 5.0, 8: 6.0}
 
-    def leave(step: int) -> float:
-        if step == 8:
-            raise trainer._Stop  # as a check does
-        return losses[step]
-
-    def told(folder: Path) -> list[tuple[int, float]]:
+    def validations(folder: Path) -> list[tuple[int, float]]:
         return [(row["step"], row["val_loss"]) for row in rows(folder) if "val_loss" in row]
 
-    result, *_ = run(tmp_path, Counting(), 8, val=leave)
+    result, *_ = run(tmp_path, Counting(), 8, val={0: 9.0, 4: 5.0, 8: None}.get)
     assert (result.stopped, result.steps, result.val_loss) == ("interrupted", 8, 5.0)
     result, _, data, evaluated, _ = run(tmp_path, Counting(), 8, val=losses.get)
     assert (result.stopped, result.val_loss, data.asked, evaluated) == ("finished", 6.0, [], [8])
-    assert told(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0)]
-    # Step 8 is saved without that validation, so it is done once more, and told once.
+    assert validations(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0)]
+    # Step 8 was saved without that validation, so it is repeated, and logged once.
     result, *_ = run(tmp_path, Counting(), 9, val=lambda step: losses.get(step, 4.0))
-    assert told(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0), (9, 4.0)]
+    assert validations(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0), (9, 4.0)]
 
 
 SLOW = """
@@ -304,7 +306,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monk
 def test_the_next_step_is_built_while_the_device_computes(tmp_path, monkeypatch):
     order: list[str] = []
     launch, data = mx.async_eval, Data()
-    monkeypatch.setattr(trainer.mx, "async_eval", lambda *args: order.append("launched") or launch(*args))
+    monkeypatch.setattr(mx, "async_eval", lambda *args: order.append("launched") or launch(*args))
     build = data.step
     monkeypatch.setattr(data, "step", lambda *args: order.append(f"built {args[0]}") or build(*args))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=2)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 from small_models import small
 
-ROWS = 2 * CHUNK + 37  # the last chunk is not full
+ROWS = 2 * CHUNK + 37  # the last chunk is partial
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_the_heads_gradient_in_bfloat16_does_not_depend_on_the_number_of_chunks(
     head.unfreeze()
     keys = mx.random.split(mx.random.key(0))
     hidden = (mx.random.normal((1024, model.config.model_dim), key=keys[0]) + 0.5).astype(mx.bfloat16)
-    targets = mx.random.randint(0, 64, (1024,), key=keys[1])  # a few tokens that come again and again
+    targets = mx.random.randint(0, 64, (1024,), key=keys[1])  # a few tokens that repeat
     weight = head.weight
 
     def gradient(function):
@@ -158,11 +158,11 @@ def test_logits_exist_for_one_chunk_at_a_time(model):
     model.freeze()
     gradient = mx.grad(lambda h: cross_entropy(model, h, targets)[0])
     mx.eval(hidden, targets, model.parameters())
-    mx.eval(gradient(hidden))  # so that nothing is compiled, and no constant made, while it is measured
+    mx.eval(gradient(hidden))  # so that compiling and constants are not measured
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     mx.eval(gradient(hidden))
     chunk = CHUNK * model.config.vocab_size * 4
-    # The hidden states' gradient in pieces and joined, and some arrays of a chunk; all logits alone are 32 of them.
+    # The hidden states' gradient, in pieces and joined, and some arrays of a chunk; all logits would be 32 chunks.
     assert mx.get_peak_memory() - before < 2 * hidden.nbytes + 12 * chunk

@@ -16,7 +16,7 @@ from mlx_openelm.training.run.metrics import read
 from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
-# What is measured with a clock, and memory.
+# Values that differ between equal runs: times and memory.
 TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
 WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
 
@@ -55,13 +55,13 @@ def run(*args: object, folder: Path, timeout: float = 120) -> subprocess.Complet
 
 
 def kill_after(lines: int, delay: float, *args: object, folder: Path) -> str:
-    """`mlx-openelm lora`, killed so long after it has printed so many lines of progress; what it printed."""
+    """Run `mlx-openelm lora`, kill it `delay` seconds after `lines` lines of progress; returns what it printed."""
     process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=environment(), cwd=folder)  # fmt: skip
     assert process.stderr is not None
-    said = []
+    printed = []
     while lines and (line := process.stderr.readline()):
-        said.append(line)
+        printed.append(line)
         lines -= line.startswith("Step")
     try:
         process.wait(timeout=delay)
@@ -70,11 +70,11 @@ def kill_after(lines: int, delay: float, *args: object, folder: Path) -> str:
     rest = process.stderr.read()
     process.wait()
     process.stderr.close()
-    return "".join(said) + rest
+    return "".join(printed) + rest
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The numbers of a run that do not hang on the clock."""
+    """The logged numbers of a run, without those that depend on timing."""
     rows = read(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
 

@@ -1,9 +1,9 @@
-"""Writes `train.jsonl`, `valid.jsonl` and `test.jsonl` beside it: notes of expenses, and the same as JSON.
+"""Writes `train.jsonl`, `valid.jsonl` and `test.jsonl` beside this script: notes about expenses, and the same as JSON.
 
     python lora/data/make.py
 
-Everything is made up, and the files are always the same. No shop is in two of the files, and some of the wordings of
-`test.jsonl` are in no other, so that what is measured there was not learned by heart.
+All content is invented, and the files are always the same. Each shop is in only one of the files, and some sentence
+patterns are only in `test.jsonl`, so the test does not measure memorization.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 SIZES = {"train": 320, "valid": 40, "test": 40}
 SEED = 7
 
-# What was bought, by category, and from whom.
+# What was bought and where, by category.
 ITEMS = {
     "food": "lunch|a team dinner|coffee and croissants|sandwiches|a fruit basket|breakfast|pizza for the crew|"
     "two salads|snacks for the meeting|a birthday cake|groceries|soup and bread",
@@ -45,7 +45,7 @@ SHOPS = {
     "utilities": "Bright Power|Clearwater Works|Fibre First|Telora|Warmhome Oil|City Waste|Northgas|Mobilo|Netbox|"
     "Riverside Water|Sunfield Energy|Linetel|Heatworks|Green Current",
 }
-# Of the shops of a category, those after the first so many are kept for `valid` and `test`, in equal parts.
+# The first shops of each category are for `train`; the others are divided equally between `valid` and `test`.
 TRAIN_SHOPS = 10
 
 WORDINGS = [
@@ -93,7 +93,7 @@ MONTHS += ("July", "August", "September", "October", "November", "December")
 
 
 def write_date(day: date, rng: random.Random) -> str:
-    """A day as people write it, in a way that cannot be misread."""
+    """A date in one of the ways that people write it, none of them ambiguous."""
     month = MONTHS[day.month - 1]
     suffix = "th" if 11 <= day.day <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
     return rng.choice(
@@ -112,12 +112,12 @@ def make_example(split: str, rng: random.Random) -> dict[str, str]:
     """A note and its JSON, as `prompt` and `completion`."""
     category = rng.choice(list(ITEMS))
     shops = SHOPS[category].split("|")
-    kept = shops[TRAIN_SHOPS:]
-    shop = rng.choice({"train": shops[:TRAIN_SHOPS], "valid": kept[::2], "test": kept[1::2]}[split])
+    others = shops[TRAIN_SHOPS:]
+    shop = rng.choice({"train": shops[:TRAIN_SHOPS], "valid": others[::2], "test": others[1::2]}[split])
     currency = rng.choice(list(AMOUNTS))
-    cents = rng.randrange(200, rng.choice([2_000, 8_000, 30_000, 90_000]))  # small sums more often
+    cents = rng.randrange(200, rng.choice([2_000, 8_000, 30_000, 90_000]))  # small amounts are more frequent
     amount = f"{cents / 100:.2f}"
-    if rng.random() < 0.25:  # a round sum, written without cents
+    if rng.random() < 0.25:  # a round amount, written without cents
         amount = f"{cents // 100}.00"
     day = date(2023, 1, 1) + timedelta(days=rng.randrange(3 * 365))
     wordings = WORDINGS + UNSEEN_WORDINGS * 3 if split == "test" else WORDINGS
@@ -136,6 +136,7 @@ def make_example(split: str, rng: random.Random) -> dict[str, str]:
 
 
 def main() -> None:
+    """Write the three files."""
     rng = random.Random(SEED)
     seen: set[str] = set()
     for split, size in SIZES.items():

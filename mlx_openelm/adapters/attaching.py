@@ -34,7 +34,7 @@ def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -
         dtype: the type of whole weights; by default the one the model computes in. Low-rank parameters are float32.
 
     Returns:
-        what whole weights replaced, for `put` to restore; `detach` takes out low-rank layers.
+        what whole weights replaced, for `put` to restore; `detach` removes low-rank layers.
 
     Raises:
         RequestError: the adapter does not fit the model, or belongs to another base; the model is unchanged.
@@ -140,7 +140,11 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
 
 
 def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
-    """The adapter in a model in its present state; without low-rank layers, the trainable weights."""
+    """The adapter in a model, with its current parameters; without low-rank layers, the trainable weights.
+
+    Args:
+        base_model: the name to write into the adapter's files.
+    """
     layers = dict(adapted_layers(model))
     adapter = Adapter({path: layer.change() for path, layer in layers.items()}, base_model=base_model)
     adapter.dropout = max((layer.dropout for layer in layers.values()), default=0.0)
@@ -150,7 +154,7 @@ def extract(model: OpenELM, base_model: str | None = None) -> Adapter:
 
 
 def detach(model: OpenELM) -> None:
-    """Take the low-rank layers out of a model, which leaves the base."""
+    """Remove the low-rank layers from a model, which leaves the base's own layers."""
     for path, layer in list(adapted_layers(model)):
         replace_at(model, path, base_of(layer))
 
@@ -169,7 +173,7 @@ def base_of(layer: Adapted) -> nn.Module:
 
 
 def dropout_layers(model: OpenELM) -> list[LoRALinear]:
-    """The layers that need a `_dropout_key` before each forward pass in training, in the order of the model."""
+    """The layers with dropout, in the order of the model; training sets their keys before each forward pass."""
     return [layer for _, layer in adapted_layers(model) if isinstance(layer, LoRALinear) and layer.dropout > 0]
 
 
@@ -218,6 +222,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
     known = getattr(model, "quantization", {})  # loaded models have it
 
     def find(name: str) -> Stored:
+        """The base's tensor of this name, as stored, and how it is or was packed."""
         path, _, leaf = name.rpartition(".")
         if isinstance(tensor := before.get(name), mx.array):
             return {leaf: tensor}, known.get(path)
@@ -232,7 +237,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
 
 
 def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:
-    """A layer with this change, which alone is trainable."""
+    """A layer with this change; only the change is trainable."""
     dora = dora or change.magnitude is not None
     layer: Adapted
     if isinstance(base, nn.Embedding | nn.QuantizedEmbedding):

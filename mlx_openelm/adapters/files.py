@@ -92,7 +92,11 @@ def _checked(adapter: Adapter, file: Path) -> Adapter:
 
 
 def find_local(name: str) -> Path | None:
-    """The local file or folder of that name, or None; RequestError if it cannot be looked up."""
+    """The local file or folder of this name, or None.
+
+    Raises:
+        RequestError: the file system cannot look it up.
+    """
     path = to_path(name)
     try:
         return path if path.exists() else None

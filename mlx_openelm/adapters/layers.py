@@ -20,15 +20,15 @@ from ..ops.packed import PARTS
 
 Factors = tuple[mx.array, ...]
 
-# No row is taken to be shorter, so that an empty one is not divided by zero.
+# The least length of a row, so that a row of zeros is not divided by zero.
 _SHORTEST = 1e-12
 
 
 class _Adapted(nn.Module):
     """The factors, their scale, and dropout.
 
-    Dropout must drop the same when activations are computed again in the backward pass, so the training step sets
-    `_dropout_key` before each forward pass; None, which it is otherwise, means no dropout.
+    Dropout must drop the same values when the backward pass recomputes activations, so its random key is set from
+    outside, before each forward pass.
     """
 
     def __init__(self, change: LowRank, dropout: float = 0.0):
@@ -40,12 +40,16 @@ class _Adapted(nn.Module):
         self._dropout_key: mx.array | None = None
         self._derived: Derived[Factors] = Derived()
 
+    def set_dropout_key(self, key: mx.array | None) -> None:
+        """Apply dropout with this random key; None turns it off."""
+        self._dropout_key = key
+
     def change(self) -> LowRank:
-        """The change as it is now."""
+        """The change with the current parameters."""
         return LowRank(self.lora_a, self.lora_b, self.scale)
 
     def _factors(self, dtype: mx.Dtype) -> Factors:
-        """What `_make_factors` gives; outside of training it is computed once, until a parameter is replaced."""
+        """`_make_factors`, cached outside of training until a parameter is replaced."""
         if self.training:
             return self._make_factors(dtype)
         return self._derived.get(dtype, lambda *_: self._make_factors(dtype), *self._sources())
@@ -54,11 +58,11 @@ class _Adapted(nn.Module):
         return self["lora_a"], self["lora_b"]
 
     def _make_factors(self, dtype: mx.Dtype) -> Factors:
-        """What an output is computed with, in the activations' type: `lora_a` and `lora_b` first."""
+        """The matrices that compute an output, in the activations' type: `lora_a`, `lora_b`, then a subclass's own."""
         return self["lora_a"].astype(dtype), self["lora_b"].astype(dtype)
 
     def _low_rank(self, x: mx.array, a: mx.array) -> tuple[mx.array, float]:
-        """x @ a after dropout, and what it is to be scaled by."""
+        """x @ a [..., rank] after dropout, and the factor to scale it by."""
         if self._dropout_key is None or not self.dropout:
             return x @ a, self.scale
         kept = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
@@ -89,10 +93,10 @@ class LoRALinear(_Adapted):
 
 
 class DoRALinear(LoRALinear):
-    """(x W^T + scale * (x a) b) * m / |W + scale * (a b)^T|, the length being each row's.
+    """(x W^T + scale * (x a) b) * m / |W + scale * (a b)^T|, where |.| is the length of each row.
 
-    The length has no gradient (arXiv:2402.09353, section 4.3). The adapted matrix is never made: of a row w changed by
-    d, |w + d|^2 = |w|^2 + 2 w.d + |d|^2, of which the first is known and the others are small products.
+    The length has no gradient (arXiv:2402.09353, section 4.3). The adapted matrix is never computed: for a row w with
+    the change d, |w + d|^2 = |w|^2 + 2 w.d + |d|^2. The first term is constant, the others are small products.
     """
 
     def __init__(self, linear: nn.Module, change: LowRank, dropout: float = 0.0):
@@ -126,7 +130,7 @@ class LoRAEmbedding(_Adapted):
 
     Args:
         embedding: the base; it is used as it is, and not trained.
-        change: a [vocab, rank], b [rank, dim]; `output_side` says whether `as_linear` is changed alike.
+        change: a [vocab, rank], b [rank, dim]; with `output_side`, `as_linear` is changed too.
     """
 
     def __init__(self, embedding: nn.Module, change: LowRank):
@@ -152,9 +156,9 @@ class LoRAEmbedding(_Adapted):
 
 
 class DoRAEmbedding(LoRAEmbedding):
-    """The same times m over the adapted embedding's lengths: of its columns, as in PEFT, `m` being [dim].
+    """The same, times m / lengths: of the adapted embedding's columns, as in PEFT; then m is [dim].
 
-    With `output_side` as mlx-lm has it: of its rows, `m` being [vocab].
+    With `output_side`, lengths are those of its rows, as in mlx-lm, and m is [vocab].
     """
 
     def __init__(self, embedding: nn.Module, change: LowRank):

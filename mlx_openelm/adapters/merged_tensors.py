@@ -15,7 +15,7 @@ from ..formats.safetensors import Tensor
 from .repacking import pack_again
 
 PIECE = 1 << 20  # values computed at a time
-# The least norm of a row or column, so that an empty one is not divided by zero.
+# The least norm of a row or column, so that one of zeros is not divided by zero.
 _MIN_NORM = 1e-12
 
 
@@ -41,8 +41,11 @@ class Deviation:
 
     @property
     def kept(self) -> float:
-        """The share of the change that survives storing: 1 all of it, 0 none. If the base was packed before, its values
-        lie on the steps of rounding, and rounding undoes a change that is small beside a step."""
+        """The share of the change that survives storing, from 0 (none) to 1 (all).
+
+        The values of a base that was packed before lie on quantization steps, and rounding undoes a change that is much
+        smaller than a step.
+        """
         return self.arrived / self.change if self.change else 1.0
 
     def add(self, other: Deviation) -> None:

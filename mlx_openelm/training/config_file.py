@@ -22,8 +22,8 @@ Options = TypeVar("Options", bound=TrainOptions)
 # Keys about the model, which a file may have beside the options.
 MODEL_KEYS = ("model", "tokenizer", "config_yaml", "revision", "dtype", "chat_template")
 
-# Keys of mlx-lm's files (of all versions since 2024) that are not offered here: the values that have no effect, which
-# are accepted, and what to do instead of others.
+# Keys of mlx-lm's files (all versions since 2024) that are not offered here: values that are accepted because they have
+# no effect, and what to do instead of other values.
 _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hf_dataset": ((), "name the data set in data"),
     "trust_remote_code": ((False,), "no code of a model's repository is run here"),
@@ -138,6 +138,7 @@ def _loader() -> Any:
 
 
 def _offered(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The values without keys that are not offered here, which are refused unless they have no effect."""
     for key, (harmless, instead) in _NOT_OFFERED.items():
         if key in values and values[key] not in harmless:
             raise RequestError(f"{place} has {key}, which is not offered; {instead}.")
@@ -183,7 +184,7 @@ def _check_rivals(
 
 
 def _without_overruled(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's values without those that have no meaning with these flags."""
+    """The file's values without those that these flags override or make meaningless."""
     overruled: set[str] = set()
     for one, other in _RIVALS:
         overruled |= {other} if one in flags else set()

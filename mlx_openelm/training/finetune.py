@@ -48,13 +48,13 @@ _DEFAULT_LOADING = Loading()
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What fine-tuning gave.
+    """The result of fine-tuning.
 
     Args:
         adapter_path: the folder with the adapter; None if the base model alone was tested.
         training: how training ended; None if there was none.
         test: the loss on the test examples; None if it was not asked for.
-        planned_memory: the most memory that training was expected to take, in GB (1e9 bytes).
+        planned_memory: the peak memory that was estimated for training, in GB (1e9 bytes).
     """
 
     model: str
@@ -68,6 +68,7 @@ class FineTuned:
 
     @property
     def interrupted(self) -> bool:
+        """Whether the user stopped training before its end."""
         return self.training is not None and self.training.stopped == INTERRUPTED
 
 
@@ -156,7 +157,7 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
 
 @dataclass(frozen=True)
 class _Setup:
-    """What a run works with; `planned_memory` is in bytes."""
+    """The parts of a run; `planned_memory` is in bytes."""
 
     updater: Updater
     batches: Batches
@@ -166,7 +167,7 @@ class _Setup:
 
 
 def _set_up(request: Request, prepared: Prepared) -> _Setup:
-    """Make what a run works with, and refuse now what would fail later; nothing is written yet."""
+    """Make the parts of a run, and refuse now what would fail later; nothing is written yet."""
     options, model = request.options, prepared.model
     updater = _make_updater(request, model)
     model.train()
@@ -183,7 +184,7 @@ def _set_up(request: Request, prepared: Prepared) -> _Setup:
         request.folder / run_folder.CHECKPOINTS,
         keep_last=options.keep_last,
         keep_every=options.keep_every,
-        # An adapter is small compared with the state of the run. All weights are not, so they are not written twice.
+        # An adapter is small, so each checkpoint has a copy that can be used directly. All weights would be too large.
         export=None if options.fine_tune_type == "full" else partial(_write_adapter, request, model),
     )
     total_steps = _total_steps(options, batches)
@@ -223,7 +224,7 @@ def _total_steps(options: FineTuneOptions, batches: Batches) -> int:
 
 
 def _write_adapter(request: Request, model: OpenELM, folder: Path, warn: bool = False) -> None:
-    """Write what was trained; `warn` passes on what the format cannot carry."""
+    """Write the trained parameters; `warn` shows warnings about what the format cannot store."""
     adapter = extract(model, base_model=request.model)
     with warnings.catch_warnings():
         if not warn:

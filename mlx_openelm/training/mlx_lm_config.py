@@ -21,7 +21,7 @@ _SETTINGS = {
     "momentum": "momentum",
     "beta_1": "beta1",
 }
-# Further settings of their optimizers, accepted if they are what we do anyway.
+# Further settings of their optimizers, accepted if they have the values that are used here anyway.
 _SAME_HERE: dict[str, dict[str, Any]] = {
     "sgd": {"dampening": 0, "nesterov": False},
     "muon": {"nesterov": True, "ns_steps": 5},
@@ -64,6 +64,7 @@ def flatten(values: Mapping[str, Any], place: str, *, optimizer: str, fine_tune_
 
 
 def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
+    """Our keys for mlx-lm's `lora_parameters`."""
     _refuse_others(section, ("rank", "scale", "alpha", "dropout", "keys"), where)
     flat: dict[str, Any] = {key: section[key] for key in ("rank", "scale", "alpha", "dropout") if key in section}
     if "keys" in section:
@@ -100,6 +101,7 @@ def _schedule(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _optimizer(section: dict[str, Any], optimizer: str, where: str) -> dict[str, Any]:
+    """Our keys for the settings of `optimizer` in mlx-lm's `optimizer_config`."""
     settings = section.get(optimizer) or {}
     where = f"{where}.{optimizer}"
     if not isinstance(settings, dict):

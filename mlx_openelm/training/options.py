@@ -16,7 +16,7 @@ from ..wording import flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
-from .values import conform, field_types
+from .values import check_range, conform, field_types
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -42,39 +42,6 @@ _CHOICES = {
     "recompute": RECOMPUTE,
     "adapter_format": ADAPTER_FORMATS,
 }
-# The smallest value allowed.
-_LEAST = {
-    "batch_size": 1,
-    "grad_accumulation_steps": 1,
-    "max_seq_length": 2,  # a token and the one it predicts
-    "seed": 0,
-    "iters": 1,
-    "decay_steps": 1,
-    "min_learning_rate": 0,
-    "warmup": 0,
-    "warmup_init": 0,
-    "weight_decay": 0,
-    "beta1": 0,
-    "beta2": 0,
-    "momentum": 0,
-    "z_loss": 0,
-    "label_smoothing": 0,
-    "steps_per_report": 1,
-    "steps_per_eval": 1,
-    "val_batches": -1,
-    "early_stop": 1,
-    "save_every": 1,
-    "keep_last": 1,
-    "keep_every": 1,
-    "test_batches": -1,
-    "valid_fraction": 0,
-    "num_layers": -1,
-    "rank": 1,
-    "dropout": 0,
-    "sample_tokens": 1,
-}
-_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
-_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +182,7 @@ class TrainOptions:
                 raise RequestError(f"{flag(field)} must be {expected}, got {quote(value)}.") from None
             if value is None:
                 continue
-            if field in _LEAST and value < _LEAST[field]:
-                raise RequestError(f"{flag(field)} must be {_LEAST[field]} or more, got {value}.")
-            if field in _POSITIVE and value <= 0:
-                raise RequestError(f"{flag(field)} must be more than 0, got {value}.")
-            if field in _BELOW_ONE and value >= 1:
-                raise RequestError(f"{flag(field)} must be less than 1, got {value}.")
+            check_range(field, value)
             if field in _CHOICES and value not in _CHOICES[field]:
                 raise RequestError(f"{flag(field)} must be {one_of(_CHOICES[field])}, got {quote(value)}.")
 

@@ -1,4 +1,4 @@
-"""The names and types of option values, shared by flags, YAML files and Python arguments."""
+"""The types and ranges of option values, shared by flags, YAML files and Python arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,43 @@ import types
 import typing
 from dataclasses import fields
 from typing import Any
+
+from ..errors import RequestError
+from ..wording import flag
+
+# The ranges of options, by field: the smallest value, those that must be more than 0, those that must be less than 1.
+_LEAST = {
+    "batch_size": 1,
+    "grad_accumulation_steps": 1,
+    "max_seq_length": 2,  # a token and the one it predicts
+    "seed": 0,
+    "iters": 1,
+    "decay_steps": 1,
+    "min_learning_rate": 0,
+    "warmup": 0,
+    "warmup_init": 0,
+    "weight_decay": 0,
+    "beta1": 0,
+    "beta2": 0,
+    "momentum": 0,
+    "z_loss": 0,
+    "label_smoothing": 0,
+    "steps_per_report": 1,
+    "steps_per_eval": 1,
+    "val_batches": -1,
+    "early_stop": 1,
+    "save_every": 1,
+    "keep_last": 1,
+    "keep_every": 1,
+    "test_batches": -1,
+    "valid_fraction": 0,
+    "num_layers": -1,
+    "rank": 1,
+    "dropout": 0,
+    "sample_tokens": 1,
+}
+_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
+_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
 
 
 def field_types(options: type) -> dict[str, Any]:
@@ -40,6 +77,20 @@ def conform(kind: Any, value: Any) -> Any:
         return value
     _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
     return tuple(value)
+
+
+def check_range(field: str, value: Any) -> None:
+    """Refuse a value outside the range of its option.
+
+    Raises:
+        RequestError: the message names the flag.
+    """
+    if field in _LEAST and value < _LEAST[field]:
+        raise RequestError(f"{flag(field)} must be {_LEAST[field]} or more, got {value}.")
+    if field in _POSITIVE and value <= 0:
+        raise RequestError(f"{flag(field)} must be more than 0, got {value}.")
+    if field in _BELOW_ONE and value >= 1:
+        raise RequestError(f"{flag(field)} must be less than 1, got {value}.")
 
 
 def _expect(fits: bool, expected: str) -> None:

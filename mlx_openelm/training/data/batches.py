@@ -112,7 +112,7 @@ class Batches:
         self.steps_per_epoch = math.ceil(self.num_micro_batches / grad_accumulation_steps)
 
     def step(self, index: int, rank: int = 0) -> Step:
-        """What process `rank` learns from in update `index`."""
+        """The data of update `index` for process `rank`."""
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self._accumulation
         micro_batches = self.plan(epoch)[start : start + self._accumulation]
@@ -173,7 +173,7 @@ class Batches:
         return rows, min(padded(longest), self.max_seq_length)
 
     def padding_overhead(self, epoch: int = 0) -> float:
-        """Padding positions per position of examples, in an epoch: 0.05 is 5 for 100."""
+        """Padding positions as a share of the examples' positions, in an epoch."""
         positions = sum(rows * length * number for (rows, length), number in self.shapes(epoch).items())
         return positions / sum(self._lengths) - 1
 
@@ -257,7 +257,7 @@ def _row_length(rows: Sequence[Row], lengths: Sequence[int] | Mapping[int, int],
 
 
 def _to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
-    # MLX copies a buffer at once; a list it would convert number by number.
+    # MLX copies a buffer at once, but converts a list number by number.
     return mx.array(memoryview(values).cast("B").cast("i", shape))  # type: ignore[arg-type]
 
 

@@ -11,14 +11,14 @@ def pack(
 ) -> list[tuple[int, ...]]:
     """Rows of at most `capacity` positions that together hold every example of `order` once.
 
-    Best fit: each example goes into the row where it leaves the least room. With `largest_first` the number of rows
-    depends only on the lengths; examples of the same length are placed in the given order.
+    Best fit: each example goes into the row with the least room that is enough. With `largest_first` the number of rows
+    depends only on the lengths; examples of the same length keep the given order.
     """
     if largest_first:
         order = sorted(order, key=lambda index: -lengths[index])
     rows: list[list[int]] = []
-    rooms: list[int] = []  # the distinct amounts of room that rows have left, sorted
-    with_room: dict[int, list[int]] = {}  # the rows with that much room
+    rooms: list[int] = []  # the distinct numbers of positions left in rows, sorted
+    with_room: dict[int, list[int]] = {}  # the rows with this many positions left
     for index in order:
         place = bisect_left(rooms, lengths[index])
         if place < len(rooms):

@@ -161,7 +161,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 @dataclass(frozen=True)
 class _NotJSON:
-    """In place of a value that could not be read."""
+    """Stands in for a value that could not be read."""
 
     reason: str
 
@@ -188,7 +188,7 @@ def _read_json(path: Path) -> Iterable[tuple[Any, str]]:
 
 
 def _decompress(path: Path) -> bytes:
-    """The content of a gzipped file; one that expands far more than text is refused, as it would fill the memory."""
+    """The content of a gzipped file. One that expands far more than text could fill the memory, and is refused."""
     limit = (1 << 24) + 100 * path.stat().st_size
     with gzip.open(path) as file:
         content = file.read(limit + 1)

@@ -9,21 +9,24 @@ from ...config import ModelConfig
 from ..step.attention import BLOCK
 from ..step.strategy import LAYERS, NOTHING, here
 
-# On a CPU MLX allocates for about ten operations ahead of the one it runs. Temporary buffers, as measured there: copies
-# of a chunk's logits in the loss, for the first chunk, for each further one, and at most; of the output layer, if it is
-# trained;
+# On a CPU, MLX allocates for about ten operations ahead of the one it runs. The numbers below count temporary buffers
+# that were measured there.
+# Loss: copies of a chunk's logits, for the first chunk, for each further one, and at most. Output layer, if trained:
+# copies of its gradient.
 _LOGITS_FIRST, _LOGITS_MORE, _LOGITS_MOST, _HEAD = 8.0, 4.0, 17.0, 6.0
-# [rows, inner] arrays while the gradients of a feed-forward are computed;
+# Gradients of a feed-forward: [rows, inner] arrays.
 _INNER = 14.5
-# copies of a block's attention weights, and of queries, keys and values, while their gradients are computed.
+# Gradients of attention: copies of a block's attention weights, and of queries, keys and values.
 _WEIGHTS, _QKV = 10.0, 6.4
 
-# For CUDA MLX submits graphs of up to a hundred operations, up to eleven ahead of the one that runs, and holds their
-# arrays until they are done. Fitted to runs on an H100 (in `test_recompute_plan.py`; the largest error is 11%): arrays
-# as wide as the model in each layer, arrays as wide as the feed-forward's inner size, and a share of what is
-# recomputed;
-_AHEAD_DIM, _AHEAD_INNER, _AHEAD_AGAIN = 13.9, 3.35, 0.11
-# all logits in float32, and the output layer's gradient for each chunk of them; the most bytes of all this.
+# On CUDA, MLX submits graphs of up to a hundred operations, up to eleven ahead of the running one, and holds their
+# arrays until they are done. The numbers below were fitted to runs on an H100 (in `test_recompute_plan.py`; the largest
+# error is 11%).
+# In each layer: arrays as wide as the model, arrays as wide as the feed-forward's inner size, and a share of the
+# recomputed activations.
+_AHEAD_DIM, _AHEAD_INNER, _AHEAD_RECOMPUTED = 13.9, 3.35, 0.11
+# In the loss: copies of all logits in float32, and of the output layer's gradient for each chunk. Then the upper limit
+# of everything, in bytes.
 _AHEAD_LOGITS, _AHEAD_HEAD, _AHEAD_MOST = 1.67, 4.4, 14.7e9
 
 
@@ -32,9 +35,9 @@ class Shape:
     """What the size of a step's activations depends on.
 
     Args:
-        rows, length: of its largest batch.
-        itemsize: the bytes of an activation.
-        recompute: what the backward pass computes again, as in `forward.hidden_states`.
+        rows, length: the shape of the largest batch.
+        itemsize: bytes per activation.
+        recompute: what the backward pass recomputes, as in `forward.hidden_states`.
         fused: whether attention's gradient is MLX's, as in `strategy.fuses_attention_gradient`.
         dropout: whether adapters use dropout.
     """
@@ -48,18 +51,18 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Bytes of one activation per position."""
+        """Bytes of an array with one activation per position."""
         return self.rows * self.length * self.itemsize
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Sizes per position: the model's width, queries, queries with keys and values, gate and up, inner; heads."""
+    """The sizes of a layer's activations, in values per position."""
 
-    dim: int
+    dim: int  # the model's width
     queries: int
-    qkv: int
-    projected: int
+    qkv: int  # queries, keys and values
+    projected: int  # gate and up
     inner: int
     heads: int
 
@@ -70,21 +73,20 @@ class _Layer:
         kept: float = 2 * self.dim + self.qkv + self.queries + self.projected
         if shape.fused:  # rotated queries and keys, and a float32 per head
             kept += self.queries + (self.qkv - self.queries) / 2 + 4 * self.heads / shape.itemsize
-        if (
-            recompute == NOTHING
-        ):  # the outputs of both norms and SwiGLU, and a dropout mask of a byte per input of an adapter
+        if recompute == NOTHING:
+            # The outputs of both norms and SwiGLU, and dropout masks: one byte per input of an adapter.
             kept += 2 * self.dim + self.inner
             kept += (2 * self.dim + self.queries + self.inner) / shape.itemsize if shape.dropout else 0
         return kept
 
 
-def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
-    """The peak bytes of activations, temporary buffers and the gradients that exist at the same time.
+def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], outside: int) -> float:
+    """The peak bytes of activations, temporary buffers, and the gradients that exist at that moment.
 
     Args:
-        first: the lowest layer with trained parameters; below it nothing is kept.
-        by_layer: the bytes of each layer's gradients.
-        outside: the bytes of gradients outside of layers.
+        first: the lowest layer with trained parameters; nothing is kept for those below it.
+        by_layer: bytes of each layer's gradients.
+        outside: bytes of the gradients of parameters that are not in a layer.
     """
     layers = list(_layers(config))
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
@@ -92,20 +94,20 @@ def most(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     chunks, chunk = _chunks(config, shape)
     if shape.fused:
         return sum(saved) + _ahead(layers[first:], shape, chunks, chunk, outside) + outside + sum(by_layer)
-    loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
-    most = loss + chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
+    in_loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
+    most = in_loss + chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
     for index, layer in list(enumerate(layers))[first:]:
-        made = outside + sum(by_layer[index:])
-        most = max(most, sum(saved[: index + 1]) + _moment(layer, shape) + made)
+        gradients = outside + sum(by_layer[index:])
+        most = max(most, sum(saved[: index + 1]) + _temporary(layer, shape) + gradients)
     return most
 
 
 def _ahead(layers: list[_Layer], shape: Shape, chunks: int, chunk: int, outside: int) -> float:
-    """Bytes that are held because MLX works ahead on a GPU."""
-    again = sum(_again(layer, shape) for layer in layers)
+    """Bytes that MLX holds because it works ahead on a GPU."""
+    recomputed = sum(_recomputed(layer, shape) for layer in layers)
     widths = sum(_AHEAD_DIM * layer.dim + _AHEAD_INNER * layer.inner for layer in layers)
     loss = chunks * (_AHEAD_LOGITS * chunk + _AHEAD_HEAD * outside)
-    return min(shape.width * widths + _AHEAD_AGAIN * again + loss, _AHEAD_MOST)
+    return min(shape.width * widths + _AHEAD_RECOMPUTED * recomputed + loss, _AHEAD_MOST)
 
 
 def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
@@ -114,15 +116,15 @@ def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
     return -(-positions // rows), min(rows, positions) * config.vocab_size * 4
 
 
-def _moment(layer: _Layer, shape: Shape) -> float:
+def _temporary(layer: _Layer, shape: Shape) -> float:
     """Bytes of temporary buffers while the gradients of a layer are computed."""
-    again = _again(layer, shape) + 3 * shape.width * layer.dim
+    recomputed = _recomputed(layer, shape) + 3 * shape.width * layer.dim
     block = shape.rows * layer.heads * min(BLOCK, shape.length) * shape.length * 4
     attention = _WEIGHTS * block + _QKV * shape.width * layer.qkv
-    return again + max(attention, _INNER * shape.width * layer.inner)
+    return recomputed + max(attention, _INNER * shape.width * layer.inner)
 
 
-def _again(layer: _Layer, shape: Shape) -> float:
+def _recomputed(layer: _Layer, shape: Shape) -> float:
     """Bytes of a layer's activations when the whole layer is recomputed."""
     if shape.recompute != LAYERS:
         return 0

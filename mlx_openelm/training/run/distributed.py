@@ -16,12 +16,12 @@ import mlx.core as mx
 
 from ...errors import OpenELMError, RequestError
 
-# How the backends' errors begin when another process is gone.
+# The backends' errors begin like this when another process is gone.
 _LOST = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "distributed")
 
 
 class Processes:
-    """The processes of a run; a single one without `mlx.launch`."""
+    """The processes of a run; without `mlx.launch` there is only one."""
 
     def __init__(self) -> None:
         self.group = mx.distributed.init()
@@ -51,7 +51,7 @@ class Processes:
         return most
 
     def share(self, text: str | None) -> str:
-        """The leading process's text, in all processes; the others' own is ignored."""
+        """The leading process's text, in all processes; the other processes' texts are ignored."""
         if self.size == 1:
             assert text is not None
             return text
@@ -62,7 +62,7 @@ class Processes:
         return bytes(values).decode()
 
     def share_tensors(self, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The leading process's tensors, bit for bit, in all processes; theirs have the same names and shapes."""
+        """The leading process's tensors, bit for bit; all processes' tensors have the same names and shapes."""
         if self.size == 1:
             return tensors
         shared = {}

@@ -40,7 +40,7 @@ _FILES = (
 
 # Options that may differ when a run is continued. These do not change what is trained...
 _FREE = (
-    "data",  # the path; its content is compared
+    "data",  # only the path: the content is compared
     "train",
     "test",
     "test_batches",
@@ -63,7 +63,7 @@ _FREE = (
     "sample_prompts",
     "sample_tokens",
 )
-# ...and these do, on purpose: they help after a loss that was not finite. A warning says so.
+# ...and these do. They may be changed on purpose, to get past a loss that was not finite; a warning is printed.
 _CHANGEABLE = (
     "learning_rate",
     "lr_schedule",
@@ -95,7 +95,7 @@ def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _describe_content(path: Path) -> str:
-    """What a folder holds of a run, and that it can be continued if it can."""
+    """The run or adapter in a folder, and how to continue it if that is possible."""
     if (path / RUN).exists():
         try:
             read_run(path)
@@ -106,6 +106,7 @@ def _describe_content(path: Path) -> str:
 
 
 def holds_run(path: Path) -> bool:
+    """Whether a folder has any file of a run, or an adapter."""
     return any((path / name).exists() for name in (*_FILES, CHECKPOINTS))
 
 
@@ -220,6 +221,7 @@ def _show(value: Any) -> str:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `run.json`; it appears complete or not at all."""
     with atomic.new_file(path / RUN) as partial:
         partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Who is told how a run goes: the command's progress display, or a program's own."""
+"""Callbacks that report the progress of a run, to the command's display or to another program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Listener:
-    """Told how a run goes; does nothing by itself. Losses are in nats per learned token, memory in GB (1e9 bytes)."""
+    """The callbacks; they do nothing by default. Losses are in nats per learned token, memory in GB (1e9 bytes)."""
 
     def started(self, step: int, total_steps: int) -> None:
         """Training begins after `step` updates, 0 for a new run."""

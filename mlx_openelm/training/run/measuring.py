@@ -1,4 +1,4 @@
-"""What is measured beside the training loss: the validation loss, the test loss, and what the model writes."""
+"""The validation loss, the test loss, and the continuations of sample prompts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure_test_loss(
 
 
 def continue_samples(request: Request, prepared: Prepared) -> list[str]:
-    """How the model continues the sample prompts; nothing in processes that do not show it."""
+    """The model's continuations of the sample prompts; an empty list in processes that do not lead."""
     options = request.options
     if not (options.sample_prompts and request.processes.leads):
         return []

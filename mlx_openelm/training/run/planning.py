@@ -1,9 +1,11 @@
-"""The memory that a run will need, what it recomputes accordingly, and what to do if memory is too small."""
+"""Estimating the memory of a run, choosing what it recomputes, and advice if memory is too small."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -19,19 +21,19 @@ from ..step.updater import Updater
 from . import activations
 from .activations import Shape
 
-# While weights are updated, the new and the old ones exist at once: this times the bytes that are evaluated together.
-_RENEWED = 1.25
+# While weights are updated, new and old ones exist at the same time: this many times the bytes evaluated together.
+_UPDATE_FACTOR = 1.25
 
-# A run that needs more than this share of the free memory causes a warning; more than this multiple of all memory is
-# refused.
-_USABLE_SHARE, _HOPELESS = 0.9, 1.5
+# A run that needs more than this share of the free memory gets a warning; one that needs more than this multiple of all
+# memory is refused.
+_USABLE_SHARE, _REFUSED_FACTOR = 0.9, 1.5
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of the model, the optimizer's state, gradients and activations, and the peak of their sum.
 
-    `activations` is the most they take, including temporary buffers and the gradients that exist at that moment.
+    `activations` is their peak, including temporary buffers and the gradients that exist at that moment.
     """
 
     model: int
@@ -49,18 +51,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run recomputes, the memory it needs, and settings that need less, as (flags, memory)."""
+    """What a run recomputes, the memory it needs, and alternatives that need less, as (flags, memory)."""
 
     recompute: str
     memory: Memory
     alternatives: tuple[tuple[str, Memory], ...]
 
     def __str__(self) -> str:
-        again = {NOTHING: "nothing is recomputed", LAYERS: "whole layers are recomputed"}.get(self.recompute)
-        return f"{self.memory}; {again}" if again else str(self.memory)
+        note = {NOTHING: "nothing is recomputed", LAYERS: "whole layers are recomputed"}.get(self.recompute)
+        return f"{self.memory}; {note}" if note else str(self.memory)
 
     def warning(self) -> str | None:
-        """A line with advice if the free memory may not suffice, else None.
+        """A line with advice if there may be too little free memory, else None.
 
         Raises:
             RequestError: the machine has far too little memory.
@@ -68,74 +70,91 @@ class Plan:
         room = _room(self.memory)
         if self.memory.peak <= room:
             return None
-        fitting = [way for way in self.alternatives if way[1].peak <= room] or list(self.alternatives[-1:])
-        ways = " or ".join(f"{flags}: {size(memory.peak)}" for flags, memory in fitting[:2])
-        advice = f"; with {ways}" if ways else "; a smaller or quantized model needs less"
+        fitting = [option for option in self.alternatives if option[1].peak <= room] or list(self.alternatives[-1:])
+        options = " or ".join(f"{flags}: {size(memory.peak)}" for flags, memory in fitting[:2])
+        advice = f"; with {options}" if options else "; a smaller or quantized model needs less"
         line = f"The run needs about {size(self.memory.peak)}, and {size(room / _USABLE_SHARE)} is available{advice}."
-        if self.memory.peak > _HOPELESS * (total_memory() or math.inf):
+        if self.memory.peak > _REFUSED_FACTOR * (total_memory() or math.inf):
             raise RequestError(line)
         return line
 
 
 def _room(memory: Memory) -> float:
-    """The bytes that a run may take, including its model, which is loaded already; infinity if unknown."""
+    """The bytes that a run may take, including its model, which is already loaded; infinity if unknown."""
     free = available_memory()
     if free is None:
         return math.inf
-    # With CUDA the weights may still be in host memory.
+    # On CUDA the weights may still be in host memory.
     return _USABLE_SHARE * min(free + memory.model, total_memory() or math.inf)
 
 
 def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
-    """Decide what a run recomputes (the options, or the free memory, say it), and estimate its memory.
+    """Decide what a run recomputes, by its options or the free memory, and estimate the memory it needs.
 
     Args:
-        updater: of a model that is loaded and made trainable.
+        updater: its model is loaded and made trainable.
         shape: [rows, length] of the largest batch, as `Batches.largest_shape` returns it.
     """
-    model, state = updater.model, updater.state()
-    sizes = {name: value.nbytes for name, value in state.items()}
-    trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
-    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    fused = fuses_attention_gradient(updater.compute_dtype, model.config.head_dim)
-
-    def needs(rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
-        return estimate(
-            model.config,
-            Shape(rows, length, updater.compute_dtype.size, recompute, fused, bool(dropout_layers(model))),
-            model_bytes=sum(value.nbytes for _, value in parameters),
-            optimizer_bytes=sum(sizes.values()) - sum(trained.values()),
-            trained=trained,
-            casts=updater.casts,
-            accumulates=accumulates,
-        )
-
+    memory_of = partial(_estimate_run, updater)
     rows, length = shape
     accumulates = options.grad_accumulation_steps > 1
     recompute = options.recomputed
     if recompute == AUTO:
-        recompute = PARTS
-        if here().chooses:
-            # If neither fits, keep the least. The estimate includes MLX working ahead, which it does less when memory
-            # is short.
-            levels = ((level, needs(rows, length, level, accumulates)) for level in (NOTHING, PARTS))
-            recompute = next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
-    memory = needs(rows, length, recompute, accumulates)
-    ways, flags = [], []
+        recompute = _choose_recomputed(partial(memory_of, rows, length, accumulates=accumulates))
+    memory = memory_of(rows, length, recompute, accumulates)
+    alternatives = [
+        (flags, memory_of(*smaller)) for flags, smaller in _smaller_settings(options, rows, length, recompute)
+    ]
+    return Plan(recompute, memory, tuple(found for found in alternatives if found[1].peak < memory.peak))
+
+
+def _choose_recomputed(memory_of: Callable[..., Memory]) -> str:
+    """The least recomputation with which a run fits into the free memory; elsewhere than on CUDA always the parts."""
+    if not here().chooses:
+        return PARTS
+    # If neither fits by the estimate, LAYERS needs least, and may still work: the estimate includes what MLX holds
+    # because it works ahead, which it does less when memory is short.
+    levels = ((level, memory_of(recompute=level)) for level in (NOTHING, PARTS))
+    return next((level for level, memory in levels if memory.peak <= _room(memory)), LAYERS)
+
+
+def _smaller_settings(
+    options: TrainOptions, rows: int, length: int, recompute: str
+) -> Iterator[tuple[str, tuple[int, int, str, bool]]]:
+    """Flags with which a run needs less memory, and what they mean: rows, length, recompute, accumulates."""
+    accumulates = options.grad_accumulation_steps > 1
+    flags = []
     if recompute != LAYERS:
         flags.append("--grad-checkpoint")
-        ways.append((" ".join(flags), needs(rows, length, LAYERS, accumulates)))
+        yield "--grad-checkpoint", (rows, length, LAYERS, accumulates)
     smaller = rows // 2
     while smaller >= 1:
         # Accumulated, so that an update still learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
-        ways.append((" ".join([*flags, split]), needs(smaller, length, LAYERS, True)))
+        yield " ".join([*flags, split]), (smaller, length, LAYERS, True)
         smaller //= 2
     if length > 512:
         short = f"--max-seq-length {length // 2}"
-        ways.append((" ".join([*flags, short]), needs(rows, length // 2, LAYERS, accumulates)))
-    return Plan(recompute, memory, tuple(way for way in ways if way[1].peak < memory.peak))
+        yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates)
+
+
+def _estimate_run(updater: Updater, rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
+    """`estimate` for an updater, with batches of [rows, length]."""
+    model = updater.model
+    sizes = {name: value.nbytes for name, value in updater.state().items()}
+    trained = {name.removeprefix("weights."): size for name, size in sizes.items() if name.startswith("weights.")}
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    fused = fuses_attention_gradient(updater.compute_dtype, model.config.head_dim)
+    return estimate(
+        model.config,
+        Shape(rows, length, updater.compute_dtype.size, recompute, fused, bool(dropout_layers(model))),
+        model_bytes=sum(value.nbytes for _, value in parameters),
+        optimizer_bytes=sum(sizes.values()) - sum(trained.values()),
+        trained=trained,
+        casts=updater.casts,
+        accumulates=accumulates,
+    )
 
 
 def estimate(
@@ -155,18 +174,20 @@ def estimate(
         optimizer_bytes: the optimizer's state.
         trained: the bytes of each trained parameter in float32, by name; its gradient takes as many.
         casts: whether trained parameters are cast to the activations' type; the copies exist while they are used.
-        accumulates: whether gradients of several micro-batches are added up.
+        accumulates: whether the gradients of several micro-batches are added up.
     """
-    count = len(config.ffn_dims)
     gradients = sum(trained.values())
-    by_layer = [sum(size for name, size in trained.items() if f".layers.{n}." in name) for n in range(count)]
-    # Nothing is kept below the first layer with trained parameters. The embedding is below all layers.
-    is_below = any(EMBEDDING in name for name in trained)
-    first = 0 if is_below else next((n for n, size in enumerate(by_layer) if size), 0)
-    held = activations.most(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
+    by_layer = [
+        sum(size for name, size in trained.items() if f".layers.{layer}." in name)
+        for layer in range(config.num_transformer_layers)
+    ]
+    # Nothing is kept below the first layer with trained parameters; if the embedding is trained, all layers keep.
+    trains_embedding = any(EMBEDDING in name for name in trained)
+    first = 0 if trains_embedding else next((layer for layer, size in enumerate(by_layer) if size), 0)
+    held = activations.peak(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
     if casts:
         held += gradients * shape.itemsize / 4
-    renewed = gradients + min(gradients + optimizer_bytes, _RENEWED * here().settled_bytes)
+    updating = gradients + min(gradients + optimizer_bytes, _UPDATE_FACTOR * here().settled_bytes)
     added = gradients if accumulates else 0
-    peak = model_bytes + optimizer_bytes + added + max(held, renewed)
+    peak = model_bytes + optimizer_bytes + added + max(held, updating)
     return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))

@@ -1,4 +1,4 @@
-"""What training needs before it begins: the data, the model, and tokenized examples, one of which is shown."""
+"""Preparing a run: read the data, load the model, tokenize the examples, and show one of them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Prepared:
 
 
 def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Listener) -> Prepared:
-    """Read the data, then load the model, then tokenize the examples. Errors in the data show up soonest that way.
+    """Read the data, load the model, and tokenize the examples, in this order: errors in the data show up first.
 
     Raises:
         RequestError: data or a model that is invalid, or data that does not suit the model.

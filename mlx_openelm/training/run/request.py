@@ -50,7 +50,7 @@ class Request:
 
 
 def check(request: Request) -> dict[str, Any] | None:
-    """Refuse a request that cannot work, as far as that is known before loading.
+    """Refuse a request that cannot work, as far as that can be known before loading.
 
     Returns:
         the record of the run to continue, in the process that leads; None for a new run.
@@ -90,7 +90,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
 
 
 def _is_missing(path: str) -> bool:
-    """Whether a path names no adapter on this machine and cannot be the name of a hub repository either."""
+    """Whether a path does not exist and cannot be the name of a hub repository either."""
     if find_local(path) is not None or catalog.corenet_name(path) is not None:
         return False
     owner, _, name = path.partition("/")

@@ -1,4 +1,4 @@
-"""Where a run begins: at its last checkpoint, or in a folder that is cleared for a new run."""
+"""Resuming a run from its last checkpoint, or clearing the folder for a new one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def begin(
     previous: dict[str, Any] | None,
     total_steps: int,
 ) -> RunState | None:
-    """Go back to where the run stopped, or make room for a new one; then write `run.json`.
+    """Restore the state in which the run stopped, or clear the folder for a new one; then write `run.json`.
 
     Args:
-        record: of this run, as `make_record` gives it.
+        record: this run's, as `make_record` returns it.
         previous: the record of the run to continue, in the process that leads.
 
     Returns:
-        where training goes on; None if it starts at the beginning.
+        the state to continue from; None if the run starts from the beginning.
 
     Raises:
-        RequestError: the data is not the same, or the run is already longer than it shall be.
+        RequestError: the data is not the same, or the run already has more steps than requested.
         OpenELMError: all checkpoints are damaged.
     """
     leads, state = request.processes.leads, None
@@ -56,7 +56,7 @@ def begin(
 
 
 def make_record(request: Request, prepared: Prepared, recompute: str) -> dict[str, Any]:
-    """What `run.json` says of a run."""
+    """The content of `run.json`."""
     data: dict[str, Any] = {"fingerprint": prepared.fingerprint()}
     data |= {split: len(examples.examples) for split, examples in prepared.examples.items()}
     return run_folder.make_record(
@@ -70,7 +70,7 @@ def make_record(request: Request, prepared: Prepared, recompute: str) -> dict[st
 
 
 def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total_steps: int) -> RunState | None:
-    """Give the updater the state of the last checkpoint; returns where that was, None if nothing was saved yet."""
+    """Restore the updater from the last checkpoint. Returns the run's state, None if nothing was saved yet."""
     processes, listener = request.processes, request.listener
     found = checkpoints.load(listener.warn) if processes.leads else None
     values = json.loads(processes.share(json.dumps(dataclasses.asdict(found[0]) if found else None)))

@@ -73,6 +73,7 @@ class Checkpoints:
         self.folder, self._keep_last, self._keep_every, self._export = folder, keep_last, keep_every, export
 
     def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint, whether it exists or not."""
         return self.folder / f"{step:07d}"
 
     def steps(self) -> list[int]:

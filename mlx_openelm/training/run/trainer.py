@@ -32,7 +32,7 @@ FINISHED, INTERRUPTED, EARLY = "finished", "interrupted", "stopped early"
 
 
 class Step(Protocol):
-    """What an update learns from (see `batches.Step`): this process's micro-batches, all processes' counts."""
+    """The data of one update (see `batches.Step`): this process's micro-batches, and counts over all processes."""
 
     @property
     def batches(self) -> Sequence[Any]: ...
@@ -47,10 +47,14 @@ class Step(Protocol):
 
 
 class Steps(Protocol):
+    """Gives each update its data, such as `batches.Batches`."""
+
     def step(self, index: int, rank: int) -> Step: ...
 
 
 class Log(Protocol):
+    """Where numbers are logged, such as `metrics.Metrics`."""
+
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
 
@@ -88,11 +92,11 @@ class _Stop(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """What is trained, on what, for how long, and where it is recorded.
+    """The parts of a training run.
 
     Args:
-        steps: what each update learns from.
-        learning_rate: of an update, counted from 0.
+        steps: the data of each update.
+        learning_rate: the rate of an update, counted from 0.
         metrics: where numbers are logged; None in processes that do not lead.
         evaluate: measures the validation loss. Before each batch it calls its argument, which raises if the user asked
             to stop; it must call it equally often in every process. None means no validation.
@@ -120,7 +124,7 @@ def train(run: TrainingRun, state: RunState | None = None) -> Result:
     which is saved; a second one ends the process.
 
     Args:
-        state: where the run stopped, if it is continued; the updater has the weights of then.
+        state: where the run stopped, if it is continued; the updater already has the weights of that step.
 
     Raises:
         OpenELMError: a loss or a gradient is not finite, and nothing was saved since; or a checkpoint could not be
@@ -152,10 +156,12 @@ class _Loop:
         self.first_seconds, self.tokens = self.state.seconds, 0
 
     def on_interrupt(self) -> None:
+        """At the first Ctrl-C or SIGTERM."""
         self.run.listener.close()
         self.run.listener.say("Finishing the step, then saving; Ctrl-C again stops at once.")
 
     def go(self) -> Result:
+        """Train until the run is complete, is interrupted, or stops early."""
         self.run.listener.started(self.state.step, self.run.total_steps)
         upcoming = self._build(self.state.step)
         while True:
@@ -165,7 +171,7 @@ class _Loop:
             upcoming = self._update(upcoming)
 
     def _validate_and_save(self) -> str | None:
-        """After an update: validate and save if either is due. Returns why the run ends now, None if it goes on."""
+        """Validate and save if due. Returns why the run ends now, None if it continues."""
         finished = self.state.step >= self.run.total_steps
         stopped = self.run.processes.any(self.interrupts.requested)
         improved = False
@@ -193,7 +199,7 @@ class _Loop:
         return self.run.steps.step(index, self.run.processes.rank) if index < self.run.total_steps else None
 
     def _update(self, step: Step | None) -> Step | None:
-        """Do one update; returns what the next one learns from, which is built while the device computes."""
+        """Do one update. Returns the data of the next one, which is built while the device computes."""
         assert step is not None
         state, rate = self.state, self.run.learning_rate(self.state.step)
         started = time.perf_counter()
@@ -244,7 +250,7 @@ class _Loop:
         self.run.listener.reported(state.step, values)
 
     def _validate(self) -> bool:
-        """Measure the validation loss; returns whether it is the lowest so far, and thus to be saved."""
+        """Measure the validation loss. Returns whether it is the lowest so far, so that the weights must be saved."""
         assert self.run.evaluate is not None
         state, started = self.state, time.perf_counter()
         evaluation = self.run.evaluate(self._check_interrupt)
@@ -268,7 +274,7 @@ class _Loop:
         return improved and state.step > 0
 
     def _check_interrupt(self) -> None:
-        # All processes ask together, so that all stop, and notice at once if one is gone.
+        # All processes check together, so that they all stop, and notice at once if one of them is gone.
         if self.run.processes.any(self.interrupts.requested):
             raise _Stop
 

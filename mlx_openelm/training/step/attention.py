@@ -19,14 +19,14 @@ from ...ops import exponentials
 from ...ops.attention import FusedAttention, HeadNorms, KernelAttention, PlainAttention
 from .strategy import TILE, fuses_attention_gradient
 
-# Queries in a block. Smaller ones save more of the hidden half, larger ones make better matrix products.
+# Queries per block. Smaller blocks skip more of the masked half, larger ones make more efficient matrix products.
 BLOCK = 128
 
 
 def attention(qkv: mx.array, attend: PlainAttention, num_heads: tuple[int, int], norms: HeadNorms | None) -> mx.array:
-    """What `attend(qkv, num_heads, norms)` gives [N, H * D]; gradients reach qkv and the norms' weights.
+    """`attend(qkv, num_heads, norms)` [N, H * D]; gradients reach qkv and the norms' weights.
 
-    Where the gradient is fused, a mask is what `fused_mask` gives.
+    If the gradient is fused, the mask of packed rows must be `fused_mask`'s.
     """
     if fuses_attention_gradient(qkv.dtype, attend.head_dim):
         return _fused(qkv, attend, num_heads, norms)
@@ -54,7 +54,7 @@ class _Blocks:
         @mix.vjp
         def _(primals, cotangents, outputs):
             primals = primals if isinstance(primals, tuple | list) else [primals]
-            # Not before the gradient is there: otherwise every layer's heads could be computed at once.
+            # Wait for the incoming gradient: otherwise MLX could compute every layer's heads at once.
             primals = mx.depends(list(primals), [cotangents[0]])
             gradients = self.backward(self.heads(*primals), outputs, cotangents[0])
             return mx.vjp(self.heads, primals, gradients)[1]
@@ -68,12 +68,12 @@ class _Blocks:
         return list(self.attend.heads(qkv, self.num_heads, norms))
 
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """The output [N, H * D], and what else the gradient can use."""
+        """The output [N, H * D], and further arrays for `backward`."""
         mixed, sums = _mix(self.attend, queries, keys, values)
         return [_as_rows(mixed), sums]
 
     def backward(self, heads: list[mx.array], outputs: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
-        """The gradients of queries, keys and values, from what `forward` gave and the gradient of the output."""
+        """The gradients of queries, keys and values, given `forward`'s outputs and the output's gradient."""
         shape = -1, self.attend.length, self.num_heads[0], self.attend.head_dim
         mixed, by_mixed = (x.reshape(shape).swapaxes(1, 2) for x in (outputs[0], cotangent))  # [B, H, L, D]
         queries, keys, values = heads
@@ -114,15 +114,15 @@ def _as_rows(mixed: mx.array) -> mx.array:
 def fused_mask(segments: mx.array, dtype: mx.Dtype) -> mx.array:
     """The mask of packed rows for the fused gradient: `packed_mask` as numbers to add, in whole tiles.
 
-    Not booleans: MLX would turn them into numbers for each head in every layer, and into -inf. What is hidden gets
-    half the lowest number, to which scores can be added. Padding sees itself.
+    It is not boolean: MLX would convert it for each head in every layer, and to -inf. Masked positions get half the
+    lowest finite number, so that adding scores stays finite. Padding sees itself.
     """
     padded = mx.pad(segments, [(0, 0), (0, -segments.shape[1] % TILE)], constant_values=-1)
     return mx.where(packed_mask(padded), 0.0, mx.finfo(dtype).min / 2).astype(dtype)
 
 
 def packed_mask(segments: mx.array) -> mx.array:
-    """What each position of packed rows [rows, length] may see [rows, 1, length, length]: its example, up to itself."""
+    """The mask [rows, 1, length, length] of packed rows [rows, length]: causal within each example."""
     positions = mx.arange(segments.shape[1])
     same = segments[:, :, None] == segments[:, None, :]
     return (same & (positions[:, None] >= positions))[:, None]
@@ -146,7 +146,7 @@ def _fused(qkv: mx.array, attend: PlainAttention, num_heads: tuple[int, int], no
 
 
 def _blocks(attend: PlainAttention, length: int) -> Iterator[tuple[slice, mx.array]]:
-    """Each block of queries, with what it may see of the keys up to its end [block, T] or [B, 1, block, T]."""
+    """Each block of queries, with its mask over the keys up to the block's end: [block, T] or [B, 1, block, T]."""
     for start in range(0, length, BLOCK):
         rows = slice(start, min(length, start + BLOCK))
         if isinstance(attend.mask, mx.array):
@@ -163,7 +163,7 @@ def _grouped(queries: mx.array, rows: slice, kv_heads: int) -> mx.array:
 
 
 def _scores(attend: PlainAttention, queries: mx.array, keys: mx.array, visible: mx.array) -> mx.array:
-    """Scores [B, K, H / K * block, T] of a block, hidden ones at the lowest number; in float32 on a GPU."""
+    """Scores [B, K, H / K * block, T] of a block, masked ones at the lowest number; in float32 on a GPU."""
     scores = queries @ keys.swapaxes(-1, -2)
     if not attend.scales_queries:
         scores = scores.astype(mx.float32) * attend.scale
@@ -206,7 +206,7 @@ def _gradients(
     """
     batch, kv_heads, length, dim = keys.shape
     scale = 1.0 if attend.scales_queries else attend.scale
-    # How a weight's gradient changes through the sum that all weights are divided by: the same for a whole row.
+    # The softmax's gradient subtracts the same number from all weights' gradients in a row.
     shift = mx.sum(mixed.astype(mx.float32) * cotangent, axis=-1, keepdims=True)
     # Summed in float32: there may be many blocks.
     by_queries, by_keys, by_values = [], mx.zeros(keys.shape), mx.zeros(values.shape)

@@ -58,7 +58,7 @@ def evaluate(
         if progress is not None:
             progress(batch)
     if group is not None and group.size() > 1:
-        # Numbers of tokens are exact in two float32 halves; sums of losses need no more.
+        # A count is split into two halves, each exact in float32; sums of losses do not need that.
         parts = mx.distributed.all_sum(mx.array([count // 65536, count % 65536, *sums]), group=group)
         high, low, *sums = (float(part.item()) for part in parts)  # type: ignore[arg-type]
         count = int(high) * 65536 + int(low)

@@ -33,7 +33,7 @@ def hidden_states(model: OpenELM, inputs: mx.array, segments: mx.array | None, *
 
 
 def _mask(model: OpenELM, segments: mx.array | None) -> mx.array | None:
-    """What positions of packed rows see, as attention takes it here; None where the model's causal mask is enough."""
+    """The attention mask of packed rows; None if the model's causal mask is enough."""
     if segments is None:
         return None
     dtype = model.transformer.norm["weight"].dtype
@@ -42,12 +42,12 @@ def _mask(model: OpenELM, segments: mx.array | None) -> mx.array | None:
 
 
 def _kept(modules: Sequence[nn.Module], function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
-    """`recomputed` without recomputing."""
+    """Like `recomputed`, but keeps everything instead."""
     return function(*inputs)
 
 
 def _run(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any, stage: Any = _kept) -> mx.array:
-    """What `layer(x, attend)` gives, in stages: each from one matrix product to the next."""
+    """`layer(x, attend)` [N, dim], in stages that each end with a matrix product."""
     if not _has_stages(layer):
         return stage([layer], lambda x: layer(x, _without_padding(attend)), x)
     attn, ffn = layer.attn, layer.ffn
@@ -67,7 +67,7 @@ def _has_stages(layer: nn.Module) -> bool:
 
 
 def _without_padding(attend: PlainAttention) -> PlainAttention:
-    """The same for a layer that runs as it is: the mask of a fused gradient is padded to whole tiles."""
+    """`attend` for a layer that is called as a whole: without the padding of a fused gradient's mask to whole tiles."""
     if isinstance(attend.mask, mx.array):
         mask = attend.mask[..., : attend.length, : attend.length]
         return choose(attend.head_dim, attend.base, attend.offset, attend.length, mask)

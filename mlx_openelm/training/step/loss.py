@@ -42,10 +42,10 @@ def cross_entropy(
     chunk = here().loss_rows
     if learned is None:
         targets, learned = split_targets(targets)
-    places, weights = trainable([output_layer(model)])
+    parameters, weights = trainable([output_layer(model)])
 
     def logits_of(rows: mx.array, *values: mx.array) -> mx.array:
-        with substituted(places, values):
+        with substituted(parameters, values):
             return model.logits(rows)
 
     def losses(hidden_states: mx.array, *weights: mx.array) -> list[mx.array]:
@@ -57,7 +57,7 @@ def cross_entropy(
         for start in range(0, targets.size, chunk):
             part = slice(start, start + chunk)
             rows, wanted = hidden_states[part], (targets[part, None], learned[part, None])
-            # One chunk after the other, so that the logits of only one exist at a time.
+            # One chunk after the other, so that only one chunk's logits exist at a time.
             rows = mx.depends(rows, [objective, *by_rows[-1:], *by_weights])
             logits = logits_of(rows, *weights)
             sums, slope = _chunk(logits, *wanted, z_loss, label_smoothing)

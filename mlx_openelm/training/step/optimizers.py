@@ -1,4 +1,4 @@
-"""MLX's optimizers, changed so that vectors do not decay, and one learning rate suits every part."""
+"""MLX's optimizers, changed so that weight decay applies to matrices only, and one learning rate suits all parts."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ def _set(parameters: Parameters, values: Sequence[mx.array]) -> None:
 
 
 def recomputed(modules: Sequence[nn.Module], function: Callable[..., mx.array], *inputs: mx.array) -> mx.array:
-    """function(*inputs), keeping only the inputs for the backward pass and computing the rest again there.
+    """function(*inputs); the backward pass recomputes everything from the inputs, and nothing else is kept.
 
-    What the gradients do not need is not computed again, such as the result of a last matrix product.
+    What the gradients do not need, such as the result of the last matrix product, is not recomputed.
 
     Args:
         modules: those whose trainable parameters `function` uses; gradients reach these and the inputs.
@@ -57,10 +57,10 @@ def recomputed(modules: Sequence[nn.Module], function: Callable[..., mx.array], 
     @kept.vjp
     def _(primals, cotangent, _):
         primals = primals if isinstance(primals, tuple | list) else [primals]
-        # Not before the gradient is there: otherwise every layer could be computed again at once.
+        # Wait for the incoming gradient: otherwise MLX could recompute every layer at once.
         primals = mx.depends(list(primals), [cotangent])
         gradients = mx.vjp(lambda *arrays: [call(*arrays)], primals, [cotangent])[1]
-        # Gradients of parameters first: left for the end, they would keep alive what they are made of.
+        # Compute the parameters' gradients first: left for the end, they would keep their inputs alive.
         return [*mx.depends(gradients[:count], gradients[count:]), *gradients[count:]] if values else gradients
 
     return kept(*inputs, *values)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What training does differently on each backend. The numbers were measured there.
+"""Differences in training between backends. The numbers were measured on them.
 
 A CPU (and Metal, until it is measured) recomputes the cheap parts of a layer and computes attention's gradient in
 blocks. CUDA has a fused gradient (cuDNN's), and products so fast that recomputing is comparatively expensive.

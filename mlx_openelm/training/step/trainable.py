@@ -33,7 +33,7 @@ def make_trainable(model: OpenELM, options: FineTuneOptions) -> None:
             _start_from_weights(model, adapter, str(file))
     elif adapter is not None:
         _check_like(adapter, options, model.config, str(file))
-        # With exactly the scale that a run continued by --resume uses.
+        # Use exactly the scale that --resume would use later.
         scale = options.lora_scale
         modules = {path: replace(change, scale=scale) for path, change in adapter.modules.items()}
         attach(model, replace(adapter, modules=modules, dropout=options.dropout))
@@ -112,7 +112,7 @@ def _check_like(adapter: Adapter, options: FineTuneOptions, config: ModelConfig,
     for path, change in adapter.modules.items():
         if (change.magnitude is not None) != (options.fine_tune_type == "dora"):
             kind = "lora" if change.magnitude is None else "dora"
-            raise refuse(f"is of another kind; give --fine-tune-type {kind}")
+            raise refuse(f"is of another type; give --fine-tune-type {kind}")
         if change.output_side and (config.share_input_output_layers or change.magnitude is not None):
             raise refuse(
                 f"changes the output layer by {path} as well, as mlx-lm's do; here its input side alone is trained"

@@ -230,12 +230,12 @@ class Updater:
     def _dropout(self, keys: list[mx.array]) -> Iterator[None]:
         layers = self._dropout_layers
         for layer, key in zip(layers, keys, strict=True):
-            layer._dropout_key = key
+            layer.set_dropout_key(key)
         try:
             yield
         finally:
             for layer in layers:
-                layer._dropout_key = None
+                layer.set_dropout_key(None)
 
     def _apply_gradients(
         self,
