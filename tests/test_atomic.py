@@ -82,7 +82,7 @@ def test_what_a_running_process_moved_away_stays_its_own(tmp_path: Path) -> None
 
 
 def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
-    """In a container pids begin anew, so the process that was killed had the same one as this."""
+    """In a new container pids start again at 1, so the process that was killed had the same one as this."""
     for name in ("", "-2", "-previous", "-2-previous"):
         model(tmp_path / f".out.partial-{os.getpid()}{name}", "left")
     model(tmp_path / "out", "old")

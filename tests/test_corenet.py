@@ -312,7 +312,7 @@ def test_other_types_are_refused(tmp_path: Path, config_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_the_reference_packed_anew_answers_as_before(
+def test_the_repacked_reference_gives_the_same_answers(
     tmp_path: Path, reference: dict[str, Any], method: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through `load` and `convert`, without PyTorch."""

@@ -98,7 +98,7 @@ def test_what_backtracks_ends(pattern: str) -> None:
         ("(?i:T)", "has a flag, which"),
     ],
 )
-def test_what_cannot_be_used_is_told(pattern: str, why: str) -> None:
+def test_unusable_expressions_are_refused_with_a_reason(pattern: str, why: str) -> None:
     matcher = Matcher()
     with pytest.raises(PatternError, match=re.escape(why)):
         for name in NAMES:

@@ -170,15 +170,15 @@ def test_packed_parts_are_made_together_and_once() -> None:
         {"w.weight": Tensor(mx.float32, (2, 64), read), "n": Tensor(mx.float32, (1,), lambda: mx.ones(1))}
     )
     packed = quantize_weights(weights, {"w": Quantization(32, 8)})
-    foretold = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors().items()}
-    assert foretold == {
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors().items()}
+    assert expected == {
         "w.weight": (mx.uint32, (2, 16)),
         "w.scales": (mx.bfloat16, (2, 2)),
         "w.biases": (mx.bfloat16, (2, 2)),
         "n": (mx.float32, (1,)),
     }
     taken = {name: packed.take(name) for name in list(packed)}
-    assert {name: (array.dtype, array.shape) for name, array in taken.items()} == foretold
+    assert {name: (array.dtype, array.shape) for name, array in taken.items()} == expected
     assert reads == ["w"]
     # 0 to 31 in 255 steps, which bfloat16 holds as well as 8 bits can tell.
     steps = np.array(taken["w.scales"].astype(mx.float32))[:, 0]

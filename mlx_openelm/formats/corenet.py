@@ -18,7 +18,7 @@ from ..inputs import read_json
 from . import mlx as mlx_format
 from . import safetensors, torch_file
 from .mlx import Checkpoint
-from .torch_pickle import StoredTensor
+from .torch_tensors import StoredTensor
 from .weights import Tensor, Weights
 
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
