@@ -390,7 +390,7 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be used here"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
         ({"bias": "some"}, "bias is 'some'; known are none, all and lora_only"),
-        ({"lora_bias": True}, "lora_bias is True, which cannot"),
+        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"target_parameters": ["a.weight"]}, "target_parameters is"),
@@ -503,7 +503,7 @@ def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
     values = settings(folder)
     values["lora_parameters"]["alpha"] = alpha
     (folder / "adapter_config.json").write_text(json.dumps(values))
-    with pytest.warns(UserWarning, match=r"states both alpha and scale; scale 5 alone is taken"):
+    with pytest.warns(UserWarning, match=r"has both alpha and scale; only scale 5 is used"):
         adapter = read_adapter(folder, model.config)
     attach(model, adapter)
     assert far(logits(model), wanted) < 1e-5

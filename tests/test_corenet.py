@@ -429,7 +429,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 def test_published_sizes_need_no_yaml(rows: int, size: str, layers: int) -> None:
     shapes = ModelConfig.from_name(size).tensor_shapes() | {EMBEDDING: (rows, ModelConfig.from_name(size).model_dim)}
     infos = {name: TensorInfo(mx.float32, shape, Path("c.pt")) for name, shape in shapes.items()}
-    config, pieces = corenet._published_config(Path("c.pt"), infos)
+    config, pieces = corenet.published_config(Path("c.pt"), infos)
     assert (config.vocab_size, pieces, config.num_transformer_layers) == (rows, 32000, layers)
     assert (config.max_context_length, config.rope_max_length) == (2048, 4096)
 

@@ -450,7 +450,7 @@ def test_the_tokenizer_comes_back_and_can_be_saved(files: dict[str, Path], tmp_p
         assert ours.decode(range(2048)) == before.decode(range(2048))
     saved, model = read_model(tmp_path / "saved" / "tokenizer.model"), read_model(SHAKESPEARE / "tokenizer.model")
     assert (saved.pieces, saved.scores, saved.types) == (model.pieces, model.scores, model.types)
-    file = Path(tokenizer._engine.model_file or "")
+    file = Path(tokenizer.model_file or "")
     assert file.is_file()
     del ours, tokenizer
     gc.collect()

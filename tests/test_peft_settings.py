@@ -141,8 +141,8 @@ def test_every_setting_of_peft_is_known() -> None:
         *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
     }
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields - refused <= peft_settings._HARMLESS | peft_settings._READ
-    assert not refused & (peft_settings._HARMLESS | peft_settings._READ)
+    assert fields - refused <= peft_settings.HARMLESS | peft_settings.READ
+    assert not refused & (peft_settings.HARMLESS | peft_settings.READ)
 
 
 def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"target_modules": ["qkv_proj", 5]}, "target_modules must be names of modules"),
         ({"layers_to_transform": [0, "1"]}, "layers_to_transform must be layer numbers"),
         ({"rank_pattern": ["qkv_proj"]}, "rank_pattern must be an object of numbers by module"),
-        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; 1000 are the most"),
+        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; the limit is 1000"),
         (
             {"rank_pattern": {"qkv_proj": "8"}},
             "rank_pattern of 'qkv_proj' must be a number that float32 holds, got '8'",
@@ -188,7 +188,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' is not known here"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changes the base model too; let PEFT convert"),
-        ({"x" * 5000: 1}, "xx is 1, which cannot be carried over"),
+        ({"x" * 5000: 1}, "xx is 1, which is not supported"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -373,7 +373,7 @@ def test_another_base_is_refused_by_the_settings_name(
     changed = weights[own].copy()
     changed[-1] += 0.01
     folder = with_table(tmp_path / "a", changed, name, **settings)
-    message = rf"holds {re.escape(name)} {setting}, and it is not what the base model has; merge the adapter"
+    message = rf"holds {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
     with pytest.raises(RequestError, match=message):
         attach(model, read_adapter(folder, model.config))
     assert not list(adapted_layers(model))

@@ -63,7 +63,7 @@ def check_method(file: Path, values: Mapping[str, Any]) -> None:
     """Refuse weights that another quantization method packed.
 
     Args:
-        file: the `config.json` with these `values`, without an entry of MLX's own.
+        file: the `config.json` with these `values`, which have no `quantization` entry of MLX's.
 
     Raises:
         RequestError: its `quantization_config` names a method.

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: llama.cpp's SentencePiece kind (`tokenizer.ggml.model` is `llama`).
 
-Like a `tokenizer.model` it stores pieces, scores and types; like SentencePiece, llama.cpp joins the two neighbours whose
-piece has the best score, leftmost first.
+Like a `tokenizer.model` it stores pieces, scores and types; like SentencePiece, llama.cpp joins the two neighbours
+whose piece has the best score, leftmost first.
 """
 
 from __future__ import annotations
