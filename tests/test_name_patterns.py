@@ -44,6 +44,23 @@ def test_python_says_the_same(pattern: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (r"a\b\.b", "a.b"),
+        (r"a\bb", "ab"),
+        (r"\bab\b", "ab"),
+        (r"a\Bb", "ab"),
+        (r"ab\B", "ab"),
+        (r"ab(?<=$)", "ab"),
+        (r"ab(?<=b)", "ab"),
+        (r"(?<!^)ab", "ab"),
+    ],
+)
+def test_boundaries_at_both_ends_of_a_name(pattern: str, name: str) -> None:
+    assert Matcher().fullmatch(pattern, name) == bool(re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize(
     ("pattern", "count"),
     [
         (LONG, 144),
