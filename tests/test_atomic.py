@@ -92,6 +92,20 @@ def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out", ".out.partial-x"} and (tmp_path / "out" / "config.json").read_text() == "new"
 
 
+def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_name(tmp_path: Path) -> None:
+    previous = model(tmp_path / f".out.partial-{os.getpid()}-previous", "old")
+    with atomic.new_file(tmp_path / "out") as partial:
+        partial.write_text("new")
+    assert (previous / "config.json").read_text() == "old" and names(tmp_path) == {"out", previous.name}
+
+
+def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
+    target = model(tmp_path / "out", "old")
+    (target / "more").mkdir()
+    with pytest.raises(RequestError, match="holds more than a model"):
+        atomic.check_target(target, overwrite=True)
+
+
 def test_nested_writers_to_one_place_have_folders_of_their_own(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with atomic.new_folder(target, overwrite=True) as first:

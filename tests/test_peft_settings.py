@@ -19,7 +19,8 @@ from mlx_openelm.adapters.merging import merge
 from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats import peft_settings
+from mlx_openelm.formats import peft, peft_settings
+from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 
@@ -135,12 +136,12 @@ def test_peft_makes_the_same_of_what_we_write(tmp_path: Path, name: str) -> None
 
 def test_every_setting_of_peft_is_known() -> None:
     """A setting that a new PEFT adds is refused by name unless it is looked at here."""
-    peft = pytest.importorskip("peft")
+    theirs = pytest.importorskip("peft")
     refused = {
         *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
         *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
     }
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    fields = {field.name for field in dataclasses.fields(theirs.LoraConfig)}
     assert fields - refused <= peft_settings.HARMLESS | peft_settings.READ
     assert not refused & (peft_settings.HARMLESS | peft_settings.READ)
 
@@ -232,6 +233,20 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"has no tensors for {QKV}, which target_modules names"):
         adapter = read_adapter(edit(tmp_path / "a", drop), CONFIG)
     assert QKV not in adapter.modules
+
+
+def test_a_file_without_tensors_does_not_warn_of_each_module(tmp_path: Path) -> None:
+    folder = edit(tmp_path / "a", lambda tensors: tensors.clear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert peft.read(folder / "adapter_model.safetensors", CONFIG).modules == {}
+
+
+@pytest.mark.parametrize(("scale", "alpha"), [(1.05, 4.2), (2.5, 10)])
+def test_the_alpha_that_is_written_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
+    change = LowRank(mx.zeros((192, 4)), mx.zeros((4, 160)), scale)
+    peft.write(Adapter(modules={QKV: change}), tmp_path, CONFIG)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(alpha, rel=1e-9)
 
 
 def test_the_cost_of_real_settings_is_allowed(tmp_path: Path) -> None:
