@@ -235,6 +235,12 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     assert QKV not in adapter.modules
 
 
+def test_an_expression_of_targets_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
+    names = "|".join(json.loads((LORA / "adapter_config.json").read_text())["target_modules"])
+    folder = edit(tmp_path / "a", target_modules=rf".*\.({names})", layers_to_transform=[0])
+    assert read_adapter(folder, CONFIG).modules.keys() == read_adapter(LORA, CONFIG).modules.keys()
+
+
 def test_a_file_without_tensors_does_not_warn_of_each_module(tmp_path: Path) -> None:
     folder = edit(tmp_path / "a", lambda tensors: tensors.clear())
     with warnings.catch_warnings():
