@@ -119,6 +119,15 @@ def test_shards_have_an_index(tmp_path: Path) -> None:
     assert merged == stored(SHAKESPEARE / "model.safetensors")[0]
 
 
+def test_a_shard_may_have_exactly_the_limit(tmp_path: Path) -> None:
+    arrays = {name: mx.ones(4) for name in "abc"}  # 16 bytes each
+    shards.write(tmp_path, Weights.of_arrays(arrays), max_shard_bytes=32)
+    assert list(read_json(tmp_path / "model.safetensors.index.json")["weight_map"].values()) == [
+        *["model-00001-of-00002.safetensors"] * 2,
+        "model-00002-of-00002.safetensors",
+    ]
+
+
 @pytest.mark.parametrize("extra", range(8))
 def test_the_data_of_a_shard_is_aligned_to_8_bytes(tmp_path: Path, extra: int) -> None:
     shards.write(tmp_path, Weights.of_arrays({"w" * (1 + extra): mx.ones(3)}))
