@@ -41,14 +41,6 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     rounds = False
 
-    @property
-    def num_embeddings(self) -> int:  # type: ignore[override]
-        return self["weight"].shape[0]
-
-    @property
-    def dims(self) -> int:  # type: ignore[override]
-        return self["weight"].shape[1] * 32 // self.bits
-
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens [...] to their embeddings [..., dims]."""
         return layers.quantized_rows(tokens, self)
@@ -100,6 +92,12 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
     def __init__(self, num_embeddings: int, dims: int):
         nn.Module.__init__(self)
         self.weight = mx.zeros((num_embeddings, dims))
+
+    def to_quantized(self, *packing: Any, **named: Any) -> Any:
+        """As for every layer, with the sizes that MLX's class has."""
+        layer = super().to_quantized(*packing, **named)
+        layer.num_embeddings, layer.dims = self["weight"].shape
+        return layer
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x [..., dims] to logits [..., num_embeddings]."""
@@ -228,8 +226,8 @@ LayerParts = tuple[list[mx.array], tuple[nn.Module, ...], tuple[int, int]]
 def collect_parts(blocks: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
     """The parts of all layers, or None if a module in them was replaced by one of another class.
 
-    This runs for each token, so that a replacement is used from the next call on. Projections may be packed in affine
-    mode.
+    This runs for each token, so that a replacement is used from the next call on. A method that was replaced on an
+    instance is not noticed: replace the module. Projections may be packed in affine mode.
     """
     found: list[LayerParts] = []
     for layer in blocks:
@@ -328,7 +326,8 @@ class OpenELM(nn.Module):
         # One row per position from here on: products of two-dimensional matrices need no reshaping.
         x = self.transformer.token_embeddings(tokens.reshape(-1))  # [N, model_dim]
         # In packings whose scales are not floating-point numbers, embeddings come out as bfloat16.
-        x = x.astype(self.transformer.norm["weight"].dtype)
+        if "weight" in self.transformer.norm:  # a module put in its place may keep its weights elsewhere
+            x = x.astype(self.transformer.norm["weight"].dtype)
         y = self._run_kernels(x, attend, caches) if run_layer is None else None
         if y is None:
             y = x

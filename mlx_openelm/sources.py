@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from .text.tokenizer import ENGINES, Tokenizer
 
 _CORENET_SUFFIXES = (".pt", ".pth")
 _FILE_SUFFIXES = (*_CORENET_SUFFIXES, ".gguf")
+_OUT_OF_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)  # MLX raises a RuntimeError then, too
 # The files of a folder that a model is read from.
 _READ_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
 
@@ -55,7 +57,8 @@ class Source:
         try:
             yield
         except RuntimeError as error:  # MLX's, for a file that it cannot read
-            if isinstance(error, NotImplementedError | RecursionError):
+            # Neither a mistake in the program nor a lack of memory says anything about the files.
+            if isinstance(error, NotImplementedError | RecursionError) or _OUT_OF_MEMORY.search(str(error)):
                 raise
             failure = " ".join(str(error).split())
         now = _stamps(*self.stamps)
@@ -137,7 +140,7 @@ def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
             raise RequestError(f"the file {model} does not exist")
         check_file(local)
         return local, None
-    if revision is None and os.path.isfile(local / "config.json"):
+    if revision is None and str(model).strip() and os.path.isfile(local / "config.json"):
         return local, None
     from .hub import resolve
 

@@ -404,3 +404,19 @@ def test_a_downloaded_port_folder_loads(server: Server, tmp_path: Path, referenc
     logits = np.array(model(mx.array([reference["ids"][0]])))[0]
     assert np.abs(logits - reference["logits_0"]).max() < 1e-4
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent / "fixtures" / "shakespeare-hf")
+    with pytest.raises(RequestError, match="there is no model named"):
+        open_source(name)
+
+
+def test_a_lack_of_memory_is_not_called_a_damaged_file() -> None:
+    source = open_source("tiny")
+    message = "[malloc] Unable to allocate 123456789 bytes."
+    with pytest.raises(RuntimeError, match="Unable to allocate"), source.reading():
+        raise RuntimeError(message)
+    with pytest.raises(OpenELMError, match="the disk may be failing"), source.reading():
+        raise RuntimeError("[read] Unable to read from file.")

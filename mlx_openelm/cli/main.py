@@ -49,7 +49,8 @@ _EXAMPLES = f"""\
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `mlx-openelm` with these arguments, by default the process's own, and exit."""
-    debug = False
+    words = sys.argv[1:] if args is None else args
+    debug = "--debug" in words  # also while they are parsed
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -58,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # characters that the terminal does not have
-        run, values = parse(sys.argv[1:] if args is None else args)
+        run, values = parse(words)
         debug = values.debug
         code = run(values)
         sys.stdout.flush()
