@@ -18,7 +18,7 @@ from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..text.tokenizer import Tokenizer
-from ..wording import some
+from ..wording import install, some
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tokenizer, raw
 from .gguf_header import Placed
 from .mlx import Checkpoint
@@ -59,7 +59,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise RequestError("GGUF files need the gguf package: pip install 'mlx-openelm[gguf]'") from None
+        raise RequestError(f"GGUF files need the package gguf: {install('gguf')}.") from None
     return gguf
 
 
