@@ -180,15 +180,15 @@ def test_mlx_lm_reads_what_was_trained_here(
     attach_new(model, target_modules=["qkv_proj", "proj_2"], num_layers=num_layers, rank=4, scale=3.0, dora=dora)
     train(model)
     folder = write(extract(model), tmp_path / "a", model, base_model="me/base")
-    told = settings(folder)
-    assert told["num_layers"] == (6 if num_layers == -1 else 2)
-    assert told["lora_parameters"] == {
+    values = settings(folder)
+    assert values["num_layers"] == (6 if num_layers == -1 else 2)
+    assert values["lora_parameters"] == {
         "rank": 4,
         "scale": 3.0,
         "dropout": 0.0,
         "keys": ["attn.qkv_proj", "ffn.proj_2"],
     }
-    assert (told["fine_tune_type"], told["model"]) == ("dora" if dora else "lora", "me/base")
+    assert (values["fine_tune_type"], values["model"]) == ("dora" if dora else "lora", "me/base")
     assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) < 1e-4
     attach(model, read_adapter(folder, model.config))
     assert read_adapter(folder, model.config).base_model == "me/base"
@@ -243,8 +243,8 @@ def test_what_mlx_lm_trained_is_read(model: OpenELM, mlx_folder: Path, tmp_path:
     folder = tmp_path / "theirs"
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    told = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 3, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    values = {"fine_tune_type": "dora" if dora else "lora", "num_layers": 3, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
 
     adapter = read_adapter(folder, model.config)
     assert (set(adapter.modules), adapter.dropout) == (
@@ -342,10 +342,10 @@ def test_peft_reads_what_we_write(model: OpenELM, tmp_path: Path, kind: str) -> 
         train(model)
     adapter = extract(model)
     folder = write(adapter, tmp_path / "a", model, format="peft", base_model="me/base")
-    told = settings(folder)
-    assert told["base_model_name_or_path"] == "me/base"
+    values = settings(folder)
+    assert values["base_model_name_or_path"] == "me/base"
     if kind == "uneven":
-        assert told["rank_pattern"] | {"r": told["r"]} != {"r": told["r"]}
+        assert values["rank_pattern"] | {"r": values["r"]} != {"r": values["r"]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT warns of keys that are missing or left over
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -390,7 +390,7 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be used here"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
         ({"bias": "some"}, "bias is 'some'; known are none, all and lora_only"),
-        ({"lora_bias": True}, "lora_bias is True, which cannot"),
+        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
         ({"target_parameters": ["a.weight"]}, "target_parameters is"),
@@ -500,10 +500,10 @@ def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
     train(model)
     wanted = logits(model)
     folder = write(extract(model), tmp_path / "a", model)
-    told = settings(folder)
-    told["lora_parameters"]["alpha"] = alpha
-    (folder / "adapter_config.json").write_text(json.dumps(told))
-    with pytest.warns(UserWarning, match=r"states both alpha and scale; scale 5 alone is taken"):
+    values = settings(folder)
+    values["lora_parameters"]["alpha"] = alpha
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"has both alpha and scale; only scale 5 is used"):
         adapter = read_adapter(folder, model.config)
     attach(model, adapter)
     assert far(logits(model), wanted) < 1e-5
@@ -516,7 +516,7 @@ def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM,
     train(model)
     wanted = logits(model)
     folder = write(extract(model), tmp_path / "a", model)
-    for number, told in enumerate(
+    for number, values in enumerate(
         [
             {"fine_tune_type": "dora", "num_layers": -1, "lora_parameters": {"scale": 3.0}},
             {"fine_tune_type": "dora", "num_layers": 100, "lora_parameters": {"scale": 3.0, "rank": 9, "keys": ["x"]}},
@@ -524,7 +524,7 @@ def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM,
         ]
     ):
         place = edit(folder, tmp_path / str(number))
-        (place / "adapter_config.json").write_text(json.dumps(told))
+        (place / "adapter_config.json").write_text(json.dumps(values))
         attach(model, read_adapter(place, model.config))
         assert far(logits(model), wanted) < 1e-5
 

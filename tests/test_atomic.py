@@ -82,7 +82,7 @@ def test_what_a_running_process_moved_away_stays_its_own(tmp_path: Path) -> None
 
 
 def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
-    """In a container pids begin anew, so the process that was killed had the same one as this."""
+    """In a new container pids start again at 1, so the process that was killed had the same one as this."""
     for name in ("", "-2", "-previous", "-2-previous"):
         model(tmp_path / f".out.partial-{os.getpid()}{name}", "left")
     model(tmp_path / "out", "old")
@@ -90,6 +90,20 @@ def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
     with atomic.new_folder(tmp_path / "out", overwrite=True) as partial:
         model(partial, "new")
     assert names(tmp_path) == {"out", ".out.partial-x"} and (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_name(tmp_path: Path) -> None:
+    previous = model(tmp_path / f".out.partial-{os.getpid()}-previous", "old")
+    with atomic.new_file(tmp_path / "out") as partial:
+        partial.write_text("new")
+    assert (previous / "config.json").read_text() == "old" and names(tmp_path) == {"out", previous.name}
+
+
+def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
+    target = model(tmp_path / "out", "old")
+    (target / "more").mkdir()
+    with pytest.raises(RequestError, match="holds more than a model"):
+        atomic.check_target(target, overwrite=True)
 
 
 def test_nested_writers_to_one_place_have_folders_of_their_own(tmp_path: Path) -> None:
@@ -140,7 +154,7 @@ def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path)
 
 def test_what_appeared_meanwhile_is_not_overwritten_unasked(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(OpenELMError, match="made by somebody else meanwhile"), atomic.new_folder(target) as partial:
+    with pytest.raises(OpenELMError, match="created in the meantime"), atomic.new_folder(target) as partial:
         model(partial, "ours")
         model(target, "theirs")
     assert (target / "config.json").read_text() == "theirs" and names(tmp_path) == {"out"}

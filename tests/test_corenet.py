@@ -312,7 +312,7 @@ def test_other_types_are_refused(tmp_path: Path, config_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_the_reference_packed_anew_answers_as_before(
+def test_the_repacked_reference_gives_the_same_answers(
     tmp_path: Path, reference: dict[str, Any], method: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through `load` and `convert`, without PyTorch."""
@@ -429,7 +429,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
 def test_published_sizes_need_no_yaml(rows: int, size: str, layers: int) -> None:
     shapes = ModelConfig.from_name(size).tensor_shapes() | {EMBEDDING: (rows, ModelConfig.from_name(size).model_dim)}
     infos = {name: TensorInfo(mx.float32, shape) for name, shape in shapes.items()}
-    config, pieces = corenet._published_config(Path("c.pt"), infos)
+    config, pieces = corenet.published_config(Path("c.pt"), infos)
     assert (config.vocab_size, pieces, config.num_transformer_layers) == (rows, 32000, layers)
     assert (config.max_context_length, config.rope_max_length) == (2048, 4096)
 

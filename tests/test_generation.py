@@ -647,3 +647,43 @@ def test_options_are_those_of_the_command() -> None:
     wanted += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
     wanted += " kv_bits kv_group_size quantized_kv_start min_tokens_to_keep"
     assert set(wanted.split()) <= names
+
+
+def test_leaving_the_trained_context_is_warned_about_once(tokenizer: Tokenizer) -> None:
+    model, _ = load(FIXTURES / "shakespeare-hf")
+    model.config = dataclasses.replace(model.config, max_context_length=20)
+    options = {"max_tokens": 15, "logit_bias": {token: -math.inf for token in tokenizer.eos_token_ids}}
+    prompt = [1, *range(100, 105)]  # 6 tokens, so the 16th that follows is beyond
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(pieces(model, tokenizer, prompt, **options)) == 15
+    with pytest.warns(UserWarning, match="now longer than the 20 tokens the model was trained on") as caught:
+        assert pieces(model, tokenizer, prompt, **options | {"max_tokens": 30})[-1].finish_reason == "length"
+    assert len(caught) == 1
+    cache = make_cache(len(model.layers))
+    pieces(model, tokenizer, prompt, **options | {"max_tokens": 9}, prompt_cache=cache)  # which holds 14 tokens now
+    with pytest.warns(UserWarning, match="now longer than the 20 tokens") as caught:
+        pieces(model, tokenizer, [200, 201], **options | {"max_tokens": 6}, prompt_cache=cache)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="The prompt has 21 tokens") as caught:  # and nothing more
+        pieces(model, tokenizer, [1, *range(100, 120)], **options)
+    assert len(caught) == 1
+
+
+def test_echo_begins_with_the_prompt(model: OpenELM, tokenizer: Tokenizer) -> None:
+    for prompt in ("To be, or not", "ROMEO.\n\n", "é"):
+        ids = tokenizer.encode(prompt)
+        plain = pieces(model, tokenizer, prompt, max_tokens=12)
+        echoed = pieces(model, tokenizer, prompt, max_tokens=12, echo=True)
+        tokens = [piece.token for piece in plain]
+        assert [piece.token for piece in echoed] == tokens
+        assert "".join(piece.text for piece in echoed) == tokenizer.decode([*ids, *tokens])
+        assert echoed[0].text.startswith(prompt)
+
+
+def test_echo_leaves_stop_strings_to_the_text_that_follows(model: OpenELM, tokenizer: Tokenizer) -> None:
+    text = generate(model, tokenizer, PROMPTS[0], max_tokens=12)
+    word = text.split()[1]
+    prompt = f"{word} {PROMPTS[0]}"
+    echoed = generate(model, tokenizer, prompt, max_tokens=12, echo=True, stop=word)
+    assert echoed.startswith(prompt) and word not in echoed.removeprefix(prompt)

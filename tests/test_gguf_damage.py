@@ -76,7 +76,7 @@ TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
         "lies at byte 18446744073709551552",
     ),
     "swapped": (swapped, "lies at byte"),
-    "twice": (twice, "tensor 'output_norm.weight' is there twice"),
+    "twice": (twice, "it has the tensor 'output_norm.weight' twice"),
     "a size of zero": (lambda f: f.tensor("output_norm.weight", shape=(0,)), r"has shape \[0\]"),
     "a size beyond all": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
     "sizes that overflow": (lambda f: f.tensor("output_norm.weight", shape=(1 << 32, 1 << 32)), "is cut off"),
@@ -142,7 +142,7 @@ def test_version_2_is_read_and_others_are_refused(tmp_path: Path, plain: Path) -
     file = small_file()
     file.version = 2
     same_as(file.write(tmp_path / "a.gguf"), plain)
-    refusals = {0: "version is 0", 1: "GGUF of version 1", 4: "version is 4, not 2 or 3", 3 << 24: "other byte order"}
+    refusals = {0: "version is 0", 1: "GGUF version 1", 4: "version is 4, not 2 or 3", 3 << 24: "other byte order"}
     for version, message in refusals.items():
         file.version = version
         refused(file.write(tmp_path / "a.gguf"), message)
@@ -175,11 +175,11 @@ def test_values_are_those_that_the_package_reads(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "a key twice": (lambda f: f.keys.append(f.keys[1]), "key 'openelm.block_count' is there twice"),
+    "a key twice": (lambda f: f.keys.append(f.keys[1]), "it has the key 'openelm.block_count' twice"),
     "a key of other bytes": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
     "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 4194304 values"),
     "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
-    "deep nesting": (lambda f: f.key("x", "array of " * 5 + "u8", [[[[[1]]]]]), "arrays in arrays, over 4 deep"),
+    "deep nesting": (lambda f: f.key("x", "array of " * 5 + "u8", [[[[[1]]]]]), "arrays nested more than 4 deep"),
     "a long list": (lambda f: f.key("x", "array of u8", [0] * ((1 << 22) + 1)), "more than 4194304 values"),
     "many lists": (lambda f: f.key("x", "array of array of u8", [[0] * 1024] * 4097), "more than 4194304 values"),
 }
@@ -212,7 +212,7 @@ def test_lengths_are_not_believed(tmp_path: Path, count: int) -> None:
         name + struct.pack("<II", 9, 9) + struct.pack("<Q", 1 << 19) + (struct.pack("<I", 9) + lengths) * 3,
     ):
         (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + after)
-        refused(tmp_path / "a.gguf", "cut off|more than|over 4 deep")
+        refused(tmp_path / "a.gguf", "cut off|more than")
 
 
 def test_values_of_unknown_types_are_refused(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_values_of_unknown_types_are_refused(tmp_path: Path) -> None:
     data = file.pack()
     place = data.index(b"general.architecture") + len(b"general.architecture")
     (tmp_path / "a.gguf").write_bytes(data[:place] + struct.pack("<I", 13) + data[place + 4 :])
-    refused(tmp_path / "a.gguf", "a value of type 13")
+    refused(tmp_path / "a.gguf", "a value of the unknown type 13")
 
 
 PER_LAYER = ["feed_forward_length", "attention.head_count", "attention.head_count_kv"]
@@ -237,7 +237,7 @@ NO_LISTS: list[tuple[str, Any]] = [
 def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which cannot be|has . values for 2 layers)")
+    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which is not valid|has . values for 2 layers)")
 
 
 @pytest.mark.parametrize(
@@ -248,10 +248,10 @@ def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, ki
     ("kind", "value"),
     [("u32", 0), ("i64", -1), ("u64", 1 << 63), ("f32", 2.0), ("bool", True), ("str", "2"), ("array of u32", [2])],
 )
-def test_sizes_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
+def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which cannot be")
+    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not valid")
 
 
 @pytest.mark.parametrize("name", ["attention.layer_norm_rms_epsilon", "rope.freq_base"])
@@ -260,10 +260,10 @@ def test_sizes_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, 
     [("f32", float("nan")), ("f32", float("inf")), ("f64", 1e300), ("f32", 0.0), ("f32", -1.0), ("str", "nan"),
      ("bool", True), ("array of f32", [1.0]), ("u64", (1 << 64) - 1)],
 )  # fmt: skip
-def test_numbers_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
+def test_invalid_numbers_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), "which cannot be|must be a positive number")
+    refused(file.write(tmp_path / "a.gguf"), "which is not valid|must be a positive number")
 
 
 OTHER: dict[str, tuple[str, str, Any, str]] = {
@@ -293,7 +293,7 @@ def test_no_architecture(tmp_path: Path) -> None:
 
 
 def test_what_llama_cpp_takes_for_granted(tmp_path: Path, plain: Path) -> None:
-    """Positions that are said to be unscaled, one file of one, and the keys that have defaults."""
+    """Positions that a key says are unscaled, one file of one, and the keys that have defaults."""
     file = small_file()
     file.key("openelm.rope.scaling.type", "str", "linear")
     file.key("openelm.rope.scaling.factor", "f32", 1.0)
@@ -337,13 +337,13 @@ def test_tokenizers_keys_that_cannot_be_are_refused(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("kind", [0, 7, -1, 1 << 30])
-def test_tokens_of_types_that_there_are_not_are_refused(tmp_path: Path, kind: int) -> None:
+def test_unknown_types_of_tokens_are_refused(tmp_path: Path, kind: int) -> None:
     file = small_file()
     file.key("tokenizer.ggml.token_type", "array of i32", [*TYPES[:-1], kind])
-    refused(file.write(tmp_path / "a.gguf"), f"no tokens of type {kind}")
+    refused(file.write(tmp_path / "a.gguf"), f"of the unknown type {kind}")
 
 
-# What is no file.
+# Paths that are not files.
 
 
 def test_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:

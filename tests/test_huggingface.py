@@ -10,7 +10,7 @@ from typing import Any
 from mlx_openelm import convert
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.formats import huggingface
+from mlx_openelm.formats import huggingface, shards
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint, Quantization
 from mlx_openelm.formats.safetensors import Weights
@@ -116,6 +116,22 @@ def test_shards_have_an_index(tmp_path: Path) -> None:
         assert all(index["weight_map"][name] == file.name for name in tensors)
         merged |= tensors
     assert merged == stored(SHAKESPEARE / "model.safetensors")[0]
+
+
+def test_a_shard_may_have_exactly_the_limit(tmp_path: Path) -> None:
+    arrays = {name: mx.ones(4) for name in "abc"}  # 16 bytes each
+    shards.write(tmp_path, Weights.of_arrays(arrays), max_shard_bytes=32)
+    assert list(read_json(tmp_path / "model.safetensors.index.json")["weight_map"].values()) == [
+        *["model-00001-of-00002.safetensors"] * 2,
+        "model-00002-of-00002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("extra", range(8))
+def test_the_data_of_a_shard_is_aligned_to_8_bytes(tmp_path: Path, extra: int) -> None:
+    shards.write(tmp_path, Weights.of_arrays({"w" * (1 + extra): mx.ones(3)}))
+    header_bytes = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])

@@ -44,6 +44,23 @@ def test_python_says_the_same(pattern: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (r"a\b\.b", "a.b"),
+        (r"a\bb", "ab"),
+        (r"\bab\b", "ab"),
+        (r"a\Bb", "ab"),
+        (r"ab\B", "ab"),
+        (r"ab(?<=$)", "ab"),
+        (r"ab(?<=b)", "ab"),
+        (r"(?<!^)ab", "ab"),
+    ],
+)
+def test_boundaries_at_both_ends_of_a_name(pattern: str, name: str) -> None:
+    assert Matcher().fullmatch(pattern, name) == bool(re.fullmatch(pattern, name))
+
+
+@pytest.mark.parametrize(
     ("pattern", "count"),
     [
         (LONG, 144),
@@ -98,7 +115,7 @@ def test_what_backtracks_ends(pattern: str) -> None:
         ("(?i:T)", "has a flag, which"),
     ],
 )
-def test_what_cannot_be_used_is_told(pattern: str, why: str) -> None:
+def test_unusable_expressions_are_refused_with_a_reason(pattern: str, why: str) -> None:
     matcher = Matcher()
     with pytest.raises(PatternError, match=re.escape(why)):
         for name in NAMES:

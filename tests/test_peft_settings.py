@@ -19,7 +19,8 @@ from mlx_openelm.adapters.merging import merge
 from mlx_openelm.config import EMBEDDING, ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import mlx as mlx_format
-from mlx_openelm.formats import peft_settings
+from mlx_openelm.formats import peft, peft_settings
+from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.loading import build_model
 from mlx_openelm.model import OpenELM
 
@@ -135,14 +136,14 @@ def test_peft_makes_the_same_of_what_we_write(tmp_path: Path, name: str) -> None
 
 def test_every_setting_of_peft_is_known() -> None:
     """A setting that a new PEFT adds is refused by name unless it is looked at here."""
-    peft = pytest.importorskip("peft")
+    theirs = pytest.importorskip("peft")
     refused = {
         *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
         *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
     }
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields - refused <= peft_settings._HARMLESS | peft_settings._READ
-    assert not refused & (peft_settings._HARMLESS | peft_settings._READ)
+    fields = {field.name for field in dataclasses.fields(theirs.LoraConfig)}
+    assert fields - refused <= peft_settings.HARMLESS | peft_settings.READ
+    assert not refused & (peft_settings.HARMLESS | peft_settings.READ)
 
 
 def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"target_modules": ["qkv_proj", 5]}, "target_modules must be names of modules"),
         ({"layers_to_transform": [0, "1"]}, "layers_to_transform must be layer numbers"),
         ({"rank_pattern": ["qkv_proj"]}, "rank_pattern must be an object of numbers by module"),
-        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; 1000 are the most"),
+        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; the limit is 1000"),
         (
             {"rank_pattern": {"qkv_proj": "8"}},
             "rank_pattern of 'qkv_proj' must be a number that float32 holds, got '8'",
@@ -188,7 +189,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' is not known here"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changes the base model too; let PEFT convert"),
-        ({"x" * 5000: 1}, "xx is 1, which cannot be carried over"),
+        ({"x" * 5000: 1}, "xx is 1, which is not supported"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -232,6 +233,26 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"has no tensors for {QKV}, which target_modules names"):
         adapter = read_adapter(edit(tmp_path / "a", drop), CONFIG)
     assert QKV not in adapter.modules
+
+
+def test_an_expression_of_targets_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
+    names = "|".join(json.loads((LORA / "adapter_config.json").read_text())["target_modules"])
+    folder = edit(tmp_path / "a", target_modules=rf".*\.({names})", layers_to_transform=[0])
+    assert read_adapter(folder, CONFIG).modules.keys() == read_adapter(LORA, CONFIG).modules.keys()
+
+
+def test_a_file_without_tensors_does_not_warn_of_each_module(tmp_path: Path) -> None:
+    folder = edit(tmp_path / "a", lambda tensors: tensors.clear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert peft.read(folder / "adapter_model.safetensors", CONFIG).modules == {}
+
+
+@pytest.mark.parametrize(("scale", "alpha"), [(1.05, 4.2), (2.5, 10)])
+def test_the_alpha_that_is_written_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
+    change = LowRank(mx.zeros((192, 4)), mx.zeros((4, 160)), scale)
+    peft.write(Adapter(modules={QKV: change}), tmp_path, CONFIG)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(alpha, rel=1e-9)
 
 
 def test_the_cost_of_real_settings_is_allowed(tmp_path: Path) -> None:
@@ -373,7 +394,7 @@ def test_another_base_is_refused_by_the_settings_name(
     changed = weights[own].copy()
     changed[-1] += 0.01
     folder = with_table(tmp_path / "a", changed, name, **settings)
-    message = rf"holds {re.escape(name)} {setting}, and it is not what the base model has; merge the adapter"
+    message = rf"holds {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
     with pytest.raises(RequestError, match=message):
         attach(model, read_adapter(folder, model.config))
     assert not list(adapted_layers(model))

@@ -135,6 +135,13 @@ def test_inputs_that_never_occur_do_no_harm():
     assert np.isfinite(rounded).all() and np.abs(rounded - np.array(weight)).max() < 2
 
 
+def test_a_group_with_one_weight_that_counts_keeps_its_steps():
+    weight = mx.array(np.random.default_rng(3).normal(size=(4, 64)).astype(np.float32))
+    importance = mx.array([1.0] + [0.0] * 63)
+    grid = rounding.search(weight, importance, Quantization(64, 4), mx.float32)
+    assert (np.array(grid.scales) > 0).all()
+
+
 def test_rounding_reads_back_as_mlx_would_and_its_error_is_that_of_the_products():
     weight = random_matrix(10, 96)
     inputs = np.random.default_rng(8).normal(size=(300, 96)).astype(np.float32) @ random_matrix(96, 96, seed=9)

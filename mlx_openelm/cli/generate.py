@@ -13,6 +13,7 @@ from .. import backend
 from ..errors import RequestError, quote
 from ..generation.decoding import Piece, stream_generate
 from ..generation.options import GenerationOptions
+from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
@@ -117,6 +118,9 @@ def run(args: Namespace) -> int:
             _say_logprobs(tokenizer, pieces)
         if args.verbose:
             _say_statistics(model, pieces, seed)
+    chosen = GenerationOptions(**options)
+    if args.verbose and chosen.temp == 0 and not chosen.changes_logits:
+        _say_if_repeating(pieces, "instruct" in args.model.lower() and args.chat_template is None)
     return 130 if interrupted else 0
 
 
@@ -197,6 +201,15 @@ def _say_logprobs(tokenizer: Tokenizer, pieces: list[Piece]) -> None:
         console.say(f"{piece.token:7d}  {piece.logprob:8.4f}  {tokenizer.id_to_token(piece.token)!r}")
 
 
+def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:
+    if ends_in_loop([piece.token for piece in pieces]):
+        template = " or --chat-template corenet" if has_template else ""
+        console.say(
+            "note: the text repeats itself, as greedy decoding without a penalty often does; "
+            f"try --repetition-penalty 1.2{',' if template else ' or'} --temp 0.7{template}"
+        )
+
+
 def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> None:
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
@@ -208,7 +221,8 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> No
         last = pieces[-1]
         console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
-        console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}")
+        end = f", finish reason: {last.finish_reason}" if last.finish_reason else ""
+        console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}{end}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if seed is not None:
         console.say(f"Seed: {seed}")

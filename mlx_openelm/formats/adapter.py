@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..config import EMBEDDING, LAYER_MATRICES
 
-# An adapter's settings, and its weights as mlx-lm and PEFT call them.
+# The names of an adapter's files: its settings, and its weights in mlx-lm's and in PEFT's format.
 CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
 FILES = (CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS)
 
@@ -19,16 +19,16 @@ TARGET_MODULES = (EMBEDDING.rpartition(".")[2], *PROJECTIONS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one matrix: `scale * a @ b`.
+    """The change of one matrix: `scale * a @ b` is added to it.
 
     Args:
         a: [in, rank]; for the embedding [vocab, rank].
         b: [rank, out]; for the embedding [rank, model_dim].
         scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        magnitude: DoRA's length of each output row [out] (arXiv:2402.09353); for the embedding of each
-            column [model_dim], as PEFT has it. None for LoRA.
-        output_side: of an embedding that is the output layer too: whether logits are changed as well. mlx-lm does
-            so; PEFT and CoreNet change the input side only.
+        magnitude: DoRA's length of each output row [out] (arXiv:2402.09353); for the embedding, of each column
+            [model_dim], as in PEFT. None for LoRA.
+        output_side: for an embedding that is also the output layer, whether the logits are changed too, as in mlx-lm;
+            PEFT and CoreNet change the input side only.
     """
 
     a: mx.array
@@ -47,9 +47,9 @@ class BaseCopy:
     """A weight of the base that an adapter's file repeats.
 
     Args:
-        name: of the tensor in the model.
-        value: as the file has it.
-        refusal: what to say where the base has another.
+        name: the tensor's name in the model.
+        value: the tensor in the adapter's file.
+        refusal: the error message if the base's weight differs.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Adapter:
     """The changes of a model, by module path (`transformer.layers.0.attn.qkv_proj`).
 
     `weights` holds whole tensors by name, as full fine-tuning leaves them; an adapter has these or `modules`.
-    `base_copies` are compared with the base before the adapter is used, and removed then.
+    `base_copies` are compared with the base before the adapter is used, and then removed.
     """
 
     modules: dict[str, LowRank] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What files of adapters share: their tensors by name, each checked when it is taken, and written with MLX."""
+"""What the adapter formats share: tensors by name, each checked when it is taken, and writing them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import RequestError
 from ..inputs import check_file
 from . import safetensors
 
-# The largest scale: beyond it changes are infinite.
+# The largest scale and dropout that are accepted: beyond float32's range the changes are infinite.
 MAX_FLOAT32 = 3.4e38
 
 
 class Tensors:
-    """The tensors of one file; what is taken out must be there and have the right shape."""
+    """The tensors of one file, each taken out once; what is left at the end is unexpected (`check_empty`)."""
 
     def __init__(self, file: Path, tensors: Mapping[str, mx.array]):
         self.file = file
@@ -25,10 +25,10 @@ class Tensors:
 
     @classmethod
     def read(cls, file: Path, rename: Callable[[str], str] = str) -> Tensors:
-        """A safetensors file, its values unread.
+        """The tensors of a safetensors file, unread.
 
         Args:
-            rename: what gives a tensor's name in the file its usual one.
+            rename: gives the usual name for a name in the file.
 
         Raises:
             RequestError: a file is missing or damaged, has a tensor twice, or a tensor that is not floating-point.
@@ -48,7 +48,7 @@ class Tensors:
         return cls(file, tensors)
 
     def names(self) -> list[str]:
-        """Those that were not taken."""
+        """The names of the tensors that are left."""
         return list(self._left)
 
     def paths(self, endings: Iterable[str]) -> list[str]:
@@ -58,7 +58,7 @@ class Tensors:
         return list(dict.fromkeys(found))
 
     def take(self, name: str, shape: tuple[int | None, ...]) -> mx.array:
-        """The tensor of that name, in float32 if it was in fewer bits; None in a shape stands for any number but 0.
+        """The tensor of that name, in float32; None in a shape stands for any size but 0.
 
         Raises:
             RequestError: it is not there, or has another shape.
@@ -82,17 +82,18 @@ class Tensors:
         return self._left.pop(name)
 
     def discard(self, ending: str) -> None:
-        """Leave out the tensors whose names end so."""
+        """Drop the tensors whose names have this ending."""
         self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(ending)}
 
     def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
-        """The tensors of those names that are there, in the type they are stored in."""
+        """The tensors with these names that the file has, in the type they are stored in; errors as `take`."""
         found = {name: self._left[name] for name in shapes if name in self._left}
         for name in found:
             self.take(name, shapes[name])
         return found
 
     def take_if_there(self, name: str, shape: tuple[int | None, ...]) -> mx.array | None:
+        """As `take`, but None if the file has no such tensor."""
         return self.take(name, shape) if name in self._left else None
 
     def check_empty(self, what: str) -> None:
@@ -104,7 +105,7 @@ class Tensors:
 
 
 def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
-    """The size of a module's input, for the embedding the vocabulary, and of its output.
+    """The input and output size of a module; the embedding's input size is the vocabulary.
 
     Raises:
         RequestError: the model has no such module.
@@ -118,6 +119,6 @@ def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
 def write(file: Path, tensors: Mapping[str, mx.array], kind: str) -> None:
     """Write a safetensors file whose metadata says `kind`: `mlx`, or `pt` for PyTorch."""
     mx.eval(list(tensors.values()))  # they may come from the file that is written over
-    # Through a Python file, whose errors tell of a full disk; MLX's own writing says nothing.
+    # Through a Python file, which reports a full disk; MLX's own writing does not.
     with file.open("wb") as stream:
         mx.save_safetensors(stream, dict(tensors), {"format": kind})  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Folders and files that appear complete or not at all: written beside their place, then renamed.
 
-Beside it means in `.NAME.partial-PID`, with a number after it where one process writes to one place several times
-at once. What is to be replaced waits as `.NAME.partial-PID-previous` while the new folder takes its place.
+They are written in `.NAME.partial-PID` beside NAME, with a number appended if one process writes to the same place
+several times at once. A folder that is replaced is kept as `.NAME.partial-PID-previous` until the new one is in place.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
 
-# What this process is writing now. Its pid alone would not tell: a dead process may have had the same one.
+# The folders this process is writing now. The pid is not enough: a dead process may have had the same one.
 _live: set[Path] = set()
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path") -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends well and vanishes when it does not.
+    """A folder to write into, which becomes `path` if the block succeeds and is removed if it fails.
 
-    What killed processes left behind is removed.
+    Leftovers of killed processes are removed.
 
     Raises:
-        RequestError: `path` exists and `overwrite` is not asked for, or its parent cannot hold it.
-        OpenELMError: the disk is full, writing failed otherwise, or somebody else made `path` meanwhile.
+        RequestError: `path` exists and `overwrite` is false, or a folder cannot be created there.
+        OpenELMError: the disk is full, writing failed for another reason, or `path` was created in the meantime.
     """
     path = check_target(path, overwrite=overwrite, flag=flag)
     with _partial_folder(path) as partial:
@@ -41,13 +41,13 @@ def new_folder(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path")
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes `path`'s place when the block ends well and vanishes when it does not.
+    """A path to write to, whose file replaces `path` if the block succeeds and is removed if it fails.
 
-    It lies in a folder beside it, which the next run removes if this one is killed.
+    It is in a folder beside `path`, which the next run removes if this one is killed.
 
     Raises:
-        RequestError: its parent cannot hold it.
-        OpenELMError: the disk is full, or writing failed otherwise.
+        RequestError: a folder cannot be created there.
+        OpenELMError: the disk is full, or writing failed for another reason.
     """
     with _partial_folder(path) as partial:
         yield partial / path.name
@@ -56,7 +56,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which is gone after the block unless it was moved; leftovers of others are too."""
+    """A new folder beside `path`, removed after the block unless it was moved; dead processes' folders are removed."""
     parent = Path(os.path.realpath(path.parent))
     try:
         with _lock:
@@ -68,7 +68,7 @@ def _partial_folder(path: Path) -> Iterator[Path]:
             partial.mkdir()
             _live.add(partial)
     except OSError as error:
-        raise RequestError(f"{path} cannot be made: {error.strerror}.") from None
+        raise RequestError(f"{path} cannot be created: {error.strerror}.") from None
     try:
         yield partial
     except OSError as error:
@@ -80,27 +80,27 @@ def _partial_folder(path: Path) -> Iterator[Path]:
 
 
 def _failed(path: Path, error: OSError) -> OpenELMError:
-    # NumPy says how many bytes it could not write, and not why; there is one reason.
+    # NumPy reports how many bytes it could not write, but not why; in practice the disk is full.
     reason = error.strerror or f"the disk is probably full ({error})"
     return OpenELMError(f"Writing {path} failed: {reason}; nothing was left there.")
 
 
 def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path") -> Path:
-    """Where `path` really lies; asked before long work too, so that it is not done in vain.
+    """The real path of a folder that may be written; also called before long work, so that this is not in vain.
 
-    A folder that a killed process had moved away to replace it is put back first.
+    A folder that a killed process had moved away in order to replace it is put back first.
 
     Args:
-        flag: what the command calls `path`, for its messages.
+        flag: the command's flag for `path`, for messages.
 
     Raises:
-        RequestError: no path, a file, a folder that exists while `overwrite` is not asked for, or one that
-            is no model's and so is never replaced.
+        RequestError: an empty path, the current folder, a file, a folder that exists while `overwrite` is false, or one
+            that holds more than a model and so is never replaced.
     """
     if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
         raise RequestError(f"{quote(str(path))} is the folder you are in, or above it; name a new one with {flag}.")
     path = Path(os.path.realpath(to_path(path)))
-    with _lock:  # or another thread's replacement would be seen half done
+    with _lock:  # another thread may be in the middle of replacing it
         _restore(path)
         if not path.exists():
             return path
@@ -118,8 +118,8 @@ def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") 
     """Refuse to write to `target` if it is, or contains, a file or folder that is read.
 
     Args:
-        source: what is read.
-        what: how to call it, such as "the model to convert".
+        source: the file or folder that is read.
+        what: its name in the message, such as "the model to convert".
         flag: the flag that names another target.
 
     Raises:
@@ -130,14 +130,14 @@ def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") 
 
 
 def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
-    """Put `partial` in the place of `path`; what was there is kept until the new one is."""
+    """Move `partial` to `path`; a folder that was there is kept until the new one is in place."""
     previous = partial.with_name(f"{partial.name}-previous")
     with _lock:
         if not path.exists():
             partial.rename(path)
             return
         if not overwrite:
-            raise OpenELMError(f"{path} was made by somebody else meanwhile, so it was kept; choose another {flag}.")
+            raise OpenELMError(f"{path} was created in the meantime, so it was kept; choose another {flag}.")
         path.rename(previous)
         try:
             partial.rename(path)
@@ -148,8 +148,8 @@ def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
 
 
 def _restore(path: Path) -> None:
-    """Put back what a process was about to replace when it was killed: it is the only copy."""
-    with contextlib.suppress(OSError):  # no such parent, or another process was faster
+    """Put back the folder that a process was replacing when it was killed: it is the only copy."""
+    with contextlib.suppress(OSError):  # the parent does not exist, or another process was faster
         previous = [] if path.exists() else [entry for entry, is_previous in _leftovers(path) if is_previous]
         if previous:
             previous[0].rename(path)
@@ -157,20 +157,20 @@ def _restore(path: Path) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     for entry, is_previous in _leftovers(path):
-        # What was to be replaced goes only where it was: otherwise it is the only copy.
+        # A folder that was being replaced is kept if `path` does not exist, since it is then the only copy.
         if not is_previous or path.exists():
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _leftovers(path: Path) -> list[tuple[Path, bool]]:
-    """What processes that are gone left beside `path`, and whether it is what they were about to replace."""
+    """What dead processes left beside `path`, each with whether it is a folder they were replacing."""
     pattern = re.compile(re.escape(f".{path.name}.partial-") + r"(\d+)(?:-\d+)?(-previous)?")
     matches = [(entry, pattern.fullmatch(entry.name)) for entry in path.parent.iterdir()]
     return [(entry, bool(match[2])) for entry, match in matches if match and not _is_running(entry, int(match[1]))]
 
 
 def _is_running(entry: Path, pid: int) -> bool:
-    """Whether the process that made `entry` still works on it."""
+    """Whether the process that created `entry` is still working on it."""
     if pid == os.getpid():
         return entry.with_name(entry.name.removesuffix("-previous")) in _live
     try:

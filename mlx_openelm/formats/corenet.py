@@ -1,4 +1,4 @@
-"""What CoreNet, Apple's training library, writes: `.pt` checkpoints with a YAML, and the folders of its MLX port.
+"""The files of CoreNet, Apple's training library: `.pt` checkpoints with a YAML, and the folders of its MLX port.
 
 Names are Hugging Face's without `transformer.`. Training pads the vocabulary (32000 tokens to 32128 rows), so the
 embedding has rows that belong to no token: `cut_vocabulary` drops them once the tokenizer is known.
@@ -19,7 +19,7 @@ from . import mlx as mlx_format
 from . import safetensors, torch_file
 from .mlx import Checkpoint
 from .safetensors import Tensor, Weights
-from .torch_pickle import StoredTensor
+from .torch_tensors import StoredTensor
 
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
 _PUBLISHED = ", ".join(f"OpenELM-{size}" for size in SIZES)
@@ -29,7 +29,7 @@ _STATE_KEYS = ("model_state_dict", "ema_model_state_dict")
 
 
 def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
-    """The model in a `.pt` file, and how many tokens its configuration has.
+    """The model in a `.pt` file, and the number of tokens in its configuration.
 
     The checkpoint's vocabulary is still the padded one. No weight is read yet, and nothing in the file is run.
 
@@ -52,7 +52,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
         for name, tensor in tensors.items()
     }
     if section is None:
-        config, pieces = _published_config(path, infos)
+        config, pieces = published_config(path, infos)
     else:
         config, pieces = config_from_section(section, str(config_yaml))
     mlx_format.check(path, config, {}, infos, described_by=str(config_yaml or "a published model"))
@@ -61,7 +61,7 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
 
 
 def read_port(folder: Path) -> tuple[Checkpoint, int]:
-    """The model in a folder of CoreNet's MLX port, plain or quantized, and how many tokens its configuration has.
+    """The model in a folder of CoreNet's MLX port, plain or quantized, and the number of tokens in its configuration.
 
     `weights.safetensors` and `config.json`, which is the YAML's section about the model, with `quantization` beside it.
     The checkpoint's vocabulary is still the padded one. No weight is read yet.
@@ -113,13 +113,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelConfig, int]:
-    """The model that a `general_gpt` section describes, its vocabulary padded, and how many tokens are real.
+    """The model that a `general_gpt` section describes, with its padded vocabulary, and the number of real tokens.
 
-    Published models are named (`model_name: OpenELM-270M`), others spell their sizes out under the names of
-    `ModelConfig`. `padding_index` is the first id beyond the tokenizer's.
+    Published models are named (`model_name: OpenELM-270M`); others give their sizes under the names of `ModelConfig`.
+    `padding_index` is the first id beyond the tokenizer's.
+
+    Args:
+        place: where the section is, for messages.
 
     Raises:
-        RequestError: an unknown name without sizes, or values that cannot be right.
+        RequestError: an unknown name without sizes, or invalid values.
     """
     name = section.get("model_name")
     known = {field.name for field in fields(ModelConfig) if field.init}
@@ -146,8 +149,8 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
     return config, padding if is_beyond else config.vocab_size  # type: ignore[return-value]
 
 
-def _published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -> tuple[ModelConfig, int]:
-    """The published model with tensors of these shapes, ignoring how its vocabulary was padded."""
+def published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) -> tuple[ModelConfig, int]:
+    """The published model with tensors of these shapes, whatever its vocabulary is padded to, and its real tokens."""
     embedding = infos.get(f"{EMBEDDING}.weight")
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
     shapes = {name: info.shape for name, info in infos.items()}
@@ -172,7 +175,7 @@ def hub_name(name: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What a `.pt` file says of its tensors, by CoreNet's names; of a full training checkpoint, the model's.
+    """The tensors of a `.pt` file by CoreNet's names, unread; of a full training checkpoint, the model's only.
 
     Raises:
         RequestError: the file is damaged, or holds more than tensors by name.

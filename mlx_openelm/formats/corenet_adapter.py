@@ -1,4 +1,4 @@
-"""Adapters as CoreNet has them: LoRA and DoRA in `.pt` files that hold the base too, which is not read.
+"""CoreNet's adapters: LoRA and DoRA in `.pt` files, which also hold the base; the base is not read.
 
 PEFT's inner names, with the adapter called `lora`. The scale is not in the file: CoreNet trains with alpha = rank.
 The vocabulary is padded as in its checkpoints (see `corenet`).
@@ -20,7 +20,7 @@ from .safetensors import Weights
 _NAME = "lora"
 _EMBEDDING_A, _EMBEDDING_B = f".lora_embedding_A.{_NAME}", f".lora_embedding_B.{_NAME}"
 _A, _B = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
-# With `.weight` since PEFT 0.12.
+# PEFT 0.12 and later append `.weight`.
 _MAGNITUDES = (f".lora_magnitude_vector.{_NAME}", f".lora_magnitude_vector.{_NAME}.weight")
 
 
@@ -52,13 +52,13 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
 
 def _take(tensors: Tensors, path: str, config: ModelConfig, alpha: float | None) -> LowRank:
     inputs, outputs = adapter_tensors.sides(tensors.file, path, config)
-    a = tensors.take(path + _A, (None, inputs))
-    b = tensors.take(path + _B, (outputs, a.shape[0]))
+    a = tensors.take(path + _A, (None, inputs))  # [rank, in]
+    b = tensors.take(path + _B, (outputs, a.shape[0]))  # [out, rank]
     return LowRank(a.T, b.T, _scale(a, alpha), _take_magnitude(tensors, path, outputs))
 
 
 def _take_embedding(tensors: Tensors, config: ModelConfig, alpha: float | None) -> LowRank:
-    """The embedding's, without the padded rows."""
+    """The embedding's adapter, without the padded rows."""
     rows, dim = adapter_tensors.sides(tensors.file, EMBEDDING, config)
     a = tensors.take(EMBEDDING + _EMBEDDING_A, (None, None))
     b = tensors.take(EMBEDDING + _EMBEDDING_B, (dim, a.shape[0]))
@@ -73,7 +73,7 @@ def _take_embedding(tensors: Tensors, config: ModelConfig, alpha: float | None) 
 
 
 def _shortening(file: Path, a: mx.array, b: mx.array, scale: float, rows: int) -> mx.array:
-    """What dropping the padded rows leaves of each column's length: DoRA divides by the lengths of all rows."""
+    """The factor on each column's length [dim] from dropping the padded rows; DoRA divides by that length."""
     name = f"{EMBEDDING.removeprefix('transformer.')}.base_layer.weight"
     info = corenet.read_tensors(file).get(name)
     if info is None or info.shape != (a.shape[1], b.shape[0]):

@@ -25,8 +25,8 @@ _PARTS = {
 
 
 def no_config(folder: Path) -> RequestError:
-    """Why a folder without `config.json` is not a model."""
-    from .adapter import FILES
+    """The error for a folder without `config.json`."""
+    from .adapter import FILES  # here, because every model that is loaded imports this module
 
     if any((folder / name).exists() for name in FILES):
         return RequestError(
@@ -37,7 +37,7 @@ def no_config(folder: Path) -> RequestError:
 
 
 def no_weights(folder: Path) -> RequestError:
-    """Why a folder without `model*.safetensors` cannot be read."""
+    """The error for a folder without `model*.safetensors`."""
     from .adapter import FILES
 
     names = sorted(file.name for file in folder.iterdir())
@@ -63,7 +63,7 @@ def check_method(file: Path, values: Mapping[str, Any]) -> None:
     """Refuse weights that another quantization method packed.
 
     Args:
-        file: the `config.json` with these `values`, without an entry of MLX's own.
+        file: the `config.json` with these `values`, which have no `quantization` entry of MLX's.
 
     Raises:
         RequestError: its `quantization_config` names a method.

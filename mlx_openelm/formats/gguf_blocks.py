@@ -1,32 +1,67 @@
-"""Tensors that GGUF files store in blocks of few bits; what each type means, the `gguf` package knows."""
+"""The types of GGUF tensors: how large each is, and converting to and from the ones stored in quantized blocks.
+
+The `gguf` package knows the layout of every type of block; here its functions are used a few rows at a time.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .safetensors import Tensor
 
+if TYPE_CHECKING:
+    import numpy as np
+
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+BLOCK = 32  # weights of a row that share a float16 scale, in Q8_0 and Q4_0
+BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}  # the scale, then 8 or 4 bits per weight
 CHUNK = 1 << 22  # weights packed or unpacked at a time; the package makes several float32 copies of them
+
+
+def nbytes(shape: tuple[int, ...], kind: str) -> int:
+    """The bytes that a tensor of a type we write (`FLOATS` and `BLOCK_BYTES`) takes in a file."""
+    count = math.prod(shape)
+    return count // BLOCK * BLOCK_BYTES[kind] if kind in BLOCK_BYTES else count * FLOATS[kind].size
+
+
+def encode(weight: mx.array, kind: str) -> np.ndarray:
+    """The bytes of a tensor in a type we write, as uint8: flat for a float type, by rows for blocks."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    if kind in FLOATS:
+        stored = mx.contiguous(weight.astype(FLOATS[kind]).reshape(-1))
+        return np.frombuffer(memoryview(stored.view(mx.uint8)), np.uint8)  # type: ignore[arg-type]
+    mx.eval(weight)  # once, not once for every chunk
+    rows, columns = weight.shape
+    encoded = np.empty((rows, columns // BLOCK * BLOCK_BYTES[kind]), np.uint8)
+    step = max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        chunk = np.array(weight[start : start + step].astype(mx.float32))
+        encoded[start : start + step] = quants.quantize(chunk, GGMLQuantizationType[kind])
+    return encoded
 
 
 @functools.cache
 def can_unpack(kind: str) -> bool:
-    """Whether the package unpacks a type, a name of `gguf.GGMLQuantizationType`: asked with one block of zeros."""
+    """Whether the package unpacks a type, given by its name in `gguf.GGMLQuantizationType`."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     number = GGMLQuantizationType[kind]
     try:
         quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
-    except NotImplementedError:
+    except NotImplementedError:  # the package has no list of what it unpacks; it raises this for every other type
         return False
     return True
 
 
 def unpacked(blocks: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor that `blocks`, its bytes row by row, stand for; unread, as they are."""
+    """The float32 tensor of `shape` that is stored as `blocks`, uint8 [..., bytes of a row]; it stays unread."""
     return Tensor(mx.float32, shape, lambda: _unpack(blocks.read(), kind, shape))
 
 
@@ -34,13 +69,13 @@ def _unpack(blocks: mx.array, kind: str, shape: tuple[int, ...]) -> mx.array:
     import numpy as np
     from gguf import GGMLQuantizationType, quants
 
-    # Written into an array's own memory, so that a large tensor is held once.
+    # Written into the result's own memory, so that a large tensor is held once.
     values = mx.zeros(shape, mx.float32)
     mx.eval(values)
     packed = np.asarray(memoryview(blocks)).reshape(-1, blocks.shape[-1])  # type: ignore[arg-type]
     rows = np.asarray(memoryview(values)).reshape(-1, shape[-1])  # type: ignore[arg-type]
     step = max(1, CHUNK // shape[-1])
-    with np.errstate(all="ignore"):  # NaN scales appear in the logits, where they are refused
+    with np.errstate(all="ignore"):  # NaN scales show up in the logits, which are checked
         for start in range(0, len(rows), step):
             chunk = packed[start : start + step]
             rows[start : start + step] = quants.dequantize(chunk, GGMLQuantizationType[kind])

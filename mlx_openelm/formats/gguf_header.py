@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its keys, and where each tensor lies. Nothing in it is believed before it is checked.
+"""The header of a GGUF file: its keys, and where each tensor lies. Every value is checked before it is used.
 
-The gguf package's own reader takes over a second for 32,000 tokens, believes every count, and takes what lies beyond
-the end of a file for empty. The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The gguf package's own reader takes over a second for 32,000 tokens, trusts every count, and reads what lies beyond the
+end of a file as empty. The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from ..inputs import check_file
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # 3 differs from 2 in that it may be big-endian
 
-# OpenELM's vocabulary takes 100,000 values and 1 MB; the largest anywhere about ten times that. Each token has three
-# values: its text, its score and its type.
-_MOST_VALUES = 4 * (1 << 20)
-_MOST_BYTES = 1 << 26
-_MOST_TENSORS = 1 << 14
-_MOST_DIMENSIONS, _MOST_NAME = 4, 63  # of a tensor; ggml's own bounds, the second in bytes
-_MOST_NESTED = 4  # arrays in arrays
+# Each token has three values: its text, its score and its type. OpenELM's vocabulary takes 100,000 values and 1 MB;
+# the largest published vocabularies take about ten times that.
+_MAX_VALUES = 4 * (1 << 20)
+_MAX_BYTES = 1 << 26
+_MAX_TENSORS = 1 << 14
+_MAX_DIMENSIONS, _MAX_NAME_BYTES = 4, 63  # of a tensor; ggml's own limits
+_MAX_NESTED = 4  # arrays in arrays
 
+# The types of values by number: `struct` codes of the scalar ones, and the two others.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor in a file: its type (a name of `gguf.GGMLQuantizationType`), shape, place and size.
+class TensorInfo:
+    """A tensor in a file.
 
-    Rows come as blocks, each of `block` weights in `block_bytes` bytes; plain numbers are blocks of one.
+    Rows are stored as blocks of `block` weights in `block_bytes` bytes; a float type has blocks of one.
     """
 
     name: str
-    kind: str
+    kind: str  # the type's name in `gguf.GGMLQuantizationType`
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # in bytes from the start of the file
     block: int
     block_bytes: int
 
@@ -59,22 +60,23 @@ class Header:
     """The values of the keys (text that is not UTF-8 stays bytes), and the tensors by name in the file's order."""
 
     values: dict[str, Any]
-    tensors: dict[str, Placed]
+    tensors: dict[str, TensorInfo]
 
 
 class _Damaged(ValueError):
-    """What about a file cannot be, in words for people."""
+    """What is wrong with a damaged file; the message goes into the error for users."""
 
 
-class _Foreign(ValueError):
-    """Why a sound file cannot be read, and what to do."""
+class _Unsupported(ValueError):
+    """Why an intact file cannot be read, and what to do; the message follows the file's name."""
 
 
 def read(path: Path) -> Header:
-    """The header of a file, in which every tensor has its place; the gguf package must be there.
+    """The header of a file, whose tensors all lie within it. Needs the gguf package.
 
     Raises:
-        RequestError: damaged, of another version or byte order, or beyond the bounds of any real model.
+        RequestError: the file cannot be read, is damaged, is of another version or byte order, or exceeds the limits
+            above.
     """
     size = check_file(path)
     try:
@@ -84,12 +86,12 @@ def read(path: Path) -> Header:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}.") from None
     except _Damaged as error:
         raise RequestError(f"{path} is damaged or not a GGUF file ({error}); download it again.") from None
-    except _Foreign as error:
+    except _Unsupported as error:
         raise RequestError(f"{path} {error}.") from None
 
 
 class _Reader:
-    """Reads forward in a file of `size` bytes."""
+    """Reads a file of `size` bytes from front to back, and counts what it reads."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file = file
@@ -98,46 +100,51 @@ class _Reader:
         self._values = 0
 
     def header(self) -> Header:
+        """The whole header; raises `_Damaged` or `_Unsupported`."""
+        self._check_version()
+        tensors, keys = self._number("Q"), self._number("Q")
+        if tensors > _MAX_TENSORS:
+            raise _Damaged(f"it claims {tensors} tensors")
+        self._count(keys)
+        values: dict[str, Any] = {}
+        for _ in range(keys):
+            name = self._name()
+            if name in values:
+                raise _Damaged(f"it has the key {quote(name)} twice")
+            values[name] = self._value(self._number("I"), _MAX_NESTED)
+        infos = [self._info() for _ in range(tensors)]
+        return Header(values, _locate(infos, self._position, _alignment(values), self._size))
+
+    def _check_version(self) -> None:
         if self._take(len(MAGIC)) != MAGIC:
             raise _Damaged("it does not begin with GGUF")
         version = self._number("I")
-        if version and version % 65536 == 0:
-            raise _Foreign("was written for machines of the other byte order; convert the original again")
+        if version and version % 65536 == 0:  # a small number with its bytes reversed
+            raise _Unsupported("was written for machines of the other byte order; convert the original again")
         if version == 1:
-            raise _Foreign("is GGUF of version 1, which llama.cpp gave up in 2023; convert the original again")
+            raise _Unsupported("is GGUF version 1, which llama.cpp dropped in 2023; convert the original again")
         if version not in _VERSIONS:
             raise _Damaged(f"its version is {version}, not {' or '.join(map(str, _VERSIONS))}")
-        tensors, keys = self._number("Q"), self._number("Q")
-        if tensors > _MOST_TENSORS:
-            raise _Damaged(f"it claims {tensors} tensors")
-        values: dict[str, Any] = {}
-        for _ in range(self._counted(keys)):
-            name = self._name()
-            if name in values:
-                raise _Damaged(f"its key {quote(name)} is there twice")
-            values[name] = self._value(self._number("I"), _MOST_NESTED)
-        infos = [self._info() for _ in range(tensors)]
-        return Header(values, _place(infos, self._position, _alignment(values), self._size))
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._position:
             raise _Damaged("it is cut off")
-        if self._position + count > _MOST_BYTES:
-            raise _Damaged(f"its header has more than {_MOST_BYTES} bytes")
+        if self._position + count > _MAX_BYTES:
+            raise _Damaged(f"its header has more than {_MAX_BYTES} bytes")
         data = self._file.read(count)
         if len(data) < count:
             raise _Damaged("it is cut off")
         self._position += count
         return data
 
-    def _counted(self, count: int) -> int:
-        """`count` values are about to be read."""
-        self._values += count
-        if self._values > _MOST_VALUES:
-            raise _Damaged(f"its header has more than {_MOST_VALUES} values")
-        return count
+    def _count(self, values: int) -> None:
+        """Called before `values` more are read, so that a false count cannot fill the memory."""
+        self._values += values
+        if self._values > _MAX_VALUES:
+            raise _Damaged(f"its header has more than {_MAX_VALUES} values")
 
     def _number(self, code: str) -> Any:
+        """A number by its `struct` code."""
         return self._numbers(code, 1)[0]
 
     def _numbers(self, code: str, count: int) -> tuple[Any, ...]:
@@ -145,6 +152,7 @@ class _Reader:
         return struct.unpack(f"<{count}{code}", data)
 
     def _text(self) -> str | bytes:
+        """A string; one that is not UTF-8 stays bytes."""
         data = self._take(self._number("Q"))
         try:
             return data.decode("utf-8")
@@ -157,28 +165,30 @@ class _Reader:
             raise _Damaged(f"the name {quote(name)} is not UTF-8")
         return name
 
-    def _value(self, kind: int, nested: int) -> Any:
+    def _value(self, kind: int, depth_left: int) -> Any:
+        """A key's value of the type with the number `kind`."""
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            raise _Damaged(f"it has a value of type {kind}, which there is not")
-        if not nested:
-            raise _Damaged(f"it has arrays in arrays, over {_MOST_NESTED} deep")
-        kind, count = self._number("I"), self._counted(self._number("Q"))
+            raise _Damaged(f"it has a value of the unknown type {kind}")
+        if not depth_left:
+            raise _Damaged(f"it has arrays nested more than {_MAX_NESTED} deep")
+        kind, count = self._number("I"), self._number("Q")
+        self._count(count)
         if kind in _SCALARS:
             return list(self._numbers(_SCALARS[kind], count))
-        return [self._value(kind, nested - 1) for _ in range(count)]
+        return [self._value(kind, depth_left - 1) for _ in range(count)]
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         """A tensor's name, shape, number of its type, and offset into the data."""
         name, dimensions = self._name(), self._number("I")
-        if len(name.encode()) > _MOST_NAME:
+        if len(name.encode()) > _MAX_NAME_BYTES:
             raise _Damaged(f"the name {quote(name)} is too long for a tensor")
-        if dimensions > _MOST_DIMENSIONS:
+        if dimensions > _MAX_DIMENSIONS:
             raise _Damaged(f"{quote(name)} has {dimensions} dimensions")
-        shape = self._numbers("Q", dimensions)[::-1]  # stored from the innermost on
+        shape = self._numbers("Q", dimensions)[::-1]  # stored innermost dimension first
         return name, shape, self._number("I"), self._number("Q")
 
 
@@ -189,32 +199,42 @@ def _alignment(values: dict[str, Any]) -> int:
     return alignment
 
 
-def _place(
+def _locate(
     infos: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, size: int
-) -> dict[str, Placed]:
-    """Where each tensor lies: they follow each other without a gap, each padded to the alignment, as in llama.cpp."""
+) -> dict[str, TensorInfo]:
+    """Where each tensor lies: as llama.cpp demands, they follow one another, each padded to the alignment.
+
+    Args:
+        infos: what `_Reader._info` gives, in the file's order.
+        size: of the file, in bytes.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    start = -(-header_end // alignment) * alignment
-    placed: dict[str, Placed] = {}
+    start = _align(header_end, alignment)
+    tensors: dict[str, TensorInfo] = {}
     expected = 0
     for name, shape, number, offset in infos:
-        if name in placed:
-            raise _Damaged(f"its tensor {quote(name)} is there twice")
+        if name in tensors:
+            raise _Damaged(f"it has the tensor {quote(name)} twice")
         try:
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise _Foreign(
-                f"stores {name} as ggml's type {number}, which the gguf package here does not know; update it, or "
-                "convert a file of another type"
+            raise _Unsupported(
+                f"stores {name} as ggml's type {number}, which this version of the gguf package does not know; "
+                "update it, or convert a file of another type"
             ) from None
         if not shape or min(shape) < 1 or shape[-1] % block:
             raise _Damaged(f"{quote(name)} of type {kind.name} has shape {list(shape)}")
         if offset != expected:
             raise _Damaged(f"{quote(name)} lies at byte {offset} of the data instead of {expected}")
-        placed[name] = tensor = Placed(name, kind.name, shape, start + offset, block, block_bytes)
+        tensors[name] = tensor = TensorInfo(name, kind.name, shape, start + offset, block, block_bytes)
         if tensor.offset + tensor.nbytes > size:
             raise _Damaged(f"{quote(name)} is cut off")
-        expected += -(-tensor.nbytes // alignment) * alignment
-    return placed
+        expected += _align(tensor.nbytes, alignment)
+    return tensors
+
+
+def _align(position: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return -(-position // alignment) * alignment

@@ -1,8 +1,12 @@
-"""The keys of llama.cpp's `openelm` architecture: a configuration into them, and back."""
+"""The keys of llama.cpp's `openelm` architecture: a configuration into them, and back.
+
+Source: llama.cpp's gguf-py/gguf/constants.py and src/llama-model.cpp.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +17,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE = "openelm"
-# What ends a generation in llama.cpp beside `eos`: the end of a turn, and of a message.
+# The tokens besides `eos` that end a generation in llama.cpp: end of turn, end of message.
 OTHER_ENDS = ("eot", "eom")
-_MOST = 1 << 24  # of a size; beyond it a file is damaged
+_MAX_SIZE = 1 << 24  # a key with a larger number is damaged
 
 
 def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) -> None:
@@ -41,8 +45,12 @@ def write(writer: GGUFWriter, config: ModelConfig, file_type: str, name: str) ->
     writer.add_vocab_size(config.vocab_size)
 
 
-def check_model(values: dict[str, Any], path: Path) -> None:
-    """Raise `RequestError` for another architecture, for a part of a model, and for files that are not models."""
+def check_model(values: Mapping[str, Any], path: Path) -> None:
+    """Check that a file's keys are those of a whole OpenELM model.
+
+    Raises:
+        RequestError: another architecture, one part of a split model, or something other than a model.
+    """
     if (parts := values.get("split.count", 1)) != 1:
         raise RequestError(
             f"{path} is one of the {quote(parts)} files of a split model; join them with llama.cpp's llama-gguf-split "
@@ -56,60 +64,38 @@ def check_model(values: dict[str, Any], path: Path) -> None:
         raise RequestError(f"{path} is not a model: its general.type is {quote(kind)}.")
 
 
-def end_ids(values: dict[str, Any]) -> list[int]:
-    """The tokens that end a generation, the end of a text first; those that the file does not have are left out."""
+def end_ids(values: Mapping[str, Any]) -> list[int]:
+    """The ids of the tokens that end a generation, `eos` first; others that are out of range are left out."""
     count = len(values.get("tokenizer.ggml.tokens", ()))
     others = [values.get(f"tokenizer.ggml.{name}_token_id") for name in OTHER_ENDS]
     first = values.get("tokenizer.ggml.eos_token_id", 2)
     return list(dict.fromkeys([first, *(i for i in others if type(i) is int and 0 <= i < count)]))
 
 
-def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: int, tied: bool = True) -> ModelConfig:
+def read(values: Mapping[str, Any], path: Path, *, vocab_size: int, max_layers: int, tied: bool = True) -> ModelConfig:
     """The configuration that a file's keys describe.
 
     Args:
-        vocab_size: the rows of the embedding, which no key tells for certain.
-        most_layers: a bound for what a damaged file may claim.
-        tied: whether the output layer is the embedding, which the tensors tell.
+        vocab_size: the rows of the embedding; no key is certain to hold it.
+        max_layers: the most layers that the file's tensors can make, so that a false count cannot fill the memory.
+        tied: whether the output layer is the embedding, which follows from the tensors.
 
     Raises:
-        RequestError: a key that is missing or cannot be right, or positions scaled in a way OpenELM does not support.
+        RequestError: a key is missing or invalid, or positions are scaled in a way OpenELM does not support.
     """
-
-    def key(name: str, default: Any = None) -> Any:
-        value = values.get(f"{ARCHITECTURE}.{name}", default)
-        if value is None:
-            raise RequestError(f"{path} has no {ARCHITECTURE}.{name}.")
-        return value
-
-    def count(name: str, most: int = _MOST, default: int | None = None) -> int:
-        return _whole(path, name, key(name, default), most)
-
-    def per_layer(name: str, default: Any = None) -> tuple[int, ...]:
-        value = key(name, default)
-        sizes = value if isinstance(value, list | tuple) else [value] * layers
-        if len(sizes) != layers:
-            raise RequestError(f"{path}: {ARCHITECTURE}.{name} has {len(sizes)} values for {layers} layers.")
-        return tuple(_whole(path, name, size, _MOST) for size in sizes)
-
-    def number(name: str, default: float | None = None) -> float:
-        value = key(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {quote(value)}, which cannot be.")
-        return _decimal(value)
-
-    layers, model_dim = count("block_count", most_layers), count("embedding_length")
-    head_dim, context = count("attention.key_length"), count("context_length", _MOST // 2)
+    keys = _Keys(values, path)
+    layers, model_dim = keys.size("block_count", max_layers), keys.size("embedding_length")
+    head_dim, context = keys.size("attention.key_length"), keys.size("context_length", _MAX_SIZE // 2)
     for name in ("attention.value_length", "rope.dimension_count"):
-        if count(name, default=head_dim) != head_dim:
-            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {key(name)}, but the heads have {head_dim}.")
+        if (size := keys.size(name, default=head_dim)) != head_dim:
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {size}, but the heads have {head_dim}.")
     _check_positions(values, path)
-    widths, heads = per_layer("feed_forward_length"), per_layer("attention.head_count")
-    kv_heads = per_layer("attention.head_count_kv", heads)
+    widths, heads = keys.per_layer("feed_forward_length", layers), keys.per_layer("attention.head_count", layers)
+    kv_heads = keys.per_layer("attention.head_count_kv", layers, heads)
     groups = max(1, heads[0] // kv_heads[0])
-    multipliers, divisor = _multipliers(widths, (0.5, 4.0), model_dim, (256, 128, 64))
+    ffn_multipliers, divisor = _multipliers(widths, (0.5, 4.0), model_dim, (256, 128, 64))
     query_widths = tuple(count * head_dim for count in heads)
-    query_multipliers, _ = _multipliers(query_widths, (0.5, 1.0), model_dim, (head_dim * groups,))
+    qkv_multipliers, _ = _multipliers(query_widths, (0.5, 1.0), model_dim, (head_dim * groups,))
     ends = end_ids(values)
     try:
         return ModelConfig(
@@ -119,15 +105,15 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
             vocab_size=vocab_size,
             num_query_heads=heads,
             num_kv_heads=kv_heads,
-            ffn_multipliers=multipliers,
-            qkv_multipliers=(0.5, 1.0) if query_multipliers == spread((0.5, 1.0), layers) else query_multipliers,
+            ffn_multipliers=ffn_multipliers,
+            qkv_multipliers=(0.5, 1.0) if qkv_multipliers == spread((0.5, 1.0), layers) else qkv_multipliers,
             num_gqa_groups=groups,
             ffn_dim_divisor=divisor,
             normalize_qk_projections=True,
             share_input_output_layers=tied,
-            rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
-            rope_freq_constant=number("rope.freq_base", 10000.0),
-            rope_max_length=2 * context,  # llama.cpp has no such limit; the published models have this one
+            rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rope_freq_constant=keys.number("rope.freq_base", 10000.0),
+            rope_max_length=2 * context,  # llama.cpp has no such limit; this is the published models'
             max_context_length=context,
             bos_token_id=values.get("tokenizer.ggml.bos_token_id", 1),
             eos_token_id=ends[0] if len(ends) == 1 else tuple(ends),
@@ -136,14 +122,53 @@ def read(values: dict[str, Any], path: Path, *, vocab_size: int, most_layers: in
         raise RequestError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def _whole(path: Path, name: str, value: Any, most: int) -> int:
-    if type(value) is not int or not 0 < value <= most:
-        raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {quote(value)}, which cannot be.")
-    return value
+class _Keys:
+    """The values of the architecture's keys, each checked when it is asked for; errors name the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path):
+        self._values = values
+        self._path = path
+
+    def size(self, name: str, most: int = _MAX_SIZE, default: int | None = None) -> int:
+        """A whole number from 1 to `most`."""
+        return self._checked_size(name, self._value(name, default), most)
+
+    def per_layer(self, name: str, layers: int, default: Any = None) -> tuple[int, ...]:
+        """One size for each layer: a list in the file, or one number for all layers."""
+        value = self._value(name, default)
+        sizes = value if isinstance(value, list | tuple) else [value] * layers
+        if len(sizes) != layers:
+            raise RequestError(f"{self._path}: {ARCHITECTURE}.{name} has {len(sizes)} values for {layers} layers.")
+        return tuple(self._checked_size(name, size, _MAX_SIZE) for size in sizes)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._value(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self._invalid(name, value)
+        return _decimal(value)
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self._values.get(f"{ARCHITECTURE}.{name}", default)
+        if value is None:
+            raise RequestError(f"{self._path} has no {ARCHITECTURE}.{name}.")
+        return value
+
+    def _checked_size(self, name: str, value: Any, most: int) -> int:
+        if type(value) is not int or not 0 < value <= most:
+            raise self._invalid(name, value)
+        return value
+
+    def _invalid(self, name: str, value: Any) -> RequestError:
+        return RequestError(f"{self._path}: {ARCHITECTURE}.{name} is {quote(value)}, which is not valid.")
 
 
-def _check_positions(values: dict[str, Any], path: Path) -> None:
-    """As llama.cpp reads the keys: what is not said to be unscaled is scaled by the factor, if there is one."""
+def _check_positions(values: Mapping[str, Any], path: Path) -> None:
+    """Refuse scaled positions. As in llama.cpp, scaling is linear if no type is given, and a factor of 0 or 1 is none.
+
+    Raises:
+        RequestError: the file scales its positions.
+    """
     kind = values.get(f"{ARCHITECTURE}.rope.scaling.type", "linear")
     factors = [values.get(f"{ARCHITECTURE}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
     if kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors)):
@@ -153,7 +178,10 @@ def _check_positions(values: dict[str, Any], path: Path) -> None:
 def _multipliers(
     widths: tuple[int, ...], bounds: tuple[float, float], model_dim: int, divisors: tuple[int, ...]
 ) -> tuple[tuple[float, ...], int]:
-    """Multipliers of model_dim and the divisor that give the widths: the paper's where they do, else exact ones."""
+    """Multipliers of model_dim that give the layers' widths, and the divisor that these are rounded to.
+
+    They are the paper's, evenly spaced between the bounds, if those give the widths; otherwise exact ratios.
+    """
     spaced = spread(bounds, len(widths))
     for divisor in divisors:
         if tuple(make_divisible(m * model_dim, divisor) for m in spaced) == widths:
@@ -162,6 +190,6 @@ def _multipliers(
 
 
 def _decimal(value: float) -> float:
-    """The number whose float32 a file holds: 1e-06, not 9.999999974752427e-07."""
+    """The short decimal that a float32 was rounded from: 1e-06, not 9.999999974752427e-07."""
     number = float(f"{value:.7g}")
     return int(number) if number.is_integer() else number

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: llama.cpp's SentencePiece kind (`tokenizer.ggml.model` is `llama`).
 
-It stores what a `tokenizer.model` does: pieces, scores and types. llama.cpp joins the neighbours whose piece has
-the best score, the leftmost first, as SentencePiece does.
+Like a `tokenizer.model` it stores pieces, scores and types; like SentencePiece, llama.cpp joins the two neighbours
+whose piece has the best score, leftmost first.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 
 MODEL = "llama"
 _PREFIX = "tokenizer.ggml."
-# Our own key: llama.cpp puts a space in front of what follows an added token, and has no other way.
+# Our own key: llama.cpp always puts a space before text that follows an added token.
 _FIRST_ONLY = "mlx_openelm.no_space_after_added_tokens"
-_ADDED_SCORE = -1000.0  # as llama.cpp's own converter writes
+_ADDED_SCORE = -1000.0  # of added and unused tokens, as llama.cpp's converter writes it
 
 
 def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
-    """Pieces, scores and types with which llama.cpp gives the tokenizer's ids; tokens that were added come last.
+    """Pieces, scores and types that make llama.cpp give the tokenizer's ids; added tokens come last.
 
-    They come from its `tokenizer.model`; with only a `tokenizer.json`, the scores follow the merges.
+    They come from its `tokenizer.model`; with only a `tokenizer.json`, scores are computed from the merges.
 
     Raises:
-        RequestError: a tokenizer that llama.cpp would encode otherwise.
+        RequestError: llama.cpp would give other ids.
     """
     spec, file = tokenizer.spec, tokenizer.model_file
     if spec.ignore_merges or spec.splits:
@@ -72,6 +72,7 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
 
 
 def _from_merges(spec: TokenizerSpec) -> SentencePieceModel:
+    """The SentencePiece model whose scores rank the merges of a `tokenizer.json`; RequestError if there is none."""
     if spec.scores:
         raise RequestError("The tokenizer is of type unigram; llama.cpp supports only bpe.")
     added = {token.content: CONTROL if token.special else USER_DEFINED for token in spec.added}
@@ -92,15 +93,18 @@ def _from_merges(spec: TokenizerSpec) -> SentencePieceModel:
         add_dummy_prefix=spec.adds_space,
         remove_extra_whitespaces=False,
     )
-    # By scores every two pieces that make a third may join; merges may allow fewer.
+    # With scores, any two pieces that make a third may join; a list of merges may allow fewer.
     if len(set(spec.merges)) != len(spec.merges) or set(bpe_merges(model)) != set(spec.merges):
         raise _no_scores()
     return model
 
 
 def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
-    """As SentencePiece counts: 0 for the first piece that merges make, one less for each next, then the characters that
-    none makes. Pieces whose merges are ranked among one another get one score."""
+    """A score for each piece, as SentencePiece numbers them.
+
+    The first piece that a merge makes has 0, each next one less, then come the characters that no merge makes. Pieces
+    whose merges are interleaved share a score.
+    """
     ranks: dict[str, list[int]] = {}
     for rank, pair in enumerate(spec.merges):
         ranks.setdefault("".join(pair), []).append(rank)
@@ -122,10 +126,13 @@ def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
 
 
 def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
-    """Refuse pieces of one score unless merges join as SentencePiece does: the leftmost first.
+    """Refuse pieces that share a score unless their merges give what SentencePiece does, which joins leftmost first.
 
-    They must be runs of one character, joined longest left part first; or, as older versions of transformers order
-    them, runs of every length up to the longest, each of which takes on one more character before two characters join.
+    They must be runs of one character. Their merges must either come longest left part first, or, as in older versions
+    of transformers, make runs of every length: each run takes one more character before two single ones join.
+
+    Raises:
+        RequestError: they do not.
     """
     if len(pieces) < 2:
         return
@@ -152,13 +159,20 @@ def _no_scores() -> RequestError:
 
 
 def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: str | None) -> None:
-    """Add the tokenizer's keys; rows of the embedding beyond its pieces (`rows` in all) become unused tokens."""
+    """Add the tokenizer's keys; warns about what they cannot hold.
+
+    Args:
+        rows: of the embedding; those beyond the tokenizer's pieces become unused tokens.
+
+    Raises:
+        RequestError: llama.cpp would give other ids.
+    """
     model, spec = vocabulary(tokenizer), tokenizer.spec
     padding = range(len(model.pieces), rows)
     writer.add_tokenizer_model(MODEL)
     writer.add_tokenizer_pre("default")
     writer.add_token_list([*model.pieces, *(f"[PAD{i}]" for i in padding)])
-    writer.add_token_scores([*map(float, model.scores), *(-1000.0 for _ in padding)])
+    writer.add_token_scores([*map(float, model.scores), *(_ADDED_SCORE for _ in padding)])
     writer.add_token_types([*model.types, *(UNUSED for _ in padding)])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -181,53 +195,73 @@ def _warn_of_losses(spec: TokenizerSpec, ends: list[int]) -> None:
     flagged = [token.content for token in spec.parsed if token.lstrip or token.rstrip or token.single_word]
     if flagged:
         warnings.warn(
-            f"GGUF cannot store that added tokens match whole words or swallow the spaces beside them (lstrip, rstrip, "
-            f"single_word); without that, text around {', '.join(map(quote, flagged[:4]))} gets other tokens.",
+            f"GGUF cannot store that added tokens match whole words only or absorb the spaces around them (lstrip, "
+            f"rstrip, single_word), so text around {', '.join(map(quote, flagged[:4]))} gets other tokens.",
             stacklevel=2,
         )
     if ends:
-        warnings.warn(f"GGUF has no place for more ending tokens: generation will not end at {ends}.", stacklevel=2)
+        warnings.warn(
+            f"GGUF cannot store more than three ending tokens: generation will not end at {ends}.", stacklevel=2
+        )
 
 
 def read(values: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer of a file's keys. It is read from a `tokenizer.model` that lives as long as it does.
+    """The tokenizer in a file's keys.
+
+    It is read from a `tokenizer.model` in a temporary folder, which is removed along with it.
 
     Raises:
-        RequestError: no tokenizer inside, one of another kind, or a damaged one.
+        RequestError: the file has no tokenizer, one of another kind, or a damaged one.
     """
     kind = values.get(_PREFIX + "model")
     if kind != MODEL:
         raise RequestError(f"{path} holds a tokenizer of kind {quote(kind)}; OpenELM's is {MODEL!r} (SentencePiece).")
-    kinds = {"tokens": str, "scores": float, "token_type": int}
-    pieces, scores, types = (_list(values, key, kind, path) for key, kind in kinds.items())
-    if not len(pieces) == len(scores) == len(types):
-        raise RequestError(f"The tokenizer in {path} is damaged: tokens, scores and types must have the same length.")
+    model, added = _read_vocabulary(values, path)
+    special = _read_special(values, [*model.pieces, *(token.content for token in added)], path)
+    config: dict[str, Any] = {f"{name}_token": piece for name, piece in special.items()}
+    decoder = {str(token.id): {k: v for k, v in token.to_dict().items() if k != "id"} for token in added}
+    config |= {"added_tokens_decoder": decoder, "legacy": values.get(_FIRST_ONLY) is not True}
+    # Saving the tokenizer copies its file, so the folder must exist as long as the tokenizer does.
+    temporary = tempfile.TemporaryDirectory(prefix="mlx-openelm-")
+    folder = Path(temporary.name)
+    (folder / "tokenizer.model").write_bytes(serialize_model(model, bos_piece=special["bos"], eos_piece=special["eos"]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if isinstance(template := values.get("tokenizer.chat_template"), str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        tokenizer = Tokenizer.from_folder(folder, eos_token_ids=end_ids(values))
+    except RequestError as error:
+        temporary.cleanup()
+        reason = str(error).replace(f"{folder}/", "")
+        raise _damaged(path, f"its pieces do not make a SentencePiece model ({reason})") from None
+    weakref.finalize(tokenizer, temporary.cleanup)
+    return tokenizer
+
+
+def _read_vocabulary(values: dict[str, Any], path: Path) -> tuple[SentencePieceModel, list[AddedToken]]:
+    """The pieces of the SentencePiece model, and the tokens that were added to it."""
     if not isinstance(add_space := values.get(_PREFIX + "add_space_prefix", True), bool):
-        raise RequestError(f"The tokenizer in {path} is damaged: add_space_prefix is {quote(add_space)}.")
+        raise _damaged(path, f"add_space_prefix is {quote(add_space)}")
+    pieces, scores, types = (
+        _list(values, key, kind, path) for key, kind in (("tokens", str), ("scores", float), ("token_type", int))
+    )
+    if not len(pieces) == len(scores) == len(types):
+        raise _damaged(path, "tokens, scores and types must have the same length")
     if len(pieces) > MAX_TOKENS or max(map(len, pieces), default=0) > MAX_LENGTH:
-        raise RequestError(
-            f"The tokenizer in {path} is damaged: it has more than {MAX_TOKENS} tokens, or one of more than "
-            f"{MAX_LENGTH} characters."
-        )
+        raise _damaged(path, f"it has more than {MAX_TOKENS} tokens, or one of more than {MAX_LENGTH} characters")
     if unknown := set(types) - set(range(NORMAL, BYTE + 1)):
-        raise RequestError(f"The tokenizer in {path} is damaged: there are no tokens of type {min(unknown)}.")
+        raise _damaged(path, f"it has tokens of the unknown type {min(unknown)}")
     if not all(map(math.isfinite, scores)):
-        raise RequestError(f"The tokenizer in {path} is damaged: a score is not finite.")
-    while types and types[-1] == UNUSED:  # what fills the vocabulary up to the model's rows
-        types.pop()
-    special = {}
-    for name, default in (("bos", 1), ("eos", 2)):
-        token_id = values.get(f"{_PREFIX}{name}_token_id", default)
-        if not isinstance(token_id, int) or not 0 <= token_id < len(types):
-            raise RequestError(f"The tokenizer in {path} is damaged: {name}_token_id is {quote(token_id)}.")
-        special[name] = pieces[token_id]
+        raise _damaged(path, "a score is not finite")
     if UNKNOWN not in types:
         raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
-    added: dict[str, dict[str, Any]] = {}
-    while (kind := types[-1]) in (CONTROL, USER_DEFINED):  # SentencePiece has its own in front: these were added later
+    while types[-1] == UNUSED:  # padding up to the rows of the embedding
         types.pop()
-        token = AddedToken(pieces[len(types)], len(types), special=kind == CONTROL)
-        added[str(token.id)] = {key: value for key, value in token.to_dict().items() if key != "id"}
+    added = []
+    # SentencePiece puts its own control tokens first; those at the end were added to it.
+    while (kind := types[-1]) in (CONTROL, USER_DEFINED):
+        types.pop()
+        added.append(AddedToken(pieces[len(types)], len(types), special=kind == CONTROL))
     model = SentencePieceModel(
         pieces=pieces[: len(types)],
         scores=scores[: len(types)],
@@ -237,25 +271,18 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         add_dummy_prefix=add_space,
         remove_extra_whitespaces=False,
     )
-    # Saving the tokenizer copies its file, so the folder goes when the tokenizer does.
-    folder = tempfile.TemporaryDirectory(prefix="mlx-openelm-")
-    file = Path(folder.name)
-    (file / "tokenizer.model").write_bytes(serialize_model(model, bos_piece=special["bos"], eos_piece=special["eos"]))
-    config: dict[str, Any] = {f"{name}_token": piece for name, piece in special.items()}
-    config |= {"added_tokens_decoder": added, "legacy": values.get(_FIRST_ONLY) is not True}
-    (file / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    if isinstance(template := values.get("tokenizer.chat_template"), str):
-        (file / "chat_template.jinja").write_text(template, encoding="utf-8")
-    try:
-        tokenizer = Tokenizer.from_folder(file, eos_token_ids=end_ids(values))
-    except RequestError as error:
-        folder.cleanup()
-        reason = str(error).replace(f"{file}/", "")
-        raise RequestError(
-            f"The tokenizer in {path} is damaged: its pieces do not make a SentencePiece model ({reason})."
-        ) from None
-    weakref.finalize(tokenizer, folder.cleanup)
-    return tokenizer
+    return model, added[::-1]
+
+
+def _read_special(values: dict[str, Any], pieces: list[str], path: Path) -> dict[str, str]:
+    """The pieces of `bos` and `eos`; without a key they have Llama's ids."""
+    special = {}
+    for name, default in (("bos", 1), ("eos", 2)):
+        token_id = values.get(f"{_PREFIX}{name}_token_id", default)
+        if not isinstance(token_id, int) or not 0 <= token_id < len(pieces):
+            raise _damaged(path, f"{name}_token_id is {quote(token_id)}")
+        special[name] = pieces[token_id]
+    return special
 
 
 def _list(values: dict[str, Any], key: str, kind: type, path: Path) -> list[Any]:
@@ -263,3 +290,7 @@ def _list(values: dict[str, Any], key: str, kind: type, path: Path) -> list[Any]
     if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
         raise RequestError(f"The tokenizer in {path} has no {_PREFIX}{key}.")
     return value
+
+
+def _damaged(path: Path, reason: str) -> RequestError:
+    return RequestError(f"The tokenizer in {path} is damaged: {reason}.")

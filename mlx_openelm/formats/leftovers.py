@@ -1,4 +1,4 @@
-"""Extra tensors that other programs store in a model and that nothing computes with: known ones are dropped."""
+"""Unused tensors that other programs store in a model: known ones are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters as mlx-lm has them: `adapter_config.json` and `adapters.safetensors`.
+"""Adapters in mlx-lm's format: `adapter_config.json` and `adapters.safetensors`.
 
 One rank and one scale for all modules, which are named relative to a layer and taken from the last `num_layers`, or by
 whole paths. An embedding's adapter acts on the output side too. Full fine-tuning leaves whole tensors by name.
@@ -47,24 +47,29 @@ def read(file: Path, config: ModelConfig) -> Adapter:
         adapter.weights = tensors.take_whole(config.tensor_shapes())
         tensors.check_empty("the model")
         return adapter
-    parameters = settings.get("lora_parameters")
-    parameters = parameters if isinstance(parameters, dict) else {}
-    scale = _number(parameters, "scale", settings_file)
-    if "alpha" in parameters:
-        warnings.warn(
-            f"{settings_file} states both alpha and scale; scale {scale:g} alone is taken, as today's mlx-lm does, but "
-            "old versions multiplied by scale * alpha / rank. If one of those trained the adapter, write that as scale "
-            "and take alpha out.",
-            stacklevel=2,
-        )
-    adapter.dropout = _number({"dropout": 0.0} | parameters, "dropout", settings_file)
-    if not 0 <= adapter.dropout <= 1:
-        raise RequestError(f"{settings_file}: dropout must be from 0 to 1, got {adapter.dropout:g}.")
+    scale, adapter.dropout = _scale_and_dropout(settings, settings_file)
     output_side = settings.get(_OUTPUT_SIDE, True) is not False
     for path in tensors.paths((".lora_a", ".lora_b")):
         adapter.modules[path] = _take(tensors, path, config, scale, kind == "dora", output_side and path == EMBEDDING)
     tensors.check_empty("a LoRA adapter" if kind == "lora" else "a DoRA adapter")
     return adapter
+
+
+def _scale_and_dropout(settings: Mapping[str, Any], settings_file: Path) -> tuple[float, float]:
+    parameters = settings.get("lora_parameters")
+    parameters = parameters if isinstance(parameters, dict) else {}
+    scale = _number(parameters, "scale", settings_file)
+    if "alpha" in parameters:
+        warnings.warn(
+            f"{settings_file} has both alpha and scale; only scale {scale:g} is used, as in today's mlx-lm, but old "
+            "versions multiplied by scale * alpha / rank. If one of those trained the adapter, write that as scale "
+            "and remove alpha.",
+            stacklevel=2,
+        )
+    dropout = _number({"dropout": 0.0} | parameters, "dropout", settings_file)
+    if not 0 <= dropout <= 1:
+        raise RequestError(f"{settings_file}: dropout must be from 0 to 1, got {dropout:g}.")
+    return scale, dropout
 
 
 def _take(tensors: Tensors, path: str, config: ModelConfig, scale: float, dora: bool, output_side: bool) -> LowRank:
@@ -85,7 +90,8 @@ def _number(values: Mapping[str, Any], name: str, file: Path) -> float:
 def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str | None = None) -> None:
     """Write both files into a folder.
 
-    Ranks that differ are padded with zeros, scales that differ become part of `lora_b`.
+    The format has one rank and one scale: smaller ranks are padded with zeros, and if scales differ they are multiplied
+    into `lora_b`. Warns about what mlx-lm will apply differently.
 
     Raises:
         RequestError: a mixture of LoRA and DoRA.
@@ -119,14 +125,14 @@ def uses_dora(adapter: Adapter) -> bool:
     if any(dora.values()) and not all(dora.values()):
         plain = next(path for path, is_dora in dora.items() if not is_dora)
         raise RequestError(
-            f"The adapter is DoRA on some modules and LoRA on others ({plain}), which adapter files cannot tell; "
+            f"The adapter is DoRA on some modules and LoRA on others ({plain}), which adapter files cannot express; "
             "fuse it into the model instead."
         )
     return any(dora.values())
 
 
 def _embedding_settings(change: LowRank | None, config: ModelConfig) -> dict[str, Any]:
-    """What tells our own reading what mlx-lm's format cannot; with a warning."""
+    """Our own setting for an embedding that is changed on the input side only; mlx-lm ignores it, hence the warning."""
     if change is None or change.output_side:
         return {}
     if change.magnitude is not None:
@@ -137,14 +143,15 @@ def _embedding_settings(change: LowRank | None, config: ModelConfig) -> dict[str
         )
     elif config.share_input_output_layers:
         warnings.warn(
-            "The adapter changes the embedding as the input alone; mlx-lm will apply it to the output too, and give "
-            "other answers. mlx-openelm reads it right, and PEFT's format carries it (--adapter-format peft).",
+            "The adapter changes the embedding on the input side only; mlx-lm will apply it to the output too, and "
+            "give other answers. mlx-openelm reads it right, and PEFT's format carries it (--adapter-format peft).",
             stacklevel=2,
         )
     return {_OUTPUT_SIDE: False}
 
 
 def _padded(path: str, change: LowRank, rank: int, scale: float) -> dict[str, mx.array]:
+    """A module's tensors for the file's rank and scale: a [in, rank], b [rank, out] and DoRA's magnitude."""
     missing = rank - change.rank
     a, b = change.a, change.b if change.scale == scale else change.b * (change.scale / scale)
     parts = {f"{path}.lora_a": mx.pad(a, [(0, 0), (0, missing)]), f"{path}.lora_b": mx.pad(b, [(0, missing), (0, 0)])}
@@ -152,7 +159,7 @@ def _padded(path: str, change: LowRank, rank: int, scale: float) -> dict[str, mx
 
 
 def _keys(paths: Collection[str], total: int) -> tuple[list[str], int]:
-    """`keys` and `num_layers` for these modules: relative names of what all of the last layers have, else paths."""
+    """`keys` and `num_layers`: names relative to a layer if all of the last layers have them, else whole paths."""
     by_name: dict[str, set[int]] = {}
     whole = []
     for path in paths:

@@ -1,8 +1,8 @@
 """Regular expressions from files, matched against the names of modules in bounded time.
 
-Python's `re` backtracks: on `(.*)*X` it would not end. Here all positions that a match can reach are tracked at once,
-as the bits of an integer, so that no path is explored twice; what would still take long is refused. The syntax is
-parsed by `re` itself. Names are ASCII and hold no line ends, so flags that concern those do nothing.
+Python's `re` backtracks: `(.*)*X` could run forever. Here all positions that a match can reach are tracked at once, as
+the bits of an integer, so that no path is explored twice; expressions that would still take long are refused. `re`
+itself parses the syntax. Names are ASCII without line breaks, so flags about those have no effect.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-# Over all expressions of a file: ten times what long ones take on the names of the largest model; a second or so.
+# For all expressions of a file together: ten times what long ones need for the largest model; about a second.
 _MAX_STEPS = 100_000
 _MAX_LENGTH = 10_000
-# What consists of these alone, a name or nearly one, costs `re` nothing.
+# Expressions of these characters only, such as plain names, are fast in `re` itself.
 _PLAIN = re.compile(rf"[\w.^$-]{{0,{_MAX_LENGTH}}}")
 _CATEGORIES = {
     op.CATEGORY_DIGIT: re.compile(r"\d"),
@@ -30,11 +30,11 @@ _CATEGORIES = {
 
 
 class PatternError(ValueError):
-    """Why an expression cannot be used, in words that follow its text."""
+    """Why an expression cannot be used; the message continues a sentence that begins with the expression."""
 
 
 class Matcher:
-    """Matches names against expressions; what it may cost is counted over all of them."""
+    """Matches names against expressions, with one limit on the steps for all of them."""
 
     def __init__(self) -> None:
         self._steps_left = _MAX_STEPS
@@ -45,7 +45,7 @@ class Matcher:
         """Whether `re.fullmatch` would match.
 
         Raises:
-            PatternError: no regular expression, one that needs backtracking, or one that takes too long.
+            PatternError: not a regular expression, one that needs backtracking, or one that takes too long.
         """
         return bool(self._ends(pattern, name, 1) >> len(name))
 
@@ -58,11 +58,12 @@ class Matcher:
         return self.matches_parts(pattern, name, [len(name)])
 
     def matches_parts(self, pattern: str, name: str, ends: Iterable[int]) -> bool:
-        """Whether a match begins where the name does, or after a dot, and ends at one of these places."""
+        """Whether a match begins at the start of the name or after a dot, and ends at one of these positions."""
         starts = 1 | _union(2 << n for n, char in enumerate(name) if char == ".")
         return bool(self._ends(pattern, name, starts) & _union(1 << n for n in ends))
 
     def _ends(self, pattern: str, name: str, starts: int) -> int:
+        """The positions at which matches from `starts` can end; both are sets as in `_Walk`."""
         try:
             if pattern not in self._parsed:
                 self._parsed[pattern] = _parse(pattern)
@@ -81,7 +82,7 @@ def _parse(pattern: str) -> Any:
         raise PatternError(f"has more than {_MAX_LENGTH} characters")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what later versions of Python may read otherwise
+            warnings.simplefilter("ignore")  # about syntax that later versions of Python may read differently
             parsed = _parser.parse(pattern)
     except (re.error, OverflowError):
         raise PatternError("is not a regular expression") from None
@@ -91,19 +92,22 @@ def _parse(pattern: str) -> Any:
 
 
 class _Walk:
-    """Expressions along one name. A set of places in it, from before its first character to after its last, is a
-    number whose bit n stands for place n."""
+    """Matches expressions along one name.
+
+    Places are the positions between its characters, 0 to its length; a set of places is a number whose bit n stands for
+    place n.
+    """
 
     def __init__(self, name: str, step: Callable[[], None]) -> None:
         self._length, self._step = len(name), step
         self._before = {char: 0 for char in name}  # the places before each character
         for n, char in enumerate(name):
             self._before[char] |= 1 << n
-        self._fitting: dict[tuple[Any, int], int] = {}  # the places before what fits a class of characters
+        self._fitting: dict[tuple[Any, int], int] = {}  # the places before each character of a class
 
     def sequence(self, items: Iterable[tuple[Any, Any]], places: int) -> int:
-        """Where matches of all items, one after the other, can end that begin at one of these places."""
-        self._step()  # also for no items: branches and repetitions of nothing cost, too
+        """Where matches of all items in order can end, if they begin at one of these places."""
+        self._step()  # even without items, since branches and repetitions of nothing take time too
         for code, value in items:
             if not places:
                 break
@@ -112,6 +116,7 @@ class _Walk:
         return places
 
     def _item(self, code: Any, value: Any, places: int) -> int:
+        """Where matches of one item, as `re._parser` describes it, can end."""
         if code is op.LITERAL:
             return (places & self._before.get(chr(value), 0)) << 1
         if code in (op.IN, op.NOT_LITERAL, op.ANY):
@@ -137,7 +142,7 @@ class _Walk:
         raise PatternError(f"has {_words(code)}, which cannot be used here")
 
     def _repeat(self, least: int, most: int, items: Any, places: int) -> int:
-        # More repetitions than there are characters change nothing: some of them must be empty.
+        # More repetitions than characters make no difference: some of them would be empty.
         limit = self._length + 1
         for _ in range(min(least, limit)):
             places = self.sequence(items, places)
@@ -177,7 +182,7 @@ def _union(sets: Iterable[int]) -> int:
 
 
 def _fits(code: Any, value: Any, char: str) -> bool:
-    """Whether a character matches what stands for one character."""
+    """Whether a character matches an item that stands for one character."""
     if code is op.LITERAL:
         return ord(char) == value
     if code is op.NOT_LITERAL:

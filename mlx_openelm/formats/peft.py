@@ -1,6 +1,6 @@
-"""Adapters as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`; LoRA, rsLoRA and DoRA.
+"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`; LoRA, rsLoRA and DoRA.
 
-Source: peft/tuners/lora and peft/utils/save_and_load.py. What the settings mean is in `peft_settings`.
+Source: peft/tuners/lora and peft/utils/save_and_load.py. The settings are read in `peft_settings`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,7 +29,7 @@ _HEAD = f"{HEAD}.weight"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector|velora_embed))\.default(?=\.weight$|$)")
-# What stands in the names of a base's weights where a module of PEFT's is put before them.
+# What PEFT's wrappers insert into the names of the base's weights.
 _WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.weight$)")
 # A buffer of VeLoRA's backward pass.
 _TRAINING_ONLY = ".lora_velora_embed"
@@ -37,12 +38,11 @@ _TRAINING_ONLY = ".lora_velora_embed"
 def read(file: Path, config: ModelConfig) -> Adapter:
     """The adapter in a safetensors file, described by the `adapter_config.json` beside it.
 
-    Weights of the base that the file repeats are taken along, to be compared with it. Modules that the settings name
-    and the file does not hold stay as they are, with a warning, as in PEFT.
+    Weights of the base that the file repeats become `base_copies`, to be compared with the base. As in PEFT, modules
+    that the settings name but the file does not hold stay unchanged, with a warning.
 
     Raises:
-        RequestError: damaged files, a method or setting that cannot be carried over, or tensors that the model does
-            not have.
+        RequestError: damaged files, an unsupported method or setting, or tensors that the model does not have.
     """
     settings = Settings(file.parent / CONFIG)
     tensors = Tensors.read(file, _usual_name)
@@ -60,27 +60,36 @@ def read(file: Path, config: ModelConfig) -> Adapter:
 
 
 def _usual_name(name: str) -> str:
-    """A tensor's name as PEFT saves it; a model's whole state has the adapter's name in it, usually `default`, and
-    transformers leaves the prefix out."""
+    """A tensor's name as PEFT saves it.
+
+    In a model's whole state dictionary it also contains the adapter's name, usually `default`; transformers leaves the
+    prefix out.
+    """
     name = name if name.startswith(_PREFIX) else _PREFIX + name
     name = _ADAPTER_NAME.sub(r"\1", name)
     return name.removesuffix(".weight") if name.endswith(f"{_MAGNITUDE}.weight") else name
 
 
+def _tensor_names(path: str) -> tuple[str, str]:
+    """The names of A and B of a module's adapter."""
+    a, b = (".lora_embedding_A", ".lora_embedding_B") if path == EMBEDDING else (".lora_A.weight", ".lora_B.weight")
+    return f"{_PREFIX}{path}{a}", f"{_PREFIX}{path}{b}"
+
+
 def _take(tensors: Tensors, path: str, settings: Settings, config: ModelConfig) -> LowRank:
     inputs, outputs = adapter_tensors.sides(tensors.file, path, config)
-    a, b = (".lora_embedding_A", ".lora_embedding_B") if path == EMBEDDING else (".lora_A.weight", ".lora_B.weight")
-    down = tensors.take(f"{_PREFIX}{path}{a}", (None, inputs))
-    rank = down.shape[0]
-    up = tensors.take(f"{_PREFIX}{path}{b}", (outputs, rank))
+    name_a, name_b = _tensor_names(path)
+    a = tensors.take(name_a, (None, inputs))  # [rank, in]
+    rank = a.shape[0]
+    b = tensors.take(name_b, (outputs, rank))  # [out, rank]
     magnitude = tensors.take(f"{_PREFIX}{path}{_MAGNITUDE}", (outputs,)) if settings.is_dora else None
     if (expected := settings.rank(path)) != rank:
         raise RequestError(f"{tensors.file}: {path} has rank {rank}, but {settings.file.name} says {expected:g}.")
-    return LowRank(down.T, up.T, settings.scale(path, rank), magnitude)
+    return LowRank(a.T, b.T, settings.scale(path, rank), magnitude)
 
 
 def _take_copies(tensors: Tensors, settings: Settings, config: ModelConfig) -> list[BaseCopy]:
-    """Weights of the base, which PEFT would put in the base's place."""
+    """The weights of the base in the file; PEFT would use them instead of the base's own."""
     shapes, copies = config.tensor_shapes(), []
     for name in tensors.names():
         own = _WRAPPER.sub("", name.removeprefix(_PREFIX))
@@ -98,7 +107,7 @@ def _take_copy(tensors: Tensors, name: str, own: str, shape: tuple[int, ...], se
     elif own in (f"{EMBEDDING}.weight", _HEAD):
         setting = "save_embedding_layers"
     refusal = (
-        f"{tensors.file} holds {name} ({setting}), and it is not what the base model has; merge the adapter into the "
+        f"{tensors.file} holds {name} ({setting}), which differs from the base model's; merge the adapter into the "
         "model it was trained on with PEFT, and give the result as --model."
     )
     value = tensors.take_stored(name)
@@ -121,8 +130,11 @@ def _warn_of_missing(adapter: Adapter, settings: Settings, file: Path, config: M
 def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str | None = None) -> None:
     """Write both files into a folder.
 
+    Args:
+        base_model: the name to write for it; by default the one the adapter has.
+
     Raises:
-        RequestError: what PEFT's format does not have: whole weights, a mixture of LoRA and DoRA, or an embedding that
+        RequestError: PEFT's format has no place for whole weights, a mixture of LoRA and DoRA, or an embedding that
             changes the output side too.
     """
     if adapter.weights:
@@ -133,14 +145,26 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
         raise RequestError(
             f"The adapter changes {EMBEDDING} as mlx-lm does, on the output side too; PEFT cannot express that."
         )
-    dora = uses_dora(adapter)
+    settings = _settings(adapter, config, base_model or adapter.base_model)
+    tensors: dict[str, mx.array] = {}
+    for path, change in adapter.modules.items():
+        name_a, name_b = _tensor_names(path)
+        tensors |= {name_a: change.a.T, name_b: change.b.T}
+        if change.magnitude is not None:
+            tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = change.magnitude
+    adapter_tensors.write(folder / WEIGHTS, tensors, "pt")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _settings(adapter: Adapter, config: ModelConfig, base_model: str | None) -> dict[str, Any]:
+    """The values of `adapter_config.json`; ranks and alphas other than the most common ones become patterns."""
     pairs = {path: (change.rank, _alpha(change)) for path, change in adapter.modules.items()}
     (rank, alpha), _ = Counter(pairs.values()).most_common(1)[0] if pairs else ((8, 8), 0)
-    settings = {
+    return {
         "peft_type": "LORA",
         "task_type": None,
         "auto_mapping": None,
-        "base_model_name_or_path": base_model or adapter.base_model,
+        "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,
         "r": rank,
@@ -155,26 +179,18 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": dora,
+        "use_dora": uses_dora(adapter),
     }
-    tensors: dict[str, mx.array] = {}
-    for path, change in adapter.modules.items():
-        a, b = (".lora_embedding_A", ".lora_embedding_B") if path == EMBEDDING else _ENDINGS[:2]
-        tensors |= {f"{_PREFIX}{path}{a}": change.a.T, f"{_PREFIX}{path}{b}": change.b.T}
-        if change.magnitude is not None:
-            tensors[f"{_PREFIX}{path}{_MAGNITUDE}"] = change.magnitude
-    adapter_tensors.write(folder / WEIGHTS, tensors, "pt")
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _alpha(change: LowRank) -> float:
-    """scale times rank, as an int if it is whole."""
+    """`lora_alpha`: the scale times the rank, as an int if it is whole."""
     alpha = change.scale * change.rank
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 
 
 def _targets(adapter: Adapter, config: ModelConfig) -> list[str]:
-    """The last parts of the paths where they mean these modules and no others, else the whole paths."""
+    """`target_modules`: the last parts of the paths if they name these modules and no others, else whole paths."""
     names = {path.rpartition(".")[2] for path in adapter.modules}
     meant = [path for path in config.matrix_shapes() if path.rpartition(".")[2] in names]
     return sorted(names) if len(meant) == len(adapter.modules) else sorted(adapter.modules)

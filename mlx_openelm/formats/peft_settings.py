@@ -1,4 +1,4 @@
-"""`adapter_config.json` as PEFT has it for LoRA: what is done, what changes nothing here, and what is refused.
+"""PEFT's `adapter_config.json` for LoRA: which settings are applied, which can be ignored, and which are refused.
 
 Source: peft/tuners/lora/config.py and layer.py, peft/tuners/tuners_utils.py (check_target_module_exists) and
 peft/utils/other.py (get_pattern_key).
@@ -18,10 +18,9 @@ from ..inputs import read_json
 from .adapter_tensors import MAX_FLOAT32
 from .name_patterns import Matcher, PatternError
 
-# What a configuration may say without changing what the tensors mean. OpenELM's matrices have no biases (`bias`) and
-# lie as torch's linear layers have them (`fan_in_fan_out`); `velora_config` changes training alone; `merge_weights`
-# was the name of what old versions did at load.
-_HARMLESS = {
+# Settings that do not change what the tensors mean. OpenELM's matrices are laid out as torch's linear layers are
+# (`fan_in_fan_out`); `velora_config` changes training only; old versions had `merge_weights` for what they did at load.
+HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -41,8 +40,8 @@ _HARMLESS = {
     "task_type",
     "velora_config",
 }
-# What is read or checked below, or decided by the tensors (`modules_to_save`).
-_READ = {
+# Settings that are read or checked below. OpenELM's matrices have no biases, so any known `bias` will do.
+READ = {
     "alpha_pattern",
     "bias",
     "exclude_modules",
@@ -59,8 +58,8 @@ _READ = {
     "use_dora",
     "use_rslora",
 }
-# Beginnings that leave the base's weights as they are. With others an adapter belongs to a changed base; of these PEFT
-# can take the change out again.
+# Initializations that leave the base's weights as they are. With all others the adapter belongs to a changed base;
+# PEFT can convert adapters of the convertible ones back to the original base.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
 _BIASES = (None, "none", "all", "lora_only")
@@ -70,13 +69,14 @@ _MAX_PATTERNS = 1000
 
 
 class Settings:
-    """One file's settings, checked."""
+    """The checked settings of one file.
+
+    Raises:
+        RequestError: the file cannot be read, or has an unsupported method or setting; the methods raise it for
+            patterns and numbers that turn out invalid for a module.
+    """
 
     def __init__(self, file: Path) -> None:
-        """
-        Raises:
-            RequestError: an unreadable file, or a method or setting that cannot be carried over.
-        """
         self.file = file
         self._values = read_json(file)
         self._matcher = Matcher()
@@ -88,8 +88,8 @@ class Settings:
         if self._values.get("bias") not in _BIASES:
             raise RequestError(f"{file}: bias is {quote(self._values['bias'])}; known are none, all and lora_only.")
         for name, value in self._values.items():
-            if value and name not in _HARMLESS | _READ:
-                raise RequestError(f"{file}: {name[:QUOTED]} is {quote(value)}, which cannot be carried over.")
+            if value and name not in HARMLESS | READ:
+                raise RequestError(f"{file}: {name[:QUOTED]} is {quote(value)}, which is not supported.")
         self.is_dora = self._flag("use_dora")
         self._is_rank_stabilized = self._flag("use_rslora")
         self.dropout = self._number(self._values.get("lora_dropout"), "lora_dropout", 0.0)
@@ -115,6 +115,7 @@ class Settings:
 
     @property
     def base_model(self) -> str | None:
+        """The base model's name or path, if the file has one."""
         name = self._values.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
@@ -123,7 +124,7 @@ class Settings:
         return self._of_module("rank_pattern", "r", path)
 
     def scale(self, path: str, rank: int) -> float:
-        """What a module's change is multiplied by."""
+        """The factor of a module's low-rank product: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         alpha = self._of_module("alpha_pattern", "lora_alpha", path)
         return alpha / (math.sqrt(rank) if self._is_rank_stabilized else rank)
 
@@ -153,19 +154,19 @@ class Settings:
         return "layers_to_transform"
 
     def saves(self, path: str) -> bool:
-        """Whether `modules_to_save` has a module, or what it is part of."""
+        """Whether `modules_to_save` has a module, or one that contains it."""
         ends = [dot.start() for dot in re.finditer(r"\.|$", path)]
         return any(self._has_parts("modules_to_save", name, path, ends) for name in self._saved)
 
     def _is_among(self, modules: str | frozenset[str], setting: str, path: str) -> bool:
-        """Whether an expression, or the names or ends of names in a list, have a module."""
+        """Whether an expression matches a module's path, or a set holds the path or its last parts."""
         if isinstance(modules, str):
             return self._matches(setting, modules, partial(self._matcher.fullmatch, modules, path))
         parts = path.split(".")
         return any(".".join(parts[n:]) in modules for n in range(len(parts)))
 
     def _layer_of(self, path: str) -> int | None:
-        """The number of the layer that a module is in, if `layers_pattern` has what precedes it."""
+        """The number of the layer that a module is in, if `layers_pattern` matches what precedes the number."""
         number = re.search(r"\.(\d+)\.", path)
         if number is None:
             return None
@@ -177,7 +178,7 @@ class Settings:
         return self._matches(setting, pattern, partial(self._matcher.matches_parts, pattern, path, ends))
 
     def _of_module(self, setting: str, common: str, path: str) -> float:
-        """A module's rank or alpha: of the first pattern that its path ends with, else the common one."""
+        """A module's rank or alpha: that of the first pattern that matches the end of its path, else the common one."""
         patterns = self._values.get(setting) or {}
         for pattern in patterns:
             if self._matches(setting, pattern, partial(self._matcher.matches_end, pattern, path)):
@@ -195,7 +196,7 @@ class Settings:
         if not isinstance(patterns, dict):
             raise RequestError(f"{self.file}: {name} must be an object of numbers by module, got {quote(patterns)}.")
         if len(patterns) > _MAX_PATTERNS:
-            raise RequestError(f"{self.file}: {name} has {len(patterns)} entries; {_MAX_PATTERNS} are the most.")
+            raise RequestError(f"{self.file}: {name} has {len(patterns)} entries; the limit is {_MAX_PATTERNS}.")
 
     def _layer_numbers(self) -> frozenset[int] | None:
         layers = self._values.get("layers_to_transform")
@@ -207,7 +208,7 @@ class Settings:
         return frozenset(numbers)
 
     def _modules(self, name: str) -> str | frozenset[str] | None:
-        """An expression, names, or None for what is not set."""
+        """An expression, a set of names, or None if the setting is absent."""
         value = self._values.get(name)
         return value if value is None or isinstance(value, str) else frozenset(self._texts(name))
 

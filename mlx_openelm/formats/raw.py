@@ -1,4 +1,4 @@
-"""Tensors that lie uncompressed somewhere in a file of any format, each read when it is asked for."""
+"""Tensors stored uncompressed at known offsets in a file of any format; each is read when it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint16, 
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor in a file: `offset` bytes from its start lie the values, row by row, little-endian."""
+    """A tensor in a file: its values start at byte `offset` and lie row by row, little-endian."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
@@ -29,10 +29,10 @@ class Span:
 
 
 def tensors(path: Path, spans: Mapping[str, Span]) -> dict[str, Tensor]:
-    """The tensors in `path`, unread. A file that is cut short meanwhile makes reading one a RuntimeError, as in MLX.
+    """The tensors in `path`, unread. Reading one raises RuntimeError, as in MLX, if the file was cut short meanwhile.
 
     Raises:
-        RequestError: the file cannot be read, ends before a tensor does, or holds a type MLX does not have.
+        RequestError: the file cannot be read, ends before a tensor does, or holds an unsupported type.
     """
     try:
         with path.open("rb"):
@@ -52,7 +52,7 @@ def _tensor(path: Path, span: Span) -> Tensor:
 
 
 def _read(path: Path, span: Span) -> mx.array:
-    # Read into an array's own memory: a large tensor is held once, and no other package is needed.
+    # Read into the array's own memory, so that a large tensor is held once and NumPy is not needed.
     values = mx.zeros(span.nbytes, mx.uint8)
     mx.eval(values)
     try:

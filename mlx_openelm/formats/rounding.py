@@ -1,7 +1,7 @@
-"""Affine rounding with scales and biases of one's own choice, in the layout MLX stores.
+"""Affine quantization with scales and biases of our own choice, in the layout MLX stores.
 
-A weight becomes `scale * level + bias` with a whole level from 0 to 2**bits - 1; neighbours of a row share scale
-and bias. MLX's own `mx.quantize` takes both from the group's extremes; here they come from anywhere.
+A weight becomes `scale * level + bias` with a whole level from 0 to 2**bits - 1; a group of neighbours in a row shares
+scale and bias. `mx.quantize` takes both from the group's extremes; here they may come from anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .mlx import Quantization
 
-# Shares of the group's range that `search` tries: clipping a few extremes makes all other steps smaller.
+# Fractions of the group's range that `search` tries: clipping a few extremes makes the steps between levels smaller.
 _SHRINKS = tuple(1.0 - 0.04 * step for step in range(14))
 # How often `search` then fits scale and bias to the levels and rounds again.
 _REFITS = 4
@@ -20,13 +20,13 @@ _REFITS = 4
 
 @dataclass(frozen=True)
 class Grid:
-    """What the levels of a matrix [out, in] stand for: `scales` and `biases`, both [out, in / group_size]."""
+    """The scales and biases of a matrix [out, in], both [out, in / group_size]."""
 
     scales: mx.array
     biases: mx.array
 
     def stored(self, dtype: mx.Dtype) -> Grid:
-        """The grid as `dtype` holds it, in float32: levels must be chosen for what will be read back."""
+        """The grid rounded to `dtype`, in float32: levels must be chosen for the values that will be read back."""
         return Grid(*(part.astype(dtype).astype(mx.float32) for part in (self.scales, self.biases)))
 
 
@@ -38,13 +38,13 @@ def groups(weight: mx.array, group_size: int) -> mx.array:
 def levels(grouped: mx.array, grid: Grid, bits: int) -> mx.array:
     """The nearest levels, in float32, of weights [out, groups, group_size]."""
     scales = grid.scales[..., None]
-    # A group of equal weights has no steps: its bias alone stands for it.
+    # A group of equal weights has a scale of 0; its bias alone gives the value.
     safe = mx.where(scales == 0, 1.0, scales)
     return mx.clip(mx.round((grouped - grid.biases[..., None]) / safe), 0, 2**bits - 1)
 
 
 def values(level: mx.array, grid: Grid) -> mx.array:
-    """What levels [out, groups, group_size] stand for."""
+    """The weights that levels [out, groups, group_size] stand for, in the same shape."""
     return level * grid.scales[..., None] + grid.biases[..., None]
 
 
@@ -55,9 +55,10 @@ def extremes(weight: mx.array, choice: Quantization, dtype: mx.Dtype) -> Grid:
 
 
 def search(weight: mx.array, importance: mx.array, choice: Quantization, dtype: mx.Dtype) -> Grid:
-    """The grid with the least error, each weight's square counted `importance` [in] times.
+    """The grid with the least squared error, weighted by `importance` [in].
 
-    For every group: the best of several clipped ranges, then least squares of weights on levels in turn with rounding.
+    For each group, the best of several clipped ranges is improved by turns: a least-squares fit of the grid to the
+    weights, then rounding to it again.
     """
     grouped = groups(weight.astype(mx.float32), choice.group_size)
     counts = importance.astype(mx.float32).reshape(1, -1, choice.group_size)
@@ -116,7 +117,7 @@ def pack(level: mx.array, bits: int) -> mx.array:
 
 
 def round_nearest(weight: mx.array, moments: mx.array, choice: Quantization, dtype: mx.Dtype) -> mx.array:
-    """weight [out, in] as it reads back after rounding to the nearest level of its best grid, in float32.
+    """The weight [out, in], in float32, after rounding to the nearest levels of its best grid.
 
     Args:
         moments: the mean of x xᵀ [in, in] over the inputs x.
@@ -127,6 +128,6 @@ def round_nearest(weight: mx.array, moments: mx.array, choice: Quantization, dty
 
 
 def round_error(weight: mx.array, moments: mx.array, choice: Quantization, dtype: mx.Dtype) -> float:
-    """The mean square of what `round_nearest` changes in the products of weight [out, in], summed over out."""
+    """The mean squared error that `round_nearest` causes in the products of weight [out, in], summed over out."""
     difference = round_nearest(weight, moments, choice, dtype) - weight.astype(mx.float32)
     return float(((difference @ moments) * difference).sum().item())  # type: ignore[arg-type]

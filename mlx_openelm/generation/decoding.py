@@ -73,7 +73,8 @@ def stream_generate(
 ) -> Iterator[Piece]:
     """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
 
-    The pieces' texts join to exactly `tokenizer.decode` of the tokens before the end of the text.
+    The pieces' texts join to exactly `tokenizer.decode` of the tokens before the end of the text; with `echo`, of the
+    prompt and these.
 
     Args:
         prompt: text (BOS is put first), or token ids as they are.
@@ -134,7 +135,7 @@ def _pieces(
             now = time.perf_counter()
             if n == 1:
                 prompt_seconds, started = now - started, now
-                text_decoder = tokenizer.streaming_decoder()
+                text_decoder = tokenizer.streaming_decoder(prompt if options.echo else ())
             text, stopped = "", token in tokenizer.eos_token_ids
             if not stopped:
                 text = text_decoder.add(token)
@@ -144,6 +145,8 @@ def _pieces(
             if finish_reason is not None:
                 rest = text_decoder.finish()
                 text += rest if stops is None else stops.add(rest)[0] + stops.finish()
+            if n == 1 and options.echo:
+                text = tokenizer.decode(prompt) + text
             yield Piece(
                 text,
                 token,
@@ -298,11 +301,14 @@ def decode(
 ) -> Iterator[tuple[int, float, mx.array]]:
     """`count` tokens after `prompt`, each with its log-probability and those of all tokens, [vocab].
 
-    The device computes the next token while the caller has the last one.
+    The device computes the next token while the caller has the last one. The first token computed from more
+    positions than the model was trained on brings a warning.
 
     Raises:
         OpenELMError: while iterating, the logits are not finite.
     """
+    trained = decoder.model.config.max_context_length
+    total = int(decoder.cache[0].offset) + len(prompt)
     upcoming = _draw(decoder.prefill(mx.array([list(prompt)]), prefill_step_size, progress), sampler)
     for n in range(1, count + 1):
         token, logprob, logprobs = upcoming
@@ -313,6 +319,8 @@ def decode(
             raise not_finite(f"The logits for token {n} are", decoder.model, processed=bool(decoder.logits_processors))
         if n == 1 and progress is not None:
             progress(len(prompt), len(prompt))
+        if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
+            warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
         yield value, likelihood, logprobs[0]
         if n % _CLEAR_EVERY == 0:
             mx.clear_cache()

@@ -193,6 +193,7 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `max_tokens`: the maximum number of tokens; -1 continues to the end of the context.
     - `seed`: the same seed gives the same text; None draws a random one.
     - `stop`: strings that end the text; they are not part of it.
+    - `echo`: the text begins with the prompt's.
     - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
     """
 
@@ -201,6 +202,7 @@ class GenerationOptions(SamplingParams, CacheOptions):
     ] = 256
     seed: Annotated[int | None, Option("The same seed gives the same text; by default a random one is drawn.")] = None
     stop: Annotated[str | Sequence[str] | None, Option("End before this text; repeatable.")] = ()
+    echo: Annotated[bool, Option("Print the prompt before the text that follows.", group="Output")] = False
     prefill_step_size: Annotated[
         int | None,
         Option("Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"),
