@@ -19,6 +19,11 @@ def one_of(choices: Sequence[object]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def install(extra: str) -> str:
+    """How to install an extra of this package, for the end of a sentence."""
+    return f"pip install '.[{extra}]' in your clone of mlx-openelm"
+
+
 def some(names: Sequence[str], count: int | None = None, *, separator: str = ", ") -> str:
     """The first `SOME` names and the number of the others: `a, b, c and 12 more`.
 

@@ -702,7 +702,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     missing = {finding.name: finding.value for finding in doctor.examine() if "pip install" in finding.value}
     assert {"gguf", "matplotlib", "pyarrow", "tensorboardX", "wandb"} <= set(missing)
     for package, text in missing.items():
-        named = re.search(r"not installed \(.+: pip install 'mlx-openelm\[(\w+)\]'\)", text)
+        named = re.search(r"not installed \(.+: pip install '\.\[(\w+)\]'\)", text)
         assert named is not None, text
         assert package in [re.split("[<>=]", needed)[0] for needed in extras[named[1]]]
 
@@ -727,8 +727,8 @@ def test_without_mlx_doctor_runs_and_the_rest_names_the_extra() -> None:
     start = (sys.executable, "-c", code)
     done = run("doctor", start=start)
     assert done.returncode == 1
-    assert "mlx-openelm[cpu]" in done.stdout and "Packages" in done.stdout
-    assert "mlx-openelm[cpu]" in refused("generate", "-p", "x", start=start, code=1)
+    assert "pip install '.[cpu]'" in done.stdout and "Packages" in done.stdout
+    assert "pip install '.[cpu]'" in refused("generate", "-p", "x", start=start, code=1)
 
 
 def test_perplexity(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install pyarrow" in message(read_splits, write(tmp_path / "train.parquet", b"PAR1"))
+    assert "pip install '.[data]'" in message(read_splits, write(tmp_path / "train.parquet", b"PAR1"))
 
 
 # Which files are splits

@@ -254,7 +254,7 @@ def test_a_picture_that_fails_is_a_line_and_no_more(tmp_path: Path, monkeypatch:
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = metrics.importlib.util.find_spec
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.warns(UserWarning, match=r"mlx-openelm\[plots\]") as caught:
+    with pytest.warns(UserWarning, match=r"pip install '\.\[plots\]'") as caught:
         log = Metrics(tmp_path)
     assert len(caught) == 1
     with warnings.catch_warnings():

@@ -174,7 +174,7 @@ def test_a_picture_that_cannot_be_is_refused(name, tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"mlx-openelm\[plots\]"):
+    with pytest.raises(RequestError, match=r"pip install '\.\[plots\]'"):
         check_picture(tmp_path / "report.png")
 
 

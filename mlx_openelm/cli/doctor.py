@@ -183,7 +183,7 @@ def _packages() -> Iterator[Finding]:
     advice = f"pip install {' '.join(missing)}" if missing else None
     yield Finding("Packages", present, advice)
     for name, (purpose, extra) in _OPTIONAL.items():
-        yield Finding(name, _version(name) or f"not installed ({purpose}: pip install 'mlx-openelm[{extra}]')")
+        yield Finding(name, _version(name) or f"not installed ({purpose}: pip install '.[{extra}]')")
 
 
 def _version(package: str) -> str | None:

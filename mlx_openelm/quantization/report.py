@@ -17,6 +17,7 @@ from ..formats.packing import bits_per_weight
 from ..model import OpenELM
 from ..modules import module_at
 from ..ops.packed import MODES
+from ..wording import install
 from .calibration import Progress, Stream, Teacher
 from .recipes import RECIPES, planner
 
@@ -157,7 +158,7 @@ def check_picture(path: Path) -> None:
         RequestError: matplotlib is missing, the suffix is not supported, the file exists or its folder does not.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("Drawing a picture needs matplotlib: pip install 'mlx-openelm[plots]'.")
+        raise RequestError(f"Drawing a picture needs matplotlib: {install('plots')}.")
     if path.suffix.lower() not in _PICTURE_SUFFIXES:
         raise RequestError(f"{path} must end in {', '.join(_PICTURE_SUFFIXES)}.")
     if path.exists():

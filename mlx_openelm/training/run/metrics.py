@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ...errors import OpenELMError
 from ...formats import atomic
+from ...wording import install
 from .trackers import Tracker
 
 FILE, PICTURE = "metrics.jsonl", "losses.png"
@@ -64,9 +65,7 @@ class Metrics:
         except OSError as error:
             raise _failed(self._path, error) from None
         if plot and importlib.util.find_spec("matplotlib") is None:
-            warnings.warn(
-                "Without matplotlib there is no picture of the losses: pip install 'mlx-openelm[plots]'.", stacklevel=2
-            )
+            warnings.warn(f"Without matplotlib there is no picture of the losses: {install('plots')}.", stacklevel=2)
             plot = False
         self._picture = _Picture(folder / PICTURE) if plot else None
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from ...errors import OpenELMError, RequestError, quote
 from ...formats import atomic
+from ...wording import install
 
 TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_PROJECT = "mlx-openelm"
-_INSTALL = "pip install 'mlx-openelm[trackers]'"
 # What each keeps in the run's folder.
 _TENSORBOARD, _WANDB_ID = "tensorboard", "wandb-run.txt"
 # How often TensorBoard's writer saves; by default a killed process would lose two minutes.
@@ -42,9 +42,9 @@ def check(report_to: str | None) -> tuple[str, ...]:
         if name not in TRACKERS:
             raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {quote(name)}.")
         if name == "tensorboard" and _tensorboard_module() is None:
-            raise RequestError(f"--report-to tensorboard needs tensorboardX: {_INSTALL}.")
+            raise RequestError(f"--report-to tensorboard needs tensorboardX: {install('trackers')}.")
         if name == "wandb" and not _has("wandb"):
-            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {_INSTALL}.")
+            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {install('trackers')}.")
     return names
 
 
