@@ -32,7 +32,7 @@ def convert(
     model: str | Path,
     mlx_path: str | Path = "mlx_model",
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -64,8 +64,8 @@ def convert(
         RequestError: an invalid request; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
+    dtype = check_dtype(model, dtype)
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
-    check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
 
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
