@@ -119,6 +119,9 @@ def stream_generate(
     elif chosen.temp > 0:
         key = None if chosen.seed is None else make_key(chosen.seed)
         sampler = make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
+    processors = list(logits_processors or ())
+    if chosen.changes_logits:
+        processors = [*make_logits_processors(chosen), *processors]
     decoder, ids, count = make_decoder(
         model,
         prompt,
@@ -126,7 +129,7 @@ def stream_generate(
         chosen,
         cache=prompt_cache,
         prompt_cache_tokens=prompt_cache_tokens,
-        logits_processors=[*(make_logits_processors(chosen) if chosen.changes_logits else ()), *logits_processors or ()],
+        logits_processors=processors,
     )
     return _pieces(tokenizer, decoder, ids, count, sampler or greedy, chosen, progress)
 
