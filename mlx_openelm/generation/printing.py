@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from .decoding import Piece
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 _LINE = "=" * 10
 
 
-def printed(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The same pieces; prints each one's text as it comes, and after the last the speeds and the peak memory."""
+def printed(pieces: Iterable[Any]) -> Iterator[Any]:
+    """The pieces of `stream_generate`, unchanged: prints their text as it comes, then the speeds and the peak memory."""
     print(_LINE)
-    last, is_empty = None, True
-    for last in pieces:
-        print(last.text, end="", flush=True)
-        is_empty = is_empty and not last.text
-        yield last
+    has_text = False
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        has_text = has_text or bool(piece.text)
+        yield piece
     print(f"\n{_LINE}")
-    if is_empty or last is None:
+    if not has_text:
         print("No text generated for this prompt")
         return
-    print(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec")
-    print(f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec")
-    print(f"Peak memory: {last.peak_memory:.3f} GB")
+    print(f"Prompt: {piece.prompt_tokens} tokens, {piece.prompt_tps:.3f} tokens-per-sec")
+    print(f"Generation: {piece.generation_tokens} tokens, {piece.generation_tps:.3f} tokens-per-sec")
+    print(f"Peak memory: {piece.peak_memory:.3f} GB")
