@@ -9,7 +9,7 @@ _LINE = "=" * 10
 
 
 def printed(pieces: Iterable[Any]) -> Iterator[Any]:
-    """The pieces of `stream_generate`, unchanged: prints their text as it comes, then the speeds and the peak memory."""
+    """The pieces of `stream_generate`: prints their text as it comes, then the speeds and the peak memory."""
     print(_LINE)
     has_text = False
     for piece in pieces:

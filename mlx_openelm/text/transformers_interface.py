@@ -91,8 +91,8 @@ class TransformersInterface:
     @overload
     def convert_tokens_to_ids(self, tokens: str) -> int | None: ...
     @overload
-    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int | None]: ...
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int | None] | None:
+    def convert_tokens_to_ids(self, tokens: list[str] | tuple[str, ...]) -> list[int | None]: ...
+    def convert_tokens_to_ids(self, tokens: str | list[str] | tuple[str, ...]) -> int | list[int | None] | None:
         """The id of a token, or a list of those of several; None where there is no such token."""
         if isinstance(tokens, str):
             return self.token_to_id(tokens)
