@@ -138,6 +138,19 @@ def test_a_sampler_and_what_it_replaces(ours: Any, options: dict[str, Any]) -> N
         stream_generate(*ours, PROMPT, sampler=sample_utils.make_sampler(0.0), **options)
 
 
+# The guide.
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_python_of_the_guide_runs_as_written(index: int, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "tests").symlink_to(FIXTURES.parent)
+    guide = (FIXTURES.parents[1] / "docs" / "coming-from-mlx-lm.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)[index], {})
+    assert len(capsys.readouterr().out) > 50
+    assert (tmp_path / "shakespeare-4bit").exists() == (index == 0)
+
+
 # Prompt caches.
 
 
