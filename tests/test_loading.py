@@ -184,7 +184,7 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path, monkeypa
         assert same(parameters(load(tmp_path / "m")[0]), {n: w.astype(mx.float32) for n, w in stored.items()})
         assert same(parameters(load(tmp_path / "m", dtype=str(dtype).split(".")[-1])[0]), stored)
         assert same(parameters(load(tmp_path / "m", dtype=dtype)[0]), stored)
-    with pytest.raises(RequestError, match="--dtype must be one of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(RequestError, match="--dtype must be one of float32, .*, bf16, got 'int8'"):
         load(tmp_path / "m", dtype="int8")
 
 

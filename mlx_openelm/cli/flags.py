@@ -191,7 +191,7 @@ _REPEATABLE: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
 
 # A switch that is off by default. Every switch has a --no- form.
 SWITCH: dict[str, Any] = {"action": BooleanOptionalAction, "default": False}
-DTYPES = "float32|float16|bfloat16"
+DTYPES = "float32|float16|bfloat16"  # fp32, fp16 and bf16 too
 _SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "metavar": "MODEL",

@@ -56,9 +56,19 @@ class Piece:
     finish_reason: str | None = None
 
 
-def generate(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any) -> str:
-    """The text that follows `prompt`; arguments and errors as in `stream_generate`."""
-    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+def generate(
+    model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, verbose: bool = False, **options: Any
+) -> str:
+    """The text that follows `prompt`; other arguments and errors as in `stream_generate`.
+
+    `verbose` prints the text as it is generated, then the speed and the peak memory, as in mlx-lm.
+    """
+    pieces = stream_generate(model, tokenizer, prompt, **options)
+    if verbose:
+        from .printing import printed
+
+        pieces = printed(pieces)
+    return "".join(piece.text for piece in pieces)
 
 
 def stream_generate(
@@ -68,6 +78,8 @@ def stream_generate(
     *,
     prompt_cache: list[Any] | None = None,
     prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -77,10 +89,14 @@ def stream_generate(
     prompt and these.
 
     Args:
-        prompt: text (BOS is put first), or token ids as they are.
+        prompt: text, or token ids as they are. BOS is put in front of a text; one that begins with it is a rendered
+            chat, in which control tokens count.
         prompt_cache: key-value caches, one per layer, that hold what precedes the prompt; extended in place.
         prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
             count only the prompt and what follows, and a warning says so.
+        sampler: maps log-probabilities [1, vocab] to tokens [1], in place of `temp` and the filters.
+        logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits [1, vocab]; they come
+            after the bias and the penalties.
         progress: called with the prompt tokens processed so far and in total.
         options: the fields of `GenerationOptions`.
 
@@ -97,11 +113,16 @@ def stream_generate(
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError("The prompt is empty; give some text with --prompt.")
-        prompt = tokenizer.encode(prompt)
-    sampler: Sampler = greedy
-    if chosen.temp > 0:
+        is_rendered = prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
+    if sampler is not None:
+        chosen.check_sampler()
+    elif chosen.temp > 0:
         key = None if chosen.seed is None else make_key(chosen.seed)
         sampler = make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
+    processors = list(logits_processors or ())
+    if chosen.changes_logits:
+        processors = [*make_logits_processors(chosen), *processors]
     decoder, ids, count = make_decoder(
         model,
         prompt,
@@ -109,9 +130,9 @@ def stream_generate(
         chosen,
         cache=prompt_cache,
         prompt_cache_tokens=prompt_cache_tokens,
-        logits_processors=make_logits_processors(chosen) if chosen.changes_logits else (),
+        logits_processors=processors,
     )
-    return _pieces(tokenizer, decoder, ids, count, sampler, chosen, progress)
+    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, chosen, progress)
 
 
 def _pieces(

@@ -21,6 +21,9 @@ PENALTY_LIMIT = 1000.0
 BIAS_LIMIT = 1e30
 MAX_TEMP = 1000.0  # nearly uniform
 
+# The options that a sampler is made from.
+_SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
+
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -225,6 +228,12 @@ class GenerationOptions(SamplingParams, CacheOptions):
             check_seed(self.seed)
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
+
+    def check_sampler(self) -> None:
+        """Raise a `RequestError` if an option is set that a `sampler` of the caller's own replaces."""
+        given = [name for name in _SAMPLER_OPTIONS if getattr(self, name) != getattr(GenerationOptions, name)]
+        if given:
+            raise RequestError(f"sampler replaces {', '.join(given)}; give one or the other.")
 
 
 def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:

@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
-from ..loading import dtype_for
+from ..loading import dtype_for, dtype_name
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
 from ..sources import Source, open_source
@@ -35,7 +35,7 @@ def average(
     models: Sequence[str | Path],
     mlx_path: str | Path = "mlx_model",
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     overwrite: bool = False,
@@ -58,6 +58,7 @@ def average(
     """
     if len(models) < 2:
         raise RequestError("An average needs at least two checkpoints.")
+    dtype = dtype_name(dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
 
     sources = [_open(model, tokenizer, config_yaml) for model in models]

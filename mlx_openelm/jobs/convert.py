@@ -14,6 +14,8 @@ from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
 from ..loading import check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags
+from ..publishing.upload import Upload, UploadOptions, publish
+from ..publishing.upload import check as check_upload
 from ..quantization.recipes import Packing
 from ..sources import open_source
 from .writing import write_folder
@@ -21,18 +23,21 @@ from .writing import write_folder
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` wrote: the folder, its bits per parameter, and the matrices packed differently from the rest."""
+    """What `convert` wrote: the folder, its bits per parameter, the matrices packed differently from the rest, and what
+    was uploaded, if anything."""
 
     path: Path
     bits_per_weight: float
     exceptions: dict[str, str]
+    upload: Upload | None = None
 
 
 def convert(
-    model: str | Path,
+    model: str | Path | None = None,
     mlx_path: str | Path = "mlx_model",
     *,
-    dtype: str | None = None,
+    hf_path: str | Path | None = None,
+    dtype: str | mx.Dtype | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -43,12 +48,15 @@ def convert(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    upload_repo: str | None = None,
+    private: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write a model as an MLX folder, which appears complete or not at all.
 
     Args:
         model: an alias, a hub name, a folder, a CoreNet checkpoint (`.pt`), a `.gguf` file, or `corenet:SIZE/NAME`.
+        hf_path: mlx-lm's name for `model`.
         dtype: the type of tensors that are not quantized; bfloat16 by default. Scales and biases always have 16 bits.
         quantize: quantize every matrix; q_bits and q_group_size default to the mode's (affine: 4 and 64).
         recipe: more bits for some matrices than for others, in place of q_bits: mixed_2_6, mixed_3_4, mixed_3_6
@@ -58,14 +66,22 @@ def convert(
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `mlx_path` if it exists.
+        upload_repo: a hub repository, as `owner/name`, to upload the folder to; it is created if it does not exist.
+        private: create it as private.
         progress: called with the bytes written so far and in all.
 
     Raises:
         RequestError: an invalid request; nothing was written.
-        OpenELMError: a download or writing failed; nothing was left behind.
+        OpenELMError: a download or writing failed; nothing was left behind. Or the upload failed; the folder is kept.
     """
+    if model is not None and hf_path is not None:
+        raise RequestError("model and hf_path are two names for the same argument; give one of them.")
+    if (model := hf_path if model is None else model) is None:
+        raise RequestError("There is no model to convert; give its name or its folder.")
+    upload = UploadOptions(upload_repo, private)
+    check_upload(upload)
+    dtype = check_dtype(model, dtype)
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
-    check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
 
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
@@ -85,7 +101,8 @@ def convert(
         },
     )
     write_folder(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
-    return Conversion(target, bits, exceptions)
+    sent = None if upload_repo is None else publish(target, upload)
+    return Conversion(target, bits, exceptions, sent)
 
 
 def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:

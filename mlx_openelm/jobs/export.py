@@ -49,7 +49,7 @@ def export(
     *,
     format: str,
     gguf_type: str | None = None,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     revision: str | None = None,
@@ -76,8 +76,8 @@ def export(
         RequestError: an invalid request; nothing was written.
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
+    dtype = check_dtype(model, dtype)
     _check_request(format, gguf_type, dtype)
-    check_dtype(model, dtype)
     if output is not None:  # before a download that would be wasted
         _check_output(Path(output), format, overwrite=overwrite)
 

@@ -70,7 +70,7 @@ def fuse(
     adapter_path: AdapterPaths = "adapters",
     save_path: str | Path = "fused_model",
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -109,11 +109,11 @@ def fuse(
         RequestError: an invalid request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
+    dtype = check_dtype(model, dtype)
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
     paths = parse_paths(adapter_path)
-    check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
     open_base = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     show = progress or (lambda *_: None)

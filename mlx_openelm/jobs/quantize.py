@@ -69,7 +69,7 @@ def quantize(
     mlx_path: str | Path = "mlx_model",
     options: QuantizeOptions | None = None,
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     revision: str | None = None,
@@ -93,7 +93,7 @@ def quantize(
     options = options or QuantizeOptions()
     if (warning := backend.slow_training_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
-    check_dtype(model, dtype)
+    dtype = check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
 
     open_model = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import mlx.core as mx
+
 from ... import backend
 from ...adapters.attaching import target_paths
 from ...config import ModelConfig
 from ...errors import RequestError
 from ...hub import catalog
-from ...loading import load
+from ...loading import dtype_name, load
 from ...model import OpenELM
 from ...text.chat_template import CORENET_TEMPLATE
 from ...text.tokenizer import Tokenizer
@@ -28,11 +30,15 @@ from .listener import Listener
 class Loading:
     """How the model is loaded and prompts are rendered: arguments of `load` and `tokenize`."""
 
-    dtype: str | None = None
+    dtype: str | mx.Dtype | None = None
     tokenizer: str | None = None
     config_yaml: str | None = None
     revision: str | None = None
     chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        # By its full name, which can be recorded, and compared when a run is resumed.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True)
