@@ -113,7 +113,7 @@ def test_every_command_has_help() -> None:
         assert "--debug" in done.stdout
         assert "\nCommon flags:\n  --" in done.stdout
         examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
-        assert examples and all(f"mlx-openelm {name}" in line for line in examples)
+        assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
 
 def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: str, tmp_path: Path) -> None:
@@ -139,8 +139,9 @@ def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: s
         (["generate", "-m", "x"], "--max-tokens must be a whole number, got 'x'."),
         (["generate", "--temp", "warm"], "--temp must be a number, got 'warm'."),
         (["generate", "--verbose=maybe"], "--verbose must be True or False, got 'maybe'."),
-        (["generate", "--prompt", "two", "words"], "unexpected argument 'words'; see mlx-openelm generate --help."),
-        (["generate", "--prompt", "two", "--", "words"], "unexpected argument 'words'"),
+        (["generate", "--prompt", "two", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["generate", "two", "--", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["convert", "two", "--", "words"], "unexpected argument 'two'; see mlx-openelm convert --help."),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
         (["generate", "--max", "3"], "generate has no flag --max (did you mean --max-kv-size or --max-tokens?)"),
@@ -269,15 +270,25 @@ def test_help_has_a_short_flag() -> None:
     assert done.returncode == 0 and done.stdout.startswith("Usage: mlx-openelm generate")
 
 
-def test_a_word_after_another_flag_is_no_switch() -> None:
-    values = result("generate", "-m", 3, "--prompt", "--verbose", "--verbose", "true")
+def test_a_flag_is_no_value_unless_joined_to_it() -> None:
+    """After a flag that needs a value, another flag means that the value was forgotten."""
+    line = refused("generate", "--prompt", "--json")
+    assert "--prompt needs a value, and --json is a flag; if it is the value, write --prompt=--json;" in line
+    assert "--prompt needs a value, and --temp=1 is a flag" in refused("generate", "--prompt", "--temp=1")
+    assert "--stop needs a value, and -m is a flag" in refused("generate", "-p", "x", "--stop", "-m", 3)
+    values = result("generate", "-m", 3, "--prompt=--verbose", "--verbose", "true")
     assert values["prompt"] == "--verbose"
+
+
+def test_a_switch_takes_no_word_that_is_a_prompt() -> None:
+    assert result("generate", "-m", 1, "--verbose", "False", "yes")["prompt"] == "yes"
+    assert result("generate", "--verbose", "yes", "-m", 1)["prompt"] == "yes"
 
 
 def test_a_value_may_begin_with_a_dash() -> None:
     for args in (["--prompt", "-x"], ["--prompt=-x"], ["-p", "-x"], ["-p-x"], ["--prompt", "--", "-p", "-x"]):
         assert result("generate", "-m", 1, *args)["prompt"] == "-x"
-    assert result("generate", "-p", "x", "-m", 2, "--stop", "--json", "--presence-penalty", "-1e-2")["text"]
+    assert result("generate", "-p", "x", "-m", 2, "--stop=--json", "--presence-penalty", "-1e-2")["text"]
 
 
 def test_prompts_from_everywhere(greedy_text: str, tmp_path: Path) -> None:
@@ -302,7 +313,7 @@ def test_no_prompt_on_a_terminal() -> None:
     os.close(child)
     os.close(parent)
     assert done.returncode == 2
-    assert done.stderr.startswith(b"error: There is no prompt; give one with --prompt")
+    assert done.stderr.startswith(b'error: There is no prompt; give one: mlx-openelm generate "To be"')
 
 
 def test_bad_prompts(tmp_path: Path) -> None:
@@ -310,7 +321,7 @@ def test_bad_prompts(tmp_path: Path) -> None:
     assert "The prompt is empty" in refused("generate", stdin="\n")
     assert "not UTF-8" in refused("generate", stdin=b"\xff\xfe\xfa")
     assert "missing.txt does not exist" in refused("generate", "--prompt-file", tmp_path / "missing.txt")
-    assert "Give either" in refused("generate", "--prompt", "x", "--prompt-file", "y")
+    assert "Give the prompt once" in refused("generate", "--prompt", "x", "--prompt-file", "y")
     assert "too long" in refused("generate", stdin="word " * 5000)
 
 
@@ -782,7 +793,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_keeps_every_character_whatever_the_stream_encodes() -> None:
     for encoding, shown in (("ascii", r"\u00e9"), ("latin-1", "é"), ("utf-8", "é")):
-        code = "from mlx_openelm.cli import console; console.prepare_streams(); console.print_json({'a': 'é'})"
+        code = "from mlx_openelm.cli import console; console.print_json({'a': 'é'})"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
         )
