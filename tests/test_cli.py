@@ -39,6 +39,8 @@ def run(
     """The command in a process of its own; nothing from the hub unless `env` names one."""
     command = [*(start or (sys.executable, "-m", "mlx_openelm")), *map(str, args)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
+    if "COLUMNS" not in (env or {}):
+        environment.pop("COLUMNS", None)  # pytest-xdist sets it
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=60)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -727,6 +729,19 @@ def test_doctor_has_advice_about_blas() -> None:
     done = run(start=(sys.executable, "-c", code))
     assert done.returncode == 0
     assert "mlx.core was imported before mlx_openelm" in done.stdout
+
+
+def test_help_and_completion_do_not_need_mlx() -> None:
+    code = (
+        "import sys\nimport mlx_openelm\nsys.modules['mlx'] = None\n"
+        "from mlx_openelm.cli.main import main\nmain(sys.argv[1:])"
+    )
+    start = (sys.executable, "-c", code)
+    for name in COMMANDS:
+        done = run("help", name, start=start)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == run(name, "-h").stdout
+    assert run("--show-completion", "bash", start=start).stdout == run("--show-completion", "bash").stdout
 
 
 def test_without_mlx_doctor_runs_and_the_rest_names_the_extra() -> None:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import inspect
 import sys
-import warnings
 from argparse import BooleanOptionalAction
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -155,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         reason = suggestions.not_needed(flag)
         if reason is None:
             raise RequestError(suggestions.unknown_flag(self.prog, flag, self.flags))
-        warnings.warn(f"{flag} is not needed: {reason}.", stacklevel=2)
+        console.say(f"warning: {flag} is not needed: {reason}.")
         return True
 
     def _switch(self, action: BooleanOptionalAction, flag: str, value: str) -> str:

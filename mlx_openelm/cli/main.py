@@ -116,6 +116,10 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
         if wants_completion:
             raise RequestError(f"Completion is for {', '.join(SHELLS)}, not {quote(name)}.")
         debug = values.debug
+    if "--help" in rest or "-h" in rest:
+        from . import without_mlx
+
+        without_mlx.stand_in()
     parser, run = command(name)
     values = parser.parse(rest)
     values.debug |= debug
@@ -171,8 +175,9 @@ def _print_help(_: Namespace) -> int:
 
 
 def _complete(values: Namespace) -> int:
-    from . import completion
+    from . import completion, without_mlx
 
+    without_mlx.stand_in()
     commands = {name: (line, command(name)[0]) for name, line in COMMANDS.items()}
     text = completion.script(values.install_completion or values.show_completion, PROGRAM, _program(), commands)
     if values.show_completion:

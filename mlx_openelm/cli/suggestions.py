@@ -161,6 +161,8 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
             return f"{plain} is not offered: {refused[plain]}."
     renamed = [name for name in _RENAMED_FLAGS.get(plain, ()) if name.split()[0] in known]
     hint = f"did you mean {renamed[0]}?" if renamed else _did_you_mean(plain, known)
+    if " " not in program and not hint:
+        hint = f"the flags of a command follow its name: {program} generate --prompt ..."
     return f"{program} has no flag {flag}{hint and f' ({hint})'}; see {program} --help."
 
 
