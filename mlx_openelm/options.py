@@ -13,9 +13,11 @@ class Option:
         group: the heading in `--help` that lists it.
         flags: other spellings of the flag, like `-m`.
         metavar: how `--help` writes the value. `mlx|peft` lists the choices, which shells complete.
+        default: what `--help` gives as the default where the field's own, such as None, says too little.
     """
 
     help: str
     group: str = "Common flags"
     flags: tuple[str, ...] = ()
     metavar: str | None = None
+    default: str | None = None

@@ -213,7 +213,7 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     os.close(theirs)
     shown = _read_all(terminal, process)
     assert process.wait() == 0, shown
-    live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  [\d,]+ tokens/s  [\d.]+ MB  \d+:\d\d left", shown)
+    live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  \d+:\d\d left  [\d,]+ tokens/s  [\d.]+ MB", shown)
     assert len(set(live)) > 2
     assert re.search(r"Step 75 of 150: train loss", shown)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again

@@ -14,6 +14,10 @@ from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
+MAIN_FLAGS = (
+    *("--model", "--mlx-path", "--quantize", "--q-bits", "--q-group-size", "--q-mode", "--dtype", "--overwrite"),
+    *("--upload-repo", "--json"),
+)
 EXAMPLES = """\
   mlx-openelm convert --model apple/OpenELM-270M -q --mlx-path OpenELM-270M-4bit
   mlx-openelm convert --model my_checkpoint.pt --config-yaml my_run.yaml --tokenizer my_tokenizer.model"""
@@ -27,11 +31,13 @@ def add_flags(parser: flags.Parser) -> None:
         "--hf-path",
         metavar="MODEL",
         default=catalog.TINY,
-        help="A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), a .gguf "
-        "file, or corenet:SIZE/NAME.  [default: %(default)s]",
+        help="Model: a name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a CoreNet checkpoint (.pt), "
+        "a .gguf file, or corenet:SIZE/NAME.  [default: %(default)s]",
     )
     flags.add_shared(common, "--mlx-path")
-    common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
+    common.add_argument(
+        "--dtype", metavar=flags.DTYPES, help="Type of the weights that are not quantized.  [default: bfloat16]"
+    )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_fields(parser, Packing)
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")

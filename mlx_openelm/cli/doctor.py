@@ -44,6 +44,7 @@ class Finding:
     failed: bool = False
 
 
+MAIN_FLAGS = ("--json",)
 EXAMPLES = """\
   mlx-openelm doctor"""
 
@@ -60,12 +61,14 @@ def run(args: Namespace) -> int:
     if args.json:
         console.print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
-        width = max(len(finding.name) for finding in findings)
-        for finding in findings:
-            print(f"{finding.name:{width}}  {finding.value}")
-            if finding.advice:
-                print(f"{'':{width}}  -> {finding.advice}")
+        console.print_rows(row for finding in findings for row in _rows(finding))
     return 1 if failed else 0
+
+
+def _rows(finding: Finding) -> Iterator[tuple[str, str]]:
+    yield finding.name, finding.value
+    if finding.advice:
+        yield "", f"-> {finding.advice}"
 
 
 def examine() -> Iterator[Finding]:

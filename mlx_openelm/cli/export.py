@@ -14,6 +14,7 @@ from ..wording import size
 from . import console, flags
 from . import upload as upload_command
 
+MAIN_FLAGS = ("--format", "--model", "--output", "--gguf-type", "--dtype", "--overwrite", "--upload-repo", "--json")
 EXAMPLES = """\
   mlx-openelm export --format huggingface --output tiny-hf
   mlx-openelm export --format gguf --gguf-type q8_0 --output tiny-q8_0.gguf"""
@@ -26,19 +27,21 @@ def add_flags(parser: flags.Parser) -> None:
         "--format",
         required=True,
         metavar="huggingface|gguf",
-        help="A folder like apple/OpenELM-*, or a file for llama.cpp.",
+        help="Format to write: a folder like apple/OpenELM-* for transformers, or a file for llama.cpp.",
     )
     flags.add_shared(common, "--model")
     common.add_argument(
-        "--output", metavar="PATH", help="The folder or file to write; NAME-hf or NAME-TYPE.gguf by default."
+        "--output", metavar="PATH", help="Folder or file to write.  [default: NAME-hf or NAME-TYPE.gguf]"
     )
     common.add_argument(
         "--gguf-type",
         metavar="f32|f16|bf16|q8_0|q4_0",
-        help="The type of a GGUF file's matrices; f16 by default (bf16 for the 3B model).",
+        help="Type of the matrices in a GGUF file.  [default: f16; bf16 for the 3B model]",
     )
     common.add_argument(
-        "--dtype", metavar=flags.DTYPES, help="For huggingface; the stored type by default, float32 if quantized."
+        "--dtype",
+        metavar=flags.DTYPES,
+        help="Type to write, for --format huggingface.  [default: as stored; float32 if quantized]",
     )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")

@@ -21,6 +21,10 @@ _UNITS = {"Writing": "bytes", "Reading the text": "batches"}
 _MOSTLY_LOST = 0.5
 
 
+MAIN_FLAGS = (
+    *("--model", "--adapter-path", "--save-path", "--quantize", "--q-bits", "--dequantize", "--dtype", "--overwrite"),
+    *("--upload-repo", "--json"),
+)
 EXAMPLES = """\
   mlx-openelm fuse --model 270m --adapter-path my_adapter --save-path my_model
   mlx-openelm fuse --model 270m --adapter-path my_adapter=0.7 --adapter-path my_other=0.3 -q"""
@@ -34,24 +38,26 @@ def add_flags(parser: flags.Parser) -> None:
         "--adapter-path",
         action="append",
         metavar="PATH",
-        help="An adapter of mlx-lm, PEFT or CoreNet: a folder, a file or a hub name. Repeat it as PATH=WEIGHT to mix "
-        "several.  [default: adapters]",
+        help="Adapter of mlx-lm, PEFT or CoreNet: a folder, a file or a hub repository. To mix several, repeat it as "
+        "PATH=WEIGHT.  [default: adapters]",
     )
     common.add_argument(
-        "--save-path", metavar="FOLDER", default="fused_model", help="The folder to write.  [default: %(default)s]"
+        "--save-path", metavar="FOLDER", default="fused_model", help="Folder to write.  [default: %(default)s]"
     )
     common.add_argument(
-        "--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; by default as it is stored."
+        "--dtype", metavar=flags.DTYPES, help="Type of the weights that are not quantized.  [default: as stored]"
     )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_fields(parser, Packing)
     measuring.add_argument(
-        "--report", **flags.SWITCH, help="Also measure on text what storing the result costs (KL divergence)."
+        "--report",
+        **flags.SWITCH,
+        help="Also measure on text how far the result is from the model with its adapters (KL divergence).",
     )
     measuring.add_argument(
         "--report-data",
         metavar="FILE",
-        help="The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
+        help="Text for --report: a text file, or .jsonl with `text` on every line.  [default: a text in the package]",
     )
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
     flags.add_fields(parser, UploadOptions)

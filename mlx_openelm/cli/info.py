@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -12,9 +13,15 @@ from ..jobs.summary import Summary, summarize
 from ..wording import size
 from . import console, flags
 
-_BAR = 24  # characters of the largest layer's bar
+# Characters of the largest layer's bar. On a terminal without room for a short one there are no bars.
+_BAR, _SHORTEST_BAR = 24, 8
+# What is said of figures that are not from a model's files.
+_NOT_HERE = {
+    "published": "The model is not on this machine: these are the published sizes; no file was read.",
+    "config": "The weights are not on this machine: these figures are from the repository's config.json.",
+}
 
-
+MAIN_FLAGS = ("--model", "--revision", "--json")
 EXAMPLES = """\
   mlx-openelm info 3b
   mlx-openelm info --model OpenELM-270M-4bit --json"""
@@ -22,13 +29,16 @@ EXAMPLES = """\
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `info` to its parser."""
-    parser.usage = f"{parser.prog} [flags] [MODEL]"
-    parser.groups["Arguments"].add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    parser.usage = f"{parser.prog} [MODEL] [flags]"
+    parser.groups["Arguments"].add_argument(
+        "name", nargs="?", metavar="MODEL", help="Model to show; the same as --model."
+    )
     common = parser.groups["Common flags"]
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]",
+        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
+        "[default: tiny]",
     )
     flags.add_shared(common, "--revision", "--json")
 
@@ -44,7 +54,10 @@ def run(args: Namespace) -> int:
     if args.json:
         console.print_json(_to_json(summary))
     else:
-        print("\n".join([*_layer_lines(summary), "", *_total_lines(summary)]))
+        print("\n".join(_layer_lines(summary)), end="\n\n")
+        console.print_rows(_totals(summary).items())
+        if summary.source != "files":
+            print("\n" + console.wrap(_NOT_HERE[summary.source], console.columns(sys.stdout)))
     return 0
 
 
@@ -58,17 +71,20 @@ def _to_json(summary: Summary) -> dict[str, Any]:
 
 def _layer_lines(summary: Summary) -> list[str]:
     lines = ["layer  query heads  kv heads  inner size  parameters   share"]
+    room = (console.columns(sys.stdout) or 100) - len(lines[0]) - 2
+    width = min(_BAR, room) if room >= _SHORTEST_BAR else 0
     largest = max(layer.parameters for layer in summary.layers)
     for layer in summary.layers:
-        bar = "█" * max(1, round(_BAR * layer.parameters / largest))
+        bar = "█" * max(1, round(width * layer.parameters / largest)) if width else ""
         lines.append(
             f"{layer.layer:5d}  {layer.query_heads:11d}  {layer.kv_heads:8d}  {layer.inner_size:10d}  "
-            f"{layer.parameters:10,d}  {layer.share:5.1%}  {bar}"
+            f"{layer.parameters:10,d}  {layer.share:5.1%}  {bar}".rstrip()
         )
     return lines
 
 
-def _total_lines(summary: Summary) -> list[str]:
+def _totals(summary: Summary) -> dict[str, str]:
+    """Labels and what they say."""
     memory, total = summary.memory, summary.parameters
     layers = sum(layer.parameters for layer in summary.layers)
     head = f"{summary.head:,} ({summary.head / total:.1%})" if summary.head else "shared with the embedding"
@@ -87,7 +103,7 @@ def _total_lines(summary: Summary) -> list[str]:
     stored = f"{size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     if summary.rounded_to is None:
         stored += f", {summary.dtype}"
-    rows = {
+    return {
         "Model": summary.name,
         "Parameters": f"{total:,}",
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
@@ -99,13 +115,6 @@ def _total_lines(summary: Summary) -> list[str]:
         f"Memory at {memory.tokens} tokens": needs,
         "Tokenizer": _tokenizer_line(summary),
     }
-    width = max(map(len, rows))
-    lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
-    if summary.source == "published":
-        lines += ["", "The model is not on this machine: these are the published sizes; no file was read."]
-    elif summary.source == "config":
-        lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
-    return lines
 
 
 def _tokenizer_line(summary: Summary) -> str:

@@ -20,6 +20,10 @@ from ..wording import counted
 from . import console, flags
 from .run_progress import RunProgress
 
+MAIN_FLAGS = (
+    *("--model", "--train", "--data", "--iters", "--batch-size", "--learning-rate", "--num-layers", "--mask-prompt"),
+    *("--adapter-path", "--resume"),
+)
 EXAMPLES = """\
   mlx-openelm lora --model 270m --train --data my_data --mask-prompt --iters 1000
   mlx-openelm lora --resume --adapter-path adapters
@@ -33,18 +37,23 @@ def add_flags(parser: flags.Parser) -> None:
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]",
+        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
+        "[default: tiny]",
     )
-    common.add_argument(
+    parser.groups["Training"].add_argument(
         "--config",
         "-c",
         action="append",
         metavar="FILE",
-        help="A YAML file with any of these settings; flags override it.",
+        help="YAML file with any settings of the run; flags override it.",
     )
     flags.add_fields(parser, FineTuneOptions)
     flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
-    model.add_argument("--chat-template", metavar="corenet|plain|FILE", help="How to write chats.")
+    model.add_argument(
+        "--chat-template",
+        metavar="corenet|plain|FILE",
+        help="How to write chats as text.  [default: the tokenizer's own, else corenet]",
+    )
     flags.add_shared(output, "--overwrite", "--json")
 
 

@@ -15,6 +15,7 @@ from ..loading import load
 from ..wording import counted
 from . import console, flags
 
+MAIN_FLAGS = ("--data", "--model", "--reference-model", "--adapter-path", "--json")
 EXAMPLES = """\
   mlx-openelm perplexity --data my_text.txt --model OpenELM-270M-4bit --reference-model apple/OpenELM-270M"""
 
@@ -23,34 +24,41 @@ def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `perplexity` to its parser."""
     common, windows, model = (parser.groups[title] for title in ("Common flags", "Windows", "Model"))
     common.add_argument(
-        "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="Text to measure on: a text file, or .jsonl with `text` on every line.",
     )
     flags.add_shared(common, "--model")
     common.add_argument(
-        "--reference-model", metavar="MODEL", help="Also give the KL divergence from this model, in nats per token."
+        "--reference-model", metavar="MODEL", help="Also measure the KL divergence from this model, in nats per token."
     )
     flags.add_shared(common, "--json")
     windows.add_argument(
         "--sequence-length",
         type=flags.integer,
         metavar="N",
-        help="Tokens per window; by default 512, or the model's context if that is shorter.",
+        help="Tokens per window.  [default: 512, or the model's context if that is shorter]",
     )
     windows.add_argument(
         "--num-samples",
         type=flags.integer,
         metavar="N",
-        help="The number of windows, drawn at random; -1 is all, the default.",
+        help="Windows to measure, drawn at random; -1 is all.  [default: -1]",
     )
     windows.add_argument(
-        "--batch-size", type=flags.integer, metavar="N", default=4, help="Windows per batch.  [default: %(default)s]"
+        "--batch-size",
+        type=flags.integer,
+        metavar="N",
+        default=4,
+        help="Windows to process at a time.  [default: %(default)s]",
     )
     windows.add_argument(
         "--seed",
         type=flags.integer,
         metavar="N",
         default=0,
-        help="The same seed draws the same windows.  [default: %(default)s]",
+        help="Seed for drawing windows: the same seed draws the same ones.  [default: %(default)s]",
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand")
 

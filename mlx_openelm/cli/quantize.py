@@ -30,6 +30,10 @@ _UNITS = {
 }
 
 
+MAIN_FLAGS = (
+    *("--model", "--mlx-path", "--q-bits", "--q-group-size", "--target-bpw", "--method", "--report", "--overwrite"),
+    *("--upload-repo", "--json"),
+)
 EXAMPLES = """\
   mlx-openelm quantize --model 270m --report
   mlx-openelm quantize --model 270m --target-bpw 4.2 --mlx-path OpenELM-270M-4.2bpw
@@ -38,15 +42,17 @@ EXAMPLES = """\
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `quantize` to its parser."""
-    common, source = (parser.groups[title] for title in ("Common flags", "Source"))
+    common, quantization, source = (parser.groups[title] for title in ("Common flags", "Quantization", "Source"))
     flags.add_shared(common, "--model", "--mlx-path")
     flags.add_fields(parser, QuantizeOptions)
     parser.groups["Report"].add_argument(
         "--report-plot",
         metavar="FILE",
-        help="Also draw the report into this PNG, SVG or PDF file; needs matplotlib.",
+        help="Also draw the --report into this PNG, SVG or PDF file; needs matplotlib.",
     )
-    common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
+    quantization.add_argument(
+        "--dtype", metavar=flags.DTYPES, help="Type of the weights that are not quantized.  [default: bfloat16]"
+    )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
     flags.add_fields(parser, UploadOptions)

@@ -35,6 +35,7 @@ class RunProgress(Listener):
         self._bar: Any = None
         self._task: Any = None
         self._work: tuple[str, console.Progress] | None = None
+        self._room = 0  # characters beside the bar
         self._live = sys.stderr.isatty()
 
     def started(self, step: int, total_steps: int) -> None:
@@ -56,8 +57,10 @@ class RunProgress(Listener):
             self._pace += _LATEST * (latest - self._pace)
         self._measured += 1
         memory = size(mx.get_peak_memory())
-        facts = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}  {self._left()} left"
-        self._show(completed=step, facts=facts)
+        facts = [f"loss {loss:.3f}", f"{self._left()} left", f"{tokens_per_second:,.0f} tokens/s", memory]
+        while len(facts) > 1 and len("  ".join(facts)) > self._room:
+            facts.pop()
+        self._show(completed=step, facts="  ".join(facts))
 
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the training loss and speed."""
@@ -88,7 +91,8 @@ class RunProgress(Listener):
         self.say(f"Step {step:,}: saved {path}")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one; on a terminal, a long one in several lines."""
+        line = console.wrap(line, console.columns(sys.stderr), "  ")
         bar = self._bar
         if bar is None:
             console.say(line)
@@ -116,12 +120,15 @@ class RunProgress(Listener):
         from rich import progress
         from rich.console import Console
 
-        columns = (
+        console = Console(stderr=True)
+        bar_width = 20 if console.width >= 100 else 10 if console.width >= 80 else 0
+        columns = [
             progress.TextColumn("{task.completed:,}/{task.total:,}"),
-            progress.BarColumn(bar_width=20),
+            *([progress.BarColumn(bar_width=bar_width)] if bar_width else []),
             progress.TextColumn("{task.fields[facts]}"),
-        )
-        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        ]
+        self._room = console.width - 2 * len(f"{self._total:,}") - bar_width - 3
+        self._bar = progress.Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("", total=self._total, completed=self._step, facts="")
         self._bar.start()
 

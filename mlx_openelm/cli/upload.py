@@ -10,6 +10,7 @@ from ..publishing.upload import Upload, UploadOptions, publish
 from ..wording import counted, size
 from . import console, flags
 
+MAIN_FLAGS = ("--path", "--upload-repo", "--private", "--dry-run", "--json")
 EXAMPLES = """\
   mlx-openelm upload --path OpenELM-270M-4bit --upload-repo me/OpenELM-270M-4bit --dry-run"""
 
@@ -17,7 +18,7 @@ EXAMPLES = """\
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `upload` to its parser."""
     common = parser.groups["Common flags"]
-    common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
+    common.add_argument("--path", required=True, metavar="PATH", help="Model folder, or .gguf file, to upload.")
     flags.add_shared(common, "--json")
     flags.add_fields(parser, UploadOptions)
 

@@ -48,43 +48,57 @@ class SamplingParams:
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
-    temp: Annotated[float, Option("Sampling temperature; 0 takes the most likely token.")] = 0.0
+    temp: Annotated[float, Option("Sampling temperature; 0 always takes the most likely token.")] = 0.0
     top_p: Annotated[
-        float, Option("Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
+        float, Option("Sample from the most likely tokens that together have this probability; 0 or 1 is off.")
     ] = 1.0
-    top_k: Annotated[int, Option("Sample from this many of the most likely tokens; 0 is off.", group="Sampling")] = 0
+    top_k: Annotated[int, Option("Sample from the N most likely tokens; 0 is off.", group="Sampling")] = 0
     min_p: Annotated[
         float,
-        Option("Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"),
+        Option(
+            "Sample from tokens with at least this share of the most likely token's probability; 0 is off.",
+            group="Sampling",
+        ),
     ] = 0.0
-    min_tokens_to_keep: Annotated[int, Option("Minimum number of tokens that --min-p leaves.", group="Sampling")] = 1
+    min_tokens_to_keep: Annotated[int, Option("Tokens that --min-p keeps at least.", group="Sampling")] = 1
     xtc_probability: Annotated[
-        float, Option("Probability of dropping the most likely tokens (XTC).", group="Sampling")
+        float, Option("At each token, exclude the top choices (XTC) with this probability.", group="Sampling")
     ] = 0.0
-    xtc_threshold: Annotated[float, Option("Probability above which XTC drops a token.", group="Sampling")] = 0.1
+    xtc_threshold: Annotated[
+        float,
+        Option("XTC excludes all but the least likely of the tokens above this probability.", group="Sampling"),
+    ] = 0.1
     repetition_penalty: Annotated[
-        float | None, Option("Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties")
+        float | None,
+        Option(
+            "Make tokens that are in the context less likely, by this factor; Apple suggests 1.2.",
+            group="Penalties",
+            default="1, which is off",
+        ),
     ] = None
     repetition_context_size: Annotated[
-        int | None, Option("Last tokens that --repetition-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --repetition-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     presence_penalty: Annotated[
-        float, Option("Subtract this from the logits of tokens in the context, once each.", group="Penalties")
+        float, Option("Subtract this from the logits of tokens that are in the context.", group="Penalties")
     ] = 0.0
     presence_context_size: Annotated[
-        int | None, Option("Last tokens that --presence-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --presence-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     frequency_penalty: Annotated[
         float,
-        Option("Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"),
+        Option("Subtract this from a token's logit for each time it is in the context.", group="Penalties"),
     ] = 0.0
     frequency_context_size: Annotated[
-        int | None, Option("Last tokens that --frequency-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --frequency-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     logit_bias: Annotated[
         Mapping[int, float] | None,
         Option(
-            "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
+            "Add VALUE to the logit of the token ID; -inf bans the token. Repeatable; or a JSON object of them.",
             group="Penalties",
             metavar="ID=VALUE",
         ),
@@ -131,16 +145,34 @@ class CacheOptions:
     """
 
     max_kv_size: Annotated[
-        int | None, Option("Keep at most this many positions, the first 4 and the latest.", group="Key-value cache")
+        int | None,
+        Option(
+            "Keep the keys and values of N tokens at most: of the first 4 and the latest.",
+            group="Key-value cache",
+            default="all tokens",
+        ),
     ] = None
     kv_bits: Annotated[
         int | None,
-        Option("Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"),
+        Option(
+            "Store keys and values in this many bits.",
+            group="Key-value cache",
+            metavar="2|3|4|5|6|8",
+            default="not quantized",
+        ),
     ] = None
     kv_group_size: Annotated[
-        int | None, Option("Elements that share a scale.", group="Key-value cache", metavar="32|64|128")
+        int | None,
+        Option(
+            "Keys or values that share a scale, with --kv-bits.",
+            group="Key-value cache",
+            metavar="32|64|128",
+            default="64",
+        ),
     ] = None
-    quantized_kv_start: Annotated[int, Option("First position that is quantized.", group="Key-value cache")] = 0
+    quantized_kv_start: Annotated[
+        int, Option("Quantize only once the cache holds N tokens, with --kv-bits.", group="Key-value cache")
+    ] = 0
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value; groups must divide `head_dim` if that is given.
@@ -201,14 +233,20 @@ class GenerationOptions(SamplingParams, CacheOptions):
     """
 
     max_tokens: Annotated[
-        int, Option("Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
+        int, Option("Tokens to generate at most; -1 is up to the end of the context.", flags=("-m",))
     ] = 256
-    seed: Annotated[int | None, Option("The same seed gives the same text; by default a random one is drawn.")] = None
-    stop: Annotated[str | Sequence[str] | None, Option("End before this text; repeatable.")] = ()
+    seed: Annotated[int | None, Option("Seed for sampling: the same seed gives the same text.", default="random")] = (
+        None
+    )
+    stop: Annotated[
+        str | Sequence[str] | None, Option("Stop before this text, if the model generates it; repeatable.")
+    ] = ()
     echo: Annotated[bool, Option("Print the prompt before the text that follows.", group="Output")] = False
     prefill_step_size: Annotated[
         int | None,
-        Option("Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"),
+        Option(
+            "Tokens of the prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+        ),
     ] = None
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:

@@ -26,19 +26,19 @@ class UploadOptions:
     upload_repo: Annotated[
         str | None,
         Option(
-            "The hub repository to upload to, as owner/name; created if it does not exist.",
+            "Upload to this hub repository, owner/name; created if it does not exist.",
             group="Upload",
             metavar="REPO",
         ),
     ] = None
-    private: Annotated[bool, Option("Make the repository private.", group="Upload")] = False
+    private: Annotated[
+        bool, Option("Create the repository as private; an existing one must be private already.", group="Upload")
+    ] = False
     upload_revision: Annotated[
         str | None,
-        Option(
-            "The branch to upload to; created if it does not exist.  [default: main]", group="Upload", metavar="BRANCH"
-        ),
+        Option("Branch to upload to; created if it does not exist.", group="Upload", metavar="BRANCH", default=MAIN),
     ] = None
-    commit_message: Annotated[str | None, Option("The commit's message.", group="Upload")] = None
+    commit_message: Annotated[str | None, Option("Message of the upload's commit.", group="Upload")] = None
     dry_run: Annotated[
         bool, Option("Show what would be uploaded; send nothing and do not contact the hub.", group="Upload")
     ] = False
