@@ -258,7 +258,8 @@ def test_what_may_be_changed_on_purpose_is_said(here):
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
     assert any(
-        line.startswith("--learning-rate is 0.001, 0.01 before; from here on the run differs") for line in notes.lines
+        line.startswith("--learning-rate is 0.001, 0.01 in adapters/run.json; from here on the run differs")
+        for line in notes.lines
     )
     assert any("another length" in line for line in notes.lines)
     record = json.loads((here / "adapters" / "run.json").read_text())
@@ -403,15 +404,31 @@ def test_early_stopping_keeps_the_best(here):
     options = replace(SHORT, iters=200, learning_rate=0.1, lr_schedule="constant", warmup=0, early_stop=2, test=True,
                       steps_per_eval=2, max_grad_norm=None)  # fmt: skip
     notes = Notes()
-    result = tune(options, notes).training
+    done = tune(options, notes)
+    result = done.training
     losses = {row["step"]: row["val_loss"] for row in metrics(here / "adapters") if "val_loss" in row}
     best = min(losses, key=losses.get)
     assert result.stopped == "stopped early" and result.steps == best + 4 == max(losses) and result.best_step == best
+    assert result.val_step == result.steps and result.val_loss == losses[result.steps]
     if best:
-        assert f"The weights of step {best}, where validation was best, are kept." in notes.lines
+        assert done.adapter_step == best and done.best_checkpoint is None
         left = (here / "adapters" / "adapters.safetensors").read_bytes()
         assert left == (here / "adapters" / "checkpoints" / "best" / "adapters.safetensors").read_bytes()
         assert left != (here / "adapters" / "checkpoints" / f"{result.steps:07d}" / "adapters.safetensors").read_bytes()
+
+
+def test_without_early_stopping_the_folder_has_the_last_weights(here):
+    options = replace(SHORT, iters=30, learning_rate=0.1, lr_schedule="constant", warmup=0, steps_per_eval=2,
+                      max_grad_norm=None)  # fmt: skip
+    done = tune(options)
+    losses = {row["step"]: row["val_loss"] for row in metrics(here / "adapters") if "val_loss" in row}
+    best = min(losses, key=losses.get)
+    assert best not in (0, 30) and done.adapter_step == 30 and done.training.best_step == best
+    assert done.best_checkpoint == f"adapters/checkpoints/{best:07d}"
+    found = load("model", adapter_path=done.best_checkpoint)[0]
+    kept = load("model", adapter_path="adapters/checkpoints/best")[0]
+    tokens = mx.array([[1, 5, 9]])
+    assert mx.array_equal(found(tokens), kept(tokens))
 
 
 def test_starting_from_an_adapter(here):

@@ -1,13 +1,14 @@
-"""Output that the commands share: lines on standard error, JSON, progress bars."""
+"""Output that the commands share: lines on standard error, JSON, lines that fit the terminal, progress bars."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from ..wording import size
 
@@ -43,6 +44,28 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def columns(stream: TextIO) -> int | None:
+    """The width to print for: $COLUMNS, or that of the terminal; None if `stream` is not one."""
+    wanted = os.environ.get("COLUMNS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):  # ValueError: closed, or no file at all
+        return None
+
+
+def wrap(text: str, width: int | None, indent: str = "") -> str:
+    """Text in lines of at most `width`, broken between words only; all but the first begin with `indent`."""
+    if width is None or len(text) <= width:
+        return text
+    import textwrap
+
+    return textwrap.fill(
+        text, max(width, len(indent) + 10), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 class Progress:

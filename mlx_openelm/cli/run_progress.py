@@ -64,8 +64,7 @@ class RunProgress(Listener):
         self.say(
             f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
             f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
-            f"{values['trained_tokens']:,} tokens learned, peak memory {values['peak_memory']:.3f} GB, "
-            f"{self._left()} left"
+            f"peak {size(values['peak_memory'] * 1e9)}, {self._left()} left"
         )
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -88,8 +87,9 @@ class RunProgress(Listener):
         self.say(f"Step {step:,}: saved {path}")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one; on a terminal it is broken between words."""
         bar = self._bar
+        line = console.wrap(line, console.columns(sys.stderr), "  ")
         if bar is None:
             console.say(line)
         else:
