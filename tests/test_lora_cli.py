@@ -277,6 +277,24 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lines_are_broken_between_words(columns, folder):
+    words = command(*SMALL, "--overwrite", "--adapter-path", f"narrow{columns}")
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(words, stdout=theirs, stderr=theirs, cwd=folder,
+                               env=environment() | {"TERM": "xterm", "COLUMNS": str(columns)})  # fmt: skip
+    os.close(theirs)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _read_all(terminal, process))
+    lines = re.split(r"[\r\n]+", shown)
+    assert process.wait() == 0 and max(map(len, lines)) <= columns
+    whole = " ".join(line.strip() for line in lines)
+    assert re.search(
+        r"Step 6 of 6: train loss \d\.\d+, learning rate 0.01, [\d,]+ tokens/s, peak [\d.]+ MB, 0:00 left", whole
+    )
+    assert re.search(r"Wrote narrow\d+: the weights of step 6, the last; use it with --adapter-path narrow", whole)
+    assert not any(re.search(r" [\d.,]+$", line) for line in lines if re.match("Step|Trained|Memory", line))
+
+
 def _read_all(terminal: int, process: subprocess.Popen) -> str:
     data, end = b"", time.monotonic() + 60
     while time.monotonic() < end:

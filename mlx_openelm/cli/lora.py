@@ -22,7 +22,7 @@ from ..training.run.samples import Sample
 from ..training.run.trainer import EARLY, Result
 from ..wording import counted, size
 from . import console, flags
-from .run_progress import RunProgress
+from .run_progress import RunProgress, fitted
 
 EXAMPLES = """\
   mlx-openelm lora --model 270m --train --data my_data --mask-prompt --iters 1000
@@ -102,7 +102,7 @@ def _file_settings(given: dict[str, Any], configs: list[str]) -> tuple[str, dict
 
 def _show(done: FineTuned) -> None:
     for line in _summary(done):
-        print(console.wrap(line, console.columns(sys.stdout), "  "))
+        print(fitted(line, sys.stdout))
     if done.interrupted:
         # A line of its own, never broken, to be copied.
         print(f"  mlx-openelm lora --resume --adapter-path {shlex.quote(str(done.adapter_path))}")

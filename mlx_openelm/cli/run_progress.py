@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 
@@ -18,6 +19,12 @@ from . import console
 # first steps replace the average.
 _LATEST = 0.1
 _WARMUP = 3
+
+
+def fitted(line: str, stream: TextIO) -> str:
+    """A line as it is printed to a stream: on a terminal it is broken between words, but not after a number."""
+    joined = re.sub(r"(?<=\d) (?=\w)", "\xa0", line)  # which textwrap takes for a letter
+    return console.wrap(joined, console.columns(stream), "  ").replace("\xa0", " ")
 
 
 class RunProgress(Listener):
@@ -89,7 +96,7 @@ class RunProgress(Listener):
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one; on a terminal it is broken between words."""
         bar = self._bar
-        line = console.wrap(line, console.columns(sys.stderr), "  ")
+        line = fitted(line, sys.stderr)
         if bar is None:
             console.say(line)
         else:
