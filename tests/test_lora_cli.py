@@ -292,7 +292,7 @@ def test_lines_are_broken_between_words(columns, folder):
         r"Step 6 of 6: train loss \d\.\d+, learning rate 0.01, [\d,]+ tokens/s, peak [\d.]+ MB, 0:00 left", whole
     )
     assert re.search(r"Wrote narrow\d+: the weights of step 6, the last; use it with --adapter-path narrow", whole)
-    assert not any(re.search(r" [\d.,]+$", line) for line in lines if re.match("Step|Trained|Memory", line))
+    assert not any(re.search(r" [\d.]+$", line) for line in lines if re.match("Step|Trained|Memory", line))
 
 
 def _read_all(terminal: int, process: subprocess.Popen) -> str:
