@@ -471,6 +471,8 @@ def test_a_long_report_says_before_how_long_it_takes(source, text, monkeypatch):
         monkeypatch.setattr(report, "estimate", lambda config, reading, seconds=seconds: (13, seconds))
         monkeypatch.setattr(report, "compare", lambda *_, **__: iter([report.Row("not quantized", 16, 8, 9.0, 0.0)]))
         said: list[str] = []
-        done = quantize(source, options=QuantizeOptions(report=True, calibration=str(text), **SMALL), say=said.append)
+        done = quantize(
+            source, options=QuantizeOptions(report=True, calibration=str(text), sequence_length=32), say=said.append
+        )
         assert said == expected
         assert done.measured_on is not None and done.measured_on.endswith("of a held-out part of play.txt")

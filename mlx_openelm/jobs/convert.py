@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
+from ..inputs import to_path
 from ..loading import check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags
 from ..quantization.recipes import Packing
@@ -85,7 +86,7 @@ def convert(
         },
     )
     write_folder(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
-    return Conversion(target, bits, exceptions)
+    return Conversion(to_path(mlx_path), bits, exceptions)
 
 
 def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:

@@ -138,7 +138,7 @@ def quantize(
             extra=run.save_sensitivities,
         )
     return Quantized(
-        path=target,
+        path=to_path(mlx_path),
         bits_per_weight=bits_per_weight(config, choices, stored.size),
         choices=choices,
         exceptions=run.exceptions,
