@@ -39,6 +39,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """A time as an estimate gives it: 40 seconds, 3 minutes, 2.5 hours; seconds to the next ten."""
+    if seconds < 90:
+        return f"{max(10, round(seconds / 10) * 10)} seconds"
+    if seconds < 90 * 60:
+        return counted(round(seconds / 60), "minute")
+    return f"{seconds / 3600:.1f} hours"
+
+
 def size(count: float) -> str:
     """A number of bytes in decimal units: 512 B, 3.1 MB, 12.1 GB (1 GB is 1e9 bytes)."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -258,7 +258,8 @@ def test_what_may_be_changed_on_purpose_is_said(here):
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
     assert any(
-        line.startswith("--learning-rate is 0.001, 0.01 before; from here on the run differs") for line in notes.lines
+        line.startswith("--learning-rate is 0.001, 0.01 in adapters/run.json; from here on the run differs")
+        for line in notes.lines
     )
     assert any("another length" in line for line in notes.lines)
     record = json.loads((here / "adapters" / "run.json").read_text())
@@ -403,15 +404,22 @@ def test_early_stopping_keeps_the_best(here):
     options = replace(SHORT, iters=200, learning_rate=0.1, lr_schedule="constant", warmup=0, early_stop=2, test=True,
                       steps_per_eval=2, max_grad_norm=None)  # fmt: skip
     notes = Notes()
-    result = tune(options, notes).training
+    done = tune(options, notes)
+    result = done.training
     losses = {row["step"]: row["val_loss"] for row in metrics(here / "adapters") if "val_loss" in row}
     best = min(losses, key=losses.get)
     assert result.stopped == "stopped early" and result.steps == best + 4 == max(losses) and result.best_step == best
+    assert result.val_step == result.steps and result.val_loss == losses[result.steps]
     if best:
-        assert f"The weights of step {best}, where validation was best, are kept." in notes.lines
+        assert done.adapter_step == best and done.best_checkpoint is None
         left = (here / "adapters" / "adapters.safetensors").read_bytes()
         assert left == (here / "adapters" / "checkpoints" / "best" / "adapters.safetensors").read_bytes()
         assert left != (here / "adapters" / "checkpoints" / f"{result.steps:07d}" / "adapters.safetensors").read_bytes()
+        # Without early stopping the last weights are kept, and the best are in their checkpoint.
+        more = tune(replace(options, resume=True, early_stop=None, iters=result.steps + 1))
+        assert more.training.best_step == best and more.adapter_step == result.steps + 1
+        assert more.best_checkpoint == f"adapters/checkpoints/{best:07d}"
+        assert (here / more.best_checkpoint / "adapters.safetensors").read_bytes() == left
 
 
 def test_starting_from_an_adapter(here):

@@ -134,7 +134,7 @@ def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_pa
     expected = kl_divergence(full, load(plain.path, dtype="float32")[0], windows[::8][:32])
     assert last.kl_divergence == pytest.approx(expected, rel=5e-3)
     card = (reported.path / "README.md").read_text()
-    assert "kept for it" in card and f"{last.perplexity:.2f}"[:3] in card
+    assert "a held-out part of " in card and f"{last.perplexity:.2f}"[:3] in card
 
 
 def test_a_report_alone_writes_nothing(source, text, tmp_path, monkeypatch):
@@ -459,3 +459,20 @@ def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path):
     for steps in reported.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert reported["Quantizing"][-1] == (9, 9)
+
+
+def test_a_long_report_says_before_how_long_it_takes(source, text, monkeypatch):
+    for seconds, expected in (
+        (9.0, []),
+        (44.0, ["The report compares 13 quantizations, which takes about 40 seconds."]),
+        (700.0, ["The report compares 13 quantizations, which takes about 12 minutes."]),
+        (9000.0, ["The report compares 13 quantizations, which takes about 2.5 hours."]),
+    ):
+        monkeypatch.setattr(report, "estimate", lambda config, reading, seconds=seconds: (13, seconds))
+        monkeypatch.setattr(report, "compare", lambda *_, **__: iter([report.Row("not quantized", 16, 8, 9.0, 0.0)]))
+        said: list[str] = []
+        done = quantize(
+            source, options=QuantizeOptions(report=True, calibration=str(text), sequence_length=32), say=said.append
+        )
+        assert said == expected
+        assert done.measured_on is not None and done.measured_on.endswith("of a held-out part of play.txt")

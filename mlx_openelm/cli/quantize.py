@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any, Self
@@ -11,9 +12,10 @@ from ..errors import RequestError
 from ..inputs import to_path
 from ..jobs.quantize import Quantized, quantize
 from ..publishing import upload as publishing
+from ..publishing.command_line import without_folders
 from ..publishing.upload import UploadOptions
 from ..quantization.options import QuantizeOptions
-from ..quantization.report import Row, chart, check_picture, draw, letter
+from ..quantization.report import Row, chart, check_picture, letter
 from ..wording import size
 from . import console, flags
 from . import upload as upload_command
@@ -85,9 +87,12 @@ def run(args: Namespace) -> int:
             revision=args.revision,
             overwrite=args.overwrite,
             progress=stages,
+            say=stages.say,
         )
     if plot is not None:
-        draw(result.report, plot)
+        from ..quantization.report_plot import draw
+
+        draw(result.report, plot, f"Quantizations of {without_folders(args.model)}\nmeasured on {result.measured_on}")
     sent = None
     if result.path is not None and upload.upload_repo is not None:
         sent = publishing.publish(result.path, upload)
@@ -113,6 +118,11 @@ class _Stages:
             self._bar.close()
             self._stage, self._bar = stage, console.Progress(stage, unit=_UNITS.get(stage, ""))
         self._bar(done, total)
+
+    def say(self, line: str) -> None:
+        """Print a line, in place of the bar."""
+        self._bar.close()
+        console.say(console.wrap(line, console.columns(sys.stderr)))
 
     def __enter__(self) -> Self:
         return self

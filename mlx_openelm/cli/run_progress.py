@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 
@@ -18,6 +19,12 @@ from . import console
 # first steps replace the average.
 _LATEST = 0.1
 _WARMUP = 3
+
+
+def fitted(line: str, stream: TextIO) -> str:
+    """A line as it is printed to a stream: on a terminal it is broken between words, but not after a number."""
+    joined = re.sub(r"(?<=\d) (?=\w)", "\xa0", line)  # which textwrap takes for a letter
+    return console.wrap(joined, console.columns(stream), "  ").replace("\xa0", " ")
 
 
 class RunProgress(Listener):
@@ -67,8 +74,7 @@ class RunProgress(Listener):
         self.say(
             f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
             f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
-            f"{values['trained_tokens']:,} tokens learned, peak memory {values['peak_memory']:.3f} GB, "
-            f"{self._left()} left"
+            f"peak {size(values['peak_memory'] * 1e9)}, {self._left()} left"
         )
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -91,9 +97,9 @@ class RunProgress(Listener):
         self.say(f"Step {step:,}: saved {path}")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one; on a terminal, a long one in several lines."""
-        line = console.wrap(line, console.columns(sys.stderr), "  ")
+        """Print a line, above the bar if there is one; on a terminal it is broken between words."""
         bar = self._bar
+        line = fitted(line, sys.stderr)
         if bar is None:
             console.say(line)
         else:

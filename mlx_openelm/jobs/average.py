@@ -14,6 +14,7 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
+from ..inputs import to_path
 from ..loading import dtype_for, dtype_name
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
@@ -82,7 +83,7 @@ def average(
         {"mlx_path": Path(mlx_path), "dtype": dtype, **source_flags(tokenizer, config_yaml)},
     )
     write_folder(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
-    return target
+    return to_path(mlx_path)
 
 
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:

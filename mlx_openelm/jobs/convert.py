@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
+from ..inputs import to_path
 from ..loading import check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags
 from ..publishing.upload import Upload, UploadOptions, publish
@@ -102,7 +103,7 @@ def convert(
     )
     write_folder(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
     sent = None if upload_repo is None else publish(target, upload)
-    return Conversion(target, bits, exceptions, sent)
+    return Conversion(to_path(mlx_path), bits, exceptions, sent)
 
 
 def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:

@@ -136,7 +136,7 @@ def fuse(
         progress=partial(show, "Writing"),
         card={"recipe": recipe, "adapters": [_describe(*entry) for entry in adapters]},
     )
-    fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
+    fusion = _fusion(to_path(save_path), bits, merged, requantized=was_packed and not dequantize)
     if report:
         written, base_alone = _divergences(open_base, paths, target, windows, show)
         fusion = replace(fusion, kl_divergence=written, base_kl_divergence=base_alone)

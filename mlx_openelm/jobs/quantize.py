@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,13 +31,15 @@ from ..quantization.report import Evaluator, Row
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
 from ..sources import Source, open_source
-from ..wording import flag
+from ..wording import duration, flag
 from .convert import requantize
 from .writing import write_folder
 
 SENSITIVITIES = "sensitivities.json"
 # The number of windows that sensitivities are measured on.
 _SENSITIVITY_WINDOWS = 8
+# A report that takes longer than this is announced, in seconds.
+_LONG_SECONDS = 10.0
 # Bytes per parameter that calibration in float32 needs: the model, and the rounded matrices of a report.
 _BYTES_PER_PARAMETER = 9
 
@@ -53,6 +56,7 @@ class Quantized:
         costs: if bits were chosen by sensitivity, the measured cost of each choice, by module path.
         calibrated_on: a description of the calibration text; None if none was used.
         report: the rows of the report.
+        measured_on: the tokens and the text that the report was measured on.
     """
 
     path: Path | None = None
@@ -62,6 +66,7 @@ class Quantized:
     costs: dict[str, float] = field(default_factory=dict)
     calibrated_on: str | None = None
     report: list[Row] = field(default_factory=list)
+    measured_on: str | None = None
 
 
 def quantize(
@@ -75,6 +80,7 @@ def quantize(
     revision: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Quantized:
     """Write a quantized model as an MLX folder, report what it costs, or both.
 
@@ -85,6 +91,7 @@ def quantize(
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
         progress: called with the name of a stage, the amount done, and the total.
+        say: called with a line that estimates the time of a long report.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -102,12 +109,12 @@ def quantize(
     stored = dtype_for(dtype, config) or mx.bfloat16
     _check_source(source, model, target, options, stored)
 
-    run = _Run(options, config, stored, progress or (lambda *_: None))
+    run = _Run(options, config, stored, progress or (lambda *_: None), say or (lambda _: None))
     if options.is_learned or options.report:
         full = run.load(source)
         run.compare(full)
         if not options.writes:
-            return Quantized(report=run.rows)
+            return Quantized(report=run.rows, measured_on=run.measured_on())
         if options.is_learned:
             with _sensitivities_kept(run, target):
                 source.checkpoint = run.learn(full)
@@ -131,13 +138,14 @@ def quantize(
             extra=run.save_sensitivities,
         )
     return Quantized(
-        path=target,
+        path=to_path(mlx_path),
         bits_per_weight=bits_per_weight(config, choices, stored.size),
         choices=choices,
         exceptions=run.exceptions,
         costs=run.costs(choices),
         calibrated_on=str(run.text) if options.is_learned else None,
         report=run.rows,
+        measured_on=run.measured_on(),
     )
 
 
@@ -161,8 +169,15 @@ class _Run:
     text: CalibrationText
     evaluator: Evaluator
 
-    def __init__(self, options: QuantizeOptions, config: ModelConfig, stored: mx.Dtype, progress: Progress):
-        self.options, self.config, self.stored, self.progress = options, config, stored, progress
+    def __init__(
+        self,
+        options: QuantizeOptions,
+        config: ModelConfig,
+        stored: mx.Dtype,
+        progress: Progress,
+        say: Callable[[str], None],
+    ):
+        self.options, self.config, self.stored, self.progress, self.say = options, config, stored, progress, say
         self.sensitivities: Sensitivities | None = None
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
@@ -191,7 +206,11 @@ class _Run:
     def compare(self, full: OpenELM) -> None:
         """With `report`, add the rows of the full model and of plain quantizations."""
         if self.options.report:
+            started = time.monotonic()
             self.evaluator = Evaluator(full, self.text.held_out, progress=self.stage("Reading the held-out text"))
+            count, seconds = report.estimate(self.config, time.monotonic() - started)
+            if seconds > _LONG_SECONDS:
+                self.say(f"The report compares {count} quantizations, which takes about {duration(seconds)}.")
             self.rows += report.compare(full, self.evaluator, self.stored, progress=self.stage("Comparing"))
 
     def add_row(self, measure: Callable[[], Row]) -> None:
@@ -248,6 +267,10 @@ class _Run:
         """Write the sensitivities, if there are any, into a folder."""
         if self.sensitivities is not None:
             self.sensitivities.save(folder / SENSITIVITIES)
+
+    def measured_on(self) -> str | None:
+        """The tokens and the text of the report; None without one."""
+        return f"{self.evaluator.tokens:,} tokens of {self.text.held_out_name}" if self.rows else None
 
     def quality(self) -> list[Quality]:
         """The measured quality of the written model, for its card."""

@@ -53,6 +53,9 @@ class FineTuned:
     Args:
         adapter_path: the folder with the adapter; None if the base model alone was tested.
         training: how training ended; None if there was none.
+        adapter_step: the step whose weights the folder has: the last one, or with early stopping the best; None if
+            there was no training.
+        best_checkpoint: the checkpoint with the lowest validation loss, if the folder has later weights; else None.
         test: the loss on the test examples; None if it was not asked for.
         planned_memory: the peak memory that was estimated for training, in GB (1e9 bytes).
     """
@@ -65,6 +68,8 @@ class FineTuned:
     test: Evaluation | None = None
     samples: tuple[Sample, ...] = ()
     planned_memory: float | None = None
+    adapter_step: int | None = None
+    best_checkpoint: str | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -140,7 +145,7 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
         state = resuming.begin(request, setup.updater, setup.checkpoints, record=record, previous=previous,
                                total_steps=setup.total_steps)  # fmt: skip
         result = _run(request, prepared, setup, state)
-        resuming.restore_best(request, setup.updater, setup.checkpoints, result)
+        kept = resuming.restore_best(request, setup.updater, setup.checkpoints, result)
         if request.processes.leads:
             run_folder.publish(request.folder, partial(_write_adapter, request, model))
         is_whole = result.stopped != INTERRUPTED
@@ -151,8 +156,18 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
         after = continue_samples(request, prepared) if is_whole else []
         prompts = options.sample_prompts if is_whole else ()
         samples = tuple(map(Sample, prompts, before, after))
-        peak = setup.planned_memory / 1e9
-        return FineTuned(request.model, options.adapter_path, trained, total, result, test, samples, peak)
+        return FineTuned(
+            request.model,
+            options.adapter_path,
+            trained,
+            total,
+            result,
+            test,
+            samples,
+            planned_memory=setup.planned_memory / 1e9,
+            adapter_step=kept,
+            best_checkpoint=_best_checkpoint(setup.checkpoints, result, kept),
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +212,13 @@ def _set_up(request: Request, prepared: Prepared) -> _Setup:
     if (warning := planned.warning()) is not None:
         request.listener.warn(warning)
     return _Setup(updater, batches, checkpoints, total_steps, planned.memory.peak)
+
+
+def _best_checkpoint(checkpoints: Checkpoints, result: Result, kept: int) -> str | None:
+    best = result.best_step
+    if best is None or best == kept or best not in checkpoints.steps():
+        return None
+    return str(checkpoints.path(best))
 
 
 def _make_updater(request: Request, model: OpenELM) -> Updater:
@@ -260,8 +282,21 @@ def _open_metrics(request: Request, state: RunState | None) -> Iterator[Metrics 
     options, folder, step = request.options, request.folder, None if state is None else state.step
     trackers = make_trackers(options.report_to, folder, options.project_name, to_dict(options), step)
     validated = None if state is None else state.validated
-    with Metrics(folder, resume_step=step, validated=validated, trackers=trackers) as metrics:
+    with Metrics(folder, title=_title(request), resume_step=step, validated=validated, trackers=trackers) as metrics:
         yield metrics
+
+
+def _title(request: Request) -> str:
+    """What the plot of a run shows."""
+    options, kinds = request.options, {"lora": "LoRA", "dora": "DoRA"}
+    kind = kinds.get(options.fine_tune_type)
+    how = "full weights" if kind is None else f"{kind}, rank {options.rank}"
+    return f"Fine-tuning {_end(request.model)} on {_end(str(options.data))} ({how})"
+
+
+def _end(name: str, length: int = 24) -> str:
+    """A name that fits into a title: the end of a long path tells most."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _test(request: Request, prepared: Prepared) -> FineTuned:

@@ -84,7 +84,9 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
         return None
     previous = run_folder.read_run(request.folder)
     loading = dataclasses.asdict(request.loading)
-    for change in run_folder.compare(request.model, request.options, loading, previous):
+    for change in run_folder.compare(
+        request.model, request.options, loading, previous, request.folder / run_folder.RUN
+    ):
         request.listener.warn(f"{change}; from here on the run differs from one that never stopped.")
     return previous
 
