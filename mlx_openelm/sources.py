@@ -207,12 +207,16 @@ def find_tokenizer(
         else:  # other files beside a checkpoint may belong to another model
             tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids, rows=rows)
     else:
+        from .hub import offline
         from .text import shared_tokenizer
 
         if (release := find_release(model, path, config)) is None:
+            missing = f"{folder} has no tokenizer.json or tokenizer.model"
+            if rows < shared_tokenizer.LLAMA2.vocab_size:  # the model's tokenizer is another
+                raise RequestError(f"{missing}; copy the one it was trained with there, or give it with --tokenizer.")
             raise RequestError(
-                f"{folder} has no tokenizer.json or tokenizer.model; give one with --tokenizer "
-                f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
+                f"{missing}; OpenELM's is Llama 2's: run {offline.tokenizer_command(str(folder))}, "
+                "or give a copy with --tokenizer."
             )
         tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     if tokenizer.vocab_size > rows:
