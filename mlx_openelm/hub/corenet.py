@@ -35,10 +35,20 @@ def download(name: str) -> Path:
         RequestError: a size or name that was never published, or that the server does not have.
         OpenELMError: the network, the server or the disk failed.
     """
-    paths = [cache_folder() / "corenet" / path for path in catalog.corenet_files(name)]
-    for part, path in zip(catalog.corenet_files(name), paths, strict=True):
+    for part in catalog.corenet_files(name):
+        path = cache_folder() / "corenet" / part
         if not path.is_file():
             _fetch(name, part, path)
+    folder_or_file = cached(name)
+    assert folder_or_file is not None
+    return folder_or_file
+
+
+def cached(name: str) -> Path | None:
+    """What `download` returns, if it was downloaded before; else None. Makes no network request."""
+    paths = [cache_folder() / "corenet" / path for path in catalog.corenet_files(name)]
+    if not all(path.is_file() for path in paths):
+        return None
     return paths[0] if len(paths) == 1 else paths[0].parent
 
 
