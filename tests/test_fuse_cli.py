@@ -45,7 +45,7 @@ def test_it_prints_what_was_written(folder: Path, capfd: pytest.CaptureFixture[s
     lines, warnings = capfd.readouterr()
     size = sum(path.stat().st_size for path in (folder / "fused_model").iterdir()) / 1e6
     assert lines.splitlines() == [
-        f"Wrote {folder / 'fused_model'}: 32.00 bits per weight, {size:.1f} MB",
+        f"Wrote fused_model: 32.00 bits per weight, {size:.1f} MB",
         "  24 tensors changed by 16.11% (root mean square)",
     ]
     assert "warning" not in warnings  # on a busy machine it reports progress
@@ -180,14 +180,15 @@ def test_bad_requests_are_one_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_dry_run_writes_the_folder_and_asks_nobody(
+def test_a_dry_run_leaves_nothing_and_asks_nobody(
     folder: Path, hub: FakeHub, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = sorted(folder.rglob("*"))
     assert run("--model", "model", "--upload-repo", "me/fused", "--dry-run") == 0
     out = capfd.readouterr().out
-    assert f"Would upload {folder / 'fused_model'}; nothing was sent." in out
+    assert out.startswith("Would write fused_model: ") and "Would upload fused_model; nothing was sent." in out
     assert "# fused" in out and "Fused into the base: the LoRA adapter `adapters` (rank 8, on 24 matrices)." in out
-    assert hub.requests == []
+    assert hub.requests == [] and sorted(folder.rglob("*")) == before
 
 
 def test_it_uploads(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:

@@ -40,7 +40,8 @@ class UploadOptions:
     ] = None
     commit_message: Annotated[str | None, Option("The commit's message.", group="Upload")] = None
     dry_run: Annotated[
-        bool, Option("Show what would be uploaded; send nothing and do not contact the hub.", group="Upload")
+        bool,
+        Option("Show what would be uploaded; keep and send nothing, and do not contact the hub.", group="Upload"),
     ] = False
 
 
