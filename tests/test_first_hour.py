@@ -6,9 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import native
+from mlx_openelm.cli import doctor
 from mlx_openelm.cli.main import main
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.hub.catalog import TINY_FOLDER
@@ -72,6 +75,29 @@ def test_a_quantized_model_is_quantized_by_the_two_commands_of_the_message(
 def test_a_report_alone_is_asked_for_again_without_a_folder(capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(capfd, "quantize", "--report")
     assert line.endswith("tiny-unpacked && mlx-openelm quantize --model tiny-unpacked --report\n")
+
+
+# A slow BLAS.
+
+
+@pytest.mark.parametrize(
+    ("state", "library", "advice"),
+    [
+        ("loaded", "libopenblas.so.0", None),
+        ("missing", "", "pip install scipy-openblas32"),
+        ("missing", "none.so", "correct or unset MLX_OPENELM_BLAS=none.so"),
+        ("off", "", "unset MLX_OPENELM_BLAS"),
+    ],
+)
+def test_doctor_says_what_a_slow_blas_affects(
+    state: str, library: str, advice: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kernels, slow in (
+        ("used", "training and learned quantization are slow with it, generating is not: "),
+        ("missing", "everything is slow with it: "),
+    ):
+        monkeypatch.setattr(native, "status", replace(native.status, state=kernels))
+        assert doctor._blas_advice(state, library) == (None if advice is None else slow + advice)
 
 
 # A log that nobody reads any more.
