@@ -97,7 +97,7 @@ def open_source(
     else:
         path, repo = _find(model, revision)
     is_folder = path.is_dir()
-    if is_folder or path.suffix.lower() == ".gguf":
+    if config_yaml is not None and (is_folder or path.suffix.lower() == ".gguf"):
         refuse_yaml(model, config_yaml)
     if is_port(path) or (not is_folder and path.suffix.lower() != ".gguf"):
         return _open_corenet(model, path, tokenizer, config_yaml, repo)
