@@ -628,7 +628,7 @@ def test_info_shows_layer_wise_scaling() -> None:
     assert lines[1].split()[:6] == ["0", "3", "1", "128", "123,328", "5.0%"]
     bars = [line.count("█") for line in lines[1:7]]
     assert bars == sorted(bars) and bars[0] < bars[-1]
-    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 2048 tokens"):
+    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 512 tokens"):
         assert text in done.stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -353,3 +354,19 @@ def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
     assert not isinstance(error.value, RequestError)
     said = str(error.value)
     assert said.startswith("There is no file or folder me/other here, and ") and "the model" not in said
+    assert "run `hf download me/other --repo-type dataset` on a machine with a network" in said
+
+
+def test_a_data_set_copied_from_another_machines_cache(hub: FakeHub, served, tmp_path):
+    """As the error without a network says."""
+    from huggingface_hub import constants, snapshot_download
+
+    hub.add("datasets/me/plays", served)
+    there = tmp_path / "there"
+    snapshot_download("me/plays", repo_type="dataset", cache_dir=there)
+    hub.stop()
+    with pytest.raises(OpenELMError) as error:
+        read_splits("me/plays")
+    assert f"hub/datasets--me--plays from there into {constants.HF_HUB_CACHE}" in str(error.value)
+    shutil.copytree(there / "datasets--me--plays", Path(constants.HF_HUB_CACHE, "datasets--me--plays"), symlinks=True)
+    assert len(read_splits("me/plays").train) == 20

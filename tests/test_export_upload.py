@@ -117,12 +117,22 @@ def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
     assert str(tmp_path) not in plan.card
 
 
-def test_a_dry_run_asks_nobody(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
-    args = ["--model", SHAKESPEARE, *FOLDER, "--upload-repo", REPO, "--dry-run"]
-    done = run_export(*args, env=hub_env, folder=out)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Would upload shakespeare-hf-hf; nothing was sent." in done.stdout
-    assert (out / "shakespeare-hf-hf" / "model.safetensors").is_file() and hub.requests == []
+@pytest.mark.parametrize(("format", "name"), [(FOLDER, "shakespeare-hf-hf"), (GGUF, "shakespeare-hf-f16.gguf")])
+def test_a_dry_run_leaves_nothing_and_asks_nobody(
+    format: list[str], name: str, hub: FakeHub, hub_env: dict[str, str], out: Path
+) -> None:
+    before = sorted(out.rglob("*"))
+    for output in ([], ["--output", f"x-{name}"]):
+        args = ["--model", SHAKESPEARE, *format, *output, "--upload-repo", REPO, "--dry-run"]
+        done = run_export(*args, env=hub_env, folder=out)
+        assert (done.returncode, done.stderr) == (0, "")
+        path = output[-1] if output else name
+        assert done.stdout.startswith(f"Would write {path}: ")
+        assert f"Would upload {path}; nothing was sent." in done.stdout and "dry-run" not in done.stdout
+        assert sorted(out.rglob("*")) == before and hub.requests == []
+    (out / name).touch()
+    done = run_export("--model", SHAKESPEARE, *format, "--upload-repo", REPO, "--dry-run", env=hub_env, folder=out)
+    assert done.returncode == 2 and done.stdout == ""
 
 
 @pytest.mark.parametrize(

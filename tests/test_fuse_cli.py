@@ -180,14 +180,15 @@ def test_bad_requests_are_one_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_dry_run_writes_the_folder_and_asks_nobody(
+def test_a_dry_run_leaves_nothing_and_asks_nobody(
     folder: Path, hub: FakeHub, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = sorted(folder.rglob("*"))
     assert run("--model", "model", "--upload-repo", "me/fused", "--dry-run") == 0
     out = capfd.readouterr().out
-    assert "Would upload fused_model; nothing was sent." in out
+    assert out.startswith("Would write fused_model: ") and "Would upload fused_model; nothing was sent." in out
     assert "# fused" in out and "Fused into the base: the LoRA adapter `adapters` (rank 8, on 24 matrices)." in out
-    assert hub.requests == []
+    assert hub.requests == [] and sorted(folder.rglob("*")) == before
 
 
 def test_it_uploads(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:

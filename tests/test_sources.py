@@ -248,7 +248,7 @@ def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest
     name = "corenet:270M/checkpoint_average"
     path = corenet.download(name)
     assert path.read_bytes() == BYTES
-    assert capfd.readouterr().err == f"Downloading {name} ...\nDownloaded {name}\n"
+    assert capfd.readouterr().err == f"Downloading {name}, 1.0 MB ...\nDownloaded {name}\n"
     assert corenet.download("corenet:270m/checkpoint_average.pt") == path
     assert server.requests == [(AVERAGE, None)]
     assert cached(tmp_path) == ["checkpoint_average.pt"]
@@ -330,7 +330,9 @@ def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytes
             corenet.download(name)
         assert caught.value.exit_code == 1
     server.close()
-    with pytest.raises(OpenELMError, match="Cannot reach 127.0.0.1"):
+    with pytest.raises(
+        OpenELMError, match="cannot reach 127.0.0.1 and corenet:270M/checkpoint_average is not in .* run `curl "
+    ):
         corenet.download(name)
     monkeypatch.setenv(corenet.URL_VARIABLE, "somewhere")
     with pytest.raises(RequestError, match="must be a whole address"):

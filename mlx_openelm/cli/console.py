@@ -11,17 +11,15 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from ..messages import say
 from ..wording import size
+
+__all__ = ["Progress", "print_json", "say"]
 
 # Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
 # Seconds between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
-
-
-def say(line: str) -> None:
-    """Print a line on standard error, where everything but the result goes."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def print_json(values: Any) -> None:

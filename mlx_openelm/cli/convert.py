@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from ..formats import atomic
 from ..hub import catalog
 from ..inputs import to_path
 from ..jobs.convert import convert
@@ -51,28 +52,33 @@ def run(args: Namespace) -> int:
     """
     upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
-    with console.Progress("Writing", unit="bytes") as progress:
-        result = convert(
-            args.model,
-            to_path(args.mlx_path),
-            **flags.given(args, Packing),
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
-    written = sum(path.stat().st_size for path in result.path.iterdir())
+    path = to_path(args.mlx_path)
+    if upload.dry_run:
+        atomic.check_target(path, overwrite=args.overwrite)
+    with upload_command.output_folder(path, upload) as folder:
+        with console.Progress("Writing", unit="bytes") as progress:
+            result = convert(
+                args.model,
+                folder / path.name,
+                **flags.given(args, Packing),
+                tokenizer=args.tokenizer,
+                config_yaml=args.config_yaml,
+                revision=args.revision,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+        written = sum(file.stat().st_size for file in result.path.iterdir())
+        if not args.json:
+            print(
+                f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}"
+            )
+            for name, what in result.exceptions.items():
+                print(f"  {name}: {what}")
+        sent = upload_command.publish_written(result.path, upload, path)
     if args.json:
-        values = {"model": args.model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}
+        values = {"model": args.model, "mlx_path": str(path.resolve()), "bits_per_weight": result.bits_per_weight}
         values |= {"size": written, "exceptions": result.exceptions}
-        if upload.upload_repo is not None:
-            values["upload"] = upload_command.to_json(publishing.publish(result.path, upload))
-        console.print_json(values)
-        return 0
-    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}")
-    for path, what in result.exceptions.items():
-        print(f"  {path}: {what}")
-    if upload.upload_repo is not None:
-        upload_command.show(publishing.publish(result.path, upload))
+        console.print_json(values | ({"upload": upload_command.to_json(sent)} if sent else {}))
+    elif sent is not None:
+        upload_command.show(sent)
     return 0

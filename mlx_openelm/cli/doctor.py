@@ -153,11 +153,22 @@ def _blas(state: str, library: str) -> Finding:
         "off": f"the one in MLX's wheel, since {blas.VARIABLE} says so",
         "unneeded": "the system's",
     }
-    advice = blas.problem()
-    if state == "off":
-        advice = f"unset {blas.VARIABLE} to use OpenBLAS"
     name = names.get(state, "the slow one in MLX's wheel")
-    return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
+    return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", _blas_advice(state, library))
+
+
+def _blas_advice(state: str, library: str) -> str | None:
+    """How to get a fast BLAS, and what that makes faster; None if there is one."""
+    from ..native import status
+
+    if state in ("loaded", "unneeded"):
+        return None
+    ways = {"off": f"unset {blas.VARIABLE}", "late": "import mlx_openelm before mlx.core"}
+    way = ways.get(state) or (f"correct or unset {blas.VARIABLE}={library}" if library else blas.ADVICE)
+    slow = "everything is slow with it"
+    if status.state == "used":
+        slow = "training and learned quantization are slow with it, generating is not"
+    return f"{slow}: {way}"
 
 
 def _gigaflops(size: int = 512) -> float:

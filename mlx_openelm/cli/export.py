@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..jobs.export import Export, export
+from ..inputs import to_path
+from ..jobs.export import check_output, export
 from ..publishing import upload as publishing
-from ..publishing.upload import Upload, UploadOptions
+from ..publishing.upload import UploadOptions
 from ..wording import size
 from . import console, flags
 from . import upload as upload_command
@@ -57,39 +58,44 @@ def run(args: Namespace) -> int:
     if args.format == "gguf" and args.output is not None and Path(args.output).suffix.lower() != ".gguf":
         raise RequestError(f"A GGUF file's name must end in .gguf, and --output {args.output} does not; add it.")
     publishing.check(upload)
-    with console.Progress("Writing", unit="bytes") as progress:
-        result = export(
-            args.model,
-            args.output,
-            format=args.format,
-            gguf_type=args.gguf_type,
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    # Without --output, `export` names the output and the folder is the current one.
+    output = None if args.output is None else to_path(args.output)
+    with upload_command.output_folder(output or Path("export"), upload) as folder:
+        with console.Progress("Writing", unit="bytes") as progress:
+            result = export(
+                args.model,
+                None if output is None else folder / output.name,
+                format=args.format,
+                gguf_type=args.gguf_type,
+                dtype=args.dtype,
+                tokenizer=args.tokenizer,
+                config_yaml=args.config_yaml,
+                revision=args.revision,
+                overwrite=args.overwrite,
+                progress=progress,
+                folder=folder,
+            )
+        path = output or Path(result.path.name)
+        if upload.dry_run:
+            check_output(path, args.format, overwrite=args.overwrite)
+        if not args.json:  # before an upload, which can fail
+            bits = f"{result.bits_per_weight:.2f} bits per weight"
+            print(f"{upload_command.wrote(upload)} {path}: {result.type}, {bits}, {size(result.size)}")
+            for name, what in result.exceptions.items():
+                print(f"  {name}: {what}")
+        sent = upload_command.publish_written(result.path, upload, path, card=result.card, licenses=result.licenses)
     if args.json:
-        values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(result.path)}
+        values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(path)}
         values |= {
             "type": result.type,
             "size": result.size,
             "bits_per_weight": result.bits_per_weight,
             "exceptions": result.exceptions,
         }
-        if upload.upload_repo is not None:
-            values["upload"] = upload_command.to_json(_publish(result, upload))
+        if sent is not None:
+            values["upload"] = upload_command.to_json(sent)
         console.print_json(values)
         return 0
-    bits = f"{result.bits_per_weight:.2f} bits per weight"
-    print(f"Wrote {result.path}: {result.type}, {bits}, {size(result.size)}")
-    for name, what in result.exceptions.items():
-        print(f"  {name}: {what}")
-    if upload.upload_repo is not None:
-        upload_command.show(_publish(result, upload))
+    if sent is not None:
+        upload_command.show(sent)
     return 0
-
-
-def _publish(result: Export, options: UploadOptions) -> Upload:
-    return publishing.publish(result.path, options, card=result.card, licenses=result.licenses)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from ..adapters.merging import Deviation
+from ..formats import atomic
 from ..inputs import to_path
 from ..jobs.fuse import Fusion, fuse
 from ..publishing import upload as publishing
@@ -71,7 +72,10 @@ def run(args: Namespace) -> int:
     """
     upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
-    with contextlib.ExitStack() as stack:
+    path = to_path(args.save_path)
+    if upload.dry_run:
+        atomic.check_target(path, overwrite=args.overwrite, flag="--save-path")
+    with upload_command.output_folder(path, upload) as folder, contextlib.ExitStack() as stack:
         bars: dict[str, console.Progress] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -82,7 +86,7 @@ def run(args: Namespace) -> int:
         result = fuse(
             args.model,
             args.adapter_path or "adapters",
-            to_path(args.save_path),
+            folder / path.name,
             **flags.given(args, Packing),
             report=args.report,
             report_data=args.report_data,
@@ -92,11 +96,18 @@ def run(args: Namespace) -> int:
             overwrite=args.overwrite,
             progress=show,
         )
-    sent = publishing.publish(result.path, upload) if upload.upload_repo is not None else None
+        size_written = sum(file.stat().st_size for file in result.path.iterdir())
+        sent = upload_command.publish_written(result.path, upload, path)
     if args.json:
-        values = {"model": args.model, "adapter_path": args.adapter_path or ["adapters"], **_to_json(result)}
+        values = {
+            "model": args.model,
+            "adapter_path": args.adapter_path or ["adapters"],
+            "save_path": str(path.resolve()),
+        }
+        values |= _to_json(result, size_written)
         console.print_json(values | ({"upload": upload_command.to_json(sent)} if sent is not None else {}))
         return 0
+    print(f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}")
     for line in _lines(result):
         print(line)
     if sent is not None:
@@ -104,15 +115,10 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _written(result: Fusion) -> int:
-    return sum(path.stat().st_size for path in result.path.iterdir())
-
-
 def _lines(result: Fusion) -> list[str]:
-    """The lines that say what was written, and how much the adapters and the rounding changed."""
+    """The lines that say how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
-        f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(_written(result))}",
         f"  {counted(len(result.matrices), 'tensor')} changed by {overall.relative_change:.2%} (root mean square)",
     ]
     if overall.relative_error:
@@ -143,11 +149,10 @@ def _lines(result: Fusion) -> list[str]:
     return lines
 
 
-def _to_json(result: Fusion) -> dict[str, Any]:
+def _to_json(result: Fusion, size_written: int) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "save_path": str(result.path),
         "bits_per_weight": result.bits_per_weight,
-        "size": _written(result),
+        "size": size_written,
         "untied": result.untied,
         "requantized": result.requantized,
         **_deviation(result.overall),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
+from ..sources import find_release
 from ..wording import size
 from . import console, flags
 
@@ -37,10 +39,11 @@ def add_flags(parser: flags.Parser) -> None:
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
+        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file, or "
+        "corenet:SIZE/NAME.  "
         "[default: tiny]",
     )
-    flags.add_shared(common, "--revision", "--json")
+    flags.add_shared(common, "--config-yaml", "--revision", "--json")
 
 
 def run(args: Namespace) -> int:
@@ -50,7 +53,7 @@ def run(args: Namespace) -> int:
     """
     if args.name is not None and args.model is not None:
         raise RequestError("Give the model once: as the argument or with --model.")
-    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision)
+    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision, config_yaml=args.config_yaml)
     if args.json:
         console.print_json(_to_json(summary))
     else:
@@ -66,6 +69,7 @@ def _to_json(summary: Summary) -> dict[str, Any]:
     values["config"] = summary.config.to_dict()
     values["folder"] = None if summary.folder is None else str(summary.folder)
     values["memory"]["total"] = summary.memory.total
+    values["context_length"] = summary.config.max_context_length
     return values
 
 
@@ -112,7 +116,9 @@ def _totals(summary: Summary) -> dict[str, str]:
         "  norms": f"{summary.norms:,} (the norms of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
-        f"Memory at {memory.tokens} tokens": needs,
+        "Context": f"{summary.config.max_context_length:,} tokens, as trained; "
+        f"at most {summary.config.rope_max_length:,}",
+        f"Memory at {memory.tokens:,} tokens": needs,
         "Tokenizer": _tokenizer_line(summary),
     }
 
@@ -120,7 +126,8 @@ def _totals(summary: Summary) -> dict[str, str]:
 def _tokenizer_line(summary: Summary) -> str:
     if summary.tokenizer is not None:
         return summary.tokenizer
-    release = catalog.find(summary.name)
+    release = find_release(summary.name, summary.folder or Path(summary.name), summary.config)
+    where = "not in the repository" if summary.folder is None else f"none in {summary.folder}"
     if release is not None:
-        return f"not in the repository; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
-    return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"
+        return f"{where}; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
+    return f"{where}; give one with --tokenizer" if summary.source == "files" else "not known"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OpenELMError, RequestError, quote
+from ..messages import say
 from ..version import __version__
 
 # Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
@@ -67,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    say(f"warning: {' '.join(str(message).split())}")
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:
@@ -97,7 +98,7 @@ def _exit_code(error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    say(f"error: {' '.join(line.split())}")
     return code
 
 

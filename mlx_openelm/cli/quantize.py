@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 from ..cuda.compiling import notice
 from ..errors import RequestError
+from ..formats import atomic
 from ..inputs import to_path
 from ..jobs.quantize import Quantized, quantize
 from ..publishing import upload as publishing
@@ -76,10 +77,17 @@ def run(args: Namespace) -> int:
     if upload.upload_repo is not None and not options.writes:
         raise RequestError("--upload-repo needs a model to upload; say how to quantize, for example with --q-bits.")
     publishing.check(upload)
-    with _Stages() as stages, notice("Quantizing", console.say):
+    path = to_path(args.mlx_path)
+    if upload.dry_run:
+        atomic.check_target(path, overwrite=args.overwrite)
+    with (
+        upload_command.output_folder(path, upload) as folder,
+        _Stages() as stages,
+        notice("Quantizing", console.say),
+    ):
         result = quantize(
             args.model,
-            to_path(args.mlx_path),
+            folder / path.name,
             options,
             dtype=args.dtype,
             tokenizer=args.tokenizer,
@@ -89,17 +97,25 @@ def run(args: Namespace) -> int:
             progress=stages,
             say=stages.say,
         )
+        size_written, sent = 0, None
+        if result.path is not None:
+            size_written = sum(file.stat().st_size for file in result.path.iterdir())
+            sent = upload_command.publish_written(result.path, upload, path)
+            result = replace(result, path=path)
     if plot is not None:
         from ..quantization.report_plot import draw
 
         draw(result.report, plot, f"Quantizations of {without_folders(args.model)}\nmeasured on {result.measured_on}")
-    sent = None
-    if result.path is not None and upload.upload_repo is not None:
-        sent = publishing.publish(result.path, upload)
     if args.json:
         console.print_json(_to_json(args.model, result) | ({"upload": upload_command.to_json(sent)} if sent else {}))
         return 0
     _show(result)
+    if result.path is not None:
+        print(
+            f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}"
+        )
+    for name, what in result.exceptions.items():
+        print(f"  {name}: {what}")
     if plot is not None:
         print(f"Drew {args.report_plot}")
     if sent is not None:
@@ -143,10 +159,6 @@ def _show(result: Quantized) -> None:
             print(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
     if result.calibrated_on is not None:
         print(f"Learned from {result.calibrated_on}")
-    written = sum(path.stat().st_size for path in result.path.iterdir())
-    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}")
-    for path, what in result.exceptions.items():
-        print(f"  {path}: {what}")
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -170,7 +182,7 @@ def _to_json(model: str, result: Quantized) -> dict[str, Any]:
         for path, choice in result.choices.items()
     }
     return values | {
-        "mlx_path": str(result.path),
+        "mlx_path": str(result.path.resolve()),
         "bits_per_weight": result.bits_per_weight,
         "choices": choices,
         "exceptions": result.exceptions,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ..hub import offline
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from ..wording import counted, size
@@ -30,6 +36,40 @@ def run(args: Namespace) -> int:
     """
     show(publish(args.path, UploadOptions(**flags.given(args, UploadOptions))), as_json=args.json)
     return 0
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, options: UploadOptions) -> Iterator[Path]:
+    """The folder that a command writes its output `path` into.
+
+    For a dry run that is a temporary one beside it, which is removed, and nothing is downloaded in the block.
+    """
+    if not options.dry_run:
+        yield path.parent
+        return
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.dry-run-", dir=place) as folder,
+        offline.no_network("--dry-run downloads nothing"),
+    ):
+        yield Path(folder)
+
+
+def wrote(options: UploadOptions) -> str:
+    """The verb for what a command reports to have written."""
+    return "Would write" if options.dry_run else "Wrote"
+
+
+def publish_written(written: Path, options: UploadOptions, path: Path, **card: Any) -> Upload | None:
+    """Publish what a command wrote, if that was asked for.
+
+    Args:
+        path: the output's own path, which differs from `written` in a dry run.
+        card: further arguments of `publishing.publish`.
+    """
+    if options.upload_repo is None:
+        return None
+    return replace(publish(written, options, **card), path=path)
 
 
 def show(done: Upload, *, as_json: bool = False) -> None:

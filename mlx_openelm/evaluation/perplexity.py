@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from ..text.tokenizer import Tokenizer
 
 # Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
 _CHUNK = 256
+
+# The keys of the examples that `lora` reads, apart from plain text (see `training.data.kinds`).
+EXAMPLE_KEYS = ("prompt", "completion", "messages", "instruction", "output", "conversations")
 
 Progress = Callable[[int, int], None]
 
@@ -62,11 +66,16 @@ def load_documents(path: str | Path) -> list[str]:
 
 def _document(path: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        record = json.loads(line)
+        text = record.get("text")
+    except (ValueError, AttributeError, RecursionError):
+        record, text = {}, None
     if not isinstance(text, str):
-        raise RequestError(f"{path}, line {number}: expected a JSON object with the string 'text'.")
+        wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
+        if keys := [key for key in EXAMPLE_KEYS if key in record]:
+            wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
+            wrong += f"; their perplexity is measured by: mlx-openelm lora --test --data {shlex.quote(str(path))}"
+        raise RequestError(f"{wrong}.")
     return text
 
 

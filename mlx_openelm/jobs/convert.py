@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,13 +13,14 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
+from ..hub import catalog
 from ..inputs import to_path
 from ..loading import check_dtype, dtype_for
 from ..publishing.command_line import command_line, source_flags
 from ..publishing.upload import Upload, UploadOptions, publish
 from ..publishing.upload import check as check_upload
 from ..quantization.recipes import Packing
-from ..sources import open_source
+from ..sources import Source, open_source
 from .writing import write_folder
 
 
@@ -89,21 +91,43 @@ def convert(
     atomic.keep_apart(target, source.path, "the model to convert")
 
     checkpoint = source.checkpoint
+    flags = {"model": str(model), "mlx_path": Path(mlx_path), **packing.flags()}
+    opened_with = source_flags(tokenizer, config_yaml, revision)
+    if quantize:
+        check_unquantized(source, "convert", flags, opened_with)
     exceptions = requantize(checkpoint, packing)
     bits = checkpoint.bits_per_weight
 
-    command = command_line(
-        "convert",
-        {
-            "model": str(model),
-            "mlx_path": Path(mlx_path),
-            **packing.flags(),
-            **source_flags(tokenizer, config_yaml, revision),
-        },
-    )
+    command = command_line("convert", flags | opened_with)
     write_folder(source, target, command=command, overwrite=overwrite, progress=progress, card={"recipe": recipe})
     sent = None if upload_repo is None else publish(target, upload)
     return Conversion(to_path(mlx_path), bits, exceptions, sent)
+
+
+def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], opened_with: Mapping[str, Any]) -> None:
+    """Refuse to quantize a model again; the message gives the two commands that do it from an unpacked copy.
+
+    Args:
+        command, flags: the command and its flags.
+        opened_with: the flags that only opening the model needs.
+
+    Raises:
+        RequestError: the model is already quantized.
+    """
+    checkpoint = source.checkpoint
+    if checkpoint.rounding is None:
+        return
+    path = to_path(source.name)
+    copy = Path(f"{path.stem if path.is_file() else path.name}-unpacked")
+    unpack = {"model": source.name, "dequantize": bool(checkpoint.quantization), "mlx_path": copy}
+    first = command_line("convert", {**unpack, **opened_with}, whole_paths=True)
+    second = command_line(command, {**flags, "model": copy}, whole_paths=True)
+    # The built-in model has no original to quantize instead.
+    better = "" if source.path == catalog.TINY_FOLDER else "quantize the original, which loses less, or "
+    raise RequestError(
+        f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, with two commands: "
+        f"{first} && {second}"
+    )
 
 
 def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
@@ -117,14 +141,9 @@ def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:
         Descriptions of matrices packed differently from the rest, by module path.
 
     Raises:
-        RequestError: the model is already quantized, or there is nothing to dequantize.
+        RequestError: there is nothing to dequantize.
     """
     dtype = dtype_for(packing.dtype, checkpoint.config) or mx.bfloat16
-    if packing.quantize and checkpoint.rounding is not None:
-        raise RequestError(
-            f"The model is already quantized to {checkpoint.rounding}; convert the original, or unpack it into a "
-            f"folder first{', with --dequantize' if checkpoint.quantization else ', without -q'}."
-        )
     packing.check(checkpoint)
     if packing.dequantize:
         unpack(checkpoint, dtype)

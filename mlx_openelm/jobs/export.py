@@ -55,6 +55,7 @@ def export(
     revision: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    folder: Path = Path(),
 ) -> Export:
     """Write a model as a Hugging Face folder or a GGUF file, which appears complete or not at all.
 
@@ -71,6 +72,7 @@ def export(
         revision: a branch, tag or commit on the hub.
         overwrite: replace `output` if it exists.
         progress: called with the bytes written so far and in all.
+        folder: where to write if `output` is not given.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -79,7 +81,7 @@ def export(
     dtype = check_dtype(model, dtype)
     _check_request(format, gguf_type, dtype)
     if output is not None:  # before a download that would be wasted
-        _check_output(Path(output), format, overwrite=overwrite)
+        check_output(Path(output), format, overwrite=overwrite)
 
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
 
@@ -95,8 +97,11 @@ def export(
         },
     )
     if format == "gguf":
-        return _export_gguf(source, output, gguf_type, command, overwrite=overwrite, progress=progress)
-    return _export_huggingface(source, output, dtype, command, overwrite=overwrite, progress=progress)
+        chosen = gguf_type or ("f16" if source.checkpoint.config.fits_float16 else "bf16")
+        path = folder / f"{_name(source)}-{chosen}.gguf" if output is None else to_path(output)
+        return _export_gguf(source, path, chosen, command, overwrite=overwrite, progress=progress)
+    path = folder / f"{_name(source)}-hf" if output is None else to_path(output)
+    return _export_huggingface(source, path, dtype, command, overwrite=overwrite, progress=progress)
 
 
 def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> None:
@@ -110,7 +115,7 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
         raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
 
 
-def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
+def check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     """The output with links resolved; RequestError if it cannot or must not be replaced."""
     target = Path(os.path.realpath(to_path(path)))
     if format == "huggingface":
@@ -126,18 +131,16 @@ def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
 
 def _export_gguf(
     source: Source,
-    output: str | Path | None,
-    gguf_type: str | None,
+    path: Path,
+    chosen: str,
     command: str,
     *,
     overwrite: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Export:
     config, name = source.checkpoint.config, _name(source)
-    chosen = gguf_type or ("f16" if config.fits_float16 else "bf16")
     gguf.check_representable(config, chosen)
-    path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
-    target = _check_output(path, "gguf", overwrite=overwrite)
+    target = check_output(path, "gguf", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     origin, template = origin_of(source), chat_template(source)
@@ -158,7 +161,7 @@ def _export_gguf(
 
 def _export_huggingface(
     source: Source,
-    output: str | Path | None,
+    path: Path,
     dtype: str | None,
     command: str,
     *,
@@ -167,8 +170,7 @@ def _export_huggingface(
 ) -> Export:
     checkpoint = source.checkpoint
     wanted = dtype_for(dtype, checkpoint.config)
-    path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
-    target = _check_output(path, "huggingface", overwrite=overwrite)
+    target = check_output(path, "huggingface", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     _unify(checkpoint, wanted)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from .. import backend
 from ..config import ModelConfig
-from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint, Quantization, scale_dtype
 from ..formats.packing import bits_per_weight
@@ -32,7 +32,7 @@ from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
 from ..sources import Source, open_source
 from ..wording import duration, flag
-from .convert import requantize
+from .convert import check_unquantized, requantize
 from .writing import write_folder
 
 SENSITIVITIES = "sensitivities.json"
@@ -107,7 +107,10 @@ def quantize(
     source = open_model()
     config = source.checkpoint.config
     stored = dtype_for(dtype, config) or mx.bfloat16
-    _check_source(source, model, target, options, stored)
+    flags = {"model": str(model), "mlx_path": Path(mlx_path), **options.flags(), "dtype": dtype}
+    opened_with = source_flags(tokenizer, config_yaml, revision)
+    check_unquantized(source, "quantize", _asked(flags, options), opened_with)
+    _check_source(source, target, options, stored)
 
     run = _Run(options, config, stored, progress or (lambda *_: None), say or (lambda _: None))
     if options.is_learned or options.report:
@@ -125,13 +128,11 @@ def quantize(
         run.exceptions = requantize(source.checkpoint, options.packing(dtype))
     choices = source.checkpoint.quantization
 
-    flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
-    flags |= source_flags(tokenizer, config_yaml, revision)
     with _sensitivities_kept(run, target):
         write_folder(
             source,
             target,
-            command=command_line("quantize", flags),
+            command=command_line("quantize", flags | opened_with),
             overwrite=overwrite,
             progress=run.stage("Writing"),
             card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
@@ -149,13 +150,14 @@ def quantize(
     )
 
 
-def _check_source(source: Source, model: str | Path, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
-    """Refuse a quantized model, a target that cannot be written, and too small a budget, before any weight is read."""
-    if (rounding := source.checkpoint.rounding) is not None:
-        raise RequestError(
-            f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
-            f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
-        )
+def _asked(flags: Mapping[str, Any], options: QuantizeOptions) -> dict[str, Any]:
+    """The flags of the whole request: with those of the report, and without a folder if none is written."""
+    values = dict(flags) | {"report": options.report, "report_data": options.report_data}
+    return values if options.writes else {name: value for name, value in values.items() if name != "mlx_path"}
+
+
+def _check_source(source: Source, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
+    """Refuse a target that cannot be written, and too small a budget, before any weight is read."""
     if options.writes:
         atomic.keep_apart(target, source.path, "the model to quantize")
         source.tokenizer.check_writable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
+from ..messages import say
 from ..options import Option
 from ..wording import flag
 from .card import Card, card_for_upload
@@ -40,7 +40,8 @@ class UploadOptions:
     ] = None
     commit_message: Annotated[str | None, Option("Message of the upload's commit.", group="Upload")] = None
     dry_run: Annotated[
-        bool, Option("Show what would be uploaded; send nothing and do not contact the hub.", group="Upload")
+        bool,
+        Option("Show what would be uploaded; keep and send nothing, and do not contact the hub.", group="Upload"),
     ] = False
 
 
@@ -136,7 +137,7 @@ def upload(
         check_visibility(full_repo, private)
         return send(plan)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {_retry_advice(plan)}", file=sys.stderr, flush=True)
+        say(f"\nInterrupted. {_retry_advice(plan)}")
         raise
     except OpenELMError as error:
         raise type(error)(f"{str(error).rstrip('.')}. {_retry_advice(plan)}") from error.__cause__
