@@ -552,7 +552,7 @@ def test_unused_buffers_are_freed_every_256_tokens(model: OpenELM, monkeypatch: 
     ("options", "words"),
     [
         ({"max_token": 5}, "max_token"),
-        ({"temperature": 1.0, "beams": 2}, "beams, temperature"),
+        ({"temperature": 1.0, "beams": 2}, "no option temperature; did you mean temp"),
         ({"max_tokens": 0}, "--max-tokens"),
         ({"max_tokens": -2}, "--max-tokens"),
         ({"max_tokens": 1.5}, "--max-tokens"),

@@ -131,7 +131,9 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
     from . import flags
 
     if name not in COMMANDS:
-        hint = flags.did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
+        from ..wording import did_you_mean
+
+        hint = did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
         raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
     module = import_module(f".{name}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 
@@ -27,7 +27,16 @@ from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .options import CacheOptions, GenerationOptions, cache_offset, token_ids, warn
+from .options import (
+    CacheOptions,
+    GenerationKeywords,
+    GenerationOptions,
+    cache_offset,
+    listing_options,
+    token_ids,
+    unknown_option,
+    warn,
+)
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
 
@@ -56,11 +65,31 @@ class Piece:
     finish_reason: str | None = None
 
 
-def generate(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any) -> str:
+@listing_options
+def generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    prompt_cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[GenerationKeywords],
+) -> str:
     """The text that follows `prompt`; arguments and errors as in `stream_generate`."""
-    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+    pieces = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        prompt_cache=prompt_cache,
+        prompt_cache_tokens=prompt_cache_tokens,
+        progress=progress,
+        **options,
+    )
+    return "".join(piece.text for piece in pieces)
 
 
+@listing_options
 def stream_generate(
     model: OpenELM,
     tokenizer: Tokenizer,
@@ -69,7 +98,7 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     prompt_cache_tokens: Sequence[int] | mx.array | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[GenerationKeywords],
 ) -> Iterator[Piece]:
     """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
 
@@ -81,16 +110,16 @@ def stream_generate(
         prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
             count only the prompt and what follows, and a warning says so.
         progress: called with the prompt tokens processed so far and in total.
-        options: the fields of `GenerationOptions`.
+        options: the fields of `GenerationOptions`; help(GenerationOptions) describes them.
 
     Raises:
         RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
             at the call, before anything is computed.
         OpenELMError: while iterating, the model's logits are not finite.
     """
-    unknown = options.keys() - GenerationOptions.__dataclass_fields__.keys()
-    if unknown:
-        raise RequestError(f"generate has no option {', '.join(sorted(unknown))}.")
+    for name in options:
+        if name not in GenerationOptions.__dataclass_fields__:
+            raise unknown_option(name, generate)
     chosen = GenerationOptions(**options)
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
 from ..errors import RequestError, quote
 from ..options import Option
+from ..wording import did_you_mean
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
 PENALTY_LIMIT = 1000.0
@@ -22,6 +24,7 @@ BIAS_LIMIT = 1e30
 MAX_TEMP = 1000.0  # nearly uniform
 
 _PACKAGE = __name__.partition(".")[0]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,53 @@ class GenerationOptions(SamplingParams, CacheOptions):
             check_seed(self.seed)
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The names and types in `GenerationOptions`, for type checkers and editors; a test compares the two."""
+
+    temp: float
+    top_p: float
+    top_k: int
+    min_p: float
+    min_tokens_to_keep: int
+    xtc_probability: float
+    xtc_threshold: float
+    repetition_penalty: float | None
+    repetition_context_size: int | None
+    presence_penalty: float
+    presence_context_size: int | None
+    frequency_penalty: float
+    frequency_context_size: int | None
+    logit_bias: Mapping[int, float] | None
+    max_kv_size: int | None
+    kv_bits: int | None
+    kv_group_size: int | None
+    quantized_kv_start: int
+    max_tokens: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    prefill_step_size: int | None
+
+
+def listing_options(function: _Function) -> _Function:
+    """Give a function the signature that lists the options in place of `**options`, with types and defaults."""
+    signature = inspect.signature(function)
+    types = {name: getattr(kind, "__forward_arg__", kind) for name, kind in GenerationKeywords.__annotations__.items()}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=types[field.name])
+        for field in fields(GenerationOptions)
+    ]
+    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    return function
+
+
+def unknown_option(name: str, function: Callable[..., Any]) -> RequestError:
+    """The error for a keyword argument that a function does not have; it suggests similar names."""
+    hint = did_you_mean(name, inspect.signature(function).parameters) or f"help({function.__name__}) lists the options."
+    return RequestError(f"{function.__name__} has no option {name}; {hint}")
 
 
 def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
