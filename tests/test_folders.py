@@ -363,7 +363,7 @@ def test_folders_without_weights_say_what_they_hold(folder: Path, name: str, wor
 def test_adapters_given_as_a_model(folder: Path, name: str) -> None:
     unlink(folder, "config.json")
     (folder / name).write_text("{}")
-    with pytest.raises(RequestError, match="it is an adapter. Give it with --adapter-path") as caught:
+    with pytest.raises(RequestError, match="it is an adapter. Give it with adapter_path") as caught:
         load(folder)
     assert str(folder) in str(caught.value)
 
@@ -373,7 +373,7 @@ def test_adapters_on_the_hub_given_as_a_model(hub: FakeHub) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_text("{}")
     hub.add("me/my-adapter", adapter)
-    with pytest.raises(RequestError, match="me/my-adapter is an adapter: give it with --adapter-path"):
+    with pytest.raises(RequestError, match="me/my-adapter is an adapter: give it with adapter_path"):
         resolve("me/my-adapter")
 
 

@@ -123,7 +123,7 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch):
 def test_a_run_that_no_memory_here_could_hold_is_refused(monkeypatch):
     monkeypatch.setattr(planning, "available_memory", lambda: 1000)
     monkeypatch.setattr(planning, "total_memory", lambda: 10_000_000)
-    with pytest.raises(RequestError, match="The run needs about .* with --grad-checkpoint"):
+    with pytest.raises(RequestError, match="The run needs about .* with grad_checkpoint"):
         planned().warning()
 
 

@@ -295,7 +295,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monk
         save(file, tensors)
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(OpenELMError, match="No space left on device.*step 5 is intact.*--resume"):
+    with pytest.raises(OpenELMError, match="No space left on device.*step 5 is intact.*resume"):
         run(tmp_path, Counting(), 20)
     monkeypatch.undo()
     result, *_ = run(tmp_path, Counting(), 20)

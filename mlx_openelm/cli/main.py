@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import errors
 from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
 
@@ -49,7 +50,7 @@ _EXAMPLES = f"""\
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `mlx-openelm` with these arguments, by default the process's own, and exit."""
-    debug = False
+    debug, errors.names_flags = False, True
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -64,6 +65,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except BaseException as error:
         code = _exit_code(error, debug)
+    finally:
+        errors.names_flags = False
     sys.exit(code)
 
 

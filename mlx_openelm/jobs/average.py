@@ -91,7 +91,7 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_corenet else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
-            f"{model} is quantized to {rounding}, so the mean would be rough; convert --dequantize unpacks it."
+            f"{model} is quantized to {rounding}, so the mean would be rough; `convert --dequantize` unpacks it."
         )
     return source
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..adapters.files import read_adapter
 from ..adapters.merging import Deviation, Merged, merge
 from ..adapters.switching import AdapterPaths, mix, parse_paths
-from ..errors import RequestError
+from ..errors import RequestError, name_options
 from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..formats.adapter import Adapter
@@ -156,15 +156,19 @@ def _check_packing(base: Checkpoint, packing: Packing) -> None:
     packing.check(base)
     if packing.quantize and base.rounding is not None:
         warnings.warn(
-            f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
-            "original loses less.",
+            name_options(
+                f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
+                "original loses less."
+            ),
             stacklevel=3,
         )
     dtype = packing.dtype
     if dtype is not None and base.quantization and not (packing.quantize or packing.dequantize):
         warnings.warn(
-            f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; --dequantize "
-            f"gives {dtype} throughout.",
+            name_options(
+                f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; "
+                f"--dequantize gives {dtype} throughout."
+            ),
             stacklevel=3,
         )
 

@@ -146,7 +146,7 @@ def _check_source(source: Source, model: str | Path, target: Path, options: Quan
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
             f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
-            f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
+            f"`mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}`."
         )
     if options.writes:
         atomic.keep_apart(target, source.path, "the model to quantize")
