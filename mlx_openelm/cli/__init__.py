@@ -1,1 +1,3 @@
 """The command line: one module a command, which parses and prints and decides nothing."""
+
+from .. import console as console

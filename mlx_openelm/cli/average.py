@@ -36,16 +36,14 @@ def run(args: Namespace) -> int:
 
     Means are computed in float32, tensor by tensor. CoreNet averages the last five checkpoints of a training.
     """
-    with console.Progress("Writing", unit="bytes") as progress:
-        path = average(
-            args.models,
-            to_path(args.mlx_path),
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    path = average(
+        args.models,
+        to_path(args.mlx_path),
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        overwrite=args.overwrite,
+    )
     written = sum(file.stat().st_size for file in path.iterdir())
     if args.json:
         console.print_json({"models": args.models, "mlx_path": str(path), "size": written})

@@ -45,17 +45,15 @@ def run(args: Namespace) -> int:
     """
     upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
-    with console.Progress("Writing", unit="bytes") as progress:
-        result = convert(
-            args.model,
-            to_path(args.mlx_path),
-            **flags.given(args, Packing),
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    result = convert(
+        args.model,
+        to_path(args.mlx_path),
+        **flags.given(args, Packing),
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        revision=args.revision,
+        overwrite=args.overwrite,
+    )
     written = sum(path.stat().st_size for path in result.path.iterdir())
     if args.json:
         values = {"model": args.model, "mlx_path": str(result.path), "bits_per_weight": result.bits_per_weight}

@@ -54,19 +54,17 @@ def run(args: Namespace) -> int:
     if args.format == "gguf" and args.output is not None and Path(args.output).suffix.lower() != ".gguf":
         raise RequestError(f"A GGUF file's name must end in .gguf, and --output {args.output} does not; add it.")
     publishing.check(upload)
-    with console.Progress("Writing", unit="bytes") as progress:
-        result = export(
-            args.model,
-            args.output,
-            format=args.format,
-            gguf_type=args.gguf_type,
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    result = export(
+        args.model,
+        args.output,
+        format=args.format,
+        gguf_type=args.gguf_type,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        revision=args.revision,
+        overwrite=args.overwrite,
+    )
     if args.json:
         values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(result.path)}
         values |= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
 from typing import Any
 
@@ -16,7 +15,6 @@ from ..wording import counted, size
 from . import console, flags
 from . import upload as upload_command
 
-_UNITS = {"Writing": "bytes", "Reading the text": "batches"}
 # Warn if less than this share of the adapters' change is left.
 _MOSTLY_LOST = 0.5
 
@@ -65,27 +63,18 @@ def run(args: Namespace) -> int:
     """
     upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, console.Progress] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = stack.enter_context(console.Progress(stage, unit=_UNITS.get(stage, "")))
-            bars[stage](done, total)
-
-        result = fuse(
-            args.model,
-            args.adapter_path or "adapters",
-            to_path(args.save_path),
-            **flags.given(args, Packing),
-            report=args.report,
-            report_data=args.report_data,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            revision=args.revision,
-            overwrite=args.overwrite,
-            progress=show,
-        )
+    result = fuse(
+        args.model,
+        args.adapter_path or "adapters",
+        to_path(args.save_path),
+        **flags.given(args, Packing),
+        report=args.report,
+        report_data=args.report_data,
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        revision=args.revision,
+        overwrite=args.overwrite,
+    )
     sent = publishing.publish(result.path, upload) if upload.upload_repo is not None else None
     if args.json:
         values = {"model": args.model, "adapter_path": args.adapter_path or ["adapters"], **_to_json(result)}

@@ -15,10 +15,10 @@ from ..training import config_file
 from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
+from ..training.run.progress import RunProgress
 from ..training.run.samples import Sample
 from ..wording import counted
 from . import console, flags
-from .run_progress import RunProgress
 
 EXAMPLES = """\
   mlx-openelm lora --model 270m --train --data my_data --mask-prompt --iters 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 from ..cuda.compiling import notice
 from ..errors import RequestError
@@ -19,15 +19,6 @@ from . import console, flags
 from . import upload as upload_command
 
 # The unit that each stage counts; other stages have none.
-_UNITS = {
-    "Writing": "bytes",
-    "Reading the text": "batches",
-    "Reading the held-out text": "batches",
-    "Measuring sensitivities": "matrices",
-    "Quantizing": "matrices",
-    "Distilling": "steps",
-    "Comparing": "choices",
-}
 
 
 EXAMPLES = """\
@@ -68,7 +59,7 @@ def run(args: Namespace) -> int:
     if upload.upload_repo is not None and not options.writes:
         raise RequestError("--upload-repo needs a model to upload; say how to quantize, for example with --q-bits.")
     publishing.check(upload)
-    with _Stages() as stages, notice("Quantizing", console.say):
+    with notice("Quantizing", console.say):
         result = quantize(
             args.model,
             to_path(args.mlx_path),
@@ -78,7 +69,6 @@ def run(args: Namespace) -> int:
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=stages,
         )
     if plot is not None:
         draw(result.report, plot)
@@ -94,25 +84,6 @@ def run(args: Namespace) -> int:
     if sent is not None:
         upload_command.show(sent)
     return 0
-
-
-class _Stages:
-    """One progress bar after another, each labelled with its stage."""
-
-    def __init__(self) -> None:
-        self._stage, self._bar = "", console.Progress("", unit="")
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._bar.close()
-            self._stage, self._bar = stage, console.Progress(stage, unit=_UNITS.get(stage, ""))
-        self._bar(done, total)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _show(result: Quantized) -> None:

@@ -64,6 +64,10 @@ class Piece:
     peak_memory: float
     finish_reason: str | None = None
 
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""
+        return f"Piece({self.text!r}, token={self.token}, logprob={self.logprob:.3f}{end})"
+
 
 @listing_options
 def generate(

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
 from ..errors import RequestError, quote
-from ..options import Option
+from ..options import Option, Options
 from ..wording import did_you_mean
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
@@ -27,8 +27,8 @@ _PACKAGE = __name__.partition(".")[0]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class SamplingParams:
+@dataclass(frozen=True, repr=False)
+class SamplingParams(Options):
     """How the next token is chosen. Names and meanings are mlx-lm's; the defaults mean "off" (greedy decoding).
 
     - `temp`: 0 takes the most likely token.
@@ -121,8 +121,8 @@ class SamplingParams:
         return bool(self.logit_bias or penalties)
 
 
-@dataclass(frozen=True)
-class CacheOptions:
+@dataclass(frozen=True, repr=False)
+class CacheOptions(Options):
     """How keys and values are cached.
 
     - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
@@ -189,7 +189,7 @@ class CacheOptions:
         return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationOptions(SamplingParams, CacheOptions):
     """All options of `generate`, written once for Python and the command line.
 

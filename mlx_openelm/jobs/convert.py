@@ -43,7 +43,7 @@ def convert(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
 ) -> Conversion:
     """Write a model as an MLX folder, which appears complete or not at all.
 
@@ -58,7 +58,7 @@ def convert(
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
 
     Raises:
         RequestError: an invalid request; nothing was written.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import backend
+from .. import backend, console
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..formats import atomic
@@ -74,7 +74,7 @@ def quantize(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> Quantized:
     """Write a quantized model as an MLX folder, report what it costs, or both.
 
@@ -84,7 +84,8 @@ def quantize(
         dtype: the type of tensors that are not quantized; bfloat16 by default.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the name of a stage, the amount done, and the total.
+        progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
+            None or False shows none.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -102,43 +103,45 @@ def quantize(
     stored = dtype_for(dtype, config) or mx.bfloat16
     _check_source(source, model, target, options, stored)
 
-    run = _Run(options, config, stored, progress or (lambda *_: None))
-    if options.is_learned or options.report:
-        full = run.load(source)
-        run.compare(full)
-        if not options.writes:
-            return Quantized(report=run.rows)
-        if options.is_learned:
-            with _sensitivities_kept(run, target):
-                source.checkpoint = run.learn(full)
-        else:
-            run.add_row(lambda: report.row_of(run.name, full, options.packing().plan(config)[0], run.evaluator, stored))
-            source = open_model()  # its weights are in `full`
-    if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, options.packing(dtype))
-    choices = source.checkpoint.quantization
+    with console.stages(progress) as show:
+        run = _Run(options, config, stored, show)
+        if options.is_learned or options.report:
+            full = run.load(source)
+            run.compare(full)
+            if not options.writes:
+                return Quantized(report=run.rows)
+            if options.is_learned:
+                with _sensitivities_kept(run, target):
+                    source.checkpoint = run.learn(full)
+            else:
+                plan = options.packing().plan(config)[0]
+                run.add_row(lambda: report.row_of(run.name, full, plan, run.evaluator, stored))
+                source = open_model()  # its weights are in `full`
+        if not options.is_learned:
+            run.exceptions = requantize(source.checkpoint, options.packing(dtype))
+        choices = source.checkpoint.quantization
 
-    flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
-    flags |= source_flags(tokenizer, config_yaml, revision)
-    with _sensitivities_kept(run, target):
-        write_folder(
-            source,
-            target,
-            command=command_line("quantize", flags),
-            overwrite=overwrite,
-            progress=run.stage("Writing"),
-            card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
-            extra=run.save_sensitivities,
+        flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
+        flags |= source_flags(tokenizer, config_yaml, revision)
+        with _sensitivities_kept(run, target):
+            write_folder(
+                source,
+                target,
+                command=command_line("quantize", flags),
+                overwrite=overwrite,
+                progress=run.stage("Writing"),
+                card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
+                extra=run.save_sensitivities,
+            )
+        return Quantized(
+            path=target,
+            bits_per_weight=bits_per_weight(config, choices, stored.size),
+            choices=choices,
+            exceptions=run.exceptions,
+            costs=run.costs(choices),
+            calibrated_on=str(run.text) if options.is_learned else None,
+            report=run.rows,
         )
-    return Quantized(
-        path=target,
-        bits_per_weight=bits_per_weight(config, choices, stored.size),
-        choices=choices,
-        exceptions=run.exceptions,
-        costs=run.costs(choices),
-        calibrated_on=str(run.text) if options.is_learned else None,
-        report=run.rows,
-    )
 
 
 def _check_source(source: Source, model: str | Path, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
