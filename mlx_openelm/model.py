@@ -299,11 +299,12 @@ class OpenELM(nn.Module):
     def __repr__(self) -> str:
         """The model in one line; `transformer` shows its modules, as MLX does."""
         config = self.config
-        facts = [f"{config.num_transformer_layers} layers", f"{config.num_parameters / 1e6:,.1f}M parameters"]
+        facts = [] if config.size is None else [config.size]
+        facts += [f"{config.num_transformer_layers} layers", f"{config.num_parameters / 1e6:,.1f}M parameters"]
         facts.append(str(self.transformer.norm.weight.dtype).removeprefix("mlx.core."))
         packed = [layer for layer in self.modules() if isinstance(layer, QuantizedLinear | QuantizedEmbedding)]
         facts += sorted({f"{layer.bits}-bit {layer.mode}" for layer in packed})
-        return f"OpenELM({', '.join([config.size] * bool(config.size) + facts)})"
+        return f"OpenELM({', '.join(facts)})"
 
     @property
     def layers(self) -> list[TransformerLayer]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
+import mlx_openelm
 from mlx_openelm import generate, load, stream_generate
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.options import GenerationKeywords, GenerationOptions
@@ -70,3 +73,42 @@ def test_a_wrong_name_gets_a_suggestion(tiny):
         generate(*tiny, "Once", max_token=5)  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="^generate has no option volume; help.generate. lists the options"):
         next(stream_generate(*tiny, "Once", volume=5))  # type: ignore[call-arg]
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script that has our package, and no network."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+
+
+def test_the_guide_runs_as_written_and_prints_what_it_says(tmp_path):
+    guide = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    done = python("\n".join(blocks), tmp_path)
+    assert done.returncode == 0, done.stderr
+    promised = re.findall(r"print\(.*\)  # (.+)", guide)
+    assert len(promised) == 4
+    for line in promised:
+        assert line.removesuffix("...)") in done.stdout
+    assert "Step 4 of 4: train loss" in done.stderr  # finetune's progress, in plain lines
+    assert set(mlx_openelm.__all__) <= {*re.findall(r"\w+", guide), "__version__", "CacheOptions", "ModelConfig"}
+
+
+def test_dir_lists_the_public_names(tmp_path):
+    done = python("import mlx_openelm, sys; print(*dir(mlx_openelm)); print('mlx.core' in sys.modules)", tmp_path)
+    names, loaded = done.stdout.splitlines()
+    assert names.split() == mlx_openelm.__all__ == sorted(mlx_openelm.__all__) and loaded == "False"
+    assert all(hasattr(mlx_openelm, name) for name in mlx_openelm.__all__)
+    assert set(mlx_openelm._HOMES) == set(mlx_openelm.__all__) - {"__version__"}
+    assert "Did you mean: 'generate'" in python("import mlx_openelm; mlx_openelm.generat", tmp_path).stderr
+
+
+def test_mypy_knows_every_lazy_name(tmp_path):
+    names = [name for name in mlx_openelm.__all__ if name != "__version__"]
+    lines = mypy(tmp_path, "".join(f"from mlx_openelm import {n}\nreveal_type({n})\n" for n in names))
+    shown = [line.partition("Revealed type is ")[2] for line in lines if "Revealed type" in line]
+    assert len(shown) == len(names) and not any(text.strip('"') == "Any" for text in shown)
+    assert not any(": error: " in line for line in lines)
+    assert (ROOT / "mlx_openelm" / "py.typed").is_file()

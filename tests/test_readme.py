@@ -32,6 +32,7 @@ FEWEST = {
     "fine-tuning.md": 0,
     "formats.md": 5,
     "publishing.md": 2,
+    "python.md": 0,
     "quantization.md": 4,
     "coming-from-mlx-lm.md": 0,
 }
