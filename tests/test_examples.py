@@ -409,7 +409,7 @@ def test_what_is_too_long_is_refused_by_name_when_asked():
         make(*values, max_seq_length=10, long_examples="refuse")
     said = str(error.value)
     assert said.startswith("train.jsonl, line 2:") and "1 more are too long" in said
-    assert f"(the longest takes {longest - 1})" in said and "and --max-seq-length is 10;" in said
+    assert f"(the longest takes {longest - 1})" in said and "and max_seq_length is 10;" in said
     make(*values, max_seq_length=longest - 1, long_examples="refuse")
 
 

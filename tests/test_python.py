@@ -12,8 +12,22 @@ from pathlib import Path
 from typing import get_type_hints
 
 import mlx_openelm
-from mlx_openelm import generate, load, stream_generate
-from mlx_openelm.errors import RequestError
+from mlx_openelm import (
+    FineTuneOptions,
+    ModelConfig,
+    OpenELM,
+    QuantizeOptions,
+    console,
+    convert,
+    errors,
+    finetune,
+    generate,
+    load,
+    quantize,
+    stream_generate,
+)
+from mlx_openelm.cli.main import main
+from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.generation.options import GenerationKeywords, GenerationOptions
 
 import pytest
@@ -112,3 +126,65 @@ def test_mypy_knows_every_lazy_name(tmp_path):
     assert len(shown) == len(names) and not any(text.strip('"') == "Any" for text in shown)
     assert not any(": error: " in line for line in lines)
     assert (ROOT / "mlx_openelm" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("--q-bits must be 4", "q_bits must be 4"),
+        ("Choose either -q or --dequantize.", "Choose either quantize or dequantize."),
+        ("out exists; replace it with --overwrite.", "out exists; replace it with overwrite=True."),
+        ("--report, --report-data (--beta2)", "report, report_data (beta2)"),
+        ("run `mlx-openelm convert -q --model x` first", "run `mlx-openelm convert -q --model x` first"),
+        ("models--apple--OpenELM in a/--x and 'a--b'", "models--apple--OpenELM in a/--x and 'a--b'"),
+    ],
+)
+def test_errors_name_arguments_in_python(written, shown, monkeypatch):
+    assert str(OpenELMError(written)) == str(RequestError(written)) == shown
+    monkeypatch.setattr(errors, "names_flags", True)
+    assert str(OpenELMError(written)) == written
+
+
+def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
+    with pytest.raises(RequestError, match="^temp must be between 0 and 1000, got -1"):
+        generate(*tiny, "Once", temp=-1)
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "Once", "--temp", "-1"])
+    assert capsys.readouterr().err == "error: --temp must be between 0 and 1000, got -1.0\n"
+    assert str(RequestError("--temp")) == "temp"  # the command line is over
+
+
+def test_representations_are_short(tiny):
+    model, tokenizer = tiny
+    assert str(model) == "OpenELM(6 layers, 2.5M parameters, float32, 8-bit affine)"
+    assert repr(OpenELM(ModelConfig.from_name("1.1b"), initialize=False)) == (
+        "OpenELM(1.1B, 28 layers, 1,079.9M parameters, float32)"
+    )
+    assert "TransformerLayer" in str(model.transformer)  # the modules, as MLX shows them
+    assert repr(tokenizer) == "Tokenizer(2,048 tokens, begins with <s> 1, ends with </s> 2)"
+    last = list(stream_generate(model, tokenizer, "To be", max_tokens=2))[-1]
+    assert re.fullmatch(r"Piece\('.*', token=\d+, logprob=-\d+\.\d{3}, finish_reason='length'\)", repr(last))
+    assert repr(FineTuneOptions(train=True, iters=5)) == "FineTuneOptions(iters=5, train=True)"
+    assert repr(QuantizeOptions()) == "QuantizeOptions()"
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_finetune_shows_progress_unless_told_otherwise(progress, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"text": "To be, or not to be."}\n' * 4)
+    finetune("tiny", FineTuneOptions(train=True, data="data.jsonl", iters=1, batch_size=2), progress=progress)
+    assert ("Trainable parameters" in capfd.readouterr().err) == (progress is True)
+
+
+def test_a_job_shows_what_it_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    convert("tiny", tmp_path / "shown", dequantize=True)
+    assert re.match(r"Writing: .*B of .*MB\n", capsys.readouterr().err)
+    packed = quantize(tmp_path / "shown", tmp_path / "packed", QuantizeOptions(q_bits=4))
+    assert packed.path is not None and "Writing: " in capsys.readouterr().err
+    for progress in (None, False):
+        convert("tiny", tmp_path / "silent", dequantize=True, overwrite=True, progress=progress)
+    assert capsys.readouterr().err == ""
+    counts: list[tuple[int, int]] = []
+    convert("tiny", tmp_path / "counted", progress=lambda done, total: counts.append((done, total)))
+    assert counts[-1][0] == counts[-1][1] > 0
