@@ -175,7 +175,7 @@ def test_a_complete_run_says_so(here):
     tune()
     notes = Notes()
     tune(replace(SHORT, resume=True), notes)
-    assert "The run is complete, after 9 steps; raise --iters to go on." in notes.lines
+    assert "The run is complete, after 9 steps; raise iters to go on." in notes.lines
     assert not any(line.startswith("Going on") for line in notes.lines)
 
 

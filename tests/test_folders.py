@@ -347,8 +347,8 @@ def test_only_an_index_of_these_very_weights_is_published(folder: Path) -> None:
         ("pytorch_model-00001-of-00002.bin", "a pickle"),
         ("checkpoint_average.pt", "a complete model: give that file instead of the folder"),
         ("OpenELM-270M-q8_0.gguf", "a complete model: give that file instead of the folder"),
-        ("adapter_model.safetensors", "it is an adapter. Give it with --adapter-path"),
-        ("adapters.safetensors", "it is an adapter. Give it with --adapter-path"),
+        ("adapter_model.safetensors", "it is an adapter. Give it with adapter_path"),
+        ("adapters.safetensors", "it is an adapter. Give it with adapter_path"),
         ("openelm.safetensors", "'openelm.safetensors' is not read under that name"),
         ("training_args.bin", "has no model*.safetensors file."),
     ],
@@ -418,7 +418,7 @@ def test_other_methods_are_refused_by_name(folder: Path, method: str) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": settings}))
     message = refusal(folder)
     assert str(folder) in message and f"quantized by {method}, which is not supported" in message
-    assert "Take the original model and quantize it with mlx-openelm quantize" in message
+    assert "Take the original model and quantize it with `mlx-openelm quantize`" in message
 
 
 @pytest.mark.parametrize("method", [["gptq"], {"a": 1}, 5, "x\ny" * 500])

@@ -310,7 +310,7 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
         ({"report": True, "num_samples": 8}, "num_samples needs target_bpw or method"),
         (
             {"report": True, "calibration": "t.txt", "report_data": "t.txt"},
-            "only --target-bpw and --method read --calibration",
+            "only target_bpw and method read calibration",
         ),
         ({"target_bpw": math.nan}, "target_bpw must be a positive number"),
     ],
@@ -361,7 +361,7 @@ def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
 
 @pytest.mark.parametrize(
     "content,message",
-    [("Too short.", "fewer than a window of 32; give a shorter --sequence-length"), ("", "holds no text"),
+    [("Too short.", "fewer than a window of 32; give a shorter sequence_length"), ("", "holds no text"),
      (None, "must name a file")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["calibration", "report_data"])
