@@ -177,7 +177,7 @@ def test_what_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, loss
         run(tmp_path, Counting({9: loss}), 20, describe="train.jsonl, line {}".format)
     message = str(caught.value)
     assert what in message and "at step 10" in message and "train.jsonl, line 18, train.jsonl, line 19" in message
-    assert "step 5 is intact" in message and "0000005" in message and "--resume" in message
+    assert "step 5 is intact" in message and "0000005" in message and "resume" in message
     assert Checkpoints(tmp_path / "checkpoints", keep_last=2).steps() == [5]
 
 
