@@ -294,6 +294,16 @@ class OpenELM(nn.Module):
             matrix.weight = mx.random.uniform(-bound, bound, matrix.weight.shape)
         mx.eval(mx.random.state)
 
+    def __repr__(self) -> str:
+        """The model in one line; `transformer` shows its modules, as MLX does."""
+        config = self.config
+        facts = [] if config.size is None else [config.size]
+        facts += [f"{config.num_transformer_layers} layers", f"{config.num_parameters / 1e6:,.1f}M parameters"]
+        facts.append(str(self.transformer.norm.weight.dtype).removeprefix("mlx.core."))
+        packed = [layer for layer in self.modules() if isinstance(layer, QuantizedLinear | QuantizedEmbedding)]
+        facts += sorted({f"{layer.bits}-bit {layer.mode}" for layer in packed})
+        return f"OpenELM({', '.join(facts)})"
+
     @property
     def layers(self) -> list[TransformerLayer]:
         return self.transformer.layers
@@ -315,7 +325,7 @@ class OpenELM(nn.Module):
             run_layer: called with each layer and its arguments, in place of the layer itself.
         """
         batch, length = tokens.shape
-        caches = cache if cache is not None else [None] * len(self.layers)
+        caches = cache if cache is not None else [None] * len(self.transformer.layers)
         first = caches[0]
         offset = 0 if first is None else first.offset
         if mask is None and first is not None and hasattr(first, "make_mask"):  # mlx-lm's ChunkedKVCache has none
@@ -331,7 +341,7 @@ class OpenELM(nn.Module):
         y = self._run_kernels(x, attend, caches) if run_layer is None else None
         if y is None:
             y = x
-            for layer, layer_cache in zip(self.layers, caches, strict=True):
+            for layer, layer_cache in zip(self.transformer.layers, caches, strict=True):
                 y = layer(y, attend, layer_cache) if run_layer is None else run_layer(layer, y, attend, layer_cache)
         return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
@@ -346,11 +356,11 @@ class OpenELM(nn.Module):
             return None
         eps = self.config.rms_norm_eps
         if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
-            parts = collect_parts(self.layers, eps)
+            parts = collect_parts(self.transformer.layers, eps)
             return None if parts is None else self._decode_token(x, parts, caches)
         if not isinstance(attend, attention.KernelAttention) or x.dtype != mx.float32:
             return None
-        if (parts := collect_parts(self.layers, eps)) is None:
+        if (parts := collect_parts(self.transformer.layers, eps)) is None:
             return None
         for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
             x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)

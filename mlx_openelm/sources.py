@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import SIZES, ModelConfig
-from .errors import OpenELMError, RequestError, quote
+from .errors import OpenELMError, RequestError, name_options, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
 from .hub import catalog
@@ -198,8 +198,10 @@ def _open_corenet(
     text = find_tokenizer(model, path, unpadded, tokenizer, rows=checkpoint.config.vocab_size)
     if text.vocab_size < pieces < checkpoint.config.vocab_size:
         warnings.warn(
-            f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the rows "
-            "beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer.",
+            name_options(
+                f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the "
+                "rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
+            ),
             stacklevel=3,
         )
     corenet.cut_vocabulary(checkpoint, text.vocab_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # The most names that `some` lists.
 SOME = 8
@@ -11,6 +11,16 @@ SOME = 8
 def flag(name: str) -> str:
     """The command-line flag of an argument or a field: `--q-bits` for `q_bits`."""
     return f"--{name.replace('_', '-')}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean temp?` for `temperature`; empty if no known word is similar."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
+    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
+    return f"did you mean {one_of(close[:2])}?" if close else ""
 
 
 def one_of(choices: Sequence[object]) -> str:

@@ -483,7 +483,7 @@ def test_make_cache() -> None:
     caches = ours.make_cache(2, 8)
     assert [(type(c), c.max_size, c.keep) for c in caches] == [(ours.RotatingKVCache, 8, 4)] * 2
     for size in (7, 0, -1):
-        with pytest.raises(RequestError, match="--max-kv-size"):
+        with pytest.raises(RequestError, match="max_kv_size"):
             ours.make_cache(2, size)
 
 

@@ -16,8 +16,8 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mlx_openelm import blas, load, native, stream_generate
-from mlx_openelm.cli import console, doctor
+from mlx_openelm import blas, console, load, native, stream_generate
+from mlx_openelm.cli import doctor
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet
@@ -809,7 +809,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_keeps_every_character_whatever_the_stream_encodes() -> None:
     for encoding, shown in (("ascii", r"\u00e9"), ("latin-1", "é"), ("utf-8", "é")):
-        code = "from mlx_openelm.cli import console; console.print_json({'a': 'é'})"
+        code = "from mlx_openelm import console; console.print_json({'a': 'é'})"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
         )

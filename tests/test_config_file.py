@@ -269,7 +269,7 @@ def test_what_cannot_be_right_is_named(text: str, message: str, tmp_path: Path) 
 
 
 def test_flags_that_exclude_another(tmp_path: Path) -> None:
-    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("--alpha and --scale set the same thing")
+    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("alpha and scale set the same thing")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

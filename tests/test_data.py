@@ -161,8 +161,8 @@ def test_what_is_no_data_is_refused(tmp_path):
     assert "is not a data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
     for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
         assert "there is no folder or file" in message(read_splits, str(name))
-    assert "--data is empty" in message(read_splits, " ")
-    assert "--valid-fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
+    assert "data is empty" in message(read_splits, " ")
+    assert "valid_fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
     damaged = write(tmp_path / "a.jsonl.gz", b"not gzip")
     assert "cannot be read" in message(read_splits, damaged)
 

@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_is_the_same(here):
 def test_a_folder_with_a_run_is_left_alone(here):
     tune()
     before = trained(here / "adapters")
-    with pytest.raises(RequestError, match="adapters holds a run already; .*--resume.*--overwrite"):
+    with pytest.raises(RequestError, match="adapters holds a run already; .*resume.*overwrite=True"):
         tune()
     assert trained(here / "adapters") == before
     (here / "adapters" / "notes.txt").write_text("mine")
@@ -157,25 +157,25 @@ def test_a_folder_with_a_run_is_left_alone(here):
     with pytest.raises(RequestError, match="give one of them"):
         tune(replace(SHORT, resume=True), overwrite=True)
     (here / "adapters" / "run.json").write_text("{")
-    with pytest.raises(RequestError, match="run.json is damaged; replace it with --overwrite") as refused:
+    with pytest.raises(RequestError, match="run.json is damaged; replace it with overwrite=True") as refused:
         tune()
-    assert "--resume" not in str(refused.value)
+    assert "resume" not in str(refused.value)
 
 
 def test_a_folder_with_an_adapter_alone_is_no_run(here):
     (here / "adapters").mkdir()
     for name in ("adapter_config.json", "adapters.safetensors"):
         (here / "adapters" / name).write_text("mine")
-    with pytest.raises(RequestError, match="adapters holds an adapter already; replace it with --overwrite") as refused:
+    with pytest.raises(RequestError, match="holds an adapter already; replace it with overwrite=True") as refused:
         tune()
-    assert "--resume" not in str(refused.value)
+    assert "resume" not in str(refused.value)
 
 
 def test_a_complete_run_says_so(here):
     tune()
     notes = Notes()
     tune(replace(SHORT, resume=True), notes)
-    assert "The run is complete, after 9 steps; raise --iters to go on." in notes.lines
+    assert "The run is complete, after 9 steps; raise iters to go on." in notes.lines
     assert not any(line.startswith("Going on") for line in notes.lines)
 
 
@@ -193,15 +193,15 @@ def test_one_file_is_tested_as_a_whole_and_that_is_said(here):
 def test_overwriting_waits_until_all_is_checked(here):
     tune()
     before = trained(here / "adapters")
-    with pytest.raises(RequestError, match="--num-layers must be"):
+    with pytest.raises(RequestError, match="num_layers must be"):
         tune(replace(SHORT, num_layers=9), overwrite=True)
-    with pytest.raises(RequestError, match="rank 4.*--rank 4"):
+    with pytest.raises(RequestError, match="rank 4.*rank 4"):
         tune(replace(SHORT, rank=3, resume_adapter_file="adapters/adapters.safetensors"), overwrite=True)
     assert trained(here / "adapters") == before
 
 
 def test_nothing_to_resume(here):
-    with pytest.raises(RequestError, match="no run in adapters to --resume"):
+    with pytest.raises(RequestError, match="no run in adapters to resume"):
         tune(replace(SHORT, resume=True))
     assert not (here / "adapters").exists()
     # Killed before the first checkpoint: it starts from the beginning.
@@ -216,11 +216,11 @@ def test_nothing_to_resume(here):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rank": 5}, "--rank 4, not 5"),
-        ({"batch_size": 2}, "--batch-size 4, not 2"),
-        ({"seed": 3}, "--seed 0, not 3"),
-        ({"packing": True}, "--packing off, not on"),
-        ({"target_modules": ("qkv_proj",)}, "--target-modules unset, not qkv_proj"),
+        ({"rank": 5}, "rank 4, not 5"),
+        ({"batch_size": 2}, "batch_size 4, not 2"),
+        ({"seed": 3}, "seed 0, not 3"),
+        ({"packing": True}, "packing off, not on"),
+        ({"target_modules": ("qkv_proj",)}, "target_modules unset, not qkv_proj"),
         ({"data": "other"}, "not what this run learned from"),
     ],
 )
@@ -239,7 +239,7 @@ def test_another_run_is_no_continuation(here, changes, named):
 def test_a_run_is_not_shortened_to_fewer_steps_than_it_has(here):
     tune()
     before = (here / "adapters" / "run.json").read_text()
-    with pytest.raises(RequestError, match="after step 9 already; --iters must be at least that"):
+    with pytest.raises(RequestError, match="after step 9 already; iters must be at least that"):
         tune(replace(SHORT, resume=True, iters=5))
     assert (here / "adapters" / "run.json").read_text() == before
 
@@ -247,9 +247,9 @@ def test_a_run_is_not_shortened_to_fewer_steps_than_it_has(here):
 def test_another_model_is_no_continuation(here):
     _stop_after(3, SHORT, Notes())
     shutil.copytree(here / "model", here / "model2")
-    with pytest.raises(RequestError, match="--model model, not model2"):
+    with pytest.raises(RequestError, match="model model, not model2"):
         finetune("model2", replace(SHORT, resume=True))
-    with pytest.raises(RequestError, match="--dtype unset, not bfloat16"):
+    with pytest.raises(RequestError, match="dtype unset, not bfloat16"):
         tune(replace(SHORT, resume=True), loading=Loading(dtype="bfloat16"))
 
 
@@ -258,7 +258,7 @@ def test_what_may_be_changed_on_purpose_is_said(here):
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
     assert any(
-        line.startswith("--learning-rate is 0.001, 0.01 in adapters/run.json; from here on the run differs")
+        line.startswith("learning_rate is 0.001, 0.01 in adapters/run.json; from here on the run differs")
         for line in notes.lines
     )
     assert any("another length" in line for line in notes.lines)
@@ -279,13 +279,13 @@ def test_two_at_once_are_refused(here):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train": False}, "--train"),
+        ({"train": False}, "train"),
         ({"train": False, "test": True, "adapter_path": "nowhere/at/all"}, "no adapter in nowhere/at/all"),
-        ({"resume_adapter_file": "nothing.safetensors"}, "--resume-adapter-file nothing.safetensors does not exist"),
+        ({"resume_adapter_file": "nothing.safetensors"}, "resume_adapter_file nothing.safetensors does not exist"),
         ({"adapter_path": "data/train.jsonl"}, "is a file"),
         ({"data": "data/none.jsonl"}, "data/none.jsonl"),
-        ({"num_layers": 3}, "--num-layers must be from 1 to 2"),
-        ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "--early-stop needs validation data"),
+        ({"num_layers": 3}, "num_layers must be from 1 to 2"),
+        ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "early_stop needs validation data"),
     ],
 )
 def test_what_cannot_be_right_is_refused(here, changes, named):
@@ -428,9 +428,9 @@ def test_starting_from_an_adapter(here):
     tune(options)
     assert metrics(here / "second")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
     for changes, named in (
-        ({"rank": 8}, "has rank 4 .*--rank 4"),
-        ({"scale": 10.0}, "has scale 20 .*--scale 20"),
-        ({"fine_tune_type": "dora"}, "--fine-tune-type lora"),
+        ({"rank": 8}, "has rank 4 .*rank 4"),
+        ({"scale": 10.0}, "has scale 20 .*scale 20"),
+        ({"fine_tune_type": "dora"}, "fine_tune_type lora"),
         ({"num_layers": 1}, "2 layers; give"),
         ({"fine_tune_type": "full"}, "fuse it into the model first"),
     ):
@@ -518,7 +518,7 @@ def test_what_is_said_before_training(here):
     notes = Notes()
     done = tune(replace(SHORT, max_seq_length=5000, sample_prompts=("the king",), sample_tokens=4), notes)
     text = "\n".join(notes.lines)
-    assert "--max-seq-length is" in text and "train: 23 examples (text)" in text and "<s>⟦" in text
+    assert "max_seq_length is" in text and "train: 23 examples (text)" in text and "<s>⟦" in text
     trainable = sum(v.size for v in mx.load("adapters/adapters.safetensors").values())
     assert f"({trainable / 1e6:.3f}M/" in text and done.trained_parameters == trainable
     sample = done.samples[0]
@@ -529,7 +529,7 @@ def test_a_loss_that_is_not_finite_names_the_lines(here):
     with pytest.raises(OpenELMError) as caught:
         tune(replace(SHORT, learning_rate=1e30, warmup=0, max_grad_norm=None, optimizer="sgd", iters=50))
     message = str(caught.value)
-    assert "at step" in message and "train.jsonl, line " in message and "--resume" in message
+    assert "at step" in message and "train.jsonl, line " in message and "resume" in message
     steps = [int(path.name) for path in (here / "adapters" / "checkpoints").glob("0*")]
     saved = [mx.load(str(here / "adapters" / "checkpoints" / f"{step:07d}" / "weights.safetensors")) for step in steps]
     assert all(mx.all(mx.isfinite(value)).item() for tensors in saved for value in tensors.values())

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm.cli import console
+from mlx_openelm import console
 from mlx_openelm.cli.help_text import render
 from mlx_openelm.cli.main import COMMANDS, _program, command, main
-from mlx_openelm.cli.run_progress import RunProgress
+from mlx_openelm.training.run.progress import RunProgress
 
 import pytest
 

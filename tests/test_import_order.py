@@ -16,7 +16,7 @@ ROOMS = [
     "__main__", "cli", "__init__", "training", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
     "backend", "blas", "config", "native",
-    "inputs", "messages", "options", "errors", "wording", "version",
+    "inputs", "options", "console", "messages", "errors", "wording", "version",
 ]  # fmt: skip
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

@@ -116,7 +116,7 @@ def test_missing_files_short_texts_and_empty_requests_are_refused(loaded, tmp_pa
         make_windows(loaded[1], ["To be"], 256)
     with pytest.raises(RequestError, match="nothing to measure"):
         mean_nll(loaded[0], [])
-    with pytest.raises(RequestError, match="--batch-size"):
+    with pytest.raises(RequestError, match="batch_size"):
         mean_nll(loaded[0], [[1, 2]], batch_size=0)
 
 

@@ -64,7 +64,7 @@ def test_an_instruct_release_has_corenets_template(served: Path, example: dict[s
     assert list(first.tokens) == list(second.tokens) == whole
     # What is learned ends with the token that closes the turn, and begins where the assistant does.
     assert first.learned[0][1] == len(whole) and first.learned[0][0] in (len(prompt) - 1, len(prompt))
-    assert said.count(NOTE) == 1 and "--chat-template corenet" in said
+    assert said.count(NOTE) == 1 and "chat_template corenet" in said
     # The samples that are shown before and after are prompted alike.
     assert prompt_tokens("Who is there?", ready.tokenizer, ready.main_examples.report, None) == prompt
 

@@ -36,6 +36,7 @@ FEWEST = {
     "fine-tuning.md": 0,
     "formats.md": 5,
     "publishing.md": 2,
+    "python.md": 0,
     "quantization.md": 4,
     "coming-from-mlx-lm.md": 0,
 }
@@ -210,7 +211,7 @@ def test_fine_tuning_runs_in_its_order(clone: Path) -> None:
 
 
 def test_a_flag_that_does_not_exist_is_noticed() -> None:
-    with pytest.raises(RequestError, match="--q-bit "):
+    with pytest.raises(RequestError, match="q_bit "):
         parse(["convert", "--q-bit", "4"])
 
 

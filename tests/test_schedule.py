@@ -101,5 +101,5 @@ def test_one_step_is_not_lost() -> None:
 def test_a_run_of_warm_up_alone_is_refused() -> None:
     options = TrainOptions(warmup=50, epochs=1.0)
     options.check()
-    with pytest.raises(RequestError, match="--warmup 50 takes all 40 steps"):
+    with pytest.raises(RequestError, match="warmup 50 takes all 40 steps"):
         learning_rate(options, 0, 40)

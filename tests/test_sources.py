@@ -71,7 +71,7 @@ def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.Monk
     assert (source.path, source.checkpoint, source.tokenizer) == (path, whole.checkpoint, whole.tokenizer)
     other = open_source(path, tokenizer=FOLDER / "tokenizer.model")
     assert other.tokenizer is not whole.tokenizer
-    with pytest.raises(RequestError, match="--config-yaml belongs"):
+    with pytest.raises(RequestError, match="config_yaml belongs"):
         open_source(path, config_yaml=tmp_path / "run.yaml")
 
 
@@ -80,7 +80,7 @@ def test_what_belongs_elsewhere_is_refused(tmp_path: Path) -> None:
     for model in (tmp_path / "c.pt", "corenet:270M/checkpoint_average"):
         with pytest.raises(RequestError, match="no revision 'main'"):
             open_source(model, revision="main")
-    with pytest.raises(RequestError, match="--config-yaml belongs"):
+    with pytest.raises(RequestError, match="config_yaml belongs"):
         open_source(FOLDER, config_yaml=tmp_path / "run.yaml")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from .. import console
 from ..inputs import to_path
 from ..jobs.average import average
 from ..wording import size
-from . import console, flags
+from . import flags
 
 MAIN_FLAGS = ("--mlx-path", "--dtype", "--overwrite", "--json")
 EXAMPLES = """\
@@ -37,16 +38,14 @@ def run(args: Namespace) -> int:
 
     Means are computed in float32, tensor by tensor. CoreNet averages the last five checkpoints of a training.
     """
-    with console.Progress("Writing", unit="bytes") as progress:
-        path = average(
-            args.models,
-            to_path(args.mlx_path),
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    path = average(
+        args.models,
+        to_path(args.mlx_path),
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        overwrite=args.overwrite,
+    )
     written = sum(file.stat().st_size for file in path.iterdir())
     if args.json:
         console.print_json({"models": args.models, "mlx_path": str(path), "size": written})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from .. import console
 from ..formats import atomic
 from ..hub import catalog
 from ..inputs import to_path
@@ -12,7 +13,7 @@ from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..quantization.recipes import Packing
 from ..wording import size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
 MAIN_FLAGS = (
@@ -56,17 +57,15 @@ def run(args: Namespace) -> int:
     if upload.dry_run:
         atomic.check_target(path, overwrite=args.overwrite)
     with upload_command.output_folder(path, upload) as folder:
-        with console.Progress("Writing", unit="bytes") as progress:
-            result = convert(
-                args.model,
-                folder / path.name,
-                **flags.given(args, Packing),
-                tokenizer=args.tokenizer,
-                config_yaml=args.config_yaml,
-                revision=args.revision,
-                overwrite=args.overwrite,
-                progress=progress,
-            )
+        result = convert(
+            args.model,
+            folder / path.name,
+            **flags.given(args, Packing),
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            revision=args.revision,
+            overwrite=args.overwrite,
+        )
         written = sum(file.stat().st_size for file in result.path.iterdir())
         if not args.json:
             print(

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import backend, blas
+from .. import backend, blas, console
 from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
 from ..wording import size
-from . import console, flags
+from . import flags
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")

@@ -6,13 +6,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
 from ..inputs import to_path
 from ..jobs.export import check_output, export
 from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..wording import size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
 MAIN_FLAGS = ("--format", "--model", "--output", "--gguf-type", "--dtype", "--overwrite", "--upload-repo", "--json")
@@ -61,20 +62,18 @@ def run(args: Namespace) -> int:
     # Without --output, `export` names the output and the folder is the current one.
     output = None if args.output is None else to_path(args.output)
     with upload_command.output_folder(output or Path("export"), upload) as folder:
-        with console.Progress("Writing", unit="bytes") as progress:
-            result = export(
-                args.model,
-                None if output is None else folder / output.name,
-                format=args.format,
-                gguf_type=args.gguf_type,
-                dtype=args.dtype,
-                tokenizer=args.tokenizer,
-                config_yaml=args.config_yaml,
-                revision=args.revision,
-                overwrite=args.overwrite,
-                progress=progress,
-                folder=folder,
-            )
+        result = export(
+            args.model,
+            None if output is None else folder / output.name,
+            format=args.format,
+            gguf_type=args.gguf_type,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
+            revision=args.revision,
+            overwrite=args.overwrite,
+            folder=folder,
+        )
         path = output or Path(result.path.name)
         if upload.dry_run:
             check_output(path, args.format, overwrite=args.overwrite)

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ..console import columns, say
 from ..errors import RequestError, quote
 from ..hub import catalog
-from . import console
 
 # The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         """The help, as wide as the terminal."""
         from .help_text import render
 
-        return render(self, console.columns(sys.stdout) or 80)
+        return render(self, columns(sys.stdout) or 80)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line, with a pointer to its help."""
@@ -154,7 +154,7 @@ class Parser(argparse.ArgumentParser):
         reason = suggestions.not_needed(flag)
         if reason is None:
             raise RequestError(suggestions.unknown_flag(self.prog, flag, self.flags))
-        console.say(f"warning: {flag} is not needed: {reason}.")
+        say(f"warning: {flag} is not needed: {reason}.")
         return True
 
     def _switch(self, action: BooleanOptionalAction, flag: str, value: str) -> str:

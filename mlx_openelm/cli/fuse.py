@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
 from typing import Any
 
+from .. import console
 from ..adapters.merging import Deviation
 from ..formats import atomic
 from ..inputs import to_path
@@ -14,10 +14,9 @@ from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..quantization.recipes import Packing
 from ..wording import counted, size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
-_UNITS = {"Writing": "bytes", "Reading the text": "batches"}
 # Warn if less than this share of the adapters' change is left.
 _MOSTLY_LOST = 0.5
 
@@ -75,14 +74,7 @@ def run(args: Namespace) -> int:
     path = to_path(args.save_path)
     if upload.dry_run:
         atomic.check_target(path, overwrite=args.overwrite, flag="--save-path")
-    with upload_command.output_folder(path, upload) as folder, contextlib.ExitStack() as stack:
-        bars: dict[str, console.Progress] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = stack.enter_context(console.Progress(stage, unit=_UNITS.get(stage, "")))
-            bars[stage](done, total)
-
+    with upload_command.output_folder(path, upload) as folder:
         result = fuse(
             args.model,
             args.adapter_path or "adapters",
@@ -94,7 +86,6 @@ def run(args: Namespace) -> int:
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=show,
         )
         size_written = sum(file.stat().st_size for file in result.path.iterdir())
         sent = upload_command.publish_written(result.path, upload, path)

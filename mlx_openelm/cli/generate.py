@@ -10,10 +10,11 @@ from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
 from typing import Any
 
-from .. import backend
+from .. import backend, console
 from ..errors import RequestError, quote
-from ..generation.decoding import Piece, stream_generate
+from ..generation.decoding import stream_generate
 from ..generation.options import GenerationOptions
+from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
 from ..inputs import read_stream, read_text_source, to_path
@@ -21,7 +22,7 @@ from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
-from . import console, flags
+from . import flags
 
 MAIN_FLAGS = (
     *("--model", "--prompt", "--max-tokens", "--temp", "--top-p", "--seed", "--stop", "--system-prompt"),

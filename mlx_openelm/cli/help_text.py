@@ -7,7 +7,7 @@ from argparse import Action, BooleanOptionalAction
 from collections.abc import Iterator
 from typing import Any
 
-from .console import wrap
+from ..console import wrap
 
 # The text of a flag begins in this column; on a narrow terminal it is on the lines below the flag.
 _COLUMN, _INDENT = 26, 6

@@ -8,12 +8,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
 from ..sources import find_release
 from ..wording import size
-from . import console, flags
+from . import flags
 
 # Characters of the largest layer's bar. On a terminal without room for a short one there are no bars.
 _BAR, _SHORTEST_BAR = 24, 8

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
 from ..hub import catalog
 from ..inputs import to_path
@@ -18,11 +19,11 @@ from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
 from ..training.run.folder import RUN
+from ..training.run.progress import RunProgress, fitted
 from ..training.run.samples import Sample
 from ..training.run.trainer import EARLY, Result
 from ..wording import counted, size
-from . import console, flags
-from .run_progress import RunProgress, fitted
+from . import flags
 
 MAIN_FLAGS = (
     *("--model", "--train", "--data", "--iters", "--batch-size", "--learning-rate", "--num-layers", "--mask-prompt"),

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import errors
 from ..errors import OpenELMError, RequestError, quote
 from ..messages import say
 from ..version import __version__
@@ -50,6 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `mlx-openelm` with these arguments, by default the process's own, and exit."""
     words = sys.argv[1:] if args is None else args
     debug = "--debug" in words  # also while they are parsed
+    errors.names_flags = True
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -64,6 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except BaseException as error:
         code = _exit_code(error, debug)
+    finally:
+        errors.names_flags = False
     sys.exit(code)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-import warnings
 from argparse import Namespace
 from typing import Any
 
-from ..config import ModelConfig
+from .. import console
 from ..errors import RequestError
-from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll, window_length
 from ..inputs import to_path
 from ..loading import load
 from ..wording import counted
-from . import console, flags
+from . import flags
 
 MAIN_FLAGS = ("--data", "--model", "--reference-model", "--adapter-path", "--json")
 EXAMPLES = """\
@@ -71,7 +70,7 @@ def run(args: Namespace) -> int:
     documents = load_documents(to_path(args.data))
     settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
     model, tokenizer = load(args.model, args.adapter_path, args.dtype, revision=args.revision, **settings)
-    length = _checked_length(args.sequence_length, model.config)
+    length = window_length(args.sequence_length, model.config)
     windows = _sample(make_windows(tokenizer, documents, length), args.num_samples, args.seed)
     with console.Progress("Measuring", unit="windows") as progress:
         measured = mean_nll(model, windows, batch_size=args.batch_size, progress=progress)
@@ -99,21 +98,6 @@ def run(args: Namespace) -> int:
         print(f"KL divergence from {args.reference_model}: {values['kl_divergence']:.6f} nats per token")
     print(f"Measured on {counted(measured.tokens, 'token')}: {counted(len(windows), 'window')} of {length}")
     return 0
-
-
-def _checked_length(length: int | None, config: ModelConfig) -> int:
-    """The window length: the default, or the one given if the model's positions reach that far."""
-    if length is None:
-        return min(512, config.max_context_length)
-    if not 1 <= length <= config.rope_max_length:
-        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
-    if length > config.max_context_length:
-        warnings.warn(
-            f"--sequence-length {length} is more than the {config.max_context_length} tokens "
-            "the model was trained on; expect a higher perplexity.",
-            stacklevel=1,
-        )
-    return length
 
 
 def _sample(windows: list[list[int]], count: int | None, seed: int) -> list[list[int]]:

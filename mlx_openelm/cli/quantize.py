@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
-from typing import Any, Self
+from typing import Any
 
+from .. import console
 from ..cuda.compiling import notice
 from ..errors import RequestError
 from ..formats import atomic
@@ -18,20 +18,8 @@ from ..publishing.upload import UploadOptions
 from ..quantization.options import QuantizeOptions
 from ..quantization.report import Row, chart, check_picture, letter
 from ..wording import size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
-
-# The unit that each stage counts; other stages have none.
-_UNITS = {
-    "Writing": "bytes",
-    "Reading the text": "batches",
-    "Reading the held-out text": "batches",
-    "Measuring sensitivities": "matrices",
-    "Quantizing": "matrices",
-    "Distilling": "steps",
-    "Comparing": "choices",
-}
-
 
 MAIN_FLAGS = (
     *("--model", "--mlx-path", "--q-bits", "--q-group-size", "--target-bpw", "--method", "--report", "--overwrite"),
@@ -80,11 +68,7 @@ def run(args: Namespace) -> int:
     path = to_path(args.mlx_path)
     if upload.dry_run:
         atomic.check_target(path, overwrite=args.overwrite)
-    with (
-        upload_command.output_folder(path, upload) as folder,
-        _Stages() as stages,
-        notice("Quantizing", console.say),
-    ):
+    with upload_command.output_folder(path, upload) as folder, notice("Quantizing", console.say):
         result = quantize(
             args.model,
             folder / path.name,
@@ -94,8 +78,6 @@ def run(args: Namespace) -> int:
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=stages,
-            say=stages.say,
         )
         size_written, sent = 0, None
         if result.path is not None:
@@ -121,30 +103,6 @@ def run(args: Namespace) -> int:
     if sent is not None:
         upload_command.show(sent)
     return 0
-
-
-class _Stages:
-    """One progress bar after another, each labelled with its stage."""
-
-    def __init__(self) -> None:
-        self._stage, self._bar = "", console.Progress("", unit="")
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._bar.close()
-            self._stage, self._bar = stage, console.Progress(stage, unit=_UNITS.get(stage, ""))
-        self._bar(done, total)
-
-    def say(self, line: str) -> None:
-        """Print a line, in place of the bar."""
-        self._bar.close()
-        console.say(console.wrap(line, console.columns(sys.stderr)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _show(result: Quantized) -> None:

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..hub import offline
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from ..wording import counted, size
-from . import console, flags
+from . import flags
 
 MAIN_FLAGS = ("--path", "--upload-repo", "--private", "--dry-run", "--json")
 EXAMPLES = """\

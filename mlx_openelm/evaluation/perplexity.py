@@ -6,13 +6,17 @@ import json
 import math
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from .. import console
+from ..config import ModelConfig
+from ..errors import RequestError, name_options
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
@@ -39,6 +43,53 @@ class NLL:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def perplexity(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    data: str | Path | Sequence[str],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 4,
+    progress: Progress | bool | None = True,
+) -> NLL:
+    """How well a model predicts a text, which is cut into windows; its `perplexity` and the loss behind it.
+
+    Args:
+        data: the path of a text file, or of a `.jsonl` file with one object with `text` per line; or a list of texts.
+        sequence_length: the tokens in a window; by default 512, or the model's context if that is shorter.
+        batch_size: windows that are read together.
+        progress: called with the windows done so far and in all; by default a bar shows them, None or False shows none.
+
+    Raises:
+        RequestError: the file cannot be read, the text is shorter than a window, or a bad value.
+        OpenELMError: the logits are not finite.
+    """
+    documents = load_documents(data) if isinstance(data, str | Path) else data
+    windows = make_windows(tokenizer, documents, window_length(sequence_length, model.config))
+    bar = console.Progress("Measuring", unit="windows") if progress is True else nullcontext(progress or None)
+    with bar as show:
+        return mean_nll(model, windows, batch_size=batch_size, progress=show)
+
+
+def window_length(length: int | None, config: ModelConfig) -> int:
+    """The tokens in a window: the default, or the number given; warns beyond the context the model was trained on.
+
+    Raises:
+        RequestError: the model's positions do not reach that far.
+    """
+    if length is None:
+        return min(512, config.max_context_length)
+    if not 1 <= length <= config.rope_max_length:
+        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
+    if length > config.max_context_length:
+        warning = (
+            f"--sequence-length {length} is more than the {config.max_context_length} tokens "
+            "the model was trained on; expect a higher perplexity."
+        )
+        warnings.warn(name_options(warning), stacklevel=3)
+    return length
 
 
 def load_documents(path: str | Path) -> list[str]:

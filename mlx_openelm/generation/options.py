@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
 from ..errors import RequestError, quote
-from ..options import Option
+from ..options import Option, Options
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
 PENALTY_LIMIT = 1000.0
@@ -27,8 +27,8 @@ _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xt
 _PACKAGE = __name__.partition(".")[0]
 
 
-@dataclass(frozen=True)
-class SamplingParams:
+@dataclass(frozen=True, repr=False)
+class SamplingParams(Options):
     """How the next token is chosen. Names and meanings are mlx-lm's; the defaults mean "off" (greedy decoding).
 
     - `temp`: 0 takes the most likely token.
@@ -135,8 +135,8 @@ class SamplingParams:
         return bool(self.logit_bias or penalties)
 
 
-@dataclass(frozen=True)
-class CacheOptions:
+@dataclass(frozen=True, repr=False)
+class CacheOptions(Options):
     """How keys and values are cached.
 
     - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
@@ -196,32 +196,12 @@ class CacheOptions:
         if type(size) is not int or size not in (32, 64, 128) or dim % size:
             raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {size}.")
 
-    def check_cache(self, cache: Sequence[Any]) -> None:
-        """Raise a `RequestError` if the given caches are not what these options ask for."""
-        for layer in cache:
-            kind = type(layer).__name__
-            if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
-                raise RequestError(
-                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, was not made "
-                    "with it; leave it out."
-                )
-            if self.kv_bits is None:
-                continue
-            if hasattr(layer, "bits"):
-                if (layer.bits, layer.group_size) != (self.kv_bits, self.kv_group_size or layer.group_size):
-                    raise RequestError(
-                        f"The prompt cache has {layer.bits} bits in groups of {layer.group_size}, which is not what "
-                        "--kv-bits and --kv-group-size ask for; leave them out."
-                    )
-            elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
-                raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
-
     def group_size(self, head_dim: int) -> int:
         """`kv_group_size`, or its default for this head_dim."""
         return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationOptions(SamplingParams, CacheOptions):
     """All options of `generate`, written once for Python and the command line.
 
@@ -329,26 +309,6 @@ def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
         if not 0 <= int(token) < vocab_size:
             raise RequestError(f"{name} has the token id {quote(token)}; the vocabulary ends at {vocab_size - 1}.")
     return [int(token) for token in values]
-
-
-def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
-    """The number of tokens that the caches of one sequence have seen.
-
-    Raises:
-        RequestError: there is not one cache per layer, they are not key-value caches of one sequence, or their
-            positions differ.
-    """
-    if len(cache) != num_layers:
-        raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
-    for layer in cache:
-        if not hasattr(layer, "update_and_fetch") or not hasattr(layer, "offset"):
-            raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")
-        if isinstance(layer.offset, mx.array) and layer.offset.size != 1:
-            raise RequestError(f"The prompt cache holds {layer.offset.size} sequences; one can be continued at a time.")
-    offsets = {int(layer.offset) for layer in cache}
-    if len(offsets) > 1:
-        raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
-    return max(0, offsets.pop())  # negative while a row of a batch is still padding
 
 
 def warn(message: str) -> None:

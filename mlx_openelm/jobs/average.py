@@ -40,7 +40,7 @@ def average(
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
 ) -> Path:
     """Write the mean of checkpoints, tensor by tensor, as an MLX folder, which appears complete or not at all.
 
@@ -51,7 +51,7 @@ def average(
         tokenizer: a tokenizer file or folder, in place of the models' own; by default the first model's is written.
         config_yaml: the training configuration of CoreNet checkpoints.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
 
     Raises:
         RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
@@ -93,7 +93,7 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_corenet else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
-            f"{model} is quantized to {rounding}, so the mean would be rough; convert --dequantize unpacks it."
+            f"{model} is quantized to {rounding}, so the mean would be rough; `convert --dequantize` unpacks it."
         )
     return source
 

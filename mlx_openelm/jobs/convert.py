@@ -53,7 +53,7 @@ def convert(
     overwrite: bool = False,
     upload_repo: str | None = None,
     private: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
 ) -> Conversion:
     """Write a model as an MLX folder, which appears complete or not at all.
 
@@ -71,7 +71,7 @@ def convert(
         overwrite: replace `mlx_path` if it exists.
         upload_repo: a hub repository, as `owner/name`, to upload the folder to; it is created if it does not exist.
         private: create it as private.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
 
     Raises:
         RequestError: an invalid request; nothing was written.

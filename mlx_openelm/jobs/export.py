@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import console
 from ..errors import RequestError, quote
 from ..formats import atomic, gguf, huggingface
 from ..formats.mlx import Checkpoint
@@ -54,7 +55,7 @@ def export(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
     folder: Path = Path(),
 ) -> Export:
     """Write a model as a Hugging Face folder or a GGUF file, which appears complete or not at all.
@@ -71,7 +72,7 @@ def export(
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `output` if it exists.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
         folder: where to write if `output` is not given.
 
     Raises:
@@ -136,7 +137,7 @@ def _export_gguf(
     command: str,
     *,
     overwrite: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     config, name = source.checkpoint.config, _name(source)
     gguf.check_representable(config, chosen)
@@ -144,9 +145,9 @@ def _export_gguf(
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     origin, template = origin_of(source), chat_template(source)
-    with atomic.new_file(target) as partial, source.reading():
+    with atomic.new_file(target) as partial, source.reading(), console.writing(progress) as show:
         exceptions = gguf.write(
-            partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
+            partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=show
         )
     method = chosen if chosen.startswith("q") else None  # q8_0 and q4_0; the others are float types
     rounded_to = source.checkpoint.rounding
@@ -166,7 +167,7 @@ def _export_huggingface(
     command: str,
     *,
     overwrite: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     checkpoint = source.checkpoint
     wanted = dtype_for(dtype, checkpoint.config)
@@ -176,9 +177,10 @@ def _export_huggingface(
     _unify(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin, template = origin_of(source), chat_template(source)
-    with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
+    folder = atomic.new_folder(target, overwrite=overwrite, flag="--output")
+    with folder as partial, source.reading(), console.writing(progress) as show:
         source.tokenizer.save(partial, chat_template=template)
-        huggingface.write(partial, checkpoint, release=source.release, progress=progress)
+        huggingface.write(partial, checkpoint, release=source.release, progress=show)
         facts: dict[str, Any] = {"command": command, "rounded_to": checkpoint.rounded_to}
         write_card(partial, name=target.name, origin=origin, **facts)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import backend
+from .. import backend, console
 from ..config import ModelConfig
 from ..formats import atomic
 from ..formats.mlx import Checkpoint, Quantization, scale_dtype
@@ -79,7 +79,7 @@ def quantize(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
     say: Callable[[str], None] | None = None,
 ) -> Quantized:
     """Write a quantized model as an MLX folder, report what it costs, or both.
@@ -90,8 +90,9 @@ def quantize(
         dtype: the type of tensors that are not quantized; bfloat16 by default.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the name of a stage, the amount done, and the total.
-        say: called with a line that estimates the time of a long report.
+        progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
+            None or False shows none.
+        say: called with a line that estimates the time of a long report; by default it is printed between the bars.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -112,42 +113,46 @@ def quantize(
     check_unquantized(source, "quantize", _asked(flags, options), opened_with)
     _check_source(source, target, options, stored)
 
-    run = _Run(options, config, stored, progress or (lambda *_: None), say or (lambda _: None))
-    if options.is_learned or options.report:
-        full = run.load(source)
-        run.compare(full)
-        if not options.writes:
-            return Quantized(report=run.rows, measured_on=run.measured_on())
-        if options.is_learned:
-            with _sensitivities_kept(run, target):
-                source.checkpoint = run.learn(full)
-        else:
-            run.add_row(lambda: report.row_of(run.name, full, options.packing().plan(config)[0], run.evaluator, stored))
-            source = open_model()  # its weights are in `full`
-    if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, options.packing(dtype))
-    choices = source.checkpoint.quantization
+    with console.stages(progress) as show:
+        if say is None:
+            say = show.say if isinstance(show, console.Stages) else lambda _: None
+        run = _Run(options, config, stored, show, say)
+        if options.is_learned or options.report:
+            full = run.load(source)
+            run.compare(full)
+            if not options.writes:
+                return Quantized(report=run.rows, measured_on=run.measured_on())
+            if options.is_learned:
+                with _sensitivities_kept(run, target):
+                    source.checkpoint = run.learn(full)
+            else:
+                plan = options.packing().plan(config)[0]
+                run.add_row(lambda: report.row_of(run.name, full, plan, run.evaluator, stored))
+                source = open_model()  # its weights are in `full`
+        if not options.is_learned:
+            run.exceptions = requantize(source.checkpoint, options.packing(dtype))
+        choices = source.checkpoint.quantization
 
-    with _sensitivities_kept(run, target):
-        write_folder(
-            source,
-            target,
-            command=command_line("quantize", flags | opened_with),
-            overwrite=overwrite,
-            progress=run.stage("Writing"),
-            card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
-            extra=run.save_sensitivities,
+        with _sensitivities_kept(run, target):
+            write_folder(
+                source,
+                target,
+                command=command_line("quantize", flags | opened_with),
+                overwrite=overwrite,
+                progress=run.stage("Writing"),
+                card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
+                extra=run.save_sensitivities,
+            )
+        return Quantized(
+            path=to_path(mlx_path),
+            bits_per_weight=bits_per_weight(config, choices, stored.size),
+            choices=choices,
+            exceptions=run.exceptions,
+            costs=run.costs(choices),
+            calibrated_on=str(run.text) if options.is_learned else None,
+            report=run.rows,
+            measured_on=run.measured_on(),
         )
-    return Quantized(
-        path=to_path(mlx_path),
-        bits_per_weight=bits_per_weight(config, choices, stored.size),
-        choices=choices,
-        exceptions=run.exceptions,
-        costs=run.costs(choices),
-        calibrated_on=str(run.text) if options.is_learned else None,
-        report=run.rows,
-        measured_on=run.measured_on(),
-    )
 
 
 def _asked(flags: Mapping[str, Any], options: QuantizeOptions) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
 from ..messages import say
-from ..options import Option
+from ..options import Option, Options
 from ..wording import flag
 from .card import Card, card_for_upload
 from .files import leads_out, model_files
@@ -19,8 +19,8 @@ from .plan import Upload, make_plan
 from .transfer import MAIN, check_visibility, full_name, send
 
 
-@dataclass(frozen=True)
-class UploadOptions:
+@dataclass(frozen=True, repr=False)
+class UploadOptions(Options):
     """Where and how to publish: the flags of `upload`, and of every command that can upload what it writes."""
 
     upload_repo: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ..errors import RequestError
 from ..inputs import to_path
-from ..options import Option
+from ..options import Option, Options
 from ..wording import flag
 from .learned import parse_methods
 from .recipes import BITS, GROUP_SIZE, Packing
@@ -25,8 +25,8 @@ _FILE_FLAGS = ("calibration", "sensitivities", "report_data")
 _TEXT_FLAGS = ("calibration", "num_samples", "sequence_length", "seed")
 
 
-@dataclass(frozen=True)
-class QuantizeOptions:
+@dataclass(frozen=True, repr=False)
+class QuantizeOptions(Options):
     """How to quantize. The flags of `quantize`, with the same names and defaults.
 
     `num_samples` and `sequence_length` default to 128 and 512. With `report` and no flag that says how to quantize,

@@ -15,7 +15,7 @@ from ..errors import RequestError, quote
 from ..formats.mlx import Checkpoint, Quantization
 from ..formats.packing import Plan
 from ..ops.packed import MODES
-from ..options import Option
+from ..options import Option, Options
 
 # What `--help` gives as the defaults; they depend on the mode.
 BITS, GROUP_SIZE = "4, or the mode's", "64, or the mode's"
@@ -23,8 +23,8 @@ BITS, GROUP_SIZE = "4, or the mode's", "64, or the mode's"
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
-@dataclass(frozen=True)
-class Packing:
+@dataclass(frozen=True, repr=False)
+class Packing(Options):
     """How to store a model's matrices: the flags of `convert`, `fuse` and `quantize`, validated together.
 
     Attributes:

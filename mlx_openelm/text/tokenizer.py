@@ -126,6 +126,12 @@ class Tokenizer(TransformersInterface):
         engine, config = open_engine(path, rows=rows)
         return cls(engine, config=config, eos_token_ids=eos_token_ids)
 
+    def __repr__(self) -> str:
+        ends = ", ".join(f"{self.id_to_token(token)} {token}" for token in sorted(self.eos_token_ids))
+        template = "" if self.chat_template is None else ", chat template"
+        start = f"begins with {self.id_to_token(self.bos_token_id)} {self.bos_token_id}, ends with {ends}"
+        return f"Tokenizer({self.vocab_size:,} tokens, {start}{template})"
+
     @property
     def model_file(self) -> Path | None:
         """The `tokenizer.model` that the tokenizer was read from, or that is beside its `tokenizer.json`."""

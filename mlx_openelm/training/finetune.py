@@ -31,6 +31,7 @@ from .run.listener import Listener
 from .run.measuring import continue_samples, make_validation, measure_test_loss
 from .run.metrics import Metrics
 from .run.preparing import Loading, Prepared, prepare
+from .run.progress import RunProgress
 from .run.request import Request, check
 from .run.samples import Sample
 from .run.state import Checkpoints, RunState
@@ -84,6 +85,7 @@ def finetune(
     loading: Loading = _DEFAULT_LOADING,
     overwrite: bool = False,
     listener: Listener | None = None,
+    progress: bool | None = True,
 ) -> FineTuned:
     """Train an adapter, or the weights themselves, on a set of examples; test it; or both.
 
@@ -93,6 +95,8 @@ def finetune(
     Args:
         model: as `load` takes it.
         overwrite: replace the run that is in `options.adapter_path`.
+        listener: its callbacks report the run, in place of the lines and the bar that are shown by default.
+        progress: whether to show the run, if there is no `listener`.
 
     Raises:
         RequestError: a request that cannot work; nothing was trained.
@@ -101,8 +105,11 @@ def finetune(
     if (warning := backend.slow_training_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
     processes = Processes()
-    with processes.together(), backend.wired_limit():
-        listener = listener if listener is not None and processes.leads else Listener()
+    with processes.together(), backend.wired_limit(), contextlib.ExitStack() as shown:
+        if not processes.leads:
+            listener = Listener()
+        elif listener is None:
+            listener = shown.enter_context(RunProgress()) if progress else Listener()
         request = Request(model, options, loading, overwrite, processes, listener)
         previous = check(request)
         prepared = prepare(model, options, loading, listener)

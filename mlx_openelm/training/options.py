@@ -11,7 +11,7 @@ from typing import Annotated
 from ..errors import RequestError, quote
 from ..formats.adapter import TARGET_MODULES
 from ..formats.mlx_adapter import FINE_TUNE_TYPES
-from ..options import Option
+from ..options import Option, Options
 from ..wording import flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
@@ -47,8 +47,8 @@ _CHOICES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainOptions(Options):
     """The options that every kind of training has. A step, or iteration, is one update of the weights.
 
     Args:
@@ -247,7 +247,7 @@ class TrainOptions:
             raise RequestError(f"--warmup must be less than --iters ({self.iters}), got {self.warmup}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FineTuneOptions(TrainOptions):
     """The options of `mlx-openelm lora`, apart from the model.
 

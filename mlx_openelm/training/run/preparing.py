@@ -12,7 +12,7 @@ import mlx.core as mx
 from ... import backend
 from ...adapters.attaching import target_paths
 from ...config import ModelConfig
-from ...errors import RequestError
+from ...errors import RequestError, name_options
 from ...hub import catalog
 from ...loading import dtype_name, load
 from ...model import OpenELM
@@ -118,8 +118,10 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     prepared = Prepared(model, tokenizer, examples, length)
     if was_given_template and prepared.main_examples.report.chat_template is not None:
         listener.say(
-            f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned with; "
-            "prompt the result with --chat-template corenet too."
+            name_options(
+                f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned "
+                "with; prompt the result with --chat-template corenet too."
+            )
         )
     listener.say("An example, with what is learned between ⟦ and ⟧:")
     listener.say(prepared.main_examples.report.sample_text())
@@ -154,7 +156,7 @@ def _give_template(name: str, tokenizer: Tokenizer) -> bool:
 def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
     most = config.rope_max_length
     if wanted > most and wanted != TrainOptions.max_seq_length:
-        listener.say(f"--max-seq-length is {most}, not {wanted}: the model's positions end there.")
+        listener.say(name_options(f"--max-seq-length is {most}, not {wanted}: the model's positions end there."))
     return min(wanted, most)
 
 
@@ -168,6 +170,6 @@ def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[s
     )
     if report.num_truncated:
         emptied = f", {report.num_emptied:,} of them before anything that is learned" if report.num_emptied else ""
-        yield f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
+        yield name_options(f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}")
     if report.num_unlearned > report.num_emptied:
         yield f"{split}: {report.num_unlearned - report.num_emptied:,} have nothing to learn"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ...errors import OpenELMError, RequestError
+from ...errors import OpenELMError, RequestError, name_options
 from ..step.updater import Updater
 from . import folder as run_folder
 from .preparing import Prepared
@@ -85,7 +85,7 @@ def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total
         )
     if state.step == total_steps:
         longer = "--iters" if request.options.epochs is None else "--epochs"
-        listener.say(f"The run is complete, after {state.step} steps; raise {longer} to go on.")
+        listener.say(name_options(f"The run is complete, after {state.step} steps; raise {longer} to go on."))
     else:
         listener.say(f"Going on after step {state.step}.")
     return state

@@ -1,4 +1,4 @@
-"""Output that the commands share: lines on standard error, JSON, lines that fit the terminal, progress bars."""
+"""What commands and functions show: lines on standard error, JSON, lines that fit the terminal, progress bars."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from ..messages import say
-from ..wording import size
+from .messages import say
+from .wording import size
 
 __all__ = ["Progress", "print_json", "say"]
 
@@ -20,6 +21,16 @@ __all__ = ["Progress", "print_json", "say"]
 QUIET_SECONDS = 1.0
 # Seconds between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
+# What the stages of a job count, where it is not evident.
+_UNITS = {
+    "Writing": "bytes",
+    "Reading the text": "batches",
+    "Reading the held-out text": "batches",
+    "Measuring sensitivities": "matrices",
+    "Quantizing": "matrices",
+    "Distilling": "steps",
+    "Comparing": "choices",
+}
 
 
 def print_json(values: Any) -> None:
@@ -134,3 +145,37 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+class Stages:
+    """One progress bar after another, each labelled with its stage."""
+
+    def __init__(self) -> None:
+        self._stage, self._bar = "", Progress("", unit="")
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._bar.close()
+            self._stage, self._bar = stage, Progress(stage, unit=_UNITS.get(stage, ""))
+        self._bar(done, total)
+
+    def say(self, line: str) -> None:
+        """Print a line, in place of the bar."""
+        self._bar.close()
+        say(wrap(line, columns(sys.stderr)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def writing(progress: Callable[[int, int], None] | bool | None) -> AbstractContextManager[Any]:
+    """A function's argument `progress` as a callback or None: True shows a bar for the bytes written."""
+    return Progress("Writing", unit=_UNITS["Writing"]) if progress is True else nullcontext(progress or None)
+
+
+def stages(progress: Callable[[str, int, int], None] | bool | None) -> AbstractContextManager[Any]:
+    """A function's argument `progress` as a callback for stages: True shows a bar for each."""
+    return Stages() if progress is True else nullcontext(progress or (lambda *_: None))

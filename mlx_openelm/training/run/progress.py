@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from ..training.run.listener import Listener
-from ..wording import size
-from . import console
+from ... import console
+from ...wording import size
+from .listener import Listener
 
 # The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
 # first steps replace the average.
