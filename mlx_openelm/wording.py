@@ -1,8 +1,8 @@
-"""Text for messages and reports: flags, choices, lists of names, sizes."""
+"""Text for messages and reports: flags, choices, suggestions, lists of names, sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # The most names that `some` lists.
 SOME = 8
@@ -17,6 +17,18 @@ def one_of(choices: Sequence[object]) -> str:
     """Choices in a sentence: `a, b or c`."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean --temp?` for `--temperature`; empty if no known word is similar, whatever the case."""
+    import difflib  # only errors need it
+
+    word = word.strip().lower()
+    spellings = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(word, spellings, n=2, cutoff=0.7)
+    # Similar words that differ in length: one begins with the other.
+    close = close or [s for s in spellings if len(s) > 3 and (word.startswith(s) or s.startswith(word))][:2]
+    return f"did you mean {one_of([spellings[s] for s in close])}?" if close else ""
 
 
 def some(names: Sequence[str], count: int | None = None, *, separator: str = ", ") -> str:

@@ -102,7 +102,7 @@ def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_
 def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     (target / "more").mkdir()
-    with pytest.raises(RequestError, match="holds more than a model"):
+    with pytest.raises(RequestError, match="contains files that are not part of a model"):
         atomic.check_target(target, overwrite=True)
 
 

@@ -12,7 +12,7 @@ from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.conversations import conversation
 from mlx_openelm.training.data.examples import Example, tokenize
-from mlx_openelm.training.data.kinds import Record, recognise
+from mlx_openelm.training.data.kinds import Record, recognize
 from mlx_openelm.training.data.rendering import render_chat
 
 import pytest
@@ -306,7 +306,7 @@ def test_what_is_not_offered_is_named(values, expected):
 
 
 def test_empty_columns_of_tables_are_none():
-    kind = recognise([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
+    kind = recognize([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
     assert kind.name == "chat messages"
     assert make({"instruction": "a", "output": "b", "system": "", "history": []}) == make(
         {"instruction": "a", "output": "b"}

@@ -32,7 +32,7 @@ def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    """A trained model with the card and the licence of its authors."""
+    """A trained model with the card and the license of its authors."""
     folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "original"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
     (folder / "LICENSE").write_text("Do as you like it.\n")
@@ -108,7 +108,7 @@ def test_what_was_written_arrives_byte_for_byte(
     assert {file["name"]: file["size"] for file in values["upload"]["files"]} == {n: len(b) for n, b in arrived.items()}
 
 
-def test_licence_and_base_survive_a_second_conversion(
+def test_license_and_base_survive_a_second_conversion(
     original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     """From the authors' repository to ours, and from ours to a third."""

@@ -450,7 +450,7 @@ def test_the_sample_shows_what_is_learned():
     assert len(long.sample_text(limit=200)) < 250 and "[...]" in long.sample_text(limit=200)
 
 
-def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
+def test_kinds_are_recognized_and_refused_where_they_do_not_fit():
     kinds = {
         "text": {"text": "a"},
         "prompt and completion": {"prompt": "a", "completion": "b", "text": "ab"},

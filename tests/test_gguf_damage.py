@@ -67,21 +67,24 @@ def swapped(file: RawFile) -> None:
 
 
 TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' lies at byte 0 of the data instead of"),
-    "misaligned": (place("output_norm.weight", 269313), "lies at byte 269313 of the data instead of 269312"),
-    "a gap": (place("output_norm.weight", 269344), "lies at byte 269344 of the data instead of 269312"),
-    "far outside": (place("output_norm.weight", 1 << 40), "lies at byte 1099511627776"),
+    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' is at byte 0 of the data instead of"),
+    "misaligned": (place("output_norm.weight", 269313), "is at byte 269313 of the data instead of 269312"),
+    "a gap": (place("output_norm.weight", 269344), "is at byte 269344 of the data instead of 269312"),
+    "far outside": (place("output_norm.weight", 1 << 40), "is at byte 1099511627776"),
     "before the data, when added up": (
         place("output_norm.weight", (1 << 64) - 64),
-        "lies at byte 18446744073709551552",
+        "is at byte 18446744073709551552",
     ),
-    "swapped": (swapped, "lies at byte"),
-    "twice": (twice, "it has the tensor 'output_norm.weight' twice"),
+    "swapped": (swapped, "is at byte"),
+    "twice": (twice, "the tensor 'output_norm.weight' appears twice"),
     "a size of zero": (lambda f: f.tensor("output_norm.weight", shape=(0,)), r"has shape \[0\]"),
     "a size beyond all": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
     "sizes that overflow": (lambda f: f.tensor("output_norm.weight", shape=(1 << 32, 1 << 32)), "is cut off"),
     "no dimension": (lambda f: f.tensor("token_embd.weight", shape=()), r"has shape \[\]"),
-    "an embedding of one": (lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)), "no token_embd.weight of two"),
+    "an embedding of one": (
+        lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)),
+        "no two-dimensional token_embd.weight",
+    ),
     "five dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1, 1, 1, 1, 256)), "has 5 dimensions"),
     "2**32 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
     "another shape": (lambda f: f.tensor("output_norm.weight", shape=(2, 128)), r"has shape \[2, 128\] instead of"),

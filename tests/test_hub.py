@@ -29,7 +29,7 @@ WANTED = {
     "tokenizer_config.json": '{"bos_token": "<s>"}',
     "special_tokens_map.json": "{}",
     "chat_template.jinja": "{{ messages }}",
-    "LICENSE": "licence",
+    "LICENSE": "license",
     "README.md": "card",
 }
 UNWANTED = {
@@ -253,7 +253,7 @@ def test_cache_serves_while_the_hub_is_down(status: int, hub: FakeHub, repo_fold
     assert resolve.resolve("270m") == folder
 
 
-def test_cache_without_licence_and_card_is_enough_offline(hub: FakeHub, repo_folder: Path) -> None:
+def test_cache_without_license_and_card_is_enough_offline(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     # What mlx-lm would leave in the cache.
     folder = resolve.download(REPO, patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
@@ -315,7 +315,7 @@ def test_terminal_shows_bars_only_for_a_download(
     assert capfd.readouterr() == ("", "")
 
 
-def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
+def test_environment_is_honored_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     code = "from mlx_openelm.hub.resolve import resolve; print(resolve('270m'))"
 
@@ -527,7 +527,7 @@ def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pyt
 
 
 def test_repository_without_a_model(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "licence"}))
+    hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "license"}))
     with pytest.raises(RequestError, match=r"apple/OpenELM has no config.json, so it is not a model \(did you mean"):
         resolve.resolve("apple/OpenELM")
 

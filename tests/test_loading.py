@@ -1072,7 +1072,7 @@ def test_overwriting_never_takes_more_than_a_model(tmp_path, monkeypatch):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(RequestError, match="holds more than a model"):
+    with pytest.raises(RequestError, match="contains files that are not part of a model"):
         convert(source, precious, overwrite=True)
     with pytest.raises(RequestError, match="is the model to convert"):
         convert(source, source, overwrite=True)

@@ -152,7 +152,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
     for kind in peft.PeftType:
         if kind != "LORA":
             (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind.value, "r": 8}))
-            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' cannot be used here; LORA can"):
+            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' is not supported; only LORA is"):
                 read_adapter(folder, CONFIG)
 
 
@@ -174,20 +174,20 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; the limit is 1000"),
         (
             {"rank_pattern": {"qkv_proj": "8"}},
-            "rank_pattern of 'qkv_proj' must be a number that float32 holds, got '8'",
+            "rank_pattern of 'qkv_proj' must be a finite float32 number, got '8'",
         ),
         ({"rank_pattern": {"qkv_proj": -8}}, "qkv_proj has rank 8, but adapter_config.json says -8"),
         (
             {"alpha_pattern": {"qkv_proj": float("nan")}},
-            "alpha_pattern of 'qkv_proj' must be a number that float32 holds, got nan",
+            "alpha_pattern of 'qkv_proj' must be a finite float32 number, got nan",
         ),
         ({"r": 0}, "has rank 8, but adapter_config.json says 0"),
-        ({"r": True}, "r must be a number that float32 holds, got True"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a number that float32 holds, got 1000"),
-        ({"lora_alpha": 1e300}, "lora_alpha must be a number that float32 holds"),
+        ({"r": True}, "r must be a finite float32 number, got True"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite float32 number, got 1000"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be a finite float32 number"),
         ({"lora_dropout": 1.5}, "lora_dropout must be from 0 to 1, got 1.5"),
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
-        ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' is not known here"),
+        ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' unknown init_lora_weights"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changes the base model too; let PEFT convert"),
         ({"x" * 5000: 1}, "xx is 1, which is not supported"),
     ],

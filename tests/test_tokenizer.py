@@ -439,7 +439,7 @@ def test_reading_a_sentencepiece_model():
 
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 29000), data=st.binary(max_size=200))
-def test_a_damaged_sentencepiece_model_is_recognised(tmp_path_factory, cut, data):
+def test_a_damaged_sentencepiece_model_is_recognized(tmp_path_factory, cut, data):
     path = tmp_path_factory.getbasetemp() / "damaged.model"
     path.write_bytes((FOLDER / "tokenizer.model").read_bytes()[:cut] + data)
     for read in (lambda path: read_model(path).pieces, lambda path: Tokenizer.from_file(path).encode("hi")):

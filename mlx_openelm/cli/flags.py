@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import sys
 from argparse import BooleanOptionalAction
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..errors import RequestError, quote
 from ..hub import catalog
+from ..wording import did_you_mean
 
 # The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")
@@ -135,14 +135,6 @@ class Parser(argparse.ArgumentParser):
             raise RequestError(f"{flag} must be True or False, got {quote(value)}.")
         on, off, *_ = action.option_strings
         return on if value.lower() in _ON else off
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean --temp?` for `--temperature`; empty if no known word is similar."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
-    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
-    return f"did you mean {' or '.join(close[:2])}?" if close else ""
 
 
 def integer(text: str) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OpenELMError, RequestError, quote
 from ..version import __version__
+from ..wording import did_you_mean, one_of
 
 # Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _exit_code(error: BaseException, debug: bool) -> int:
 
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it, or the disk is full: Python's last flush must not fail too
+    except OSError:  # closed pipe or full disk: keep Python's exit flush from failing too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         with backend.naming_the_extra():
@@ -114,7 +115,7 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
         if name is None:
             return _complete if wants_completion else _print_help, values
         if wants_completion:
-            raise RequestError(f"Completion is for {', '.join(SHELLS)}, not {quote(name)}.")
+            raise RequestError(f"No completion for {quote(name)}; choose {one_of(SHELLS)}.")
         debug = values.debug
     parser, run = command(name)
     values = parser.parse(rest)
@@ -131,7 +132,7 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
     from . import flags
 
     if name not in COMMANDS:
-        hint = flags.did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
+        hint = did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
         raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
     module = import_module(f".{name}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)

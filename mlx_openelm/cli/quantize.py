@@ -97,7 +97,7 @@ def run(args: Namespace) -> int:
 
 
 class _Stages:
-    """One progress bar after another, each labelled with its stage."""
+    """One progress bar after another, each labeled with its stage."""
 
     def __init__(self) -> None:
         self._stage, self._bar = "", console.Progress("", unit="")

@@ -63,20 +63,20 @@ class SamplingParams:
         float | None, Option("Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties")
     ] = None
     repetition_context_size: Annotated[
-        int | None, Option("Last tokens that --repetition-penalty looks at; by default all.", group="Penalties")
+        int | None, Option("How many recent tokens --repetition-penalty considers; by default all.", group="Penalties")
     ] = None
     presence_penalty: Annotated[
         float, Option("Subtract this from the logits of tokens in the context, once each.", group="Penalties")
     ] = 0.0
     presence_context_size: Annotated[
-        int | None, Option("Last tokens that --presence-penalty looks at; by default all.", group="Penalties")
+        int | None, Option("How many recent tokens --presence-penalty considers; by default all.", group="Penalties")
     ] = None
     frequency_penalty: Annotated[
         float,
         Option("Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"),
     ] = 0.0
     frequency_context_size: Annotated[
-        int | None, Option("Last tokens that --frequency-penalty looks at; by default all.", group="Penalties")
+        int | None, Option("How many recent tokens --frequency-penalty considers; by default all.", group="Penalties")
     ] = None
     logit_bias: Annotated[
         Mapping[int, float] | None,
@@ -292,7 +292,7 @@ def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
             positions differ.
     """
     if len(cache) != num_layers:
-        raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
+        raise RequestError(f"The prompt cache is for {len(cache)} layers, but the model has {num_layers}.")
     for layer in cache:
         if not hasattr(layer, "update_and_fetch") or not hasattr(layer, "offset"):
             raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")

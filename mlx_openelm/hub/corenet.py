@@ -57,7 +57,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
 
     url = f"{os.environ.get(URL_VARIABLE) or catalog.CORENET_URL}".rstrip("/") + f"/{part}"
     if constants.HF_HUB_OFFLINE:
-        raise OpenELMError(f"HF_HUB_OFFLINE is set and {name} was not downloaded yet: unset it and connect once.")
+        raise OpenELMError(f"HF_HUB_OFFLINE is set, but {name} is not in the cache; unset it and download it once.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # If two processes want the same file, the second finds it complete.
@@ -84,7 +84,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
     except httpx.HTTPError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenELMError(
-            f"The transfer of {name} broke off ({reason}): run the same command again, it goes on where it stopped."
+            f"The transfer of {name} broke off ({reason}): run the same command again; it resumes where it stopped."
         ) from None
     except OSError as error:
         raise _disk_error(error, name) from None
@@ -135,7 +135,7 @@ def _disk_error(error: OSError, name: str) -> OpenELMError:
     place = cache_folder()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OpenELMError(
-            f"The disk is full, {name} did not fit: free some space in {place}, or set {CACHE_VARIABLE} to a folder "
+            f"The disk is full; {name} does not fit. Free some space in {place}, or set {CACHE_VARIABLE} to a folder "
             "on another disk."
         )
     return OpenELMError(

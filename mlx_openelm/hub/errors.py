@@ -7,6 +7,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from .. import wording
 from ..errors import OpenELMError, RequestError, quote
 from . import catalog
 
@@ -68,7 +69,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
         )
     return OpenELMError(
         f"the transfer of {repo} from {host()} broke off ({_first_line(cause)}): "
-        "run the same command again, files that arrived whole are kept"
+        "run the same command again, completed files are kept"
     )
 
 
@@ -238,6 +239,6 @@ def _cache_folder() -> str:
 
 
 def did_you_mean(name: str) -> str:
-    """` (did you mean ...?)`, or nothing if no known name is close."""
-    close = [text for text in catalog.suggest(name) if text != name]
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+    """` (did you mean ...?)`, or nothing if no published name is similar."""
+    hint = wording.did_you_mean(name, [known for known in catalog.names() if known != name])
+    return f" ({hint})" if hint else ""

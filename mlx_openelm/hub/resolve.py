@@ -1,6 +1,6 @@
 """From a model's name to a folder on this machine, downloading from the Hugging Face Hub if necessary.
 
-huggingface_hub does the transfers, the cache and the retries, and honours HF_ENDPOINT, HF_HOME, HF_TOKEN and
+huggingface_hub does the transfers, the cache and the retries, and honors HF_ENDPOINT, HF_HOME, HF_TOKEN and
 HF_HUB_OFFLINE. It is imported inside the functions that need it, so that local models start without it.
 """
 
@@ -173,7 +173,7 @@ def _cached(repo: str, revision: str | None, patterns: list[str]) -> str | None:
 
 
 def _cached_without_documents(repo: str, revision: str | None, patterns: list[str]) -> str | None:
-    """A cached copy that may lack the licence and the model card, but nothing else.
+    """A cached copy that may lack the license and the model card, but nothing else.
 
     Other programs (mlx-lm) fill the same cache without them, and huggingface_hub then calls it incomplete.
     """

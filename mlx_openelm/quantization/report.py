@@ -157,17 +157,17 @@ def check_picture(path: Path) -> None:
         RequestError: matplotlib is missing, the suffix is not supported, the file exists or its folder does not.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("Drawing a picture needs matplotlib: pip install 'mlx-openelm[plots]'.")
+        raise RequestError("Drawing a chart needs matplotlib: pip install 'mlx-openelm[plots]'.")
     if path.suffix.lower() not in _PICTURE_SUFFIXES:
         raise RequestError(f"{path} must end in {', '.join(_PICTURE_SUFFIXES)}.")
     if path.exists():
-        raise RequestError(f"{path} exists; name another file for the picture.")
+        raise RequestError(f"{path} exists; choose another file for the chart.")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"The folder of {path} does not exist.")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """The same chart as a picture (PNG, SVG or PDF, by the suffix of `path`); see `check_picture`."""
+    """The same chart as an image (PNG, SVG or PDF, by the suffix of `path`); see `check_picture`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")

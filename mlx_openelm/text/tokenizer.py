@@ -186,7 +186,7 @@ class Tokenizer:
         return self._engine.token_to_id(token)
 
     def add_eos_token(self, token: str) -> None:
-        """Let a further token, or an id given as text, end a generation; `RequestError` if there is no such token."""
+        """Add a stop token, by its text or its id as text; `RequestError` if there is no such token."""
         token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
         if token_id is None or self._engine.id_to_token(token_id) is None:
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +11,7 @@ from ..errors import RequestError, quote
 from ..formats.adapter import TARGET_MODULES
 from ..formats.mlx_adapter import FINE_TUNE_TYPES
 from ..options import Option
-from ..wording import flag, one_of
+from ..wording import did_you_mean, flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE
@@ -252,7 +251,7 @@ class FineTuneOptions(TrainOptions):
     target_modules: Annotated[
         tuple[str, ...] | None,
         Option(
-            "Matrices to train, repeatable or with commas; by default all of a layer, with full everything.",
+            "Matrices to train, repeatable or with commas; by default the four of each layer, with full everything.",
             group="Adapter",
             metavar="|".join(TARGET_MODULES),
         ),
@@ -353,5 +352,5 @@ class FineTuneOptions(TrainOptions):
 
 def _instead_of(name: str) -> str:
     """The end of a message about an unknown module: the name, and similar ones that exist."""
-    close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
-    return f", not {quote(name)}; did you mean {' or '.join(close)}?" if close else f", not {quote(name)}."
+    hint = did_you_mean(name, TARGET_MODULES)
+    return f", not {quote(name)}; {hint}" if hint else f", not {quote(name)}."

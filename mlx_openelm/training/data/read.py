@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import RequestError
 from ...inputs import check_file, to_path
-from .kinds import Faults, Record, columns_to_read, recognise
+from .kinds import Faults, Record, columns_to_read, recognize
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
 
 _EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or .json, .parquet)"
@@ -95,9 +95,9 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 def whole_file_note(data: str | Path) -> str | None:
     """A note for a test alone if `data` is a single file, else None."""
     path = to_path(data)
-    return (
-        f"{path.name} is tested as a whole; it should not hold what was trained on." if os.path.isfile(path) else None
-    )
+    if not os.path.isfile(path):
+        return None
+    return f"{path.name} is used for testing as a whole; it should not contain training examples."
 
 
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
@@ -155,7 +155,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         if (len(records), faults.number) == before:
             raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
     faults.check()
-    recognise(records)
+    recognize(records)
     return records
 
 

@@ -65,7 +65,8 @@ class Metrics:
             raise _failed(self._path, error) from None
         if plot and importlib.util.find_spec("matplotlib") is None:
             warnings.warn(
-                "Without matplotlib there is no picture of the losses: pip install 'mlx-openelm[plots]'.", stacklevel=2
+                "matplotlib is not installed, so losses are not plotted: pip install 'mlx-openelm[plots]'.",
+                stacklevel=2,
             )
             plot = False
         self._picture = _Picture(folder / PICTURE) if plot else None
@@ -175,7 +176,7 @@ class _Picture:
         try:
             draw(curves, self._path)
         except Exception as error:  # any error of matplotlib's: a plot must not stop a run
-            warnings.warn(f"The picture of the losses could not be drawn: {error}", stacklevel=2)
+            warnings.warn(f"Could not plot the losses: {error}", stacklevel=2)
 
 
 def draw(curves: Mapping[str, Points], path: Path) -> None:

@@ -73,7 +73,8 @@ class Plan:
         fitting = [option for option in self.alternatives if option[1].peak <= room] or list(self.alternatives[-1:])
         options = " or ".join(f"{flags}: {size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {options}" if options else "; a smaller or quantized model needs less"
-        line = f"The run needs about {size(self.memory.peak)}, and {size(room / _USABLE_SHARE)} is available{advice}."
+        available = size(room / _USABLE_SHARE)
+        line = f"The run needs about {size(self.memory.peak)}, but only {available} is available{advice}."
         if self.memory.peak > _REFUSED_FACTOR * (total_memory() or math.inf):
             raise RequestError(line)
         return line

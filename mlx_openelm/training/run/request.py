@@ -85,7 +85,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
     previous = run_folder.read_run(request.folder)
     loading = dataclasses.asdict(request.loading)
     for change in run_folder.compare(request.model, request.options, loading, previous):
-        request.listener.warn(f"{change}; from here on the run differs from one that never stopped.")
+        request.listener.warn(f"{change}; from here on the run will differ from an uninterrupted one.")
     return previous
 
 

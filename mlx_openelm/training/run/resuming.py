@@ -85,9 +85,9 @@ def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total
         )
     if state.step == total_steps:
         longer = "--iters" if request.options.epochs is None else "--epochs"
-        listener.say(f"The run is complete, after {state.step} steps; raise {longer} to go on.")
+        listener.say(f"The run is complete, after {state.step} steps; raise {longer} to continue.")
     else:
-        listener.say(f"Going on after step {state.step}.")
+        listener.say(f"Resuming after step {state.step}.")
     return state
 
 
