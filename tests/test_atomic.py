@@ -154,7 +154,10 @@ def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path)
 
 def test_what_appeared_meanwhile_is_not_overwritten_unasked(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(OpenELMError, match="created in the meantime"), atomic.new_folder(target) as partial:
+    with (
+        pytest.raises(OpenELMError, match="created by another process in the meantime"),
+        atomic.new_folder(target) as partial,
+    ):
         model(partial, "ours")
         model(target, "theirs")
     assert (target / "config.json").read_text() == "theirs" and names(tmp_path) == {"out"}

@@ -163,7 +163,7 @@ def test_debug_shows_the_traceback_before_and_after_the_command() -> None:
         done = run(*args)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: there is no model named 'nothing'")
+        assert done.stderr.splitlines()[-1].startswith("error: There is no model named 'nothing'")
 
 
 def test_what_nobody_expected_is_one_line_too() -> None:
@@ -501,7 +501,7 @@ def test_a_short_memory_changes_the_text(greedy_text: str) -> None:
         (["--kv-group-size", 32], "--kv-group-size needs --kv-bits"),
         (["--kv-bits", 7], "--kv-bits must be"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
         (["--model", "4b"], "no model named '4b'"),
         (["--model", "./nowhere"], "does not exist"),
@@ -598,7 +598,7 @@ def test_convert_json(tmp_path: Path) -> None:
         (["-q", "--q-mode", "int4"], "--q-mode must be one of"),
         (["-q"], "already quantized"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_network_that_is_gone_after_the_work(
         main(["convert", "--model", str(SHAKESPEARE), "--mlx-path", str(out), "--upload-repo", REPO])
     assert end.value.code == 1
     errors = capfd.readouterr().err
-    assert errors.startswith("error: cannot reach 127.0.0.1") and errors.count("\n") == 1
+    assert errors.startswith("error: Cannot reach 127.0.0.1") and errors.count("\n") == 1
     assert f"{out} is kept; `mlx-openelm upload --path {out} --upload-repo {REPO}` tries again" in errors
     assert (out / "model.safetensors").is_file()
 
@@ -176,5 +176,5 @@ def test_a_hub_that_is_not_there_stops_before_the_work(hub: FakeHub, hub_env: di
     hub.stop()
     done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env | WRITER)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot reach 127.0.0.1" in one_line(done)
+    assert "Cannot reach 127.0.0.1" in one_line(done)
     assert not (tmp_path / "out").exists()

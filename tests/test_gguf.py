@@ -350,7 +350,7 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
         "stores output_norm.weight as I32, which the gguf package cannot unpack",
     ),
     "no heads": (change_key("openelm.attention.head_count", None), "no openelm.attention.head_count"),
-    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not valid"),
+    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not a valid value"),
     "too many layers": (change_key("openelm.block_count", 2**32 - 1), "block_count is 4294967295"),
     "indivisible heads": (change_key("openelm.attention.head_count_kv", 3), "divisible by num_kv_heads"),
     "another rotation": (lambda w, _: w.add_rope_dimension_count(8), "rope.dimension_count is 8"),

@@ -1078,7 +1078,7 @@ def test_overwriting_never_takes_more_than_a_model(tmp_path, monkeypatch):
         convert(source, source, overwrite=True)
     monkeypatch.chdir(precious)
     for path in ("", ".", "..", str(tmp_path)):
-        with pytest.raises(RequestError, match="the folder you are in"):
+        with pytest.raises(RequestError, match="is the current folder or a parent of it"):
             convert(source, path, overwrite=True)
     assert (precious / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in (FIXTURES / "shakespeare-hf").iterdir())

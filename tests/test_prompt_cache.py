@@ -213,7 +213,7 @@ def test_prompts_in_any_form(model: OpenELM, ids: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kv_bits": 8}, "options must be CacheOptions or GenerationOptions, got {'kv_bits': 8}"),
+        ({"kv_bits": 8}, "Options must be CacheOptions or GenerationOptions, got {'kv_bits': 8}"),
         (CacheOptions(kv_bits=7), "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7"),
         (CacheOptions(kv_bits=4.0), "--kv-bits.*got 4.0"),  # type: ignore[arg-type]
         (CacheOptions(kv_bits=True), "--kv-bits.*got True"),

@@ -454,7 +454,7 @@ def test_token_that_may_only_read(folder: Path, hub: FakeHub, monkeypatch: pytes
 
 def test_token_that_cannot_be_one(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    assert failure(folder).startswith("your token has invalid characters")
+    assert failure(folder).startswith("Your token has invalid characters")
 
 
 def test_refused_repository(folder: Path, writer: FakeHub) -> None:
@@ -471,7 +471,7 @@ def test_refused_repository(folder: Path, writer: FakeHub) -> None:
 def test_no_network(folder: Path, writer: FakeHub) -> None:
     writer.stop()
     text = failure(folder)
-    assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
+    assert text.startswith("Cannot reach 127.0.0.1 (") and "refused" in text
 
 
 def test_offline(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +508,7 @@ def test_server_that_is_no_hub(folder: Path, writer: FakeHub, monkeypatch: pytes
 
 def test_broken_transfer_can_be_continued(folder: Path, writer: FakeHub, no_waiting: None) -> None:
     writer.breaks_uploads = True
-    assert failure(folder).startswith(f"the transfer of {REPO} to 127.0.0.1 broke off (")
+    assert failure(folder).startswith(f"The transfer of {REPO} to 127.0.0.1 broke off (")
     assert writer.commits == []
     writer.breaks_uploads = False
     upload(folder, REPO)

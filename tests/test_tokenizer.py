@@ -336,7 +336,7 @@ def test_damaged_files_are_a_clear_error(tmp_path, name, content, message):
 def test_no_tokenizer_is_a_clear_error(tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
-    with pytest.raises(RequestError, match="no tokenizer at"):
+    with pytest.raises(RequestError, match="No tokenizer at"):
         Tokenizer.from_file(tmp_path / "nothing.model")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="is not a tokenizer"):

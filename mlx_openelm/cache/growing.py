@@ -12,7 +12,7 @@ from .base import Cache, causal_mask, grow
 from .batches import BatchCache
 from .rotating import RotatingKVCache
 
-SMALLEST_WINDOW = 8  # of a sliding cache: its first 4 positions, and room for the latest
+_SMALLEST_WINDOW = 8  # of a sliding cache: its first 4 positions, and room for the latest
 
 
 def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
@@ -21,13 +21,18 @@ def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
     Sliding caches keep the first 4 positions and the latest, `max_kv_size` in total.
 
     Raises:
-        RequestError: `max_kv_size` is below `SMALLEST_WINDOW`.
+        RequestError: `max_kv_size` is below what a sliding cache needs.
     """
     if max_kv_size is None:
         return [KVCache() for _ in range(num_layers)]
-    if max_kv_size < SMALLEST_WINDOW:
-        raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {max_kv_size}.")
+    check_window(max_kv_size)
     return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
+
+
+def check_window(max_kv_size: object) -> None:
+    """Raise a RequestError unless a sliding cache can have this size."""
+    if type(max_kv_size) is not int or max_kv_size < _SMALLEST_WINDOW:
+        raise RequestError(f"--max-kv-size must be {_SMALLEST_WINDOW} or more, got {max_kv_size}.")
 
 
 class KVCache(Cache):

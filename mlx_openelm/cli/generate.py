@@ -12,7 +12,7 @@ from typing import Any
 from .. import backend
 from ..errors import RequestError, quote
 from ..generation.decoding import Piece, stream_generate
-from ..generation.options import GenerationOptions
+from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
 from ..inputs import read_stream, read_text_source, to_path
@@ -137,7 +137,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     else:
         text = prompt
     if not text:
-        raise RequestError("The prompt is empty; give some text with --prompt.")
+        raise RequestError(EMPTY_PROMPT)
     return text
 
 

@@ -87,10 +87,10 @@ class Tensors:
 
     def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
         """Those of the named tensors that are in the file, as stored; errors as `take`."""
-        found = {name: self._left[name] for name in shapes if name in self._left}
-        for name in found:
+        tensors = {name: self._left[name] for name in shapes if name in self._left}
+        for name in tensors:
             self.take(name, shapes[name])
-        return found
+        return tensors
 
     def take_if_there(self, name: str, shape: tuple[int | None, ...]) -> mx.array | None:
         """As `take`, but None if the file has no such tensor."""

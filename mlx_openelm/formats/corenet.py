@@ -138,7 +138,7 @@ def config_from_section(section: Mapping[str, Any], source: str) -> tuple[ModelC
             values = base | values
         elif any(key not in values for key in _NEEDED_SIZES):
             raise RequestError(
-                f"unknown model_name {quote(name)} (expected {one_of(_PUBLISHED)}), and {', '.join(_NEEDED_SIZES)} "
+                f"Unknown model_name {quote(name)} (expected {one_of(_PUBLISHED)}), and {', '.join(_NEEDED_SIZES)} "
                 "are missing"
             )
         if "rope_max_length" not in section and "max_context_length" in values:

@@ -230,7 +230,7 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_folder(folder, eos_token_ids=end_ids(values))
     except RequestError as error:
         temporary.cleanup()
-        reason = str(error).replace(f"{folder}/", "")
+        reason = str(error).replace(f"{folder}/", "").rstrip(".")
         raise _damaged(path, f"its pieces are not a valid SentencePiece model ({reason})") from None
     weakref.finalize(tokenizer, temporary.cleanup)
     return tokenizer

@@ -181,7 +181,7 @@ def read_quantization(
         try:
             choice = Quantization(int(entry["group_size"]), int(entry["bits"]), entry.get("mode", "affine"))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RequestError(f"{file} has no usable quantization for {path}: {error}.") from None
+            raise RequestError(f"{file} has no usable quantization for {path}: {str(error).rstrip('.')}.") from None
         name = f"{path}.weight"
         if not isinstance(own, dict) and name in shapes and name in tensors:
             packed, scales = tensors[name].shape, tensors[f"{path}.scales"].shape

@@ -52,7 +52,7 @@ def read(file: Path, config: ModelConfig) -> Adapter:
         adapter.modules[path] = _take(tensors, path, settings, config)
         if (setting := settings.left_out_by(path)) is not None:
             raise RequestError(
-                f"{file} has weights for {path}, but {setting} in {CONFIG} excludes it, so PEFT ignores them."
+                f"{file} has weights for {path}, but {setting} in {CONFIG} excludes it, so PEFT would ignore them."
             )
     adapter.base_copies = _take_copies(tensors, settings, config)
     tensors.discard(_TRAINING_ONLY)

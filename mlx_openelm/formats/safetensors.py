@@ -169,14 +169,14 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
             arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
         except (RuntimeError, ValueError) as error:
             raise _damaged(path, f"MLX cannot read it ({error})") from None
-        for name, array in arrays.items():
+        for name in arrays:
             if name in tensors:
                 raise RequestError(
                     f"{name} is both in {found[name].name} and in {path.name}; remove the file that does not "
                     f"belong to the model from {path.parent}."
                 )
             found[name] = path
-            tensors[name] = Tensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
+        tensors |= Weights.of_arrays(arrays).tensors
     return tensors
 
 

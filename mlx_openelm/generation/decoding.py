@@ -27,7 +27,7 @@ from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .options import CacheOptions, GenerationOptions, cache_offset, token_ids, warn
+from .options import EMPTY_PROMPT, CacheOptions, GenerationOptions, cache_offset, token_ids, warn
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
 
@@ -96,7 +96,7 @@ def stream_generate(
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
-            raise RequestError("The prompt is empty; give some text with --prompt.")
+            raise RequestError(EMPTY_PROMPT)
         prompt = tokenizer.encode(prompt)
     sampler: Sampler = greedy
     if chosen.temp > 0:
@@ -262,7 +262,7 @@ def make_decoder(
         options.check_cache(cache)
     ids = token_ids(prompt, config.vocab_size)
     if not ids:
-        raise RequestError("The prompt is empty; give at least one token.")
+        raise RequestError(EMPTY_PROMPT)
     total = past + len(ids)
     if total > config.rope_max_length:
         raise RequestError(
@@ -278,7 +278,7 @@ def make_decoder(
         context = token_ids(prompt_cache_tokens, config.vocab_size, "prompt_cache_tokens")
         if len(context) != past:
             raise RequestError(
-                f"prompt_cache_tokens has {len(context)} ids, and the prompt cache has seen {past} tokens."
+                f"prompt_cache_tokens has {len(context)} ids, but the prompt cache has seen {past} tokens."
             )
     if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
         warn(

@@ -67,7 +67,7 @@ class Release:
         suites = published_scores()["scores"]
         if suite not in suites:
             raise RequestError(
-                f"there are no published scores for the suite {quote(suite)}; known: {', '.join(suites)}"
+                f"There are no published scores for the suite {quote(suite)}; known: {', '.join(suites)}"
             )
         return dict(suites[suite][self.name])
 

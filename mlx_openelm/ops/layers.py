@@ -161,7 +161,7 @@ def _fused_swiglu(gate_and_up: mx.array) -> mx.array:
 
 
 def log_softmax(x: mx.array) -> mx.array:
-    """x [..., n] minus logsumexp(x), in float32."""
+    """Log-probabilities [..., n] of logits x in float32, by a kernel where there is one; it has no gradient there."""
     if not backend.on_gpu() and (kernels := native.kernels) is not None:
         return kernels.log_softmax(x)
     return distributions.log_softmax(x)

@@ -221,7 +221,7 @@ def _require_convertible(model: SentencePieceModel) -> None:
         reason = "two pieces have the same score, so the order of merges is not defined"
     if reason:
         raise RequestError(
-            f"this SentencePiece model cannot become a tokenizer.json with the same ids: {reason}; "
+            f"This SentencePiece model cannot become a tokenizer.json with the same ids: {reason}; "
             "use a tokenizer trained as Llama's (bpe, identity normalization, byte fallback)"
         )
 

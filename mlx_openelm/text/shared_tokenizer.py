@@ -33,7 +33,7 @@ _CACHED = (
     "meta-llama--Llama-2-*",
 )
 
-_MISSING = "the tokenizer, Llama 2's, which Apple's repositories lack,"
+_MISSING = "The tokenizer, Llama 2's, which Apple's repositories lack,"
 _ADVICE = f"give a copy of its tokenizer.model with --tokenizer ({FALLBACK} has one)"
 
 
@@ -91,7 +91,7 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
             if is_absent(error):
                 continue
             if not is_refused(error):  # the others would fail the same way
-                raise type(error)(f"{_MISSING} could not be downloaded: {error}; {_ADVICE}") from error
+                raise type(error)(f"{_MISSING} could not be downloaded: {str(error).rstrip('.')}; {_ADVICE}") from error
             refusal = refusal or error
             continue
         if (tokenizer := accept(folder, LLAMA2, eos_token_ids=eos_token_ids)) is not None:

@@ -62,7 +62,7 @@ class Tokenizer:
                 ids[name] += listed
             if not ids[name]:
                 raise RequestError(
-                    f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
+                    f"The tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
                 )
         self.bos_token_id, self.eos_token_id = ids["bos"][0], ids["eos"][0]
         self.eos_token_ids = set(ids["eos"] if eos_token_ids is None else eos_token_ids)
@@ -90,7 +90,7 @@ class Tokenizer:
         path = next((p for name in ENGINES if (p := folder / name).is_file()), None)
         if path is None:
             raise RequestError(
-                f"no tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
+                f"No tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
             )
         engine, config = open_engine(path, rows=rows, beside=True)
         model_config = read_json(folder / "config.json", missing_ok=True)
@@ -117,7 +117,7 @@ class Tokenizer:
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
         if not path.is_file():
-            raise RequestError(f"no tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
+            raise RequestError(f"No tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is not a tokenizer; give a tokenizer.json or a tokenizer.model")
         engine, config = open_engine(path, rows=rows)
@@ -178,7 +178,7 @@ class Tokenizer:
         """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
         token = self._engine.id_to_token(token_id)
         if token is None:
-            raise RequestError(f"there is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
+            raise RequestError(f"There is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
         return token
 
     def token_to_id(self, token: str) -> int | None:

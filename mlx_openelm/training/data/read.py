@@ -129,7 +129,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     owner, _, name = str(data).partition("/")
     is_path = suffix_of(path.name) is not None or not owner or not name or "/" in name or owner in (".", "..", "~")
     if is_path:
-        raise RequestError(f"there is no folder or file {data}; give one, or a data set on the hub as owner/name.")
+        raise RequestError(f"There is no folder or file {data}; give one, or a data set on the hub as owner/name.")
     from .hub import download_splits
 
     files = download_splits(str(data))
