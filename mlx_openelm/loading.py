@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # most models are loaded without adapters
     from .adapters.switching import AdapterPaths
 
 
-_NO_FLOAT16 = "--dtype float16 is too small for the 3B model's activations, which overflow it; use bfloat16 or float32."
+_NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which overflow it; use bfloat16 or float32."
 
 # Activations are rounded to 8 bits for weights of at most this many bits. Measured on the test model in groups of 64:
 # the rounding costs a KL divergence of 0.0006; 4-bit weights cost 0.06, 6-bit weights 0.004, 8-bit weights 0.0004.

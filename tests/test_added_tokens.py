@@ -247,7 +247,7 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
     model = write_tiny(tmp_path / "model")
     for path in case.iterdir():
         shutil.copy(path, model)
-    with pytest.raises(RequestError, match="has 2050 pieces, but the model only 2048"):
+    with pytest.raises(RequestError, match="has 2050 tokens, but the model only 2048"):
         load(model)
 
 
@@ -389,8 +389,8 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
         ({"added_tokens.json": {"": 2048}}, "'' is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": {"x" * 5000: 2048}}, "is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": {"\ud800": 2048}}, "is not a token of 1 to 1000 characters"),
-        ({"added_tokens.json": [1]}, "must hold a JSON object"),
-        ({"special_tokens_map.json": [1]}, "must hold a JSON object"),
+        ({"added_tokens.json": [1]}, "must contain a JSON object"),
+        ({"special_tokens_map.json": [1]}, "must contain a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is not a token id"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is not a token id"),

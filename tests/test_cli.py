@@ -463,7 +463,7 @@ def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
     assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")
     args = ("--chat-template", "corenet", "--prefill-response", start["content"])
     assert prompt_tokens(*args) == encoded([user, start], "corenet", continued=True)
-    assert "cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
+    assert "Cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
 
 
 @pytest.mark.parametrize("args", [["--system-prompt", "x"], ["--chat-template", "plain"], ["--prefill-response", "x"]])

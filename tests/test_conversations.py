@@ -224,7 +224,7 @@ def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
 def test_parts_that_are_no_text_are_refused_by_name(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
     what = refusal({"messages": [{"role": "user", "content": content}, KING]})
-    assert f"part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
+    assert f"Part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
 
 
 def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):

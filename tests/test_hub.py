@@ -149,7 +149,7 @@ def test_folder_named_as_a_model_wins_only_with_a_config(name: str, here: Path, 
 def test_path_that_does_not_exist(name: str, here: Path) -> None:
     with pytest.raises(RequestError) as error:
         resolve.resolve(name)
-    assert message_of(error) == f"The folder {name} does not exist"
+    assert message_of(error) == f"The folder {name} does not exist."
     assert error.value.exit_code == 2
 
 
@@ -338,8 +338,8 @@ def test_repository_that_does_not_exist(hub: FakeHub, here: Path, capfd: pytest.
     with pytest.raises(RequestError) as error:
         resolve.resolve("apple/OpenELM-7B")
     assert message_of(error) == (
-        "There is no folder and no hub repository named apple/OpenELM-7B (did you mean apple/OpenELM-3B, "
-        "apple/OpenELM-270M, apple/OpenELM-1_1B?); a private one needs `hf auth login`"
+        "There is no folder and no hub repository named apple/OpenELM-7B (did you mean apple/OpenELM-3B "
+        "or apple/OpenELM-270M?); a private one needs `hf auth login`."
     )
     assert capfd.readouterr() == ("", "")
 
@@ -363,7 +363,7 @@ def test_gated_repository(status: int, hub: FakeHub, repo_folder: Path) -> None:
         resolve.resolve("meta-llama/Llama-2-7b")
     assert message_of(error) == (
         "meta-llama/Llama-2-7b is gated: accept its conditions at "
-        "https://huggingface.co/meta-llama/Llama-2-7b, then log in with `hf auth login` or set HF_TOKEN"
+        "https://huggingface.co/meta-llama/Llama-2-7b, then log in with `hf auth login` or set HF_TOKEN."
     )
     assert error.value.exit_code == 1
 
@@ -409,7 +409,7 @@ def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
         resolve.resolve("270m")
     assert message_of(error) == (
         f"HF_HUB_OFFLINE is set and {REPO} is not in the download cache: unset it and connect once, "
-        "or download the model on another machine and give the folder"
+        "or download the model on another machine and give the folder."
     )
     assert hub.requests == []
 
@@ -435,7 +435,7 @@ def test_broken_transfer_leaves_nothing_that_looks_complete(hub: FakeHub, repo_f
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
     assert message_of(error).startswith(f"The transfer of {REPO} from 127.0.0.1 broke off (")
-    assert message_of(error).endswith("run the same command again, files that arrived whole are kept")
+    assert message_of(error).endswith("run the same command again, completed files are kept.")
     cache = Path(hub_cache())
     assert not list(cache.rglob("model-00002*")) and not list(cache.rglob("*.incomplete"))
 
@@ -466,8 +466,8 @@ def test_disk_full(failure: Exception, hub: FakeHub, repo_folder: Path, monkeypa
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
     assert message_of(error) == (
-        f"The disk is full, {REPO} did not fit: free some space in {hub_cache()}, "
-        "or set HF_HOME to a folder on another disk"
+        f"The disk is full; {REPO} does not fit. Free some space in {hub_cache()}, "
+        "or set HF_HOME to a folder on another disk."
     )
     assert error.value.exit_code == 1
 

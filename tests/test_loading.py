@@ -959,7 +959,7 @@ def test_the_users_tokenizer_comes_first(small: Path, tmp_path: Path) -> None:
     for tokenizer in (tmp_path / "t", tmp_path / "t" / "tokenizer.json", str(tmp_path / "t")):
         _, text = load(small, tokenizer=tokenizer)
         assert text.vocab_size == len(spec["model"]["vocab"])
-    with pytest.raises(RequestError, match="no tokenizer"):
+    with pytest.raises(RequestError, match="No tokenizer"):
         load(small, tokenizer=tmp_path / "nowhere")
 
 
@@ -1015,7 +1015,7 @@ def test_no_tokenizer_says_what_to_do(small: Path, hub: FakeHub) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", vocab_size=2047)
-    with pytest.raises(RequestError, match="2048 pieces, but the model only 2047"):
+    with pytest.raises(RequestError, match="2048 tokens, but the model only 2047"):
         load(tmp_path / "m")
 
 

@@ -320,7 +320,7 @@ def test_two_adapters_in_a_file_are_refused(tmp_path: Path) -> None:
             (name.removeprefix(PREFIX), f"contains {re.escape(name)} under two names"),
             (
                 name.replace(".weight", ".other.weight"),
-                r"contains .*lora_A.other.weight, which a LoRA adapter does not",
+                r"contains .*lora_A.other.weight, which a LoRA adapter has no place for",
             ),
         ]
     ):

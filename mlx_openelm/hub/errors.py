@@ -60,7 +60,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
         return _explain_absent(error, cause, repo)
     if _is_disk_full(cause):
         return OpenELMError(
-            f"The disk is full, {repo} did not fit: free some space in {_cache_folder()}, "
+            f"The disk is full; {repo} does not fit. Free some space in {_cache_folder()}, "
             "or set HF_HOME to a folder on another disk"
         )
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
