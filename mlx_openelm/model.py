@@ -227,39 +227,42 @@ class TransformerLayer(nn.Module):
 
 
 class LayerParts(NamedTuple):
-    """A layer's weights, as the kernels that compute a whole layer take them."""
+    """What kernels that compute whole layers need of them, in lists with one entry per layer."""
 
-    norms: list[mx.array]  # weights of attn_norm and ffn_norm, then of q_norm and k_norm if there are any
-    projections: tuple[nn.Module, ...]  # qkv_proj, out_proj, proj_1, proj_2
-    num_heads: tuple[int, int]  # of queries, and of keys and values
+    norms: list[list[mx.array]]  # weights of attn_norm and ffn_norm, then of q_norm and k_norm if there are any
+    projections: list[tuple[nn.Module, ...]]  # qkv_proj, out_proj, proj_1, proj_2
+    num_heads: list[tuple[int, int]]  # of queries, and of keys and values
 
 
-def collect_parts(blocks: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
+def collect_parts(blocks: Sequence[nn.Module], eps: float) -> LayerParts | None:
     """The parts of all layers, or None if a module in them is of another class than this file's.
 
     This runs for every token, so that a module that was replaced is used from the next call on. Projections may be
     packed in affine mode.
     """
-    parts: list[LayerParts] = []
+    norms: list[list[mx.array]] = []
+    projections: list[tuple[nn.Module, ...]] = []
+    num_heads: list[tuple[int, int]] = []
     for layer in blocks:
         if type(layer) is not TransformerLayer:
             return None
         attn, ffn = layer["attn"], layer["ffn"]
         if type(attn) is not Attention or type(ffn) is not FeedForward or not ffn.is_swiglu:
             return None
-        head_norms = (attn["q_norm"], attn["k_norm"]) if attn.normalizes else ()
-        norm_weights = []
-        for norm in (layer["attn_norm"], layer["ffn_norm"], *head_norms):
+        weights = []
+        pair = layer["attn_norm"], layer["ffn_norm"]
+        for norm in (*pair, attn["q_norm"], attn["k_norm"]) if attn.normalizes else pair:
             if type(norm) is not RMSNorm or norm.eps != eps:
                 return None
-            norm_weights.append(norm["weight"])
-        projections = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
-        for projection in projections:
-            cls = type(projection)
-            if cls is not Linear and not (cls is QuantizedLinear and projection.mode == "affine"):
+            weights.append(norm["weight"])
+        matrices = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
+        for matrix in matrices:
+            if type(matrix) is not Linear and (type(matrix) is not QuantizedLinear or matrix.mode != "affine"):
                 return None
-        parts.append(LayerParts(norm_weights, projections, attn.num_heads))
-    return parts
+        norms.append(weights)
+        projections.append(matrices)
+        num_heads.append(attn.num_heads)
+    return LayerParts(norms, projections, num_heads)
 
 
 class OpenELM(nn.Module):
@@ -362,23 +365,23 @@ class OpenELM(nn.Module):
             return None
         if (parts := collect_parts(self.layers, eps)) is None:
             return None
-        for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
+        for norms, projections, num_heads, cache in zip(*parts, caches, strict=True):
             x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
         return x
 
-    def _decode_token(self, x: mx.array, parts: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
+    def _decode_token(self, x: mx.array, parts: LayerParts, caches: Sequence[KVCache]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one CUDA kernel; None if it does not support these weights."""
         if self._token_kernel is None:
             self._token_kernel = decoding.TokenKernel(self.config)
         weights: list[mx.array] = []
-        for norms, projections, _ in parts:
+        for norms, projections in zip(parts.norms, parts.projections, strict=True):
             weights += norms
             for projection in projections:
                 weights.append(projection["weight"])
                 if type(projection) is QuantizedLinear:
                     weights += projection["scales"], projection["biases"]
         return self._token_kernel(
-            x, weights, lambda: [layers.stored(p)[3:5] for layer in parts for p in layer.projections], caches
+            x, weights, lambda: [layers.stored(p)[3:5] for four in parts.projections for p in four], caches
         )
 
     def logits(self, hidden_states: mx.array) -> mx.array:

@@ -708,7 +708,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
 def test_doctor_has_advice_about_blas() -> None:
-    for variable, value, advice in (("0", "since MLX_OPENELM_BLAS says so", "unset"), ("none.so", "slow", "none.so")):
+    for variable, value, advice in (("0", "because MLX_OPENELM_BLAS is set", "unset"), ("none.so", "slow", "none.so")):
         findings = result("doctor", env={"MLX_OPENELM_BLAS": variable})["findings"]
         blas = next(finding for finding in findings if finding["name"] == "BLAS")
         assert value in blas["value"] and advice in blas["advice"]
