@@ -19,6 +19,7 @@ from .ops.attention import PlainAttention
 from .ops.derived import Derived
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
+_SWISH = ("swish", "silu")  # two names for one function
 
 
 # Weights start as zeros, which take no memory until used; `OpenELM.initialize` or a checkpoint fills them. MLX's own
@@ -197,7 +198,7 @@ class FeedForward(nn.Module):
 
     @property
     def is_swiglu(self) -> bool:
-        return self.gated and self.activation in ("swish", "silu")
+        return self.gated and self.activation in _SWISH
 
     def activate(self, x: mx.array) -> mx.array:
         """The input of `proj_2` [N, inner] from the output of `proj_1`: gate and up [N, 2 * inner] with GLU."""
@@ -247,7 +248,9 @@ def collect_parts(blocks: Sequence[nn.Module], eps: float) -> LayerParts | None:
         if type(layer) is not TransformerLayer:
             return None
         attn, ffn = layer["attn"], layer["ffn"]
-        if type(attn) is not Attention or type(ffn) is not FeedForward or not ffn.is_swiglu:
+        if type(attn) is not Attention or type(ffn) is not FeedForward:
+            return None
+        if not ffn.gated or ffn.activation not in _SWISH:  # `is_swiglu`, without the cost of a property
             return None
         weights = []
         pair = layer["attn_norm"], layer["ffn_norm"]
