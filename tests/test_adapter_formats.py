@@ -387,23 +387,23 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be used here"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
-        ({"bias": "some"}, "bias is 'some'; known are none, all and lora_only"),
-        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
-        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-        ({"target_parameters": ["a.weight"]}, "target_parameters is"),
-        ({"use_qalora": True}, "use_qalora is True"),
-        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is"),
-        ({"something_new": {"a": 1}}, "something_new is"),
+        ({"bias": "some"}, "unknown bias 'some'; expected none, all or lora_only"),
+        ({"lora_bias": True}, "lora_bias = True is not supported"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication ="),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices ="),
+        ({"target_parameters": ["a.weight"]}, "target_parameters ="),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens ="),
+        ({"something_new": {"a": 1}}, "something_new ="),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too; let PEFT convert"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the base model too; merge it into that"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number that float32 holds, got nan"),
         ({"r": 16}, "_proj has rank 8, but adapter_config.json says 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number that float32 holds, got '8'"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is not a regular expression"),
-        ({"use_dora": True}, "has no .*lora_magnitude_vector, which belongs to an adapter"),
+        ({"use_dora": True}, "incomplete: .*lora_magnitude_vector is missing"),
     ],
 )
 def test_what_peft_has_and_we_do_not_is_refused(
@@ -430,8 +430,8 @@ PREFIX = "base_model.model."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_A.weight"), f"has no .*{QKV}.lora_A.weight"),
-        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_B.weight"), f"has no .*{QKV}.lora_B.weight"),
+        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_A.weight"), f"incomplete: .*{QKV}.lora_A.weight is missing"),
+        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_B.weight"), f"incomplete: .*{QKV}.lora_B.weight is missing"),
         (
             lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((8, 191))}),
             rf"{QKV}.lora_A.weight has shape \[8, 191\] instead of \[rank, 192\]",
@@ -442,7 +442,7 @@ PREFIX = "base_model.model."
         ),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((0, 192))}), r"has shape \[0, 192\]"),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros(192)}), r"has shape \[192\]"),
-        (lambda t: t.update({f"{PREFIX}lm_head.weight": mx.zeros((4, 4))}), f"holds {PREFIX}lm_head.weight"),
+        (lambda t: t.update({f"{PREFIX}lm_head.weight": mx.zeros((4, 4))}), f"contains {PREFIX}lm_head.weight"),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_magnitude_vector": mx.zeros(160)}), "lora_magnitude_vector, which"),
         (lambda t: t.update({"x.lora_A.weight": mx.zeros((4, 4))}), "changes x, which the model does not have"),
         (
@@ -457,7 +457,7 @@ PREFIX = "base_model.model."
             lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((8, 192), mx.uint32)}),
             f"stores .*{QKV}.lora_A.weight as uint32",
         ),
-        (dict.clear, "holds no adapter: nothing in it changes the model"),
+        (dict.clear, "is not an adapter: nothing in it changes the model"),
     ],
 )
 def test_odd_tensors_are_named_with_their_file(
@@ -473,14 +473,17 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
     folder = write(uneven(model), tmp_path / "a", model)
     for number, (changes, message) in enumerate(
         [
-            ({"fine_tune_type": "prefix"}, "fine_tune_type is 'prefix'; known are lora, dora, full"),
-            ({"lora_parameters": {"rank": 8, "alpha": 16}}, "lora_parameters has no scale that is a number"),
-            ({"lora_parameters": None}, "lora_parameters has no scale"),
-            ({"lora_parameters": {"scale": 10**400}}, "lora_parameters has no scale that is a number"),
+            ({"fine_tune_type": "prefix"}, "unknown fine_tune_type 'prefix'; expected lora, dora or full"),
+            ({"lora_parameters": {"rank": 8, "alpha": 16}}, "must have a scale that is a finite float32 number"),
+            ({"lora_parameters": None}, "lora_parameters must have a scale"),
+            ({"lora_parameters": {"scale": 10**400}}, "must have a scale that is a finite float32 number"),
             ({"lora_parameters": {"scale": 2.0, "dropout": -1}}, "dropout must be from 0 to 1, got -1"),
-            ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "lora_parameters has no scale that is a number"),
-            ({"fine_tune_type": "dora"}, "has no transformer.layers.*.m, which belongs to an adapter"),
-            ({"fine_tune_type": "full"}, "holds transformer.* and 5 more, which the model does not have"),
+            (
+                {"lora_parameters": {"rank": 8, "scale": float("inf")}},
+                "must have a scale that is a finite float32 number",
+            ),
+            ({"fine_tune_type": "dora"}, "incomplete: .*transformer.layers.*.m is missing"),
+            ({"fine_tune_type": "full"}, "contains transformer.* and 5 more, which the model has no place for"),
         ]
     ):
         with pytest.raises(RequestError, match=message):
@@ -531,13 +534,13 @@ def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM,
 
 def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> None:
     for place, message in {
-        tmp_path: "holds no adapter_config.json, so it is not an adapter",
+        tmp_path: "has no adapter_config.json, so it is not an adapter",
         tmp_path / "nowhere": "There is no adapter '.*nowhere'",
         "nowhere": "There is no adapter 'nowhere': adapters are folders",
         "a/b/c": "There is no adapter",
         "": "There is no adapter ''",
         "owner/run.safetensors": "There is no adapter",
-        FOLDER: "holds no adapter_config.json",
+        FOLDER: "has no adapter_config.json",
         FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is not an adapter: give its folder",
     }.items():
         with pytest.raises(RequestError, match=message):
@@ -684,13 +687,13 @@ def test_odd_checkpoints_of_corenet_are_refused(model: OpenELM, tmp_path: Path) 
     a = "layers.0.attn.qkv_proj.lora_A.lora.weight"
     odd = [
         ({name: value for name, value in state.items() if ".lora_" not in name}, "does not have a LoRA"),
-        ({name: value for name, value in state.items() if name != a}, f"has no transformer.{a}"),
+        ({name: value for name, value in state.items() if name != a}, f"incomplete: .*transformer.{a} is missing"),
         (state | {a: torch.zeros(3, 4)}, rf"transformer.{a} has shape \[3, 4\] instead of \[rank, 192\]"),
         (state | {a: torch.zeros(3, 192, dtype=torch.int32)}, "as int32"),
-        (state | {"layers.0.attn.qkv_proj.lora_C.lora": torch.zeros(3)}, "lora_C.lora, which an adapter of CoreNet's"),
+        (state | {"layers.0.attn.qkv_proj.lora_C.lora": torch.zeros(3)}, "lora_C.lora, which a CoreNet adapter"),
         (
             state | {"token_embeddings.lora_embedding_A.lora": torch.zeros(3, 2000)},
-            "adapter for 2000 tokens, the model has 2048",
+            "adapter for a vocabulary of 2000 tokens, but the model has 2048",
         ),
     ]
     for number, (values, message) in enumerate(odd):

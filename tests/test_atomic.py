@@ -102,7 +102,7 @@ def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_
 def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     (target / "more").mkdir()
-    with pytest.raises(RequestError, match="holds more than a model"):
+    with pytest.raises(RequestError, match="contains files that are not part of a model"):
         atomic.check_target(target, overwrite=True)
 
 
@@ -154,7 +154,10 @@ def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path)
 
 def test_what_appeared_meanwhile_is_not_overwritten_unasked(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(OpenELMError, match="created in the meantime"), atomic.new_folder(target) as partial:
+    with (
+        pytest.raises(OpenELMError, match="created by another process in the meantime"),
+        atomic.new_folder(target) as partial,
+    ):
         model(partial, "ours")
         model(target, "theirs")
     assert (target / "config.json").read_text() == "theirs" and names(tmp_path) == {"out"}

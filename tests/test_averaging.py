@@ -183,7 +183,7 @@ def card(folder: Path) -> dict[str, Any]:
     return metadata_load(folder / "README.md")
 
 
-def test_the_card_names_every_model_and_keeps_a_licence_they_share(tmp_path: Path) -> None:
+def test_the_card_names_every_model_and_keeps_a_license_they_share(tmp_path: Path) -> None:
     for number, (base, terms) in enumerate([("them/one", "mit"), ("them/two", "mit"), ("them/two", "apple-amlr")]):
         write(tmp_path / f"model{number}", number)
         front = f"license: other\nlicense_name: {terms}\nlicense_link: LICENSE\nlanguage: en\n"

@@ -230,11 +230,11 @@ def test_a_copy_is_independent() -> None:
 
 def write_in_place(cache: Any, number: float) -> mx.array:
     """What a kernel does that MLX does not know of: it fills one more position with a number."""
-    for buffer in cache.own_buffers(HEADS, DIM, mx.float32):
+    for buffer in cache.acquire_buffers(HEADS, DIM, mx.float32):
         assert buffer.shape[2] > cache.offset
         np.array(buffer, copy=False)[:, :, cache.offset] = number
     result = mx.array(number) + 1
-    cache.wrote(result)
+    cache.advance(result)
     return result
 
 
@@ -289,16 +289,16 @@ def test_arrays_that_were_given_to_a_cache_are_not_written_into(names: list[str]
 
 def test_a_cache_holds_the_type_of_its_keys_and_values() -> None:
     cache = ours.KVCache()
-    assert cache.holds(mx.float32)
-    assert cache.holds(mx.bfloat16)
+    assert cache.has_dtype(mx.float32)
+    assert cache.has_dtype(mx.bfloat16)
     cache.update_and_fetch(mx.zeros((1, HEADS, 3, DIM)), mx.zeros((1, HEADS, 3, DIM)))
-    assert cache.holds(mx.float32)
-    assert not cache.holds(mx.bfloat16)
+    assert cache.has_dtype(mx.float32)
+    assert not cache.has_dtype(mx.bfloat16)
     for name in ("keys", "values"):
         mixed = copy.copy(cache)
         setattr(mixed, name, getattr(mixed, name).astype(mx.bfloat16))
-        assert not mixed.holds(mx.float32)
-        assert not mixed.holds(mx.bfloat16)
+        assert not mixed.has_dtype(mx.float32)
+        assert not mixed.has_dtype(mx.bfloat16)
 
 
 def test_a_quantized_cache_from_a_plain_one() -> None:

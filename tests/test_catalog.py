@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
+from mlx_openelm.wording import did_you_mean
 
 import pytest
 
@@ -134,7 +135,7 @@ def test_packaged_scores_are_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "first"),
+    ("wrong", "right"),
     [
         ("tinny", "tiny"),
         ("270", "270m"),
@@ -145,12 +146,12 @@ def test_packaged_scores_are_complete() -> None:
         ("mlx-comunity/OpenELM-450M", "mlx-community/OpenELM-450M"),
     ],
 )
-def test_suggest(wrong: str, first: str) -> None:
-    assert catalog.suggest(wrong)[0] == first
+def test_a_misspelled_name_gets_suggestions(wrong: str, right: str) -> None:
+    assert did_you_mean(wrong, catalog.names()).startswith(f"did you mean {right}")
 
 
-def test_suggest_nothing_for_what_is_far() -> None:
-    assert catalog.suggest("gpt2") == []
+def test_an_unrelated_name_gets_no_suggestion() -> None:
+    assert did_you_mean("gpt2", catalog.names()) == ""
 
 
 @pytest.mark.parametrize(

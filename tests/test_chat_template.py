@@ -68,9 +68,9 @@ def test_a_message_is_left_open_to_be_continued(tmp_path):
     for name, source in (("plain", PLAIN_TEMPLATE), ("corenet", CORENET_TEMPLATE)):
         ids = tokenizer.apply_chat_template(ANSWER, name, continue_final_message=True)
         assert text_of(ids) == expected[name]
-        # The comment keeps the source from being recognised, so jinja renders it.
+        # The comment keeps the source from being recognized, so jinja renders it.
         assert with_template(tmp_path, source + "{# #}", ANSWER, continue_final_message=True) == ids
-    with pytest.raises(RequestError, match="only an assistant's message can be continued"):
+    with pytest.raises(RequestError, match="Only an assistant's message can be continued"):
         tokenizer.apply_chat_template(HI, continue_final_message=True)
     with pytest.raises(RequestError, match="cannot be continued"):
         with_template(tmp_path, "{{ messages[0].content }}", ANSWER, continue_final_message=True)

@@ -123,7 +123,7 @@ def test_a_template_without_end_is_stopped(attacks):
     for (source, reason), (error, seconds) in zip(attacks.items(), rows, strict=True):
         # What is only sampled may be met by the other limit first.
         reasons = (TIME, MEMORY) if sys.platform == "darwin" and reason in (TIME, MEMORY) else (reason,)
-        assert error.startswith("the chat template failed"), (source[:80], error)
+        assert error.startswith("The chat template failed"), (source[:80], error)
         assert any(reason in error for reason in reasons), (source[:80], error)
         assert "\n" not in error and len(error) < 500
         assert seconds < 5, (source[:80], seconds)  # processor time, the start of a process included

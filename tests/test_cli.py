@@ -166,7 +166,7 @@ def test_debug_shows_the_traceback_before_and_after_the_command() -> None:
         done = run(*args)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: there is no model named 'nothing'")
+        assert done.stderr.splitlines()[-1].startswith("error: There is no model named 'nothing'")
 
 
 def test_what_nobody_expected_is_one_line_too() -> None:
@@ -477,7 +477,7 @@ def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
     assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")
     args = ("--chat-template", "corenet", "--prefill-response", start["content"])
     assert prompt_tokens(*args) == encoded([user, start], "corenet", continued=True)
-    assert "cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
+    assert "Cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
 
 
 @pytest.mark.parametrize("args", [["--system-prompt", "x"], ["--chat-template", "plain"], ["--prefill-response", "x"]])
@@ -515,7 +515,7 @@ def test_a_short_memory_changes_the_text(greedy_text: str) -> None:
         (["--kv-group-size", 32], "--kv-group-size needs --kv-bits"),
         (["--kv-bits", 7], "--kv-bits must be"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
         (["--model", "4b"], "no model named '4b'"),
         (["--model", "./nowhere"], "does not exist"),
@@ -612,7 +612,7 @@ def test_convert_json(tmp_path: Path) -> None:
         (["-q", "--q-mode", "int4"], "--q-mode must be one of"),
         (["-q"], "already quantized"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
     ],
 )
@@ -722,7 +722,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
 def test_doctor_has_advice_about_blas() -> None:
-    for variable, value, advice in (("0", "since MLX_OPENELM_BLAS says so", "unset"), ("none.so", "slow", "none.so")):
+    for variable, value, advice in (("0", "because MLX_OPENELM_BLAS is set", "unset"), ("none.so", "slow", "none.so")):
         findings = result("doctor", env={"MLX_OPENELM_BLAS": variable})["findings"]
         blas = next(finding for finding in findings if finding["name"] == "BLAS")
         assert value in blas["value"] and advice in blas["advice"]

@@ -61,9 +61,9 @@ def test_the_shell_is_that_of_the_environment(
     assert capsys.readouterr().out == scripts["fish"]
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     assert run("--show-completion") == 2
-    assert "bash, zsh and fish, not tcsh" in capsys.readouterr().err
+    assert "No completion for tcsh; choose bash, zsh or fish" in capsys.readouterr().err
     assert run("--show-completion", "tcsh") == 2
-    assert "bash, zsh, fish, not 'tcsh'" in capsys.readouterr().err
+    assert "No completion for 'tcsh'; choose bash, zsh or fish" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -12,7 +12,7 @@ from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.conversations import conversation
 from mlx_openelm.training.data.examples import Example, tokenize
-from mlx_openelm.training.data.kinds import Record, recognise
+from mlx_openelm.training.data.kinds import Record, recognize
 from mlx_openelm.training.data.rendering import render_chat
 
 import pytest
@@ -106,7 +106,7 @@ def test_the_eos_that_is_added_to_a_turn_of_weight_0_is_not_learned():
 @pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [0], {}])
 def test_other_weights_are_refused(weight):
     what = refusal({"messages": [USER, {**KING, "weight": weight}]})
-    assert "message 1: weight must be 0 or 1, got " in what
+    assert "Message 1: weight must be 0 or 1, got " in what
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +191,7 @@ def test_sharegpt_is_the_same_conversation():
 @pytest.mark.parametrize("who", ["function_call", "observation", "tool"])
 def test_tool_calls_of_sharegpt_are_not_offered(who):
     what = refusal({"conversations": [{"from": "human", "value": "a"}, {"from": who, "value": "{}"}]})
-    assert f"message 1 is from '{who}', and tool calls in ShareGPT's form are not offered" in what
+    assert f"Message 1 is from '{who}', and tool calls in ShareGPT's form are not offered" in what
 
 
 def test_trls_prompts_and_completions_of_messages():
@@ -224,7 +224,7 @@ def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
 def test_parts_that_are_no_text_are_refused_by_name(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
     what = refusal({"messages": [{"role": "user", "content": content}, KING]})
-    assert f"part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
+    assert f"Part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
 
 
 def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):
@@ -258,7 +258,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     legacy = {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]}
     result = {"messages": [USER, {"role": "tool", "content": "A door"}, KING]}
     for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
-        assert "tool calls are not supported by the templates corenet and plain" in refusal(values)
+        assert "Tool calls are not supported by the templates corenet and plain" in refusal(values)
     assert "does not render tool_calls" in refusal(calls, chat_template=path)
     assert "does not render function_call" in refusal(legacy, chat_template=path)
     assert "does not render tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
@@ -268,7 +268,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     assert make({"messages": [USER, {**KING, "tool_calls": [], "function_call": None}], "tools": None})
     assert "'tools' is text that is not JSON" in refusal({"messages": [USER, KING], "tools": "look"})
     assert "'tools' must be a list" in refusal({"messages": [USER, KING], "tools": {"name": "look"}})
-    assert "message 0 has tool calls, which only an assistant can make" in refusal(
+    assert "Message 0 has tool calls, which only an assistant can make" in refusal(
         {"messages": [{**USER, "tool_calls": CALLS}, KING]}
     )
 
@@ -287,18 +287,18 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
             "preference pairs (chosen, rejected), which are not",
         ),
         ({"input_ids": [1, 2]}, "tokens (input_ids), which are not offered"),
-        ({"conversations": [{"from": "alien", "value": "a"}]}, "message 0 is from 'alien': use one of human"),
-        ({"conversations": [{"from": ["human"], "value": "a"}]}, "message 0 is from ['human']: use one of human"),
-        ({"conversations": [{"from": "human"}]}, "the content of message 0 must be text"),
-        ({"conversations": "[]"}, "a conversation must be a list of messages"),
-        ({"conversations": ["a"]}, 'message 0 must be an object with "role" and "content"'),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "part 0 of the content of message 0 must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part 0 of the content of message 0 must be"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "Message 0 is from 'alien': use one of human"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "Message 0 is from ['human']: use one of human"),
+        ({"conversations": [{"from": "human"}]}, "The content of message 0 must be text"),
+        ({"conversations": "[]"}, "A conversation must be a list of messages"),
+        ({"conversations": ["a"]}, 'Message 0 must be an object with "role" and "content"'),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "Part 0 of the content of message 0 must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "Part 0 of the content of message 0 must be"),
         (
             {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
-            "part 0 of the content of message 0 must be",
+            "Part 0 of the content of message 0 must be",
         ),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "the content of message 1 must be text"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "The content of message 1 must be text"),
     ],
 )
 def test_what_is_not_offered_is_named(values, expected):
@@ -306,7 +306,7 @@ def test_what_is_not_offered_is_named(values, expected):
 
 
 def test_empty_columns_of_tables_are_none():
-    kind = recognise([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
+    kind = recognize([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
     assert kind.name == "chat messages"
     assert make({"instruction": "a", "output": "b", "system": "", "history": []}) == make(
         {"instruction": "a", "output": "b"}

@@ -32,7 +32,7 @@ def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    """A trained model with the card and the licence of its authors."""
+    """A trained model with the card and the license of its authors."""
     folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "original"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
     (folder / "LICENSE").write_text("Do as you like it.\n")
@@ -114,7 +114,7 @@ def test_what_was_written_arrives_byte_for_byte(
     assert {file["name"]: file["size"] for file in values["upload"]["files"]} == {n: len(b) for n, b in arrived.items()}
 
 
-def test_licence_and_base_survive_a_second_conversion(
+def test_license_and_base_survive_a_second_conversion(
     original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     """From the authors' repository to ours, and from ours to a third."""
@@ -173,7 +173,7 @@ def test_a_network_that_is_gone_after_the_work(
         main(["convert", "--model", str(SHAKESPEARE), "--mlx-path", str(out), "--upload-repo", REPO])
     assert end.value.code == 1
     errors = capfd.readouterr().err
-    assert errors.startswith("error: cannot reach 127.0.0.1") and errors.count("\n") == 1
+    assert errors.startswith("error: Cannot reach 127.0.0.1") and errors.count("\n") == 1
     assert f"{out} is kept; `mlx-openelm upload --path {out} --upload-repo {REPO}` tries again" in errors
     assert (out / "model.safetensors").is_file()
 
@@ -182,5 +182,5 @@ def test_a_hub_that_is_not_there_stops_before_the_work(hub: FakeHub, hub_env: di
     hub.stop()
     done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env | WRITER)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot reach 127.0.0.1" in one_line(done)
+    assert "Cannot reach 127.0.0.1" in one_line(done)
     assert not (tmp_path / "out").exists()

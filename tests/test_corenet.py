@@ -206,7 +206,7 @@ def test_weights_are_read_when_they_are_used(tmp_path: Path, config_yaml: Path, 
     if old:
         assert np.array_equal(np.array(weights["transformer.norm.weight"]), np.full(192, 3))
     else:
-        with pytest.raises(RequestError, match="was changed while it was being read: norm.weight does not fit"):
+        with pytest.raises(RequestError, match="was changed while it was being read: norm.weight does not match"):
             mx.eval(weights["transformer.norm.weight"])
 
 
@@ -352,7 +352,7 @@ def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path) -> None:
     weights = fixture_weights()
     weights["token_embeddings.weight"] = weights["token_embeddings.weight"][:2000]
     path = torch_save(tmp_path / "c.pt", tensors(weights))
-    assert "2048 pieces, but the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
+    assert "2048 tokens, but the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
 
 
 def test_without_a_padding_index_the_tokenizer_decides(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_published_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_dim": None}, "not one of OpenELM-270M"),
+        ({"model_dim": None}, "Unknown model_name 'custom' (expected OpenELM-270M"),
         ({"model_name": "OpenELM-7B", "head_dim": None}, "'OpenELM-7B'"),
         ({"vocab_size": None}, "no vocab_size"),
         ({"vocab_size": "many"}, "vocab_size is many"),

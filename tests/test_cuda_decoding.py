@@ -328,7 +328,7 @@ def test_the_type_of_the_activations_counts(calls):
 
 
 def test_another_thread_may_have_the_kernel_when_the_first_has_ended():
-    turns = decoding._Turns()
+    turns = decoding._KernelLock()
     first = threading.Thread(target=lambda: owned.append(turns.is_mine()))
     owned: list[bool] = []
     first.start()

@@ -186,9 +186,9 @@ GOOD = '{"text": "a"}'
         (['{"prompt": "a", "completion": true}'], "line 1: 'completion' is true or false, not text"),
         (['{"prompt": "a", "completion": "b"}', '{"prompt": "a"}'], "line 2: has no 'completion'"),
         (['{"instruction": "a", "input": 3, "output": "b"}'], "line 1: 'input' is a number, not text"),
-        (['{"messages": []}'], "line 1: messages must be a list with at least one"),
-        (['{"messages": [{"role": "king", "content": "a"}]}'], "line 1: message 0 has role 'king'"),
-        (['{"messages": [{"role": "user", "content": null}]}'], "line 1: the content of message 0 must be text"),
+        (['{"messages": []}'], "line 1: Messages must be a list with at least one"),
+        (['{"messages": [{"role": "king", "content": "a"}]}'], "line 1: Message 0 has role 'king'"),
+        (['{"messages": [{"role": "user", "content": null}]}'], "line 1: The content of message 0 must be text"),
         (
             [GOOD, '{"messages": [{"role": "user", "content": "a"}]}'],
             "line 2: holds chat messages, but bad.jsonl, line 1",
@@ -348,7 +348,7 @@ def test_what_the_hub_cannot_give(hub: FakeHub, served, tmp_path):
         read_splits("me/gated")
     hub.stop()
     with pytest.raises(
-        OpenELMError, match="cannot reach 127.0.0.1 .*datasets/me/other is not in the download cache"
+        OpenELMError, match="Cannot reach 127.0.0.1 .*datasets/me/other is not in the download cache"
     ) as error:
         read_splits("me/other")
     assert not isinstance(error.value, RequestError)

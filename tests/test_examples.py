@@ -256,7 +256,7 @@ def test_a_template_whose_beginnings_differ_is_refused(template):
     its = with_template(template)
     chat = {"messages": [USER, LAST, MORE, KING]}
     assert len(make(chat, its=its)) == 1
-    with pytest.raises(RequestError, match="line 1: the chat template renders the beginning .* differently"):
+    with pytest.raises(RequestError, match="line 1: The chat template renders the beginning .* differently"):
         make(chat, its=its, mask_prompt=True)
 
 
@@ -450,7 +450,7 @@ def test_the_sample_shows_what_is_learned():
     assert len(long.sample_text(limit=200)) < 250 and "[...]" in long.sample_text(limit=200)
 
 
-def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
+def test_kinds_are_recognized_and_refused_where_they_do_not_fit():
     kinds = {
         "text": {"text": "a"},
         "prompt and completion": {"prompt": "a", "completion": "b", "text": "ab"},
@@ -472,7 +472,7 @@ def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
             make({"text": "a"}, **options)
     with pytest.raises(RequestError, match="There are no examples"):
         make()
-    with pytest.raises(RequestError, match="cannot read the chat template"):
+    with pytest.raises(RequestError, match="Cannot read the chat template"):
         make({"messages": [USER, LAST]}, chat_template="nowhere.jinja")
 
 

@@ -206,10 +206,10 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("mine")
     for output, format, message in (
-        ("notes", "gguf", "is not a GGUF file, so it is not overwritten"),
-        ("folder", "gguf", "is a folder; name a file"),
+        ("notes", "gguf", "is not a GGUF file, so it will not be overwritten"),
+        ("folder", "gguf", "is a folder; give a file"),
         ("notes", "huggingface", "is a file, not a folder"),
-        ("folder", "huggingface", "holds more than a model"),
+        ("folder", "huggingface", "contains files that are not part of a model"),
     ):
         with pytest.raises(RequestError, match=message):
             export(SHAKESPEARE, tmp_path / output, format=format, overwrite=True)

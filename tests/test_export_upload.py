@@ -33,7 +33,7 @@ def run_export(*args: object, env: dict[str, str], folder: Path) -> subprocess.C
 
 @pytest.fixture
 def original(hub: FakeHub, tmp_path: Path) -> Path:
-    """`them/plays` on the hub, with the card and the licence of its authors."""
+    """`them/plays` on the hub, with the card and the license of its authors."""
     folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "served"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
     (folder / "LICENSE").write_text("Do as you like it.\n")
@@ -54,7 +54,7 @@ def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "f16"])
-def test_a_gguf_file_with_card_and_licence(
+def test_a_gguf_file_with_card_and_license(
     kind: str, original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path
 ) -> None:
     pytest.importorskip("gguf")

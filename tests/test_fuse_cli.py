@@ -79,7 +79,7 @@ def test_the_cost_of_packing_again_is_printed(folder: Path, capfd: pytest.Captur
 
     weak = ("--model", "packed", "--adapter-path", "adapters=0.1", "--overwrite")
     assert run(*weak) == 0
-    assert "warning: rounding undid most of the adapter's change. Use --dequantize" in capfd.readouterr().err
+    assert "warning: Rounding undid most of the adapter's change. Use --dequantize" in capfd.readouterr().err
     assert run(*weak, "--dequantize") == 0
     assert "warning" not in capfd.readouterr().err
     assert not mlx_format.read(folder / "fused_model").quantization
@@ -114,7 +114,7 @@ def test_a_result_further_away_than_the_base_is_warned_about(
     monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", lambda *_, **__: done)
     assert run("--report") == 0
     printed = capfd.readouterr().err
-    further = f"The result is further from the base with the adapter than the base alone is: fuse {advice}\n"
+    further = f"The result is further from the base with the adapter than the base alone is; fuse {advice}\n"
     assert printed == (f"warning: {further}" if advice else "")
 
 

@@ -203,7 +203,7 @@ def test_rows_beyond_the_tokenizer_become_unused_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RequestError, match=f"llama.cpp cannot run this model.*{reason}"):
+    with pytest.raises(RequestError, match=f"llama.cpp does not support this model.*{reason}"):
         write(tmp_path / "a.gguf", "f32", small_checkpoint(**changes))
     assert list(tmp_path.iterdir()) == []
 
@@ -335,7 +335,7 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
         r"output.weight has shape \[4, 4\] instead of \[2048, 64\]",
     ),
     "no norm": (lambda _, t: t.pop("output_norm.weight"), "output_norm.weight is missing"),
-    "no embedding": (lambda _, t: t.pop("token_embd.weight"), "no token_embd.weight"),
+    "no embedding": (lambda _, t: t.pop("token_embd.weight"), "no two-dimensional token_embd.weight"),
     "a wrong shape": (
         lambda _, t: t.update({"output_norm.weight": np.ones(9, np.float32)}),
         r"output_norm.weight has shape \[9\] instead of \[64\]",
@@ -344,22 +344,22 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
         lambda _, t: t.update({"token_embd.weight": np.ones((2000, 64), np.float32)}),
         "has 2048 tokens, but an embedding of 2000 rows",
     ),
-    "a wrong width": (change_key("openelm.feed_forward_length", 48), "do not fit its keys"),
+    "a wrong width": (change_key("openelm.feed_forward_length", 48), "do not match its keys"),
     "another type": (
         lambda _, t: t.update({"output_norm.weight": np.ones(64, np.int32)}),
-        "stores output_norm.weight as I32, which the gguf package does not unpack",
+        "stores output_norm.weight as I32, which the gguf package cannot unpack",
     ),
     "no heads": (change_key("openelm.attention.head_count", None), "no openelm.attention.head_count"),
-    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not valid"),
+    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not a valid value"),
     "too many layers": (change_key("openelm.block_count", 2**32 - 1), "block_count is 4294967295"),
     "indivisible heads": (change_key("openelm.attention.head_count_kv", 3), "divisible by num_kv_heads"),
     "another rotation": (lambda w, _: w.add_rope_dimension_count(8), "rope.dimension_count is 8"),
     "scaled positions": (lambda w, _: w.add_string("openelm.rope.scaling.type", "yarn"), "scales its positions"),
-    "another tokenizer": (change_key("tokenizer.ggml.model", "gpt2"), "tokenizer of kind 'gpt2'"),
+    "another tokenizer": (change_key("tokenizer.ggml.model", "gpt2"), "has a 'gpt2' tokenizer"),
     "no scores": (change_key("tokenizer.ggml.scores", None), "no tokenizer.ggml.scores"),
     "fewer scores": (change_key("tokenizer.ggml.scores", [0.0]), "must have the same length"),
     "a bad bos": (lambda w, _: w.add_bos_token_id(5000), "bos_token_id is 5000"),
-    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "do not make a SentencePiece model"),
+    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "are not a valid SentencePiece model"),
     "no unknown piece": (change_key("tokenizer.ggml.token_type", [1] * 2048), "no unknown token"),
 }
 

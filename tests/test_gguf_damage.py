@@ -67,21 +67,24 @@ def swapped(file: RawFile) -> None:
 
 
 TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' lies at byte 0 of the data instead of"),
-    "misaligned": (place("output_norm.weight", 269313), "lies at byte 269313 of the data instead of 269312"),
-    "a gap": (place("output_norm.weight", 269344), "lies at byte 269344 of the data instead of 269312"),
-    "far outside": (place("output_norm.weight", 1 << 40), "lies at byte 1099511627776"),
+    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' is at byte 0 of the data instead of"),
+    "misaligned": (place("output_norm.weight", 269313), "is at byte 269313 of the data instead of 269312"),
+    "a gap": (place("output_norm.weight", 269344), "is at byte 269344 of the data instead of 269312"),
+    "far outside": (place("output_norm.weight", 1 << 40), "is at byte 1099511627776"),
     "before the data, when added up": (
         place("output_norm.weight", (1 << 64) - 64),
-        "lies at byte 18446744073709551552",
+        "is at byte 18446744073709551552",
     ),
-    "swapped": (swapped, "lies at byte"),
-    "twice": (twice, "it has the tensor 'output_norm.weight' twice"),
+    "swapped": (swapped, "is at byte"),
+    "twice": (twice, "the tensor 'output_norm.weight' appears twice"),
     "a size of zero": (lambda f: f.tensor("output_norm.weight", shape=(0,)), r"has shape \[0\]"),
     "a size beyond all": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
     "sizes that overflow": (lambda f: f.tensor("output_norm.weight", shape=(1 << 32, 1 << 32)), "is cut off"),
     "no dimension": (lambda f: f.tensor("token_embd.weight", shape=()), r"has shape \[\]"),
-    "an embedding of one": (lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)), "no token_embd.weight of two"),
+    "an embedding of one": (
+        lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)),
+        "no two-dimensional token_embd.weight",
+    ),
     "five dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1, 1, 1, 1, 256)), "has 5 dimensions"),
     "2**32 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
     "another shape": (lambda f: f.tensor("output_norm.weight", shape=(2, 128)), r"has shape \[2, 128\] instead of"),
@@ -175,7 +178,7 @@ def test_values_are_those_that_the_package_reads(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "a key twice": (lambda f: f.keys.append(f.keys[1]), "it has the key 'openelm.block_count' twice"),
+    "a key twice": (lambda f: f.keys.append(f.keys[1]), "the key 'openelm.block_count' appears twice"),
     "a key of other bytes": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
     "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 4194304 values"),
     "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
@@ -220,7 +223,7 @@ def test_values_of_unknown_types_are_refused(tmp_path: Path) -> None:
     data = file.pack()
     place = data.index(b"general.architecture") + len(b"general.architecture")
     (tmp_path / "a.gguf").write_bytes(data[:place] + struct.pack("<I", 13) + data[place + 4 :])
-    refused(tmp_path / "a.gguf", "a value of the unknown type 13")
+    refused(tmp_path / "a.gguf", "a value of unknown type 13")
 
 
 PER_LAYER = ["feed_forward_length", "attention.head_count", "attention.head_count_kv"]
@@ -237,7 +240,9 @@ NO_LISTS: list[tuple[str, Any]] = [
 def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which is not valid|has . values for 2 layers)")
+    refused(
+        file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which is not a valid value|has . values for 2 layers)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,7 @@ def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, ki
 def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not valid")
+    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not a valid value")
 
 
 @pytest.mark.parametrize("name", ["attention.layer_norm_rms_epsilon", "rope.freq_base"])
@@ -263,7 +268,7 @@ def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: 
 def test_invalid_numbers_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), "which is not valid|must be a positive number")
+    refused(file.write(tmp_path / "a.gguf"), "which is not a valid value|must be a positive number")
 
 
 OTHER: dict[str, tuple[str, str, Any, str]] = {
@@ -322,7 +327,7 @@ TOKENIZERS: dict[str, tuple[str, Any, str]] = {
     "token_type": ("array of bool", [True] * 263, "has no tokenizer.ggml.token_type"),
     "tokens": ("array of str", [b"\xff"] * 263, "has no tokenizer.ggml.tokens"),
     "scores": ("array of i32", [0] * 263, "has no tokenizer.ggml.scores"),
-    "model": ("u64", 1 << 63, "tokenizer of kind 9223372036854775808"),
+    "model": ("u64", 1 << 63, "has a 9223372036854775808"),
     "bos_token_id": ("u64", 1 << 63, "bos_token_id is 9223372036854775808"),
     "eos_token_id": ("i32", -1, "eos_token_id is -1"),
 }
@@ -340,7 +345,7 @@ def test_tokenizers_keys_that_cannot_be_are_refused(tmp_path: Path, name: str) -
 def test_unknown_types_of_tokens_are_refused(tmp_path: Path, kind: int) -> None:
     file = small_file()
     file.key("tokenizer.ggml.token_type", "array of i32", [*TYPES[:-1], kind])
-    refused(file.write(tmp_path / "a.gguf"), f"of the unknown type {kind}")
+    refused(file.write(tmp_path / "a.gguf"), f"of unknown type {kind}")
 
 
 # Paths that are not files.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from mlx_openelm.errors import OpenELMError
 from mlx_openelm.hub.errors import explain_upload, host
 
 import pytest
@@ -41,7 +42,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_is_not_secret_stays(text: str) -> None:
-    assert cleaned(text) == text
+    assert cleaned(text) == str(OpenELMError(text))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_what_is_not_secret_stays(text: str) -> None:
     ],
 )
 def test_secrets_are_left_out(text: str, shown: str) -> None:
-    assert cleaned(text) == shown
+    assert cleaned(text) == str(OpenELMError(shown))
 
 
 def test_the_token_in_use_is_left_out_whatever_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:

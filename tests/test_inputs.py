@@ -86,9 +86,9 @@ def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
 
 def test_messages_show_no_control_characters_and_no_endless_words() -> None:
     message = str(OpenELMError(f"naïve\x1b[31mred\nline\u202e\ud800 {'x' * 10_000} end"))
-    assert message == f"naïve [31mred line   {'x' * 100}…{'x' * 99} end"
+    assert message == f"naïve [31mred line   {'x' * 100}…{'x' * 99} end."
     folder = "f" * 300
-    assert str(OpenELMError(f"{folder}/config.json: no model")).endswith("fff/config.json: no model")
+    assert str(OpenELMError(f"{folder}/config.json: no model")).endswith("fff/config.json: no model.")
 
 
 def test_a_quoted_value_is_short() -> None:

@@ -45,7 +45,7 @@ def apple(tmp_path: Path) -> Path:
     folder = tmp_path / "downloaded"
     folder.mkdir()
     (folder / "README.md").write_text(APPLE)
-    (folder / "LICENSE").write_text("Apple's licence\n")
+    (folder / "LICENSE").write_text("Apple's license\n")
     return folder
 
 
@@ -71,7 +71,7 @@ def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -
     }
     assert facts["source"] == "apple/OpenELM-270M" and facts["command"] == "mlx-openelm convert"
     assert ModelCard.load(folder / "README.md").data.base_model == "apple/OpenELM-270M"
-    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+    assert (folder / "LICENSE").read_text() == "Apple's license\n"
 
 
 def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
         "## How it was made",
         "## Quantization",
         "## Measured quality",
-        "## Licence",
+        "## License",
         "## How to use",
     ]
     weights = folder / "model.safetensors"
@@ -127,7 +127,7 @@ def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
     assert metadata["tags"] == ["mlx", "openelm"]
     assert not {"license", "base_model", "base_model_relation", "language"} & set(metadata)
     assert "## Quantization" not in text and "| Type | float32 |" in text and "| Bits per weight | 32.00 |" in text
-    assert "No licence came with the original" in text
+    assert "No license came with the original" in text
 
 
 # Where a model came from
@@ -202,20 +202,20 @@ def test_what_lies_beside_a_file_is_taken_only_from_our_own_folders(folder: Path
     assert find_origin(folder / "model.safetensors").base_model == "apple/OpenELM-270M"
 
 
-def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) -> None:
+def test_link_to_a_license_that_is_not_there_leads_to_the_original(apple: Path) -> None:
     (apple / "LICENSE").unlink()
     linked = find_origin(apple, repo="apple/OpenELM-270M").metadata["license_link"]
     assert linked == "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"
     assert "license_link" not in find_origin(apple).metadata
 
 
-def test_a_file_too_large_for_a_licence_is_not_copied(apple: Path) -> None:
+def test_a_file_too_large_for_a_license_is_not_copied(apple: Path) -> None:
     for size, licenses in ((1_000_000, (apple / "LICENSE",)), (1_000_001, ())):
         (apple / "LICENSE").write_bytes(b"x" * size)
         assert find_origin(apple).licenses == licenses
 
 
-def test_code_called_licence_is_not_copied(apple: Path) -> None:
+def test_code_called_license_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)
 
@@ -224,7 +224,7 @@ def test_code_called_licence_is_not_copied(apple: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt"])
-def test_a_licence_that_is_a_link_to_a_private_file_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_license_that_is_a_link_to_a_private_file_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("machine example.com password secret")
     source = tmp_path / "source"
     source.mkdir()
@@ -251,7 +251,7 @@ def test_links_within_a_folder_and_a_linked_folder_are_fine(apple: Path, tmp_pat
     (tmp_path / "shortcut").symlink_to(apple, target_is_directory=True)
     for path in (apple, tmp_path / "shortcut"):
         origin = find_origin(path, repo="apple/OpenELM-270M")
-        assert [file.read_text() for file in origin.licenses] == ["Apple's licence\n"]
+        assert [file.read_text() for file in origin.licenses] == ["Apple's license\n"]
         assert origin.metadata["license_name"] == "apple-amlr"
 
 
@@ -277,7 +277,7 @@ def hub_folder(repo: str) -> Path:
     return download(repo, patterns=DOCUMENT_PATTERNS)
 
 
-# The licence of Apple's models whose files came without one
+# The license of Apple's models whose files came without one
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path / "corenet" / "checkpoint_average.pt"
 
 
-def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
+def test_a_checkpoint_of_apple_s_gets_the_license_of_its_repository(
     apple: Path, bare: Path, folder: Path, hub: FakeHub
 ) -> None:
     (apple / "model.safetensors").write_bytes(b"weights")
@@ -302,9 +302,9 @@ def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
     }
     assert sorted(hub.files_sent) == ["LICENSE", "README.md"]
     write_card(folder, name="x", origin=origin)
-    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+    assert (folder / "LICENSE").read_text() == "Apple's license\n"
     text = (folder / "README.md").read_text()
-    assert "under the licence of the original: [apple-amlr](LICENSE)" in text
+    assert "under the license of the original: [apple-amlr](LICENSE)" in text
 
 
 @pytest.mark.parametrize("trouble", ["offline", "refused", "gone", "broken"])
@@ -323,11 +323,11 @@ def test_without_the_repository_the_card_names_it(
     metadata, text = metadata_load(folder / "README.md"), (folder / "README.md").read_text()
     assert not {"license", "license_name", "license_link"} & set(metadata)
     page = "[apple/OpenELM-270M](https://huggingface.co/apple/OpenELM-270M)"
-    assert f"The weights are under the licence of {page}: see its page." in text
-    assert "No licence came with" not in text
+    assert f"The weights are under the license of {page}: see its page." in text
+    assert "No license came with" not in text
 
 
-def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_licence(
+def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_license(
     apple: Path, folder: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     hub.add("apple/OpenELM-270M", apple)

@@ -834,7 +834,7 @@ def test_building_needs_nanobind_and_mlx(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
 def test_they_are_clean_under_sanitizers(tmp_path):
-    """This file's other tests once more, with every access to memory and every undefined behaviour checked."""
+    """This file's other tests once more, with every access to memory and every undefined behavior checked."""
     pytest.importorskip("nanobind")
     shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "mlx_openelm")
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")

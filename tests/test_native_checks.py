@@ -72,7 +72,7 @@ def test_with_other_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
+def test_memory_and_undefined_behavior(tmp_path: Path) -> None:
     run_checks(sanitized(tmp_path, "address,undefined"))
 
 

@@ -152,44 +152,47 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
     for kind in peft.PeftType:
         if kind != "LORA":
             (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind.value, "r": 8}))
-            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' cannot be used here; LORA can"):
+            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' is not supported; only LORA is"):
                 read_adapter(folder, CONFIG)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["qkv_proj"]}, "changes transformer.*, which target_modules in adapter_config.json leaves"),
-        ({"target_modules": r".*\.attn\..*"}, "which target_modules in"),
-        ({"target_modules": []}, "which target_modules in"),
-        ({"exclude_modules": ["proj_1"]}, "ffn.proj_1, which exclude_modules in"),
-        ({"exclude_modules": r".*layers\.4.*"}, "layers.4.*, which exclude_modules in"),
-        ({"layers_to_transform": [0, 1]}, r"layers.[2-5].*, which layers_to_transform in"),
-        ({"layers_to_transform": 0, "layers_pattern": "h"}, "which layers_to_transform in"),
-        ({"modules_to_save": ["ffn"]}, r"ffn.proj_\d, which modules_to_save in"),
+        ({"target_modules": ["qkv_proj"]}, "for transformer.*, but target_modules in adapter_config.json excludes"),
+        ({"target_modules": r".*\.attn\..*"}, "but target_modules in"),
+        ({"target_modules": []}, "but target_modules in"),
+        ({"exclude_modules": ["proj_1"]}, "ffn.proj_1, but exclude_modules in"),
+        ({"exclude_modules": r".*layers\.4.*"}, "layers.4.*, but exclude_modules in"),
+        ({"layers_to_transform": [0, 1]}, r"layers.[2-5].*, but layers_to_transform in"),
+        ({"layers_to_transform": 0, "layers_pattern": "h"}, "but layers_to_transform in"),
+        ({"modules_to_save": ["ffn"]}, r"ffn.proj_\d, but modules_to_save in"),
         ({"target_modules": {"qkv_proj": 1}}, r"target_modules must be names of modules, got \{'qkv_proj': 1\}"),
         ({"target_modules": ["qkv_proj", 5]}, "target_modules must be names of modules"),
         ({"layers_to_transform": [0, "1"]}, "layers_to_transform must be layer numbers"),
         ({"rank_pattern": ["qkv_proj"]}, "rank_pattern must be an object of numbers by module"),
-        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; the limit is 1000"),
+        (
+            {"rank_pattern": {f"m{n}": 8 for n in range(1001)}},
+            "rank_pattern has 1001 entries, more than the limit of 1000",
+        ),
         (
             {"rank_pattern": {"qkv_proj": "8"}},
-            "rank_pattern of 'qkv_proj' must be a number that float32 holds, got '8'",
+            "rank_pattern of 'qkv_proj' must be a finite float32 number, got '8'",
         ),
         ({"rank_pattern": {"qkv_proj": -8}}, "qkv_proj has rank 8, but adapter_config.json says -8"),
         (
             {"alpha_pattern": {"qkv_proj": float("nan")}},
-            "alpha_pattern of 'qkv_proj' must be a number that float32 holds, got nan",
+            "alpha_pattern of 'qkv_proj' must be a finite float32 number, got nan",
         ),
         ({"r": 0}, "has rank 8, but adapter_config.json says 0"),
-        ({"r": True}, "r must be a number that float32 holds, got True"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a number that float32 holds, got 1000"),
-        ({"lora_alpha": 1e300}, "lora_alpha must be a number that float32 holds"),
+        ({"r": True}, "r must be a finite float32 number, got True"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite float32 number, got 1000"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be a finite float32 number"),
         ({"lora_dropout": 1.5}, "lora_dropout must be from 0 to 1, got 1.5"),
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
-        ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' is not known here"),
+        ({"init_lora_weights": "newer"}, "unknown init_lora_weights 'newer'"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changes the base model too; let PEFT convert"),
-        ({"x" * 5000: 1}, "xx is 1, which is not supported"),
+        ({"x" * 5000: 1}, "xx = 1 is not supported"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -313,9 +316,12 @@ def test_two_adapters_in_a_file_are_refused(tmp_path: Path) -> None:
     name = f"{PREFIX}{QKV}.lora_A.weight"
     for number, (other, message) in enumerate(
         [
-            (name.replace(".weight", ".default.weight"), f"holds {re.escape(name)} twice"),
-            (name.removeprefix(PREFIX), f"holds {re.escape(name)} twice"),
-            (name.replace(".weight", ".other.weight"), r"holds .*lora_A.other.weight, which a LoRA adapter does not"),
+            (name.replace(".weight", ".default.weight"), f"contains {re.escape(name)} under two names"),
+            (name.removeprefix(PREFIX), f"contains {re.escape(name)} under two names"),
+            (
+                name.replace(".weight", ".other.weight"),
+                r"contains .*lora_A.other.weight, which a LoRA adapter has no place for",
+            ),
         ]
     ):
         folder = edit(tmp_path / str(number), lambda tensors, other=other: tensors.update({other: tensors[name]}))
@@ -340,7 +346,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         def spoil(tensors: dict[str, mx.array], value: float = value) -> None:
             tensors[f"{PREFIX}{QKV}.lora_B.weight"][0, 0] = value
 
-        with pytest.raises(RequestError, match=f"holds values for {QKV} that are not finite"):
+        with pytest.raises(RequestError, match=f"has values for {QKV} that are not finite"):
             read_adapter(edit(tmp_path / str(number), spoil), CONFIG)
 
 
@@ -394,7 +400,7 @@ def test_another_base_is_refused_by_the_settings_name(
     changed = weights[own].copy()
     changed[-1] += 0.01
     folder = with_table(tmp_path / "a", changed, name, **settings)
-    message = rf"holds {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
+    message = rf"contains {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
     with pytest.raises(RequestError, match=message):
         attach(model, read_adapter(folder, model.config))
     assert not list(adapted_layers(model))
@@ -419,7 +425,7 @@ def test_a_copy_alone_is_no_adapter(tmp_path: Path, weights: dict[str, np.ndarra
     tensors = {TABLE: mx.load(str(folder / "adapter_model.safetensors"))[TABLE]}
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
-    with pytest.raises(RequestError, match="holds no adapter"):
+    with pytest.raises(RequestError, match="is not an adapter"):
         read_adapter(folder, CONFIG)
 
 
@@ -479,7 +485,7 @@ def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
 def test_folders_of_several_adapters_are_named(tmp_path: Path) -> None:
     for name in ("mine", "other"):
         edit(tmp_path / name)
-    with pytest.raises(RequestError, match=r"holds no adapter_config.json.*one of the folders in it: mine, other\."):
+    with pytest.raises(RequestError, match=r"has no adapter_config.json.*one of the folders in it: mine, other\."):
         read_adapter(tmp_path, CONFIG)
 
 

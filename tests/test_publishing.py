@@ -50,7 +50,7 @@ def folder(converted: Path, tmp_path: Path) -> Path:
     """A model folder as one finds it after some work, with our card."""
     out = shutil.copytree(converted, tmp_path / "mine")
     write_card(out, name="mine", origin=Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
-    (out / "LICENSE").write_text("licence")
+    (out / "LICENSE").write_text("license")
     for name, text in NEVER.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(text)
@@ -191,12 +191,12 @@ def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
     assert b"llama-cli --hf-repo me/OpenELM-4bit --hf-file openelm-q8_0.gguf" in arrived(writer)["README.md"]
 
 
-def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_path: Path) -> None:
+def test_gguf_file_with_a_card_and_license_from_elsewhere(writer: FakeHub, tmp_path: Path) -> None:
     file = tmp_path / "openelm-q8_0.gguf"
     write_gguf(file)
     source = tmp_path / "source"
     source.mkdir()
-    (source / "LICENSE").write_text("licence")
+    (source / "LICENSE").write_text("license")
     origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M", licenses=(source / "LICENSE",))
 
     def card(repo: str) -> str:
@@ -205,12 +205,12 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
     options = UploadOptions(upload_repo="OpenELM-4bit")
     done = publish(file, options, card=card, licenses=origin.licenses)
     assert done.repo == REPO and set(arrived(writer)) == {"openelm-q8_0.gguf", "LICENSE", "README.md"}
-    assert arrived(writer)["LICENSE"] == b"licence"
+    assert arrived(writer)["LICENSE"] == b"license"
     text = arrived(writer)["README.md"].decode()
     assert "base_model_relation: quantized" in text and "--hf-repo me/OpenELM-4bit" in text
 
 
-def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
+def test_a_license_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
     file, source = tmp_path / "openelm.gguf", tmp_path / "source"
     write_gguf(file)
     source.mkdir()
@@ -454,7 +454,7 @@ def test_token_that_may_only_read(folder: Path, hub: FakeHub, monkeypatch: pytes
 
 def test_token_that_cannot_be_one(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    assert failure(folder).startswith("your token has invalid characters")
+    assert failure(folder).startswith("Your token has invalid characters")
 
 
 def test_refused_repository(folder: Path, writer: FakeHub) -> None:
@@ -471,7 +471,7 @@ def test_refused_repository(folder: Path, writer: FakeHub) -> None:
 def test_no_network(folder: Path, writer: FakeHub) -> None:
     writer.stop()
     text = failure(folder)
-    assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
+    assert text.startswith("Cannot reach 127.0.0.1 (") and "refused" in text
 
 
 def test_offline(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +508,7 @@ def test_server_that_is_no_hub(folder: Path, writer: FakeHub, monkeypatch: pytes
 
 def test_broken_transfer_can_be_continued(folder: Path, writer: FakeHub, no_waiting: None) -> None:
     writer.breaks_uploads = True
-    assert failure(folder).startswith(f"the transfer of {REPO} to 127.0.0.1 broke off (")
+    assert failure(folder).startswith(f"The transfer of {REPO} to 127.0.0.1 broke off (")
     assert writer.commits == []
     writer.breaks_uploads = False
     upload(folder, REPO)

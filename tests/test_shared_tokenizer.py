@@ -344,6 +344,6 @@ def test_a_wrong_token_is_told_at_once(hub: FakeHub) -> None:
 def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    assert "cannot reach 127.0.0.1" in message(hub, FakeHub.stop, OpenELMError, 0)
+    assert "Cannot reach 127.0.0.1" in message(hub, FakeHub.stop, OpenELMError, 0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in message(hub, lambda hub: None, OpenELMError, 0)

@@ -317,7 +317,7 @@ def test_where_special_ids_come_from(tmp_path):
         ("tokenizer.model", b"", "damaged"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1", "damaged"),
         ("tokenizer.model", (FOLDER / "tokenizer.model").read_bytes()[:20000], "damaged"),
-        ("tokenizer_config.json", b"[1]", "must hold a JSON object, not a list"),
+        ("tokenizer_config.json", b"[1]", "must contain a JSON object, not a list"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "must be text"),
         ("config.json", b"{", "damaged"),
         ("config.json", b'{"eos_token_id": "2"}', "must be a token id"),
@@ -334,9 +334,9 @@ def test_damaged_files_are_a_clear_error(tmp_path, name, content, message):
 
 
 def test_no_tokenizer_is_a_clear_error(tmp_path):
-    with pytest.raises(RequestError, match=r"no tokenizer\.json or tokenizer\.model"):
+    with pytest.raises(RequestError, match=r"No tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
-    with pytest.raises(RequestError, match="no tokenizer at"):
+    with pytest.raises(RequestError, match="No tokenizer at"):
         Tokenizer.from_file(tmp_path / "nothing.model")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="is not a tokenizer"):
@@ -439,7 +439,7 @@ def test_reading_a_sentencepiece_model():
 
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 29000), data=st.binary(max_size=200))
-def test_a_damaged_sentencepiece_model_is_recognised(tmp_path_factory, cut, data):
+def test_a_damaged_sentencepiece_model_is_recognized(tmp_path_factory, cut, data):
     path = tmp_path_factory.getbasetemp() / "damaged.model"
     path.write_bytes((FOLDER / "tokenizer.model").read_bytes()[:cut] + data)
     for read in (lambda path: read_model(path).pieces, lambda path: Tokenizer.from_file(path).encode("hi")):

@@ -206,7 +206,7 @@ def test_ids_are_the_tokenizers_packages(original, edited, tmp_path, change) -> 
     assert [again.encode(text, add_bos=False) for text in texts] == ids
     assert [ours.decode(line) for line in ids] == [text.replace("▁", " ") for text in texts]
     assert ids != [original.encode(text, add_bos=False) for text in texts]
-    with pytest.raises(RequestError, match="which llama.cpp does not know"):
+    with pytest.raises(RequestError, match="which llama.cpp does not support"):
         gguf_tokenizer.vocabulary(ours)
     for text in ("</s>", "<0x41>", "<unk>", "a</s>b"):  # typed, so text
         assert ours.decode(ours.encode(text)) == text

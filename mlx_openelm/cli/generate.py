@@ -116,7 +116,7 @@ def run(args: Namespace) -> int:
     else:
         ids = _encode_chat(tokenizer, prompt, *chat)
 
-    # A bar is of use only for a prompt that is processed in several steps.
+    # Show a bar only if the prompt takes several steps.
     is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
     progress = console.Progress("Reading the prompt", unit="tokens", lines=False) if is_long else None
     pieces: list[Piece] = []

@@ -47,7 +47,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the shapes in a file, `found` by name, with those that its keys imply.
+    """Compare the shapes in a file, `found` by name, with those that its keys describe.
 
     Raises:
         RequestError: a tensor is missing, unexpected, or of another shape.
@@ -61,4 +61,4 @@ def check(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]])
         if name in found and found[name] != shape
     ]
     if problems:
-        raise RequestError(f"The tensors in {path} do not fit its keys: {some(problems, separator='; ')}.")
+        raise RequestError(f"The tensors in {path} do not match its keys: {some(problems, separator='; ')}.")

@@ -293,7 +293,7 @@ def make_decoder(
         check_cache(options, cache)
     ids = token_ids(prompt, config.vocab_size)
     if not ids:
-        raise RequestError("The prompt is empty; give at least one token.")
+        raise RequestError(EMPTY_PROMPT)
     total = past + len(ids)
     if total > config.rope_max_length:
         raise RequestError(
@@ -309,7 +309,7 @@ def make_decoder(
         context = token_ids(prompt_cache_tokens, config.vocab_size, "prompt_cache_tokens")
         if len(context) != past:
             raise RequestError(
-                f"prompt_cache_tokens has {len(context)} ids, and the prompt cache has seen {past} tokens."
+                f"prompt_cache_tokens has {len(context)} ids, but the prompt cache has seen {past} tokens."
             )
     if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
         warn(

@@ -96,7 +96,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
     except httpx.HTTPError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenELMError(
-            f"The transfer of {name} broke off ({reason}): run the same command again, it goes on where it stopped."
+            f"The transfer of {name} broke off ({reason}): run the same command again; it resumes where it stopped."
         ) from None
     except OSError as error:
         raise _disk_error(error, name) from None
@@ -145,7 +145,7 @@ def _disk_error(error: OSError, name: str) -> OpenELMError:
     place = cache_folder()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OpenELMError(
-            f"The disk is full, {name} did not fit: free some space in {place}, or set {CACHE_VARIABLE} to a folder "
+            f"The disk is full; {name} does not fit. Free some space in {place}, or set {CACHE_VARIABLE} to a folder "
             "on another disk."
         )
     return OpenELMError(

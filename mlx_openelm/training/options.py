@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Annotated
@@ -403,5 +402,5 @@ class FineTuneOptions(TrainOptions):
 
 def _instead_of(name: str) -> str:
     """The end of a message about an unknown module: the name, and similar ones that exist."""
-    close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
-    return f", not {quote(name)}; did you mean {' or '.join(close)}?" if close else f", not {quote(name)}."
+    hint = did_you_mean(name, TARGET_MODULES)
+    return f", not {quote(name)}; {hint}" if hint else f", not {quote(name)}."
