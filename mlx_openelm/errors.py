@@ -35,6 +35,8 @@ class OpenELMError(Exception):
     def __init__(self, message: str):
         if not message.isprintable():
             message = "".join(character if character.isprintable() else " " for character in message)
+        if not message.endswith((".", "?", "!")):
+            message += "."
         message = name_options(message)
         super().__init__(_LONG_WORD.sub(lambda word: _shorten(word[0]), message))
 

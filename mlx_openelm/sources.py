@@ -199,8 +199,8 @@ def _open_corenet(
     if found.vocab_size < vocab_size < padded_size:
         warnings.warn(
             name_options(
-                f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the "
-                "rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
+                f"The configuration has {vocab_size} tokens (padding_index) but the tokenizer has {found.vocab_size}; "
+                "the rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
             ),
             stacklevel=3,
         )

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 from ..console import columns, say
 from ..errors import RequestError, quote
 from ..hub import catalog
-from ..wording import did_you_mean
 
 # The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")

@@ -13,7 +13,7 @@ from typing import Any
 from .. import backend, console
 from ..errors import RequestError, quote
 from ..generation.decoding import stream_generate
-from ..generation.options import GenerationOptions
+from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
@@ -164,7 +164,7 @@ def _read_prompt(words: list[str], prompt: str | None, prompt_file: str | None) 
     else:
         text = prompt
     if not text:
-        raise RequestError("The prompt is empty; give some text.")
+        raise RequestError(EMPTY_PROMPT)
     return text
 
 

@@ -15,7 +15,7 @@ from .. import errors
 from ..errors import OpenELMError, RequestError, quote
 from ..messages import say
 from ..version import __version__
-from ..wording import did_you_mean, one_of
+from ..wording import one_of
 
 # Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
 if TYPE_CHECKING:

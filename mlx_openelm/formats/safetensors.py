@@ -177,7 +177,7 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
                     f"belong to the model from {path.parent}."
                 )
             found[name] = path
-        tensors |= Weights.of_arrays(arrays).tensors
+            tensors[name] = Tensor(array.dtype, array.shape, lambda array=array: array)  # type: ignore[misc]
     return tensors
 
 

@@ -28,6 +28,7 @@ from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .keywords import GenerationKeywords, unknown_option
 from .options import (
+    EMPTY_PROMPT,
     CacheOptions,
     GenerationOptions,
     token_ids,
@@ -120,7 +121,7 @@ def stream_generate(
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
-            raise RequestError("The prompt is empty; give some text with --prompt.")
+            raise RequestError(EMPTY_PROMPT)
         is_rendered = prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
     if sampler is not None:

@@ -24,6 +24,8 @@ MAX_TEMP = 1000.0  # nearly uniform
 # The options that a sampler is made from.
 _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
 
+EMPTY_PROMPT = "The prompt is empty; give some text."
+
 _PACKAGE = __name__.partition(".")[0]
 
 

@@ -170,7 +170,7 @@ def _export_huggingface(
     progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     checkpoint = source.checkpoint
-    wanted = dtype_for(dtype, checkpoint.config)
+    requested = dtype_for(dtype, checkpoint.config)
     target = check_output(path, "huggingface", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 

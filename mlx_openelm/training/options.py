@@ -11,7 +11,7 @@ from ..errors import RequestError, quote
 from ..formats.adapter import TARGET_MODULES
 from ..formats.mlx_adapter import FINE_TUNE_TYPES
 from ..options import Option, Options
-from ..wording import flag, one_of
+from ..wording import did_you_mean, flag, one_of
 from .data.examples import LONG_EXAMPLES
 from .run import trackers
 from .step.strategy import AUTO, LAYERS, RECOMPUTE

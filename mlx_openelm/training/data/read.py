@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import RequestError
 from ...inputs import check_file, to_path
 from ...wording import install
-from .kinds import Faults, Record, columns_to_read, recognise
+from .kinds import Faults, Record, columns_to_read, recognize
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
 
 _EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or .json, .parquet)"
