@@ -158,7 +158,7 @@ def find_file(model: str | Path, revision: str | None = None) -> Path | None:
         return None
     check_revision(model, revision)
     if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
-        raise RequestError(f"the file {model} does not exist")
+        raise RequestError(f"The file {model} does not exist")
     check_file(local)
     return local
 
@@ -200,7 +200,8 @@ def _open_corenet(
         warnings.warn(
             name_options(
                 f"The configuration has {vocab_size} tokens (padding_index) but the tokenizer has {found.vocab_size}; "
-                "the rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
+                "the rows beyond them are dropped. If this is not the model's own tokenizer, give that one with "
+                "--tokenizer."
             ),
             stacklevel=3,
         )

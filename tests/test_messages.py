@@ -13,7 +13,10 @@ import pytest
 
 PACKAGE = Path(mlx_openelm.__file__).parent
 # Names of things, rather than words: functions, arguments, keys and libraries.
-NAMES = {"chat_template", "generate", "libnvrtc,", "nvrtc:", "prompt_cache_tokens", "rms_norm_eps"}
+NAMES = {
+    *("apply_chat_template", "chat_template", "generate", "libnvrtc,", "model", "nvrtc:", "prompt_cache_tokens"),
+    *("rms_norm_eps", "sampler", "tokenizer_config"),
+}
 
 
 def beginnings(message: ast.expr) -> Iterator[str]:
@@ -57,7 +60,7 @@ def test_messages_begin_with_a_capital_or_a_name():
             "There is no command 'genrate'; did you mean generate?",
         ),
         ("Run `hf auth login`", "Run `hf auth login`."),
-        ("--temp must be a number, got " + "9" * 500, f"--temp must be a number, got {'9' * 100}…{'9' * 98}."),
+        ("temp must be a number, got " + "9" * 500, f"temp must be a number, got {'9' * 100}…{'9' * 98}."),
     ],
 )
 def test_messages_end_with_a_full_stop(kind, message, expected):

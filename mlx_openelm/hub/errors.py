@@ -139,7 +139,7 @@ def _explain_absent(error: Exception, cause: Exception, repo: str, advice: str) 
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return OpenELMError(f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, or {advice}")
     why = f" ({_first_line(cause)})" if cause is not error else ""
-    return OpenELMError(f"cannot reach {host()}{why} and {what}: connect once, or {advice}")
+    return OpenELMError(f"Cannot reach {host()}{why} and {what}: connect once, or {advice}")
 
 
 def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMError:

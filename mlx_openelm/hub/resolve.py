@@ -104,7 +104,7 @@ def download(
             raise explain_download(error, repo, revision, advice or offline.model(repo, revision)) from error
         folder = cached
     if not os.path.isdir(folder):
-        raise RequestError(f"the repository {repo} does not have any of these files: {', '.join(patterns)}")
+        raise RequestError(f"The repository {repo} does not have any of these files: {', '.join(patterns)}")
     return Path(folder)
 
 
