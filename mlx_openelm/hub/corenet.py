@@ -90,7 +90,7 @@ def _fetch(name: str, part: str, path: Path) -> None:
         raise RequestError(f"{URL_VARIABLE} must be a whole address, like {catalog.CORENET_URL}.") from None
     except httpx.ConnectError:
         raise OpenELMError(
-            f"cannot reach {_host(url)} and {absent}: connect once, set {URL_VARIABLE} to a mirror, "
+            f"Cannot reach {_host(url)} and {absent}: connect once, set {URL_VARIABLE} to a mirror, "
             f"or {offline.corenet(name)}"
         ) from None
     except httpx.HTTPError as error:
