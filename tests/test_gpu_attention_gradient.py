@@ -5,13 +5,12 @@ from __future__ import annotations
 from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.training.data.batches import Batch
-from mlx_openelm.training.options import TrainOptions
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS, TrainOptions
 from mlx_openelm.training.run.planning import plan
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx

@@ -17,10 +17,9 @@ from mlx_openelm.ops.packed import MODES
 from mlx_openelm.training import finetune as finetune_module
 from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.finetune import finetune
-from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.options import LAYERS, PARTS, FineTuneOptions
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx

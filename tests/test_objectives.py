@@ -8,9 +8,9 @@ from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.adapters.switching import without_adapters
 from mlx_openelm.model import OpenELM
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx

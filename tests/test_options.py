@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
-from mlx_openelm.training.values import conform, field_types
+from mlx_openelm.training.options.values import conform, field_types
 
 import pytest
 

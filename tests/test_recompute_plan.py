@@ -11,12 +11,11 @@ from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training.options import FineTuneOptions, TrainOptions
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS, FineTuneOptions, TrainOptions
 from mlx_openelm.training.run import planning
 from mlx_openelm.training.run.activations import Shape
 from mlx_openelm.training.run.folder import compare
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import pytest

@@ -10,8 +10,8 @@ from typing import Any
 from mlx_openelm import native
 from mlx_openelm.cache import make_cache
 from mlx_openelm.model import Attention, FeedForward, Linear, OpenELM, RMSNorm, TransformerLayer
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import forward
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 
 import mlx.core as mx
 import mlx.nn as nn

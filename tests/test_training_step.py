@@ -10,12 +10,12 @@ from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import IGNORED, Batch
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import updater as updater_module
 from mlx_openelm.training.step.evaluation import Evaluation, evaluate
 from mlx_openelm.training.step.forward import hidden_states
 from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums, learned_positions
 from mlx_openelm.training.step.recompute import recomputed, substituted, trainable
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx

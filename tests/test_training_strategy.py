@@ -7,12 +7,12 @@ from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import Batch
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
 from mlx_openelm.training.step import strategy
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.forward import hidden_states
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.swiglu import swiglu
 from mlx_openelm.training.step.updater import Updater
 

@@ -15,7 +15,7 @@ from ..errors import RequestError, quote
 from ..wording import flag
 from . import mlx_lm_config
 from .options import TrainOptions
-from .values import conform, field_types
+from .options.values import conform, field_types
 
 Options = TypeVar("Options", bound=TrainOptions)
 
