@@ -1,4 +1,4 @@
-"""A training step on a GPU, where there is one: MLX's own gradient of attention beside the block-wise one."""
+"""A training step on a GPU, if there is one: MLX's gradient of attention against the block-wise one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch_of(length: int, examples: int) -> Batch:
 
 
 def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
-    """The loss and all gradients of an adapter that does something, in bfloat16."""
+    """The loss and all gradients of a nonzero adapter, in bfloat16."""
     model, _ = load("tiny", expand=True, dtype="bfloat16")
     attach_new(model, rank=4, seed=0)
     names = [name for name, _ in tree_flatten(model.trainable_parameters()) if name.endswith("lora_b")]
@@ -43,10 +43,10 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
     return loss, mx.concatenate([(a - b).reshape(-1) for a, b in zip(before, after, strict=True)])
 
 
-# Whole tiles of queries and padded ones, single examples and packed ones.
+# Whole and padded tiles of queries, single and packed examples.
 @pytest.mark.parametrize(("length", "examples"), [(256, 1), (200, 1), (256, 3), (200, 3)])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_attentions_own_gradient_is_the_block_wise_one(monkeypatch, length, examples, recompute):
+def test_mlxs_attention_gradient_equals_the_block_wise_one(monkeypatch, length, examples, recompute):
     batch = batch_of(length, examples)
     loss, gradients = step(batch, recompute)
     for module in (attention_module, forward_module):

@@ -75,7 +75,7 @@ def test_a_constant_has_one_home(constant, home):
     assert files_with(constant) == [home]
 
 
-def test_paths_are_those_of_the_configuration():
+def test_paths_equal_those_of_the_configuration():
     config = ModelConfig.from_name("OpenELM-270M")
     first = [f"{LAYERS}0.{path}" for path in LAYER_MATRICES]
     assert list(config.matrix_shapes())[:5] == [EMBEDDING, *first]
@@ -103,14 +103,14 @@ def test_the_output_layer(shared):
     assert output_layer(model) is (model.transformer.token_embeddings if shared else model.lm_head)
 
 
-def test_flags_choices_and_sizes_are_written_for_people():
+def test_flags_choices_and_sizes_in_messages():
     assert flag("q_group_size") == "--q-group-size"
     assert [one_of(range(n)) for n in (1, 2, 3)] == ["0", "0 or 1", "0, 1 or 2"]
     sizes = [0, 512, 999, 999.6, 3_100_000, 12_149_000_000, 1e13]
     assert list(map(size, sizes)) == ["0 B", "512 B", "999 B", "1.0 kB", "3.1 MB", "12.1 GB", "10000.0 GB"]
 
 
-def test_many_names_are_cut_and_counted():
+def test_long_lists_of_names_are_cut_and_counted():
     names = [str(n) for n in range(10)]
     assert some(names[:2]) == "0, 1"
     assert some(names, separator="; ") == "0; 1; 2; 3; 4; 5; 6; 7 and 2 more"

@@ -1,4 +1,4 @@
-"""Headers of safetensors files beside the format's own library: what it refuses is refused, what it reads is read."""
+"""Headers of safetensors files, against the format's library: we read and refuse the same files."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ BAD = {
 }  # fmt: skip
 
 
-def judged(content: bytes) -> dict[str, Any] | None:
-    """What the format's own library reads, by name; None where it refuses."""
+def read_by_library(content: bytes) -> dict[str, Any] | None:
+    """The tensors that the format's library reads, by name; None if it refuses the file."""
     try:
         return dict(reference.deserialize(content))
     except reference.SafetensorError:
@@ -107,9 +107,9 @@ def judged(content: bytes) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("content", GOOD.values(), ids=GOOD)
-def test_what_the_library_reads(tmp_path: Path, content: bytes) -> None:
+def test_files_that_the_library_reads_are_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    check_equal(tmp_path / "x", judged(content) or {})
+    check_equal(tmp_path / "x", read_by_library(content) or {})
 
 
 def check_equal(path: Path, expected: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def test_tensors_at_any_offset_hold_the_right_values(tmp_path: Path, kind: str, 
     header = {"a": entry("U8", [before], 0, before), "b": entry(kind, [rows, columns], before, end)}
     content = raw(header | {"c": entry("F32", [3], end, end + 12)}, end + 12)
     (tmp_path / "x").write_bytes(content)
-    check_equal(tmp_path / "x", judged(content) or {})
+    check_equal(tmp_path / "x", read_by_library(content) or {})
     values = read_tensors([tmp_path / "x"])["b"].read()
     data = content[-(end + 12) :][before:end]
     numbers = np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}[kind])
@@ -153,15 +153,15 @@ def test_a_model_whose_data_is_not_aligned_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), BAD.values(), ids=BAD)
-def test_what_the_library_refuses(tmp_path: Path, content: bytes, words: str) -> None:
-    assert judged(content) is None
+def test_files_that_the_library_refuses_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    assert read_by_library(content) is None
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(RequestError) as caught:
         read_header(tmp_path / "x")
     assert words in str(caught.value) and str(tmp_path / "x") in str(caught.value)
 
 
-def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
+def test_a_long_shape_is_refused_quickly(tmp_path: Path) -> None:
     """Its product would have a million digits, and need not be computed."""
     (tmp_path / "x").write_bytes(raw({"a": entry("F32", [1 << 40] * 100_000, 0, 4)}, 4))
     with pytest.raises(RequestError, match="the bytes of 'a' do not match its shape"):
@@ -169,7 +169,7 @@ def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
 
 
 def mutated(rng: random.Random) -> bytes:
-    """A small file with one thing, or two, changed in its header's values, in its bytes or in its length."""
+    """A small file with one or two changes to its header's values, its bytes or its length."""
     header: dict[str, Any] = json.loads(json.dumps(rng.choice([PAIR, {"__metadata__": {"format": "mlx"}, **PAIR}])))
     data = 12
     for _ in range(rng.choice([0, 0, 1, 2])):
@@ -191,13 +191,13 @@ def mutated(rng: random.Random) -> bytes:
     return bytes(content[: rng.choice([len(content)] * 9 + [rng.randrange(len(content))])])
 
 
-def test_mutations(tmp_path: Path) -> None:
+def test_mutated_files_are_read_or_refused_as_by_the_library(tmp_path: Path) -> None:
     rng, path = random.Random(12), tmp_path / "x"
     read = refused = 0
     for _ in range(500):
         content = mutated(rng)
         path.write_bytes(content)
-        expected = judged(content)
+        expected = read_by_library(content)
         try:
             header = read_header(path)
         except RequestError as error:

@@ -43,7 +43,7 @@ def test_layer_wise_scaling_shows_in_the_table() -> None:
     assert [layer.layer for layer in layers] == list(range(16))
 
 
-def test_head_of_its_own_is_counted() -> None:
+def test_untied_head_is_counted() -> None:
     values = ModelConfig.from_name("270M").to_dict() | {"share_input_output_layers": False}
     summary = summarize_config(ModelConfig.from_dict(values), name="x", source="config")
     assert summary.head == summary.embedding == 40_960_000
@@ -124,7 +124,7 @@ def test_a_cached_model_is_read(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_path: Path, group_size: int) -> None:
+def test_only_the_configuration_of_a_hub_model_is_downloaded(hub: FakeHub, tmp_path: Path, group_size: int) -> None:
     folder = tmp_path / "model"
     convert(SHAKESPEARE, folder, quantize=True, q_group_size=group_size)
     hub.add("someone/model", folder)
@@ -137,7 +137,7 @@ def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_p
     assert summary.layers == read.layers
 
 
-def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_unknown_quantization_in_a_configuration_is_accepted(hub: FakeHub, tmp_path: Path) -> None:
     values = json.loads((SHAKESPEARE / "config.json").read_text()) | {"quantization": {"bits": "many"}}
     folder = tmp_path / "model"
     folder.mkdir()
@@ -146,7 +146,7 @@ def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tm
     assert summarize("someone/model").quantization is None
 
 
-def test_what_cannot_be_summarized(hub: FakeHub, tmp_path: Path) -> None:
+def test_models_that_cannot_be_summarized_are_refused(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no model named 'nothing'"):
         summarize("nothing")
     with pytest.raises(RequestError, match="no hub repository named someone/nothing"):
