@@ -287,11 +287,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer_change(path.removeprefix("/api/models/"), body)
 
-    def _create(self, wanted: dict[str, Any], user: str) -> None:
-        name = f"{wanted['organization'] or user}/{wanted['name']}"
+    def _create(self, request: dict[str, Any], user: str) -> None:
+        name = f"{request['organization'] or user}/{request['name']}"
         exists = name in self.hub.repos
         if not exists:
-            repo = self.hub.add(name, self.hub.new_folder(), private=wanted.get("visibility") == "private")
+            repo = self.hub.add(name, self.hub.new_folder(), private=request.get("visibility") == "private")
             (repo.folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self._send_json({"url": f"{self.hub.url}/{name}"}, 409 if exists else 200)
 

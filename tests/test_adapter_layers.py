@@ -210,10 +210,10 @@ def test_dora_gradients_treat_the_norm_as_constant(onto: bool, training: bool) -
 
     layer.train(training)
     parameters = {"lora_a": c.a, "lora_b": c.b, "m": c.magnitude}
-    (got, got_x), (wanted, wanted_x) = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, formula))
+    (got, got_x), (expected, expected_x) = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, formula))
     for name in parameters:
-        assert close(got[name], np.array(wanted[name]), 2e-4), name
-    assert close(got_x, np.array(wanted_x), 2e-4)
+        assert close(got[name], np.array(expected[name]), 2e-4), name
+    assert close(got_x, np.array(expected_x), 2e-4)
 
 
 @pytest.mark.parametrize("cls", [LoRALinear, DoRALinear])

@@ -73,7 +73,7 @@ def test_the_mean_of_half_precision_is_computed_in_float32(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kinds", "wanted", "expected"),
+    ("kinds", "requested", "expected"),
     [
         (("bfloat16", "bfloat16"), None, "bfloat16"),
         (("float16", "bfloat16"), None, "float32"),
@@ -81,10 +81,10 @@ def test_the_mean_of_half_precision_is_computed_in_float32(tmp_path: Path) -> No
         (("float32", "float32"), "float16", "float16"),
     ],
 )
-def test_types(tmp_path: Path, kinds: tuple[str, str], wanted: str | None, expected: str) -> None:
+def test_the_dtype_of_the_mean(tmp_path: Path, kinds: tuple[str, str], requested: str | None, expected: str) -> None:
     for number, kind in enumerate(kinds):
         write(tmp_path / str(number), number, kind)
-    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out", dtype=wanted)
+    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out", dtype=requested)
     assert {str(value.dtype) for value in written(tmp_path / "out").values()} == {f"mlx.core.{expected}"}
 
 

@@ -245,8 +245,8 @@ def test_packed_rows_do_not_mix_examples():
                 assert np.array_equal(places, np.arange(places[0], places[0] + example.num_positions))
                 assert row[places].tolist() == list(example.tokens)[:-1]
                 learned = {i for start, end in example.learned for i in range(start, end)}
-                wanted = [token if i in learned else IGNORED for i, token in enumerate(example.tokens)]
-                assert targets[places].tolist() == wanted[1:]
+                expected = [token if i in learned else IGNORED for i, token in enumerate(example.tokens)]
+                assert targets[places].tolist() == expected[1:]
             assert (targets[segments == -1] == IGNORED).all()
         assert next(owners, None) is None
 

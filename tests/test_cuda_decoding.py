@@ -124,8 +124,8 @@ def test_steps_give_the_reference_logits(calls, dtype, packings, head_dim):
     model(mx.array([ids[:16]]), cache)
     found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[16:]]
     assert len(calls) == len(found)
-    wanted = plain_logits(model, ids)[16:]
-    error = np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() / np.abs(wanted).max()
+    expected = plain_logits(model, ids)[16:]
+    error = np.abs(np.array(mx.stack(found).astype(mx.float32)) - expected).max() / np.abs(expected).max()
     assert error < (0.03 if dtype == mx.bfloat16 else 0.005)
 
 
@@ -136,8 +136,8 @@ def test_blocks_share_the_work_of_a_long_cache(calls, monkeypatch):
     cache = [KVCache() for _ in model.layers]
     model(mx.array([ids[:300]]), cache)
     found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[300:]]
-    wanted = plain_logits(model, ids)[300:]
-    assert np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() < 0.005 * np.abs(wanted).max()
+    expected = plain_logits(model, ids)[300:]
+    assert np.abs(np.array(mx.stack(found).astype(mx.float32)) - expected).max() < 0.005 * np.abs(expected).max()
     assert [layer.offset for layer in cache] == [304] * 2
 
 
@@ -160,8 +160,8 @@ def held(cache: list[KVCache]) -> list[np.ndarray]:
     return [np.array(part.astype(mx.float32)) for layer in cache for part in layer.keys_and_values()]
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.abs(found - wanted).max() < 0.006 * np.abs(wanted).max())
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(found - expected).max() < 0.006 * np.abs(expected).max())
 
 
 def test_a_cache_holds_the_same_as_on_the_plain_path(calls, model, monkeypatch):

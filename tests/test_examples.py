@@ -37,20 +37,20 @@ def records(*values: dict[str, Any]) -> list[Record]:
     return [Record(value, f"train.jsonl, line {number}") for number, value in enumerate(values, 1)]
 
 
-def make(*values: dict[str, Any], its: Tokenizer = tokenizer, **options: Any) -> list[Example]:
-    return tokenize(records(*values), its, **{"max_seq_length": 2048} | options).examples
+def make(*values: dict[str, Any], tok: Tokenizer = tokenizer, **options: Any) -> list[Example]:
+    return tokenize(records(*values), tok, **{"max_seq_length": 2048} | options).examples
 
 
 def make_one(values: dict[str, Any], **options: Any) -> Example:
     return make(values, **options)[0]
 
 
-def text_of(ids, its: Tokenizer = tokenizer) -> str:
+def text_of(ids, tok: Tokenizer = tokenizer) -> str:
     """The text of ids with special tokens in brackets; each run between them is decoded separately."""
     parts, run = [], []
     for token in [*ids, None]:
         if token in (0, 1, 2, None):
-            parts.append(its.decode(run))
+            parts.append(tok.decode(run))
             parts.append("" if token is None else f"[{token}]")
             run = []
         else:
@@ -145,17 +145,17 @@ def test_a_prompt_and_its_completion_are_one_text_without_a_template():
     assert make_one({"prompt": "Who is", "completion": " there?"}, chat_template="plain") == example
 
 
-def with_template(source: str, its: Tokenizer = tokenizer) -> Tokenizer:
+def with_template(source: str, tok: Tokenizer = tokenizer) -> Tokenizer:
     """A tokenizer whose folder has that chat template."""
     other = Tokenizer.__new__(Tokenizer)
-    other.__dict__.update(its.__dict__, chat_template=source)
+    other.__dict__.update(tok.__dict__, chat_template=source)
     return other
 
 
 def test_a_prompt_and_its_completion_are_two_turns_with_a_template():
     pair = {"prompt": "Who is there?", "completion": "I. "}
     expected = "[1]<|user|>\nWho is there?[2]\n<|assistant|>\nI. [2]\n"
-    assert text_of(make_one(pair, its=with_template(CORENET_TEMPLATE)).tokens) == expected
+    assert text_of(make_one(pair, tok=with_template(CORENET_TEMPLATE)).tokens) == expected
     assert text_of(make_one(pair, chat_template="corenet").tokens) == expected
     masked = make_one(pair, chat_template="corenet", mask_prompt=True)
     assert learned_texts(masked) == ["I. [2]"]
@@ -169,7 +169,7 @@ def test_an_instruction_is_two_turns_if_a_template_is_given():
     assert text_of(example.tokens) == "[1]<|user|>\nChoose.\n\na or b[2]\n<|assistant|>\na[2]"
     assert learned_texts(example) == ["a[2]"]
     # The tokenizer's template is for conversations; instructions keep that of the paper.
-    assert make_one(point, its=with_template(CORENET_TEMPLATE)) == make_one(point)
+    assert make_one(point, tok=with_template(CORENET_TEMPLATE)) == make_one(point)
 
 
 def test_messages_use_the_tokenizers_template_or_corenets():
@@ -233,12 +233,12 @@ def test_an_assistant_may_speak_first_and_twice():
 )
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_other_templates(template, expected, name):
-    its = with_template(template, TOKENIZERS[name])
+    tok = with_template(template, TOKENIZERS[name])
     chat = {"messages": [USER, LAST, MORE, {"role": "assistant", "content": "Nay."}]}
-    example = make_one(chat, its=its, mask_prompt=True)
+    example = make_one(chat, tok=tok, mask_prompt=True)
     # A learned token may include spaces beside the boundary, so text is compared without them.
     assert [text.strip(" ") for text in learned_texts(example)] == [text.strip(" ") for text in expected]
-    assert 1 not in [token for span in learned(make_one(chat, its=its)) for token in span]
+    assert 1 not in [token for span in learned(make_one(chat, tok=tok)) for token in span]
 
 
 @pytest.mark.parametrize(
@@ -253,20 +253,20 @@ def test_other_templates(template, expected, name):
     ],
 )
 def test_a_template_whose_renderings_do_not_extend_each_other_is_refused(template):
-    its = with_template(template)
+    tok = with_template(template)
     chat = {"messages": [USER, LAST, MORE, KING]}
-    assert len(make(chat, its=its)) == 1
+    assert len(make(chat, tok=tok)) == 1
     with pytest.raises(RequestError, match="line 1: the chat template renders the beginning .* differently"):
-        make(chat, its=its, mask_prompt=True)
+        make(chat, tok=tok, mask_prompt=True)
 
 
 @settings(max_examples=200, deadline=None)
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20), name=st.sampled_from(sorted(TOKENIZERS)))
 def test_the_boundary_is_where_the_encodings_diverge(prompt, completion, name):
-    its = TOKENIZERS[name]
-    example = make_one({"prompt": prompt, "completion": completion}, its=its, mask_prompt=True)
-    tokens, alone = list(example.tokens), its.encode(prompt)
-    assert tokens == [*its.encode(prompt + completion), EOS]
+    tok = TOKENIZERS[name]
+    example = make_one({"prompt": prompt, "completion": completion}, tok=tok, mask_prompt=True)
+    tokens, alone = list(example.tokens), tok.encode(prompt)
+    assert tokens == [*tok.encode(prompt + completion), EOS]
     ((start, end),) = example.learned
     assert end == len(tokens) and 1 <= start < end
     assert tokens[:start] == alone[:start] and (start == len(alone) or tokens[start] != alone[start])
@@ -288,8 +288,8 @@ def test_a_token_across_the_boundary_belongs_to_the_completion():
 
 def test_masking_learns_the_response_of_an_instruction():
     point = {"instruction": "Choose.", "input": "", "output": "the correct answer is answer1"}
-    for its in TOKENIZERS.values():
-        (text,) = learned_texts(make_one(point, its=its, mask_prompt=True))
+    for tok in TOKENIZERS.values():
+        (text,) = learned_texts(make_one(point, tok=tok, mask_prompt=True))
         assert text.strip(" ") == "the correct answer is answer1[2]"
 
 
@@ -305,9 +305,9 @@ def test_corenets_turns_are_found_whatever_their_contents(contents, first, name)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         return
-    its = TOKENIZERS[name]
-    example = make_one({"messages": messages}, its=its, mask_prompt=True)
-    whole = its.apply_chat_template(messages, "corenet", add_generation_prompt=False)
+    tok = TOKENIZERS[name]
+    example = make_one({"messages": messages}, tok=tok, mask_prompt=True)
+    whole = tok.apply_chat_template(messages, "corenet", add_generation_prompt=False)
     assert list(example.tokens) == whole[: len(example.tokens)]
     assert len(example.learned) == len(answers)
     for index, (start, end) in enumerate(example.learned):
@@ -316,8 +316,8 @@ def test_corenets_turns_are_found_whatever_their_contents(contents, first, name)
         begin = max(i for i in range(start) if example.tokens[i] in (BOS, EOS)) + 1
         run = list(example.tokens[begin : end - 1])
         head = ("" if begin == 1 else "\n") + "<|assistant|>\n"
-        assert run == its.encode(head + answers[index], add_bos=False)
-        alone = its.encode(head, add_bos=False)
+        assert run == tok.encode(head + answers[index], add_bos=False)
+        alone = tok.encode(head, add_bos=False)
         kept = start - begin
         assert run[:kept] == alone[:kept] and (kept == len(alone) or run[kept : kept + 1] != alone[kept : kept + 1])
 
@@ -350,7 +350,7 @@ def test_texts_and_conversations_have_mlx_lms_tokens(theirs):
     pair = {"prompt": "Who is there?", "completion": "He."}
     data = datasets.CompletionsDataset([], theirs, "prompt", "completion", True)
     expected, offset = data.process(pair)
-    ours = make_one(pair, its=with_template(CORENET_TEMPLATE), mask_prompt=True)
+    ours = make_one(pair, tok=with_template(CORENET_TEMPLATE), mask_prompt=True)
     assert list(ours.tokens) == expected[: len(ours.tokens)] and ours.learned[0][0] == offset
 
 
@@ -375,7 +375,7 @@ def test_a_record_of_several_kinds_is_read_as_by_mlx_lm(theirs, keys):
     values = {key: value for name in keys for key, value in parts[name].items()}
     data = datasets.create_dataset([values], theirs, SimpleNamespace())
     expected, _ = data.process(values)
-    assert list(make_one(values, its=with_template(CORENET_TEMPLATE)).tokens) == expected
+    assert list(make_one(values, tok=with_template(CORENET_TEMPLATE)).tokens) == expected
 
 
 # Limits and reports

@@ -645,10 +645,10 @@ def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer
 
 def test_options_match_the_fields_of_the_command() -> None:
     names = {field.name for field in dataclasses.fields(GenerationOptions)}
-    wanted = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
-    wanted += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
-    wanted += " kv_bits kv_group_size quantized_kv_start min_tokens_to_keep"
-    assert set(wanted.split()) <= names
+    expected = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
+    expected += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
+    expected += " kv_bits kv_group_size quantized_kv_start min_tokens_to_keep"
+    assert set(expected.split()) <= names
 
 
 def test_leaving_the_trained_context_is_warned_about_once(tokenizer: Tokenizer) -> None:

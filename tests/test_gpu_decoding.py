@@ -63,9 +63,9 @@ def test_logits_equal_the_reference(calls, dtype, packings, head_dim, norms, pas
     before = len(calls)
     found = steps(model, cache, ids[past:])
     assert len(calls) - before == 8
-    wanted = plain_logits(model, ids)[past:]
+    expected = plain_logits(model, ids)[past:]
     tolerance = 0.05 if dtype == mx.bfloat16 else 0.01
-    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
 def test_decoding_is_deterministic(calls):
@@ -85,6 +85,6 @@ def test_steps_that_are_never_evaluated_do_not_disturb_others(calls):
     right = model(mx.array([[8]]), cache)
     next_ = model(mx.array([[9]]), cache)
     mx.eval(next_, wrong, right)
-    wanted = plain_logits(model, [5, 6, 7, 8, 9])
-    for found, row in ((right, wanted[3]), (next_, wanted[4])):
+    expected = plain_logits(model, [5, 6, 7, 8, 9])
+    for found, row in ((right, expected[3]), (next_, expected[4])):
         assert np.abs(np.array(found[0, -1].astype(mx.float32)) - row).max() < 0.01 * np.abs(row).max()

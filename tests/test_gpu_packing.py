@@ -88,9 +88,9 @@ def test_products_and_their_gradients(choice, dtype):
         found = computed("gpu", lambda x=x: layer(x))
         # MLX's kernels for few rows accumulate in the activations' dtype.
         assert_close(found, np.array(x.astype(mx.float32)) @ full.T, 2 * TOLERANCE[dtype])
-    wanted = mx.random.normal((100, OUT), key=mx.random.key(2))
-    slope = computed("gpu", mx.grad(lambda x: (layer(x).astype(mx.float32) * wanted).sum()), x)
-    assert_close(slope, np.array(wanted) @ full, TOLERANCE[dtype])
+    expected = mx.random.normal((100, OUT), key=mx.random.key(2))
+    slope = computed("gpu", mx.grad(lambda x: (layer(x).astype(mx.float32) * expected).sum()), x)
+    assert_close(slope, np.array(expected) @ full, TOLERANCE[dtype])
     columns = np.random.default_rng(3).normal(size=(4, OUT)).astype(np.float32)
     found = computed("gpu", lambda: packed_products.columns_product(mx.array(columns), layer))
     assert_close(found, columns @ full, TOLERANCE[dtype])

@@ -52,8 +52,8 @@ def test_kernels_are_compiled_if_there_is_a_compiler():
 
 
 def test_the_library_is_the_one_under_test():
-    wanted = os.environ.get("OPENELM_CHECKED_LIBRARY")
-    assert wanted is None or kernels.__file__ == wanted
+    expected = os.environ.get("OPENELM_CHECKED_LIBRARY")
+    assert expected is None or kernels.__file__ == expected
 
 
 # Products.
@@ -607,10 +607,10 @@ def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path)
             parts.append(of(ids[None, start : start + 8], cache)[0])
         return mx.concatenate(parts)
 
-    wanted, exact = logits(full), logits(model)
+    expected, exact = logits(full), logits(model)
     rounded = logits(load(tmp_path / "q")[0])  # as it is by default
     assert mx.array_equal(exact, rounded).item() == (bits > ROUNDED_BITS)
-    assert divergence(exact, rounded) < 0.25 * divergence(wanted, exact)
+    assert divergence(exact, rounded) < 0.25 * divergence(expected, exact)
 
 
 @needs_kernels

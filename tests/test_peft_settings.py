@@ -109,10 +109,10 @@ def merged_by_peft(folder: Path) -> dict[str, np.ndarray]:
 )
 def test_merged_weights_equal_pefts(tmp_path: Path, weights: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
     train_in_peft(tmp_path / "a", **settings)
-    wanted, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
-    changed = [name for name, value in wanted.items() if np.abs(value - weights[name]).max() > 1e-3]
+    expected, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
+    changed = [name for name, value in expected.items() if np.abs(value - weights[name]).max() > 1e-3]
     assert changed
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert np.abs(ours[name] - value).max() < 1e-6, name
 
 
@@ -120,9 +120,9 @@ def test_merged_weights_equal_pefts(tmp_path: Path, weights: dict[str, np.ndarra
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["emb-saved2", "noemb-saved2", "bias-all"])
 def test_files_of_other_programs(name: str) -> None:
-    wanted, ours = merged_by_peft(CASES / name), merged(CASES / name)
-    assert len(wanted) == 25  # all matrices
-    for tensor, value in wanted.items():
+    expected, ours = merged_by_peft(CASES / name), merged(CASES / name)
+    assert len(expected) == 25  # all matrices
+    for tensor, value in expected.items():
         assert np.abs(ours[tensor] - value).max() < 1e-6, tensor
 
 
@@ -130,8 +130,8 @@ def test_files_of_other_programs(name: str) -> None:
 @pytest.mark.parametrize("name", ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"])
 def test_peft_merges_our_files_to_the_same_weights(tmp_path: Path, name: str) -> None:
     write_adapter(read_adapter(FIXTURES / name, CONFIG), tmp_path, CONFIG, "peft")
-    wanted, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
-    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in wanted.items())
+    expected, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
+    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in expected.items())
 
 
 def test_every_setting_of_peft_is_known() -> None:
@@ -303,10 +303,10 @@ def test_names_of_a_whole_state_and_without_a_prefix(tmp_path: Path) -> None:
         rename(tensors, change)
         file.unlink()
         mx.save_safetensors(str(file), tensors)
-        wanted, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
-        assert wanted.keys() == got.keys()
-        assert all(mx.array_equal(wanted[path].b, got[path].b).item() for path in wanted)
-        assert all((wanted[path].magnitude is None) == (got[path].magnitude is None) for path in wanted)
+        expected, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
+        assert expected.keys() == got.keys()
+        assert all(mx.array_equal(expected[path].b, got[path].b).item() for path in expected)
+        assert all((expected[path].magnitude is None) == (got[path].magnitude is None) for path in expected)
 
 
 def test_two_adapters_in_a_file_are_refused(tmp_path: Path) -> None:
@@ -359,11 +359,11 @@ def test_the_bases_own_embedding_is_dropped(
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"], name)
     ids = mx.array([[1, 5, 900]])
     attach(model, read_adapter(LORA, model.config))
-    wanted = model(ids)
+    expected = model(ids)
     attach(model, read_adapter(folder, model.config))
-    assert mx.array_equal(model(ids), wanted).item()
+    assert mx.array_equal(model(ids), expected).item()
     loaded, _ = load(FOLDER, {str(folder): 0.5, str(LORA): 0.5}, "float32")
-    assert mx.allclose(loaded(ids), wanted, atol=1e-4).item()
+    assert mx.allclose(loaded(ids), expected, atol=1e-4).item()
     plain, ours = merged(LORA), merged(folder)
     assert plain.keys() == ours.keys()
     assert all(np.array_equal(plain[key], ours[key]) for key in plain)

@@ -112,10 +112,10 @@ def test_training_uses_the_new_module_too(length: int) -> None:
         model = make_model(make_config())
         change(model)
         tokens = mx.array([[*range(length)]])
-        wanted = np.array(model.hidden_states(tokens))[0]
+        expected = np.array(model.hidden_states(tokens))[0]
         for recompute in (NOTHING, PARTS, LAYERS):
             found = np.array(forward.hidden_states(model, tokens, None, recompute=recompute))
-            assert np.abs(found - wanted).max() < 1e-4, (name, recompute)
+            assert np.abs(found - expected).max() < 1e-4, (name, recompute)
 
 
 def test_changed_settings_of_a_norm_are_used() -> None:

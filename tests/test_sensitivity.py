@@ -167,15 +167,16 @@ def test_budgets_are_never_exceeded_and_well_used(measured, model, target):
 
 def test_a_budget_one_bit_too_small_rules_a_choice_out():
     config = tiny_config()
-    wanted = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
+    expected = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
     # Only these choices, and larger ones, reduce the cost.
     costs = {
         path: {
-            option: float(size_of(option, shape) < size_of(wanted[path], shape)) for option in candidates(config)[path]
+            option: float(size_of(option, shape) < size_of(expected[path], shape))
+            for option in candidates(config)[path]
         }
         for path, shape in config.matrix_shapes().items()
     }
-    needed = bits_per_weight(config, wanted, 2)
+    needed = bits_per_weight(config, expected, 2)
     chosen = assign(costs, config, needed - 1 / config.num_parameters, mx.bfloat16)
     assert bits_per_weight(config, chosen, 2) < needed
     assert sum(costs[path][choice] for path, choice in chosen.items()) == 1

@@ -84,8 +84,8 @@ def plain_gradients(model: OpenELM, batch: Batch) -> tuple[float, dict[str, mx.a
 
     def loss(model: OpenELM) -> mx.array:
         logits = model(batch.inputs)
-        wanted = mx.maximum(batch.targets, 0)[..., None]
-        likelihood = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, wanted, -1)[..., 0]
+        expected = mx.maximum(batch.targets, 0)[..., None]
+        likelihood = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, expected, -1)[..., 0]
         return mx.sum(mx.where(batch.targets == IGNORED, 0.0, likelihood)) / batch.num_targets
 
     value, gradients = nn.value_and_grad(model, lambda: loss(model))()
@@ -197,9 +197,9 @@ def test_numbers_of_learned_positions_are_padded_to_few_sizes(model):
     sizes = set()
     for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
         targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
-        rows, wanted, counts = learned_positions(Batch(targets, targets, None, (0,), count, 4096))
+        rows, expected, counts = learned_positions(Batch(targets, targets, None, (0,), count, 4096))
         rows = mx.arange(4096) if rows is None else rows  # all
-        assert wanted.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
+        assert expected.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
         learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
         assert rows.tolist() == sorted(rows.tolist()) and set(learned) <= set(rows.tolist())
         assert len(set(rows.tolist())) == rows.size <= max(128, count * 1.125 + 128)
