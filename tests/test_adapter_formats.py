@@ -69,7 +69,7 @@ def logits(model: Any) -> np.ndarray:
     return np.array(model(IDS)[0])
 
 
-def far(a: np.ndarray, b: np.ndarray) -> float:
+def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
@@ -127,20 +127,20 @@ def test_adapters_of_peft_give_the_reference_logits(
     adapter = read_adapter(FIXTURES / name, model.config)
     assert adapter.base_model == "shakespeare-hf"
     attach(model, adapter)
-    assert far(logits(model), expected[name]) < 5e-5
-    assert far(plain, expected[name]) > 1
+    assert difference(logits(model), expected[name]) < 5e-5
+    assert difference(plain, expected[name]) > 1
     for format in ("mlx", "peft"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             folder = write(extract(model), tmp_path / format, model, format=format)
         attach(model, read_adapter(folder, model.config))
-        assert far(logits(model), expected[name]) < 5e-5
+        assert difference(logits(model), expected[name]) < 5e-5
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the reference checkpoint is not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the reference checkpoint")
 def test_corenets_lora_gives_the_reference_logits(model: OpenELM, expected: dict[str, np.ndarray]) -> None:
     attach(model, read_adapter(SHARED, model.config))
-    assert far(logits(model), expected["corenet-lora"]) < 5e-5
+    assert difference(logits(model), expected["corenet-lora"]) < 5e-5
 
 
 @pytest.mark.parametrize("name", ["peft-lora", "peft-dora"])
@@ -150,18 +150,18 @@ def test_load_on_packed_matrices(name: str, expand: bool, tmp_path: Path) -> Non
     full, _ = load(tmp_path / "q", dtype="float32", expand=True)
     attach(full, read_adapter(FIXTURES / name, full.config))
     packed, _ = load(tmp_path / "q", FIXTURES / name, "float32", expand=expand)
-    assert far(logits(packed), logits(full)) < 2e-3
+    assert difference(logits(packed), logits(full)) < 2e-3
     assert not packed.training
     assert all(not layer.training for _, layer in adapted_layers(packed))
 
 
 def test_load_mixes_weighted_adapters(expected: dict[str, np.ndarray]) -> None:
     names = [str(FIXTURES / name) for name in ("peft-lora", "peft-rslora-attention")]
-    assert far(logits(load(FOLDER, FIXTURES / "peft-dora", "float32")[0]), expected["peft-dora"]) < 5e-5
+    assert difference(logits(load(FOLDER, FIXTURES / "peft-dora", "float32")[0]), expected["peft-dora"]) < 5e-5
     by_mapping = logits(load(FOLDER, {names[0]: 0.7, names[1]: 0.3}, "float32")[0])
     by_text = logits(load(FOLDER, [f"{names[0]}=0.7", f"{names[1]}=0.3"], "float32")[0])
     assert np.array_equal(by_mapping, by_text)
-    assert far(by_mapping, expected["peft-lora"]) > 0.1
+    assert difference(by_mapping, expected["peft-lora"]) > 0.1
 
 
 # mlx-lm.
@@ -189,7 +189,7 @@ def test_mlx_lm_reads_adapters_trained_here(
         "keys": ["attn.qkv_proj", "ffn.proj_2"],
     }
     assert (values["fine_tune_type"], values["model"]) == ("dora" if dora else "lora", "me/base")
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) < 1e-4
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) < 1e-4
     attach(model, read_adapter(folder, model.config))
     assert read_adapter(folder, model.config).base_model == "me/base"
 
@@ -202,10 +202,10 @@ def test_mlx_lm_reads_ranks_and_scales_that_differ(model: OpenELM, mlx_folder: P
     theirs = in_mlx_lm(mlx_folder, folder)
     changed = {name.rpartition(".")[0] for name, _ in tree_flatten(theirs.parameters()) if name.endswith("lora_a")}
     assert changed == set(adapter.modules)  # and no other layers were wrapped
-    assert far(logits(theirs), logits(model)) < 1e-4
+    assert difference(logits(theirs), logits(model)) < 1e-4
     before = logits(model)
     attach(model, read_adapter(folder, model.config))
-    assert far(logits(model), before) < 5e-5
+    assert difference(logits(model), before) < 5e-5
 
 
 def test_mlx_lm_reads_whole_weights(model: OpenELM, mlx_folder: Path, tmp_path: Path) -> None:
@@ -216,8 +216,8 @@ def test_mlx_lm_reads_whole_weights(model: OpenELM, mlx_folder: Path, tmp_path: 
     attach(fresh, adapter)
     folder = write(extract(fresh), tmp_path / "a", model)
     assert settings(folder)["fine_tune_type"] == "full"
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(fresh)) < 1e-5
-    assert far(logits(load(FOLDER, folder, "float32")[0]), logits(fresh)) == 0
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(fresh)) < 1e-5
+    assert difference(logits(load(FOLDER, folder, "float32")[0]), logits(fresh)) == 0
     with pytest.raises(RequestError, match="not the weights of full fine-tuning"):
         write(adapter, tmp_path / "b", model, format="peft")
 
@@ -253,9 +253,9 @@ def test_adapters_trained_by_mlx_lm_are_read(model: OpenELM, mlx_folder: Path, t
     )
     assert adapter.modules[EMBEDDING].output_side
     attach(model, adapter)
-    assert far(logits(model), logits(theirs)) < 1e-4
+    assert difference(logits(model), logits(theirs)) < 1e-4
     again = write(extract(model), tmp_path / "ours", model)
-    assert far(logits(in_mlx_lm(mlx_folder, again)), logits(theirs)) < 1e-4
+    assert difference(logits(in_mlx_lm(mlx_folder, again)), logits(theirs)) < 1e-4
     with pytest.raises(RequestError, match=r"changes transformer.token_embeddings .* on the output side too"):
         write(adapter, tmp_path / "peft", model, format="peft")
 
@@ -266,10 +266,10 @@ def test_writing_an_embedding_for_mlx_lm_warns(model: OpenELM, mlx_folder: Path,
     with pytest.warns(UserWarning, match="mlx-lm will apply it to the output too.*--adapter-format peft"):
         folder = write(extract(model), tmp_path / "a", model)
     assert settings(folder)["embedding_output_side"] is False
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) > 0.1  # what the warning is about
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) > 0.1  # what the warning is about
     before = logits(model)
     attach(model, read_adapter(folder, model.config))
-    assert far(logits(model), before) == 0
+    assert difference(logits(model), before) == 0
 
 
 def test_dora_on_the_embedding_round_trips(model: OpenELM, tmp_path: Path) -> None:
@@ -280,11 +280,11 @@ def test_dora_on_the_embedding_round_trips(model: OpenELM, tmp_path: Path) -> No
         ours = write(extract(model), tmp_path / "a", model)
     for folder in (ours, write(extract(model), tmp_path / "b", model, format="peft")):
         attach(model, read_adapter(folder, model.config))
-        assert far(logits(model), before) < 5e-5
+        assert difference(logits(model), before) < 5e-5
 
 
 def test_an_output_side_is_not_written_for_peft(model: OpenELM, tmp_path: Path) -> None:
-    """PEFT's format has it only for a tied embedding with magnitudes per row."""
+    """PEFT cannot express it if the embedding is tied or has magnitudes per row."""
     lora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True)})
     dora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True, magnitude=mx.ones(ROWS))})
     untied = replace(model.config, share_input_output_layers=False)
@@ -327,7 +327,7 @@ def modules_agree(theirs: Any, ours: OpenELM, paths: list[str]) -> bool:
             x = np.array(normal(5, layers[path].lora_a.shape[0], seed=3))
         with torch.no_grad():
             wanted = module(torch.from_numpy(x)).numpy()
-        assert far(np.array(layers[path](mx.array(x))), wanted) < 1e-4, path
+        assert difference(np.array(layers[path](mx.array(x))), wanted) < 1e-4, path
     return True
 
 
@@ -510,8 +510,8 @@ def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
     with pytest.warns(UserWarning, match=r"has both alpha and scale; only scale 5 is used"):
         adapter = read_adapter(folder, model.config)
     attach(model, adapter)
-    assert far(logits(model), wanted) < 1e-5
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
+    assert difference(logits(model), wanted) < 1e-5
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
 
 
 def test_mlx_lm_settings_that_follow_from_the_tensors_may_be_missing(model: OpenELM, tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_mlx_lm_settings_that_follow_from_the_tensors_may_be_missing(model: Open
         place = edit(folder, tmp_path / str(number))
         (place / "adapter_config.json").write_text(json.dumps(values))
         attach(model, read_adapter(place, model.config))
-        assert far(logits(model), wanted) < 1e-5
+        assert difference(logits(model), wanted) < 1e-5
 
 
 def test_a_path_without_an_adapter_is_refused(model: OpenELM, tmp_path: Path) -> None:
@@ -587,7 +587,7 @@ def test_hub_repositories(model: OpenELM, hub: FakeHub, expected: dict[str, np.n
     hub.add("me/adapter", FIXTURES / "peft-lora")
     hub.add("me/model", FOLDER)
     attach(model, read_adapter("me/adapter", model.config))
-    assert far(logits(model), expected["peft-lora"]) < 5e-5
+    assert difference(logits(model), expected["peft-lora"]) < 5e-5
     with pytest.raises(RequestError):
         read_adapter("me/model", model.config)
     assert not any("model.safetensors" in path and "adapter" not in path for _, path in hub.requests)
@@ -595,7 +595,7 @@ def test_hub_repositories(model: OpenELM, hub: FakeHub, expected: dict[str, np.n
         read_adapter("me/nothing", model.config)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk on which nothing fits")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("format", ["mlx", "peft"])
 def test_a_full_disk_is_an_error(model: OpenELM, tmp_path: Path, format: str) -> None:
     for name in ("adapters.safetensors", "adapter_model.safetensors"):
@@ -657,7 +657,7 @@ def test_corenets_adapters_are_read(model: OpenELM, tmp_path: Path, dora: bool) 
         if dora:
             table *= np.array(change.magnitude) / np.linalg.norm(table, axis=0)
         ids = [1, 500, ROWS - 1]
-        assert far(np.array(model.transformer.token_embeddings(mx.array(ids))), table[ids]) < 1e-4
+        assert difference(np.array(model.transformer.token_embeddings(mx.array(ids))), table[ids]) < 1e-4
         detach(model)
 
 

@@ -140,7 +140,7 @@ def test_a_new_adapter_on_packed_matrices_changes_nothing(packing: Quantization,
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_lora_linear_is_the_formula(index: int) -> None:
+def test_lora_linear_equals_the_formula(index: int) -> None:
     linear, x, residual = bases(96, 128, Linear)[index], normal(7, 128), normal(7, 96, seed=5)
     w, c = wide(matrix_of(linear)), change(128, 96)
     expected = wide(x) @ (w + 0.5 * (wide(c.a) @ wide(c.b)).T).T
@@ -152,7 +152,7 @@ def test_lora_linear_is_the_formula(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_dora_linear_is_the_formula(index: int) -> None:
+def test_dora_linear_equals_the_formula(index: int) -> None:
     linear, x, residual = bases(96, 128, Linear)[index], normal(7, 128), normal(7, 96, seed=5)
     w, c = wide(matrix_of(linear)), change(128, 96, magnitude=mx.abs(normal(96, seed=7)))
     adapted = w + 0.5 * (wide(c.a) @ wide(c.b)).T
@@ -168,12 +168,12 @@ def test_dora_linear_is_the_formula(index: int) -> None:
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("output_side", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_embeddings_are_the_formula(index: int, output_side: bool, dora: bool) -> None:
+def test_embeddings_equal_the_formula(index: int, output_side: bool, dora: bool) -> None:
     embedding, x = bases(96, 128, Embedding)[index], normal(7, 128)
     magnitude = mx.abs(normal(96 if output_side else 128, seed=7)) if dora else None
     w, c = wide(matrix_of(embedding)), change(96, 128, magnitude=magnitude, output_side=output_side)
     adapted = w + 0.5 * wide(c.a) @ wide(c.b)
-    if magnitude is not None:  # of rows as in mlx-lm, of columns as in PEFT
+    if magnitude is not None:  # per row as in mlx-lm, per column as in PEFT
         lengths = np.linalg.norm(adapted, axis=1 if output_side else 0)
         adapted = adapted * (wide(magnitude) / lengths if not output_side else (wide(magnitude) / lengths)[:, None])
     layer = DoRAEmbedding(embedding, c) if dora else LoRAEmbedding(embedding, c)
@@ -195,18 +195,18 @@ def test_magnitudes_of_empty_rows_do_not_divide_by_zero() -> None:
 def test_dora_gradients_treat_the_norm_as_constant(onto: bool, training: bool) -> None:
     linear, x, residual = plain_linear(48, 32), normal(5, 48), 3 * normal(5, 32, seed=9)
     c = change(48, 32, magnitude=mx.abs(normal(32, seed=7)))
-    layer, pull = DoRALinear(linear, c), normal(5, 32, seed=8)
+    layer, cotangent = DoRALinear(linear, c), normal(5, 32, seed=8)
     layer.freeze()
     layer.unfreeze(recurse=False, keys=["lora_a", "lora_b", "m"])
 
     def ours(parameters: dict[str, Any], x: mx.array) -> mx.array:
         layer.update(parameters)
-        return mx.sum(pull * (layer(x, residual) if onto else layer(x)))
+        return mx.sum(cotangent * (layer(x, residual) if onto else layer(x)))
 
     def formula(parameters: dict[str, Any], x: mx.array) -> mx.array:
         w = linear.weight + 0.5 * (parameters["lora_a"] @ parameters["lora_b"]).T
         lengths = mx.stop_gradient(mx.linalg.norm(w, axis=1))
-        return mx.sum(pull * ((x @ w.T) * (parameters["m"] / lengths) + (residual if onto else 0)))
+        return mx.sum(cotangent * ((x @ w.T) * (parameters["m"] / lengths) + (residual if onto else 0)))
 
     layer.train(training)
     parameters = {"lora_a": c.a, "lora_b": c.b, "m": c.magnitude}
@@ -232,14 +232,14 @@ def test_half_precision_is_close_and_keeps_its_type(cls: type) -> None:
 
 def test_magnitude_gradients_are_summed_in_float32() -> None:
     linear, x, residual = plain_linear(128, 96), normal(64, 128), 100 * normal(64, 96, seed=5)
-    linear.weight, pull = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
+    linear.weight, cotangent = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
     layer = DoRALinear(linear, change(128, 96))
     layer.train()
 
     def gradient(dtype: mx.Dtype) -> np.ndarray:
         def loss(m: mx.array) -> mx.array:
             layer.m = m
-            return mx.sum(pull * layer(x.astype(dtype), residual.astype(dtype)))
+            return mx.sum(cotangent * layer(x.astype(dtype), residual.astype(dtype)))
 
         return np.array(mx.grad(loss)(layer.m))
 
@@ -326,7 +326,7 @@ def test_dropout_keys_are_not_parameters(small: OpenELM) -> None:
     assert dropout_layers(small) == []
 
 
-def test_the_same_key_drops_the_same_when_recomputed() -> None:
+def test_the_same_key_gives_the_same_dropout_when_recomputed() -> None:
     layer, x = LoRALinear(plain_linear(64, 32), change(64, 32), 0.5), normal(9, 64)
     layer.set_dropout_key(mx.random.key(4))
     run = lambda x: mx.sum(mx.square(layer(x)))  # noqa: E731
@@ -342,7 +342,7 @@ def test_the_last_layers_are_adapted(small: OpenELM, num_layers: int, layers: li
     assert paths == [f"transformer.layers.{layer}.attn.out_proj" for layer in layers]
 
 
-def test_only_the_adapter_can_be_trained(small: OpenELM) -> None:
+def test_only_the_adapter_is_trainable(small: OpenELM) -> None:
     small.unfreeze()
     paths = attach_new(small, target_modules=["token_embeddings", "out_proj"], num_layers=2, rank=3, dora=True)
     assert paths == [EMBEDDING, "transformer.layers.1.attn.out_proj", "transformer.layers.2.attn.out_proj"]
@@ -413,7 +413,7 @@ def test_an_adapter_moves_to_another_model(model: OpenELM, dora: bool) -> None:
     base = model(IDS)
     assert not same(base, logits)
     attach(model, adapter)
-    attach(model, adapter)  # replaces the adapter that is there, not stacked on it
+    attach(model, adapter)  # replaces the attached adapter instead of stacking on it
     assert same(model(IDS), logits)
     detach(model)
     assert same(model(IDS), base)

@@ -68,7 +68,7 @@ def check_expected(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_id == 2049
 
 
-def test_transformers_ids(case, tmp_path) -> None:
+def test_ids_equal_those_of_transformers(case, tmp_path) -> None:
     tokenizer = Tokenizer.from_folder(case)
     check_expected(tokenizer)
     check_expected(Tokenizer.from_file(case / "tokenizer.model"))
@@ -127,14 +127,14 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "named without an id": {
         "tokenizer_config.json": FIRST | {"pad_token": "[PAD]", "additional_special_tokens": ["<|a|>", "<|b|>"]}
     },
-    "named as transformers 5 does": {
+    "named as by transformers 5": {
         "tokenizer_config.json": FIRST | {"extra_special_tokens": ["<|a|>"], "eot_token": "<|c|>"}
     },
     "named in the older file only": {
         "tokenizer_config.json": FIRST,
         "special_tokens_map.json": {"pad_token": "[PAD]", "additional_special_tokens": ["<|a|>"]},
     },
-    "the config goes first": {
+    "the config takes precedence": {
         "tokenizer_config.json": FIRST | decoder(token("<|a|>")),
         "added_tokens.json": {"<|b|>": 2049},
         "special_tokens_map.json": {"eos_token": "<|a|>"},
@@ -253,7 +253,7 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
-def test_a_pad_token_without_a_row_is_left_out(tmp_path, name, file) -> None:
+def test_a_pad_token_without_a_row_is_dropped(tmp_path, name, file) -> None:
     """Fine-tuning scripts add one for batches and leave the model as it is."""
     model = write_tiny(tmp_path / "model")
     Tokenizer.from_file(MODEL).save(model)

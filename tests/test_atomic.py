@@ -73,7 +73,7 @@ def test_the_check_before_long_work_restores_it(tmp_path: Path) -> None:
     assert (target / "config.json").read_text() == "old"
 
 
-def test_what_a_running_process_moved_away_is_left_alone(tmp_path: Path) -> None:
+def test_folders_moved_away_by_a_running_process_are_left_alone(tmp_path: Path) -> None:
     previous = model(tmp_path / f".out.partial-{os.getppid()}-previous", "old")
     assert not atomic.check_target(tmp_path / "out").exists()
     with atomic.new_folder(tmp_path / "out") as partial:

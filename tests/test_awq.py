@@ -66,7 +66,7 @@ def test_the_gate_is_not_scaled():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_moments_returned_are_those_of_the_folded_model(path):
+def test_the_returned_moments_equal_those_of_the_folded_model(path):
     model = tiny_model()
     with_outliers(model)
     _, after = fold(model, 0, path)

@@ -309,7 +309,7 @@ def test_examples_of_about_the_same_length_share_a_batch():
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shapes_and_overhead_are_those_of_the_batches(packing, world_size):
+def test_shapes_and_overhead_match_the_batches(packing, world_size):
     examples = make_examples(mixed(203, 90))
     batches = Batches(examples, batch_size=4, world_size=world_size, packing=packing, max_seq_length=100)
     made = [

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the linker of Linux")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the Linux linker")
 loaded = pytest.mark.skipif(blas.state != "loaded", reason=f"no OpenBLAS: {blas.state}")
 
 
@@ -186,7 +186,7 @@ def test_a_library_without_sgemm_is_reported():
 def test_numpys_openblas_with_64_bit_integers_is_not_used():
     found = list((Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas64_*"))
     if not found:
-        pytest.skip("this numpy brings none")
+        pytest.skip("this NumPy bundles no OpenBLAS")
     assert python(STATE, MLX_OPENELM_BLAS=str(found[0])).startswith("missing ")
 
 

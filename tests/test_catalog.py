@@ -87,7 +87,7 @@ def test_only_the_3b_models_cannot_be_float16() -> None:
     assert [r.name for r in catalog.releases() if not r.float16] == ["OpenELM-3B", "OpenELM-3B-Instruct"]
 
 
-def test_display_name_is_the_papers() -> None:
+def test_display_names_follow_the_paper() -> None:
     assert [r.display_name for r in catalog.releases()][4:6] == ["OpenELM-1.1B", "OpenELM-1.1B-Instruct"]
 
 

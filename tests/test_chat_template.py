@@ -133,7 +133,7 @@ def test_a_template_file_renders_as_in_transformers(tmp_path):
     assert with_template(tmp_path, template, TALK) == expected
 
 
-def test_the_folders_own_template_is_the_default(tmp_path):
+def test_the_folders_template_is_the_default(tmp_path):
     tokenizer.save(tmp_path, chat_template="{{ bos_token }}Q: {{ messages[-1].content }}")
     own = Tokenizer.from_folder(tmp_path)
     assert own.apply_chat_template(HI) == tokenizer.encode("Q: Hi")

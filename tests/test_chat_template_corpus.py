@@ -173,7 +173,7 @@ def test_a_template_renders_what_transformers_renders(template):
 def test_the_published_cases():
     folder = Path(__file__).parents[2] / "shared" / "cases" / "chat-templates"
     if not folder.exists():
-        pytest.skip("needs the cases beside the repository")
+        pytest.skip("needs the published cases")
     cases = json.loads((folder / "expected.json").read_text())
     tokenizer = Tokenizer.from_folder(FOLDER.parent / "shakespeare-hf")
     for name, expected in cases["rendered"].items():

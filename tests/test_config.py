@@ -61,7 +61,7 @@ def test_published_sizes_have_the_published_parameter_counts(size: str) -> None:
     assert (config.rms_norm_eps, config.rope_freq_constant) == (1e-6, 10000)
 
 
-def test_the_layers_of_270m_are_those_of_the_published_config() -> None:
+def test_the_layers_of_270m_equal_the_published_config() -> None:
     config = ModelConfig.from_name("270m")
     assert config.num_query_heads == (12, 12, 12, 12, 12, 16, 16, 16, 16, 16, 16, 16, 20, 20, 20, 20)
     assert config.num_kv_heads == (3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5)
@@ -100,7 +100,7 @@ def test_make_divisible(value: float, divisor: int) -> None:
     assert make_divisible(value, divisor) == nearest_multiple(value, divisor)
 
 
-def test_make_divisible_goes_one_up_if_rounding_lost_over_a_tenth() -> None:
+def test_make_divisible_takes_the_next_multiple_if_rounding_loses_over_a_tenth() -> None:
     assert make_divisible(380, 256) == 512  # 256 is nearer, but more than 10% below
     assert make_divisible(284, 256) == 256
     assert make_divisible(285, 256) == 512
@@ -180,7 +180,7 @@ def test_the_fixture_in_its_expanded_form() -> None:
     assert config == ModelConfig.from_file(SHAKESPEARE / "config.json")
 
 
-def test_pairs_and_expanded_lists_are_the_same_model() -> None:
+def test_pairs_and_expanded_lists_give_the_same_model() -> None:
     config = small()
     expanded = small(
         num_query_heads=list(config.num_query_heads),

@@ -82,7 +82,7 @@ def test_a_turn_of_weight_0_is_not_learned():
 def test_the_published_example_of_weights():
     path = Path(__file__).parents[2] / "shared" / "cases" / "data" / "openai-weight.jsonl"
     if not path.exists():
-        pytest.skip("needs the cases beside the repository")
+        pytest.skip("needs the published cases")
     text = marked(json.loads(path.read_text()), mask_prompt=True)
     assert "first</s>" in text and text.endswith("⟦second</s>⟧") and text.count("⟦") == 1
 

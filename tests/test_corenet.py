@@ -317,7 +317,7 @@ def test_the_repacked_reference_gives_the_same_logits(
 ) -> None:
     """Through `load` and `convert`, without PyTorch."""
     if not SHARED.exists():
-        pytest.skip("the reference checkpoint is not here")
+        pytest.skip("needs the reference checkpoint")
     monkeypatch.setitem(sys.modules, "torch", None)
     path = pack(tmp_path / "c.pt", members(SHARED / "shakespeare-corenet.pt"), method)
     named: dict[str, Any] = {"config_yaml": SHARED / "shakespeare-corenet.yaml", "tokenizer": TOKENIZER}

@@ -80,7 +80,7 @@ def _address(view: memoryview) -> int:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[decoding.Shape, Emulation]:
     if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
+        pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("emulation")
 
     class Kernels(dict[decoding.Shape, Emulation]):

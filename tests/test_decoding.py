@@ -139,7 +139,7 @@ def test_positions_can_be_scored_and_trimmed(model: OpenELM) -> None:
     assert greedy(decoder.step(mx.array(GREEDY[0][3:4]))).item() == GREEDY[0][4]
 
 
-def test_a_given_cache_is_extended_and_its_ids_are_the_processors_context(model: OpenELM) -> None:
+def test_a_given_cache_is_extended_and_processors_see_its_ids(model: OpenELM) -> None:
     cache = [KVCache() for _ in model.layers]
     model(mx.array([IDS[0][:4]]), cache)
     seen: list[list[int]] = []

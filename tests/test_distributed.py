@@ -55,7 +55,7 @@ def _rank_pids(launcher: int) -> dict[int, int]:
     """The processes that `mlx.launch` started, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children")
     if not children.exists():
-        pytest.skip("the system does not tell which processes belong together")
+        pytest.skip("needs /proc to find child processes")
     found = {}
     for task in Path(f"/proc/{launcher}/task").iterdir():
         for pid in (task / "children").read_text().split():

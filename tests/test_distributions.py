@@ -32,7 +32,7 @@ def test_the_divergence_is_kl_of_first_to_second():
     assert np.array(kl_divergence(first, first)) == pytest.approx(np.zeros((3, 5)), abs=1e-6)
 
 
-def test_the_gradient_of_the_divergence_is_the_difference_of_the_probabilities():
+def test_the_gradient_of_the_divergence_equals_the_difference_of_probabilities():
     first, second = map(mx.array, LOGITS)
     gradient = mx.grad(lambda logits: kl_divergence(first, logits).sum())(second)
     assert np.array(gradient) == pytest.approx(CHANCES[1] - CHANCES[0], abs=1e-5)

@@ -41,7 +41,7 @@ def full_matrix(packed: Packed, slope: np.ndarray, shift: np.ndarray) -> np.ndar
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", [Distilled, DistilledEmbedding])
-def test_gradients_are_finite_differences(kind, bits):
+def test_gradients_agree_with_finite_differences(kind, bits):
     packed = packed_matrix(6, 64, Quantization(32, bits))
     module = kind(packed)
     generator = np.random.default_rng(bits)

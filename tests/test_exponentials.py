@@ -32,7 +32,7 @@ def test_swiglu_is_accurate_to_rounding_even_far_from_zero():
     assert (np.abs(got - expected) <= (2e-7 + 1e-7 * np.minimum(np.abs(wide), 90)) * np.abs(expected) + 1e-27).all()
 
 
-def test_gradients_are_those_of_the_functions():
+def test_gradients_equal_those_of_the_functions():
     gate, up = (mx.random.normal((4, 7), key=mx.random.key(i)) for i in (0, 1))
     scale = mx.random.normal((4, 7), key=mx.random.key(2))
     got = mx.grad(lambda g, u: (exponentials.swiglu(g, u) * scale).sum(), argnums=(0, 1))(gate, up)

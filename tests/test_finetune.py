@@ -377,7 +377,7 @@ def test_mlx_lm_loads_the_adapter(here):
     assert mx.array_equal(checkpoint(tokens), ours(tokens)).item()
 
 
-def test_the_loss_of_the_adapter_is_the_test_loss(here):
+def test_the_test_loss_equals_the_loss_of_the_adapter(here):
     """The reported perplexity, against one computed from logits in NumPy."""
     done = tune(replace(SHORT, test=True, test_batches=-1))
     again = tune(replace(SHORT, train=False, test=True, test_batches=-1))

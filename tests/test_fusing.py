@@ -90,7 +90,7 @@ def test_logits_equal_the_reference_here_and_in_mlx_lm(name: str, expected: Any,
         assert same(value, after[tensor]) is (tensor.removesuffix(".weight") not in adapter.modules), tensor
 
 
-@pytest.mark.skipif(not CORENET_LORA.is_file(), reason="CoreNet's adapter is 10 MB, and not in the repository")
+@pytest.mark.skipif(not CORENET_LORA.is_file(), reason="needs CoreNet's adapter, which is not in the repository")
 def test_corenets_adapter_gives_the_reference_logits(expected: Any, tmp_path: Path) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     assert fuse(SHAKESPEARE, CORENET_LORA, tmp_path / "fused").untied
@@ -384,7 +384,7 @@ def test_scales_keep_their_dtype(scales: str, tmp_path: Path) -> None:
 # The report.
 
 
-def test_the_report_is_the_divergence_from_the_adapter_on_the_base(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_the_report_has_the_divergence_from_the_adapter_on_the_base(packed: dict[str, Path], tmp_path: Path) -> None:
     text = tmp_path / "play.txt"
     text.write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:3000])
     adapters = {str(FIXTURES / "peft-lora"): 0.9, str(FIXTURES / "peft-rslora-attention"): 0.5}

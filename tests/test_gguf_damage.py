@@ -71,29 +71,32 @@ TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
     "misaligned": (place("output_norm.weight", 269313), "lies at byte 269313 of the data instead of 269312"),
     "a gap": (place("output_norm.weight", 269344), "lies at byte 269344 of the data instead of 269312"),
     "far outside": (place("output_norm.weight", 1 << 40), "lies at byte 1099511627776"),
-    "before the data, when added up": (
+    "an offset that overflows": (
         place("output_norm.weight", (1 << 64) - 64),
         "lies at byte 18446744073709551552",
     ),
     "swapped": (swapped, "lies at byte"),
     "twice": (twice, "it has the tensor 'output_norm.weight' twice"),
     "a size of zero": (lambda f: f.tensor("output_norm.weight", shape=(0,)), r"has shape \[0\]"),
-    "a size beyond all": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
+    "a huge size": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
     "sizes that overflow": (lambda f: f.tensor("output_norm.weight", shape=(1 << 32, 1 << 32)), "is cut off"),
     "no dimension": (lambda f: f.tensor("token_embd.weight", shape=()), r"has shape \[\]"),
-    "an embedding of one": (lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)), "no token_embd.weight of two"),
+    "a 1-D embedding": (
+        lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)),
+        "no token_embd.weight of two",
+    ),
     "five dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1, 1, 1, 1, 256)), "has 5 dimensions"),
-    "2**32 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
+    "1000 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
     "another shape": (lambda f: f.tensor("output_norm.weight", shape=(2, 128)), r"has shape \[2, 128\] instead of"),
     "rows that blocks do not divide": (
         lambda f: f.tensor("blk.0.ffn_down.weight", kind=12, shape=(512, 128)),
         r"'blk.0.ffn_down.weight' of type Q4_K has shape \[512, 128\]",
     ),
     "a long name": (lambda f: f.tensors.append(("x" * 64, RawTensor(0, (1,), b"\0" * 4))), "too long for a tensor"),
-    "a name of other bytes": (lambda f: f.tensors.append((b"\xff", RawTensor(0, (1,), b"\0" * 4))), "not UTF-8"),
+    "a name that is not UTF-8": (lambda f: f.tensors.append((b"\xff", RawTensor(0, (1,), b"\0" * 4))), "not UTF-8"),
     "too many": (lambda f: setattr(f, "counts", (1 << 40, 17)), "claims 1099511627776 tensors"),
-    "more than there are": (lambda f: setattr(f, "counts", (21, 17)), "damaged or not a GGUF file"),
-    "fewer than there are": (lambda f: setattr(f, "counts", (19, 17)), "blk.1.ffn_down.weight is missing"),
+    "a count above the actual number": (lambda f: setattr(f, "counts", (21, 17)), "damaged or not a GGUF file"),
+    "a count below the actual number": (lambda f: setattr(f, "counts", (19, 17)), "blk.1.ffn_down.weight is missing"),
 }
 
 
@@ -176,9 +179,9 @@ def test_values_equal_those_the_package_reads(tmp_path: Path) -> None:
 
 HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
     "a key twice": (lambda f: f.keys.append(f.keys[1]), "it has the key 'openelm.block_count' twice"),
-    "a key of other bytes": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
+    "a key that is not UTF-8": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
     "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 4194304 values"),
-    "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
+    "a count of keys above the actual number": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
     "deep nesting": (lambda f: f.key("x", "array of " * 5 + "u8", [[[[[1]]]]]), "arrays nested more than 4 deep"),
     "a long list": (lambda f: f.key("x", "array of u8", [0] * ((1 << 22) + 1)), "more than 4194304 values"),
     "many lists": (lambda f: f.key("x", "array of array of u8", [[0] * 1024] * 4097), "more than 4194304 values"),
@@ -271,7 +274,7 @@ OTHER: dict[str, tuple[str, str, Any, str]] = {
     "an adapter": ("general.type", "str", "adapter", "is not a model: its general.type is 'adapter'"),
     "another architecture": ("general.architecture", "str", "llama", "is a 'llama' model"),
     "an architecture of control characters": ("general.architecture", "str", "\x1b[31m\n" * 999, "is a '.* model"),
-    "no text": ("general.architecture", "array of u8", list(b"openelm"), r"is a \[111, .* model"),
+    "not text": ("general.architecture", "array of u8", list(b"openelm"), r"is a \[111, .* model"),
     "scaled positions": ("openelm.rope.scaling.type", "str", "yarn", "scales its positions"),
     "linearly scaled positions": ("openelm.rope.scaling.factor", "f32", 2.0, "scales its positions"),
     "scaled positions by the old key": ("openelm.rope.scale_linear", "f32", 4.0, "scales its positions"),

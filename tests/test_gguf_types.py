@@ -182,7 +182,7 @@ def test_a_file_of_llama_cpps_quantizer() -> None:
     assert expected.std() > 0.9
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the case files are not there")
+@pytest.mark.skipif(not CASES.exists(), reason="needs the case files")
 @pytest.mark.parametrize(
     ("kind", "rounded_to"),
     [("f32", None), ("q4_0", "q4_0 and q6_k"), ("q4_1", "q4_1 and q6_k"), ("q6_k", "q6_k and q8_0")],

@@ -68,7 +68,7 @@ def test_levels_equal_the_textbooks(columns, size, bits):
     assert learned == pytest.approx(reference, rel=0.03)
 
 
-def test_the_order_of_columns_is_that_of_their_inputs():
+def test_columns_are_ordered_by_their_inputs():
     # With two columns of equal inputs, the second corrects the rounding of the first.
     weight = mx.array(np.tile(np.float32([0.3, 0.3] + [0.0] * 30), (1, 1)))
     moments = np.eye(32, dtype=np.float32) * 1e-3

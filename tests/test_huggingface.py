@@ -61,7 +61,7 @@ def exported(mlx_folder: Path) -> Path:
     return export(mlx_folder, mlx_folder.parent / "hf", format="huggingface").path
 
 
-def test_an_export_of_a_float32_conversion_is_the_original_folder(exported: Path) -> None:
+def test_an_export_of_a_float32_conversion_equals_the_original_folder(exported: Path) -> None:
     tensors, metadata = stored(exported / "model.safetensors")
     assert tensors == stored(SHAKESPEARE / "model.safetensors")[0]
     assert metadata == {"format": "pt"}

@@ -384,7 +384,7 @@ def test_unreadable_weights_are_refused(small: Path, kind: str) -> None:
         (small / WEIGHTS).write_bytes(b"")
         (small / WEIGHTS).chmod(0)
         if os.access(small / WEIGHTS, os.R_OK):
-            pytest.skip("this user may read anything")
+            pytest.skip("root can read every file")
     refused(small)
 
 

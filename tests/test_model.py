@@ -290,7 +290,7 @@ def test_every_switch_changes_the_logits() -> None:
         assert np.abs(numpy_logits(make_model(make_config(**changes)), ids) - base).max() > 1e-2
 
 
-def test_parameters_are_the_configs_tensors() -> None:
+def test_parameters_match_the_configs_tensors() -> None:
     for changes in SWITCHES.values():
         config = make_config(**changes)
         shapes = {name: value.shape for name, value in tree_flatten(OpenELM(config).parameters())}
@@ -412,7 +412,7 @@ def loss(model: OpenELM, ids: mx.array) -> mx.array:
 
 
 @pytest.mark.parametrize("changes", [{}, {"ffn_with_glu": False}, {"normalize_qk_projections": False}], ids=str)
-def test_gradients_are_those_of_finite_differences(form: str, changes: dict) -> None:
+def test_gradients_agree_with_finite_differences(form: str, changes: dict) -> None:
     model = make_model(make_config(**changes))
     ids = tokens_for(model.config, 2, 7)
     value, gradients = nn.value_and_grad(model, loss)(model, mx.array(ids))

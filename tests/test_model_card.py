@@ -74,7 +74,7 @@ def test_front_matter_is_parsed_by_huggingface_hub(folder: Path, apple: Path) ->
     assert (folder / "LICENSE").read_text() == "Apple's licence\n"
 
 
-def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
+def test_sizes_match_the_files(folder: Path, apple: Path) -> None:
     quality = [Quality("a play", 12345, 10.5, 10.125, 0.0123), Quality("a poem", 7, 3.0)]
     write_card(
         folder,
@@ -133,7 +133,7 @@ def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
 # The origin of a model
 
 
-def test_tiny_is_ours() -> None:
+def test_the_origin_of_tiny() -> None:
     origin = find_origin(catalog.TINY_FOLDER)
     assert (origin.name, origin.base_model, origin.metadata["license"]) == ("tiny", None, "mit")
 

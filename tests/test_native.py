@@ -47,7 +47,7 @@ def apart(ours: mx.array, theirs: mx.array) -> float:
 
 def test_kernels_are_compiled_if_there_is_a_compiler():
     if os.environ.get(native.VARIABLE) == "0" or not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("the kernels are turned off, or nothing compiles them")
+        pytest.skip("the kernels are turned off, or there is no compiler")
     assert native.status.state == "used", native.status
 
 
@@ -728,7 +728,7 @@ def test_a_clone_uses_the_installed_library(monkeypatch, tmp_path):
     assert folder() == tmp_path / "clone"
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
 def test_a_library_for_another_processor_is_not_loaded(folder):
     describe(folder, instructions=["no_such_instruction"])
     status = native.examine(folder)
@@ -794,7 +794,7 @@ def test_doctor_says_which_kernels_are_used():
     done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor", "--json"], capture_output=True, text=True)
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     if "CPU kernels" not in findings:
-        pytest.skip("a GPU needs none")
+        pytest.skip("a GPU does not use the kernels")
     assert findings["CPU kernels"]["value"].startswith("used: ") and findings["CPU kernels"]["advice"] is None
     done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor"], capture_output=True, text=True,
                           env=os.environ | {"MLX_OPENELM_NATIVE": "0"})  # fmt: skip

@@ -94,7 +94,7 @@ def test_avx512(tmp_path: Path) -> None:
     compiler = a_compiler()
     instructions = used_instructions(compiler)
     if "avx512f" in instructions:
-        pytest.skip("this machine has AVX-512: test_on_this_machine runs it")
+        pytest.skip("this machine has AVX-512, so test_on_this_machine covers it")
     if "avx2" not in instructions:
         pytest.skip("AVX-512 is emulated on top of AVX2")
     compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), EMULATED_AVX512)
@@ -106,7 +106,7 @@ def test_avx512(tmp_path: Path) -> None:
 def test_arm(architecture: str, tmp_path: Path) -> None:
     compiler, emulator = a_compiler("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if emulator is None:
-        pytest.skip("there is no qemu-aarch64")
+        pytest.skip("needs qemu-aarch64")
     compile_checks(tmp_path / "checks", compiler, *FAST, "-static", f"-march={architecture}")
     run_checks(emulator, tmp_path / "checks")
 

@@ -177,7 +177,7 @@ def test_muon_is_close_to_pytorchs() -> None:
     """PyTorch iterates in bfloat16, which limits the agreement."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
-        pytest.skip("a PyTorch without Muon")
+        pytest.skip("this PyTorch has no Muon")
     weight = torch.nn.Parameter(torch.from_numpy(random(0)[MATRIX].copy()))
     optimizer = torch.optim.Muon([weight], weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     run = Run(options_of("muon"))

@@ -116,7 +116,7 @@ def test_merged_weights_equal_pefts(tmp_path: Path, weights: dict[str, np.ndarra
         assert np.abs(ours[name] - value).max() < 1e-6, name
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.skipif(not CASES.exists(), reason="needs the cases")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["emb-saved2", "noemb-saved2", "bias-all"])
 def test_files_of_other_programs(name: str) -> None:

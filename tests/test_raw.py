@@ -78,7 +78,7 @@ def test_values_are_read_when_needed(tmp_path: Path) -> None:
     assert unread.read().tolist() == [6, 6, 6, 6]
 
 
-def test_memory_is_that_of_one_tensor() -> None:
+def test_memory_is_bounded_by_one_tensor() -> None:
     """40 tensors of 10 MB, read one after the other in a separate process."""
     code = """
 import resource, sys, tempfile

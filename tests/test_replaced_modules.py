@@ -158,7 +158,7 @@ def test_a_copy_is_independent(copied: Callable[[OpenELM], OpenELM], changes: di
     assert np.array_equal(logits(model), changed) and not np.array_equal(logits(other), changed)
 
 
-def test_the_classes_replaced_here_are_those_of_the_model() -> None:
+def test_the_classes_replaced_here_match_the_model() -> None:
     """Otherwise the tests above would change nothing."""
     layer = make_model(make_config()).layers[1]
     found = layer, layer.attn, layer.ffn, layer.attn_norm, layer.attn.out_proj

@@ -188,7 +188,7 @@ def test_xtc_coin_is_tossed_for_every_row():
     assert (np.array(make_sampler(always, special_ids={0}, key=make_key(1))(logprobs)) == 0).all()
 
 
-def test_temperature_zero_is_the_most_likely_token_whatever_else_is_set():
+def test_temperature_zero_gives_the_most_likely_token_whatever_else_is_set():
     logprobs = random_logprobs(4, batch=50)
     params = SamplingParams(temp=0.0, top_k=3, xtc_probability=1.0, xtc_threshold=0.0)
     tokens = make_sampler(params)(mx.array(logprobs))

@@ -24,7 +24,7 @@ from test_sources import Server
 
 FIXTURE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 REAL = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
-needs_real = pytest.mark.skipif(not REAL.exists(), reason="Llama 2's tokenizer is not here")
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs Llama 2's tokenizer")
 TEXT = "To be, or not to be:\n  42 Größen ½ 🦙"
 
 

@@ -22,7 +22,7 @@ PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_layers_embedding_and_final_norm_are_the_whole_model(size: str) -> None:
+def test_layers_embedding_and_final_norm_add_up_to_the_model(size: str) -> None:
     config = ModelConfig.from_name(size)
     summary = summarize_config(config, name=size, source="published")
     layers = sum(layer.parameters for layer in summary.layers)

@@ -39,7 +39,7 @@ from tokenizer_texts import random_texts
 
 MADE_UP = Path(__file__).parent / "fixtures" / "tied-vocabulary"
 LLAMA = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
-NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="Llama 2's tokenizer is not here")
+NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="needs Llama 2's tokenizer")
 
 
 @pytest.fixture(scope="module", params=["made up", pytest.param("Llama 2", marks=NEEDS_LLAMA)])
@@ -169,7 +169,7 @@ def test_gguf_round_trip(folder, saved, processor, texts, tmp_path, source) -> N
 
     tokenizer = Tokenizer.from_folder(folder if source == "model" else json_alone(saved, tmp_path / "json", edit))
     if source in ("json", "by ids") and processor.vocab_size() == 32000:
-        pytest.skip("the made-up vocabulary has these oddities, too")
+        pytest.skip("the small vocabulary covers these ties")
     texts = texts[:1000]
     check_ids(tokenizer, processor, texts)
     values = gguf_values(tokenizer, tmp_path / "a.gguf", tokenizer.vocab_size + 3)

@@ -112,7 +112,7 @@ def test_big_endian_values_are_byte_swapped(tmp_path: Path) -> None:
 def test_the_reference_files_are_read_as_by_pytorch(tmp_path: Path, name: str, method: int | None) -> None:
     torch = pytest.importorskip("torch")
     if not SHARED.exists():
-        pytest.skip("the reference checkpoint is not here")
+        pytest.skip("needs the reference checkpoint")
     path = SHARED / name if method is None else pack(tmp_path / "c.pt", members(SHARED / name), method)
     expected = torch.load(SHARED / name, weights_only=True)
     found = values_of(path, None)

@@ -184,7 +184,7 @@ def test_metal_and_cpus_use_the_careful_strategy(monkeypatch):
         assert not strategy.fuses_attention_gradient(mx.bfloat16, 64)
 
 
-def test_available_memory_is_that_of_the_gpu(monkeypatch):
+def test_available_memory_is_the_gpus(monkeypatch):
     monkeypatch.setattr(backend, "on_cuda", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: H100)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 1_000_000_000)
