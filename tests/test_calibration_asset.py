@@ -91,5 +91,5 @@ def test_held_out_text_is_not_in_it():
 def test_a_held_out_passage_is_detected():
     line = (FIXTURES / "valid.jsonl").read_text("utf-8").splitlines()[2]
     passage = json.loads(line)["text"][300:800]
-    spoilt = documents()[0]["text"] + "\n  " + passage.replace("\n", "\n\n   ")
-    assert shares_a_piece(spoilt, held_out_pieces(200), 200)
+    contaminated = documents()[0]["text"] + "\n  " + passage.replace("\n", "\n\n   ")
+    assert shares_a_piece(contaminated, held_out_pieces(200), 200)

@@ -116,9 +116,7 @@ def test_every_command_has_help() -> None:
         assert examples and all(f"mlx-openelm {name}" in line for line in examples)
 
 
-def test_the_console_script_the_module_and_the_scripts_of_a_clone_are_equivalent(
-    greedy_text: str, tmp_path: Path
-) -> None:
+def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tmp_path: Path) -> None:
     from mlx_openelm import __version__
 
     script = Path(sys.executable).parent / "mlx-openelm"

@@ -165,7 +165,7 @@ def test_keys_that_a_flag_makes_meaningless_are_dropped(tmp_path: Path) -> None:
     assert checked(flat, optimizer="sgd") == replace(checked(""), optimizer="sgd")
     assert checked(flat, optimizer="adamw").beta2 == 0.95
     assert checked("beta2: 0.95", optimizer="adamw").beta2 == 0.95
-    # Of nested keys, those of the other optimizer count.
+    # Of the nested keys, those of the given optimizer apply.
     assert checked(MLX_LM, optimizer="adam") == replace(
         checked(MLX_LM), optimizer="adam", beta1=None, beta2=None, eps=None, weight_decay=None
     )

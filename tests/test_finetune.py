@@ -70,7 +70,7 @@ def tune(options: FineTuneOptions = SHORT, listener: Listener | None = None, **r
 # Exact resume.
 
 
-def _killed_again_and_again(folder: Path, flags: tuple, kills: int, seed: int) -> None:
+def _kill_and_resume(folder: Path, flags: tuple, kills: int, seed: int) -> None:
     """Kill a run at random times and resume it; it must leave the same files as an uninterrupted run."""
     whole = run(*flags, "--adapter-path", "whole", folder=folder)
     assert whole.returncode == 0, whole.stderr
@@ -89,7 +89,7 @@ def _killed_again_and_again(folder: Path, flags: tuple, kills: int, seed: int) -
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here):
-    _killed_again_and_again(here, (*FLAGS, "--iters", 20, "--save-every", 1), 2, seed=1)
+    _kill_and_resume(here, (*FLAGS, "--iters", 20, "--save-every", 1), 2, seed=1)
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here):
 ])  # fmt: skip
 def test_a_run_killed_many_times_equals_an_uninterrupted_one(here, extra):
     # The last of several repeated flags counts.
-    _killed_again_and_again(here, (*FLAGS, "--iters", 60, "--save-every", 1, *extra), 8, seed=len(extra))
+    _kill_and_resume(here, (*FLAGS, "--iters", 60, "--save-every", 1, *extra), 8, seed=len(extra))
 
 
 def test_a_run_stopped_at_any_step_equals_an_uninterrupted_one(here):

@@ -643,7 +643,7 @@ def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer
         assert len(pieces(model, tokenizer, prompt, max_tokens=2)) >= 1
 
 
-def test_options_match_the_fields_of_the_command() -> None:
+def test_options_have_the_names_of_the_flags() -> None:
     names = {field.name for field in dataclasses.fields(GenerationOptions)}
     expected = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
     expected += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
@@ -651,7 +651,7 @@ def test_options_match_the_fields_of_the_command() -> None:
     assert set(expected.split()) <= names
 
 
-def test_leaving_the_trained_context_is_warned_about_once(tokenizer: Tokenizer) -> None:
+def test_leaving_the_trained_context_warns_once(tokenizer: Tokenizer) -> None:
     model, _ = load(FIXTURES / "shakespeare-hf")
     model.config = dataclasses.replace(model.config, max_context_length=20)
     options = {"max_tokens": 15, "logit_bias": {token: -math.inf for token in tokenizer.eos_token_ids}}
@@ -683,7 +683,7 @@ def test_echo_begins_with_the_prompt(model: OpenELM, tokenizer: Tokenizer) -> No
         assert echoed[0].text.startswith(prompt)
 
 
-def test_echo_leaves_stop_strings_to_the_text_that_follows(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_stop_strings_are_not_searched_in_the_echoed_prompt(model: OpenELM, tokenizer: Tokenizer) -> None:
     text = generate(model, tokenizer, PROMPTS[0], max_tokens=12)
     word = text.split()[1]
     prompt = f"{word} {PROMPTS[0]}"

@@ -127,7 +127,7 @@ def test_a_run_larger_than_total_memory_is_refused(monkeypatch):
         planned().warning()
 
 
-def test_activations_are_kept_only_above_trained_parameters():
+def test_activations_below_the_trained_layers_are_not_counted():
     last = planned_layers(num_layers=1)
     assert last < 0.8 * planned_layers(num_layers=-1)
     embedding = planned_layers(num_layers=1, target_modules=("token_embeddings", "qkv_proj"))

@@ -93,7 +93,7 @@ def test_corenets_recipe() -> None:
     assert max(found) == top and min(found[warmup:]) == low
 
 
-def test_the_first_step_without_warm_up_has_the_full_rate() -> None:
+def test_a_single_step_has_the_full_rate() -> None:
     assert rates(1, lr_schedule="cosine", learning_rate=1e-3) == [1e-3]
     assert rates(3, lr_schedule="linear", learning_rate=1e-3, warmup=2)[-1] == 1e-3
 

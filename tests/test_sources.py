@@ -75,7 +75,7 @@ def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.Monk
         open_source(path, config_yaml=tmp_path / "run.yaml")
 
 
-def test_files_with_other_commands_are_refused_by_load(tmp_path: Path) -> None:
+def test_revision_and_config_yaml_are_refused_where_they_do_not_apply(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(b"x")
     for model in (tmp_path / "c.pt", "corenet:270M/checkpoint_average"):
         with pytest.raises(RequestError, match="no revision 'main'"):
@@ -282,7 +282,7 @@ def test_a_file_that_changed_meanwhile_is_downloaded_again(server: Server, tmp_p
     assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES[::-1]
 
 
-def test_addresses(server: Server, tmp_path: Path) -> None:
+def test_download_addresses(server: Server, tmp_path: Path) -> None:
     for name, path in {
         "corenet:1.1B/checkpoint_epoch_0_iter_49999": "pretrained/1.1B/checkpoint_epoch_0_iter_49999.pt",
         "corenet:1_1B/checkpoint_epoch_0_iter_349999": "pretrained/1.1B/checkpoint_epoch_0_iter_349999.pt",
@@ -338,7 +338,7 @@ def test_server_errors(server: Server, tmp_path: Path, monkeypatch: pytest.Monke
     assert cached(tmp_path) == []
 
 
-def test_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_when_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     server.files[AVERAGE] = BYTES
@@ -368,7 +368,7 @@ def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypa
             corenet.download("corenet:270M/checkpoint_average")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_location_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (corenet.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -379,7 +379,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert corenet.cache_folder() == tmp_path / "mine"
 
 
-def test_two_processes_share_one_transfer(server: Server) -> None:
+def test_concurrent_downloads_share_one_transfer(server: Server) -> None:
     server.files[AVERAGE] = BYTES
     found: list[bytes] = []
     name = "corenet:270M/checkpoint_average"

@@ -230,7 +230,7 @@ def test_a_large_file_is_read(edited) -> None:
     assert Tokenizer.from_folder(path.parent).vocab_size == 773
 
 
-def test_the_folders_template_is_not_one_with_a_damaged_name(edited) -> None:
+def test_a_template_with_an_invalid_name_is_ignored(edited) -> None:
     folder = edited()
     config = {"chat_template": [{"name": ["x"], "template": "y"}]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
