@@ -130,7 +130,7 @@ def test_rotating_with_keep_sees_the_first_and_the_latest(keep: int, seed: int) 
 
 
 @pytest.mark.parametrize("keep", [0, 4])
-def test_rotating_with_keep_one_token_at_a_time_is_mlx_lms(keep: int) -> None:
+def test_rotating_with_keep_one_token_at_a_time_equals_mlx_lms(keep: int) -> None:
     rng = random.Random(keep)
     a, b = ours.RotatingKVCache(16, keep=keep), theirs.RotatingKVCache(16, keep=keep)
     for length in [9, *[1] * 40]:

@@ -129,7 +129,7 @@ def random_adapter(config: Any, seed: int = 0, *, dora: bool = False, output_sid
 
 
 def in_numpy(weight: np.ndarray, change: LowRank, is_embedding: bool) -> np.ndarray:
-    """The definition, in float64."""
+    """A merged weight by definition, in float64."""
     product = change.scale * as_numpy(change.a) @ as_numpy(change.b)
     total = weight + (product if is_embedding else product.T)
     if change.magnitude is None:
@@ -142,7 +142,7 @@ def in_numpy(weight: np.ndarray, change: LowRank, is_embedding: bool) -> np.ndar
 
 @pytest.mark.parametrize("output_side", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_sums_equal_numpys_whatever_the_chunk_size(dora: bool, output_side: bool, tmp_path: Path) -> None:
+def test_merged_weights_equal_numpys_in_one_chunk_or_several(dora: bool, output_side: bool, tmp_path: Path) -> None:
     """Chunks have a million values: the embedding has more, the other matrices fewer."""
     folder = write_tiny(tmp_path / "model", vocab_size=17000)
     base = mlx_format.read(folder)
@@ -201,7 +201,7 @@ def test_mlx_lm_adapters_give_the_same_logits_fused(kind: str, tmp_path: Path) -
     assert np.abs(logits(theirs, [1, 5, 7, 1999]) - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
 
 
-def test_full_fine_tuning_replaces_tensors_to_the_bit(tmp_path: Path) -> None:
+def test_full_fine_tuning_replaces_tensors_bit_for_bit(tmp_path: Path) -> None:
     base = mlx_format.read(SHAKESPEARE)
     names = ["transformer.norm.weight", "transformer.layers.2.ffn.proj_1.weight", f"{EMBEDDING}.weight"]
     new = {name: mx.random.normal(base.config.tensor_shapes()[name], key=mx.random.key(1)) for name in names}
@@ -326,7 +326,7 @@ def test_a_packed_matrix_that_does_not_change_has_the_same_values(mode: str, pac
         assert (merged.deviations[path].relative_error, merged.deviations[path].kept) == (0, 1)
 
 
-def test_requantizing_a_small_change_in_few_bits_adds_little_error(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_requantizing_a_small_change_costs_at_most_the_change(packed: dict[str, Path], tmp_path: Path) -> None:
     done = fuse(packed["4 bits"], {FIXTURES / "peft-lora": 0.1}, tmp_path / "fused")
     assert 0 < done.overall.relative_error <= done.overall.relative_change * 1.001
 
@@ -474,7 +474,7 @@ def test_the_card_does_not_give_the_result_the_packaged_models_name(tmp_path: Pa
 # Memory.
 
 
-def test_one_matrix_is_held_at_a_time(tmp_path: Path) -> None:
+def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """In a separate process, so that nothing else counts in the peak."""
     code = """
 import sys, json

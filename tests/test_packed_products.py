@@ -200,7 +200,7 @@ def test_only_a_cpu_and_single_positions_on_metal_multiply_a_packed_cache(monkey
         assert (packed.attends_packed(1), packed.attends_packed(2)) == expected
 
 
-def test_a_packed_cache_is_multiplied_for_single_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metal_multiplies_a_packed_cache_for_single_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "Metal")
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: shapes.append(x.shape) or multiply(x, *a, **k))

@@ -192,7 +192,9 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"x" * 5000: 1}, "xx is 1, which is not supported"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_contradict_the_tensors_are_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     folder = edit(tmp_path / "a", **settings)
     with pytest.raises(RequestError, match=message) as error:
         read_adapter(folder, CONFIG)
@@ -235,7 +237,7 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     assert QKV not in adapter.modules
 
 
-def test_an_expression_of_targets_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
+def test_a_target_modules_expression_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
     names = "|".join(json.loads((LORA / "adapter_config.json").read_text())["target_modules"])
     folder = edit(tmp_path / "a", target_modules=rf".*\.({names})", layers_to_transform=[0])
     assert read_adapter(folder, CONFIG).modules.keys() == read_adapter(LORA, CONFIG).modules.keys()
@@ -431,7 +433,7 @@ def test_a_copy_of_the_embedding_alone_is_not_an_adapter(tmp_path: Path, weights
         *[("8 bits", mx.float32), ("unpacked", mx.float32)],
     ],
 )
-def test_copies_are_compared_in_the_coarser_type(
+def test_copies_are_compared_in_the_coarser_dtype(
     tmp_path: Path, weights: dict[str, np.ndarray], base: str, stored: mx.Dtype
 ) -> None:
     """A copy counts as the base's embedding whatever the dtypes; with one changed row it does not."""
