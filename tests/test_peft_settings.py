@@ -192,9 +192,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"x" * 5000: 1}, "xx is 1, which is not supported"),
     ],
 )
-def test_settings_that_contradict_the_tensors_are_refused_by_name(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
+def test_unsuitable_settings_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     folder = edit(tmp_path / "a", **settings)
     with pytest.raises(RequestError, match=message) as error:
         read_adapter(folder, CONFIG)
