@@ -7,6 +7,7 @@ print(generate(model, tokenizer, "Once upon a time"))
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import backend, blas
@@ -14,48 +15,100 @@ from .version import __version__
 
 __all__ = [
     "AdapterSwitch",
+    "CacheOptions",
     "FineTuneOptions",
+    "FineTuned",
+    "GenerationOptions",
+    "Listener",
+    "Loading",
+    "ModelConfig",
+    "OpenELM",
+    "OpenELMError",
+    "Piece",
+    "QuantizeOptions",
+    "RequestError",
+    "Tokenizer",
     "__version__",
+    "average",
     "convert",
+    "export",
     "finetune",
     "fuse",
     "generate",
     "load",
+    "perplexity",
     "quantize",
     "stream_generate",
 ]
 
 if TYPE_CHECKING:
     from .adapters.switching import AdapterSwitch
+    from .config import ModelConfig
+    from .errors import OpenELMError, RequestError
+    from .evaluation.perplexity import perplexity
     from .generation.decoding import generate, stream_generate
+    from .generation.options import CacheOptions, GenerationOptions
+    from .generation.piece import Piece
+    from .jobs.average import average
     from .jobs.convert import convert
+    from .jobs.export import export
     from .jobs.fuse import fuse
     from .jobs.quantize import quantize
     from .loading import load
-    from .training.finetune import finetune
+    from .model import OpenELM
+    from .quantization.options import QuantizeOptions
+    from .text.tokenizer import Tokenizer
+    from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.run.listener import Listener
+    from .training.run.preparing import Loading
 
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
 blas.preload()
 
 _HOMES = {
     "load": "loading",
-    "convert": "jobs.convert",
     "generate": "generation.decoding",
     "stream_generate": "generation.decoding",
-    "finetune": "training.finetune",
-    "FineTuneOptions": "training.options",
-    "fuse": "jobs.fuse",
+    "Piece": "generation.piece",
+    "GenerationOptions": "generation.options",
+    "CacheOptions": "generation.options",
+    "convert": "jobs.convert",
     "quantize": "jobs.quantize",
+    "QuantizeOptions": "quantization.options",
+    "export": "jobs.export",
+    "average": "jobs.average",
+    "fuse": "jobs.fuse",
+    "finetune": "training.finetune",
+    "FineTuned": "training.finetune",
+    "FineTuneOptions": "training.options",
+    "Listener": "training.run.listener",
+    "Loading": "training.run.preparing",
+    "perplexity": "evaluation.perplexity",
     "AdapterSwitch": "adapters.switching",
+    "OpenELM": "model",
+    "ModelConfig": "config",
+    "Tokenizer": "text.tokenizer",
+    "OpenELMError": "errors",
+    "RequestError": "errors",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `import mlx_openelm` and `--help` stay quick.
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     from importlib import import_module
 
     with backend.naming_the_extra():
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in ("generate", "stream_generate"):
+        from .generation.keywords import list_options
+
+        list_options(value)  # for `help` and editors
+    globals()[name] = value  # later uses find it here
+    return value

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import blas, native
 from .errors import OpenELMError
+from .wording import install
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -82,8 +83,8 @@ def naming_the_extra() -> Iterator[None]:
         if "GLIBC" in str(error):
             raise OpenELMError(f"MLX needs a Linux with glibc 2.35 or newer: {error}.") from None
         raise OpenELMError(
-            f"MLX is not installed ({error}); on Linux install one of the extras: "
-            "pip install 'mlx-openelm[cpu]', 'mlx-openelm[cuda12]' or 'mlx-openelm[cuda13]'."
+            f"MLX is not installed ({error}); on Linux install one of the extras cpu, cuda12 and cuda13: "
+            f"{install('cpu')}."
         ) from None
 
 

@@ -171,6 +171,12 @@ class ModelConfig:
         object.__setattr__(self, "ffn_multipliers", ffn_multipliers)
         object.__setattr__(self, "ffn_dims", ffn_dims)
 
+    @property
+    def size(self) -> str | None:
+        """The name of the published size, like `270M` or `1.1B`; None for another."""
+        names = {shape: name.replace("_", ".") for name, shape in SIZES.items()}
+        return names.get((self.num_transformer_layers, self.model_dim, self.head_dim))
+
     @classmethod
     def from_name(cls, name: str) -> ModelConfig:
         """The configuration of a published size: `OpenELM-270M`, `apple/OpenELM-1_1B-Instruct`, `3b`, ...

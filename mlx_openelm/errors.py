@@ -1,4 +1,7 @@
-"""The two errors that users see: an invalid request, and work that failed."""
+"""The two errors that users see: an invalid request, and work that failed.
+
+Messages are written with the command line's flags. In Python, where there are none, they name the arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,17 @@ import re
 
 # Longer names and values are cut in messages, since they may come from a damaged file.
 QUOTED = 200
+# Whether messages name flags, as they are written: only while the command line runs, which sets this.
+names_flags = False
+# A flag, but none of a command line, which messages put in backquotes.
+_FLAG = re.compile(r"(`[^`]*`)|(?<![\w./-])(?:--([a-z][a-z0-9]*(?:-[a-z0-9]+)*)|-q)(?![\w-])")
+# Flags whose arguments are written in another way.
+_ARGUMENTS = {
+    "-q": "quantize",
+    "--no-bias-correction": "bias_correction=False",
+    "--overwrite": "overwrite=True",
+    "--sample-prompt": "sample_prompts",
+}
 _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
 
 
@@ -20,6 +34,7 @@ class OpenELMError(Exception):
     def __init__(self, message: str):
         if not message.isprintable():
             message = "".join(character if character.isprintable() else " " for character in message)
+        message = name_options(message)
         super().__init__(_LONG_WORD.sub(lambda word: _shorten(word[0]), message))
 
 
@@ -27,6 +42,16 @@ class RequestError(OpenELMError, ValueError):
     """An invalid flag, name, file or value; no work was started. Exit code 2."""
 
     exit_code = 2
+
+
+def name_options(text: str) -> str:
+    """A message for the user: `--q-bits` is `q_bits` in Python, and stays on the command line."""
+    return text if names_flags else _FLAG.sub(_argument, text)
+
+
+def _argument(found: re.Match[str]) -> str:
+    command, name = found.groups()
+    return command or _ARGUMENTS.get(found[0]) or name.replace("-", "_")
 
 
 def quote(value: object) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # most models are loaded without adapters
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which overflow it; use bfloat16 or float32."
 
+_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
 # Activations are rounded to 8 bits for weights of at most this many bits. Measured on the test model in groups of 64:
 # the rounding costs a KL divergence of 0.0006; 4-bit weights cost 0.06, 6-bit weights 0.004, 8-bit weights 0.0004.
 ROUNDED_BITS = 6
@@ -42,6 +45,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     *,
     tokenizer: str | Path | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     expand: bool | None = None,
@@ -54,10 +58,13 @@ def load(
             a `.gguf` file, or `corenet:SIZE/NAME`.
         adapter_path: an adapter: a folder or file in the format of mlx-lm, PEFT or CoreNet, or a hub repository.
             Several LoRA adapters can be mixed, with weights: `["a", "b"]`, `"a=0.7"`, `{"a": 0.7, "b": 0.3}`.
-        dtype: the type to compute in; by default float32 on a CPU, on a GPU bfloat16 or the stored half precision.
-            By default our CPU kernels compute in float32 with matrices in their stored type; to train weights that
-            are stored in half precision, give float32.
+        dtype: the type to compute in, one of MLX's or a name: float32, float16, bfloat16, or fp32, fp16, bf16. By
+            default float32 on a CPU, on a GPU bfloat16 or the stored half precision. By default our CPU kernels compute
+            in float32 with matrices in their stored type; to train weights that are stored in half precision, give
+            float32.
         tokenizer: a tokenizer file or folder, in place of the model's own.
+        tokenizer_config: special tokens and a chat template to use in place of the tokenizer's own, as in mlx-lm:
+            `{"eos_token": "<|endoftext|>"}`; see `Tokenizer.with_config`.
         config_yaml: the training configuration of a CoreNet checkpoint; not needed for published sizes.
         revision: a branch, tag or commit on the hub.
         expand: whether to unpack quantized weights at load. By default only on a CPU without our kernels, where
@@ -74,10 +81,11 @@ def load(
     if dtype is not None:
         check_dtype(model, dtype)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
+    text = source.tokenizer if tokenizer_config is None else source.tokenizer.with_config(tokenizer_config)
     build = partial(build_model, dtype=dtype, expand=expand, exact_activations=exact_activations)
     if adapter_path is None:
         with source.reading():
-            return build(source.checkpoint), source.tokenizer
+            return build(source.checkpoint), text
     from .adapters.attaching import attach
     from .adapters.switching import read_mixture
 
@@ -85,7 +93,7 @@ def load(
     with source.reading():
         loaded = build(source.checkpoint)
     attach(loaded, adapter)
-    return loaded, source.tokenizer
+    return loaded, text
 
 
 def build_model(
@@ -137,11 +145,19 @@ def build_model(
 
 
 def _parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in WEIGHT_DTYPES:
-            raise RequestError(f"--dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {quote(dtype)}.")
-        return WEIGHT_DTYPES[dtype]
-    return dtype
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("mlx.core.") if isinstance(dtype, mx.Dtype) else dtype
+    if not isinstance(name, str) or (name := _SHORT_DTYPES.get(name, name)) not in WEIGHT_DTYPES:
+        names = ", ".join([*WEIGHT_DTYPES, *_SHORT_DTYPES])
+        raise RequestError(f"--dtype must be one of {names}, got {quote(dtype)}.")
+    return WEIGHT_DTYPES[name]
+
+
+def dtype_name(dtype: str | mx.Dtype | None) -> str | None:
+    """The full name of a type, `bfloat16` for `bf16` and for `mx.bfloat16`; RequestError for an unknown type."""
+    parsed = _parse_dtype(dtype)
+    return None if parsed is None else str(parsed).removeprefix("mlx.core.")
 
 
 def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
@@ -152,15 +168,16 @@ def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | N
     return parsed
 
 
-def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> None:
-    """Refuse a type that the model's name alone shows to be wrong, before anything is downloaded.
+def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> str | None:
+    """The full name of a type, unless the model's name alone shows that it is wrong; nothing is downloaded.
 
     Raises:
         RequestError: an unknown type, or float16 for the 3B model.
     """
-    parsed, release = _parse_dtype(dtype), catalog.find(str(model))
-    if parsed is not None and parsed == mx.float16 and release is not None and not release.float16:
+    name, release = dtype_name(dtype), catalog.find(str(model))
+    if name == "float16" and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
+    return name
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

@@ -41,14 +41,6 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     rounds = False
 
-    @property
-    def num_embeddings(self) -> int:  # type: ignore[override]
-        return self["weight"].shape[0]
-
-    @property
-    def dims(self) -> int:  # type: ignore[override]
-        return self["weight"].shape[1] * 32 // self.bits
-
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens [...] to their embeddings [..., dims]."""
         return layers.quantized_rows(tokens, self)
@@ -100,6 +92,12 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
     def __init__(self, num_embeddings: int, dims: int):
         nn.Module.__init__(self)
         self.weight = mx.zeros((num_embeddings, dims))
+
+    def to_quantized(self, *packing: Any, **named: Any) -> Any:
+        """As for every layer, with the sizes that MLX's class has."""
+        layer = super().to_quantized(*packing, **named)
+        layer.num_embeddings, layer.dims = self["weight"].shape
+        return layer
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x [..., dims] to logits [..., num_embeddings]."""
@@ -228,8 +226,8 @@ LayerParts = tuple[list[mx.array], tuple[nn.Module, ...], tuple[int, int]]
 def collect_parts(blocks: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
     """The parts of all layers, or None if a module in them was replaced by one of another class.
 
-    This runs for each token, so that a replacement is used from the next call on. Projections may be packed in affine
-    mode.
+    This runs for each token, so that a replacement is used from the next call on. A method that was replaced on an
+    instance is not noticed: replace the module. Projections may be packed in affine mode.
     """
     found: list[LayerParts] = []
     for layer in blocks:
@@ -296,6 +294,16 @@ class OpenELM(nn.Module):
             matrix.weight = mx.random.uniform(-bound, bound, matrix.weight.shape)
         mx.eval(mx.random.state)
 
+    def __repr__(self) -> str:
+        """The model in one line; `transformer` shows its modules, as MLX does."""
+        config = self.config
+        facts = [] if config.size is None else [config.size]
+        facts += [f"{config.num_transformer_layers} layers", f"{config.num_parameters / 1e6:,.1f}M parameters"]
+        facts.append(str(self.transformer.norm.weight.dtype).removeprefix("mlx.core."))
+        packed = [layer for layer in self.modules() if isinstance(layer, QuantizedLinear | QuantizedEmbedding)]
+        facts += sorted({f"{layer.bits}-bit {layer.mode}" for layer in packed})
+        return f"OpenELM({', '.join(facts)})"
+
     @property
     def layers(self) -> list[TransformerLayer]:
         return self.transformer.layers
@@ -317,7 +325,7 @@ class OpenELM(nn.Module):
             run_layer: called with each layer and its arguments, in place of the layer itself.
         """
         batch, length = tokens.shape
-        caches = cache if cache is not None else [None] * len(self.layers)
+        caches = cache if cache is not None else [None] * len(self.transformer.layers)
         first = caches[0]
         offset = 0 if first is None else first.offset
         if mask is None and first is not None and hasattr(first, "make_mask"):  # mlx-lm's ChunkedKVCache has none
@@ -328,11 +336,12 @@ class OpenELM(nn.Module):
         # One row per position from here on: products of two-dimensional matrices need no reshaping.
         x = self.transformer.token_embeddings(tokens.reshape(-1))  # [N, model_dim]
         # In packings whose scales are not floating-point numbers, embeddings come out as bfloat16.
-        x = x.astype(self.transformer.norm["weight"].dtype)
+        if "weight" in self.transformer.norm:  # a module put in its place may keep its weights elsewhere
+            x = x.astype(self.transformer.norm["weight"].dtype)
         y = self._run_kernels(x, attend, caches) if run_layer is None else None
         if y is None:
             y = x
-            for layer, layer_cache in zip(self.layers, caches, strict=True):
+            for layer, layer_cache in zip(self.transformer.layers, caches, strict=True):
                 y = layer(y, attend, layer_cache) if run_layer is None else run_layer(layer, y, attend, layer_cache)
         return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
@@ -347,11 +356,11 @@ class OpenELM(nn.Module):
             return None
         eps = self.config.rms_norm_eps
         if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
-            parts = collect_parts(self.layers, eps)
+            parts = collect_parts(self.transformer.layers, eps)
             return None if parts is None else self._decode_token(x, parts, caches)
         if not isinstance(attend, attention.KernelAttention) or x.dtype != mx.float32:
             return None
-        if (parts := collect_parts(self.layers, eps)) is None:
+        if (parts := collect_parts(self.transformer.layers, eps)) is None:
             return None
         for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
             x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import SIZES, ModelConfig
-from .errors import OpenELMError, RequestError, quote
+from .errors import OpenELMError, RequestError, name_options, quote
 from .formats import mlx as mlx_format
 from .formats.mlx import Checkpoint
 from .hub import catalog
@@ -20,6 +21,7 @@ from .text.tokenizer import ENGINES, Tokenizer
 
 _CORENET_SUFFIXES = (".pt", ".pth")
 _FILE_SUFFIXES = (*_CORENET_SUFFIXES, ".gguf")
+_OUT_OF_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)  # MLX raises a RuntimeError then, too
 # The files of a folder that a model is read from.
 _READ_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
 
@@ -55,7 +57,8 @@ class Source:
         try:
             yield
         except RuntimeError as error:  # MLX's, for a file that it cannot read
-            if isinstance(error, NotImplementedError | RecursionError):
+            # Neither a mistake in the program nor a lack of memory says anything about the files.
+            if isinstance(error, NotImplementedError | RecursionError) or _OUT_OF_MEMORY.search(str(error)):
                 raise
             failure = " ".join(str(error).split())
         now = _stamps(*self.stamps)
@@ -98,11 +101,8 @@ def open_source(
         path, repo = _find(model, revision)
     is_folder = path.is_dir()
     if config_yaml is not None and (is_folder or path.suffix.lower() == ".gguf"):
-        raise RequestError(f"--config-yaml belongs to CoreNet's .pt files; {model} brings its own configuration.")
-
-    # CoreNet's MLX port names its model in config.json instead of giving its sizes.
-    is_port = (path / "weights.safetensors").is_file() and "model_name" in read_json(path / "config.json")
-    if is_port or (not is_folder and path.suffix.lower() != ".gguf"):
+        refuse_yaml(model, config_yaml)
+    if is_port(path) or (not is_folder and path.suffix.lower() != ".gguf"):
         return _open_corenet(model, path, tokenizer, config_yaml, repo)
     stamps = _stamps(path)
     if is_folder:
@@ -116,6 +116,17 @@ def open_source(
     return Source(str(model), path, checkpoint, text, repo, checkpoint.config, stamps)
 
 
+def refuse_yaml(model: str | Path, config_yaml: str | Path | None) -> None:
+    """Refuse the training configuration of a CoreNet checkpoint for another kind of model."""
+    if config_yaml is not None:
+        raise RequestError(f"--config-yaml belongs to CoreNet's .pt files; {model} brings its own configuration.")
+
+
+def is_port(folder: Path) -> bool:
+    """Whether a folder is CoreNet's MLX port, which names its model in config.json instead of giving its sizes."""
+    return (folder / "weights.safetensors").is_file() and "model_name" in read_json(folder / "config.json")
+
+
 def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file of a model, downloaded if necessary, and the hub repository it stands for, if any.
 
@@ -124,32 +135,53 @@ def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
         OpenELMError: a download that failed.
     """
     local = to_path(model)
-    is_download = catalog.corenet_name(model) is not None
-    is_file = not is_download and local.suffix.lower() in _FILE_SUFFIXES and not os.path.isdir(local)
-    if revision is not None and (is_download or is_file):
-        raise RequestError(
-            f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
-        )
-    if is_download:
+    if catalog.corenet_name(model) is not None:
+        check_revision(model, revision)
         return _download_corenet(str(model)), None
-    if is_file:
-        if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
-            raise RequestError(f"the file {model} does not exist")
-        check_file(local)
-        return local, None
-    if revision is None and os.path.isfile(local / "config.json"):
+    if (file := find_file(model, revision)) is not None:
+        return file, None
+    if revision is None and str(model).strip() and os.path.isfile(local / "config.json"):
         return local, None
     from .hub import resolve
 
     return resolve.resolve(model, revision=revision), resolve.source_repo(model)
 
 
+def find_file(model: str | Path, revision: str | None = None) -> Path | None:
+    """The `.pt` or `.gguf` file that `model` names, or None if it names something else.
+
+    Raises:
+        RequestError: it does not exist, is no regular file, or a revision is given.
+    """
+    local = to_path(model)
+    if local.suffix.lower() not in _FILE_SUFFIXES or os.path.isdir(local):
+        return None
+    check_revision(model, revision)
+    if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
+        raise RequestError(f"the file {model} does not exist")
+    check_file(local)
+    return local
+
+
+def check_revision(model: str | Path, revision: str | None) -> None:
+    """Refuse a revision of something that is not a hub repository."""
+    if revision is not None:
+        raise RequestError(
+            f"{model} is not a hub repository, so it has no revision {quote(revision)}: leave the revision out."
+        )
+
+
+def check_corenet_model(name: str) -> None:
+    """Refuse a name `corenet:SIZE/NAME` that was never published, or that means an adapter."""
+    if catalog.corenet_files(name.strip())[0].startswith("peft/"):
+        raise RequestError(f"{name} is an adapter: give it with --adapter-path, and its base model with --model.")
+
+
 def _download_corenet(name: str) -> Path:
     """The file or folder of `corenet:SIZE/NAME`, downloaded; RequestError for an adapter."""
     from .hub import corenet
 
-    if catalog.corenet_files(name.strip())[0].startswith("peft/"):
-        raise RequestError(f"{name} is an adapter: give it with --adapter-path, and its base model with --model.")
+    check_corenet_model(name)
     return corenet.download(name.strip())
 
 
@@ -166,8 +198,10 @@ def _open_corenet(
     text = find_tokenizer(model, path, unpadded, tokenizer, rows=checkpoint.config.vocab_size)
     if text.vocab_size < pieces < checkpoint.config.vocab_size:
         warnings.warn(
-            f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the rows "
-            "beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer.",
+            name_options(
+                f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the "
+                "rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
+            ),
             stacklevel=3,
         )
     corenet.cut_vocabulary(checkpoint, text.vocab_size)
@@ -207,12 +241,16 @@ def find_tokenizer(
         else:  # other files beside a checkpoint may belong to another model
             tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids, rows=rows)
     else:
+        from .hub import offline
         from .text import shared_tokenizer
 
         if (release := find_release(model, path, config)) is None:
+            missing = f"{folder} has no tokenizer.json or tokenizer.model"
+            if rows < shared_tokenizer.LLAMA2.vocab_size:  # the model's tokenizer is another
+                raise RequestError(f"{missing}; copy the one it was trained with there, or give it with --tokenizer.")
             raise RequestError(
-                f"{folder} has no tokenizer.json or tokenizer.model; give one with --tokenizer "
-                f"(OpenELM uses Llama 2's; {shared_tokenizer.FALLBACK} has it)."
+                f"{missing}; OpenELM's is Llama 2's: run {offline.tokenizer_command(str(folder))}, "
+                "or give a copy with --tokenizer."
             )
         tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     if tokenizer.vocab_size > rows:

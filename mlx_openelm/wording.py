@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # The most names that `some` lists.
 SOME = 8
@@ -13,10 +13,25 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean temp?` for `temperature`; empty if no known word is similar."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
+    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
+    return f"did you mean {one_of(close[:2])}?" if close else ""
+
+
 def one_of(choices: Sequence[object]) -> str:
     """Choices in a sentence: `a, b or c`."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def install(extra: str) -> str:
+    """How to install an extra of this package, for the end of a sentence."""
+    return f"pip install '.[{extra}]' in your clone of mlx-openelm"
 
 
 def some(names: Sequence[str], count: int | None = None, *, separator: str = ", ") -> str:
@@ -32,6 +47,15 @@ def some(names: Sequence[str], count: int | None = None, *, separator: str = ", 
 def counted(count: int, noun: str) -> str:
     """A number of things: 1 step, 2,000 steps."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time as an estimate gives it: 40 seconds, 3 minutes, 2.5 hours; seconds to the next ten."""
+    if seconds < 90:
+        return f"{max(10, round(seconds / 10) * 10)} seconds"
+    if seconds < 90 * 60:
+        return counted(round(seconds / 60), "minute")
+    return f"{seconds / 3600:.1f} hours"
 
 
 def size(count: float) -> str:

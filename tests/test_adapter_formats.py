@@ -263,7 +263,7 @@ def test_adapters_trained_by_mlx_lm_are_read(model: OpenELM, mlx_folder: Path, t
 def test_writing_an_embedding_for_mlx_lm_warns(model: OpenELM, mlx_folder: Path, tmp_path: Path) -> None:
     attach_new(model, target_modules=["token_embeddings"], rank=4, scale=4.0)
     train(model)
-    with pytest.warns(UserWarning, match="mlx-lm will apply it to the output too.*--adapter-format peft"):
+    with pytest.warns(UserWarning, match="mlx-lm will apply it to the output too.*adapter_format peft"):
         folder = write(extract(model), tmp_path / "a", model)
     assert settings(folder)["embedding_output_side"] is False
     assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) > 0.1  # what the warning is about
@@ -303,7 +303,7 @@ def test_a_mixture_of_methods_is_not_written(model: OpenELM, tmp_path: Path) -> 
     for format in ("mlx", "peft"):
         with pytest.raises(RequestError, match="DoRA on some modules and LoRA on others"):
             write(Adapter(modules), tmp_path / format, model, format=format)
-    with pytest.raises(RequestError, match="--adapter-format must be one of mlx, peft, got 'gguf'"):
+    with pytest.raises(RequestError, match="adapter_format must be one of mlx, peft, got 'gguf'"):
         write_adapter(Adapter(modules), tmp_path, model.config, "gguf")
 
 
@@ -404,7 +404,7 @@ def test_adapters_written_by_peft_are_read(model: OpenELM, tmp_path: Path, rslor
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too; let PEFT convert"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the base model too; merge it into that"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number that float32 holds, got nan"),
-        ({"r": 16}, "proj_2 has rank 8, but adapter_config.json says 16"),
+        ({"r": 16}, "_proj has rank 8, but adapter_config.json says 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number that float32 holds, got '8'"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is not a regular expression"),
         ({"use_dora": True}, "has no .*lora_magnitude_vector, which belongs to an adapter"),

@@ -384,11 +384,11 @@ def test_new_adapters_use_the_given_settings(small: OpenELM) -> None:
     ("options", "message"),
     [
         ({"target_modules": ["q_proj"]}, "token_embeddings, qkv_proj, out_proj, proj_1, proj_2; got 'q_proj'"),
-        ({"target_modules": []}, "--target-modules must be among .* got none"),
-        ({"num_layers": 0}, "--num-layers must be from 1 to 3, or -1 for all, got 0"),
-        ({"num_layers": 4}, "--num-layers must be from 1 to 3"),
-        ({"rank": 0}, "--rank must be 1 or more, got 0"),
-        ({"dropout": 1.0}, "--dropout must be from 0 to below 1, got 1.0"),
+        ({"target_modules": []}, "target_modules must be among .* got none"),
+        ({"num_layers": 0}, "num_layers must be from 1 to 3, or -1 for all, got 0"),
+        ({"num_layers": 4}, "num_layers must be from 1 to 3"),
+        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
     ],
 )
 def test_invalid_settings_are_refused(small: OpenELM, options: dict[str, Any], message: str) -> None:

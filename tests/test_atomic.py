@@ -178,5 +178,5 @@ def test_the_source_cannot_be_the_target(tmp_path: Path) -> None:
     atomic.keep_apart(tmp_path / "out", tmp_path / "model", "the model")
     atomic.keep_apart(tmp_path / "model" / "out", tmp_path / "model", "the model")  # beside its files
     for source in (tmp_path / "out", tmp_path / "out" / "model" / "config.json"):
-        with pytest.raises(RequestError, match="out is the model, or contains it; choose another --save-path"):
+        with pytest.raises(RequestError, match="out is the model, or contains it; choose another save_path"):
             atomic.keep_apart(tmp_path / "out", source, "the model", "--save-path")

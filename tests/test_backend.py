@@ -79,7 +79,7 @@ except OpenELMError as error:
     print(error)
 """
     done = python(code, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}")
-    assert "mlx-openelm[cpu]" in done.stdout
+    assert "pip install '.[cpu]'" in done.stdout
     assert "Traceback" not in done.stderr
 
 

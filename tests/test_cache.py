@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -482,7 +483,7 @@ def test_make_cache() -> None:
     caches = ours.make_cache(2, 8)
     assert [(type(c), c.max_size, c.keep) for c in caches] == [(ours.RotatingKVCache, 8, 4)] * 2
     for size in (7, 0, -1):
-        with pytest.raises(RequestError, match="--max-kv-size"):
+        with pytest.raises(RequestError, match="max_kv_size"):
             ours.make_cache(2, size)
 
 
@@ -515,3 +516,30 @@ def test_saved_prompt_caches_are_exchanged_with_mlx_lm(tmp_path: Path, name: str
     if "keep" not in name:
         keys, values = fresh(rng, 1, 3)
         assert seen(loaded[0], keys, values) == seen(untouched, keys, values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ours.KVCache,
+        ours.QuantizedKVCache,
+        lambda: ours.RotatingKVCache(8, keep=2),
+        lambda: ours.BatchKVCache([0]),
+    ],
+)
+def test_a_copy_and_its_original_go_separate_ways(make: Callable[[], Any]) -> None:
+    def one(value: float) -> mx.array:
+        return mx.full((1, 2, 1, 64), value)
+
+    cache = make()
+    cache.update_and_fetch(one(1.0), one(1.0))
+    twin = copy.copy(cache)
+    cache.update_and_fetch(one(5.0), one(5.0))
+    twin.update_and_fetch(one(7.0), one(7.0))
+
+    def last(cache: Any) -> float:
+        keys = cache.keys_and_values()[0] if hasattr(cache, "keys_and_values") else cache.keys[:, :, :2]
+        keys = mx.dequantize(*keys, group_size=64, bits=8) if isinstance(keys, tuple) else keys
+        return keys[0, 0, 1, 0].item()
+
+    assert (last(cache), last(twin), cache.offset == twin.offset) == (5.0, 7.0, True)

@@ -111,7 +111,7 @@ def test_buffers_grow_by_the_step_set_on_the_class(kind: str, monkeypatch: pytes
 
 
 def test_a_sliding_cache_is_never_quantized_silently() -> None:
-    with pytest.raises(RequestError, match="--kv-bits cannot be combined with a sliding cache"):
+    with pytest.raises(RequestError, match="kv_bits cannot be combined with a sliding cache"):
         their_generate.maybe_quantize_kv_cache([ours.RotatingKVCache(8)], 0, 32, 8)
 
 

@@ -170,7 +170,7 @@ def test_files_of_corenet(name: str, files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("corenet:270M/nothing", "with --adapter-path, lora or dora"),
+        ("corenet:270M/nothing", "with adapter_path, lora or dora"),
         ("corenet:270M/loro", "did you mean lora"),
         ("corenet:270M-instruct/lora", "is not a CoreNet download"),
     ],

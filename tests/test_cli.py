@@ -16,8 +16,8 @@ from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mlx_openelm import blas, load, native, stream_generate
-from mlx_openelm.cli import console, doctor
+from mlx_openelm import blas, console, load, native, stream_generate
+from mlx_openelm.cli import doctor
 from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet
@@ -39,6 +39,8 @@ def run(
     """Run the command in a separate process, offline unless `env` names a hub."""
     command = [*(start or (sys.executable, "-m", "mlx_openelm")), *map(str, args)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
+    if "COLUMNS" not in (env or {}):
+        environment.pop("COLUMNS", None)  # pytest-xdist sets it
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=60)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -113,7 +115,7 @@ def test_every_command_has_help() -> None:
         assert "--debug" in done.stdout
         assert "\nCommon flags:\n  --" in done.stdout
         examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
-        assert examples and all(f"mlx-openelm {name}" in line for line in examples)
+        assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
 
 def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tmp_path: Path) -> None:
@@ -139,8 +141,9 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
         (["generate", "-m", "x"], "--max-tokens must be a whole number, got 'x'."),
         (["generate", "--temp", "warm"], "--temp must be a number, got 'warm'."),
         (["generate", "--verbose=maybe"], "--verbose must be True or False, got 'maybe'."),
-        (["generate", "--prompt", "two", "words"], "unexpected argument 'words'; see mlx-openelm generate --help."),
-        (["generate", "--prompt", "two", "--", "words"], "unexpected argument 'words'"),
+        (["generate", "--prompt", "two", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["generate", "two", "--", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["convert", "two", "--", "words"], "unexpected argument 'two'; see mlx-openelm convert --help."),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
         (["generate", "--max", "3"], "generate has no flag --max (did you mean --max-kv-size or --max-tokens?)"),
@@ -190,7 +193,8 @@ def test_a_full_disk_is_one_line() -> None:
 
 def test_ctrl_c_during_the_imports_is_quiet() -> None:
     code = (
-        "import _thread, sys\n"
+        "import _thread, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the parent may ignore it
         "class Interrupting:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'mlx_openelm.cli.flags': _thread.interrupt_main()\n"
@@ -269,15 +273,25 @@ def test_help_has_a_short_flag() -> None:
     assert done.returncode == 0 and done.stdout.startswith("Usage: mlx-openelm generate")
 
 
-def test_a_word_after_another_flag_is_not_a_switch_value() -> None:
-    values = result("generate", "-m", 3, "--prompt", "--verbose", "--verbose", "true")
+def test_a_flag_is_no_value_unless_joined_to_it() -> None:
+    """After a flag that needs a value, another flag means that the value was forgotten."""
+    line = refused("generate", "--prompt", "--json")
+    assert "--prompt needs a value, and --json is a flag; if it is the value, write --prompt=--json;" in line
+    assert "--prompt needs a value, and --temp=1 is a flag" in refused("generate", "--prompt", "--temp=1")
+    assert "--stop needs a value, and -m is a flag" in refused("generate", "-p", "x", "--stop", "-m", 3)
+    values = result("generate", "-m", 3, "--prompt=--verbose", "--verbose", "true")
     assert values["prompt"] == "--verbose"
+
+
+def test_a_switch_takes_no_word_that_is_a_prompt() -> None:
+    assert result("generate", "-m", 1, "--verbose", "False", "yes")["prompt"] == "yes"
+    assert result("generate", "--verbose", "yes", "-m", 1)["prompt"] == "yes"
 
 
 def test_a_value_may_begin_with_a_dash() -> None:
     for args in (["--prompt", "-x"], ["--prompt=-x"], ["-p", "-x"], ["-p-x"], ["--prompt", "--", "-p", "-x"]):
         assert result("generate", "-m", 1, *args)["prompt"] == "-x"
-    assert result("generate", "-p", "x", "-m", 2, "--stop", "--json", "--presence-penalty", "-1e-2")["text"]
+    assert result("generate", "-p", "x", "-m", 2, "--stop=--json", "--presence-penalty", "-1e-2")["text"]
 
 
 def test_prompts_from_every_source(greedy_text: str, tmp_path: Path) -> None:
@@ -302,7 +316,7 @@ def test_no_prompt_on_a_terminal() -> None:
     os.close(child)
     os.close(parent)
     assert done.returncode == 2
-    assert done.stderr.startswith(b"error: There is no prompt; give one with --prompt")
+    assert done.stderr.startswith(b'error: There is no prompt; give one: mlx-openelm generate "To be"')
 
 
 def test_bad_prompts(tmp_path: Path) -> None:
@@ -310,7 +324,7 @@ def test_bad_prompts(tmp_path: Path) -> None:
     assert "The prompt is empty" in refused("generate", stdin="\n")
     assert "not UTF-8" in refused("generate", stdin=b"\xff\xfe\xfa")
     assert "missing.txt does not exist" in refused("generate", "--prompt-file", tmp_path / "missing.txt")
-    assert "Give either" in refused("generate", "--prompt", "x", "--prompt-file", "y")
+    assert "Give the prompt once" in refused("generate", "--prompt", "x", "--prompt-file", "y")
     assert "too long" in refused("generate", stdin="word " * 5000)
 
 
@@ -614,7 +628,7 @@ def test_info_shows_layer_wise_scaling() -> None:
     assert lines[1].split()[:6] == ["0", "3", "1", "128", "123,328", "5.0%"]
     bars = [line.count("█") for line in lines[1:7]]
     assert bars == sorted(bars) and bars[0] < bars[-1]
-    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 2048 tokens"):
+    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 512 tokens"):
         assert text in done.stdout
 
 
@@ -701,7 +715,7 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
     missing = {finding.name: finding.value for finding in doctor.examine() if "pip install" in finding.value}
     assert {"gguf", "matplotlib", "pyarrow", "tensorboardX", "wandb"} <= set(missing)
     for package, text in missing.items():
-        named = re.search(r"not installed \(.+: pip install 'mlx-openelm\[(\w+)\]'\)", text)
+        named = re.search(r"not installed \(.+: pip install '\.\[(\w+)\]'\)", text)
         assert named is not None, text
         assert package in [re.split("[<>=]", needed)[0] for needed in extras[named[1]]]
 
@@ -715,7 +729,20 @@ def test_doctor_has_advice_about_blas() -> None:
     code = "import mlx.core\nfrom mlx_openelm.cli.main import main\nmain(['doctor'])"
     done = run(start=(sys.executable, "-c", code))
     assert done.returncode == 0
-    assert "mlx.core was imported before mlx_openelm" in done.stdout
+    assert "import mlx_openelm before mlx.core" in done.stdout
+
+
+def test_help_and_completion_do_not_need_mlx() -> None:
+    code = (
+        "import sys\nimport mlx_openelm\nsys.modules['mlx'] = None\n"
+        "from mlx_openelm.cli.main import main\nmain(sys.argv[1:])"
+    )
+    start = (sys.executable, "-c", code)
+    for name in COMMANDS:
+        done = run("help", name, start=start)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == run(name, "-h").stdout
+    assert run("--show-completion", "bash", start=start).stdout == run("--show-completion", "bash").stdout
 
 
 def test_without_mlx_doctor_runs_and_other_commands_name_the_extra() -> None:
@@ -726,8 +753,8 @@ def test_without_mlx_doctor_runs_and_other_commands_name_the_extra() -> None:
     start = (sys.executable, "-c", code)
     done = run("doctor", start=start)
     assert done.returncode == 1
-    assert "mlx-openelm[cpu]" in done.stdout and "Packages" in done.stdout
-    assert "mlx-openelm[cpu]" in refused("generate", "-p", "x", start=start, code=1)
+    assert "pip install '.[cpu]'" in done.stdout and "Packages" in done.stdout
+    assert "pip install '.[cpu]'" in refused("generate", "-p", "x", start=start, code=1)
 
 
 def test_perplexity(tmp_path: Path) -> None:
@@ -782,7 +809,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_keeps_every_character_in_any_encoding() -> None:
     for encoding, shown in (("ascii", r"\u00e9"), ("latin-1", "é"), ("utf-8", "é")):
-        code = "from mlx_openelm.cli import console; console.prepare_streams(); console.print_json({'a': 'é'})"
+        code = "from mlx_openelm import console; console.print_json({'a': 'é'})"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding}
         )

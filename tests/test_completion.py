@@ -81,7 +81,8 @@ def test_the_shell_accepts_the_syntax_of_its_script(shell: str, scripts: dict[st
     ("line", "expected"),
     [
         (["gen"], {"generate"}),
-        ([""], set(COMMANDS)),
+        ([""], {"help", *COMMANDS}),
+        (["help", "lo"], {"lora"}),
         (["--ver"], {"--version"}),
         (["--debug", "per"], {"perplexity"}),
         (["generate", "--max-"], {"--max-tokens", "--max-kv-size"}),

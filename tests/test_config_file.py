@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats.adapter import TARGET_MODULES
 from mlx_openelm.training import config_file
-from mlx_openelm.training.config_file import merge, read, to_dict
+from mlx_openelm.training.config_file import merge, read, to_dict, with_place
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
 
 import pytest
@@ -67,7 +68,7 @@ mask_prompt: false
 def of(text: str, tmp_path: Path, **flags: Any) -> tuple[FineTuneOptions, dict[str, Any]]:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    return merge(FineTuneOptions, read(path), flags)
+    return merge(FineTuneOptions, read(path), flags)[:2]
 
 
 def refusal(text: str, tmp_path: Path, **flags: Any) -> str:
@@ -269,7 +270,7 @@ def test_invalid_settings_are_named(text: str, message: str, tmp_path: Path) -> 
 
 
 def test_flags_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
-    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("--alpha and --scale set the same thing")
+    assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("alpha and scale set the same thing")
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_other_kinds_of_training_have_their_own_options(tmp_path: Path) -> None:
 def test_options_as_json_give_the_same_options(flags: dict[str, Any], tmp_path: Path) -> None:
     options, _ = of(MLX_LM, tmp_path, sample_prompts=["a, b", "c"], **flags)
     written = json.loads(json.dumps(to_dict(options)))
-    assert merge(FineTuneOptions, written, {}) == (options, {})
+    assert merge(FineTuneOptions, written, {})[:2] == (options, {})
     assert of(yaml.safe_dump(written), tmp_path)[0] == options
 
 
@@ -308,7 +309,7 @@ def test_options_as_json_give_the_same_options(flags: dict[str, Any], tmp_path: 
 def test_corenets_recipes(size: str, kind: str) -> None:
     """The numbers of CoreNet's `openelm_lora_*.yaml`; its DoRA recipes differ only in `use_dora`."""
     flags = {"train": True, "data": "d"} | ({"fine_tune_type": "dora"} if kind == "dora" else {})
-    options, rest = merge(FineTuneOptions, read(CONFIGS / f"{size}.yaml"), flags)
+    options, rest, _ = merge(FineTuneOptions, read(CONFIGS / f"{size}.yaml"), flags)
     options.check()
     assert rest == {"model": size}
     assert options == FineTuneOptions(
@@ -341,3 +342,19 @@ def test_corenets_recipes(size: str, kind: str) -> None:
         grad_checkpoint=size != "270m",
     )
     assert options.lora_scale == 1.0
+
+
+def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)  # as on the command line
+    (tmp_path / "c.yaml").write_text("rank: 0\ndata: nowhere\nlearning_rate: 1e-3\nwarmup: 5\n")
+    merged = merge(FineTuneOptions, read(tmp_path / "c.yaml"), {"learning_rate": 1e-4, "model": "m"})
+    assert merged.from_file == {"rank": 0, "data": "nowhere", "warmup": 5}
+
+    def told(message: str) -> str:
+        return str(with_place(RequestError(message), merged.from_file, "c.yaml"))
+
+    assert told("--rank must be 1 or more, got 0.") == "--rank must be 1 or more, got 0. rank is set in c.yaml."
+    assert told("There is no folder or file nowhere.").endswith(" data is set in c.yaml.")
+    assert told("--rank and --warmup.").endswith(" rank and warmup are set in c.yaml.")
+    for other in ("--learning-rate is 0.", "--warmup-init is 0.", "no/nowhere is a file.", "rank 0"):
+        assert told(other) == other

@@ -74,19 +74,23 @@ def test_invalid_requests_are_refused(
     assert not (tmp_path / "out").exists() and hub.requests == []
 
 
-def test_a_dry_run_writes_the_folder_and_makes_no_request(
-    hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+def test_a_dry_run_leaves_nothing_and_makes_no_request(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    before = sorted(tmp_path.rglob("*"))
     done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, "--dry-run", env=hub_env)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"Wrote {out}: 16.00 bits per weight")
+    assert lines[0].startswith(f"Would write {out}: 16.00 bits per weight")
     assert f"Would upload {out}; nothing was sent." in lines
-    files = {path.name for path in out.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+    files = {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
     assert files <= {line.split()[0] for line in lines if line.startswith("  ")}
-    assert hub.requests == []
+    assert hub.requests == [] and sorted(tmp_path.rglob("*")) == before
+    # Nor is anything downloaded, or an existing folder taken for a new one.
+    done = convert("--model", "270m", "--mlx-path", out, "--upload-repo", REPO, "--dry-run", env=hub_env)
+    assert done.returncode == 1 and "--dry-run downloads nothing and apple/OpenELM-270M is not in" in one_line(done)
+    done = convert("--mlx-path", tmp_path, "--upload-repo", REPO, "--dry-run", env=hub_env)
+    assert done.returncode == 2 and f"{tmp_path} exists; choose another --mlx-path" in one_line(done)
+    assert hub.requests == [] and sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_written_files_arrive_byte_for_byte(
@@ -99,9 +103,7 @@ def test_the_written_files_arrive_byte_for_byte(
     arrived = sent(hub)
     written = {path.name: path.read_bytes() for path in out.iterdir()}
     assert arrived.keys() == written.keys()
-    assert {name for name in written if arrived[name] != written[name]} == {
-        "README.md"
-    }  # the card names the repository
+    assert {name for name in written if arrived[name] != written[name]} == {"README.md"}  # it names the repository
     assert f'load("{REPO}")' in arrived["README.md"].decode()
     assert arrived["LICENSE"] == b"Do as you like it.\n"
     assert hub.repos[REPO].private

@@ -436,7 +436,7 @@ def test_published_sizes_need_no_yaml(rows: int, size: str, layers: int) -> None
 
 def test_other_sizes_need_a_yaml(tmp_path: Path) -> None:
     path = torch_save(tmp_path / "c.pt", tensors())
-    assert "--config-yaml" in error_of(path, tokenizer=TOKENIZER)
+    assert "config_yaml" in error_of(path, tokenizer=TOKENIZER)
 
 
 # The MLX port.
@@ -485,7 +485,7 @@ def test_a_port_folder_with_missing_tensors_is_refused(tmp_path: Path) -> None:
     write_port(tmp_path / "port")
     (tmp_path / "port" / "config.json").write_text(json.dumps(SECTION | {"num_transformer_layers": 7}))
     assert "layers.6" in error_of(tmp_path / "port")
-    assert "--config-yaml belongs" in error_of(tmp_path / "port", config_yaml=tmp_path / "x.yaml")
+    assert "config_yaml belongs" in error_of(tmp_path / "port", config_yaml=tmp_path / "x.yaml")
 
 
 def test_a_large_checkpoint_is_never_wholly_in_memory(tmp_path: Path) -> None:

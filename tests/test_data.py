@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -160,8 +161,8 @@ def test_paths_without_data_are_refused(tmp_path):
     assert "is not a data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
     for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
         assert "there is no folder or file" in message(read_splits, str(name))
-    assert "--data is empty" in message(read_splits, " ")
-    assert "--valid-fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
+    assert "data is empty" in message(read_splits, " ")
+    assert "valid_fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
     damaged = write(tmp_path / "a.jsonl.gz", b"not gzip")
     assert "cannot be read" in message(read_splits, damaged)
 
@@ -262,7 +263,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install pyarrow" in message(read_splits, write(tmp_path / "train.parquet", b"PAR1"))
+    assert "pip install '.[data]'" in message(read_splits, write(tmp_path / "train.parquet", b"PAR1"))
 
 
 # Which files are splits
@@ -353,3 +354,19 @@ def test_missing_and_unsuitable_data_sets_are_refused(hub: FakeHub, served, tmp_
     assert not isinstance(error.value, RequestError)
     text = str(error.value)
     assert text.startswith("There is no file or folder me/other here, and ") and "the model" not in text
+    assert "run `hf download me/other --repo-type dataset` on a machine with a network" in text
+
+
+def test_a_data_set_copied_from_another_machines_cache(hub: FakeHub, served, tmp_path):
+    """As the error without a network says."""
+    from huggingface_hub import constants, snapshot_download
+
+    hub.add("datasets/me/plays", served)
+    there = tmp_path / "there"
+    snapshot_download("me/plays", repo_type="dataset", cache_dir=there)
+    hub.stop()
+    with pytest.raises(OpenELMError) as error:
+        read_splits("me/plays")
+    assert f"hub/datasets--me--plays from there into {constants.HF_HUB_CACHE}" in str(error.value)
+    shutil.copytree(there / "datasets--me--plays", Path(constants.HF_HUB_CACHE, "datasets--me--plays"), symlinks=True)
+    assert len(read_splits("me/plays").train) == 20

@@ -284,15 +284,15 @@ def test_the_wired_limit_is_restored_however_a_stream_ends(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temp": -1}, "--temp"),
-        ({"logit_bias": [3]}, "--logit-bias"),
-        ({"kv_bits": 7}, "--kv-bits"),
-        ({"kv_bits": 4, "kv_group_size": 48}, "--kv-group-size"),
-        ({"max_kv_size": 3}, "--max-kv-size"),
-        ({"max_tokens": 0}, "--max-tokens"),
-        ({"prefill_step_size": 0}, "--prefill-step-size"),
-        ({"seed": -1}, "--seed"),
-        ({"stop": ["a", ""]}, "--stop"),
+        ({"temp": -1}, "temp"),
+        ({"logit_bias": [3]}, "logit_bias"),
+        ({"kv_bits": 7}, "kv_bits"),
+        ({"kv_bits": 4, "kv_group_size": 48}, "kv_group_size"),
+        ({"max_kv_size": 3}, "max_kv_size"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prefill_step_size": 0}, "prefill_step_size"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ["a", ""]}, "stop"),
     ],
     ids=str,
 )
@@ -303,7 +303,7 @@ def test_validate_checks_every_option(options: dict, words: str) -> None:
 
 def test_validate_checks_against_the_model_if_its_sizes_are_given() -> None:
     GenerationOptions(logit_bias={5000: 1.0}, kv_bits=4, kv_group_size=128).validate()
-    with pytest.raises(RequestError, match="--logit-bias.* from 0 to 2047"):
+    with pytest.raises(RequestError, match="logit_bias.* from 0 to 2047"):
         GenerationOptions(logit_bias={5000: 1.0}).validate(2048, 32)
     with pytest.raises(RequestError, match="divide head_dim, 32; got 128"):
         GenerationOptions(kv_bits=4, kv_group_size=128).validate(2048, 32)

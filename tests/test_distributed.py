@@ -215,11 +215,11 @@ def test_errors_of_others_name_them():
     processes.rank, processes.size = 1, 2
     with pytest.raises(RequestError, match="Process 1: no data"), processes.together():
         raise RequestError("no data")
-    with pytest.raises(RequestError, match="--batch-size 5 cannot be shared by 2 .* such as 6"):
+    with pytest.raises(RequestError, match="batch_size 5 cannot be shared by 2 .* such as 6"):
         processes.check_batch(5)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        gone = pytest.raises(OpenELMError, match="Process 1: another process of the run is gone.*--resume")
+        gone = pytest.raises(OpenELMError, match="Process 1: another process of the run is gone.*resume")
         with gone, processes.together():
             raise RuntimeError("[ring] connection to a peer was lost")
         with pytest.raises(RuntimeError, match="other"), processes.together():

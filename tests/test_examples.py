@@ -409,7 +409,7 @@ def test_long_examples_are_refused_by_name_if_requested():
         make(*values, max_seq_length=10, long_examples="refuse")
     message = str(error.value)
     assert message.startswith("train.jsonl, line 2:") and "1 more are too long" in message
-    assert f"(the longest takes {longest - 1})" in message and "and --max-seq-length is 10;" in message
+    assert f"(the longest takes {longest - 1})" in message and "and max_seq_length is 10;" in message
     make(*values, max_seq_length=longest - 1, long_examples="refuse")
 
 
@@ -422,7 +422,7 @@ def test_examples_whose_completion_is_cut_off_are_kept_and_reported():
     assert [example.num_positions for example in tokenized.examples] == [20, 20, 20]
     assert (report.num_truncated, report.num_emptied, report.num_unlearned) == (3, 2, 2)
     assert report.sample_text().startswith("<s>O king⟦ of heaven")
-    with pytest.raises(RequestError, match="Nothing is left to learn.*--max-seq-length 20"):
+    with pytest.raises(RequestError, match="Nothing is left to learn.*max_seq_length 20"):
         make(long_prompt, max_seq_length=20, mask_prompt=True)
 
 
@@ -463,10 +463,10 @@ def test_kinds_are_recognized_and_unsuitable_options_refused():
     for name, values in kinds.items():
         assert tokenize(records(values), tokenizer, max_seq_length=512).report.kind == name
     for options, expected in (
-        ({"mask_prompt": True}, "--mask-prompt needs prompts"),
-        ({"chat_template": "corenet"}, "--chat-template needs turns"),
-        ({"long_examples": "drop"}, "--long-examples must be one of"),
-        ({"max_seq_length": 0}, "--max-seq-length must be 1 or more"),
+        ({"mask_prompt": True}, "mask_prompt needs prompts"),
+        ({"chat_template": "corenet"}, "chat_template needs turns"),
+        ({"long_examples": "drop"}, "long_examples must be one of"),
+        ({"max_seq_length": 0}, "max_seq_length must be 1 or more"),
     ):
         with pytest.raises(RequestError, match=expected):
             make({"text": "a"}, **options)

@@ -103,12 +103,12 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"format": "onnx"}, "--format must be one of huggingface, gguf"),
-        ({"format": "gguf", "gguf_type": "q5_k"}, "--gguf-type must be one of f32, f16, bf16, q8_0, q4_0"),
-        ({"format": "gguf", "dtype": "float32"}, "--dtype needs --format huggingface"),
-        ({"format": "huggingface", "dtype": "int8"}, "--dtype must be one of float32"),
+        ({"format": "onnx"}, "format must be one of huggingface, gguf"),
+        ({"format": "gguf", "gguf_type": "q5_k"}, "gguf_type must be one of f32, f16, bf16, q8_0, q4_0"),
+        ({"format": "gguf", "dtype": "float32"}, "dtype needs format huggingface"),
+        ({"format": "huggingface", "dtype": "int8"}, "dtype must be one of float32"),
         ({"format": "gguf", "revision": "main", "model": "a.gguf"}, "leave the revision out"),
-        ({"format": "gguf", "config_yaml": "a.yaml"}, "--config-yaml belongs to CoreNet's .pt files"),
+        ({"format": "gguf", "config_yaml": "a.yaml"}, "config_yaml belongs to CoreNet's .pt files"),
     ],
 )
 def test_invalid_requests_are_refused(tmp_path: Path, request_: dict[str, Any], message: str) -> None:
@@ -190,7 +190,7 @@ def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path, format: 
     output = tmp_path / "out"
     export(SHAKESPEARE, output, format=format)
     before = mx.load(str(SHAKESPEARE / "model.safetensors"))["transformer.norm.weight"]
-    with pytest.raises(RequestError, match="out exists; choose another --output, or replace it with --overwrite"):
+    with pytest.raises(RequestError, match="out exists; choose another output, or replace it with overwrite=True"):
         export("no-such-model", output, format=format)
     more = {"gguf_type": "f32"} if format == "gguf" else {"dtype": "float16"}
     export(SHAKESPEARE, output, format=format, overwrite=True, **more)
@@ -295,9 +295,9 @@ def test_progress_counts_the_bytes_of_the_tensors(tmp_path: Path) -> None:
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(RequestError, match=r"pip install 'mlx-openelm\[gguf\]'"):
+    with pytest.raises(RequestError, match=r"pip install '\.\[gguf\]'"):
         export(SHAKESPEARE, tmp_path / "a.gguf", format="gguf")
-    with pytest.raises(RequestError, match=r"pip install 'mlx-openelm\[gguf\]'"):
+    with pytest.raises(RequestError, match=r"pip install '\.\[gguf\]'"):
         gguf_format.read(tmp_path / "a.gguf")
     assert names(tmp_path) == set()
 
@@ -349,7 +349,7 @@ def test_messages_name_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     outputs: list[tuple[object, bool]] = [(".", True), (tmp_path / "precious", False), (tmp_path / "precious", True)]
     outputs += [(tmp_path / "file", True), (tmp_path / "file", False)] if format == "gguf" else []
     for output, overwrite in outputs:
-        with pytest.raises(RequestError, match="--output"):
+        with pytest.raises(RequestError, match="output"):
             export(SHAKESPEARE, output, format=format, overwrite=overwrite)  # type: ignore[arg-type]
     assert names(tmp_path) == {"precious", "file"}
 
@@ -360,9 +360,9 @@ def test_rounded_weights_are_not_rounded_again(tmp_path: Path) -> None:
     export(SHAKESPEARE, file, format="gguf", gguf_type="q4_0")
     convert(file, tmp_path / "unpacked", dtype="float32")
     assert "were quantized to q4_0 and then unpacked" in (tmp_path / "unpacked" / "README.md").read_text()
-    with pytest.raises(RequestError, match="already quantized to q4_0.*without -q"):
+    with pytest.raises(RequestError, match="already quantized to q4_0.* --mlx-path a-unpacked &&"):
         convert(file, tmp_path / "out", quantize=True)
-    with pytest.raises(RequestError, match="already quantized to q4_0; quantize the original"):
+    with pytest.raises(RequestError, match="already quantized to q4_0: quantize the original"):
         quantize(file, tmp_path / "out", QuantizeOptions(q_bits=4))
     with pytest.raises(RequestError, match="is quantized to q4_0"):
         average([file, SHAKESPEARE], tmp_path / "out")

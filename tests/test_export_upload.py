@@ -83,9 +83,7 @@ def test_a_hugging_face_folder(original: Path, hub: FakeHub, hub_env: dict[str, 
     assert done.returncode == 0, done.stderr
     arrived, written = sent(hub), {path.name: path.read_bytes() for path in (out / "hf").iterdir()}
     assert arrived.keys() == written.keys() and "LICENSE" in written
-    assert {name for name in written if arrived[name] != written[name]} == {
-        "README.md"
-    }  # the card names the repository
+    assert {name for name in written if arrived[name] != written[name]} == {"README.md"}  # it names the repository
     for name in ("README.md", "LICENSE"):
         assert (out / "hf" / name).is_file()
     card = metadata_load(hub.repos[REPO].folder / "README.md")
@@ -119,12 +117,22 @@ def test_the_card_of_a_gguf_file_does_not_need_the_source_afterwards(tmp_path: P
     assert str(tmp_path) not in plan.card
 
 
-def test_a_dry_run_makes_no_request(hub: FakeHub, hub_env: dict[str, str], out: Path) -> None:
-    args = ["--model", SHAKESPEARE, *FOLDER, "--upload-repo", REPO, "--dry-run"]
-    done = run_export(*args, env=hub_env, folder=out)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Would upload shakespeare-hf-hf; nothing was sent." in done.stdout
-    assert (out / "shakespeare-hf-hf" / "model.safetensors").is_file() and hub.requests == []
+@pytest.mark.parametrize(("format", "name"), [(FOLDER, "shakespeare-hf-hf"), (GGUF, "shakespeare-hf-f16.gguf")])
+def test_a_dry_run_leaves_nothing_and_makes_no_request(
+    format: list[str], name: str, hub: FakeHub, hub_env: dict[str, str], out: Path
+) -> None:
+    before = sorted(out.rglob("*"))
+    for output in ([], ["--output", f"x-{name}"]):
+        args = ["--model", SHAKESPEARE, *format, *output, "--upload-repo", REPO, "--dry-run"]
+        done = run_export(*args, env=hub_env, folder=out)
+        assert (done.returncode, done.stderr) == (0, "")
+        path = output[-1] if output else name
+        assert done.stdout.startswith(f"Would write {path}: ")
+        assert f"Would upload {path}; nothing was sent." in done.stdout and "dry-run" not in done.stdout
+        assert sorted(out.rglob("*")) == before and hub.requests == []
+    (out / name).touch()
+    done = run_export("--model", SHAKESPEARE, *format, "--upload-repo", REPO, "--dry-run", env=hub_env, folder=out)
+    assert done.returncode == 2 and done.stdout == ""
 
 
 @pytest.mark.parametrize(

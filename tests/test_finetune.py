@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_run_ends_the_same(here):
 def test_a_folder_with_a_run_is_not_overwritten(here):
     tune()
     before = trained(here / "adapters")
-    with pytest.raises(RequestError, match="adapters holds a run already; .*--resume.*--overwrite"):
+    with pytest.raises(RequestError, match="adapters holds a run already; .*resume.*overwrite=True"):
         tune()
     assert trained(here / "adapters") == before
     (here / "adapters" / "notes.txt").write_text("mine")
@@ -157,25 +157,25 @@ def test_a_folder_with_a_run_is_not_overwritten(here):
     with pytest.raises(RequestError, match="give one of them"):
         tune(replace(SHORT, resume=True), overwrite=True)
     (here / "adapters" / "run.json").write_text("{")
-    with pytest.raises(RequestError, match="run.json is damaged; replace it with --overwrite") as refused:
+    with pytest.raises(RequestError, match="run.json is damaged; replace it with overwrite=True") as refused:
         tune()
-    assert "--resume" not in str(refused.value)
+    assert "resume" not in str(refused.value)
 
 
 def test_a_folder_with_only_an_adapter_is_not_overwritten(here):
     (here / "adapters").mkdir()
     for name in ("adapter_config.json", "adapters.safetensors"):
         (here / "adapters" / name).write_text("mine")
-    with pytest.raises(RequestError, match="adapters holds an adapter already; replace it with --overwrite") as refused:
+    with pytest.raises(RequestError, match="holds an adapter already; replace it with overwrite=True") as refused:
         tune()
-    assert "--resume" not in str(refused.value)
+    assert "resume" not in str(refused.value)
 
 
 def test_resuming_a_complete_run_reports_that_it_is_complete(here):
     tune()
     notes = Notes()
     tune(replace(SHORT, resume=True), notes)
-    assert "The run is complete, after 9 steps; raise --iters to go on." in notes.lines
+    assert "The run is complete, after 9 steps; raise iters to go on." in notes.lines
     assert not any(line.startswith("Going on") for line in notes.lines)
 
 
@@ -193,15 +193,15 @@ def test_testing_on_one_file_uses_all_of_it_and_says_so(here):
 def test_nothing_is_overwritten_before_all_checks_pass(here):
     tune()
     before = trained(here / "adapters")
-    with pytest.raises(RequestError, match="--num-layers must be"):
+    with pytest.raises(RequestError, match="num_layers must be"):
         tune(replace(SHORT, num_layers=9), overwrite=True)
-    with pytest.raises(RequestError, match="rank 4.*--rank 4"):
+    with pytest.raises(RequestError, match="rank 4.*rank 4"):
         tune(replace(SHORT, rank=3, resume_adapter_file="adapters/adapters.safetensors"), overwrite=True)
     assert trained(here / "adapters") == before
 
 
 def test_resuming_needs_a_run_but_no_checkpoint(here):
-    with pytest.raises(RequestError, match="no run in adapters to --resume"):
+    with pytest.raises(RequestError, match="no run in adapters to resume"):
         tune(replace(SHORT, resume=True))
     assert not (here / "adapters").exists()
     # Killed before the first checkpoint: it starts from the beginning.
@@ -216,11 +216,11 @@ def test_resuming_needs_a_run_but_no_checkpoint(here):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rank": 5}, "--rank 4, not 5"),
-        ({"batch_size": 2}, "--batch-size 4, not 2"),
-        ({"seed": 3}, "--seed 0, not 3"),
-        ({"packing": True}, "--packing off, not on"),
-        ({"target_modules": ("qkv_proj",)}, "--target-modules unset, not qkv_proj"),
+        ({"rank": 5}, "rank 4, not 5"),
+        ({"batch_size": 2}, "batch_size 4, not 2"),
+        ({"seed": 3}, "seed 0, not 3"),
+        ({"packing": True}, "packing off, not on"),
+        ({"target_modules": ("qkv_proj",)}, "target_modules unset, not qkv_proj"),
         ({"data": "other"}, "not what this run learned from"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_different_run_cannot_be_resumed(here, changes, named):
 def test_a_run_cannot_be_shortened_below_its_steps_so_far(here):
     tune()
     before = (here / "adapters" / "run.json").read_text()
-    with pytest.raises(RequestError, match="after step 9 already; --iters must be at least that"):
+    with pytest.raises(RequestError, match="after step 9 already; iters must be at least that"):
         tune(replace(SHORT, resume=True, iters=5))
     assert (here / "adapters" / "run.json").read_text() == before
 
@@ -247,9 +247,9 @@ def test_a_run_cannot_be_shortened_below_its_steps_so_far(here):
 def test_a_run_cannot_be_resumed_with_another_model(here):
     _stop_after(3, SHORT, Notes())
     shutil.copytree(here / "model", here / "model2")
-    with pytest.raises(RequestError, match="--model model, not model2"):
+    with pytest.raises(RequestError, match="model model, not model2"):
         finetune("model2", replace(SHORT, resume=True))
-    with pytest.raises(RequestError, match="--dtype unset, not bfloat16"):
+    with pytest.raises(RequestError, match="dtype unset, not bfloat16"):
         tune(replace(SHORT, resume=True), loading=Loading(dtype="bfloat16"))
 
 
@@ -258,7 +258,8 @@ def test_changes_allowed_on_resume_are_reported(here):
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
     assert any(
-        line.startswith("--learning-rate is 0.001, 0.01 before; from here on the run differs") for line in notes.lines
+        line.startswith("learning_rate is 0.001, 0.01 in adapters/run.json; from here on the run differs")
+        for line in notes.lines
     )
     assert any("another length" in line for line in notes.lines)
     record = json.loads((here / "adapters" / "run.json").read_text())
@@ -278,13 +279,13 @@ def test_two_runs_in_one_folder_are_refused(here):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"train": False}, "--train"),
+        ({"train": False}, "train"),
         ({"train": False, "test": True, "adapter_path": "nowhere/at/all"}, "no adapter in nowhere/at/all"),
-        ({"resume_adapter_file": "nothing.safetensors"}, "--resume-adapter-file nothing.safetensors does not exist"),
+        ({"resume_adapter_file": "nothing.safetensors"}, "resume_adapter_file nothing.safetensors does not exist"),
         ({"adapter_path": "data/train.jsonl"}, "is a file"),
         ({"data": "data/none.jsonl"}, "data/none.jsonl"),
-        ({"num_layers": 3}, "--num-layers must be from 1 to 2"),
-        ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "--early-stop needs validation data"),
+        ({"num_layers": 3}, "num_layers must be from 1 to 2"),
+        ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "early_stop needs validation data"),
     ],
 )
 def test_invalid_requests_are_refused(here, changes, named):
@@ -403,15 +404,22 @@ def test_early_stopping_keeps_the_best(here):
     options = replace(SHORT, iters=200, learning_rate=0.1, lr_schedule="constant", warmup=0, early_stop=2, test=True,
                       steps_per_eval=2, max_grad_norm=None)  # fmt: skip
     notes = Notes()
-    result = tune(options, notes).training
+    done = tune(options, notes)
+    result = done.training
     losses = {row["step"]: row["val_loss"] for row in metrics(here / "adapters") if "val_loss" in row}
     best = min(losses, key=losses.get)
     assert result.stopped == "stopped early" and result.steps == best + 4 == max(losses) and result.best_step == best
+    assert result.val_step == result.steps and result.val_loss == losses[result.steps]
     if best:
-        assert f"The weights of step {best}, where validation was best, are kept." in notes.lines
+        assert done.adapter_step == best and done.best_checkpoint is None
         left = (here / "adapters" / "adapters.safetensors").read_bytes()
         assert left == (here / "adapters" / "checkpoints" / "best" / "adapters.safetensors").read_bytes()
         assert left != (here / "adapters" / "checkpoints" / f"{result.steps:07d}" / "adapters.safetensors").read_bytes()
+        # Without early stopping the last weights are kept, and the best are in their checkpoint.
+        more = tune(replace(options, resume=True, early_stop=None, iters=result.steps + 1))
+        assert more.training.best_step == best and more.adapter_step == result.steps + 1
+        assert more.best_checkpoint == f"adapters/checkpoints/{best:07d}"
+        assert (here / more.best_checkpoint / "adapters.safetensors").read_bytes() == left
 
 
 def test_a_run_can_start_from_an_adapter(here):
@@ -420,9 +428,9 @@ def test_a_run_can_start_from_an_adapter(here):
     tune(options)
     assert metrics(here / "second")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
     for changes, named in (
-        ({"rank": 8}, "has rank 4 .*--rank 4"),
-        ({"scale": 10.0}, "has scale 20 .*--scale 20"),
-        ({"fine_tune_type": "dora"}, "--fine-tune-type lora"),
+        ({"rank": 8}, "has rank 4 .*rank 4"),
+        ({"scale": 10.0}, "has scale 20 .*scale 20"),
+        ({"fine_tune_type": "dora"}, "fine_tune_type lora"),
         ({"num_layers": 1}, "2 layers; give"),
         ({"fine_tune_type": "full"}, "fuse it into the model first"),
     ):
@@ -510,7 +518,7 @@ def test_lines_printed_before_training(here):
     notes = Notes()
     done = tune(replace(SHORT, max_seq_length=5000, sample_prompts=("the king",), sample_tokens=4), notes)
     text = "\n".join(notes.lines)
-    assert "--max-seq-length is" in text and "train: 23 examples (text)" in text and "<s>⟦" in text
+    assert "max_seq_length is" in text and "train: 23 examples (text)" in text and "<s>⟦" in text
     trainable = sum(v.size for v in mx.load("adapters/adapters.safetensors").values())
     assert f"({trainable / 1e6:.3f}M/" in text and done.trained_parameters == trainable
     sample = done.samples[0]
@@ -521,7 +529,7 @@ def test_a_loss_that_is_not_finite_names_the_lines(here):
     with pytest.raises(OpenELMError) as caught:
         tune(replace(SHORT, learning_rate=1e30, warmup=0, max_grad_norm=None, optimizer="sgd", iters=50))
     message = str(caught.value)
-    assert "at step" in message and "train.jsonl, line " in message and "--resume" in message
+    assert "at step" in message and "train.jsonl, line " in message and "resume" in message
     steps = [int(path.name) for path in (here / "adapters" / "checkpoints").glob("0*")]
     saved = [mx.load(str(here / "adapters" / "checkpoints" / f"{step:07d}" / "weights.safetensors")) for step in steps]
     assert all(mx.all(mx.isfinite(value)).item() for tensors in saved for value in tensors.values())

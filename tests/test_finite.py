@@ -146,7 +146,7 @@ def test_activations_too_large_for_float16_are_reported(tmp_path: Path) -> None:
     for tied in ("transformer.layers.0.attn_norm.weight", "transformer.layers.0.ffn_norm.weight"):
         damage(folder, tied, 60000.0)
     model, tokenizer = load(folder, dtype="float16")
-    with pytest.raises(OpenELMError, match="not finite: float16 cannot hold what this model computes; use --dtype bf"):
+    with pytest.raises(OpenELMError, match="not finite: float16 cannot hold what this model computes; use dtype bf"):
         list(stream_generate(model, tokenizer, "To be", max_tokens=4))
     model, tokenizer = load(folder, dtype="float32")
     assert len(list(stream_generate(model, tokenizer, "To be", max_tokens=4))) > 0

@@ -347,8 +347,8 @@ def test_only_an_index_of_the_loaded_weights_is_published(folder: Path) -> None:
         ("pytorch_model-00001-of-00002.bin", "a pickle"),
         ("checkpoint_average.pt", "a complete model: give that file instead of the folder"),
         ("OpenELM-270M-q8_0.gguf", "a complete model: give that file instead of the folder"),
-        ("adapter_model.safetensors", "it is an adapter. Give it with --adapter-path"),
-        ("adapters.safetensors", "it is an adapter. Give it with --adapter-path"),
+        ("adapter_model.safetensors", "it is an adapter. Give it with adapter_path"),
+        ("adapters.safetensors", "it is an adapter. Give it with adapter_path"),
         ("openelm.safetensors", "'openelm.safetensors' is not read under that name"),
         ("training_args.bin", "has no model*.safetensors file."),
     ],
@@ -363,7 +363,7 @@ def test_folders_without_weights_are_refused_with_a_hint(folder: Path, name: str
 def test_adapters_given_as_a_model_are_refused(folder: Path, name: str) -> None:
     unlink(folder, "config.json")
     (folder / name).write_text("{}")
-    with pytest.raises(RequestError, match="it is an adapter. Give it with --adapter-path") as caught:
+    with pytest.raises(RequestError, match="it is an adapter. Give it with adapter_path") as caught:
         load(folder)
     assert str(folder) in str(caught.value)
 
@@ -373,7 +373,7 @@ def test_adapters_on_the_hub_given_as_a_model_are_refused(hub: FakeHub) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_text("{}")
     hub.add("me/my-adapter", adapter)
-    with pytest.raises(RequestError, match="me/my-adapter is an adapter: give it with --adapter-path"):
+    with pytest.raises(RequestError, match="me/my-adapter is an adapter: give it with adapter_path"):
         resolve("me/my-adapter")
 
 
@@ -418,7 +418,7 @@ def test_other_quantization_methods_are_refused_by_name(folder: Path, method: st
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": settings}))
     message = refusal(folder)
     assert str(folder) in message and f"quantized by {method}, which is not supported" in message
-    assert "Take the original model and quantize it with mlx-openelm quantize" in message
+    assert "Take the original model and quantize it with `mlx-openelm quantize`" in message
 
 
 @pytest.mark.parametrize("method", [["gptq"], {"a": 1}, 5, "x\ny" * 500])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_openelm.errors import OpenELMError, RequestError, quote
-from mlx_openelm.hub import catalog, resolve
+from mlx_openelm.hub import catalog, corenet, offline, progress, resolve
+from mlx_openelm.sources import open_source
+from mlx_openelm.text import shared_tokenizer
 from mlx_openelm.text.tokenizer import Tokenizer
 
 import pytest
@@ -42,6 +46,13 @@ UNWANTED = {
     "onnx/model.safetensors": "a copy for another program",
     "figure.png": "picture",
 }
+
+
+ELSEWHERE = (
+    f"run `hf download {REPO} --local-dir OpenELM-270M` and `hf download hf-internal-testing/llama-tokenizer "
+    "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give it with "
+    "model OpenELM-270M; model tiny needs no network"
+)
 
 
 def make_folder(folder: Path, files: dict[str, str]) -> Path:
@@ -294,12 +305,18 @@ def test_tokenizer_download_takes_only_the_tokenizer(hub: FakeHub, repo_folder: 
         resolve.resolve("mlx-community/OpenELM-1_1B-Instruct")
 
 
+def announcement() -> str:
+    """The lines of a first download; `WANTED` has 220.1 kB."""
+    assert round(sum(map(len, WANTED.values())), -2) == 220_100
+    return f"Downloading {REPO}, 220.1 kB ...\nDownloaded {REPO}\n"
+
+
 def test_piped_progress_is_two_plain_lines_once(
     hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add(REPO, repo_folder)
     resolve.resolve("270m")
-    assert capfd.readouterr() == ("", f"Downloading {REPO} ...\nDownloaded {REPO}\n")
+    assert capfd.readouterr() == ("", announcement())
     resolve.resolve("270m")
     assert capfd.readouterr() == ("", "")
 
@@ -310,9 +327,55 @@ def test_terminal_shows_bars_only_for_a_download(
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     resolve.resolve("270m")
-    assert "100%" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"Downloading {REPO}, 220.1 kB ...\n\r  0%|")
+    assert "/220k [" in shown and shown.endswith(f"\rDownloaded {REPO}\n")
     resolve.resolve("270m")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_long_piped_download_shows_lines(
+    hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    hub.add(REPO, repo_folder)
+    resolve.resolve("270m")
+    first, *lines, last = capfd.readouterr().err.splitlines()
+    assert (first, last) == tuple(announcement().splitlines())
+    assert lines[-1] == f"Downloading {REPO}: 220.1 kB of 220.1 kB"
+    assert all(line.startswith(f"Downloading {REPO}: ") for line in lines)
+
+
+def test_what_is_in_the_cache_does_not_count(
+    hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.add(REPO, repo_folder)
+    resolve.download(REPO, patterns=["model-00001*"])
+    assert "Downloading apple/OpenELM-270M, 100.0 kB ...\n" in capfd.readouterr().err
+    resolve.resolve("270m")
+    assert "Downloading apple/OpenELM-270M, 120.1 kB ...\n" in capfd.readouterr().err
+    # Of a newer version nobody knows yet which files are in the cache already.
+    (repo_folder / "README.md").write_text("another card")
+    resolve.resolve("270m")
+    assert capfd.readouterr().err == announcement().replace(", 220.1 kB", "")
+
+
+def test_nothing_is_downloaded_where_that_is_denied(hub: FakeHub, repo_folder: Path) -> None:
+    hub.add(REPO, repo_folder)
+    with offline.no_network("--dry-run downloads nothing"):
+        with pytest.raises(OpenELMError) as error:
+            resolve.resolve("270m")
+        assert message_of(error).startswith(
+            f"dry_run downloads nothing and {REPO} is not in the download cache: run `hf download {REPO} "
+        )
+        with pytest.raises(OpenELMError, match="dry_run downloads nothing and corenet:270M/lora is not in the"):
+            corenet.download("corenet:270M/lora")
+    assert hub.requests == [] and not Path(hub_cache()).exists()
+    folder = resolve.resolve("270m")
+    asked = len(hub.requests)
+    with offline.no_network("--dry-run downloads nothing"):
+        assert resolve.resolve("270m") == folder
+    assert len(hub.requests) == asked
 
 
 def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[str, str], repo_folder: Path) -> None:
@@ -325,7 +388,7 @@ def test_environment_is_honoured_in_a_new_process(hub: FakeHub, hub_env: dict[st
 
     first = run()
     assert first.stdout.startswith(hub_env["HF_HOME"])
-    assert first.stderr == f"Downloading {REPO} ...\nDownloaded {REPO}\n"
+    assert first.stderr == announcement()
     asked = len(hub.requests)
     offline = run(HF_HUB_OFFLINE="1")
     assert (offline.stdout, offline.stderr, len(hub.requests)) == (first.stdout, "", asked)
@@ -399,7 +462,7 @@ def test_no_network_and_nothing_cached(hub: FakeHub) -> None:
         resolve.resolve("270m")
     text = message_of(error)
     assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
-    assert f"{REPO} is not in the download cache: connect once, or download the model on another machine" in text
+    assert text.endswith(f" and {REPO} is not in the download cache: connect once, or {ELSEWHERE}")
     assert error.value.exit_code == 1
 
 
@@ -408,10 +471,67 @@ def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
     assert message_of(error) == (
-        f"HF_HUB_OFFLINE is set and {REPO} is not in the download cache: unset it and connect once, "
-        "or download the model on another machine and give the folder"
+        f"HF_HUB_OFFLINE is set and {REPO} is not in the download cache: unset it and connect once, or {ELSEWHERE}"
     )
     assert hub.requests == []
+
+
+def test_the_commands_for_elsewhere_name_the_revision_and_other_repositories() -> None:
+    assert offline.model("me/my-model", "v1.0") == (
+        "run `hf download me/my-model --revision v1.0 --local-dir my-model` on a machine with a network, "
+        "copy the folder here and give it with --model my-model; --model tiny needs no network"
+    )
+    assert offline.adapter("me/lora") == (
+        "run `hf download me/lora --local-dir lora` on a machine with a network, "
+        "copy the folder here and give it with --adapter-path lora"
+    )
+    port = offline.corenet("corenet:270M/mlx-4bit")
+    assert f" {catalog.CORENET_URL}/mlx/270M-4bit/config.json {catalog.CORENET_URL}/mlx/270M-4bit/weights." in port
+    assert "--model OpenELM-270M;" in port
+    assert offline.corenet("corenet:3B/dora").endswith("give --adapter-path OpenELM-3B/openelm_dora_3B.pt")
+
+
+def commands_in(message: str) -> list[list[str]]:
+    """The commands that a message has in backquotes, as words."""
+    return [shlex.split(text) for text in message.split("`")[1::2]]
+
+
+def test_the_commands_for_elsewhere_give_a_folder_that_loads(
+    hub: FakeHub, hub_env: dict[str, str], tmp_path: Path, here: Path
+) -> None:
+    """The message's own commands run, on a machine that reaches the hub."""
+    pytest.importorskip("huggingface_hub.cli.hf")
+    fixture = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+    (tmp_path / "apple").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(fixture / name, tmp_path / "apple")
+    hub.add(REPO, tmp_path / "apple")
+    hub.add(catalog.TOKENIZER_REPO, fixture)
+    for words in commands_in(offline.model(REPO)):
+        assert words[0] == "hf"
+        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *words[1:]]
+        subprocess.run(command, env=os.environ | hub_env, cwd=here, check=True, capture_output=True)
+    hub.stop()
+    source = open_source("OpenELM-270M")
+    assert source.path == Path("OpenELM-270M") and source.tokenizer.vocab_size == 2048
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_get_one(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixture = Path(__file__).parent / "fixtures" / "shakespeare-hf"
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(fixture / name, folder)
+    with pytest.raises(RequestError, match="copy the one it was trained with there"):  # it has 2,048 tokens
+        open_source(folder)
+    monkeypatch.setattr(shared_tokenizer, "LLAMA2", replace(shared_tokenizer.LLAMA2, vocab_size=2048))
+    with pytest.raises(RequestError) as error:
+        open_source(folder)
+    assert commands_in(message_of(error)) == [
+        ["hf", "download", catalog.TOKENIZER_REPO, "tokenizer.model", "--local-dir", str(folder)]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path, monkeypa
         assert same(parameters(load(tmp_path / "m")[0]), {n: w.astype(mx.float32) for n, w in stored.items()})
         assert same(parameters(load(tmp_path / "m", dtype=str(dtype).split(".")[-1])[0]), stored)
         assert same(parameters(load(tmp_path / "m", dtype=dtype)[0]), stored)
-    with pytest.raises(RequestError, match="--dtype must be one of float32, float16, bfloat16, got 'int8'"):
+    with pytest.raises(RequestError, match="dtype must be one of float32, .*, bf16, got 'int8'"):
         load(tmp_path / "m", dtype="int8")
 
 
@@ -735,15 +735,15 @@ def test_rows_no_group_size_divides_are_not_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"q_bits": 4}, "need -q"),
-        ({"q_mode": "mxfp4"}, "need -q"),
+        ({"q_bits": 4}, "need quantize"),
+        ({"q_mode": "mxfp4"}, "need quantize"),
         ({"quantize": True, "dequantize": True}, "either"),
-        ({"quantize": True, "q_bits": 7}, "--q-bits must be 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_group_size": 16}, "--q-group-size must be 32, 64 or 128"),
-        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "--q-bits must be 4"),
-        ({"quantize": True, "q_mode": "nvfp4", "q_group_size": 32}, "--q-group-size must be 16"),
-        ({"quantize": True, "q_mode": "nf4"}, "--q-mode must be one of affine, mxfp4, nvfp4, mxfp8"),
-        ({"dtype": "int8"}, "--dtype must be one of"),
+        ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "q_group_size": 16}, "q_group_size must be 32, 64 or 128"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4"),
+        ({"quantize": True, "q_mode": "nvfp4", "q_group_size": 32}, "q_group_size must be 16"),
+        ({"quantize": True, "q_mode": "nf4"}, "q_mode must be one of affine, mxfp4, nvfp4, mxfp8"),
+        ({"dtype": "int8"}, "dtype must be one of"),
         ({"dequantize": True}, "not quantized"),
     ],
     ids=str,
@@ -813,7 +813,7 @@ def test_a_failure_while_overwriting_keeps_the_old_folder(small: Path, tmp_path:
 def test_an_existing_folder_is_kept_unless_requested(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "out")
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(RequestError, match="exists.*--overwrite"):
+    with pytest.raises(RequestError, match="exists.*overwrite=True"):
         convert(small, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
     convert(small, tmp_path / "out", overwrite=True)
@@ -1002,13 +1002,13 @@ def test_a_hub_tokenizer_that_is_not_llama_2s_is_refused(
     served.mkdir()
     write_large_tokenizer(served, pieces)
     hub.add("mlx-community/OpenELM-270M", served)
-    with pytest.raises(RequestError, match="is neither in mlx-community/OpenELM-270M, .* with --tokenizer"):
+    with pytest.raises(RequestError, match="is neither in mlx-community/OpenELM-270M, .* with tokenizer"):
         load(without_tokenizer)
 
 
 def test_without_a_tokenizer_the_error_says_what_to_do(small: Path, hub: FakeHub) -> None:
     (small / "tokenizer.model").unlink()
-    with pytest.raises(RequestError, match="--tokenizer"):
+    with pytest.raises(RequestError, match="tokenizer"):
         load(small)
     assert hub.requests == []
 
@@ -1021,7 +1021,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_tokenizer_leaves_no_output(small: Path, tmp_path: Path) -> None:
     (small / "tokenizer.model").unlink()
-    with pytest.raises(RequestError, match="--tokenizer"):
+    with pytest.raises(RequestError, match="tokenizer"):
         convert(small, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 

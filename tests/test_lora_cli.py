@@ -20,6 +20,7 @@ from mlx_openelm.cli.main import command as cli_command
 from mlx_openelm.cli.main import main
 from mlx_openelm.training.finetune import FineTuned, Loading
 from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.run.trainer import Result
 
 import pytest
 from training_runs import command, environment, metrics, run, trained, write_run_folder
@@ -127,7 +128,7 @@ def test_a_run_and_what_it_prints(folder):
     said = done.stderr.splitlines()
     assert any(re.fullmatch(r"Trainable parameters: \d+\.\d{3}% \(0\.\d{3}M/0\.\d{3}M\)", line) for line in said)
     steps = [line for line in said if re.match(r"Step [246] of 6: train loss \d", line)]
-    assert len(steps) == 3 and all("tokens/s" in line and "GB" in line and "left" in line for line in steps)
+    assert len(steps) == 3 and all(re.search(r"tokens/s, peak [\d.]+ MB, \d:\d\d left", line) for line in steps)
     assert [line.split(":")[0] for line in said if "validation loss" in line] == ["Step 0", "Step 3", "Step 6"]
     assert "Trained 6 steps, " in done.stdout and "Test loss" in done.stdout and "perplexity" in done.stdout
     assert "before" in done.stdout and "after" in done.stdout
@@ -185,9 +186,66 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
     assert process.returncode == 130 and "Ctrl-C again stops at once" in errors and "Traceback" not in errors
     step = re.search(r"Stopped after step (\d+) of 100,000", output)
     assert step is not None
-    assert "continue with: mlx-openelm lora --resume --adapter-path 'stopped run'" in output
+    assert "continue with:\n  mlx-openelm lora --resume --adapter-path 'stopped run'\n" in output
+    assert re.search(r"^Validation loss \d+\.\d{3} at step 0, before training, and none since$", output, re.M)
+    assert f"Wrote stopped run: the weights of step {step[1]}, the last; use it with" in output
     assert (folder / "stopped run" / "checkpoints" / f"{int(step[1]):07d}" / "state.json").exists()
     assert (folder / "stopped run" / "adapters.safetensors").exists()
+
+
+def summary(*, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None) -> list[str]:
+    result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], 5000, 9.0, 555.0, 0.056)
+    return list(lora._summary(FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint)))
+
+
+def test_the_summary_names_the_steps_of_losses_and_weights():
+    wrote = "use it with --adapter-path 'my run'"
+    assert summary() == [
+        "Trained 60 steps, 5,000 tokens learned, 555 tokens/s, peak memory 56.0 MB",
+        "Validation loss 1.100 at step 60, the lowest",
+        f"Wrote my run: the weights of step 60, the last; {wrote}",
+    ]
+    assert summary(best=(0.9, 40), checkpoint="my run/checkpoints/0000040")[1:] == [
+        "Validation loss 1.100 at step 60; the lowest was 0.900 at step 40",
+        f"Wrote my run: the weights of step 60, the last; {wrote}",
+        "The weights with the lowest validation loss are in my run/checkpoints/0000040",
+    ]
+    assert summary(best=(0.9, 0))[1] == (
+        "Validation loss 1.100 at step 60; the lowest was 0.900 at step 0, before training"
+    )
+    early = summary(steps=50, val=(1.1, 50), best=(0.9, 40), stopped="stopped early", kept=40)
+    assert early[2] == (
+        f"Wrote my run: the weights of step 40, where the validation loss was lowest (stopped early, after step 50 of "
+        f"60); {wrote}"
+    )
+    stopped = summary(steps=18, val=(11.7, 0), best=(11.7, 0), stopped="interrupted", kept=18)
+    assert stopped[1:] == [
+        "Validation loss 11.700 at step 0, before training, and none since",
+        f"Wrote my run: the weights of step 18, the last; {wrote}",
+        "Stopped after step 18 of 60, and saved; continue with:",
+    ]
+    assert summary(val=(None, None), best=(None, None))[1].startswith("Wrote")
+
+
+def test_errors_about_settings_name_the_file_they_came_from(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    (tmp_path / "lora.yaml").write_text("rank: 0\ntrain: true\n")
+    assert exit_code(["lora", "-c", str(tmp_path / "lora.yaml"), "--data", "data"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --rank must be 1 or more, got 0. rank is set in {tmp_path / 'lora.yaml'}.\n"
+    )
+    assert exit_code(["lora", "-c", str(tmp_path / "lora.yaml"), "--data", "data", "--rank", "-1"]) == 2
+    assert capsys.readouterr().err == "error: --rank must be 1 or more, got -1.\n"
+    run(*SMALL, "--iters", 2, "--adapter-path", "saved", folder=folder)
+    capsys.readouterr()
+    assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--early-stop", "2", "--val-batches", "0"]) == 2
+    assert "saved" not in capsys.readouterr().err
+    assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--iters", "1"]) == 2
+    assert "after step 2 already" in capsys.readouterr().err
+    assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--min-learning-rate", "1"]) == 2
+    assert capsys.readouterr().err.endswith(" learning_rate is set in saved/run.json.\n")
+    assert exit_code(["lora", "--resume", "--adapter-path", "saved", "--rank", "4"]) == 2
+    assert "--rank 2, not 4 (see saved/run.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("began", [False, True])
@@ -213,10 +271,28 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     os.close(theirs)
     shown = _read_all(terminal, process)
     assert process.wait() == 0, shown
-    live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  [\d,]+ tokens/s  [\d.]+ MB  \d+:\d\d left", shown)
+    live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  \d+:\d\d left  [\d,]+ tokens/s  [\d.]+ MB", shown)
     assert len(set(live)) > 2
     assert re.search(r"Step 75 of 150: train loss", shown)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_lines_are_broken_between_words(columns, folder):
+    words = command(*SMALL, "--overwrite", "--adapter-path", f"narrow{columns}")
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(words, stdout=theirs, stderr=theirs, cwd=folder,
+                               env=environment() | {"TERM": "xterm", "COLUMNS": str(columns)})  # fmt: skip
+    os.close(theirs)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _read_all(terminal, process))
+    lines = re.split(r"[\r\n]+", shown)
+    assert process.wait() == 0 and max(map(len, lines)) <= columns
+    whole = " ".join(line.strip() for line in lines)
+    assert re.search(
+        r"Step 6 of 6: train loss \d\.\d+, learning rate 0.01, [\d,]+ tokens/s, peak [\d.]+ MB, 0:00 left", whole
+    )
+    assert re.search(r"Wrote narrow\d+: the weights of step 6, the last; use it with --adapter-path narrow", whole)
+    assert not any(re.search(r" [\d.]+$", line) for line in lines if re.match("Step|Trained|Memory", line))
 
 
 def _read_all(terminal: int, process: subprocess.Popen) -> str:

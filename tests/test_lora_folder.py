@@ -13,7 +13,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_openelm import convert, load
 from mlx_openelm.cli.main import PROGRAM, main
@@ -205,6 +205,7 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
     settings = GUIDE.read_text().partition("## Settings")[2].partition("\n## ")[0]
     found = re.findall(r"^\| `(--[\w-]+)` \| (\S*) ?\| (.*) \|$", settings, flags=re.MULTILINE)
     rows = {flag: (default, text) for flag, default, text in found}
+    texts = get_type_hints(FineTuneOptions, include_extras=True)
     for field in dataclasses.fields(FineTuneOptions):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if field.name == "sample_prompts":
@@ -215,7 +216,8 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
         expected = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
         default_there, text = rows.pop(flag)
         assert default_there == ("" if is_off else expected), flag
-        assert flag.startswith("--no-") or text.startswith(field.metadata["help"].rstrip(".")), flag
+        words = texts[field.name].__metadata__[0].help.rstrip(".")
+        assert flag.startswith("--no-") or text.startswith(words), flag
     assert not rows
 
 

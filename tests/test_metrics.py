@@ -167,24 +167,30 @@ def test_the_plot_shows_what_was_logged(tmp_path: Path) -> None:
 def test_axes_and_curves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     curves = {"train_loss": [(1, 3.0), (2, 2.0)], "val_loss": [(1, 2.5), (2, 2.75)], "learning_rate": [(1, 0.1)]}
-    losses, rates = metrics.figure(curves).axes
-    drawn = [list(zip(*line.get_data(), strict=True)) for line in losses.lines[:2]]
-    assert drawn == [curves["train_loss"], curves["val_loss"]]
+    picture = metrics.figure(curves, "Fine-tuning tiny on a_$b$")
+    assert picture.get_suptitle() == "Fine-tuning tiny on a_$b$"
+    picture.draw_without_rendering()  # dollars are no mathematics
+    losses, rates = picture.axes
+    drawn = [list(zip(*line.get_data(), strict=True)) for line in losses.lines]
+    assert drawn == [curves["train_loss"], curves["val_loss"], [(1, 2.5)]]
+    assert [line.get_linestyle() for line in losses.lines] == ["-", "None", "None"]
+    assert [line.get_marker() for line in losses.lines] == [".", "o", "*"]
     assert list(zip(*rates.lines[0].get_data(), strict=True)) == curves["learning_rate"]
     labels = [text.get_text() for text in losses.get_legend().get_texts()]
-    assert labels == ["training", "validation", "best: 2.5 at step 1"]
+    assert labels == ["training", "validation", "lowest validation loss: 2.500 at step 1"]
     assert (losses.get_ylabel(), rates.get_ylabel(), rates.get_xlabel()) == (
-        "loss (nats a token)",
+        "loss (nats per token)",
         "learning rate",
         "step",
     )
+    assert all(tick == round(tick) for tick in rates.get_xticks())
     assert metrics.figure({"train_loss": [], "val_loss": [], "learning_rate": []}).axes[0].get_legend() is None
 
 
 def test_a_resumed_plot_has_the_old_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
-    monkeypatch.setattr(metrics, "draw", lambda curves, path: drawn.append(curves))
+    monkeypatch.setattr(metrics, "draw", lambda curves, path, title: drawn.append(curves))
     for resume_step, steps in ((None, (1, 2, 3)), (2, (3, 4))):
         with Metrics(tmp_path, resume_step=resume_step) as log:
             for step in steps:
@@ -196,7 +202,7 @@ def test_plotting_does_not_block_training(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("matplotlib")
     begun, go_on, drawn = threading.Event(), threading.Event(), []
 
-    def draw(curves: Mapping[str, Any], path: Path) -> None:
+    def draw(curves: Mapping[str, Any], path: Path, title: str) -> None:
         drawn.append(len(curves["train_loss"]))
         begun.set()
         assert go_on.wait(10)
@@ -220,7 +226,7 @@ def test_plots_take_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("matplotlib")
     now, begun = [0.0], []
 
-    def draw(curves: Mapping[str, Any], path: Path) -> None:
+    def draw(curves: Mapping[str, Any], path: Path, title: str) -> None:
         begun.append(now[0])
         now[0] += 2
 
@@ -241,7 +247,7 @@ def test_plots_take_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_plot_that_fails_is_only_reported_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
 
-    def draw(curves: Mapping[str, Any], path: Path) -> None:
+    def draw(curves: Mapping[str, Any], path: Path, title: str) -> None:
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(metrics, "draw", draw)
@@ -254,7 +260,7 @@ def test_a_plot_that_fails_is_only_reported_in_a_line(tmp_path: Path, monkeypatc
 def test_without_matplotlib_one_line_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = metrics.importlib.util.find_spec
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    with pytest.warns(UserWarning, match=r"mlx-openelm\[plots\]") as caught:
+    with pytest.warns(UserWarning, match=r"pip install '\.\[plots\]'") as caught:
         log = Metrics(tmp_path)
     assert len(caught) == 1
     with warnings.catch_warnings():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from mlx_openelm import load
 from mlx_openelm.errors import RequestError
-from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+from mlx_openelm.evaluation.perplexity import EXAMPLE_KEYS, kl_divergence, load_documents, make_windows, mean_nll
+from mlx_openelm.training.data.kinds import KINDS
 
 import mlx.core as mx
 import numpy as np
@@ -114,8 +116,24 @@ def test_missing_files_short_texts_and_empty_requests_are_refused(loaded, tmp_pa
         make_windows(loaded[1], ["To be"], 256)
     with pytest.raises(RequestError, match="nothing to measure"):
         mean_nll(loaded[0], [])
-    with pytest.raises(RequestError, match="--batch-size"):
+    with pytest.raises(RequestError, match="batch_size"):
         mean_nll(loaded[0], [[1, 2]], batch_size=0)
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "a", "completion": "b"}, {"messages": []}, {"conversations": []}, {"instruction": "a"}]
+)
+def test_examples_for_fine_tuning_are_sent_to_the_command_that_measures_them(tmp_path, record):
+    path = tmp_path / "my data.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(RequestError, match="is an example for fine-tuning") as error:
+        load_documents(path)
+    command = str(error.value).partition("is measured by: ")[2].rstrip(".")
+    assert shlex.split(command) == ["mlx-openelm", "lora", "--test", "--data", str(path)]
+
+
+def test_the_keys_of_examples_are_those_that_training_reads():
+    assert set(EXAMPLE_KEYS) == {key for kind in KINDS for key in kind.keys} - {"text"}
 
 
 def test_text_files_are_one_document(tmp_path):

@@ -64,7 +64,7 @@ def test_an_instruct_release_has_corenets_template(served: Path, example: dict[s
     assert list(first.tokens) == list(second.tokens) == whole
     # The learned span is the assistant's turn, including the token that closes it.
     assert first.learned[0][1] == len(whole) and first.learned[0][0] in (len(prompt) - 1, len(prompt))
-    assert printed.count(NOTE) == 1 and "--chat-template corenet" in printed
+    assert printed.count(NOTE) == 1 and "chat_template corenet" in printed
     # Samples are prompted the same way.
     assert prompt_tokens("Who is there?", prepared_run.tokenizer, prepared_run.main_examples.report, None) == prompt
 

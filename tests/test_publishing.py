@@ -361,7 +361,7 @@ def test_bad_names(name: str, folder: Path, writer: FakeHub) -> None:
 
 @pytest.mark.parametrize("revision", ["0" * 40, "a b", "-x", "a..b", "x/", "", "x.lock"])
 def test_bad_revisions(revision: str, folder: Path, writer: FakeHub) -> None:
-    with pytest.raises(RequestError, match="--upload-revision must be the name of a branch"):
+    with pytest.raises(RequestError, match="upload_revision must be the name of a branch"):
         upload(folder, REPO, revision=revision)
     assert writer.requests == []
 
@@ -374,7 +374,7 @@ def test_pull_request_that_does_not_exist(folder: Path, writer: FakeHub) -> None
 
 def test_flags_that_need_a_repository() -> None:
     check(UploadOptions())
-    with pytest.raises(RequestError, match="--private, --dry-run needs --upload-repo"):
+    with pytest.raises(RequestError, match="private, dry_run needs upload_repo"):
         check(UploadOptions(private=True, dry_run=True))
 
 

@@ -34,19 +34,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder):
+    upload = ("--q-bits", 4, "--upload-repo", "me/small", "--dry-run")
+    before = sorted(folder.rglob("*"))
+    done = run("quantize", "--model", "model", "--mlx-path", "small", *upload, folder=folder)
+    assert done.returncode == 0 and "Would write small: 4.5" in done.stdout, done.stderr
+    assert "Would upload small; nothing was sent." in done.stdout and sorted(folder.rglob("*")) == before
+
     done = run("quantize", "--model", "model", "--mlx-path", "small", "--target-bpw", 4.2, "--method", "gptq",
                "--method", "awq", *LEARNING, "--report", "--report-plot", "plot.svg", "--json",
-               "--upload-repo", "me/small", "--dry-run", folder=folder)  # fmt: skip
+               folder=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["bits_per_weight"] <= 4.2 and Path(result["mlx_path"]).name == "small"
+    assert result["bits_per_weight"] <= 4.2 and result["mlx_path"] == "small"
     assert set(result["choices"]) == set(mlx_format.read_config(folder / "small")[0].matrix_shapes())
     assert all(set(c) == {"group_size", "bits", "mode", "kl_divergence"} for c in result["choices"].values())
     assert len(result["report"]) == 15
     assert result["report"][-1]["name"].startswith("this: --target-bpw 4.2 --method awq,gptq")
     assert result["report"][-1]["bits_per_weight"] == result["bits_per_weight"]
-    assert (folder / "plot.svg").read_text().startswith("<?xml") and "me/small" in json.dumps(result["upload"])
-    assert "sensitivities.json" in json.dumps(result["upload"])
+    assert (folder / "plot.svg").read_text().startswith("<?xml")
+    assert (folder / "small" / "sensitivities.json").is_file()
     info = json.loads(run("info", "--model", "small", "--json", folder=folder).stdout)
     assert info["bits_per_weight"] == pytest.approx(result["bits_per_weight"], rel=1e-6)
 
@@ -59,7 +65,7 @@ def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder):
         bits, size, cost = line.split()[1:]
         assert (int(bits), int(size)) == (choice["bits"], choice["group_size"])
         assert float(cost) == pytest.approx(choice["kl_divergence"], rel=0.06)
-    assert f"/again: {result['bits_per_weight']:.2f} bits per weight" in done.stdout
+    assert f"Wrote again: {result['bits_per_weight']:.2f} bits per weight" in done.stdout
 
 
 def test_a_report_is_a_table_and_a_drawing_and_writes_nothing(folder):
@@ -86,7 +92,7 @@ def test_methods_may_be_joined_by_commas_or_repeated(folder):
     }.items():
         done = run("quantize", "--model", "model", "--mlx-path", name, "--q-bits", 3, *flags, *LEARNING, folder=folder)
         assert done.returncode == 0, done.stderr
-        assert f"/{name}: " in done.stdout and "group size 32, since 64 does not divide 32" in done.stdout
+        assert f"Wrote {name}: " in done.stdout and "group size 32, since 64 does not divide 32" in done.stdout
         assert "--method gptq,dwq" in (folder / name / "README.md").read_text()
     first, second = ((folder / name / "model.safetensors").read_bytes() for name in ("joined", "repeated"))
     assert first == second

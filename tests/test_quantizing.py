@@ -134,7 +134,7 @@ def test_a_report_changes_nothing_of_what_is_written(dtype, source, text, tmp_pa
     expected = kl_divergence(full, load(plain.path, dtype="float32")[0], windows[::8][:32])
     assert last.kl_divergence == pytest.approx(expected, rel=5e-3)
     card = (reported.path / "README.md").read_text()
-    assert "kept for it" in card and f"{last.perplexity:.2f}"[:3] in card
+    assert "a held-out part of " in card and f"{last.perplexity:.2f}"[:3] in card
 
 
 def test_a_report_alone_writes_nothing(source, text, tmp_path, monkeypatch):
@@ -288,31 +288,31 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"target_bpw": 4.0, "q_bits": 4}, "leave --q-bits out"),
-        ({"target_bpw": 4.0, "q_group_size": 32}, "leave --q-group-size out"),
-        ({"target_bpw": 4.0, "q_mode": "affine"}, "leave --q-mode out"),
-        ({"target_bpw": 4.0, "recipe": "mixed_3_6"}, "leave --recipe out"),
-        ({"q_mode": "mxfp4", "method": ("gptq",)}, "--method needs scales to learn"),
-        ({"recipe": "mixed_3_6", "q_bits": 4}, "leave --q-bits and --q-mode out"),
-        ({"recipe": "mixed_1_2"}, "--recipe must be one of"),
-        ({"q_bits": 7}, "--q-bits must be"),
-        ({"q_bits": 3, "q_mode": "mxfp4"}, "--q-bits must be 4 in mode mxfp4"),
-        ({"q_group_size": 48}, "--q-group-size must be"),
-        ({"q_mode": "int8"}, "--q-mode must be one of"),
-        ({"method": ("hqq",)}, "--method must be one or more of awq, gptq, dwq, got 'hqq'"),
-        ({"sensitivities": "s.json"}, "--sensitivities needs --target-bpw"),
-        ({"sensitivities": "s.json", "q_bits": 4}, "--sensitivities needs --target-bpw"),
-        ({"report_data": "t.txt", "q_bits": 4}, "--report-data needs --report"),
-        ({"calibration": "t.txt", "q_bits": 4}, "--calibration needs --target-bpw, --method or --report"),
-        ({"method": ("gptq",), "num_samples": 0}, "--num-samples must be 1 or more"),
-        ({"method": ("gptq",), "sequence_length": -1}, "--sequence-length must be 16 or more"),
-        ({"method": ("gptq",), "sequence_length": 15}, "--sequence-length must be 16 or more"),
-        ({"report": True, "num_samples": 8}, "--num-samples needs --target-bpw or --method"),
+        ({"target_bpw": 4.0, "q_bits": 4}, "leave q_bits out"),
+        ({"target_bpw": 4.0, "q_group_size": 32}, "leave q_group_size out"),
+        ({"target_bpw": 4.0, "q_mode": "affine"}, "leave q_mode out"),
+        ({"target_bpw": 4.0, "recipe": "mixed_3_6"}, "leave recipe out"),
+        ({"q_mode": "mxfp4", "method": ("gptq",)}, "method needs scales to learn"),
+        ({"recipe": "mixed_3_6", "q_bits": 4}, "leave q_bits and q_mode out"),
+        ({"recipe": "mixed_1_2"}, "recipe must be one of"),
+        ({"q_bits": 7}, "q_bits must be"),
+        ({"q_bits": 3, "q_mode": "mxfp4"}, "q_bits must be 4 in mode mxfp4"),
+        ({"q_group_size": 48}, "q_group_size must be"),
+        ({"q_mode": "int8"}, "q_mode must be one of"),
+        ({"method": ("hqq",)}, "method must be one or more of awq, gptq, dwq, got 'hqq'"),
+        ({"sensitivities": "s.json"}, "sensitivities needs target_bpw"),
+        ({"sensitivities": "s.json", "q_bits": 4}, "sensitivities needs target_bpw"),
+        ({"report_data": "t.txt", "q_bits": 4}, "report_data needs report"),
+        ({"calibration": "t.txt", "q_bits": 4}, "calibration needs target_bpw, method or report"),
+        ({"method": ("gptq",), "num_samples": 0}, "num_samples must be 1 or more"),
+        ({"method": ("gptq",), "sequence_length": -1}, "sequence_length must be 16 or more"),
+        ({"method": ("gptq",), "sequence_length": 15}, "sequence_length must be 16 or more"),
+        ({"report": True, "num_samples": 8}, "num_samples needs target_bpw or method"),
         (
             {"report": True, "calibration": "t.txt", "report_data": "t.txt"},
-            "only --target-bpw and --method read --calibration",
+            "only target_bpw and method read calibration",
         ),
-        ({"target_bpw": math.nan}, "--target-bpw must be a positive number"),
+        ({"target_bpw": math.nan}, "target_bpw must be a positive number"),
     ],
 )
 def test_contradictory_flags_are_refused(values, message):
@@ -322,7 +322,7 @@ def test_contradictory_flags_are_refused(values, message):
 
 
 def test_windows_longer_than_the_context_are_refused(source, text, tmp_path):
-    with pytest.raises(RequestError, match="--sequence-length must be at most"):
+    with pytest.raises(RequestError, match="sequence_length must be at most"):
         quantize(source, tmp_path / "out", options(text, method=("gptq",), sequence_length=100_000))
     assert list(tmp_path.iterdir()) == []
 
@@ -332,7 +332,7 @@ def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path):
     quantize(source, target, QuantizeOptions(q_bits=8))
     before = contents(target)
     for values in ({"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}, {"q_bits": 4, "report": True}):
-        with pytest.raises(RequestError, match="exists; choose another --mlx-path"):
+        with pytest.raises(RequestError, match="exists; choose another mlx_path"):
             quantize("no-such-model", target, QuantizeOptions(**values))
     assert contents(target) == before
     quantize(source, target, options(text, q_bits=4, method=("gptq",)), overwrite=True)
@@ -347,7 +347,7 @@ def test_the_source_cannot_be_the_target(values, source, text, tmp_path):
     for target in (folder, tmp_path / "link"):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(folder)
-        with pytest.raises(RequestError, match="choose another --mlx-path"):
+        with pytest.raises(RequestError, match="choose another mlx_path"):
             quantize(folder, target, QuantizeOptions(**values), overwrite=True)
     assert contents(folder) == contents(source)
 
@@ -361,7 +361,7 @@ def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
 
 @pytest.mark.parametrize(
     "content,message",
-    [("Too short.", "fewer than a window of 32; give a shorter --sequence-length"), ("", "holds no text"),
+    [("Too short.", "fewer than a window of 32; give a shorter sequence_length"), ("", "holds no text"),
      (None, "must name a file")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["calibration", "report_data"])
@@ -376,9 +376,9 @@ def test_text_that_is_too_short_or_missing_is_refused(field, content, message, s
 
 def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text, budgeted, tmp_path):
     file = budgeted.path / "sensitivities.json"
-    with pytest.raises(RequestError, match="--target-bpw 2 is too small"):
+    with pytest.raises(RequestError, match="target_bpw 2 is too small"):
         quantize(source, tmp_path / "out", options(text, target_bpw=2.0, sensitivities=str(file)))
-    with pytest.raises(RequestError, match="--dtype must be one of"):
+    with pytest.raises(RequestError, match="dtype must be one of"):
         quantize(source, tmp_path / "out", options(text, method=("gptq",)), dtype="int8")
     with pytest.raises(RequestError, match="a model of another shape"):
         quantize(SHAKESPEARE, tmp_path / "out", options(text, target_bpw=4.0, sensitivities=str(file)))
@@ -459,3 +459,20 @@ def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path):
     for steps in reported.values():
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert reported["Quantizing"][-1] == (9, 9)
+
+
+def test_a_long_report_says_before_how_long_it_takes(source, text, monkeypatch):
+    for seconds, expected in (
+        (9.0, []),
+        (44.0, ["The report compares 13 quantizations, which takes about 40 seconds."]),
+        (700.0, ["The report compares 13 quantizations, which takes about 12 minutes."]),
+        (9000.0, ["The report compares 13 quantizations, which takes about 2.5 hours."]),
+    ):
+        monkeypatch.setattr(report, "estimate", lambda config, reading, seconds=seconds: (13, seconds))
+        monkeypatch.setattr(report, "compare", lambda *_, **__: iter([report.Row("not quantized", 16, 8, 9.0, 0.0)]))
+        said: list[str] = []
+        done = quantize(
+            source, options=QuantizeOptions(report=True, calibration=str(text), sequence_length=32), say=said.append
+        )
+        assert said == expected
+        assert done.measured_on is not None and done.measured_on.endswith("of a held-out part of play.txt")

@@ -14,6 +14,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from mlx_openelm import backend
 from mlx_openelm.cli.main import PROGRAM, parse
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
@@ -21,17 +22,21 @@ from mlx_openelm.hub import catalog
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ((PROGRAM,), ("python", "generate.py"), ("python", "convert.py"))
 # The fewest commands that must run, so that a rule below that skips too many is noticed.
 FEWEST = {
     "README.md": 11,
+    "CHANGELOG.md": 0,
+    "docs/README.md": 0,
     "backends.md": 1,
     "benchmarks.md": 0,
     "cpu.md": 1,
     "fine-tuning.md": 0,
     "formats.md": 5,
     "publishing.md": 2,
+    "python.md": 0,
     "quantization.md": 4,
     "coming-from-mlx-lm.md": 0,
 }
@@ -90,7 +95,13 @@ def clone(tmp_path: Path) -> Path:
 
 
 def by_name(document: Path) -> str:
-    return document.name
+    """The file's name, with its folder if the README has the same name."""
+    return "docs/README.md" if document == ROOT / "docs" / "README.md" else document.name
+
+
+def section(title: str) -> str:
+    """The text of a section of the README."""
+    return README.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
@@ -100,14 +111,69 @@ def test_nothing_is_left_to_fill_in(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
 def test_links_have_targets(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (document.parent / target).is_file(), target
+    for target, place in re.findall(r"\]\(([^):]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.+)$", (document.parent / target if target else document).read_text(), re.M)
+        assert place in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], place
 
 
 def test_the_layout_names_what_exists() -> None:
-    layout = blocks(ROOT / "README.md", "text")[0]
+    layout = blocks(README, "text")[-1]
     names = [name for line in layout.splitlines() for name in re.findall(r"[\w/.]+", re.split(r"  +", line)[0])]
     assert len(names) > 15 and all((ROOT / "mlx_openelm" / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("index", [README, ROOT / "docs" / "README.md"], ids=by_name)
+def test_an_index_names_every_guide(index: Path) -> None:
+    guides = {*(ROOT / "docs").glob("*.md"), ROOT / "lora" / "README.md"} - {index}
+    text = section("Documentation") if index == README else index.read_text()
+    named = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", text)}
+    assert guides - {ROOT / "docs" / "README.md"} <= named
+
+
+def test_the_text_shown_is_the_text_generated(clone: Path) -> None:
+    if backend.on_gpu():
+        pytest.skip("shown is a CPU's text: bfloat16 may round another way")
+    command = next(line for line in commands(README) if line.startswith("python generate.py"))
+    assert run(command, clone).stdout == blocks(README, "text")[0]
+
+
+def test_the_table_of_models_is_what_info_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not backend.has_kernels():
+        pytest.skip("the table is for a CPU with our kernels")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sizes
+
+    assert "\n".join(sizes.table()) in section("The models")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of every row of the Markdown tables in a text, without heads."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in rows if re.fullmatch(r"[\d.,]+", row[1])]
+
+
+def test_the_speeds_are_those_of_the_benchmarks() -> None:
+    """Both numbers of each comparison are in one row, which is about the same model and weights."""
+    measured = table_rows((ROOT / "docs" / "benchmarks.md").read_text())
+    rows = table_rows(section("Speed"))
+    assert len(rows) >= 10
+    for name, ours, *others in rows:
+        about = set(re.findall(r"270M|3B|bfloat16|4 bit|LoRA|decoding|prompt of 512", name))
+        for other in filter(None, others):
+            assert any(row[1:3] == [ours, other] and all(word in row[0] for word in about) for row in measured), name
+
+
+def test_pictures_are_small_and_are_drawn_by_a_command_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import pictures
+
+    assert {path.name for path in pictures.IMAGES.iterdir()} == {"losses.png"}
+    assert (pictures.IMAGES / "losses.png").stat().st_size < 150_000
+    assert shlex.join(pictures.training_command()) in section("Fine-tuning")
+    assert why_not_run(f"mlx-openelm {shlex.join(pictures.training_command())}") == "minutes"  # no download
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
@@ -115,7 +181,7 @@ def test_commands_run_as_written(document: Path, clone: Path) -> None:
     if any("gguf" in command for command in commands(document)):
         pytest.importorskip("gguf")
     able = [command for command in commands(document) if why_not_run(command) is None]
-    assert len(able) >= FEWEST[document.name]
+    assert len(able) >= FEWEST[by_name(document)]
     for command in able:
         done = run(command, clone)
         assert done.returncode == 0, (command, done.stderr)
@@ -133,8 +199,7 @@ def test_every_command_is_accepted_by_its_parser(document: Path) -> None:
 
 def test_fine_tuning_runs_in_order(clone: Path) -> None:
     """The README's section, in two steps instead of many, and with `tiny` instead of the 270M model."""
-    section = (ROOT / "README.md").read_text().partition("## Fine-tuning\n")[2].partition("\n## ")[0]
-    lines = [line for line in commands(ROOT / "README.md") if line in section]
+    lines = [line for line in commands(README) if line in section("Fine-tuning")]
     assert [words(line)[1] for line in lines] == ["lora", "lora", "lora", "lora", "generate", "fuse"]
     for line in lines:
         shorter = re.sub(r"--(iters|epochs) \d+", "--iters 2", line).replace("--model 270m", "--model tiny")
@@ -146,12 +211,12 @@ def test_fine_tuning_runs_in_order(clone: Path) -> None:
 
 
 def test_an_unknown_flag_is_detected() -> None:
-    with pytest.raises(RequestError, match="--q-bit "):
+    with pytest.raises(RequestError, match="q_bit "):
         parse(["convert", "--q-bit", "4"])
 
 
 def test_the_python_runs_as_written(tmp_path: Path) -> None:
-    for block in blocks(ROOT / "README.md", "python"):
+    for block in blocks(README, "python"):
         script = tmp_path / "snippet.py"
         script.write_text(block)
         done = run(f"{sys.executable} {script}", tmp_path)

@@ -97,12 +97,12 @@ def test_without_a_recipe_all_matrices_get_the_same_bits():
 @pytest.mark.parametrize(
     "request_,message",
     [
-        ({"recipe": "mixed_5_6"}, "--recipe must be one of mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6"),
-        ({"recipe": "mixed_3_6", "bits": 4}, "leave --q-bits and --q-mode out"),
-        ({"recipe": "mixed_3_6", "mode": "mxfp4"}, "leave --q-bits and --q-mode out"),
-        ({"recipe": "mixed_3_6", "group_size": 48}, "--q-group-size must be 32, 64 or 128"),
-        ({"bits": 7}, "--q-bits must be"),
-        ({"mode": "nf4"}, "--q-mode must be one of"),
+        ({"recipe": "mixed_5_6"}, "recipe must be one of mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6"),
+        ({"recipe": "mixed_3_6", "bits": 4}, "leave q_bits and q_mode out"),
+        ({"recipe": "mixed_3_6", "mode": "mxfp4"}, "leave q_bits and q_mode out"),
+        ({"recipe": "mixed_3_6", "group_size": 48}, "q_group_size must be 32, 64 or 128"),
+        ({"bits": 7}, "q_bits must be"),
+        ({"mode": "nf4"}, "q_mode must be one of"),
     ],
 )
 def test_invalid_requests_are_refused(request_, message):
@@ -126,12 +126,12 @@ def test_a_packing_carries_the_flags_that_commands_share():
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"quantize": True, "dequantize": True}, "either -q or --dequantize"),
-        ({"q_bits": 4}, "need -q"),
-        ({"recipe": "mixed_3_6"}, "need -q"),
-        ({"q_mode": "mxfp4", "dequantize": True}, "need -q"),
-        ({"quantize": True, "q_bits": 7}, "--q-bits must be 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "recipe": "mixed_3_6", "q_bits": 4}, "leave --q-bits and --q-mode out"),
+        ({"quantize": True, "dequantize": True}, "either quantize or dequantize"),
+        ({"q_bits": 4}, "need quantize"),
+        ({"recipe": "mixed_3_6"}, "need quantize"),
+        ({"q_mode": "mxfp4", "dequantize": True}, "need quantize"),
+        ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "recipe": "mixed_3_6", "q_bits": 4}, "leave q_bits and q_mode out"),
     ],
 )
 def test_contradictory_packings_are_refused(flags, expected):
@@ -144,5 +144,5 @@ def test_only_a_packed_model_is_unpacked():
     packed = Checkpoint(config, Weights({}), {"lm_head": Quantization(64, 4)})
     Packing(dequantize=True).check(packed)
     Packing().check(Checkpoint(config, Weights({})))
-    with pytest.raises(RequestError, match="nothing to --dequantize"):
+    with pytest.raises(RequestError, match="nothing to dequantize"):
         Packing(dequantize=True).check(Checkpoint(config, Weights({})))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_openelm.cli.main import main
-from mlx_openelm.generation.decoding import Piece
+from mlx_openelm.generation.piece import Piece
 from mlx_openelm.generation.repetition import ends_in_loop
 
 import pytest

@@ -9,7 +9,15 @@ from typing import Any
 
 from mlx_openelm import native
 from mlx_openelm.cache import make_cache
-from mlx_openelm.model import Attention, FeedForward, Linear, OpenELM, RMSNorm, TransformerLayer
+from mlx_openelm.model import (
+    Attention,
+    FeedForward,
+    Linear,
+    OpenELM,
+    QuantizedEmbedding,
+    RMSNorm,
+    TransformerLayer,
+)
 from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import forward
 
@@ -164,3 +172,28 @@ def test_the_classes_replaced_here_match_the_model() -> None:
     found = layer, layer.attn, layer.ffn, layer.attn_norm, layer.attn.out_proj
     assert [*map(type, found)] == [TransformerLayer, Attention, FeedForward, RMSNorm, Linear]
     assert native.kernels is None or hasattr(native.kernels, "layer")
+
+
+def test_a_wrapped_final_norm_is_used_in_generation_and_training() -> None:
+    model = make_model(make_config())
+    tokens = mx.array([PROMPT])
+    expected = model.hidden_states(tokens) * 0.5
+    cached = model.hidden_states(tokens, make_cache(len(model.layers))) * 0.5
+    norm = model.transformer.norm = Wrapper(model.transformer.norm)
+    assert mx.array_equal(model.hidden_states(tokens), expected)
+    assert mx.array_equal(model.hidden_states(tokens, make_cache(len(model.layers))), cached)
+    segments = mx.zeros(tokens.shape, mx.int32)
+    np.testing.assert_allclose(
+        forward.hidden_states(model, tokens, segments, recompute=NOTHING), expected[0], rtol=1e-4, atol=1e-5
+    )
+    assert norm.calls == 3
+
+
+def test_a_packed_embedding_can_be_made_as_mlxs() -> None:
+    layer = QuantizedEmbedding(96, 64)
+    assert (layer.num_embeddings, layer.dims) == (96, 64)
+    embedding = make_model(make_config()).transformer.token_embeddings
+    sizes = embedding.weight.shape
+    for packed in (embedding.to_quantized(32, 8), QuantizedEmbedding.from_embedding(embedding, 32, 8)):
+        assert (packed.num_embeddings, packed.dims) == sizes
+        np.testing.assert_allclose(packed(mx.array([3])), embedding(mx.array([3])), atol=0.02)

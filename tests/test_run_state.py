@@ -119,7 +119,7 @@ def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, harm, named)
 
     for step in kept.steps():
         harm(kept.path(step))
-    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start a new run with --overwrite"):
+    with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start a new run with overwrite=True"):
         kept.load(messages.append)
 
 
@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(OpenELMError, match="0000002 failed: No space left on device.* step 1 is intact.*--resume"):
+    with pytest.raises(OpenELMError, match="0000002 failed: No space left on device.* step 1 is intact.*resume"):
         kept.save(RunState(step=2), tensors(2))
     assert {path.name: path.read_bytes() for path in kept.path(1).iterdir()} == before
     assert [entry.name for entry in kept.folder.iterdir()] == ["0000001"]

@@ -210,3 +210,13 @@ def test_mutated_files_are_read_or_refused_as_by_the_library(tmp_path: Path) -> 
             check_equal(path, expected)
             read += 1
     assert read > 80 and refused > 250
+
+
+def test_tensors_come_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """The order in which they are written again, and in which a disk is read from front to back."""
+    names = [f"{letter}{n}" for n in range(20) for letter in "zam"]
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {name: mx.zeros(3) for name in names})
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    stored = [name for name in header if name != "__metadata__"]
+    assert list(read_tensors([tmp_path / "model.safetensors"])) == stored

@@ -101,5 +101,5 @@ def test_a_single_step_has_the_full_rate() -> None:
 def test_a_run_of_warm_up_alone_is_refused() -> None:
     options = TrainOptions(warmup=50, epochs=1.0)
     options.check()
-    with pytest.raises(RequestError, match="--warmup 50 takes all 40 steps"):
+    with pytest.raises(RequestError, match="warmup 50 takes all 40 steps"):
         learning_rate(options, 0, 40)

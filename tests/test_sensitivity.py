@@ -201,7 +201,7 @@ def test_a_wider_dtype_for_the_rest_leaves_fewer_bits(measured, model):
 
 
 def test_too_small_a_budget_is_refused_with_the_minimum(measured, model):
-    with pytest.raises(RequestError, match=r"--target-bpw 2 is too small: this model needs at least \d\.\d\d"):
+    with pytest.raises(RequestError, match=r"target_bpw 2 is too small: this model needs at least \d\.\d\d"):
         assign(measured.costs, model.config, 2, mx.bfloat16)
     with pytest.raises(RequestError, match="too small"):
         assign(measured.costs, model.config, -1, mx.bfloat16)

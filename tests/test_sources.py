@@ -71,7 +71,7 @@ def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.Monk
     assert (source.path, source.checkpoint, source.tokenizer) == (path, whole.checkpoint, whole.tokenizer)
     other = open_source(path, tokenizer=FOLDER / "tokenizer.model")
     assert other.tokenizer is not whole.tokenizer
-    with pytest.raises(RequestError, match="--config-yaml belongs"):
+    with pytest.raises(RequestError, match="config_yaml belongs"):
         open_source(path, config_yaml=tmp_path / "run.yaml")
 
 
@@ -80,7 +80,7 @@ def test_revision_and_config_yaml_are_refused_where_they_do_not_apply(tmp_path: 
     for model in (tmp_path / "c.pt", "corenet:270M/checkpoint_average"):
         with pytest.raises(RequestError, match="no revision 'main'"):
             open_source(model, revision="main")
-    with pytest.raises(RequestError, match="--config-yaml belongs"):
+    with pytest.raises(RequestError, match="config_yaml belongs"):
         open_source(FOLDER, config_yaml=tmp_path / "run.yaml")
 
 
@@ -248,7 +248,7 @@ def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest
     name = "corenet:270M/checkpoint_average"
     path = corenet.download(name)
     assert path.read_bytes() == BYTES
-    assert capfd.readouterr().err == f"Downloading {name} ...\nDownloaded {name}\n"
+    assert capfd.readouterr().err == f"Downloading {name}, 1.0 MB ...\nDownloaded {name}\n"
     assert corenet.download("corenet:270m/checkpoint_average.pt") == path
     assert server.requests == [(AVERAGE, None)]
     assert cached(tmp_path) == ["checkpoint_average.pt"]
@@ -330,7 +330,9 @@ def test_server_errors(server: Server, tmp_path: Path, monkeypatch: pytest.Monke
             corenet.download(name)
         assert caught.value.exit_code == 1
     server.close()
-    with pytest.raises(OpenELMError, match="Cannot reach 127.0.0.1"):
+    with pytest.raises(
+        OpenELMError, match="cannot reach 127.0.0.1 and corenet:270M/checkpoint_average is not in .* run `curl "
+    ):
         corenet.download(name)
     monkeypatch.setenv(corenet.URL_VARIABLE, "somewhere")
     with pytest.raises(RequestError, match="must be a whole address"):
@@ -404,3 +406,19 @@ def test_a_downloaded_port_folder_loads(server: Server, tmp_path: Path, referenc
     logits = np.array(model(mx.array([reference["ids"][0]])))[0]
     assert np.abs(logits - reference["logits_0"]).max() < 1e-4
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent / "fixtures" / "shakespeare-hf")
+    with pytest.raises(RequestError, match="there is no model named"):
+        open_source(name)
+
+
+def test_a_lack_of_memory_is_not_called_a_damaged_file() -> None:
+    source = open_source("tiny")
+    message = "[malloc] Unable to allocate 123456789 bytes."
+    with pytest.raises(RuntimeError, match="Unable to allocate"), source.reading():
+        raise RuntimeError(message)
+    with pytest.raises(OpenELMError, match="the disk may be failing"), source.reading():
+        raise RuntimeError("[read] Unable to read from file.")

@@ -105,7 +105,7 @@ def test_text_is_printed_at_once_if_no_stop_string_has_begun():
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "", [None], [3]])
 def test_empty_stop_strings_are_refused(stops):
-    with pytest.raises(RequestError, match="--stop must be text that is not empty"):
+    with pytest.raises(RequestError, match="stop must be text that is not empty"):
         StopStrings(stops)
 
 

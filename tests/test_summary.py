@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+from mlx_openelm import load
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats.mlx import Quantization
+from mlx_openelm.hub import corenet
 from mlx_openelm.hub.catalog import TINY_FOLDER
 from mlx_openelm.jobs.convert import convert
+from mlx_openelm.jobs.export import export
 from mlx_openelm.jobs.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
 from mlx_openelm.quantization.recipes import plan
+from mlx_openelm.sources import open_source
 
+import mlx.core as mx
 import pytest
 from fake_hub import FakeHub
+from test_corenet import fixture_weights, torch_save, write_yaml
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 # arXiv:2404.14619 and the weights published with it.
@@ -144,6 +151,62 @@ def test_an_unknown_quantization_in_a_configuration_is_accepted(hub: FakeHub, tm
     (folder / "config.json").write_text(json.dumps(values))
     hub.add("someone/model", folder)
     assert summarize("someone/model").quantization is None
+
+
+@pytest.mark.parametrize("gguf_type", ["f16", "q8_0"])
+def test_a_gguf_file_and_a_checkpoint_are_what_load_makes_of_them(gguf_type: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    export("tiny", file, format="gguf", gguf_type=gguf_type)
+    summary, source = summarize(str(file)), open_source(file)
+    assert (summary.config, summary.tokenizer) == (source.checkpoint.config, "a.gguf")
+    assert summary.rounded_to == source.checkpoint.rounded_to == (None if gguf_type == "f16" else "q8_0")
+    with pytest.raises(RequestError, match="has no revision 'v1'"):
+        summarize(str(file), revision="v1")
+    with pytest.raises(RequestError, match="--config-yaml belongs to CoreNet's .pt files"):
+        summarize(str(file), config_yaml="run.yaml")
+
+
+def test_a_corenet_checkpoint_is_read_with_its_padding_cut(hub: FakeHub, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    file = torch_save(tmp_path / "a.pt", {n: torch.from_numpy(w) for n, w in fixture_weights().items()})
+    yaml_file = write_yaml(tmp_path / "run.yaml")
+    shutil.copy(SHAKESPEARE / "tokenizer.model", tmp_path)
+    summary = summarize(str(file), config_yaml=yaml_file)
+    loaded, _ = load(file, config_yaml=yaml_file)
+    assert (summary.config, summary.parameters) == (loaded.config, 2_485_056)
+    assert (summary.bits_per_weight, summary.dtype, summary.tokenizer) == (32, "float32", "tokenizer.model")
+    with pytest.raises(RequestError, match="give its training configuration with --config-yaml"):
+        summarize(str(file))
+
+
+def test_corenet_names_are_summarized_without_a_download(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "cache"))
+    name = "corenet:270M/checkpoint_average"
+    summary = summarize(name)
+    assert (summary.name, summary.source, summary.parameters) == (name, "published", PARAMETERS["270M"])
+    with pytest.raises(RequestError, match="lora is an adapter"):
+        summarize("corenet:270M/lora")
+    with pytest.raises(RequestError, match=r"mlx-4bit is not on this machine.* or see mlx-openelm info 270m\."):
+        summarize("corenet:270M/mlx-4bit")
+    # Once downloaded, the files are read: here the port of a smaller model.
+    folder = tmp_path / "cache" / "corenet" / "mlx" / "270M-4bit"
+    folder.mkdir(parents=True)
+    weights = {n.removeprefix("transformer."): w for n, w in mx.load(str(SHAKESPEARE / "model.safetensors")).items()}
+    mx.save_safetensors(str(folder / "weights.safetensors"), weights)
+    values = json.loads((SHAKESPEARE / "config.json").read_text()) | {"model_name": "custom", "padding_index": 2048}
+    (folder / "config.json").write_text(json.dumps(values))
+    for place in ("corenet:270M/mlx-4bit", str(folder)):
+        summary = summarize(place)
+        assert (summary.source, summary.parameters, summary.tokenizer) == ("files", 2_485_056, None)
+    assert hub.requests == []
+
+
+def test_memory_is_that_of_the_models_context() -> None:
+    config = ModelConfig.from_name("270M")
+    assert memory_needed(config, {}, "float32") == memory_needed(config, {}, "float32", 2048)
+    assert summarize("tiny").memory.tokens == 512
 
 
 def test_models_that_cannot_be_summarized_are_refused(hub: FakeHub, tmp_path: Path) -> None:

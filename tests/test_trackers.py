@@ -138,14 +138,14 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorboardX", "wandb")
     assert check(None) == check("") == check(" , ") == ()
     assert check("wandb, TensorBoard,wandb") == ("wandb", "tensorboard")
-    with pytest.raises(RequestError, match="--report-to knows tensorboard and wandb, not 'swanlab'."):
+    with pytest.raises(RequestError, match="report_to knows tensorboard and wandb, not 'swanlab'."):
         check("wandb,swanlab")
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_reported_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "torch")
-    with pytest.raises(RequestError, match=rf"--report-to {name} needs .*pip install 'mlx-openelm\[trackers\]'"):
+    with pytest.raises(RequestError, match=rf"report_to {name} needs .*pip install '\.\[trackers\]'"):
         check(name)
 
 

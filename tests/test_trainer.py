@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_pat
         run(tmp_path, Counting({9: loss}), 20, describe="train.jsonl, line {}".format)
     message = str(caught.value)
     assert what in message and "at step 10" in message and "train.jsonl, line 18, train.jsonl, line 19" in message
-    assert "step 5 is intact" in message and "0000005" in message and "--resume" in message
+    assert "step 5 is intact" in message and "0000005" in message and "resume" in message
     assert Checkpoints(tmp_path / "checkpoints", keep_last=2).steps() == [5]
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_intact(tmp_path, monk
         save(file, tensors)
 
     monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(OpenELMError, match="No space left on device.*step 5 is intact.*--resume"):
+    with pytest.raises(OpenELMError, match="No space left on device.*step 5 is intact.*resume"):
         run(tmp_path, Counting(), 20)
     monkeypatch.undo()
     result, *_ = run(tmp_path, Counting(), 20)

@@ -40,7 +40,7 @@ def write_run_folder(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
 
 
 def command(*args: object, python: tuple[str, ...] = (sys.executable,)) -> list[str]:

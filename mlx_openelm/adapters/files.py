@@ -10,7 +10,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..formats import mlx_adapter, peft
 from ..formats.adapter import CONFIG, FILES, Adapter
-from ..hub import catalog
+from ..hub import catalog, offline
 from ..hub.resolve import download
 from ..inputs import check_file, read_json, to_path
 
@@ -124,4 +124,4 @@ def _find(path: str | Path, revision: str | None) -> Path:
         raise RequestError(
             f"There is no adapter {quote(text)}: adapters are folders, .safetensors or .pt files, or hub repositories."
         )
-    return download(text, revision=revision, patterns=FILES)
+    return download(text, revision=revision, patterns=FILES, advice=offline.adapter(text, revision))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, Self
 
 import mlx.core as mx
@@ -23,6 +24,14 @@ class Cache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache
+
+    def __copy__(self) -> Self:
+        """A cache of the same positions, which updates of the other do not change.
+
+        Shared arrays would be changed: MLX assigns to a part of an array in place. Copies of arrays share their memory
+        until one of them is assigned to.
+        """
+        return deepcopy(self)
 
     def empty(self) -> bool:
         """Whether there was no update yet."""

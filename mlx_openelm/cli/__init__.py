@@ -1,1 +1,1 @@
-"""The command line: one module a command, which parses and prints and decides nothing."""
+"""The command line: one module per command, which parses and prints and decides nothing."""

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from .. import console
 from ..inputs import to_path
 from ..jobs.average import average
 from ..wording import size
-from . import console, flags
+from . import flags
 
+MAIN_FLAGS = ("--mlx-path", "--dtype", "--overwrite", "--json")
 EXAMPLES = """\
   mlx-openelm average my_checkpoint_1.pt my_checkpoint_2.pt --mlx-path mean"""
 
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `average` to its parser."""
-    parser.usage = f"{parser.prog} [flags] MODEL [MODEL ...]"
+    parser.usage = f"{parser.prog} MODEL [MODEL ...] [flags]"
     parser.groups["Arguments"].add_argument(
         "models",
         nargs="+",
         metavar="MODEL",
-        help="Two checkpoints or more: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME.",
+        help="Two or more checkpoints: folders, names, CoreNet's .pt files, .gguf files, corenet:SIZE/NAME.",
     )
     common = parser.groups["Common flags"]
     flags.add_shared(common, "--mlx-path")
     common.add_argument(
-        "--dtype", metavar=flags.DTYPES, help="The type to write; by default as stored, float32 if they differ."
+        "--dtype", metavar=flags.DTYPES, help="Type to write.  [default: as stored; float32 if they differ]"
     )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_shared(parser.groups["Source"], "--tokenizer", "--config-yaml")
@@ -36,16 +38,14 @@ def run(args: Namespace) -> int:
 
     Means are computed in float32, tensor by tensor. CoreNet averages the last five checkpoints of a training.
     """
-    with console.Progress("Writing", unit="bytes") as progress:
-        path = average(
-            args.models,
-            to_path(args.mlx_path),
-            dtype=args.dtype,
-            tokenizer=args.tokenizer,
-            config_yaml=args.config_yaml,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
+    path = average(
+        args.models,
+        to_path(args.mlx_path),
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
+        overwrite=args.overwrite,
+    )
     written = sum(file.stat().st_size for file in path.iterdir())
     if args.json:
         console.print_json({"models": args.models, "mlx_path": str(path), "size": written})

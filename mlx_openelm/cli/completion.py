@@ -86,7 +86,7 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
                 files = or_file if takes_others else ""
                 values.append(f"        {pattern}) {reply.format(' '.join(choices))}{files}; return;;")
         flags.append(f'        "{name} -"*) {reply.format(" ".join(parser.flags))};;')
-    flags.append(f'        " "*) {reply.format(" ".join(commands))};;')
+    flags.append(f'        " "*) {reply.format(" ".join(["help", *commands]))};;')
     template = _BASH if shell == "bash" else _ZSH
     return template.format(
         function=program.replace("-", "_"),
@@ -123,6 +123,9 @@ def _fish(program: str, own: Parser, commands: Commands) -> str:
     lines = []
     for name, (line, _) in commands.items():
         lines.append(f"complete -c {program} -n __fish_use_subcommand -f -a {name} -d {_quoted(line)}")
+    lines.append(f"complete -c {program} -n __fish_use_subcommand -f -a help -d 'Show the help of a command'")
+    of_help = _quoted("__fish_seen_subcommand_from help")
+    lines.append(f"complete -c {program} -n {of_help} -f -a {_quoted(' '.join(commands))}")
     parsers = {"__fish_use_subcommand": own}
     parsers |= {f"__fish_seen_subcommand_from {name}": parser for name, (_, parser) in commands.items()}
     for condition, parser in parsers.items():

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import backend, blas
+from .. import backend, blas, console
 from ..errors import OpenELMError
 from ..hub import catalog
 from ..version import __version__
 from ..wording import size
-from . import console, flags
+from . import flags
 
 _MLX_GLIBC = (2, 35)  # what MLX's Linux wheels are built against
 _MLX_WHEELS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
@@ -44,6 +44,7 @@ class Finding:
     failed: bool = False
 
 
+MAIN_FLAGS = ("--json",)
 EXAMPLES = """\
   mlx-openelm doctor"""
 
@@ -60,12 +61,14 @@ def run(args: Namespace) -> int:
     if args.json:
         console.print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings]})
     else:
-        width = max(len(finding.name) for finding in findings)
-        for finding in findings:
-            print(f"{finding.name:{width}}  {finding.value}")
-            if finding.advice:
-                print(f"{'':{width}}  -> {finding.advice}")
+        console.print_rows(row for finding in findings for row in _rows(finding))
     return 1 if failed else 0
+
+
+def _rows(finding: Finding) -> Iterator[tuple[str, str]]:
+    yield finding.name, finding.value
+    if finding.advice:
+        yield "", f"-> {finding.advice}"
 
 
 def examine() -> Iterator[Finding]:
@@ -150,11 +153,22 @@ def _blas(state: str, library: str) -> Finding:
         "off": f"the one in MLX's wheel, since {blas.VARIABLE} says so",
         "unneeded": "the system's",
     }
-    advice = blas.problem()
-    if state == "off":
-        advice = f"unset {blas.VARIABLE} to use OpenBLAS"
     name = names.get(state, "the slow one in MLX's wheel")
-    return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", advice)
+    return Finding("BLAS", f"{name}, {_gigaflops():.0f} GFLOP/s in float32", _blas_advice(state, library))
+
+
+def _blas_advice(state: str, library: str) -> str | None:
+    """How to get a fast BLAS, and what that makes faster; None if there is one."""
+    from ..native import status
+
+    if state in ("loaded", "unneeded"):
+        return None
+    ways = {"off": f"unset {blas.VARIABLE}", "late": "import mlx_openelm before mlx.core"}
+    way = ways.get(state) or (f"correct or unset {blas.VARIABLE}={library}" if library else blas.ADVICE)
+    slow = "everything is slow with it"
+    if status.state == "used":
+        slow = "training and learned quantization are slow with it, generating is not"
+    return f"{slow}: {way}"
 
 
 def _gigaflops(size: int = 512) -> float:
@@ -183,7 +197,7 @@ def _packages() -> Iterator[Finding]:
     advice = f"pip install {' '.join(missing)}" if missing else None
     yield Finding("Packages", present, advice)
     for name, (purpose, extra) in _OPTIONAL.items():
-        yield Finding(name, _version(name) or f"not installed ({purpose}: pip install 'mlx-openelm[{extra}]')")
+        yield Finding(name, _version(name) or f"not installed ({purpose}: pip install '.[{extra}]')")
 
 
 def _version(package: str) -> str | None:

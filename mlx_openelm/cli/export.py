@@ -6,14 +6,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
-from ..jobs.export import Export, export
+from ..inputs import to_path
+from ..jobs.export import check_output, export
 from ..publishing import upload as publishing
-from ..publishing.upload import Upload, UploadOptions
+from ..publishing.upload import UploadOptions
 from ..wording import size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
+MAIN_FLAGS = ("--format", "--model", "--output", "--gguf-type", "--dtype", "--overwrite", "--upload-repo", "--json")
 EXAMPLES = """\
   mlx-openelm export --format huggingface --output tiny-hf
   mlx-openelm export --format gguf --gguf-type q8_0 --output tiny-q8_0.gguf"""
@@ -26,19 +29,21 @@ def add_flags(parser: flags.Parser) -> None:
         "--format",
         required=True,
         metavar="huggingface|gguf",
-        help="A folder like apple/OpenELM-*, or a file for llama.cpp.",
+        help="Format to write: a folder like apple/OpenELM-* for transformers, or a file for llama.cpp.",
     )
     flags.add_shared(common, "--model")
     common.add_argument(
-        "--output", metavar="PATH", help="The folder or file to write; NAME-hf or NAME-TYPE.gguf by default."
+        "--output", metavar="PATH", help="Folder or file to write.  [default: NAME-hf or NAME-TYPE.gguf]"
     )
     common.add_argument(
         "--gguf-type",
         metavar="f32|f16|bf16|q8_0|q4_0",
-        help="The type of a GGUF file's matrices; f16 by default (bf16 for the 3B model).",
+        help="Type of the matrices in a GGUF file.  [default: f16; bf16 for the 3B model]",
     )
     common.add_argument(
-        "--dtype", metavar=flags.DTYPES, help="For huggingface; the stored type by default, float32 if quantized."
+        "--dtype",
+        metavar=flags.DTYPES,
+        help="Type to write, for --format huggingface.  [default: as stored; float32 if quantized]",
     )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
@@ -54,10 +59,12 @@ def run(args: Namespace) -> int:
     if args.format == "gguf" and args.output is not None and Path(args.output).suffix.lower() != ".gguf":
         raise RequestError(f"A GGUF file's name must end in .gguf, and --output {args.output} does not; add it.")
     publishing.check(upload)
-    with console.Progress("Writing", unit="bytes") as progress:
+    # Without --output, `export` names the output and the folder is the current one.
+    output = None if args.output is None else to_path(args.output)
+    with upload_command.output_folder(output or Path("export"), upload) as folder:
         result = export(
             args.model,
-            args.output,
+            None if output is None else folder / output.name,
             format=args.format,
             gguf_type=args.gguf_type,
             dtype=args.dtype,
@@ -65,28 +72,29 @@ def run(args: Namespace) -> int:
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=progress,
+            folder=folder,
         )
+        path = output or Path(result.path.name)
+        if upload.dry_run:
+            check_output(path, args.format, overwrite=args.overwrite)
+        if not args.json:  # before an upload, which can fail
+            bits = f"{result.bits_per_weight:.2f} bits per weight"
+            print(f"{upload_command.wrote(upload)} {path}: {result.type}, {bits}, {size(result.size)}")
+            for name, what in result.exceptions.items():
+                print(f"  {name}: {what}")
+        sent = upload_command.publish_written(result.path, upload, path, card=result.card, licenses=result.licenses)
     if args.json:
-        values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(result.path)}
+        values: dict[str, Any] = {"model": args.model, "format": args.format, "path": str(path)}
         values |= {
             "type": result.type,
             "size": result.size,
             "bits_per_weight": result.bits_per_weight,
             "exceptions": result.exceptions,
         }
-        if upload.upload_repo is not None:
-            values["upload"] = upload_command.to_json(_publish(result, upload))
+        if sent is not None:
+            values["upload"] = upload_command.to_json(sent)
         console.print_json(values)
         return 0
-    bits = f"{result.bits_per_weight:.2f} bits per weight"
-    print(f"Wrote {result.path}: {result.type}, {bits}, {size(result.size)}")
-    for name, what in result.exceptions.items():
-        print(f"  {name}: {what}")
-    if upload.upload_repo is not None:
-        upload_command.show(_publish(result, upload))
+    if sent is not None:
+        upload_command.show(sent)
     return 0
-
-
-def _publish(result: Export, options: UploadOptions) -> Upload:
-    return publishing.publish(result.path, options, card=result.card, licenses=result.licenses)

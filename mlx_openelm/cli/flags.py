@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import sys
 from argparse import BooleanOptionalAction
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ..console import columns, say
 from ..errors import RequestError, quote
 from ..hub import catalog
 
@@ -23,8 +23,8 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 # The headings of every command's `--help`, in their order; one without flags is not shown.
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
-    *("Training", "Data", "Adapter", "Optimizer", "Memory", "Validation", "Checkpoints", "Reports"),
-    *("Sampling", "Penalties", "Chat", "Windows", "Measuring"),
+    *("Training", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
+    *("Prompt", "Sampling", "Penalties", "Windows", "Measuring"),
     *("Quantization", "Calibration", "Report"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )
@@ -37,21 +37,31 @@ class Parser(argparse.ArgumentParser):
         prog: how the command is called, like `mlx-openelm generate`.
         description: the text below the usage; empty lines separate paragraphs.
         examples: command lines, one a line.
+        main_flags: those that `--help` lists first.
+        commands: names and texts that `--help` lists before the flags.
     """
 
-    def __init__(self, prog: str, description: str, examples: str):
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        examples: str,
+        main_flags: Sequence[str] = (),
+        commands: Mapping[str, str] | None = None,
+    ):
         super().__init__(
             prog,
             f"{prog} [flags]",
             inspect.cleandoc(description),
-            f"Examples:\n{examples}",
-            formatter_class=HelpFormatter,
+            examples,
             add_help=False,
             allow_abbrev=False,
             exit_on_error=False,
         )
         self.flags = self._option_string_actions  # every spelling of every flag
         self.groups = {title: self.add_argument_group(title) for title in _GROUPS}
+        self.main_flags, self.commands = main_flags, commands or {}
+        self.defaults: dict[str, Any] = {}  # of the fields of dataclasses, for `--help`
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """The values on a command line.
@@ -59,11 +69,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             RequestError: an unknown flag, a missing or wrong value, an argument too many.
         """
-        words = self._normalized(args)
-        # Arguments may stand between flags; argparse allows that only without `--`.
-        parse_known = self.parse_known_args if "--" in words else self.parse_known_intermixed_args
         try:
-            values, rest = parse_known(words)
+            values, rest = self.parse_known_args(self._normalized(args))
         except argparse.ArgumentError as error:
             if error.argument_name is None:
                 self.error(error.message)
@@ -72,11 +79,15 @@ class Parser(argparse.ArgumentParser):
             is_extra = error.message.startswith("ignored explicit argument")  # -q4
             raise RequestError(f"{name} {'takes no value' if is_extra else error.message}.") from None
         for word in rest:
-            if word.startswith("-") and word not in ("-", "--"):
-                self.error(f"{self.prog} has no flag {word}")
             if word != "--":
                 self.error(f"unexpected argument {quote(word)}")
         return values
+
+    def format_help(self) -> str:
+        """The help, as wide as the terminal."""
+        from .help_text import render
+
+        return render(self, columns(sys.stdout) or 80)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line, with a pointer to its help."""
@@ -90,42 +101,61 @@ class Parser(argparse.ArgumentParser):
         print(message, end="", file=file or sys.stdout, flush=True)
 
     def _normalized(self, args: Sequence[str]) -> list[str]:
-        """One word for each flag: `--flag value` as `--flag=value`, `--switch False` as `--no-switch`.
+        """One word for each flag: `--flag value` as `--flag=value`, `--switch False` as `--no-switch`; arguments last.
 
-        argparse takes a separate `-inf` or `--x` for a flag. A word that cannot be right is refused here, before
-        argparse complains of flags that are missing.
+        argparse takes a separate `-inf` or `--x` for a flag, and arguments between flags for several lists. A word
+        that cannot be right is refused here, before argparse complains of flags that are missing.
         """
         result: list[str] = []
+        arguments: list[str] = []
         words = deque(args)
         takes_arguments = any(not action.option_strings for action in self._actions)
-        may_be_value = False
+        switch_values = ("true", "false") if takes_arguments else _ON + _OFF
         while words:
             word = words.popleft()
             if word == "--":
-                return [*result, word, *words]
+                arguments += words
+                break
             flag, equals, value = word.partition("=")
             action = self.flags.get(flag)
-            if isinstance(action, BooleanOptionalAction):
-                if words and not (equals or takes_arguments) and words[0].lower() in _ON + _OFF:
+            if not word.startswith("-") or word == "-":
+                arguments.append(word)
+                continue
+            if action is None:
+                if (flag.startswith("--") or flag[:2] not in self.flags) and self._is_refused(flag):
+                    continue
+            elif isinstance(action, BooleanOptionalAction):
+                if words and not equals and words[0].lower() in switch_values:
                     equals, value = "=", words.popleft()
                 if equals:
                     word = self._switch(action, flag, value)
-            elif action is not None and action.nargs == 0 and equals:
+            elif action.nargs == 0 and equals:
                 self.error(f"{flag} takes no value")
-            elif action is not None and action.nargs is None and not equals:
-                if not words:
-                    self.error(f"{flag} needs a value")
+            elif action.nargs is None and not equals:
+                if not words or words[0].partition("=")[0] in self.flags:  # a flag is no value: that was forgotten
+                    self._refuse_value(flag, *list(words)[:1])
                 word = f"{flag}={words.popleft()}"
-            elif action is None and flag.startswith("--"):
-                hint = did_you_mean(flag, self.flags)
-                self.error(f"{self.prog} has no flag {flag}{hint and f' ({hint})'}")
-            elif action is None and flag.startswith("-") and flag[:2] not in self.flags and flag[1:2].isalpha():
-                self.error(f"{self.prog} has no flag {flag}")
-            elif not flag.startswith("-") and not takes_arguments and not may_be_value:
-                self.error(f"unexpected argument {quote(word)}")
-            may_be_value = action is not None and action.nargs == "?" and not equals
+            elif action.nargs == "?" and not equals and words and not words[0].startswith("-"):
+                word = f"{flag}={words.popleft()}"
             result.append(word)
-        return result
+        if arguments and not takes_arguments:
+            self.error(f"unexpected argument {quote(arguments[0])}")
+        return [*result, "--", *arguments] if arguments else result
+
+    def _refuse_value(self, flag: str, word: str | None = None) -> NoReturn:
+        """Say that a flag needs a value: `word`, the next, is a flag, or there is none."""
+        hint = "" if word is None else f", and {word} is a flag; if it is the value, write {flag}={word}"
+        self.error(f"{flag} needs a value{hint}")
+
+    def _is_refused(self, flag: str) -> bool:
+        """Explain an unknown flag: raise an error, or return True after a warning if it can be left out."""
+        from . import suggestions
+
+        reason = suggestions.not_needed(flag)
+        if reason is None:
+            raise RequestError(suggestions.unknown_flag(self.prog, flag, self.flags))
+        say(f"warning: {flag} is not needed: {reason}.")
+        return True
 
     def _switch(self, action: BooleanOptionalAction, flag: str, value: str) -> str:
         """The spelling of a switch, on or off, that means `flag=value`."""
@@ -135,14 +165,6 @@ class Parser(argparse.ArgumentParser):
             raise RequestError(f"{flag} must be True or False, got {quote(value)}.")
         on, off, *_ = action.option_strings
         return on if value.lower() in _ON else off
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean --temp?` for `--temperature`; empty if no known word is similar."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
-    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
-    return f"did you mean {' or '.join(close[:2])}?" if close else ""
 
 
 def integer(text: str) -> int:
@@ -161,25 +183,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {quote(text)}") from None
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Paragraphs are filled; indented lines (examples, lists) stay as they are."""
-
-    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
-        super().add_usage(usage, actions, groups, "Usage: ")
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        paragraphs = text.split("\n\n")
-        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in paragraphs)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """`--max-tokens, -m N`: the value once, after the last spelling."""
-        flags = ", ".join(action.option_strings)
-        if action.nargs == 0:
-            return flags
-        return f"{flags} [{action.metavar}]" if flags and action.nargs == "?" else f"{flags} {action.metavar}".lstrip()
-
-
 # How argparse handles a field, by its type; other types are lists, whose flags may be repeated.
 _TYPES: dict[Any, dict[str, Any]] = {
     bool: {"action": BooleanOptionalAction},
@@ -191,46 +194,45 @@ _REPEATABLE: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
 
 # A switch that is off by default. Every switch has a --no- form.
 SWITCH: dict[str, Any] = {"action": BooleanOptionalAction, "default": False}
-DTYPES = "float32|float16|bfloat16"
+DTYPES = "float32|float16|bfloat16"  # fp32, fp16 and bf16 too
 _SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "metavar": "MODEL",
         "default": catalog.TINY,
-        "help": "A name (270m, 1.1b-instruct, tiny), a hub repository, a folder, a .pt or .gguf file.  "
+        "help": "Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
         "[default: %(default)s]",
     },
     "--adapter-path": {
         "action": "append",
         "metavar": "PATH",
-        "help": "An adapter: a folder, a file, a hub repository, or corenet:270M/lora. Repeat it as PATH=WEIGHT to mix "
-        "LoRA adapters.",
+        "help": "Adapter to use: a folder, a file, a hub repository, or corenet:270M/lora. To mix several, repeat it "
+        "as PATH=WEIGHT.",
     },
-    "--tokenizer": {"metavar": "PATH", "help": "A tokenizer file or folder to use instead of the model's own."},
+    "--tokenizer": {"metavar": "PATH", "help": "Tokenizer file or folder.  [default: the model's own]"},
     "--config-yaml": {
         "metavar": "FILE",
-        "help": "The training configuration of a CoreNet checkpoint; published sizes need none.",
+        "help": "Training configuration of a CoreNet checkpoint; the four published sizes need none.",
     },
-    "--revision": {"metavar": "NAME", "help": "A branch, tag or commit on the hub."},
-    "--dtype": {"metavar": DTYPES, "help": "The type to compute in; by default the one that suits the device."},
+    "--revision": {"metavar": "NAME", "help": "Branch, tag or commit of the model's hub repository.  [default: main]"},
+    "--dtype": {"metavar": DTYPES, "help": "Type to compute in.  [default: what suits the device]"},
     "--expand": {
         "action": BooleanOptionalAction,
-        "help": "Unpack quantized weights at load, or keep them packed. By default they are unpacked only on a CPU "
-        "without our kernels, while memory allows.",
+        "help": "Unpack quantized weights at load, or keep them packed.  [default: unpack if packed is slow]",
     },
     "--exact-activations": {
         **SWITCH,
-        "help": "On a CPU, do not round the activations that quantized weights are multiplied with; by default they "
-        "are rounded to 8 bits if the weights have 6 or less.",
+        "help": "Do not round activations. On a CPU they are otherwise rounded to 8 bits where they meet weights of 6 "
+        "bits or less, which is faster.",
     },
     "--mlx-path": {
         "metavar": "FOLDER",
         "default": "mlx_model",
-        "help": "The folder to write.  [default: %(default)s]",
+        "help": "Folder to write.  [default: mlx_model]",
     },
-    "--overwrite": {**SWITCH, "help": "Replace the output if it exists."},
-    "--json": {**SWITCH, "help": "Print one JSON object."},
-    "--debug": {**SWITCH, "help": "Show the traceback of an error."},
-    "--help": {"action": "help", "help": "Show this help."},
+    "--overwrite": {**SWITCH, "help": "Replace the output if it exists already."},
+    "--json": {**SWITCH, "help": "Print the result as one JSON object."},
+    "--debug": {**SWITCH, "help": "Show the Python traceback of an error."},
+    "--help": {"action": "help", "help": "Show this help and exit."},
 }
 
 
@@ -257,14 +259,13 @@ def add_fields(parser: Parser, options: type) -> None:
         settings = dict(_TYPES.get(kind, _REPEATABLE))
         if option.metavar:
             settings["metavar"] = option.metavar
-        default = "on" if field.default is True else field.default
-        has_default = default is not None and default is not False and default != ()
+        parser.defaults[field.name] = option.default or field.default
         parser.groups[option.group].add_argument(
             f"--{field.name.replace('_', '-')}",
             *option.flags,
             dest=field.name,
             default=argparse.SUPPRESS,
-            help=f"{option.help}  [default: {default}]" if has_default else option.help,
+            help=option.help,
             **settings,
         )
 

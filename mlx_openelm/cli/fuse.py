@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
 from typing import Any
 
+from .. import console
 from ..adapters.merging import Deviation
+from ..formats import atomic
 from ..inputs import to_path
 from ..jobs.fuse import Fusion, fuse
 from ..publishing import upload as publishing
 from ..publishing.upload import UploadOptions
 from ..quantization.recipes import Packing
 from ..wording import counted, size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
-_UNITS = {"Writing": "bytes", "Reading the text": "batches"}
 # Warn if less than this share of the adapters' change is left.
 _MOSTLY_LOST = 0.5
 
 
+MAIN_FLAGS = (
+    *("--model", "--adapter-path", "--save-path", "--quantize", "--q-bits", "--dequantize", "--dtype", "--overwrite"),
+    *("--upload-repo", "--json"),
+)
 EXAMPLES = """\
   mlx-openelm fuse --model 270m --adapter-path my_adapter --save-path my_model
   mlx-openelm fuse --model 270m --adapter-path my_adapter=0.7 --adapter-path my_other=0.3 -q"""
@@ -34,24 +38,26 @@ def add_flags(parser: flags.Parser) -> None:
         "--adapter-path",
         action="append",
         metavar="PATH",
-        help="An adapter of mlx-lm, PEFT or CoreNet: a folder, a file or a hub name. Repeat it as PATH=WEIGHT to mix "
-        "several.  [default: adapters]",
+        help="Adapter of mlx-lm, PEFT or CoreNet: a folder, a file or a hub repository. To mix several, repeat it as "
+        "PATH=WEIGHT.  [default: adapters]",
     )
     common.add_argument(
-        "--save-path", metavar="FOLDER", default="fused_model", help="The folder to write.  [default: %(default)s]"
+        "--save-path", metavar="FOLDER", default="fused_model", help="Folder to write.  [default: %(default)s]"
     )
     common.add_argument(
-        "--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; by default as it is stored."
+        "--dtype", metavar=flags.DTYPES, help="Type of the weights that are not quantized.  [default: as stored]"
     )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_fields(parser, Packing)
     measuring.add_argument(
-        "--report", **flags.SWITCH, help="Also measure on text what storing the result costs (KL divergence)."
+        "--report",
+        **flags.SWITCH,
+        help="Also measure on text how far the result is from the model with its adapters (KL divergence).",
     )
     measuring.add_argument(
         "--report-data",
         metavar="FILE",
-        help="The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
+        help="Text for --report: a text file, or .jsonl with `text` on every line.  [default: a text in the package]",
     )
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
     flags.add_fields(parser, UploadOptions)
@@ -65,18 +71,14 @@ def run(args: Namespace) -> int:
     """
     upload = UploadOptions(**flags.given(args, UploadOptions))
     publishing.check(upload)
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, console.Progress] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = stack.enter_context(console.Progress(stage, unit=_UNITS.get(stage, "")))
-            bars[stage](done, total)
-
+    path = to_path(args.save_path)
+    if upload.dry_run:
+        atomic.check_target(path, overwrite=args.overwrite, flag="--save-path")
+    with upload_command.output_folder(path, upload) as folder:
         result = fuse(
             args.model,
             args.adapter_path or "adapters",
-            to_path(args.save_path),
+            folder / path.name,
             **flags.given(args, Packing),
             report=args.report,
             report_data=args.report_data,
@@ -84,13 +86,19 @@ def run(args: Namespace) -> int:
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=show,
         )
-    sent = publishing.publish(result.path, upload) if upload.upload_repo is not None else None
+        size_written = sum(file.stat().st_size for file in result.path.iterdir())
+        sent = upload_command.publish_written(result.path, upload, path)
     if args.json:
-        values = {"model": args.model, "adapter_path": args.adapter_path or ["adapters"], **_to_json(result)}
+        values = {
+            "model": args.model,
+            "adapter_path": args.adapter_path or ["adapters"],
+            "save_path": str(path.resolve()),
+        }
+        values |= _to_json(result, size_written)
         console.print_json(values | ({"upload": upload_command.to_json(sent)} if sent is not None else {}))
         return 0
+    print(f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}")
     for line in _lines(result):
         print(line)
     if sent is not None:
@@ -98,15 +106,10 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _written(result: Fusion) -> int:
-    return sum(path.stat().st_size for path in result.path.iterdir())
-
-
 def _lines(result: Fusion) -> list[str]:
-    """The lines that say what was written, and how much the adapters and the rounding changed."""
+    """The lines that say how much the adapters and the rounding changed."""
     overall = result.overall
     lines = [
-        f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(_written(result))}",
         f"  {counted(len(result.matrices), 'tensor')} changed by {overall.relative_change:.2%} (root mean square)",
     ]
     if overall.relative_error:
@@ -137,11 +140,10 @@ def _lines(result: Fusion) -> list[str]:
     return lines
 
 
-def _to_json(result: Fusion) -> dict[str, Any]:
+def _to_json(result: Fusion, size_written: int) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "save_path": str(result.path),
         "bits_per_weight": result.bits_per_weight,
-        "size": _written(result),
+        "size": size_written,
         "untied": result.untied,
         "requantized": result.requantized,
         **_deviation(result.overall),

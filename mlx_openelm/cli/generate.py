@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
 from typing import Any
 
-from .. import backend
+from .. import backend, console
 from ..errors import RequestError, quote
-from ..generation.decoding import Piece, stream_generate
+from ..generation.decoding import stream_generate
 from ..generation.options import GenerationOptions
+from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
 from ..inputs import read_stream, read_text_source, to_path
@@ -20,42 +22,61 @@ from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
-from . import console, flags
+from . import flags
 
+MAIN_FLAGS = (
+    *("--model", "--prompt", "--max-tokens", "--temp", "--top-p", "--seed", "--stop", "--system-prompt"),
+    *("--chat-template", "--adapter-path"),
+)
 EXAMPLES = """\
-  mlx-openelm generate --prompt "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
+  mlx-openelm generate "To be, or not to be"
+  mlx-openelm generate "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
   mlx-openelm generate --model 270m-instruct --prompt "Once upon a time" --repetition-penalty 1.2
   echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8"""
 
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `generate` to its parser."""
-    common, chat, model, output = (parser.groups[title] for title in ("Common flags", "Chat", "Model", "Output"))
-    flags.add_shared(common, "--model")
-    common.add_argument("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads standard input.")
-    common.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from a file.")
-    flags.add_fields(parser, GenerationOptions)
-    chat.add_argument("--chat-template", metavar="plain|corenet|FILE", help="How to write the chat.  [default: plain]")
-    chat.add_argument("--system-prompt", metavar="TEXT", help="A system message for the chat template.")
-    chat.add_argument(
-        "--prefill-response", metavar="TEXT", help="The start of the response; the output continues from there."
+    common, chat, model, output = (parser.groups[title] for title in ("Common flags", "Prompt", "Model", "Output"))
+    parser.usage = f"{parser.prog} [PROMPT] [flags]"
+    parser.groups["Arguments"].add_argument(
+        "words", nargs="*", metavar="PROMPT", help="Text to continue; the same as --prompt."
     )
-    chat.add_argument("--ignore-chat-template", **flags.SWITCH, help="Use the prompt as it is, without a template.")
+    flags.add_shared(common, "--model")
+    common.add_argument("--prompt", "-p", metavar="TEXT", help="Text to continue; - reads standard input.")
+    chat.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from this file.")
+    flags.add_fields(parser, GenerationOptions)
+    chat.add_argument(
+        "--chat-template",
+        metavar="plain|corenet|FILE",
+        help="How to write prompt and system prompt as a chat.  [default: plain]",
+    )
+    chat.add_argument(
+        "--system-prompt",
+        metavar="TEXT",
+        help="Instructions that come before the prompt, written with the chat template.",
+    )
+    chat.add_argument(
+        "--prefill-response", metavar="TEXT", help="Beginning of the response; the output continues from there."
+    )
+    chat.add_argument(
+        "--ignore-chat-template", **flags.SWITCH, help="Use the prompt as it is, without a chat template."
+    )
     chat.add_argument(
         "--extra-eos-token",
         action="append",
         metavar="TOKEN",
-        help="Another token, or its id, that ends the text; repeatable.",
+        help="Token, or its id, that also ends the text; repeatable.",
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,
         default=True,
-        help="Print statistics to standard error.  [default: on]",
+        help="Print speed and memory on standard error.  [default: on]",
     )
     output.add_argument(
-        "--logprobs", **flags.SWITCH, help="Show each token's log-probability after the text, or in the JSON."
+        "--logprobs", **flags.SWITCH, help="Show the log-probability of each token: after the text, or in the JSON."
     )
     flags.add_shared(output, "--json")
 
@@ -71,7 +92,7 @@ def run(args: Namespace) -> int:
         raise RequestError(
             "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
         )
-    prompt = _read_prompt(args.prompt, args.prompt_file)
+    prompt = _read_prompt(args.words, args.prompt, args.prompt_file)
     options = flags.given(args, GenerationOptions)
     if "logit_bias" in options:
         options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
@@ -124,20 +145,26 @@ def run(args: Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt from the argument, the file, or standard input."""
+def _read_prompt(words: list[str], prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt from the argument, the flag, the file, or standard input."""
+    if len(words) > 1 or (words and prompt is not None):
+        text = " ".join([*([prompt] if prompt is not None else []), *words])
+        raise RequestError(f"A prompt of several words needs quotes: mlx-openelm generate {shlex.quote(text)}.")
+    prompt = words[0] if words else prompt
     if prompt is not None and prompt_file is not None:
-        raise RequestError("Give either --prompt or --prompt-file.")
+        raise RequestError("Give the prompt once: as the argument, with --prompt or with --prompt-file.")
     if prompt_file is not None:
         text = _decode(read_text_source(to_path(prompt_file)), prompt_file)
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         text = _decode(read_stream(sys.stdin.buffer, "Standard input"), "Standard input")
     elif prompt is None:
-        raise RequestError('There is no prompt; give one with --prompt "...", --prompt-file, or on standard input.')
+        raise RequestError(
+            'There is no prompt; give one: mlx-openelm generate "To be", --prompt-file FILE, or on standard input.'
+        )
     else:
         text = prompt
     if not text:
-        raise RequestError("The prompt is empty; give some text with --prompt.")
+        raise RequestError("The prompt is empty; give some text.")
     return text
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
 from ..hub import catalog
 from ..jobs.summary import Summary, summarize
+from ..sources import find_release
 from ..wording import size
-from . import console, flags
+from . import flags
 
-_BAR = 24  # characters of the largest layer's bar
+# Characters of the largest layer's bar. On a terminal without room for a short one there are no bars.
+_BAR, _SHORTEST_BAR = 24, 8
+# What is said of figures that are not from a model's files.
+_NOT_HERE = {
+    "published": "The model is not on this machine: these are the published sizes; no file was read.",
+    "config": "The weights are not on this machine: these figures are from the repository's config.json.",
+}
 
-
+MAIN_FLAGS = ("--model", "--revision", "--json")
 EXAMPLES = """\
   mlx-openelm info 3b
   mlx-openelm info --model OpenELM-270M-4bit --json"""
@@ -22,15 +32,19 @@ EXAMPLES = """\
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `info` to its parser."""
-    parser.usage = f"{parser.prog} [flags] [MODEL]"
-    parser.groups["Arguments"].add_argument("name", nargs="?", metavar="MODEL", help="The same as --model.")
+    parser.usage = f"{parser.prog} [MODEL] [flags]"
+    parser.groups["Arguments"].add_argument(
+        "name", nargs="?", metavar="MODEL", help="Model to show; the same as --model."
+    )
     common = parser.groups["Common flags"]
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="A name (270m, 1.1b-instruct), a hub repository, or a folder.  [default: tiny]",
+        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file, or "
+        "corenet:SIZE/NAME.  "
+        "[default: tiny]",
     )
-    flags.add_shared(common, "--revision", "--json")
+    flags.add_shared(common, "--config-yaml", "--revision", "--json")
 
 
 def run(args: Namespace) -> int:
@@ -40,11 +54,14 @@ def run(args: Namespace) -> int:
     """
     if args.name is not None and args.model is not None:
         raise RequestError("Give the model once: as the argument or with --model.")
-    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision)
+    summary = summarize(args.name or args.model or catalog.TINY, revision=args.revision, config_yaml=args.config_yaml)
     if args.json:
         console.print_json(_to_json(summary))
     else:
-        print("\n".join([*_layer_lines(summary), "", *_total_lines(summary)]))
+        print("\n".join(_layer_lines(summary)), end="\n\n")
+        console.print_rows(totals(summary).items())
+        if summary.source != "files":
+            print("\n" + console.wrap(_NOT_HERE[summary.source], console.columns(sys.stdout)))
     return 0
 
 
@@ -53,22 +70,26 @@ def _to_json(summary: Summary) -> dict[str, Any]:
     values["config"] = summary.config.to_dict()
     values["folder"] = None if summary.folder is None else str(summary.folder)
     values["memory"]["total"] = summary.memory.total
+    values["context_length"] = summary.config.max_context_length
     return values
 
 
 def _layer_lines(summary: Summary) -> list[str]:
     lines = ["layer  query heads  kv heads  inner size  parameters   share"]
+    room = (console.columns(sys.stdout) or 100) - len(lines[0]) - 2
+    width = min(_BAR, room) if room >= _SHORTEST_BAR else 0
     largest = max(layer.parameters for layer in summary.layers)
     for layer in summary.layers:
-        bar = "█" * max(1, round(_BAR * layer.parameters / largest))
+        bar = "█" * max(1, round(width * layer.parameters / largest)) if width else ""
         lines.append(
             f"{layer.layer:5d}  {layer.query_heads:11d}  {layer.kv_heads:8d}  {layer.inner_size:10d}  "
-            f"{layer.parameters:10,d}  {layer.share:5.1%}  {bar}"
+            f"{layer.parameters:10,d}  {layer.share:5.1%}  {bar}".rstrip()
         )
     return lines
 
 
-def _total_lines(summary: Summary) -> list[str]:
+def totals(summary: Summary) -> dict[str, str]:
+    """Labels and what they say."""
     memory, total = summary.memory, summary.parameters
     layers = sum(layer.parameters for layer in summary.layers)
     head = f"{summary.head:,} ({summary.head / total:.1%})" if summary.head else "shared with the embedding"
@@ -87,7 +108,7 @@ def _total_lines(summary: Summary) -> list[str]:
     stored = f"{size(summary.storage_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     if summary.rounded_to is None:
         stored += f", {summary.dtype}"
-    rows = {
+    return {
         "Model": summary.name,
         "Parameters": f"{total:,}",
         "  embedding": f"{summary.embedding:,} ({summary.embedding / total:.1%})",
@@ -96,22 +117,18 @@ def _total_lines(summary: Summary) -> list[str]:
         "  norms": f"{summary.norms:,} (the norms of the layers are counted there too)",
         "Stored": stored,
         "Quantization": quantization,
-        f"Memory at {memory.tokens} tokens": needs,
+        "Context": f"{summary.config.max_context_length:,} tokens, as trained; "
+        f"at most {summary.config.rope_max_length:,}",
+        f"Memory at {memory.tokens:,} tokens": needs,
         "Tokenizer": _tokenizer_line(summary),
     }
-    width = max(map(len, rows))
-    lines = [f"{label:{width}}  {text}" for label, text in rows.items()]
-    if summary.source == "published":
-        lines += ["", "The model is not on this machine: these are the published sizes; no file was read."]
-    elif summary.source == "config":
-        lines += ["", "The weights are not on this machine: these figures are from the repository's config.json."]
-    return lines
 
 
 def _tokenizer_line(summary: Summary) -> str:
     if summary.tokenizer is not None:
         return summary.tokenizer
-    release = catalog.find(summary.name)
+    release = find_release(summary.name, summary.folder or Path(summary.name), summary.config)
+    where = "not in the repository" if summary.folder is None else f"none in {summary.folder}"
     if release is not None:
-        return f"not in the repository; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
-    return "none in the folder; give one with --tokenizer" if summary.source == "files" else "not known"
+        return f"{where}; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
+    return f"{where}; give one with --tokenizer" if summary.source == "files" else "not known"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from .. import console
 from ..errors import RequestError
 from ..hub import catalog
 from ..inputs import to_path
@@ -15,11 +18,17 @@ from ..training import config_file
 from ..training.finetune import FineTuned, Loading, finetune, saved_options
 from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
+from ..training.run.folder import RUN
+from ..training.run.progress import RunProgress, fitted
 from ..training.run.samples import Sample
-from ..wording import counted
-from . import console, flags
-from .run_progress import RunProgress
+from ..training.run.trainer import EARLY, Result
+from ..wording import counted, size
+from . import flags
 
+MAIN_FLAGS = (
+    *("--model", "--train", "--data", "--iters", "--batch-size", "--learning-rate", "--num-layers", "--mask-prompt"),
+    *("--adapter-path", "--resume"),
+)
 EXAMPLES = """\
   mlx-openelm lora --model 270m --train --data my_data --mask-prompt --iters 1000
   mlx-openelm lora --resume --adapter-path adapters
@@ -33,18 +42,23 @@ def add_flags(parser: flags.Parser) -> None:
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="A name (270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  [default: tiny]",
+        help="Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
+        "[default: tiny]",
     )
-    common.add_argument(
+    parser.groups["Training"].add_argument(
         "--config",
         "-c",
         action="append",
         metavar="FILE",
-        help="A YAML file with any of these settings; flags override it.",
+        help="YAML file with any settings of the run; flags override it.",
     )
     flags.add_fields(parser, FineTuneOptions)
     flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
-    model.add_argument("--chat-template", metavar="corenet|plain|FILE", help="How to write chats.")
+    model.add_argument(
+        "--chat-template",
+        metavar="corenet|plain|FILE",
+        help="How to write chats as text.  [default: the tokenizer's own, else corenet]",
+    )
     flags.add_shared(output, "--overwrite", "--json")
 
 
@@ -58,7 +72,9 @@ def run(args: Namespace) -> int:
     given |= flags.given(args, FineTuneOptions)
     if "target_modules" in given:
         given["target_modules"] = tuple(part.strip() for text in given["target_modules"] for part in text.split(","))
-    options, loading = _merged(given, args.config or [])
+    place, values = _file_settings(given, args.config or [])
+    merged = config_file.merge(FineTuneOptions, values, given, place=place)
+    options, loading = merged.options, merged.model
     name = loading.pop("model", catalog.TINY)
     leads = Processes().leads
     if not leads:
@@ -71,6 +87,8 @@ def run(args: Namespace) -> int:
         if options.train and leads and not progress.began:
             console.say("Stopped before training began; nothing was saved.")
         return 130
+    except RequestError as error:
+        raise config_file.with_place(error, merged.from_file, place) from None
     if not leads:
         return 0  # an error would make mlx.launch end the first process, which may still be writing
     if args.json:
@@ -80,45 +98,73 @@ def run(args: Namespace) -> int:
     return 130 if done.interrupted else 0
 
 
-def _merged(given: dict[str, Any], configs: list[str]) -> tuple[FineTuneOptions, dict[str, Any]]:
-    """The options, and the settings of the model: from flags, then the file, then the run that is resumed."""
+def _file_settings(given: dict[str, Any], configs: list[str]) -> tuple[str, dict[str, Any]]:
+    """The file whose settings the flags override, and these: the one given, or that of the run to resume."""
     if len(configs) > 1:
         raise RequestError("--config takes one file; put all settings into it.")
     if configs:
         values = config_file.read(to_path(configs[0]))
-        if given.get("resume"):
-            values = {"train": True, **values}  # what is resumed is training
-        return config_file.merge(FineTuneOptions, values, given, place=configs[0])
-    saved: dict[str, Any] = {}
-    if given.get("resume"):
-        saved = saved_options(given.get("adapter_path", FineTuneOptions().adapter_path))
-    return config_file.merge(FineTuneOptions, saved, given, place="run.json")
+        # What is resumed is training.
+        return configs[0], {"train": True, **values} if given.get("resume") else values
+    folder = given.get("adapter_path", FineTuneOptions().adapter_path)
+    return str(to_path(folder) / RUN), saved_options(folder) if given.get("resume") else {}
 
 
 def _show(done: FineTuned) -> None:
-    result, folder = done.training, done.adapter_path
-    if result is not None:
-        speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
-        print(
-            f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
-            f"peak memory {result.peak_memory:.3f} GB"
-        )
-        if result.val_loss is not None:
-            best = result.best_val_loss
-            was_better = f" (best: {best:.3f} at step {result.best_step})" if best != result.val_loss else ""
-            print(f"Validation loss {result.val_loss:.3f}{was_better}")
-        if done.interrupted:
-            print(
-                f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with: "
-                f"mlx-openelm lora --resume --adapter-path {shlex.quote(str(folder))}"
-            )
-        elif result.stopped != "finished":
-            print(f"Stopped early, after step {result.steps:,} of {result.total_steps:,}")
-        print(f"Wrote {folder}; use it with --adapter-path {shlex.quote(str(folder))}")
-    if done.test is not None:
-        print(f"Test loss {done.test.loss:.3f}, perplexity {done.test.perplexity:.3f}, {done.test.tokens:,} tokens")
+    for line in _summary(done):
+        print(fitted(line, sys.stdout))
+    if done.interrupted:
+        # A line of its own, never broken, to be copied.
+        print(f"  mlx-openelm lora --resume --adapter-path {shlex.quote(str(done.adapter_path))}")
     if done.samples:
         _show_samples(done.samples)
+
+
+def _summary(done: FineTuned) -> Iterator[str]:
+    """What was trained and measured, and what the folder has, a line each."""
+    result = done.training
+    if result is not None:
+        speed = f", {result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else ""
+        yield (
+            f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
+            f"peak memory {size(result.peak_memory * 1e9)}"
+        )
+        yield from _validation(result)
+        folder = shlex.quote(str(done.adapter_path))
+        yield f"Wrote {done.adapter_path}: {_content(done)}; use it with --adapter-path {folder}"
+        if done.best_checkpoint is not None:
+            yield f"The weights with the lowest validation loss are in {done.best_checkpoint}"
+    if done.test is not None:
+        yield f"Test loss {done.test.loss:.3f}, perplexity {done.test.perplexity:.3f}, {done.test.tokens:,} tokens"
+    if result is not None and done.interrupted:
+        yield f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with:"
+
+
+def _validation(result: Result) -> Iterator[str]:
+    """The last validation loss, and the lowest, each with its step."""
+    if result.val_loss is None:
+        return
+    line = f"Validation loss {result.val_loss:.3f} at {_step(result.val_step)}"
+    if result.best_step != result.val_step:
+        line += f"; the lowest was {result.best_val_loss:.3f} at {_step(result.best_step)}"
+    elif result.val_step:
+        line += ", the lowest"
+    if result.val_step != result.steps:
+        line += ", and none since"
+    yield line
+
+
+def _step(step: int | None) -> str:
+    return f"step {step:,}" if step else "step 0, before training"
+
+
+def _content(done: FineTuned) -> str:
+    """Which weights the run's folder has."""
+    result = done.training
+    assert result is not None
+    which = "the last" if done.adapter_step == result.steps else "where the validation loss was lowest"
+    early = f" (stopped early, after step {result.steps:,} of {result.total_steps:,})"
+    return f"the weights of step {done.adapter_step:,}, {which}{early if result.stopped == EARLY else ''}"
 
 
 def _show_samples(samples: tuple[Sample, ...]) -> None:

@@ -11,7 +11,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import errors
 from ..errors import OpenELMError, RequestError, quote
+from ..messages import say
 from ..version import __version__
 
 # Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
@@ -37,19 +39,19 @@ COMMANDS = {
     "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
 }
-_DESCRIPTION = """Apple's OpenELM language models in MLX: generate, convert, measure, on the machine in front of you.
-
-Commands:
-"""
+_HELP = {"help": "Show the help of a command: mlx-openelm help generate."}
+_DESCRIPTION = "Apple's OpenELM language models in MLX: generate, convert, measure, on the machine in front of you."
 _EXAMPLES = f"""\
-  {PROGRAM} generate --prompt "To be, or not to be"
+  {PROGRAM} generate "To be, or not to be"
   {PROGRAM} convert --model apple/OpenELM-270M -q --mlx-path OpenELM-270M-4bit
-  {PROGRAM} lora --help"""
+  {PROGRAM} help lora"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `mlx-openelm` with these arguments, by default the process's own, and exit."""
-    debug = False
+    words = sys.argv[1:] if args is None else args
+    debug = "--debug" in words  # also while they are parsed
+    errors.names_flags = True
     try:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -58,17 +60,19 @@ def main(args: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # characters that the terminal does not have
-        run, values = parse(sys.argv[1:] if args is None else args)
+        run, values = parse(words)
         debug = values.debug
         code = run(values)
         sys.stdout.flush()
     except BaseException as error:
         code = _exit_code(error, debug)
+    finally:
+        errors.names_flags = False
     sys.exit(code)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    say(f"warning: {' '.join(str(message).split())}")
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:
@@ -98,12 +102,14 @@ def _exit_code(error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    say(f"error: {' '.join(line.split())}")
     return code
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
     """The function that a command line asks for, and its arguments. `--help` and `--version` print and exit."""
+    if args and args[0] in _HELP:  # `help lora` is `lora --help`
+        args = [*(word for word in args[1:] if word not in _HELP), "--help"]
     # Flags before the command are the program's own.
     own = list(takewhile(lambda word: word.startswith("-") or word in SHELLS, args))
     name, *rest = args[len(own) :] or (None,)
@@ -116,6 +122,10 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
         if wants_completion:
             raise RequestError(f"Completion is for {', '.join(SHELLS)}, not {quote(name)}.")
         debug = values.debug
+    if "--help" in rest or "-h" in rest:
+        from . import without_mlx
+
+        without_mlx.stand_in()
     parser, run = command(name)
     values = parser.parse(rest)
     values.debug |= debug
@@ -131,10 +141,11 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
     from . import flags
 
     if name not in COMMANDS:
-        hint = flags.did_you_mean(name, COMMANDS) or f"there are {', '.join(COMMANDS)}."
-        raise RequestError(f"{PROGRAM} has no command {quote(name)}; {hint}")
+        from . import suggestions
+
+        raise RequestError(suggestions.unknown_command(PROGRAM, name, list(COMMANDS)))
     module = import_module(f".{name}", __package__)
-    parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES)
+    parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES, module.MAIN_FLAGS)
     module.add_flags(parser)
     flags.add_shared(parser.groups["Other flags"], "--debug", "--help")
     return parser, module.run
@@ -144,13 +155,13 @@ def _program() -> flags.Parser:
     """The parser of the flags before a command."""
     from . import flags
 
-    commands = "\n".join(f"  {name:10}  {line}" for name, line in COMMANDS.items())
-    parser = flags.Parser(PROGRAM, _DESCRIPTION + commands, _EXAMPLES)
+    parser = flags.Parser(PROGRAM, _DESCRIPTION, _EXAMPLES, commands=COMMANDS | _HELP)
     parser.usage = f"{PROGRAM} COMMAND [flags]"
     group = parser.groups["Flags"]
-    group.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="Print the version.")
+    version = f"{PROGRAM} {__version__}"
+    group.add_argument("--version", "-V", action="version", version=version, help="Print the version.")
     for name, text in (
-        ("install", "Install completion for a shell"),
+        ("install", "Install completion of commands and flags for a shell"),
         ("show", "Print the script of --install-completion"),
     ):
         group.add_argument(
@@ -158,7 +169,7 @@ def _program() -> flags.Parser:
             nargs="?",
             const=Path(os.environ.get("SHELL", "")).name or "bash",
             metavar="|".join(SHELLS),
-            help=f"{text}; by default the one in $SHELL.",
+            help=f"{text}.  [default: that of $SHELL]",
         )
     flags.add_shared(group, "--debug", "--help")
     return parser
@@ -170,8 +181,9 @@ def _print_help(_: Namespace) -> int:
 
 
 def _complete(values: Namespace) -> int:
-    from . import completion
+    from . import completion, without_mlx
 
+    without_mlx.stand_in()
     commands = {name: (line, command(name)[0]) for name, line in COMMANDS.items()}
     text = completion.script(values.install_completion or values.show_completion, PROGRAM, _program(), commands)
     if values.show_completion:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import random
-import warnings
 from argparse import Namespace
 from typing import Any
 
-from ..config import ModelConfig
+from .. import console
 from ..errors import RequestError
-from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll
+from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll, window_length
 from ..inputs import to_path
 from ..loading import load
 from ..wording import counted
-from . import console, flags
+from . import flags
 
+MAIN_FLAGS = ("--data", "--model", "--reference-model", "--adapter-path", "--json")
 EXAMPLES = """\
   mlx-openelm perplexity --data my_text.txt --model OpenELM-270M-4bit --reference-model apple/OpenELM-270M"""
 
@@ -23,34 +23,41 @@ def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `perplexity` to its parser."""
     common, windows, model = (parser.groups[title] for title in ("Common flags", "Windows", "Model"))
     common.add_argument(
-        "--data", required=True, metavar="FILE", help="A text file, or a .jsonl file with `text` on every line."
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="Text to measure on: a text file, or .jsonl with `text` on every line.",
     )
     flags.add_shared(common, "--model")
     common.add_argument(
-        "--reference-model", metavar="MODEL", help="Also give the KL divergence from this model, in nats per token."
+        "--reference-model", metavar="MODEL", help="Also measure the KL divergence from this model, in nats per token."
     )
     flags.add_shared(common, "--json")
     windows.add_argument(
         "--sequence-length",
         type=flags.integer,
         metavar="N",
-        help="Tokens per window; by default 512, or the model's context if that is shorter.",
+        help="Tokens per window.  [default: 512, or the model's context if that is shorter]",
     )
     windows.add_argument(
         "--num-samples",
         type=flags.integer,
         metavar="N",
-        help="The number of windows, drawn at random; -1 is all, the default.",
+        help="Windows to measure, drawn at random; -1 is all.  [default: -1]",
     )
     windows.add_argument(
-        "--batch-size", type=flags.integer, metavar="N", default=4, help="Windows per batch.  [default: %(default)s]"
+        "--batch-size",
+        type=flags.integer,
+        metavar="N",
+        default=4,
+        help="Windows to process at a time.  [default: %(default)s]",
     )
     windows.add_argument(
         "--seed",
         type=flags.integer,
         metavar="N",
         default=0,
-        help="The same seed draws the same windows.  [default: %(default)s]",
+        help="Seed for drawing windows: the same seed draws the same ones.  [default: %(default)s]",
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand")
 
@@ -63,7 +70,7 @@ def run(args: Namespace) -> int:
     documents = load_documents(to_path(args.data))
     settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
     model, tokenizer = load(args.model, args.adapter_path, args.dtype, revision=args.revision, **settings)
-    length = _checked_length(args.sequence_length, model.config)
+    length = window_length(args.sequence_length, model.config)
     windows = _sample(make_windows(tokenizer, documents, length), args.num_samples, args.seed)
     with console.Progress("Measuring", unit="windows") as progress:
         measured = mean_nll(model, windows, batch_size=args.batch_size, progress=progress)
@@ -91,21 +98,6 @@ def run(args: Namespace) -> int:
         print(f"KL divergence from {args.reference_model}: {values['kl_divergence']:.6f} nats per token")
     print(f"Measured on {counted(measured.tokens, 'token')}: {counted(len(windows), 'window')} of {length}")
     return 0
-
-
-def _checked_length(length: int | None, config: ModelConfig) -> int:
-    """The window length: the default, or the one given if the model's positions reach that far."""
-    if length is None:
-        return min(512, config.max_context_length)
-    if not 1 <= length <= config.rope_max_length:
-        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
-    if length > config.max_context_length:
-        warnings.warn(
-            f"--sequence-length {length} is more than the {config.max_context_length} tokens "
-            "the model was trained on; expect a higher perplexity.",
-            stacklevel=1,
-        )
-    return length
 
 
 def _sample(windows: list[list[int]], count: int | None, seed: int) -> list[list[int]]:

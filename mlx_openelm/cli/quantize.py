@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict
-from typing import Any, Self
+from dataclasses import asdict, replace
+from typing import Any
 
+from .. import console
 from ..cuda.compiling import notice
 from ..errors import RequestError
+from ..formats import atomic
 from ..inputs import to_path
 from ..jobs.quantize import Quantized, quantize
 from ..publishing import upload as publishing
+from ..publishing.command_line import without_folders
 from ..publishing.upload import UploadOptions
 from ..quantization.options import QuantizeOptions
-from ..quantization.report import Row, chart, check_picture, draw, letter
+from ..quantization.report import Row, chart, check_picture, letter
 from ..wording import size
-from . import console, flags
+from . import flags
 from . import upload as upload_command
 
-# The unit that each stage counts; other stages have none.
-_UNITS = {
-    "Writing": "bytes",
-    "Reading the text": "batches",
-    "Reading the held-out text": "batches",
-    "Measuring sensitivities": "matrices",
-    "Quantizing": "matrices",
-    "Distilling": "steps",
-    "Comparing": "choices",
-}
-
-
+MAIN_FLAGS = (
+    *("--model", "--mlx-path", "--q-bits", "--q-group-size", "--target-bpw", "--method", "--report", "--overwrite"),
+    *("--upload-repo", "--json"),
+)
 EXAMPLES = """\
   mlx-openelm quantize --model 270m --report
   mlx-openelm quantize --model 270m --target-bpw 4.2 --mlx-path OpenELM-270M-4.2bpw
@@ -38,15 +33,17 @@ EXAMPLES = """\
 
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `quantize` to its parser."""
-    common, source = (parser.groups[title] for title in ("Common flags", "Source"))
+    common, quantization, source = (parser.groups[title] for title in ("Common flags", "Quantization", "Source"))
     flags.add_shared(common, "--model", "--mlx-path")
     flags.add_fields(parser, QuantizeOptions)
     parser.groups["Report"].add_argument(
         "--report-plot",
         metavar="FILE",
-        help="Also draw the report into this PNG, SVG or PDF file; needs matplotlib.",
+        help="Also draw the --report into this PNG, SVG or PDF file; needs matplotlib.",
     )
-    common.add_argument("--dtype", metavar=flags.DTYPES, help="The type of what is not quantized; bfloat16 by default.")
+    quantization.add_argument(
+        "--dtype", metavar=flags.DTYPES, help="Type of the weights that are not quantized.  [default: bfloat16]"
+    )
     flags.add_shared(common, "--overwrite", "--json")
     flags.add_shared(source, "--tokenizer", "--config-yaml", "--revision")
     flags.add_fields(parser, UploadOptions)
@@ -68,51 +65,44 @@ def run(args: Namespace) -> int:
     if upload.upload_repo is not None and not options.writes:
         raise RequestError("--upload-repo needs a model to upload; say how to quantize, for example with --q-bits.")
     publishing.check(upload)
-    with _Stages() as stages, notice("Quantizing", console.say):
+    path = to_path(args.mlx_path)
+    if upload.dry_run:
+        atomic.check_target(path, overwrite=args.overwrite)
+    with upload_command.output_folder(path, upload) as folder, notice("Quantizing", console.say):
         result = quantize(
             args.model,
-            to_path(args.mlx_path),
+            folder / path.name,
             options,
             dtype=args.dtype,
             tokenizer=args.tokenizer,
             config_yaml=args.config_yaml,
             revision=args.revision,
             overwrite=args.overwrite,
-            progress=stages,
         )
+        size_written, sent = 0, None
+        if result.path is not None:
+            size_written = sum(file.stat().st_size for file in result.path.iterdir())
+            sent = upload_command.publish_written(result.path, upload, path)
+            result = replace(result, path=path)
     if plot is not None:
-        draw(result.report, plot)
-    sent = None
-    if result.path is not None and upload.upload_repo is not None:
-        sent = publishing.publish(result.path, upload)
+        from ..quantization.report_plot import draw
+
+        draw(result.report, plot, f"Quantizations of {without_folders(args.model)}\nmeasured on {result.measured_on}")
     if args.json:
         console.print_json(_to_json(args.model, result) | ({"upload": upload_command.to_json(sent)} if sent else {}))
         return 0
     _show(result)
+    if result.path is not None:
+        print(
+            f"{upload_command.wrote(upload)} {path}: {result.bits_per_weight:.2f} bits per weight, {size(size_written)}"
+        )
+    for name, what in result.exceptions.items():
+        print(f"  {name}: {what}")
     if plot is not None:
         print(f"Drew {args.report_plot}")
     if sent is not None:
         upload_command.show(sent)
     return 0
-
-
-class _Stages:
-    """One progress bar after another, each labelled with its stage."""
-
-    def __init__(self) -> None:
-        self._stage, self._bar = "", console.Progress("", unit="")
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._bar.close()
-            self._stage, self._bar = stage, console.Progress(stage, unit=_UNITS.get(stage, ""))
-        self._bar(done, total)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _show(result: Quantized) -> None:
@@ -127,10 +117,6 @@ def _show(result: Quantized) -> None:
             print(f"  {path:44} {choice.bits} {choice.group_size:>4}  {result.costs[path]:.2g}")
     if result.calibrated_on is not None:
         print(f"Learned from {result.calibrated_on}")
-    written = sum(path.stat().st_size for path in result.path.iterdir())
-    print(f"Wrote {result.path}: {result.bits_per_weight:.2f} bits per weight, {size(written)}")
-    for path, what in result.exceptions.items():
-        print(f"  {path}: {what}")
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -154,7 +140,7 @@ def _to_json(model: str, result: Quantized) -> dict[str, Any]:
         for path, choice in result.choices.items()
     }
     return values | {
-        "mlx_path": str(result.path),
+        "mlx_path": str(result.path.resolve()),
         "bits_per_weight": result.bits_per_weight,
         "choices": choices,
         "exceptions": result.exceptions,

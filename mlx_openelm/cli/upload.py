@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from .. import console
+from ..hub import offline
 from ..publishing.files import CARD
 from ..publishing.upload import Upload, UploadOptions, publish
 from ..wording import counted, size
-from . import console, flags
+from . import flags
 
+MAIN_FLAGS = ("--path", "--upload-repo", "--private", "--dry-run", "--json")
 EXAMPLES = """\
   mlx-openelm upload --path OpenELM-270M-4bit --upload-repo me/OpenELM-270M-4bit --dry-run"""
 
@@ -17,7 +25,7 @@ EXAMPLES = """\
 def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `upload` to its parser."""
     common = parser.groups["Common flags"]
-    common.add_argument("--path", required=True, metavar="PATH", help="The model folder, or a .gguf file.")
+    common.add_argument("--path", required=True, metavar="PATH", help="Model folder, or .gguf file, to upload.")
     flags.add_shared(common, "--json")
     flags.add_fields(parser, UploadOptions)
 
@@ -29,6 +37,40 @@ def run(args: Namespace) -> int:
     """
     show(publish(args.path, UploadOptions(**flags.given(args, UploadOptions))), as_json=args.json)
     return 0
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, options: UploadOptions) -> Iterator[Path]:
+    """The folder that a command writes its output `path` into.
+
+    For a dry run that is a temporary one beside it, which is removed, and nothing is downloaded in the block.
+    """
+    if not options.dry_run:
+        yield path.parent
+        return
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.dry-run-", dir=place) as folder,
+        offline.no_network("--dry-run downloads nothing"),
+    ):
+        yield Path(folder)
+
+
+def wrote(options: UploadOptions) -> str:
+    """The verb for what a command reports to have written."""
+    return "Would write" if options.dry_run else "Wrote"
+
+
+def publish_written(written: Path, options: UploadOptions, path: Path, **card: Any) -> Upload | None:
+    """Publish what a command wrote, if that was asked for.
+
+    Args:
+        path: the output's own path, which differs from `written` in a dry run.
+        card: further arguments of `publishing.publish`.
+    """
+    if options.upload_repo is None:
+        return None
+    return replace(publish(written, options, **card), path=path)
 
 
 def show(done: Upload, *, as_json: bool = False) -> None:

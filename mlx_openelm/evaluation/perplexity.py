@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from .. import console
+from ..config import ModelConfig
+from ..errors import RequestError, name_options
 from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
@@ -20,6 +25,9 @@ from ..text.tokenizer import Tokenizer
 
 # Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
 _CHUNK = 256
+
+# The keys of the examples that `lora` reads, apart from plain text (see `training.data.kinds`).
+EXAMPLE_KEYS = ("prompt", "completion", "messages", "instruction", "output", "conversations")
 
 Progress = Callable[[int, int], None]
 
@@ -35,6 +43,53 @@ class NLL:
     @property
     def perplexity(self) -> float:
         return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+def perplexity(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    data: str | Path | Sequence[str],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 4,
+    progress: Progress | bool | None = True,
+) -> NLL:
+    """How well a model predicts a text, which is cut into windows; its `perplexity` and the loss behind it.
+
+    Args:
+        data: the path of a text file, or of a `.jsonl` file with one object with `text` per line; or a list of texts.
+        sequence_length: the tokens in a window; by default 512, or the model's context if that is shorter.
+        batch_size: windows that are read together.
+        progress: called with the windows done so far and in all; by default a bar shows them, None or False shows none.
+
+    Raises:
+        RequestError: the file cannot be read, the text is shorter than a window, or a bad value.
+        OpenELMError: the logits are not finite.
+    """
+    documents = load_documents(data) if isinstance(data, str | Path) else data
+    windows = make_windows(tokenizer, documents, window_length(sequence_length, model.config))
+    bar = console.Progress("Measuring", unit="windows") if progress is True else nullcontext(progress or None)
+    with bar as show:
+        return mean_nll(model, windows, batch_size=batch_size, progress=show)
+
+
+def window_length(length: int | None, config: ModelConfig) -> int:
+    """The tokens in a window: the default, or the number given; warns beyond the context the model was trained on.
+
+    Raises:
+        RequestError: the model's positions do not reach that far.
+    """
+    if length is None:
+        return min(512, config.max_context_length)
+    if not 1 <= length <= config.rope_max_length:
+        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
+    if length > config.max_context_length:
+        warning = (
+            f"--sequence-length {length} is more than the {config.max_context_length} tokens "
+            "the model was trained on; expect a higher perplexity."
+        )
+        warnings.warn(name_options(warning), stacklevel=3)
+    return length
 
 
 def load_documents(path: str | Path) -> list[str]:
@@ -62,11 +117,16 @@ def load_documents(path: str | Path) -> list[str]:
 
 def _document(path: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        record = json.loads(line)
+        text = record.get("text")
+    except (ValueError, AttributeError, RecursionError):
+        record, text = {}, None
     if not isinstance(text, str):
-        raise RequestError(f"{path}, line {number}: expected a JSON object with the string 'text'.")
+        wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
+        if keys := [key for key in EXAMPLE_KEYS if key in record]:
+            wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
+            wrong += f"; their perplexity is measured by: mlx-openelm lora --test --data {shlex.quote(str(path))}"
+        raise RequestError(f"{wrong}.")
     return text
 
 

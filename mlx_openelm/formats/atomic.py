@@ -99,18 +99,18 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
     """
     if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
         raise RequestError(f"{quote(str(path))} is the folder you are in, or above it; name a new one with {flag}.")
-    path = Path(os.path.realpath(to_path(path)))
+    given, path = to_path(path), Path(os.path.realpath(to_path(path)))
     with _lock:  # another thread may be in the middle of replacing it
         _restore(path)
         if not path.exists():
             return path
         if not path.is_dir():
-            raise RequestError(f"{path} is a file, not a folder.")
+            raise RequestError(f"{given} is a file, not a folder.")
         if not overwrite:
-            raise RequestError(f"{path} exists; choose another {flag}, or replace it with --overwrite.")
+            raise RequestError(f"{given} exists; choose another {flag}, or replace it with --overwrite.")
         entries = list(path.iterdir())
         if entries and (not (path / "config.json").is_file() or any(entry.is_dir() for entry in entries)):
-            raise RequestError(f"{path} holds more than a model, so it is not overwritten; choose another {flag}.")
+            raise RequestError(f"{given} holds more than a model, so it is not overwritten; choose another {flag}.")
     return path
 
 

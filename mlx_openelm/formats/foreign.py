@@ -89,5 +89,5 @@ def check_tensors(folder: Path, names: Iterable[str]) -> None:
 def _packed(path: Path, method: str) -> RequestError:
     return RequestError(
         f"{path}: the weights are quantized by {method}, which is not supported. Take the original model and quantize "
-        "it with mlx-openelm quantize, or convert -q."
+        "it with `mlx-openelm quantize`, or `convert -q`."
     )

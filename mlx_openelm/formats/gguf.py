@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import check_file
 from ..text.tokenizer import Tokenizer
+from ..wording import install
 from . import gguf_blocks, gguf_header, gguf_metadata, gguf_tensors, gguf_tokenizer, raw
 from .gguf_blocks import BLOCK, BLOCK_BYTES, FLOATS
 from .gguf_header import TensorInfo
@@ -41,7 +42,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise RequestError("GGUF files need the gguf package: pip install 'mlx-openelm[gguf]'") from None
+        raise RequestError(f"GGUF files need the package gguf: {install('gguf')}.") from None
     return gguf
 
 

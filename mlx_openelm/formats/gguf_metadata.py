@@ -53,8 +53,8 @@ def check_model(values: Mapping[str, Any], path: Path) -> None:
     """
     if (parts := values.get("split.count", 1)) != 1:
         raise RequestError(
-            f"{path} is one of the {quote(parts)} files of a split model; join them with llama.cpp's llama-gguf-split "
-            "--merge."
+            f"{path} is one of the {quote(parts)} files of a split model; join them with llama.cpp's "
+            "`llama-gguf-split --merge`."
         )
     if (architecture := values.get("general.architecture")) is None:
         raise RequestError(f"{path} has no general.architecture, so it is not a model.")

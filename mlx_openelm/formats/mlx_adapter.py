@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import EMBEDDING, LAYERS, ModelConfig
-from ..errors import RequestError, quote
+from ..errors import RequestError, name_options, quote
 from ..inputs import read_json
 from . import adapter_tensors
 from .adapter import CONFIG, MLX_WEIGHTS, Adapter, LowRank
@@ -137,14 +137,18 @@ def _embedding_settings(change: LowRank | None, config: ModelConfig) -> dict[str
         return {}
     if change.magnitude is not None:
         warnings.warn(
-            "mlx-lm cannot load DoRA on the embedding as it was trained; mlx-openelm can. PEFT's format carries it "
-            "(--adapter-format peft).",
+            name_options(
+                "mlx-lm cannot load DoRA on the embedding as it was trained; mlx-openelm can. PEFT's format carries it "
+                "(--adapter-format peft)."
+            ),
             stacklevel=2,
         )
     elif config.share_input_output_layers:
         warnings.warn(
-            "The adapter changes the embedding on the input side only; mlx-lm will apply it to the output too, and "
-            "give other answers. mlx-openelm reads it right, and PEFT's format carries it (--adapter-format peft).",
+            name_options(
+                "The adapter changes the embedding on the input side only; mlx-lm will apply it to the output too, and "
+                "give other answers. mlx-openelm reads it right, and PEFT's format carries it (--adapter-format peft)."
+            ),
             stacklevel=2,
         )
     return {_OUTPUT_SIDE: False}

@@ -164,12 +164,13 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     found: dict[str, Path] = {}
     for path in files:
-        read_header(path)  # MLX checks less
+        names = read_header(path)  # in the order of the file, and MLX checks less
         try:  # with the format, since files in the hub's cache may be links to names without an ending
             arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
         except (RuntimeError, ValueError) as error:
             raise _damaged(path, f"MLX cannot read it ({error})") from None
-        for name, array in arrays.items():
+        for name in names:
+            array = arrays[name]
             if name in tensors:
                 raise RequestError(
                     f"{name} is both in {found[name].name} and in {path.name}; remove the file that does not "

@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 
@@ -27,7 +26,15 @@ from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .options import CacheOptions, GenerationOptions, cache_offset, token_ids, warn
+from .keywords import GenerationKeywords, unknown_option
+from .options import (
+    CacheOptions,
+    GenerationOptions,
+    token_ids,
+    warn,
+)
+from .piece import Piece
+from .prompt_cache import cache_offset, check_cache
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
 
@@ -37,28 +44,39 @@ _CLEAR_EVERY = 256
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One token of generated text.
+def generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    verbose: bool = False,
+    *,
+    prompt_cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[GenerationKeywords],
+) -> str:
+    """The text that follows `prompt`; other arguments and errors as in `stream_generate`.
 
-    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and
-    before filters; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
+    `verbose` prints the text as it is generated, then the speed and the peak memory, as in mlx-lm.
     """
+    pieces = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        prompt_cache=prompt_cache,
+        prompt_cache_tokens=prompt_cache_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        progress=progress,
+        **options,
+    )
+    if verbose:
+        from .printing import printed
 
-    text: str
-    token: int
-    logprob: float
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None = None
-
-
-def generate(model: OpenELM, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any) -> str:
-    """The text that follows `prompt`; arguments and errors as in `stream_generate`."""
-    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+        pieces = printed(pieces)
+    return "".join(piece.text for piece in pieces)
 
 
 def stream_generate(
@@ -68,8 +86,10 @@ def stream_generate(
     *,
     prompt_cache: list[Any] | None = None,
     prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[GenerationKeywords],
 ) -> Iterator[Piece]:
     """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
 
@@ -77,31 +97,40 @@ def stream_generate(
     prompt and these.
 
     Args:
-        prompt: text (BOS is put first), or token ids as they are.
+        prompt: text, or token ids as they are. BOS is put in front of a text; one that begins with it is a rendered
+            chat, in which control tokens count.
         prompt_cache: key-value caches, one per layer, that hold what precedes the prompt; extended in place.
         prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
             count only the prompt and what follows, and a warning says so.
+        sampler: maps log-probabilities [1, vocab] to tokens [1], in place of `temp` and the filters.
+        logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits [1, vocab]; they come
+            after the bias and the penalties.
         progress: called with the prompt tokens processed so far and in total.
-        options: the fields of `GenerationOptions`.
+        options: the fields of `GenerationOptions`; help(GenerationOptions) describes them.
 
     Raises:
         RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
             at the call, before anything is computed.
         OpenELMError: while iterating, the model's logits are not finite.
     """
-    unknown = options.keys() - GenerationOptions.__dataclass_fields__.keys()
-    if unknown:
-        raise RequestError(f"generate has no option {', '.join(sorted(unknown))}.")
+    for name in options:
+        if name not in GenerationOptions.__dataclass_fields__:
+            raise unknown_option(name, generate)
     chosen = GenerationOptions(**options)
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError("The prompt is empty; give some text with --prompt.")
-        prompt = tokenizer.encode(prompt)
-    sampler: Sampler = greedy
-    if chosen.temp > 0:
+        is_rendered = prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
+    if sampler is not None:
+        chosen.check_sampler()
+    elif chosen.temp > 0:
         key = None if chosen.seed is None else make_key(chosen.seed)
         sampler = make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
+    processors = list(logits_processors or ())
+    if chosen.changes_logits:
+        processors = [*make_logits_processors(chosen), *processors]
     decoder, ids, count = make_decoder(
         model,
         prompt,
@@ -109,9 +138,9 @@ def stream_generate(
         chosen,
         cache=prompt_cache,
         prompt_cache_tokens=prompt_cache_tokens,
-        logits_processors=make_logits_processors(chosen) if chosen.changes_logits else (),
+        logits_processors=processors,
     )
-    return _pieces(tokenizer, decoder, ids, count, sampler, chosen, progress)
+    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, chosen, progress)
 
 
 def _pieces(
@@ -185,7 +214,9 @@ class Decoder:
     ):
         self.model = model
         self.options = CacheOptions() if options is None else options
-        self.cache = make_cache(len(model.layers), self.options.max_kv_size) if cache is None else cache
+        self.cache = (
+            make_cache(model.config.num_transformer_layers, self.options.max_kv_size) if cache is None else cache
+        )
         self.logits_processors = logits_processors
         self.context = mx.array(list(context), mx.int32)
 
@@ -259,7 +290,7 @@ def make_decoder(
     past, context = 0, []
     if cache is not None:
         past = cache_offset(cache, len(model.layers))
-        options.check_cache(cache)
+        check_cache(options, cache)
     ids = token_ids(prompt, config.vocab_size)
     if not ids:
         raise RequestError("The prompt is empty; give at least one token.")

@@ -14,18 +14,21 @@ import mlx.core as mx
 
 from ..cache import SMALLEST_WINDOW
 from ..errors import RequestError, quote
-from ..options import Option
+from ..options import Option, Options
 
 # These bounds keep every product and sum of logits inside float32, where an overflow would end in NaN.
 PENALTY_LIMIT = 1000.0
 BIAS_LIMIT = 1e30
 MAX_TEMP = 1000.0  # nearly uniform
 
+# The options that a sampler is made from.
+_SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
+
 _PACKAGE = __name__.partition(".")[0]
 
 
-@dataclass(frozen=True)
-class SamplingParams:
+@dataclass(frozen=True, repr=False)
+class SamplingParams(Options):
     """How the next token is chosen. Names and meanings are mlx-lm's; the defaults mean "off" (greedy decoding).
 
     - `temp`: 0 takes the most likely token.
@@ -45,43 +48,57 @@ class SamplingParams:
     - `logit_bias`: token id to a number added to its logit; `-inf` bans the token.
     """
 
-    temp: Annotated[float, Option("Sampling temperature; 0 takes the most likely token.")] = 0.0
+    temp: Annotated[float, Option("Sampling temperature; 0 always takes the most likely token.")] = 0.0
     top_p: Annotated[
-        float, Option("Sample from the most likely tokens that hold this much probability; 0 or 1 is off.")
+        float, Option("Sample from the most likely tokens that together have this probability; 0 or 1 is off.")
     ] = 1.0
-    top_k: Annotated[int, Option("Sample from this many of the most likely tokens; 0 is off.", group="Sampling")] = 0
+    top_k: Annotated[int, Option("Sample from the N most likely tokens; 0 is off.", group="Sampling")] = 0
     min_p: Annotated[
         float,
-        Option("Sample from tokens at least this likely relative to the most likely one; 0 is off.", group="Sampling"),
+        Option(
+            "Sample from tokens with at least this share of the most likely token's probability; 0 is off.",
+            group="Sampling",
+        ),
     ] = 0.0
-    min_tokens_to_keep: Annotated[int, Option("Minimum number of tokens that --min-p leaves.", group="Sampling")] = 1
+    min_tokens_to_keep: Annotated[int, Option("Tokens that --min-p keeps at least.", group="Sampling")] = 1
     xtc_probability: Annotated[
-        float, Option("Probability of dropping the most likely tokens (XTC).", group="Sampling")
+        float, Option("At each token, exclude the top choices (XTC) with this probability.", group="Sampling")
     ] = 0.0
-    xtc_threshold: Annotated[float, Option("Probability above which XTC drops a token.", group="Sampling")] = 0.1
+    xtc_threshold: Annotated[
+        float,
+        Option("XTC excludes all but the least likely of the tokens above this probability.", group="Sampling"),
+    ] = 0.1
     repetition_penalty: Annotated[
-        float | None, Option("Make tokens of the context less likely; Apple suggests 1.2.", group="Penalties")
+        float | None,
+        Option(
+            "Make tokens that are in the context less likely, by this factor; Apple suggests 1.2.",
+            group="Penalties",
+            default="1, which is off",
+        ),
     ] = None
     repetition_context_size: Annotated[
-        int | None, Option("Last tokens that --repetition-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --repetition-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     presence_penalty: Annotated[
-        float, Option("Subtract this from the logits of tokens in the context, once each.", group="Penalties")
+        float, Option("Subtract this from the logits of tokens that are in the context.", group="Penalties")
     ] = 0.0
     presence_context_size: Annotated[
-        int | None, Option("Last tokens that --presence-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --presence-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     frequency_penalty: Annotated[
         float,
-        Option("Subtract this from the logits of tokens in the context, each time they occur.", group="Penalties"),
+        Option("Subtract this from a token's logit for each time it is in the context.", group="Penalties"),
     ] = 0.0
     frequency_context_size: Annotated[
-        int | None, Option("Last tokens that --frequency-penalty looks at; by default all.", group="Penalties")
+        int | None,
+        Option("Tokens that --frequency-penalty looks at, counted from the last.", group="Penalties", default="all"),
     ] = None
     logit_bias: Annotated[
         Mapping[int, float] | None,
         Option(
-            "Add to a token's logit: ID=VALUE, repeatable, or a JSON object. -inf bans the token.",
+            "Add VALUE to the logit of the token ID; -inf bans the token. Repeatable; or a JSON object of them.",
             group="Penalties",
             metavar="ID=VALUE",
         ),
@@ -118,8 +135,8 @@ class SamplingParams:
         return bool(self.logit_bias or penalties)
 
 
-@dataclass(frozen=True)
-class CacheOptions:
+@dataclass(frozen=True, repr=False)
+class CacheOptions(Options):
     """How keys and values are cached.
 
     - `max_kv_size`: keep at most this many positions, the first 4 and the latest; None keeps all.
@@ -128,16 +145,34 @@ class CacheOptions:
     """
 
     max_kv_size: Annotated[
-        int | None, Option("Keep at most this many positions, the first 4 and the latest.", group="Key-value cache")
+        int | None,
+        Option(
+            "Keep the keys and values of N tokens at most: of the first 4 and the latest.",
+            group="Key-value cache",
+            default="all tokens",
+        ),
     ] = None
     kv_bits: Annotated[
         int | None,
-        Option("Quantize keys and values to this many bits.", group="Key-value cache", metavar="2|3|4|5|6|8"),
+        Option(
+            "Store keys and values in this many bits.",
+            group="Key-value cache",
+            metavar="2|3|4|5|6|8",
+            default="not quantized",
+        ),
     ] = None
     kv_group_size: Annotated[
-        int | None, Option("Elements that share a scale.", group="Key-value cache", metavar="32|64|128")
+        int | None,
+        Option(
+            "Keys or values that share a scale, with --kv-bits.",
+            group="Key-value cache",
+            metavar="32|64|128",
+            default="64",
+        ),
     ] = None
-    quantized_kv_start: Annotated[int, Option("First position that is quantized.", group="Key-value cache")] = 0
+    quantized_kv_start: Annotated[
+        int, Option("Quantize only once the cache holds N tokens, with --kv-bits.", group="Key-value cache")
+    ] = 0
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value; groups must divide `head_dim` if that is given.
@@ -161,32 +196,12 @@ class CacheOptions:
         if type(size) is not int or size not in (32, 64, 128) or dim % size:
             raise RequestError(f"--kv-group-size must be 32, 64 or 128 and divide head_dim, {dim}; got {size}.")
 
-    def check_cache(self, cache: Sequence[Any]) -> None:
-        """Raise a `RequestError` if the given caches are not what these options ask for."""
-        for layer in cache:
-            kind = type(layer).__name__
-            if self.max_kv_size is not None and getattr(layer, "max_size", None) != self.max_kv_size:
-                raise RequestError(
-                    f"--max-kv-size {self.max_kv_size} is for new caches, and the prompt cache, a {kind}, was not made "
-                    "with it; leave it out."
-                )
-            if self.kv_bits is None:
-                continue
-            if hasattr(layer, "bits"):
-                if (layer.bits, layer.group_size) != (self.kv_bits, self.kv_group_size or layer.group_size):
-                    raise RequestError(
-                        f"The prompt cache has {layer.bits} bits in groups of {layer.group_size}, which is not what "
-                        "--kv-bits and --kv-group-size ask for; leave them out."
-                    )
-            elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
-                raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
-
     def group_size(self, head_dim: int) -> int:
         """`kv_group_size`, or its default for this head_dim."""
         return min(64, head_dim) if self.kv_group_size is None else self.kv_group_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationOptions(SamplingParams, CacheOptions):
     """All options of `generate`, written once for Python and the command line.
 
@@ -198,14 +213,20 @@ class GenerationOptions(SamplingParams, CacheOptions):
     """
 
     max_tokens: Annotated[
-        int, Option("Maximum number of tokens; -1 continues to the end of the context.", flags=("-m",))
+        int, Option("Tokens to generate at most; -1 is up to the end of the context.", flags=("-m",))
     ] = 256
-    seed: Annotated[int | None, Option("The same seed gives the same text; by default a random one is drawn.")] = None
-    stop: Annotated[str | Sequence[str] | None, Option("End before this text; repeatable.")] = ()
+    seed: Annotated[int | None, Option("Seed for sampling: the same seed gives the same text.", default="random")] = (
+        None
+    )
+    stop: Annotated[
+        str | Sequence[str] | None, Option("Stop before this text, if the model generates it; repeatable.")
+    ] = ()
     echo: Annotated[bool, Option("Print the prompt before the text that follows.", group="Output")] = False
     prefill_step_size: Annotated[
         int | None,
-        Option("Prompt tokens processed at a time; by default what suits the device.", group="Key-value cache"),
+        Option(
+            "Tokens of the prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+        ),
     ] = None
 
     def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
@@ -225,6 +246,12 @@ class GenerationOptions(SamplingParams, CacheOptions):
             check_seed(self.seed)
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
+
+    def check_sampler(self) -> None:
+        """Raise a `RequestError` if an option is set that a `sampler` of the caller's own replaces."""
+        given = [name for name in _SAMPLER_OPTIONS if getattr(self, name) != getattr(GenerationOptions, name)]
+        if given:
+            raise RequestError(f"sampler replaces {', '.join(given)}; give one or the other.")
 
 
 def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
@@ -282,26 +309,6 @@ def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
         if not 0 <= int(token) < vocab_size:
             raise RequestError(f"{name} has the token id {quote(token)}; the vocabulary ends at {vocab_size - 1}.")
     return [int(token) for token in values]
-
-
-def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
-    """The number of tokens that the caches of one sequence have seen.
-
-    Raises:
-        RequestError: there is not one cache per layer, they are not key-value caches of one sequence, or their
-            positions differ.
-    """
-    if len(cache) != num_layers:
-        raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
-    for layer in cache:
-        if not hasattr(layer, "update_and_fetch") or not hasattr(layer, "offset"):
-            raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")
-        if isinstance(layer.offset, mx.array) and layer.offset.size != 1:
-            raise RequestError(f"The prompt cache holds {layer.offset.size} sequences; one can be continued at a time.")
-    offsets = {int(layer.offset) for layer in cache}
-    if len(offsets) > 1:
-        raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
-    return max(0, offsets.pop())  # negative while a row of a batch is still padding
 
 
 def warn(message: str) -> None:

@@ -15,6 +15,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / "tiny"
 
+# A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
+TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
+
 # Where Apple publishes CoreNet's own files: intermediate checkpoints, with and without training state, the average of
 # the last five (which is the published model), the folders of CoreNet's MLX port, and adapters.
 # Names from CoreNet's README-pretraining.md, mlx_examples/open_elm/README.md and README-peft.md.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import OpenELMError, RequestError
 from ..inputs import to_path
-from . import catalog
+from . import catalog, offline
+from .progress import Transfer
 
 URL_VARIABLE = "MLX_OPENELM_CORENET_URL"
 CACHE_VARIABLE = "MLX_OPENELM_CACHE"
@@ -35,10 +35,20 @@ def download(name: str) -> Path:
         RequestError: a size or name that was never published, or that the server does not have.
         OpenELMError: the network, the server or the disk failed.
     """
-    paths = [cache_folder() / "corenet" / path for path in catalog.corenet_files(name)]
-    for part, path in zip(catalog.corenet_files(name), paths, strict=True):
+    for part in catalog.corenet_files(name):
+        path = cache_folder() / "corenet" / part
         if not path.is_file():
             _fetch(name, part, path)
+    folder_or_file = cached(name)
+    assert folder_or_file is not None
+    return folder_or_file
+
+
+def cached(name: str) -> Path | None:
+    """What `download` returns, if it was downloaded before; else None. Makes no network request."""
+    paths = [cache_folder() / "corenet" / path for path in catalog.corenet_files(name)]
+    if not all(path.is_file() for path in paths):
+        return None
     return paths[0] if len(paths) == 1 else paths[0].parent
 
 
@@ -56,31 +66,33 @@ def _fetch(name: str, part: str, path: Path) -> None:
     from huggingface_hub import constants
 
     url = f"{os.environ.get(URL_VARIABLE) or catalog.CORENET_URL}".rstrip("/") + f"/{part}"
+    absent = f"{name} is not in the download cache"
+    if (reason := offline.denied()) is not None:
+        raise OpenELMError(f"{reason} and {absent}: {offline.corenet(name)}")
     if constants.HF_HUB_OFFLINE:
-        raise OpenELMError(f"HF_HUB_OFFLINE is set and {name} was not downloaded yet: unset it and connect once.")
+        raise OpenELMError(f"HF_HUB_OFFLINE is set and {absent}: unset it and connect once, or {offline.corenet(name)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # If two processes want the same file, the second finds it complete.
         with FileLock(path.with_name(f".{path.name}.lock")):
             if path.is_file():
                 return
-            has_bar = sys.stderr.isatty()
-            if not has_bar:
-                print(f"Downloading {name} ...", file=sys.stderr, flush=True)
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    _transfer(httpx, url, name, path)
-                    break
-                except httpx.TransportError as error:
-                    if attempt == _ATTEMPTS or isinstance(error, httpx.UnsupportedProtocol | httpx.ConnectError):
-                        raise
-                    time.sleep(_PAUSE)
-            if not has_bar:
-                print(f"Downloaded {name}", file=sys.stderr, flush=True)
+            with Transfer(name if path.suffix == ".pt" else f"{name}, {path.name}") as progress:
+                for attempt in range(1, _ATTEMPTS + 1):
+                    try:
+                        _transfer(httpx, url, name, path, progress)
+                        break
+                    except httpx.TransportError as error:
+                        if attempt == _ATTEMPTS or isinstance(error, httpx.UnsupportedProtocol | httpx.ConnectError):
+                            raise
+                        time.sleep(_PAUSE)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         raise RequestError(f"{URL_VARIABLE} must be a whole address, like {catalog.CORENET_URL}.") from None
     except httpx.ConnectError:
-        raise OpenELMError(f"Cannot reach {_host(url)} for {name}: connect once, or set {URL_VARIABLE}.") from None
+        raise OpenELMError(
+            f"cannot reach {_host(url)} and {absent}: connect once, set {URL_VARIABLE} to a mirror, "
+            f"or {offline.corenet(name)}"
+        ) from None
     except httpx.HTTPError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenELMError(
@@ -90,10 +102,8 @@ def _fetch(name: str, part: str, path: Path) -> None:
         raise _disk_error(error, name) from None
 
 
-def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
+def _transfer(httpx: Any, url: str, name: str, path: Path, progress: Transfer) -> None:
     """One attempt: request the missing bytes, append them, and put the file in place once it is complete."""
-    from huggingface_hub.utils import tqdm
-
     partial, tag_file = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.tag")
     tag = tag_file.read_text() if tag_file.is_file() and partial.is_file() else ""
     start = partial.stat().st_size if tag else 0
@@ -107,14 +117,14 @@ def _transfer(httpx: Any, url: str, name: str, path: Path) -> None:
         start = start if answer.status_code == 206 else 0
         length = int(answer.headers.get("Content-Length") or 0)
         total = start + length if length else 0
-        bar = tqdm(desc=name, initial=start, total=total or None, unit="B", unit_scale=True, leave=False, disable=None)
-        with partial.open("r+b" if start else "wb") as file, bar:
+        progress.start(total or None, start)
+        with partial.open("r+b" if start else "wb") as file:
             file.seek(start)
             # Only after the file was truncated: a new tag beside old bytes would mix two versions.
             tag_file.write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
             for chunk in answer.iter_raw():  # as they arrive, so that a broken transfer keeps them
                 file.write(chunk)
-                bar.update(len(chunk))
+                progress.advance(len(chunk))
             size = file.tell()
     if total and size != total:
         raise httpx.ReadError(f"{size} of {total} bytes arrived")

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import OpenELMError, RequestError, quote
-from . import catalog
+from . import catalog, offline
 
 # What must not be printed, and its replacement. Tokens of the hub are `hf_` and 34 letters and digits, older
 # ones `api_` or `api_org_`; names like `hf_transfer` and `hf_hub_download`, in lower case, are not tokens.
@@ -36,8 +36,8 @@ _TOO_MANY = "{} limits your requests: wait a few minutes"
 _BROKEN = "{} has a server error (HTTP {}): try again later"
 
 
-def explain_download(error: Exception, repo: str, revision: str | None) -> OpenELMError:
-    """Why files of `repo` could not be downloaded."""
+def explain_download(error: Exception, repo: str, revision: str | None, advice: str) -> OpenELMError:
+    """Why files of `repo` could not be downloaded; `advice` says how to get them without a network (see `offline`)."""
     from huggingface_hub import errors
 
     if not host():
@@ -56,7 +56,7 @@ def explain_download(error: Exception, repo: str, revision: str | None) -> OpenE
     if isinstance(cause, UnicodeEncodeError):  # a token goes into a header, which is ASCII
         return OpenELMError(_NO_TOKEN_TEXT)
     if is_absent:
-        return _explain_absent(error, cause, repo)
+        return _explain_absent(error, cause, repo, advice)
     if _is_disk_full(cause):
         return OpenELMError(
             f"the disk is full, {repo} did not fit: free some space in {_cache_folder()}, "
@@ -122,7 +122,7 @@ def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError
     return OpenELMError(f"{host()} refused to send {repo} (HTTP {status})")
 
 
-def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMError:
+def _explain_absent(error: Exception, cause: Exception, repo: str, advice: str) -> OpenELMError:
     """The hub could not be asked, and the cache does not help."""
     from huggingface_hub import errors
 
@@ -133,16 +133,12 @@ def _explain_absent(error: Exception, cause: Exception, repo: str) -> OpenELMErr
         what = f"{repo} is neither a folder nor in the download cache"
     else:  # a release, or datasets/owner/name
         what = f"{repo} is not in the download cache"
+    if (reason := offline.denied()) is not None:
+        return OpenELMError(f"{reason} and {what}: {advice}")
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return OpenELMError(
-            f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, "
-            "or download the model on another machine and give the folder"
-        )
-    reason = f" ({_first_line(cause)})" if cause is not error else ""
-    return OpenELMError(
-        f"cannot reach {host()}{reason} and {what}: connect once, "
-        "or download the model on another machine and give the folder"
-    )
+        return OpenELMError(f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, or {advice}")
+    why = f" ({_first_line(cause)})" if cause is not error else ""
+    return OpenELMError(f"cannot reach {host()}{why} and {what}: connect once, or {advice}")
 
 
 def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMError:

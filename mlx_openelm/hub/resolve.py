@@ -7,16 +7,15 @@ HF_HUB_OFFLINE. It is imported inside the functions that need it, so that local 
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
-from . import catalog
+from . import catalog, offline
 from .errors import did_you_mean, explain_download
+from .progress import Transfer, snapshot_bars
 
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
@@ -75,40 +74,52 @@ def source_repo(name: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def download(repo: str, *, revision: str | None = None, patterns: Iterable[str] = MODEL_PATTERNS) -> Path:
+def download(
+    repo: str,
+    *,
+    revision: str | None = None,
+    patterns: Iterable[str] = MODEL_PATTERNS,
+    advice: str | None = None,
+) -> Path:
     """Download the files of a hub repository that match `patterns`, and return the folder in the cache.
 
     Files in the cache are not downloaded again; without a network, a complete cached copy is used.
+
+    Args:
+        advice: how to get the files without a network (see `offline`); by default how to get the model.
+
     Raises RequestError for a repository or revision that does not exist, and OpenELMError when access is
     refused, the network or the disk fails, or the server does.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = list(patterns)
-    # huggingface_hub's bars are for a terminal, and they appear even when there is nothing to transfer.
-    has_bars = sys.stderr.isatty() and _cached(repo, revision, patterns) is None
-    progress = None if has_bars else _progress_class(repo)
     try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=list(NEVER_PATTERNS),
-            tqdm_class=progress,
-        )
+        folder = _snapshot(repo, revision, patterns)
     # Exception, because the transfer library in Rust raises types of its own.
     except Exception as error:
         is_absent = isinstance(error, LocalEntryNotFoundError)
         cached = _cached_without_documents(repo, revision, patterns) if is_absent else None
         if cached is None:
-            raise explain_download(error, repo, revision) from error
+            raise explain_download(error, repo, revision, advice or offline.model(repo, revision)) from error
         folder = cached
     if not os.path.isdir(folder):
         raise RequestError(f"the repository {repo} does not have any of these files: {', '.join(patterns)}")
-    if progress is not None and progress.announced:
-        print(f"Downloaded {repo}", file=sys.stderr, flush=True)
     return Path(folder)
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+    """The folder of a repository's newest version in the cache, downloaded unless that is denied."""
+    from huggingface_hub import snapshot_download
+
+    get = partial(
+        snapshot_download, repo, revision=revision, allow_patterns=patterns, ignore_patterns=list(NEVER_PATTERNS)
+    )
+    if offline.denied() is not None:
+        return get(local_files_only=True)
+    with Transfer(repo) as transfer:
+        bars = snapshot_bars(transfer, repo, revision=revision, allow=patterns, ignore=NEVER_PATTERNS)
+        return get(tqdm_class=bars)
 
 
 def locate(name: str | Path) -> Path | str:
@@ -179,29 +190,6 @@ def _cached_without_documents(repo: str, revision: str | None, patterns: list[st
     """
     needed = [pattern for pattern in patterns if pattern not in DOCUMENT_PATTERNS]
     return _cached(repo, revision, needed) if needed != patterns else None
-
-
-def _progress_class(repo: str) -> Any:
-    """Replaces the progress bars: prints one plain line when the first file is really transferred."""
-    from huggingface_hub.utils import tqdm
-
-    lock = threading.Lock()
-
-    class Announcement(tqdm):
-        announced = False
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def refresh(self, *args: Any, **kwargs: Any) -> None:
-            # huggingface_hub refreshes the byte bar when a file that is not cached adds to its total.
-            with lock:
-                if self._counts_bytes and self.total and not Announcement.announced:
-                    Announcement.announced = True
-                    print(f"Downloading {repo} ...", file=sys.stderr, flush=True)
-
-    return Announcement
 
 
 def _known_names() -> str:

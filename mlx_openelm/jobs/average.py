@@ -14,7 +14,8 @@ from ..errors import RequestError
 from ..formats import atomic
 from ..formats.safetensors import Tensor, Weights
 from ..hub import catalog
-from ..loading import dtype_for
+from ..inputs import to_path
+from ..loading import dtype_for, dtype_name
 from ..publishing.command_line import command_line, source_flags, without_folders
 from ..publishing.origin import Origin
 from ..sources import Source, open_source
@@ -35,11 +36,11 @@ def average(
     models: Sequence[str | Path],
     mlx_path: str | Path = "mlx_model",
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
 ) -> Path:
     """Write the mean of checkpoints, tensor by tensor, as an MLX folder, which appears complete or not at all.
 
@@ -50,7 +51,7 @@ def average(
         tokenizer: a tokenizer file or folder, in place of the models' own; by default the first model's is written.
         config_yaml: the training configuration of CoreNet checkpoints.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
 
     Raises:
         RequestError: fewer than two models, a quantized one, or models of different shapes; nothing was written.
@@ -58,6 +59,7 @@ def average(
     """
     if len(models) < 2:
         raise RequestError("An average needs at least two checkpoints.")
+    dtype = dtype_name(dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite)
 
     sources = [_open(model, tokenizer, config_yaml) for model in models]
@@ -81,7 +83,7 @@ def average(
         {"mlx_path": Path(mlx_path), "dtype": dtype, **source_flags(tokenizer, config_yaml)},
     )
     write_folder(mean, target, command=command, origin=_origin(sources), overwrite=overwrite, progress=progress)
-    return target
+    return to_path(mlx_path)
 
 
 def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Path | None) -> Source:
@@ -91,7 +93,7 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml if is_corenet else None)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
-            f"{model} is quantized to {rounding}, so the mean would be rough; convert --dequantize unpacks it."
+            f"{model} is quantized to {rounding}, so the mean would be rough; `convert --dequantize` unpacks it."
         )
     return source
 

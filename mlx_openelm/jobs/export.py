@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import console
 from ..errors import RequestError, quote
 from ..formats import atomic, gguf, huggingface
 from ..formats.mlx import Checkpoint
@@ -49,12 +50,13 @@ def export(
     *,
     format: str,
     gguf_type: str | None = None,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = True,
+    folder: Path = Path(),
 ) -> Export:
     """Write a model as a Hugging Face folder or a GGUF file, which appears complete or not at all.
 
@@ -70,16 +72,17 @@ def export(
         config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
         revision: a branch, tag or commit on the hub.
         overwrite: replace `output` if it exists.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; by default they are shown, with None or False not.
+        folder: where to write if `output` is not given.
 
     Raises:
         RequestError: an invalid request; nothing was written.
         OpenELMError: a download, reading or writing failed; nothing was left behind.
     """
+    dtype = check_dtype(model, dtype)
     _check_request(format, gguf_type, dtype)
-    check_dtype(model, dtype)
     if output is not None:  # before a download that would be wasted
-        _check_output(Path(output), format, overwrite=overwrite)
+        check_output(Path(output), format, overwrite=overwrite)
 
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
 
@@ -95,8 +98,11 @@ def export(
         },
     )
     if format == "gguf":
-        return _export_gguf(source, output, gguf_type, command, overwrite=overwrite, progress=progress)
-    return _export_huggingface(source, output, dtype, command, overwrite=overwrite, progress=progress)
+        chosen = gguf_type or ("f16" if source.checkpoint.config.fits_float16 else "bf16")
+        path = folder / f"{_name(source)}-{chosen}.gguf" if output is None else to_path(output)
+        return _export_gguf(source, path, chosen, command, overwrite=overwrite, progress=progress)
+    path = folder / f"{_name(source)}-hf" if output is None else to_path(output)
+    return _export_huggingface(source, path, dtype, command, overwrite=overwrite, progress=progress)
 
 
 def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> None:
@@ -110,7 +116,7 @@ def _check_request(format: str, gguf_type: str | None, dtype: str | None) -> Non
         raise RequestError("--dtype needs --format huggingface; for gguf there is --gguf-type.")
 
 
-def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
+def check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     """The output with links resolved; RequestError if it cannot or must not be replaced."""
     target = Path(os.path.realpath(to_path(path)))
     if format == "huggingface":
@@ -126,24 +132,22 @@ def _check_output(path: Path, format: str, *, overwrite: bool) -> Path:
 
 def _export_gguf(
     source: Source,
-    output: str | Path | None,
-    gguf_type: str | None,
+    path: Path,
+    chosen: str,
     command: str,
     *,
     overwrite: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     config, name = source.checkpoint.config, _name(source)
-    chosen = gguf_type or ("f16" if config.fits_float16 else "bf16")
     gguf.check_representable(config, chosen)
-    path = to_path(output) if output is not None else Path(f"{name}-{chosen}.gguf")
-    target = _check_output(path, "gguf", overwrite=overwrite)
+    target = check_output(path, "gguf", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     origin, template = origin_of(source), chat_template(source)
-    with atomic.new_file(target) as partial, source.reading():
+    with atomic.new_file(target) as partial, source.reading(), console.writing(progress) as show:
         exceptions = gguf.write(
-            partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=progress
+            partial, source.checkpoint, source.tokenizer, chosen, name=name, chat_template=template, progress=show
         )
     method = chosen if chosen.startswith("q") else None  # q8_0 and q4_0; the others are float types
     rounded_to = source.checkpoint.rounding
@@ -158,25 +162,25 @@ def _export_gguf(
 
 def _export_huggingface(
     source: Source,
-    output: str | Path | None,
+    path: Path,
     dtype: str | None,
     command: str,
     *,
     overwrite: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     checkpoint = source.checkpoint
     wanted = dtype_for(dtype, checkpoint.config)
-    path = to_path(output) if output is not None else Path(f"{_name(source)}-hf")
-    target = _check_output(path, "huggingface", overwrite=overwrite)
+    target = check_output(path, "huggingface", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
     _unify(checkpoint, wanted)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin, template = origin_of(source), chat_template(source)
-    with atomic.new_folder(target, overwrite=overwrite, flag="--output") as partial, source.reading():
+    folder = atomic.new_folder(target, overwrite=overwrite, flag="--output")
+    with folder as partial, source.reading(), console.writing(progress) as show:
         source.tokenizer.save(partial, chat_template=template)
-        huggingface.write(partial, checkpoint, release=source.release, progress=progress)
+        huggingface.write(partial, checkpoint, release=source.release, progress=show)
         facts: dict[str, Any] = {"command": command, "rounded_to": checkpoint.rounded_to}
         write_card(partial, name=target.name, origin=origin, **facts)
     size = sum(file.stat().st_size for file in target.iterdir())

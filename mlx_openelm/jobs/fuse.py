@@ -11,10 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import console
 from ..adapters.files import read_adapter
 from ..adapters.merging import Deviation, Merged, merge
 from ..adapters.switching import AdapterPaths, mix, parse_paths
-from ..errors import RequestError
+from ..errors import RequestError, name_options
 from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..formats.adapter import Adapter
@@ -70,7 +71,7 @@ def fuse(
     adapter_path: AdapterPaths = "adapters",
     save_path: str | Path = "fused_model",
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -83,7 +84,7 @@ def fuse(
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
 ) -> Fusion:
     """Write a model with adapters added as an MLX folder, which appears complete or not at all.
 
@@ -103,20 +104,20 @@ def fuse(
             model in float32.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `save_path` if it exists.
-        progress: called with the name of a stage, the amount done, and the total.
+        progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
+            None or False shows none.
 
     Raises:
         RequestError: an invalid request, or adapters of another model; nothing was written.
         OpenELMError: a download or writing failed; nothing was left behind.
     """
+    dtype = check_dtype(model, dtype)
     packing = Packing(quantize, q_bits, q_group_size, q_mode, recipe, dequantize, dtype)
     if report_data is not None and not report:
         raise RequestError("--report-data needs --report.")
     paths = parse_paths(adapter_path)
-    check_dtype(model, dtype)
     target = atomic.check_target(Path(save_path), overwrite=overwrite, flag="--save-path")
     open_base = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
-    show = progress or (lambda *_: None)
 
     source = open_base()
     _check_inputs(target, source, paths)
@@ -127,19 +128,20 @@ def fuse(
     merged = _merge(source, adapters, packing)
     bits = merged.checkpoint.bits_per_weight  # before the weights are taken
     flags = _adapter_flags(model, paths, save_path) | packing.flags() | source_flags(tokenizer, config_yaml, revision)
-    write_folder(
-        source,
-        target,
-        command=command_line("fuse", flags),
-        origin=_origin(source),
-        overwrite=overwrite,
-        progress=partial(show, "Writing"),
-        card={"recipe": recipe, "adapters": [_describe(*entry) for entry in adapters]},
-    )
-    fusion = _fusion(target, bits, merged, requantized=was_packed and not dequantize)
-    if report:
-        written, base_alone = _divergences(open_base, paths, target, windows, show)
-        fusion = replace(fusion, kl_divergence=written, base_kl_divergence=base_alone)
+    with console.stages(progress) as show:
+        write_folder(
+            source,
+            target,
+            command=command_line("fuse", flags),
+            origin=_origin(source),
+            overwrite=overwrite,
+            progress=partial(show, "Writing"),
+            card={"recipe": recipe, "adapters": [_describe(*entry) for entry in adapters]},
+        )
+        fusion = _fusion(to_path(save_path), bits, merged, requantized=was_packed and not dequantize)
+        if report:
+            written, base_alone = _divergences(open_base, paths, target, windows, show)
+            fusion = replace(fusion, kl_divergence=written, base_kl_divergence=base_alone)
     return fusion
 
 
@@ -156,15 +158,19 @@ def _check_packing(base: Checkpoint, packing: Packing) -> None:
     packing.check(base)
     if packing.quantize and base.rounding is not None:
         warnings.warn(
-            f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
-            "original loses less.",
+            name_options(
+                f"The model is already quantized to {base.rounding}, so with -q it is rounded twice; fusing into the "
+                "original loses less."
+            ),
             stacklevel=3,
         )
     dtype = packing.dtype
     if dtype is not None and base.quantization and not (packing.quantize or packing.dequantize):
         warnings.warn(
-            f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; --dequantize "
-            f"gives {dtype} throughout.",
+            name_options(
+                f"The matrices stay packed in {base.rounding}, and only what is not packed becomes {dtype}; "
+                f"--dequantize gives {dtype} throughout."
+            ),
             stacklevel=3,
         )
 

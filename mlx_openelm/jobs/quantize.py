@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from .. import backend
+from .. import backend, console
 from ..config import ModelConfig
-from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint, Quantization, scale_dtype
 from ..formats.packing import bits_per_weight
@@ -30,13 +31,15 @@ from ..quantization.report import Evaluator, Row
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
 from ..sources import Source, open_source
-from ..wording import flag
-from .convert import requantize
+from ..wording import duration, flag
+from .convert import check_unquantized, requantize
 from .writing import write_folder
 
 SENSITIVITIES = "sensitivities.json"
 # The number of windows that sensitivities are measured on.
 _SENSITIVITY_WINDOWS = 8
+# A report that takes longer than this is announced, in seconds.
+_LONG_SECONDS = 10.0
 # Bytes per parameter that calibration in float32 needs: the model, and the rounded matrices of a report.
 _BYTES_PER_PARAMETER = 9
 
@@ -53,6 +56,7 @@ class Quantized:
         costs: if bits were chosen by sensitivity, the measured cost of each choice, by module path.
         calibrated_on: a description of the calibration text; None if none was used.
         report: the rows of the report.
+        measured_on: the tokens and the text that the report was measured on.
     """
 
     path: Path | None = None
@@ -62,6 +66,7 @@ class Quantized:
     costs: dict[str, float] = field(default_factory=dict)
     calibrated_on: str | None = None
     report: list[Row] = field(default_factory=list)
+    measured_on: str | None = None
 
 
 def quantize(
@@ -69,12 +74,13 @@ def quantize(
     mlx_path: str | Path = "mlx_model",
     options: QuantizeOptions | None = None,
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     tokenizer: str | Path | None = None,
     config_yaml: str | Path | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
+    say: Callable[[str], None] | None = None,
 ) -> Quantized:
     """Write a quantized model as an MLX folder, report what it costs, or both.
 
@@ -84,7 +90,9 @@ def quantize(
         dtype: the type of tensors that are not quantized; bfloat16 by default.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
-        progress: called with the name of a stage, the amount done, and the total.
+        progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
+            None or False shows none.
+        say: called with a line that estimates the time of a long report; by default it is printed between the bars.
 
     Raises:
         RequestError: an invalid request; nothing was written.
@@ -93,61 +101,68 @@ def quantize(
     options = options or QuantizeOptions()
     if (warning := backend.slow_training_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
-    check_dtype(model, dtype)
+    dtype = check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
 
     open_model = partial(open_source, model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     source = open_model()
     config = source.checkpoint.config
     stored = dtype_for(dtype, config) or mx.bfloat16
-    _check_source(source, model, target, options, stored)
+    flags = {"model": str(model), "mlx_path": Path(mlx_path), **options.flags(), "dtype": dtype}
+    opened_with = source_flags(tokenizer, config_yaml, revision)
+    check_unquantized(source, "quantize", _asked(flags, options), opened_with)
+    _check_source(source, target, options, stored)
 
-    run = _Run(options, config, stored, progress or (lambda *_: None))
-    if options.is_learned or options.report:
-        full = run.load(source)
-        run.compare(full)
-        if not options.writes:
-            return Quantized(report=run.rows)
-        if options.is_learned:
-            with _sensitivities_kept(run, target):
-                source.checkpoint = run.learn(full)
-        else:
-            run.add_row(lambda: report.row_of(run.name, full, options.packing().plan(config)[0], run.evaluator, stored))
-            source = open_model()  # its weights are in `full`
-    if not options.is_learned:
-        run.exceptions = requantize(source.checkpoint, options.packing(dtype))
-    choices = source.checkpoint.quantization
+    with console.stages(progress) as show:
+        if say is None:
+            say = show.say if isinstance(show, console.Stages) else lambda _: None
+        run = _Run(options, config, stored, show, say)
+        if options.is_learned or options.report:
+            full = run.load(source)
+            run.compare(full)
+            if not options.writes:
+                return Quantized(report=run.rows, measured_on=run.measured_on())
+            if options.is_learned:
+                with _sensitivities_kept(run, target):
+                    source.checkpoint = run.learn(full)
+            else:
+                plan = options.packing().plan(config)[0]
+                run.add_row(lambda: report.row_of(run.name, full, plan, run.evaluator, stored))
+                source = open_model()  # its weights are in `full`
+        if not options.is_learned:
+            run.exceptions = requantize(source.checkpoint, options.packing(dtype))
+        choices = source.checkpoint.quantization
 
-    flags = {"model": str(model), "mlx_path": target, **options.flags(), "dtype": dtype}
-    flags |= source_flags(tokenizer, config_yaml, revision)
-    with _sensitivities_kept(run, target):
-        write_folder(
-            source,
-            target,
-            command=command_line("quantize", flags),
-            overwrite=overwrite,
-            progress=run.stage("Writing"),
-            card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
-            extra=run.save_sensitivities,
+        with _sensitivities_kept(run, target):
+            write_folder(
+                source,
+                target,
+                command=command_line("quantize", flags | opened_with),
+                overwrite=overwrite,
+                progress=run.stage("Writing"),
+                card={"method": _method_name(options), "recipe": options.recipe, "quality": run.quality()},
+                extra=run.save_sensitivities,
+            )
+        return Quantized(
+            path=to_path(mlx_path),
+            bits_per_weight=bits_per_weight(config, choices, stored.size),
+            choices=choices,
+            exceptions=run.exceptions,
+            costs=run.costs(choices),
+            calibrated_on=str(run.text) if options.is_learned else None,
+            report=run.rows,
+            measured_on=run.measured_on(),
         )
-    return Quantized(
-        path=target,
-        bits_per_weight=bits_per_weight(config, choices, stored.size),
-        choices=choices,
-        exceptions=run.exceptions,
-        costs=run.costs(choices),
-        calibrated_on=str(run.text) if options.is_learned else None,
-        report=run.rows,
-    )
 
 
-def _check_source(source: Source, model: str | Path, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
-    """Refuse a quantized model, a target that cannot be written, and too small a budget, before any weight is read."""
-    if (rounding := source.checkpoint.rounding) is not None:
-        raise RequestError(
-            f"{model} is already quantized to {rounding}; quantize the original, or unpack it into a folder first: "
-            f"mlx-openelm convert --model {model}{' --dequantize' if source.checkpoint.quantization else ''}."
-        )
+def _asked(flags: Mapping[str, Any], options: QuantizeOptions) -> dict[str, Any]:
+    """The flags of the whole request: with those of the report, and without a folder if none is written."""
+    values = dict(flags) | {"report": options.report, "report_data": options.report_data}
+    return values if options.writes else {name: value for name, value in values.items() if name != "mlx_path"}
+
+
+def _check_source(source: Source, target: Path, options: QuantizeOptions, stored: mx.Dtype) -> None:
+    """Refuse a target that cannot be written, and too small a budget, before any weight is read."""
     if options.writes:
         atomic.keep_apart(target, source.path, "the model to quantize")
         source.tokenizer.check_writable()
@@ -161,8 +176,15 @@ class _Run:
     text: CalibrationText
     evaluator: Evaluator
 
-    def __init__(self, options: QuantizeOptions, config: ModelConfig, stored: mx.Dtype, progress: Progress):
-        self.options, self.config, self.stored, self.progress = options, config, stored, progress
+    def __init__(
+        self,
+        options: QuantizeOptions,
+        config: ModelConfig,
+        stored: mx.Dtype,
+        progress: Progress,
+        say: Callable[[str], None],
+    ):
+        self.options, self.config, self.stored, self.progress, self.say = options, config, stored, progress, say
         self.sensitivities: Sensitivities | None = None
         self.rows: list[Row] = []
         self.exceptions: dict[str, str] = {}
@@ -191,7 +213,11 @@ class _Run:
     def compare(self, full: OpenELM) -> None:
         """With `report`, add the rows of the full model and of plain quantizations."""
         if self.options.report:
+            started = time.monotonic()
             self.evaluator = Evaluator(full, self.text.held_out, progress=self.stage("Reading the held-out text"))
+            count, seconds = report.estimate(self.config, time.monotonic() - started)
+            if seconds > _LONG_SECONDS:
+                self.say(f"The report compares {count} quantizations, which takes about {duration(seconds)}.")
             self.rows += report.compare(full, self.evaluator, self.stored, progress=self.stage("Comparing"))
 
     def add_row(self, measure: Callable[[], Row]) -> None:
@@ -248,6 +274,10 @@ class _Run:
         """Write the sensitivities, if there are any, into a folder."""
         if self.sensitivities is not None:
             self.sensitivities.save(folder / SENSITIVITIES)
+
+    def measured_on(self) -> str | None:
+        """The tokens and the text of the report; None without one."""
+        return f"{self.evaluator.tokens:,} tokens of {self.text.held_out_name}" if self.rows else None
 
     def quality(self) -> list[Quality]:
         """The measured quality of the written model, for its card."""

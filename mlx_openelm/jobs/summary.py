@@ -13,18 +13,17 @@ import mlx.core as mx
 from .. import backend
 from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
-from ..formats import gguf
+from ..formats import corenet, gguf
 from ..formats import mlx as mlx_format
 from ..formats.mlx import Quantization, most_common
 from ..formats.packing import bits_per_weight
 from ..hub import catalog
+from ..hub import corenet as corenet_cache
 from ..hub.resolve import download, resolve, source_repo
 from ..inputs import to_path
 from ..quantization.recipes import plan
+from ..sources import check_corenet_model, check_revision, find_file, find_tokenizer, is_port, refuse_yaml
 from ..text.tokenizer import ENGINES
-
-# Tokens that memory is reported for: the training length of the published models.
-CONTEXT = 2048
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -93,26 +92,38 @@ class Summary:
     rounded_to: str | None = None
 
 
-def summarize(name: str, *, revision: str | None = None) -> Summary:
-    """The summary of a model by any of its names; at most a `config.json` is downloaded.
+def summarize(name: str | Path, *, revision: str | None = None, config_yaml: str | Path | None = None) -> Summary:
+    """The summary of a model by any name that `load` takes; at most a `config.json` is downloaded.
 
     A published model that is not in the download cache is summarized from its known sizes.
+
+    Args:
+        config_yaml: the training configuration of a CoreNet checkpoint; published sizes need none.
 
     Raises:
         RequestError: no such model, or files that contradict each other.
         OpenELMError: the download of a configuration failed.
     """
-    if (file := to_path(name)).suffix.lower() == ".gguf" and not file.is_dir():
-        return _summarize_gguf(file, name)
+    text = str(name)
+    if catalog.corenet_name(name) is not None:
+        check_revision(name, revision)
+        return _summarize_corenet_name(text.strip(), config_yaml)
+    if (file := find_file(name, revision)) is not None:
+        if file.suffix.lower() != ".gguf":
+            return _summarize_corenet(file, text, config_yaml)
+        refuse_yaml(name, config_yaml)
+        return _summarize_gguf(file, text)
+    refuse_yaml(name, config_yaml)
     repo = source_repo(name)
-    folder = resolve(name) if repo is None else _cached_folder(repo, revision)
-    if folder is not None and any(folder.glob("*.safetensors")):
-        return summarize_folder(folder, name)
     if repo is None:
-        raise RequestError(f"{folder} has no *.safetensors file, so it is not a model.")
-    if (release := catalog.find(name)) is not None:
+        folder = resolve(name, revision=revision)
+        return _summarize_corenet(folder, text) if is_port(folder) else summarize_folder(folder, text)
+    cached = _cached_folder(repo, revision)
+    if cached is not None and any(cached.glob("*.safetensors")):
+        return summarize_folder(cached, text)
+    if (release := catalog.find(text)) is not None:
         return summarize_config(ModelConfig.from_name(release.name), name=release.name, source="published")
-    return _summarize_config_file(download(repo, revision=revision, patterns=["config.json"]), name)
+    return _summarize_config_file(download(repo, revision=revision, patterns=["config.json"]), text)
 
 
 def summarize_folder(folder: Path, name: str | None = None) -> Summary:
@@ -127,6 +138,43 @@ def summarize_folder(folder: Path, name: str | None = None) -> Summary:
         bits=checkpoint.bits_per_weight,
         storage_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         tokenizer=next((name for name in ENGINES if (folder / name).is_file()), None),
+        folder=folder,
+    )
+
+
+def _summarize_corenet_name(name: str, config_yaml: str | Path | None) -> Summary:
+    """The summary of `corenet:SIZE/NAME`: of its files, if they were downloaded, else of the published model."""
+    check_corenet_model(name)
+    if (path := corenet_cache.cached(name)) is not None:
+        return _summarize_corenet(path, name, config_yaml)
+    size = (catalog.corenet_name(name) or "").partition("/")[0]
+    if len(catalog.corenet_files(name)) > 1:  # the MLX port
+        raise RequestError(
+            f"{name} is not on this machine, and only its files say how it is stored: download it with "
+            f"mlx-openelm convert --model {name}, or see mlx-openelm info {size.lower()}."
+        )
+    return summarize_config(ModelConfig.from_name(size), name=name, source="published")
+
+
+def _summarize_corenet(path: Path, name: str, config_yaml: str | Path | None = None) -> Summary:
+    """The summary of a CoreNet checkpoint, or of a folder of its MLX port, without the padding of its vocabulary."""
+    yaml_file = None if config_yaml is None else to_path(config_yaml)
+    checkpoint, pieces = corenet.read_port(path) if path.is_dir() else corenet.read(path, yaml_file)
+    folder = path if path.is_dir() else path.parent
+    beside = next((file for file in ENGINES if (folder / file).is_file()), None)
+    if beside is not None:  # it decides, as in `load`
+        unpadded = replace(checkpoint.config, vocab_size=pieces)
+        pieces = find_tokenizer(name, path, unpadded, rows=checkpoint.config.vocab_size).vocab_size
+    corenet.cut_vocabulary(checkpoint, pieces)
+    return summarize_config(
+        checkpoint.config,
+        checkpoint.quantization,
+        name=name,
+        source="files",
+        dtype=_dtype_name(checkpoint.dtype),
+        bits=checkpoint.bits_per_weight,
+        storage_bytes=(path / "weights.safetensors" if path.is_dir() else path).stat().st_size,
+        tokenizer=beside,
         folder=folder,
     )
 
@@ -204,13 +252,15 @@ def layer_table(config: ModelConfig) -> tuple[Layer, ...]:
 
 
 def memory_needed(
-    config: ModelConfig, quantization: Mapping[str, Quantization], stored: str, tokens: int = CONTEXT
+    config: ModelConfig, quantization: Mapping[str, Quantization], stored: str, tokens: int | None = None
 ) -> Memory:
-    """Bytes of weights and key-value cache while generating, after `tokens` tokens.
+    """Bytes of weights and key-value cache while generating.
 
     Args:
         stored: the stored type of tensors that are not quantized.
+        tokens: the number of tokens in the cache; by default the context length that the model was trained on.
     """
+    tokens = config.max_context_length if tokens is None else tokens
     compute = backend.compute_dtype(getattr(mx, stored))
     # Our CPU kernels read matrices in their stored type.
     kept = getattr(mx, stored) if backend.has_kernels() else compute

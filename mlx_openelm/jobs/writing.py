@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import console
 from ..formats import atomic
 from ..formats import mlx as mlx_format
 from ..hub import catalog
@@ -22,7 +23,7 @@ def write_folder(
     command: str | None = None,
     origin: Origin | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
     card: Mapping[str, Any] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
@@ -31,7 +32,7 @@ def write_folder(
     Args:
         command: the command line that wrote the folder, for the model card.
         origin: where the model comes from; by default what the source's own files state.
-        progress: called with the bytes written so far and in all.
+        progress: called with the bytes written so far and in all; True shows them.
         card: further facts for the card (see `card.compose_card`).
         extra: a function that writes more files into the folder.
 
@@ -40,9 +41,13 @@ def write_folder(
         OpenELMError: reading or writing failed, or a file of the source changed; nothing was left behind.
     """
     origin = origin or origin_of(source)
-    with atomic.new_folder(mlx_path, overwrite=overwrite) as partial, source.reading():
+    with (
+        atomic.new_folder(mlx_path, overwrite=overwrite) as partial,
+        source.reading(),
+        console.writing(progress) as show,
+    ):
         source.tokenizer.save(partial, chat_template=chat_template(source))
-        mlx_format.write(partial, source.checkpoint, progress=progress)
+        mlx_format.write(partial, source.checkpoint, progress=show)
         facts = {"command": command, "rounded_to": source.checkpoint.rounded_to, **(card or {})}
         write_card(partial, name=mlx_path.resolve().name, origin=origin, **facts)
         if extra is not None:

@@ -11,10 +11,11 @@ from typing import Any
 from ..wording import flag
 
 
-def command_line(command: str, flags: Mapping[str, Any]) -> str:
+def command_line(command: str, flags: Mapping[str, Any], *, whole_paths: bool = False) -> str:
     """`mlx-openelm COMMAND` with its flags as a person types them.
 
-    None, False and empty lists are left out. Paths are cut to their last part, whether they are `Path`s or text.
+    None, False and empty lists are left out. Paths are cut to their last part, whether they are `Path`s or text, unless
+    `whole_paths` is set, for a command that is not published.
     """
     words = ["mlx-openelm", command]
     for key, value in flags.items():
@@ -22,7 +23,7 @@ def command_line(command: str, flags: Mapping[str, Any]) -> str:
             if item is True:
                 words.append(flag(key))
             elif item is not None and item is not False:
-                words += [flag(key), shlex.quote(without_folders(item))]
+                words += [flag(key), shlex.quote(str(item) if whole_paths else without_folders(item))]
     return " ".join(words)
 
 

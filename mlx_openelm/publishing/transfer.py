@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ..errors import OpenELMError
 from ..hub.errors import explain_upload, host
+from ..messages import say
 from .card import may_replace
 from .files import CARD
 from .plan import File, Upload
@@ -138,13 +139,13 @@ def _progress(plan: Upload) -> Iterator[None]:
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
         return
-    print(f"Uploading {plan.path} to {plan.repo} ...", file=sys.stderr, flush=True)
+    say(f"Uploading {plan.path} to {plan.repo} ...")
     disable_progress_bars()
     try:
         yield
     finally:
         enable_progress_bars()
-    print(f"Uploaded {plan.repo}", file=sys.stderr, flush=True)
+    say(f"Uploaded {plan.repo}")
 
 
 def _url(repo: str, revision: str) -> str:

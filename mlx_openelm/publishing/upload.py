@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Annotated
 
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
-from ..options import Option
+from ..messages import say
+from ..options import Option, Options
 from ..wording import flag
 from .card import Card, card_for_upload
 from .files import leads_out, model_files
@@ -19,28 +19,29 @@ from .plan import Upload, make_plan
 from .transfer import MAIN, check_visibility, full_name, send
 
 
-@dataclass(frozen=True)
-class UploadOptions:
+@dataclass(frozen=True, repr=False)
+class UploadOptions(Options):
     """Where and how to publish: the flags of `upload`, and of every command that can upload what it writes."""
 
     upload_repo: Annotated[
         str | None,
         Option(
-            "The hub repository to upload to, as owner/name; created if it does not exist.",
+            "Upload to this hub repository, owner/name; created if it does not exist.",
             group="Upload",
             metavar="REPO",
         ),
     ] = None
-    private: Annotated[bool, Option("Make the repository private.", group="Upload")] = False
+    private: Annotated[
+        bool, Option("Create the repository as private; an existing one must be private already.", group="Upload")
+    ] = False
     upload_revision: Annotated[
         str | None,
-        Option(
-            "The branch to upload to; created if it does not exist.  [default: main]", group="Upload", metavar="BRANCH"
-        ),
+        Option("Branch to upload to; created if it does not exist.", group="Upload", metavar="BRANCH", default=MAIN),
     ] = None
-    commit_message: Annotated[str | None, Option("The commit's message.", group="Upload")] = None
+    commit_message: Annotated[str | None, Option("Message of the upload's commit.", group="Upload")] = None
     dry_run: Annotated[
-        bool, Option("Show what would be uploaded; send nothing and do not contact the hub.", group="Upload")
+        bool,
+        Option("Show what would be uploaded; keep and send nothing, and do not contact the hub.", group="Upload"),
     ] = False
 
 
@@ -136,7 +137,7 @@ def upload(
         check_visibility(full_repo, private)
         return send(plan)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {_retry_advice(plan)}", file=sys.stderr, flush=True)
+        say(f"\nInterrupted. {_retry_advice(plan)}")
         raise
     except OpenELMError as error:
         raise type(error)(f"{str(error).rstrip('.')}. {_retry_advice(plan)}") from error.__cause__

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from ..errors import RequestError
 from ..inputs import to_path
-from ..options import Option
+from ..options import Option, Options
 from ..wording import flag
 from .learned import parse_methods
-from .recipes import Packing
+from .recipes import BITS, GROUP_SIZE, Packing
 
 NUM_SAMPLES = 128
 SEQUENCE_LENGTH = 512
@@ -25,8 +25,8 @@ _FILE_FLAGS = ("calibration", "sensitivities", "report_data")
 _TEXT_FLAGS = ("calibration", "num_samples", "sequence_length", "seed")
 
 
-@dataclass(frozen=True)
-class QuantizeOptions:
+@dataclass(frozen=True, repr=False)
+class QuantizeOptions(Options):
     """How to quantize. The flags of `quantize`, with the same names and defaults.
 
     `num_samples` and `sequence_length` default to 128 and 512. With `report` and no flag that says how to quantize,
@@ -38,53 +38,78 @@ class QuantizeOptions:
         RequestError: flags that contradict each other, or a missing file.
     """
 
-    q_bits: Annotated[int | None, Option("Bits per weight; affine: 4 by default.")] = None
-    q_group_size: Annotated[int | None, Option("Weights that share a scale; affine: 64 by default.")] = None
-    q_mode: Annotated[str | None, Option("The packing; affine by default.", metavar="affine|mxfp4|nvfp4|mxfp8")] = None
+    q_bits: Annotated[int | None, Option("Bits per weight.", default=BITS)] = None
+    q_group_size: Annotated[int | None, Option("Weights that share a scale.", default=GROUP_SIZE)] = None
+    q_mode: Annotated[
+        str | None,
+        Option(
+            "Format of the quantized weights.",
+            group="Quantization",
+            metavar="affine|mxfp4|nvfp4|mxfp8",
+            default="affine",
+        ),
+    ] = None
     recipe: Annotated[
         str | None,
         Option(
-            "More bits for the matrices that need them.",
+            "Instead of --q-bits: low bits for most matrices, high bits for those that need them.",
+            group="Quantization",
             flags=("--quant-predicate",),
             metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
         ),
     ] = None
     target_bpw: Annotated[
         float | None,
-        Option("Average bits per weight at most; the matrices that need more bits get more.", group="Calibration"),
+        Option("Bits per weight on average, at most; the matrices that lose most get more bits.", group="Calibration"),
     ] = None
     method: Annotated[
         tuple[str, ...],
         Option(
-            "Learn the rounding from text; repeatable, or with commas.", group="Calibration", metavar="awq|gptq|dwq"
+            "Learn from text how to round the weights; repeatable, or with commas.",
+            group="Calibration",
+            metavar="awq|gptq|dwq",
         ),
     ] = ()
     calibration: Annotated[
         str | None,
         Option(
-            "The text: a text file, or .jsonl with `text` on every line; by default a bundled one.",
+            "Text for --target-bpw and --method: a text file, or .jsonl with `text` on every line.",
             group="Calibration",
             metavar="FILE",
+            default="a text in the package",
         ),
     ] = None
-    num_samples: Annotated[int | None, Option("Windows of that text; 128 by default.", group="Calibration")] = None
-    sequence_length: Annotated[int | None, Option("Tokens per window; 512 by default.", group="Calibration")] = None
+    num_samples: Annotated[
+        int | None,
+        Option("Windows of the calibration text to use.", group="Calibration", default=str(NUM_SAMPLES)),
+    ] = None
+    sequence_length: Annotated[
+        int | None, Option("Tokens per window.", group="Calibration", default=str(SEQUENCE_LENGTH))
+    ] = None
     sensitivities: Annotated[
         str | None,
         Option(
-            "Sensitivities that an earlier --target-bpw saved, instead of measuring them.",
+            "With --target-bpw, a file of sensitivities that an earlier run saved, instead of measuring them.",
             group="Calibration",
             metavar="FILE",
         ),
     ] = None
     seed: Annotated[
-        int | None, Option("The same seed picks the same windows, and gives the same model.", group="Calibration")
+        int | None,
+        Option("Seed for choosing windows: the same seed gives the same model.", group="Calibration", default="0"),
     ] = None
-    report: Annotated[bool, Option("Compare with other bits, modes and recipes on held-out text.", group="Report")] = (
-        False
-    )
+    report: Annotated[
+        bool,
+        Option("Compare bits, modes and recipes on held-out text: size, perplexity, KL divergence.", group="Report"),
+    ] = False
     report_data: Annotated[
-        str | None, Option("A text file or .jsonl to compare on instead.", group="Report", metavar="FILE")
+        str | None,
+        Option(
+            "Text for --report: a text file, or .jsonl with `text` on every line.",
+            group="Report",
+            metavar="FILE",
+            default="a text in the package",
+        ),
     ] = None
 
     def __post_init__(self) -> None:

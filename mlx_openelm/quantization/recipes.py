@@ -15,14 +15,16 @@ from ..errors import RequestError, quote
 from ..formats.mlx import Checkpoint, Quantization
 from ..formats.packing import Plan
 from ..ops.packed import MODES
-from ..options import Option
+from ..options import Option, Options
 
+# What `--help` gives as the defaults; they depend on the mode.
+BITS, GROUP_SIZE = "4, or the mode's", "64, or the mode's"
 # Low and high bits by name.
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
-@dataclass(frozen=True)
-class Packing:
+@dataclass(frozen=True, repr=False)
+class Packing(Options):
     """How to store a model's matrices: the flags of `convert`, `fuse` and `quantize`, validated together.
 
     Attributes:
@@ -37,22 +39,29 @@ class Packing:
         RequestError: flags that contradict each other, or a mode, bits and group size that MLX does not combine.
     """
 
-    quantize: Annotated[bool, Option("Pack every matrix into few bits.", group="Quantization", flags=("-q",))] = False
-    q_bits: Annotated[int | None, Option("Bits per weight; affine: 4 by default.", group="Quantization")] = None
+    quantize: Annotated[
+        bool, Option("Store the model's matrices in few bits.", group="Quantization", flags=("-q",))
+    ] = False
+    q_bits: Annotated[int | None, Option("With -q, bits per weight.", group="Quantization", default=BITS)] = None
     q_group_size: Annotated[
-        int | None, Option("Weights that share a scale; affine: 64 by default.", group="Quantization")
+        int | None, Option("With -q, weights that share a scale.", group="Quantization", default=GROUP_SIZE)
     ] = None
-    q_mode: Annotated[str, Option("The packing.", group="Quantization", metavar="affine|mxfp4|nvfp4|mxfp8")] = "affine"
+    q_mode: Annotated[
+        str,
+        Option("With -q, format of the quantized weights.", group="Quantization", metavar="affine|mxfp4|nvfp4|mxfp8"),
+    ] = "affine"
     recipe: Annotated[
         str | None,
         Option(
-            "With -q, more bits for the matrices that need them.",
+            "With -q, instead of --q-bits: low bits for most matrices, high bits for those that need them.",
             group="Quantization",
             flags=("--quant-predicate",),
             metavar="mixed_2_6|mixed_3_4|mixed_3_6|mixed_4_6",
         ),
     ] = None
-    dequantize: Annotated[bool, Option("Unpack a quantized model.", group="Quantization", flags=("-d",))] = False
+    dequantize: Annotated[
+        bool, Option("Turn quantized weights back into full ones.", group="Quantization", flags=("-d",))
+    ] = False
     dtype: str | None = None
 
     def __post_init__(self) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import LAYERS, ModelConfig
 from ..errors import RequestError
 from ..formats.mlx import Quantization
 from ..formats.packing import bits_per_weight
 from ..model import OpenELM
 from ..modules import module_at
 from ..ops.packed import MODES
+from ..wording import install
 from .calibration import Progress, Stream, Teacher
 from .recipes import RECIPES, planner
 
@@ -71,6 +72,20 @@ def plain_choices(config: ModelConfig) -> dict[str, dict[str, Quantization]]:
     for name in RECIPES:
         choices[name] = planner(recipe=name)(config)[0]
     return choices
+
+
+def estimate(config: ModelConfig, reading_seconds: float) -> tuple[int, float]:
+    """The rows of `compare` without the full model's, and the seconds that all rows will take.
+
+    Args:
+        reading_seconds: what `Evaluator` took. It multiplies with each matrix of the layers once; a row does so too,
+            and twice with the output layer.
+    """
+    sizes = {path: math.prod(shape) for path, shape in config.matrix_shapes().items()}
+    layers = sum(size for path, size in sizes.items() if path.startswith(LAYERS))
+    output = config.vocab_size * config.model_dim
+    count = len(plain_choices(config))
+    return count, (count + 1) * reading_seconds * (1 + 2 * output / layers)
 
 
 def compare(
@@ -151,32 +166,16 @@ def letter(index: int) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a path that `draw` cannot write to; call it before long work.
+    """Refuse a path that `report_plot.draw` cannot write to; call it before long work.
 
     Raises:
         RequestError: matplotlib is missing, the suffix is not supported, the file exists or its folder does not.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("Drawing a picture needs matplotlib: pip install 'mlx-openelm[plots]'.")
+        raise RequestError(f"Drawing a picture needs matplotlib: {install('plots')}.")
     if path.suffix.lower() not in _PICTURE_SUFFIXES:
         raise RequestError(f"{path} must end in {', '.join(_PICTURE_SUFFIXES)}.")
     if path.exists():
         raise RequestError(f"{path} exists; name another file for the picture.")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"The folder of {path} does not exist.")
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """The same chart as a picture (PNG, SVG or PDF, by the suffix of `path`); see `check_picture`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        if row.kl_divergence > 0:
-            axes.plot(row.bits_per_weight, row.kl_divergence, "o")
-            axes.annotate(row.name, (row.bits_per_weight, row.kl_divergence), (5, 4), textcoords="offset points")
-    axes.set(xlabel="bits per weight", ylabel="KL divergence from the full model (nats per token)", yscale="log")
-    axes.margins(x=0.12)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)

@@ -56,7 +56,7 @@ def read_text(tokenizer: Tokenizer, config: ModelConfig, options: QuantizeOption
     path = BUNDLED if options.calibration is None else to_path(options.calibration)
     name = _BUNDLED_NAME if options.calibration is None else path.name
     windows = _shuffled(tokenizer, path, length, options)
-    held_out, held_out_name = windows[::_HELD_OUT], f"a part of {name} kept for it"
+    held_out, held_out_name = windows[::_HELD_OUT], f"a held-out part of {name}"
     if len(windows) > 1:
         windows = [window for index, window in enumerate(windows) if index % _HELD_OUT]
     elif options.report and options.report_data is None:

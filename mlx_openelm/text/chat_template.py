@@ -71,8 +71,9 @@ def render(
     *,
     named: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
+    add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[str | int]:
     """Render `messages` with the jinja `source` to runs of text (str) and special token ids (int).
 
@@ -80,12 +81,16 @@ def render(
         special_tokens: the id of every special token by its text.
         named: special tokens by the names that templates use, including `bos_token` and `eos_token`.
         tools: JSON schemas of functions, for templates that render them.
+        add_generation_prompt: open the assistant's turn; by default if the last message is not the assistant's.
         continue_final_message: leave the assistant's last message open; turns `add_generation_prompt` off.
+        variables: further variables of a jinja template.
 
     Raises:
         RequestError: bad messages, or a template that cannot render them, fails, or takes too much time or memory.
     """
     check_messages(messages, continue_final_message)
+    if add_generation_prompt is None:
+        add_generation_prompt = messages[-1]["role"] != "assistant"
     add_generation_prompt = add_generation_prompt and not continue_final_message
     marker = _marker(tuple(special_tokens))
     if source == CORENET_TEMPLATE:  # without jinja2, which takes longer to import than to render
@@ -94,7 +99,7 @@ def render(
         return marker.runs(text, special_tokens)
     from .chat_template_process import render as render_jinja
 
-    others = {**named, "documents": None, "add_generation_prompt": add_generation_prompt}
+    others = {"documents": None, **(variables or {}), **named, "add_generation_prompt": add_generation_prompt}
 
     def write(request: dict[str, Any]) -> str:
         if continue_final_message:

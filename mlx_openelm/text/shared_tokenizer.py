@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OpenELMError, RequestError
-from ..hub import catalog, resolve
+from ..hub import catalog, offline, resolve
 from ..hub.errors import is_absent, is_refused
 from ..inputs import read_bytes
 from .tokenizer import ENGINES, Tokenizer
 
-# Not gated; it has the exact file.
-FALLBACK = "hf-internal-testing/llama-tokenizer"
+FALLBACK = catalog.TOKENIZER_REPO
 # Names that mlx-community gave to conversions, after the model's own.
 _SUFFIXES = ("", "-4bit", "-8bit")
 # Repositories that exist without a suffix and are named in public code; they are tried first.
@@ -34,7 +33,6 @@ _CACHED = (
 )
 
 _MISSING = "the tokenizer, Llama 2's, which Apple's repositories lack,"
-_ADVICE = f"give a copy of its tokenizer.model with --tokenizer ({FALLBACK} has one)"
 
 
 @dataclass(frozen=True)
@@ -86,20 +84,24 @@ def find(release: catalog.Release, *, eos_token_ids: Collection[int] | None = No
     refusal: OpenELMError | None = None
     for repo in candidates(release):
         try:
-            folder = resolve.download(repo, patterns=resolve.TOKENIZER_PATTERNS)
+            folder = resolve.download(repo, patterns=resolve.TOKENIZER_PATTERNS, advice=offline.tokenizer())
         except OpenELMError as error:
             if is_absent(error):
                 continue
             if not is_refused(error):  # the others would fail the same way
-                raise type(error)(f"{_MISSING} could not be downloaded: {error}; {_ADVICE}") from error
+                advice = "" if offline.tokenizer() in str(error) else f"; or {offline.tokenizer()}"
+                raise type(error)(f"{_MISSING} is not here: {error}{advice}") from error
             refusal = refusal or error
             continue
         if (tokenizer := accept(folder, LLAMA2, eos_token_ids=eos_token_ids)) is not None:
             return _without_foreign_template(tokenizer, release, folder)
     if refusal is not None:
-        raise OpenELMError(f"{_MISSING} is in no repository that can be read ({refusal}); {_ADVICE}") from refusal
+        raise OpenELMError(
+            f"{_MISSING} is in no repository that can be read ({refusal}); {offline.tokenizer()}"
+        ) from refusal
     raise RequestError(
-        f"{_MISSING} is neither in {release.tokenizer_repo}, nor in those of its siblings, nor in {FALLBACK}; {_ADVICE}"
+        f"{_MISSING} is neither in {release.tokenizer_repo}, nor in those of its siblings, nor in {FALLBACK}; "
+        "give a copy of its tokenizer.model with --tokenizer"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from ..errors import RequestError, quote
 from ..inputs import read_json
@@ -18,10 +18,13 @@ from .chat_messages import Message, check_messages, for_built_in
 from .streaming import StreamingDecoder, TokenBytes
 from .tokenizer_spec import TokenizerSpec
 from .tokenizers_engine import ENGINES, Engine, TokenizersEngine, open_engine
+from .transformers_interface import TransformersInterface, check_variables
 
 
-class Tokenizer:
+class Tokenizer(TransformersInterface):
     """A SentencePiece-style tokenizer: spaces are part of the pieces, and unknown characters become bytes.
+
+    Programs written for transformers' tokenizers, such as mlx-lm, can use it.
 
     Create one with `from_folder` or `from_file`. `bos_token_id` and `eos_token_id` are the tokenizer's own,
     `eos_token_ids` are all tokens that end a generation, `vocab_size` is the number of tokens including special ones,
@@ -123,6 +126,12 @@ class Tokenizer:
         engine, config = open_engine(path, rows=rows)
         return cls(engine, config=config, eos_token_ids=eos_token_ids)
 
+    def __repr__(self) -> str:
+        ends = ", ".join(f"{self.id_to_token(token)} {token}" for token in sorted(self.eos_token_ids))
+        template = "" if self.chat_template is None else ", chat template"
+        start = f"begins with {self.id_to_token(self.bos_token_id)} {self.bos_token_id}, ends with {ends}"
+        return f"Tokenizer({self.vocab_size:,} tokens, {start}{template})"
+
     @property
     def model_file(self) -> Path | None:
         """The `tokenizer.model` that the tokenizer was read from, or that is beside its `tokenizer.json`."""
@@ -140,13 +149,21 @@ class Tokenizer:
         """
         _ = self.spec
 
-    def encode(self, text: str, add_bos: bool = True, *, as_message: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_bos: bool = True, *, as_message: bool = False, add_special_tokens: bool | None = None
+    ) -> list[int]:
         """The ids of `text`, BOS first; a lone surrogate becomes U+FFFD.
 
         The model's own control tokens (`<s>`, `</s>`) in a text are encoded as text. Added tokens (`<|im_start|>`,
         special or not) and user-defined pieces become their ids, as in transformers. With `as_message`, special tokens
         among them are encoded as text too, as in the only message of the chat template `plain`.
+
+        `add_special_tokens`, in place of the other two, is for mlx-lm and other programs that render a chat to text
+        first: control tokens in the text become their ids, as in transformers. True puts BOS in front unless the text
+        begins with it; False does not.
         """
+        if add_special_tokens is not None:
+            return self._encode_with_control_tokens(_replace_surrogates(text), add_special_tokens)
         if as_message and self._engine.special_beyond:
             return self._encode_runs([self.bos_token_id, text])[0 if add_bos else 1 :]
         try:
@@ -156,14 +173,20 @@ class Tokenizer:
         ids = self._engine.encode(text, start=not as_message)
         return [self.bos_token_id, *ids] if add_bos else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, as SentencePiece decodes it.
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, as SentencePiece decodes it: one id, a sequence, or a one-dimensional array.
 
-        BOS, EOS, other control tokens and unknown ids have no text; the unknown token becomes " \u2047 "; the space
-        that encoding put in front is removed; a byte that is not UTF-8 becomes U+FFFD.
+        BOS, EOS and other control tokens have no text unless `skip_special_tokens` is false, unknown ids have none; the
+        unknown token becomes " \u2047 "; the space that encoding put in front is removed; a byte that is not UTF-8
+        becomes U+FFFD.
         """
-        decoder = self.streaming_decoder()
-        return "".join([*map(decoder.add, ids), decoder.finish()])
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        decoder, texts = self.streaming_decoder(), []
+        for token_id in [ids] if isinstance(ids, int) else ids:
+            texts.append(decoder.add(token_id))
+            if not skip_special_tokens and self._engine.is_control(token_id):
+                texts.append(self.id_to_token(token_id))
+        return "".join([*texts, decoder.finish()])
 
     def streaming_decoder(self, after: Iterable[int] = ()) -> StreamingDecoder:
         """A decoder for one token at a time. With `after`, it continues the text of those ids, including the space
@@ -174,17 +197,6 @@ class Tokenizer:
     def _token_bytes(self) -> TokenBytes:
         return TokenBytes(self._engine)
 
-    def id_to_token(self, token_id: int) -> str:
-        """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
-        token = self._engine.id_to_token(token_id)
-        if token is None:
-            raise RequestError(f"there is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
-        return token
-
-    def token_to_id(self, token: str) -> int | None:
-        """The id of a piece, in the form `id_to_token` gives; None if there is no such piece."""
-        return self._engine.token_to_id(token)
-
     def add_eos_token(self, token: str) -> None:
         """Let a further token, or an id given as text, end a generation; `RequestError` if there is no such token."""
         token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
@@ -192,24 +204,52 @@ class Tokenizer:
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        template: str | Path | None = None,
+        *,
+        tokenize: Literal[True] = True,
+        return_dict: Literal[False] = False,
+        **options: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        template: str | Path | None = None,
+        *,
+        tokenize: bool = True,
+        return_dict: bool = False,
+        **options: Any,
+    ) -> Any: ...
     def apply_chat_template(
         self,
         messages: Sequence[Message],
         template: str | Path | None = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
-    ) -> list[int]:
+        tokenize: bool = True,
+        return_dict: bool = False,
+        **variables: Any,
+    ) -> Any:
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
         `template` is `plain`, `corenet` or the path of a jinja file; by default the folder's own, else `corenet`.
         Special tokens in messages, including added ones, are encoded as text: only the template writes them. Other
-        added tokens become their ids anywhere, as in transformers. `add_generation_prompt` opens the assistant's turn;
-        `continue_final_message` leaves the last message, the assistant's, open instead. `tools` are JSON schemas of
-        functions, for templates that render them.
+        added tokens become their ids anywhere, as in transformers. `add_generation_prompt` opens the assistant's turn,
+        by default if the last message is not the assistant's; `continue_final_message` leaves the last message, the
+        assistant's, open instead. `tools` are JSON schemas of functions, for templates that render them. Further
+        arguments are variables of the template, as in transformers.
+
+        With `tokenize=False`, the text; `encode(text, add_special_tokens=False)` gives its ids. With
+        `return_dict=True`, a dictionary of `input_ids` and `attention_mask`.
         Raises `RequestError` for bad messages and templates.
         """
+        check_variables(variables)
         source = self.chat_template
         if template is not None:
             source = chat.NAMED_TEMPLATES.get(str(template)) or chat.find_template(template)
@@ -230,8 +270,13 @@ class Tokenizer:
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                variables=variables,
             )
-        return self._encode_runs(runs)
+        if not tokenize:
+            runs = runs if runs[:1] == [self.bos_token_id] else [self.bos_token_id, *runs]
+            return "".join(run if isinstance(run, str) else self.id_to_token(run) for run in runs)
+        ids = self._encode_runs(runs)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)} if return_dict else ids
 
     def _encode_runs(self, runs: list[str | int]) -> list[int]:
         """The ids of a rendered template's runs of text and special token ids, BOS first."""
@@ -264,6 +309,10 @@ class Tokenizer:
             model_file=self.model_file,
             chat_template=chat_template or self.chat_template,
         )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`save`, by the name that transformers gives it."""
+        self.save(Path(folder))
 
     def _named_tokens(self) -> dict[str, str]:
         """The texts of BOS, EOS and the unknown token by the names that files and templates use."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .. import inputs
 from ..errors import RequestError, quote
@@ -49,6 +49,14 @@ _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum", "bias_corr
 _OF_SCHEDULE = ("min_learning_rate", "decay_steps")
 
 
+class Merged(NamedTuple, Generic[Options]):
+    """What `merge` made: the options of a run, its model keys, and the values among both that the file gave."""
+
+    options: Options
+    model: dict[str, Any]
+    from_file: dict[str, Any]
+
+
 def read(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, unchanged; `1e-5` is a number.
 
@@ -70,7 +78,7 @@ def merge(
     *,
     model_keys: tuple[str, ...] = MODEL_KEYS,
     place: str = "The configuration file",
-) -> tuple[Options, dict[str, Any]]:
+) -> Merged[Options]:
     """The options of a run and its model keys: flags override the file, which overrides the defaults.
 
     If a flag chooses another optimizer, schedule or kind of fine-tuning, the file's settings for its own are ignored. A
@@ -100,9 +108,29 @@ def merge(
     flat = {key: _conform(types[key], key, value, place) for key, value in values.items()}
     _check_rivals(flat, f"{place} has both {{}} and {{}}, which set the same thing; keep one.")
     _check_rivals(given, "{} and {} set the same thing; give one of them.", flag)
-    merged = _without_overruled(flat, given) | given
+    from_file = {key: value for key, value in _without_overruled(flat, given).items() if key not in given}
+    merged = from_file | given
     found = {key: merged.pop(key) for key in model_keys if key in merged}
-    return options(**merged), found
+    return Merged(options(**merged), found, from_file)
+
+
+def with_place(error: RequestError, from_file: Mapping[str, Any], place: str) -> RequestError:
+    """The error with a sentence about which of the settings that it names, by flag or value, came from a file.
+
+    Args:
+        from_file: the settings that did, as in `Merged`.
+        place: what the sentence calls the file.
+    """
+    message = str(error)
+    names = [key for key, value in from_file.items() if _is_named(flag(key), message) or _is_named(value, message)]
+    if not names:
+        return error
+    return type(error)(f"{message} {' and '.join(names)} {'is' if len(names) == 1 else 'are'} set in {place}.")
+
+
+def _is_named(what: Any, message: str) -> bool:
+    """Whether a message has this text as a word of its own."""
+    return isinstance(what, str) and re.search(rf"(?<![\w/-]){re.escape(what)}(?![\w/-])", message) is not None
 
 
 def to_dict(options: TrainOptions) -> dict[str, Any]:

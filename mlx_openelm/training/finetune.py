@@ -31,6 +31,7 @@ from .run.listener import Listener
 from .run.measuring import continue_samples, make_validation, measure_test_loss
 from .run.metrics import Metrics
 from .run.preparing import Loading, Prepared, prepare
+from .run.progress import RunProgress
 from .run.request import Request, check
 from .run.samples import Sample
 from .run.state import Checkpoints, RunState
@@ -53,6 +54,9 @@ class FineTuned:
     Args:
         adapter_path: the folder with the adapter; None if the base model alone was tested.
         training: how training ended; None if there was none.
+        adapter_step: the step whose weights the folder has: the last one, or with early stopping the best; None if
+            there was no training.
+        best_checkpoint: the checkpoint with the lowest validation loss, if the folder has later weights; else None.
         test: the loss on the test examples; None if it was not asked for.
         planned_memory: the peak memory that was estimated for training, in GB (1e9 bytes).
     """
@@ -65,6 +69,8 @@ class FineTuned:
     test: Evaluation | None = None
     samples: tuple[Sample, ...] = ()
     planned_memory: float | None = None
+    adapter_step: int | None = None
+    best_checkpoint: str | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -79,6 +85,7 @@ def finetune(
     loading: Loading = _DEFAULT_LOADING,
     overwrite: bool = False,
     listener: Listener | None = None,
+    progress: bool | None = True,
 ) -> FineTuned:
     """Train an adapter, or the weights themselves, on a set of examples; test it; or both.
 
@@ -88,6 +95,8 @@ def finetune(
     Args:
         model: as `load` takes it.
         overwrite: replace the run that is in `options.adapter_path`.
+        listener: its callbacks report the run, in place of the lines and the bar that are shown by default.
+        progress: whether to show the run, if there is no `listener`.
 
     Raises:
         RequestError: a request that cannot work; nothing was trained.
@@ -96,8 +105,11 @@ def finetune(
     if (warning := backend.slow_training_warning()) is not None:
         warnings.warn(warning, stacklevel=2)
     processes = Processes()
-    with processes.together(), backend.wired_limit():
-        listener = listener if listener is not None and processes.leads else Listener()
+    with processes.together(), backend.wired_limit(), contextlib.ExitStack() as shown:
+        if not processes.leads:
+            listener = Listener()
+        elif listener is None:
+            listener = shown.enter_context(RunProgress()) if progress else Listener()
         request = Request(model, options, loading, overwrite, processes, listener)
         previous = check(request)
         prepared = prepare(model, options, loading, listener)
@@ -140,7 +152,7 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
         state = resuming.begin(request, setup.updater, setup.checkpoints, record=record, previous=previous,
                                total_steps=setup.total_steps)  # fmt: skip
         result = _run(request, prepared, setup, state)
-        resuming.restore_best(request, setup.updater, setup.checkpoints, result)
+        kept = resuming.restore_best(request, setup.updater, setup.checkpoints, result)
         if request.processes.leads:
             run_folder.publish(request.folder, partial(_write_adapter, request, model))
         is_whole = result.stopped != INTERRUPTED
@@ -151,8 +163,18 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
         after = continue_samples(request, prepared) if is_whole else []
         prompts = options.sample_prompts if is_whole else ()
         samples = tuple(map(Sample, prompts, before, after))
-        peak = setup.planned_memory / 1e9
-        return FineTuned(request.model, options.adapter_path, trained, total, result, test, samples, peak)
+        return FineTuned(
+            request.model,
+            options.adapter_path,
+            trained,
+            total,
+            result,
+            test,
+            samples,
+            planned_memory=setup.planned_memory / 1e9,
+            adapter_step=kept,
+            best_checkpoint=_best_checkpoint(setup.checkpoints, result, kept),
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +219,13 @@ def _set_up(request: Request, prepared: Prepared) -> _Setup:
     if (warning := planned.warning()) is not None:
         request.listener.warn(warning)
     return _Setup(updater, batches, checkpoints, total_steps, planned.memory.peak)
+
+
+def _best_checkpoint(checkpoints: Checkpoints, result: Result, kept: int) -> str | None:
+    best = result.best_step
+    if best is None or best == kept or best not in checkpoints.steps():
+        return None
+    return str(checkpoints.path(best))
 
 
 def _make_updater(request: Request, model: OpenELM) -> Updater:
@@ -260,8 +289,21 @@ def _open_metrics(request: Request, state: RunState | None) -> Iterator[Metrics 
     options, folder, step = request.options, request.folder, None if state is None else state.step
     trackers = make_trackers(options.report_to, folder, options.project_name, to_dict(options), step)
     validated = None if state is None else state.validated
-    with Metrics(folder, resume_step=step, validated=validated, trackers=trackers) as metrics:
+    with Metrics(folder, title=_title(request), resume_step=step, validated=validated, trackers=trackers) as metrics:
         yield metrics
+
+
+def _title(request: Request) -> str:
+    """What the plot of a run shows."""
+    options, kinds = request.options, {"lora": "LoRA", "dora": "DoRA"}
+    kind = kinds.get(options.fine_tune_type)
+    how = "full weights" if kind is None else f"{kind}, rank {options.rank}"
+    return f"Fine-tuning {_end(request.model)} on {_end(str(options.data))} ({how})"
+
+
+def _end(name: str, length: int = 24) -> str:
+    """A name that fits into a title: the end of a long path tells most."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _test(request: Request, prepared: Prepared) -> FineTuned:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from ...errors import OpenELMError, RequestError, quote
+from ...hub import offline
 from ...hub.errors import explain_download
+from ...hub.progress import Transfer, snapshot_bars
 from .splits import SUFFIXES, find_splits, suffix_of
 
 
@@ -40,14 +41,11 @@ def download_splits(name: str) -> dict[str, list[Path]]:
                 f"{', '.join(SUFFIXES)}; download what you need and give a folder."
             )
         splits = {"all": files}
-    wanted = [file for files in splits.values() for file in files]
+    wanted = [_literally(file) for files in splits.values() for file in files]
     try:
-        folder = snapshot_download(
-            name,
-            repo_type="dataset",
-            allow_patterns=[_literally(file) for file in wanted],
-            tqdm_class=None if sys.stderr.isatty() else _silent(),
-        )
+        with Transfer(f"datasets/{name}") as transfer:
+            bars = snapshot_bars(transfer, name, repo_type="dataset", revision=None, allow=wanted, ignore=[])
+            folder = snapshot_download(name, repo_type="dataset", allow_patterns=wanted, tqdm_class=bars)
     except Exception as error:
         raise _explain(error, name, exists=True) from error
     return {split: [Path(folder, file) for file in files] for split, files in splits.items()}
@@ -74,16 +72,6 @@ def _literally(file: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in file)
 
 
-def _silent() -> type:
-    from huggingface_hub.utils import tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    return Silent
-
-
 def _explain(error: Exception, name: str, *, exists: bool = False) -> OpenELMError:
     """The error to raise; unless the data set is known to exist, its name may be a mistyped folder."""
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -97,8 +85,7 @@ def _explain(error: Exception, name: str, *, exists: bool = False) -> OpenELMErr
             f"There is no file or folder {name} here, and no data set of that name on the hub; "
             "a private one needs `hf auth login`"
         )
-    found = explain_download(error, f"datasets/{name}", None)
-    reason = str(found).replace("download the model", "download the data set")
+    found = explain_download(error, f"datasets/{name}", None, offline.data_set(name))
     if exists or isinstance(error, GatedRepoError):
-        return type(found)(reason)
-    return type(found)(f"There is no file or folder {name} here, and {reason}")
+        return found
+    return type(found)(f"There is no file or folder {name} here, and {found}")

@@ -17,6 +17,7 @@ from typing import Any
 
 from ...errors import RequestError
 from ...inputs import check_file, to_path
+from ...wording import install
 from .kinds import Faults, Record, columns_to_read, recognise
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
 
@@ -215,7 +216,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise RequestError(f"Reading {path.name} needs the package pyarrow: pip install pyarrow") from None
+        raise RequestError(f"Reading {path.name} needs the package pyarrow: {install('data')}.") from None
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             # Other columns may be large and are not needed, except to explain what is wrong with a table of no kind.

@@ -11,7 +11,7 @@ from typing import Annotated
 from ...errors import RequestError, quote
 from ...formats.adapter import TARGET_MODULES
 from ...formats.mlx_adapter import FINE_TUNE_TYPES
-from ...options import Option
+from ...options import Option, Options
 from ...wording import flag, one_of
 from ..data.examples import LONG_EXAMPLES
 from . import trackers
@@ -25,6 +25,9 @@ NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"
 # AUTO chooses one of them by the free memory.
 AUTO = "auto"
 RECOMPUTE = (AUTO, NOTHING, PARTS, LAYERS)
+
+# What `--help` gives as the default of a setting that each optimizer has its own for.
+OPTIMIZERS_OWN = "the optimizer's"
 
 # mlx-lm's scale, when neither scale nor alpha is given.
 DEFAULT_SCALE = 20.0
@@ -48,8 +51,8 @@ _CHOICES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainOptions(Options):
     """The options that every kind of training has. A step, or iteration, is one update of the weights.
 
     Args:
@@ -68,41 +71,69 @@ class TrainOptions:
         RequestError: an invalid value; the message names its flag.
     """
 
-    batch_size: Annotated[int, Option("Examples per batch.", group="Training")] = 4
-    grad_accumulation_steps: Annotated[int, Option("Batches per update of the weights.", group="Training")] = 1
-    max_seq_length: Annotated[int, Option("Longest example in tokens; longer ones are cut.", group="Data")] = 2048
+    batch_size: Annotated[int, Option("Examples per batch.")] = 4
+    grad_accumulation_steps: Annotated[
+        int, Option("Batches to average the gradient over, for each update of the weights.", group="Training")
+    ] = 1
+    max_seq_length: Annotated[
+        int, Option("Tokens of an example at most; --long-examples says what happens to longer ones.", group="Data")
+    ] = 2048
     packing: Annotated[
         bool, Option("Pack several examples into a row; they do not attend to each other.", group="Data")
     ] = False
-    seed: Annotated[int, Option("The same seed gives the same adapter.", group="Training")] = 0
+    seed: Annotated[int, Option("Seed of the run: the same seed gives the same adapter.", group="Training")] = 0
 
-    iters: Annotated[int, Option("Updates of the weights.", group="Training")] = 1000
-    epochs: Annotated[float | None, Option("Passes over the data, instead of --iters.", group="Training")] = None
-    optimizer: Annotated[str, Option("The optimizer.", group="Optimizer", metavar="|".join(OPTIMIZERS))] = "adam"
-    learning_rate: Annotated[float, Option("Learning rate, after the warm-up.", group="Training")] = 1e-5
+    iters: Annotated[int, Option("Steps of training; each updates the weights once.")] = 1000
+    epochs: Annotated[float | None, Option("Passes over the training data, instead of --iters.", group="Training")] = (
+        None
+    )
+    optimizer: Annotated[
+        str, Option("Algorithm that updates the weights.", group="Optimizer", metavar="|".join(OPTIMIZERS))
+    ] = "adam"
+    learning_rate: Annotated[float, Option("Learning rate, after the warm-up if there is one.")] = 1e-5
     lr_schedule: Annotated[
-        str, Option("The learning rate's schedule.", group="Optimizer", metavar="|".join(SCHEDULES))
+        str, Option("How the learning rate changes after the warm-up.", group="Optimizer", metavar="|".join(SCHEDULES))
     ] = "constant"
     min_learning_rate: Annotated[
         float, Option("Learning rate at the end of a cosine or linear schedule.", group="Optimizer")
     ] = 0.0
     decay_steps: Annotated[
         int | None,
-        Option("Steps from the warm-up to --min-learning-rate; by default all that are left.", group="Optimizer"),
+        Option(
+            "Steps from the end of the warm-up to --min-learning-rate.", group="Optimizer", default="all that are left"
+        ),
     ] = None
-    warmup: Annotated[int, Option("Steps over which the learning rate rises at first.", group="Optimizer")] = 0
+    warmup: Annotated[int, Option("First steps, in which the learning rate rises.", group="Optimizer")] = 0
     warmup_init: Annotated[float, Option("Learning rate at the start of the warm-up.", group="Optimizer")] = 0.0
-    weight_decay: Annotated[float | None, Option("Weight decay, applied to matrices only.", group="Optimizer")] = None
-    beta1: Annotated[float | None, Option("First momentum coefficient of the optimizer.", group="Optimizer")] = None
-    beta2: Annotated[float | None, Option("Second momentum coefficient of the optimizer.", group="Optimizer")] = None
-    eps: Annotated[
-        float | None, Option("Added to the denominator of the update, against division by zero.", group="Optimizer")
+    weight_decay: Annotated[
+        float | None,
+        Option("Weight decay, of matrices only; not for adam.", group="Optimizer", default=OPTIMIZERS_OWN),
     ] = None
-    momentum: Annotated[float | None, Option("Momentum of sgd and muon.", group="Optimizer")] = None
+    beta1: Annotated[
+        float | None,
+        Option("Decay rate of the mean of past gradients.", group="Optimizer", default=OPTIMIZERS_OWN),
+    ] = None
+    beta2: Annotated[
+        float | None,
+        Option("Decay rate of the mean of past squared gradients.", group="Optimizer", default=OPTIMIZERS_OWN),
+    ] = None
+    eps: Annotated[
+        float | None,
+        Option(
+            "Number added to the denominator of Adam's update, against division by zero.",
+            group="Optimizer",
+            default=OPTIMIZERS_OWN,
+        ),
+    ] = None
+    momentum: Annotated[
+        float | None, Option("Momentum of sgd and muon.", group="Optimizer", default=OPTIMIZERS_OWN)
+    ] = None
     bias_correction: Annotated[
-        bool, Option("Correct the bias of Adam's moments, which start at zero.", group="Optimizer")
+        bool, Option("Correct Adam's means of gradients for their start at zero.", group="Optimizer")
     ] = True
-    max_grad_norm: Annotated[float | None, Option("Scale gradients down to this norm.", group="Optimizer")] = None
+    max_grad_norm: Annotated[
+        float | None, Option("Scale gradients with a larger norm down to this norm.", group="Optimizer", default="off")
+    ] = None
     z_loss: Annotated[
         float,
         Option(
@@ -115,36 +146,40 @@ class TrainOptions:
     recompute: Annotated[
         str,
         Option(
-            "What the backward pass recomputes to save memory; auto is parts, or on CUDA what fits.",
+            "Activations that the backward pass computes again to save memory; auto is parts, on CUDA what fits.",
             group="Memory",
             metavar="|".join(RECOMPUTE),
         ),
     ] = AUTO
-    grad_checkpoint: Annotated[bool, Option("The same as --recompute layers, under mlx-lm's name.", group="Memory")] = (
-        False
-    )
+    grad_checkpoint: Annotated[
+        bool, Option("Save memory: the same as --recompute layers, under mlx-lm's name.", group="Memory")
+    ] = False
 
-    steps_per_report: Annotated[int, Option("Steps between reports of the loss.", group="Reports")] = 10
-    steps_per_eval: Annotated[int, Option("Steps between validations.", group="Validation")] = 200
+    steps_per_report: Annotated[int, Option("Steps between two reports of the loss.", group="Reports")] = 10
+    steps_per_eval: Annotated[int, Option("Steps between two validations.", group="Validation and test")] = 200
     val_batches: Annotated[
-        int, Option("Batches per validation; -1 is all, 0 turns validation off.", group="Validation")
+        int, Option("Batches of a validation; -1 is all, 0 turns validation off.", group="Validation and test")
     ] = 25
     early_stop: Annotated[
         int | None,
-        Option("Stop after this many validations without a new best, and keep the best.", group="Validation"),
+        Option(
+            "Stop after N validations without a new best loss, and keep the best adapter.", group="Validation and test"
+        ),
     ] = None
-    save_every: Annotated[int, Option("Steps between checkpoints.", group="Checkpoints")] = 100
-    keep_last: Annotated[int, Option("Keep this many of the last checkpoints, and the best.", group="Checkpoints")] = 2
-    keep_every: Annotated[int | None, Option("Also keep every N-th step's checkpoint.", group="Checkpoints")] = None
+    save_every: Annotated[int, Option("Steps between two checkpoints.", group="Checkpoints")] = 100
+    keep_last: Annotated[int, Option("Keep the last N checkpoints, and the best.", group="Checkpoints")] = 2
+    keep_every: Annotated[int | None, Option("Also keep the checkpoint of every N-th step.", group="Checkpoints")] = (
+        None
+    )
     report_to: Annotated[
         str | None,
         Option(
-            "Also report to TensorBoard, Weights & Biases, or both with a comma.",
+            "Also report the losses to TensorBoard or Weights & Biases; with a comma, to both.",
             group="Reports",
             metavar="tensorboard|wandb",
         ),
     ] = None
-    project_name: Annotated[str | None, Option("The project at Weights & Biases.", group="Reports")] = None
+    project_name: Annotated[str | None, Option("Name of the project at Weights & Biases.", group="Reports")] = None
 
     @property
     def recomputed(self) -> str:
@@ -216,7 +251,7 @@ class TrainOptions:
             raise RequestError(f"--warmup must be less than --iters ({self.iters}), got {self.warmup}.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FineTuneOptions(TrainOptions):
     """The options of `mlx-openelm lora`, apart from the model.
 
@@ -230,64 +265,79 @@ class FineTuneOptions(TrainOptions):
 
     data: Annotated[
         str | None,
-        Option("A folder with train, valid and test files, one file, or a data set on the hub.", metavar="PATH"),
+        Option(
+            "Examples: a folder with train, valid and test files, one file, or a data set on the hub.", metavar="PATH"
+        ),
     ] = None
-    train: Annotated[bool, Option("Train.")] = False
+    train: Annotated[bool, Option("Train on the examples.")] = False
     test: Annotated[
-        bool, Option("Measure the perplexity of the test examples, after training or of the adapter in --adapter-path.")
+        bool,
+        Option(
+            "Measure the perplexity of the test examples: after training, or of the adapter in --adapter-path.",
+            group="Validation and test",
+        ),
     ] = False
-    test_batches: Annotated[int, Option("Batches of the test; -1 is all.", group="Validation")] = 500
+    test_batches: Annotated[int, Option("Batches of the test at most; -1 is all.", group="Validation and test")] = 500
     valid_fraction: Annotated[
-        float, Option("Share of the data held out for validation if there is no valid file; 0 is none.", group="Data")
+        float,
+        Option("Share of the training examples to validate on if there is no valid file; 0 is none.", group="Data"),
     ] = 0.1
-    mask_prompt: Annotated[bool, Option("Learn completions and assistant turns only, not prompts.", group="Data")] = (
+    mask_prompt: Annotated[bool, Option("Learn only the completions and the assistant's turns, not the prompts.")] = (
         False
     )
     long_examples: Annotated[
         str,
-        Option("What to do with examples longer than --max-seq-length.", group="Data", metavar="|".join(LONG_EXAMPLES)),
+        Option(
+            "What to do with examples of more than --max-seq-length tokens.",
+            group="Data",
+            metavar="|".join(LONG_EXAMPLES),
+        ),
     ] = "truncate"
 
     fine_tune_type: Annotated[
         str,
         Option("Train LoRA or DoRA adapters, or the full weights.", group="Adapter", metavar="|".join(FINE_TUNE_TYPES)),
     ] = "lora"
-    num_layers: Annotated[int, Option("Train only the last N layers; -1 is all.", group="Adapter")] = -1
+    num_layers: Annotated[int, Option("Train only the last N layers; -1 is all.")] = -1
     target_modules: Annotated[
         tuple[str, ...] | None,
         Option(
-            "Matrices to train, repeatable or with commas; by default all of a layer, with full everything.",
+            "Matrices to train; repeatable, or with commas.",
             group="Adapter",
             metavar="|".join(TARGET_MODULES),
+            default="those of the layers; for full, all weights",
         ),
     ] = None
-    rank: Annotated[int, Option("Rank of an adapter's matrices.", group="Adapter")] = 8
-    alpha: Annotated[float | None, Option("Multiply the adapter's output by alpha / rank.", group="Adapter")] = None
+    rank: Annotated[int, Option("Rank of the adapter's matrices.", group="Adapter")] = 8
+    alpha: Annotated[float | None, Option("Multiply the adapter's output by NUMBER / rank.", group="Adapter")] = None
     scale: Annotated[
         float | None,
-        Option("Multiply the adapter's output by this instead; 20 by default, as in mlx-lm.", group="Adapter"),
+        Option("Multiply the adapter's output by NUMBER; instead of --alpha.", group="Adapter", default="20"),
     ] = None
-    use_rslora: Annotated[bool, Option("Divide --alpha by the square root of the rank (rsLoRA).", group="Adapter")] = (
-        False
-    )
-    dropout: Annotated[float, Option("Dropout on the adapter's input during training.", group="Adapter")] = 0.0
+    use_rslora: Annotated[
+        bool, Option("Divide --alpha by the square root of the rank, not by the rank (rsLoRA).", group="Adapter")
+    ] = False
+    dropout: Annotated[
+        float, Option("Share of the adapter's inputs to drop at random in training.", group="Adapter")
+    ] = 0.0
 
-    adapter_path: Annotated[
-        str, Option("The folder of the adapter and everything else of the run.", metavar="FOLDER")
-    ] = "adapters"
+    adapter_path: Annotated[str, Option("Folder of the run: its adapter, checkpoints and plots.", metavar="FOLDER")] = (
+        "adapters"
+    )
     adapter_format: Annotated[
         str,
         Option(
-            "Format of the adapter's files; mlx is read by mlx-lm and here.",
+            "Format of the adapter's files: mlx is mlx-lm's, peft is for transformers. Both are read here.",
             group="Adapter",
             metavar="|".join(ADAPTER_FORMATS),
         ),
     ] = "mlx"
-    resume: Annotated[bool, Option("Continue the run in --adapter-path exactly; other flags need not be repeated.")] = (
-        False
-    )
+    resume: Annotated[
+        bool,
+        Option("Continue the run in --adapter-path exactly where it stopped; its other flags need not be repeated."),
+    ] = False
     resume_adapter_file: Annotated[
-        str | None, Option("Start from the weights of this adapter.", group="Training", metavar="PATH")
+        str | None, Option("Start training from the weights of this adapter.", group="Training", metavar="PATH")
     ] = None
     sample_prompts: Annotated[
         tuple[str, ...],
@@ -297,7 +347,7 @@ class FineTuneOptions(TrainOptions):
             flags=("--sample-prompt",),
         ),
     ] = ()
-    sample_tokens: Annotated[int, Option("Tokens per sample.", group="Reports")] = 64
+    sample_tokens: Annotated[int, Option("Tokens of each continuation.", group="Reports")] = 64
 
     @property
     def lora_scale(self) -> float:

@@ -6,9 +6,9 @@ import importlib.util
 import sys
 
 from ...errors import RequestError, quote
+from ...wording import install
 
 TRACKERS = ("tensorboard", "wandb")
-_INSTALL = "pip install 'mlx-openelm[trackers]'"
 
 
 def check(report_to: str | None) -> tuple[str, ...]:
@@ -22,9 +22,9 @@ def check(report_to: str | None) -> tuple[str, ...]:
         if name not in TRACKERS:
             raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {quote(name)}.")
         if name == "tensorboard" and tensorboard_module() is None:
-            raise RequestError(f"--report-to tensorboard needs tensorboardX: {_INSTALL}.")
+            raise RequestError(f"--report-to tensorboard needs tensorboardX: {install('trackers')}.")
         if name == "wandb" and not _has("wandb"):
-            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {_INSTALL}.")
+            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {install('trackers')}.")
     return names
 
 

@@ -161,23 +161,28 @@ def _command() -> list[str]:
     return ["mlx-openelm" if program == "__main__.py" else program, *sys.argv[1:]]
 
 
-def compare(model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+def compare(
+    model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any], file: Path = Path(RUN)
+) -> list[str]:
     """The permitted differences between a continued run and its record, a line each.
+
+    Args:
+        before: the record, which is in `file`.
 
     Raises:
         RequestError: it would not be the same run; the message names the flag that differs.
     """
-    _refuse_change("--model", model, before["model"])
+    _refuse_change("--model", model, before["model"], file)
     for name, value in loading.items():
-        _refuse_change(flag(name), value, before.get("loading", {}).get(name))
+        _refuse_change(flag(name), value, before.get("loading", {}).get(name), file)
     changes = []
     now, then = json.loads(json.dumps(dataclasses.asdict(options))), before["options"]
     for name, value in now.items():
         if name in _FREE or name not in then or value == then[name]:
             continue
         if name not in _CHANGEABLE:
-            _refuse_change(flag(name), value, then[name])
-        changes.append(f"{flag(name)} is {_show(value)}, {_show(then[name])} before")
+            _refuse_change(flag(name), value, then[name], file)
+        changes.append(f"{flag(name)} is {_show(value)}, {_show(then[name])} in {file}")
     if now["lr_schedule"] != "constant" and _length(now) != _length(then):
         changes.append("The run has another length, over which the learning rate falls")
     return changes
@@ -204,11 +209,11 @@ def _length(options: Mapping[str, Any]) -> tuple[Any, Any]:
     return options.get("iters") if options.get("epochs") is None else None, options.get("epochs")
 
 
-def _refuse_change(name: str, value: Any, old: Any) -> None:
+def _refuse_change(name: str, value: Any, old: Any, file: Path) -> None:
     if value != old:
         raise RequestError(
-            f"The run to --resume has {name} {_show(old)}, not {_show(value)}; leave {name} out, or start a new run "
-            "in another --adapter-path."
+            f"The run to --resume has {name} {_show(old)}, not {_show(value)} (see {file}); give the same value, or "
+            "start a new run in another --adapter-path."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from ...errors import OpenELMError
 from ...formats import atomic
+from ...wording import install
 from .trackers import Tracker
 
 FILE, PICTURE = "metrics.jsonl", "losses.png"
@@ -23,6 +24,8 @@ TRAIN_LOSS, VALID_LOSS, LEARNING_RATE = "train_loss", "val_loss", "learning_rate
 # The plot is drawn at most this often, and takes at most this share of the time.
 _PAUSE_SECONDS = 10.0
 _SHARE = 0.01
+# Up to this many reports are drawn as points on the line: a line alone would not show a single one.
+_FEW_REPORTS = 50
 
 Points = list[tuple[int, float]]
 
@@ -32,6 +35,7 @@ class Metrics:
 
     Args:
         folder: where `metrics.jsonl` and `losses.png` go.
+        title: of the plot.
         resume_step: the step from which a run is continued: later lines are removed, and so is an incomplete line that
             a killed process left. None for a new run, which starts a new file.
         validated: the step of the last complete validation; later validations are removed, as they will be repeated.
@@ -46,6 +50,7 @@ class Metrics:
         self,
         folder: Path,
         *,
+        title: str = "",
         resume_step: int | None = None,
         validated: int | None = None,
         trackers: Sequence[Tracker] = (),
@@ -64,11 +69,9 @@ class Metrics:
         except OSError as error:
             raise _failed(self._path, error) from None
         if plot and importlib.util.find_spec("matplotlib") is None:
-            warnings.warn(
-                "Without matplotlib there is no picture of the losses: pip install 'mlx-openelm[plots]'.", stacklevel=2
-            )
+            warnings.warn(f"Without matplotlib there is no picture of the losses: {install('plots')}.", stacklevel=2)
             plot = False
-        self._picture = _Picture(folder / PICTURE) if plot else None
+        self._picture = _Picture(folder / PICTURE, title) if plot else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line with the values of a step; a value that is not finite is written as null.
@@ -144,8 +147,8 @@ def _failed(path: Path, error: OSError) -> OpenELMError:
 class _Picture:
     """Draws curves into a PNG in a thread, so rarely that training is not slowed down."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, title: str):
+        self._path, self._title = path, title
         self._thread: threading.Thread | None = None
         self._next = time.monotonic() + _PAUSE_SECONDS
 
@@ -173,34 +176,42 @@ class _Picture:
 
     def _try(self, curves: Mapping[str, Points]) -> None:
         try:
-            draw(curves, self._path)
+            draw(curves, self._path, self._title)
         except Exception as error:  # any error of matplotlib's: a plot must not stop a run
             warnings.warn(f"The picture of the losses could not be drawn: {error}", stacklevel=2)
 
 
-def draw(curves: Mapping[str, Points], path: Path) -> None:
+def draw(curves: Mapping[str, Points], path: Path, title: str = "") -> None:
     """Draw losses above and the learning rate below, over steps, into a PNG that appears complete or not at all."""
     with atomic.new_file(path) as file:
-        figure(curves).savefig(file, format="png", dpi=120)
+        figure(curves, title).savefig(file, format="png", dpi=120)
 
 
-def figure(curves: Mapping[str, Points]) -> Any:
+def figure(curves: Mapping[str, Points], title: str = "") -> Any:
     """The matplotlib figure of the curves, made without pyplot, whose global state is not thread-safe."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     picture = Figure(figsize=(8, 6), layout="constrained")
+    picture.suptitle(title, parse_math=False)
     losses, rates = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for name, label, style in ((TRAIN_LOSS, "training", "-"), (VALID_LOSS, "validation", "o-")):
-        if curves[name]:
-            losses.plot(*zip(*curves[name], strict=True), style, label=label, markersize=4, linewidth=1.2)
+    style = ".-" if len(curves[TRAIN_LOSS]) <= _FEW_REPORTS else "-"
+    if curves[TRAIN_LOSS]:
+        losses.plot(*zip(*curves[TRAIN_LOSS], strict=True), style, label="training", color="C0", linewidth=1.2)
     if curves[VALID_LOSS]:
-        step, best = min(curves[VALID_LOSS], key=lambda point: point[1])
-        losses.axhline(best, color="C1", linewidth=0.8, linestyle=":", label=f"best: {best:.4g} at step {step}")
+        # Points alone: a line would show values between validations, where nothing was measured.
+        losses.plot(*zip(*curves[VALID_LOSS], strict=True), "o", label="validation", color="C1", markersize=6)
+        step, loss = min(curves[VALID_LOSS], key=lambda point: point[1])
+        best = f"lowest validation loss: {loss:.3f} at step {step:,}"
+        losses.plot(step, loss, "*", label=best, color="C3", markersize=15, zorder=3)
     if curves[LEARNING_RATE]:
-        rates.plot(*zip(*curves[LEARNING_RATE], strict=True), color="C2", linewidth=1.2)
-    losses.set(ylabel="loss (nats a token)")
+        rates.plot(*zip(*curves[LEARNING_RATE], strict=True), style, color="C2", linewidth=1.2)
+    losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="step", ylabel="learning rate")
     rates.set_ylim(bottom=0)
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+    rates.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    rates.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
     if losses.get_legend_handles_labels()[0]:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from ...adapters.attaching import dropout_layers
 from ...backend import available_memory, total_memory
 from ...config import EMBEDDING, ModelConfig
-from ...errors import RequestError
+from ...errors import RequestError, name_options
 from ...wording import size
 from ..options import AUTO, LAYERS, NOTHING, PARTS, TrainOptions
 from ..step.strategy import fuses_attention_gradient, here
@@ -74,6 +74,7 @@ class Plan:
         options = " or ".join(f"{flags}: {size(memory.peak)}" for flags, memory in fitting[:2])
         advice = f"; with {options}" if options else "; a smaller or quantized model needs less"
         line = f"The run needs about {size(self.memory.peak)}, and {size(room / _USABLE_SHARE)} is available{advice}."
+        line = name_options(line)
         if self.memory.peak > _REFUSED_FACTOR * (total_memory() or math.inf):
             raise RequestError(line)
         return line

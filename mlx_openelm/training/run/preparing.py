@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import mlx.core as mx
+
 from ... import backend
 from ...adapters.attaching import target_paths
 from ...config import ModelConfig
-from ...errors import RequestError
+from ...errors import RequestError, name_options
 from ...hub import catalog
-from ...loading import load
+from ...loading import dtype_name, load
 from ...model import OpenELM
 from ...text.chat_template import CORENET_TEMPLATE
 from ...text.tokenizer import Tokenizer
@@ -28,11 +30,15 @@ from .listener import Listener
 class Loading:
     """How the model is loaded and prompts are rendered: arguments of `load` and `tokenize`."""
 
-    dtype: str | None = None
+    dtype: str | mx.Dtype | None = None
     tokenizer: str | None = None
     config_yaml: str | None = None
     revision: str | None = None
     chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        # By its full name, which can be recorded, and compared when a run is resumed.
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,10 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     prepared = Prepared(model, tokenizer, examples, length)
     if was_given_template and prepared.main_examples.report.chat_template is not None:
         listener.say(
-            f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned with; "
-            "prompt the result with --chat-template corenet too."
+            name_options(
+                f"The tokenizer of {name} has no chat template, so it was given CoreNet's, which the model was tuned "
+                "with; prompt the result with --chat-template corenet too."
+            )
         )
     listener.say("An example, with what is learned between ⟦ and ⟧:")
     listener.say(prepared.main_examples.report.sample_text())
@@ -148,7 +156,7 @@ def _give_template(name: str, tokenizer: Tokenizer) -> bool:
 def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
     most = config.rope_max_length
     if wanted > most and wanted != TrainOptions.max_seq_length:
-        listener.say(f"--max-seq-length is {most}, not {wanted}: the model's positions end there.")
+        listener.say(name_options(f"--max-seq-length is {most}, not {wanted}: the model's positions end there."))
     return min(wanted, most)
 
 
@@ -162,6 +170,6 @@ def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[s
     )
     if report.num_truncated:
         emptied = f", {report.num_emptied:,} of them before anything that is learned" if report.num_emptied else ""
-        yield f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
+        yield name_options(f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}")
     if report.num_unlearned > report.num_emptied:
         yield f"{split}: {report.num_unlearned - report.num_emptied:,} have nothing to learn"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.files import find_local
-from ...errors import RequestError
+from ...errors import RequestError, name_options
 from ...hub import catalog
 from ...inputs import to_path
 from ...loading import check_dtype
@@ -84,8 +84,10 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
         return None
     previous = run_folder.read_run(request.folder)
     loading = dataclasses.asdict(request.loading)
-    for change in run_folder.compare(request.model, request.options, loading, previous):
-        request.listener.warn(f"{change}; from here on the run differs from one that never stopped.")
+    for change in run_folder.compare(
+        request.model, request.options, loading, previous, request.folder / run_folder.RUN
+    ):
+        request.listener.warn(name_options(f"{change}; from here on the run differs from one that never stopped."))
     return previous
 
 

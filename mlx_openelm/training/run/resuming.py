@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ...errors import OpenELMError, RequestError
+from ...errors import OpenELMError, RequestError, name_options
 from ..step.updater import Updater
 from . import folder as run_folder
 from .preparing import Prepared
@@ -85,25 +85,31 @@ def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total
         )
     if state.step == total_steps:
         longer = "--iters" if request.options.epochs is None else "--epochs"
-        listener.say(f"The run is complete, after {state.step} steps; raise {longer} to go on.")
+        listener.say(name_options(f"The run is complete, after {state.step} steps; raise {longer} to go on."))
     else:
         listener.say(f"Going on after step {state.step}.")
     return state
 
 
-def restore_best(request: Request, updater: Updater, checkpoints: Checkpoints, result: Result) -> None:
-    """With early stopping, go back to the weights with the lowest validation loss; otherwise keep the last ones."""
+def restore_best(request: Request, updater: Updater, checkpoints: Checkpoints, result: Result) -> int:
+    """With early stopping, go back to the weights with the lowest validation loss; otherwise keep the last ones.
+
+    Returns:
+        the step of the weights that the model has now.
+    """
     best, listener = result.best_step, request.listener
     if request.options.early_stop is None or result.stopped == INTERRUPTED or best in (None, result.steps):
-        return
+        return result.steps
     if best == 0:
         listener.warn("No validation was better than the one before training; the last weights are kept.")
-        return
-    tensors, kept = updater.state(), f"The weights of step {best}, where validation was best, are kept."
+        return result.steps
+    tensors, kept, problem = updater.state(), best, ""
     if request.processes.leads:
         try:
             tensors = checkpoints.tensors(best)
         except OpenELMError as error:  # the last weights are better than an error at the end of a long run
-            kept = f"{error} The last weights are kept in place of the best."
+            kept, problem = result.steps, f"{error} The last weights are kept in place of the best."
     updater.restore(request.processes.share_tensors(tensors))
-    listener.say(kept)
+    if problem:
+        listener.warn(problem)
+    return kept

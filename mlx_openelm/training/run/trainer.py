@@ -62,9 +62,9 @@ class Log(Protocol):
 class Result:
     """How training ended: `stopped` is "finished", "interrupted" or "stopped early".
 
-    `train_loss` is the last reported, `val_loss` the last measured. `trained_tokens` counts learned tokens;
-    `tokens_per_second` counts all tokens without padding, over the time of this process's updates. `peak_memory` is in
-    GB (1e9 bytes).
+    `train_loss` is the last reported, `val_loss` the last measured, at `val_step`. `trained_tokens` counts learned
+    tokens; `tokens_per_second` counts all tokens without padding, over the time of this process's updates.
+    `peak_memory` is in GB (1e9 bytes).
     """
 
     steps: int
@@ -72,6 +72,7 @@ class Result:
     stopped: str
     train_loss: float | None
     val_loss: float | None
+    val_step: int | None
     best_step: int | None
     best_val_loss: float | None
     trained_tokens: int
@@ -315,6 +316,7 @@ class _Loop:
             stopped=stopped,
             train_loss=state.reported,
             val_loss=state.val_loss,
+            val_step=None if state.val_loss is None else state.validated,
             best_step=state.best_step,
             best_val_loss=state.best_loss,
             trained_tokens=state.trained_tokens,

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ... import backend
 from ...model import Attention, FeedForward, OpenELM, TransformerLayer, add_to
@@ -37,7 +38,8 @@ def _mask(model: OpenELM, segments: mx.array | None) -> mx.array | None:
     """The attention mask of packed rows; None if the model's causal mask is enough."""
     if segments is None:
         return None
-    dtype = model.transformer.norm["weight"].dtype
+    # A module put in the norm's place may keep the weight elsewhere.
+    dtype = dict(tree_flatten(model.transformer.norm.parameters())).popitem()[1].dtype
     fused = fuses_attention_gradient(dtype, model.config.head_dim)
     return fused_mask(segments, dtype) if fused else packed_mask(segments)
 

@@ -1,25 +1,36 @@
-"""Output that the commands share: lines on standard error, JSON, progress bars."""
+"""What commands and functions show: lines on standard error, JSON, lines that fit the terminal, progress bars."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
-from ..wording import size
+from .messages import say
+from .wording import size
+
+__all__ = ["Progress", "print_json", "say"]
 
 # Work that takes less than this shows no progress, in seconds.
 QUIET_SECONDS = 1.0
 # Seconds between two lines of progress, if there is no terminal.
 _LINE_SECONDS = 5.0
-
-
-def say(line: str) -> None:
-    """Print a line on standard error, where everything but the result goes."""
-    print(line, file=sys.stderr, flush=True)
+# What the stages of a job count, where it is not evident.
+_UNITS = {
+    "Writing": "bytes",
+    "Reading the text": "batches",
+    "Reading the held-out text": "batches",
+    "Measuring sensitivities": "matrices",
+    "Quantizing": "matrices",
+    "Distilling": "steps",
+    "Comparing": "choices",
+}
 
 
 def print_json(values: Any) -> None:
@@ -43,6 +54,37 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def columns(stream: TextIO) -> int | None:
+    """The width to print for: $COLUMNS, or that of the terminal; None if `stream` is not one."""
+    wanted = os.environ.get("COLUMNS", "")
+    if wanted.isdecimal() and int(wanted) > 0:
+        return int(wanted)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):  # ValueError: closed, or no file at all
+        return None
+
+
+def wrap(text: str, width: int | None, indent: str = "") -> str:
+    """Text in lines of at most `width`, broken between words only; all but the first begin with `indent`."""
+    if width is None or len(text) <= width:
+        return text
+    import textwrap
+
+    return textwrap.fill(
+        text, max(width, len(indent) + 10), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Labels and texts in two columns; on a terminal, long texts go on below their beginning."""
+    rows = list(rows)
+    label_width = max(len(label) for label, _ in rows)
+    indent = " " * (label_width + 2)
+    for label, text in rows:
+        print(wrap(f"{label:{label_width}}  {text}".rstrip(), columns(sys.stdout), indent))
 
 
 class Progress:
@@ -103,3 +145,37 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+class Stages:
+    """One progress bar after another, each labelled with its stage."""
+
+    def __init__(self) -> None:
+        self._stage, self._bar = "", Progress("", unit="")
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._bar.close()
+            self._stage, self._bar = stage, Progress(stage, unit=_UNITS.get(stage, ""))
+        self._bar(done, total)
+
+    def say(self, line: str) -> None:
+        """Print a line, in place of the bar."""
+        self._bar.close()
+        say(wrap(line, columns(sys.stderr)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def writing(progress: Callable[[int, int], None] | bool | None) -> AbstractContextManager[Any]:
+    """A function's argument `progress` as a callback or None: True shows a bar for the bytes written."""
+    return Progress("Writing", unit=_UNITS["Writing"]) if progress is True else nullcontext(progress or None)
+
+
+def stages(progress: Callable[[str, int, int], None] | bool | None) -> AbstractContextManager[Any]:
+    """A function's argument `progress` as a callback for stages: True shows a bar for each."""
+    return Stages() if progress is True else nullcontext(progress or (lambda *_: None))

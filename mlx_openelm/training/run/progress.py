@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 
-from ..training.run.listener import Listener
-from ..wording import size
-from . import console
+from ... import console
+from ...wording import size
+from .listener import Listener
 
 # The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
 # first steps replace the average.
 _LATEST = 0.1
 _WARMUP = 3
+
+
+def fitted(line: str, stream: TextIO) -> str:
+    """A line as it is printed to a stream: on a terminal it is broken between words, but not after a number."""
+    joined = re.sub(r"(?<=\d) (?=\w)", "\xa0", line)  # which textwrap takes for a letter
+    return console.wrap(joined, console.columns(stream), "  ").replace("\xa0", " ")
 
 
 class RunProgress(Listener):
@@ -35,6 +42,7 @@ class RunProgress(Listener):
         self._bar: Any = None
         self._task: Any = None
         self._work: tuple[str, console.Progress] | None = None
+        self._room = 0  # characters beside the bar
         self._live = sys.stderr.isatty()
 
     def started(self, step: int, total_steps: int) -> None:
@@ -56,16 +64,17 @@ class RunProgress(Listener):
             self._pace += _LATEST * (latest - self._pace)
         self._measured += 1
         memory = size(mx.get_peak_memory())
-        facts = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}  {self._left()} left"
-        self._show(completed=step, facts=facts)
+        facts = [f"loss {loss:.3f}", f"{self._left()} left", f"{tokens_per_second:,.0f} tokens/s", memory]
+        while len(facts) > 1 and len("  ".join(facts)) > self._room:
+            facts.pop()
+        self._show(completed=step, facts="  ".join(facts))
 
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the training loss and speed."""
         self.say(
             f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
             f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
-            f"{values['trained_tokens']:,} tokens learned, peak memory {values['peak_memory']:.3f} GB, "
-            f"{self._left()} left"
+            f"peak {size(values['peak_memory'] * 1e9)}, {self._left()} left"
         )
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -88,8 +97,9 @@ class RunProgress(Listener):
         self.say(f"Step {step:,}: saved {path}")
 
     def say(self, line: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if there is one; on a terminal it is broken between words."""
         bar = self._bar
+        line = fitted(line, sys.stderr)
         if bar is None:
             console.say(line)
         else:
@@ -116,12 +126,15 @@ class RunProgress(Listener):
         from rich import progress
         from rich.console import Console
 
-        columns = (
+        console = Console(stderr=True)
+        bar_width = 20 if console.width >= 100 else 10 if console.width >= 80 else 0
+        columns = [
             progress.TextColumn("{task.completed:,}/{task.total:,}"),
-            progress.BarColumn(bar_width=20),
+            *([progress.BarColumn(bar_width=bar_width)] if bar_width else []),
             progress.TextColumn("{task.fields[facts]}"),
-        )
-        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        ]
+        self._room = console.width - 2 * len(f"{self._total:,}") - bar_width - 3
+        self._bar = progress.Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task("", total=self._total, completed=self._step, facts="")
         self._bar.start()
 

@@ -1,0 +1,183 @@
+"""What to answer to commands and flags that are not there: the right name, "not offered yet", or why not.
+
+People who come from mlx-lm, transformers or llama.cpp type the names of those programs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+
+from ..errors import quote
+
+# Planned commands, and other names for them.
+_LATER_COMMANDS = (
+    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "bench", "benchmark", "grpo", "cache-prompt"),
+    *("train-tokenizer", "leaderboard", "embed", "classify"),
+)
+_RENAMED_COMMANDS = {
+    **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
+    **dict.fromkeys(("complete", "completion", "run", "prompt"), "generate"),
+    **{method: f"quantize --method {method}" for method in ("awq", "dwq", "gptq")},
+    "dynamic-quant": "quantize --target-bpw",
+    "merge": "fuse",
+    "gguf": "export --format gguf",
+    "ppl": "perplexity",
+    "publish": "upload",
+    "push": "upload",
+    "show": "info",
+    "version": "--version",
+}
+_REFUSED_COMMANDS = {
+    "manage": "downloads are in the Hugging Face cache; use the command hf cache",
+    "share": "copy the folder with scp or rsync",
+    "download": "a model is downloaded when it is first used, for example by generate --model 270m",
+}
+
+_LATER_FLAGS = (
+    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-file", "--prompt-cache-size"),
+    *("--prompt-cache-bytes", "--json-schema", "--json-object", "--regex", "--grammar", "--choice", "--top-logprobs"),
+    *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
+)
+# The names that other programs have for our flags; of several, the first that the command has is meant.
+_RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
+    "--temperature": ("--temp",),
+    "-t": ("--temp",),
+    "-n": ("--max-tokens", "--iters", "--num-samples"),
+    **dict.fromkeys(
+        ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"), ("--max-tokens",)
+    ),
+    "--tokens": ("--max-tokens",),
+    "--repeat-penalty": ("--repetition-penalty",),
+    "--repeat-last-n": ("--repetition-context-size",),
+    "--system": ("--system-prompt",),
+    "--prefix": ("--prefill-response",),
+    "--text": ("--prompt",),
+    "-f": ("--prompt-file",),
+    "--file": ("--prompt-file", "--data"),
+    "--eos-token": ("--extra-eos-token",),
+    **dict.fromkeys(("--quiet", "--silent"), ("--no-verbose",)),
+    "--ctx-size": ("--max-kv-size", "--max-seq-length", "--sequence-length"),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v"), ("--kv-bits",)),
+    **dict.fromkeys(("--lora", "--adapter", "--adapters", "--adapter-file", "--peft-model"), ("--adapter-path",)),
+    **dict.fromkeys(("--hf-path", "--model-path", "--model-name", "--model-name-or-path", "-m"), ("--model",)),
+    **dict.fromkeys(("--tokenizer-path", "--tokenizer-name"), ("--tokenizer",)),
+    **dict.fromkeys(("--lr", "--step-size"), ("--learning-rate",)),
+    **dict.fromkeys(("--steps", "--max-steps", "--num-iters", "--iterations"), ("--iters",)),
+    **dict.fromkeys(("--num-epochs", "--num-train-epochs"), ("--epochs",)),
+    **dict.fromkeys(("--lora-rank", "--lora-r", "-r"), ("--rank",)),
+    "--lora-alpha": ("--alpha",),
+    "--lora-scale": ("--scale",),
+    "--lora-dropout": ("--dropout",),
+    "--lora-layers": ("--num-layers",),
+    "--use-dora": ("--fine-tune-type dora",),
+    "--lora-target-modules": ("--target-modules",),
+    **dict.fromkeys(("--warmup-steps", "--num-warmup-steps"), ("--warmup",)),
+    "--lr-scheduler-type": ("--lr-schedule",),
+    "--gradient-accumulation-steps": ("--grad-accumulation-steps",),
+    "--gradient-checkpointing": ("--grad-checkpoint",),
+    "--per-device-train-batch-size": ("--batch-size",),
+    "-b": ("--batch-size",),
+    "--save-steps": ("--save-every",),
+    "--eval-steps": ("--steps-per-eval",),
+    "--logging-steps": ("--steps-per-report",),
+    "--wandb": ("--report-to wandb",),
+    "--tensorboard": ("--report-to tensorboard",),
+    "--bits": ("--q-bits",),
+    "--group-size": ("--q-group-size",),
+    "--mode": ("--q-mode",),
+    "--de-quantize": ("--dequantize",),
+    "--report-ppl": ("--report",),
+    "--data-path": ("--calibration", "--data"),
+    "--dataset": ("--data", "--calibration"),
+    "--max-seq-length": ("--sequence-length",),
+    **dict.fromkeys(
+        ("-o", "--out", "--output", "--outfile", "--output-dir", "--output-path", "--save-path", "--mlx-path"),
+        ("--output", "--mlx-path", "--save-path", "--adapter-path"),
+    ),
+    "--outtype": ("--gguf-type",),
+    "--branch": ("--revision",),
+    "--repo-id": ("--upload-repo",),
+    "--force": ("--overwrite",),
+    "-c": ("--config", "--config-yaml"),
+    "-v": ("--version", "--verbose"),
+}
+_ONE_MACHINE = "a model runs on one machine"
+_BITS = "--recipe and --target-bpw choose the bits and groups of single matrices"
+_DWQ = "--method dwq chooses it itself"
+_REFUSED_FLAGS = {
+    "--image": "OpenELM reads text only",
+    "--use-default-chat-template": "--chat-template names the template to use: plain, corenet or a file",
+    "--chat-template-config": "write the settings into a template file, for --chat-template",
+    "--chat-template-args": "write the settings into a template file, for --chat-template",
+    "--quantize-activations": "on a CPU activations are rounded where that is faster, unless --exact-activations is on",
+    "-qa": "on a CPU activations are rounded where that is faster, unless --exact-activations is on",
+    "--pipeline": _ONE_MACHINE,
+    "--hostfile": _ONE_MACHINE,
+    "--device": "MLX takes the GPU if there is one",
+    "--num-beams": "text is decoded greedily or sampled, without beams",
+    "--clear-cache-threshold": "in Python, call mx.set_cache_limit before finetune",
+    "--export-gguf": "run mlx-openelm export --format gguf on the fused folder",
+    "--gguf-path": "run mlx-openelm export --format gguf on the fused folder",
+    "--quantized-model": "--method dwq starts from --model and quantizes it itself",
+    "--target-dir": "dwq's targets are computed while it learns",
+    "--targets-only": "dwq's targets are computed while it learns",
+    **dict.fromkeys(("--embed-bits", "--embed-group-size", "--fallback-bits", "--fallback-group-size"), _BITS),
+    **dict.fromkeys(("--low-bits", "--low-group-size", "--high-bits", "--high-group-size"), _BITS),
+    "--n-grid": "awq's grid is fixed",
+    "--accumulation-dtype": "the precision of the measurement is fixed",
+}
+# These belong to `lora`, but mlx-lm's dwq has them too.
+_REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
+
+_NOT_NEEDED = {"--trust-remote-code": "no repository code is run"}
+
+
+def unknown_command(program: str, name: str, commands: Sequence[str]) -> str:
+    """The message for a command that is not there."""
+    plain, listed = name.lower().replace("_", "-"), ", ".join(commands)
+    if plain in _LATER_COMMANDS:
+        return f"{program} {plain} is not offered yet; there are {listed}."
+    if plain in _REFUSED_COMMANDS:
+        return f"{program} {plain} is not offered: {_REFUSED_COMMANDS[plain]}."
+    renamed = _RENAMED_COMMANDS.get(plain)
+    hint = f"did you mean {renamed}?" if renamed else _did_you_mean(plain, commands)
+    return f"{program} has no command {quote(name)}; {hint or f'there are {listed}.'}"
+
+
+def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
+    """The message for a flag that is not there.
+
+    Args:
+        program: the program and the command, as typed.
+        known: every spelling of the flags that there are.
+    """
+    plain = flag.replace("_", "-").lower()
+    if plain not in known:
+        if plain in _LATER_FLAGS:
+            return f"{plain} is not offered yet; leave it out."
+        refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
+        if plain in refused:
+            return f"{plain} is not offered: {refused[plain]}."
+    renamed = [name for name in _RENAMED_FLAGS.get(plain, ()) if name.split()[0] in known]
+    hint = f"did you mean {renamed[0]}?" if renamed else _did_you_mean(plain, known)
+    if " " not in program and not hint:
+        hint = f"the flags of a command follow its name: {program} generate --prompt ..."
+    return f"{program} has no flag {flag}{hint and f' ({hint})'}; see {program} --help."
+
+
+def not_needed(flag: str) -> str | None:
+    """Why a flag of other programs can be left out without a difference; None if it cannot."""
+    return _NOT_NEEDED.get(flag.replace("_", "-").lower())
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean --temp?` for `--tmep`; empty if nothing known is a likely slip of the fingers."""
+    word = word.lstrip("-")
+    names = {name.lstrip("-"): name for name in known}
+    if word in names:  # max_tokens, -temp
+        return f"did you mean {names[word]}?"
+    if len(word) < 3:
+        return ""
+    close = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, n=2, cutoff=0.8)
+    return f"did you mean {' or '.join(names[name] for name in close[:2])}?" if close else ""

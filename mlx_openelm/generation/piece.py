@@ -1,0 +1,28 @@
+"""What generation yields, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of generated text.
+
+    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and
+    before filters; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
+    """
+
+    text: str
+    token: int
+    logprob: float
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""
+        return f"Piece({self.text!r}, token={self.token}, logprob={self.logprob:.3f}{end})"

@@ -1,0 +1,52 @@
+"""Key-value caches that a caller gives: what they have seen, and whether they are what the options ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import RequestError
+from .options import CacheOptions
+
+
+def cache_offset(cache: Sequence[Any], num_layers: int) -> int:
+    """The number of tokens that the caches of one sequence have seen.
+
+    Raises:
+        RequestError: there is not one cache per layer, they are not key-value caches of one sequence, or their
+            positions differ.
+    """
+    if len(cache) != num_layers:
+        raise RequestError(f"The prompt cache is for {len(cache)} layers, and the model has {num_layers}.")
+    for layer in cache:
+        if not hasattr(layer, "update_and_fetch") or not hasattr(layer, "offset"):
+            raise RequestError(f"The prompt cache has a {type(layer).__name__}, which holds no keys and values.")
+        if isinstance(layer.offset, mx.array) and layer.offset.size != 1:
+            raise RequestError(f"The prompt cache holds {layer.offset.size} sequences; one can be continued at a time.")
+    offsets = {int(layer.offset) for layer in cache}
+    if len(offsets) > 1:
+        raise RequestError(f"The layers of the prompt cache have seen {min(offsets)} to {max(offsets)} tokens.")
+    return max(0, offsets.pop())  # negative while a row of a batch is still padding
+
+
+def check_cache(options: CacheOptions, cache: Sequence[Any]) -> None:
+    """Raise a `RequestError` if the given caches are not what the options ask for."""
+    for layer in cache:
+        kind = type(layer).__name__
+        if options.max_kv_size is not None and getattr(layer, "max_size", None) != options.max_kv_size:
+            raise RequestError(
+                f"--max-kv-size {options.max_kv_size} is for new caches, and the prompt cache, a {kind}, was not made "
+                "with it; leave it out."
+            )
+        if options.kv_bits is None:
+            continue
+        if hasattr(layer, "bits"):
+            if (layer.bits, layer.group_size) != (options.kv_bits, options.kv_group_size or layer.group_size):
+                raise RequestError(
+                    f"The prompt cache has {layer.bits} bits in groups of {layer.group_size}, which is not what "
+                    "--kv-bits and --kv-group-size ask for; leave them out."
+                )
+        elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
+            raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")

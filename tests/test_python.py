@@ -1,0 +1,191 @@
+"""The package as Python code meets it: names, types, help, representations, errors and progress."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import mlx_openelm
+from mlx_openelm import (
+    FineTuneOptions,
+    ModelConfig,
+    OpenELM,
+    QuantizeOptions,
+    console,
+    convert,
+    errors,
+    finetune,
+    generate,
+    load,
+    quantize,
+    stream_generate,
+)
+from mlx_openelm.cli.main import main
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.generation.keywords import GenerationKeywords
+from mlx_openelm.generation.options import GenerationOptions
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", dtype="float32")
+
+
+def mypy(tmp_path, code: str) -> list[str]:
+    """What `mlx_openelm`'s users read from `mypy --strict` about their code."""
+    (tmp_path / "snippet.py").write_text(code)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary"]
+    command += ["--config-file=", "--ignore-missing-imports", f"--cache-dir={ROOT / '.mypy_cache'}", "snippet.py"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"MYPYPATH": str(ROOT)})
+    return (run.stdout + run.stderr).splitlines()
+
+
+def test_mypy_sees_wrong_names_and_types(tmp_path):
+    lines = mypy(
+        tmp_path,
+        """\
+from mlx_openelm import generate, load, stream_generate
+
+model, tokenizer = load("tiny")
+text: str = generate(model, tokenizer, prompt="Once", max_tokens=5, temp=0.8, stop=["end"])
+generate(model, tokenizer, "Once", max_token=5)
+for piece in stream_generate(model, tokenizer, "Once", top_k="five"):
+    number: str = piece.token
+""",
+    )
+    assert [line.split(": ")[0] for line in lines if ": error: " in line] == [f"snippet.py:{n}" for n in (5, 6, 7)]
+    wrong = "\n".join(lines)
+    assert 'Unexpected keyword argument "max_token" for "generate"; did you mean "max_tokens"' in wrong
+    assert '"top_k" to "stream_generate" has incompatible type "str"; expected "int"' in wrong
+
+
+def test_the_typed_keywords_are_the_options():
+    types = get_type_hints(GenerationOptions)  # without the help of the flags
+    assert get_type_hints(GenerationKeywords) == {field.name: types[field.name] for field in fields(GenerationOptions)}
+
+
+@pytest.mark.parametrize("function", [generate, stream_generate])
+def test_the_signature_lists_the_options(function):
+    shown = inspect.signature(function).parameters
+    for field in fields(GenerationOptions):
+        assert shown[field.name].default == field.default
+    assert str(shown["kv_bits"]) == "kv_bits: 'int | None' = None"
+    assert list(shown)[:3] == ["model", "tokenizer", "prompt"] and "options" not in shown
+
+
+def test_a_wrong_name_gets_a_suggestion(tiny):
+    with pytest.raises(RequestError, match="^generate has no option max_token; did you mean max_tokens"):
+        generate(*tiny, "Once", max_token=5)  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="^generate has no option volume; help.generate. lists the options"):
+        next(stream_generate(*tiny, "Once", volume=5))  # type: ignore[call-arg]
+
+
+def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script that has our package, and no network."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+
+
+def test_the_guide_runs_as_written_and_prints_what_it_says(tmp_path):
+    guide = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    done = python("\n".join(blocks), tmp_path)
+    assert done.returncode == 0, done.stderr
+    promised = re.findall(r"print\(.*\)  # (.+)", guide)
+    assert len(promised) == 4
+    for line in promised:
+        assert line.removesuffix("...)") in done.stdout
+    assert "Step 4 of 4: train loss" in done.stderr  # finetune's progress, in plain lines
+    assert set(mlx_openelm.__all__) <= {*re.findall(r"\w+", guide), "__version__", "CacheOptions", "ModelConfig"}
+
+
+def test_dir_lists_the_public_names(tmp_path):
+    done = python("import mlx_openelm, sys; print(*dir(mlx_openelm)); print('mlx.core' in sys.modules)", tmp_path)
+    names, loaded = done.stdout.splitlines()
+    assert names.split() == mlx_openelm.__all__ == sorted(mlx_openelm.__all__) and loaded == "False"
+    assert all(hasattr(mlx_openelm, name) for name in mlx_openelm.__all__)
+    assert set(mlx_openelm._HOMES) == set(mlx_openelm.__all__) - {"__version__"}
+    assert "Did you mean: 'generate'" in python("import mlx_openelm; mlx_openelm.generat", tmp_path).stderr
+
+
+def test_mypy_knows_every_lazy_name(tmp_path):
+    names = [name for name in mlx_openelm.__all__ if name != "__version__"]
+    lines = mypy(tmp_path, "".join(f"from mlx_openelm import {n}\nreveal_type({n})\n" for n in names))
+    shown = [line.partition("Revealed type is ")[2] for line in lines if "Revealed type" in line]
+    assert len(shown) == len(names) and not any(text.strip('"') == "Any" for text in shown)
+    assert not any(": error: " in line for line in lines)
+    assert (ROOT / "mlx_openelm" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("--q-bits must be 4", "q_bits must be 4"),
+        ("Choose either -q or --dequantize.", "Choose either quantize or dequantize."),
+        ("out exists; replace it with --overwrite.", "out exists; replace it with overwrite=True."),
+        ("--report, --report-data (--beta2)", "report, report_data (beta2)"),
+        ("run `mlx-openelm convert -q --model x` first", "run `mlx-openelm convert -q --model x` first"),
+        ("models--apple--OpenELM in a/--x and 'a--b'", "models--apple--OpenELM in a/--x and 'a--b'"),
+    ],
+)
+def test_errors_name_arguments_in_python(written, shown, monkeypatch):
+    assert str(OpenELMError(written)) == str(RequestError(written)) == shown
+    monkeypatch.setattr(errors, "names_flags", True)
+    assert str(OpenELMError(written)) == written
+
+
+def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
+    with pytest.raises(RequestError, match="^temp must be between 0 and 1000, got -1"):
+        generate(*tiny, "Once", temp=-1)
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "Once", "--temp", "-1"])
+    assert capsys.readouterr().err == "error: --temp must be between 0 and 1000, got -1.0\n"
+    assert str(RequestError("--temp")) == "temp"  # the command line is over
+
+
+def test_representations_are_short(tiny):
+    model, tokenizer = tiny
+    assert str(model) == "OpenELM(6 layers, 2.5M parameters, float32, 8-bit affine)"
+    assert repr(OpenELM(ModelConfig.from_name("1.1b"), initialize=False)) == (
+        "OpenELM(1.1B, 28 layers, 1,079.9M parameters, float32)"
+    )
+    assert "TransformerLayer" in str(model.transformer)  # the modules, as MLX shows them
+    assert repr(tokenizer) == "Tokenizer(2,048 tokens, begins with <s> 1, ends with </s> 2)"
+    last = list(stream_generate(model, tokenizer, "To be", max_tokens=2))[-1]
+    assert re.fullmatch(r"Piece\('.*', token=\d+, logprob=-\d+\.\d{3}, finish_reason='length'\)", repr(last))
+    assert repr(FineTuneOptions(train=True, iters=5)) == "FineTuneOptions(iters=5, train=True)"
+    assert repr(QuantizeOptions()) == "QuantizeOptions()"
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_finetune_shows_progress_unless_told_otherwise(progress, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"text": "To be, or not to be."}\n' * 4)
+    finetune("tiny", FineTuneOptions(train=True, data="data.jsonl", iters=1, batch_size=2), progress=progress)
+    assert ("Trainable parameters" in capfd.readouterr().err) == (progress is True)
+
+
+def test_a_job_shows_what_it_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.0)
+    convert("tiny", tmp_path / "shown", dequantize=True)
+    assert re.match(r"Writing: .*B of .*MB\n", capsys.readouterr().err)
+    packed = quantize(tmp_path / "shown", tmp_path / "packed", QuantizeOptions(q_bits=4))
+    assert packed.path is not None and "Writing: " in capsys.readouterr().err
+    for progress in (None, False):
+        convert("tiny", tmp_path / "silent", dequantize=True, overwrite=True, progress=progress)
+    assert capsys.readouterr().err == ""
+    counts: list[tuple[int, int]] = []
+    convert("tiny", tmp_path / "counted", progress=lambda done, total: counts.append((done, total)))
+    assert counts[-1][0] == counts[-1][1] > 0

@@ -1,0 +1,161 @@
+"""What is said to the names that people know from elsewhere: the right one, or why there is none."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+from mlx_openelm import errors
+from mlx_openelm.cli import suggestions
+from mlx_openelm.cli.main import COMMANDS, command, main
+from mlx_openelm.errors import RequestError
+
+import pytest
+
+# The commands of mlx-lm that have a counterpart, by module.
+COUNTERPARTS = {
+    "generate": "generate",
+    "convert": "convert",
+    "lora": "lora",
+    "fuse": "fuse",
+    "perplexity": "perplexity",
+    "upload": "upload",
+    **{f"quant.{name}": "quantize" for name in ("awq", "dwq", "gptq", "dynamic_quant")},
+}
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)
+
+
+def refusal(*words: str) -> str:
+    """The error of a command line."""
+    with pytest.raises(RequestError) as caught:
+        command(words[0])[0].parse(words[1:])
+    return str(caught.value)
+
+
+def flags_of(module: str) -> list[str]:
+    """Every flag of a command of mlx-lm, read from its source."""
+    package = importlib.util.find_spec("mlx_lm")
+    if package is None or package.origin is None:
+        pytest.skip("mlx-lm is not installed")
+    tree = ast.parse((Path(package.origin).parent / f"{module.replace('.', '/')}.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    added = [call for call in calls if getattr(call.func, "attr", None) == "add_argument"]
+    words = [arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant)]
+    return [word for word in words if word.startswith("-")]
+
+
+@pytest.mark.parametrize(("module", "name"), COUNTERPARTS.items())
+def test_every_flag_of_mlx_lm_works_or_is_answered(module: str, name: str) -> None:
+    known = command(name)[0].flags
+    flags = flags_of(module)
+    assert "--upload-repo" in flags or "--model" in flags
+    for flag in flags:
+        if flag in known or suggestions.not_needed(flag):
+            continue
+        message = suggestions.unknown_flag(f"mlx-openelm {name}", flag, known)
+        assert "did you mean" in message or "is not offered" in message, message
+
+
+def test_every_command_of_mlx_lm_works_or_is_answered() -> None:
+    flags_of("cli")
+    from mlx_lm import cli
+
+    names = next(value for value in cli.main.__code__.co_consts if isinstance(value, tuple))
+    assert "generate" in names and len(names) > 15
+    for name in names:
+        if name not in COMMANDS:
+            message = suggestions.unknown_command("mlx-openelm", name, list(COMMANDS))
+            assert "did you mean" in message or "is not offered" in message, message
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["generate", "--temperature", "1"], "--temp"),
+        (["generate", "-t", "1"], "--temp"),
+        (["generate", "-n", "5"], "--max-tokens"),
+        (["generate", "--max-new-tokens", "5"], "--max-tokens"),
+        (["generate", "--max_tokens", "5"], "--max-tokens"),
+        (["generate", "-temp", "1"], "--temp"),
+        (["generate", "--lora", "x"], "--adapter-path"),
+        (["lora", "--lr", "1e-4"], "--learning-rate"),
+        (["lora", "-n", "5"], "--iters"),
+        (["lora", "--lora-layers", "5"], "--num-layers"),
+        (["lora", "--wandb", "x"], "--report-to wandb"),
+        (["convert", "--bits", "4"], "--q-bits"),
+        (["quantize", "--bits", "4"], "--q-bits"),
+        (["quantize", "--data-path", "x"], "--calibration"),
+        (["perplexity", "--data-path", "x"], "--data"),
+        (["fuse", "--de-quantize"], "--dequantize"),
+        (["export", "-o", "x"], "--output"),
+        (["convert", "-o", "x"], "--mlx-path"),
+    ],
+)
+def test_other_names_of_our_flags(words: list[str], hint: str) -> None:
+    assert f"(did you mean {hint}?)" in refusal(*words)
+
+
+def test_a_renamed_flag_exists_in_some_command() -> None:
+    parsers = [command(name)[0] for name in COMMANDS]
+    for names in suggestions._RENAMED_FLAGS.values():
+        for name in names:
+            assert name == "--version" or any(name.split()[0] in parser.flags for parser in parsers), name
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--draft-model", "--num-draft-tokens", "--prompt-cache-file", "--prompt-lookup", "--json-schema", "--regex",
+     "--grammar", "--choice", "--top-logprobs", "--host", "--port"],
+)  # fmt: skip
+def test_planned_flags_are_not_offered_yet(flag: str) -> None:
+    assert refusal("generate", flag, "x") == f"{flag} is not offered yet; leave it out."
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["serve", "chat", "dpo", "pretrain", "evaluate", "bench", "grpo", "cache-prompt", "train-tokenizer", "leaderboard",
+     "embed", "classify"],
+)  # fmt: skip
+def test_planned_commands_are_not_offered_yet(name: str) -> None:
+    with pytest.raises(RequestError, match=f"^mlx-openelm {name} is not offered yet; there are generate, "):
+        command(name)
+    assert name not in COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("train", "lora"), ("finetune", "lora"), ("fine_tune", "lora"), ("awq", "quantize --method awq"),
+     ("quantise", "quantize"), ("Generate", "generate"), ("conv", "convert")],
+)  # fmt: skip
+def test_other_names_of_our_commands(name: str, hint: str) -> None:
+    with pytest.raises(RequestError, match=f"has no command '{name}'; did you mean {hint}\\?$"):
+        command(name)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--iters", "--lr", "--prompt-foo", "--modelling", "--format", "-z", "--x"])
+def test_no_wrong_neighbour_is_suggested(flag: str) -> None:
+    assert (
+        refusal("generate", flag, "x") == f"mlx-openelm generate has no flag {flag}; see mlx-openelm generate --help."
+    )
+
+
+def test_trust_remote_code_is_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    """mlx-lm's scripts pass it. They go on, since what it is for happens without it."""
+    for words in (["--trust-remote-code", "info"], ["info", "--trust-remote-code"], ["info", "--trust_remote_code"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--json"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr()
+        assert shown.out.startswith("{")
+        assert shown.err.endswith("is not needed: no repository code is run.\n") and shown.err.count("\n") == 1
+
+
+def test_a_flag_before_the_command_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--prompt", "hi"])
+    assert "the flags of a command follow its name: mlx-openelm generate --prompt" in capsys.readouterr().err
