@@ -527,7 +527,7 @@ def test_saved_prompt_caches_are_exchanged_with_mlx_lm(tmp_path: Path, name: str
         lambda: ours.BatchKVCache([0]),
     ],
 )
-def test_a_copy_and_its_original_go_separate_ways(make: Callable[[], Any]) -> None:
+def test_a_shallow_copy_is_independent(make: Callable[[], Any]) -> None:
     def one(value: float) -> mx.array:
         return mx.full((1, 2, 1, 64), value)
 

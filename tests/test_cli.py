@@ -273,7 +273,7 @@ def test_help_has_a_short_flag() -> None:
     assert done.returncode == 0 and done.stdout.startswith("Usage: mlx-openelm generate")
 
 
-def test_a_flag_is_no_value_unless_joined_to_it() -> None:
+def test_a_flag_is_a_value_only_if_joined_with_equals() -> None:
     """After a flag that needs a value, another flag means that the value was forgotten."""
     line = refused("generate", "--prompt", "--json")
     assert "--prompt needs a value, and --json is a flag; if it is the value, write --prompt=--json;" in line
@@ -283,7 +283,7 @@ def test_a_flag_is_no_value_unless_joined_to_it() -> None:
     assert values["prompt"] == "--verbose"
 
 
-def test_a_switch_takes_no_word_that_is_a_prompt() -> None:
+def test_a_switch_does_not_take_the_prompt_as_its_value() -> None:
     assert result("generate", "-m", 1, "--verbose", "False", "yes")["prompt"] == "yes"
     assert result("generate", "--verbose", "yes", "-m", 1)["prompt"] == "yes"
 

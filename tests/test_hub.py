@@ -346,9 +346,7 @@ def test_a_long_piped_download_shows_lines(
     assert all(line.startswith(f"Downloading {REPO}: ") for line in lines)
 
 
-def test_what_is_in_the_cache_does_not_count(
-    hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_cached_files_do_not_count(hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hub.add(REPO, repo_folder)
     resolve.download(REPO, patterns=["model-00001*"])
     assert "Downloading apple/OpenELM-270M, 100.0 kB ...\n" in capfd.readouterr().err
@@ -360,7 +358,7 @@ def test_what_is_in_the_cache_does_not_count(
     assert capfd.readouterr().err == announcement().replace(", 220.1 kB", "")
 
 
-def test_nothing_is_downloaded_where_that_is_denied(hub: FakeHub, repo_folder: Path) -> None:
+def test_nothing_is_downloaded_if_downloads_are_denied(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     with offline.no_network("--dry-run downloads nothing"):
         with pytest.raises(OpenELMError) as error:

@@ -155,7 +155,7 @@ def table_rows(text: str) -> list[list[str]]:
     return [row for row in rows if re.fullmatch(r"[\d.,]+", row[1])]
 
 
-def test_the_speeds_are_those_of_the_benchmarks() -> None:
+def test_the_speeds_match_the_benchmarks() -> None:
     """Both numbers of each comparison are in one row, which is about the same model and weights."""
     measured = table_rows((ROOT / "docs" / "benchmarks.md").read_text())
     rows = table_rows(section("Speed"))

@@ -415,7 +415,7 @@ def test_an_empty_name_is_not_the_current_folder(name: str, monkeypatch: pytest.
         open_source(name)
 
 
-def test_a_lack_of_memory_is_not_called_a_damaged_file() -> None:
+def test_out_of_memory_is_not_reported_as_a_damaged_file() -> None:
     source = open_source("tiny")
     message = "[malloc] Unable to allocate 123456789 bytes."
     with pytest.raises(RuntimeError, match="Unable to allocate"), source.reading():

@@ -154,7 +154,7 @@ def test_an_unknown_quantization_in_a_configuration_is_accepted(hub: FakeHub, tm
 
 
 @pytest.mark.parametrize("gguf_type", ["f16", "q8_0"])
-def test_a_gguf_file_and_a_checkpoint_are_what_load_makes_of_them(gguf_type: str, tmp_path: Path) -> None:
+def test_the_summary_of_a_gguf_file_or_checkpoint_equals_what_load_reads(gguf_type: str, tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     export("tiny", file, format="gguf", gguf_type=gguf_type)
     summary, source = summarize(str(file)), open_source(file)
@@ -203,7 +203,7 @@ def test_corenet_names_are_summarized_without_a_download(
     assert hub.requests == []
 
 
-def test_memory_is_that_of_the_models_context() -> None:
+def test_memory_is_computed_for_the_models_context() -> None:
     config = ModelConfig.from_name("270M")
     assert memory_needed(config, {}, "float32") == memory_needed(config, {}, "float32", 2048)
     assert summarize("tiny").memory.tokens == 512
