@@ -17,8 +17,8 @@ from .inputs import kind_of, read_json
 # Layers, model_dim and head_dim of the published sizes; they share everything else.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
 
-# The matrices by module path; those of a layer by the path within it, in the order they are applied.
-EMBEDDING, HEAD, LAYERS = "transformer.token_embeddings", "lm_head", "transformer.layers."
+# The parts by module path; the matrices of a layer by the path within it, in the order they are applied.
+EMBEDDING, LAYERS, NORM, HEAD = "transformer.token_embeddings", "transformer.layers.", "transformer.norm", "lm_head"
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 
 ACTIVATIONS = ("swish", "silu", "gelu", "relu")
@@ -256,7 +256,7 @@ class ModelConfig:
             shapes[f"{prefix}.ffn.proj_2.weight"] = (dim, inner)
             shapes[f"{prefix}.attn_norm.weight"] = (dim,)
             shapes[f"{prefix}.ffn_norm.weight"] = (dim,)
-        shapes["transformer.norm.weight"] = (dim,)
+        shapes[f"{NORM}.weight"] = (dim,)
         if not self.share_input_output_layers:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, dim)
         return shapes

@@ -72,7 +72,7 @@ def test_a_quantized_model_is_quantized_by_the_two_commands_of_the_message(
     assert {choice.bits for choice in mlx_format.read(here / "mlx_model").quantization.values()} == {bits}
 
 
-def test_a_report_alone_is_asked_for_again_without_a_folder(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_for_a_report_alone_has_no_folder(capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(capfd, "quantize", "--report")
     assert line.endswith("tiny-unpacked && mlx-openelm quantize --model tiny-unpacked --report`\n")
 

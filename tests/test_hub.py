@@ -69,7 +69,7 @@ def repo_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub waits a second or more before each of its five retries."""
+    """huggingface_hub waits at least a second before each of its five retries."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
@@ -281,7 +281,7 @@ def test_revision(hub: FakeHub, repo_folder: Path) -> None:
 
 
 def test_added_tokens_come_from_the_hub_too(hub: FakeHub, tmp_path: Path) -> None:
-    """As transformers' slow tokenizers save them: in a file of their own."""
+    """As transformers' slow tokenizers save them: in a separate file."""
     local = tmp_path / "local"
     local.mkdir()
     shutil.copy(Path(__file__).parent / "fixtures" / "shakespeare-hf" / "tokenizer.model", local)
@@ -346,9 +346,7 @@ def test_a_long_piped_download_shows_lines(
     assert all(line.startswith(f"Downloading {REPO}: ") for line in lines)
 
 
-def test_what_is_in_the_cache_does_not_count(
-    hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_cached_files_do_not_count(hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hub.add(REPO, repo_folder)
     resolve.download(REPO, patterns=["model-00001*"])
     assert "Downloading apple/OpenELM-270M, 100.0 kB ...\n" in capfd.readouterr().err
@@ -360,7 +358,7 @@ def test_what_is_in_the_cache_does_not_count(
     assert capfd.readouterr().err == announcement().replace(", 220.1 kB", "")
 
 
-def test_nothing_is_downloaded_where_that_is_denied(hub: FakeHub, repo_folder: Path) -> None:
+def test_nothing_is_downloaded_if_downloads_are_denied(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     with offline.no_network("--dry-run downloads nothing"):
         with pytest.raises(OpenELMError) as error:
@@ -627,19 +625,19 @@ def test_an_endpoint_with_a_password_is_not_shown(hub: FakeHub, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("endpoint", ["", "huggingface.co", "http:///"])
-def test_endpoint_that_is_no_address(endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_is_not_an_address(endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(RequestError, match="HF_ENDPOINT must be a whole address"):
         resolve.resolve("270m")
 
 
-def test_token_that_cannot_be_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_token(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
     with pytest.raises(OpenELMError, match="Your token has invalid characters"):
         resolve.resolve("270m")
 
 
-def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_a_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_HEADER_X_REPO_COMMIT", "X-Not-There")
     with pytest.raises(OpenELMError, match="does not answer like a model hub: check HF_ENDPOINT"):
@@ -659,7 +657,7 @@ def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.files_sent == ["config.json"]
 
 
-def test_repository_with_nothing_to_take(hub: FakeHub, tmp_path: Path) -> None:
+def test_repository_without_wanted_files(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/nothing", make_folder(tmp_path / "nothing", {"a.py": "code"}))
     with pytest.raises(RequestError, match="me/nothing does not have any of these files: "):
         resolve.resolve("me/nothing")

@@ -1,4 +1,4 @@
-"""What LoRA's settings in PEFT do to a file, against PEFT itself, and what is refused by the setting's name."""
+"""PEFT's LoRA settings: those we support against PEFT itself, the others refused by name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def edit(folder: Path, change: Callable[[dict[str, mx.array]], object] = dict, *
 
 
 def merged(folder: Path) -> dict[str, np.ndarray]:
-    """The model with an adapter added by our code."""
+    """The model's weights with an adapter merged by our code."""
     checkpoint = mlx_format.read(FOLDER)
     tensors = merge(checkpoint, read_adapter(folder, checkpoint.config)).checkpoint.weights.tensors
     return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
@@ -107,35 +107,35 @@ def merged_by_peft(folder: Path) -> dict[str, np.ndarray]:
     ],
     ids=lambda settings: " ".join(settings),
 )
-def test_what_peft_makes_of_it(tmp_path: Path, weights: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
+def test_merged_weights_equal_pefts(tmp_path: Path, weights: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
     train_in_peft(tmp_path / "a", **settings)
-    wanted, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
-    changed = [name for name, value in wanted.items() if np.abs(value - weights[name]).max() > 1e-3]
+    expected, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
+    changed = [name for name, value in expected.items() if np.abs(value - weights[name]).max() > 1e-3]
     assert changed
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert np.abs(ours[name] - value).max() < 1e-6, name
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.skipif(not CASES.exists(), reason="needs the cases")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["emb-saved2", "noemb-saved2", "bias-all"])
-def test_files_of_others(name: str) -> None:
-    wanted, ours = merged_by_peft(CASES / name), merged(CASES / name)
-    assert len(wanted) == 25  # all matrices
-    for tensor, value in wanted.items():
+def test_files_of_other_programs(name: str) -> None:
+    expected, ours = merged_by_peft(CASES / name), merged(CASES / name)
+    assert len(expected) == 25  # all matrices
+    for tensor, value in expected.items():
         assert np.abs(ours[tensor] - value).max() < 1e-6, tensor
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"])
-def test_peft_makes_the_same_of_what_we_write(tmp_path: Path, name: str) -> None:
+def test_peft_merges_our_files_to_the_same_weights(tmp_path: Path, name: str) -> None:
     write_adapter(read_adapter(FIXTURES / name, CONFIG), tmp_path, CONFIG, "peft")
-    wanted, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
-    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in wanted.items())
+    expected, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
+    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in expected.items())
 
 
 def test_every_setting_of_peft_is_known() -> None:
-    """A setting that a new PEFT adds is refused by name unless it is looked at here."""
+    """A setting added by a new PEFT is refused by name until it is handled."""
     theirs = pytest.importorskip("peft")
     refused = {
         *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
@@ -195,7 +195,7 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
         ({"x" * 5000: 1}, "xx = 1 is not supported"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_unsuitable_settings_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     folder = edit(tmp_path / "a", **settings)
     with pytest.raises(RequestError, match=message) as error:
         read_adapter(folder, CONFIG)
@@ -204,7 +204,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("key", [HANGING, f"({HANGING})", "(a|a)*b", "a{1,1000000000}", "x)|(y"])
-def test_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
+def test_malicious_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
     """They match nothing here, as in PEFT, or are refused in one line."""
     started = time.process_time()
     try:
@@ -216,7 +216,7 @@ def test_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "modules_to_save", "layers_pattern"])
-def test_other_expressions_are_bounded_too(tmp_path: Path, setting: str) -> None:
+def test_other_patterns_are_bounded_too(tmp_path: Path, setting: str) -> None:
     started = time.process_time()
     for number, text in enumerate([HANGING, "[", "(" * 3000, "a{5000000000}"]):
         value = text if setting in ("target_modules", "exclude_modules") else [text]
@@ -238,7 +238,7 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     assert QKV not in adapter.modules
 
 
-def test_an_expression_of_targets_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
+def test_a_target_modules_expression_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
     names = "|".join(json.loads((LORA / "adapter_config.json").read_text())["target_modules"])
     folder = edit(tmp_path / "a", target_modules=rf".*\.({names})", layers_to_transform=[0])
     assert read_adapter(folder, CONFIG).modules.keys() == read_adapter(LORA, CONFIG).modules.keys()
@@ -252,7 +252,7 @@ def test_a_file_without_tensors_does_not_warn_of_each_module(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("scale", "alpha"), [(1.05, 4.2), (2.5, 10)])
-def test_the_alpha_that_is_written_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
+def test_the_written_alpha_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
     change = LowRank(mx.zeros((192, 4)), mx.zeros((4, 160)), scale)
     peft.write(Adapter(modules={QKV: change}), tmp_path, CONFIG)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(alpha, rel=1e-9)
@@ -306,10 +306,10 @@ def test_names_of_a_whole_state_and_without_a_prefix(tmp_path: Path) -> None:
         rename(tensors, change)
         file.unlink()
         mx.save_safetensors(str(file), tensors)
-        wanted, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
-        assert wanted.keys() == got.keys()
-        assert all(mx.array_equal(wanted[path].b, got[path].b).item() for path in wanted)
-        assert all((wanted[path].magnitude is None) == (got[path].magnitude is None) for path in wanted)
+        expected, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
+        assert expected.keys() == got.keys()
+        assert all(mx.array_equal(expected[path].b, got[path].b).item() for path in expected)
+        assert all((expected[path].magnitude is None) == (got[path].magnitude is None) for path in expected)
 
 
 def test_two_adapters_in_a_file_are_refused(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
             read_adapter(edit(tmp_path / str(number), spoil), CONFIG)
 
 
-# Weights of the base in the file.
+# Base weights in the file.
 
 
 def with_table(folder: Path, value: np.ndarray | mx.array, name: str = TABLE, **settings: Any) -> Path:
@@ -365,11 +365,11 @@ def test_the_bases_own_embedding_is_dropped(
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"], name)
     ids = mx.array([[1, 5, 900]])
     attach(model, read_adapter(LORA, model.config))
-    wanted = model(ids)
+    expected = model(ids)
     attach(model, read_adapter(folder, model.config))
-    assert mx.array_equal(model(ids), wanted).item()
+    assert mx.array_equal(model(ids), expected).item()
     loaded, _ = load(FOLDER, {str(folder): 0.5, str(LORA): 0.5}, "float32")
-    assert mx.allclose(loaded(ids), wanted, atol=1e-4).item()
+    assert mx.allclose(loaded(ids), expected, atol=1e-4).item()
     plain, ours = merged(LORA), merged(folder)
     assert plain.keys() == ours.keys()
     assert all(np.array_equal(plain[key], ours[key]) for key in plain)
@@ -420,7 +420,7 @@ def test_a_resized_vocabulary_is_refused(tmp_path: Path, weights: dict[str, np.n
         read_adapter(with_table(tmp_path / "a", table), CONFIG)
 
 
-def test_a_copy_alone_is_no_adapter(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+def test_a_copy_of_the_embedding_alone_is_not_an_adapter(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"])
     tensors = {TABLE: mx.load(str(folder / "adapter_model.safetensors"))[TABLE]}
     mx.eval(tensors)
@@ -437,10 +437,10 @@ def test_a_copy_alone_is_no_adapter(tmp_path: Path, weights: dict[str, np.ndarra
         *[("8 bits", mx.float32), ("unpacked", mx.float32)],
     ],
 )
-def test_copies_are_compared_in_the_coarser_type(
+def test_copies_are_compared_in_the_coarser_dtype(
     tmp_path: Path, weights: dict[str, np.ndarray], base: str, stored: mx.Dtype
 ) -> None:
-    """The table that was trained on is taken for the base's, whatever type each is in; one changed row is not."""
+    """A copy counts as the base's embedding whatever the dtypes; with one changed row it does not."""
     table = mx.array(weights[f"{EMBEDDING}.weight"])
     other = mx.array(table)
     other[700] = other[700] + 0.3 * mx.random.normal((192,), key=mx.random.key(1))
@@ -460,10 +460,10 @@ def test_copies_are_compared_in_the_coarser_type(
         merge(checkpoint := mlx_format.read(place), read_adapter(changed, checkpoint.config))
 
 
-def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
+def test_a_copy_is_compared_with_the_base_even_if_another_adapter_is_active(
     tmp_path: Path, weights: dict[str, np.ndarray], model: OpenELM
 ) -> None:
-    """Also while the weights of full fine-tuning stand in the embedding's place."""
+    """Also while full fine-tuning weights replace the embedding."""
     from mlx_openelm.formats.adapter import Adapter
 
     table = mx.array(weights[f"{EMBEDDING}.weight"])
@@ -479,7 +479,7 @@ def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
     detach(model)
 
 
-# Places.
+# Paths.
 
 
 def test_folders_of_several_adapters_are_named(tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def test_folders_of_several_adapters_are_named(tmp_path: Path) -> None:
         read_adapter(tmp_path, CONFIG)
 
 
-def test_a_pipe_or_an_impossible_name_is_no_adapter(tmp_path: Path) -> None:
+def test_pipes_and_impossible_names_are_refused(tmp_path: Path) -> None:
     import os
 
     folder = edit(tmp_path / "a")

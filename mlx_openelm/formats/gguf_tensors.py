@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
+from ..config import EMBEDDING, HEAD, LAYERS, NORM, ModelConfig
 from ..errors import RequestError
 from ..wording import some
 
@@ -34,7 +34,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     names = {EMBEDDING_TENSOR: EMBEDDING}
     for layer in range(config.num_transformer_layers):
         names |= {f"blk.{layer}.{name}": f"{LAYERS}{layer}.{path}" for name, path in _PER_LAYER.items()}
-    names["output_norm"] = "transformer.norm"
+    names["output_norm"] = NORM
     if not config.share_input_output_layers:  # read only: llama.cpp's openelm has no such tensor
         names[HEAD_TENSOR] = HEAD
     tensors = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import NORM, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from ..ops.packed import MODES, PARTS
@@ -112,7 +112,7 @@ class Checkpoint:
     @property
     def dtype(self) -> mx.Dtype:
         """The stored floating-point type (of the final norm, which is never quantized)."""
-        return self.weights.tensors["transformer.norm.weight"].dtype
+        return self.weights.tensors[f"{NORM}.weight"].dtype
 
     @property
     def bits_per_weight(self) -> float:

@@ -14,7 +14,7 @@ from ..errors import RequestError, quote
 from ..wording import did_you_mean, flag
 from . import mlx_lm_config
 from .options import TrainOptions
-from .values import conform, field_types
+from .options.values import conform, field_types
 
 Options = TypeVar("Options", bound=TrainOptions)
 

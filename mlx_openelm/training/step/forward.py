@@ -12,9 +12,10 @@ from mlx.utils import tree_flatten
 from ... import backend
 from ...model import Attention, FeedForward, OpenELM, TransformerLayer, add_to
 from ...ops.attention import PlainAttention, choose
+from ..options import LAYERS, NOTHING, PARTS
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
-from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
+from .strategy import fuses_attention_gradient, here
 from .swiglu import swiglu
 
 

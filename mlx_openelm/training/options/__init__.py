@@ -7,19 +7,23 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..errors import RequestError, quote
-from ..formats.adapter import TARGET_MODULES
-from ..formats.mlx_adapter import FINE_TUNE_TYPES
-from ..options import Option, Options
-from ..wording import did_you_mean, flag, one_of
-from .data.examples import LONG_EXAMPLES
-from .run import trackers
-from .step.strategy import AUTO, LAYERS, RECOMPUTE
+from ...errors import RequestError, quote
+from ...formats.adapter import TARGET_MODULES
+from ...formats.mlx_adapter import FINE_TUNE_TYPES
+from ...options import Option, Options
+from ...wording import did_you_mean, flag, one_of
+from ..data.examples import LONG_EXAMPLES
+from . import trackers
 from .values import check_range, conform, field_types
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
 ADAPTER_FORMATS = ("mlx", "peft")
+# What the backward pass computes again: nothing; norms, SwiGLU and other parts that take little time; whole layers.
+NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"
+# AUTO chooses one of them by the free memory.
+AUTO = "auto"
+RECOMPUTE = (AUTO, NOTHING, PARTS, LAYERS)
 
 # What `--help` gives as the default of a setting that each optimizer has its own for.
 OPTIMIZERS_OWN = "the optimizer's"
