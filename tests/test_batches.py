@@ -361,8 +361,8 @@ def test_validation_is_shared_by_the_processes():
 def test_invalid_settings_are_refused():
     examples = make_examples([5, 6])
     for changed, expected in (
-        ({"batch_size": 0}, "--batch-size must be 1 or more"),
-        ({"batch_size": 3, "world_size": 2}, "--batch-size is shared by the 2 processes"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"batch_size": 3, "world_size": 2}, "batch_size is shared by the 2 processes"),
         ({"grad_accumulation_steps": 0}, "--grad-accumulation-steps must be 1 or more"),
         ({"max_seq_length": 4}, "has 5 positions, more than --max-seq-length 4"),
     ):

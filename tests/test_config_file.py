@@ -356,5 +356,5 @@ def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path, monkeyp
     assert told("--rank must be 1 or more, got 0.") == "--rank must be 1 or more, got 0. rank is set in c.yaml."
     assert told("There is no folder or file nowhere.").endswith(" data is set in c.yaml.")
     assert told("--rank and --warmup.").endswith(" rank and warmup are set in c.yaml.")
-    for other in ("--learning-rate is 0.", "--warmup-init is 0.", "no/nowhere is a file.", "rank 0"):
+    for other in ("--learning-rate is 0.", "--warmup-init is 0.", "no/nowhere is a file.", "rank 0."):
         assert told(other) == other

@@ -160,7 +160,7 @@ def test_json_lines_called_json_byte_order_marks_blank_lines_and_gzip(tmp_path):
 def test_paths_without_data_are_refused(tmp_path):
     assert "is not a data file" in message(read_splits, write(tmp_path / "story.txt", "once"))
     for name in (tmp_path / "nothing", "nothing.jsonl", "./a/b", "nothing"):
-        assert "there is no folder or file" in message(read_splits, str(name))
+        assert "There is no folder or file" in message(read_splits, str(name))
     assert "data is empty" in message(read_splits, " ")
     assert "valid_fraction" in message(read_splits, tmp_path, valid_fraction=1.0)
     damaged = write(tmp_path / "a.jsonl.gz", b"not gzip")

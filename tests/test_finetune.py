@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_run_ends_the_same(here):
     notes = Notes()
     tune(replace(SHORT, adapter_path="parts", resume=True), notes)
     assert any("0000006 is damaged: weights.safetensors has" in line for line in notes.lines)
-    assert "Going on after step 4." in notes.lines
+    assert "Resuming after step 4." in notes.lines
     assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
 
 
@@ -183,7 +183,7 @@ def test_testing_on_one_file_uses_all_of_it_and_says_so(here):
     notes = Notes()
     alone = FineTuneOptions(test=True, data="data/train.jsonl", adapter_path="", max_seq_length=48, test_batches=1)
     tune(alone, notes)
-    line = "train.jsonl is tested as a whole; it should not hold what was trained on."
+    line = "train.jsonl is used for testing as a whole; it should not contain training examples."
     assert notes.lines.count(line) == 1
     notes = Notes()
     tune(replace(alone, data="data"), notes)

@@ -273,7 +273,7 @@ def test_a_dead_link_in_place_of_a_shard_is_refused(folder: Path) -> None:
     shard = folder / "model-00002-of-00003.safetensors"
     shard.unlink()
     shard.symlink_to(folder / "gone")
-    assert f"{INDEX} names {shard.name}, which is missing:" in refusal(folder)
+    assert f"{INDEX} names {shard.name}, which is missing;" in refusal(folder)
     unlink(folder, INDEX)
     assert f"{shard.name} does not exist" in refusal(folder)
 
@@ -384,7 +384,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29
 def test_git_lfs_pointers_are_named(folder: Path, name: str) -> None:
     save(folder)
     (folder / name).write_text(POINTER)
-    assert refusal(folder).startswith(f"{folder / name} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    assert refusal(folder).startswith(f"{folder / name} is a Git LFS pointer, not the file itself; run `git lfs pull`")
 
 
 def test_read_json_wraps_its_message_only_once(tmp_path: Path) -> None:

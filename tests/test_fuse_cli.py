@@ -56,7 +56,7 @@ def test_json_has_the_values_of_the_python_function(folder: Path, capfd: pytest.
     assert run("--model", "packed", "--adapter-path", "embedding", "--save-path", "fused", "--json") == 0
     values: dict[str, Any] = json.loads(capfd.readouterr().out)
     done = fuse("packed", "embedding", "again")
-    assert values["save_path"] == "fused" and values["adapter_path"] == ["embedding"]
+    assert values["save_path"] == str(folder / "fused") and values["adapter_path"] == ["embedding"]
     assert (values["untied"], values["requantized"], values["exceptions"]) == (True, True, {})
     assert values["bits_per_weight"] == pytest.approx(done.bits_per_weight)
     assert values["error"] == pytest.approx(done.overall.relative_error) and 0.005 < values["error"] < 0.01

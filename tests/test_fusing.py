@@ -557,7 +557,7 @@ def test_a_quantized_base_can_be_stored_in_another_packing(packed: dict[str, Pat
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"report_data": "a.txt"}, "report_data needs report"),
         ({"report": True, "report_data": "absent.txt"}, "report_data must name a file"),
-        ({"adapter_path": []}, "adapter_path is missing"),
+        ({"adapter_path": []}, "adapter_path is empty"),
         ({"adapter_path": "peft-lora=nan"}, "The weight of the adapter peft-lora must be a number"),
         (
             {"adapter_path": ["peft-lora", "peft-dora=0.5"]},

@@ -51,7 +51,7 @@ UNWANTED = {
 ELSEWHERE = (
     f"run `hf download {REPO} --local-dir OpenELM-270M` and `hf download hf-internal-testing/llama-tokenizer "
     "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give it with "
-    "model OpenELM-270M; model tiny needs no network"
+    "model OpenELM-270M; model tiny needs no network."
 )
 
 
@@ -459,7 +459,7 @@ def test_no_network_and_nothing_cached(hub: FakeHub) -> None:
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
     text = message_of(error)
-    assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
+    assert text.startswith("Cannot reach 127.0.0.1 (") and "refused" in text
     assert text.endswith(f" and {REPO} is not in the download cache: connect once, or {ELSEWHERE}")
     assert error.value.exit_code == 1
 

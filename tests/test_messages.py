@@ -14,7 +14,16 @@ import pytest
 PACKAGE = Path(mlx_openelm.__file__).parent
 # Names of things, rather than words: functions, arguments, keys and libraries.
 NAMES = {
-    *("apply_chat_template", "chat_template", "generate", "libnvrtc,", "model", "nvrtc:", "prompt_cache_tokens"),
+    *(
+        "apply_chat_template",
+        "chat_template",
+        "generate",
+        "libnvrtc,",
+        "model",
+        "nvrtc:",
+        "options",
+        "prompt_cache_tokens",
+    ),
     *("rms_norm_eps", "sampler", "tokenizer_config"),
 }
 

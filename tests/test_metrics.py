@@ -253,7 +253,7 @@ def test_a_plot_that_fails_is_only_reported_in_a_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(metrics, "draw", draw)
     log = Metrics(tmp_path)
     log.log(1, {"train_loss": 1.0})
-    with pytest.warns(UserWarning, match="could not be drawn: no fonts"):
+    with pytest.warns(UserWarning, match="Could not plot the losses: no fonts"):
         log.close()
 
 

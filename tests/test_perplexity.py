@@ -128,7 +128,7 @@ def test_examples_for_fine_tuning_are_sent_to_the_command_that_measures_them(tmp
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(RequestError, match="is an example for fine-tuning") as error:
         load_documents(path)
-    command = str(error.value).partition("is measured by: ")[2].rstrip(".")
+    command = str(error.value).partition("is measured by: ")[2].strip("`.")
     assert shlex.split(command) == ["mlx-openelm", "lora", "--test", "--data", str(path)]
 
 

@@ -144,7 +144,7 @@ def test_penalties_count_tokens_that_a_sliding_cache_dropped(model: OpenELM, ids
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        ([1, 2, 3, 4], "has 4 ids, and the prompt cache has seen 5 tokens"),
+        ([1, 2, 3, 4], "has 4 ids, but the prompt cache has seen 5 tokens"),
         ([], "has 0 ids"),
         ([1, 2, 3, 4, 2048], "token id 2048; the vocabulary ends at 2047"),
         ([1, 2, 3, 4, -1], "token id -1"),
@@ -168,7 +168,7 @@ def test_ids_that_do_not_match_the_cache(
 
 def test_ids_without_a_cache(model: OpenELM, ids: list[int]) -> None:
     for cache in (None, make_cache(6)):
-        with pytest.raises(RequestError, match="has 3 ids, and the prompt cache has seen 0 tokens"):
+        with pytest.raises(RequestError, match="has 3 ids, but the prompt cache has seen 0 tokens"):
             generate_step(model, ids, cache=cache, prompt_cache_tokens=[1, 2, 3])
 
 

@@ -132,12 +132,12 @@ def test_mypy_knows_every_lazy_name(tmp_path):
 @pytest.mark.parametrize(
     ("written", "shown"),
     [
-        ("--q-bits must be 4", "q_bits must be 4"),
+        ("--q-bits must be 4.", "q_bits must be 4."),
         ("Choose either -q or --dequantize.", "Choose either quantize or dequantize."),
         ("out exists; replace it with --overwrite.", "out exists; replace it with overwrite=True."),
-        ("--report, --report-data (--beta2)", "report, report_data (beta2)"),
-        ("run `mlx-openelm convert -q --model x` first", "run `mlx-openelm convert -q --model x` first"),
-        ("models--apple--OpenELM in a/--x and 'a--b'", "models--apple--OpenELM in a/--x and 'a--b'"),
+        ("--report, --report-data (--beta2).", "report, report_data (beta2)."),
+        ("Run `mlx-openelm convert -q --model x` first.", "Run `mlx-openelm convert -q --model x` first."),
+        ("models--apple--OpenELM in a/--x and 'a--b'.", "models--apple--OpenELM in a/--x and 'a--b'."),
     ],
 )
 def test_errors_name_arguments_in_python(written, shown, monkeypatch):
@@ -151,8 +151,8 @@ def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
         generate(*tiny, "Once", temp=-1)
     with pytest.raises(SystemExit):
         main(["generate", "--prompt", "Once", "--temp", "-1"])
-    assert capsys.readouterr().err == "error: --temp must be between 0 and 1000, got -1.0\n"
-    assert str(RequestError("--temp")) == "temp"  # the command line is over
+    assert capsys.readouterr().err == "error: --temp must be between 0 and 1000, got -1.0.\n"
+    assert str(RequestError("--temp")) == "temp."  # the command line is over
 
 
 def test_representations_are_short(tiny):

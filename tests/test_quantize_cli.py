@@ -45,7 +45,7 @@ def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder):
                folder=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["bits_per_weight"] <= 4.2 and result["mlx_path"] == "small"
+    assert result["bits_per_weight"] <= 4.2 and result["mlx_path"] == str(folder / "small")
     assert set(result["choices"]) == set(mlx_format.read_config(folder / "small")[0].matrix_shapes())
     assert all(set(c) == {"group_size", "bits", "mode", "kl_divergence"} for c in result["choices"].values())
     assert len(result["report"]) == 15

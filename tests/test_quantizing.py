@@ -361,7 +361,7 @@ def test_a_quantized_source_is_refused(values, budgeted, tmp_path):
 
 @pytest.mark.parametrize(
     "content,message",
-    [("Too short.", "fewer than a window of 32; give a shorter sequence_length"), ("", "holds no text"),
+    [("Too short.", "fewer than a window of 32; give a shorter sequence_length"), ("", "contains no text"),
      (None, "must name a file")],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["calibration", "report_data"])

@@ -331,7 +331,7 @@ def test_server_errors(server: Server, tmp_path: Path, monkeypatch: pytest.Monke
         assert caught.value.exit_code == 1
     server.close()
     with pytest.raises(
-        OpenELMError, match="cannot reach 127.0.0.1 and corenet:270M/checkpoint_average is not in .* run `curl "
+        OpenELMError, match="Cannot reach 127.0.0.1 and corenet:270M/checkpoint_average is not in .* run `curl "
     ):
         corenet.download(name)
     monkeypatch.setenv(corenet.URL_VARIABLE, "somewhere")
@@ -411,7 +411,7 @@ def test_a_downloaded_port_folder_loads(server: Server, tmp_path: Path, referenc
 @pytest.mark.parametrize("name", ["", "  "])
 def test_an_empty_name_is_not_the_current_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent / "fixtures" / "shakespeare-hf")
-    with pytest.raises(RequestError, match="there is no model named"):
+    with pytest.raises(RequestError, match="There is no model named"):
         open_source(name)
 
 

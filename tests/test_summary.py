@@ -162,7 +162,7 @@ def test_the_summary_of_a_gguf_file_or_checkpoint_equals_what_load_reads(gguf_ty
     assert summary.rounded_to == source.checkpoint.rounded_to == (None if gguf_type == "f16" else "q8_0")
     with pytest.raises(RequestError, match="has no revision 'v1'"):
         summarize(str(file), revision="v1")
-    with pytest.raises(RequestError, match="--config-yaml belongs to CoreNet's .pt files"):
+    with pytest.raises(RequestError, match="config_yaml belongs to CoreNet's .pt files"):
         summarize(str(file), config_yaml="run.yaml")
 
 
@@ -175,7 +175,7 @@ def test_a_corenet_checkpoint_is_read_with_its_padding_cut(hub: FakeHub, tmp_pat
     loaded, _ = load(file, config_yaml=yaml_file)
     assert (summary.config, summary.parameters) == (loaded.config, 2_485_056)
     assert (summary.bits_per_weight, summary.dtype, summary.tokenizer) == (32, "float32", "tokenizer.model")
-    with pytest.raises(RequestError, match="give its training configuration with --config-yaml"):
+    with pytest.raises(RequestError, match="give its training configuration with config_yaml"):
         summarize(str(file))
 
 

@@ -163,7 +163,7 @@ def test_paths_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert parse_paths(["a=0.7", "b=3e-1", "me/c"]) == [("a", 0.7), ("b", 0.3), ("me/c", 1.0)]
     assert parse_paths(["run=2", "run=2=-1", "lr=high"]) == [("run=2", 1.0), ("run=2", -1.0), ("lr=high", 1.0)]
     assert parse_paths({"a=1": 2}) == [("a=1", 2.0)]
-    with pytest.raises(RequestError, match="adapter_path is missing"):
+    with pytest.raises(RequestError, match="adapter_path is empty"):
         parse_paths([])
     with pytest.raises(RequestError, match="The weight of the adapter a must be a number, got 'much'"):
         parse_paths({"a": "much"})  # type: ignore[dict-item]

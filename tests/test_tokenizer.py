@@ -334,7 +334,7 @@ def test_damaged_files_are_refused(tmp_path, name, content, message):
 
 
 def test_a_missing_tokenizer_is_reported(tmp_path):
-    with pytest.raises(RequestError, match=r"no tokenizer\.json or tokenizer\.model"):
+    with pytest.raises(RequestError, match=r"No tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(RequestError, match="No tokenizer at"):
         Tokenizer.from_file(tmp_path / "nothing.model")

@@ -246,7 +246,7 @@ def test_values_that_do_not_match_their_checksum_are_refused(tmp_path: Path) -> 
         data[data.index(np.arange(40, dtype=np.float32).tobytes()) + 39 * 4] ^= 1
 
     path = changed(tmp_path / "d.pt", flip_flat)
-    assert "first does not fit its size or checksum" in error_of(path)  # whose own values are intact
+    assert "first does not match its size or checksum" in error_of(path)  # whose own values are intact
 
     def flip_pickle(data: bytearray) -> None:
         data[data.index(b"iterations")] ^= 1

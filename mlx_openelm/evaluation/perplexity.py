@@ -125,7 +125,7 @@ def _document(path: Path, number: int, line: str) -> str:
         wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
-            wrong += f"; their perplexity is measured by: mlx-openelm lora --test --data {shlex.quote(str(path))}"
+            wrong += f"; their perplexity is measured by: `mlx-openelm lora --test --data {shlex.quote(str(path))}`"
         raise RequestError(f"{wrong}.")
     return text
 

@@ -110,7 +110,10 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
             raise RequestError(f"{given} exists; choose another {flag}, or replace it with --overwrite.")
         entries = list(path.iterdir())
         if entries and (not (path / "config.json").is_file() or any(entry.is_dir() for entry in entries)):
-            raise RequestError(f"{given} holds more than a model, so it is not overwritten; choose another {flag}.")
+            raise RequestError(
+                f"{given} contains files that are not part of a model, so it will not be overwritten; choose another "
+                f"{flag}."
+            )
     return path
 
 

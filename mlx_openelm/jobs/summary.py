@@ -151,7 +151,7 @@ def _summarize_corenet_name(name: str, config_yaml: str | Path | None) -> Summar
     if len(catalog.corenet_files(name)) > 1:  # the MLX port
         raise RequestError(
             f"{name} is not on this machine, and only its files say how it is stored: download it with "
-            f"mlx-openelm convert --model {name}, or see mlx-openelm info {size.lower()}."
+            f"`mlx-openelm convert --model {name}`, or see `mlx-openelm info {size.lower()}`."
         )
     return summarize_config(ModelConfig.from_name(size), name=name, source="published")
 
