@@ -188,7 +188,7 @@ def test_corenet_names_are_summarized_without_a_download(
     assert (summary.name, summary.source, summary.parameters) == (name, "published", PARAMETERS["270M"])
     with pytest.raises(RequestError, match="lora is an adapter"):
         summarize("corenet:270M/lora")
-    with pytest.raises(RequestError, match=r"mlx-4bit is not on this machine.* or see mlx-openelm info 270m\."):
+    with pytest.raises(RequestError, match=r"mlx-4bit is not on this machine.* or see `mlx-openelm info 270m`\."):
         summarize("corenet:270M/mlx-4bit")
     # Once downloaded, the files are read: here the port of a smaller model.
     folder = tmp_path / "cache" / "corenet" / "mlx" / "270M-4bit"

@@ -98,7 +98,7 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
             that is not a model folder, which is never replaced.
     """
     if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
-        raise RequestError(f"{quote(str(path))} is the folder you are in, or above it; name a new one with {flag}.")
+        raise RequestError(f"{quote(str(path))} is the current folder or a parent of it; give a new one with {flag}.")
     given, path = to_path(path), Path(os.path.realpath(to_path(path)))
     with _lock:  # another thread may be in the middle of replacing it
         _restore(path)
