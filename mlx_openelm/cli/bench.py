@@ -6,6 +6,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from .. import backend, console
 from ..evaluation.timings import Result, Spread
@@ -14,6 +15,7 @@ from ..jobs.bench import rows
 from ..jobs.bench.options import BenchOptions, Size
 from ..jobs.bench.running import bench
 from ..jobs.bench.turns import Measured
+from ..publishing.command_line import without_folders
 from ..wording import counted
 from . import flags
 
@@ -67,14 +69,15 @@ def run(args: Namespace) -> int:
             progress=progress,
         )
     if args.json:
-        console.print_json({"model": args.model, "device": backend.device()} | rows.to_json(measured))
+        about = {"model": args.model, "adapter_path": args.adapter_path, "device": backend.device()}
+        console.print_json({**about, "options": asdict(options), **rows.to_json(measured)})
     else:
         for line in report(args.model, measured, console.columns(sys.stdout) or _WIDTH):
             print(line)
     if plot is not None:
         from ..jobs.bench.plot import draw
 
-        draw(measured, plot, f"{args.model} on {_device()}")
+        draw(measured, plot, f"{without_folders(args.model)} on {_device()}")
         console.say(f"Drew {args.plot}")
     if measured.interrupted:
         console.say("Interrupted; what was measured by then is above.")
@@ -86,7 +89,7 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
     """The lines to print: what was measured, a table, and what its columns mean."""
     for program in measured.programs:
         load = "" if measured.programs[1:] else f"; cold load: {program.load_seconds:.2f} s"
-        yield f"{program.name} {program.version}: {model} in {program.dtype} on {_device()}{load}"
+        yield console.wrap(f"{program.name} {program.version}: {model} in {program.dtype} on {_device()}{load}", width)
     yield ""
     results = [measured.result(measured.programs[0], size) for size in measured.complete]
     table = _table(results)
