@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats.adapter import TARGET_MODULES
 from mlx_openelm.training import config_file
@@ -343,7 +344,8 @@ def test_corenets_recipes(size: str, kind: str) -> None:
     assert options.lora_scale == 1.0
 
 
-def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path) -> None:
+def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)  # as on the command line
     (tmp_path / "c.yaml").write_text("rank: 0\ndata: nowhere\nlearning_rate: 1e-3\nwarmup: 5\n")
     merged = merge(FineTuneOptions, read(tmp_path / "c.yaml"), {"learning_rate": 1e-4, "model": "m"})
     assert merged.from_file == {"rank": 0, "data": "nowhere", "warmup": 5}

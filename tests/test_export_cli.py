@@ -103,12 +103,12 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"format": "onnx"}, "--format must be one of huggingface, gguf"),
-        ({"format": "gguf", "gguf_type": "q5_k"}, "--gguf-type must be one of f32, f16, bf16, q8_0, q4_0"),
-        ({"format": "gguf", "dtype": "float32"}, "--dtype needs --format huggingface"),
-        ({"format": "huggingface", "dtype": "int8"}, "--dtype must be one of float32"),
+        ({"format": "onnx"}, "format must be one of huggingface, gguf"),
+        ({"format": "gguf", "gguf_type": "q5_k"}, "gguf_type must be one of f32, f16, bf16, q8_0, q4_0"),
+        ({"format": "gguf", "dtype": "float32"}, "dtype needs format huggingface"),
+        ({"format": "huggingface", "dtype": "int8"}, "dtype must be one of float32"),
         ({"format": "gguf", "revision": "main", "model": "a.gguf"}, "leave the revision out"),
-        ({"format": "gguf", "config_yaml": "a.yaml"}, "--config-yaml belongs to CoreNet's .pt files"),
+        ({"format": "gguf", "config_yaml": "a.yaml"}, "config_yaml belongs to CoreNet's .pt files"),
     ],
 )
 def test_requests_that_cannot_be_right(tmp_path: Path, request_: dict[str, Any], message: str) -> None:

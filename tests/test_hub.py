@@ -51,7 +51,7 @@ UNWANTED = {
 ELSEWHERE = (
     f"run `hf download {REPO} --local-dir OpenELM-270M` and `hf download hf-internal-testing/llama-tokenizer "
     "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give it with "
-    "--model OpenELM-270M; --model tiny needs no network"
+    "model OpenELM-270M; model tiny needs no network"
 )
 
 
@@ -366,9 +366,9 @@ def test_nothing_is_downloaded_where_that_is_denied(hub: FakeHub, repo_folder: P
         with pytest.raises(OpenELMError) as error:
             resolve.resolve("270m")
         assert message_of(error).startswith(
-            f"--dry-run downloads nothing and {REPO} is not in the download cache: run `hf download {REPO} "
+            f"dry_run downloads nothing and {REPO} is not in the download cache: run `hf download {REPO} "
         )
-        with pytest.raises(OpenELMError, match="--dry-run downloads nothing and corenet:270M/lora is not in the"):
+        with pytest.raises(OpenELMError, match="dry_run downloads nothing and corenet:270M/lora is not in the"):
             corenet.download("corenet:270M/lora")
     assert hub.requests == [] and not Path(hub_cache()).exists()
     folder = resolve.resolve("270m")

@@ -260,7 +260,7 @@ def test_info_says_what_is_unpacked(monkeypatch: pytest.MonkeyPatch, mode: str) 
     for gpu, kernels in ((False, False), (False, True), (True, False)):
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr(backend, "has_kernels", lambda kernels=kernels: kernels)
-        lines = info._total_lines(summarize_config(config, choices, name="270m", source="config", dtype="bfloat16"))
-        [line] = [line for line in lines if line.startswith("Quantization")]
+        summary = summarize_config(config, choices, name="270m", source="config", dtype="bfloat16")
+        line = info.totals(summary)["Quantization"]
         stays = gpu or (kernels and mode == "affine")
         assert line.endswith("; multiplied as stored" if stays else "; unpacked at load, while memory allows")

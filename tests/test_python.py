@@ -28,7 +28,8 @@ from mlx_openelm import (
 )
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.generation.options import GenerationKeywords, GenerationOptions
+from mlx_openelm.generation.keywords import GenerationKeywords
+from mlx_openelm.generation.options import GenerationOptions
 
 import pytest
 
