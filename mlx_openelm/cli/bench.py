@@ -89,7 +89,8 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
     """The lines to print: what was measured, a table, and what its columns mean."""
     for program in measured.programs:
         load = "" if measured.programs[1:] else f"; cold load: {program.load_seconds:.2f} s"
-        yield console.wrap(f"{program.name} {program.version}: {model} in {program.dtype} on {_device()}{load}", width)
+        line = f"{program.name} {program.version}: {model} in {program.dtype} on {_device()}{load}"
+        yield from console.wrap(line, width).split("\n")
     yield ""
     results = [measured.result(measured.programs[0], size) for size in measured.complete]
     table = _table(results)
@@ -97,16 +98,17 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
         table = _sections(measured)
     yield from table
     yield ""
-    count = results[0].repetitions
-    spread = ", ± half the distance between the fastest and the slowest" if count > 1 else ""
-    notes = (
-        f"Medians of {counted(count, 'run')}{spread}. Cold load: from the start of a process to the loaded model. "
+    notes = "One run."
+    if (count := results[0].repetitions) > 1:
+        notes = f"Medians of {count} runs, ± half the distance between the fastest and the slowest."
+    notes += (
+        " Cold load: from the start of a process to the loaded model. "
         "Bandwidth: weights and cache read per token, as a share of what a copy reads and writes, "
         f"{measured.bandwidth / 1e9:.1f} GB/s."
     )
     if len({program.dtype for program in measured.programs}) > 1:
         notes += " The programs compute in different types; --dtype float32 makes them equal."
-    yield console.wrap(notes, width)
+    yield from console.wrap(notes, width).split("\n")
 
 
 def _device() -> str:
