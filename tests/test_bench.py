@@ -27,6 +27,7 @@ from mlx_openelm.jobs.bench.turns import Measured, make_prompt, measure
 import mlx.core as mx
 import numpy as np
 import pytest
+from fake_hub import FakeHub
 from mlx.utils import tree_flatten
 
 ROOT = Path(__file__).parent.parent
@@ -334,6 +335,13 @@ def test_failures_are_answered() -> None:
     assert failed == {"error": "mlx-openelm could not run the model: KeyError: 'count'.", "exit_code": 1}
 
 
+def test_a_model_that_mlx_lm_cannot_load_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    (answer,) = worker.answers(iter([{"program": "mlx-lm", "model": str(tmp_path), "names_flags": True}]))
+    assert answer["exit_code"] == 1
+    assert answer["error"].startswith("mlx-lm could not load the model: ") and "config.json" in answer["error"]
+
+
 def test_mlx_lm_generates_the_same_tokens() -> None:
     pytest.importorskip("mlx_lm")
     plain = {"adapter_path": None, "dtype": "float32", "head_dim": 32}
@@ -390,6 +398,19 @@ def test_tiny_beside_mlx_lm(tmp_path: Path) -> None:
     for row in values["rows"]:
         assert row["ours"] > 0 and row["other"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["other"])
     assert values["options"]["compare"] == "mlx-lm" and values["model"] == "tiny"
+
+
+def test_a_model_of_the_hub_is_asked_for_once(hub: FakeHub, hub_env: dict[str, str]) -> None:
+    """The programs find what the command has downloaded, without asking again: that would be timed as loading."""
+    pytest.importorskip("mlx_lm")
+    hub.add("me/plays", FOLDER)
+    words = ("--model", "me/plays", "-p", "8", "-g", "4", "-n", "1", "--compare", "mlx-lm", "--json")
+    done = run_command(*words, **hub_env)
+    assert done.returncode == 0, done.stderr
+    sent = len(hub.files_sent)
+    assert sent > 0 and len(hub.files_sent) == len(set(hub.files_sent))
+    assert run_command(*words, **hub_env | {"HF_HUB_OFFLINE": "1"}).returncode == 0
+    assert len(hub.files_sent) == sent
 
 
 def test_what_mlx_lm_cannot_read_is_converted_for_both(tmp_path: Path) -> None:

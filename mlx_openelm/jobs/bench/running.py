@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ... import backend
 from ...errors import RequestError
@@ -15,12 +15,15 @@ from .options import BenchOptions
 from .processes import programs
 from .turns import Measured, Progress, measure
 
+if TYPE_CHECKING:  # most models are loaded without adapters
+    from ...adapters.switching import AdapterPaths
+
 
 def bench(
     model: str | Path,
     options: BenchOptions | None = None,
     *,
-    adapter_path: Any = None,
+    adapter_path: AdapterPaths | None = None,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,

@@ -88,7 +88,7 @@ def measure(
     Args:
         copy: see `bandwidth.copier`; the bandwidth is measured in each repetition.
     """
-    prompts = {length: make_prompt(length, vocab_size) for length in {size.prompt: None for size in measured.sizes}}
+    prompts = {size.prompt: make_prompt(size.prompt, vocab_size) for size in measured.sizes}
     warm_ups = len(measured.programs) * len(prompts)
     total = warm_ups + options.repetitions * len(measured.sizes) * len(measured.programs)
     done = 0
