@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import cache, load
+from mlx_openelm import blas, cache, load
 from mlx_openelm.cli import bench as command
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import RequestError
@@ -39,7 +39,7 @@ SIZES = [Size(16, 4), Size(32, 4)]
 class Scripted:
     """A program whose prompts take 10 ms a token and whose new tokens take 20 ms, slower each time it runs."""
 
-    version, dtype = "1.0", "float32"
+    version, dtype, blas = "1.0", "float32", "loaded"
     load_seconds, weight_bytes, process_memory = 0.5, 1e6, 50_000_000
 
     def __init__(self, name: str, log: list[Any], factor: float = 1.0) -> None:
@@ -395,6 +395,8 @@ def test_tiny_beside_mlx_lm(tmp_path: Path) -> None:
     assert [(program["name"], program["dtype"]) for program in values["programs"]] == [
         ("mlx-openelm", "float32"), ("mlx-lm", "float32"),
     ]  # fmt: skip
+    # The same BLAS in both, and the one that is loaded here.
+    assert {program["blas"] for program in values["programs"]} == {blas.state}
     for row in values["rows"]:
         assert row["ours"] > 0 and row["other"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["other"])
     assert values["options"]["compare"] == "mlx-lm" and values["model"] == "tiny"

@@ -128,7 +128,7 @@ class Process:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - started
-        self.version, self.dtype = str(facts["version"]), str(facts["dtype"])
+        self.version, self.dtype, self.blas = str(facts["version"]), str(facts["dtype"]), str(facts["blas"])
         self.weight_bytes, self.process_memory = float(facts["weight_bytes"]), int(facts["process_memory"])
 
     def run(self, prompt: Sequence[int], count: int) -> Run:

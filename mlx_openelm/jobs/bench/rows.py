@@ -46,6 +46,7 @@ def to_json(measured: Measured) -> dict[str, Any]:
             "name": program.name,
             "version": program.version,
             "dtype": program.dtype,
+            "blas": program.blas,
             "load_seconds": program.load_seconds,
             "process_memory": program.process_memory,
             "weight_bytes": program.weight_bytes,

@@ -28,6 +28,7 @@ class Program(Protocol):
 
     Attributes:
         name, version, dtype: the program, and the type it computes in.
+        blas: `blas.state` in its process.
         load_seconds: from the start of its process to the loaded model.
         weight_bytes: bytes of weights that decoding reads per token.
         process_memory: bytes of memory that its process has held at most.
@@ -36,6 +37,7 @@ class Program(Protocol):
     name: str
     version: str
     dtype: str
+    blas: str
     load_seconds: float
     weight_bytes: float
     process_memory: int

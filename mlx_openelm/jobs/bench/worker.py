@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ... import backend, errors
+from ... import backend, blas, errors
 from ...errors import OpenELMError
 from ...version import __version__
 
@@ -109,6 +109,7 @@ def facts(program: Ours | MlxLm) -> dict[str, Any]:
     return {
         "version": program.version,
         "dtype": str(parameters["transformer.norm.weight"].dtype).removeprefix("mlx.core."),
+        "blas": blas.state,
         "weight_bytes": weight_bytes(parameters),
         "process_memory": process_memory(),
     }
