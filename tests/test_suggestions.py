@@ -21,6 +21,7 @@ COUNTERPARTS = {
     "fuse": "fuse",
     "perplexity": "perplexity",
     "upload": "upload",
+    "benchmark": "bench",
     **{f"quant.{name}": "quantize" for name in ("awq", "dwq", "gptq", "dynamic_quant")},
 }
 
@@ -94,6 +95,10 @@ def test_every_command_of_mlx_lm_works_or_is_answered() -> None:
         (["fuse", "--de-quantize"], "--dequantize"),
         (["export", "-o", "x"], "--output"),
         (["convert", "-o", "x"], "--mlx-path"),
+        (["bench", "--num-trials", "3"], "--repetitions"),
+        (["bench", "-r", "3"], "--repetitions"),
+        (["bench", "--n-gen", "64"], "--generation-tokens"),
+        (["bench", "--input-len", "64"], "--prompt-tokens"),
     ],
 )
 def test_other_names_of_our_flags(words: list[str], hint: str) -> None:
@@ -116,9 +121,14 @@ def test_planned_flags_are_not_offered_yet(flag: str) -> None:
     assert refusal("generate", flag, "x") == f"{flag} is not offered yet; leave it out."
 
 
+@pytest.mark.parametrize("flag", ["--batch", "--batch-size", "-b", "--draft-model"])
+def test_planned_flags_of_bench_are_not_offered_yet(flag: str) -> None:
+    assert refusal("bench", flag, "8") == f"{flag} is not offered yet; leave it out."
+
+
 @pytest.mark.parametrize(
     "name",
-    ["serve", "chat", "dpo", "pretrain", "evaluate", "bench", "grpo", "cache-prompt", "train-tokenizer", "leaderboard",
+    ["serve", "chat", "dpo", "pretrain", "evaluate", "grpo", "cache-prompt", "train-tokenizer", "leaderboard",
      "embed", "classify"],
 )  # fmt: skip
 def test_planned_commands_are_not_offered_yet(name: str) -> None:

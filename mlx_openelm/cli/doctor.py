@@ -26,11 +26,11 @@ _REQUIRED = ("rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2",
 # Optional packages: what they are for, and the extra that installs them.
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
-    "matplotlib": ("draws quantize --report-plot and the losses of a training run", "plots"),
+    "matplotlib": ("draws quantize --report-plot, bench --plot and the losses of a training run", "plots"),
     "pyarrow": ("reads training data in parquet files", "data"),
     "tensorboardX": ("shows a training run in TensorBoard", "trackers"),
     "wandb": ("shows a training run at Weights & Biases", "trackers"),
-    "mlx-lm": ("benchmarks compare with it", "dev"),
+    "mlx-lm": ("bench --compare and the benchmarks measure it", "dev"),
 }
 
 

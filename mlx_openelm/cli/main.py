@@ -39,6 +39,7 @@ COMMANDS = {
     "info": "Show a model's layers, its size, and the memory it needs.",
     "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
+    "bench": "Measure how fast a model generates, alone or beside mlx-lm.",
 }
 _HELP = {"help": "Show the help of a command: mlx-openelm help generate."}
 _DESCRIPTION = "Apple's OpenELM language models in MLX: generate, convert, measure, on the machine in front of you."

@@ -12,7 +12,7 @@ from ..errors import quote
 
 # Planned commands, and other names for them.
 _LATER_COMMANDS = (
-    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "bench", "benchmark", "grpo", "cache-prompt"),
+    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "grpo", "cache-prompt"),
     *("train-tokenizer", "leaderboard", "embed", "classify"),
 )
 _RENAMED_COMMANDS = {
@@ -23,6 +23,7 @@ _RENAMED_COMMANDS = {
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
+    "benchmark": "bench",
     "publish": "upload",
     "push": "upload",
     "show": "info",
@@ -43,7 +44,7 @@ _LATER_FLAGS = (
 _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--temperature": ("--temp",),
     "-t": ("--temp",),
-    "-n": ("--max-tokens", "--iters", "--num-samples"),
+    "-n": ("--max-tokens", "--iters", "--num-samples", "--repetitions"),
     **dict.fromkeys(
         ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"), ("--max-tokens",)
     ),
@@ -63,9 +64,12 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--hf-path", "--model-path", "--model-name", "--model-name-or-path", "-m"), ("--model",)),
     **dict.fromkeys(("--tokenizer-path", "--tokenizer-name"), ("--tokenizer",)),
     **dict.fromkeys(("--lr", "--step-size"), ("--learning-rate",)),
-    **dict.fromkeys(("--steps", "--max-steps", "--num-iters", "--iterations"), ("--iters",)),
+    **dict.fromkeys(("--steps", "--max-steps", "--num-iters", "--iterations"), ("--iters", "--repetitions")),
     **dict.fromkeys(("--num-epochs", "--num-train-epochs"), ("--epochs",)),
-    **dict.fromkeys(("--lora-rank", "--lora-r", "-r"), ("--rank",)),
+    **dict.fromkeys(("--lora-rank", "--lora-r", "-r"), ("--rank", "--repetitions")),
+    "--num-trials": ("--repetitions",),
+    **dict.fromkeys(("--n-prompt", "--input-len"), ("--prompt-tokens",)),
+    **dict.fromkeys(("--n-gen", "--output-len"), ("--generation-tokens",)),
     "--lora-alpha": ("--alpha",),
     "--lora-scale": ("--scale",),
     "--lora-dropout": ("--dropout",),
@@ -127,6 +131,8 @@ _REFUSED_FLAGS = {
     "--n-grid": "awq's grid is fixed",
     "--accumulation-dtype": "the precision of the measurement is fixed",
 }
+# Planned flags of `bench`, which other commands have or refuse.
+_LATER_IN_BENCH = ("--batch", "--batch-size", "-b")
 # These belong to `lora`, but mlx-lm's dwq has them too.
 _REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
 
@@ -154,7 +160,7 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
     """
     plain = flag.replace("_", "-").lower()
     if plain not in known:
-        if plain in _LATER_FLAGS:
+        if plain in _LATER_FLAGS or (program.endswith(" bench") and plain in _LATER_IN_BENCH):
             return f"{plain} is not offered yet; leave it out."
         refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
         if plain in refused:

@@ -1,0 +1,1 @@
+"""Timing a model, alone or in turns with mlx-lm (`mlx-openelm bench`)."""

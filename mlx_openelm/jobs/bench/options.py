@@ -1,0 +1,89 @@
+"""The options of `bench`: which sizes to measure, how often, and beside what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from numbers import Integral
+from typing import Annotated, NamedTuple
+
+from ...errors import RequestError, quote
+from ...generation.options import CacheOptions, check_number
+from ...options import Option
+
+OURS, MLX_LM = "mlx-openelm", "mlx-lm"
+
+
+class Size(NamedTuple):
+    """The tokens of the prompt, and the new ones."""
+
+    prompt: int
+    generated: int
+
+
+@dataclass(frozen=True, repr=False)
+class BenchOptions(CacheOptions):
+    """The options of `bench`: which sizes to measure, how often, and beside what.
+
+    - `prompt_tokens`, `generation_tokens`: numbers, comma-separated; every combination is measured.
+    - `repetitions`: timed runs of each size.
+    - `prefill_step_size`: prompt tokens processed at a time; None is each program's default.
+    - `delay`: seconds to wait before each run, for machines that throttle when they are hot.
+    - `compare`: another program to measure, in turns with ours: mlx-lm.
+    """
+
+    prompt_tokens: Annotated[
+        str, Option("Tokens of the prompt; several numbers are measured in turn.", flags=("-p",), metavar="N,...")
+    ] = "512"
+    generation_tokens: Annotated[
+        str, Option("Tokens to generate; each number with each prompt.", flags=("-g",), metavar="N,...")
+    ] = "128"
+    repetitions: Annotated[
+        int, Option("Timed runs of each size, after a warm-up; the median counts.", flags=("-n",))
+    ] = 5
+    compare: Annotated[
+        str | None,
+        Option("Also measure mlx-lm, on the same files and in turns with ours.", metavar="mlx-lm", default="nothing"),
+    ] = None
+    prefill_step_size: Annotated[
+        int | None,
+        Option(
+            "Prompt tokens to process at a time.", group="Measuring", default="what suits the device, in mlx-lm 2048"
+        ),
+    ] = None
+    delay: Annotated[
+        float, Option("Seconds to wait before each run, so that a hot machine can cool down.", group="Measuring")
+    ] = 0.0
+
+    def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
+        """Raise a `RequestError` that names the flag of a bad value, or the package that a comparison lacks."""
+        CacheOptions.validate(self, vocab_size, head_dim)
+        check_number("--repetitions", self.repetitions, 1, math.inf, "1 or more", kind=Integral)
+        check_number("--delay", self.delay, 0, 3600, "from 0 to 3600 seconds")
+        if self.prefill_step_size is not None:
+            check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
+        self.sizes()
+        if self.compare is None:
+            return
+        if self.compare.replace("_", "-").lower() != MLX_LM:
+            raise RequestError(f"--compare must be {MLX_LM}, got {quote(self.compare)}.")
+        if find_spec("mlx_lm") is None:
+            raise RequestError(f"--compare {MLX_LM} needs mlx-lm, which is not installed: pip install mlx-lm.")
+
+    def sizes(self) -> list[Size]:
+        """Every prompt length with every number of new tokens."""
+        prompts = _numbers("--prompt-tokens", self.prompt_tokens)
+        generated = _numbers("--generation-tokens", self.generation_tokens)
+        return [Size(prompt, new) for prompt in prompts for new in generated]
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """Comma-separated numbers from 1 on, without repetitions."""
+    try:
+        values = [int(part) for part in str(text).split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise RequestError(f"{flag} must be numbers from 1 on, separated by commas, got {quote(text)}.")
+    return list(dict.fromkeys(values))

@@ -1,0 +1,178 @@
+"""The programs of a benchmark: each loads the model in a process of its own, `worker`, and waits for its turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ... import errors
+from ...errors import OpenELMError, RequestError
+from ...evaluation.timings import Run
+from ...generation.options import CacheOptions
+from ...loading import dtype_name
+from ...sources import Source, is_port
+from ..convert import convert
+from .options import MLX_LM, OURS, BenchOptions
+
+_PACKAGES = Path(__file__).parents[3]
+_PIECE = 1 << 24  # bytes of a file to read at a time
+
+
+@contextlib.contextmanager
+def programs(source: Source, options: BenchOptions, loading: Mapping[str, Any]) -> Iterator[list[Process]]:
+    """The programs to measure, with the model loaded; their processes end with the block.
+
+    Args:
+        loading: the keyword arguments of `load`.
+
+    Raises:
+        RequestError, OpenELMError: a program cannot load the model, or the adapter.
+    """
+    caches = {item.name: getattr(options, item.name) for item in fields(CacheOptions)}
+    ours: dict[str, Any] = {
+        "program": OURS,
+        "model": source.name,
+        "caches": caches,
+        "prefill_step_size": options.prefill_step_size,
+        "loading": {**loading, "dtype": dtype_name(loading["dtype"])},
+    }
+    with contextlib.ExitStack() as stack:
+        adapter = None
+        if loading["adapter_path"] is not None:
+            from ...adapters.switching import read_mixture
+
+            adapter = read_mixture(loading["adapter_path"], source.checkpoint.config)  # downloads what is missing
+        settings = [ours]
+        if options.compare is not None:
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-openelm-bench-")))
+            settings.append(_for_mlx_lm(source, ours, adapter, temporary))
+        _read(source.path)
+        yield [stack.enter_context(Process(its)) for its in settings]
+
+
+def _for_mlx_lm(source: Source, ours: dict[str, Any], adapter: Any, temporary: Path) -> dict[str, Any]:
+    """The settings of mlx-lm for the same files. `ours` are changed if the model must be converted, which both read."""
+    folder, adapter_folder, loading = source.path, None, ours["loading"]
+    if not _mlx_lm_reads(folder):
+        folder = temporary / "model"
+        stored = str(source.checkpoint.dtype).removeprefix("mlx.core.")
+        convert(source.name, folder, dtype=stored, tokenizer=loading["tokenizer"], revision=loading["revision"])
+        ours |= {"model": str(folder), "loading": loading | {"tokenizer": None, "revision": None}}
+    if adapter is not None:
+        from ...formats import mlx_adapter
+
+        adapter_folder = temporary / "adapter"
+        adapter_folder.mkdir()
+        mlx_adapter.write(adapter, adapter_folder, source.config)
+    return {
+        "program": MLX_LM,
+        "model": str(folder),
+        "caches": ours["caches"],
+        "head_dim": source.config.head_dim,
+        "prefill_step_size": ours["prefill_step_size"],
+        "dtype": loading["dtype"],
+        "adapter_path": None if adapter_folder is None else str(adapter_folder),
+    }
+
+
+def _mlx_lm_reads(path: Path) -> bool:
+    """Whether mlx-lm finds the model's weights there: it takes `model*.safetensors` in a folder."""
+    return path.is_dir() and not is_port(path) and any(path.glob("model*.safetensors"))
+
+
+def _read(path: Path) -> None:
+    """Read the model's files once: from then on they are in the system's cache, for every program alike."""
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with contextlib.suppress(OSError), file.open("rb", buffering=0) as opened:  # its program will say it better
+            while opened.read(_PIECE):
+                pass
+
+
+class Process:
+    """A program that has loaded the model, in its process; see `turns.Program`. Use it in a `with` block."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.name = str(settings["program"])
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGES), os.environ.get("PYTHONPATH")])),
+            "HF_HUB_OFFLINE": "1",  # everything is here
+        }
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
+        started = time.perf_counter()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                env=environment,
+                process_group=0,  # Ctrl-C must reach only the parent, which prints what was measured
+            )
+        except OSError as error:
+            self._complaints.close()
+            raise OpenELMError(f"no process for {self.name} could be started: {error.strerror}.") from None
+        try:
+            facts = self._ask({**settings, "names_flags": errors.names_flags})
+        except BaseException:
+            self.close()
+            raise
+        self.load_seconds = time.perf_counter() - started
+        self.version, self.dtype, self.blas = str(facts["version"]), str(facts["dtype"]), str(facts["blas"])
+        self.weight_bytes, self.process_memory = float(facts["weight_bytes"]), int(facts["process_memory"])
+
+    def run(self, prompt: Sequence[int], count: int) -> Run:
+        """Generate `count` tokens after a prompt, greedily and beyond the end of the text."""
+        answer = self._ask({"prompt": list(prompt), "count": count})
+        self.process_memory = int(answer["process_memory"])
+        return Run(len(prompt), answer["times"], answer["peak_memory"], answer["position_bytes"])
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            OpenELMError: the program failed; a `RequestError` if it refused the request.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        line = b""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise OpenELMError(f"{self.name} ended unexpectedly: {self._last_words()}.")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise (RequestError if answer["exit_code"] == RequestError.exit_code else OpenELMError)(answer["error"])
+        return answer
+
+    def _last_words(self) -> str:
+        """Why the process ended: the signal that killed it, or the last line it wrote."""
+        status = self._process.wait()
+        if status == -signal.SIGKILL:
+            return "it was killed, as happens when there is too little memory"
+        self._complaints.seek(0)
+        lines = self._complaints.read().decode(errors="replace").split("\n")
+        return next((line.strip().rstrip(".") for line in reversed(lines) if line.strip()), f"exit status {status}")
+
+    def close(self) -> None:
+        """End the process, even while it computes."""
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
