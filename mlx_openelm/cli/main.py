@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 PROGRAM = "mlx-openelm"
 SHELLS = ("bash", "zsh", "fish")
 
-# Every command with its line in `--help`. Its module has its name; `add_flags` declares its flags, `run` does the work.
+# Every command with its line in `--help`. Its module has its name, with `_` for `-`; `add_flags` declares its
+# flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
+    "cache-prompt": "Process a prompt once and keep it in a file, to go on from.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
@@ -144,7 +146,7 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
         from . import suggestions
 
         raise RequestError(suggestions.unknown_command(PROGRAM, name, list(COMMANDS)))
-    module = import_module(f".{name}", __package__)
+    module = import_module(f".{name.replace('-', '_')}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES, module.MAIN_FLAGS)
     module.add_flags(parser)
     flags.add_shared(parser.groups["Other flags"], "--debug", "--help")
