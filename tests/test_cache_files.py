@@ -502,6 +502,23 @@ def test_the_model_is_that_of_the_file(capsys: Any, here: Path):
     assert err.startswith("error: c was made with play, not with tiny; give the same") and err.count("\n") == 1
 
 
+def test_the_adapter_is_that_of_the_file_or_is_refused(capsys: Any, here: Path):
+    fixtures = ROOT / "tests" / "fixtures"
+    for name in ("shakespeare-hf", "peft-lora"):
+        shutil.copytree(fixtures / name, here / name)
+    model, adapter = ["--model", "shakespeare-hf"], ["--adapter-path", "peft-lora"]
+    cli(capsys, "cache-prompt", "To be, or not", "--prompt-cache-file", "c", *model, *adapter)
+    go_on = ["generate", "--prompt-cache-file", "c", "--prompt", " to be", *MORE]
+    _, whole, _ = cli(capsys, "generate", "To be, or not to be", *MORE, *model, *adapter)
+    for given in ([], [*model, *adapter], ["--model", "./shakespeare-hf", "--adapter-path", "./peft-lora"]):
+        code, out, _ = cli(capsys, *go_on, *given)
+        assert code == 0 and json.loads(out)["text"] == json.loads(whole)["text"]
+    for given, words in ((model, "not with shakespeare-hf, no adapter"), ([*model, *adapter], "peft-lora=0.5; give")):
+        code, out, err = cli(capsys, *go_on, *(word.replace("peft-lora", "peft-lora=0.5") for word in given))
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert "c was made with shakespeare-hf, adapter peft-lora, not with" in err and words in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
