@@ -29,7 +29,6 @@ SHELLS = ("bash", "zsh", "fish")
 # flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
-    "cache-prompt": "Process a prompt once and keep it in a file, to go on from.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
@@ -37,6 +36,7 @@ COMMANDS = {
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
+    "cache-prompt": "Process a prompt once and keep it in a file, to go on from.",
     "info": "Show a model's layers, its size, and the memory it needs.",
     "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
@@ -146,7 +146,8 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
         from . import suggestions
 
         raise RequestError(suggestions.unknown_command(PROGRAM, name, list(COMMANDS)))
-    module = import_module(f".{name.replace('-', '_')}", __package__)
+    file = name.replace("-", "_")
+    module = import_module(f".{file}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES, module.MAIN_FLAGS)
     module.add_flags(parser)
     flags.add_shared(parser.groups["Other flags"], "--debug", "--help")
