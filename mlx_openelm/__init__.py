@@ -36,8 +36,11 @@ __all__ = [
     "fuse",
     "generate",
     "load",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "perplexity",
     "quantize",
+    "save_prompt_cache",
     "stream_generate",
 ]
 
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .errors import OpenELMError, RequestError
     from .evaluation.perplexity import perplexity
+    from .generation.cache_files import load_prompt_cache, make_prompt_cache, save_prompt_cache
     from .generation.decoding import generate, stream_generate
     from .generation.options import CacheOptions, GenerationOptions
     from .generation.piece import Piece
@@ -70,6 +74,9 @@ _HOMES = {
     "load": "loading",
     "generate": "generation.decoding",
     "stream_generate": "generation.decoding",
+    "make_prompt_cache": "generation.cache_files",
+    "save_prompt_cache": "generation.cache_files",
+    "load_prompt_cache": "generation.cache_files",
     "Piece": "generation.piece",
     "GenerationOptions": "generation.options",
     "CacheOptions": "generation.options",

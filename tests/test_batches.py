@@ -364,7 +364,7 @@ def test_invalid_settings_are_refused():
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"batch_size": 3, "world_size": 2}, "batch_size is shared by the 2 processes"),
         ({"grad_accumulation_steps": 0}, "grad_accumulation_steps must be 1 or more"),
-        ({"max_seq_length": 4}, "has 5 positions, more than --max-seq-length 4"),
+        ({"max_seq_length": 4}, "has 5 positions, more than max_seq_length 4"),
     ):
         with pytest.raises(RequestError, match=expected):
             Batches(examples, **{"batch_size": 2, "max_seq_length": 8} | changed)

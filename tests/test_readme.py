@@ -35,6 +35,7 @@ FEWEST = {
     "cpu.md": 1,
     "fine-tuning.md": 0,
     "formats.md": 5,
+    "generation.md": 3,
     "publishing.md": 2,
     "python.md": 0,
     "quantization.md": 4,

@@ -19,6 +19,7 @@ COUNTERPARTS = {
     "convert": "convert",
     "lora": "lora",
     "fuse": "fuse",
+    "cache_prompt": "cache-prompt",
     "perplexity": "perplexity",
     "upload": "upload",
     "benchmark": "bench",
@@ -114,7 +115,7 @@ def test_a_renamed_flag_exists_in_some_command() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--draft-model", "--num-draft-tokens", "--prompt-cache-file", "--prompt-lookup", "--json-schema", "--regex",
+    ["--draft-model", "--num-draft-tokens", "--prompt-lookup", "--json-schema", "--regex",
      "--grammar", "--choice", "--top-logprobs", "--host", "--port"],
 )  # fmt: skip
 def test_planned_flags_are_not_offered_yet(flag: str) -> None:
@@ -128,7 +129,7 @@ def test_planned_flags_of_bench_are_not_offered_yet(flag: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["serve", "chat", "dpo", "pretrain", "evaluate", "grpo", "cache-prompt", "train-tokenizer", "leaderboard",
+    ["serve", "chat", "dpo", "pretrain", "evaluate", "grpo", "train-tokenizer", "leaderboard",
      "embed", "classify"],
 )  # fmt: skip
 def test_planned_commands_are_not_offered_yet(name: str) -> None:

@@ -200,7 +200,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "MODEL",
         "default": catalog.TINY,
         "help": "Model: a name (tiny, 270m, 1.1b-instruct), a hub repository, a folder, a .pt or .gguf file.  "
-        "[default: %(default)s]",
+        f"[default: {catalog.TINY}]",
     },
     "--adapter-path": {
         "action": "append",

@@ -8,7 +8,7 @@ import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import backend, console
 from ..errors import RequestError, quote
@@ -17,12 +17,16 @@ from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
+from ..hub import catalog
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
+
+if TYPE_CHECKING:
+    from .cached_prompt import CachedPrompt
 
 MAIN_FLAGS = (
     *("--model", "--prompt", "--max-tokens", "--temp", "--top-p", "--seed", "--stop", "--system-prompt"),
@@ -43,8 +47,15 @@ def add_flags(parser: flags.Parser) -> None:
         "words", nargs="*", metavar="PROMPT", help="Text to continue; the same as --prompt."
     )
     flags.add_shared(common, "--model")
+    parser.set_defaults(model=None)  # a prompt cache names its model
     common.add_argument("--prompt", "-p", metavar="TEXT", help="Text to continue; - reads standard input.")
     chat.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from this file.")
+    chat.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="Go on from the prompt in this file of `cache-prompt` or mlx-lm. Without --model, the model, revision and "
+        "adapter are those of the file.",
+    )
     flags.add_fields(parser, GenerationOptions)
     chat.add_argument(
         "--chat-template",
@@ -92,12 +103,18 @@ def run(args: Namespace) -> int:
         raise RequestError(
             "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
         )
-    prompt = _read_prompt(args.words, args.prompt, args.prompt_file)
+    prompt = read_prompt(args.words, args.prompt, args.prompt_file)
     options = flags.given(args, GenerationOptions)
     if "logit_bias" in options:
         options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
+    cached: CachedPrompt | None = None
+    if args.prompt_cache_file is not None:
+        from .cached_prompt import open_cached
+
+        cached = open_cached(args)
+    args.model = args.model or catalog.TINY
     model, tokenizer = load(
         args.model,
         args.adapter_path,
@@ -109,12 +126,17 @@ def run(args: Namespace) -> int:
     )
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
-    if args.ignore_chat_template:
+    if cached is not None:
+        cached.check(model, args)
+        ids = cached.continue_with(tokenizer, prompt, args)
+    elif args.ignore_chat_template:
         ids = tokenizer.encode(prompt)
     elif chat in ((None, None, None), (None, None, "plain")):
         ids = tokenizer.encode(prompt, as_message=True)
     else:
-        ids = _encode_chat(tokenizer, prompt, *chat)
+        from .chat_prompts import encode_chat
+
+        ids = encode_chat(tokenizer, prompt, *chat)
 
     # Show a bar only if the prompt takes several steps.
     is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
@@ -123,7 +145,8 @@ def run(args: Namespace) -> int:
     interrupted = False
     try:
         with progress or nullcontext():
-            for piece in stream_generate(model, tokenizer, ids, progress=progress, **options):
+            past = {} if cached is None else cached.arguments()
+            for piece in stream_generate(model, tokenizer, ids, progress=progress, **past, **options):
                 pieces.append(piece)
                 if not args.json:
                     sys.stdout.write(piece.text)
@@ -132,24 +155,25 @@ def run(args: Namespace) -> int:
         interrupted = True
     seed = options.get("seed")
     if args.json:
-        _print_json(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted)
+        held = None if cached is None else cached.tokens
+        _print_json(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted, held)
     else:
         print()
         if args.logprobs:
             _say_logprobs(tokenizer, pieces)
         if args.verbose:
-            _say_statistics(model, pieces, seed)
+            _say_statistics(model, pieces, seed, cached)
     chosen = GenerationOptions(**options)
     if args.verbose and chosen.temp == 0 and not chosen.changes_logits:
         _say_if_repeating(pieces, "instruct" in args.model.lower() and args.chat_template is None)
     return 130 if interrupted else 0
 
 
-def _read_prompt(words: list[str], prompt: str | None, prompt_file: str | None) -> str:
+def read_prompt(words: list[str], prompt: str | None, prompt_file: str | None, command: str = "generate") -> str:
     """The prompt from the argument, the flag, the file, or standard input."""
     if len(words) > 1 or (words and prompt is not None):
         text = " ".join([*([prompt] if prompt is not None else []), *words])
-        raise RequestError(f"A prompt of several words needs quotes: mlx-openelm generate {shlex.quote(text)}.")
+        raise RequestError(f"A prompt of several words needs quotes: mlx-openelm {command} {shlex.quote(text)}.")
     prompt = words[0] if words else prompt
     if prompt is not None and prompt_file is not None:
         raise RequestError("Give the prompt once: as the argument, with --prompt or with --prompt-file.")
@@ -159,7 +183,7 @@ def _read_prompt(words: list[str], prompt: str | None, prompt_file: str | None) 
         text = _decode(read_stream(sys.stdin.buffer, "Standard input"), "Standard input")
     elif prompt is None:
         raise RequestError(
-            'There is no prompt; give one: mlx-openelm generate "To be", --prompt-file FILE, or on standard input.'
+            f'There is no prompt; give one: mlx-openelm {command} "To be", --prompt-file FILE, or on standard input.'
         )
     else:
         text = prompt
@@ -191,20 +215,14 @@ def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
     return biases
 
 
-def _encode_chat(
-    tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
-) -> list[int]:
-    """The token ids of the conversation, written with a chat template; BOS comes first."""
-    messages = [{"role": "user", "content": prompt}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    if prefill is not None:
-        messages.append({"role": "assistant", "content": prefill})
-    return tokenizer.apply_chat_template(messages, template or "plain", continue_final_message=prefill is not None)
-
-
 def _print_json(
-    model: str, prompt: str, pieces: list[Piece], tokenizer: Tokenizer | None, seed: int | None, interrupted: bool
+    model: str,
+    prompt: str,
+    pieces: list[Piece],
+    tokenizer: Tokenizer | None,
+    seed: int | None,
+    interrupted: bool,
+    cached: int | None,
 ) -> None:
     """Print the result as a JSON object; with a tokenizer, also tokens and log-probabilities."""
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
@@ -212,6 +230,8 @@ def _print_json(
         last = dataclasses.asdict(pieces[-1])
         names = ["prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
         values |= {"finish_reason": last["finish_reason"]} | {name: last[name] for name in names}
+    if cached is not None:
+        values["prompt_cache_tokens"] = cached
     if interrupted:
         values["finish_reason"] = "interrupted"
     values["seed"] = seed
@@ -237,16 +257,19 @@ def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:
         )
 
 
-def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None) -> None:
+def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None, cached: CachedPrompt | None) -> None:
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
         console.say(
             f"Weights: {' and '.join(map(str, bits))} bits, expanded at load because that is faster on a CPU; "
             "--no-expand saves memory"
         )
+    if cached is not None:
+        console.say(f"Model: {cached.origin}")
     if pieces:
         last = pieces[-1]
-        console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s")
+        after = "" if cached is None else f" after {cached.tokens} in the cache"
+        console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}{after}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
         end = f", finish reason: {last.finish_reason}" if last.finish_reason else ""
         console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}{end}")

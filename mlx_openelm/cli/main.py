@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 PROGRAM = "mlx-openelm"
 SHELLS = ("bash", "zsh", "fish")
 
-# Every command with its line in `--help`. Its module has its name; `add_flags` declares its flags, `run` does the work.
+# Every command with its line in `--help`. Its module has its name, with `_` for `-`; `add_flags` declares its
+# flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
@@ -36,6 +37,7 @@ COMMANDS = {
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
+    "cache-prompt": "Process a prompt once and keep it in a file, to go on from.",
     "info": "Show a model's layers, its size, and the memory it needs.",
     "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
@@ -146,7 +148,8 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
         from . import suggestions
 
         raise RequestError(suggestions.unknown_command(PROGRAM, name, list(COMMANDS)))
-    module = import_module(f".{name}", __package__)
+    file = name.replace("-", "_")
+    module = import_module(f".{file}", __package__)
     parser = flags.Parser(f"{PROGRAM} {name}", module.run.__doc__ or "", module.EXAMPLES, module.MAIN_FLAGS)
     module.add_flags(parser)
     flags.add_shared(parser.groups["Other flags"], "--debug", "--help")

@@ -12,7 +12,7 @@ from ..errors import quote
 
 # Planned commands, and other names for them.
 _LATER_COMMANDS = (
-    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "grpo", "cache-prompt"),
+    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "grpo"),
     *("train-tokenizer", "leaderboard", "embed", "classify"),
 )
 _RENAMED_COMMANDS = {
@@ -36,7 +36,7 @@ _REFUSED_COMMANDS = {
 }
 
 _LATER_FLAGS = (
-    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-file", "--prompt-cache-size"),
+    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-size"),
     *("--prompt-cache-bytes", "--json-schema", "--json-object", "--regex", "--grammar", "--choice", "--top-logprobs"),
     *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
 )
@@ -134,6 +134,7 @@ _REFUSED_FLAGS = {
 # Planned flags of `bench`, which other commands have or refuse.
 _LATER_IN_BENCH = ("--batch", "--batch-size", "-b")
 # These belong to `lora`, but mlx-lm's dwq has them too.
+_REFUSED_BY_CACHE_PROMPT = {"--eos-token": "no text is generated; give --extra-eos-token to generate"}
 _REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
 
 _NOT_NEEDED = {"--trust-remote-code": "no repository code is run"}
@@ -163,6 +164,7 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
         if plain in _LATER_FLAGS or (program.endswith(" bench") and plain in _LATER_IN_BENCH):
             return f"{plain} is not offered yet; leave it out."
         refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
+        refused |= _REFUSED_BY_CACHE_PROMPT if program.endswith(" cache-prompt") else {}
         if plain in refused:
             return f"{plain} is not offered: {refused[plain]}."
     renamed = [name for name in _RENAMED_FLAGS.get(plain, ()) if name.split()[0] in known]

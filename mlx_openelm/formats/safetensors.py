@@ -46,6 +46,7 @@ WEIGHT_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bf
 
 # A file name: not a path, and without lone surrogates.
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
+REMEDY = "download or convert it again"  # for a file that is damaged
 _MAX_HEADER = 100_000_000  # as in the format's reference library
 # Bytes of freed buffers that MLX may keep for reuse while tensors of many sizes pass through memory.
 _KEPT_BYTES = 1 << 28
@@ -262,4 +263,4 @@ def _check_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[
 
 
 def _damaged(path: Path, why: str) -> RequestError:
-    return RequestError(f"{path} is damaged: {why}; download or convert it again.")
+    return RequestError(f"{path} is damaged: {why}; {REMEDY}.")

@@ -35,7 +35,7 @@ from .options import (
     warn,
 )
 from .piece import Piece
-from .prompt_cache import cache_offset, check_cache
+from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
 
@@ -291,6 +291,7 @@ def make_decoder(
     past, context = 0, []
     if cache is not None:
         past = cache_offset(cache, len(model.layers))
+        check_sizes(config, cache)
         check_cache(options, cache)
     ids = token_ids(prompt, config.vocab_size)
     if not ids:
@@ -314,7 +315,8 @@ def make_decoder(
             )
     if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
         warn(
-            f"Penalties see only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens."
+            f"Penalties see only new tokens, not the {past} in the prompt cache; pass their ids as prompt_cache_tokens "
+            "(files of `mlx-openelm cache-prompt` have them)."
         )
     # The last token needs no position, since nothing is computed from it.
     room = config.rope_max_length - total + 1

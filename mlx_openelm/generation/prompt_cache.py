@@ -1,4 +1,4 @@
-"""Key-value caches that a caller gives: what they have seen, and whether they are what the options ask for."""
+"""Key-value caches that a caller gives: what they have seen, and whether they fit model and options."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..config import ModelConfig
 from ..errors import RequestError
 from .options import CacheOptions
 
@@ -50,3 +51,22 @@ def check_cache(options: CacheOptions, cache: Sequence[Any]) -> None:
                 )
         elif hasattr(layer, "max_size") or not hasattr(layer, "to_quantized"):
             raise RequestError(f"--kv-bits cannot quantize the prompt cache, a {kind}; leave it out.")
+
+
+def check_sizes(config: ModelConfig, cache: Sequence[Any]) -> None:
+    """Refuse caches whose keys are not of the model's sizes; there is one cache per layer.
+
+    Raises:
+        RequestError: the number or the size of key-value heads differs.
+    """
+    for layer, (one, heads) in enumerate(zip(cache, config.num_kv_heads, strict=True)):
+        if getattr(one, "keys", None) is None:
+            continue
+        packed = isinstance(one.keys, tuple | list)
+        keys = one.keys[1] if packed else one.keys  # the scales, one for each group
+        found = keys.shape[1], keys.shape[3] * (one.group_size if packed else 1)
+        if found != (heads, config.head_dim):
+            raise RequestError(
+                f"The prompt cache is of another model: layer {layer} has {found[0]} key-value heads of {found[1]} "
+                f"there, and {heads} of {config.head_dim} in this one."
+            )

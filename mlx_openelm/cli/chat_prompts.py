@@ -1,0 +1,38 @@
+"""The token ids of a prompt that is written as a chat: whole, or in two parts, of which a file holds the first."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from ..text.tokenizer import Tokenizer
+
+
+def encode_chat(
+    tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
+) -> list[int]:
+    """The token ids of the conversation, written with a chat template; BOS comes first."""
+    messages = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if prefill is not None:
+        messages.append({"role": "assistant", "content": prefill})
+    return tokenizer.apply_chat_template(messages, template or "plain", continue_final_message=prefill is not None)
+
+
+def chat_opening(tokenizer: Tokenizer, prompt: str, system_prompt: str | None, template: str | None) -> list[int]:
+    """The ids of a chat up to a place inside the user's message, after `prompt`."""
+    # What two different continuations have in common comes before them.
+    return _common(*(encode_chat(tokenizer, prompt + rest, system_prompt, None, template) for rest in "0A"))
+
+
+def chat_rest(tokenizer: Tokenizer, prompt: str, prefill: str | None, template: str | None) -> list[int]:
+    """The ids of a chat from inside the user's message on: the rest of the message, and what the template adds."""
+    opening = chat_opening(tokenizer, "", None, template)
+    ids = encode_chat(tokenizer, prompt, None, prefill, template)
+    return ids[len(_common(ids, opening)) :]
+
+
+def _common(one: list[int], other: list[int]) -> list[int]:
+    """The ids that both begin with."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in pairs]
