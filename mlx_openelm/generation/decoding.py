@@ -15,33 +15,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
 from .. import backend
 from ..cache import make_cache
-from ..errors import RequestError
+from ..errors import RequestError, name_options
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .keywords import GenerationKeywords, unknown_option
-from .options import (
-    CacheOptions,
-    GenerationOptions,
-    token_ids,
-    warn,
-)
+from .options import CONSTRAINTS, CacheOptions, GenerationOptions, token_ids, warn
 from .piece import Piece
 from .prompt_cache import cache_offset, check_cache
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
 
+if TYPE_CHECKING:
+    from .constraints import Constraint
+
 # Free MLX's buffers now and then: lengths change with every token, so few are reused.
 _CLEAR_EVERY = 256
 
 Progress = Callable[[int, int], None]
+# A token, its log-probability, the likeliest tokens with theirs, and the log-probabilities of all tokens, [vocab].
+Step = tuple[int, float, list[tuple[int, float]], mx.array | None]
 
 
 def generate(
@@ -111,7 +111,7 @@ def stream_generate(
     Raises:
         RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
             at the call, before anything is computed.
-        OpenELMError: while iterating, the model's logits are not finite.
+        OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
     """
     for name in options:
         if name not in GenerationOptions.__dataclass_fields__:
@@ -140,7 +140,12 @@ def stream_generate(
         prompt_cache_tokens=prompt_cache_tokens,
         logits_processors=processors,
     )
-    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, chosen, progress)
+    constraint = None
+    if any(getattr(chosen, name) not in (None, False) for name in CONSTRAINTS):
+        from .constraints import make_constraint
+
+        constraint = make_constraint(chosen, tokenizer, model.config.vocab_size)
+    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, constraint, chosen, progress)
 
 
 def _pieces(
@@ -149,27 +154,37 @@ def _pieces(
     prompt: list[int],
     count: int,
     sampler: Sampler,
+    constraint: Constraint | None,
     options: GenerationOptions,
     progress: Progress | None,
 ) -> Iterator[Piece]:
     """At most `count` pieces; nothing is computed before the first one is requested."""
     stops = StopStrings(options.stop) if options.stop else None
     steps = decode(
-        decoder, prompt, count, sampler=sampler, prefill_step_size=options.prefill_step_size, progress=progress
+        decoder,
+        prompt,
+        count,
+        sampler=sampler,
+        constraint=constraint,
+        top=int(options.top_logprobs),
+        prefill_step_size=options.prefill_step_size,
+        progress=progress,
     )
     started = time.perf_counter()
     prompt_seconds = 0.0
     with backend.wired_limit():
-        for n, (token, logprob, _) in enumerate(steps, 1):
+        for n, (token, logprob, top_logprobs, _) in enumerate(steps, 1):
             now = time.perf_counter()
             if n == 1:
                 prompt_seconds, started = now - started, now
-                text_decoder = tokenizer.streaming_decoder(prompt if options.echo else ())
+                seen = prompt if options.echo else ()
+                text_decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
             text, stopped = "", token in tokenizer.eos_token_ids
             if not stopped:
                 text = text_decoder.add(token)
                 if stops is not None:
                     text, stopped = stops.add(text)
+                stopped = stopped or (constraint is not None and constraint.completed_by(n))
             finish_reason = "stop" if stopped else "length" if n == count else None
             if finish_reason is not None:
                 rest = text_decoder.finish()
@@ -187,8 +202,13 @@ def _pieces(
                 generation_tps=(n - 1) / (now - started) if n > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 finish_reason=finish_reason,
+                top_logprobs=top_logprobs,
             )
             if finish_reason is not None:
+                if finish_reason == "length" and constraint is not None:
+                    limit = "--max-tokens" if n == options.max_tokens else "the end of the model's context"
+                    tokens = f"{n:,} token{'' if n == 1 else 's'}"
+                    warn(name_options(f"The text was cut off after {tokens}, at {limit}; it may be incomplete."))
                 return
 
 
@@ -327,39 +347,95 @@ def decode(
     count: int,
     *,
     sampler: Sampler = greedy,
+    constraint: Constraint | None = None,
+    top: int = 0,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[int, float, mx.array]]:
-    """`count` tokens after `prompt`, each with its log-probability and those of all tokens, [vocab].
+) -> Iterator[Step]:
+    """At most `count` tokens after `prompt`, each with the log-probabilities of itself, of the `top` likeliest, and of all.
 
-    The device computes the next token while the caller has the last one. The first token computed from more
-    positions than the model was trained on brings a warning.
+    The device computes the next token while the caller has the last one. A constraint leaves tokens out and ends the
+    text; tokens that it forces have a log-probability of 0 and no others, and a run of them is processed at once. The
+    first token computed from more positions than the model was trained on brings a warning.
 
     Raises:
-        OpenELMError: while iterating, the logits are not finite.
+        OpenELMError: while iterating, the logits are not finite, or no token fits the constraint.
     """
     trained = decoder.model.config.max_context_length
     total = int(decoder.cache[0].offset) + len(prompt)
-    upcoming = _draw(decoder.prefill(mx.array([list(prompt)]), prefill_step_size, progress), sampler)
-    for n in range(1, count + 1):
-        token, logprob, logprobs = upcoming
-        if n < count:
-            upcoming = _draw(decoder.step(token), sampler)
+    forced = [] if constraint is None else constraint.opening[:count]
+    prompt = [*prompt, *forced]
+    following = decoder.prefill(mx.array([prompt]), prefill_step_size, progress)
+    upcoming = None
+    if constraint is None:
+        upcoming = _draw(following, sampler, top)
+    elif len(forced) < count and not constraint.done:
+        upcoming = _draw(constraint.limit(following), sampler, top)
+    ready = [_forced(token, top) for token in forced]
+    n = 0
+    while True:
+        for step in ready:
+            n += 1
+            if n == 1 and progress is not None:
+                progress(len(prompt), len(prompt))
+            if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
+                warn(
+                    f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse."
+                )
+            yield step
+            if n % _CLEAR_EVERY == 0:
+                mx.clear_cache()
+        if upcoming is None:
+            return
+        before, (token, logprob, likeliest, logprobs), upcoming = following, upcoming, None
+        if n + 1 < count:
+            following = decoder.step(token)
+            if constraint is None:
+                upcoming = _draw(following, sampler, top)
+            else:
+                mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
         if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes every token's log-probability so
-            raise not_finite(f"The logits for token {n} are", decoder.model, processed=bool(decoder.logits_processors))
-        if n == 1 and progress is not None:
-            progress(len(prompt), len(prompt))
-        if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
-            warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
-        yield value, likelihood, logprobs[0]
-        if n % _CLEAR_EVERY == 0:
-            mx.clear_cache()
+            problem = None if constraint is None else constraint.failure(before)
+            is_processed = bool(decoder.logits_processors)
+            raise problem or not_finite(f"The logits for token {n + 1} are", decoder.model, processed=is_processed)
+        ready = [(value, likelihood, _listed(likeliest), logprobs[0])]
+        if constraint is not None:
+            forced = constraint.advance(value)[: count - n - 1]
+            ready += [_forced(token, top) for token in forced]
+            if n + len(ready) < count and not constraint.done:
+                if forced:
+                    following = decoder.prefill(mx.array([forced]), prefill_step_size)
+                upcoming = _draw(constraint.limit(following), sampler, top)
 
 
-def _draw(logprobs: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array, mx.array]:
-    """A token [1], its log-probability [1, 1] and `logprobs` [1, vocab]; starts computing the first two."""
+def _draw(
+    logprobs: mx.array, sampler: Sampler, top: int
+) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]:
+    """A token [1], its log-probability [1, 1], the `top` likeliest tokens and theirs, each [1, top], and `logprobs`.
+
+    Starts computing all but the last.
+    """
     token = sampler(logprobs)
     logprob = mx.take_along_axis(logprobs, token[:, None], axis=-1)
-    mx.async_eval(token, logprob)
-    return token, logprob, logprobs
+    if not top:
+        mx.async_eval(token, logprob)
+        return token, logprob, None, logprobs
+    top = min(top, logprobs.shape[-1])
+    likeliest = mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top]
+    likelihoods = mx.take_along_axis(logprobs, likeliest, axis=-1)
+    mx.async_eval(token, logprob, likeliest, likelihoods)
+    return token, logprob, (likeliest, likelihoods), logprobs
+
+
+def _listed(likeliest: tuple[mx.array, mx.array] | None) -> list[tuple[int, float]]:
+    """Pairs of tokens and their log-probabilities, the most likely first; tokens without a probability are left out."""
+    if likeliest is None:
+        return []
+    tokens, logprobs = (values[0].tolist() for values in likeliest)
+    pairs = [pair for pair in zip(tokens, logprobs, strict=True) if pair[1] > -math.inf]
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _forced(token: int, top: int) -> Step:
+    return token, 0.0, [(token, 0.0)] if top else [], None
