@@ -11,7 +11,7 @@ each token it gives those that must come next, which need no choice:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -54,8 +54,8 @@ def make_constraint(options: GenerationOptions, tokenizer: Tokenizer, vocab_size
 class Constraint:
     """What may follow in one text.
 
-    `opening` are the tokens that it must begin with, which count as accepted; `done` says that no other token can follow
-    those accepted.
+    `opening` are the tokens that it must begin with, which count as accepted; `done` says that no other token can
+    follow those accepted.
 
     Args:
         matcher: an `LLMatcher` at the beginning of the text.
@@ -94,7 +94,7 @@ class Constraint:
         Raises:
             OpenELMError: no token can follow, and the text is not complete.
         """
-        words = mx.array(memoryview(self._mask()).cast("I"))  # a bit for each token
+        words = mx.array(cast(Any, memoryview(self._mask()).cast("I")))  # a bit for each token
         allowed = ((words[:, None] >> self._shifts) & 1).reshape(-1)[: self._vocab_size]
         return log_softmax(mx.where(allowed, logprobs, -mx.inf))
 
@@ -103,16 +103,16 @@ class Constraint:
         mask = int.from_bytes(self._mask(), "little")
         return not mask & ~sum(1 << token for token in tokens)
 
-    def failure(self, logprobs: mx.array) -> OpenELMError | None:
-        """The error if none of the tokens that can follow has a probability in `logprobs` [1, vocab], not yet limited.
+    def check(self, logprobs: mx.array) -> None:
+        """Raise an `OpenELMError` if none of the tokens that can follow has a probability in `logprobs` [1, vocab].
 
-        None if these are not log-probabilities, for want of finite logits.
+        Log-probabilities that are NaN, of logits that are not finite, are not the constraint's failure.
         """
-        if mx.isnan(logprobs).any().item():
-            return None
-        return OpenELMError(
-            f"Every token that {self._source} allows here is banned by --logit-bias or a logits processor; allow one."
-        )
+        if not mx.isnan(logprobs).any().item():
+            raise OpenELMError(
+                f"Every token that {self._source} allows here is banned by --logit-bias or a logits processor; allow "
+                "one of them."
+            )
 
     def _force(self) -> list[int]:
         """Accept the tokens that must come next."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import mlx.core as mx
 
@@ -352,7 +352,7 @@ def decode(
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Step]:
-    """At most `count` tokens after `prompt`, each with the log-probabilities of itself, of the `top` likeliest, and of all.
+    """At most `count` tokens after `prompt`, with the log-probabilities of each, of the `top` likeliest, and of all.
 
     The device computes the next token while the caller has the last one. A constraint leaves tokens out and ends the
     text; tokens that it forces have a log-probability of 0 and no others, and a run of them is processed at once. The
@@ -380,7 +380,8 @@ def decode(
                 progress(len(prompt), len(prompt))
             if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
                 warn(
-                    f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse."
+                    f"The text is now longer than the {trained} tokens the model was trained on; "
+                    "expect it to get worse."
                 )
             yield step
             if n % _CLEAR_EVERY == 0:
@@ -396,9 +397,11 @@ def decode(
                 mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
         if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes every token's log-probability so
-            problem = None if constraint is None else constraint.failure(before)
-            is_processed = bool(decoder.logits_processors)
-            raise problem or not_finite(f"The logits for token {n + 1} are", decoder.model, processed=is_processed)
+            if constraint is not None:
+                constraint.check(before)
+            raise not_finite(
+                f"The logits for token {n + 1} are", decoder.model, processed=bool(decoder.logits_processors)
+            )
         ready = [(value, likelihood, _listed(likeliest), logprobs[0])]
         if constraint is not None:
             forced = constraint.advance(value)[: count - n - 1]
@@ -432,7 +435,7 @@ def _listed(likeliest: tuple[mx.array, mx.array] | None) -> list[tuple[int, floa
     """Pairs of tokens and their log-probabilities, the most likely first; tokens without a probability are left out."""
     if likeliest is None:
         return []
-    tokens, logprobs = (values[0].tolist() for values in likeliest)
+    tokens, logprobs = (cast(Any, values[0].tolist()) for values in likeliest)
     pairs = [pair for pair in zip(tokens, logprobs, strict=True) if pair[1] > -math.inf]
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 

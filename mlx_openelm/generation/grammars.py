@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError, quote
 from ..inputs import read_text_source, to_path
 
 # JSON without white space between its parts. A schema can ask for it: {"x-guidance": {"whitespace_flexible": true}}.
-_COMPACT = {"whitespace_flexible": False}
+_COMPACT: Any = {"whitespace_flexible": False}
 _LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
 # GBNF's escapes for characters, in which llguidance's converter drops digits.
 _UNICODE_ESCAPE = re.compile(r"(\\\\)|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
@@ -127,7 +127,7 @@ def _check_characters(source: str, text: str) -> None:
         raise RequestError(f"{source} has half of a surrogate pair, which is not a character: {quote(text)}.") from None
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], str]] = {
     "json_schema": _json_schema,
     "json_object": _json_object,
     "regex": _regex,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 class Piece:
     """One token of generated text.
 
-    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and
-    before filters; `top_logprobs` are those of the most likely tokens, as (id, log-probability), the most likely first,
-    as many as the option of this name asks for and have a probability; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
+    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and before filters;
+    `top_logprobs` lists the most likely tokens as (id, log-probability), the most likely first, as many as the option
+    asks for and have a probability; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
     """
 
     text: str

@@ -19,13 +19,14 @@ def llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Any:
     kept = _built.get(tokenizer)
     if kept is None or kept[0] != key:
         ends = sorted(token for token in tokenizer.eos_token_ids if token < vocab_size)
-        kept = key, LLTokenizer(Vocabulary(tokenizer, vocab_size), n_vocab=vocab_size, eos_token=ends)
+        vocabulary: Any = Vocabulary(tokenizer, vocab_size)
+        kept = key, LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=ends)
         _built[tokenizer] = kept
     return kept[1]
 
 
 class Vocabulary:
-    """What `LLTokenizer` reads: each token's bytes, which tokens have no text, and `vocabulary(text)`, the ids of a text.
+    """What `LLTokenizer` reads: each token's bytes, which tokens have no text, and how a text is split, by a call.
 
     Tokens that end the text, control tokens, the unknown token and rows that the tokenizer lacks have no text, so that
     no constraint can be met with them.
