@@ -10,6 +10,7 @@ each token it gives those that must come next, which need no choice:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -134,17 +135,19 @@ class Constraint:
 
     def _check(self) -> None:
         """Raise an `OpenELMError` unless the text is complete or can go on."""
-        if self.matcher.is_error():
-            raise OpenELMError(f"{self._source} failed: {_reason(self.matcher)}.")
-        if self.matcher.is_stopped() and not self.matcher.is_accepting():
+        if not self.matcher.is_stopped() or (self.matcher.is_accepting() and not self.matcher.is_error()):
+            return
+        if self.matcher.stop_reason().startswith("NoExtension"):
             raise self._stuck()
+        raise OpenELMError(f"{self._source} failed: {_reason(self.matcher)}.")
 
     def _stuck(self) -> OpenELMError:
         return OpenELMError(f"{self._source} leaves no token of this model's vocabulary to go on with; change it.")
 
 
 def _reason(matcher: Any) -> str:
-    """llguidance's reason for an error, without the grammar that it repeats below."""
-    lines = [line.strip() for line in matcher.get_error().split("\n   1 |")[0].splitlines()]
+    """llguidance's reason for an error, without the grammar and the state that follow it."""
+    message = re.split(r"\n +\d+ \||<state>", matcher.get_error())[0]
+    lines = [line.strip() for line in message.splitlines()]
     reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return " ".join(reasons or lines)[:QUOTED].strip().rstrip(".")
