@@ -10,6 +10,7 @@ each token it gives those that must come next, which need no choice:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, cast
@@ -23,8 +24,6 @@ from ..wording import flag, install
 from .grammars import as_grammar
 from .options import CONSTRAINTS, GenerationOptions
 from .vocabulary import llguidance_tokenizer
-
-_BITS = 32  # of a word of llguidance's masks
 
 
 def make_constraint(options: GenerationOptions, tokenizer: Tokenizer, vocab_size: int) -> Constraint:
@@ -70,7 +69,7 @@ class Constraint:
         self._source = source
         self._vocab_size = vocab_size
         self._length = 0  # tokens accepted
-        self._shifts = mx.arange(_BITS, dtype=mx.uint32)
+        self._bits = mx.array([1 << bit for bit in range(8)], mx.uint8)
         self.opening = self._force()
 
     def advance(self, token: int) -> list[int]:
@@ -95,8 +94,12 @@ class Constraint:
         Raises:
             OpenELMError: no token can follow, and the text is not complete.
         """
-        words = mx.array(cast(Any, memoryview(self._mask()).cast("I")))  # a bit for each token
-        allowed = ((words[:, None] >> self._shifts) & 1).reshape(-1)[: self._vocab_size]
+        packed = mx.array(
+            cast(Any, memoryview(self._mask())[: math.ceil(self._vocab_size / 8)])
+        )  # a bit for each token
+        allowed = (packed[:, None] & self._bits).reshape(1, -1)
+        if allowed.shape[1] > self._vocab_size:
+            allowed = allowed[:, : self._vocab_size]
         return log_softmax(mx.where(allowed, logprobs, -mx.inf))
 
     def allows_only(self, tokens: Iterable[int]) -> bool:
@@ -137,9 +140,8 @@ class Constraint:
         """Raise an `OpenELMError` unless the text is complete or can go on."""
         if not self.matcher.is_stopped() or (self.matcher.is_accepting() and not self.matcher.is_error()):
             return
-        if self.matcher.stop_reason().startswith("NoExtension"):
-            raise self._stuck()
-        raise OpenELMError(f"{self._source} failed: {_reason(self.matcher)}.")
+        reason = _reason(self.matcher) or self.matcher.stop_reason()
+        raise self._stuck() if reason.startswith("NoExtension") else OpenELMError(f"{self._source} failed: {reason}.")
 
     def _stuck(self) -> OpenELMError:
         return OpenELMError(f"{self._source} leaves no token of this model's vocabulary to go on with; change it.")

@@ -56,7 +56,7 @@ class Vocabulary:
         """The ids of text that follows other text: no space is put in front."""
         data = text.encode() if isinstance(text, str) else text
         ids = self._tokenizer.encode_after("\x02", data.decode(errors="surrogateescape"))
-        if ids is not None and b"".join(self.tokens[token] for token in ids) == data:
+        if ids and max(ids) < len(self.tokens) and b"".join(self.tokens[token] for token in ids) == data:
             return ids
         return self._longest_first(data)
 
