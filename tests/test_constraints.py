@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,8 @@ pytest.importorskip("llguidance")
 from mlx_openelm.generation.constraints import Constraint, make_constraint
 from mlx_openelm.generation.vocabulary import Vocabulary
 
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 LLAMA = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
 NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="Llama 2's tokenizer is not here")
 SCHEMA: dict[str, Any] = {
@@ -483,6 +485,16 @@ def test_llguidance_is_missing(model: OpenELM, tokenizer: Tokenizer, monkeypatch
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match=r"^regex needs the package llguidance: pip install '\.\[constraints\]'"):
         stream_generate(model, tokenizer, "x", regex="a+")
+
+
+# The guide.
+
+
+def test_the_python_of_the_guide() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "constraints.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(ROMEO|JULIET)\n(not )?to be\n", done.stdout)
 
 
 # The command.
