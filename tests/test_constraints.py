@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,6 +399,23 @@ def test_penalties_bias_and_stop_strings(model: OpenELM, tokenizer: Tokenizer) -
     assert (text, pieces[-1].finish_reason) == ("first", "stop")
 
 
+def test_a_banned_token_is_not_forced(model: OpenELM, tokenizer: Tokenizer) -> None:
+    text, pieces = run(model, tokenizer, choice=["my lord, my lord"])
+    for token in {piece.token for piece in pieces}:
+        with pytest.raises(OpenELMError, match=r"^Every token that choice allows here is banned by logit_bias"):
+            run(model, tokenizer, choice=[text], logit_bias={token: -math.inf})
+        assert run(model, tokenizer, choice=[text], logit_bias={token: -100.0})[0] == text
+
+
+def test_a_tokenizer_is_freed(tokenizer: Tokenizer) -> None:
+    other = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
+    assert constraint(other, choice=["yes", "no"])
+    alive = weakref.ref(other)
+    del other
+    gc.collect()
+    assert alive() is None
+
+
 def starting(tokenizer: Tokenizer, start: bytes) -> list[int]:
     return [token for token in range(tokenizer.vocab_size) if (tokenizer.token_bytes(token) or b"").startswith(start)]
 
@@ -461,6 +480,9 @@ def test_the_last_token_may_complete_the_text(model: OpenELM, tokenizer: Tokeniz
         ({"json_schema": {"a": {1}}}, "json_schema cannot be used: "),
         ({"json_schema": "{"}, "json_schema is not JSON: "),
         ({"json_schema": "[]"}, "there is no file '[]'"),
+        ({"json_schema": "x" * 5000}, "its name is too long"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema cannot be used: "),
+        ({"json_schema": "tests"}, "there is no file"),
         ({"json_schema": True}, "json_schema must be a JSON object, got True."),
         ({"json_object": 2}, "json_object must be True or False, got 2."),
         ({"grammar": "root ::= nosuch"}, "grammar is not valid GBNF: Rule 'nosuch' not found."),

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import takewhile
 from typing import Any, cast
 
 import mlx.core as mx
@@ -43,7 +44,8 @@ def make_constraint(options: GenerationOptions, tokenizer: Tokenizer, vocab_size
     if matcher.is_error():
         raise RequestError(f"{flag(name)} cannot be used: {_reason(matcher)}.")
     try:
-        constraint = Constraint(matcher, flag(name), vocab_size)
+        banned = {token for token, bias in (options.logit_bias or {}).items() if bias == -math.inf}
+        constraint = Constraint(matcher, flag(name), vocab_size, banned)
         if not constraint.opening and constraint.allows_only(tokenizer.eos_token_ids):
             raise RequestError(f"{flag(name)} leaves no text but the empty one; change it.")
     except OpenELMError as error:
@@ -61,13 +63,15 @@ class Constraint:
         matcher: an `LLMatcher` at the beginning of the text.
         source: what errors name: the flag.
         vocab_size: the number of the model's tokens.
+        banned: tokens that are never taken without asking the model, so that a text that needs one is an error.
     """
 
-    def __init__(self, matcher: Any, source: str, vocab_size: int):
+    def __init__(self, matcher: Any, source: str, vocab_size: int, banned: Collection[int] = ()):
         self.matcher = matcher
         self.done = False
         self._source = source
         self._vocab_size = vocab_size
+        self._banned = banned
         self._length = 0  # tokens accepted
         self._bits = mx.array([1 << bit for bit in range(8)], mx.uint8)
         self.opening = self._force()
@@ -121,6 +125,7 @@ class Constraint:
     def _force(self) -> list[int]:
         """Accept the tokens that must come next."""
         forced: list[int] = [] if self.matcher.is_stopped() else self.matcher.compute_ff_tokens()
+        forced = list(takewhile(lambda token: token not in self._banned, forced))
         forced = forced[: self.matcher.validate_tokens(forced)] if forced else []
         if forced:
             self.matcher.consume_tokens(forced)

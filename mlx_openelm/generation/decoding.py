@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
@@ -26,6 +26,7 @@ from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
+from .drawing import Step, draw, forced_step, listed
 from .keywords import GenerationKeywords, unknown_option
 from .options import CONSTRAINTS, CacheOptions, GenerationOptions, token_ids, warn
 from .piece import Piece
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 _CLEAR_EVERY = 256
 
 Progress = Callable[[int, int], None]
-# A token, its log-probability, the likeliest tokens with theirs, and the log-probabilities of all tokens, [vocab].
-Step = tuple[int, float, list[tuple[int, float]], mx.array | None]
 
 
 def generate(
@@ -368,10 +367,10 @@ def decode(
     following = decoder.prefill(mx.array([prompt]), prefill_step_size, progress)
     upcoming = None
     if constraint is None:
-        upcoming = _draw(following, sampler, top)
+        upcoming = draw(following, sampler, top)
     elif len(forced) < count and not constraint.done:
-        upcoming = _draw(constraint.limit(following), sampler, top)
-    ready = [_forced(token, top) for token in forced]
+        upcoming = draw(constraint.limit(following), sampler, top)
+    ready = [forced_step(token, top) for token in forced]
     n = 0
     while True:
         for step in ready:
@@ -392,7 +391,7 @@ def decode(
         if n + 1 < count:
             following = decoder.step(token)
             if constraint is None:
-                upcoming = _draw(following, sampler, top)
+                upcoming = draw(following, sampler, top)
             else:
                 mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
@@ -402,43 +401,11 @@ def decode(
             raise not_finite(
                 f"The logits for token {n + 1} are", decoder.model, processed=bool(decoder.logits_processors)
             )
-        ready = [(value, likelihood, _listed(likeliest), logprobs[0])]
+        ready = [(value, likelihood, listed(likeliest), logprobs[0])]
         if constraint is not None:
             forced = constraint.advance(value)[: count - n - 1]
-            ready += [_forced(token, top) for token in forced]
+            ready += [forced_step(token, top) for token in forced]
             if n + len(ready) < count and not constraint.done:
                 if forced:
                     following = decoder.prefill(mx.array([forced]), prefill_step_size)
-                upcoming = _draw(constraint.limit(following), sampler, top)
-
-
-def _draw(
-    logprobs: mx.array, sampler: Sampler, top: int
-) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]:
-    """A token [1], its log-probability [1, 1], the `top` likeliest tokens and theirs, each [1, top], and `logprobs`.
-
-    Starts computing all but the last.
-    """
-    token = sampler(logprobs)
-    logprob = mx.take_along_axis(logprobs, token[:, None], axis=-1)
-    if not top:
-        mx.async_eval(token, logprob)
-        return token, logprob, None, logprobs
-    top = min(top, logprobs.shape[-1])
-    likeliest = mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top]
-    likelihoods = mx.take_along_axis(logprobs, likeliest, axis=-1)
-    mx.async_eval(token, logprob, likeliest, likelihoods)
-    return token, logprob, (likeliest, likelihoods), logprobs
-
-
-def _listed(likeliest: tuple[mx.array, mx.array] | None) -> list[tuple[int, float]]:
-    """Pairs of tokens and their log-probabilities, the most likely first; tokens without a probability are left out."""
-    if likeliest is None:
-        return []
-    tokens, logprobs = (cast(Any, values[0].tolist()) for values in likeliest)
-    pairs = [pair for pair in zip(tokens, logprobs, strict=True) if pair[1] > -math.inf]
-    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-
-
-def _forced(token: int, top: int) -> Step:
-    return token, 0.0, [(token, 0.0)] if top else [], None
+                upcoming = draw(constraint.limit(following), sampler, top)

@@ -254,7 +254,7 @@ class GenerationOptions(SamplingParams, CacheOptions):
     choice: Annotated[
         str | Sequence[str] | None,
         Option(
-            "Generate one of these texts; or of a JSON list of texts. Repeatable.", group="Constraints", metavar="A,B,C"
+            "Generate one of these texts, or of a JSON list of texts; repeatable.", group="Constraints", metavar="A,B,C"
         ),
     ] = None
 

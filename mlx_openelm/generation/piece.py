@@ -23,7 +23,7 @@ class Piece:
     generation_tps: float
     peak_memory: float
     finish_reason: str | None = None
-    top_logprobs: list[tuple[int, float]] = field(default_factory=list)
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list, hash=False)
 
     def __repr__(self) -> str:
         end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""

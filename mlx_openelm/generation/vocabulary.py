@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..text.tokenizer import Tokenizer
 
 # Building one takes a quarter of a second for 32,000 tokens.
-_built: WeakKeyDictionary[Tokenizer, tuple[Any, Any]] = WeakKeyDictionary()
+_built: weakref.WeakKeyDictionary[Tokenizer, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def llguidance_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Any:
@@ -36,7 +36,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-        self._tokenizer = tokenizer
+        self._tokenizer = weakref.ref(tokenizer)  # llguidance keeps this object for as long as the tokenizer lives
         self.tokens: list[bytes] = []
         self.special_token_ids: list[int] = []
         for token in range(vocab_size):
@@ -55,7 +55,8 @@ class Vocabulary:
     def __call__(self, text: str | bytes) -> list[int]:
         """The ids of text that follows other text: no space is put in front."""
         data = text.encode() if isinstance(text, str) else text
-        ids = self._tokenizer.encode_after("\x02", data.decode(errors="surrogateescape"))
+        tokenizer = self._tokenizer()
+        ids = tokenizer and tokenizer.encode_after("\x02", data.decode(errors="surrogateescape"))
         if ids and max(ids) < len(self.tokens) and b"".join(self.tokens[token] for token in ids) == data:
             return ids
         return self._longest_first(data)
