@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -35,6 +37,7 @@ from mlx_openelm.generation.vocabulary import Vocabulary
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 LLAMA = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="Llama 2's tokenizer is not here")
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -219,6 +222,21 @@ def test_json_of_a_schema(model: OpenELM, tokenizer: Tokenizer, seed: int) -> No
     jsonschema = sys.modules.get("jsonschema")
     if jsonschema is not None:
         jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@NEEDS_LLAMA
+@pytest.mark.parametrize("seed", range(6))
+def test_json_in_llamas_vocabulary(model: OpenELM, seed: int) -> None:
+    """Random weights choose any token that fits: rare pieces, single bytes, long runs of spaces."""
+    llama = Tokenizer.from_file(LLAMA / "tokenizer.model")
+    mx.random.seed(seed)
+    wide = OpenELM(dataclasses.replace(model.config, vocab_size=32000))
+    text, pieces = run(wide, llama, json_schema=SCHEMA, temp=1.0, seed=seed, max_tokens=300)
+    assert pieces[-1].finish_reason == "stop"
+    check_document(text)
+    pattern = r"(?:[^\x00-\x20]| ){5,9}!"
+    text, pieces = run(wide, llama, regex=pattern, temp=1.0, seed=seed, max_tokens=300)
+    assert pieces[-1].finish_reason == "stop" and re.fullmatch(pattern, text)
 
 
 def test_a_schema_as_text_and_in_a_file(model: OpenELM, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -509,12 +527,22 @@ def test_llguidance_is_missing(model: OpenELM, tokenizer: Tokenizer, monkeypatch
         stream_generate(model, tokenizer, "x", regex="a+")
 
 
-# The guide.
+# The benchmark and the guide.
+
+
+def test_the_benchmark_runs() -> None:
+    command = [sys.executable, "benchmarks/engine.py", "--size", "tiny", "--steps", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 3 and all(row["ours"] > 0 and row["other"] > 0 for row in rows)
+    assert all(row["name"].startswith("mask and its application (ms), ") for row in rows)
 
 
 def test_the_python_of_the_guide() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "constraints.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(ROMEO|JULIET)\n(not )?to be\n", done.stdout)
 
