@@ -66,7 +66,7 @@ TYPES = {
 
 
 class Job(NamedTuple):
-    """A number to measure: `key` in the answer of worker `what` for a program and a model."""
+    """A number to measure: `key` in the result of worker `what` for a program and a model."""
 
     what: str
     program: str
@@ -149,7 +149,7 @@ def plan_compared(
 
 
 def choose(groups: Iterator[list[Plan]], only: str, without: str | None) -> list[list[Plan]]:
-    """The requested rows, without llama.cpp's if it is not installed."""
+    """The selected rows, without llama.cpp's if it is not installed."""
     chosen = [[row for row in rows if only in row.name and (not without or without not in row.name)] for rows in groups]
     if not any(LLAMA_CPP in row.name for rows in chosen for row in rows):
         return chosen
@@ -181,18 +181,18 @@ def in_turns(jobs: set[Job], models: Models, repeats: int) -> dict[Job, float]:
     measured: dict[Job, list[float]] = {job: [] for job in jobs}
     with contextlib.ExitStack() as stack:
         loaded = {
-            process: stack.enter_context(Loaded("speed", process[2], paths[process], keys_of(asked)))
-            for process, asked in processes.items()
+            process: stack.enter_context(Loaded("speed", process[2], paths[process], keys_of(requested)))
+            for process, requested in processes.items()
             if process[0] == "speed"
         }
         for _ in range(repeats):
-            for process, asked in processes.items():
+            for process, requested in processes.items():
                 what, _, program = process
                 if process in loaded:
                     answer = loaded[process].turn()
                 else:
-                    answer = worker(what, program, paths[process], keys_of(asked))
-                for job in asked:
+                    answer = worker(what, program, paths[process], keys_of(requested))
+                for job in requested:
                     measured[job].append(answer[job.key])
     return {job: (max if job.what == "bandwidth" else statistics.median)(values) for job, values in measured.items()}
 

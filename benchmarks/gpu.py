@@ -50,7 +50,7 @@ import training
 OURS, THEIRS = PROGRAMS = ("ours", "mlx-lm")
 PARTS = ("start", "decode", "prompt", "lora", "full")
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
-# The least ratio of ours to mlx-lm's; for memory and seconds, the largest.
+# The minimum ratio of ours to mlx-lm's; for memory and seconds, the maximum.
 BARS = {"start": 1.0, "decode": 1.15, "prompt": 1.0, "step": 1.3, "memory": 1.0}
 PACKING = Quantization.make()
 PROMPT_OF_DECODING = 32
@@ -314,7 +314,7 @@ def training_needs(config: ModelConfig, method: str, shape: tuple[int, int]) -> 
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes, the best of several; it changes signs, at no extra cost."""
+    """Bytes per second that a large copy reads and writes, the best of several; it flips signs, at no extra cost."""
     passes, numbers = 8, 1 << 20 if not backend.on_gpu() else 1 << 28
     values = mx.ones(numbers)
     mx.eval(values)

@@ -212,7 +212,7 @@ def our_step(
 
 
 def their_step(model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False) -> Callable[[Any], float]:
-    """The same for mlx-lm: the step inside mlx_lm.tuner.trainer.train."""
+    """The same for mlx-lm, with the step inside mlx_lm.tuner.trainer.train."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.tuner import trainer

@@ -51,12 +51,12 @@ def has_kernels() -> bool:
 
 
 def multiplies_packed(mode: str) -> bool:
-    """Whether weights packed in `mode` are best left packed at load: on a GPU always, on a CPU if our kernels do it."""
+    """Whether to leave weights packed in `mode` packed at load: on a GPU always, on a CPU if our kernels support it."""
     return on_gpu() or (mode == "affine" and has_kernels())
 
 
 def slow_cpu_warning() -> str | None:
-    """A one-line warning if the CPU is slower than it could be, unless that was asked for; else None."""
+    """A one-line warning if the CPU is slower than it could be and this was not requested; else None."""
     if on_gpu() or native.status.state == "used":
         return None
     if native.status.state in ("missing", "off"):
@@ -65,7 +65,7 @@ def slow_cpu_warning() -> str | None:
 
 
 def slow_training_warning() -> str | None:
-    """A one-line warning if only training and learned quantization are slow, for want of a BLAS; else None.
+    """A one-line warning if only training and learned quantization are slow, because no BLAS was found; else None.
 
     If loading a model already warns (`slow_cpu_warning`), there is no second warning.
     """

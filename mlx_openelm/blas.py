@@ -44,7 +44,7 @@ FUNCTIONS = (
 # Which BLAS serves MLX's float32 matrix products on a CPU: loaded, off (by the environment variable), late (MLX was
 # imported first), missing (no library was found), or unneeded (macOS, or an MLX built for a GPU).
 state = "unneeded"
-library = ""  # the path or name of the library that was loaded or asked for
+library = ""  # the path or name of the library that was loaded or requested
 
 # ELF constants.
 _MACHINES = {"x86_64": 62, "aarch64": 183}  # EM_X86_64, EM_AARCH64
@@ -59,17 +59,17 @@ _PAGE = 1 << 16  # the largest page of any of these machines
 def preload() -> None:
     """Load an OpenBLAS if MLX needs one, and set `state` and `library`. Call it before MLX is imported."""
     global state, library
-    wanted = os.environ.get(VARIABLE, "")
+    requested = os.environ.get(VARIABLE, "")
     library = ""
     if not sys.platform.startswith("linux") or _mlx_is_for_cuda():
         state = "unneeded"
-    elif wanted.lower() in OFF:
+    elif requested.lower() in OFF:
         state = "off"
     elif "mlx.core" in sys.modules:
         state = "late"
     else:
-        state, library = "missing", wanted
-        for name in (wanted,) if wanted else (*_packaged(), *_NAMES):
+        state, library = "missing", requested
+        for name in (requested,) if requested else (*_packaged(), *_NAMES):
             with contextlib.suppress(OSError):
                 _open(name)
                 state, library = "loaded", name
@@ -77,7 +77,7 @@ def preload() -> None:
 
 
 def problem() -> str | None:
-    """A warning in one line if MLX uses its slow BLAS on a CPU without being told to; else None."""
+    """A one-line warning if MLX uses its slow BLAS on a CPU and this was not requested; else None."""
     if state == "late":
         return "mlx.core was imported before mlx_openelm, so MLX uses its slow bundled BLAS; import mlx_openelm first."
     if state == "missing" and library:

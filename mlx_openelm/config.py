@@ -17,8 +17,8 @@ from .inputs import kind_of, read_json
 # Layers, model_dim and head_dim of the published sizes; they share everything else.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
 
-# Where the matrices are, by module path; those of a layer by path within it, in the order a token meets them.
-EMBEDDING, HEAD, LAYERS = "transformer.token_embeddings", "lm_head", "transformer.layers."
+# The parts by module path; the matrices of a layer by the path within it, in the order they are applied.
+EMBEDDING, LAYERS, NORM, HEAD = "transformer.token_embeddings", "transformer.layers.", "transformer.norm", "lm_head"
 LAYER_MATRICES = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
 
 ACTIVATIONS = ("swish", "silu", "gelu", "relu")
@@ -46,7 +46,7 @@ _TOKEN_ID = (int, 0, math.inf, "a token id, 0 or more")
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """`value` rounded to the nearest multiple of `divisor`, at least `divisor`; the next one if that loses over 10%."""
+    """`value` rounded to the nearest multiple of `divisor`, at least one, and one more if rounding loses over 10%."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -54,7 +54,7 @@ def make_divisible(value: float, divisor: int) -> int:
 def spread(bounds: Sequence[float], count: int) -> tuple[float, ...]:
     """`count` values evenly spaced from bounds[0] to bounds[1], rounded to 2 decimals.
 
-    The original rounds NumPy floats, which scale before they round; halves fall differently from Python's.
+    As in NumPy, values are scaled, then rounded; Python's `round` treats some halves differently.
     """
     first, last = bounds
     step = (last - first) / (count - 1) if count > 1 else 0.0
@@ -74,7 +74,7 @@ class ModelConfig:
     each layer's feed-forward.
 
     Raises:
-        RequestError: a value is not possible; the message names the field.
+        RequestError: a value is invalid; the message names the field.
     """
 
     num_transformer_layers: int
@@ -206,7 +206,7 @@ class ModelConfig:
         """A configuration from the keys of a Hugging Face or MLX `config.json`; unknown keys are ignored.
 
         Raises:
-            RequestError: not an OpenELM configuration, a missing size, or an impossible value.
+            RequestError: not an OpenELM configuration, a missing size, or an invalid value.
         """
         if not isinstance(values, dict):
             raise RequestError(f"The configuration must be a JSON object, not {kind_of(values)}.")
@@ -225,7 +225,7 @@ class ModelConfig:
         """A configuration from a `config.json`, or from its folder.
 
         Raises:
-            RequestError: the file is missing, is not JSON, or has an impossible value.
+            RequestError: the file is missing, is not JSON, or has an invalid value.
         """
         return cls.from_dict(read_json(Path(path)))
 
@@ -256,7 +256,7 @@ class ModelConfig:
             shapes[f"{prefix}.ffn.proj_2.weight"] = (dim, inner)
             shapes[f"{prefix}.attn_norm.weight"] = (dim,)
             shapes[f"{prefix}.ffn_norm.weight"] = (dim,)
-        shapes["transformer.norm.weight"] = (dim,)
+        shapes[f"{NORM}.weight"] = (dim,)
         if not self.share_input_output_layers:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, dim)
         return shapes
@@ -268,7 +268,7 @@ class ModelConfig:
 
     @property
     def fits_float16(self) -> bool:
-        """Whether float16 holds the activations: those of the 3B model, or one of its shape, leave its range."""
+        """Whether activations fit float16: those of the 3B model, or one of its shape, overflow it."""
         return (self.num_transformer_layers, self.model_dim, self.head_dim) != SIZES["3B"]
 
     @property

@@ -26,7 +26,8 @@ _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
 class OpenELMError(Exception):
     """A failure during the work. The message says in one line what is wrong and what to do. Exit code 1.
 
-    Unprintable characters become spaces, and words of more than `QUOTED` characters are shortened.
+    It is a sentence that starts with a capital, or with the name of the thing that is wrong. A missing full stop is
+    added, unprintable characters become spaces, and words of more than `QUOTED` characters are shortened.
     """
 
     exit_code = 1
@@ -34,6 +35,8 @@ class OpenELMError(Exception):
     def __init__(self, message: str):
         if not message.isprintable():
             message = "".join(character if character.isprintable() else " " for character in message)
+        if not message.endswith((".", "?", "!")):
+            message += "."
         message = name_options(message)
         super().__init__(_LONG_WORD.sub(lambda word: _shorten(word[0]), message))
 

@@ -1,4 +1,4 @@
-"""Reading other programs' files within bounds: damaged or hostile ones are refused before they cost much."""
+"""Reading untrusted files with limits on size and nesting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 26
 _MAX_TEXT_BYTES = 1 << 31
 # The largest JSON file: configurations and shard indexes have less than a megabyte.
 _MAX_JSON_BYTES = 1 << 24
-# Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, and reading would wait forever.
+# Where the shell opens the pipes of `<(command)`. Other pipes may have no writer, so reading could block forever.
 _OPEN_FILES = ("/dev/fd", "/proc/self/fd")
 # The start of the file that Git leaves in place of a large one if Git LFS is not installed.
 LFS_POINTER = b"version https://git-lfs"
@@ -35,7 +35,7 @@ def check_file(path: Path) -> int:
         status = path.stat()
     except FileNotFoundError:
         raise RequestError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a null character
+    except (OSError, ValueError) as error:  # a name that is too long, or contains a null character
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
@@ -61,9 +61,9 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def pointer_error(path: Path) -> RequestError:
-    """The error for a file that begins with `LFS_POINTER`: it stands for one that Git LFS has not downloaded."""
+    """The error for a file that begins with `LFS_POINTER`: Git LFS has not downloaded the real one."""
     return RequestError(
-        f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or download it again."
+        f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download it again."
     )
 
 
@@ -143,7 +143,7 @@ def read_json(
     except ValueError as error:
         raise RequestError(f"{path} cannot be read as JSON: {_reason(error)}.") from None
     if not isinstance(values, dict):
-        raise RequestError(f"{path} must hold a JSON object, not {kind_of(values)}.")
+        raise RequestError(f"{path} must contain a JSON object, not {kind_of(values)}.")
     return values
 
 
@@ -205,7 +205,7 @@ def _count_nodes(node: Any, known: dict[int, int]) -> int:
 
 
 def kind_of(value: object) -> str:
-    """The kind of a JSON value, for a message: `a list`, `null`."""
+    """The type of a JSON value, for a message: `a list`, `null`."""
     kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false", dict: "an object"}
     return kinds.get(type(value), "a number")
 

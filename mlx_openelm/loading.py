@@ -69,11 +69,11 @@ def load(
         revision: a branch, tag or commit on the hub.
         expand: whether to unpack quantized weights at load. By default only on a CPU without our kernels, where
             products with packed weights are slower, and only if there is enough free memory.
-        exact_activations: whether products of few rows with packed weights use exact activations. By default our CPU
-            kernels round activations to 8 bits where that costs less than the rounding of the weights.
+        exact_activations: do not round few rows of activations to 8 bits before multiplying by quantized weights. By
+            default our CPU kernels do where that costs less than the rounding of the weights.
 
     Raises:
-        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
+        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not match.
         OpenELMError: a download that failed.
     """
     if (warning := backend.slow_cpu_warning()) is not None:
@@ -126,8 +126,8 @@ def build_model(
     tensors = weights.tensors
     loaded = []
     with streaming():
-        # One by one, so that the source of a cast or an unpacking is freed before the next weight is read; the
-        # largest first, while the least memory is held.
+        # One by one, so that the source of a cast or of unpacking is freed before the next weight is read; the
+        # largest first, while the least memory is in use.
         for name in sorted(tensors, key=lambda name: tensors[name].nbytes, reverse=True):
             weight = tensors.pop(name).read()
             if mx.issubdtype(weight.dtype, mx.floating) and (weight.ndim == 1 or not keeps_matrices):
@@ -140,7 +140,7 @@ def build_model(
     if not exact_activations:
         for module in model.modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-                module.rounds = module.bits <= ROUNDED_BITS
+                module.rounds_activations = module.bits <= ROUNDED_BITS
     return model
 
 
@@ -161,7 +161,7 @@ def dtype_name(dtype: str | mx.Dtype | None) -> str | None:
 
 
 def dtype_for(dtype: str | mx.Dtype | None, config: ModelConfig) -> mx.Dtype | None:
-    """The type that a name or type means, None for None; RequestError for float16 with the 3B model."""
+    """The type that a name stands for, None for None; RequestError for float16 with the 3B model."""
     parsed = _parse_dtype(dtype)
     if parsed is not None and parsed == mx.float16 and not config.fits_float16:
         raise RequestError(_NO_FLOAT16)

@@ -6,7 +6,7 @@ Modules carry the names of the Hugging Face checkpoint, so a checkpoint's keys a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from .ops.attention import PlainAttention
 from .ops.derived import Derived
 
 ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.relu}
+_SWISH = ("swish", "silu")  # two names for one function
 
 
 # Weights start as zeros, which take no memory until used; `OpenELM.initialize` or a checkpoint fills them. MLX's own
@@ -26,10 +27,13 @@ ACTIVATIONS = {"swish": nn.silu, "silu": nn.silu, "gelu": nn.gelu, "relu": nn.re
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """A linear layer without bias whose weight is packed; `rounds` permits rounding activations of few rows."""
+    """A linear layer without bias whose weight is packed.
 
-    takes_residual = True
-    rounds = False
+    `rounds_activations` permits the CPU kernels to round few rows of activations to 8 bits.
+    """
+
+    fuses_residual = True
+    rounds_activations = False
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """x [..., in] to [..., out], plus the residual if there is one."""
@@ -37,9 +41,9 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """Token embeddings, packed, that also serve as the output layer; `rounds` as for `QuantizedLinear`."""
+    """Packed token embeddings that also serve as the output layer; `rounds_activations` as in `QuantizedLinear`."""
 
-    rounds = False
+    rounds_activations = False
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """tokens [...] to their embeddings [..., dims]."""
@@ -51,15 +55,15 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 class _Packable(nn.Module):
-    """A layer whose weight can be packed; `packed_class` is the class it has then."""
+    """A layer that can be quantized, to one of the class `quantized_class`."""
 
-    packed_class: type[nn.Module]
+    quantized_class: type[nn.Module]
 
     def to_quantized(self, group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> Any:
-        """The same layer with its weight packed. Group size and bits are the mode's by default."""
+        """The same layer with its weight packed; group size and bits default to the mode's."""
         weight = self["weight"]
         # MLX's constructor would first draw a random weight.
-        layer: Any = self.packed_class.__new__(self.packed_class)
+        layer: Any = self.quantized_class.__new__(self.quantized_class)
         nn.Module.__init__(layer)
         layer.weight, layer.scales, *biases = mx.quantize(weight, group_size, bits, mode)
         layer.biases = biases[0] if biases else None
@@ -72,8 +76,8 @@ class _Packable(nn.Module):
 class Linear(_Packable, nn.Linear):  # type: ignore[misc]
     """A linear layer without bias."""
 
-    packed_class = QuantizedLinear
-    takes_residual = True
+    quantized_class = QuantizedLinear
+    fuses_residual = True
 
     def __init__(self, in_dims: int, out_dims: int):
         nn.Module.__init__(self)
@@ -87,7 +91,7 @@ class Linear(_Packable, nn.Linear):  # type: ignore[misc]
 class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
     """Token embeddings that also serve as the output layer."""
 
-    packed_class = QuantizedEmbedding
+    quantized_class = QuantizedEmbedding
 
     def __init__(self, num_embeddings: int, dims: int):
         nn.Module.__init__(self)
@@ -113,11 +117,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def add_to(residual: mx.array, module: nn.Module, *inputs: Any) -> mx.array:
-    """residual + module(*inputs), in one product if the module's class has `takes_residual`.
+    """residual + module(*inputs), as one operation if the module's own class sets `fuses_residual`.
 
-    A subclass does not inherit that: its own `__call__` may not take a residual.
+    A subclass does not inherit the flag, since its `__call__` may not accept a residual.
     """
-    if vars(type(module)).get("takes_residual", False):
+    if vars(type(module)).get("fuses_residual", False):
         return module(*inputs, residual=residual)
     return residual + module(*inputs)
 
@@ -125,7 +129,7 @@ def add_to(residual: mx.array, module: nn.Module, *inputs: Any) -> mx.array:
 class Attention(nn.Module):
     """Grouped-query attention; queries and keys are normalized over head_dim, then rotated."""
 
-    takes_residual = True
+    fuses_residual = True
     _norms: Derived[attention.HeadNorms] | None = None  # made by the first call that needs them
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -157,7 +161,7 @@ class Attention(nn.Module):
     def head_norms(self, qkv: mx.array) -> tuple[mx.array, attention.HeadNorms | None]:
         """qkv, and the norms of queries and keys for `attend` to apply, which fuses them with RoPE.
 
-        Norms that were replaced by another class's are applied here.
+        Norms of another class than `RMSNorm` are applied here.
         """
         if not self.normalizes:
             return qkv, None
@@ -175,14 +179,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """proj_2(silu(gate) * up); without GLU proj_2(activation(proj_1))."""
 
-    takes_residual = True
+    fuses_residual = True
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         inner = config.ffn_dims[layer]
         self.gated = config.ffn_with_glu
-        has_swiglu = self.gated and config.activation_fn_name in ("swish", "silu")
-        self.activation = "swiglu" if has_swiglu else config.activation_fn_name
+        self.activation = config.activation_fn_name
         self.proj_1 = Linear(config.model_dim, 2 * inner if self.gated else inner)
         self.proj_2 = Linear(inner, config.model_dim)
 
@@ -191,9 +194,13 @@ class FeedForward(nn.Module):
         inner = self.activate(self["proj_1"](x))  # [N, inner]
         return self["proj_2"](inner) if residual is None else add_to(residual, self["proj_2"], inner)
 
+    @property
+    def is_swiglu(self) -> bool:
+        return self.gated and self.activation in _SWISH
+
     def activate(self, x: mx.array) -> mx.array:
         """The input of `proj_2` [N, inner] from the output of `proj_1`: gate and up [N, 2 * inner] with GLU."""
-        if self.activation == "swiglu":
+        if self.is_swiglu:
             return layers.swiglu(x)
         activation = ACTIVATIONS[self.activation]
         if not self.gated:
@@ -218,37 +225,45 @@ class TransformerLayer(nn.Module):
         return add_to(h, self["ffn"], self["ffn_norm"](h))
 
 
-# A layer as kernels for whole layers take it: the weights of attn_norm, ffn_norm, and q_norm and k_norm if there are
-# any; the projections qkv_proj, out_proj, proj_1, proj_2; and the numbers of query and key-value heads.
-LayerParts = tuple[list[mx.array], tuple[nn.Module, ...], tuple[int, int]]
+class LayerParts(NamedTuple):
+    """What kernels that compute whole layers need of them, in lists with one entry per layer."""
+
+    norms: list[list[mx.array]]  # weights of attn_norm and ffn_norm, then of q_norm and k_norm if there are any
+    projections: list[tuple[nn.Module, ...]]  # qkv_proj, out_proj, proj_1, proj_2
+    num_heads: list[tuple[int, int]]  # of queries, and of keys and values
 
 
-def collect_parts(blocks: Sequence[nn.Module], eps: float) -> list[LayerParts] | None:
-    """The parts of all layers, or None if a module in them was replaced by one of another class.
+def collect_parts(blocks: Sequence[nn.Module], eps: float) -> LayerParts | None:
+    """The parts of all layers, or None if a module in them is of another class than this file's.
 
     This runs for each token, so that a replacement is used from the next call on. A method that was replaced on an
     instance is not noticed: replace the module. Projections may be packed in affine mode.
     """
-    found: list[LayerParts] = []
+    norms: list[list[mx.array]] = []
+    projections: list[tuple[nn.Module, ...]] = []
+    num_heads: list[tuple[int, int]] = []
     for layer in blocks:
         if type(layer) is not TransformerLayer:
             return None
         attn, ffn = layer["attn"], layer["ffn"]
-        if type(attn) is not Attention or type(ffn) is not FeedForward or ffn.activation != "swiglu":
+        if type(attn) is not Attention or type(ffn) is not FeedForward:
             return None
-        head_norms = (attn["q_norm"], attn["k_norm"]) if attn.normalizes else ()
-        norm_weights = []
-        for norm in (layer["attn_norm"], layer["ffn_norm"], *head_norms):
+        if not ffn.gated or ffn.activation not in _SWISH:  # `is_swiglu`, without the cost of a property
+            return None
+        weights = []
+        pair = layer["attn_norm"], layer["ffn_norm"]
+        for norm in (*pair, attn["q_norm"], attn["k_norm"]) if attn.normalizes else pair:
             if type(norm) is not RMSNorm or norm.eps != eps:
                 return None
-            norm_weights.append(norm["weight"])
-        projections = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
-        for projection in projections:
-            kind = type(projection)
-            if kind is not Linear and not (kind is QuantizedLinear and projection.mode == "affine"):
+            weights.append(norm["weight"])
+        matrices = attn["qkv_proj"], attn["out_proj"], ffn["proj_1"], ffn["proj_2"]
+        for matrix in matrices:
+            if type(matrix) is not Linear and (type(matrix) is not QuantizedLinear or matrix.mode != "affine"):
                 return None
-        found.append((norm_weights, projections, attn.num_heads))
-    return found
+        norms.append(weights)
+        projections.append(matrices)
+        num_heads.append(attn.num_heads)
+    return LayerParts(norms, projections, num_heads)
 
 
 class OpenELM(nn.Module):
@@ -346,13 +361,13 @@ class OpenELM(nn.Module):
         return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
 
     def _run_kernels(self, x: mx.array, attend: PlainAttention, caches: Sequence[Any]) -> mx.array | None:
-        """All layers in kernels for whole layers: CUDA's for one token, the CPU's for a few rows.
+        """All layers in kernels that compute a whole layer: CUDA's for one token, the CPU's for a few rows.
 
-        Returns None, with nothing changed, if no kernel can do it: this is the one place that decides.
+        Returns None, with nothing changed, if neither applies. Only this method decides that.
         """
         if x.shape[0] >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
             return None
-        if any(type(cache) is not KVCache or not cache.holds(x.dtype) for cache in caches):
+        if any(type(cache) is not KVCache or not cache.has_dtype(x.dtype) for cache in caches):
             return None
         eps = self.config.rms_norm_eps
         if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
@@ -362,23 +377,23 @@ class OpenELM(nn.Module):
             return None
         if (parts := collect_parts(self.transformer.layers, eps)) is None:
             return None
-        for (norms, projections, num_heads), cache in zip(parts, caches, strict=True):
+        for norms, projections, num_heads, cache in zip(*parts, caches, strict=True):
             x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
         return x
 
-    def _decode_token(self, x: mx.array, parts: list[LayerParts], caches: Sequence[KVCache]) -> mx.array | None:
+    def _decode_token(self, x: mx.array, parts: LayerParts, caches: Sequence[KVCache]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one CUDA kernel; None if it does not support these weights."""
         if self._token_kernel is None:
             self._token_kernel = decoding.TokenKernel(self.config)
         weights: list[mx.array] = []
-        for norms, projections, _ in parts:
+        for norms, projections in zip(parts.norms, parts.projections, strict=True):
             weights += norms
             for projection in projections:
                 weights.append(projection["weight"])
                 if type(projection) is QuantizedLinear:
                     weights += projection["scales"], projection["biases"]
         return self._token_kernel(
-            x, weights, lambda: [layers.stored(p)[3:5] for _, four, _ in parts for p in four], caches
+            x, weights, lambda: [layers.stored(p)[3:5] for four in parts.projections for p in four], caches
         )
 
     def logits(self, hidden_states: mx.array) -> mx.array:

@@ -37,7 +37,7 @@ class Source:
     path: Path  # the folder or file it was read from
     checkpoint: Checkpoint  # config, unread weights by Hugging Face name, quantization
     tokenizer: Tokenizer
-    repo: str | None  # the hub repository it stands for, None when local
+    repo: str | None  # the hub repository it came from; None for a local model
     config: ModelConfig  # as it was opened; `checkpoint` may be replaced by a changed one
     stamps: dict[Path, Stamp | None] = field(default_factory=dict, repr=False)  # the state of its files when opened
 
@@ -90,7 +90,7 @@ def open_source(
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not fit.
+        RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not match.
         OpenELMError: a download that failed.
     """
     # The built-in model needs no look-up, unless a local folder of the same name overrides it.
@@ -106,14 +106,14 @@ def open_source(
         return _open_corenet(model, path, tokenizer, config_yaml, repo)
     stamps = _stamps(path)
     if is_folder:
-        checkpoint, text = mlx_format.read(path), None
+        checkpoint, own_tokenizer = mlx_format.read(path), None
     else:
         from .formats import gguf
 
-        checkpoint, text = gguf.read(path)
-    if text is None or tokenizer is not None:
-        text = find_tokenizer(model, path, checkpoint.config, tokenizer)
-    return Source(str(model), path, checkpoint, text, repo, checkpoint.config, stamps)
+        checkpoint, own_tokenizer = gguf.read(path)
+    if own_tokenizer is None or tokenizer is not None:
+        own_tokenizer = find_tokenizer(model, path, checkpoint.config, tokenizer)
+    return Source(str(model), path, checkpoint, own_tokenizer, repo, checkpoint.config, stamps)
 
 
 def refuse_yaml(model: str | Path, config_yaml: str | Path | None) -> None:
@@ -128,7 +128,7 @@ def is_port(folder: Path) -> bool:
 
 
 def _find(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """The folder or file of a model, downloaded if necessary, and the hub repository it stands for, if any.
+    """The folder or file of a model, downloaded if necessary, and the hub repository it came from, if any.
 
     Raises:
         RequestError: an unknown name, or a revision of something that is not a hub repository.
@@ -158,7 +158,7 @@ def find_file(model: str | Path, revision: str | None = None) -> Path | None:
         return None
     check_revision(model, revision)
     if not os.path.exists(local):  # unlike Path.exists, does not raise in a folder without permission
-        raise RequestError(f"the file {model} does not exist")
+        raise RequestError(f"The file {model} does not exist")
     check_file(local)
     return local
 
@@ -193,20 +193,21 @@ def _open_corenet(
 
     yaml_file = None if config_yaml is None else to_path(config_yaml)
     stamps = _stamps(path, *([] if yaml_file is None else [yaml_file]))
-    checkpoint, pieces = corenet.read_port(path) if path.is_dir() else corenet.read(path, yaml_file)
-    unpadded = replace(checkpoint.config, vocab_size=pieces)
-    text = find_tokenizer(model, path, unpadded, tokenizer, rows=checkpoint.config.vocab_size)
-    if text.vocab_size < pieces < checkpoint.config.vocab_size:
+    checkpoint, vocab_size = corenet.read_port(path) if path.is_dir() else corenet.read(path, yaml_file)
+    unpadded, padded_size = replace(checkpoint.config, vocab_size=vocab_size), checkpoint.config.vocab_size
+    found = find_tokenizer(model, path, unpadded, tokenizer, rows=padded_size)
+    if found.vocab_size < vocab_size < padded_size:
         warnings.warn(
             name_options(
-                f"The configuration has {pieces} tokens (padding_index) but the tokenizer has {text.vocab_size}; the "
-                "rows beyond them are dropped. If this is not the model's own tokenizer, give that with --tokenizer."
+                f"The configuration has {vocab_size} tokens (padding_index) but the tokenizer has {found.vocab_size}; "
+                "the rows beyond them are dropped. If this is not the model's own tokenizer, give that one with "
+                "--tokenizer."
             ),
             stacklevel=3,
         )
-    corenet.cut_vocabulary(checkpoint, text.vocab_size)
-    source = Source(str(model), path, checkpoint, text, repo, unpadded, stamps)
-    # The average of the last checkpoints is what the hub has, and what the port was made from.
+    corenet.cut_vocabulary(checkpoint, found.vocab_size)
+    source = Source(str(model), path, checkpoint, found, repo, unpadded, stamps)
+    # Apple published the average of the last checkpoints on the hub, and made the port from it.
     is_average = path.is_dir() or path.stem == "checkpoint_average"
     if catalog.corenet_name(model) is not None and source.release is not None and is_average:
         source.repo = source.release.hub_repo
@@ -224,10 +225,10 @@ def find_tokenizer(
     """The tokenizer the user named, else the one in or beside `path`, else, for published models, their shared one.
 
     Args:
-        rows: the most tokens the model can take; by default the configuration's `vocab_size`.
+        rows: the largest vocabulary that the model supports; by default the configuration's `vocab_size`.
 
     Raises:
-        RequestError: there is no tokenizer, or it does not fit the model.
+        RequestError: there is no tokenizer, or it does not match the model.
         OpenELMError: a download that failed.
     """
     rows = config.vocab_size if rows is None else rows
@@ -255,14 +256,14 @@ def find_tokenizer(
         tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
     if tokenizer.vocab_size > rows:
         raise RequestError(
-            f"The tokenizer has {tokenizer.vocab_size} pieces, but the model only {rows}; "
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model only {rows}; "
             "give the model's own with --tokenizer."
         )
     return tokenizer
 
 
 def find_release(model: str | Path, path: Path, config: ModelConfig) -> catalog.Release | None:
-    """The published model that this is, judged by its name, the name of its folder or file, or its sizes."""
+    """The published model that this is, by its name, the name of its folder or file, or its sizes."""
     names = [str(model), path.resolve().name, Path(model).name]
     if path.is_file():
         names.append(path.stem)

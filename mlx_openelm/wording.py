@@ -1,4 +1,4 @@
-"""Text for messages and reports: flags, choices, lists of names, sizes."""
+"""Text for messages and reports: flags, choices, suggestions, lists of names, sizes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=["kernels", "plain"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test runs with our own kernels for CPUs, and in plain MLX."""
+    """The test runs twice: with our CPU kernels, and in plain MLX."""
     if request.param == "plain":
         monkeypatch.setattr(native, "kernels", None)
     elif native.kernels is None:
@@ -43,14 +43,14 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def gpu() -> Iterator[None]:
-    """A test computes on the GPU, and on the CPU where it says so (see `gpu_devices`)."""
+    """The test computes on the GPU, except in blocks of `on("cpu")` (see `gpu_devices`)."""
     with gpu_tests():
         yield
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """A running stand-in for the hub, and an empty cache; this process talks to it alone."""
+    """A running fake hub and an empty cache; this process talks to no other hub."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -77,7 +77,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def hub_env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
-    """Environment variables with which a subprocess talks to `hub` alone; add them to `os.environ`."""
+    """Environment variables that point a subprocess at `hub`; add them to `os.environ`."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf-home"),
@@ -92,7 +92,7 @@ def hub_env(hub: FakeHub, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, Any]:
-    """What the reference implementation answers: ids, greedy tokens, texts, loss, and `logits_0` to `logits_3`."""
+    """Results of the reference implementation: ids, greedy tokens, texts, loss, and `logits_0` to `logits_3`."""
     folder = Path(__file__).parent / "fixtures"
     answers = json.loads((folder / "shakespeare-reference.json").read_text())
     with np.load(folder / "shakespeare-reference.npz") as arrays:

@@ -16,7 +16,7 @@ ALL_PACKINGS: Packings = [(2, 32), (3, 64), (5, 128), None, (6, 64), (8, 32), (4
 
 
 def make_model(dtype: mx.Dtype, packings: Packings, head_dim: int, norms: bool = True) -> OpenELM:
-    """Two layers with random weights that make every part matter; projection n is packed as `packings[n % len]`."""
+    """Two layers whose random weights make every part matter; projection n is packed as `packings[n % len]`."""
     heads = [256 // head_dim, 512 // head_dim]
     config = ModelConfig.from_dict(
         {

@@ -1,4 +1,4 @@
-"""Another device than this machine's, as the package sees it."""
+"""Make the package see another device than this machine's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import pytest
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Let the package take `device` ("CPU", "Metal" or "CUDA") for MLX's default device."""
+    """Make the package believe that `device` ("CPU", "Metal" or "CUDA") is MLX's default device."""
     monkeypatch.setattr(backend, "device", lambda: device)
     monkeypatch.setattr(backend, "on_gpu", lambda: device != "CPU")

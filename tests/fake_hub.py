@@ -6,8 +6,8 @@
         hub.url         # for HF_ENDPOINT
         hub.requests    # [("GET", "/apple/OpenELM-270M/resolve/<commit>/config.json"), ...]
 
-Repositories are served from local folders, read at each request. Whatever is not asked for below is a 404.
-Uploads need a token (`hf_writer` is `me`'s) and arrive in folders of the server's own; `hub.commits` lists them.
+Repositories are served from local folders, read at each request. Requests that are not handled below get a 404.
+Uploads need a token (`hf_writer` is that of `me`) and are stored in temporary folders; `hub.commits` lists them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Repo:
 
     folder: Path
     refs: set[str] = field(default_factory=lambda: {"main"})
-    gated: int | None = None  # the status that answers requests for files: 401 without a token, 403 with one
-    broken: str | None = None  # the file whose transfers break off half-way, every time
+    gated: int | None = None  # the status of requests for files: 401 without a token, 403 with one
+    broken: str | None = None  # transfers of this file break off half-way, every time
     private: bool = False
     branches: dict[str, Path] = field(default_factory=dict)  # folders of branches with content of their own
 
     def at(self, revision: str) -> Repo:
-        """The repository as that branch, or that commit, has it."""
+        """The repository at a branch or a commit."""
         for branch, folder in self.branches.items():
             other = replace(self, folder=folder, branches={})
             if revision in (branch, other.commit()):
@@ -67,7 +67,7 @@ def blob_id(path: Path) -> str:
 class FakeHub:
     """The server. Attributes may be changed while it runs.
 
-    `status` answers everything with that status (500, 503, 429); `rejects_token` answers as to a wrong token.
+    `status` is the answer to every request (500, 503, 429); `rejects_token` treats every token as wrong.
     For uploads: `forbids` answers writes with 403, `breaks_uploads` closes the connection in the midst of a large
     file, `rejects_card` finds fault with every card, `meanwhile` is called while a card is checked, `fails_at` is the
     part of a path that answers with 500.
@@ -102,9 +102,9 @@ class FakeHub:
 
     @property
     def files_sent(self) -> list[str]:
-        """The names of the files whose content was asked for, in order."""
-        asked = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
-        return [path.partition("/resolve/")[2].partition("/")[2] for path in asked]
+        """The names of the files whose content was requested, in order."""
+        requested = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return [path.partition("/resolve/")[2].partition("/")[2] for path in requested]
 
     def add(self, name: str, folder: Path, **switches: object) -> Repo:
         self.repos[name] = Repo(Path(folder), **switches)  # type: ignore[arg-type]
@@ -213,18 +213,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repo: Repo, file: str) -> None:
         data = (repo.folder / file).read_bytes()
-        asked = self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
-        self.send_response(206 if asked else 200)
+        byte_range = self.headers.get("Range")
+        start = int(byte_range.removeprefix("bytes=").split("-")[0]) if byte_range else 0
+        self.send_response(206 if byte_range else 200)
         self.send_header("X-Repo-Commit", repo.commit())
         self.send_header("ETag", f'"{blob_id(repo.folder / file)}"')
         self.send_header("X-Linked-Size", str(len(data)))
         self.send_header("Content-Length", str(len(data) - start))
-        if asked:
+        if byte_range:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "GET":
-            # A client that resumes gets nothing more: the break is at the same byte each time.
+            # Each transfer breaks off at the same byte, so a client that resumes gets nothing more.
             end = len(data) // 2 if repo.broken == file else len(data)
             self.wfile.write(data[start:end])
 
@@ -287,16 +287,16 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer_change(path.removeprefix("/api/models/"), body)
 
-    def _create(self, wanted: dict[str, Any], user: str) -> None:
-        name = f"{wanted['organization'] or user}/{wanted['name']}"
+    def _create(self, request: dict[str, Any], user: str) -> None:
+        name = f"{request['organization'] or user}/{request['name']}"
         exists = name in self.hub.repos
         if not exists:
-            repo = self.hub.add(name, self.hub.new_folder(), private=wanted.get("visibility") == "private")
+            repo = self.hub.add(name, self.hub.new_folder(), private=request.get("visibility") == "private")
             (repo.folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
         self._send_json({"url": f"{self.hub.url}/{name}"}, 409 if exists else 200)
 
     def _place(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Where a large file goes; nowhere, if it is there already."""
+        """Where to send a large file; nowhere if the server has it already."""
         if item["oid"] in self.hub.objects:
             return item
         verify = {"href": f"{self.hub.url}/verify"}

@@ -1,4 +1,4 @@
-"""Reads mutants one after the other, in a process of its own: `fuzz_worker.py GOOD SCRATCH`, cases on standard input.
+"""Reads mutants one after the other, in a separate process: `fuzz_worker.py GOOD SCRATCH`, cases on standard input.
 
 A case is a line `KIND SEED`; the answer is a line of JSON with `outcome`: `right` (read, and what another reader says
 of the file is the same), `refused` (one clean line), or `fault` with a `reason`.
@@ -32,10 +32,10 @@ MAX_SECONDS, MAX_MEMORY = 4.0, 300 << 20
 
 
 class WrongError(Exception):
-    """Read without complaint, and not what is in the file."""
+    """The file was read without an error, but to the wrong values."""
 
 
-# What reads a mutant: it raises OpenELMError or returns. Right results are checked against other readers.
+# The readers of mutants: each raises OpenELMError or returns. Results are checked against other readers.
 
 
 def model(path: Path, kind: str) -> None:
@@ -128,7 +128,7 @@ def _read_elsewhere(path: Path, kind: str) -> dict[str, np.ndarray]:
             return {}
         try:
             state = torch.load(path, weights_only=True)
-        except Exception:  # what it refuses may still be right here: a record that is not needed is damaged
+        except Exception:  # PyTorch may refuse a file that is read right here, if only an unused record is damaged
             return {}
         return {f"transformer.{name}": tensor.float().numpy() for name, tensor in state.items()}
     return {}
@@ -162,7 +162,7 @@ def _read_gguf(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors = gguf.GGUFReader(path).tensors
         stored = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
-    except Exception:  # damage that this reader minds and we need not, such as in keys nobody needs
+    except Exception:  # the gguf package rejects damage that we tolerate, e.g. in unused keys
         return {}
     found = {}
     for name, values in stored.items():
@@ -179,7 +179,7 @@ def _read_gguf(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_tokenizer(path: Path, tokenizer: Any) -> None:
-    """Ids are SentencePiece's, where there is a `tokenizer.model`; they have pieces, and come back as text."""
+    """Ids equal SentencePiece's if there is a `tokenizer.model`; they have pieces, and decode to the text."""
     from sentencepiece import SentencePieceProcessor
 
     file = (path if path.is_dir() else path.parent) / "tokenizer.model"
@@ -209,7 +209,7 @@ def judge(kind: str, seed: int, scratch: Path) -> dict[str, Any]:
         outcome = {"outcome": "right"}
     except OpenELMError as error:
         outcome = _of_message(str(error))
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         outcome = {"outcome": "fault", "reason": reason, "trace": traceback.format_exception(error)[-5:-1]}
     seconds, grown = time.process_time() - started, _peak() - before
@@ -237,9 +237,9 @@ def main() -> None:
     scratch = Path(sys.argv[2])
     scratch.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
-    for kind in KINDS:  # what a first use imports is not a mutant's cost
+    for kind in KINDS:  # a first use's imports are not part of a mutant's cost
         _warm_up(kind, scratch)
-    if sys.platform.startswith("linux"):  # more address space than this no mutant gets
+    if sys.platform.startswith("linux"):  # the limit on address space while mutants are read
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + (4 << 30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""Damaged and hostile files of every format that is read: good ones, and what a seed does to them."""
+"""Damaged and hostile files of every format we read: good inputs, and mutations of them by seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS = [
     "sensitivities",
     "template",
 ]
-# What is read in the folder of a kind, where it is not the folder.
+# The file that is read in the folder of a kind, unless it is the folder itself.
 TO_READ = {
     "model-gguf": "model.gguf",
     "model-pt": "checkpoint.pt",
@@ -56,7 +56,7 @@ TO_READ = {
 
 # Integers at the edges of what fits into 1, 2, 4 and 8 bytes.
 EDGES = [0, 1, -1, 2, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**64 - 1]
-# What a value in JSON or YAML can turn into; deep and long ones are written as text.
+# Replacements of values in JSON or YAML; deep and long ones are written as text.
 DEEP, LONG = "@deep@", "@long@"
 VALUES: list[Any] = [
     None, True, False, "", "x", "x" * 5000, "a\x1b[2J\nb", "\ud800", [], {}, [[]], [None], {"": 0}, 0.5, -0.0, 1e308,
@@ -195,11 +195,11 @@ def _write_training(folder: Path) -> None:
     )
 
 
-# What a seed does to a good input.
+# Mutations.
 
 
 def write_mutant(good: Path, kind: str, seed: int, folder: Path) -> Path:
-    """A copy of the good input of a kind, changed as the seed says; the path of what is to be read."""
+    """A mutated copy of the good input of a kind; returns the path to read."""
     draw = random.Random(f"{kind}-{seed}")
     shutil.copytree(good / kind, folder)
     target = _target(folder, kind, draw)
@@ -228,7 +228,7 @@ def _target(folder: Path, kind: str, draw: random.Random) -> Path:
 
 
 def _replace(path: Path, draw: random.Random) -> None:
-    """Something else than a file in its place, or an empty one."""
+    """Replace a file by something that is not one, or by an empty file."""
     path.unlink()
     choice = draw.randrange(5)
     if choice == 0:
@@ -251,7 +251,7 @@ def mutate_bytes(path: Path, draw: random.Random) -> None:
 
 
 def _place(data: bytearray, draw: random.Random) -> int:
-    """Somewhere; near an end more often, where headers and directories are."""
+    """A random offset, more often near an end, where headers and directories are."""
     if not data:
         return 0
     span = draw.choice([len(data), len(data), 64, 1024, 8192])
@@ -368,7 +368,7 @@ def mutate_yaml(path: Path, draw: random.Random) -> None:
 
 
 def mutate_zip(path: Path, draw: random.Random) -> None:
-    """The archive written again by another program, one of its members changed, gone, doubled or compressed."""
+    """Rewrite the archive with zipfile, one of its members changed, removed, duplicated or compressed."""
     with zipfile.ZipFile(path) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     row, action = draw.randrange(len(members)), draw.randrange(7)
@@ -388,7 +388,7 @@ def mutate_zip(path: Path, draw: random.Random) -> None:
         members = [(name, data[: len(data) // 2] if "/data/" in name else data) for name, data in members]
     compression = zipfile.ZIP_DEFLATED if draw.random() < 0.25 else zipfile.ZIP_STORED
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # about members of one name
+        warnings.simplefilter("ignore")  # about members with the same name
         for name, data in members:
             archive.writestr(name, data)
 
@@ -398,7 +398,7 @@ _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
 def mutate_gguf(path: Path, draw: random.Random) -> None:
-    """A count, a length, a type, a number or an offset of the header becomes another."""
+    """Change a count, a length, a type, a number or an offset in the header."""
     data = bytearray(path.read_bytes())
     for _ in range(draw.choice([1, 1, 2])):
         start, size = draw.choice(_gguf_fields(path.read_bytes()))
@@ -408,7 +408,7 @@ def mutate_gguf(path: Path, draw: random.Random) -> None:
 
 
 def _gguf_fields(data: bytes) -> list[tuple[int, int]]:
-    """Where the header's numbers lie, as (offset, bytes); of an array the first elements."""
+    """The offset and size in bytes of each number in the header; of an array, only the first elements."""
     fields, place = [(4, 4), (8, 8), (16, 8)], 24
 
     def number(size: int) -> int:

@@ -1,4 +1,4 @@
-"""A small model in a GGUF file that is written byte by byte, so that anything in it can be another way."""
+"""A small model in a GGUF file, written byte by byte so that tests can change anything in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = {"token_embd.weight": (len(PIECES), DIM), "output_norm.weight": (DIM,)}
 
 @dataclass
 class RawTensor:
-    """Bytes, the number of their type, the shape from the outermost dimension on; by default where the last ends."""
+    """Bytes, their type number, the shape from the outermost dimension; placed after the last tensor by default."""
 
     kind: int
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class RawTensor:
 
 @dataclass
 class RawFile:
-    """Keys and tensors as pairs in the file's order; a key's value comes with its type: `u32`, `array of f32`, ..."""
+    """Keys and tensors in the file's order; a key has a type (`u32`, `array of f32`, ...) and a value."""
 
     keys: list[tuple[str | bytes, str, Any]]
     tensors: list[tuple[str | bytes, RawTensor]]
@@ -106,7 +106,7 @@ def _value(kind: str, value: Any) -> bytes:
 
 
 def small_file() -> RawFile:
-    """Random weights in float32; all rows are of a multiple of 256 weights, which every type's blocks divide."""
+    """Random float32 weights; row lengths are multiples of 256, which the blocks of every type divide."""
     rng = np.random.default_rng(0)
     keys: list[tuple[str | bytes, str, Any]] = [
         ("general.architecture", "str", "openelm"),
@@ -136,12 +136,12 @@ def small_file() -> RawFile:
 
 
 def random_blocks(shape: tuple[int, ...], block: int, block_bytes: int, seed: int = 0) -> bytes:
-    """Any bytes are blocks of a type."""
+    """Random bytes, which are valid blocks of any type."""
     return np.random.default_rng(seed).bytes(math.prod(shape) // block * block_bytes)
 
 
 def keep_weights_as_they_are(llama_cpp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp repacks weights for AMX, which ends the process where the kernel keeps its tiles back (containers)."""
+    """Stop llama.cpp from repacking weights for AMX, which kills the process in containers that do not permit AMX."""
     default_params = llama_cpp.llama_model_default_params
 
     def without_repacking() -> Any:

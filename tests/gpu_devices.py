@@ -1,7 +1,7 @@
 """A GPU and the CPU in one process, for the tests that compare them.
 
-Those tests need a GPU. With `MLX_OPENELM_TEST_DEVICE=cpu` the CPU stands in for one and goes the way that a model goes
-on CUDA: that checks the tests themselves, and that way.
+Those tests need a GPU. With `MLX_OPENELM_TEST_DEVICE=cpu` the CPU stands in for one and takes the code path of
+CUDA, which checks the tests themselves, and that path.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SHAKESPEARE = FIXTURES / "shakespeare-hf"
 STAND_IN = os.environ.get("MLX_OPENELM_TEST_DEVICE") == "cpu"
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU and not STAND_IN, reason="this machine has no GPU that MLX can use")
-# For what a CPU computes too slowly the way a GPU does.
+# For tests that are too slow if the CPU takes the GPU's path.
 needs_real_gpu = pytest.mark.skipif(not HAS_GPU or STAND_IN, reason="this machine has no GPU that MLX can use")
 
-# How far from the CPU's float32, as a share of the largest number: CUDA multiplies float32 in TF32, which has float16's
-# 10 bits of mantissa; bfloat16 has 7.
+# Tolerances against the CPU's float32, relative to the largest number: CUDA multiplies float32 in TF32, which has
+# 10 bits of mantissa like float16; bfloat16 has 7.
 TOLERANCE = {"float32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
-# The same of gradients, as a share of their length: errors of the forward and the backward pass.
+# The same for gradients, relative to their norm: errors of the forward and the backward pass add up.
 GRADIENT_TOLERANCE = {"float32": 0.02, "float16": 0.04, "bfloat16": 0.2}
 
-# What CUDA tells of one, as far as it is asked.
+# The facts about a CUDA device that the package reads.
 H100 = {
     "device_name": "NVIDIA H100 80GB HBM3",
     "compute_capability_major": 9,
@@ -65,7 +65,7 @@ def _set(device: str) -> None:
 
 @contextmanager
 def gpu_tests() -> Iterator[None]:
-    """Compute on the GPU, or the stand-in, while the block runs; what a block `on("cpu")` within compiles nothing."""
+    """Compute on the GPU, or its stand-in, while the block runs; an inner block `on("cpu")` compiles nothing."""
     with pytest.MonkeyPatch.context() as patch, on("gpu"):
         if STAND_IN:
             patch.setattr(backend, "device", lambda: {"gpu": "CUDA", "cpu": "CPU"}[_device])
@@ -77,7 +77,7 @@ def gpu_tests() -> Iterator[None]:
 
 
 def cudas(x: mx.array, weight: mx.array, scales: mx.array, *biases: Any, **packing: Any) -> mx.array:
-    """`mx.quantized_matmul` where MLX's CUDA backend has a kernel for a row-contiguous weight that never fails.
+    """`mx.quantized_matmul`, restricted to the cases that MLX's CUDA backend has a reliable kernel for.
 
     After `supports_qmv`, `supports_qmm_sm80` and `QuantizedMatmul::eval_gpu` of `backend/cuda/quantized`.
     """
@@ -95,7 +95,7 @@ def cudas(x: mx.array, weight: mx.array, scales: mx.array, *biases: Any, **packi
 
 
 def _attend_as_cuda(queries: mx.array, *others: mx.array, mask: Any = None, **options: Any) -> mx.array:
-    """Fused attention, where booleans become -inf on the way to cuDNN: a row that sees nothing is NaN."""
+    """Fused attention as cuDNN computes it, boolean masks turned into -inf: a fully masked row is NaN."""
     fused = _device == "gpu" and queries.dtype != mx.float32 and queries.shape[2] > 1
     if fused and isinstance(mask, mx.array) and mask.dtype == mx.bool_:
         mask = mx.where(mask, 0.0, -mx.inf).astype(queries.dtype)
@@ -103,9 +103,9 @@ def _attend_as_cuda(queries: mx.array, *others: mx.array, mask: Any = None, **op
 
 
 def computed(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) on a device, its arrays as NumPy's in float32.
+    """function(*arguments) on a device, its arrays converted to NumPy in float32.
 
-    On the CPU beside a GPU nothing is compiled, for which there need not be a compiler.
+    On the CPU of a machine with a GPU nothing is compiled, since it may have no compiler.
     """
     with on(device):
         if device == "cpu" and HAS_GPU:
@@ -125,7 +125,7 @@ def _as_numpy(found: Any) -> Any:
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    """Within a share of the largest expected number."""
+    """Equal within `tolerance` times the largest expected number."""
     assert found.shape == expected.shape
     assert np.isfinite(found).all()
     error = np.abs(found - expected).max() / np.abs(expected).max()
@@ -133,7 +133,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> N
 
 
 def assert_close_gradients(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
-    """Each within a share of its length, and of a thousandth of the longest: some are sums that cancel."""
+    """Each equal within `tolerance` times its norm, or a thousandth of the largest norm: some are sums that cancel."""
     assert found.keys() == expected.keys()
     longest = max(np.linalg.norm(value) for value in expected.values())
     assert longest > 0

@@ -1,4 +1,4 @@
-"""A stand-in for the published PyTorch code, so that PEFT itself can make adapters and say what they do."""
+"""A stand-in for the published PyTorch code, so that PEFT itself can create adapters and apply them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def change_tensors(source: Path, folder: Path, change: Callable[[dict[str, mx.ar
 
 
 def torch_base() -> Any:
-    """Modules under the right names, as the published code has them; each can be called."""
+    """Modules with the names of the published code; each can be called."""
     import torch
 
     root = torch.nn.Module()

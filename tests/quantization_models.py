@@ -36,7 +36,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> OpenELM:
-    """A model of `tiny_config` with random weights, norms included; the same seed gives the same one."""
+    """A model of `tiny_config` with random weights, norms included; the same seed gives the same model."""
     model = OpenELM(tiny_config(**changes))
     generator = np.random.default_rng(seed)
     loaded = []
@@ -74,5 +74,5 @@ def unpack_levels(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def is_bfloat16(array: mx.array) -> bool:
-    """Whether every value of a float32 array is one that bfloat16 has: the low 16 bits are zero."""
+    """Whether bfloat16 holds every value of a float32 array exactly: the low 16 bits are zero."""
     return not (np.array(array.astype(mx.float32)).view(np.uint32) & 0xFFFF).any()

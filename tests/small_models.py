@@ -1,4 +1,4 @@
-"""A model so small that half precision, which is slow on a CPU, takes no time."""
+"""A model small enough for half precision, which is slow on a CPU, to be fast."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def logits(model: Any) -> np.ndarray:
     return np.array(model(IDS)[0])
 
 
-def far(a: np.ndarray, b: np.ndarray) -> float:
+def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
@@ -78,7 +78,7 @@ def normal(*shape: int, seed: int) -> mx.array:
 
 
 def train(model: OpenELM) -> None:
-    """As training would leave an adapter: nothing at zero any more."""
+    """Give an adapter nonzero values everywhere, as training would."""
     for number, (_, layer) in enumerate(adapted_layers(model)):
         layer.lora_b = normal(*layer.lora_b.shape, seed=number) / 20
         if "m" in layer:
@@ -127,20 +127,20 @@ def test_adapters_of_peft_give_the_reference_logits(
     adapter = read_adapter(FIXTURES / name, model.config)
     assert adapter.base_model == "shakespeare-hf"
     attach(model, adapter)
-    assert far(logits(model), expected[name]) < 5e-5
-    assert far(plain, expected[name]) > 1
+    assert difference(logits(model), expected[name]) < 5e-5
+    assert difference(plain, expected[name]) > 1
     for format in ("mlx", "peft"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             folder = write(extract(model), tmp_path / format, model, format=format)
         attach(model, read_adapter(folder, model.config))
-        assert far(logits(model), expected[name]) < 5e-5
+        assert difference(logits(model), expected[name]) < 5e-5
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the reference checkpoint is not here")
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the reference checkpoint")
 def test_corenets_lora_gives_the_reference_logits(model: OpenELM, expected: dict[str, np.ndarray]) -> None:
     attach(model, read_adapter(SHARED, model.config))
-    assert far(logits(model), expected["corenet-lora"]) < 5e-5
+    assert difference(logits(model), expected["corenet-lora"]) < 5e-5
 
 
 @pytest.mark.parametrize("name", ["peft-lora", "peft-dora"])
@@ -150,18 +150,18 @@ def test_load_on_packed_matrices(name: str, expand: bool, tmp_path: Path) -> Non
     full, _ = load(tmp_path / "q", dtype="float32", expand=True)
     attach(full, read_adapter(FIXTURES / name, full.config))
     packed, _ = load(tmp_path / "q", FIXTURES / name, "float32", expand=expand)
-    assert far(logits(packed), logits(full)) < 2e-3
+    assert difference(logits(packed), logits(full)) < 2e-3
     assert not packed.training
     assert all(not layer.training for _, layer in adapted_layers(packed))
 
 
-def test_load_mixes_and_weighs(expected: dict[str, np.ndarray]) -> None:
+def test_load_mixes_weighted_adapters(expected: dict[str, np.ndarray]) -> None:
     names = [str(FIXTURES / name) for name in ("peft-lora", "peft-rslora-attention")]
-    assert far(logits(load(FOLDER, FIXTURES / "peft-dora", "float32")[0]), expected["peft-dora"]) < 5e-5
+    assert difference(logits(load(FOLDER, FIXTURES / "peft-dora", "float32")[0]), expected["peft-dora"]) < 5e-5
     by_mapping = logits(load(FOLDER, {names[0]: 0.7, names[1]: 0.3}, "float32")[0])
     by_text = logits(load(FOLDER, [f"{names[0]}=0.7", f"{names[1]}=0.3"], "float32")[0])
     assert np.array_equal(by_mapping, by_text)
-    assert far(by_mapping, expected["peft-lora"]) > 0.1
+    assert difference(by_mapping, expected["peft-lora"]) > 0.1
 
 
 # mlx-lm.
@@ -174,7 +174,7 @@ def in_mlx_lm(mlx_folder: Path, adapter: Path) -> Any:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("num_layers", [-1, 2])
-def test_mlx_lm_reads_what_was_trained_here(
+def test_mlx_lm_reads_adapters_trained_here(
     model: OpenELM, mlx_folder: Path, tmp_path: Path, dora: bool, num_layers: int
 ) -> None:
     attach_new(model, target_modules=["qkv_proj", "proj_2"], num_layers=num_layers, rank=4, scale=3.0, dora=dora)
@@ -189,7 +189,7 @@ def test_mlx_lm_reads_what_was_trained_here(
         "keys": ["attn.qkv_proj", "ffn.proj_2"],
     }
     assert (values["fine_tune_type"], values["model"]) == ("dora" if dora else "lora", "me/base")
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) < 1e-4
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) < 1e-4
     attach(model, read_adapter(folder, model.config))
     assert read_adapter(folder, model.config).base_model == "me/base"
 
@@ -201,11 +201,11 @@ def test_mlx_lm_reads_ranks_and_scales_that_differ(model: OpenELM, mlx_folder: P
     assert settings(folder)["lora_parameters"]["rank"] == 5
     theirs = in_mlx_lm(mlx_folder, folder)
     changed = {name.rpartition(".")[0] for name, _ in tree_flatten(theirs.parameters()) if name.endswith("lora_a")}
-    assert changed == set(adapter.modules)  # and nothing else was made slower
-    assert far(logits(theirs), logits(model)) < 1e-4
+    assert changed == set(adapter.modules)  # and no other layers were wrapped
+    assert difference(logits(theirs), logits(model)) < 1e-4
     before = logits(model)
     attach(model, read_adapter(folder, model.config))
-    assert far(logits(model), before) < 5e-5
+    assert difference(logits(model), before) < 5e-5
 
 
 def test_mlx_lm_reads_whole_weights(model: OpenELM, mlx_folder: Path, tmp_path: Path) -> None:
@@ -216,14 +216,14 @@ def test_mlx_lm_reads_whole_weights(model: OpenELM, mlx_folder: Path, tmp_path: 
     attach(fresh, adapter)
     folder = write(extract(fresh), tmp_path / "a", model)
     assert settings(folder)["fine_tune_type"] == "full"
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(fresh)) < 1e-5
-    assert far(logits(load(FOLDER, folder, "float32")[0]), logits(fresh)) == 0
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(fresh)) < 1e-5
+    assert difference(logits(load(FOLDER, folder, "float32")[0]), logits(fresh)) == 0
     with pytest.raises(RequestError, match="not the weights of full fine-tuning"):
         write(adapter, tmp_path / "b", model, format="peft")
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_what_mlx_lm_trained_is_read(model: OpenELM, mlx_folder: Path, tmp_path: Path, dora: bool) -> None:
+def test_adapters_trained_by_mlx_lm_are_read(model: OpenELM, mlx_folder: Path, tmp_path: Path, dora: bool) -> None:
     """With `keys` for the embedding, which acts on the output side there."""
     mlx_lm = pytest.importorskip("mlx_lm")
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -253,9 +253,9 @@ def test_what_mlx_lm_trained_is_read(model: OpenELM, mlx_folder: Path, tmp_path:
     )
     assert adapter.modules[EMBEDDING].output_side
     attach(model, adapter)
-    assert far(logits(model), logits(theirs)) < 1e-4
+    assert difference(logits(model), logits(theirs)) < 1e-4
     again = write(extract(model), tmp_path / "ours", model)
-    assert far(logits(in_mlx_lm(mlx_folder, again)), logits(theirs)) < 1e-4
+    assert difference(logits(in_mlx_lm(mlx_folder, again)), logits(theirs)) < 1e-4
     with pytest.raises(RequestError, match=r"changes transformer.token_embeddings .* on the output side too"):
         write(adapter, tmp_path / "peft", model, format="peft")
 
@@ -266,13 +266,13 @@ def test_writing_an_embedding_for_mlx_lm_warns(model: OpenELM, mlx_folder: Path,
     with pytest.warns(UserWarning, match="mlx-lm will apply it to the output too.*adapter_format peft"):
         folder = write(extract(model), tmp_path / "a", model)
     assert settings(folder)["embedding_output_side"] is False
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) > 0.1  # what the warning is about
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), logits(model)) > 0.1  # what the warning is about
     before = logits(model)
     attach(model, read_adapter(folder, model.config))
-    assert far(logits(model), before) == 0
+    assert difference(logits(model), before) == 0
 
 
-def test_dora_on_the_embedding_goes_around(model: OpenELM, tmp_path: Path) -> None:
+def test_dora_on_the_embedding_round_trips(model: OpenELM, tmp_path: Path) -> None:
     attach_new(model, target_modules=["token_embeddings", "out_proj"], rank=4, scale=4.0, dora=True)
     train(model)
     before = logits(model)
@@ -280,11 +280,11 @@ def test_dora_on_the_embedding_goes_around(model: OpenELM, tmp_path: Path) -> No
         ours = write(extract(model), tmp_path / "a", model)
     for folder in (ours, write(extract(model), tmp_path / "b", model, format="peft")):
         attach(model, read_adapter(folder, model.config))
-        assert far(logits(model), before) < 5e-5
+        assert difference(logits(model), before) < 5e-5
 
 
 def test_an_output_side_is_not_written_for_peft(model: OpenELM, tmp_path: Path) -> None:
-    """Only where the embedding is the output layer too, or the magnitudes are those of its rows."""
+    """PEFT cannot express it if the embedding is tied or has magnitudes per row."""
     lora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True)})
     dora = Adapter({EMBEDDING: low_rank(model, EMBEDDING, output_side=True, magnitude=mx.ones(ROWS))})
     untied = replace(model.config, share_input_output_layers=False)
@@ -311,7 +311,7 @@ def test_a_mixture_of_methods_is_not_written(model: OpenELM, tmp_path: Path) -> 
 
 
 def modules_agree(theirs: Any, ours: OpenELM, paths: list[str]) -> bool:
-    """Whether the same modules are adapted, and give the same outputs."""
+    """The same modules are adapted, and give the same outputs."""
     import torch
 
     adapted = {
@@ -327,7 +327,7 @@ def modules_agree(theirs: Any, ours: OpenELM, paths: list[str]) -> bool:
             x = np.array(normal(5, layers[path].lora_a.shape[0], seed=3))
         with torch.no_grad():
             wanted = module(torch.from_numpy(x)).numpy()
-        assert far(np.array(layers[path](mx.array(x))), wanted) < 1e-4, path
+        assert difference(np.array(layers[path](mx.array(x))), wanted) < 1e-4, path
     return True
 
 
@@ -347,7 +347,7 @@ def test_peft_reads_what_we_write(model: OpenELM, tmp_path: Path, kind: str) -> 
     if kind == "uneven":
         assert values["rank_pattern"] | {"r": values["r"]} != {"r": values["r"]}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT warns of keys that are missing or left over
+        warnings.simplefilter("error")  # PEFT warns of missing and unexpected keys
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         theirs = peft.PeftModel.from_pretrained(torch_base(), str(folder))
     assert modules_agree(theirs, model, list(adapter.modules))
@@ -355,7 +355,7 @@ def test_peft_reads_what_we_write(model: OpenELM, tmp_path: Path, kind: str) -> 
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, dora: bool) -> None:
+def test_adapters_written_by_peft_are_read(model: OpenELM, tmp_path: Path, rslora: bool, dora: bool) -> None:
     peft = pytest.importorskip("peft")
     import torch
 
@@ -364,7 +364,11 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
         lora_alpha=6,
         target_modules=["token_embeddings", "qkv_proj", "proj_2"],
         rank_pattern={"layers.1.attn.qkv_proj": 2, r".*\.2\.ffn.proj_2": 6},
-        alpha_pattern={"layers.3.attn.qkv_proj": 9, "oj_2": 50, "proj_2": 5},  # part of a name means no module
+        alpha_pattern={
+            "layers.3.attn.qkv_proj": 9,
+            "oj_2": 50,
+            "proj_2": 5,
+        },  # only part of a name, which matches no module
         use_rslora=rslora,
         use_dora=dora,
         lora_dropout=0.1,
@@ -387,26 +391,26 @@ def test_what_peft_writes_is_read(model: OpenELM, tmp_path: Path, rslora: bool, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3' cannot be used here"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'"),
-        ({"bias": "some"}, "bias is 'some'; known are none, all and lora_only"),
-        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
-        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-        ({"target_parameters": ["a.weight"]}, "target_parameters is"),
-        ({"use_qalora": True}, "use_qalora is True"),
-        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is"),
-        ({"something_new": {"a": 1}}, "something_new is"),
+        ({"bias": "some"}, "unknown bias 'some'; expected none, all or lora_only"),
+        ({"lora_bias": True}, "lora_bias = True is not supported"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication ="),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices ="),
+        ({"target_parameters": ["a.weight"]}, "target_parameters ="),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens ="),
+        ({"something_new": {"a": 1}}, "something_new ="),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base model too; let PEFT convert"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the base model too; merge it into that"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number that float32 holds, got nan"),
-        ({"r": 16}, "proj_2 has rank 8, but adapter_config.json says 16"),
+        ({"r": 16}, "_proj has rank 8, but adapter_config.json says 16"),
         ({"lora_alpha": "8"}, "lora_alpha must be a number that float32 holds, got '8'"),
         ({"rank_pattern": {"(": 8}}, r"rank_pattern has '\(', which is not a regular expression"),
-        ({"use_dora": True}, "has no .*lora_magnitude_vector, which belongs to an adapter"),
+        ({"use_dora": True}, "incomplete: .*lora_magnitude_vector is missing"),
     ],
 )
-def test_what_peft_has_and_we_do_not_is_refused(
+def test_unsupported_peft_settings_are_refused(
     model: OpenELM, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = edit(FIXTURES / "peft-lora", tmp_path / "a", **changes)
@@ -415,7 +419,7 @@ def test_what_peft_has_and_we_do_not_is_refused(
     assert "adapter_config.json" in str(caught.value) or "adapter_model.safetensors" in str(caught.value)
 
 
-def test_harmless_settings_are_let_pass(model: OpenELM, tmp_path: Path) -> None:
+def test_harmless_peft_settings_are_accepted(model: OpenELM, tmp_path: Path) -> None:
     more = {"loftq_config": {"bits": 4}, "task_type": "CAUSAL_LM", "peft_version": "0.18", "qalora_group_size": 16}
     folder = edit(FIXTURES / "peft-lora", tmp_path / "a", init_lora_weights="Gaussian", lora_dropout=None, **more)
     assert len(read_adapter(folder, model.config).modules) == 24
@@ -430,8 +434,8 @@ PREFIX = "base_model.model."
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_A.weight"), f"has no .*{QKV}.lora_A.weight"),
-        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_B.weight"), f"has no .*{QKV}.lora_B.weight"),
+        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_A.weight"), f"incomplete: .*{QKV}.lora_A.weight is missing"),
+        (lambda t: t.pop(f"{PREFIX}{QKV}.lora_B.weight"), f"incomplete: .*{QKV}.lora_B.weight is missing"),
         (
             lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((8, 191))}),
             rf"{QKV}.lora_A.weight has shape \[8, 191\] instead of \[rank, 192\]",
@@ -442,7 +446,7 @@ PREFIX = "base_model.model."
         ),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((0, 192))}), r"has shape \[0, 192\]"),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros(192)}), r"has shape \[192\]"),
-        (lambda t: t.update({f"{PREFIX}lm_head.weight": mx.zeros((4, 4))}), f"holds {PREFIX}lm_head.weight"),
+        (lambda t: t.update({f"{PREFIX}lm_head.weight": mx.zeros((4, 4))}), f"contains {PREFIX}lm_head.weight"),
         (lambda t: t.update({f"{PREFIX}{QKV}.lora_magnitude_vector": mx.zeros(160)}), "lora_magnitude_vector, which"),
         (lambda t: t.update({"x.lora_A.weight": mx.zeros((4, 4))}), "changes x, which the model does not have"),
         (
@@ -457,7 +461,7 @@ PREFIX = "base_model.model."
             lambda t: t.update({f"{PREFIX}{QKV}.lora_A.weight": mx.zeros((8, 192), mx.uint32)}),
             f"stores .*{QKV}.lora_A.weight as uint32",
         ),
-        (dict.clear, "holds no adapter: nothing in it changes the model"),
+        (dict.clear, "is not an adapter: nothing in it changes the model"),
     ],
 )
 def test_odd_tensors_are_named_with_their_file(
@@ -473,14 +477,17 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
     folder = write(uneven(model), tmp_path / "a", model)
     for number, (changes, message) in enumerate(
         [
-            ({"fine_tune_type": "prefix"}, "fine_tune_type is 'prefix'; known are lora, dora, full"),
-            ({"lora_parameters": {"rank": 8, "alpha": 16}}, "lora_parameters has no scale that is a number"),
-            ({"lora_parameters": None}, "lora_parameters has no scale"),
-            ({"lora_parameters": {"scale": 10**400}}, "lora_parameters has no scale that is a number"),
+            ({"fine_tune_type": "prefix"}, "unknown fine_tune_type 'prefix'; expected lora, dora or full"),
+            ({"lora_parameters": {"rank": 8, "alpha": 16}}, "must have a scale that is a finite float32 number"),
+            ({"lora_parameters": None}, "lora_parameters must have a scale"),
+            ({"lora_parameters": {"scale": 10**400}}, "must have a scale that is a finite float32 number"),
             ({"lora_parameters": {"scale": 2.0, "dropout": -1}}, "dropout must be from 0 to 1, got -1"),
-            ({"lora_parameters": {"rank": 8, "scale": float("inf")}}, "lora_parameters has no scale that is a number"),
-            ({"fine_tune_type": "dora"}, "has no transformer.layers.*.m, which belongs to an adapter"),
-            ({"fine_tune_type": "full"}, "holds transformer.* and 5 more, which the model does not have"),
+            (
+                {"lora_parameters": {"rank": 8, "scale": float("inf")}},
+                "must have a scale that is a finite float32 number",
+            ),
+            ({"fine_tune_type": "dora"}, "incomplete: .*transformer.layers.*.m is missing"),
+            ({"fine_tune_type": "full"}, "contains transformer.* and 5 more, which the model has no place for"),
         ]
     ):
         with pytest.raises(RequestError, match=message):
@@ -495,7 +502,7 @@ def test_odd_files_of_mlx_lm_are_refused(model: OpenELM, tmp_path: Path) -> None
 def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
     model: OpenELM, mlx_folder: Path, tmp_path: Path, alpha: object
 ) -> None:
-    """What today's mlx-lm does is done: it takes scale alone."""
+    """As in current mlx-lm, only scale is used."""
     attach_new(model, target_modules=["qkv_proj"], rank=8, scale=5.0)
     train(model)
     wanted = logits(model)
@@ -506,12 +513,12 @@ def test_an_adapter_of_mlx_lm_with_alpha_and_scale_warns(
     with pytest.warns(UserWarning, match=r"has both alpha and scale; only scale 5 is used"):
         adapter = read_adapter(folder, model.config)
     attach(model, adapter)
-    assert far(logits(model), wanted) < 1e-5
-    assert far(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
+    assert difference(logits(model), wanted) < 1e-5
+    assert difference(logits(in_mlx_lm(mlx_folder, folder)), wanted) < 1e-4
 
 
-def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM, tmp_path: Path) -> None:
-    """Rank and modules are the tensors'; old versions wrote `lora_layers`, and `use_dora` for the method."""
+def test_mlx_lm_settings_that_follow_from_the_tensors_may_be_missing(model: OpenELM, tmp_path: Path) -> None:
+    """Rank and modules come from the tensors; old versions wrote `lora_layers`, and `use_dora` for the method."""
     attach_new(model, target_modules=["qkv_proj"], num_layers=3, rank=4, scale=3.0, dora=True)
     train(model)
     wanted = logits(model)
@@ -526,18 +533,18 @@ def test_settings_of_mlx_lm_that_the_tensors_tell_may_be_missing(model: OpenELM,
         place = edit(folder, tmp_path / str(number))
         (place / "adapter_config.json").write_text(json.dumps(values))
         attach(model, read_adapter(place, model.config))
-        assert far(logits(model), wanted) < 1e-5
+        assert difference(logits(model), wanted) < 1e-5
 
 
-def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> None:
+def test_a_path_without_an_adapter_is_refused(model: OpenELM, tmp_path: Path) -> None:
     for place, message in {
-        tmp_path: "holds no adapter_config.json, so it is not an adapter",
+        tmp_path: "has no adapter_config.json, so it is not an adapter",
         tmp_path / "nowhere": "There is no adapter '.*nowhere'",
         "nowhere": "There is no adapter 'nowhere': adapters are folders",
         "a/b/c": "There is no adapter",
         "": "There is no adapter ''",
         "owner/run.safetensors": "There is no adapter",
-        FOLDER: "holds no adapter_config.json",
+        FOLDER: "has no adapter_config.json",
         FIXTURES / "peft-lora" / "adapter_config.json": "adapter_config.json is not an adapter: give its folder",
     }.items():
         with pytest.raises(RequestError, match=message):
@@ -552,7 +559,7 @@ def test_places_without_an_adapter_say_so(model: OpenELM, tmp_path: Path) -> Non
         read_adapter(FIXTURES / "peft-lora", model.config, revision="x")
 
 
-def test_one_file_beside_its_settings_is_enough(model: OpenELM, tmp_path: Path) -> None:
+def test_a_weights_file_may_be_given_instead_of_its_folder(model: OpenELM, tmp_path: Path) -> None:
     adapter = uneven(model)
     folder = write(adapter, tmp_path / "a", model)
     step = folder / "0000100_adapters.safetensors"
@@ -562,7 +569,7 @@ def test_one_file_beside_its_settings_is_enough(model: OpenELM, tmp_path: Path) 
         read_adapter(folder, model.config)
 
 
-def test_files_can_be_written_over_what_was_read(model: OpenELM, tmp_path: Path) -> None:
+def test_an_adapter_can_overwrite_the_files_it_was_read_from(model: OpenELM, tmp_path: Path) -> None:
     name = "transformer.layers.5.ffn.proj_2.weight"
     whole = Adapter(weights={name: normal(*model.config.tensor_shapes()[name], seed=4)})
     for number, adapter in enumerate((uneven(model), whole)):
@@ -583,7 +590,7 @@ def test_hub_repositories(model: OpenELM, hub: FakeHub, expected: dict[str, np.n
     hub.add("me/adapter", FIXTURES / "peft-lora")
     hub.add("me/model", FOLDER)
     attach(model, read_adapter("me/adapter", model.config))
-    assert far(logits(model), expected["peft-lora"]) < 5e-5
+    assert difference(logits(model), expected["peft-lora"]) < 5e-5
     with pytest.raises(RequestError):
         read_adapter("me/model", model.config)
     assert not any("model.safetensors" in path and "adapter" not in path for _, path in hub.requests)
@@ -591,7 +598,7 @@ def test_hub_repositories(model: OpenELM, hub: FakeHub, expected: dict[str, np.n
         read_adapter("me/nothing", model.config)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk on which nothing fits")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("format", ["mlx", "peft"])
 def test_a_full_disk_is_an_error(model: OpenELM, tmp_path: Path, format: str) -> None:
     for name in ("adapters.safetensors", "adapter_model.safetensors"):
@@ -647,13 +654,13 @@ def test_corenets_adapters_are_read(model: OpenELM, tmp_path: Path, dora: bool) 
             assert np.array_equal(np.array(change.a), np.array(adapter.modules[path].a))
             assert np.array_equal(np.array(change.b), np.array(adapter.modules[path].b))
         attach(model, read)
-        # What the padded model gives for the tokens that exist.
+        # The logits of the padded model for the tokens that exist.
         change = adapter.modules[EMBEDDING]
         table = padded + scale * np.pad(np.array(change.a), ((0, 64), (0, 0)), constant_values=7) @ np.array(change.b)
         if dora:
             table *= np.array(change.magnitude) / np.linalg.norm(table, axis=0)
         ids = [1, 500, ROWS - 1]
-        assert far(np.array(model.transformer.token_embeddings(mx.array(ids))), table[ids]) < 1e-4
+        assert difference(np.array(model.transformer.token_embeddings(mx.array(ids))), table[ids]) < 1e-4
         detach(model)
 
 
@@ -684,13 +691,13 @@ def test_odd_checkpoints_of_corenet_are_refused(model: OpenELM, tmp_path: Path) 
     a = "layers.0.attn.qkv_proj.lora_A.lora.weight"
     odd = [
         ({name: value for name, value in state.items() if ".lora_" not in name}, "does not have a LoRA"),
-        ({name: value for name, value in state.items() if name != a}, f"has no transformer.{a}"),
+        ({name: value for name, value in state.items() if name != a}, f"incomplete: .*transformer.{a} is missing"),
         (state | {a: torch.zeros(3, 4)}, rf"transformer.{a} has shape \[3, 4\] instead of \[rank, 192\]"),
         (state | {a: torch.zeros(3, 192, dtype=torch.int32)}, "as int32"),
-        (state | {"layers.0.attn.qkv_proj.lora_C.lora": torch.zeros(3)}, "lora_C.lora, which an adapter of CoreNet's"),
+        (state | {"layers.0.attn.qkv_proj.lora_C.lora": torch.zeros(3)}, "lora_C.lora, which a CoreNet adapter"),
         (
             state | {"token_embeddings.lora_embedding_A.lora": torch.zeros(3, 2000)},
-            "adapter for 2000 tokens, the model has 2048",
+            "adapter for a vocabulary of 2000 tokens, but the model has 2048",
         ),
     ]
     for number, (values, message) in enumerate(odd):
@@ -728,7 +735,7 @@ def test_generate_and_perplexity_take_adapters(tmp_path: Path, capsys: pytest.Ca
     assert abs(values[0] - values[1]) > 0.01
 
 
-def test_nothing_of_adapters_is_imported_without_one() -> None:
+def test_adapter_modules_are_not_imported_without_an_adapter() -> None:
     code = (
         "import sys\nfrom mlx_openelm.cli.main import main\n"
         "try: main(['generate', '--model', 'tiny', '--prompt', 'x', '--max-tokens', '2'])\n"

@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers: against the formulas, at zero against the base bit for bit, in and out of models."""
+"""LoRA and DoRA layers: against the formulas, bit-identical to the base at zero, attached to models and detached."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def close(a: mx.array, b: np.ndarray, atol: float = 2e-5) -> bool:
 
 
 def plain_linear(inputs: int, outputs: int) -> Linear:
-    """A layer with weights as large as MLX draws them; a new one has zeros."""
+    """A layer with random weights of the size MLX initializes with; a new one of ours has zeros."""
     linear = Linear(inputs, outputs)
     linear.weight = normal(outputs, inputs, seed=11) / math.sqrt(3 * inputs)
     return linear
@@ -106,7 +106,7 @@ def wide(array: mx.array) -> np.ndarray:
     return np.array(array, dtype=np.float64)
 
 
-# At zero: the base, bit for bit.
+# New adapters: the base, bit for bit.
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -140,7 +140,7 @@ def test_a_new_adapter_on_packed_matrices_changes_nothing(packing: Quantization,
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_lora_linear_is_the_formula(index: int) -> None:
+def test_lora_linear_equals_the_formula(index: int) -> None:
     linear, x, residual = bases(96, 128, Linear)[index], normal(7, 128), normal(7, 96, seed=5)
     w, c = wide(matrix_of(linear)), change(128, 96)
     expected = wide(x) @ (w + 0.5 * (wide(c.a) @ wide(c.b)).T).T
@@ -152,7 +152,7 @@ def test_lora_linear_is_the_formula(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_dora_linear_is_the_formula(index: int) -> None:
+def test_dora_linear_equals_the_formula(index: int) -> None:
     linear, x, residual = bases(96, 128, Linear)[index], normal(7, 128), normal(7, 96, seed=5)
     w, c = wide(matrix_of(linear)), change(128, 96, magnitude=mx.abs(normal(96, seed=7)))
     adapted = w + 0.5 * (wide(c.a) @ wide(c.b)).T
@@ -168,12 +168,12 @@ def test_dora_linear_is_the_formula(index: int) -> None:
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("output_side", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_embeddings_are_the_formula(index: int, output_side: bool, dora: bool) -> None:
+def test_embeddings_equal_the_formula(index: int, output_side: bool, dora: bool) -> None:
     embedding, x = bases(96, 128, Embedding)[index], normal(7, 128)
     magnitude = mx.abs(normal(96 if output_side else 128, seed=7)) if dora else None
     w, c = wide(matrix_of(embedding)), change(96, 128, magnitude=magnitude, output_side=output_side)
     adapted = w + 0.5 * wide(c.a) @ wide(c.b)
-    if magnitude is not None:  # of rows as in mlx-lm, of columns as in PEFT
+    if magnitude is not None:  # per row as in mlx-lm, per column as in PEFT
         lengths = np.linalg.norm(adapted, axis=1 if output_side else 0)
         adapted = adapted * (wide(magnitude) / lengths if not output_side else (wide(magnitude) / lengths)[:, None])
     layer = DoRAEmbedding(embedding, c) if dora else LoRAEmbedding(embedding, c)
@@ -192,28 +192,28 @@ def test_magnitudes_of_empty_rows_do_not_divide_by_zero() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("onto", [False, True])
-def test_dora_gradients_take_the_length_as_constant(onto: bool, training: bool) -> None:
+def test_dora_gradients_treat_the_norm_as_constant(onto: bool, training: bool) -> None:
     linear, x, residual = plain_linear(48, 32), normal(5, 48), 3 * normal(5, 32, seed=9)
     c = change(48, 32, magnitude=mx.abs(normal(32, seed=7)))
-    layer, pull = DoRALinear(linear, c), normal(5, 32, seed=8)
+    layer, cotangent = DoRALinear(linear, c), normal(5, 32, seed=8)
     layer.freeze()
     layer.unfreeze(recurse=False, keys=["lora_a", "lora_b", "m"])
 
     def ours(parameters: dict[str, Any], x: mx.array) -> mx.array:
         layer.update(parameters)
-        return mx.sum(pull * (layer(x, residual) if onto else layer(x)))
+        return mx.sum(cotangent * (layer(x, residual) if onto else layer(x)))
 
     def formula(parameters: dict[str, Any], x: mx.array) -> mx.array:
         w = linear.weight + 0.5 * (parameters["lora_a"] @ parameters["lora_b"]).T
         lengths = mx.stop_gradient(mx.linalg.norm(w, axis=1))
-        return mx.sum(pull * ((x @ w.T) * (parameters["m"] / lengths) + (residual if onto else 0)))
+        return mx.sum(cotangent * ((x @ w.T) * (parameters["m"] / lengths) + (residual if onto else 0)))
 
     layer.train(training)
     parameters = {"lora_a": c.a, "lora_b": c.b, "m": c.magnitude}
-    (got, got_x), (wanted, wanted_x) = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, formula))
+    (got, got_x), (expected, expected_x) = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, formula))
     for name in parameters:
-        assert close(got[name], np.array(wanted[name]), 2e-4), name
-    assert close(got_x, np.array(wanted_x), 2e-4)
+        assert close(got[name], np.array(expected[name]), 2e-4), name
+    assert close(got_x, np.array(expected_x), 2e-4)
 
 
 @pytest.mark.parametrize("cls", [LoRALinear, DoRALinear])
@@ -230,28 +230,28 @@ def test_half_precision_is_close_and_keeps_its_type(cls: type) -> None:
         assert close(got_onto, onto, 0.1)
 
 
-def test_what_is_added_to_does_not_blur_gradients_of_magnitudes() -> None:
+def test_magnitude_gradients_are_summed_in_float32() -> None:
     linear, x, residual = plain_linear(128, 96), normal(64, 128), 100 * normal(64, 96, seed=5)
-    linear.weight, pull = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
+    linear.weight, cotangent = linear.weight.astype(mx.bfloat16), normal(64, 96, seed=8)
     layer = DoRALinear(linear, change(128, 96))
     layer.train()
 
     def gradient(dtype: mx.Dtype) -> np.ndarray:
         def loss(m: mx.array) -> mx.array:
             layer.m = m
-            return mx.sum(pull * layer(x.astype(dtype), residual.astype(dtype)))
+            return mx.sum(cotangent * layer(x.astype(dtype), residual.astype(dtype)))
 
         return np.array(mx.grad(loss)(layer.m))
 
     exact = gradient(mx.float32)
-    # A hundredth; from a sum in 16 bits that is a hundred times as large it would be half.
+    # Within 1%; a sum in 16 bits that is a hundred times as large would give an error of half.
     assert np.linalg.norm(gradient(mx.bfloat16) - exact) < 0.02 * np.linalg.norm(exact)
 
 
-# What is kept outside of training.
+# Caching outside of training.
 
 
-def test_generating_measures_lengths_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_computes_dora_norms_once(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = plain_linear(48, 32), normal(1, 48)
     layer = DoRALinear(linear, change(48, 32))
     calls = []
@@ -259,7 +259,7 @@ def test_generating_measures_lengths_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Linear, "__call__", lambda self, x: calls.append(x.shape) or plain(self, x))
     layer.eval()
     first = layer(x)
-    assert sorted(calls) == [(1, 48), (4, 48)]  # the input, and `a` for the lengths
+    assert sorted(calls) == [(1, 48), (4, 48)]  # the input, and `a` for the norms
     calls.clear()
     assert same(layer(x), first)
     assert calls == [(1, 48)]
@@ -273,7 +273,7 @@ def test_generating_measures_lengths_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(calls) == [(1, 48), (4, 48)]
 
 
-def test_what_is_traced_is_not_used_afterwards() -> None:
+def test_values_cached_in_a_trace_are_not_used_afterwards() -> None:
     layer, x = DoRALinear(plain_linear(48, 32), change(48, 32)), normal(5, 48)
     layer.eval()
 
@@ -303,11 +303,11 @@ def test_dropout_needs_a_key_and_repeats_with_it() -> None:
     layer.set_dropout_key(mx.random.key(1))
     once, again = layer(x), layer(x)
     assert same(once, again)
-    # Each output is the share of 64 inputs that were kept, over 0.75.
+    # Each output is the kept share of 64 inputs, divided by 0.75.
     kept = np.array(once)[:, 0] * 0.75 * 64
     assert np.allclose(kept, kept.round(), atol=1e-3)
     assert abs(kept.mean() / 64 - 0.75) < 0.01
-    assert 2.5 < kept.std() < 4.5  # of a binomial with 64 draws: 3.46
+    assert 2.5 < kept.std() < 4.5  # standard deviation of a binomial with 64 draws: 3.46
     layer.set_dropout_key(mx.random.key(2))
     assert not same(layer(x), once)
     layer.set_dropout_key(None)
@@ -326,7 +326,7 @@ def test_dropout_keys_are_not_parameters(small: OpenELM) -> None:
     assert dropout_layers(small) == []
 
 
-def test_the_same_key_drops_the_same_when_recomputed() -> None:
+def test_the_same_key_gives_the_same_dropout_when_recomputed() -> None:
     layer, x = LoRALinear(plain_linear(64, 32), change(64, 32), 0.5), normal(9, 64)
     layer.set_dropout_key(mx.random.key(4))
     run = lambda x: mx.sum(mx.square(layer(x)))  # noqa: E731
@@ -342,7 +342,7 @@ def test_the_last_layers_are_adapted(small: OpenELM, num_layers: int, layers: li
     assert paths == [f"transformer.layers.{layer}.attn.out_proj" for layer in layers]
 
 
-def test_only_the_adapter_can_be_trained(small: OpenELM) -> None:
+def test_only_the_adapter_is_trainable(small: OpenELM) -> None:
     small.unfreeze()
     paths = attach_new(small, target_modules=["token_embeddings", "out_proj"], num_layers=2, rank=3, dora=True)
     assert paths == [EMBEDDING, "transformer.layers.1.attn.out_proj", "transformer.layers.2.attn.out_proj"]
@@ -356,7 +356,7 @@ def test_only_the_adapter_can_be_trained(small: OpenELM) -> None:
     assert trainable[f"{paths[1]}.m"] == (64,)
 
 
-def test_new_adapters_begin_as_told(small: OpenELM) -> None:
+def test_new_adapters_use_the_given_settings(small: OpenELM) -> None:
     attach_new(small, rank=16, scale=2.5, seed=5)
     first = extract(small)
     assert list(first.modules) == [
@@ -391,7 +391,7 @@ def test_new_adapters_begin_as_told(small: OpenELM) -> None:
         ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
     ],
 )
-def test_what_cannot_be_is_refused(small: OpenELM, options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(small: OpenELM, options: dict[str, Any], message: str) -> None:
     before = small(IDS[:, :3] % 128)
     with pytest.raises(RequestError, match=message):
         attach_new(small, **options)
@@ -400,7 +400,7 @@ def test_what_cannot_be_is_refused(small: OpenELM, options: dict[str, Any], mess
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_out_of_a_model_and_into_another(model: OpenELM, dora: bool) -> None:
+def test_an_adapter_moves_to_another_model(model: OpenELM, dora: bool) -> None:
     attach_new(model, target_modules=TARGET_MODULES, rank=3, scale=1.5, dropout=0.1, dora=dora)
     for _, layer in adapted_layers(model):
         layer.lora_b = normal(*layer.lora_b.shape) / 20
@@ -413,7 +413,7 @@ def test_out_of_a_model_and_into_another(model: OpenELM, dora: bool) -> None:
     base = model(IDS)
     assert not same(base, logits)
     attach(model, adapter)
-    attach(model, adapter)  # in place of what is there, not on top of it
+    attach(model, adapter)  # replaces the attached adapter instead of stacking on it
     assert same(model(IDS), logits)
     detach(model)
     assert same(model(IDS), base)
@@ -441,7 +441,7 @@ def test_adapters_of_another_shape_are_refused_and_change_nothing(small: OpenELM
 
 
 @pytest.mark.parametrize("packing", [None, *PACKINGS], ids=lambda p: p and p.mode)
-def test_whole_weights_replace_and_can_be_put_back(packing: Quantization | None) -> None:
+def test_full_weights_replace_the_base_and_can_be_removed(packing: Quantization | None) -> None:
     model = load_model(packing=packing)
     base = model(IDS)
     names = [f"{EMBEDDING}.weight", "transformer.layers.2.ffn.proj_2.weight", "transformer.layers.1.attn_norm.weight"]

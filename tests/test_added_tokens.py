@@ -1,4 +1,4 @@
-"""Tokens added to a tokenizer: read as transformers does, kept through every format, literal in messages."""
+"""Added tokens: read as transformers does, kept through every format, literal in messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from test_tied_pieces import gguf_values
 from tokenizer_texts import random_texts
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MODEL = FIXTURES / "shakespeare-hf" / "tokenizer.model"  # that of the folder in `added-tokens`
+MODEL = FIXTURES / "shakespeare-hf" / "tokenizer.model"  # of the folder `added-tokens`
 EXPECTED = json.loads((FIXTURES / "added-tokens" / "expected.json").read_text())
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 FIRST = {**LLAMA, "legacy": False}
@@ -68,7 +68,7 @@ def check_expected(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_id == 2049
 
 
-def test_transformers_ids(case, tmp_path) -> None:
+def test_ids_equal_those_of_transformers(case, tmp_path) -> None:
     tokenizer = Tokenizer.from_folder(case)
     check_expected(tokenizer)
     check_expected(Tokenizer.from_file(case / "tokenizer.model"))
@@ -79,14 +79,14 @@ def test_transformers_ids(case, tmp_path) -> None:
         assert tokenizer.encode(text, add_bos=False) == processor.encode(text)
 
 
-def test_a_saved_folder_keeps_them_for_every_reader(case, tmp_path) -> None:
+def test_a_saved_folder_keeps_added_tokens_for_every_reader(case, tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     utils = pytest.importorskip("mlx_lm.tokenizer_utils")
     Tokenizer.from_folder(case).save(tmp_path / "saved")
     check_expected(Tokenizer.from_folder(tmp_path / "saved"))
     for theirs in (transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"), utils.load(tmp_path / "saved")):
         assert {text: theirs.encode(text) for text in EXPECTED["ids"]} == EXPECTED["ids"]
-    (tmp_path / "saved" / "tokenizer.json").unlink()  # the tokenizer.model needs what lies beside it
+    (tmp_path / "saved" / "tokenizer.json").unlink()  # tokenizer.model needs the files beside it
     check_expected(Tokenizer.from_folder(tmp_path / "saved"))
     (tmp_path / "saved" / "tokenizer.model").unlink()
     Tokenizer.from_folder(case).save(tmp_path / "json")
@@ -95,7 +95,7 @@ def test_a_saved_folder_keeps_them_for_every_reader(case, tmp_path) -> None:
     check_expected(Tokenizer.from_folder(tmp_path / "json"))
 
 
-# Text whose parts start with a space is left out: transformers 5 gives it no space in front where SentencePiece does.
+# No text here has parts that start with a space: transformers 5 adds no space before them, but SentencePiece does.
 TEXTS = [
     *["<|a|>user", "x<|a|>y", "<|a|><|b|><|c|>", "plain", "the <|a|>b", "x\n<|a|>\n<|b|>\ny", "[PAD]", ""],
     *["a word swords", "<|c|>x<|c|>", "<|c|>xy", "<|a<|a|>b"],
@@ -106,7 +106,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "a space after each": {
         "tokenizer_config.json": LLAMA | {"legacy": True} | decoder(token("<|a|>", special=True), token("<|b|>"))
     },
-    "nothing said of spaces": {"tokenizer_config.json": LLAMA | decoder(token("<|a|>", special=True))},
+    "no setting about spaces": {"tokenizer_config.json": LLAMA | decoder(token("<|a|>", special=True))},
     "another class": {"tokenizer_config.json": {"eos_token": "</s>"} | decoder(token("<|a|>"))},
     "flags": {
         "tokenizer_config.json": FIRST
@@ -127,19 +127,19 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "named without an id": {
         "tokenizer_config.json": FIRST | {"pad_token": "[PAD]", "additional_special_tokens": ["<|a|>", "<|b|>"]}
     },
-    "named as transformers 5 does": {
+    "named as by transformers 5": {
         "tokenizer_config.json": FIRST | {"extra_special_tokens": ["<|a|>"], "eot_token": "<|c|>"}
     },
     "named in the older file only": {
         "tokenizer_config.json": FIRST,
         "special_tokens_map.json": {"pad_token": "[PAD]", "additional_special_tokens": ["<|a|>"]},
     },
-    "the config goes first": {
+    "the config takes precedence": {
         "tokenizer_config.json": FIRST | decoder(token("<|a|>")),
         "added_tokens.json": {"<|b|>": 2049},
         "special_tokens_map.json": {"eos_token": "<|a|>"},
     },
-    "the end is not said to be special": {
+    "the end token is not marked as special": {
         "tokenizer_config.json": FIRST | {"eos_token": "<|a|>"} | decoder(token("<|a|>"))
     },
 }
@@ -153,8 +153,8 @@ def test_folders_are_read_as_transformers_does(tmp_path, name) -> None:
     assert (ours.vocab_size, ours.eos_token_id) == (len(theirs), theirs.eos_token_id)
     ids = {text: theirs.encode(text, add_special_tokens=False) for text in TEXTS}
     assert {text: ours.encode(text, add_bos=False) for text in TEXTS} == ids
-    shown = [theirs.decode(line, skip_special_tokens=True) for line in ids.values()]
-    assert [ours.decode(line) for line in ids.values()] == shown
+    texts = [theirs.decode(line, skip_special_tokens=True) for line in ids.values()]
+    assert [ours.decode(line) for line in ids.values()] == texts
     ours.save(tmp_path / "saved")
     theirs, again = (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"),
@@ -162,16 +162,16 @@ def test_folders_are_read_as_transformers_does(tmp_path, name) -> None:
     )
     assert {text: theirs.encode(text, add_special_tokens=False) for text in TEXTS} == ids
     assert {text: again.encode(text, add_bos=False) for text in TEXTS} == ids
-    assert [again.decode(line) for line in ids.values()] == shown
+    assert [again.decode(line) for line in ids.values()] == texts
 
 
-def test_null_is_no_list_of_tokens(tmp_path) -> None:
+def test_a_null_token_list_is_ignored(tmp_path) -> None:
     files = {"tokenizer_config.json": FIRST | {"added_tokens_decoder": None}, **NAMES}
     tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", files))
     assert [tokenizer.token_to_id(content) for content in ("<|a|>", "<|b|>")] == [2048, 2049]
 
 
-def test_spaces_beside_added_tokens_are_sentencepieces(tmp_path) -> None:
+def test_spaces_beside_added_tokens_are_encoded_as_by_sentencepiece(tmp_path) -> None:
     encode = sentencepiece.SentencePieceProcessor(model_file=str(MODEL)).encode
     config = FOLDERS["a space after each"]["tokenizer_config.json"]
     legacy = Tokenizer.from_folder(folder_of(tmp_path / "legacy", {"tokenizer_config.json": config}))
@@ -183,7 +183,7 @@ def test_spaces_beside_added_tokens_are_sentencepieces(tmp_path) -> None:
 # Chats.
 
 
-def test_a_template_writes_them_and_a_message_never_does(case) -> None:
+def test_a_template_can_write_added_tokens_but_a_message_cannot(case) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.from_folder(case)
     theirs = transformers.AutoTokenizer.from_pretrained(case)
@@ -198,7 +198,7 @@ def test_a_template_writes_them_and_a_message_never_does(case) -> None:
     assert [plain.count(i) for i in (1, 2, 2048, 2049)] == [1, 0, 0, 0]
 
 
-def test_a_template_may_put_them_together(tmp_path) -> None:
+def test_a_template_may_assemble_an_added_token(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' }}\n{{ m.content + eos_token }}\n{% endfor %}"
     tokens = (token("<|user|>", special=True, rstrip=True), token("<|assistant|>", special=True), token("<|b|>"))
@@ -227,7 +227,7 @@ def test_training_learns_the_answer_and_its_end(case) -> None:
 # Models.
 
 
-def test_they_go_through_every_format(case, tmp_path) -> None:
+def test_added_tokens_survive_every_format(case, tmp_path) -> None:
     pytest.importorskip("gguf")
     model = write_tiny(tmp_path / "model", vocab_size=2056)
     for path in case.iterdir():
@@ -247,14 +247,14 @@ def test_tokens_beyond_the_models_rows_are_refused(case, tmp_path) -> None:
     model = write_tiny(tmp_path / "model")
     for path in case.iterdir():
         shutil.copy(path, model)
-    with pytest.raises(RequestError, match="has 2050 pieces, but the model only 2048"):
+    with pytest.raises(RequestError, match="has 2050 tokens, but the model only 2048"):
         load(model)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
-def test_a_pad_token_without_a_row_is_left_out(tmp_path, name, file) -> None:
-    """Named for training in batches, by scripts that leave the model as it is."""
+def test_a_pad_token_without_a_row_is_dropped(tmp_path, name, file) -> None:
+    """Fine-tuning scripts add one for batches and leave the model as it is."""
     model = write_tiny(tmp_path / "model")
     Tokenizer.from_file(MODEL).save(model)
     (model / ("tokenizer.json" if name == "tokenizer.model" else "tokenizer.model")).unlink()
@@ -295,14 +295,14 @@ def test_a_pad_token_beside_a_unigram_model_needs_no_merges(tmp_path) -> None:
 def test_flags_of_added_tokens_that_gguf_cannot_store_are_named_in_a_warning(tmp_path) -> None:
     config = LLAMA | decoder(token("<|a|>", lstrip=True), token("<|b|>", rstrip=True), token("zq", single_word=True))
     tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", {"tokenizer_config.json": config}))
-    with pytest.warns(UserWarning, match=r"lstrip, rstrip, single_word\).*'<\|a\|>', '<\|b\|>', 'zq'"):
+    with pytest.warns(UserWarning, match=r"lstrip, rstrip or single_word .*'<\|a\|>', '<\|b\|>', 'zq'"):
         values = gguf_values(tokenizer, tmp_path / "a.gguf", 2060)
     assert values["tokenizer.ggml.tokens"][2048:2051] == ["<|a|>", "<|b|>", "zq"]
 
 
 @pytest.mark.parametrize("more", [0, 1, 2, 3])
-def test_gguf_keeps_up_to_three_ending_tokens(tmp_path, more) -> None:
-    """llama.cpp ends at the end of a text, of a turn, and of a message."""
+def test_gguf_keeps_up_to_three_end_tokens(tmp_path, more) -> None:
+    """llama.cpp has an end of text, of turn and of message."""
     config = LLAMA | decoder(*(token(f"<|{letter}|>", special=True) for letter in "abc"))
     folder = folder_of(tmp_path / "folder", {"tokenizer_config.json": config})
     tokenizer = Tokenizer.from_folder(folder, eos_token_ids=[2, *range(2048, 2048 + more)])
@@ -310,7 +310,7 @@ def test_gguf_keeps_up_to_three_ending_tokens(tmp_path, more) -> None:
         warnings.simplefilter("always")
         values = gguf_values(tokenizer, tmp_path / "a.gguf", 2060)
     assert [str(warning.message) for warning in caught] == (
-        ["GGUF cannot store more than three ending tokens: generation will not end at [2050]."] if more == 3 else []
+        ["GGUF stores at most three end tokens; generation will not stop at [2050]."] if more == 3 else []
     )
     back = gguf_tokenizer.read(values, tmp_path / "a.gguf")
     assert back.eos_token_ids == {2, *range(2048, 2048 + min(more, 2))} and back.eos_token_id == 2
@@ -321,7 +321,7 @@ def test_gguf_keeps_up_to_three_ending_tokens(tmp_path, more) -> None:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_gguf_has_their_types(tmp_path, legacy) -> None:
+def test_gguf_stores_the_types_of_added_tokens(tmp_path, legacy) -> None:
     config = LLAMA | {"legacy": legacy} | decoder(token("<|a|>", special=True), token("<|b|>"))
     tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", {"tokenizer_config.json": config}))
     values = gguf_values(tokenizer, tmp_path / "a.gguf", 2060)
@@ -336,7 +336,7 @@ def test_gguf_has_their_types(tmp_path, legacy) -> None:
             assert ours.decode(ours.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-def test_llama_cpp_finds_them(tmp_path) -> None:
+def test_llama_cpp_recognizes_added_tokens(tmp_path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     config = LLAMA | {"legacy": True} | decoder(token("<|a|>", special=True), token("<|b|>"))
     tokenizer = Tokenizer.from_folder(folder_of(tmp_path / "folder", {"tokenizer_config.json": config}))
@@ -347,8 +347,8 @@ def test_llama_cpp_finds_them(tmp_path) -> None:
     theirs.close()
 
 
-def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
-    """They keep SentencePiece's ids when they are saved, also where a text starts with one."""
+def test_user_defined_sentencepiece_pieces(tmp_path) -> None:
+    """They keep SentencePiece's ids when saved, also at the start of a text."""
     path = tmp_path / "model"
     path.mkdir()
     documents = [json.loads(line)["text"] for line in (FIXTURES / "valid.jsonl").read_text().splitlines()]
@@ -374,7 +374,7 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
             assert ours.encode(text, add_bos=False) == processor.encode(text)
 
 
-# Files that cannot be right.
+# Invalid files.
 
 
 @pytest.mark.parametrize(
@@ -389,8 +389,8 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
         ({"added_tokens.json": {"": 2048}}, "'' is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": {"x" * 5000: 2048}}, "is not a token of 1 to 1000 characters"),
         ({"added_tokens.json": {"\ud800": 2048}}, "is not a token of 1 to 1000 characters"),
-        ({"added_tokens.json": [1]}, "must hold a JSON object"),
-        ({"special_tokens_map.json": [1]}, "must hold a JSON object"),
+        ({"added_tokens.json": [1]}, "must contain a JSON object"),
+        ({"special_tokens_map.json": [1]}, "must contain a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be a JSON object"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"x": token("<|a|>")}}}, "'x' is not a token id"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "is not a token id"),
@@ -400,7 +400,7 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path) -> None:
         ({"tokenizer_config.json": decoder({"content": "a", "lstrip": "no"})}, "must be true or false"),
     ],
 )
-def test_damaged_files_are_one_line(tmp_path, files, message) -> None:
+def test_damaged_files_are_refused_in_one_line(tmp_path, files, message) -> None:
     folder = folder_of(tmp_path / "folder", files)
     with pytest.raises(RequestError) as caught:
         Tokenizer.from_folder(folder)

@@ -1,4 +1,4 @@
-"""Folders and files that appear complete or not at all: kills, threads, and what others do meanwhile."""
+"""Folders and files appear complete or not at all: kills, threads, and concurrent changes by others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 
 def model(folder: Path, text: str) -> Path:
-    """A folder that is taken for a model."""
+    """A folder that looks like a model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text)
     return folder
@@ -27,7 +27,7 @@ def names(folder: Path) -> set[str]:
 
 
 def killed_between_the_renames(target: Path) -> int:
-    """Overwrite `target` in a process that dies when the old folder is away and the new one not yet there."""
+    """Overwrite `target` in a process that dies after it moved the old folder away, before the new one is in place."""
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -47,7 +47,7 @@ with atomic.new_folder(Path(sys.argv[1]), overwrite=True) as partial:
     return process.pid
 
 
-def test_the_next_run_puts_back_what_a_killed_one_moved_away(tmp_path: Path) -> None:
+def test_the_next_run_restores_what_a_killed_one_moved_away(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     killed_between_the_renames(target)
     with pytest.raises(RequestError, match="exists; choose another"), atomic.new_folder(target):
@@ -58,7 +58,7 @@ def test_the_next_run_puts_back_what_a_killed_one_moved_away(tmp_path: Path) -> 
     assert (target / "config.json").read_text() == "newer" and names(tmp_path) == {"out"}
 
 
-def test_it_is_put_back_even_if_the_next_run_fails(tmp_path: Path) -> None:
+def test_it_is_restored_even_if_the_next_run_fails(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     killed_between_the_renames(target)
     with pytest.raises(OpenELMError), atomic.new_folder(target, overwrite=True):
@@ -66,14 +66,14 @@ def test_it_is_put_back_even_if_the_next_run_fails(tmp_path: Path) -> None:
     assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
 
 
-def test_asking_before_long_work_puts_it_back(tmp_path: Path) -> None:
+def test_the_check_before_long_work_restores_it(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     killed_between_the_renames(target)
     assert atomic.check_target(target, overwrite=True) == target
     assert (target / "config.json").read_text() == "old"
 
 
-def test_what_a_running_process_moved_away_stays_its_own(tmp_path: Path) -> None:
+def test_folders_moved_away_by_a_running_process_are_left_alone(tmp_path: Path) -> None:
     previous = model(tmp_path / f".out.partial-{os.getppid()}-previous", "old")
     assert not atomic.check_target(tmp_path / "out").exists()
     with atomic.new_folder(tmp_path / "out") as partial:
@@ -82,7 +82,7 @@ def test_what_a_running_process_moved_away_stays_its_own(tmp_path: Path) -> None
 
 
 def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
-    """In a new container pids start again at 1, so the process that was killed had the same one as this."""
+    """Pids restart in a container, so the killed process may have had ours."""
     for name in ("", "-2", "-previous", "-2-previous"):
         model(tmp_path / f".out.partial-{os.getpid()}{name}", "left")
     model(tmp_path / "out", "old")
@@ -92,7 +92,7 @@ def test_leftovers_of_a_dead_process_with_our_own_pid(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out", ".out.partial-x"} and (tmp_path / "out" / "config.json").read_text() == "new"
 
 
-def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_name(tmp_path: Path) -> None:
+def test_a_folder_whose_only_copy_was_moved_away_survives_writing_a_file_of_that_name(tmp_path: Path) -> None:
     previous = model(tmp_path / f".out.partial-{os.getpid()}-previous", "old")
     with atomic.new_file(tmp_path / "out") as partial:
         partial.write_text("new")
@@ -102,11 +102,11 @@ def test_a_replaced_folder_that_is_the_only_copy_survives_writing_a_file_of_its_
 def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path) -> None:
     target = model(tmp_path / "out", "old")
     (target / "more").mkdir()
-    with pytest.raises(RequestError, match="holds more than a model"):
+    with pytest.raises(RequestError, match="contains files that are not part of a model"):
         atomic.check_target(target, overwrite=True)
 
 
-def test_nested_writers_to_one_place_have_folders_of_their_own(tmp_path: Path) -> None:
+def test_nested_writers_of_one_target_have_separate_folders(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with atomic.new_folder(target, overwrite=True) as first:
         model(first, "first")
@@ -118,8 +118,8 @@ def test_nested_writers_to_one_place_have_folders_of_their_own(tmp_path: Path) -
     assert (target / "config.json").read_text() == "first" and names(tmp_path) == {"out"}
 
 
-def test_nested_writers_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they spell it."""
+def test_nested_writers_of_one_file_have_separate_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they spell its path differently."""
     monkeypatch.chdir(tmp_path)
     with atomic.new_file(Path("a.gguf")) as first:
         first.write_text("first")
@@ -129,7 +129,7 @@ def test_nested_writers_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Path("a.gguf").read_text() == "first" and names(tmp_path) == {"a.gguf"}
 
 
-def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path) -> None:
+def test_threads_that_overwrite_one_target_leave_one_complete_folder(tmp_path: Path) -> None:
     target, errors = model(tmp_path / "out", "old"), []
     start = threading.Barrier(6)
 
@@ -152,9 +152,12 @@ def test_threads_that_overwrite_one_place_leave_one_whole_folder(tmp_path: Path)
     assert (target / "config.json").read_text() == (target / "weights").read_text() in "012345"
 
 
-def test_what_appeared_meanwhile_is_not_overwritten_unasked(tmp_path: Path) -> None:
+def test_a_target_that_appeared_meanwhile_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(OpenELMError, match="created in the meantime"), atomic.new_folder(target) as partial:
+    with (
+        pytest.raises(OpenELMError, match="created by another process in the meantime"),
+        atomic.new_folder(target) as partial,
+    ):
         model(partial, "ours")
         model(target, "theirs")
     assert (target / "config.json").read_text() == "theirs" and names(tmp_path) == {"out"}
@@ -174,7 +177,7 @@ def test_a_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytes
     assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
 
 
-def test_what_is_read_is_kept_apart_from_what_is_written(tmp_path: Path) -> None:
+def test_the_source_cannot_be_the_target(tmp_path: Path) -> None:
     atomic.keep_apart(tmp_path / "out", tmp_path / "model", "the model")
     atomic.keep_apart(tmp_path / "model" / "out", tmp_path / "model", "the model")  # beside its files
     for source in (tmp_path / "out", tmp_path / "out" / "model" / "config.json"):

@@ -68,12 +68,12 @@ def test_the_mean_of_half_precision_is_computed_in_float32(tmp_path: Path) -> No
     models = [write(tmp_path / str(seed), seed, "bfloat16") for seed in range(3)]
     average([tmp_path / str(seed) for seed in range(3)], tmp_path / "out", dtype="float32")
     for name, value in written(tmp_path / "out").items():
-        # In bfloat16 sums would be off by a hundredth.
+        # Sums in bfloat16 would be off by 1%.
         assert np.abs(np.array(value) - np.mean([model[name] for model in models], axis=0)).max() < 1e-6
 
 
 @pytest.mark.parametrize(
-    ("kinds", "wanted", "expected"),
+    ("kinds", "requested", "expected"),
     [
         (("bfloat16", "bfloat16"), None, "bfloat16"),
         (("float16", "bfloat16"), None, "float32"),
@@ -81,10 +81,10 @@ def test_the_mean_of_half_precision_is_computed_in_float32(tmp_path: Path) -> No
         (("float32", "float32"), "float16", "float16"),
     ],
 )
-def test_types(tmp_path: Path, kinds: tuple[str, str], wanted: str | None, expected: str) -> None:
+def test_the_dtype_of_the_mean(tmp_path: Path, kinds: tuple[str, str], requested: str | None, expected: str) -> None:
     for number, kind in enumerate(kinds):
         write(tmp_path / str(number), number, kind)
-    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out", dtype=wanted)
+    average([tmp_path / "0", tmp_path / "1"], tmp_path / "out", dtype=requested)
     assert {str(value.dtype) for value in written(tmp_path / "out").values()} == {f"mlx.core.{expected}"}
 
 
@@ -118,7 +118,7 @@ def test_checkpoints_of_several_formats(tmp_path: Path) -> None:
         assert np.abs(np.array(value) - (a[name].astype(np.float64) + b[name]) / 2).max() < 1e-6
 
 
-def test_what_cannot_be_averaged(tmp_path: Path) -> None:
+def test_models_that_cannot_be_averaged_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", 0)
     write(tmp_path / "wide", 1, model_dim=96)
     write(tmp_path / "deep", 1, num_transformer_layers=3, num_query_heads=2, num_kv_heads=1, ffn_multipliers=1)
@@ -145,7 +145,7 @@ def test_what_cannot_be_averaged(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_any_source_that_changes_stops_it(tmp_path: Path) -> None:
+def test_averaging_stops_if_any_source_changes(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / str(number), number)
 
@@ -183,7 +183,7 @@ def card(folder: Path) -> dict[str, Any]:
     return metadata_load(folder / "README.md")
 
 
-def test_the_card_names_every_model_and_keeps_a_licence_they_share(tmp_path: Path) -> None:
+def test_the_card_names_every_model_and_keeps_a_license_they_share(tmp_path: Path) -> None:
     for number, (base, terms) in enumerate([("them/one", "mit"), ("them/two", "mit"), ("them/two", "apple-amlr")]):
         write(tmp_path / f"model{number}", number)
         front = f"license: other\nlicense_name: {terms}\nlicense_link: LICENSE\nlanguage: en\n"

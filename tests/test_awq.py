@@ -1,4 +1,4 @@
-"""AWQ's folding: the function of the full model stays, the error of rounding falls."""
+"""AWQ's scales folded into the model: its function stays the same, the rounding error falls."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def parameters(model) -> dict[str, np.ndarray]:
 
 
 def with_outliers(model) -> None:
-    """Norms that let some columns through much larger than others, as trained models have."""
+    """Norms that make some columns much larger than others, as in trained models."""
     for layer in model.layers:
         for norm in (layer.attn_norm, layer.ffn_norm):
             norm["weight"] = norm["weight"] * mx.where(mx.arange(64) % 16 == 3, 20.0, 1.0)
 
 
 def fold(model, index: int, path: str, dtype: mx.Dtype = mx.bfloat16) -> tuple[mx.array, mx.array]:
-    """Moments before and after, of text that has passed the layers before."""
+    """Input moments before and after folding, on text that has passed the earlier layers."""
     stream = Stream(model, [mx.array(random_windows(4, 24))])
     for layer in model.layers[:index]:
         stream.advance(layer)
@@ -41,7 +41,7 @@ def fold(model, index: int, path: str, dtype: mx.Dtype = mx.bfloat16) -> tuple[m
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index", [0, 1])
-def test_the_full_models_logits_stay(index, path, gated):
+def test_folding_keeps_the_full_models_logits(index, path, gated):
     model = tiny_model(ffn_with_glu=gated)
     with_outliers(model)
     tokens = np.array(random_windows(2, 20, seed=1))
@@ -56,7 +56,7 @@ def test_the_full_models_logits_stay(index, path, gated):
     assert np.abs(np.array(model(mx.array(tokens))) - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-def test_the_gate_is_not_touched():
+def test_the_gate_is_not_scaled():
     model = tiny_model()
     inner = model.config.ffn_dims[0]
     before = parameters(model)["transformer.layers.0.ffn.proj_1.weight"]
@@ -66,7 +66,7 @@ def test_the_gate_is_not_touched():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_moments_returned_are_those_of_the_folded_model(path):
+def test_the_returned_moments_equal_those_of_the_folded_model(path):
     model = tiny_model()
     with_outliers(model)
     _, after = fold(model, 0, path)
@@ -75,7 +75,7 @@ def test_the_moments_returned_are_those_of_the_folded_model(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_rounding_costs_less_afterwards(path):
+def test_folding_reduces_the_rounding_error(path):
     model = tiny_model()
     with_outliers(model)
     weights = parameters(model)
@@ -87,7 +87,7 @@ def test_rounding_costs_less_afterwards(path):
 
 
 @pytest.mark.parametrize("path,norm", [("attn.qkv_proj", "attn_norm"), ("ffn.proj_1", "ffn_norm")])
-def test_norms_are_stored_exactly_and_zeros_and_signs_kept(path, norm):
+def test_norms_are_stored_exactly_and_keep_zeros_and_signs(path, norm):
     model = tiny_model()
     with_outliers(model)
     weight = getattr(model.layers[0], norm)["weight"]
@@ -99,7 +99,7 @@ def test_norms_are_stored_exactly_and_zeros_and_signs_kept(path, norm):
     after = np.array(getattr(model.layers[0], norm)["weight"])
     assert is_bfloat16(mx.array(after)) and not np.array_equal(before, after)
     assert after[5] == 0 and after[9] < 0
-    # A column that nothing feeds is left alone.
+    # A column whose input is always zero is left alone.
     assert np.array_equal(parameters(model)[f"transformer.layers.0.{path}.weight"][:, 5], matrix[:, 5])
     assert np.abs(np.array(model(tokens)) - expected).max() < 2e-5 * np.abs(expected).max()
 
@@ -112,7 +112,7 @@ def test_small_columns_are_scaled_up_if_all_inputs_have_the_same_size():
 
 
 def test_scales_are_one_if_nothing_is_gained():
-    # On 8 bits' grid a matrix of whole numbers up to 255 is exact already.
+    # An 8-bit grid holds a matrix of whole numbers up to 255 exactly.
     weight = np.random.default_rng(0).integers(0, 256, (16, 32)).astype(np.float32)
     weight[:, 0], weight[:, 1] = 0, 255
     scales = awq.column_scales(mx.array(weight), mx.eye(32), Quantization(32, 8), mx.float32)

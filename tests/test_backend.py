@@ -1,4 +1,4 @@
-"""BLAS before MLX, types by device, and one line where MLX is missing; each in a process of its own."""
+"""BLAS before MLX, types by device, and a one-line error if MLX is missing; each in a separate process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_library_that_cannot_be_loaded_is_named():
 
 
 @linux_cpu
-def test_mlx_imported_first_is_noticed_by_load_once():
+def test_load_warns_once_if_mlx_was_imported_first():
     code = "import mlx.core; from mlx_openelm import load; load('tiny')"
     done = python(code, MLX_OPENELM_BLAS="", MLX_OPENELM_NATIVE="0")
     assert done.stderr.count("mlx.core was imported before mlx_openelm") == 1
@@ -53,8 +53,8 @@ def test_mlx_imported_first_is_noticed_by_load_once():
 
 @linux_cpu
 @pytest.mark.skipif(blas.state != "loaded", reason="no OpenBLAS on this machine")
-def test_the_preloaded_library_serves_matrix_products():
-    """The bundled reference BLAS reaches 4 GFLOP/s on the machine it was measured on, OpenBLAS 162."""
+def test_matrix_products_use_the_preloaded_library():
+    """On one machine the bundled reference BLAS reached 4 GFLOP/s, OpenBLAS 162."""
     code = """
 import mlx_openelm, time, mlx.core as mx
 a = mx.random.normal((1024, 1024)); mx.eval(a, a @ a)
@@ -113,7 +113,7 @@ def test_load_says_when_the_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch):
         assert backend.slow_cpu_warning() == "The CPU kernels are not used: what is wrong; what to do."
     monkeypatch.setattr(native, "status", native.Status("used"))
     assert backend.slow_cpu_warning() is None
-    # Who has no compiler, or does not want them, is told of BLAS alone.
+    # Without a compiler, or with kernels turned off, only BLAS is mentioned.
     monkeypatch.setattr(blas, "state", "missing")
     monkeypatch.setattr(blas, "library", "")
     for state in ("missing", "off"):

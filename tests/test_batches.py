@@ -1,4 +1,4 @@
-"""Batches by brute force: every example once per epoch, every token in the right position, and no state."""
+"""Batches against brute force: every example once per epoch, every token in the right position, and no state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 
 def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
-    """Examples of so many tokens, each token unlike all others, with random spans learned."""
+    """Examples with these token counts, distinct tokens and random learned spans."""
     draw, examples, first = random.Random(seed), [], 1000
     for index, length in enumerate(lengths):
         tokens = array("i", range(first, first + length))
@@ -69,7 +69,7 @@ SIZES = {
 
 @settings(max_examples=150, deadline=None)
 @given(**SIZES)
-def test_every_example_is_learned_once_an_epoch(number, per_rank, world_size, accumulation, packing, shuffle, seed):
+def test_every_example_is_learned_once_per_epoch(number, per_rank, world_size, accumulation, packing, shuffle, seed):
     examples = make_examples(mixed(number, 40, seed), seed)
     batch_size = per_rank * world_size
     batches = Batches(
@@ -101,7 +101,7 @@ def test_every_example_is_learned_once_an_epoch(number, per_rank, world_size, ac
             for batch in parts:
                 learned += pairs(batch)
         assert sorted(seen) == list(range(number))
-        # Every token that is to be learned is, after the token before it, and no other.
+        # Exactly the tokens to learn are targets, each after the token before it.
         assert learned == expected_pairs(examples)
         assert (targets, tokens) == (learned.total(), sum(example.num_positions for example in examples))
 
@@ -131,7 +131,7 @@ def test_a_step_is_a_function_of_its_index(number, per_rank, world_size, accumul
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_epochs_and_seeds_differ_and_without_shuffling_they_do_not(packing):
+def test_the_order_depends_on_epoch_and_seed_only_with_shuffling(packing):
     examples = make_examples(mixed(200, 40))
 
     def order(epoch, **options):
@@ -140,14 +140,14 @@ def test_epochs_and_seeds_differ_and_without_shuffling_they_do_not(packing):
         return [batches.step(index).examples for index in steps]
 
     assert len({str(order(epoch, seed=seed)) for epoch in range(3) for seed in range(3)}) == 9
-    # Not only the order of the batches: few share one with the same others again.
+    # Not only the order of the batches: few examples share a batch with the same others again.
     assert len({frozenset(batch) for batch in order(0)} & {frozenset(batch) for batch in order(1)}) < 5
     assert order(0, shuffle=False) == order(1, shuffle=False)
     if not packing:
         assert [i for batch in order(0, shuffle=False) for i in batch] == list(range(200))
 
 
-def test_long_and_short_batches_take_turns():
+def test_long_and_short_batches_are_mixed():
     batches = Batches(make_examples(mixed(400, 200)), batch_size=4, max_seq_length=200)
     lengths = [batches.step(index).batches[0].inputs.shape[1] for index in range(100)]
     longer = sum(after > before for before, after in pairwise(lengths))
@@ -188,7 +188,7 @@ def test_a_batch_of_packed_rows():
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=120), seed=st.integers(0, 9))
-def test_packing_fits_loses_nothing_and_needs_as_many_rows_in_any_order(lengths, seed):
+def test_packing_fits_loses_nothing_and_needs_the_same_rows_in_any_order(lengths, seed):
     order = list(range(len(lengths)))
     rows = pack(order, lengths, 50)
     assert sorted(index for row in rows for index in row) == order
@@ -196,12 +196,12 @@ def test_packing_fits_loses_nothing_and_needs_as_many_rows_in_any_order(lengths,
     random.Random(seed).shuffle(order)
     assert len(pack(order, lengths, 50)) == len(rows)
     assert len(rows) >= math.ceil(sum(lengths) / 50)
-    # Two rows that both are at most half full would have been one.
+    # Two rows that are at most half full would have been joined.
     assert sum(sum(lengths[index] for index in row) <= 25 for row in rows) <= 1
 
 
 def fewest_rows(lengths: list[int], capacity: int) -> int:
-    """The best packing there is, found by trying all."""
+    """The optimal number of rows, by exhaustive search."""
     best = len(lengths)
 
     def place(index: int, rooms: list[int]) -> None:
@@ -222,12 +222,12 @@ def fewest_rows(lengths: list[int], capacity: int) -> int:
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=9))
-def test_packing_is_close_to_the_best_there_is(lengths):
-    # Largest first, best fit needs at most 11/9 of the best, and a row more (Johnson, 1973).
+def test_packing_is_close_to_optimal(lengths):
+    # Best fit decreasing needs at most 11/9 of the optimum, plus one row (Johnson, 1973).
     assert len(pack(range(len(lengths)), lengths, 50)) <= 11 / 9 * fewest_rows(lengths, 50) + 1
 
 
-def test_what_just_fits_shares_a_row():
+def test_examples_that_just_fit_share_a_row():
     assert pack([0, 1, 2], [5, 3, 8], 8) == [(2,), (0, 1)]
 
 
@@ -245,14 +245,14 @@ def test_packed_rows_do_not_mix_examples():
                 assert np.array_equal(places, np.arange(places[0], places[0] + example.num_positions))
                 assert row[places].tolist() == list(example.tokens)[:-1]
                 learned = {i for start, end in example.learned for i in range(start, end)}
-                wanted = [token if i in learned else IGNORED for i, token in enumerate(example.tokens)]
-                assert targets[places].tolist() == wanted[1:]
+                expected = [token if i in learned else IGNORED for i, token in enumerate(example.tokens)]
+                assert targets[places].tolist() == expected[1:]
             assert (targets[segments == -1] == IGNORED).all()
         assert next(owners, None) is None
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_parts_of_the_processes_make_up_the_batches_of_one(packing):
+def test_the_batches_of_all_processes_make_up_those_of_one(packing):
     examples = make_examples(mixed(51, 40))
     options = {"batch_size": 6, "grad_accumulation_steps": 2, "packing": packing, "max_seq_length": 40}
     alone, shared = Batches(examples, **options), Batches(examples, world_size=3, **options)
@@ -266,7 +266,7 @@ def test_the_parts_of_the_processes_make_up_the_batches_of_one(packing):
         assert together == sum((pairs(batch) for batch in whole.batches), Counter())
         idle += sum(not step.batches for step in steps)
     if not packing:
-        assert idle == 0  # 51 examples are 8 batches of 6 and one of 3: of one row for each process
+        assert idle == 0  # 51 examples are 8 batches of 6 and one of 3: one row per process
         one_left = Batches(examples[:49], world_size=3, **options | {"grad_accumulation_steps": 1})
         made = [[len(one_left.step(index, rank).batches) for rank in range(3)] for index in range(9)]
         assert sorted(made) == [[1, 0, 0]] + 8 * [[1, 1, 1]]
@@ -275,7 +275,7 @@ def test_the_parts_of_the_processes_make_up_the_batches_of_one(packing):
 # Lengths
 
 
-def test_rows_are_padded_little_and_to_few_lengths():
+def test_padding_is_small_and_has_few_lengths():
     lengths = {padded(length) for length in range(1, 2049)}
     assert len(lengths) == 80 and max(lengths) == 2048
     for length in range(1, 4097):
@@ -285,7 +285,7 @@ def test_rows_are_padded_little_and_to_few_lengths():
     assert [padded(length) for length in (1, 8, 9, 256, 257, 512, 513, 1025)] == [8, 8, 16, 256, 272, 512, 544, 1088]
 
 
-def test_the_batch_that_is_not_full_holds_long_examples_and_short_ones_in_turn():
+def test_the_incomplete_batch_alternates_between_long_and_short_examples():
     lengths = mixed(41, 500)
     batches = Batches(make_examples(lengths), batch_size=4, max_seq_length=512)
     left = [rows[0][0] for epoch in range(60) for rows in batches.plan(epoch) if len(rows) < 4]
@@ -298,7 +298,7 @@ def test_examples_of_about_the_same_length_share_a_batch():
     bucketed = Batches(examples, batch_size=4, max_seq_length=512)
     random_batches = Batches(examples, batch_size=4, max_seq_length=512, shuffle=False)
     assert bucketed.padding_overhead() < 0.03
-    # Sorting by length could not do better than this by more than a hundredth.
+    # Within a percentage point of sorting by length.
     by_length = sorted(example.num_positions for example in examples)
     best = sum(4 * padded(by_length[i]) for i in range(3, 3000, 4)) / sum(by_length) - 1
     assert bucketed.padding_overhead() < best + 0.01
@@ -309,7 +309,7 @@ def test_examples_of_about_the_same_length_share_a_batch():
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shapes_and_overhead_are_those_of_the_batches(packing, world_size):
+def test_shapes_and_overhead_match_the_batches(packing, world_size):
     examples = make_examples(mixed(203, 90))
     batches = Batches(examples, batch_size=4, world_size=world_size, packing=packing, max_seq_length=100)
     made = [
@@ -329,7 +329,7 @@ def test_shapes_and_overhead_are_those_of_the_batches(packing, world_size):
 # Validation
 
 
-def test_validation_takes_every_example_or_a_fair_part_always_the_same():
+def test_validation_takes_all_examples_or_a_fixed_fair_sample():
     examples = make_examples(mixed(103, 60))
     every = validation_batches(examples, 4, max_seq_length=64)
     assert sorted(i for batch in every for i in batch.examples) == list(range(103)) and len(every) == 26
@@ -355,10 +355,10 @@ def test_validation_is_shared_by_the_processes():
     assert [len(part) for part in parts] == [6, 5] and len(whole) == 6
 
 
-# What is refused
+# Refusals
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_settings_are_refused():
     examples = make_examples([5, 6])
     for changed, expected in (
         ({"batch_size": 0}, "--batch-size must be 1 or more"),
@@ -374,7 +374,7 @@ def test_what_cannot_be_is_refused():
         validation_batches(examples, 2, num_batches=0, max_seq_length=8)
 
 
-def test_fewer_examples_than_a_batch_holds_are_one_batch():
+def test_fewer_examples_than_the_batch_size_are_one_batch():
     examples = make_examples([5, 6, 7])
     batches = Batches(examples, batch_size=8, grad_accumulation_steps=4, max_seq_length=16)
     assert batches.steps_per_epoch == 1 and batches.step(5).epoch == 5
@@ -389,4 +389,4 @@ def test_batches_are_made_fast():
         started = time.perf_counter()
         make_batch(examples, [(index,) for index in range(8)], 2048)
         best = min(best, time.perf_counter() - started)
-    assert best < 0.01  # a tenth of that where nothing else runs; a list of numbers would take several times as long
+    assert best < 0.01  # a tenth of that on an idle machine; Python lists would take several times as long

@@ -51,7 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_all_rows_are_there(tmp_path: Path) -> None:
+def test_every_row_is_printed(tmp_path: Path) -> None:
     done = run("--smoke", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "rows.json").read_text())
@@ -75,17 +75,17 @@ def test_a_machine_without_a_gpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize("flags", [["--only", "decoding"], ["--sizes", "7B"]])
-def test_what_does_not_exist_is_refused(flags: list[str]) -> None:
+def test_unknown_sizes_and_rows_are_refused(flags: list[str]) -> None:
     done = run("--smoke", *flags)
     assert done.returncode == 2 and f"unknown: {flags[1]}" in done.stderr
 
 
-def test_both_programs_share_the_weights_and_nothing_stays(gpu: ModuleType, benchmark: Any) -> None:
+def test_both_programs_share_the_weights_and_free_them(gpu: ModuleType, benchmark: Any) -> None:
     config = gpu.SMOKE.configs["smoke"]
     arrays = gpu.random_weights(config)
     size = sum(array.nbytes for array in arrays.values())
     assert size == 2 * config.num_parameters
-    list(benchmark.train(config, arrays, "lora", "smoke"))  # allocates what stays for the whole run
+    list(benchmark.train(config, arrays, "lora", "smoke"))  # allocates what lives for the whole run
     gpu.release()
     before = mx.get_active_memory()
     models = gpu.our_model(config, arrays, {}), gpu.their_model(config, arrays, {})
@@ -105,11 +105,11 @@ def test_the_programs_compute_the_same(gpu: ModuleType) -> None:
     for packing in ({}, gpu.packing_of(config)):
         own = gpu.pack(arrays, config) if packing else arrays
         ours, theirs = (make(config, own, packing)(tokens) for make in (gpu.our_model, gpu.their_model))
-        # Logits spread by 1, and everything is rounded to bfloat16 in other places.
+        # Logits have a standard deviation of 1, and the programs round to bfloat16 in different places.
         assert mx.abs(ours - theirs).astype(mx.float32).mean().item() < 0.05
 
 
-def test_the_budget_ends_the_turns_but_not_the_first(gpu: ModuleType) -> None:
+def test_the_time_budget_ends_the_turns_after_the_first(gpu: ModuleType) -> None:
     turns = gpu.Turns(3, 60)
     assert list(turns) == [0, 1, 2] and not turns.cut
     turns = gpu.Turns(3, -1)
@@ -134,7 +134,9 @@ def test_a_failure_is_noted_and_does_not_stop_the_rest(gpu: ModuleType, benchmar
     assert "| a row | 3 | 2 | 1.50 |  |" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_left_out(gpu: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_does_not_fit_in_memory_is_skipped(
+    gpu: ModuleType, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu.mx, "device_info", lambda: {"max_recommended_working_set_size": 12 << 30})
     needs = {
         method: gpu.training_needs(gpu.FULL.configs[size], method, gpu.FULL.shapes[method][size])

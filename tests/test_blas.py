@@ -1,4 +1,4 @@
-"""The OpenBLAS of PyPI under MLX: the symbol table that leads to it, its results, its threads, its substitutes."""
+"""PyPI's OpenBLAS under MLX: the symbol table that redirects to it, its results, threads and substitutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the linker of Linux")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the Linux linker")
 loaded = pytest.mark.skipif(blas.state != "loaded", reason=f"no OpenBLAS: {blas.state}")
 
 
@@ -33,8 +33,8 @@ def python(code: str, **environment: str) -> str:
 
 
 @on_linux
-def test_functions_get_other_names():
-    """Twice, since the linker keeps libraries apart by their names; and one of none."""
+def test_functions_are_renamed():
+    """Twice, since the linker tells libraries apart by name; and without any name."""
     code = """
 import ctypes
 from mlx_openelm import blas
@@ -54,13 +54,13 @@ for name in ("openelm_cosine", "openelm_root", "openelm_sine"):
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
 @pytest.mark.parametrize(("machine", "name"), [("x86_64", "Advanced Micro Devices X86-64"), ("aarch64", "AArch64")])
-def test_readelf_reads_a_table_as_it_is_meant(machine, name, tmp_path):
+def test_readelf_reads_the_symbol_table(machine, name, tmp_path):
     (tmp_path / "table.so").write_bytes(symbol_table({"one": 0x1234, "two": 0x7FFF_0000_5678}, machine))
     command = ["readelf", "--wide", "--file-header", "--program-headers", "--dynamic", str(tmp_path / "table.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C"})
     assert done.stderr == ""
     assert re.search(rf"Machine:\s+{name}\n", done.stdout) and "DYN (Shared object file)" in done.stdout
-    assert not re.search(r"LOAD.*E 0x", done.stdout)  # nothing of it can be executed
+    assert not re.search(r"LOAD.*E 0x", done.stdout)  # no part of it is executable
     assert re.search(r"GNU_STACK.* RW ", done.stdout)
 
 
@@ -70,7 +70,7 @@ def test_no_table_is_made_for_other_processors():
 
 
 @pytest.mark.slow
-def test_the_linker_of_arm_takes_a_table(tmp_path):
+def test_the_arm_linker_accepts_the_table(tmp_path):
     compiler, emulator = (shutil.which(name) for name in ("aarch64-linux-gnu-gcc", "qemu-aarch64"))
     if compiler is None or emulator is None:
         pytest.skip("needs gcc for aarch64, and qemu")
@@ -98,11 +98,11 @@ int main(int count, char** paths) {
     assert subprocess.run([*run, "./table.so"], cwd=tmp_path).returncode == 42
 
 
-# What MLX asks for.
+# The functions MLX uses.
 
 
 @loaded
-def test_the_functions_are_those_that_mlx_asks_for():
+def test_the_functions_are_those_mlx_uses():
     library = Path(mx.__file__).parent / "lib" / "libmlx.so"
     names = set(re.findall(rb"(?<=\0)(?:cblas_[a-z0-9_]+|[sdcz][a-z]{4,5}_)(?=\0)", library.read_bytes()))
     assert names == {name.encode() for name in blas.FUNCTIONS}
@@ -117,7 +117,7 @@ def test_the_package_has_them_all():
 
 @pytest.mark.parametrize("size", [1, 7, 150])
 def test_results_are_numpys(size):
-    """A wrong name or calling convention would show: each function of MLX that goes to BLAS or LAPACK."""
+    """Every MLX function that calls BLAS or LAPACK; a wrong name or calling convention would show."""
     rng = np.random.default_rng(size)
     plain = rng.standard_normal((size, size + 3)).astype(np.float32)
     positive = plain @ plain.T / size + np.eye(size, dtype=np.float32)
@@ -167,32 +167,32 @@ print(best)
     assert float(python(code, MLX_OPENELM_BLAS="0")) / fast > 2
 
 
-# Which library it is.
+# Which library is used.
 
 STATE = "import mlx_openelm.backend as b; print(b.blas.state, b.blas.library, b.blas.problem())"
 
 
 @loaded
-def test_a_library_is_taken_by_its_path_whatever_its_names():
+def test_a_library_path_is_used_whatever_its_function_names():
     assert python(STATE, MLX_OPENELM_BLAS=blas.library) == f"loaded {blas.library} None"
 
 
 @loaded
-def test_a_library_that_is_no_blas_is_told():
+def test_a_library_without_sgemm_is_reported():
     assert "MLX_OPENELM_BLAS=libm.so.6 cannot be loaded as a BLAS" in python(STATE, MLX_OPENELM_BLAS="libm.so.6")
 
 
 @loaded
-def test_numpys_own_has_wider_integers_and_is_not_taken():
+def test_numpys_openblas_with_64_bit_integers_is_not_used():
     found = list((Path(np.__file__).parent.parent / "numpy.libs").glob("libscipy_openblas64_*"))
     if not found:
-        pytest.skip("this numpy brings none")
+        pytest.skip("this NumPy bundles no OpenBLAS")
     assert python(STATE, MLX_OPENELM_BLAS=str(found[0])).startswith("missing ")
 
 
 @on_linux
 @pytest.mark.skipif(blas.state == "unneeded", reason="MLX for a GPU")
-def test_without_the_package_the_systems_is_taken_or_the_package_named():
+def test_without_the_package_the_systems_is_used_or_the_package_suggested():
     state = python(f"import sys; sys.modules['scipy_openblas32'] = None; {STATE}", MLX_OPENELM_BLAS="")
     assert state.startswith("loaded libopenblas.so") or state.endswith(
         "No OpenBLAS was found, so MLX uses its slow bundled BLAS; pip install scipy-openblas32."
@@ -220,8 +220,8 @@ print(library.scipy_openblas_get_num_threads())
 
 @loaded
 @pytest.mark.skipif("scipy_openblas" not in blas.library, reason="another BLAS")
-def test_its_threads_sleep_soon_and_the_environment_stays_as_it_was():
-    """Awake they would burn 25 ms of a processor after the import."""
+def test_its_threads_sleep_soon_and_the_environment_is_unchanged():
+    """Spinning threads would cost 25 ms of processor time after the import."""
     code = """
 import os, time
 import mlx_openelm

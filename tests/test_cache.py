@@ -21,12 +21,12 @@ HEADS, DIM = 2, 32
 
 
 def fresh(rng: random.Random, batch: int, length: int) -> tuple[mx.array, mx.array]:
-    """Keys and values that no two calls share."""
+    """Random keys and values, different in each call."""
     return tuple(mx.random.normal((batch, HEADS, length, DIM), key=mx.random.key(rng.getrandbits(32))) for _ in "kv")
 
 
 def full_mask(mask: Any, length: int, total: int, batch: int) -> np.ndarray:
-    """Any form of a mask as booleans [batch, length, total]."""
+    """A mask of any form as booleans [batch, length, total]."""
     if mask is None:
         mask = mx.ones((length, total), mx.bool_)
     elif isinstance(mask, str):
@@ -38,7 +38,7 @@ def full_mask(mask: Any, length: int, total: int, batch: int) -> np.ndarray:
 
 
 def seen(cache: Any, keys: mx.array, values: mx.array) -> list[list[frozenset]]:
-    """What attention sees: for each row and new position the set of (key, value) vectors, in any order."""
+    """What attention sees: the set of visible (key, value) vectors of each row and new position."""
     batch, _, length, _ = keys.shape
     mask = cache.make_mask(length, return_array=False, window_size=None)
     all_keys, all_values = cache.update_and_fetch(keys, values)
@@ -131,7 +131,7 @@ def test_rotating_with_keep_sees_the_first_and_the_latest(keep: int, seed: int) 
 
 
 @pytest.mark.parametrize("keep", [0, 4])
-def test_rotating_with_keep_one_token_at_a_time_is_mlx_lms(keep: int) -> None:
+def test_rotating_with_keep_one_token_at_a_time_equals_mlx_lms(keep: int) -> None:
     rng = random.Random(keep)
     a, b = ours.RotatingKVCache(16, keep=keep), theirs.RotatingKVCache(16, keep=keep)
     for length in [9, *[1] * 40]:
@@ -175,8 +175,8 @@ def test_a_rotating_cache_at_exactly_its_limit(pieces: list[int], keep: int) -> 
 
 
 @pytest.mark.parametrize(("past", "visible"), [(4, 5), (5, 5), (6, 5), (15, 5), (16, 5)])
-def test_a_window_smaller_than_a_rotating_cache(past: int, visible: int) -> None:
-    """One more position sees `window` columns from the moment that there are more, itself included."""
+def test_a_mask_window_smaller_than_a_rotating_cache(past: int, visible: int) -> None:
+    """A new position sees the latest `window` columns, itself included."""
     rng, cache = random.Random(0), ours.RotatingKVCache(16)
     cache.update_and_fetch(*fresh(rng, 1, past))
     mask = cache.make_mask(1, window_size=5)
@@ -185,7 +185,7 @@ def test_a_window_smaller_than_a_rotating_cache(past: int, visible: int) -> None
 
 
 @pytest.mark.parametrize("length", [7, 8, 9])
-def test_rotating_caches_at_their_limit_merge_and_come_apart(length: int) -> None:
+def test_rotating_caches_at_their_limit_merge_and_extract(length: int) -> None:
     rng, singles = random.Random(1), [ours.RotatingKVCache(8) for _ in range(3)]
     for single, count in zip(singles, (length, 3, 0), strict=True):
         if count:
@@ -201,7 +201,7 @@ def test_rotating_caches_at_their_limit_merge_and_come_apart(length: int) -> Non
     assert merged.is_trimmable() == (length < 7)
 
 
-def test_what_is_written_after_a_trim_replaces_what_was_there() -> None:
+def test_writing_after_a_trim_replaces_the_trimmed_positions() -> None:
     rng = random.Random(0)
     cache = ours.KVCache()
     keys, values = fresh(rng, 1, 10)
@@ -229,21 +229,21 @@ def test_a_copy_is_independent() -> None:
 
 
 def write_in_place(cache: Any, number: float) -> mx.array:
-    """What a kernel does that MLX does not know of: it fills one more position with a number."""
-    for buffer in cache.own_buffers(HEADS, DIM, mx.float32):
+    """Fill one more position with a number, without MLX knowing, as a kernel does."""
+    for buffer in cache.acquire_buffers(HEADS, DIM, mx.float32):
         assert buffer.shape[2] > cache.offset
         np.array(buffer, copy=False)[:, :, cache.offset] = number
     result = mx.array(number) + 1
-    cache.wrote(result)
+    cache.advance(result)
     return result
 
 
 def numbers(cache: Any) -> list[list[float]]:
-    """What was written in place, keys and values."""
+    """The numbers written in place, of keys and values."""
     return [x[0, 0, :, 0].tolist() for x in cache.keys_and_values()]
 
 
-def test_positions_written_in_place_are_held() -> None:
+def test_positions_written_in_place_are_in_the_cache() -> None:
     cache = ours.KVCache()
     for number in range(600):  # the buffers grow twice
         write_in_place(cache, number)
@@ -269,14 +269,14 @@ def test_buffers_that_were_handed_out_are_not_written_into(name: str, monkeypatc
     result, evaluated, evaluate = write_in_place(cache, 2), [], mx.eval
     monkeypatch.setattr(mx, "eval", lambda *x: (evaluated.extend(x), evaluate(*x)))
     arrays = HANDED_OUT[name](cache)
-    assert any(x is result for x in evaluated)  # the kernel's write was waited for
+    assert any(x is result for x in evaluated)  # waits for the kernel's write
     write_in_place(cache, 3)
     assert all(x[0, 0, :4, 0].tolist() in ([1, 2, 0, 0], [1, 2]) for x in arrays)
     assert numbers(cache) == [[1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("names", [["keys"], ["values"], ["keys", "values"], ["state"]], ids=str)
-def test_arrays_that_were_given_to_a_cache_are_not_written_into(names: list[str]) -> None:
+def test_arrays_given_to_a_cache_are_not_written_into(names: list[str]) -> None:
     cache = ours.KVCache()
     write_in_place(cache, 1)
     given = {name: mx.full((1, HEADS, 256, DIM), 7.0) for name in ("keys", "values")}
@@ -287,18 +287,18 @@ def test_arrays_that_were_given_to_a_cache_are_not_written_into(names: list[str]
     assert numbers(cache) == [[7 if name in names or names == ["state"] else 1, 2] for name in given]
 
 
-def test_a_cache_holds_the_type_of_its_keys_and_values() -> None:
+def test_a_cache_keeps_the_dtype_of_its_keys_and_values() -> None:
     cache = ours.KVCache()
-    assert cache.holds(mx.float32)
-    assert cache.holds(mx.bfloat16)
+    assert cache.has_dtype(mx.float32)
+    assert cache.has_dtype(mx.bfloat16)
     cache.update_and_fetch(mx.zeros((1, HEADS, 3, DIM)), mx.zeros((1, HEADS, 3, DIM)))
-    assert cache.holds(mx.float32)
-    assert not cache.holds(mx.bfloat16)
+    assert cache.has_dtype(mx.float32)
+    assert not cache.has_dtype(mx.bfloat16)
     for name in ("keys", "values"):
         mixed = copy.copy(cache)
         setattr(mixed, name, getattr(mixed, name).astype(mx.bfloat16))
-        assert not mixed.holds(mx.float32)
-        assert not mixed.holds(mx.bfloat16)
+        assert not mixed.has_dtype(mx.float32)
+        assert not mixed.has_dtype(mx.bfloat16)
 
 
 def test_a_quantized_cache_from_a_plain_one() -> None:
@@ -318,7 +318,7 @@ def test_a_quantized_cache_from_a_plain_one() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6])
-def test_other_bits(bits: int) -> None:
+def test_quantized_caches_of_other_bits(bits: int) -> None:
     rng = random.Random(bits)
     cache = ours.QuantizedKVCache(32, bits)
     keys, values = (mx.concatenate(x, axis=2) for x in zip(*[fresh(rng, 1, n) for n in (3, 1)], strict=True))
@@ -335,7 +335,7 @@ SIZE = 12  # of the rotating caches
 
 
 class Rows:
-    """A batch in three forms: our cache, mlx-lm's, and the definition, where a row sees its latest tokens."""
+    """A batch in our cache, in mlx-lm's, and by the definition: a row sees its latest tokens."""
 
     def __init__(self, rng: random.Random, kind: str, prompts: list[int]) -> None:
         self.rng, self.kind, self.limit = rng, kind, SIZE if kind == "rotating" else 10**9
@@ -366,7 +366,7 @@ class Rows:
         keys, values = fresh(self.rng, len(self.histories), total)
         mine = seen(self.ours, keys, values)
         other = seen(self.theirs, keys, values)
-        for row, length in enumerate(lengths):  # what padding sees does not matter
+        for row, length in enumerate(lengths):  # what padding attends to does not matter
             expected = self._remember(row, keys[row], values[row], length)
             assert mine[row][:length] == expected
             if self.kind == "plain":
@@ -472,7 +472,7 @@ def test_left_padding_and_trim() -> None:
             cache.prepare(left_padding=[1, 0])
 
 
-def test_caches_of_different_sizes_do_not_merge() -> None:
+def test_rotating_caches_of_different_sizes_do_not_merge() -> None:
     with pytest.raises(ValueError, match="size"):
         ours.RotatingKVCache.merge([ours.RotatingKVCache(8), ours.RotatingKVCache(9)])
 
@@ -492,7 +492,7 @@ def test_make_cache() -> None:
 
 @pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
 @pytest.mark.parametrize("name", [*PAIRS, "RotatingKVCache-keep"])
-def test_saved_prompt_caches_are_read_both_ways(tmp_path: Path, name: str, direction: str) -> None:
+def test_saved_prompt_caches_are_exchanged_with_mlx_lm(tmp_path: Path, name: str, direction: str) -> None:
     make = PAIRS.get(name) or (lambda m: m.RotatingKVCache(20, keep=4))
     writer, reader = (ours, theirs) if direction == "ours to theirs" else (theirs, ours)
     rng = random.Random(name)
@@ -527,7 +527,7 @@ def test_saved_prompt_caches_are_read_both_ways(tmp_path: Path, name: str, direc
         lambda: ours.BatchKVCache([0]),
     ],
 )
-def test_a_copy_and_its_original_go_separate_ways(make: Callable[[], Any]) -> None:
+def test_a_shallow_copy_is_independent(make: Callable[[], Any]) -> None:
     def one(value: float) -> mx.array:
         return mx.full((1, 2, 1, 64), value)
 

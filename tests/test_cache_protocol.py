@@ -36,7 +36,7 @@ SINGLE = {
 
 
 class Numbers:
-    """Keys and values that no two updates share."""
+    """Keys and values, different in each update."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -82,14 +82,14 @@ def test_one_sequence(kind: str, steps: list[tuple[str, Any]], window: int | Non
             assert equal(got, expected)
             assert equal(a.keys_and_values(), b.keys_and_values())
             total = (got[0] if kind != "quantized" else got[0][0]).shape[2]
-            if not kept or masks[1] is None:  # theirs hides the kept positions behind a window
+            if not kept or masks[1] is None:  # mlx-lm hides the kept positions outside of the window
                 assert np.array_equal(*(as_array(mask, value, total) for mask in masks)), (value, window)
         elif name == "trim":
             assert a.is_trimmable() == b.is_trimmable()
             if a.is_trimmable():
                 assert a.trim(value) == b.trim(value)
         elif not a.empty():
-            a, b = (type(c).from_state(c.state) for c in (b, a))  # each continues from the other's state
+            a, b = (type(c).from_state(c.state) for c in (b, a))  # each continues from the state of the other
             a, b = (getattr(m, type(a).__name__).from_state(c.state) for m, c in ((ours, a), (theirs, b)))
         assert (a.offset, a.empty(), a.step) == (b.offset, b.empty(), b.step)
         assert equal(a.state[2:], b.state[2:])
@@ -98,8 +98,8 @@ def test_one_sequence(kind: str, steps: list[tuple[str, Any]], window: int | Non
 
 
 @pytest.mark.parametrize("kind", SINGLE)
-def test_buffers_grow_by_the_step_that_is_set(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In mlx-lm, the step is changed by setting it on the class."""
+def test_buffers_grow_by_the_step_set_on_the_class(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in mlx-lm."""
     shapes = []
     for module in (ours, theirs):
         cache = SINGLE[kind](module)
@@ -159,7 +159,7 @@ BATCH_STEP = st.one_of(
 @given(padding=st.lists(st.integers(0, 3), min_size=1, max_size=3), steps=st.lists(BATCH_STEP, max_size=12))
 def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) -> None:
     numbers, (a, b) = Numbers(), (batch(m, kind, padding) for m in (ours, theirs))
-    started = False  # theirs cannot filter, extend or extract before the first update
+    started = False  # mlx-lm cannot filter, extend or extract before the first update
     for name, value in steps:
         rows = a.left_padding.size
         if name == "update":
@@ -201,7 +201,7 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
         elif name == "reload":
             states = a.state, b.state
             assert len(states[0]) == len(states[1])
-            a = type(a).from_state(states[1])  # each continues from the other's state
+            a = type(a).from_state(states[1])  # each continues from the state of the other
             b = from_state(type(b), states[0])
         assert a.offset.tolist() == b.offset.tolist()
         assert a.empty() == b.empty()
@@ -210,8 +210,8 @@ def test_a_batch(kind: str, padding: list[int], steps: list[tuple[str, Any]]) ->
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @QUICK
 @given(lengths=st.lists(st.sampled_from([1, 1, 1, 1, 2, 5, 9]), max_size=14))
-def test_a_batch_has_the_same_columns_as_theirs(kind: str, lengths: list[int]) -> None:
-    """The layout too, and all of the state except the count of columns ever held."""
+def test_a_batch_has_the_same_columns_as_mlx_lms(kind: str, lengths: list[int]) -> None:
+    """Including the layout, and all of the state except the count of columns ever held."""
     numbers, (a, b) = Numbers(), (batch(m, kind, [2, 0, 3]) for m in (ours, theirs))
     for length in [5, *lengths]:
         keys, values = numbers(3, length)
@@ -227,7 +227,7 @@ def test_a_batch_has_the_same_columns_as_theirs(kind: str, lengths: list[int]) -
 class TestEdges:
     """Empty batches, one row, no rows, repeated or reordered rows, and rows that do not exist."""
 
-    def test_filtering_before_the_first_update_keeps_the_padding_to_come(self, kind: str) -> None:
+    def test_filtering_before_the_first_update_keeps_pending_padding(self, kind: str) -> None:
         a, whole = batch(ours, kind, [2, 3]), batch(ours, kind, [2])
         a.filter([0])
         assert (a.size(), a.left_padding.tolist(), a.offset.tolist()) == (0, [2], [-2])
@@ -235,7 +235,7 @@ class TestEdges:
         assert seen(a, keys, values)[0][2:] == seen(whole, keys, values)[0][2:]
         assert a.offset.tolist() == [4]
 
-    def test_filtering_while_padding_is_still_coming(self, kind: str) -> None:
+    def test_filtering_while_padding_is_pending(self, kind: str) -> None:
         a, alone = batch(ours, kind, [5, 0]), batch(ours, kind, [5])
         numbers = Numbers()
         keys, values = numbers(2, 3)
@@ -246,7 +246,7 @@ class TestEdges:
         keys, values = numbers(1, 4)
         assert seen(a, keys, values)[0][2:] == seen(alone, keys, values)[0][2:]
 
-    def test_rows_twice_and_in_another_order(self, kind: str) -> None:
+    def test_filtering_repeats_and_reorders_rows(self, kind: str) -> None:
         a, numbers = batch(ours, kind, [0, 1, 2]), Numbers()
         a.update_and_fetch(*numbers(3, 6))
         singles = [a.extract(row) for row in range(3)]
@@ -269,7 +269,7 @@ class TestEdges:
             assert a.offset.tolist() == [3]
             assert equal(a.extract(0).keys_and_values(), single.keys_and_values())
 
-    def test_rows_that_do_not_exist(self, kind: str) -> None:
+    def test_filtering_to_rows_that_do_not_exist_is_refused(self, kind: str) -> None:
         a = batch(ours, kind, [0, 1])
         for _ in range(2):
             for wrong in ([2], [0, -3], mx.array([7])):
@@ -287,7 +287,7 @@ class TestEdges:
         keys, values = Numbers()(1, 3)
         assert equal(single.update_and_fetch(keys, values), (keys, values))
 
-    def test_extracting_a_row_that_is_all_padding(self, kind: str) -> None:
+    def test_extracting_a_row_of_padding_alone(self, kind: str) -> None:
         a = batch(ours, kind, [6, 0])
         a.update_and_fetch(*Numbers()(2, 4))
         single = a.extract(0)
@@ -330,9 +330,9 @@ def test_rows_removed_while_others_are_padded_on_the_right(kind: str) -> None:
     a.prepare(lengths=[4, 2, 3], right_padding=[0, 2, 1])
     keys, values = numbers(3, 4)
     a.update_and_fetch(keys, values)
-    nobody = type(a).from_state(a.state)
-    nobody.prepare(lengths=[1, 2, 3], right_padding=[2, 1, 0])
-    nobody.filter([])
+    empty = type(a).from_state(a.state)
+    empty.prepare(lengths=[1, 2, 3], right_padding=[2, 1, 0])
+    empty.filter([])
     a.filter([0, 2])
     a.finalize()
     alone.update_and_fetch(keys[2:, :, :3], values[2:, :, :3])
@@ -345,7 +345,7 @@ def test_rows_removed_while_others_are_padded_on_the_right(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @pytest.mark.parametrize("updates", [[4], [6, 1, 1], [6, 9, 1, 1], [6, 9]], ids=str)
-def test_batches_are_saved_and_loaded_both_ways(tmp_path: Path, kind: str, updates: list[int]) -> None:
+def test_saved_batches_are_exchanged_with_mlx_lm(tmp_path: Path, kind: str, updates: list[int]) -> None:
     numbers, caches = Numbers(), [batch(m, kind, [2, 0]) for m in (ours, theirs)]
     for length in updates:
         keys, values = numbers(2, length)
@@ -389,7 +389,7 @@ def expected(model: OpenELM) -> list[int]:
 def test_the_model_works_with_every_cache_of_keys_and_values(
     model: OpenELM, expected: list[int], kind: str, size: int | None
 ) -> None:
-    """In our decoding and in mlx-lm's, with its class and with ours of the same name."""
+    """In our decoding and in mlx-lm's, with its class and with our class of the same name."""
     modules = [module for module in (theirs, ours) if kind in vars(module)]
     assert len(modules) == (1 if kind in ("ConcatenateKVCache", "ChunkedKVCache") else 2)
     for module in modules:
@@ -410,7 +410,7 @@ def test_caches_of_other_kinds_are_refused(model: OpenELM) -> None:
 
 
 def test_mlx_lms_speculative_decoding_works_with_our_caches(model: OpenELM, expected: list[int]) -> None:
-    """Its speculative decoding trims; so do `trim_prompt_cache` and whoever edits a prompt."""
+    """Speculative decoding trims the cache; so do `trim_prompt_cache` and programs that edit a prompt."""
     caches = ours.make_cache(2 * len(model.layers))
     steps = their_generate.speculative_generate_step(
         mx.array(PROMPT), model, model, max_tokens=16, prompt_cache=caches, num_draft_tokens=3

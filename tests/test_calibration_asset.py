@@ -1,4 +1,4 @@
-"""The bundled calibration text: well-formed, varied, and apart from the text we measure on."""
+"""The bundled calibration text: well-formed, varied, and disjoint from the text we measure on."""
 
 import importlib.resources
 import json
@@ -18,7 +18,7 @@ def documents() -> list[dict[str, str]]:
 
 
 def one_line(text: str) -> str:
-    """Layout does not hide a copied passage."""
+    """Normalize whitespace, so that layout does not hide a copied passage."""
     return " ".join(text.split())
 
 
@@ -53,7 +53,7 @@ def test_it_is_large_enough_to_calibrate_and_small_enough_to_ship():
     assert len(calibration_text().encode()) <= 200_000
 
 
-def test_no_document_stands_twice():
+def test_no_document_occurs_twice():
     counts = Counter(document["source"] for document in documents())
     assert max(counts.values()) == 1, counts.most_common(3)
     # A passage repeated in two documents would count double in every statistic.
@@ -74,7 +74,7 @@ def test_any_long_prefix_mixes_plays_and_other_text():
             assert 0.35 <= sizes[PLAYS] / sum(sizes.values()) <= 0.65
 
 
-def test_it_holds_code_other_languages_and_numbers():
+def test_it_contains_code_other_languages_and_numbers():
     text = "\n".join(document["text"] for document in documents())
     code = ["def ", "#include", "const ", "SELECT ", "<!DOCTYPE html>", '{"', "| "]
     for sign in [*code, "https://", "°C", "ß", "ç", "ñ", "ã"]:
@@ -83,13 +83,13 @@ def test_it_holds_code_other_languages_and_numbers():
 
 def test_held_out_text_is_not_in_it():
     pieces = held_out_pieces(200)
-    assert len(pieces) > 50_000  # the validation play was found
+    assert len(pieces) > 50_000  # the validation play exists
     for document in documents():
         assert not shares_a_piece(document["text"], pieces, 200), document["source"]
 
 
-def test_a_held_out_passage_would_be_noticed():
+def test_a_held_out_passage_is_detected():
     line = (FIXTURES / "valid.jsonl").read_text("utf-8").splitlines()[2]
     passage = json.loads(line)["text"][300:800]
-    spoilt = documents()[0]["text"] + "\n  " + passage.replace("\n", "\n\n   ")
-    assert shares_a_piece(spoilt, held_out_pieces(200), 200)
+    contaminated = documents()[0]["text"] + "\n  " + passage.replace("\n", "\n\n   ")
+    assert shares_a_piece(contaminated, held_out_pieces(200), 200)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.hub import catalog
+from mlx_openelm.wording import did_you_mean
 
 import pytest
 
@@ -51,18 +52,18 @@ def test_find_in_every_spelling(spelling: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "tiny", "7b", "OpenELM", "mlx-community/OpenELM-270M", "me/OpenELM-270M"])
-def test_find_nothing(name: str) -> None:
+def test_unknown_names_are_not_found(name: str) -> None:
     assert catalog.find(name) is None
 
 
 def test_find_by_repository() -> None:
     assert [catalog.find_repo(f"apple/{name}") for name in NAMES] == list(catalog.releases())
-    # Only the very repository: aliases, folders and other people's copies are not it.
+    # Only Apple's own repository: not aliases, folders or other people's copies.
     for other in ("270m", "OpenELM-270M", "mlx-community/OpenELM-270M", "", None, ["apple/OpenELM-270M"]):
         assert catalog.find_repo(other) is None
 
 
-def test_aliases_are_one_each() -> None:
+def test_each_release_has_one_alias() -> None:
     assert [release.aliases for release in catalog.releases()] == [
         ("270m",),
         ("270m-instruct",),
@@ -87,7 +88,7 @@ def test_only_the_3b_models_cannot_be_float16() -> None:
     assert [r.name for r in catalog.releases() if not r.float16] == ["OpenELM-3B", "OpenELM-3B-Instruct"]
 
 
-def test_display_name_is_the_papers() -> None:
+def test_display_names_follow_the_paper() -> None:
     assert [r.display_name for r in catalog.releases()][4:6] == ["OpenELM-1.1B", "OpenELM-1.1B-Instruct"]
 
 
@@ -134,7 +135,7 @@ def test_packaged_scores_are_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "first"),
+    ("wrong", "right"),
     [
         ("tinny", "tiny"),
         ("270", "270m"),
@@ -145,12 +146,12 @@ def test_packaged_scores_are_complete() -> None:
         ("mlx-comunity/OpenELM-450M", "mlx-community/OpenELM-450M"),
     ],
 )
-def test_suggest(wrong: str, first: str) -> None:
-    assert catalog.suggest(wrong)[0] == first
+def test_a_misspelled_name_gets_suggestions(wrong: str, right: str) -> None:
+    assert did_you_mean(wrong, catalog.names()).startswith(f"did you mean {right}")
 
 
-def test_suggest_nothing_for_what_is_far() -> None:
-    assert catalog.suggest("gpt2") == []
+def test_no_suggestion_for_dissimilar_names() -> None:
+    assert did_you_mean("gpt2", catalog.names()) == ""
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_files_of_corenet(name: str, files: list[str]) -> None:
         ("corenet:270M-instruct/lora", "is not a CoreNet download"),
     ],
 )
-def test_files_corenet_never_had(name: str, words: str) -> None:
+def test_files_corenet_never_published(name: str, words: str) -> None:
     with pytest.raises(RequestError) as caught:
         catalog.corenet_files(name)
     assert words in str(caught.value)

@@ -1,7 +1,7 @@
 """Templates of the shapes found in the wild render what transformers 5 renders, character by character.
 
 `fixtures/chat-templates/expected.json` holds transformers' texts and errors;
-`python -m tests.test_chat_template_corpus` makes it anew, and where transformers is installed a test compares.
+`python -m tests.test_chat_template_corpus` regenerates it; if transformers is installed, a test checks it.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": [{"type": "text", "text": "three "}]},
     ],
 }
-# They show the last message several times, or in pieces; there transformers leaves its marks in the text.
+# They show the last message several times or in pieces, where transformers leaves its markers in the text.
 ODD = ("filters", "string_methods", "tojson_ensure_ascii", "tojson_options", "undefined", "whitespace")
-# They reverse or break texts.
+# They reverse or cut texts.
 APART = ("filters", "string_methods")
 MODES: dict[str, dict[str, bool]] = {
     "closed": {},
@@ -99,7 +99,7 @@ MODES: dict[str, dict[str, bool]] = {
 
 
 def cases():
-    """Template, conversation and mode of each case that both programs take."""
+    """Template, conversation and mode of each case that both programs accept."""
     for template, source in TEMPLATES.items():
         for name in CONVERSATIONS:
             if name == "tools" and not ("tools" in source and "tool_calls" in source):
@@ -109,7 +109,7 @@ def cases():
             if template.startswith("bad_") and name != "one":
                 continue
             if name == "typed" and template in APART:
-                continue  # refused here: what was typed and what the template wrote cannot be told apart
+                continue  # refused here: typed text and template text cannot be told apart
             for mode in MODES:
                 if mode != "continued" or (CONVERSATIONS[name][-1]["role"] == "assistant" and template not in ODD):
                     yield template, name, mode
@@ -165,7 +165,7 @@ def test_a_template_renders_what_transformers_renders(template):
             with pytest.raises(RequestError) as caught:
                 ours(*key)
             assert "\n" not in str(caught.value)
-            # In words of our own where the template does not show the message, or stores a private name.
+            # We word it differently if the template does not show the message or stores a private name.
             own = ("cannot be continued", "begin with _", "tojson() got an unexpected keyword argument 'default'")
             assert expected["error"] in str(caught.value) or any(word in str(caught.value) for word in own), key
 
@@ -173,12 +173,12 @@ def test_a_template_renders_what_transformers_renders(template):
 def test_the_published_cases():
     folder = Path(__file__).parents[2] / "shared" / "cases" / "chat-templates"
     if not folder.exists():
-        pytest.skip("needs the cases beside the repository")
+        pytest.skip("needs the published cases")
     cases = json.loads((folder / "expected.json").read_text())
     tokenizer = Tokenizer.from_folder(FOLDER.parent / "shakespeare-hf")
     for name, expected in cases["rendered"].items():
         ids = tokenizer.apply_chat_template(cases["messages"], folder / name)
-        # A token at a time, since special ones have no text; BOS is OpenELM's.
+        # Token by token, since special tokens have no text; BOS is OpenELM's.
         assert [tokenizer.bos_token_id, *by_hand(tokenizer, expected)] == ids
 
 
@@ -206,7 +206,7 @@ def test_a_tokenizers_config_names_special_tokens(tmp_path):
     assert ids == [1, 2, 1, 0, *tokenizer.encode("1", add_bos=False)]
 
 
-def test_no_parts_cannot_be_continued():
+def test_a_message_without_parts_cannot_be_continued():
     with pytest.raises(RequestError, match="no content that could be continued"):
         chat_template.render(
             [USER, {"role": "assistant", "content": []}],
@@ -218,7 +218,7 @@ def test_no_parts_cannot_be_continued():
 
 
 @pytest.mark.parametrize("template", APART)
-def test_a_typed_token_that_a_template_takes_apart_is_refused(template):
+def test_a_typed_token_that_a_template_splits_is_refused(template):
     with pytest.raises(RequestError, match="alters a special token that a message quotes"):
         ours(template, "typed", "closed")
 
@@ -230,7 +230,7 @@ def test_a_typed_token_that_a_template_takes_apart_is_refused(template):
     ),
     between=st.sampled_from(["", " ", "</s>", "s>"]),
 )
-def test_messages_cannot_write_special_tokens_whatever_stands_around_them(contents, between):
+def test_messages_cannot_write_special_tokens_in_any_surroundings(contents, between):
     messages = [{"role": "user", "content": content} for content in contents]
     source = "{{ bos_token }}{% for m in messages %}{{ m.content }}" + between + "{% endfor %}"
     runs = chat_template.render(messages, source, SPECIAL, named=NAMED)
@@ -239,7 +239,7 @@ def test_messages_cannot_write_special_tokens_whatever_stands_around_them(conten
     assert "".join(run for run in runs if isinstance(run, str)) == "".join(texts)
 
 
-def test_what_is_expected_is_what_transformers_renders():
+def test_the_expected_texts_are_what_transformers_renders():
     tokenizer = their_tokenizer()
     assert {"/".join(key): theirs(tokenizer, *key) for key in cases()} == EXPECTED
 

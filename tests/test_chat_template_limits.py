@@ -1,4 +1,4 @@
-"""Templates without end are stopped: in any one call into C, too, and at little cost for others."""
+"""Endless templates are stopped, even within a single call into C, and at little cost for others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TIME, MEMORY = "of processor time", "MB of memory"
 DOUBLE = "{% set ns = namespace(x=1, y=1) %}{% for i in range(60) %}"
-# What stops the template; the first of each kind always run, the others with --run-slow.
+# The limit that stops each template; the first of each kind always runs, the others with --run-slow.
 QUICK = {
     "{% for i in range(10**9) %}x{% endfor %}": "Range too big",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": TIME,
@@ -114,19 +114,19 @@ print(json.dumps([rows, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss])
 
 
 @pytest.mark.parametrize("attacks", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
-def test_a_template_without_end_is_stopped(attacks):
+def test_an_endless_template_is_stopped(attacks):
     found = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=json.dumps(list(attacks)), capture_output=True, text=True, cwd=ROOT
     )
     assert found.returncode == 0, found.stderr
     rows, peak = json.loads(found.stdout)
     for (source, reason), (error, seconds) in zip(attacks.items(), rows, strict=True):
-        # What is only sampled may be met by the other limit first.
+        # Memory is only sampled, so the other limit may be reached first.
         reasons = (TIME, MEMORY) if sys.platform == "darwin" and reason in (TIME, MEMORY) else (reason,)
-        assert error.startswith("the chat template failed"), (source[:80], error)
+        assert error.startswith("The chat template failed"), (source[:80], error)
         assert any(reason in error for reason in reasons), (source[:80], error)
         assert "\n" not in error and len(error) < 500
-        assert seconds < 5, (source[:80], seconds)  # processor time, the start of a process included
+        assert seconds < 5, (source[:80], seconds)  # processor time, including the start of a process
     if sys.platform == "linux":
         assert peak << 10 < 200 << 20
 
@@ -135,7 +135,7 @@ WORKER = "chat_template_worker.py"
 
 
 def new_copy() -> ModuleType:
-    """The module anew, as in a program that has rendered nothing yet."""
+    """A fresh copy of the module, as in a program that has rendered nothing yet."""
     spec = importlib.util.find_spec("mlx_openelm.text.chat_template_process")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -144,7 +144,7 @@ def new_copy() -> ModuleType:
 
 
 def workers() -> set[int]:
-    """The processes of templates that this one has started, ended ones left out."""
+    """The live template processes that this one has started."""
     found = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
     )
@@ -154,7 +154,7 @@ def workers() -> set[int]:
 
 @pytest.fixture
 def process() -> Iterator[ModuleType]:
-    """The module before its first call; what it starts is ended."""
+    """The module before its first call; processes that it starts are ended afterwards."""
     before = workers()
     yield new_copy()
     for pid in workers() - before:
@@ -163,14 +163,14 @@ def process() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def worker(process) -> int:
-    """The process that has rendered one template."""
+    """A template process that has rendered one template."""
     before = workers()
     process.render("", {})
     (pid,) = workers() - before
     return pid
 
 
-def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch):
+def test_memory_is_sampled_where_the_system_does_not_limit_it(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     process = new_copy()
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
@@ -179,7 +179,7 @@ def test_the_memory_is_watched_where_the_system_does_not_limit_it(monkeypatch):
     assert process.render("{{ 'x' * 10 }}", {}) == "x" * 10
 
 
-def test_one_process_serves_all_and_is_replaced_when_it_ended(process, worker):
+def test_one_process_serves_all_requests_and_is_replaced_if_it_ends(process, worker):
     assert process.render("{{ b }}", {"b": "é\ud800\n\u2028"}) == "é\ud800\n\u2028"
     assert worker in workers()
     for code in (signal.SIGKILL, signal.SIGTERM):
@@ -230,13 +230,13 @@ def test_a_request_is_repeated_when_the_process_is_killed_from_outside(process, 
     assert worker not in workers()
 
 
-def test_a_process_that_ends_at_once_is_given_up(monkeypatch, process):
+def test_a_process_that_ends_at_once_is_reported(monkeypatch, process):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RequestError, match="its process ended with status 1"):
         process.render("", {})
 
 
-def test_a_path_may_hold_other_things_than_text(monkeypatch, process, tmp_path):
+def test_sys_path_may_hold_entries_that_are_not_text(monkeypatch, process, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
     assert process.render("{{ a }}", {"a": 1}) == "1"
 
@@ -249,14 +249,14 @@ def test_a_missing_jinja2_is_named(monkeypatch, process, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is limited on Linux")
-def test_a_long_message_is_rendered_or_the_reason_named(process):
+def test_a_long_message_is_rendered_or_refused_with_a_reason(process):
     text = "語" * 2_000_000
     assert process.render("{{ a }}", {"a": text}) == text
     with pytest.raises(RequestError, match=MEMORY):
         process.render("{{ a }}", {"a": text * 15})
 
 
-def test_an_interrupted_request_does_not_answer_the_next(process, worker):
+def test_the_answer_to_an_interrupted_request_is_not_given_to_the_next(process, worker):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -271,7 +271,7 @@ def test_an_interrupted_request_does_not_answer_the_next(process, worker):
     assert process.render("second", {}) == "second"
 
 
-def test_a_fork_starts_its_own():
+def test_a_forked_child_starts_its_own_process():
     script = (
         "import os; from mlx_openelm.text.chat_template_process import render; render('', {}); child = os.fork()\n"
         "texts = {render('{{ a }}', {'a': i}) for i in [bool(child)] * 50}\n"
@@ -281,7 +281,7 @@ def test_a_fork_starts_its_own():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_a_fork_leaves_the_parents_process_alone():
+def test_a_forked_child_leaves_the_parents_process_alone():
     """The child does not send what the parent has buffered, and leaves no ResourceWarning."""
     script = (
         "import gc, os, subprocess, sys; from mlx_openelm.text.chat_template_process import render; started = []\n"
@@ -311,8 +311,8 @@ def test_no_process_is_left_behind():
         found = subprocess.run([sys.executable, "-c", script, *killed], capture_output=True, text=True, cwd=ROOT)
         assert found.stderr == "" and found.stdout.strip().isdigit()
         for _ in range(600):
-            shown = subprocess.run(["ps", "-o", "stat=", "-p", found.stdout.strip()], capture_output=True, text=True)
-            if shown.stdout.strip()[:1] in ("", "Z"):  # a zombie has ended; who should read its status may not
+            status = subprocess.run(["ps", "-o", "stat=", "-p", found.stdout.strip()], capture_output=True, text=True)
+            if status.stdout.strip()[:1] in ("", "Z"):  # a zombie has ended, even if its parent never reads the status
                 break
             time.sleep(0.05)
         else:
@@ -326,7 +326,7 @@ def test_a_long_conversation_is_rendered(process):
     assert text == "user: " + messages[0]["content"].strip() + "assistant: " + messages[1]["content"]
 
 
-def test_values_that_are_no_json_are_placeholders_as_in_transformers(process):
+def test_values_json_cannot_hold_are_placeholders_as_in_transformers(process):
     values = {"a": b"bytes", "b": {1, 2}, "c": (1, None), "d": float("nan"), 5: 2**70}
     assert process.render("{{ v }}", {"v": values}) == (
         "{'a': '<bytes>', 'b': '<set>', 'c': [1, None], 'd': nan, '5': 1180591620717411303424}"
@@ -348,7 +348,7 @@ def test_the_built_in_templates_start_no_process():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-def test_a_template_file_has_bounds(tmp_path):
+def test_template_files_are_limited_and_checked(tmp_path):
     tokenizer = Tokenizer.from_folder(ROOT / "tests/fixtures/shakespeare-hf")
     big, pipe, latin = tmp_path / "big.jinja", tmp_path / "pipe.jinja", tmp_path / "latin.jinja"
     big.write_bytes(b" " * ((1 << 20) + 1))

@@ -1,4 +1,4 @@
-"""What a message says never becomes a special token, whatever a template does with it."""
+"""A message's text never becomes a special token, whatever a template does with it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BUILT = [
 
 
 @pytest.mark.parametrize(("source", "content", "text"), BUILT)
-def test_nothing_typed_becomes_a_token(source, content, text):
+def test_typed_text_never_becomes_a_token(source, content, text):
     fields = {"name": "im_end", "x": {"</s>": ["<s>"]}}
     if text is None:
         with pytest.raises(RequestError, match="alters a special token that a message quotes") as caught:
@@ -70,15 +70,15 @@ def test_nothing_typed_becomes_a_token(source, content, text):
         ("{{ m.content | trim }}", " <a>\n", "<a>"),
     ],
 )
-def test_templates_may_look_into_texts(source, content, text):
+def test_templates_may_inspect_texts(source, content, text):
     assert render(source, content) == [1, text, 2]
 
 
-def test_a_role_may_be_put_into_a_token():
+def test_a_role_may_be_part_of_a_token():
     assert render("<|{{ m.role }}|>{{ m.content }}", "user", {**SPECIAL, "<|user|>": 5}) == [1, 5, "user", 2]
 
 
-def test_tokens_of_letters():
+def test_special_tokens_made_of_letters():
     special = {**SPECIAL, "PAD": 5, "kB": 6}
     assert render("{{ m.content }}", "PAD kB pad", special) == [1, "PAD kB pad", 2]
     for source, content in (
@@ -89,7 +89,7 @@ def test_tokens_of_letters():
             render(source, content, special)
 
 
-def test_added_tokens_alike(tmp_path):
+def test_typed_added_tokens_are_text_too(tmp_path):
     shutil.copy(FOLDER / "tokenizer.model", tmp_path)
     added = {"2048": {"content": "<|a|>", "special": True}, "2049": {"content": "<b>", "special": False}}
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "added_tokens_decoder": added}
@@ -105,7 +105,7 @@ def test_added_tokens_alike(tmp_path):
     assert ids.count(2049) == 1
 
 
-def test_keys_that_are_no_text_are_one_line(tmp_path):
+def test_keys_that_are_not_text_are_refused_in_one_line(tmp_path):
     with pytest.raises(RequestError, match="cannot be written as JSON"):
         render("{{ m.content }}", "a", **{"x": {("x",): 1}})
     message = {"role": "user", "content": "a", ("x",): 1}
@@ -114,7 +114,7 @@ def test_keys_that_are_no_text_are_one_line(tmp_path):
     assert render("{{ m.x }}", "a", x={5: "b"}) == [1, "{'5': 'b'}", 2]
 
 
-def test_messages_nested_deeply_are_one_line():
+def test_deeply_nested_messages_are_refused_in_one_line():
     for depth in (700, 100_000):
         value: list = []
         for _ in range(depth):
@@ -123,7 +123,7 @@ def test_messages_nested_deeply_are_one_line():
             render("{{ m.content }}", "a", x=value)
 
 
-def test_a_long_text_with_one_token_is_quick():
+def test_a_long_text_with_one_token_is_rendered_quickly():
     mark, content = chat_marker.Marker(tuple(SPECIAL)), "a b" * 700_000
     seconds = []
     for text in (content, content + "<s>"):
@@ -169,10 +169,10 @@ def test_a_long_text_with_one_token_is_quick():
     around=st.sampled_from(["{}", "<{}", "{}>", "</{}", "<|{}", "{0}{0}"]),
 )
 def test_whatever_a_template_does_only_its_own_tokens_are_found(content, change, around):
-    shown = "{{ " + "|".join(["m.content", *change]) + " }}"
+    expression = "{{ " + "|".join(["m.content", *change]) + " }}"
     try:
-        runs = render(around.format(shown), "".join(content))
+        runs = render(around.format(expression), "".join(content))
     except RequestError as error:
-        assert "alters a special token" in str(error) or "the chat template failed" in str(error)
+        assert "alters a special token" in str(error) or "The chat template failed" in str(error)
     else:
         assert [run for run in runs if isinstance(run, int)] == [1, 2]

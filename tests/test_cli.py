@@ -1,4 +1,4 @@
-"""The command line: the installed command in processes of its own, every flag's effect, every error's line."""
+"""The command line, in separate processes: the effect of every flag, the line of every error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROMPT = "ROMEO. But soft, what light"
 def run(
     *args: object, stdin: str | bytes = b"", env: dict[str, str] | None = None, start: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; nothing from the hub unless `env` names one."""
+    """Run the command in a separate process, offline unless `env` names a hub."""
     command = [*(start or (sys.executable, "-m", "mlx_openelm")), *map(str, args)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {})
     if "COLUMNS" not in (env or {}):
@@ -58,7 +58,7 @@ def generated(*args: object, prompt: str = PROMPT, tokens: int = 24, **more: Any
 
 
 def refused(*args: object, code: int = 2, **more: Any) -> str:
-    """The one line of a command that must fail."""
+    """The one-line error of a command that must fail."""
     done = run(*args, **more)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert done.stderr.startswith("error: ")
@@ -68,7 +68,7 @@ def refused(*args: object, code: int = 2, **more: Any) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The processes share compiled bytecode, as an installed package has it, outside of the source tree."""
+    """Processes share compiled bytecode, as for an installed package, outside of the source tree."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("bytecode")))
@@ -118,7 +118,7 @@ def test_every_command_has_help() -> None:
         assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
 
-def test_the_console_script_the_module_and_the_doors_are_the_same(greedy_text: str, tmp_path: Path) -> None:
+def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tmp_path: Path) -> None:
     from mlx_openelm import __version__
 
     script = Path(sys.executable).parent / "mlx-openelm"
@@ -166,10 +166,10 @@ def test_debug_shows_the_traceback_before_and_after_the_command() -> None:
         done = run(*args)
         assert done.returncode == 2
         assert "Traceback" in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: there is no model named 'nothing'")
+        assert done.stderr.splitlines()[-1].startswith("error: There is no model named 'nothing'")
 
 
-def test_what_nobody_expected_is_one_line_too() -> None:
+def test_unexpected_errors_are_one_line_too() -> None:
     code = (
         "import sys\nfrom mlx_openelm.jobs import summary\nfrom mlx_openelm.cli.main import main\n"
         "def broken(*args, **kwargs): raise KeyError('two\\nlines')\n"
@@ -212,14 +212,14 @@ def test_every_switch_has_a_negative_form() -> None:
     assert "already quantized" in refused("convert", "-q", "--dequantize", "--no-dequantize")
 
 
-def test_closed_streams_are_no_crash() -> None:
+def test_closed_streams_do_not_crash() -> None:
     closed = ("sh", "-c", f'"{sys.executable}" -m mlx_openelm "$@" <&- >&-', "sh")
     done = run("generate", "-p", PROMPT, "-m", 2, "--verbose", "False", start=closed)
     assert (done.returncode, done.stderr) == (0, "")
     assert "The prompt is empty" in refused("generate", start=closed)
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+def test_a_closed_pipe_ends_the_command_quietly() -> None:
     command = [sys.executable, "-m", "mlx_openelm", "generate", "-p", PROMPT, "-m", "-1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -234,7 +234,7 @@ def has_gpu() -> bool:
     return mx.metal.is_available() or mx.cuda.is_available()
 
 
-# generate: where the prompt comes from, where the text goes.
+# generate: sources of prompts, destinations of text.
 
 
 def test_text_goes_to_stdout_and_statistics_to_stderr(greedy_text: str) -> None:
@@ -264,7 +264,7 @@ def test_quiet(quiet: list[str]) -> None:
         (["convert", "-q4"], "--quantize takes no value"),
     ],
 )
-def test_what_cannot_be_right_goes_before_what_is_missing(words: list[str], reason: str) -> None:
+def test_invalid_flags_are_reported_before_a_missing_prompt(words: list[str], reason: str) -> None:
     assert reason in refused(*words)
 
 
@@ -273,7 +273,7 @@ def test_help_has_a_short_flag() -> None:
     assert done.returncode == 0 and done.stdout.startswith("Usage: mlx-openelm generate")
 
 
-def test_a_flag_is_no_value_unless_joined_to_it() -> None:
+def test_a_flag_is_a_value_only_if_joined_with_equals() -> None:
     """After a flag that needs a value, another flag means that the value was forgotten."""
     line = refused("generate", "--prompt", "--json")
     assert "--prompt needs a value, and --json is a flag; if it is the value, write --prompt=--json;" in line
@@ -283,7 +283,7 @@ def test_a_flag_is_no_value_unless_joined_to_it() -> None:
     assert values["prompt"] == "--verbose"
 
 
-def test_a_switch_takes_no_word_that_is_a_prompt() -> None:
+def test_a_switch_does_not_take_the_prompt_as_its_value() -> None:
     assert result("generate", "-m", 1, "--verbose", "False", "yes")["prompt"] == "yes"
     assert result("generate", "--verbose", "yes", "-m", 1)["prompt"] == "yes"
 
@@ -294,7 +294,7 @@ def test_a_value_may_begin_with_a_dash() -> None:
     assert result("generate", "-p", "x", "-m", 2, "--stop=--json", "--presence-penalty", "-1e-2")["text"]
 
 
-def test_prompts_from_everywhere(greedy_text: str, tmp_path: Path) -> None:
+def test_prompts_from_every_source(greedy_text: str, tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text(PROMPT + "\r\n")
     for args, stdin in (
@@ -364,7 +364,7 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_OPENELM_NATIVE": "0"},  # which takes seconds to the end of the context
+            env=os.environ | {"MLX_OPENELM_NATIVE": "0"},  # takes seconds to reach the end of the context
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type]
         )
         assert process.stdout is not None
@@ -382,7 +382,7 @@ def test_ctrl_c_ends_with_the_statistics() -> None:
             assert json.loads(stdout)["finish_reason"] == "interrupted"
 
 
-# generate: what the flags do.
+# generate: effects of flags.
 
 
 def test_every_option_has_a_flag() -> None:
@@ -393,7 +393,7 @@ def test_every_option_has_a_flag() -> None:
     assert "[default: 256]" in text
 
 
-def test_a_seed_gives_the_same_text_and_a_drawn_one_is_told(greedy_text: str) -> None:
+def test_a_seed_gives_the_same_text_and_a_random_seed_is_printed(greedy_text: str) -> None:
     first = generated("--temp", 1, "--seed", 7)
     assert first == generated("--temp", 1, "--seed", 7) != greedy_text
     assert generated("--temp", 1, "--seed", 8) != first
@@ -422,7 +422,7 @@ def test_flags_that_change_the_text(greedy_text: str, args: list[Any]) -> None:
     assert generated(*args) != greedy_text
 
 
-def test_context_sizes_limit_the_penalties() -> None:
+def test_context_sizes_limit_the_penalties_to_recent_tokens() -> None:
     for name, penalty in (("repetition", 1.5), ("presence", 2), ("frequency", 2)):
         flag, size = f"--{name}-penalty", f"--{name}-context-size"
         everything = generated(flag, penalty)
@@ -477,7 +477,7 @@ def test_chat_templates(tiny: Any, tmp_path: Path) -> None:
     assert prompt_tokens("--system-prompt", system["content"]) == encoded([system, user], "plain")
     args = ("--chat-template", "corenet", "--prefill-response", start["content"])
     assert prompt_tokens(*args) == encoded([user, start], "corenet", continued=True)
-    assert "cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
+    assert "Cannot read the chat template" in refused("generate", "-p", "x", "--chat-template", "nothing.jinja")
 
 
 @pytest.mark.parametrize("args", [["--system-prompt", "x"], ["--chat-template", "plain"], ["--prefill-response", "x"]])
@@ -486,12 +486,12 @@ def test_no_template_takes_no_messages(args: list[str]) -> None:
     assert "--ignore-chat-template cannot be combined" in line
 
 
-def test_the_text_goes_on_after_a_prefill() -> None:
+def test_the_text_continues_a_prefilled_turn() -> None:
     whole = generated("--ignore-chat-template", prompt="ROMEO\nI am")
     assert generated("--prefill-response", "I am", prompt="ROMEO") == whole
 
 
-def test_flags_that_leave_the_text_as_it_is(greedy_text: str) -> None:
+def test_flags_that_do_not_change_the_text(greedy_text: str) -> None:
     assert generated("--prefill-step-size", 2) == greedy_text
     assert generated("--max-kv-size", 64) == greedy_text
     assert generated("--kv-bits", 2, "--quantized-kv-start", 500) == greedy_text
@@ -499,7 +499,7 @@ def test_flags_that_leave_the_text_as_it_is(greedy_text: str) -> None:
     assert generated("--expand") == greedy_text
 
 
-def test_a_short_memory_changes_the_text(greedy_text: str) -> None:
+def test_a_small_cache_changes_the_text(greedy_text: str) -> None:
     assert generated("--max-kv-size", 8) != greedy_text
 
 
@@ -515,14 +515,14 @@ def test_a_short_memory_changes_the_text(greedy_text: str) -> None:
         (["--kv-group-size", 32], "--kv-group-size needs --kv-bits"),
         (["--kv-bits", 7], "--kv-bits must be"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
         (["--model", "4b"], "no model named '4b'"),
         (["--model", "./nowhere"], "does not exist"),
         (["--quantized-kv-start", -1], "--quantized-kv-start"),
     ],
 )
-def test_values_that_cannot_be_right(args: list[Any], line: str) -> None:
+def test_invalid_values_are_refused(args: list[Any], line: str) -> None:
     assert line in refused("generate", "--prompt", "x", *args)
 
 
@@ -575,7 +575,7 @@ def test_cold_start() -> None:
 # convert, info, doctor, perplexity.
 
 
-def test_convert_says_what_it_wrote(tmp_path: Path) -> None:
+def test_convert_prints_what_it_wrote(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("convert", "--model", SHAKESPEARE, "--mlx-path", out, "-q", "--q-group-size", 128)
     assert (done.returncode, done.stderr) == (0, "")
@@ -612,7 +612,7 @@ def test_convert_json(tmp_path: Path) -> None:
         (["-q", "--q-mode", "int4"], "--q-mode must be one of"),
         (["-q"], "already quantized"),
         (["--dtype", "int8"], "--dtype must be one of"),
-        (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+        (["--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (["--revision", "main"], "revision"),
     ],
 )
@@ -640,7 +640,7 @@ def test_info_json() -> None:
     assert values["config"]["model_type"] == "openelm"
 
 
-def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str]) -> None:
+def test_info_of_a_model_that_is_not_downloaded(hub: FakeHub, hub_env: dict[str, str]) -> None:
     done = run("info", "3b", env=hub_env)
     assert done.returncode == 0, done.stderr
     assert "3,036,647,424" in done.stdout
@@ -651,7 +651,7 @@ def test_info_of_a_model_that_is_not_here(hub: FakeHub, hub_env: dict[str, str])
     assert "has no revision" in refused("info", "someone/model", "--revision", "v9", env=hub_env)
 
 
-def test_adapters_that_apple_published(tmp_path: Path) -> None:
+def test_adapters_published_by_apple(tmp_path: Path) -> None:
     """`corenet:SIZE/lora` is an adapter, downloaded once, and no model."""
     torch = pytest.importorskip("torch")
     loaded, _ = load(SHAKESPEARE, dtype="float32")
@@ -722,14 +722,14 @@ def test_doctor_names_the_extra_of_what_is_missing(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(blas.state == "unneeded", reason="only MLX's wheel for CPUs on Linux needs another BLAS")
 def test_doctor_has_advice_about_blas() -> None:
-    for variable, value, advice in (("0", "since MLX_OPENELM_BLAS says so", "unset"), ("none.so", "slow", "none.so")):
+    for variable, value, advice in (("0", "because MLX_OPENELM_BLAS is set", "unset"), ("none.so", "slow", "none.so")):
         findings = result("doctor", env={"MLX_OPENELM_BLAS": variable})["findings"]
         blas = next(finding for finding in findings if finding["name"] == "BLAS")
         assert value in blas["value"] and advice in blas["advice"]
     code = "import mlx.core\nfrom mlx_openelm.cli.main import main\nmain(['doctor'])"
     done = run(start=(sys.executable, "-c", code))
     assert done.returncode == 0
-    assert "mlx.core was imported before mlx_openelm" in done.stdout
+    assert "import mlx_openelm before mlx.core" in done.stdout
 
 
 def test_help_and_completion_do_not_need_mlx() -> None:
@@ -745,7 +745,7 @@ def test_help_and_completion_do_not_need_mlx() -> None:
     assert run("--show-completion", "bash", start=start).stdout == run("--show-completion", "bash").stdout
 
 
-def test_without_mlx_doctor_runs_and_the_rest_names_the_extra() -> None:
+def test_without_mlx_doctor_runs_and_other_commands_name_the_extra() -> None:
     code = (
         "import sys\nimport mlx_openelm\nsys.modules['mlx'] = None\n"
         "from mlx_openelm.cli.main import main\nmain(sys.argv[1:])"
@@ -773,7 +773,7 @@ def test_perplexity(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_perplexity_is_the_reference() -> None:
+def test_perplexity_equals_the_reference() -> None:
     expected = json.loads((ROOT / "tests" / "fixtures" / "shakespeare-reference.json").read_text())["valid"]
     length = expected["window_tokens"]
     values = result("perplexity", "--model", SHAKESPEARE, "--data", VALID, "--sequence-length", length)
@@ -807,7 +807,7 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == '{"a": null, "b": [null, 1.5], "é": []}\n'
 
 
-def test_json_keeps_every_character_whatever_the_stream_encodes() -> None:
+def test_json_keeps_every_character_in_any_encoding() -> None:
     for encoding, shown in (("ascii", r"\u00e9"), ("latin-1", "é"), ("utf-8", "é")):
         code = "from mlx_openelm import console; console.print_json({'a': 'é'})"
         done = subprocess.run(
@@ -852,5 +852,5 @@ def test_progress_is_a_bar_on_a_terminal_when_it_takes_long(
         assert "Reading" in capsys.readouterr().err
         slow(40, 100)
         slow(100, 100)
-        capsys.readouterr()  # the last line of the bar, and what removes it
+        capsys.readouterr()  # the last line of the bar, and its removal
     assert capsys.readouterr().err == ""

@@ -13,7 +13,7 @@ import pytest
 
 
 class Machine:
-    """A GPU with a short `PATIENCE`, in a process that has done nothing yet; `announced` collects the lines."""
+    """A GPU, a short `PATIENCE`, and a fresh process; `announced` collects the lines."""
 
     def __init__(self, compiling: ModuleType, cache: Path):
         self.compiling = compiling
@@ -31,7 +31,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
-    # The module anew, as in a process that has done nothing yet.
+    # A fresh copy of the module, as in a process that has done nothing yet.
     spec = importlib.util.find_spec("mlx_openelm.cuda.compiling")
     compiling = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiling)

@@ -1,4 +1,4 @@
-"""Shell completion: the scripts, where they are written, and what bash completes with its one."""
+"""Shell completion: the scripts, where they are written, and what bash completes with its script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(*args: str) -> int | str | None:
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Each shell's script, as it is installed in a home of its own."""
+    """Each shell's script, installed in a separate home folder."""
     home = tmp_path_factory.mktemp("home")
     paths = {
         "bash": ".local/share/bash-completion/completions/mlx-openelm",
@@ -53,7 +53,7 @@ def test_show_prints_what_install_writes(scripts: dict[str, str], capsys: pytest
         assert capsys.readouterr().out == scripts[shell]
 
 
-def test_the_shell_is_that_of_the_environment(
+def test_the_shell_is_taken_from_the_environment(
     scripts: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
@@ -61,13 +61,13 @@ def test_the_shell_is_that_of_the_environment(
     assert capsys.readouterr().out == scripts["fish"]
     monkeypatch.setenv("SHELL", "/bin/tcsh")
     assert run("--show-completion") == 2
-    assert "bash, zsh and fish, not tcsh" in capsys.readouterr().err
+    assert "No completion for tcsh; choose bash, zsh or fish" in capsys.readouterr().err
     assert run("--show-completion", "tcsh") == 2
-    assert "bash, zsh, fish, not 'tcsh'" in capsys.readouterr().err
+    assert "No completion for 'tcsh'; choose bash, zsh or fish" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_shell_itself_finds_no_mistake(shell: str, scripts: dict[str, str], tmp_path: Path) -> None:
+def test_the_shell_accepts_the_syntax_of_its_script(shell: str, scripts: dict[str, str], tmp_path: Path) -> None:
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")

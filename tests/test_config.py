@@ -1,4 +1,4 @@
-"""The configuration: every form a file may give it in, what follows from it, and every refusal."""
+"""The configuration: every form it may have in a file, the shapes that follow from it, and every refusal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict(SMALL | changes)
 
 
-# An independent computation, after the rules in the design: NumPy's linspace and rounding, exact multiples.
+# An independent computation by the published rules: NumPy's linspace and rounding, exact multiples.
 
 
 def numpy_spread(first: float, last: float, count: int) -> list[float]:
@@ -61,7 +61,7 @@ def test_published_sizes_have_the_published_parameter_counts(size: str) -> None:
     assert (config.rms_norm_eps, config.rope_freq_constant) == (1e-6, 10000)
 
 
-def test_the_layers_of_270m_are_those_of_the_published_config() -> None:
+def test_the_layers_of_270m_equal_the_published_config() -> None:
     config = ModelConfig.from_name("270m")
     assert config.num_query_heads == (12, 12, 12, 12, 12, 16, 16, 16, 16, 16, 16, 16, 20, 20, 20, 20)
     assert config.num_kv_heads == (3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5)
@@ -84,7 +84,7 @@ def test_the_layers_of_270m_are_those_of_the_published_config() -> None:
         ("3B", "3B"),
     ],
 )
-def test_names(name: str, size: str) -> None:
+def test_sizes_are_found_in_every_spelling(name: str, size: str) -> None:
     assert ModelConfig.from_name(name).num_parameters == PARAMETERS[size]
 
 
@@ -100,7 +100,7 @@ def test_make_divisible(value: float, divisor: int) -> None:
     assert make_divisible(value, divisor) == nearest_multiple(value, divisor)
 
 
-def test_make_divisible_goes_one_up_if_rounding_lost_over_a_tenth() -> None:
+def test_make_divisible_takes_the_next_multiple_if_rounding_loses_over_a_tenth() -> None:
     assert make_divisible(380, 256) == 512  # 256 is nearer, but more than 10% below
     assert make_divisible(284, 256) == 256
     assert make_divisible(285, 256) == 512
@@ -180,7 +180,7 @@ def test_the_fixture_in_its_expanded_form() -> None:
     assert config == ModelConfig.from_file(SHAKESPEARE / "config.json")
 
 
-def test_pairs_and_expanded_lists_are_the_same_model() -> None:
+def test_pairs_and_expanded_lists_give_the_same_model() -> None:
     config = small()
     expanded = small(
         num_query_heads=list(config.num_query_heads),
@@ -209,7 +209,7 @@ def test_missing_kv_heads_follow_from_the_groups(absent: dict) -> None:
     assert small(num_query_heads=[2, 2, 4, 8], **absent).num_kv_heads == (1, 1, 2, 4)
 
 
-def test_one_multiplier_a_layer() -> None:
+def test_one_multiplier_per_layer() -> None:
     config = small(qkv_multipliers=[0.5, 1.0, 1.5, 2.0], ffn_multipliers=[1, 2, 3, 4])
     assert config.num_query_heads == (2, 4, 6, 8)
     assert config.ffn_dims == (64, 128, 192, 256)
@@ -238,7 +238,7 @@ def test_to_dict_round_trips(size: str) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(values))) == config
 
 
-def test_to_dict_keeps_what_the_original_file_said() -> None:
+def test_to_dict_keeps_the_settings_of_the_original_file() -> None:
     original = json.loads((SHAKESPEARE / "config.json").read_text())
     written = ModelConfig.from_file(SHAKESPEARE).to_dict()
     # Not the model's shape: where its code is, and what wrote it.
@@ -265,7 +265,7 @@ def test_mlx_lm_reads_to_dict_to_the_same_tensors(changes: dict) -> None:
 
 @pytest.mark.parametrize("name", ["num_transformer_layers", "model_dim", "head_dim", "vocab_size"])
 @pytest.mark.parametrize("how", ["missing", "null"])
-def test_missing_sizes(name: str, how: str) -> None:
+def test_missing_sizes_are_refused(name: str, how: str) -> None:
     values = {k: v for k, v in SMALL.items() if k != name} | ({name: None} if how == "null" else {})
     with pytest.raises(RequestError, match=rf"has no {name}\b"):
         ModelConfig.from_dict(values)
@@ -286,7 +286,7 @@ NOT_SIZES = [0, -1, True, False, 1.5, 2.0, "16", [16], {}, math.nan, math.inf, 1
 
 @pytest.mark.parametrize("name", SIZE_FIELDS)
 @pytest.mark.parametrize("value", NOT_SIZES, ids=lambda v: str(v)[:12])
-def test_sizes_that_cannot_be_right(name: str, value: Any) -> None:
+def test_invalid_sizes_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is"):
         small(**{name: value})
 
@@ -296,48 +296,48 @@ NOT_POSITIVE = [0, -1.0, True, "1", {}, math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_freq_constant", "qkv_multipliers", "ffn_multipliers"])
 @pytest.mark.parametrize("value", NOT_POSITIVE, ids=str)
-def test_numbers_that_cannot_be_right(name: str, value: Any) -> None:
+def test_invalid_numbers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is"):
         small(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["qkv_multipliers", "ffn_multipliers"])
 @pytest.mark.parametrize("value", [1e308, 10**400, [0.5, 1e300], 1e13], ids=lambda v: str(v)[:12])
-def test_huge_multipliers(name: str, value: Any) -> None:
+def test_huge_multipliers_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name):
         small(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_freq_constant"])
-def test_numbers_beyond_a_float(name: str) -> None:
+def test_numbers_beyond_a_float_are_refused(name: str) -> None:
     with pytest.raises(RequestError, match=name):
         small(**{name: 10**400})
 
 
 @pytest.mark.parametrize("name", ["qkv_multipliers", "ffn_multipliers"])
 @pytest.mark.parametrize("value", [[], [1.0], [1.0] * 3, [1.0] * 5])
-def test_wrong_number_of_multipliers(name: str, value: list) -> None:
+def test_a_wrong_number_of_multipliers_is_refused(name: str, value: list) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one per layer"):
         small(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["qkv_multipliers", "ffn_multipliers"])
 @pytest.mark.parametrize("entry", [*NOT_POSITIVE, [1.0], None], ids=str)
-def test_one_bad_multiplier(name: str, entry: Any) -> None:
+def test_one_bad_multiplier_is_refused(name: str, entry: Any) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is"):
         small(**{name: [1.0, entry, 1.0, 1.0]})
 
 
 @pytest.mark.parametrize("name", ["num_query_heads", "num_kv_heads"])
 @pytest.mark.parametrize("value", [[4], [4, 4], [4] * 3, [4] * 5])
-def test_wrong_number_of_heads(name: str, value: list) -> None:
+def test_a_wrong_number_of_heads_is_refused(name: str, value: list) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is a list of {len(value)}; .*4 numbers, one per layer"):
         small(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["num_query_heads", "num_kv_heads"])
 @pytest.mark.parametrize("entry", [v for v in NOT_SIZES if v is not False] + [None], ids=lambda v: str(v)[:12])
-def test_one_bad_head_count(name: str, entry: Any) -> None:
+def test_one_bad_head_count_is_refused(name: str, entry: Any) -> None:
     with pytest.raises(RequestError, match=rf"'s {name} is"):
         small(**{name: [4, 4, entry, 4]})
     if entry is not None and not isinstance(entry, list):
@@ -345,7 +345,7 @@ def test_one_bad_head_count(name: str, entry: Any) -> None:
             small(**{name: entry})
 
 
-def test_heads_that_do_not_divide() -> None:
+def test_query_heads_must_be_a_multiple_of_kv_heads() -> None:
     with pytest.raises(RequestError, match=r"num_query_heads is 5; it must be divisible by num_gqa_groups, 2"):
         small(num_query_heads=[4, 4, 5, 4])
     with pytest.raises(
@@ -357,7 +357,7 @@ def test_heads_that_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("value", [1, 3, 65])
-def test_odd_head_dim(value: int) -> None:
+def test_an_odd_head_dim_is_refused(value: int) -> None:
     with pytest.raises(RequestError, match=r"head_dim is .* even"):
         small(head_dim=value)
 
@@ -402,10 +402,10 @@ def test_other_models_are_refused(model_type: Any) -> None:
         ("", "cannot be read as JSON"),
         ("{", "cannot be read as JSON"),
         ('{"model_dim": 1} trailing', "cannot be read as JSON"),
-        ("[]", "must hold a JSON object, not a list"),
-        ('"openelm"', "must hold a JSON object, not a string"),
-        ("null", "must hold a JSON object, not null"),
-        ("7", "must hold a JSON object, not a number"),
+        ("[]", "must contain a JSON object, not a list"),
+        ('"openelm"', "must contain a JSON object, not a string"),
+        ("null", "must contain a JSON object, not null"),
+        ("7", "must contain a JSON object, not a number"),
         ("[" * 100_000, "cannot be read as JSON"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "cannot be read as JSON"),
         ('{"model_dim": ' + "9" * 5000 + "}", "cannot be read as JSON"),
@@ -413,14 +413,14 @@ def test_other_models_are_refused(model_type: Any) -> None:
     ],
     ids=lambda v: v[:24],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, text: str, words: str) -> None:
+def test_files_that_are_not_a_configuration_are_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
     for path in (tmp_path, tmp_path / "config.json"):
         with pytest.raises(RequestError, match=words):
             ModelConfig.from_file(path)
 
 
-def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="does not exist"):
         ModelConfig.from_file(tmp_path)
     with pytest.raises(RequestError, match="does not exist"):
@@ -435,7 +435,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [], "openelm", 3])
-def test_from_dict_wants_a_dict(value: Any) -> None:
+def test_from_dict_refuses_other_types(value: Any) -> None:
     with pytest.raises(RequestError, match="must be a JSON object"):
         ModelConfig.from_dict(value)
 
@@ -449,7 +449,7 @@ json_values = st.recursive(
 
 @settings(max_examples=300)
 @given(st.sampled_from([*ModelConfig.__dataclass_fields__, "model_type"]), json_values)
-def test_any_value_of_any_field_is_taken_or_refused_by_name(name: str, value: Any) -> None:
+def test_any_value_of_any_field_is_accepted_or_refused_by_name(name: str, value: Any) -> None:
     try:
         config = small(**{name: value})
     except RequestError as error:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats.adapter import TARGET_MODULES
 from mlx_openelm.training import config_file
@@ -76,7 +77,7 @@ def refusal(text: str, tmp_path: Path, **flags: Any) -> str:
     return str(caught.value)
 
 
-def test_flags_come_before_the_file_and_the_file_before_defaults(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     options, rest = of("model: 270m\nrank: 4\niters: 7\n", tmp_path, rank=2, model=None, batch_size=None)
     assert (options.rank, options.iters, options.batch_size) == (2, 7, 4)
     assert rest == {"model": "270m"}
@@ -84,7 +85,7 @@ def test_flags_come_before_the_file_and_the_file_before_defaults(tmp_path: Path)
     assert of("", tmp_path) == (FineTuneOptions(), {})
 
 
-def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+def test_numbers_in_every_common_spelling(tmp_path: Path) -> None:
     numbers = {"1e-5": 1e-5, "1E5": 1e5, "+1.5e3": 1500.0, ".5e-3": 5e-4, "3.e-4": 3e-4, "1e+2": 100.0, "2": 2.0}
     for text, number in numbers.items():
         (tmp_path / "n.yaml").write_text(f"learning_rate: {text}\nnames: [e5, 1e, '1e-5']\n")
@@ -127,18 +128,18 @@ def test_an_mlx_lm_file(tmp_path: Path) -> None:
     )
 
 
-def test_keys_of_mlx_lm_that_ask_for_what_is_done_anyway_are_read(tmp_path: Path) -> None:
+def test_mlx_lm_keys_without_effect_are_accepted(tmp_path: Path) -> None:
     text = "use_dora: false\nprompt_feature: prompt\ncompletion_feature: completion\ntext_feature: text\n"
     assert of(text + "chat_feature: messages\nlora_layers: null\n", tmp_path) == (FineTuneOptions(), {})
 
 
-def test_the_docs_list_every_key_that_is_not_offered() -> None:
+def test_the_docs_list_every_unsupported_key() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "coming-from-mlx-lm.md").read_text()
     section = docs[docs.index("## What is not supported") :]
     assert [key for key in config_file._NOT_OFFERED if f"`{key}`" not in section] == []
 
 
-def test_every_default_of_mlx_lm_is_read(tmp_path: Path) -> None:
+def test_every_default_of_mlx_lm_is_accepted(tmp_path: Path) -> None:
     """A file with all of mlx-lm's defaults, as it saves them in `adapter_config.json`."""
     defaults = pytest.importorskip("mlx_lm.lora").CONFIG_DEFAULTS
     options, rest = of(json.dumps(defaults | {"train": True}), tmp_path)
@@ -148,14 +149,14 @@ def test_every_default_of_mlx_lm_is_read(tmp_path: Path) -> None:
     assert options == expected
 
 
-def test_flags_come_before_nested_keys(tmp_path: Path) -> None:
+def test_flags_override_nested_keys(tmp_path: Path) -> None:
     options, _ = of(MLX_LM, tmp_path, rank=3, learning_rate=1e-4, alpha=6.0, target_modules=["proj_1"], eps=1e-4)
     assert (options.rank, options.learning_rate, options.eps) == (3, 1e-4, 1e-4)
     assert (options.alpha, options.scale, options.lora_scale) == (6.0, None, 2.0)
     assert options.target_modules == ("proj_1",)
 
 
-def test_what_a_flag_makes_meaningless_is_left_out(tmp_path: Path) -> None:
+def test_keys_that_a_flag_makes_meaningless_are_dropped(tmp_path: Path) -> None:
     def checked(text: str, **flags: Any) -> FineTuneOptions:
         options, _ = of(text, tmp_path, train=True, data="d", **flags)
         options.check()
@@ -165,7 +166,7 @@ def test_what_a_flag_makes_meaningless_is_left_out(tmp_path: Path) -> None:
     assert checked(flat, optimizer="sgd") == replace(checked(""), optimizer="sgd")
     assert checked(flat, optimizer="adamw").beta2 == 0.95
     assert checked("beta2: 0.95", optimizer="adamw").beta2 == 0.95
-    # Of nested ones the other optimizer's own count.
+    # Of the nested keys, those of the given optimizer apply.
     assert checked(MLX_LM, optimizer="adam") == replace(
         checked(MLX_LM), optimizer="adam", beta1=None, beta2=None, eps=None, weight_decay=None
     )
@@ -262,17 +263,17 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
         ("rank: !!python/object/apply:os.getcwd []", "is not valid YAML:"),
     ],
 )
-def test_what_cannot_be_right_is_named(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_named(text: str, message: str, tmp_path: Path) -> None:
     found = refusal(text, tmp_path)
     assert message in found
     assert "\n" not in found
 
 
-def test_flags_that_exclude_another(tmp_path: Path) -> None:
+def test_flags_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
     assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("alpha and scale set the same thing")
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="none.yaml does not exist."):
         read(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
@@ -306,7 +307,7 @@ def test_options_as_json_give_the_same_options(flags: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("size", ["270m", "450m", "1.1b", "3b"])
 def test_corenets_recipes(size: str, kind: str) -> None:
-    """The numbers of CoreNet's `openelm_lora_*.yaml`; its DoRA is the same with `use_dora`."""
+    """The numbers of CoreNet's `openelm_lora_*.yaml`; its DoRA recipes differ only in `use_dora`."""
     flags = {"train": True, "data": "d"} | ({"fine_tune_type": "dora"} if kind == "dora" else {})
     options, rest, _ = merge(FineTuneOptions, read(CONFIGS / f"{size}.yaml"), flags)
     options.check()
@@ -343,7 +344,8 @@ def test_corenets_recipes(size: str, kind: str) -> None:
     assert options.lora_scale == 1.0
 
 
-def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path) -> None:
+def test_an_error_says_which_settings_came_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)  # as on the command line
     (tmp_path / "c.yaml").write_text("rank: 0\ndata: nowhere\nlearning_rate: 1e-3\nwarmup: 5\n")
     merged = merge(FineTuneOptions, read(tmp_path / "c.yaml"), {"learning_rate": 1e-4, "model": "m"})
     assert merged.from_file == {"rank": 0, "data": "nowhere", "warmup": 5}

@@ -1,4 +1,4 @@
-"""Conversations as OpenAI, ShareGPT and TRL write them: what is rendered, what is learned, what is refused by name."""
+"""Conversations in the formats of OpenAI, ShareGPT and TRL: what is rendered, learned, and refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.conversations import conversation
 from mlx_openelm.training.data.examples import Example, tokenize
-from mlx_openelm.training.data.kinds import Record, recognise
+from mlx_openelm.training.data.kinds import Record, recognize
 from mlx_openelm.training.data.rendering import render_chat
 
 import pytest
@@ -41,7 +41,7 @@ def make(values: dict[str, Any], **options: Any) -> Example:
 
 
 def marked(values: dict[str, Any], **options: Any) -> str:
-    """The example's text with what is learned in brackets, special tokens spelled out."""
+    """The example's text with learned spans in brackets and special tokens spelled out."""
     records = [Record(values, "train.jsonl, line 1")]
     return tokenize(records, tokenizer, max_seq_length=2048, **options).report.sample_text()
 
@@ -71,10 +71,10 @@ def test_a_turn_of_weight_0_is_not_learned():
     )
     assert marked({"messages": turns}) == f"<s>⟦{head}⟧Nay, answer me.</s>⟦{middle}He.</s> \n⟧"
     assert marked({"messages": turns}, mask_prompt=True) == f"<s>{head}Nay, answer me.</s>{middle}⟦He.</s>⟧"
-    # The weight is nothing that is said.
+    # The weight is not part of the text.
     without = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
     assert make({"messages": turns}).tokens == make({"messages": without}).tokens
-    # What follows the last turn that is learned is left out.
+    # Everything after the last learned turn is dropped.
     turned = [USER, {**KING, "weight": None}, MORE, {**LAST, "weight": 0.0}]
     assert marked({"messages": turned}, mask_prompt=True) == f"<s>{head}⟦Nay, answer me.</s>⟧"
 
@@ -82,20 +82,20 @@ def test_a_turn_of_weight_0_is_not_learned():
 def test_the_published_example_of_weights():
     path = Path(__file__).parents[2] / "shared" / "cases" / "data" / "openai-weight.jsonl"
     if not path.exists():
-        pytest.skip("needs the cases beside the repository")
+        pytest.skip("needs the published cases")
     text = marked(json.loads(path.read_text()), mask_prompt=True)
     assert "first</s>" in text and text.endswith("⟦second</s>⟧") and text.count("⟦") == 1
 
 
 def test_a_user_may_have_a_weight_too():
-    """Data sets in ShareGPT's form weigh every message: 0 for what is not the assistant's."""
+    """Data sets in ShareGPT's format may weight every message, 0 for all but the assistant's."""
     turns = [{**SYSTEM, "weight": 0}, {**USER, "weight": 0}, {**KING, "weight": 1}]
     assert marked({"messages": turns}) == (
         "<s><|system|>\nBe brief.</s>⟦ \n⟧<|user|>\nWho is there?</s>⟦ \n<|assistant|>\nNay, answer me.</s> \n⟧"
     )
 
 
-def test_the_eos_that_is_added_to_a_turn_of_weight_0_is_not_learned():
+def test_the_eos_added_to_a_turn_of_weight_0_is_not_learned():
     turns = [USER, KING, MORE, {**LAST, "weight": 0}]
     example = make({"messages": turns}, chat_template="plain")
     assert example.tokens[-1] == EOS and example.learned[-1][1] < len(example.tokens) - 1
@@ -106,7 +106,7 @@ def test_the_eos_that_is_added_to_a_turn_of_weight_0_is_not_learned():
 @pytest.mark.parametrize("weight", [2, -1, 0.5, "0", "1", True, False, [0], {}])
 def test_other_weights_are_refused(weight):
     what = refusal({"messages": [USER, {**KING, "weight": weight}]})
-    assert "message 1: weight must be 0 or 1, got " in what
+    assert "Message 1: weight must be 0 or 1, got " in what
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,14 +115,14 @@ def test_other_weights_are_refused(weight):
     contents=st.lists(st.text("aé <s>/\n😀", max_size=8), min_size=10, max_size=10),
     mask=st.booleans(),
 )
-def test_spans_are_those_of_a_rendering_by_hand(weights, contents, mask):
-    """Beside CoreNet's template written out here, turn by turn, each run encoded alone."""
+def test_spans_match_a_rendering_by_hand(weights, contents, mask):
+    """Against CoreNet's template written out here, turn by turn, each run encoded separately."""
     messages, expected, learned = [], [tokenizer.bos_token_id], [False]
     breaks = ""
     for index, weight in enumerate(weights):
-        said, answer = contents[2 * index : 2 * index + 2]
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer, "weight": weight}]
-        run = tokenizer.encode(f"{breaks}<|user|>\n{said}", add_bos=False)
+        question, answer = contents[2 * index : 2 * index + 2]
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "weight": weight}]
+        run = tokenizer.encode(f"{breaks}<|user|>\n{question}", add_bos=False)
         expected += [*run, EOS]
         learned += [not mask] * (len(run) + 1)
         head = tokenizer.encode("\n<|assistant|>\n", add_bos=False)
@@ -152,8 +152,8 @@ GENERATION = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\\n'
 
 
 @pytest.mark.parametrize("turns", [[USER, LAST], [SYSTEM, USER, KING, MORE, LAST], [USER, KING, MORE]])
-def test_what_is_learned_is_what_generation_blocks_mark(tmp_path, turns):
-    """transformers' mask of assistants' tokens, and the turns we find without those marks, are the same."""
+def test_learned_tokens_are_those_in_generation_blocks(tmp_path, turns):
+    """The turns we find without those blocks match transformers' mask of assistant tokens."""
     transformers = pytest.importorskip("transformers", minversion="5")
     tokenizer.save(tmp_path, chat_template=GENERATION)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -168,10 +168,10 @@ def test_what_is_learned_is_what_generation_blocks_mark(tmp_path, turns):
 # ShareGPT and TRL
 
 
-def test_sharegpt_is_the_same_conversation():
+def test_sharegpt_gives_the_same_conversation():
     expected = make({"messages": [SYSTEM, USER, KING]})
-    said = {"system": "Be brief.", "human": "Who is there?", "gpt": "Nay, answer me."}
-    turns = [{"from": who, "value": text} for who, text in said.items()]
+    conversation = {"system": "Be brief.", "human": "Who is there?", "gpt": "Nay, answer me."}
+    turns = [{"from": who, "value": text} for who, text in conversation.items()]
     assert make({"conversations": turns}) == expected
     assert make({"conversations": turns[1:], "system": "Be brief."}) == expected
     assert make({"conversations": turns, "system": "", "tools": "[]"}) == expected
@@ -183,21 +183,23 @@ def test_sharegpt_is_the_same_conversation():
     )
     other = [{"from": "user", "value": "Who is there?"}, {"from": "chatgpt", "value": "Nay, answer me."}]
     assert make({"conversations": other}) == make({"messages": [USER, KING]})
-    table = [*({**turn, "role": None, "content": None, "weight": None} for turn in turns[:2])]  # a union of columns
+    table = [
+        *({**turn, "role": None, "content": None, "weight": None} for turn in turns[:2])
+    ]  # columns of both formats
     table.append({**KING, "from": None, "value": None})
     assert make({"conversations": table}) == make({"messages": table}) == expected
 
 
 @pytest.mark.parametrize("who", ["function_call", "observation", "tool"])
-def test_tool_calls_of_sharegpt_are_not_offered(who):
+def test_sharegpt_tool_calls_are_refused(who):
     what = refusal({"conversations": [{"from": "human", "value": "a"}, {"from": who, "value": "{}"}]})
-    assert f"message 1 is from '{who}', and tool calls in ShareGPT's form are not offered" in what
+    assert f"Message 1 is from '{who}', and tool calls in ShareGPT's form are not offered" in what
 
 
-def test_trls_prompts_and_completions_of_messages():
+def test_trl_prompts_and_completions_of_messages():
     values = {"prompt": [USER, KING, MORE], "completion": [LAST]}
     whole = {"messages": [USER, KING, MORE, LAST]}
-    assert make(values) == make(whole)  # as of a prompt that is text, all is learned
+    assert make(values) == make(whole)  # everything is learned, as with a text prompt
     masked = make(values, mask_prompt=True)
     assert masked.tokens == make(whole, mask_prompt=True).tokens
     assert len(masked.learned) == 1 and masked.learned[0] == make(whole, mask_prompt=True).learned[-1]
@@ -208,7 +210,7 @@ def test_trls_prompts_and_completions_of_messages():
 # Content, roles and tools
 
 
-def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
+def test_content_parts_are_joined_unless_the_template_reads_them(tmp_path):
     parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "is there?"}]
     expected = make({"messages": [USER, KING]})
     assert make({"messages": [{"role": "user", "content": parts}, KING]}) == expected
@@ -221,13 +223,13 @@ def test_parts_are_joined_unless_the_template_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["image_url", "image", "input_audio", "refusal"])
-def test_parts_that_are_no_text_are_refused_by_name(kind):
+def test_content_parts_other_than_text_are_refused_by_name(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
     what = refusal({"messages": [{"role": "user", "content": content}, KING]})
-    assert f"part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
+    assert f"Part 1 of the content of message 0 is of type '{kind}', which is not supported" in what
 
 
-def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):
+def test_developer_means_system_and_names_reach_the_template(tmp_path):
     assert make({"messages": [{**SYSTEM, "role": "developer"}, USER, KING]}) == make({"messages": [SYSTEM, USER, KING]})
     named = {"messages": [{**USER, "name": "Bernardo", "nothing": None}, KING]}
     assert make(named) == make({"messages": [USER, KING]})
@@ -237,7 +239,7 @@ def test_a_developer_is_the_system_and_names_are_for_templates(tmp_path):
     assert "developer(BernardoFalse)assistant(False)" in text
 
 
-def test_tool_calls_are_shown_by_a_template_that_knows_them(tool_template):
+def test_tool_calls_are_rendered_by_a_template_that_supports_them(tool_template):
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": CALLS}]
     turns += [{"role": "tool", "content": "A door", "tool_call_id": "c1"}, LAST]
     for tools in (TOOLS, json.dumps(TOOLS)):
@@ -251,14 +253,14 @@ def test_tool_calls_are_shown_by_a_template_that_knows_them(tool_template):
     assert marked(pair, chat_template=tool_template).startswith(f"<s>⟦{schema}\n<user>Who")
 
 
-def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
+def test_tools_are_refused_if_the_template_would_drop_them(tmp_path):
     path = tmp_path / "none.jinja"
     path.write_text(CORENET_TEMPLATE + "{# #}")
     calls = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": CALLS}]}
     legacy = {"messages": [USER, {"role": "assistant", "content": None, "function_call": {"name": "look"}}]}
     result = {"messages": [USER, {"role": "tool", "content": "A door"}, KING]}
     for values in (calls, legacy, result, {"messages": [USER, KING], "tools": TOOLS}):
-        assert "tool calls are not supported by the templates corenet and plain" in refusal(values)
+        assert "Tool calls are not supported by the templates corenet and plain" in refusal(values)
     assert "does not render tool_calls" in refusal(calls, chat_template=path)
     assert "does not render function_call" in refusal(legacy, chat_template=path)
     assert "does not render tools" in refusal({"messages": [USER, KING], "tools": TOOLS}, chat_template=path)
@@ -268,7 +270,7 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
     assert make({"messages": [USER, {**KING, "tool_calls": [], "function_call": None}], "tools": None})
     assert "'tools' is text that is not JSON" in refusal({"messages": [USER, KING], "tools": "look"})
     assert "'tools' must be a list" in refusal({"messages": [USER, KING], "tools": {"name": "look"}})
-    assert "message 0 has tool calls, which only an assistant can make" in refusal(
+    assert "Message 0 has tool calls, which only an assistant can make" in refusal(
         {"messages": [{**USER, "tool_calls": CALLS}, KING]}
     )
 
@@ -287,40 +289,40 @@ def test_tools_are_refused_where_the_template_would_leave_them_out(tmp_path):
             "preference pairs (chosen, rejected), which are not",
         ),
         ({"input_ids": [1, 2]}, "tokens (input_ids), which are not offered"),
-        ({"conversations": [{"from": "alien", "value": "a"}]}, "message 0 is from 'alien': use one of human"),
-        ({"conversations": [{"from": ["human"], "value": "a"}]}, "message 0 is from ['human']: use one of human"),
-        ({"conversations": [{"from": "human"}]}, "the content of message 0 must be text"),
-        ({"conversations": "[]"}, "a conversation must be a list of messages"),
-        ({"conversations": ["a"]}, 'message 0 must be an object with "role" and "content"'),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "part 0 of the content of message 0 must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part 0 of the content of message 0 must be"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "Message 0 is from 'alien': use one of human"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "Message 0 is from ['human']: use one of human"),
+        ({"conversations": [{"from": "human"}]}, "The content of message 0 must be text"),
+        ({"conversations": "[]"}, "A conversation must be a list of messages"),
+        ({"conversations": ["a"]}, 'Message 0 must be an object with "role" and "content"'),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "Part 0 of the content of message 0 must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "Part 0 of the content of message 0 must be"),
         (
             {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
-            "part 0 of the content of message 0 must be",
+            "Part 0 of the content of message 0 must be",
         ),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "the content of message 1 must be text"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "The content of message 1 must be text"),
     ],
 )
-def test_what_is_not_offered_is_named(values, expected):
+def test_unsupported_records_are_refused_by_name(values, expected):
     assert expected in refusal(values)
 
 
-def test_empty_columns_of_tables_are_none():
-    kind = recognise([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
+def test_empty_table_columns_are_ignored():
+    kind = recognize([Record({"messages": [USER, KING], "tools": None, "images": [], "functions": None}, "row 1")])
     assert kind.name == "chat messages"
     assert make({"instruction": "a", "output": "b", "system": "", "history": []}) == make(
         {"instruction": "a", "output": "b"}
     )
 
 
-def test_what_a_template_says_is_said_with_the_line(tmp_path):
+def test_template_errors_name_the_line(tmp_path):
     path = tmp_path / "strict.jinja"
     path.write_text("{{ raise_exception('Turns must alternate') }}")
     assert "failed: Turns must alternate" in refusal({"messages": [USER, KING]}, chat_template=path)
 
 
 class OverlappingTokens:
-    """A tokenizer for which the generation prompt `b` merges with the turn before, but not if a turn follows."""
+    """A tokenizer whose generation prompt `b` merges with the previous turn, but not if a turn follows."""
 
     bos_token_id, eos_token_id, eos_token_ids, chat_template = 0, 1, {1}, "there is one"
     texts: ClassVar = {1: "", 2: "u", 3: "b", 4: "a", 5: "ab", 6: "bc"}
@@ -337,13 +339,13 @@ class OverlappingTokens:
         return SimpleNamespace(add=self.texts.get, finish=lambda: "")
 
 
-def test_a_token_is_in_only_one_of_two_turns_in_a_row():
+def test_a_token_belongs_to_only_one_of_two_consecutive_turns():
     turns = [{"role": "user", "content": "u"}, *({"role": "assistant", "content": content} for content in "ac")]
     tokens, learned = render_chat(conversation(turns), OverlappingTokens(), None, mask_prompt=True)
     assert (tokens, learned) == ([2, 3, 4, 6, 1], ((2, 3), (3, 5)))
 
 
-def test_a_given_template_replaces_the_tokenizers_own():
+def test_a_given_template_replaces_that_of_the_tokenizer():
     own = Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
     own.chat_template = TOOL_TEMPLATE
     records = [Record({"messages": [USER, KING]}, "train.jsonl, line 1")]

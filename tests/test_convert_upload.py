@@ -24,7 +24,7 @@ WRITER = {"HF_TOKEN": "hf_writer"}
 
 
 def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a separate process."""
     command = [sys.executable, "-m", "mlx_openelm", "convert", *map(str, args)]
     root = {"PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.run(command, env=os.environ | env | root, capture_output=True, text=True, timeout=60)
@@ -32,7 +32,7 @@ def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[s
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    """A trained model with the card and the licence of its authors."""
+    """A trained model with its authors' card and license."""
     folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "original"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
     (folder / "LICENSE").write_text("Do as you like it.\n")
@@ -40,7 +40,7 @@ def original(tmp_path: Path) -> Path:
 
 
 def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
-    """What arrived in a repository."""
+    """The files that arrived in a repository."""
     folder = hub.repos[repo].folder
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
 
@@ -50,7 +50,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_without_a_token_nothing_is_begun(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_token_no_work_is_started(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
     done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Uploading needs a token that may write" in one_line(done)
@@ -65,7 +65,7 @@ def test_without_a_token_nothing_is_begun(hub: FakeHub, hub_env: dict[str, str],
         (["--upload-repo", REPO, "--upload-revision", "a b"], "--upload-revision must be the name of a branch"),
     ],
 )
-def test_requests_that_cannot_be_right(
+def test_invalid_requests_are_refused(
     args: list[str], message: str, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     done = convert("--mlx-path", tmp_path / "out", *args, env=hub_env | WRITER)
@@ -74,7 +74,7 @@ def test_requests_that_cannot_be_right(
     assert not (tmp_path / "out").exists() and hub.requests == []
 
 
-def test_a_dry_run_leaves_nothing_and_asks_nobody(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+def test_a_dry_run_leaves_nothing_and_makes_no_request(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     before = sorted(tmp_path.rglob("*"))
     done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, "--dry-run", env=hub_env)
@@ -93,7 +93,7 @@ def test_a_dry_run_leaves_nothing_and_asks_nobody(hub: FakeHub, hub_env: dict[st
     assert hub.requests == [] and sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_was_written_arrives_byte_for_byte(
+def test_the_written_files_arrive_byte_for_byte(
     original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -114,7 +114,7 @@ def test_what_was_written_arrives_byte_for_byte(
     assert {file["name"]: file["size"] for file in values["upload"]["files"]} == {n: len(b) for n, b in arrived.items()}
 
 
-def test_licence_and_base_survive_a_second_conversion(
+def test_license_and_base_survive_a_second_conversion(
     original: Path, hub: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     """From the authors' repository to ours, and from ours to a third."""
@@ -147,8 +147,8 @@ def test_a_refused_upload_keeps_the_folder_and_says_so(hub: FakeHub, hub_env: di
     assert (out / "model.safetensors").is_file() and hub.commits == []
 
 
-def test_a_hub_that_fails_on_the_way(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
-    """It answers who the user is, before the work, and nothing after that."""
+def test_a_hub_that_fails_during_the_upload(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+    """It answers who the user is, before the work, and fails after that."""
     hub.fails_at = "/api/repos/create"
     out = tmp_path / "out"
     done = convert("--model", SHAKESPEARE, "--mlx-path", out, "--upload-repo", REPO, env=hub_env | WRITER)
@@ -157,7 +157,7 @@ def test_a_hub_that_fails_on_the_way(hub: FakeHub, hub_env: dict[str, str], tmp_
     assert (out / "model.safetensors").is_file() and hub.repos == {}
 
 
-def test_a_network_that_is_gone_after_the_work(
+def test_a_network_that_fails_after_the_work(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def convert_then_stop(*args: Any, **options: Any) -> Conversion:
@@ -173,14 +173,14 @@ def test_a_network_that_is_gone_after_the_work(
         main(["convert", "--model", str(SHAKESPEARE), "--mlx-path", str(out), "--upload-repo", REPO])
     assert end.value.code == 1
     errors = capfd.readouterr().err
-    assert errors.startswith("error: cannot reach 127.0.0.1") and errors.count("\n") == 1
+    assert errors.startswith("error: Cannot reach 127.0.0.1") and errors.count("\n") == 1
     assert f"{out} is kept; `mlx-openelm upload --path {out} --upload-repo {REPO}` tries again" in errors
     assert (out / "model.safetensors").is_file()
 
 
-def test_a_hub_that_is_not_there_stops_before_the_work(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_before_the_work(hub: FakeHub, hub_env: dict[str, str], tmp_path: Path) -> None:
     hub.stop()
     done = convert("--mlx-path", tmp_path / "out", "--upload-repo", REPO, env=hub_env | WRITER)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot reach 127.0.0.1" in one_line(done)
+    assert "Cannot reach 127.0.0.1" in one_line(done)
     assert not (tmp_path / "out").exists()

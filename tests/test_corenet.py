@@ -1,4 +1,4 @@
-"""CoreNet's checkpoints and its MLX port: values, laziness, configurations, and files that must be refused."""
+"""CoreNet's checkpoints and its MLX port: values, lazy reading, configurations, and refusals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SECTION: dict[str, Any] = {
 
 
 def fixture_weights() -> dict[str, np.ndarray]:
-    """The trained model under CoreNet's names, its vocabulary padded with rows that belong to no token."""
+    """The trained model under CoreNet's names, its vocabulary padded with unused rows."""
     weights = {
         name.removeprefix("transformer."): np.array(value)
         for name, value in mx.load(str(FOLDER / "model.safetensors")).items()
@@ -101,7 +101,7 @@ def check_logits(model: Any, reference: dict[str, Any]) -> None:
 # Checkpoints.
 
 
-def test_a_checkpoint_answers_as_the_reference(tmp_path: Path, config_yaml: Path, reference: dict[str, Any]) -> None:
+def test_a_checkpoint_gives_the_reference_logits(tmp_path: Path, config_yaml: Path, reference: dict[str, Any]) -> None:
     path = torch_save(tmp_path / "checkpoint.pt", tensors())
     model, tokenizer = load(path, dtype="float32", tokenizer=TOKENIZER, config_yaml=config_yaml)
     assert model.parameters()["transformer"]["token_embeddings"]["weight"].shape == (2048, 192)
@@ -109,7 +109,7 @@ def test_a_checkpoint_answers_as_the_reference(tmp_path: Path, config_yaml: Path
     check_logits(model, reference)
 
 
-def test_the_configuration_is_that_of_the_hub(tmp_path: Path, config_yaml: Path) -> None:
+def test_the_configuration_equals_that_on_the_hub(tmp_path: Path, config_yaml: Path) -> None:
     path = torch_save(tmp_path / "checkpoint.pt", tensors())
     source = open_source(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
     assert source.checkpoint.config == ModelConfig.from_file(FOLDER / "config.json")
@@ -140,7 +140,7 @@ def test_types_are_kept(tmp_path: Path, config_yaml: Path, kind: str) -> None:
 
 
 def test_training_checkpoints(tmp_path: Path, config_yaml: Path) -> None:
-    """The weights are picked out, whatever lies beside them, NumPy's numbers included."""
+    """The weights are found among everything else in the file, NumPy's numbers included."""
     torch = pytest.importorskip("torch")
     weights = fixture_weights()
     state = {
@@ -167,8 +167,8 @@ def test_an_untied_head(tmp_path: Path) -> None:
     assert not source.checkpoint.config.share_input_output_layers
 
 
-def test_tensors_that_do_not_lie_in_order(tmp_path: Path, config_yaml: Path) -> None:
-    """Transposed ones are read at once, views of one storage where they lie."""
+def test_tensors_that_are_not_contiguous(tmp_path: Path, config_yaml: Path) -> None:
+    """Transposed tensors are read at once, views of a storage lazily in place."""
     torch = pytest.importorskip("torch")
     weights = fixture_weights()
     state = tensors(weights)
@@ -183,7 +183,7 @@ def test_tensors_that_do_not_lie_in_order(tmp_path: Path, config_yaml: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_files_of_an_old_pytorch(tmp_path: Path, config_yaml: Path, kind: str) -> None:
+def test_files_of_old_pytorch_versions(tmp_path: Path, config_yaml: Path, kind: str) -> None:
     torch = pytest.importorskip("torch")
     state = {name: value.to(getattr(torch, kind)) for name, value in tensors().items()}
     path = torch_save(tmp_path / "c.pth", state, _use_new_zipfile_serialization=False)
@@ -194,8 +194,8 @@ def test_files_of_an_old_pytorch(tmp_path: Path, config_yaml: Path, kind: str) -
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_weights_are_read_when_they_are_used(tmp_path: Path, config_yaml: Path, old: bool) -> None:
-    """And not before; what does not fit the checksum by then, which only newer files have, is refused."""
+def test_weights_are_read_when_first_used(tmp_path: Path, config_yaml: Path, old: bool) -> None:
+    """And not before; newer files have checksums, and a change in between is refused."""
     path = torch_save(tmp_path / "c.pt", tensors(), _use_new_zipfile_serialization=not old)
     weights = open_source(path, tokenizer=TOKENIZER, config_yaml=config_yaml).checkpoint.weights
     marker = fixture_weights()["norm.weight"].tobytes()
@@ -206,12 +206,12 @@ def test_weights_are_read_when_they_are_used(tmp_path: Path, config_yaml: Path, 
     if old:
         assert np.array_equal(np.array(weights["transformer.norm.weight"]), np.full(192, 3))
     else:
-        with pytest.raises(RequestError, match="was changed while it was being read: norm.weight does not fit"):
+        with pytest.raises(RequestError, match="was changed while it was being read: norm.weight does not match"):
             mx.eval(weights["transformer.norm.weight"])
 
 
 def test_weights_are_read_tensor_by_tensor(tmp_path: Path, config_yaml: Path) -> None:
-    """Converted in a process of its own, where nothing else counts into the peak; one tensor is transposed."""
+    """Converted in a separate process, so that nothing else counts in the peak; one tensor is transposed."""
     torch = pytest.importorskip("torch")
     weights = fixture_weights()
     state = tensors(weights)
@@ -235,7 +235,7 @@ print(mx.get_peak_memory())
     assert mx.array_equal(written[f"transformer.{name}"], expected).item()
 
 
-# What is refused.
+# Refusals.
 
 
 class Hostile:
@@ -260,12 +260,12 @@ def test_code_is_refused_and_not_run(tmp_path: Path, config_yaml: Path, protocol
     assert not trace.exists()
     assert "is refused" in message
     assert "system" in message
-    # The trap is armed: whoever loads it without care does run it.
+    # The trap works: an unsafe load does run it.
     pickle.loads(pickle.dumps(Hostile(trace), protocol=protocol))
     assert trace.exists()
 
 
-def test_damaged_files(tmp_path: Path, config_yaml: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, config_yaml: Path) -> None:
     path = torch_save(tmp_path / "c.pt", tensors())
     data = path.read_bytes()
     for content in (b"", b"hello world" * 100, data[: len(data) // 2], data[:-30], b"PK\x03\x04" + bytes(500)):
@@ -274,7 +274,7 @@ def test_damaged_files(tmp_path: Path, config_yaml: Path) -> None:
         assert "damaged" in message and str(path) in message
 
 
-def test_other_contents(tmp_path: Path, config_yaml: Path) -> None:
+def test_files_with_other_contents_are_refused(tmp_path: Path, config_yaml: Path) -> None:
     torch = pytest.importorskip("torch")
     for state in ([1, 2], {"a": 1}, {}, {1: torch.zeros(2)}, torch.zeros(3), {"epoch": 3, "w": torch.zeros(2)}):
         path = torch_save(tmp_path / "c.pt", state)
@@ -312,12 +312,12 @@ def test_other_types_are_refused(tmp_path: Path, config_yaml: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_the_repacked_reference_gives_the_same_answers(
+def test_the_repacked_reference_gives_the_same_logits(
     tmp_path: Path, reference: dict[str, Any], method: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through `load` and `convert`, without PyTorch."""
     if not SHARED.exists():
-        pytest.skip("the reference checkpoint is not here")
+        pytest.skip("needs the reference checkpoint")
     monkeypatch.setitem(sys.modules, "torch", None)
     path = pack(tmp_path / "c.pt", members(SHARED / "shakespeare-corenet.pt"), method)
     named: dict[str, Any] = {"config_yaml": SHARED / "shakespeare-corenet.yaml", "tokenizer": TOKENIZER}
@@ -327,7 +327,7 @@ def test_the_repacked_reference_gives_the_same_answers(
     assert all(mx.array_equal(written[name], expected[name]).item() for name in expected)
 
 
-def test_nothing_is_written_of_damaged_weights(tmp_path: Path, config_yaml: Path) -> None:
+def test_damaged_weights_leave_no_output(tmp_path: Path, config_yaml: Path) -> None:
     path = torch_save(tmp_path / "c.pt", tensors())
     data = bytearray(path.read_bytes())
     data[data.index(fixture_weights()["norm.weight"].tobytes())] ^= 1
@@ -337,7 +337,7 @@ def test_nothing_is_written_of_damaged_weights(tmp_path: Path, config_yaml: Path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c.pt", "run.yaml"]
 
 
-def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_as_a_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "c.pt")
     assert "is a pipe or a device, not a file" in error_of(tmp_path / "c.pt", tokenizer=TOKENIZER)
     with pytest.raises(RequestError, match="is a pipe or a device, not a file"):
@@ -352,7 +352,7 @@ def test_a_tokenizer_larger_than_the_rows_is_refused(tmp_path: Path) -> None:
     weights = fixture_weights()
     weights["token_embeddings.weight"] = weights["token_embeddings.weight"][:2000]
     path = torch_save(tmp_path / "c.pt", tensors(weights))
-    assert "2048 pieces, but the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
+    assert "2048 tokens, but the model only 2000" in error_of(path, tokenizer=TOKENIZER, config_yaml=config_yaml)
 
 
 def test_without_a_padding_index_the_tokenizer_decides(tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_without_a_padding_index_the_tokenizer_decides(tmp_path: Path) -> None:
         assert open_source(path, tokenizer=TOKENIZER, config_yaml=config_yaml).checkpoint.config.vocab_size == 2048
 
 
-def test_a_tokenizer_smaller_than_the_padding_index_is_warned_of(tmp_path: Path) -> None:
+def test_a_tokenizer_smaller_than_the_padding_index_warns(tmp_path: Path) -> None:
     config_yaml = write_yaml(tmp_path / "run.yaml", padding_index=2100)
     path = torch_save(tmp_path / "c.pt", tensors())
     with pytest.warns(UserWarning, match="2100 tokens .* tokenizer has 2048"):
@@ -375,7 +375,7 @@ def test_a_tokenizer_smaller_than_the_padding_index_is_warned_of(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"])
-def test_published_names(name: str) -> None:
+def test_configurations_with_published_names(name: str) -> None:
     section = {"model_name": name, "vocab_size": 32128, "max_context_length": 2048, "padding_index": 32000}
     config, pieces = corenet.config_from_section(section, "run.yaml")
     published = ModelConfig.from_name(name)
@@ -389,7 +389,7 @@ def test_published_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_dim": None}, "not one of OpenELM-270M"),
+        ({"model_dim": None}, "Unknown model_name 'custom' (expected OpenELM-270M"),
         ({"model_name": "OpenELM-7B", "head_dim": None}, "'OpenELM-7B'"),
         ({"vocab_size": None}, "no vocab_size"),
         ({"vocab_size": "many"}, "vocab_size is many"),
@@ -397,7 +397,7 @@ def test_published_names(name: str) -> None:
         ({"num_gqa_groups": 0}, "num_gqa_groups"),
     ],
 )
-def test_configurations_that_cannot_be_right(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_invalid_configurations_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = write_yaml(tmp_path / "run.yaml", **changes)
     with pytest.raises(RequestError) as caught:
         corenet.config_from_section(corenet.read_yaml(path), str(path))
@@ -416,7 +416,7 @@ def test_configurations_that_cannot_be_right(tmp_path: Path, changes: dict[str, 
         "!!python/object/apply:os.system [ls]",
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_a_configuration_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(RequestError, match="run.yaml"):
         corenet.read_yaml(tmp_path / "run.yaml")
@@ -434,7 +434,7 @@ def test_published_sizes_need_no_yaml(rows: int, size: str, layers: int) -> None
     assert (config.max_context_length, config.rope_max_length) == (2048, 4096)
 
 
-def test_other_sizes_need_one(tmp_path: Path) -> None:
+def test_other_sizes_need_a_yaml(tmp_path: Path) -> None:
     path = torch_save(tmp_path / "c.pt", tensors())
     assert "config_yaml" in error_of(path, tokenizer=TOKENIZER)
 
@@ -459,7 +459,7 @@ def write_port(folder: Path, quantized: bool = False) -> dict[str, np.ndarray]:
     return weights
 
 
-def test_a_port_folder(tmp_path: Path, reference: dict[str, Any]) -> None:
+def test_a_port_folder_gives_the_reference_logits(tmp_path: Path, reference: dict[str, Any]) -> None:
     write_port(tmp_path / "port")
     model, _ = load(tmp_path / "port", dtype="float32")
     check_logits(model, reference)
@@ -481,15 +481,15 @@ def test_a_quantized_port_folder(tmp_path: Path) -> None:
     assert written["transformer.token_embeddings.weight"].shape == (2048, 192)
 
 
-def test_a_port_folder_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_port_folder_with_missing_tensors_is_refused(tmp_path: Path) -> None:
     write_port(tmp_path / "port")
     (tmp_path / "port" / "config.json").write_text(json.dumps(SECTION | {"num_transformer_layers": 7}))
     assert "layers.6" in error_of(tmp_path / "port")
     assert "config_yaml belongs" in error_of(tmp_path / "port", config_yaml=tmp_path / "x.yaml")
 
 
-def test_a_large_checkpoint_is_never_in_memory(tmp_path: Path) -> None:
-    """120 MB of float32, converted in a process of its own, which grows by a fraction of that."""
+def test_a_large_checkpoint_is_never_wholly_in_memory(tmp_path: Path) -> None:
+    """120 MB of float32, converted in a separate process, which grows by a fraction of that."""
     torch = pytest.importorskip("torch")
     changes = {"num_transformer_layers": 10, "model_dim": 768, "head_dim": 64, "ffn_dim_divisor": 256}
     config_yaml = write_yaml(tmp_path / "run.yaml", **changes)

@@ -80,7 +80,7 @@ def _address(view: memoryview) -> int:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[decoding.Shape, Emulation]:
     if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
+        pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("emulation")
 
     class Kernels(dict[decoding.Shape, Emulation]):
@@ -93,7 +93,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[decoding.Shape, E
 
 @pytest.fixture
 def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
-    """Lets the kernel run here, on 5 blocks; the list has the shape of each call."""
+    """Run the kernel here, on 5 blocks; the list gets the shape of each call."""
     made: list[decoding.Shape] = []
 
     def call(*, compiled_source: decoding.Shape, **arguments: Any) -> list[mx.array]:
@@ -103,7 +103,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
     monkeypatch.setattr(decoding, "is_allowed", lambda: True)
     monkeypatch.setattr(decoding, "machine_code", lambda shape: shape)
     monkeypatch.setattr(compiler, "multiprocessors", lambda: 5)
-    monkeypatch.setattr(decoding, "THREADS", 128)  # of a block; a GPU has 512
+    monkeypatch.setattr(decoding, "THREADS", 128)  # threads of a block; a GPU has 512
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", call)
     return made
 
@@ -117,27 +117,27 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
         (mx.float16, ALL_PACKINGS, 64),
     ],
 )
-def test_steps_give_the_references_logits(calls, dtype, packings, head_dim):
+def test_steps_give_the_reference_logits(calls, dtype, packings, head_dim):
     model = make_model(dtype, packings, head_dim)
     ids = np.random.default_rng(1).integers(0, 64, 20).tolist()
     cache = [KVCache() for _ in model.layers]
     model(mx.array([ids[:16]]), cache)
     found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[16:]]
     assert len(calls) == len(found)
-    wanted = plain_logits(model, ids)[16:]
-    error = np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() / np.abs(wanted).max()
+    expected = plain_logits(model, ids)[16:]
+    error = np.abs(np.array(mx.stack(found).astype(mx.float32)) - expected).max() / np.abs(expected).max()
     assert error < (0.03 if dtype == mx.bfloat16 else 0.005)
 
 
 def test_blocks_share_the_work_of_a_long_cache(calls, monkeypatch):
-    monkeypatch.setattr(compiler, "multiprocessors", lambda: 13)  # three for each of four heads, one for each of eight
+    monkeypatch.setattr(compiler, "multiprocessors", lambda: 13)  # 3 blocks for each of 4 heads, 1 for each of 8
     model = make_model(mx.float16, [None], 64)
     ids = np.random.default_rng(1).integers(0, 64, 304).tolist()
     cache = [KVCache() for _ in model.layers]
     model(mx.array([ids[:300]]), cache)
     found = [model(mx.array([[token]]), cache)[0, -1] for token in ids[300:]]
-    wanted = plain_logits(model, ids)[300:]
-    assert np.abs(np.array(mx.stack(found).astype(mx.float32)) - wanted).max() < 0.005 * np.abs(wanted).max()
+    expected = plain_logits(model, ids)[300:]
+    assert np.abs(np.array(mx.stack(found).astype(mx.float32)) - expected).max() < 0.005 * np.abs(expected).max()
     assert [layer.offset for layer in cache] == [304] * 2
 
 
@@ -160,8 +160,8 @@ def held(cache: list[KVCache]) -> list[np.ndarray]:
     return [np.array(part.astype(mx.float32)) for layer in cache for part in layer.keys_and_values()]
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.abs(found - wanted).max() < 0.006 * np.abs(wanted).max())
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(found - expected).max() < 0.006 * np.abs(expected).max())
 
 
 def test_a_cache_holds_the_same_as_on_the_plain_path(calls, model, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_cache_holds_the_same_as_on_the_plain_path(calls, model, monkeypatch):
     plain = prefilled(model, [5, 6, 7])
     steps(model, plain, [8, 9])
     assert all(close(a, b) for a, b in zip(found, held(plain), strict=True))
-    # And the plain path continues from there.
+    # The plain path continues from there.
     assert close(steps(model, cache, [10]), steps(model, plain, [10]))
 
 
@@ -226,7 +226,7 @@ def test_steps_follow_each_other(calls, model):
         assert after[3] is before[0]
 
 
-def test_other_threads_run_without_the_kernel_while_the_first_lives(calls, model):
+def test_other_threads_run_without_the_kernel_while_the_first_thread_lives(calls, model):
     steps(model, prefilled(model, [5]), [8])
     results = []
 
@@ -284,7 +284,7 @@ def test_a_replaced_module_is_used_from_the_next_call_on(calls, model, name, len
     assert changed.calls == 1 and len(calls) == 1
 
 
-def test_caches_that_are_given_a_state_leave_its_arrays_alone(calls, model):
+def test_caches_do_not_write_into_the_arrays_of_a_given_state(calls, model):
     first = prefilled(model, [5, 6, 7])
     steps(model, first, [8])
     state = [[mx.array(part) if isinstance(part, mx.array) else part for part in layer.state] for layer in first]
@@ -297,7 +297,7 @@ def test_caches_that_are_given_a_state_leave_its_arrays_alone(calls, model):
     one, two = steps(model, used[0], [20]), steps(model, used[1], [30])
     assert close(one[-1], plain_logits(model, [5, 6, 7, 8, 20])[-1])
     assert close(two[-1], plain_logits(model, [5, 6, 7, 8, 30])[-1])
-    for layer, part in zip(used[2], state, strict=True):  # arrays without room, as a saved prompt cache has them
+    for layer, part in zip(used[2], state, strict=True):  # arrays without spare room, as in a saved prompt cache
         layer.state = (part[0][:, :, :4], part[1][:, :, :4], 4)
     assert close(steps(model, used[2], [40])[-1], plain_logits(model, [5, 6, 7, 8, 40])[-1])
     for layer in used[2]:
@@ -305,7 +305,7 @@ def test_caches_that_are_given_a_state_leave_its_arrays_alone(calls, model):
     assert close(steps(model, used[2], [50])[-1], plain_logits(model, [50])[-1])
 
 
-def test_a_weight_that_changes_in_place_is_looked_at_again(calls, model):
+def test_a_weight_that_changes_in_place_is_checked_again(calls, model):
     steps(model, prefilled(model, [5, 6]), [8])
     weight = model.layers[0].attn_norm.weight
     weight *= mx.array(1.5)  # the same object, of another type
@@ -315,11 +315,11 @@ def test_a_weight_that_changes_in_place_is_looked_at_again(calls, model):
     assert close(found[-1], plain_logits(model, [5, 6, 8])[-1])
 
 
-def test_the_type_of_the_activations_counts(calls):
+def test_the_kernel_is_chosen_by_the_type_of_the_activations(calls):
     model = make_model(mx.bfloat16, [None], 64)
     steps(model, prefilled(model, [5, 6]), [8])
     made = len(calls)
-    model.transformer.norm.weight = model.transformer.norm.weight.astype(mx.float32)  # activations take its type
+    model.transformer.norm.weight = model.transformer.norm.weight.astype(mx.float32)  # activations take its dtype
     assert np.isfinite(steps(model, prefilled(model, [5, 6]), [8])).all()
     assert len(calls) == made
     model.transformer.norm.weight = model.transformer.norm.weight.astype(mx.bfloat16)
@@ -327,8 +327,8 @@ def test_the_type_of_the_activations_counts(calls):
     assert len(calls) == made + 1
 
 
-def test_another_thread_may_have_the_kernel_when_the_first_has_ended():
-    turns = decoding._Turns()
+def test_another_thread_gets_the_kernel_after_the_first_has_ended():
+    turns = decoding._KernelLock()
     first = threading.Thread(target=lambda: owned.append(turns.is_mine()))
     owned: list[bool] = []
     first.start()

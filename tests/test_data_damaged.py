@@ -1,4 +1,4 @@
-"""Data files as they come: line ends of every kind, and damaged ones, each refused in one line."""
+"""Data files as found in practice: line ends of every kind, and damaged files, each refused in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 TEXTS = ["a\u2028b", "c\x85d", "e\u2029\x0b\x0c\x1c\x1e", "f\r\n\rg\n"]
 
 
-def said(path: Path) -> list[str]:
+def contents(path: Path) -> list[str]:
     return [record.values["text"] for record in read_records([path])]
 
 
@@ -32,24 +32,24 @@ def refusal(call, *arguments) -> str:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\r", "\r\r\n"])
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.jsonl.gz"])
-def test_lines_end_with_lf_cr_or_both_and_with_nothing_else(tmp_path, end, name):
+def test_lines_end_only_with_lf_cr_or_both(tmp_path, end, name):
     for mark in (b"", b"\xef\xbb\xbf"):
         content = mark + end.join(json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS).encode()
         path = tmp_path / name
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-        assert said(path) == TEXTS
+        assert contents(path) == TEXTS
 
 
-def test_lines_are_counted_by_every_end(tmp_path):
+def test_every_kind_of_line_end_counts_as_one_line(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"text": "a"}\r{"text": "b"}\r\n\n{"text": 3}')
     assert "train.jsonl, line 4: 'text' is a number" in refusal(read_records, [path])
 
 
-def test_an_array_over_lines_that_end_with_cr(tmp_path):
+def test_a_json_array_with_cr_line_ends(tmp_path):
     path = tmp_path / "train.json"
     path.write_bytes(json.dumps([{"text": text} for text in TEXTS], indent=1).replace("\n", "\r").encode())
-    assert said(path) == TEXTS
+    assert contents(path) == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_a_damaged_line_is_named(tmp_path, line, expected):
 def test_a_lone_surrogate_is_text(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a\\ud800"}')
-    assert said(path) == ["a\ud800"]
+    assert contents(path) == ["a\ud800"]
 
 
-def test_keys_that_are_there_twice_are_read_as_mlx_lm_reads_them(tmp_path):
+def test_duplicate_keys_are_read_as_by_mlx_lm(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a", "meta": {"b": 1, "c": 2, "b": 1}}')
-    assert said(path) == ["a"]
+    assert contents(path) == ["a"]
 
 
 def test_pipes_devices_and_folders_are_refused(tmp_path):
@@ -110,7 +110,7 @@ def test_pipes_devices_and_folders_are_refused(tmp_path):
         assert "is not a file" in refusal(read_splits, name)
 
 
-def test_a_pipe_that_the_shell_opened_is_a_text_file(tmp_path):
+def test_a_pipe_opened_by_the_shell_is_read_as_text(tmp_path):
     for folder in ("/dev/fd", "/proc/self/fd"):
         if not os.path.isdir(folder):
             continue
@@ -124,7 +124,7 @@ def test_a_pipe_that_the_shell_opened_is_a_text_file(tmp_path):
     os.close(device)
 
 
-def test_what_unpacks_without_end_is_refused(tmp_path):
+def test_a_decompression_bomb_is_refused(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * 100_000_000))
     assert "unpacks to more than 100 times its size" in refusal(read_records, [path])
@@ -158,7 +158,7 @@ def bases() -> dict[str, bytes]:
 
 
 def test_damaged_parquet_is_refused_in_one_line(tmp_path):
-    """Bytes changed at random: in one line, or records that are whole; never anything else."""
+    """With random bytes changed: a one-line refusal or complete records, nothing else."""
     draw = random.Random(0)
     for name, content in bases().items():
         path = tmp_path / name

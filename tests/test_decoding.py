@@ -51,7 +51,7 @@ def brute_force(model: OpenELM, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("step_size", [None, 1, 4, 9])
-def test_a_loop_by_hand_gives_the_tokens_and_whole_rows(model: OpenELM, step_size: int | None) -> None:
+def test_a_hand_written_loop_gives_tokens_and_whole_rows(model: OpenELM, step_size: int | None) -> None:
     decoder = Decoder(model)
     logprobs = decoder.prefill(mx.array([IDS[0]]), step_size)
     ids = list(IDS[0])
@@ -75,7 +75,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_loop_by_hand_gives_what_generate_gives(model: OpenELM, tokenizer: Tokenizer, settings: dict) -> None:
+def test_a_hand_written_loop_gives_what_generate_gives(model: OpenELM, tokenizer: Tokenizer, settings: dict) -> None:
     options = GenerationOptions(**settings)
     key = make_key(options.seed) if options.seed is not None else None
     sampler = make_sampler(options, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
@@ -126,7 +126,7 @@ def test_rows_of_a_batch(model: OpenELM) -> None:
     assert greedy(logprobs).tolist() == [tokens[1] for tokens in GREEDY[:3]]
 
 
-def test_positions_can_be_scored_and_taken_back(model: OpenELM) -> None:
+def test_positions_can_be_scored_and_trimmed(model: OpenELM) -> None:
     """As speculation does: several draft tokens in one pass, and those that are rejected are trimmed."""
     decoder = Decoder(model)
     first = greedy(decoder.prefill(mx.array([IDS[0]]))).item()
@@ -139,7 +139,7 @@ def test_positions_can_be_scored_and_taken_back(model: OpenELM) -> None:
     assert greedy(decoder.step(mx.array(GREEDY[0][3:4]))).item() == GREEDY[0][4]
 
 
-def test_a_given_cache_is_extended_and_its_ids_are_the_processors_context(model: OpenELM) -> None:
+def test_a_given_cache_is_extended_and_processors_see_its_ids(model: OpenELM) -> None:
     cache = [KVCache() for _ in model.layers]
     model(mx.array([IDS[0][:4]]), cache)
     seen: list[list[int]] = []
@@ -160,14 +160,14 @@ def test_prefill_evaluates_only_the_cache(model: OpenELM, monkeypatch: pytest.Mo
     rows: list[int] = []
     logits = OpenELM.logits
     monkeypatch.setattr(OpenELM, "logits", lambda self, x: rows.append(x.size // x.shape[-1]) or logits(self, x))
-    evaluated: list[int] = []  # how many positions the cache had whenever something was evaluated
+    evaluated: list[int] = []  # the length of the cache at each evaluation
     decoder = Decoder(model)
     evaluate = mx.eval
     monkeypatch.setattr(mx, "eval", lambda *x: evaluated.append(decoder.cache[0].offset) or evaluate(*x))
     progress: list[tuple[int, int]] = []
     decoder.prefill(mx.array([IDS[0]]), 4, lambda *numbers: progress.append(numbers))
     assert (rows, progress) == ([1], [(0, 9), (4, 9), (8, 9)])
-    assert set(evaluated) == {4, 8}  # the last piece is left lazy
+    assert set(evaluated) == {4, 8}  # the last piece stays lazy
 
 
 # A rotating cache at exactly its limit: generation with it.
@@ -176,7 +176,7 @@ def test_prefill_evaluates_only_the_cache(model: OpenELM, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("length", [7, 8, 9])
 @pytest.mark.parametrize("step_size", [1, 7, 8, 16])
 def test_a_prompt_around_the_limit_of_a_sliding_cache(model: OpenELM, length: int, step_size: int) -> None:
-    """Attention hides what is outside the window, as in one pass with the window's mask."""
+    """Attention is limited to the window, as in one pass with the window's mask."""
     ids = IDS[0][:length]
     decoder = Decoder(model, options=CacheOptions(max_kv_size=8))
     logprobs = decoder.prefill(mx.array([ids]), step_size)
@@ -203,7 +203,7 @@ def byte_id(tokenizer: Tokenizer, byte: int) -> int:
 
 
 @pytest.mark.parametrize("stop", [(), "never", "\ufffd\ufffd\ufffd\ufffd"])
-def test_bytes_of_an_incomplete_last_character_are_not_lost(
+def test_bytes_of_an_incomplete_last_character_are_emitted(
     model: OpenELM, tokenizer: Tokenizer, stop: str | tuple
 ) -> None:
     first = byte_id(tokenizer, 0xF0)  # the first of four bytes
@@ -221,7 +221,7 @@ def test_an_incomplete_last_character_can_complete_a_stop_string(model: OpenELM,
 
 
 def test_the_end_of_text_completes_the_last_character(model: OpenELM, tokenizer: Tokenizer) -> None:
-    """EOS after the first byte: U+FFFD for that byte comes with EOS."""
+    """With EOS after the first byte, the piece of EOS has U+FFFD for that byte."""
     first, eos = byte_id(tokenizer, 0xF0), tokenizer.eos_token_id
     # Once the byte is in the context, the penalty puts EOS ahead of it.
     options: dict[str, Any] = {"logit_bias": {first: 300.0, eos: 200.0}, "presence_penalty": 200.0}

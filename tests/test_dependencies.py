@@ -1,4 +1,4 @@
-"""Whatever the package imports is declared."""
+"""Every package that is imported is declared."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Names of modules that are not those of what is installed.
+# Modules whose names differ from those of their distributions.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 IMPORTERS = ("import_module", "find_spec")
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The names of what is imported, also by functions that take a name."""
+    """The names of imported modules, including those imported by functions that take a name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,15 +42,15 @@ def declared() -> set[str]:
     return {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in lines}
 
 
-def test_whatever_is_imported_is_declared() -> None:
+def test_every_imported_package_is_declared() -> None:
     found = third_party()
     assert {"httpx2", "filelock", "huggingface_hub", "pyarrow", "yaml", "tensorboardX"} <= found
     distributions = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in found}
     assert distributions - declared() == set()
 
 
-def test_what_a_plain_installation_needs_is_no_extra() -> None:
-    """The modules that download CoreNet's files are in no extra."""
+def test_base_dependencies_are_not_in_extras() -> None:
+    """The packages that download CoreNet's files are base dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
     assert {"httpx2", "filelock"} <= names

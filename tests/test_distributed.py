@@ -1,4 +1,4 @@
-"""Several processes that train together: the same losses as one, and what becomes of them when one is gone."""
+"""Several processes that train together: the same losses as one, and what happens when one dies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from training_runs import command, environment, metrics, run, write_run_folder
 
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
-# Adam would make much of the smallest gradients, and so of rounding.
+# Adam would amplify the smallest gradients, and so rounding errors.
 FLAGS = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--grad-accumulation-steps", 2,
          "--max-seq-length", 48, "--optimizer", "sgd", "--learning-rate", 1e-2, "--rank", 4,
          "--max-grad-norm", 1, "--steps-per-report", 3, "--steps-per-eval", 5, "--val-batches", -1,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not i
 
 
 def _free_ports() -> int:
-    """The first of two ports in a row that nobody listens on."""
+    """The first of two consecutive free ports."""
     while True:
         with socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def _free_ports() -> int:
 
 
 def launch(*words: object, folder: Path) -> subprocess.Popen[str]:
-    """Two processes that run `words` with Python, their output together."""
+    """Two processes that run `words` with Python, their output combined."""
     start = [LAUNCH, "-n", 2, "-p", _free_ports(), "--backend", "ring", "--python", sys.executable, "--", *words]
     return subprocess.Popen(list(map(str, start)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env=environment(), cwd=folder)  # fmt: skip
@@ -55,7 +55,7 @@ def _rank_pids(launcher: int) -> dict[int, int]:
     """The processes that `mlx.launch` started, by rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children")
     if not children.exists():
-        pytest.skip("the system does not tell which processes belong together")
+        pytest.skip("needs /proc to find child processes")
     found = {}
     for task in Path(f"/proc/{launcher}/task").iterdir():
         for pid in (task / "children").read_text().split():
@@ -71,21 +71,21 @@ def here(tmp_path) -> Path:
 
 
 def _wait_for_step(process: subprocess.Popen[str], step: int) -> list[str]:
-    said = []
+    lines = []
     assert process.stdout is not None
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if line.startswith(f"Step {step}:"):
             break
-    return said
+    return lines
 
 
 def _kill_and_continue(here: Path, victim: int, number: int, iters: int) -> str:
-    """End one of two processes with a signal, then resume; what they said as they ended."""
+    """End one of two processes with a signal, then resume; returns their output up to the end."""
     process = launch_lora(*FLAGS, "--iters", iters, "--adapter-path", "two", folder=here)
-    said = _wait_for_step(process, 4)
+    lines = _wait_for_step(process, 4)
     pids = _rank_pids(process.pid)
-    assert len(pids) == 2, "".join(said)
+    assert len(pids) == 2, "".join(lines)
     started = time.monotonic()
     os.kill(pids[victim], number)
     rest = process.communicate(timeout=60)[0]
@@ -94,8 +94,8 @@ def _kill_and_continue(here: Path, victim: int, number: int, iters: int) -> str:
     again = launch_lora("--resume", "--adapter-path", "two", "--json", folder=here)
     output = again.communicate(timeout=120)[0]
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(results) == 1 and results[0]["steps"] == iters, output  # one of them prints
-    return "".join(said) + rest
+    assert len(results) == 1 and results[0]["steps"] == iters, output  # only one of them prints
+    return "".join(lines) + rest
 
 
 def _assert_as_one_process(here: Path, iters: int) -> None:
@@ -104,7 +104,7 @@ def _assert_as_one_process(here: Path, iters: int) -> None:
     one, two = metrics(here / "one"), metrics(here / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) > 6
     for ours, theirs in zip(two, one, strict=True):
-        # The norm of a gradient hangs on every weight; its differences add up sooner.
+        # The norm of a gradient depends on every weight, so its differences add up sooner.
         norms = ours.pop("grad_norm", 0.0), theirs.pop("grad_norm", 0.0)
         assert ours == pytest.approx(theirs, rel=2e-5) and norms[0] == pytest.approx(norms[1], rel=1e-3)
     weights = [mx.load(str(here / name / "adapters.safetensors")) for name in ("one", "two")]
@@ -112,7 +112,7 @@ def _assert_as_one_process(here: Path, iters: int) -> None:
         assert mx.allclose(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4).item(), name
 
 
-def test_two_processes_are_one_also_when_one_is_killed_between(here):
+def test_two_processes_train_like_one_even_if_one_is_killed(here):
     said = _kill_and_continue(here, 1, signal.SIGKILL, iters=14)
     assert said.count("Step 0: validation loss") == 1
     assert "rank 1 exited with code -9" in said
@@ -121,9 +121,9 @@ def test_two_processes_are_one_also_when_one_is_killed_between(here):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM), (0, signal.SIGINT)])
-def test_whichever_is_ended_and_how(here, victim, number):
+def test_a_run_resumes_whichever_process_ended_and_how(here, victim, number):
     said = _kill_and_continue(here, victim, number, iters=40)
-    if number != signal.SIGKILL:  # agreed upon, and saved
+    if number != signal.SIGKILL:  # all processes agree to stop, and save
         assert re.search(r"Step \d+: saved two.checkpoints.*", said)
         assert "gone" not in said and "Stopped after step" in said
     _assert_as_one_process(here, iters=40)
@@ -151,12 +151,12 @@ def test_an_error_in_one_ends_the_others(here, rank):
     process = launch("failing.py", rank, "lora", *FLAGS, "--iters", 50, folder=here)
     output = process.communicate(timeout=60)[0]
     assert "ZeroDivisionError: by chance" in output and "exited with code 1" in output
-    # Of step 5, since its validation loss is the best so far.
+    # The checkpoint of step 5, which has the best validation loss so far.
     assert [path.name for path in sorted((here / "adapters" / "checkpoints").glob("0*"))] == ["0000004", "0000005"]
 
 
 @pytest.mark.slow
-def test_a_batch_that_cannot_be_shared(here):
+def test_a_batch_size_that_processes_cannot_share_is_refused(here):
     output = launch_lora(*FLAGS, "--batch-size", 3, folder=here).communicate(timeout=60)[0]
     assert "error: --batch-size 3 cannot be shared by 2 processes; take a multiple of 2, such as 4." in output
     assert not (here / "adapters").exists()
@@ -192,13 +192,13 @@ except RequestError as error:
 """
 
 
-def test_what_processes_tell_each_other(tmp_path):
+def test_processes_exchange_values(tmp_path):
     (tmp_path / "sharing.py").write_text(SHARING)
     output = launch("sharing.py", folder=tmp_path).communicate(timeout=60)[0]
     assert output.count("fine") == 2, output
 
 
-def test_a_single_process_needs_nobody():
+def test_a_single_process_needs_no_communication():
     processes = Processes()
     assert (processes.rank, processes.size, processes.leads) == (0, 1, True)
     assert processes.share("x") == "x" and processes.any(True) and not processes.any(False)
@@ -207,7 +207,7 @@ def test_a_single_process_needs_nobody():
     with pytest.raises(ZeroDivisionError), processes.together():
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="ring"), processes.together():
-        raise RuntimeError("[ring] something")  # nobody can be gone
+        raise RuntimeError("[ring] something")  # there are no peers
 
 
 def test_errors_of_others_name_them():

@@ -33,14 +33,14 @@ def test_three_names_for_a_type(names: tuple) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "BF16", "mlx.core.float16", mx.int32, mx.float64, 16, ["fp16"]], ids=str)
-def test_what_is_not_a_type(dtype: object, tmp_path: Path) -> None:
+def test_unknown_types_are_refused(dtype: object, tmp_path: Path) -> None:
     for use in (load, lambda model, dtype: convert(model, tmp_path / "out", dtype=dtype)):
         with pytest.raises(RequestError, match="dtype must be one of float32, float16, bfloat16, fp32, fp16, bf16"):
             use("tiny", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stands_for_no_type() -> None:
+def test_none_means_no_dtype() -> None:
     assert dtype_name(None) is None and Loading().dtype is None
 
 
@@ -55,7 +55,7 @@ JOBS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("dtype", ["fp16", mx.float16], ids=str)
-def test_every_job_takes_them(job: str, dtype: str | mx.Dtype, tmp_path: Path) -> None:
+def test_every_job_accepts_every_name_of_a_type(job: str, dtype: str | mx.Dtype, tmp_path: Path) -> None:
     JOBS[job](tmp_path / "out", dtype)
     assert mlx_format.read(tmp_path / "out").dtype == mx.float16
     card = (tmp_path / "out" / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_every_job_takes_them(job: str, dtype: str | mx.Dtype, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", ["convert --mlx-path", "export --format huggingface --output"])
-def test_commands_take_them(command: str, tmp_path: Path) -> None:
+def test_commands_accept_every_name_of_a_type(command: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as done:
         main([*command.split(), str(tmp_path / "out"), "--model", str(FOLDER), "--dtype", "bf16"])
     assert not done.value.code

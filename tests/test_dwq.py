@@ -41,7 +41,7 @@ def full_matrix(packed: Packed, slope: np.ndarray, shift: np.ndarray) -> np.ndar
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", [Distilled, DistilledEmbedding])
-def test_gradients_are_finite_differences(kind, bits):
+def test_gradients_agree_with_finite_differences(kind, bits):
     packed = packed_matrix(6, 64, Quantization(32, bits))
     module = kind(packed)
     generator = np.random.default_rng(bits)
@@ -62,7 +62,7 @@ def test_gradients_are_finite_differences(kind, bits):
         return product if kind is Distilled else product + np.square(matrix[tokens] - x).mean()
 
     value, gradients = nn.value_and_grad(module, loss)(module)
-    assert set(gradients) == {"slope", "shift"}  # levels and the first grid stay
+    assert set(gradients) == {"slope", "shift"}  # levels and the initial grid stay
     assert value.item() == pytest.approx(expected(slope, shift), rel=1e-4)
     for name, index in (("slope", 0), ("shift", 1)):
         for row in range(6):
@@ -97,7 +97,7 @@ def with_grids(packed, grids, **changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"share_input_output_layers": False}, {"ffn_with_glu": False}])
-def test_the_divergence_falls_on_text_it_has_not_seen(changes):
+def test_the_divergence_falls_on_unseen_text(changes):
     windows = random_windows(64, 17)
     batches = [mx.array(windows[i : i + 2])[:, :-1] for i in range(0, 64, 2)]
     model = tiny_model(**changes)
@@ -118,7 +118,7 @@ def test_the_divergence_falls_on_text_it_has_not_seen(changes):
 @pytest.mark.parametrize("rate", [0.002, 5.0])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_the_result_is_never_worse_than_the_start_on_held_out_text(bits, rate):
-    # At the higher rate training ruins the model, so that only the start is left to choose.
+    # At the higher rate training ruins the model, so only the start can be chosen.
     windows = random_windows(11, 17)
     batches = [mx.array([window])[:, :-1] for window in windows]
     model = tiny_model()
@@ -133,8 +133,8 @@ def test_the_result_is_never_worse_than_the_start_on_held_out_text(bits, rate):
         assert end == pytest.approx(start, rel=1e-4)
 
 
-def test_the_last_state_is_taken_where_no_text_is_held_out(monkeypatch):
-    # 7 batches are too few to hold one out: 14 steps, of which every third is a check.
+def test_without_held_out_text_the_last_state_is_kept(monkeypatch):
+    # 7 batches are too few to hold one out: 14 steps, with a check every third step.
     batches = [mx.array([window]) for window in random_windows(7, 16)]
     model = tiny_model()
     teacher = Teacher(model, batches)
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         dwq.distill(model, packed, teacher, batches, mx.bfloat16)
 
 
-def test_the_divergence_that_is_trained_is_that_of_the_models():
+def test_the_training_loss_is_the_models_divergence():
     batches = [mx.array(random_windows(2, 12))]
     model = tiny_model()
     teacher = Teacher(model, batches)

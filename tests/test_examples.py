@@ -1,4 +1,4 @@
-"""Examples: what is rendered, and what of it is learned, told by decoding it and beside mlx-lm's data sets."""
+"""Examples: what is rendered and which tokens are learned, checked by decoding and against mlx-lm's data sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 FIXTURES = Path(__file__).parent / "fixtures"
-# One that spells hard words in bytes and has runs of spaces, and the small one inside the package.
+# One that encodes rare words as bytes and has runs of spaces, and the packaged one.
 TOKENIZERS = {"shakespeare": Tokenizer.from_folder(FIXTURES / "shakespeare-hf")}
 TOKENIZERS["tiny"] = Tokenizer.from_folder(Path(__file__).parents[1] / "mlx_openelm" / "assets" / "tiny")
 tokenizer = TOKENIZERS["shakespeare"]
@@ -37,20 +37,20 @@ def records(*values: dict[str, Any]) -> list[Record]:
     return [Record(value, f"train.jsonl, line {number}") for number, value in enumerate(values, 1)]
 
 
-def make(*values: dict[str, Any], its: Tokenizer = tokenizer, **options: Any) -> list[Example]:
-    return tokenize(records(*values), its, **{"max_seq_length": 2048} | options).examples
+def make(*values: dict[str, Any], tok: Tokenizer = tokenizer, **options: Any) -> list[Example]:
+    return tokenize(records(*values), tok, **{"max_seq_length": 2048} | options).examples
 
 
 def make_one(values: dict[str, Any], **options: Any) -> Example:
     return make(values, **options)[0]
 
 
-def text_of(ids, its: Tokenizer = tokenizer) -> str:
-    """The text of ids with special tokens in brackets; each run between them decodes on its own."""
+def text_of(ids, tok: Tokenizer = tokenizer) -> str:
+    """The text of ids with special tokens in brackets; each run between them is decoded separately."""
     parts, run = [], []
     for token in [*ids, None]:
         if token in (0, 1, 2, None):
-            parts.append(its.decode(run))
+            parts.append(tok.decode(run))
             parts.append("" if token is None else f"[{token}]")
             run = []
         else:
@@ -63,7 +63,7 @@ def learned(example: Example) -> list[list[int]]:
 
 
 def learned_texts(example: Example) -> list[str]:
-    """What is learned, as the difference it makes to the text of the tokens before it."""
+    """The text of each learned span: what it adds to the decoded text before it."""
     texts = []
     for start, end in example.learned:
         before, upto = text_of(example.tokens[:start]), text_of(example.tokens[:end])
@@ -83,7 +83,7 @@ def test_text_is_bos_its_ids_and_eos(text):
     assert example.source == "train.jsonl, line 1"
 
 
-def test_an_instruction_is_rendered_as_corenet_does():
+def test_an_instruction_is_rendered_as_by_corenet():
     # A transcript of generate_prompt_and_response in corenet/data/datasets/language_modeling/commonsense_170k.py.
     def theirs(point):
         if point["input"]:
@@ -130,7 +130,7 @@ def test_an_instruction_is_rendered_as_corenet_does():
         )
 
 
-def test_the_template_is_the_one_in_the_notes():
+def test_the_instruction_template_is_corenets():
     prompt = instruction_prompt("I")
     assert prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
@@ -145,38 +145,38 @@ def test_a_prompt_and_its_completion_are_one_text_without_a_template():
     assert make_one({"prompt": "Who is", "completion": " there?"}, chat_template="plain") == example
 
 
-def with_template(source: str, its: Tokenizer = tokenizer) -> Tokenizer:
+def with_template(source: str, tok: Tokenizer = tokenizer) -> Tokenizer:
     """A tokenizer whose folder has that chat template."""
     other = Tokenizer.__new__(Tokenizer)
-    other.__dict__.update(its.__dict__, chat_template=source)
+    other.__dict__.update(tok.__dict__, chat_template=source)
     return other
 
 
 def test_a_prompt_and_its_completion_are_two_turns_with_a_template():
     pair = {"prompt": "Who is there?", "completion": "I. "}
     expected = "[1]<|user|>\nWho is there?[2]\n<|assistant|>\nI. [2]\n"
-    assert text_of(make_one(pair, its=with_template(CORENET_TEMPLATE)).tokens) == expected
+    assert text_of(make_one(pair, tok=with_template(CORENET_TEMPLATE)).tokens) == expected
     assert text_of(make_one(pair, chat_template="corenet").tokens) == expected
     masked = make_one(pair, chat_template="corenet", mask_prompt=True)
     assert learned_texts(masked) == ["I. [2]"]
-    told = tokenize(records(pair), with_template(CORENET_TEMPLATE), max_seq_length=64).report
-    assert told.chat_template == "the tokenizer's own"
+    report = tokenize(records(pair), with_template(CORENET_TEMPLATE), max_seq_length=64).report
+    assert report.chat_template == "the tokenizer's own"
 
 
-def test_an_instruction_is_two_turns_when_a_template_is_asked_for():
+def test_an_instruction_is_two_turns_if_a_template_is_given():
     point = {"instruction": "Choose.", "input": "a or b", "output": "a"}
     example = make_one(point, chat_template="corenet", mask_prompt=True)
     assert text_of(example.tokens) == "[1]<|user|>\nChoose.\n\na or b[2]\n<|assistant|>\na[2]"
     assert learned_texts(example) == ["a[2]"]
-    # A template of the tokenizer's own is for conversations; instructions keep the one of the paper.
-    assert make_one(point, its=with_template(CORENET_TEMPLATE)) == make_one(point)
+    # The tokenizer's template is for conversations; instructions keep that of the paper.
+    assert make_one(point, tok=with_template(CORENET_TEMPLATE)) == make_one(point)
 
 
-def test_messages_go_through_the_template_and_corenets_where_there_is_none():
+def test_messages_use_the_tokenizers_template_or_corenets():
     chat = {"messages": [SYSTEM, USER, KING]}
-    told = tokenize(records(chat), tokenizer, max_seq_length=64)
-    example = told.examples[0]
-    assert told.report.chat_template == "corenet"
+    tokenized = tokenize(records(chat), tokenizer, max_seq_length=64)
+    example = tokenized.examples[0]
+    assert tokenized.report.chat_template == "corenet"
     assert list(example.tokens) == tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=False)
     assert text_of(example.tokens) == (
         "[1]<|system|>\nBe brief.</s>[2]\n<|user|>\nWho is there?[2]\n<|assistant|>\nNay, answer me 😀 [2]\n"
@@ -184,7 +184,7 @@ def test_messages_go_through_the_template_and_corenets_where_there_is_none():
     assert example.learned == ((1, len(example.tokens)),)
 
 
-def test_what_no_template_closes_ends_with_eos():
+def test_text_that_no_template_closes_ends_with_eos():
     for mask_prompt in (False, True):
         example = make_one({"messages": [USER, LAST]}, chat_template="plain", mask_prompt=mask_prompt)
         assert text_of(example.tokens) == "[1]Who is there?\nHe.[2]"
@@ -195,14 +195,14 @@ def test_what_no_template_closes_ends_with_eos():
 # What is learned
 
 
-def test_a_conversation_is_learned_on_every_turn_of_the_assistants():
+def test_every_assistant_turn_of_a_conversation_is_learned():
     example = make_one({"messages": [SYSTEM, USER, KING, MORE, LAST]}, mask_prompt=True)
     assert learned_texts(example) == ["Nay, answer me 😀 [2]", "He.[2]"]
     assert [span[-1] for span in learned(example)] == [EOS, EOS]
     assert len(example.tokens) == example.learned[-1][1]
 
 
-def test_what_follows_the_last_turn_is_left_out_where_it_is_not_learned():
+def test_masking_drops_everything_after_the_last_learned_turn():
     masked = make_one({"messages": [USER, KING, MORE]}, mask_prompt=True)
     whole = make_one({"messages": [USER, KING]})
     assert learned_texts(masked) == ["Nay, answer me 😀 [2]"]
@@ -217,13 +217,13 @@ def test_an_assistant_may_speak_first_and_twice():
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        # In brackets, as Llama 2 has them: the answer's first token begins with the space after the bracket.
+        # Llama 2's brackets: the answer's first token begins with the space after the bracket.
         (
             "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
             "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
             [" He. [2]", " Nay. [2]"],
         ),
-        # Turns that no token ends: everything up to the next turn's marker, and EOS at the end.
+        # No token ends a turn: each extends to the next turn's marker, with EOS at the end.
         (
             "{{ bos_token }}{% for m in messages %}{{ ('U: ' if m.role == 'user' else 'A: ') + m.content + '\n' }}"
             "{% endfor %}{% if add_generation_prompt %}A: {% endif %}",
@@ -233,46 +233,46 @@ def test_an_assistant_may_speak_first_and_twice():
 )
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_other_templates(template, expected, name):
-    its = with_template(template, TOKENIZERS[name])
+    tok = with_template(template, TOKENIZERS[name])
     chat = {"messages": [USER, LAST, MORE, {"role": "assistant", "content": "Nay."}]}
-    example = make_one(chat, its=its, mask_prompt=True)
-    # Spaces on both sides of a boundary may share a token with what is learned; text is compared without them.
+    example = make_one(chat, tok=tok, mask_prompt=True)
+    # A learned token may include spaces beside the boundary, so text is compared without them.
     assert [text.strip(" ") for text in learned_texts(example)] == [text.strip(" ") for text in expected]
-    assert 1 not in [token for span in learned(make_one(chat, its=its)) for token in span]
+    assert 1 not in [token for span in learned(make_one(chat, tok=tok)) for token in span]
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        # They differ in a number, and in a token.
+        # The beginnings differ in a number, and in a token.
         "{{ bos_token }}{{ messages | length }}{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}",
         "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ eos_token }}",
-        # What an assistant thought is left out of all turns but the last.
+        # Reasoning is dropped from all turns but the last.
         "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' }}"
         "{% if loop.last and m.role == 'assistant' %}{{ 'hm' }}{% endif %}{{ m.content + eos_token }}{% endfor %}",
     ],
 )
-def test_a_template_whose_beginnings_differ_is_refused(template):
-    its = with_template(template)
+def test_a_template_whose_renderings_do_not_extend_each_other_is_refused(template):
+    tok = with_template(template)
     chat = {"messages": [USER, LAST, MORE, KING]}
-    assert len(make(chat, its=its)) == 1
-    with pytest.raises(RequestError, match="line 1: the chat template renders the beginning .* differently"):
-        make(chat, its=its, mask_prompt=True)
+    assert len(make(chat, tok=tok)) == 1
+    with pytest.raises(RequestError, match="line 1: The chat template renders the beginning .* differently"):
+        make(chat, tok=tok, mask_prompt=True)
 
 
 @settings(max_examples=200, deadline=None)
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20), name=st.sampled_from(sorted(TOKENIZERS)))
-def test_the_boundary_is_where_the_encodings_part(prompt, completion, name):
-    its = TOKENIZERS[name]
-    example = make_one({"prompt": prompt, "completion": completion}, its=its, mask_prompt=True)
-    tokens, alone = list(example.tokens), its.encode(prompt)
-    assert tokens == [*its.encode(prompt + completion), EOS]
+def test_the_boundary_is_where_the_encodings_diverge(prompt, completion, name):
+    tok = TOKENIZERS[name]
+    example = make_one({"prompt": prompt, "completion": completion}, tok=tok, mask_prompt=True)
+    tokens, alone = list(example.tokens), tok.encode(prompt)
+    assert tokens == [*tok.encode(prompt + completion), EOS]
     ((start, end),) = example.learned
     assert end == len(tokens) and 1 <= start < end
     assert tokens[:start] == alone[:start] and (start == len(alone) or tokens[start] != alone[start])
 
 
-def test_a_token_that_straddles_belongs_to_the_completion():
+def test_a_token_across_the_boundary_belongs_to_the_completion():
     # "the" and "re" are one token together; "the" alone is another.
     words = ["there", "king", "heaven", "mother", "another"]
     straddled = 0
@@ -288,8 +288,8 @@ def test_a_token_that_straddles_belongs_to_the_completion():
 
 def test_masking_learns_the_response_of_an_instruction():
     point = {"instruction": "Choose.", "input": "", "output": "the correct answer is answer1"}
-    for its in TOKENIZERS.values():
-        (text,) = learned_texts(make_one(point, its=its, mask_prompt=True))
+    for tok in TOKENIZERS.values():
+        (text,) = learned_texts(make_one(point, tok=tok, mask_prompt=True))
         assert text.strip(" ") == "the correct answer is answer1[2]"
 
 
@@ -299,25 +299,25 @@ def test_masking_learns_the_response_of_an_instruction():
     first=st.booleans(),
     name=st.sampled_from(sorted(TOKENIZERS)),
 )
-def test_corenets_turns_are_found_whatever_they_say(contents, first, name):
+def test_corenets_turns_are_found_whatever_their_contents(contents, first, name):
     roles = ["user", "assistant"] if first else ["assistant", "user"]
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
-    said = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not said:
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
         return
-    its = TOKENIZERS[name]
-    example = make_one({"messages": messages}, its=its, mask_prompt=True)
-    whole = its.apply_chat_template(messages, "corenet", add_generation_prompt=False)
+    tok = TOKENIZERS[name]
+    example = make_one({"messages": messages}, tok=tok, mask_prompt=True)
+    whole = tok.apply_chat_template(messages, "corenet", add_generation_prompt=False)
     assert list(example.tokens) == whole[: len(example.tokens)]
-    assert len(example.learned) == len(said)
+    assert len(example.learned) == len(answers)
     for index, (start, end) in enumerate(example.learned):
         assert example.tokens[end - 1] == EOS
-        # The turn's whole run of text, up to its EOS, was encoded at once; what is not learned of it is its head.
+        # The turn's text up to its EOS is encoded in one run; all of it but the head is learned.
         begin = max(i for i in range(start) if example.tokens[i] in (BOS, EOS)) + 1
         run = list(example.tokens[begin : end - 1])
         head = ("" if begin == 1 else "\n") + "<|assistant|>\n"
-        assert run == its.encode(head + said[index], add_bos=False)
-        alone = its.encode(head, add_bos=False)
+        assert run == tok.encode(head + answers[index], add_bos=False)
+        alone = tok.encode(head, add_bos=False)
         kept = start - begin
         assert run[:kept] == alone[:kept] and (kept == len(alone) or run[kept : kept + 1] != alone[kept : kept + 1])
 
@@ -343,14 +343,14 @@ def test_texts_and_conversations_have_mlx_lms_tokens(theirs):
         expected, offset = datasets.ChatDataset([], theirs, mask_prompt=True).process({"messages": messages})
         example = make_one({"messages": messages})
         assert list(example.tokens) == expected
-        # mlx-lm learns the last turn alone, with the line break after its EOS; ours learns the others too.
+        # mlx-lm learns only the last turn, with the line break after its EOS; ours learns the others too.
         masked = make_one({"messages": messages}, mask_prompt=True)
         assert learned(masked)[-1] == expected[masked.learned[-1][0] :][: len(learned(masked)[-1])]
         assert masked.learned[-1][0] == offset and text_of(expected[masked.learned[-1][1] :]) == "\n"
     pair = {"prompt": "Who is there?", "completion": "He."}
     data = datasets.CompletionsDataset([], theirs, "prompt", "completion", True)
     expected, offset = data.process(pair)
-    ours = make_one(pair, its=with_template(CORENET_TEMPLATE), mask_prompt=True)
+    ours = make_one(pair, tok=with_template(CORENET_TEMPLATE), mask_prompt=True)
     assert list(ours.tokens) == expected[: len(ours.tokens)] and ours.learned[0][0] == offset
 
 
@@ -363,7 +363,7 @@ def test_texts_and_conversations_have_mlx_lms_tokens(theirs):
         ("messages", "instruction", "conversations"),
     ],
 )
-def test_of_several_kinds_in_a_record_mlx_lms_is_learned(theirs, keys):
+def test_a_record_of_several_kinds_is_read_as_by_mlx_lm(theirs, keys):
     datasets = pytest.importorskip("mlx_lm.tuner.datasets")
     parts = {
         "pair": {"prompt": "Who is there?", "completion": "He."},
@@ -375,7 +375,7 @@ def test_of_several_kinds_in_a_record_mlx_lms_is_learned(theirs, keys):
     values = {key: value for name in keys for key, value in parts[name].items()}
     data = datasets.create_dataset([values], theirs, SimpleNamespace())
     expected, _ = data.process(values)
-    assert list(make_one(values, its=with_template(CORENET_TEMPLATE)).tokens) == expected
+    assert list(make_one(values, tok=with_template(CORENET_TEMPLATE)).tokens) == expected
 
 
 # Limits and reports
@@ -385,41 +385,41 @@ def words(number: int, draw: random.Random) -> str:
     return " ".join(draw.choice(["king", "the", "O", "heaven", "sleep"]) for _ in range(number))
 
 
-def test_what_is_too_long_is_cut_at_one_more_than_the_limit_and_counted():
+def test_long_examples_are_cut_after_one_more_than_the_limit_and_counted():
     draw = random.Random(0)
     values = [{"text": words(draw.randrange(1, 60), draw)} for _ in range(50)]
     whole = [list(example.tokens) for example in make(*values)]
-    limit = sorted(map(len, whole))[30] - 1  # so that one is exactly as long as may be
-    told = tokenize(records(*values), tokenizer, max_seq_length=limit)
-    report = told.report
-    assert [list(example.tokens) for example in told.examples] == [tokens[: limit + 1] for tokens in whole]
-    assert all(example.learned == ((1, len(example.tokens)),) for example in told.examples)
+    limit = sorted(map(len, whole))[30] - 1  # so that one has exactly the maximum length
+    tokenized = tokenize(records(*values), tokenizer, max_seq_length=limit)
+    report = tokenized.report
+    assert [list(example.tokens) for example in tokenized.examples] == [tokens[: limit + 1] for tokens in whole]
+    assert all(example.learned == ((1, len(example.tokens)),) for example in tokenized.examples)
     assert report.num_truncated == sum(len(tokens) > limit + 1 for tokens in whole) > 0
     assert report.longest == max(map(len, whole))
     assert (report.num_examples, report.num_emptied, report.num_unlearned) == (50, 0, 0)
     assert report.num_tokens == sum(min(len(tokens), limit + 1) for tokens in whole)
     assert report.num_targets == report.num_tokens - 50
-    assert max(example.num_positions for example in told.examples) == limit
+    assert max(example.num_positions for example in tokenized.examples) == limit
 
 
-def test_what_is_too_long_is_refused_by_name_when_asked():
+def test_long_examples_are_refused_by_name_if_requested():
     values = [{"text": "O"}, {"text": "O king " * 9}, {"text": "O king " * 30}]
     longest = max(len(example.tokens) for example in make(*values))
     with pytest.raises(RequestError) as error:
         make(*values, max_seq_length=10, long_examples="refuse")
-    said = str(error.value)
-    assert said.startswith("train.jsonl, line 2:") and "1 more are too long" in said
-    assert f"(the longest takes {longest - 1})" in said and "and max_seq_length is 10;" in said
+    message = str(error.value)
+    assert message.startswith("train.jsonl, line 2:") and "1 more are too long" in message
+    assert f"(the longest takes {longest - 1})" in message and "and max_seq_length is 10;" in message
     make(*values, max_seq_length=longest - 1, long_examples="refuse")
 
 
 def test_examples_whose_completion_is_cut_off_are_kept_and_reported():
     long_prompt = {"prompt": "O king " * 30, "completion": "ay"}
     half = {"prompt": "O king", "completion": " of heaven" * 30}
-    told = tokenize(records(long_prompt, half, long_prompt), tokenizer, max_seq_length=20, mask_prompt=True)
-    report = told.report
-    assert [example.num_targets > 0 for example in told.examples] == [False, True, False]
-    assert [example.num_positions for example in told.examples] == [20, 20, 20]
+    tokenized = tokenize(records(long_prompt, half, long_prompt), tokenizer, max_seq_length=20, mask_prompt=True)
+    report = tokenized.report
+    assert [example.num_targets > 0 for example in tokenized.examples] == [False, True, False]
+    assert [example.num_positions for example in tokenized.examples] == [20, 20, 20]
     assert (report.num_truncated, report.num_emptied, report.num_unlearned) == (3, 2, 2)
     assert report.sample_text().startswith("<s>O king⟦ of heaven")
     with pytest.raises(RequestError, match="Nothing is left to learn.*max_seq_length 20"):
@@ -427,11 +427,11 @@ def test_examples_whose_completion_is_cut_off_are_kept_and_reported():
 
 
 def test_conversations_without_an_assistant_are_reported():
-    told = tokenize(
+    tokenized = tokenize(
         records({"messages": [USER]}, {"messages": [USER, LAST]}), tokenizer, max_seq_length=64, mask_prompt=True
     )
-    assert (told.report.num_unlearned, told.report.num_emptied) == (1, 0)
-    assert told.examples[0].num_targets == 0 and told.examples[0].num_positions > 5
+    assert (tokenized.report.num_unlearned, tokenized.report.num_emptied) == (1, 0)
+    assert tokenized.examples[0].num_targets == 0 and tokenized.examples[0].num_positions > 5
     with pytest.raises(RequestError, match="need an assistant's turn"):
         make({"messages": [USER]}, mask_prompt=True)
 
@@ -450,7 +450,7 @@ def test_the_sample_shows_what_is_learned():
     assert len(long.sample_text(limit=200)) < 250 and "[...]" in long.sample_text(limit=200)
 
 
-def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
+def test_kinds_are_recognized_and_unsuitable_options_refused():
     kinds = {
         "text": {"text": "a"},
         "prompt and completion": {"prompt": "a", "completion": "b", "text": "ab"},
@@ -458,7 +458,7 @@ def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
         "instruction, input, output": {"instruction": "a", "input": "", "output": "b", "text": "ab"},
         "ShareGPT conversations": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     }
-    both = kinds["prompt and completion"] | kinds["chat messages"]  # as mlx-lm has it
+    both = kinds["prompt and completion"] | kinds["chat messages"]  # as in mlx-lm
     assert tokenize(records(both), tokenizer, max_seq_length=512).report.kind == "prompt and completion"
     for name, values in kinds.items():
         assert tokenize(records(values), tokenizer, max_seq_length=512).report.kind == name
@@ -472,11 +472,11 @@ def test_kinds_are_recognised_and_refused_where_they_do_not_fit():
             make({"text": "a"}, **options)
     with pytest.raises(RequestError, match="There are no examples"):
         make()
-    with pytest.raises(RequestError, match="cannot read the chat template"):
+    with pytest.raises(RequestError, match="Cannot read the chat template"):
         make({"messages": [USER, LAST]}, chat_template="nowhere.jinja")
 
 
-def test_the_fingerprint_changes_with_tokens_and_with_what_is_learned():
+def test_the_fingerprint_changes_with_tokens_and_learned_spans():
     values = [{"prompt": "O king", "completion": " of heaven"}, {"prompt": "a", "completion": "b"}]
 
     def fingerprint(*values, **options):
@@ -489,19 +489,19 @@ def test_the_fingerprint_changes_with_tokens_and_with_what_is_learned():
         fingerprint(*values, mask_prompt=True),
         fingerprint(*values, max_seq_length=3),
         fingerprint(values[0]),
-        fingerprint(values[0], {"prompt": "a", "completion": "d"}),  # as long, in other tokens
+        fingerprint(values[0], {"prompt": "a", "completion": "d"}),  # the same length, other tokens
     ]
     assert len({first, *changed}) == 6
 
 
-def test_progress_is_told_to_the_end():
+def test_progress_reaches_the_total():
     calls: list[tuple[int, int]] = []
     tokenize(records(*[{"text": "a"}] * 600), tokenizer, max_seq_length=8, progress=lambda *call: calls.append(call))
     assert calls[0] == (0, 600) and calls[-1] == (600, 600)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
-def test_records_are_told_apart_by_where_they_stand():
+def test_records_are_identified_by_source():
     examples = make({"text": "a"}, {"text": "b"})
     assert [example.source for example in examples] == ["train.jsonl, line 1", "train.jsonl, line 2"]
     assert replace(examples[0], source="") != examples[0]

@@ -8,14 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 
-def test_exp_is_exact_to_rounding_over_its_whole_range():
+def test_exp_is_accurate_to_rounding_over_its_whole_range():
     x = np.concatenate([np.linspace(-69, 0, 20001), [-0.0, -1e-30, -0.5, -1 / 3]]).astype(np.float32)
     got = np.array(exponentials.exp_below(mx.array(x)[None], mx.zeros((1, 1))))[0]
     error = np.abs(got / np.exp(x.astype(np.float64)) - 1)
     assert (error < 2e-7 + 1e-7 * np.abs(x)).all()
 
 
-def test_exp_of_hidden_positions_vanishes_and_nan_stays():
+def test_exp_of_masked_positions_is_zero_and_nan_stays():
     x = mx.array([[0.0, mx.finfo(mx.float32).min, -mx.inf, mx.nan, -200.0]])
     got = np.array(exponentials.exp_below(x, mx.zeros((1, 1))))[0]
     assert got[0] == 1
@@ -23,7 +23,7 @@ def test_exp_of_hidden_positions_vanishes_and_nan_stays():
     assert np.isnan(got[3])
 
 
-def test_swiglu_is_exact_to_rounding_also_far_from_zero():
+def test_swiglu_is_accurate_to_rounding_even_far_from_zero():
     gate = np.concatenate([np.linspace(-120, 120, 9001), [0.0, 1e-20, -1e4, 3e37]]).astype(np.float32)[None]
     up = np.full_like(gate, 0.5)
     wide = gate.astype(np.float64)
@@ -32,7 +32,7 @@ def test_swiglu_is_exact_to_rounding_also_far_from_zero():
     assert (np.abs(got - expected) <= (2e-7 + 1e-7 * np.minimum(np.abs(wide), 90)) * np.abs(expected) + 1e-27).all()
 
 
-def test_gradients_are_those_of_the_functions():
+def test_gradients_equal_those_of_the_functions():
     gate, up = (mx.random.normal((4, 7), key=mx.random.key(i)) for i in (0, 1))
     scale = mx.random.normal((4, 7), key=mx.random.key(2))
     got = mx.grad(lambda g, u: (exponentials.swiglu(g, u) * scale).sum(), argnums=(0, 1))(gate, up)
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_functions():
     assert mx.abs(got_softmax - expected_softmax).max().item() < 1e-6
 
 
-def test_half_precision_goes_in_and_comes_out():
+def test_half_precision_stays_half_precision():
     x = mx.array([[-1.0, -2.0]], dtype=mx.bfloat16)
     assert exponentials.exp_below(x, mx.zeros((1, 1), mx.bfloat16)).dtype == mx.bfloat16
     assert exponentials.swiglu(x, x).dtype == mx.bfloat16

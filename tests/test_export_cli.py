@@ -1,4 +1,4 @@
-"""`mlx-openelm export` and `jobs.export`: what it writes, where, and what it leaves when it cannot."""
+"""`mlx-openelm export` and `jobs.export`: what is written, where, and what a failure leaves behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PARAMETERS = 2_485_056
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in `folder`."""
+    """Run the command in a separate process, in `folder`."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=60)
@@ -103,15 +103,15 @@ def test_an_error_of_the_command_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"format": "onnx"}, "--format must be one of huggingface, gguf"),
-        ({"format": "gguf", "gguf_type": "q5_k"}, "--gguf-type must be one of f32, f16, bf16, q8_0, q4_0"),
-        ({"format": "gguf", "dtype": "float32"}, "--dtype needs --format huggingface"),
-        ({"format": "huggingface", "dtype": "int8"}, "--dtype must be one of float32"),
+        ({"format": "onnx"}, "format must be one of huggingface, gguf"),
+        ({"format": "gguf", "gguf_type": "q5_k"}, "gguf_type must be one of f32, f16, bf16, q8_0, q4_0"),
+        ({"format": "gguf", "dtype": "float32"}, "dtype needs format huggingface"),
+        ({"format": "huggingface", "dtype": "int8"}, "dtype must be one of float32"),
         ({"format": "gguf", "revision": "main", "model": "a.gguf"}, "leave the revision out"),
-        ({"format": "gguf", "config_yaml": "a.yaml"}, "--config-yaml belongs to CoreNet's .pt files"),
+        ({"format": "gguf", "config_yaml": "a.yaml"}, "config_yaml belongs to CoreNet's .pt files"),
     ],
 )
-def test_requests_that_cannot_be_right(tmp_path: Path, request_: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_refused(tmp_path: Path, request_: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         export(**({"model": SHAKESPEARE, "output": tmp_path / "out"} | request_))
     assert names(tmp_path) == set()
@@ -133,8 +133,8 @@ def test_a_quantized_model_is_dequantized_then_stored_as_asked(tmp_path: Path, g
     assert (np.abs(stored - full) <= (1e-6 if gguf_type == "f32" else 0.6 * step)).all()  # scales are float16
 
 
-def test_gguf_to_hugging_face_is_of_one_type(tmp_path: Path) -> None:
-    """A file of float16 has float32 norms; float32 holds both."""
+def test_gguf_to_hugging_face_has_one_dtype(tmp_path: Path) -> None:
+    """A float16 file has float32 norms; float32 holds both."""
     export(SHAKESPEARE, tmp_path / "a.gguf", format="gguf", gguf_type="f16")
     result = export(tmp_path / "a.gguf", format="huggingface", output=tmp_path / "hf")
     assert result.type == "float32"
@@ -154,13 +154,13 @@ def test_the_3b_model_defaults_to_bfloat16(tmp_path: Path, monkeypatch: pytest.M
     result = export("OpenELM-3B-Instruct", format="gguf")
     assert (str(result.path), result.type) == ("OpenELM-3B-Instruct-bf16.gguf", "bf16")
     template = gguf.GGUFReader(result.path).get_field("tokenizer.chat_template").contents()
-    assert "<|assistant|>" in template  # CoreNet's, since instruct models bring none
+    assert "<|assistant|>" in template  # CoreNet's, since instruct models have none
     _, tokenizer = gguf_format.read(result.path)
     assert tokenizer.chat_template == template
     assert export("OpenELM-3B-Instruct", format="gguf", gguf_type="f16").type == "f16"
 
 
-# Where to.
+# Where outputs go.
 
 
 @pytest.mark.parametrize(
@@ -201,15 +201,15 @@ def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path, format: 
     assert names(tmp_path) == {"out"}
 
 
-def test_what_is_not_ours_is_not_overwritten(tmp_path: Path) -> None:
+def test_files_and_folders_that_are_not_models_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_text("mine")
     for output, format, message in (
-        ("notes", "gguf", "is not a GGUF file, so it is not overwritten"),
-        ("folder", "gguf", "is a folder; name a file"),
+        ("notes", "gguf", "is not a GGUF file, so it will not be overwritten"),
+        ("folder", "gguf", "is a folder; give a file"),
         ("notes", "huggingface", "is a file, not a folder"),
-        ("folder", "huggingface", "holds more than a model"),
+        ("folder", "huggingface", "contains files that are not part of a model"),
     ):
         with pytest.raises(RequestError, match=message):
             export(SHAKESPEARE, tmp_path / output, format=format, overwrite=True)
@@ -230,13 +230,11 @@ def test_the_source_is_never_the_output(tmp_path: Path, model: Path) -> None:
     assert before == {path: path.read_bytes() for path in before}
 
 
-# What is left when it fails.
+# Failures.
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_leaves_nothing_but_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
-) -> None:
+def test_a_full_disk_leaves_only_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     export(SHAKESPEARE, tmp_path / "out", format=format)
 
     def content() -> dict[Path, bytes]:
@@ -275,7 +273,7 @@ def test_a_file_cut_after_it_was_opened_leaves_nothing(tmp_path: Path, model: Pa
     assert names(tmp_path) == {"model"}
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left = tmp_path / f".a.gguf.partial-{ended.pid}"
@@ -356,8 +354,8 @@ def test_messages_name_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert names(tmp_path) == {"precious", "file"}
 
 
-def test_what_was_rounded_is_not_rounded_again(tmp_path: Path) -> None:
-    """A GGUF file of few bits unpacks, and its card says so; quantizing or averaging it is refused."""
+def test_rounded_weights_are_not_rounded_again(tmp_path: Path) -> None:
+    """A low-bit GGUF file is unpacked, and its card says so; quantizing or averaging it is refused."""
     file = tmp_path / "a.gguf"
     export(SHAKESPEARE, file, format="gguf", gguf_type="q4_0")
     convert(file, tmp_path / "unpacked", dtype="float32")

@@ -1,4 +1,4 @@
-"""`export --upload-repo`: what arrives for other programs, and the card it comes with."""
+"""`export --upload-repo`: the uploaded files and their card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GGUF, FOLDER = ("--format", "gguf"), ("--format", "huggingface")
 
 
 def run_export(*args: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in `folder`."""
+    """Run the command in a separate process, in `folder`."""
     command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | env
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
@@ -33,7 +33,7 @@ def run_export(*args: object, env: dict[str, str], folder: Path) -> subprocess.C
 
 @pytest.fixture
 def original(hub: FakeHub, tmp_path: Path) -> Path:
-    """`them/plays` on the hub, with the card and the licence of its authors."""
+    """`them/plays` on the hub, with its authors' card and license."""
     folder = Path(shutil.copytree(SHAKESPEARE, tmp_path / "served"))
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: plays\nlicense_link: LICENSE\n---\n# Plays\n")
     (folder / "LICENSE").write_text("Do as you like it.\n")
@@ -48,13 +48,13 @@ def out(tmp_path: Path) -> Path:
 
 
 def sent(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
-    """What arrived in a repository."""
+    """The files that arrived in a repository."""
     folder = hub.repos[repo].folder
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".gitattributes"}
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "f16"])
-def test_a_gguf_file_with_card_and_licence(
+def test_a_gguf_file_with_card_and_license(
     kind: str, original: Path, hub: FakeHub, hub_env: dict[str, str], out: Path
 ) -> None:
     pytest.importorskip("gguf")
@@ -93,7 +93,7 @@ def test_a_hugging_face_folder(original: Path, hub: FakeHub, hub_env: dict[str, 
     assert values["path"] == "hf" and values["upload"]["url"] == f"{hub.url}/{REPO}"
 
 
-def test_the_folder_has_a_card_without_an_upload(tmp_path: Path) -> None:
+def test_the_folder_gets_a_card_even_without_an_upload(tmp_path: Path) -> None:
     packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True).path
     export(packed, tmp_path / "hf", format="huggingface")
     card = metadata_load(tmp_path / "hf" / "README.md")
@@ -101,8 +101,8 @@ def test_the_folder_has_a_card_without_an_upload(tmp_path: Path) -> None:
     assert f"| Parameters | {PARAMETERS} |" in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
-    """Everything on the card was read before the weights were written."""
+def test_the_card_of_a_gguf_file_does_not_need_the_source_afterwards(tmp_path: Path) -> None:
+    """Everything on the card is read before the weights are written."""
     pytest.importorskip("gguf")
     model = Path(shutil.copytree(SHAKESPEARE, tmp_path / "model"))
     (model / "README.md").write_text("---\nlicense: mit\nbase_model: them/plays\n---\n# Plays\n")
@@ -118,7 +118,7 @@ def test_a_gguf_card_of_a_model_whose_origin_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "name"), [(FOLDER, "shakespeare-hf-hf"), (GGUF, "shakespeare-hf-f16.gguf")])
-def test_a_dry_run_leaves_nothing_and_asks_nobody(
+def test_a_dry_run_leaves_nothing_and_makes_no_request(
     format: list[str], name: str, hub: FakeHub, hub_env: dict[str, str], out: Path
 ) -> None:
     before = sorted(out.rglob("*"))

@@ -28,7 +28,7 @@ import pytest
 from mlx.utils import tree_flatten
 from training_runs import kill_after, metrics, run, trained, write_run_folder
 
-# Seven steps an epoch, and something to save at nearly every step.
+# Seven steps per epoch, and something to save at nearly every step.
 SHORT = FineTuneOptions(train=True, data="data", iters=9, batch_size=4, learning_rate=1e-2, max_seq_length=48,
                         steps_per_report=2, steps_per_eval=3, val_batches=-1, save_every=2, keep_last=2, rank=4,
                         dropout=0.1, optimizer="adamw", lr_schedule="cosine", warmup=2, max_grad_norm=1.0)  # fmt: skip
@@ -54,7 +54,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch) -> Path:
-    """A new folder to train into, next to the model and the data."""
+    """A fresh folder to train in, with the model and the data."""
     for name in ("model", "data"):
         (tmp_path / name).symlink_to(folder / name)
     monkeypatch.chdir(tmp_path)
@@ -70,8 +70,8 @@ def tune(options: FineTuneOptions = SHORT, listener: Listener | None = None, **r
 # Exact resume.
 
 
-def _killed_again_and_again(folder: Path, flags: tuple, kills: int, seed: int) -> None:
-    """Kill a run at random instants and resume it; it must leave the same files as a run that never stopped."""
+def _kill_and_resume(folder: Path, flags: tuple, kills: int, seed: int) -> None:
+    """Kill a run at random times and resume it; it must leave the same files as an uninterrupted run."""
     whole = run(*flags, "--adapter-path", "whole", folder=folder)
     assert whole.returncode == 0, whole.stderr
     draw = random.Random(seed)
@@ -88,8 +88,8 @@ def _killed_again_and_again(folder: Path, flags: tuple, kills: int, seed: int) -
     assert names[0] == names[1]
 
 
-def test_killed_and_continued_it_is_the_run_that_never_stopped(here):
-    _killed_again_and_again(here, (*FLAGS, "--iters", 20, "--save-every", 1), 2, seed=1)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here):
+    _kill_and_resume(here, (*FLAGS, "--iters", 20, "--save-every", 1), 2, seed=1)
 
 
 @pytest.mark.slow
@@ -99,12 +99,12 @@ def test_killed_and_continued_it_is_the_run_that_never_stopped(here):
     ("--packing", "--optimizer", "sgd", "--momentum", 0.9),
     ("--optimizer", "adafactor", "--target-modules", "qkv_proj,token_embeddings", "--adapter-format", "mlx"),
 ])  # fmt: skip
-def test_killed_many_times_whatever_is_trained(here, extra):
-    # The last of repeated flags counts.
-    _killed_again_and_again(here, (*FLAGS, "--iters", 60, "--save-every", 1, *extra), 8, seed=len(extra))
+def test_a_run_killed_many_times_equals_an_uninterrupted_one(here, extra):
+    # The last of several repeated flags counts.
+    _kill_and_resume(here, (*FLAGS, "--iters", 60, "--save-every", 1, *extra), 8, seed=len(extra))
 
 
-def test_stopped_at_any_step_in_one_process(here):
+def test_a_run_stopped_at_any_step_equals_an_uninterrupted_one(here):
     tune(replace(SHORT, adapter_path="whole"))
     for end in (1, 2, 5, 8):
         listener = Notes()
@@ -129,7 +129,7 @@ def _stop_after(steps: int, options: FineTuneOptions, listener: Listener) -> Non
             tune(options, listener)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_is_the_same(here):
+def test_a_damaged_checkpoint_is_reported_and_the_run_ends_the_same(here):
     tune(replace(SHORT, adapter_path="whole"))
     _stop_after(7, replace(SHORT, adapter_path="parts"), Notes())
     newest = here / "parts" / "checkpoints" / "0000006" / "weights.safetensors"
@@ -141,10 +141,10 @@ def test_a_damaged_checkpoint_is_named_and_the_run_is_the_same(here):
     assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
 
 
-# What is refused.
+# Refusals.
 
 
-def test_a_folder_with_a_run_is_left_alone(here):
+def test_a_folder_with_a_run_is_not_overwritten(here):
     tune()
     before = trained(here / "adapters")
     with pytest.raises(RequestError, match="adapters holds a run already; .*resume.*overwrite=True"):
@@ -162,7 +162,7 @@ def test_a_folder_with_a_run_is_left_alone(here):
     assert "resume" not in str(refused.value)
 
 
-def test_a_folder_with_an_adapter_alone_is_no_run(here):
+def test_a_folder_with_only_an_adapter_is_not_overwritten(here):
     (here / "adapters").mkdir()
     for name in ("adapter_config.json", "adapters.safetensors"):
         (here / "adapters" / name).write_text("mine")
@@ -171,7 +171,7 @@ def test_a_folder_with_an_adapter_alone_is_no_run(here):
     assert "resume" not in str(refused.value)
 
 
-def test_a_complete_run_says_so(here):
+def test_resuming_a_complete_run_reports_that_it_is_complete(here):
     tune()
     notes = Notes()
     tune(replace(SHORT, resume=True), notes)
@@ -179,7 +179,7 @@ def test_a_complete_run_says_so(here):
     assert not any(line.startswith("Going on") for line in notes.lines)
 
 
-def test_one_file_is_tested_as_a_whole_and_that_is_said(here):
+def test_testing_on_one_file_uses_all_of_it_and_says_so(here):
     notes = Notes()
     alone = FineTuneOptions(test=True, data="data/train.jsonl", adapter_path="", max_seq_length=48, test_batches=1)
     tune(alone, notes)
@@ -190,7 +190,7 @@ def test_one_file_is_tested_as_a_whole_and_that_is_said(here):
     assert line not in notes.lines
 
 
-def test_overwriting_waits_until_all_is_checked(here):
+def test_nothing_is_overwritten_before_all_checks_pass(here):
     tune()
     before = trained(here / "adapters")
     with pytest.raises(RequestError, match="num_layers must be"):
@@ -200,7 +200,7 @@ def test_overwriting_waits_until_all_is_checked(here):
     assert trained(here / "adapters") == before
 
 
-def test_nothing_to_resume(here):
+def test_resuming_needs_a_run_but_no_checkpoint(here):
     with pytest.raises(RequestError, match="no run in adapters to resume"):
         tune(replace(SHORT, resume=True))
     assert not (here / "adapters").exists()
@@ -224,19 +224,19 @@ def test_nothing_to_resume(here):
         ({"data": "other"}, "not what this run learned from"),
     ],
 )
-def test_another_run_is_no_continuation(here, changes, named):
+def test_a_different_run_cannot_be_resumed(here, changes, named):
     _stop_after(3, SHORT, Notes())
     lines = (here / "data" / "train.jsonl").read_text().splitlines()
     shutil.copytree(here / "data", here / "other")
     (here / "other" / "train.jsonl").write_text("\n".join([*lines[:-1], lines[0]]))
     with pytest.raises(RequestError, match=named):
         tune(replace(SHORT, resume=True, **changes))
-    shutil.copytree(here / "data", here / "moved")  # the same data elsewhere is the same data
+    shutil.copytree(here / "data", here / "moved")  # the same data under another path
     free = {"data": "moved", "steps_per_report": 1, "save_every": 3, "keep_last": 1, "iters": 9}
     assert tune(replace(SHORT, resume=True, **free)).training.steps == 9
 
 
-def test_a_run_is_not_shortened_to_fewer_steps_than_it_has(here):
+def test_a_run_cannot_be_shortened_below_its_steps_so_far(here):
     tune()
     before = (here / "adapters" / "run.json").read_text()
     with pytest.raises(RequestError, match="after step 9 already; iters must be at least that"):
@@ -244,7 +244,7 @@ def test_a_run_is_not_shortened_to_fewer_steps_than_it_has(here):
     assert (here / "adapters" / "run.json").read_text() == before
 
 
-def test_another_model_is_no_continuation(here):
+def test_a_run_cannot_be_resumed_with_another_model(here):
     _stop_after(3, SHORT, Notes())
     shutil.copytree(here / "model", here / "model2")
     with pytest.raises(RequestError, match="model model, not model2"):
@@ -253,7 +253,7 @@ def test_another_model_is_no_continuation(here):
         tune(replace(SHORT, resume=True), loading=Loading(dtype="bfloat16"))
 
 
-def test_what_may_be_changed_on_purpose_is_said(here):
+def test_changes_allowed_on_resume_are_reported(here):
     _stop_after(3, SHORT, Notes())
     notes = Notes()
     tune(replace(SHORT, resume=True, learning_rate=1e-3, iters=12), notes)
@@ -267,7 +267,7 @@ def test_what_may_be_changed_on_purpose_is_said(here):
     assert saved_options("adapters")["learning_rate"] == 1e-3
 
 
-def test_two_at_once_are_refused(here):
+def test_two_runs_in_one_folder_are_refused(here):
     class Second(Listener):
         def saved(self, step, path):
             with pytest.raises(RequestError, match="Another process is training into adapters"):
@@ -288,13 +288,13 @@ def test_two_at_once_are_refused(here):
         ({"early_stop": 1, "data": "data/train.jsonl", "valid_fraction": 0.0}, "early_stop needs validation data"),
     ],
 )
-def test_what_cannot_be_right_is_refused(here, changes, named):
+def test_invalid_requests_are_refused(here, changes, named):
     with pytest.raises(RequestError, match=named):
         tune(replace(SHORT, **changes))
     assert not (here / "adapters" / "run.json").exists()
 
 
-def test_what_can_be_known_before_is_refused_before_loading(here, monkeypatch):
+def test_bad_requests_are_refused_before_the_model_is_loaded(here, monkeypatch):
     monkeypatch.setattr(preparing, "load", lambda *_, **__: pytest.fail("it was loaded"))
     (here / "adapters").mkdir()
     (here / "adapters" / "run.json").write_text("{}")
@@ -305,7 +305,7 @@ def test_what_can_be_known_before_is_refused_before_loading(here, monkeypatch):
         tune(replace(SHORT, adapter_path="new"), loading=Loading(chat_template="missing.jinja"))
 
 
-def test_a_quantized_model_under_an_adapter_and_trained_itself(here):
+def test_a_quantized_model_trains_with_adapters_and_with_full_weights(here):
     convert("model", "small", quantize=True, q_group_size=32)
     for kind, rate in (("lora", 1e-2), ("full", 1e-3)):
         options = replace(SHORT, dropout=0.0, fine_tune_type=kind, learning_rate=rate, num_layers=1, test=True,
@@ -314,14 +314,14 @@ def test_a_quantized_model_under_an_adapter_and_trained_itself(here):
         assert done.training.val_loss < metrics(here / kind)[0]["val_loss"]
         again = finetune("small", replace(options, train=False))
         assert again.test.loss == pytest.approx(done.test.loss, rel=1e-5)
-        # Without unpacking, too: the trained weights replace packed ones.
+        # Also without unpacking: the trained weights replace packed ones.
         model, _ = load("small", adapter_path=kind, expand=False, exact_activations=True)
         expanded, _ = load("small", adapter_path=kind, expand=True)
         tokens = mx.array([[1, 5, 6, 7]])
         assert mx.allclose(model(tokens), expanded(tokens), rtol=1e-3, atol=1e-3).item()
 
 
-# The methods, and what they leave.
+# The methods, and the files they leave.
 
 
 def _weights(name: str = "model", **options) -> dict[str, np.ndarray]:
@@ -336,7 +336,7 @@ def _weights(name: str = "model", **options) -> dict[str, np.ndarray]:
         ({"num_layers": 1}, "transformer.layers.1."),
     ],
 )
-def test_full_fine_tuning_changes_what_is_chosen_and_nothing_else(here, options, changed):
+def test_full_fine_tuning_changes_only_the_chosen_weights(here, options, changed):
     done = tune(replace(SHORT, fine_tune_type="full", dropout=0.0, learning_rate=1e-3, **options))
     before, after = _weights(), _weights(adapter_path="adapters")
     assert before.keys() == after.keys()
@@ -360,7 +360,7 @@ def test_the_scale_of_an_adapter(here, options, scale):
 
 
 @pytest.mark.slow
-def test_an_adapter_is_what_mlx_lm_loads(here):
+def test_mlx_lm_loads_the_adapter(here):
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
@@ -373,13 +373,13 @@ def test_an_adapter_is_what_mlx_lm_loads(here):
         base, _ = load("model")
         assert mx.allclose(ours(tokens), theirs(tokens), rtol=1e-4, atol=1e-4).item()
         assert mx.max(mx.abs(ours(tokens) - base(tokens))).item() > 0.1
-    # A checkpoint is an adapter as well.
+    # A checkpoint is also an adapter.
     checkpoint, _ = load("model", adapter_path="dora/checkpoints/0000009")
     assert mx.array_equal(checkpoint(tokens), ours(tokens)).item()
 
 
-def test_the_loss_of_the_adapter_is_the_test_loss(here):
-    """The perplexity that is reported, against one computed from logits in NumPy."""
+def test_the_test_loss_equals_the_loss_of_the_adapter(here):
+    """The reported perplexity, against one computed from logits in NumPy."""
     done = tune(replace(SHORT, test=True, test_batches=-1))
     again = tune(replace(SHORT, train=False, test=True, test_batches=-1))
     base = tune(replace(SHORT, train=False, test=True, test_batches=-1, adapter_path=""))
@@ -422,7 +422,7 @@ def test_early_stopping_keeps_the_best(here):
         assert (here / more.best_checkpoint / "adapters.safetensors").read_bytes() == left
 
 
-def test_starting_from_an_adapter(here):
+def test_a_run_can_start_from_an_adapter(here):
     first = tune(replace(SHORT, dropout=0.0, adapter_path="first"))
     options = replace(SHORT, adapter_path="second", resume_adapter_file="first/adapters.safetensors", dropout=0.0)
     tune(options)
@@ -442,7 +442,7 @@ def test_starting_from_an_adapter(here):
     assert metrics(here / "full2")[0]["val_loss"] == pytest.approx(first.training.val_loss, rel=1e-6)
 
 
-def test_a_run_from_an_adapter_goes_on_from_it_however_early_it_was_stopped(here):
+def test_a_run_started_from_an_adapter_resumes_from_it_even_if_stopped_at_once(here):
     tune(replace(SHORT, adapter_path="first"))
     options = replace(SHORT, resume_adapter_file="first/adapters.safetensors")
     tune(replace(options, adapter_path="whole"))
@@ -452,18 +452,18 @@ def test_a_run_from_an_adapter_goes_on_from_it_however_early_it_was_stopped(here
     assert trained(here / "parts") == trained(here / "whole") and metrics(here / "parts") == metrics(here / "whole")
 
 
-def test_an_adapter_that_changes_the_output_layer_is_not_gone_on_from(here):
+def test_a_run_cannot_start_from_an_adapter_of_the_output_layer(here):
     options = replace(SHORT, target_modules=("token_embeddings",), iters=3)
     tune(replace(options, adapter_path="first"))
     settings = json.loads((here / "first" / "adapter_config.json").read_text())
     assert settings.pop("embedding_output_side") is False
     tune(replace(options, adapter_path="second", resume_adapter_file="first"))
-    (here / "first" / "adapter_config.json").write_text(json.dumps(settings))  # as mlx-lm writes it
+    (here / "first" / "adapter_config.json").write_text(json.dumps(settings))  # as written by mlx-lm
     with pytest.raises(RequestError, match="first changes the output layer .*token_embeddings"):
         tune(replace(options, adapter_path="third", resume_adapter_file="first"))
 
 
-def test_a_damaged_best_checkpoint_does_not_lose_what_was_trained(here, monkeypatch):
+def test_with_a_damaged_best_checkpoint_the_last_weights_are_kept(here, monkeypatch):
     options = replace(SHORT, iters=200, learning_rate=3e-2, lr_schedule="constant", warmup=0, early_stop=2,
                       steps_per_eval=2, max_grad_norm=None)  # fmt: skip
     monkeypatch.setattr(Checkpoints, "tensors", lambda self, step: _raise(f"The checkpoint {step} is damaged: so."))
@@ -479,7 +479,7 @@ def _raise(message: str) -> None:
     raise OpenELMError(message)
 
 
-def test_overwriting_removes_what_tensorboard_was_told(here):
+def test_overwriting_removes_tensorboards_event_files(here):
     pytest.importorskip("tensorboardX")
     tune(replace(SHORT, iters=3, report_to="tensorboard"))
     (events,) = (here / "adapters" / "tensorboard").iterdir()
@@ -490,7 +490,7 @@ def test_overwriting_removes_what_tensorboard_was_told(here):
     assert len(list((here / "adapters" / "tensorboard").iterdir())) == 2
 
 
-def test_options_reach_what_they_are_for(here, monkeypatch):
+def test_options_reach_the_parts_they_configure(here, monkeypatch):
     seen = {}
     for name in ("Updater", "CrossEntropy", "Batches", "Checkpoints"):
         make = getattr(finetune_module, name)
@@ -503,18 +503,18 @@ def test_options_reach_what_they_are_for(here, monkeypatch):
                 loading=Loading(dtype="bfloat16"))  # fmt: skip
     assert json.loads(Path("adapters/run.json").read_text())["recompute"] == "layers" and values.pop("grad_checkpoint")
     assert {name: seen[name] for name in values} == values
-    # Computed in 16 bits, stored in 32.
+    # Computed in 16 bits, stored in 32 bits.
     assert seen["compute_dtype"] == mx.bfloat16 and math.isfinite(done.test.loss)
     assert {value.dtype for value in mx.load("adapters/adapters.safetensors").values()} == {mx.float32}
 
 
-def test_epochs_are_counted_in_steps(here):
+def test_epochs_are_converted_to_steps(here):
     assert tune(replace(SHORT, epochs=1.5)).training.total_steps == 9  # 23 examples are 6 batches
     tune(replace(SHORT, epochs=1.0, grad_accumulation_steps=2, adapter_path="b"))
     assert metrics(here / "b")[-1]["step"] == 3
 
 
-def test_what_is_said_before_training(here):
+def test_lines_printed_before_training(here):
     notes = Notes()
     done = tune(replace(SHORT, max_seq_length=5000, sample_prompts=("the king",), sample_tokens=4), notes)
     text = "\n".join(notes.lines)

@@ -1,4 +1,4 @@
-"""Models whose numbers are no longer finite: generation, measuring, quantization and training end with one line."""
+"""Models with NaN or infinite values: generation, evaluation, quantization and training end with a one-line error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EMBEDDING, NORM, MATRIX = (f"transformer.{name}.weight" for name in ("token_embe
 WEIGHTS = "model.safetensors"
 PROMPT = [1, 5, 9, 33]
 WINDOWS = random_windows(3, 17, vocabulary=150)
-ROW = 200  # of a token that is in no prompt and no window
+ROW = 200  # of a token that occurs in no prompt and no window
 SAMPLING: list[dict[str, Any]] = [
     {"temp": 0.0},
     {"temp": 1.0},
@@ -47,7 +47,7 @@ SAMPLING: list[dict[str, Any]] = [
 
 
 def damaged(model: OpenELM, name: str, value: float) -> OpenELM:
-    """The model with `value` in one row of a matrix, or in one place of a norm."""
+    """The model with `value` in one row of a matrix, or in one entry of a norm."""
     weight = dict(tree_flatten(model.parameters()))[name]  # type: ignore[arg-type]
     weight[ROW % weight.shape[0] if weight.ndim == 2 else 3] = value
     model.update(tree_unflatten([(name, weight)]))
@@ -55,7 +55,7 @@ def damaged(model: OpenELM, name: str, value: float) -> OpenELM:
 
 
 def damage(folder: Path, name: str, value: float) -> Path:
-    """The same in a folder."""
+    """The same for a model folder."""
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
     weights[name][ROW if weights[name].ndim == 2 else 3] = value
     mx.eval(weights)
@@ -78,8 +78,8 @@ def steps(model: OpenELM, params: dict[str, Any], count: int = 3) -> list[tuple[
     [(EMBEDDING, math.nan), (EMBEDDING, math.inf), (NORM, math.nan), (MATRIX, math.nan), (MATRIX, -math.inf)],
     ids=str,
 )
-def test_the_first_logits_end_generation(either_way: None, name: str, value: float, params: dict[str, Any]) -> None:
-    """In the embedding, one logit of 256 is not finite."""
+def test_generation_ends_at_the_first_logits(either_way: None, name: str, value: float, params: dict[str, Any]) -> None:
+    """Damage in the embedding makes one logit of 256 not finite."""
     with pytest.raises(OpenELMError) as caught:
         steps(damaged(tiny_model(), name, value), params)
     assert str(caught.value) == (
@@ -92,8 +92,10 @@ def test_the_first_logits_end_generation(either_way: None, name: str, value: flo
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("token", [0, 100, 255])
 @pytest.mark.parametrize("params", SAMPLING[:2], ids=str)
-def test_one_logit_of_all(either_way: None, params: dict[str, Any], token: int, value: float) -> None:
-    """Whether the token becomes the most likely one, is drawn, or is banned."""
+def test_one_logit_is_enough_to_end_sampling(
+    either_way: None, params: dict[str, Any], token: int, value: float
+) -> None:
+    """Whether its token is the most likely, may be drawn, or is banned."""
     sampler = make_sampler(SamplingParams(**params), key=mx.random.key(0))
 
     def add(_: mx.array, logits: mx.array) -> mx.array:
@@ -104,7 +106,7 @@ def test_one_logit_of_all(either_way: None, params: dict[str, Any], token: int, 
 
 
 @pytest.mark.parametrize("params", SAMPLING, ids=str)
-def test_tokens_that_sampling_rules_out_are_no_error(either_way: None, params: dict[str, Any]) -> None:
+def test_tokens_ruled_out_by_sampling_are_not_an_error(either_way: None, params: dict[str, Any]) -> None:
     """A bias of -inf is allowed, and so is one larger than any logit."""
     biased = params | {"logit_bias": {n: -math.inf for n in range(255)} | {255: -1e30}}
     assert [token for token, _ in steps(tiny_model(), biased)] == [255] * 3
@@ -112,7 +114,7 @@ def test_tokens_that_sampling_rules_out_are_no_error(either_way: None, params: d
 
 
 @pytest.mark.parametrize("ruled_out", [slice(None), 5])
-def test_processors_that_rule_out_what_is_chosen_are_named(ruled_out: Any) -> None:
+def test_processors_that_rule_out_the_chosen_token_are_named(ruled_out: Any) -> None:
     """The weights are not blamed for what a caller did to the logits."""
 
     def process(_: mx.array, logits: mx.array) -> mx.array:
@@ -124,7 +126,7 @@ def test_processors_that_rule_out_what_is_chosen_are_named(ruled_out: Any) -> No
         next(tokens)
 
 
-def test_tokens_before_are_delivered(either_way: None) -> None:
+def test_tokens_before_the_error_are_delivered(either_way: None) -> None:
     """With untied embeddings, a damaged row only matters once its token is read."""
     model = tiny_model(share_input_output_layers=False)
     expected = [token for token, _ in steps(model, {"temp": 0.0}, 8)]
@@ -138,7 +140,7 @@ def test_tokens_before_are_delivered(either_way: None) -> None:
     assert found == expected[:3]
 
 
-def test_too_large_for_float16(tmp_path: Path) -> None:
+def test_activations_too_large_for_float16_are_reported(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "m")
     damage(folder, NORM, 60000.0)
     for tied in ("transformer.layers.0.attn_norm.weight", "transformer.layers.0.ffn_norm.weight"):
@@ -150,7 +152,7 @@ def test_too_large_for_float16(tmp_path: Path) -> None:
     assert len(list(stream_generate(model, tokenizer, "To be", max_tokens=4))) > 0
 
 
-def test_finite_weights_of_a_damaged_file() -> None:
+def test_finite_but_huge_weights_are_reported_as_damage() -> None:
     model = tiny_model()
     for name in (NORM, MATRIX, "transformer.layers.1.ffn_norm.weight"):
         damaged(model, name, 3e38)
@@ -160,7 +162,7 @@ def test_finite_weights_of_a_damaged_file() -> None:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model with a weight that is NaN."""
+    """A model folder with a NaN weight."""
     return damage(write_tiny(tmp_path_factory.mktemp("finite") / "broken"), EMBEDDING, math.nan)
 
 
@@ -178,7 +180,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     ],
     ids=str,
 )
-def test_commands_end_with_one_line(broken: Path, args: tuple[object, ...]) -> None:
+def test_commands_end_with_a_one_line_error(broken: Path, args: tuple[object, ...]) -> None:
     done = run(*args, "--model", broken)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     last = done.stderr.splitlines()[-1]
@@ -190,7 +192,7 @@ def test_commands_end_with_one_line(broken: Path, args: tuple[object, ...]) -> N
 
 
 @pytest.mark.parametrize(("name", "value"), [(EMBEDDING, math.nan), (EMBEDDING, math.inf), (NORM, math.nan)])
-def test_perplexity_and_divergence_end(either_way: None, name: str, value: float) -> None:
+def test_perplexity_and_divergence_are_refused(either_way: None, name: str, value: float) -> None:
     whole, model = tiny_model(), damaged(tiny_model(), name, value)
     for measure in (
         lambda: mean_nll(model, WINDOWS),
@@ -211,14 +213,14 @@ def test_perplexity_and_divergence_end(either_way: None, name: str, value: float
     ],
     ids=str,
 )
-def test_quantization_by_a_text_ends(broken: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_calibrated_quantization_is_refused(broken: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"calibration": str(FIXTURES / "valid.jsonl"), "sequence_length": 32} | options
     with pytest.raises(OpenELMError, match=f"full model computes is not finite: {EMBEDDING} holds NaN or infinity"):
         quantize(broken, tmp_path / "out", QuantizeOptions(**options))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_that_the_text_does_not_use_are_checked(tmp_path: Path) -> None:
+def test_rows_unused_by_the_calibration_text_are_checked_too(tmp_path: Path) -> None:
     """An untied embedding is NaN for a token that the text does not contain."""
     folder = write_tiny(tmp_path / "m", share_input_output_layers=False)
     weights: dict[str, mx.array] = mx.load(str(folder / WEIGHTS))  # type: ignore[assignment]
@@ -238,7 +240,7 @@ def test_rows_that_the_text_does_not_use_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("row", [0, CHUNK + 5])
-def test_one_logit_is_enough_for_the_loss(either_way: None, row: int, value: float) -> None:
+def test_one_logit_that_is_not_finite_makes_the_loss_so(either_way: None, row: int, value: float) -> None:
     model = damaged(tiny_model(), EMBEDDING, value)
     hidden = mx.random.normal((CHUNK + 10, 64), key=mx.random.key(0))
     targets = mx.random.randint(0, 150, (CHUNK + 10,), key=mx.random.key(1))
@@ -264,7 +266,7 @@ def test_training_a_damaged_model_ends_before_anything_is_saved(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["weights.w", "optimizer.m"])
-def test_what_an_update_broke_is_not_saved(tmp_path: Path, name: str) -> None:
+def test_weights_broken_by_an_update_are_not_saved(tmp_path: Path, name: str) -> None:
     """Only the next step's loss would show it, when the previous checkpoint had already been removed."""
 
     class Breaking(Counting):

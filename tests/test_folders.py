@@ -1,4 +1,4 @@
-"""Model folders as programs, downloads and people leave them: what is read, and what is refused by name."""
+"""Model folders as programs, downloads and people leave them: what is read, and what is refused, by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save(folder: Path, tensors: Tensors = MODEL, name: str = WHOLE) -> None:
 
 
 def save_shards(folder: Path, tensors: Tensors = MODEL, count: int = 3) -> dict[str, str]:
-    """Every `count`-th tensor in one file each; which file holds what."""
+    """Every `count`-th tensor in the same file; returns the weight map."""
     weight_map = {}
     for number in range(count):
         name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
@@ -80,7 +80,7 @@ def save_index(folder: Path, weight_map: dict[str, str]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with `config.json` alone."""
+    """A folder with only a `config.json`."""
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path / "m"
@@ -96,7 +96,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-# Which files are read. Where two sets lie in a folder, OTHER is the one that must not be.
+# Which files are read. If a folder has two sets, OTHER is the one that must not be read.
 
 
 def stale_index(folder: Path) -> None:
@@ -156,7 +156,7 @@ def index_of_one_tensor(folder: Path) -> None:
     save_index(folder, {EMBEDDING: weight_map[EMBEDDING]})
 
 
-def index_that_mistakes_the_shards(folder: Path) -> None:
+def index_that_misplaces_tensors(folder: Path) -> None:
     save_index(folder, dict(zip(sorted(MODEL), sorted(save_shards(folder).values()), strict=True)))
 
 
@@ -216,7 +216,7 @@ READ: list[Callable[[Path], None]] = [
     shards_alone,
     index_of_some_shards,
     index_of_one_tensor,
-    index_that_mistakes_the_shards,
+    index_that_misplaces_tensors,
     indexed_shards_beside_an_older_set,
     indexed_shards_beside_a_copy,
     rest_in_an_unnumbered_file,
@@ -228,7 +228,7 @@ READ: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.__name__)
-def test_folders_that_hold_a_model(folder: Path, kind: Callable[[Path], None]) -> None:
+def test_folders_with_a_model_are_read(folder: Path, kind: Callable[[Path], None]) -> None:
     kind(folder)
     assert is_model(mlx_format.read(folder).weights)
 
@@ -261,14 +261,14 @@ def test_half_a_download_is_refused_by_what_is_missing(folder: Path, number: int
     assert all(name not in message for name in weight_map.values() if name != gone.name)
 
 
-def test_a_shard_that_neither_lies_there_nor_is_named(folder: Path) -> None:
+def test_a_shard_missing_from_folder_and_index_is_named(folder: Path) -> None:
     weight_map = save_shards(folder)
     save_index(folder, {name: file for name, file in weight_map.items() if "00003-of" not in file})
     unlink(folder, "model-00003-of-00003.safetensors")
     assert "missing: model-00003-of-00003.safetensors;" in refusal(folder)
 
 
-def test_a_dead_link_in_the_place_of_a_shard(folder: Path) -> None:
+def test_a_dead_link_in_place_of_a_shard_is_refused(folder: Path) -> None:
     indexed_shards(folder)
     shard = folder / "model-00002-of-00003.safetensors"
     shard.unlink()
@@ -290,7 +290,7 @@ def test_many_missing_shards_are_counted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00000.safetensors", "model-00003-of-00001.safetensors"])
-def test_numbers_that_are_none(folder: Path, name: str) -> None:
+def test_shard_numbers_that_do_not_count_shards(folder: Path, name: str) -> None:
     save(folder, name=name)
     if name.endswith("00000.safetensors"):
         assert is_model(mlx_format.read(folder).weights)
@@ -309,7 +309,7 @@ def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\0b", "\ud800", "é" * 200]
 )
-def test_an_index_cannot_lead_out_of_the_folder(folder: Path, name: str) -> None:
+def test_an_index_cannot_point_outside_of_the_folder(folder: Path, name: str) -> None:
     save(folder)
     save(folder.parent, name="secret.safetensors")
     save_index(folder, {EMBEDDING: WHOLE, "transformer.norm.weight": name})
@@ -317,7 +317,7 @@ def test_an_index_cannot_lead_out_of_the_folder(folder: Path, name: str) -> None
     assert INDEX in message and message.encode()
 
 
-def test_only_an_index_of_these_very_weights_is_published(folder: Path) -> None:
+def test_only_an_index_of_the_loaded_weights_is_published(folder: Path) -> None:
     shutil.copy(Path(__file__).parent / "fixtures/shakespeare-hf/tokenizer.model", folder)
     stale_index(folder)
     assert {file.name for file in model_files(folder)} == {"config.json", "tokenizer.model", WHOLE}
@@ -334,7 +334,7 @@ def test_only_an_index_of_these_very_weights_is_published(folder: Path) -> None:
     assert {file.name for file in model_files(folder)} == {"config.json", "tokenizer.model", *weight_map.values()}
 
 
-# Folders that hold no weights that can be read.
+# Folders without readable weights.
 
 
 @pytest.mark.parametrize(
@@ -353,14 +353,14 @@ def test_only_an_index_of_these_very_weights_is_published(folder: Path) -> None:
         ("training_args.bin", "has no model*.safetensors file."),
     ],
 )
-def test_folders_without_weights_say_what_they_hold(folder: Path, name: str, words: str) -> None:
+def test_folders_without_weights_are_refused_with_a_hint(folder: Path, name: str, words: str) -> None:
     (folder / name).write_bytes(b"x")
     message = refusal(folder)
     assert message.startswith(f"{folder} has no model*.safetensors file") and words in message
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"])
-def test_adapters_given_as_a_model(folder: Path, name: str) -> None:
+def test_adapters_given_as_a_model_are_refused(folder: Path, name: str) -> None:
     unlink(folder, "config.json")
     (folder / name).write_text("{}")
     with pytest.raises(RequestError, match="it is an adapter. Give it with adapter_path") as caught:
@@ -368,7 +368,7 @@ def test_adapters_given_as_a_model(folder: Path, name: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_adapters_on_the_hub_given_as_a_model(hub: FakeHub) -> None:
+def test_adapters_on_the_hub_given_as_a_model_are_refused(hub: FakeHub) -> None:
     adapter = hub.new_folder()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_text("{}")
@@ -381,20 +381,20 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29
 
 
 @pytest.mark.parametrize("name", [WHOLE, INDEX, "config.json"])
-def test_pointers_of_git_lfs_are_named(folder: Path, name: str) -> None:
+def test_git_lfs_pointers_are_named(folder: Path, name: str) -> None:
     save(folder)
     (folder / name).write_text(POINTER)
     assert refusal(folder).startswith(f"{folder / name} is a Git LFS pointer, not the file itself: run `git lfs pull`")
 
 
-def test_read_json_repeats_no_message(tmp_path: Path) -> None:
+def test_read_json_wraps_its_message_only_once(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         read_json(tmp_path / "gone.json")
     assert str(caught.value) == f"{tmp_path / 'gone.json'} does not exist."
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", b"PK\3\4" + b"\0" * 100, b"\0" * 64])
-def test_files_that_are_something_else(folder: Path, content: bytes) -> None:
+def test_files_of_another_format_are_refused(folder: Path, content: bytes) -> None:
     (folder / WHOLE).write_bytes(content)
     message = refusal(folder)
     assert f"{folder / WHOLE} is damaged" in message and ("is empty" in message) == (content == b"")
@@ -412,7 +412,7 @@ def test_pipes_are_not_waited_for(folder: Path) -> None:
     "method",
     ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "torchao", "hqq", "eetq", "quanto"],
 )
-def test_other_methods_are_refused_by_name(folder: Path, method: str) -> None:
+def test_other_quantization_methods_are_refused_by_name(folder: Path, method: str) -> None:
     save(folder)
     settings = {"quant_method": method, "bits": 4, "group_size": 64}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": settings}))
@@ -422,13 +422,13 @@ def test_other_methods_are_refused_by_name(folder: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [["gptq"], {"a": 1}, 5, "x\ny" * 500])
-def test_methods_that_are_no_names(folder: Path, method: Any) -> None:
+def test_quantization_methods_that_are_not_names_are_refused(folder: Path, method: Any) -> None:
     save(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": method}}))
     assert "quantized by " in refusal(folder) and len(refusal(folder)) < 1000 and "\n" not in refusal(folder)
 
 
-def test_an_early_configuration_of_bitsandbytes(folder: Path) -> None:
+def test_an_early_bitsandbytes_configuration_is_refused(folder: Path) -> None:
     save(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"load_in_4bit": True}}))
     assert "quantized by bitsandbytes" in refusal(folder)
@@ -445,7 +445,9 @@ def test_an_early_configuration_of_bitsandbytes(folder: Path) -> None:
         ({".W_q": mx.uint8, ".scale": mx.float16}, "HQQ"),
     ],
 )
-def test_other_methods_are_known_by_their_tensors(folder: Path, parts: dict[str, mx.Dtype], method: str) -> None:
+def test_other_quantization_methods_are_recognized_by_their_tensors(
+    folder: Path, parts: dict[str, mx.Dtype], method: str
+) -> None:
     path = "transformer.layers.0.ffn.proj_1"
     packed = {path + ending: mx.zeros((8, 8), dtype) for ending, dtype in parts.items()}
     save(folder, {name: value for name, value in MODEL.items() if name != f"{path}.weight"} | packed)
@@ -453,7 +455,7 @@ def test_other_methods_are_known_by_their_tensors(folder: Path, parts: dict[str,
 
 
 def test_mlx_and_its_second_entry_are_read(folder: Path) -> None:
-    """mlx-lm converts GPTQ and AWQ, and writes its own entry beside the old one's name."""
+    """mlx-lm converts GPTQ and AWQ, and writes its own entry beside the old one."""
     path = EMBEDDING.removesuffix(".weight")
     packed = dict(zip((".weight", ".scales", ".biases"), mx.quantize(MODEL[EMBEDDING]), strict=True))
     save(folder, MODEL | {path + ending: value for ending, value in packed.items()})
@@ -468,10 +470,10 @@ def test_mlx_and_its_second_entry_are_read(folder: Path) -> None:
         assert mlx_format.read(folder).quantization[path].bits == 4
 
 
-# Tensors that nothing computes with.
+# Unused tensors.
 
 
-def test_an_unused_twin_of_the_output_layer_is_left_out(folder: Path) -> None:
+def test_an_unused_twin_of_the_output_layer_is_dropped(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(UNTIED))
     own = tensors_of(UNTIED)
     save(folder, own | {TWIN: own[HEAD] + 1})
@@ -480,7 +482,7 @@ def test_an_unused_twin_of_the_output_layer_is_left_out(folder: Path) -> None:
     assert mx.array_equal(checkpoint.weights[HEAD], own[HEAD]).item()
 
 
-def test_a_twin_alone_could_be_either(folder: Path) -> None:
+def test_a_twin_without_an_output_layer_is_ambiguous(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(UNTIED))
     own = tensors_of(UNTIED)
     save(folder, {TWIN if name == HEAD else name: value for name, value in own.items()})
@@ -497,7 +499,7 @@ def test_a_twin_of_a_shared_output_layer_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_a_copy_of_a_shared_output_layer_is_left_out(folder: Path, dtype: mx.Dtype) -> None:
+def test_a_copy_of_a_shared_output_layer_is_dropped(folder: Path, dtype: mx.Dtype) -> None:
     save(folder, MODEL | {HEAD: MODEL[EMBEDDING].astype(dtype)})
     assert is_model(mlx_format.read(folder).weights)
 
@@ -512,14 +514,14 @@ def test_a_copy_of_a_shared_output_layer_is_left_out(folder: Path, dtype: mx.Dty
     ],
     ids=["one value", "in float16", "fewer rows", "packed"],
 )
-def test_another_output_layer_is_not_dropped_in_silence(folder: Path, head: mx.array) -> None:
+def test_a_different_output_layer_is_not_dropped_silently(folder: Path, head: mx.array) -> None:
     save(folder, MODEL | {HEAD: head})
     message = refusal(folder)
     assert "lm_head.weight, which differs from the embedding" in message
     assert "set share_input_output_layers to false" in message
 
 
-def test_a_packed_copy_of_a_packed_embedding(folder: Path) -> None:
+def test_a_packed_copy_of_a_packed_embedding_is_dropped(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization": {"group_size": 64, "bits": 4}}))
     parts = dict(zip(("weight", "scales", "biases"), mx.quantize(MODEL[EMBEDDING]), strict=True))
     embedding = {f"transformer.token_embeddings.{part}": value for part, value in parts.items()}
@@ -532,7 +534,7 @@ def test_a_packed_copy_of_a_packed_embedding(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["attn.pos_embedding.inv_freq", "attn.rotary_emb.inv_freq"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_frequencies_of_rope_are_left_out(folder: Path, name: str, dtype: mx.Dtype) -> None:
+def test_rope_frequencies_are_dropped(folder: Path, name: str, dtype: mx.Dtype) -> None:
     inv_freq = (1 / 10000 ** (mx.arange(0, 8, 2) / 8)).astype(dtype)
     save(folder, MODEL | {f"transformer.layers.{layer}.{name}": inv_freq for layer in range(2)})
     assert is_model(mlx_format.read(folder).weights)
@@ -548,7 +550,7 @@ def test_frequencies_of_rope_are_left_out(folder: Path, name: str, dtype: mx.Dty
     ],
     ids=["another base", "another size", "zeros", "integers"],
 )
-def test_frequencies_of_another_rope_are_refused(folder: Path, inv_freq: mx.array) -> None:
+def test_frequencies_of_another_rope_base_are_refused(folder: Path, inv_freq: mx.array) -> None:
     save(folder, MODEL | {"transformer.layers.0.attn.rotary_emb.inv_freq": inv_freq})
     assert "unexpected: transformer.layers.0.attn.rotary_emb.inv_freq" in refusal(folder)
 
@@ -560,7 +562,7 @@ def test_other_prefixes_are_refused_by_name(folder: Path, prefix: str) -> None:
     assert f"missing: {EMBEDDING}" in message and f"unexpected: {prefix}transformer." in message
 
 
-def test_what_else_is_too_many_is_refused_by_name(folder: Path) -> None:
+def test_other_unexpected_tensors_are_refused_by_name(folder: Path) -> None:
     for name, value in {
         "transformer.causal_mask": mx.zeros((4, 4), mx.bool_),
         "transformer.layers.0.attn.qkv_proj.bias": mx.zeros(4),
@@ -573,19 +575,19 @@ def test_what_else_is_too_many_is_refused_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.int8, mx.int64, mx.bool_, mx.uint8, mx.uint32])
-def test_weights_that_are_no_floating_point_numbers(folder: Path, dtype: mx.Dtype) -> None:
+def test_weights_that_are_not_floating_point_are_refused(folder: Path, dtype: mx.Dtype) -> None:
     save(folder, MODEL | {EMBEDDING: MODEL[EMBEDDING].astype(dtype)})
     assert f"wrong: {EMBEDDING} is stored as {str(dtype).removeprefix('mlx.core.').rstrip('_')}" in refusal(folder)
 
 
-def test_types_that_mlx_does_not_have(folder: Path) -> None:
+def test_dtypes_that_mlx_lacks_are_refused(folder: Path) -> None:
     for kind, size in {"F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}.items():
         header = json.dumps({EMBEDDING: {"dtype": kind, "shape": [2], "data_offsets": [0, 2 * size]}}).encode()
         (folder / WHOLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(2 * size))
         assert f"stores '{EMBEDDING}' as '{kind}', which is not supported; expected F32" in refusal(folder)
 
 
-def test_a_config_of_another_model(folder: Path) -> None:
+def test_a_config_of_another_model_is_refused(folder: Path) -> None:
     save(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
     assert "This is a 'llama' model" in refusal(folder)

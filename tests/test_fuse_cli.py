@@ -1,4 +1,4 @@
-"""The `fuse` command: what it prints, what it sends, how it refuses."""
+"""The `fuse` command: its output, uploads and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a model lies, and adapters: one that does much, one that unties the head."""
+    """A folder with a model and adapters: one with a large effect, one that unties the head."""
     shutil.copytree(SHAKESPEARE, tmp_path / "model")
     for name, adapter in {"adapters": "peft-lora", "embedding": "peft-lora-embedding"}.items():
         shutil.copytree(FIXTURES / adapter, tmp_path / name)
@@ -40,7 +40,7 @@ def run(*args: object) -> int | str | None:
     return stop.value.code
 
 
-def test_it_prints_what_was_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_written_files_are_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--model", "model") == 0
     lines, warnings = capfd.readouterr()
     size = sum(path.stat().st_size for path in (folder / "fused_model").iterdir()) / 1e6
@@ -67,7 +67,7 @@ def test_json_has_the_values_of_the_python_function(folder: Path, capfd: pytest.
     assert "kl_divergence" not in values and "upload" not in values
 
 
-def test_the_cost_of_packing_again_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_cost_of_requantizing_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "text.txt").write_text((SHAKESPEARE / "config.json").read_text() * 4)
     convert("model", "packed", quantize=True)
     assert run("--model", "packed", "--adapter-path", "embedding", "--report", "--report-data", "text.txt") == 0
@@ -79,13 +79,13 @@ def test_the_cost_of_packing_again_is_printed(folder: Path, capfd: pytest.Captur
 
     weak = ("--model", "packed", "--adapter-path", "adapters=0.1", "--overwrite")
     assert run(*weak) == 0
-    assert "warning: rounding undid most of the adapter's change. Use --dequantize" in capfd.readouterr().err
+    assert "warning: Rounding undid most of the adapter's change. Use --dequantize" in capfd.readouterr().err
     assert run(*weak, "--dequantize") == 0
     assert "warning" not in capfd.readouterr().err
     assert not mlx_format.read(folder / "fused_model").quantization
 
 
-def test_a_type_for_what_stays_packed_is_warned_about(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dtype_for_weights_that_stay_packed_warns(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     convert("model", "packed", quantize=True)
     words = ("--model", "packed", "--dtype", "float16", "--overwrite")
     assert run(*words) == 0
@@ -102,7 +102,7 @@ def test_a_type_for_what_stays_packed_is_warned_about(folder: Path, capfd: pytes
     [((0.3, 0.2), True, "with more bits or --dequantize."), ((0.3, 0.2), False, "with more bits."),
      ((0.2, 0.3), True, None)],
 )  # fmt: skip
-def test_a_result_further_away_than_the_base_is_warned_about(
+def test_a_result_further_away_than_the_base_warns(
     divergences: tuple[float, float],
     requantized: bool,
     advice: str | None,
@@ -114,11 +114,11 @@ def test_a_result_further_away_than_the_base_is_warned_about(
     monkeypatch.setattr("mlx_openelm.cli.fuse.fuse", lambda *_, **__: done)
     assert run("--report") == 0
     printed = capfd.readouterr().err
-    further = f"The result is further from the base with the adapter than the base alone is: fuse {advice}\n"
+    further = f"The result is further from the base with the adapter than the base alone is; fuse {advice}\n"
     assert printed == (f"warning: {further}" if advice else "")
 
 
-def test_adapters_are_mixed_and_matrices_packed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_adapters_are_mixed_and_the_result_quantized(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(FIXTURES / "peft-rslora-attention", folder / "other")
     flags = ("--adapter-path", "adapters=0.75", "--adapter-path", "other=0.25", "-q", "--recipe", "mixed_3_6")
     assert run("--model", "model", "--save-path", "mixed", "--dtype", "bfloat16", *flags) == 0
@@ -127,7 +127,7 @@ def test_adapters_are_mixed_and_matrices_packed(folder: Path, capfd: pytest.Capt
     assert (folder / "mixed" / "model.safetensors").read_bytes() == (folder / "full" / "model.safetensors").read_bytes()
 
 
-def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_reaches_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(*args: Any, **options: Any) -> None:
@@ -170,7 +170,7 @@ def test_every_flag_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--model", "model", "--private"), "--private needs --upload-repo"),
     ],
 )
-def test_bad_requests_are_one_line(
+def test_bad_requests_are_refused_in_one_line(
     flags: tuple[object, ...], message: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(folder.iterdir())
@@ -180,7 +180,7 @@ def test_bad_requests_are_one_line(
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_dry_run_leaves_nothing_and_asks_nobody(
+def test_a_dry_run_leaves_nothing_and_makes_no_request(
     folder: Path, hub: FakeHub, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(folder.rglob("*"))
@@ -191,8 +191,8 @@ def test_a_dry_run_leaves_nothing_and_asks_nobody(
     assert hub.requests == [] and sorted(folder.rglob("*")) == before
 
 
-def test_it_uploads(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
-    """In a process of its own, with a token that may write."""
+def test_the_result_is_uploaded(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
+    """In a separate process, with a token that may write."""
     environment = os.environ | hub_env | {"HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mlx_openelm", "fuse", "--model", "model", "--upload-repo", "me/fused", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)

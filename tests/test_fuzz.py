@@ -1,4 +1,4 @@
-"""Damaged and hostile files: each ends soon, in one clean line or in what another program reads."""
+"""Damaged and hostile files: each is soon refused in one clean line, or read as by another program."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from fuzzing import KINDS, write_good
 
 TESTS = Path(__file__).parent
-# Seconds after which a worker that does not answer hangs; a case is a fault at 4 seconds if it does.
+# Seconds until a worker counts as hung; a case that answers is a fault from 4 seconds on.
 PATIENCE = 20.0
 
 
 class Worker:
-    """A process that reads mutants; started anew when one kills it."""
+    """A process that reads mutants; restarted when one kills it."""
 
     def __init__(self, good: Path, scratch: Path):
         self._arguments = [sys.executable, str(TESTS / "fuzz_worker.py"), str(good), str(scratch)]
@@ -53,7 +53,7 @@ class Worker:
         line = process.stdout.readline() if answers else ""
         if line:
             answer = json.loads(line)
-            if answer["outcome"] == "fault":  # its peak of memory would hide the next one's
+            if answer["outcome"] == "fault":  # its peak memory would hide that of the next case
                 self.stop()
             return answer
         self.stop()
@@ -80,7 +80,7 @@ def check(worker: Worker, kind: str, seeds: range) -> None:
     answers = [worker.judge(kind, seed) for seed in seeds]
     faults = [answer for answer in answers if answer["outcome"] == "fault"]
     assert not faults, "\n".join(json.dumps(fault) for fault in faults[:20])
-    # A kind whose mutants are all refused, or all read, is not tested by them.
+    # Mutants that are all refused, or all read, do not test a kind.
     if len(answers) > 100:
         assert {answer["outcome"] for answer in answers} == {"right", "refused"}
 

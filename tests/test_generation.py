@@ -46,7 +46,7 @@ def model(loaded: tuple[OpenELM, Tokenizer]) -> OpenELM:
 
 @pytest.fixture
 def tokenizer() -> Tokenizer:
-    """A fresh one for each test: some tests add tokens that end a text."""
+    """A fresh tokenizer for each test, since some add EOS tokens."""
     return Tokenizer.from_folder(FIXTURES / "shakespeare-hf")
 
 
@@ -55,7 +55,7 @@ def pieces(model: OpenELM, tokenizer: Tokenizer, prompt: Any, **options: Any) ->
 
 
 def full_logprobs(model: OpenELM, ids: list[int]) -> np.ndarray:
-    """Log-probabilities of the next token, from one pass over everything, in float64."""
+    """Log-probabilities of the next token, from one pass over all tokens, in float64."""
     logits = np.array(model(mx.array([ids]))[0, -1]).astype(np.float64)
     return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
 
@@ -64,12 +64,12 @@ def full_logprobs(model: OpenELM, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("prompt", range(4))
-def test_greedy_text_is_the_references(model: OpenELM, tokenizer: Tokenizer, prompt: int) -> None:
+def test_greedy_text_equals_the_reference(model: OpenELM, tokenizer: Tokenizer, prompt: int) -> None:
     found = pieces(model, tokenizer, PROMPTS[prompt], max_tokens=48)
     assert [piece.token for piece in found] == GREEDY[prompt]
     text = "".join(piece.text for piece in found)
     assert text == tokenizer.decode(GREEDY[prompt])
-    # The reference's tokenizer drops the space between the prompt and what follows; the words are the same.
+    # The reference drops the space between the prompt and the continuation; the words are the same.
     assert text.strip() == TEXTS[prompt].strip()
     assert generate(model, tokenizer, PROMPTS[prompt], max_tokens=48) == text
 
@@ -91,7 +91,9 @@ def test_the_fields_of_pieces(model: OpenELM, tokenizer: Tokenizer) -> None:
     assert 0.009 < found[-1].peak_memory < 4
 
 
-def test_speeds_are_those_of_the_clock(model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeds_are_measured_by_the_clock(
+    model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """2 seconds for the prompt and its token, then half a second per token."""
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
@@ -109,7 +111,7 @@ def test_speeds_are_those_of_the_clock(model: OpenELM, tokenizer: Tokenizer, mon
 
 @pytest.mark.parametrize("seed", range(3))
 def test_streamed_pieces_join_to_the_decoded_text(model: OpenELM, tokenizer: Tokenizer, seed: int) -> None:
-    """At a high temperature there are byte tokens, whose characters may stay incomplete."""
+    """A high temperature gives byte tokens, whose characters may stay incomplete."""
     found = pieces(model, tokenizer, PROMPTS[3], max_tokens=120, temp=2.5, seed=seed)
     tokens = [p.token for p in found]
     kept = tokens[:-1] if found[-1].finish_reason == "stop" else tokens
@@ -121,7 +123,7 @@ def test_streamed_pieces_join_to_the_decoded_text(model: OpenELM, tokenizer: Tok
 
 
 def test_eos_ends_the_text_and_is_not_part_of_it(model: OpenELM, tokenizer: Tokenizer) -> None:
-    """`--extra-eos-token`: a token the model gives after six others."""
+    """With `--extra-eos-token`: a token the model gives after six others."""
     tokenizer.add_eos_token(str(GREEDY[0][6]))
     found = pieces(model, tokenizer, PROMPTS[0], max_tokens=48)
     assert [p.token for p in found] == GREEDY[0][:7]
@@ -129,7 +131,7 @@ def test_eos_ends_the_text_and_is_not_part_of_it(model: OpenELM, tokenizer: Toke
     assert "".join(p.text for p in found) == tokenizer.decode(GREEDY[0][:6])
 
 
-def test_eos_itself(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_eos_is_a_piece_without_text(model: OpenELM, tokenizer: Tokenizer) -> None:
     found = pieces(model, tokenizer, PROMPTS[0], max_tokens=48, logit_bias={2: 1e6})
     assert [(p.token, p.text, p.finish_reason) for p in found] == [(2, "", "stop")]
     assert generate(model, tokenizer, PROMPTS[0], logit_bias={2: 1e6}) == ""
@@ -139,7 +141,7 @@ def test_eos_itself(model: OpenELM, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("stop", ["Messenger My", "my lord", "r", "\n\n [", "you!", " accepted with you,\n"])
 @pytest.mark.parametrize("form", [str, list, tuple])
-def test_stop_strings_even_across_tokens(model: OpenELM, tokenizer: Tokenizer, stop: str, form: Callable) -> None:
+def test_stop_strings_may_span_tokens(model: OpenELM, tokenizer: Tokenizer, stop: str, form: Callable) -> None:
     whole = tokenizer.decode(GREEDY[0])
     found = pieces(model, tokenizer, PROMPTS[0], max_tokens=48, stop=stop if form is str else form([stop, "never"]))
     text = "".join(p.text for p in found)
@@ -149,12 +151,12 @@ def test_stop_strings_even_across_tokens(model: OpenELM, tokenizer: Tokenizer, s
     else:
         assert text == whole[: whole.index(stop)]
         assert found[-1].finish_reason == "stop"
-        # It ends with the token that completes the stop string, no later.
+        # Generation ends with the token that completes the stop string.
         decoded = [tokenizer.decode(GREEDY[0][:n]) for n in range(49)]
         assert len(found) == next(n for n in range(49) if stop in decoded[n])
 
 
-def test_text_held_back_for_a_stop_string_is_given_at_the_end(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_text_held_back_for_a_stop_string_is_emitted_at_the_end(model: OpenELM, tokenizer: Tokenizer) -> None:
     whole = tokenizer.decode(GREEDY[1][:20])
     found = pieces(model, tokenizer, PROMPTS[1], max_tokens=20, stop=whole[-4:] + "never")
     assert "".join(p.text for p in found) == whole
@@ -162,7 +164,7 @@ def test_text_held_back_for_a_stop_string_is_given_at_the_end(model: OpenELM, to
     assert found[-1].text.endswith(whole[-4:])
 
 
-def test_no_stop_strings_may_be_none(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_stop_may_be_none(model: OpenELM, tokenizer: Tokenizer) -> None:
     assert generate(model, tokenizer, PROMPTS[0], max_tokens=5, stop=None) == tokenizer.decode(GREEDY[0][:5])
 
 
@@ -192,11 +194,11 @@ NO_EOS = {"logit_bias": {2: -math.inf}}
 
 
 @pytest.mark.parametrize("max_tokens", [-1, 1000, 16])
-def test_generation_ends_where_positions_end(tokenizer: Tokenizer, max_tokens: int) -> None:
+def test_generation_ends_at_the_last_position(tokenizer: Tokenizer, max_tokens: int) -> None:
     model = small_model()
     ids = IDS[0][:5]
     found = pieces(model, tokenizer, ids, max_tokens=max_tokens, **NO_EOS)
-    # 5 + 15 positions; the 16th token comes from the last position and needs none of its own.
+    # 5 + 15 positions; the 16th token is predicted at the last position and needs none itself.
     assert len(found) == 16
     assert [p.finish_reason for p in found] == [None] * 15 + ["length"]
     assert [p.token for p in found] == [t for t, _ in generate_step(model, ids, max_tokens=16, logits_processors=[ban])]
@@ -222,7 +224,7 @@ def test_cached_tokens_count_towards_the_limit(tokenizer: Tokenizer) -> None:
 def test_generation_continues_from_a_prompt_cache(model: OpenELM, tokenizer: Tokenizer) -> None:
     cache = make_cache(6)
     first = pieces(model, tokenizer, PROMPTS[2], max_tokens=20, prompt_cache=cache)
-    # All but the last token were processed.
+    # All tokens but the last were processed.
     assert cache[0].offset == len(IDS[2]) + 19
     second = pieces(model, tokenizer, [first[-1].token], max_tokens=28, prompt_cache=cache)
     assert [p.token for p in first + second] == GREEDY[2]
@@ -252,7 +254,7 @@ def test_a_prompt_beyond_the_last_position_is_an_error(tokenizer: Tokenizer) -> 
 # Randomness.
 
 
-def test_seeds(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_the_seed_decides_the_text(model: OpenELM, tokenizer: Tokenizer) -> None:
     def text(**options: Any) -> str:
         return generate(model, tokenizer, PROMPTS[1], max_tokens=40, temp=1.0, **options)
 
@@ -292,7 +294,7 @@ def test_top_k_of_one_is_greedy(model: OpenELM, tokenizer: Tokenizer) -> None:
         assert [p.token for p in found] == GREEDY[2][:12], options
 
 
-# Penalties, against a loop over whole forward passes.
+# Penalties, against a loop of full forward passes.
 
 
 def brute_force(model: OpenELM, prompt: list[int], count: int, change: Callable) -> tuple[list[int], list[float]]:
@@ -352,7 +354,7 @@ PENALTIES = {
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_penalties(model: OpenELM, tokenizer: Tokenizer, name: str) -> None:
+def test_penalties_match_brute_force(model: OpenELM, tokenizer: Tokenizer, name: str) -> None:
     options, changes = PENALTIES[name]
 
     def change(logits: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -374,7 +376,7 @@ def test_logprobs_are_log_softmax_of_full_logits(model: OpenELM, tokenizer: Toke
     for options in ({}, {"temp": 1.3, "seed": 1}, {"temp": 0.7, "top_p": 0.8, "min_p": 0.05, "top_k": 9, "seed": 2}):
         ids = list(IDS[0])
         for piece in stream_generate(model, tokenizer, IDS[0], max_tokens=15, **options):
-            # Log-probabilities are those before the temperature and the filters.
+            # Log-probabilities are taken before temperature and filters.
             assert abs(piece.logprob - full_logprobs(model, ids)[piece.token]) < 1e-4
             ids.append(piece.token)
         assert len(ids) > len(IDS[0])
@@ -462,7 +464,7 @@ def test_caches_are_quantized_from_a_position_on(model: OpenELM, start: int) -> 
 
 
 def test_a_sliding_cache(model: OpenELM, tokenizer: Tokenizer) -> None:
-    """Nothing changes while everything fits; after that the text changes and the caches stay small."""
+    """Nothing changes while the text fits; after that it changes and the caches stay small."""
     found = [p.token for p in pieces(model, tokenizer, PROMPTS[1], max_tokens=48, max_kv_size=24)]
     same = next(i for i, (a, b) in enumerate(zip(found, GREEDY[1], strict=True)) if a != b)
     assert 16 <= same < 48
@@ -514,14 +516,14 @@ def test_the_next_step_is_submitted_before_the_last_token_is_delivered(
 
 
 @pytest.mark.parametrize("size", [1, 4, 256])
-def test_no_logits_for_the_prompt(model: OpenELM, tokenizer: Tokenizer, counted: dict, size: int) -> None:
+def test_no_logits_are_computed_for_the_prompt(model: OpenELM, tokenizer: Tokenizer, counted: dict, size: int) -> None:
     generate(model, tokenizer, PROMPTS[2], max_tokens=5, prefill_step_size=size)
     assert counted["logits"] == [1] * 5
     assert sum(counted["hidden_states"]) == len(IDS[2]) + 4
     assert max(counted["hidden_states"]) <= size
 
 
-def test_nothing_is_computed_when_the_request_is_bad(model: OpenELM, tokenizer: Tokenizer, counted: dict) -> None:
+def test_nothing_is_computed_for_a_bad_request(model: OpenELM, tokenizer: Tokenizer, counted: dict) -> None:
     with pytest.raises(RequestError):
         stream_generate(model, tokenizer, PROMPTS[0], temp=-1)
     assert counted == {"hidden_states": [], "logits": []}
@@ -544,7 +546,7 @@ def test_an_interrupted_stream_leaves_a_usable_cache(model: OpenELM, tokenizer: 
     stream = stream_generate(model, tokenizer, PROMPTS[0], max_tokens=48, prompt_cache=cache)
     tokens = [next(stream).token for _ in range(4)]
     stream.close()
-    # The cache also has the token of the step that was computed ahead.
+    # The cache also has the token of the step computed ahead.
     assert cache[0].offset == len(IDS[0]) + 4
     rest = pieces(model, tokenizer, GREEDY[0][4:5], max_tokens=5, prompt_cache=cache)
     assert tokens + [GREEDY[0][4]] + [p.token for p in rest] == GREEDY[0][:10]
@@ -634,8 +636,8 @@ def test_unused_buffers_are_freed_every_256_tokens(model: OpenELM, monkeypatch: 
     ],
     ids=str,
 )
-def test_bad_options(model: OpenELM, tokenizer: Tokenizer, options: dict, words: str) -> None:
-    """They are refused at the call, not when the first piece is requested."""
+def test_bad_options_are_refused(model: OpenELM, tokenizer: Tokenizer, options: dict, words: str) -> None:
+    """At the call, not when the first piece is requested."""
     with pytest.raises(RequestError, match=words):
         stream_generate(model, tokenizer, PROMPTS[0], **options)
     with pytest.raises(RequestError, match=words):
@@ -643,7 +645,7 @@ def test_bad_options(model: OpenELM, tokenizer: Tokenizer, options: dict, words:
 
 
 @pytest.mark.parametrize("prompt", ["", [], (), mx.array([], mx.int32)], ids=repr)
-def test_empty_prompts(model: OpenELM, tokenizer: Tokenizer, prompt: Any) -> None:
+def test_empty_prompts_are_refused(model: OpenELM, tokenizer: Tokenizer, prompt: Any) -> None:
     with pytest.raises(RequestError, match="empty"):
         stream_generate(model, tokenizer, prompt)
 
@@ -668,7 +670,7 @@ def test_empty_prompts(model: OpenELM, tokenizer: Tokenizer, prompt: Any) -> Non
     ],
     ids=repr,
 )
-def test_bad_ids(model: OpenELM, tokenizer: Tokenizer, prompt: Any) -> None:
+def test_bad_ids_are_refused(model: OpenELM, tokenizer: Tokenizer, prompt: Any) -> None:
     with pytest.raises(RequestError, match="prompt"):
         stream_generate(model, tokenizer, prompt)
 
@@ -678,15 +680,15 @@ def test_a_single_space_and_odd_characters_are_prompts(model: OpenELM, tokenizer
         assert len(pieces(model, tokenizer, prompt, max_tokens=2)) >= 1
 
 
-def test_options_are_those_of_the_command() -> None:
+def test_options_have_the_names_of_the_flags() -> None:
     names = {field.name for field in dataclasses.fields(GenerationOptions)}
-    wanted = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
-    wanted += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
-    wanted += " kv_bits kv_group_size quantized_kv_start min_tokens_to_keep"
-    assert set(wanted.split()) <= names
+    expected = "temp top_p top_k min_p xtc_probability xtc_threshold repetition_penalty repetition_context_size"
+    expected += " presence_penalty frequency_penalty logit_bias seed stop max_tokens prefill_step_size max_kv_size"
+    expected += " kv_bits kv_group_size quantized_kv_start min_tokens_to_keep"
+    assert set(expected.split()) <= names
 
 
-def test_leaving_the_trained_context_is_warned_about_once(tokenizer: Tokenizer) -> None:
+def test_leaving_the_trained_context_warns_once(tokenizer: Tokenizer) -> None:
     model, _ = load(FIXTURES / "shakespeare-hf")
     model.config = dataclasses.replace(model.config, max_context_length=20)
     options = {"max_tokens": 15, "logit_bias": {token: -math.inf for token in tokenizer.eos_token_ids}}
@@ -718,7 +720,7 @@ def test_echo_begins_with_the_prompt(model: OpenELM, tokenizer: Tokenizer) -> No
         assert echoed[0].text.startswith(prompt)
 
 
-def test_echo_leaves_stop_strings_to_the_text_that_follows(model: OpenELM, tokenizer: Tokenizer) -> None:
+def test_stop_strings_are_not_searched_in_the_echoed_prompt(model: OpenELM, tokenizer: Tokenizer) -> None:
     text = generate(model, tokenizer, PROMPTS[0], max_tokens=12)
     word = text.split()[1]
     prompt = f"{word} {PROMPTS[0]}"

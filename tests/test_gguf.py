@@ -34,7 +34,7 @@ SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 # The types, and how far their logits are from the reference's on average: KL in nats, a third more than measured.
 KL = {"f32": 1e-9, "f16": 2.2e-6, "bf16": 9e-5, "q8_0": 9e-4, "q4_0": 0.13}
 TEXTS = ["To be", " two", "  a  b ", "", " ", "\n", "a\n\n b\tc", "naïve café", "日本語 🙂", "</s>a<s>b", "<unk>", "▁a"]
-FFN = (128, 256, 384, 512, 640, 768)  # 192 × 0.5, 1.2, … 4.0, made divisible by 64
+FFN = (128, 256, 384, 512, 640, 768)  # 192 × 0.5, 1.2, … 4.0, rounded to multiples of 64
 
 
 def write(path: Path, gguf_type: str = "f32", checkpoint: Checkpoint | None = None, **more: Any) -> dict[str, str]:
@@ -79,7 +79,7 @@ def expected_tensors(weights: dict[str, np.ndarray], layers: int = 6) -> dict[st
     return tensors
 
 
-# Out.
+# Writing.
 
 
 def test_keys(files: dict[str, Path]) -> None:
@@ -123,7 +123,7 @@ def test_keys(files: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("gguf_type", KL)
-def test_tensors_are_the_packages_own_quantization(files: dict[str, Path], gguf_type: str) -> None:
+def test_tensors_are_quantized_as_by_the_gguf_package(files: dict[str, Path], gguf_type: str) -> None:
     expected = expected_tensors(original())
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(files[gguf_type]).tensors}
     assert tensors.keys() == expected.keys()
@@ -134,10 +134,10 @@ def test_tensors_are_the_packages_own_quantization(files: dict[str, Path], gguf_
         assert np.array_equal(tensors[name].data.view(np.uint8), quants.quantize(weight, kind).view(np.uint8)), name
 
 
-def test_large_matrices_are_quantized_in_pieces_to_the_same_blocks(
+def test_large_matrices_quantized_in_chunks_give_the_same_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten rows at a time; the last chunk has fewer."""
+    """Ten rows per chunk; the last has fewer."""
     monkeypatch.setattr(gguf_format.gguf_blocks, "CHUNK", 640)
     checkpoint = small_checkpoint()
     weight = np.array(checkpoint.weights["transformer.token_embeddings.weight"])
@@ -147,7 +147,7 @@ def test_large_matrices_are_quantized_in_pieces_to_the_same_blocks(
 
 
 def small_checkpoint(vocab_size: int = 2048, **changes: Any) -> Checkpoint:
-    """Random weights; feed-forward widths of 40, which blocks of 32 do not divide."""
+    """Random weights; feed-forward widths of 40, which is not a multiple of the block size, 32."""
     values = {
         "num_transformer_layers": 2,
         "model_dim": 64,
@@ -178,7 +178,7 @@ def test_rows_that_blocks_do_not_divide_fall_back_to_float16(tmp_path: Path) -> 
     assert {name for name, kind in kinds.items() if kind == "F16"} == {f"blk.{i}.ffn_down.weight" for i in range(2)}
     bits = 8 * sum(int(t.n_bytes) for t in reader.tensors) / checkpoint.config.num_parameters
     assert gguf_format.bits_per_weight(checkpoint.config, "q4_0") == bits
-    assert checkpoint.weights == {}  # taken out one by one
+    assert checkpoint.weights == {}  # removed one by one
 
 
 def test_rows_beyond_the_tokenizer_become_unused_tokens(tmp_path: Path) -> None:
@@ -203,16 +203,16 @@ def test_rows_beyond_the_tokenizer_become_unused_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RequestError, match=f"llama.cpp cannot run this model.*{reason}"):
+    with pytest.raises(RequestError, match=f"llama.cpp does not support this model.*{reason}"):
         write(tmp_path / "a.gguf", "f32", small_checkpoint(**changes))
     assert list(tmp_path.iterdir()) == []
 
 
-# In.
+# Reading.
 
 
 @pytest.mark.parametrize("gguf_type", KL)
-def test_reading_gives_what_the_package_dequantizes(files: dict[str, Path], gguf_type: str) -> None:
+def test_reading_equals_the_packages_dequantize(files: dict[str, Path], gguf_type: str) -> None:
     checkpoint, _ = gguf_format.read(files[gguf_type])
     theirs = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(files[gguf_type]).tensors}
     types = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
@@ -231,7 +231,7 @@ def test_a_float32_round_trip_is_bit_for_bit(files: dict[str, Path]) -> None:
     for name, weight in before.weights.items():
         assert bytes(memoryview(checkpoint.weights[name])) == bytes(memoryview(weight))
     ours, theirs = checkpoint.config.to_dict(), before.config.to_dict()
-    del ours["ffn_dim_divisor"], theirs["ffn_dim_divisor"]  # 64 or 128, from which the same widths follow
+    del ours["ffn_dim_divisor"], theirs["ffn_dim_divisor"]  # 64 or 128, which give the same widths
     assert ours == theirs
     assert checkpoint.config.ffn_dims == FFN
     assert tokenizer.eos_token_ids == {2}
@@ -251,7 +251,7 @@ def test_the_published_configurations_come_back(size: str) -> None:
 
 @pytest.mark.parametrize("gguf_type", KL)
 def test_logits_of_a_round_trip(files: dict[str, Path], reference: dict[str, Any], gguf_type: str) -> None:
-    """Against the reference's, and against an independent model with what the package dequantizes."""
+    """Against the reference, and against an independent model with the package's dequantized weights."""
     checkpoint, _ = gguf_format.read(files[gguf_type])
     config = checkpoint.config
     tensors = {t.name: quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(files[gguf_type]).tensors}
@@ -278,7 +278,7 @@ def mean_kl(expected: np.ndarray, logits: np.ndarray) -> float:
 
 
 def other_file(path: Path, change: Callable[[Any, dict[str, np.ndarray]], None] | None = None, arch: str = "openelm"):
-    """A file as a plain writer would make it: numbers in place of lists of equal values, and few keys."""
+    """A file as a simple writer would make it: a scalar for a constant list, and few keys."""
     checkpoint = small_checkpoint(num_query_heads=[4, 4], num_kv_heads=[2, 2])
     tensors = expected_tensors({name: np.array(w) for name, w in checkpoint.weights.items()}, layers=2)
     pieces = read_model(SHAKESPEARE / "tokenizer.model")
@@ -318,7 +318,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
 
 
 def change_key(name: str, value: Any) -> Callable[[Any, Any], None]:
-    """Another value for a key that is there, or no such key."""
+    """Replace a key's value, or remove the key."""
 
     def change(writer: Any, _: Any) -> None:
         if value is None:
@@ -335,7 +335,7 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
         r"output.weight has shape \[4, 4\] instead of \[2048, 64\]",
     ),
     "no norm": (lambda _, t: t.pop("output_norm.weight"), "output_norm.weight is missing"),
-    "no embedding": (lambda _, t: t.pop("token_embd.weight"), "no token_embd.weight"),
+    "no embedding": (lambda _, t: t.pop("token_embd.weight"), "no two-dimensional token_embd.weight"),
     "a wrong shape": (
         lambda _, t: t.update({"output_norm.weight": np.ones(9, np.float32)}),
         r"output_norm.weight has shape \[9\] instead of \[64\]",
@@ -344,28 +344,28 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
         lambda _, t: t.update({"token_embd.weight": np.ones((2000, 64), np.float32)}),
         "has 2048 tokens, but an embedding of 2000 rows",
     ),
-    "a wrong width": (change_key("openelm.feed_forward_length", 48), "do not fit its keys"),
+    "a wrong width": (change_key("openelm.feed_forward_length", 48), "do not match its keys"),
     "another type": (
         lambda _, t: t.update({"output_norm.weight": np.ones(64, np.int32)}),
-        "stores output_norm.weight as I32, which the gguf package does not unpack",
+        "stores output_norm.weight as I32, which the gguf package cannot unpack",
     ),
     "no heads": (change_key("openelm.attention.head_count", None), "no openelm.attention.head_count"),
-    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not valid"),
+    "zero heads": (change_key("openelm.attention.head_count_kv", 0), "not a valid value"),
     "too many layers": (change_key("openelm.block_count", 2**32 - 1), "block_count is 4294967295"),
     "indivisible heads": (change_key("openelm.attention.head_count_kv", 3), "divisible by num_kv_heads"),
     "another rotation": (lambda w, _: w.add_rope_dimension_count(8), "rope.dimension_count is 8"),
     "scaled positions": (lambda w, _: w.add_string("openelm.rope.scaling.type", "yarn"), "scales its positions"),
-    "another tokenizer": (change_key("tokenizer.ggml.model", "gpt2"), "tokenizer of kind 'gpt2'"),
+    "another tokenizer": (change_key("tokenizer.ggml.model", "gpt2"), "has a 'gpt2' tokenizer"),
     "no scores": (change_key("tokenizer.ggml.scores", None), "no tokenizer.ggml.scores"),
     "fewer scores": (change_key("tokenizer.ggml.scores", [0.0]), "must have the same length"),
     "a bad bos": (lambda w, _: w.add_bos_token_id(5000), "bos_token_id is 5000"),
-    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "do not make a SentencePiece model"),
+    "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "are not a valid SentencePiece model"),
     "no unknown piece": (change_key("tokenizer.ggml.token_type", [1] * 2048), "no unknown token"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+def test_inconsistent_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     change, message = CHANGES[name]
     other_file(tmp_path / "a.gguf", change)
     with pytest.raises(RequestError, match=message) as error:
@@ -396,7 +396,7 @@ def test_the_other_byte_order_is_refused(tmp_path: Path) -> None:
         gguf_format.read(tmp_path / "a.gguf")
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
     other_file(tmp_path / "a.gguf")
     data = (tmp_path / "a.gguf").read_bytes()
     start = gguf.GGUFReader(tmp_path / "a.gguf").data_offset
@@ -408,7 +408,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_counts_are_refused(tmp_path: Path) -> None:
-    """The version, both counts, and the length of a list; such a length must not be believed for long."""
+    """The version, both counts, and the length of a list, which must not be trusted for long."""
     other_file(tmp_path / "a.gguf")
     data = bytearray((tmp_path / "a.gguf").read_bytes())
     scores = data.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8
@@ -418,7 +418,7 @@ def test_damaged_counts_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="damaged"):
             gguf_format.read(tmp_path / "b.gguf")
         data[position] = before
-    # Behind the magic, the version and both counts a key is put: a list of 2 ** 22 bytes.
+    # Insert a key after the magic, the version and both counts: a list of 2 ** 22 bytes.
     name, (keys,) = b"long", struct.unpack_from("<Q", data, 16)
     list_of_bytes = struct.pack(f"<Q{len(name)}sIIQ", len(name), name, 9, 0, 1 << 22)
     struct.pack_into("<Q", data, 16, keys + 1)
@@ -432,14 +432,14 @@ def test_damaged_counts_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def json_only(tmp_path: Path) -> Path:
-    """The tokenizer as a tokenizer.json alone."""
+    """A folder with only a tokenizer.json."""
     folder = tmp_path / "json"
     Tokenizer.from_folder(SHAKESPEARE).save(folder)
     (folder / "tokenizer.model").unlink()
     return folder
 
 
-def test_the_tokenizer_comes_back_and_can_be_saved(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_tokenizer_round_trips_and_can_be_saved(files: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(files["q4_0"], tmp_path / "a.gguf")
     _, tokenizer = gguf_format.read(tmp_path / "a.gguf")
     (tmp_path / "a.gguf").unlink()
@@ -457,11 +457,11 @@ def test_the_tokenizer_comes_back_and_can_be_saved(files: dict[str, Path], tmp_p
     assert not file.parent.exists()
 
 
-def test_scores_of_a_tokenizer_json_are_those_of_its_sentencepiece_model(json_only: Path, tmp_path: Path) -> None:
+def test_scores_from_a_tokenizer_json_equal_its_sentencepiece_models(json_only: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(json_only)
     ours, theirs = gguf_tokenizer.vocabulary(tokenizer), read_model(SHAKESPEARE / "tokenizer.model")
     assert (ours.pieces, ours.types) == (theirs.pieces, theirs.types)
-    assert ours.scores == [-(i - 259) if i > 259 else 0 for i in range(2048)]  # as Llama's vocabularies count
+    assert ours.scores == [-(i - 259) if i > 259 else 0 for i in range(2048)]  # as in Llama's vocabularies
     write(tmp_path / "a.gguf", tokenizer=tokenizer)
     _, read = gguf_format.read(tmp_path / "a.gguf")
     assert [read.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
@@ -484,7 +484,7 @@ def test_merges_in_another_order_keep_their_ids(json_only: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", ["one is missing", "one of a piece's is ranked last"])
-def test_merges_that_scores_cannot_say_are_refused(json_only: Path, tmp_path: Path, damage: str) -> None:
+def test_merges_that_scores_cannot_express_are_refused(json_only: Path, tmp_path: Path, damage: str) -> None:
     spec = json.loads((json_only / "tokenizer.json").read_text())
     merges = spec["model"]["merges"]
     joined = [merge.replace(" ", "") for merge in merges]
@@ -497,7 +497,7 @@ def test_merges_that_scores_cannot_say_are_refused(json_only: Path, tmp_path: Pa
         write(tmp_path / "a.gguf", tokenizer=Tokenizer.from_folder(json_only))
 
 
-def test_no_space_in_front_and_a_chat_template_survive(json_only: Path, tmp_path: Path) -> None:
+def test_no_prefix_space_and_a_chat_template_survive(json_only: Path, tmp_path: Path) -> None:
     spec = json.loads((json_only / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     (json_only / "tokenizer.json").write_text(json.dumps(spec))
@@ -516,7 +516,7 @@ def test_no_space_in_front_and_a_chat_template_survive(json_only: Path, tmp_path
 
 @pytest.fixture
 def llama(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Opens a file in llama.cpp, with keys and values in float32 as ours."""
+    """Open a file in llama.cpp, with keys and values in float32 like ours."""
     llama_cpp = pytest.importorskip("llama_cpp")
     float32 = 0  # GGML_TYPE_F32
     opened = []
@@ -533,7 +533,7 @@ def llama(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 
 @pytest.mark.parametrize("gguf_type", KL)
-def test_llama_cpp_computes_the_references_logits(
+def test_llama_cpp_computes_the_reference_logits(
     llama: Callable[[str], Any], files: dict[str, Path], reference: dict[str, Any], gguf_type: str
 ) -> None:
     model = llama(str(files[gguf_type]))

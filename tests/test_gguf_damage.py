@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, hostile, or only unusual: refused in one line before they cost much, or read right."""
+"""GGUF files that are damaged, hostile, or only unusual: refused cheaply in one line, or read correctly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(path: Path, message: str) -> None:
-    """In one line that names the file, soon."""
+    """Refused soon, in one line that names the file."""
     started = time.process_time()
     with pytest.raises(RequestError, match=message) as error:
         gguf_format.read(path)
@@ -39,7 +39,7 @@ def refused(path: Path, message: str) -> None:
 
 
 def same_as(path: Path, plain: Path) -> None:
-    """Read as the unchanged file is."""
+    """Read the same as the unchanged file."""
     (ours, our_text), (theirs, their_text) = gguf_format.read(path), gguf_format.read(plain)
     assert ours.config == theirs.config
     assert our_text.encode("ab a") == their_text.encode("ab a")
@@ -48,7 +48,7 @@ def same_as(path: Path, plain: Path) -> None:
         assert mx.array_equal(ours.weights[name], theirs.weights[name]), name
 
 
-# Where tensors lie.
+# Tensor offsets.
 
 
 def place(name: str, offset: int) -> Callable[[RawFile], None]:
@@ -60,45 +60,48 @@ def twice(file: RawFile) -> None:
 
 
 def swapped(file: RawFile) -> None:
-    """Two norms, each where the other should lie."""
+    """Two norms at each other's offset."""
     size = len(dict(file.tensors)["token_embd.weight"].data)
     file.tensor("output_norm.weight", offset=size + 1024)
     file.tensor("blk.0.attn_norm.weight", offset=size)
 
 
 TENSORS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' lies at byte 0 of the data instead of"),
-    "misaligned": (place("output_norm.weight", 269313), "lies at byte 269313 of the data instead of 269312"),
-    "a gap": (place("output_norm.weight", 269344), "lies at byte 269344 of the data instead of 269312"),
-    "far outside": (place("output_norm.weight", 1 << 40), "lies at byte 1099511627776"),
-    "before the data, when added up": (
+    "overlapping": (place("output_norm.weight", 0), "'output_norm.weight' is at byte 0 of the data instead of"),
+    "misaligned": (place("output_norm.weight", 269313), "is at byte 269313 of the data instead of 269312"),
+    "a gap": (place("output_norm.weight", 269344), "is at byte 269344 of the data instead of 269312"),
+    "far outside": (place("output_norm.weight", 1 << 40), "is at byte 1099511627776"),
+    "an offset that overflows": (
         place("output_norm.weight", (1 << 64) - 64),
-        "lies at byte 18446744073709551552",
+        "is at byte 18446744073709551552",
     ),
-    "swapped": (swapped, "lies at byte"),
-    "twice": (twice, "it has the tensor 'output_norm.weight' twice"),
+    "swapped": (swapped, "is at byte"),
+    "twice": (twice, "the tensor 'output_norm.weight' appears twice"),
     "a size of zero": (lambda f: f.tensor("output_norm.weight", shape=(0,)), r"has shape \[0\]"),
-    "a size beyond all": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
+    "a huge size": (lambda f: f.tensor("output_norm.weight", shape=(1 << 63, 2)), "is cut off"),
     "sizes that overflow": (lambda f: f.tensor("output_norm.weight", shape=(1 << 32, 1 << 32)), "is cut off"),
     "no dimension": (lambda f: f.tensor("token_embd.weight", shape=()), r"has shape \[\]"),
-    "an embedding of one": (lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)), "no token_embd.weight of two"),
+    "a 1-D embedding": (
+        lambda f: f.tensor("token_embd.weight", shape=(263 * 256,)),
+        "no two-dimensional token_embd.weight",
+    ),
     "five dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1, 1, 1, 1, 256)), "has 5 dimensions"),
-    "2**32 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
+    "1000 dimensions": (lambda f: f.tensor("output_norm.weight", shape=(1,) * 1000), "has 1000 dimensions"),
     "another shape": (lambda f: f.tensor("output_norm.weight", shape=(2, 128)), r"has shape \[2, 128\] instead of"),
     "rows that blocks do not divide": (
         lambda f: f.tensor("blk.0.ffn_down.weight", kind=12, shape=(512, 128)),
         r"'blk.0.ffn_down.weight' of type Q4_K has shape \[512, 128\]",
     ),
     "a long name": (lambda f: f.tensors.append(("x" * 64, RawTensor(0, (1,), b"\0" * 4))), "too long for a tensor"),
-    "a name of other bytes": (lambda f: f.tensors.append((b"\xff", RawTensor(0, (1,), b"\0" * 4))), "not UTF-8"),
+    "a name that is not UTF-8": (lambda f: f.tensors.append((b"\xff", RawTensor(0, (1,), b"\0" * 4))), "not UTF-8"),
     "too many": (lambda f: setattr(f, "counts", (1 << 40, 17)), "claims 1099511627776 tensors"),
-    "more than there are": (lambda f: setattr(f, "counts", (21, 17)), "damaged or not a GGUF file"),
-    "fewer than there are": (lambda f: setattr(f, "counts", (19, 17)), "blk.1.ffn_down.weight is missing"),
+    "a count above the actual number": (lambda f: setattr(f, "counts", (21, 17)), "damaged or not a GGUF file"),
+    "a count below the actual number": (lambda f: setattr(f, "counts", (19, 17)), "blk.1.ffn_down.weight is missing"),
 }
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_tensors_are_refused(tmp_path: Path, name: str) -> None:
     change, message = TENSORS[name]
     file = small_file()
     change(file)
@@ -111,7 +114,7 @@ def test_a_file_cut_inside_its_last_tensor_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "a.gguf", "'blk.1.ffn_down.weight' is cut off")
 
 
-def test_other_orders_alignments_and_what_follows_the_data_are_read(tmp_path: Path, plain: Path) -> None:
+def test_other_orders_alignments_and_trailing_data_are_accepted(tmp_path: Path, plain: Path) -> None:
     file = small_file()
     file.tensors.reverse()
     same_as(file.write(tmp_path / "reversed.gguf"), plain)
@@ -129,7 +132,7 @@ def test_other_orders_alignments_and_what_follows_the_data_are_read(tmp_path: Pa
     ("kind", "value"),
     [("u32", 0), ("u32", 3), ("u32", 33), ("i32", -32), ("f32", 32.0), ("str", "32"), ("bool", True), ("u64", 1 << 62)],
 )
-def test_an_alignment_that_cannot_be_is_refused(tmp_path: Path, kind: str, value: Any) -> None:
+def test_an_invalid_alignment_is_refused(tmp_path: Path, kind: str, value: Any) -> None:
     file = small_file()
     file.key("general.alignment", kind, value)
     refused(file.write(tmp_path / "a.gguf"), "general.alignment|damaged")
@@ -148,7 +151,7 @@ def test_version_2_is_read_and_others_are_refused(tmp_path: Path, plain: Path) -
         refused(file.write(tmp_path / "a.gguf"), message)
 
 
-def test_unknown_keys_of_every_type_are_passed_over(tmp_path: Path, plain: Path) -> None:
+def test_unknown_keys_of_every_type_are_ignored(tmp_path: Path, plain: Path) -> None:
     file = small_file()
     for kind in SCALARS:
         file.key(f"x.{kind}", kind, 1)
@@ -161,7 +164,7 @@ def test_unknown_keys_of_every_type_are_passed_over(tmp_path: Path, plain: Path)
     same_as(file.write(tmp_path / "a.gguf"), plain)
 
 
-def test_values_are_those_that_the_package_reads(tmp_path: Path) -> None:
+def test_values_equal_those_the_package_reads(tmp_path: Path) -> None:
     file = small_file()
     extremes = {"i8": -128, "u16": 65535, "i64": -(1 << 63), "u64": (1 << 64) - 1, "f64": 1e300, "bool": False}
     for kind, value in extremes.items():
@@ -175,10 +178,10 @@ def test_values_are_those_that_the_package_reads(tmp_path: Path) -> None:
 
 
 HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
-    "a key twice": (lambda f: f.keys.append(f.keys[1]), "it has the key 'openelm.block_count' twice"),
-    "a key of other bytes": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
+    "a key twice": (lambda f: f.keys.append(f.keys[1]), "the key 'openelm.block_count' appears twice"),
+    "a key that is not UTF-8": (lambda f: f.keys.append((b"\xff" * 999, "u8", 0)), "is not UTF-8"),
     "2**60 keys": (lambda f: setattr(f, "counts", (20, 1 << 60)), "more than 4194304 values"),
-    "more keys than there are": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
+    "a count of keys above the actual number": (lambda f: setattr(f, "counts", (20, 18)), "damaged or not a GGUF file"),
     "deep nesting": (lambda f: f.key("x", "array of " * 5 + "u8", [[[[[1]]]]]), "arrays nested more than 4 deep"),
     "a long list": (lambda f: f.key("x", "array of u8", [0] * ((1 << 22) + 1)), "more than 4194304 values"),
     "many lists": (lambda f: f.key("x", "array of array of u8", [[0] * 1024] * 4097), "more than 4194304 values"),
@@ -186,7 +189,7 @@ HEADERS: dict[str, tuple[Callable[[RawFile], None], str]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_headers_are_refused(tmp_path: Path, name: str) -> None:
     change, message = HEADERS[name]
     file = small_file()
     change(file)
@@ -201,8 +204,8 @@ def test_a_header_may_have_a_million_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 64) - 1])
-def test_lengths_are_not_believed(tmp_path: Path, count: int) -> None:
-    """Of a key's name, a text, a list of numbers, one of texts, and one of lists, of which nothing follows."""
+def test_huge_lengths_are_not_trusted(tmp_path: Path, count: int) -> None:
+    """Lengths of a key's name, a text, and lists of numbers, texts and lists, with no data after them."""
     lengths = struct.pack("<Q", count)
     name = struct.pack("<Q", 1) + b"x"
     for after in (
@@ -220,7 +223,7 @@ def test_values_of_unknown_types_are_refused(tmp_path: Path) -> None:
     data = file.pack()
     place = data.index(b"general.architecture") + len(b"general.architecture")
     (tmp_path / "a.gguf").write_bytes(data[:place] + struct.pack("<I", 13) + data[place + 4 :])
-    refused(tmp_path / "a.gguf", "a value of the unknown type 13")
+    refused(tmp_path / "a.gguf", "a value of unknown type 13")
 
 
 PER_LAYER = ["feed_forward_length", "attention.head_count", "attention.head_count_kv"]
@@ -234,10 +237,12 @@ NO_LISTS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize("name", PER_LAYER)
 @pytest.mark.parametrize(("kind", "value"), NO_LISTS)
-def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
+def test_invalid_sizes_per_layer_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which is not valid|has . values for 2 layers)")
+    refused(
+        file.write(tmp_path / "a.gguf"), f"openelm.{name} (is .*, which is not a valid value|has . values for 2 layers)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,7 @@ def test_sizes_by_layer_that_cannot_be_are_refused(tmp_path: Path, name: str, ki
 def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not valid")
+    refused(file.write(tmp_path / "a.gguf"), f"openelm.{name} is .*, which is not a valid value")
 
 
 @pytest.mark.parametrize("name", ["attention.layer_norm_rms_epsilon", "rope.freq_base"])
@@ -263,7 +268,7 @@ def test_invalid_sizes_are_refused(tmp_path: Path, name: str, kind: str, value: 
 def test_invalid_numbers_are_refused(tmp_path: Path, name: str, kind: str, value: Any) -> None:
     file = small_file()
     file.key(f"openelm.{name}", kind, value)
-    refused(file.write(tmp_path / "a.gguf"), "which is not valid|must be a positive number")
+    refused(file.write(tmp_path / "a.gguf"), "which is not a valid value|must be a positive number")
 
 
 OTHER: dict[str, tuple[str, str, Any, str]] = {
@@ -271,7 +276,7 @@ OTHER: dict[str, tuple[str, str, Any, str]] = {
     "an adapter": ("general.type", "str", "adapter", "is not a model: its general.type is 'adapter'"),
     "another architecture": ("general.architecture", "str", "llama", "is a 'llama' model"),
     "an architecture of control characters": ("general.architecture", "str", "\x1b[31m\n" * 999, "is a '.* model"),
-    "no text": ("general.architecture", "array of u8", list(b"openelm"), r"is a \[111, .* model"),
+    "not text": ("general.architecture", "array of u8", list(b"openelm"), r"is a \[111, .* model"),
     "scaled positions": ("openelm.rope.scaling.type", "str", "yarn", "scales its positions"),
     "linearly scaled positions": ("openelm.rope.scaling.factor", "f32", 2.0, "scales its positions"),
     "scaled positions by the old key": ("openelm.rope.scale_linear", "f32", 4.0, "scales its positions"),
@@ -279,21 +284,21 @@ OTHER: dict[str, tuple[str, str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_what_is_no_model_of_ours_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_other_models_are_refused_by_name(tmp_path: Path, name: str) -> None:
     key, kind, value, message = OTHER[name]
     file = small_file()
     file.key(key, kind, value)
     refused(file.write(tmp_path / "a.gguf"), message)
 
 
-def test_no_architecture(tmp_path: Path) -> None:
+def test_a_missing_architecture_is_refused(tmp_path: Path) -> None:
     file = small_file()
     del file.keys[0]
     refused(file.write(tmp_path / "a.gguf"), "no general.architecture, so it is not a model")
 
 
-def test_what_llama_cpp_takes_for_granted(tmp_path: Path, plain: Path) -> None:
-    """Positions that a key says are unscaled, one file of one, and the keys that have defaults."""
+def test_defaults_that_llama_cpp_assumes_are_accepted(tmp_path: Path, plain: Path) -> None:
+    """Explicitly unscaled positions, shard one of one, and missing keys that have defaults."""
     file = small_file()
     file.key("openelm.rope.scaling.type", "str", "linear")
     file.key("openelm.rope.scaling.factor", "f32", 1.0)
@@ -308,7 +313,7 @@ def test_what_llama_cpp_takes_for_granted(tmp_path: Path, plain: Path) -> None:
     same_as(file.write(tmp_path / "a.gguf"), plain)
 
 
-def test_heads_without_key_value_heads_have_one_each(tmp_path: Path) -> None:
+def test_without_key_value_heads_each_head_has_its_own(tmp_path: Path) -> None:
     file = small_file()
     file.keys = [entry for entry in file.keys if entry[0] != "openelm.attention.head_count_kv"]
     qkv = np.zeros((3 * 256, 256), np.float32)
@@ -322,14 +327,14 @@ TOKENIZERS: dict[str, tuple[str, Any, str]] = {
     "token_type": ("array of bool", [True] * 263, "has no tokenizer.ggml.token_type"),
     "tokens": ("array of str", [b"\xff"] * 263, "has no tokenizer.ggml.tokens"),
     "scores": ("array of i32", [0] * 263, "has no tokenizer.ggml.scores"),
-    "model": ("u64", 1 << 63, "tokenizer of kind 9223372036854775808"),
+    "model": ("u64", 1 << 63, "has a 9223372036854775808"),
     "bos_token_id": ("u64", 1 << 63, "bos_token_id is 9223372036854775808"),
     "eos_token_id": ("i32", -1, "eos_token_id is -1"),
 }
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_keys_that_cannot_be_are_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_tokenizer_keys_are_refused(tmp_path: Path, name: str) -> None:
     kind, value, message = TOKENIZERS[name]
     file = small_file()
     file.key(f"tokenizer.ggml.{name}", kind, value)
@@ -337,10 +342,10 @@ def test_tokenizers_keys_that_cannot_be_are_refused(tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("kind", [0, 7, -1, 1 << 30])
-def test_unknown_types_of_tokens_are_refused(tmp_path: Path, kind: int) -> None:
+def test_unknown_token_types_are_refused(tmp_path: Path, kind: int) -> None:
     file = small_file()
     file.key("tokenizer.ggml.token_type", "array of i32", [*TYPES[:-1], kind])
-    refused(file.write(tmp_path / "a.gguf"), f"of the unknown type {kind}")
+    refused(file.write(tmp_path / "a.gguf"), f"of unknown type {kind}")
 
 
 # Paths that are not files.

@@ -26,7 +26,7 @@ quants = pytest.importorskip("gguf.quants")
 FIXTURE = Path(__file__).parent / "fixtures" / "gguf" / "llama-q3_k_m.gguf"
 CASES = Path(__file__).parents[2] / "shared" / "cases" / "gguf"
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2]
-# As ggml's header lists them; newer ones need a newer package.
+# In the order of ggml's header; newer types need a newer package.
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS"]
 TYPES += ["IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"]
 TYPES = [name for name in TYPES if name in gguf.GGMLQuantizationType.__members__]
@@ -42,14 +42,14 @@ def stored(kind: str, shape: tuple[int, ...], seed: int = 0) -> RawTensor:
 
 
 def full(tensor: RawTensor) -> np.ndarray:
-    """What the package makes of a tensor's bytes."""
+    """A tensor dequantized by the package."""
     data = np.frombuffer(tensor.data, np.uint8).reshape(*tensor.shape[:-1], -1)
     with np.errstate(all="ignore"):
         return quants.dequantize(data, gguf.GGMLQuantizationType(tensor.kind))
 
 
 def weights_in(path: Path) -> dict[str, np.ndarray]:
-    """What we read, under llama.cpp's names."""
+    """The weights as we read them, by llama.cpp's names."""
     weights = gguf_format.read(path)[0].weights
     read = {name: np.array(weights[name].astype(mx.float32)) for name in weights}
     tensors = {
@@ -73,9 +73,7 @@ def logits_of(path: Path, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_type_unpacks_to_what_the_package_makes_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_every_type_dequantizes_as_by_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(gguf_blocks, "CHUNK", 100 * 256)  # several chunks, the last one smaller
     file = small_file()
     for seed, name in enumerate(MATRICES):
@@ -92,7 +90,7 @@ def test_every_type_unpacks_to_what_the_package_makes_of_it(
 
 
 def test_types_mix_within_a_file_and_within_a_matrix(tmp_path: Path) -> None:
-    """Gate and up are one matrix here, and each may be of its own type; a norm may be quantized, too."""
+    """Gate and up are one matrix here, but may have different types; a norm may be quantized, too."""
     file = small_file()
     kinds = ["F16", "BF16", "F32", *TYPES]
     for i, name in enumerate(MATRICES):
@@ -114,7 +112,7 @@ def test_types_mix_within_a_file_and_within_a_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["I8", "I32", "I64", "F64", "Q8_K"])
-def test_what_the_package_does_not_unpack_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
+def test_types_the_package_cannot_dequantize_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     file = small_file()
     tensor = stored(kind, SHAPES["blk.1.ffn_up.weight"])
     file.tensor("blk.1.ffn_up.weight", kind=tensor.kind, data=tensor.data)
@@ -129,10 +127,10 @@ def test_types_newer_than_the_package_are_refused(tmp_path: Path) -> None:
         gguf_format.read(file.write(tmp_path / "a.gguf"))
 
 
-# An output layer beside the embedding, which converters write though llama.cpp's openelm does not read it.
+# A separate output layer, which converters write although llama.cpp's openelm does not read it.
 
 
-def test_an_output_layer_of_its_own_is_read(tmp_path: Path) -> None:
+def test_a_separate_output_layer_is_read(tmp_path: Path) -> None:
     file = small_file()
     shape = SHAPES["token_embd.weight"]
     head = stored("Q5_K", shape, 3)
@@ -143,7 +141,7 @@ def test_an_output_layer_of_its_own_is_read(tmp_path: Path) -> None:
     assert np.array_equal(weights_in(path)["output.weight"], full(head), equal_nan=True)
 
 
-def test_the_same_weights_in_more_bits_are_an_output_layer_of_its_own(tmp_path: Path) -> None:
+def test_the_embedding_in_more_bits_is_a_separate_output_layer(tmp_path: Path) -> None:
     """llama.cpp's quantizer gives an output layer more bits than the embedding: their products differ."""
     file = small_file()
     weight = full(dict(file.tensors)["token_embd.weight"])
@@ -184,7 +182,7 @@ def test_a_file_of_llama_cpps_quantizer() -> None:
     assert expected.std() > 0.9
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the case files are not there")
+@pytest.mark.skipif(not CASES.exists(), reason="needs the case files")
 @pytest.mark.parametrize(
     ("kind", "rounded_to"),
     [("f32", None), ("q4_0", "q4_0 and q6_k"), ("q4_1", "q4_1 and q6_k"), ("q6_k", "q6_k and q8_0")],
@@ -198,14 +196,14 @@ def test_cases_of_llama_cpps_quantizer(kind: str, rounded_to: str | None) -> Non
     assert difference.mean() < (1e-5 if kind == "f32" else 0.04)
 
 
-def test_convert_tells_what_a_file_had_been_quantized_to(tmp_path: Path) -> None:
+def test_convert_reports_the_original_quantization(tmp_path: Path) -> None:
     convert(str(FIXTURE), tmp_path / "a", dtype="float32")
     assert "quantized to q3_k, q4_k, q5_k and q6_k" in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises(RequestError, match="already quantized to q3_k, q4_k, q5_k and q6_k"):
         convert(str(FIXTURE), tmp_path / "b", quantize=True)
 
 
-def test_info_tells_what_a_file_is_stored_in(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reports_how_a_file_is_stored(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["info", str(FIXTURE)])
     assert ended.value.code == 0

@@ -1,4 +1,4 @@
-"""GPTQ against the textbook: one column at a time, with an explicit inverse that shrinks as columns are done."""
+"""GPTQ against the textbook: column by column, with an explicit inverse that shrinks with each column."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def output_error(change: np.ndarray, moments: np.ndarray) -> float:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("columns,size", [(32, 32), (96, 32), (128, 64), (256, 128)])
-def test_levels_are_those_of_the_textbook(columns, size, bits):
+def test_levels_equal_the_textbooks(columns, size, bits):
     weight, moments = material(24, columns, seed=bits)
     choice = Quantization(size, bits)
     grid = rounding.search(mx.array(weight), mx.diag(mx.array(moments)), choice, mx.bfloat16)
@@ -55,7 +55,7 @@ def test_levels_are_those_of_the_textbook(columns, size, bits):
     assert ours.shape == (24, columns // size, size)
     ours = ours.reshape(24, columns)
     expected = textbook(weight, moments, scales, biases, size, bits)
-    # A value near a half may fall either way in float32, and what follows in its row with it.
+    # In float32 a value near a half may round either way, which changes the rest of its row.
     assert (ours == expected).all(axis=1).mean() > 0.7
     assert (ours == expected).mean() > 0.97
 
@@ -68,8 +68,8 @@ def test_levels_are_those_of_the_textbook(columns, size, bits):
     assert learned == pytest.approx(reference, rel=0.03)
 
 
-def test_the_order_of_columns_is_that_of_their_inputs():
-    # With two columns that always have equal inputs, the second corrects the rounding of the first.
+def test_columns_are_ordered_by_their_inputs():
+    # With two columns of equal inputs, the second corrects the rounding of the first.
     weight = mx.array(np.tile(np.float32([0.3, 0.3] + [0.0] * 30), (1, 1)))
     moments = np.eye(32, dtype=np.float32) * 1e-3
     moments[:2, :2] = [[1.0, 1.0], [1.0, 1.0001]]

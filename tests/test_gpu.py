@@ -31,9 +31,9 @@ pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 ROOT = Path(__file__).parent.parent
 
 
-# CUDA multiplies float32 in TF32, whose 10 bits of mantissa show in logits around 10.
+# CUDA multiplies float32 in TF32, whose 10-bit mantissa is visible in logits around 10.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.05), ("float16", 0.1), ("bfloat16", 0.5)])
-def test_logits_are_the_references(reference, dtype, tolerance):
+def test_logits_equal_the_reference(reference, dtype, tolerance):
     model, _ = load(SHAKESPEARE, dtype=dtype)
     for prompt in range(4):
         ids = mx.array([reference["ids"][prompt]])
@@ -47,7 +47,7 @@ def test_logits_are_the_references(reference, dtype, tolerance):
 @needs_real_gpu
 @pytest.mark.parametrize("size", ["270M", "450M"])
 def test_true_sizes(size):
-    """Published shapes, with weights that are a rule; random networks tell tokens apart by little."""
+    """Published shapes with generated weights; logits of random networks differ little between tokens."""
     reference, config = np.load(FIXTURES / f"true-size-OpenELM-{size}.npz"), ModelConfig.from_name(size)
     weights = list(rule_weights(config))
     ids = mx.array(reference["ids"])[None]
@@ -113,18 +113,18 @@ def test_the_same_seed_gives_the_same_text(options):
     ],
     ids=["top_p", "top_k", "min_p", "xtc"],
 )
-def test_filters_leave_the_tokens_that_they_leave_on_a_cpu(keep):
-    # Vocabularies around the sizes at which kernels go over to other ways of sorting.
+def test_filters_keep_the_same_tokens_as_on_a_cpu(keep):
+    # Vocabularies around the sizes at which kernels switch sorting algorithms.
     for vocab in (60, 2048, 32000):
         logits = np.random.default_rng(vocab).normal(size=(2, vocab)).astype(np.float32) * 4
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         found, expected = (computed(device, lambda x=logprobs: keep(mx.array(x))) for device in ("gpu", "cpu"))
-        # Sums of probabilities are rounded in another order: a token at the edge may go either way.
+        # Probabilities are summed in another order, so a token at the threshold may go either way.
         assert ((found > -np.inf) != (expected > -np.inf)).sum() <= 2
         assert (found > -np.inf).any(axis=-1).all()
 
 
-def test_draws_are_as_frequent_as_they_should_be():
+def test_draws_follow_the_distribution():
     logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
     sampler = sampling.make_sampler(sampling.SamplingParams(temp=1.0), key=mx.random.key(3))
     drawn = np.array(mx.concatenate([sampler(mx.repeat(logprobs, 500, axis=0)) for _ in range(4)]))

@@ -1,17 +1,16 @@
-"""A training step on a GPU, where there is one: MLX's own gradient of attention beside the block-wise one."""
+"""A training step on a GPU, if there is one: MLX's gradient of attention against the block-wise one."""
 
 from __future__ import annotations
 
 from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.training.data.batches import Batch
-from mlx_openelm.training.options import TrainOptions
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS, TrainOptions
 from mlx_openelm.training.run.planning import plan
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
@@ -30,7 +29,7 @@ def batch_of(length: int, examples: int) -> Batch:
 
 
 def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
-    """The loss and all gradients of an adapter that does something, in bfloat16."""
+    """The loss and all gradients of a nonzero adapter, in bfloat16."""
     model, _ = load("tiny", expand=True, dtype="bfloat16")
     attach_new(model, rank=4, seed=0)
     names = [name for name, _ in tree_flatten(model.trainable_parameters()) if name.endswith("lora_b")]
@@ -44,10 +43,10 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
     return loss, mx.concatenate([(a - b).reshape(-1) for a, b in zip(before, after, strict=True)])
 
 
-# Whole tiles of queries and padded ones, single examples and packed ones.
+# Whole and padded tiles of queries, single and packed examples.
 @pytest.mark.parametrize(("length", "examples"), [(256, 1), (200, 1), (256, 3), (200, 3)])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_attentions_own_gradient_is_the_block_wise_one(monkeypatch, length, examples, recompute):
+def test_mlxs_attention_gradient_equals_the_block_wise_one(monkeypatch, length, examples, recompute):
     batch = batch_of(length, examples)
     loss, gradients = step(batch, recompute)
     for module in (attention_module, forward_module):
@@ -62,7 +61,7 @@ def test_a_small_run_recomputes_nothing_and_knows_the_gpus_memory():
     model, _ = load("tiny", expand=True)
     attach_new(model, rank=4)
     if backend.device() == "Metal":
-        pytest.skip("with CUDA alone a plan chooses")
+        pytest.skip("only on CUDA is the choice made by free memory")
     chosen = plan(Updater(model, make_optimizer(TrainOptions())), TrainOptions(), (4, 256))
     assert chosen.recompute == NOTHING and chosen.warning() is None
     assert backend.total_memory() == mx.device_info()["total_memory"]

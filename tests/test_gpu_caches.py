@@ -1,4 +1,4 @@
-"""Every cache on a GPU: prompts in pieces and single tokens give what the whole sequence gives on the CPU."""
+"""Every cache on a GPU: prompts in chunks and single tokens give the same as the whole sequence on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD_DIMS = (64, 128)
 
 
 def model_of(dtype: str = "float32", head_dim: int = 64) -> OpenELM:
-    """Two layers, of two and four query heads, whose attention decides what they answer."""
+    """Two layers, of two and four query heads, whose logits depend strongly on attention."""
     model = tiny_model(seed=2, head_dim=head_dim, model_dim=128)
     model.set_dtype(getattr(mx, dtype))
     return model
@@ -32,7 +32,7 @@ def tokens(rows: int, length: int) -> np.ndarray:
 
 
 def in_pieces(model: OpenELM, cache: Sequence[Any], ids: np.ndarray, pieces: Sequence[int]) -> mx.array:
-    """Logits [rows, length, vocab] of so many tokens at a time, and then of one at a time."""
+    """Logits [rows, length, vocab] from chunks of these lengths, then token by token."""
     parts, start = [], 0
     for piece in (*pieces, *[1] * (ids.shape[1] - sum(pieces))):
         parts.append(model(mx.array(ids[:, start : start + piece]), cache))
@@ -42,7 +42,7 @@ def in_pieces(model: OpenELM, cache: Sequence[Any], ids: np.ndarray, pieces: Seq
 
 
 def answer(device: str, dtype: str, head_dim: int, make: Any, ids: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
-    """`in_pieces` on a device, with a cache of each layer as `make` gives it; the whole at once where it is None."""
+    """`in_pieces` on a device, with a cache from `make` for each layer; all at once if that is None."""
 
     def run() -> mx.array:
         model = model_of(dtype, head_dim)
@@ -56,7 +56,7 @@ def answer(device: str, dtype: str, head_dim: int, make: Any, ids: np.ndarray, p
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_growing_cache(head_dim, dtype):
-    """Over the steps by which its buffers grow."""
+    """Across the steps by which its buffers grow."""
     ids = tokens(2, 262)
     expected = answer("cpu", "float32", head_dim, None, ids, ())
     assert_close(answer("gpu", dtype, head_dim, KVCache, ids, (150, 100, 5)), expected, TOLERANCE[dtype])
@@ -67,7 +67,7 @@ def test_a_growing_cache(head_dim, dtype):
 def test_a_sliding_cache(pieces, dtype):
     ids, make = tokens(1, 40), lambda: RotatingKVCache(12, keep=4)
     expected = answer("cpu", "float32", 64, make, ids, pieces)
-    assert np.abs(expected - answer("cpu", "float32", 64, None, ids, ())).max() > 0.1  # it does forget
+    assert np.abs(expected - answer("cpu", "float32", 64, None, ids, ())).max() > 0.1  # positions are dropped
     assert_close(answer("gpu", dtype, 64, make, ids, pieces), expected, TOLERANCE[dtype])
 
 
@@ -76,7 +76,7 @@ def test_a_sliding_cache(pieces, dtype):
     ("head_dim", "group_size"), [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128)], ids=lambda x: str(x)
 )
 def test_a_quantized_cache(head_dim, group_size, bits):
-    """As far from the exact answer as on the CPU: a number on the edge of two levels may be rounded either way."""
+    """The error is that of the CPU: a number between two levels may be rounded either way."""
     ids, pieces, make = tokens(1, 30), (17, 9), lambda: QuantizedKVCache(group_size, bits)
     exact = answer("cpu", "float32", head_dim, None, ids, ())
     lost = np.linalg.norm(answer("cpu", "float32", head_dim, make, ids, pieces) - exact)
@@ -88,7 +88,7 @@ def test_a_quantized_cache(head_dim, group_size, bits):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_what_a_cpu_quantized_goes_on_on_a_gpu(dtype):
+def test_a_cache_quantized_on_a_cpu_is_continued_on_a_gpu(dtype):
     """A prompt cache whose keys and values are float32, in a model that computes in another type."""
     ids = tokens(1, 24)
 
@@ -130,7 +130,7 @@ def from_lists(states: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [None, 16], ids=["growing", "sliding"])
-def test_rows_of_a_batch_are_what_they_are_alone(window, dtype):
+def test_rows_of_a_batch_equal_single_sequences(window, dtype):
     lengths = (3, 20, 6, 1)
     rows = [tokens(1, length + 6)[0] for length in lengths]
     padding = [max(lengths) - length for length in lengths]
@@ -155,7 +155,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(window, dtype):
 
 
 def test_rows_leave_and_join_a_batch():
-    """Caches of rows that have gone different ways, merged, filtered and extended."""
+    """Caches of rows with different histories, merged, filtered and extended."""
     pasts, following = [tokens(1, length)[0] for length in (5, 12, 9)], tokens(3, 4)
 
     def together() -> list[mx.array]:

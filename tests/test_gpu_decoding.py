@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def steps(model: OpenELM, cache: list[KVCache], ids: list[int]) -> np.ndarray:
-    """The logits of each of these tokens, all asked for before any is computed."""
+    """The logits of each of these tokens, all requested before any is computed."""
     return np.array(mx.concatenate([model(mx.array([[token]]), cache)[0] for token in ids]).astype(mx.float32))
 
 
@@ -55,7 +55,7 @@ def steps(model: OpenELM, cache: list[KVCache], ids: list[int]) -> np.ndarray:
         (mx.float16, ALL_PACKINGS, 64, True),
     ],
 )
-def test_logits_are_the_references(calls, dtype, packings, head_dim, norms, past):
+def test_logits_equal_the_reference(calls, dtype, packings, head_dim, norms, past):
     model = make_model(dtype, packings, head_dim, norms)
     ids = np.random.default_rng(1).integers(0, 64, past + 8).tolist()
     cache = [KVCache() for _ in model.layers]
@@ -63,19 +63,19 @@ def test_logits_are_the_references(calls, dtype, packings, head_dim, norms, past
     before = len(calls)
     found = steps(model, cache, ids[past:])
     assert len(calls) - before == 8
-    wanted = plain_logits(model, ids)[past:]
+    expected = plain_logits(model, ids)[past:]
     tolerance = 0.05 if dtype == mx.bfloat16 else 0.01
-    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
 
 
-def test_the_same_tokens_every_time(calls):
+def test_decoding_is_deterministic(calls):
     model = make_model(mx.bfloat16, [(4, 64)], 64)
     texts = {tuple(token for token, _ in generate_step(model, [5, 6, 7], max_tokens=300)) for _ in range(3)}
     assert len(texts) == 1
     assert len(calls) >= 3 * 299
 
 
-def test_steps_that_nobody_evaluated_do_not_disturb_others(calls):
+def test_steps_that_are_never_evaluated_do_not_disturb_others(calls):
     model = make_model(mx.float16, [None], 64)
     cache = [KVCache() for _ in model.layers]
     mx.eval(model(mx.array([[5, 6, 7]]), cache))
@@ -85,6 +85,6 @@ def test_steps_that_nobody_evaluated_do_not_disturb_others(calls):
     right = model(mx.array([[8]]), cache)
     next_ = model(mx.array([[9]]), cache)
     mx.eval(next_, wrong, right)
-    wanted = plain_logits(model, [5, 6, 7, 8, 9])
-    for found, row in ((right, wanted[3]), (next_, wanted[4])):
+    expected = plain_logits(model, [5, 6, 7, 8, 9])
+    for found, row in ((right, expected[3]), (next_, expected[4])):
         assert np.abs(np.array(found[0, -1].astype(mx.float32)) - row).max() < 0.01 * np.abs(row).max()

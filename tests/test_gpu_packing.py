@@ -1,4 +1,4 @@
-"""Packed weights on a GPU: packing, unpacking, products in every mode, and what the methods of `quantize` make."""
+"""Packed weights on a GPU: packing, unpacking, products in every mode, and the methods of `quantize`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 PACKINGS = [
     Quantization(size, bits, mode) for mode, (all_bits, sizes) in MODES.items() for bits in all_bits for size in sizes
 ]
-# Kernels for several rows are compiled for each type, packing, and power of two of rows, which takes seconds each.
+# Kernels for several rows are compiled per dtype, packing, and power of two of rows, in seconds each.
 COMPILED = [Quantization(32, 4), Quantization(32, 8), *(Quantization.make(mode) for mode in MODES if mode != "affine")]
 OUT, IN = 256, 384
 
@@ -48,7 +48,7 @@ def pack(device: str, choice: Quantization, dtype: str) -> list[mx.array]:
 
 
 def unpack(device: str, choice: Quantization, parts: list[mx.array]) -> np.ndarray:
-    """What parts stand for, in float32, computed with scales in float32."""
+    """Dequantize parts in float32, with scales in float32."""
     levels, *grid = (part if part.dtype in (mx.uint32, mx.uint8) else part.astype(mx.float32) for part in parts)
     scales, biases = (*grid, None)[:2]
     packing = choice.group_size, choice.bits, choice.mode
@@ -66,8 +66,8 @@ def layer_of(choice: Quantization, parts: list[mx.array]) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("choice", PACKINGS, ids=str)
-def test_what_is_packed_there_is_as_good_as_on_a_cpu(choice, dtype):
-    """Either device reads it as the same numbers."""
+def test_packing_is_as_accurate_as_on_a_cpu(choice, dtype):
+    """Both devices unpack it to the same numbers."""
     parts, cpus = (pack(device, choice, dtype) for device in ("gpu", "cpu"))
     assert [(part.shape, part.dtype) for part in parts] == [(part.shape, part.dtype) for part in cpus]
     found = unpack("gpu", choice, parts)
@@ -79,18 +79,18 @@ def test_what_is_packed_there_is_as_good_as_on_a_cpu(choice, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("choice", PACKINGS, ids=str)
 def test_products_and_their_gradients(choice, dtype):
-    """Of few rows and of many, of plain activations times packed weights, and of columns."""
+    """Few rows and many, activations times packed weights, and transposed products."""
     parts = pack("gpu", choice, dtype)
     layer, full = layer_of(choice, parts), unpack("cpu", choice, parts)
     rows = np.random.default_rng(1).normal(size=(100, IN)).astype(np.float32)
     for count in (1, 7, 100) if choice in COMPILED or dtype == "float32" else (1, 2, 100):
         x = mx.array(rows[:count]).astype(getattr(mx, dtype))
         found = computed("gpu", lambda x=x: layer(x))
-        # MLX's kernels for few rows add products up in the activations' type.
+        # MLX's kernels for few rows accumulate in the activations' dtype.
         assert_close(found, np.array(x.astype(mx.float32)) @ full.T, 2 * TOLERANCE[dtype])
-    wanted = mx.random.normal((100, OUT), key=mx.random.key(2))
-    slope = computed("gpu", mx.grad(lambda x: (layer(x).astype(mx.float32) * wanted).sum()), x)
-    assert_close(slope, np.array(wanted) @ full, TOLERANCE[dtype])
+    expected = mx.random.normal((100, OUT), key=mx.random.key(2))
+    slope = computed("gpu", mx.grad(lambda x: (layer(x).astype(mx.float32) * expected).sum()), x)
+    assert_close(slope, np.array(expected) @ full, TOLERANCE[dtype])
     columns = np.random.default_rng(3).normal(size=(4, OUT)).astype(np.float32)
     found = computed("gpu", lambda: packed_products.columns_product(mx.array(columns), layer))
     assert_close(found, columns @ full, TOLERANCE[dtype])
@@ -100,7 +100,7 @@ def test_products_and_their_gradients(choice, dtype):
 
 
 def packed_model(choice: Quantization, dtype: str, *, expand: bool) -> OpenELM:
-    """The trained checkpoint, packed on the CPU so that all are the same one."""
+    """The trained checkpoint, packed on the CPU so that both devices have the same."""
     with on("cpu"):
         checkpoint = mlx_format.read(SHAKESPEARE)
         checkpoint.quantization = dict.fromkeys(checkpoint.config.matrix_shapes(), choice)
@@ -111,7 +111,7 @@ def packed_model(choice: Quantization, dtype: str, *, expand: bool) -> OpenELM:
 
 
 @pytest.mark.parametrize("choice", COMPILED + [Quantization(32, bits) for bits in (2, 3, 5, 6)], ids=str)
-def test_a_packed_model_answers_as_unpacked_on_a_cpu(choice, reference):
+def test_a_packed_model_equals_the_unpacked_one_on_a_cpu(choice, reference):
     ids = mx.array([2 * (reference["ids"][3] + reference["greedy"][3])])  # 126 tokens
 
     def pieces(dtype: str) -> mx.array:
@@ -128,8 +128,8 @@ def test_a_packed_model_answers_as_unpacked_on_a_cpu(choice, reference):
 
 
 @pytest.mark.parametrize("choice", COMPILED, ids=str)
-def test_a_packed_model_lets_gradients_through(choice, reference):
-    """As an adapter below it needs them, in a prompt and in rows of a few tokens."""
+def test_gradients_pass_through_a_packed_model(choice, reference):
+    """As adapters need them, for a prompt and for a few tokens."""
 
     def gradients(dtype: str, length: int, expand: bool) -> mx.array:
         model = packed_model(choice, dtype, expand=expand)
@@ -153,7 +153,7 @@ def test_a_packed_model_lets_gradients_through(choice, reference):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"q_bits": 3, "method": ("awq",)},
         {"q_bits": 3, "method": ("gptq",)},
@@ -165,15 +165,15 @@ def test_a_packed_model_lets_gradients_through(choice, reference):
     ],
     ids=str,
 )
-def test_methods_make_models_as_good_as_on_a_cpu(asked, tmp_path):
+def test_methods_give_models_as_good_as_on_a_cpu(options, tmp_path):
     source = write_tiny(tmp_path / "source")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(load_documents(FIXTURES / "valid.jsonl"))[:6000])
-    learns = "method" in asked or "target_bpw" in asked
+    learns = "method" in options or "target_bpw" in options
     small = {"calibration": str(text), "num_samples": 4, "sequence_length": 32} if learns else {}
 
     def make(device: str) -> Path:
-        return quantize(source, tmp_path / device, QuantizeOptions(**small, **asked)).path
+        return quantize(source, tmp_path / device, QuantizeOptions(**small, **options)).path
 
     windows = random_windows(4, 32, 2048)
     for device in ("gpu", "cpu"):

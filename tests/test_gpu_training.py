@@ -17,10 +17,9 @@ from mlx_openelm.ops.packed import MODES
 from mlx_openelm.training import finetune as finetune_module
 from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.finetune import finetune
-from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.options import LAYERS, PARTS, FineTuneOptions
 from mlx_openelm.training.run.metrics import Metrics
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
@@ -61,7 +60,7 @@ BASES = {
 
 
 def base(dtype: str, packing: Quantization | None = None) -> OpenELM:
-    """Two layers of random weights; the same on every device, if packed too."""
+    """Two layers of random weights, the same on every device, packed or not."""
     with on("cpu"):
         model = tiny_model(seed=4, head_dim=64)
         if packing is not None:
@@ -79,7 +78,7 @@ def _pack(model: OpenELM, packing: Quantization) -> None:
 
 
 def adapted(dtype: str, packing: Quantization | None, **options: Any) -> OpenELM:
-    """With an adapter that does something."""
+    """With a nonzero adapter."""
     model = base(dtype, packing)
     attach_new(model, **{"rank": 4, "scale": 2.0, "seed": 1, **options})
     for number, (name, value) in enumerate(tree_flatten(model.trainable_parameters())):
@@ -96,7 +95,7 @@ def ids() -> mx.array:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packing", BASES)
 def test_adapters(kind, packing):
-    """Logits of a prompt and of a few tokens, and the gradients of everything that is trained."""
+    """Logits of a prompt and of a few tokens, and the gradients of all trained parameters."""
 
     def logits(dtype: str) -> list[mx.array]:
         model = adapted(dtype, BASES[packing], **KINDS[kind])
@@ -122,7 +121,7 @@ def test_adapters(kind, packing):
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora-attention", "dora", "lora-embedding"])
-def test_peft_adapters_answer_as_in_peft(name, reference):
+def test_peft_adapters_give_pefts_logits(name, reference):
     with np.load(FIXTURES / "adapters-reference.npz") as arrays:
         expected = arrays[f"peft-{name}"]
     model, _ = load(SHAKESPEARE, FIXTURES / f"peft-{name}", "float32")
@@ -153,7 +152,7 @@ def unfrozen(model: OpenELM) -> OpenELM:
 
 
 def updated(method: str, dtype: str, batch: str, packing: str = "plain", **options: Any) -> dict[str, mx.array]:
-    """The loss of one update with SGD, and by how much it changed each trained weight: minus the gradient."""
+    """The loss of one SGD update, and the change of each trained weight: minus the gradient."""
     model = METHODS[method](dtype, BASES[packing])
     compute = None if dtype == "float32" else getattr(mx, dtype)
     before = {name: value.astype(mx.float32) for name, value in tree_flatten(model.trainable_parameters())}
@@ -167,7 +166,7 @@ def updated(method: str, dtype: str, batch: str, packing: str = "plain", **optio
 @pytest.mark.parametrize(("batch", "dtype"), [("rows", "float32"), ("packed", "float32"), ("rows", "bfloat16")])
 @pytest.mark.parametrize("method", METHODS)
 def test_one_update(method, batch, dtype):
-    """Dropout drops the same on either device."""
+    """Dropout uses the same masks on both devices."""
     expected, found = computed("cpu", updated, method, "float32", batch), computed("gpu", updated, method, dtype, batch)
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=TOLERANCE[dtype] / 2)
     assert_close_gradients(found, expected, GRADIENT_TOLERANCE[dtype])
@@ -194,7 +193,7 @@ def test_an_update_of_an_adapter_on_packed_weights(packing):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_optimizer_learns_the_same_text(name):
-    """Signs of small gradients may differ; what the loss comes to does not."""
+    """Signs of small gradients may differ; the final loss does not."""
 
     def losses() -> list[mx.array]:
         model = METHODS["full"]("float32", None)
@@ -220,8 +219,8 @@ def learned(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"fine_tune_type": "dora"}, {"packing": True}], ids=str)
-def test_a_resumed_run_is_the_run_that_never_stopped(changes, tmp_path, monkeypatch):
-    """To rounding: sums that a GPU makes in no fixed order may end in other last bits."""
+def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path, monkeypatch):
+    """Up to rounding: a GPU may sum in varying order."""
     write_run_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune_module, "Metrics", partial(Metrics, plot=False))

@@ -31,7 +31,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_help_fits_and_breaks_no_word(columns: int) -> None:
+def test_help_fits_the_width_without_breaking_words(columns: int) -> None:
     for name, parser in parsers().items():
         text = render(parser, columns)
         assert max(map(len, text.splitlines())) <= columns, name
@@ -40,7 +40,7 @@ def test_help_fits_and_breaks_no_word(columns: int) -> None:
         assert [w for w in text.split() if w != "\\"] == [w for w in whole.split() if w != "\\"], name
 
 
-def test_help_is_as_wide_as_columns_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_the_width_of_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for columns, least in ((60, 50), (80, 70), (300, 90)):
         monkeypatch.setenv("COLUMNS", str(columns))
         longest = max(map(len, output(capsys, "lora", "-h").splitlines()))
@@ -82,7 +82,7 @@ def test_texts_begin_with_a_noun_or_verb_and_end_as_sentences() -> None:
             assert "by default" not in text, (name, text)
 
 
-def test_defaults_are_written_as_people_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(output(capsys, "lora", "--help").split())
     for shown in ("[default: 1e-5]", "[default: 1000]", "[default: tiny]", "[default: the optimizer's]"):
         assert shown in text

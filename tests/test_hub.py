@@ -33,7 +33,7 @@ WANTED = {
     "tokenizer_config.json": '{"bos_token": "<s>"}',
     "special_tokens_map.json": "{}",
     "chat_template.jinja": "{{ messages }}",
-    "LICENSE": "licence",
+    "LICENSE": "license",
     "README.md": "card",
 }
 UNWANTED = {
@@ -51,7 +51,7 @@ UNWANTED = {
 ELSEWHERE = (
     f"run `hf download {REPO} --local-dir OpenELM-270M` and `hf download hf-internal-testing/llama-tokenizer "
     "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give it with "
-    "--model OpenELM-270M; --model tiny needs no network"
+    "model OpenELM-270M; model tiny needs no network"
 )
 
 
@@ -69,7 +69,7 @@ def repo_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub waits a second or more before each of its five retries."""
+    """huggingface_hub waits at least a second before each of its five retries."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
@@ -160,12 +160,12 @@ def test_folder_named_as_a_model_wins_only_with_a_config(name: str, here: Path, 
 def test_path_that_does_not_exist(name: str, here: Path) -> None:
     with pytest.raises(RequestError) as error:
         resolve.resolve(name)
-    assert message_of(error) == f"the folder {name} does not exist"
+    assert message_of(error) == f"The folder {name} does not exist."
     assert error.value.exit_code == 2
 
 
 def test_a_path_object_is_never_a_hub_name(here: Path) -> None:
-    with pytest.raises(RequestError, match="the folder 270m does not exist"):
+    with pytest.raises(RequestError, match="The folder 270m does not exist"):
         resolve.resolve(Path("270m"))
 
 
@@ -192,7 +192,7 @@ def test_revision_of_a_local_folder(packaged: Path) -> None:
 def test_unknown_name_lists_close_ones(name: str, close: str, here: Path) -> None:
     with pytest.raises(RequestError) as error:
         resolve.resolve(name)
-    assert message_of(error).startswith(f"there is no model named '{name}'")
+    assert message_of(error).startswith(f"There is no model named '{name}'")
     assert close in message_of(error)
 
 
@@ -264,7 +264,7 @@ def test_cache_serves_while_the_hub_is_down(status: int, hub: FakeHub, repo_fold
     assert resolve.resolve("270m") == folder
 
 
-def test_cache_without_licence_and_card_is_enough_offline(hub: FakeHub, repo_folder: Path) -> None:
+def test_cache_without_license_and_card_is_enough_offline(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     # What mlx-lm would leave in the cache.
     folder = resolve.download(REPO, patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])
@@ -281,7 +281,7 @@ def test_revision(hub: FakeHub, repo_folder: Path) -> None:
 
 
 def test_added_tokens_come_from_the_hub_too(hub: FakeHub, tmp_path: Path) -> None:
-    """As transformers' slow tokenizers save them: in a file of their own."""
+    """As transformers' slow tokenizers save them: in a separate file."""
     local = tmp_path / "local"
     local.mkdir()
     shutil.copy(Path(__file__).parent / "fixtures" / "shakespeare-hf" / "tokenizer.model", local)
@@ -346,9 +346,7 @@ def test_a_long_piped_download_shows_lines(
     assert all(line.startswith(f"Downloading {REPO}: ") for line in lines)
 
 
-def test_what_is_in_the_cache_does_not_count(
-    hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_cached_files_do_not_count(hub: FakeHub, repo_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     hub.add(REPO, repo_folder)
     resolve.download(REPO, patterns=["model-00001*"])
     assert "Downloading apple/OpenELM-270M, 100.0 kB ...\n" in capfd.readouterr().err
@@ -360,15 +358,15 @@ def test_what_is_in_the_cache_does_not_count(
     assert capfd.readouterr().err == announcement().replace(", 220.1 kB", "")
 
 
-def test_nothing_is_downloaded_where_that_is_denied(hub: FakeHub, repo_folder: Path) -> None:
+def test_nothing_is_downloaded_if_downloads_are_denied(hub: FakeHub, repo_folder: Path) -> None:
     hub.add(REPO, repo_folder)
     with offline.no_network("--dry-run downloads nothing"):
         with pytest.raises(OpenELMError) as error:
             resolve.resolve("270m")
         assert message_of(error).startswith(
-            f"--dry-run downloads nothing and {REPO} is not in the download cache: run `hf download {REPO} "
+            f"dry_run downloads nothing and {REPO} is not in the download cache: run `hf download {REPO} "
         )
-        with pytest.raises(OpenELMError, match="--dry-run downloads nothing and corenet:270M/lora is not in the"):
+        with pytest.raises(OpenELMError, match="dry_run downloads nothing and corenet:270M/lora is not in the"):
             corenet.download("corenet:270M/lora")
     assert hub.requests == [] and not Path(hub_cache()).exists()
     folder = resolve.resolve("270m")
@@ -401,21 +399,21 @@ def test_repository_that_does_not_exist(hub: FakeHub, here: Path, capfd: pytest.
     with pytest.raises(RequestError) as error:
         resolve.resolve("apple/OpenELM-7B")
     assert message_of(error) == (
-        "there is no folder and no hub repository named apple/OpenELM-7B (did you mean apple/OpenELM-3B, "
-        "apple/OpenELM-270M, apple/OpenELM-1_1B?); a private one needs `hf auth login`"
+        "There is no folder and no hub repository named apple/OpenELM-7B (did you mean apple/OpenELM-3B "
+        "or apple/OpenELM-270M?); a private one needs `hf auth login`."
     )
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_mistyped_folder_is_named_as_one(hub: FakeHub, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="there is no folder and no hub repository named models/foo"):
+    with pytest.raises(RequestError, match="There is no folder and no hub repository named models/foo"):
         resolve.resolve("models/foo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OpenELMError, match="models/foo is neither a folder nor in the download cache"):
         resolve.resolve("models/foo")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     hub.stop()
-    with pytest.raises(OpenELMError, match=r"cannot reach .* and models/foo is neither a folder nor in the download"):
+    with pytest.raises(OpenELMError, match=r"Cannot reach .* and models/foo is neither a folder nor in the download"):
         resolve.resolve("models/foo")
 
 
@@ -426,7 +424,7 @@ def test_gated_repository(status: int, hub: FakeHub, repo_folder: Path) -> None:
         resolve.resolve("meta-llama/Llama-2-7b")
     assert message_of(error) == (
         "meta-llama/Llama-2-7b is gated: accept its conditions at "
-        "https://huggingface.co/meta-llama/Llama-2-7b, then log in with `hf auth login` or set HF_TOKEN"
+        "https://huggingface.co/meta-llama/Llama-2-7b, then log in with `hf auth login` or set HF_TOKEN."
     )
     assert error.value.exit_code == 1
 
@@ -554,8 +552,8 @@ def test_broken_transfer_leaves_nothing_that_looks_complete(hub: FakeHub, repo_f
     hub.add(REPO, repo_folder, broken="model-00002-of-00002.safetensors")
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
-    assert message_of(error).startswith(f"the transfer of {REPO} from 127.0.0.1 broke off (")
-    assert message_of(error).endswith("run the same command again, files that arrived whole are kept")
+    assert message_of(error).startswith(f"The transfer of {REPO} from 127.0.0.1 broke off (")
+    assert message_of(error).endswith("run the same command again, completed files are kept.")
     cache = Path(hub_cache())
     assert not list(cache.rglob("model-00002*")) and not list(cache.rglob("*.incomplete"))
 
@@ -586,8 +584,8 @@ def test_disk_full(failure: Exception, hub: FakeHub, repo_folder: Path, monkeypa
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
     assert message_of(error) == (
-        f"the disk is full, {REPO} did not fit: free some space in {hub_cache()}, "
-        "or set HF_HOME to a folder on another disk"
+        f"The disk is full; {REPO} does not fit. Free some space in {hub_cache()}, "
+        "or set HF_HOME to a folder on another disk."
     )
     assert error.value.exit_code == 1
 
@@ -600,7 +598,7 @@ def test_cache_that_cannot_be_written(hub: FakeHub, repo_folder: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(OpenELMError) as error:
         resolve.resolve("270m")
-    assert f"cannot write to the download cache {hub_cache()} (Permission denied): set HF_HOME" in message_of(error)
+    assert f"Cannot write to the download cache {hub_cache()} (Permission denied): set HF_HOME" in message_of(error)
 
 
 def test_signed_addresses_and_tokens_stay_out_of_messages(
@@ -621,25 +619,25 @@ def test_an_endpoint_with_a_password_is_not_shown(hub: FakeHub, monkeypatch: pyt
     hub.stop()
     endpoint = hub.url.replace("127", "me:SECRET@127")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-    with pytest.raises(OpenELMError, match=r"cannot reach 127\.0\.0\.1 ") as error:
+    with pytest.raises(OpenELMError, match=r"Cannot reach 127\.0\.0\.1 ") as error:
         resolve.resolve("270m")
     assert "SECRET" not in message_of(error)
 
 
 @pytest.mark.parametrize("endpoint", ["", "huggingface.co", "http:///"])
-def test_endpoint_that_is_no_address(endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_is_not_an_address(endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(RequestError, match="HF_ENDPOINT must be a whole address"):
         resolve.resolve("270m")
 
 
-def test_token_that_cannot_be_one(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_token(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    with pytest.raises(OpenELMError, match="your token has invalid characters"):
+    with pytest.raises(OpenELMError, match="Your token has invalid characters"):
         resolve.resolve("270m")
 
 
-def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_a_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, repo_folder)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_HEADER_X_REPO_COMMIT", "X-Not-There")
     with pytest.raises(OpenELMError, match="does not answer like a model hub: check HF_ENDPOINT"):
@@ -647,7 +645,7 @@ def test_server_that_is_no_hub(hub: FakeHub, repo_folder: Path, monkeypatch: pyt
 
 
 def test_repository_without_a_model(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "licence"}))
+    hub.add("apple/OpenELM", make_folder(tmp_path / "family", {"README.md": "card", "LICENSE": "license"}))
     with pytest.raises(RequestError, match=r"apple/OpenELM has no config.json, so it is not a model \(did you mean"):
         resolve.resolve("apple/OpenELM")
 
@@ -659,7 +657,7 @@ def test_repository_with_pickles_only(hub: FakeHub, tmp_path: Path) -> None:
     assert hub.files_sent == ["config.json"]
 
 
-def test_repository_with_nothing_to_take(hub: FakeHub, tmp_path: Path) -> None:
+def test_repository_without_wanted_files(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("me/nothing", make_folder(tmp_path / "nothing", {"a.py": "code"}))
     with pytest.raises(RequestError, match="me/nothing does not have any of these files: "):
         resolve.resolve("me/nothing")

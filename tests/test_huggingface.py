@@ -1,4 +1,4 @@
-"""Hugging Face folders: byte for byte what the original was, and logits of an independent implementation."""
+"""Hugging Face folders: byte-identical to the original, with logits of an independent implementation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def exported(mlx_folder: Path) -> Path:
     return export(mlx_folder, mlx_folder.parent / "hf", format="huggingface").path
 
 
-def test_an_export_of_a_float32_conversion_is_the_original_folder(exported: Path) -> None:
+def test_an_export_of_a_float32_conversion_equals_the_original_folder(exported: Path) -> None:
     tensors, metadata = stored(exported / "model.safetensors")
     assert tensors == stored(SHAKESPEARE / "model.safetensors")[0]
     assert metadata == {"format": "pt"}
@@ -135,7 +135,7 @@ def test_the_data_of_a_shard_is_aligned_to_8_bytes(tmp_path: Path, extra: int) -
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(4, "affine"), (8, "affine"), (4, "mxfp4")])
-def test_a_quantized_model_is_dequantized_to_its_own_logits(
+def test_a_quantized_model_is_dequantized_to_the_same_logits(
     tmp_path: Path, reference: dict[str, Any], bits: int, mode: str
 ) -> None:
     packed = convert(SHAKESPEARE, tmp_path / "packed", quantize=True, q_bits=bits, q_mode=mode, q_group_size=32).path
@@ -147,10 +147,10 @@ def test_a_quantized_model_is_dequantized_to_its_own_logits(
     expected = numpy_model.logits(config, weights(tmp_path / "hf"), ids)[0]
     model = build_model(mlx_format.read(packed), dtype="float32", expand=False)
     assert np.abs(np.array(model(mx.array(ids)))[0] - expected).max() < 1e-4
-    assert np.abs(expected - reference["logits_3"]).max() > 0.05  # the quantization shows, so it was the packed model
+    assert np.abs(expected - reference["logits_3"]).max() > 0.05  # quantization is visible, so this is the packed model
 
 
-def test_the_reference_logits_come_from_the_exported_folder(exported: Path, reference: dict[str, Any]) -> None:
+def test_the_exported_folder_gives_the_reference_logits(exported: Path, reference: dict[str, Any]) -> None:
     config, tensors = ModelConfig.from_file(exported), weights(exported)
     for i, ids in enumerate(reference["ids"]):
         logits = numpy_model.logits(config, tensors, np.array([ids]))[0]
@@ -175,7 +175,7 @@ def test_a_release_names_its_repository_and_an_instruct_model_gets_its_template(
     assert "<|assistant|>" in (tmp_path / "hf" / "chat_template.jinja").read_text()
 
 
-def test_what_apples_code_computes_otherwise_is_refused(tmp_path: Path) -> None:
+def test_models_that_apples_code_computes_differently_are_refused(tmp_path: Path) -> None:
     checkpoint = mlx_format.read(SHAKESPEARE)
     config = ModelConfig.from_dict(checkpoint.config.to_dict() | {"rms_norm_eps": 1e-5})
     with pytest.raises(RequestError, match="rms_norm_eps is 1e-05"):

@@ -1,4 +1,4 @@
-"""Files that others wrote are read with bounds, and messages repeat little of them."""
+"""Untrusted files are read within limits, and messages quote little of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "null\0character"])
-def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+def test_impossible_file_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match="cannot be read") as error:
         inputs.read_bytes(tmp_path / name)
     assert len(str(error.value)) < 2 * QUOTED
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "null\0character", "~nobody-of-this-name/model"])
-def test_paths_that_no_file_can_have(name: str) -> None:
+def test_impossible_paths_are_refused(name: str) -> None:
     with pytest.raises(RequestError, match="is not a file"):
         inputs.to_path(name)
 
@@ -43,7 +43,7 @@ def test_a_path_is_expanded() -> None:
     assert inputs.to_path(Path("nowhere/at all")) == Path("nowhere/at all")
 
 
-def test_a_file_larger_than_its_kind_can_be(tmp_path: Path) -> None:
+def test_a_file_beyond_the_limit_of_its_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert inputs.read_bytes(tmp_path / "a", max_bytes=5) == b"12345"
     with pytest.raises(RequestError, match="5 bytes, more than the limit of 4"):
@@ -51,7 +51,7 @@ def test_a_file_larger_than_its_kind_can_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"a": ' + "9" * 5000 + "}", "{'a': 1}", '{"a": 1'])
-def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RequestError, match="cannot be read as JSON"):
         inputs.read_json(tmp_path)
@@ -69,7 +69,7 @@ def test_json_that_cannot_be_read(tmp_path: Path, text: str) -> None:
         ("{[1]: 2}", "unhashable"),
     ],
 )
-def test_yaml_that_cannot_be_read(tmp_path: Path, text: str, reason: str) -> None:
+def test_invalid_yaml_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     started = time.process_time()
     with pytest.raises(RequestError, match=reason):
@@ -84,11 +84,11 @@ def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
     assert inputs.read_yaml(tmp_path / "run.yaml") is None
 
 
-def test_messages_show_no_control_characters_and_no_endless_words() -> None:
+def test_messages_have_no_control_characters_or_endless_words() -> None:
     message = str(OpenELMError(f"naïve\x1b[31mred\nline\u202e\ud800 {'x' * 10_000} end"))
-    assert message == f"naïve [31mred line   {'x' * 100}…{'x' * 99} end"
+    assert message == f"naïve [31mred line   {'x' * 100}…{'x' * 99} end."
     folder = "f" * 300
-    assert str(OpenELMError(f"{folder}/config.json: no model")).endswith("fff/config.json: no model")
+    assert str(OpenELMError(f"{folder}/config.json: no model")).endswith("fff/config.json: no model.")
 
 
 def test_a_quoted_value_is_short() -> None:

@@ -1,4 +1,4 @@
-"""Kernels are looked for when a CPU first needs them: an import, and a GPU, touch neither library nor sources."""
+"""Kernels are looked up when a CPU first needs them: imports and GPUs touch neither library nor sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_openelm import native
 
 import pytest
 
-# What is opened, imported or loaded from the kernels' folder, Python's own files aside; `on_a_gpu()` stands in for one.
+# Records what is opened, imported or loaded from the kernels' folder; `on_a_gpu()` simulates a GPU.
 WATCHED = """
 import json, sys
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def on_a_cpu():
 
 
 def touched_by(code: str) -> list[str]:
-    """What `code` touches of the kernels; it runs in a process of its own."""
+    """The kernel files that `code` touches, run in a separate process."""
     command = [sys.executable, "-c", f"{WATCHED}\n{code}\nprint(json.dumps(touched))"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ mx.eval(model(mx.array([[1, 2]])))
 
 
 @pytest.mark.skipif(native.kernels is None, reason="the kernels are not used")
-def test_two_threads_that_come_first_load_them_once():
+def test_two_threads_at_once_load_them_once():
     code = """
 import threading
 from mlx_openelm import native
@@ -101,6 +101,6 @@ assert len(calls) == 1 and len(seen) == 4 and all(found == seen[0] for found in 
     assert touched_by(code) != []
 
 
-def test_other_names_are_still_unknown():
+def test_unknown_attributes_still_raise():
     with pytest.raises(AttributeError, match="has no attribute 'kernel'"):
         native.kernel  # noqa: B018

@@ -92,7 +92,7 @@ def logits(model: Any) -> np.ndarray:
 
 
 def refused(folder: Path, *words: str) -> str:
-    """The one line with which `load` refuses a folder; it names the folder and holds `words`."""
+    """`load` refuses the folder in one line, which names it and contains `words`; returns the line."""
     with pytest.raises(RequestError) as caught:
         load(folder)
     message = str(caught.value)
@@ -105,7 +105,7 @@ def refused(folder: Path, *words: str) -> str:
 # Layouts.
 
 
-def test_the_fixture(reference_logits: np.ndarray) -> None:
+def test_the_fixture_gives_the_reference_logits(reference_logits: np.ndarray) -> None:
     model, tokenizer = load(FOLDER)
     assert np.abs(logits(model)[0] - reference_logits).max() < 1e-4
     assert [tokenizer.encode(text) for text in REFERENCE["prompts"]] == REFERENCE["ids"]
@@ -119,7 +119,7 @@ def reference_logits() -> np.ndarray:
     return np.load(FIXTURES / "shakespeare-reference.npz")["logits_3"]
 
 
-def test_one_file(small: Path) -> None:
+def test_weights_in_one_file(small: Path) -> None:
     weights = make_weights(ModelConfig.from_dict(CONFIG))
     assert same(parameters(load(small)[0]), weights)
     assert same(parameters(load(str(small))[0]), weights)
@@ -135,25 +135,25 @@ def write_shards(folder: Path, weights: dict[str, mx.array]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_weights_in_shards(tmp_path: Path) -> None:
     weights = write_folder(tmp_path / "m")
     write_shards(tmp_path / "m", weights)
     assert same(parameters(load(tmp_path / "m")[0]), weights)
-    # The index says what belongs to the model; another file beside it does not matter.
+    # The index lists the model's files; another file beside them is ignored.
     mx.save_safetensors(str(tmp_path / "m" / "model-extra.safetensors"), {"x": mx.zeros(3)})
     assert same(parameters(load(tmp_path / "m")[0]), weights)
     (tmp_path / "m" / "model-00002-of-00003.safetensors").unlink()
     refused(tmp_path / "m", "model-00002-of-00003.safetensors", "missing")
 
 
-def test_shards_that_repeat_a_tensor(tmp_path: Path) -> None:
+def test_shards_with_a_duplicate_tensor_are_refused(tmp_path: Path) -> None:
     weights = write_folder(tmp_path / "m")
     mx.save_safetensors(str(tmp_path / "m" / "model-2.safetensors"), {EMBEDDING: weights[EMBEDDING]})
     with pytest.raises(RequestError, match=f"{EMBEDDING} is both in"):
         load(tmp_path / "m")
 
 
-def test_a_tied_head_that_is_stored_too(tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
     weights = write_folder(tmp_path / "m")
     expected = logits(load(tmp_path / "m")[0])
     mx.save_safetensors(
@@ -189,7 +189,7 @@ def test_half_precision_is_computed_in_float32_on_a_cpu(tmp_path: Path, monkeypa
 
 
 @pytest.mark.skipif(native.kernels is None, reason="the kernels are not used")
-def test_kernels_take_matrices_as_they_are_stored(tmp_path: Path, quantized: Path) -> None:
+def test_kernels_use_matrices_as_stored(tmp_path: Path, quantized: Path) -> None:
     weights = make_weights(ModelConfig.from_dict(CONFIG))
     for dtype in (mx.bfloat16, mx.float16):
         stored = {n: w.astype(dtype) for n, w in weights.items()}
@@ -212,13 +212,13 @@ def test_modes_without_kernels_are_expanded(tmp_path: Path) -> None:
     assert load(tmp_path / "q")[0].expanded
 
 
-def test_an_adapter_that_is_not_there_is_named(small: Path) -> None:
+def test_a_missing_adapter_is_named(small: Path) -> None:
     for path in ("somewhere", ["somewhere=0.5"], {"somewhere": 2}):
         with pytest.raises(RequestError, match="There is no adapter 'somewhere'"):
             load(small, adapter_path=path)
 
 
-# What does not fit, all in one message.
+# Everything that does not fit, in one message.
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     assert len(message) < 1000
 
 
-def test_another_models_config(tmp_path: Path) -> None:
+def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG | {"ffn_multipliers": [1, 1]}))
     refused(tmp_path / "m", "transformer.layers.1.ffn.proj_2.weight has shape [32, 64] instead of [32, 32]")
@@ -267,21 +267,21 @@ def write_raw(path: Path, header: Any, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 1000])
-def test_truncated_headers(small: Path, size: int) -> None:
+def test_truncated_headers_are_refused(small: Path, size: int) -> None:
     data = (small / WEIGHTS).read_bytes()
     (small / WEIGHTS).write_bytes(data[:size])
     refused(small, WEIGHTS, "damaged", "header is cut off")
 
 
 @pytest.mark.parametrize("lost", [1, 100, 100_000])
-def test_cut_off_data(small: Path, lost: int) -> None:
+def test_truncated_data_is_refused(small: Path, lost: int) -> None:
     data = (small / WEIGHTS).read_bytes()
     (small / WEIGHTS).write_bytes(data[:-lost])
     refused(small, WEIGHTS, "damaged", "is cut off")
 
 
 @pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 200_000_000, 1 << 40])
-def test_headers_of_impossible_length(small: Path, length: int) -> None:
+def test_headers_of_impossible_length_are_refused(small: Path, length: int) -> None:
     data = (small / WEIGHTS).read_bytes()
     (small / WEIGHTS).write_bytes(struct.pack("<Q", length) + data[8:])
     refused(small, WEIGHTS, "header is cut off")
@@ -292,13 +292,13 @@ def test_headers_of_impossible_length(small: Path, length: int) -> None:
     [b"", b"hello", b"[]", b"null", b"7", b"{" * 50_000, b"[" * 50_000, b'{"a":' * 50_000, b"\xff\xfe\x00\x00"],
     ids=lambda h: str(h[:12]),
 )
-def test_headers_that_are_no_json_object(small: Path, header: bytes) -> None:
+def test_headers_that_are_not_a_json_object_are_refused(small: Path, header: bytes) -> None:
     write_raw(small / WEIGHTS, header, b"\0" * 100)
     refused(small, WEIGHTS, "damaged", "JSON")
 
 
-def test_headers_in_another_encoding(small: Path) -> None:
-    """JSON to Python's reader, which guesses encodings, and to no other reader of the format."""
+def test_headers_in_another_encoding_are_refused(small: Path) -> None:
+    """Python's JSON reader guesses encodings; other readers of the format do not."""
     header, data = header_of(small / WEIGHTS)
     write_raw(small / WEIGHTS, json.dumps(header).encode("utf-16"), data)
     refused(small, WEIGHTS, "damaged")
@@ -336,7 +336,7 @@ def test_headers_in_another_encoding(small: Path) -> None:
     ],
     ids=str,
 )
-def test_headers_that_lie(small: Path, change: dict) -> None:
+def test_inconsistent_headers_are_refused(small: Path, change: dict) -> None:
     header, data = header_of(small / WEIGHTS)
     header["transformer.norm.weight"] |= change
     write_raw(small / WEIGHTS, header, data)
@@ -344,15 +344,15 @@ def test_headers_that_lie(small: Path, change: dict) -> None:
 
 
 @pytest.mark.parametrize("entry", [None, [], "x", 5, {}, {"dtype": "F32"}], ids=str)
-def test_header_entries_of_other_kinds(small: Path, entry: Any) -> None:
+def test_header_entries_of_other_types_are_refused(small: Path, entry: Any) -> None:
     header, data = header_of(small / WEIGHTS)
     header["transformer.norm.weight"] = entry
     write_raw(small / WEIGHTS, header, data)
     refused(small, WEIGHTS, "transformer.norm.weight", "malformed")
 
 
-def test_overlapping_tensors(small: Path) -> None:
-    """The format forbids it: two tensors on the same bytes are one that was lost."""
+def test_overlapping_tensors_are_refused(small: Path) -> None:
+    """The format forbids it: with two tensors on the same bytes, one is lost."""
     header, data = header_of(small / WEIGHTS)
     first, second = (f"transformer.layers.{i}.attn_norm.weight" for i in range(2))
     header[first]["data_offsets"] = header[second]["data_offsets"]
@@ -361,7 +361,7 @@ def test_overlapping_tensors(small: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, [], "x", {"format": 5}, {"a": {"b": "c"}}], ids=str)
-def test_metadata_of_other_kinds_is_refused_or_ignored(small: Path, metadata: Any) -> None:
+def test_metadata_of_other_types_is_refused_or_ignored(small: Path, metadata: Any) -> None:
     expected = parameters(load(small)[0])
     header, data = header_of(small / WEIGHTS)
     write_raw(small / WEIGHTS, {"__metadata__": metadata} | header, data)
@@ -374,7 +374,7 @@ def test_metadata_of_other_kinds_is_refused_or_ignored(small: Path, metadata: An
 
 
 @pytest.mark.parametrize("kind", ["folder", "dead link", "unreadable"])
-def test_weights_that_cannot_be_read(small: Path, kind: str) -> None:
+def test_unreadable_weights_are_refused(small: Path, kind: str) -> None:
     (small / WEIGHTS).unlink()
     if kind == "folder":
         (small / WEIGHTS).mkdir()
@@ -384,12 +384,12 @@ def test_weights_that_cannot_be_read(small: Path, kind: str) -> None:
         (small / WEIGHTS).write_bytes(b"")
         (small / WEIGHTS).chmod(0)
         if os.access(small / WEIGHTS, os.R_OK):
-            pytest.skip("this user may read anything")
+            pytest.skip("root can read every file")
     refused(small)
 
 
 def test_the_hubs_links_are_followed(small: Path, tmp_path: Path) -> None:
-    """Its cache holds links to files without an ending, outside of the folder."""
+    """Its cache has links to files without a suffix, outside of the folder."""
     expected = parameters(load(small)[0])
     (small / WEIGHTS).rename(tmp_path / "0123abcd")
     (small / WEIGHTS).symlink_to(tmp_path / "0123abcd")
@@ -420,7 +420,7 @@ def test_any_damage_to_a_header_is_refused_or_harmless(data: st.DataObject) -> N
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_in_a_header_is_refused_or_harmless(data: st.DataObject) -> None:
-    """Whole JSON values instead of bytes: these reach further."""
+    """Whole JSON values instead of bytes get further into the reader."""
     values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["F32", "BF16", "U8", "U32", ""]),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
@@ -448,7 +448,7 @@ def test_any_value_in_a_header_is_refused_or_harmless(data: st.DataObject) -> No
     ["[]", "null", "{", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}', "", "[" * 99_999],
     ids=lambda t: t[:20],
 )
-def test_indices_that_are_none(small: Path, text: str) -> None:
+def test_invalid_indices_are_refused(small: Path, text: str) -> None:
     (small / "model.safetensors.index.json").write_text(text)
     refused(small, "model.safetensors.index.json")
 
@@ -472,7 +472,7 @@ def test_indices_that_are_none(small: Path, text: str) -> None:
     ],
     ids=repr,
 )
-def test_shards_outside_of_the_folder(small: Path, tmp_path: Path, name: Any) -> None:
+def test_shards_outside_of_the_folder_are_refused(small: Path, tmp_path: Path, name: Any) -> None:
     shutil.copy(small / WEIGHTS, tmp_path / "secret")
     (small / "sub").mkdir()
     shutil.copy(small / WEIGHTS, small / "sub" / WEIGHTS)
@@ -482,12 +482,12 @@ def test_shards_outside_of_the_folder(small: Path, tmp_path: Path, name: Any) ->
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "5", '"x"', "{", "", '{"model_type": "llama"}', "{}"])
-def test_configurations_that_are_none(small: Path, text: str) -> None:
+def test_invalid_configurations_are_refused(small: Path, text: str) -> None:
     (small / "config.json").write_text(text)
     refused(small, "config.json")
 
 
-def test_empty_folders(tmp_path: Path) -> None:
+def test_empty_folders_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "config.json", "has no")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     refused(tmp_path, "no model*.safetensors")
@@ -496,7 +496,7 @@ def test_empty_folders(tmp_path: Path) -> None:
 
 
 def test_no_code_of_a_folder_runs(small: Path, tmp_path: Path) -> None:
-    """Not by its names for Python files, not by what its configuration asks for."""
+    """Neither Python files with expected names nor those its configuration refers to."""
     mark = tmp_path / "ran"
     code = f"open({str(mark)!r}, 'w').write('x')\n"
     for name in ("modeling_openelm", "configuration_openelm", "conftest", "sitecustomize", "tokenization", "json"):
@@ -539,8 +539,8 @@ def change_weights(folder: Path, **weights: mx.array | None) -> None:
     mx.save_safetensors(str(folder / WEIGHTS), {n: w for n, w in stored.items() if w is not None})
 
 
-def test_a_wrong_group_size_is_told_from_the_shapes(quantized: Path) -> None:
-    """What the shapes say is right: a matrix without an entry of its own may differ from the common settings."""
+def test_a_wrong_group_size_is_corrected_from_the_shapes(quantized: Path) -> None:
+    """The shapes decide: a matrix without its own entry may differ from the common settings."""
     expected = logits(load(quantized)[0])
     change(quantized, quantization={"group_size": 64, "bits": 4, "mode": "affine"})
     assert np.array_equal(logits(load(quantized)[0]), expected)
@@ -565,24 +565,24 @@ def test_a_wrong_group_size_is_told_from_the_shapes(quantized: Path) -> None:
     ],
     ids=str,
 )
-def test_unusable_quantization(quantized: Path, settings: Any) -> None:
+def test_invalid_quantization_settings_are_refused(quantized: Path, settings: Any) -> None:
     change(quantized, quantization=settings, quantization_config=settings)
     refused(quantized, "quantiz")
 
 
-def test_an_entry_that_does_not_fit(quantized: Path) -> None:
+def test_an_entry_that_does_not_fit_its_matrix_is_refused(quantized: Path) -> None:
     path = "transformer.layers.1.ffn.proj_2"
     common = {"group_size": 32, "bits": 4, "mode": "affine"}
     change(quantized, quantization=common | {path: {"group_size": 64, "bits": 8}})
     refused(quantized, f"{path}.weight has shape [32, 8] instead of [32, 16]", f"{path}.scales")
 
 
-def test_missing_biases(quantized: Path) -> None:
+def test_missing_biases_are_refused(quantized: Path) -> None:
     change_weights(quantized, **{"transformer.layers.1.ffn.proj_2.biases": None})
     refused(quantized, "missing: transformer.layers.1.ffn.proj_2.biases")
 
 
-def test_missing_scales(quantized: Path) -> None:
+def test_missing_scales_are_refused(quantized: Path) -> None:
     change_weights(quantized, **{"transformer.layers.1.ffn.proj_2.scales": None})
     refused(quantized, "transformer.layers.1.ffn.proj_2")
 
@@ -599,27 +599,27 @@ def test_missing_scales(quantized: Path) -> None:
     ],
     ids=str,
 )
-def test_packed_parts_of_wrong_kinds(quantized: Path, part: str, weight: mx.array) -> None:
+def test_packed_parts_of_wrong_dtypes_are_refused(quantized: Path, part: str, weight: mx.array) -> None:
     name = f"transformer.layers.1.ffn.proj_2.{part}"
     change_weights(quantized, **{name: weight})
     refused(quantized, name)
 
 
-def test_scales_of_the_wrong_kind(small: Path, tmp_path: Path) -> None:
+def test_scales_of_the_wrong_dtype_are_refused(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "mx", quantize=True, q_mode="mxfp4")
     name = "transformer.layers.1.ffn.proj_2.scales"
     change_weights(tmp_path / "mx", **{name: mx.zeros((32, 2))})
     refused(tmp_path / "mx", name)
 
 
-def test_plain_weights_stored_as_whole_numbers(small: Path) -> None:
+def test_plain_weights_stored_as_integers_are_refused(small: Path) -> None:
     change_weights(small, **{"transformer.norm.weight": mx.zeros(32, mx.uint32)})
     refused(small, "transformer.norm.weight is stored as")
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_expanded_or_packed_the_logits_are_the_same(tmp_path: Path, mode: str, dtype: str) -> None:
+def test_expanded_and_packed_weights_give_the_same_logits(tmp_path: Path, mode: str, dtype: str) -> None:
     convert(FOLDER, tmp_path / "q", quantize=True, q_mode=mode, dtype=dtype)
     expanded, packed = (load(tmp_path / "q", expand=expand)[0] for expand in (True, False))
     assert (expanded.expanded, packed.expanded) == (True, False)
@@ -644,7 +644,7 @@ def test_expanding_depends_on_free_memory(quantized: Path, monkeypatch: pytest.M
 # Writing.
 
 
-def test_shards_of_at_most_so_many_bytes(tmp_path: Path) -> None:
+def test_shards_keep_to_the_size_limit(tmp_path: Path) -> None:
     checkpoint = mlx_format.read(FOLDER)
     expected = {n: mx.array(w) for n, w in checkpoint.weights.items()}
     seen: list[tuple[int, int]] = []
@@ -654,14 +654,14 @@ def test_shards_of_at_most_so_many_bytes(tmp_path: Path) -> None:
     count = len(files)
     assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     total, index = 4 * 2_485_056, json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert 0.8 * total / 700_000 < count < 2 * total / 700_000  # one shard is larger, since its tensor is
+    assert 0.8 * total / 700_000 < count < 2 * total / 700_000  # one shard is larger because its tensor is
     assert index["metadata"]["total_size"] == total
     stored: dict[str, mx.array] = {}
     for file in files:
         header, data = header_of(tmp_path / file)
         assert header.pop("__metadata__") == {"format": "mlx"}
         assert (8 + len((tmp_path / file).read_bytes()) - 8 - len(data)) % 8 == 0
-        # A tensor larger than that has a shard of its own.
+        # A tensor larger than the limit has its own shard.
         assert len(data) <= 700_000 or len(header) == 1
         assert {name for name, place in index["weight_map"].items() if place == file} == set(header)
         stored |= mx.load(str(tmp_path / file))
@@ -672,7 +672,7 @@ def test_shards_of_at_most_so_many_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+def test_written_weights_are_read_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     done = convert(FOLDER, tmp_path / "out", dtype=dtype)
     expected = {n: w.astype(loading.WEIGHT_DTYPES[dtype]) for n, w in mlx_format.read(FOLDER).weights.items()}
     assert same(mlx_format.read(tmp_path / "out").weights, expected)
@@ -695,8 +695,8 @@ def test_convert_defaults_to_bfloat16_and_four_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_quantizing_is_what_mlx_does(tmp_path: Path, dtype: str) -> None:
-    """Scales and biases of float32 weights are stored in 16 bits all the same."""
+def test_quantizing_equals_mlxs(tmp_path: Path, dtype: str) -> None:
+    """Scales and biases are stored in 16 bits even for float32 weights."""
     done = convert(FOLDER, tmp_path / "q", quantize=True, q_bits=3, q_group_size=32, dtype=dtype)
     weights, source = mlx_format.read(tmp_path / "q").weights, mlx_format.read(FOLDER).weights
     name, kind = "transformer.layers.4.ffn.proj_2", loading.WEIGHT_DTYPES[dtype]
@@ -718,7 +718,7 @@ def test_quantizing_is_what_mlx_does(tmp_path: Path, dtype: str) -> None:
         convert(tmp_path / "q", tmp_path / "again", quantize=True)
 
 
-def test_rows_no_group_size_divides_stay_as_they_are(tmp_path: Path) -> None:
+def test_rows_no_group_size_divides_are_not_quantized(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", model_dim=40, ffn_dim_divisor=64)
     done = convert(tmp_path / "m", tmp_path / "q", quantize=True)
     kept = [path for path, why in done.exceptions.items() if "not quantized" in why]
@@ -748,7 +748,7 @@ def test_rows_no_group_size_divides_stay_as_they_are(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_conversions_that_cannot_be(small: Path, tmp_path: Path, options: dict, words: str) -> None:
+def test_invalid_conversions_are_refused(small: Path, tmp_path: Path, options: dict, words: str) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(RequestError, match=words):
         convert(small, tmp_path / "out", **options)
@@ -797,7 +797,7 @@ def test_a_failure_in_the_middle_leaves_nothing(small: Path, tmp_path: Path) -> 
         assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 
 
-def test_a_failure_while_overwriting_keeps_the_old(small: Path, tmp_path: Path) -> None:
+def test_a_failure_while_overwriting_keeps_the_old_folder(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
@@ -810,7 +810,7 @@ def test_a_failure_while_overwriting_keeps_the_old(small: Path, tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "small"]
 
 
-def test_what_exists_is_kept_unless_asked(small: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_unless_requested(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "out")
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(RequestError, match="exists.*overwrite=True"):
@@ -827,7 +827,7 @@ def test_what_exists_is_kept_unless_asked(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_folders_on_the_way_are_made_and_a_file_on_the_way_is_an_error(small: Path, tmp_path: Path) -> None:
+def test_parent_folders_are_created_and_a_file_among_them_is_an_error(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "a" / "b" / "out")
     assert load(tmp_path / "a" / "b" / "out")[0].config.model_dim == 32
     (tmp_path / "file").write_text("x")
@@ -853,7 +853,7 @@ def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path: Path)
 
 
 def test_the_previous_folder_of_a_killed_overwrite(tmp_path: Path) -> None:
-    """It goes; where it is the only copy there is, it is put back first."""
+    """It is removed, but restored if it is the only copy."""
     previous = tmp_path / f".out.partial-{dead_process()}-previous"
     for only_copy in (False, True):
         previous.mkdir()
@@ -869,7 +869,7 @@ def test_the_previous_folder_of_a_killed_overwrite(tmp_path: Path) -> None:
 
 
 def test_weights_are_read_lazily_and_never_held_twice(tmp_path: Path) -> None:
-    """In a process of its own, where nothing else counts into the peak."""
+    """In a separate process, so that nothing else counts in the peak."""
     code = """
 import sys, json
 from pathlib import Path
@@ -909,7 +909,7 @@ print(json.dumps(result))
     assert size <= peaks["load"] <= 1.1 * size
     for name in ("cast", "q", "same"):
         assert peaks[name] <= 2.5 * largest, name
-    # A cast or an unpacking holds its source only while it runs.
+    # Casting and unpacking hold their source only while they run.
     assert peaks["load cast"] <= size + largest
     assert peaks["load q"] <= size + largest
 
@@ -930,7 +930,7 @@ def test_a_loaded_model_holds_its_weights_once() -> None:
 
 
 def write_large_tokenizer(folder: Path, pieces: int = 32000, bos: str = "<s>") -> None:
-    """A `tokenizer.json` of as many pieces as OpenELM's."""
+    """A `tokenizer.json` with this many pieces."""
     from mlx_openelm.text.tokenizer import Tokenizer
 
     Tokenizer.from_folder(FOLDER).save(folder)
@@ -952,18 +952,18 @@ def without_tokenizer(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_users_tokenizer_comes_first(small: Path, tmp_path: Path) -> None:
+def test_the_given_tokenizer_takes_precedence(small: Path, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     write_large_tokenizer(tmp_path / "t", 2040 + 8)
     spec = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
     for tokenizer in (tmp_path / "t", tmp_path / "t" / "tokenizer.json", str(tmp_path / "t")):
         _, text = load(small, tokenizer=tokenizer)
         assert text.vocab_size == len(spec["model"]["vocab"])
-    with pytest.raises(RequestError, match="no tokenizer"):
+    with pytest.raises(RequestError, match="No tokenizer"):
         load(small, tokenizer=tmp_path / "nowhere")
 
 
-def test_the_folders_tokenizer_comes_before_the_hubs(small: Path, hub: FakeHub) -> None:
+def test_the_folders_tokenizer_takes_precedence_over_the_hubs(small: Path, hub: FakeHub) -> None:
     renamed = small.rename(small.parent / "OpenELM-270M")
     _, text = load(renamed)
     assert text.vocab_size == 2048
@@ -1006,7 +1006,7 @@ def test_a_hub_tokenizer_that_is_not_llama_2s_is_refused(
         load(without_tokenizer)
 
 
-def test_no_tokenizer_says_what_to_do(small: Path, hub: FakeHub) -> None:
+def test_without_a_tokenizer_the_error_says_what_to_do(small: Path, hub: FakeHub) -> None:
     (small / "tokenizer.model").unlink()
     with pytest.raises(RequestError, match="tokenizer"):
         load(small)
@@ -1015,11 +1015,11 @@ def test_no_tokenizer_says_what_to_do(small: Path, hub: FakeHub) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", vocab_size=2047)
-    with pytest.raises(RequestError, match="2048 pieces, but the model only 2047"):
+    with pytest.raises(RequestError, match="2048 tokens, but the model only 2047"):
         load(tmp_path / "m")
 
 
-def test_a_failed_tokenizer_leaves_no_conversion(small: Path, tmp_path: Path) -> None:
+def test_a_bad_tokenizer_leaves_no_output(small: Path, tmp_path: Path) -> None:
     (small / "tokenizer.model").unlink()
     with pytest.raises(RequestError, match="tokenizer"):
         convert(small, tmp_path / "out")
@@ -1043,7 +1043,7 @@ def test_instruct_models_get_a_chat_template(tmp_path: Path, name: str, instruct
         assert load(tmp_path / "out")[1].chat_template == CORENET_TEMPLATE
 
 
-def test_a_folders_own_template_is_kept(tmp_path: Path) -> None:
+def test_the_folders_template_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "OpenELM-270M-Instruct"
     write_folder(folder)
     (folder / "chat_template.jinja").write_text("{{ bos_token }}mine")
@@ -1051,7 +1051,7 @@ def test_a_folders_own_template_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ bos_token }}mine"
 
 
-def test_folders_written_hold_what_they_need_and_nothing_else(small: Path, tmp_path: Path) -> None:
+def test_written_folders_have_exactly_the_needed_files(small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
@@ -1066,25 +1066,25 @@ def test_folders_written_hold_what_they_need_and_nothing_else(small: Path, tmp_p
     assert load(tmp_path / "out")[1].encode(REFERENCE["prompts"][3]) == REFERENCE["ids"][3]
 
 
-def test_overwriting_never_takes_more_than_a_model(tmp_path, monkeypatch):
+def test_overwriting_never_removes_anything_but_a_model(tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(FIXTURES / "shakespeare-hf", source)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(RequestError, match="holds more than a model"):
+    with pytest.raises(RequestError, match="contains files that are not part of a model"):
         convert(source, precious, overwrite=True)
     with pytest.raises(RequestError, match="is the model to convert"):
         convert(source, source, overwrite=True)
     monkeypatch.chdir(precious)
     for path in ("", ".", "..", str(tmp_path)):
-        with pytest.raises(RequestError, match="the folder you are in"):
+        with pytest.raises(RequestError, match="is the current folder or a parent of it"):
             convert(source, path, overwrite=True)
     assert (precious / "thesis.txt").read_text() == "years of work"
     assert sorted(p.name for p in source.iterdir()) == sorted(p.name for p in (FIXTURES / "shakespeare-hf").iterdir())
 
 
-def test_overwriting_through_a_link_replaces_what_it_points_to(tmp_path):
+def test_overwriting_through_a_link_replaces_its_target(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     convert(FIXTURES / "shakespeare-hf", target)
     link.symlink_to(target)
@@ -1104,7 +1104,7 @@ def test_float16_is_refused_for_the_3b_before_any_download(tmp_path, hub, name):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32", mx.bfloat16])
-def test_the_3b_in_a_type_that_holds_it_goes_on_to_the_hub(tmp_path, hub, dtype):
+def test_the_3b_in_a_wide_enough_dtype_is_requested_from_the_hub(tmp_path, hub, dtype):
     with pytest.raises(RequestError, match="OpenELM-3B"):
         load("3b", dtype=dtype)
     assert hub.requests

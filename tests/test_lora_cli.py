@@ -1,4 +1,4 @@
-"""The `lora` command: which of flags, file and defaults counts, what it prints, and how it ends."""
+"""The `lora` command: precedence of flags, file and defaults, its output, and how it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlx_openelm.training.run.trainer import Result
 import pytest
 from training_runs import command, environment, metrics, run, trained, write_run_folder
 
-# Tiny enough to be over in a second.
+# Small enough to finish within a second.
 SMALL = ("--train", "--model", "model", "--data", "data", "--iters", 6, "--max-seq-length", 48, "--rank", 2,
          "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 3, "--val-batches", -1)  # fmt: skip
 
@@ -42,8 +42,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> dict[str, Any]:
-    """What `finetune` was asked for, which does nothing."""
+def arguments(monkeypatch) -> dict[str, Any]:
+    """The arguments of `finetune`, which is replaced."""
     seen: dict[str, Any] = {}
 
     def finetune(model, options, *, loading, overwrite, listener):
@@ -54,7 +54,7 @@ def asked(monkeypatch) -> dict[str, Any]:
     return seen
 
 
-def test_every_option_has_a_flag_with_its_own_words():
+def test_every_option_has_a_flag_with_its_help_text():
     parser, _ = cli_command("lora")
     texts = [kind.__metadata__[0].help for kind in get_type_hints(FineTuneOptions, include_extras=True).values()]
     assert {f"--{field.name.replace('_', '-')}" for field in fields(FineTuneOptions)} < set(parser.flags)
@@ -62,12 +62,12 @@ def test_every_option_has_a_flag_with_its_own_words():
     assert all(text[0].isupper() and text.endswith(".") for text in texts)
 
 
-def test_without_flags_there_are_the_defaults(asked):
+def test_without_flags_options_have_their_defaults(arguments):
     assert exit_code(["lora"]) == 0
-    assert asked == {"model": "tiny", "options": FineTuneOptions(), "loading": Loading(), "overwrite": False}
+    assert arguments == {"model": "tiny", "options": FineTuneOptions(), "loading": Loading(), "overwrite": False}
 
 
-def test_every_flag_reaches_its_option(asked):
+def test_every_flag_reaches_its_option(arguments):
     words = ["lora", "--model", "m", "--dtype", "float32", "--tokenizer", "t", "--revision", "r", "--chat-template",
              "corenet", "--config-yaml", "y", "--overwrite"]  # fmt: skip
     expected: dict[str, Any] = {}
@@ -84,37 +84,37 @@ def test_every_flag_reaches_its_option(asked):
             value: Any = number + 0.5 if "float" in str(kind) else number if "int" in str(kind) else f"w{number}"
             words += [flag, str(value)]
             expected[field.name] = value
-    for one in ("--epochs", "--scale", "--resume"):  # which exclude others
+    for one in ("--epochs", "--scale", "--resume"):  # these exclude others
         index = words.index(one)
         del words[index : index + (1 if one == "--resume" else 2)]
         del expected[one[2:]]
     assert exit_code(words) == 0
-    assert asked["options"] == FineTuneOptions(**expected)
-    assert asked["model"] == "m" and asked["overwrite"]
-    assert asked["loading"] == Loading("float32", "t", "y", "r", "corenet")
+    assert arguments["options"] == FineTuneOptions(**expected)
+    assert arguments["model"] == "m" and arguments["overwrite"]
+    assert arguments["loading"] == Loading("float32", "t", "y", "r", "corenet")
 
 
-def test_flags_come_before_the_file_and_the_file_before_defaults(asked, tmp_path):
+def test_flags_override_the_file_and_the_file_overrides_defaults(arguments, tmp_path):
     file = tmp_path / "lora.yaml"
     file.write_text("model: small\ntrain: true\nrank: 16\nlearning_rate: 3e-4\nbias_correction: false\n"
                     "target_modules: [qkv_proj]\ngrad_checkpoint: true\nseed: 7\n")  # fmt: skip
     assert exit_code(["lora", "-c", str(file)]) == 0
     from_file = FineTuneOptions(train=True, rank=16, learning_rate=3e-4, bias_correction=False, grad_checkpoint=True,
                                 target_modules=("qkv_proj",), seed=7)  # fmt: skip
-    assert (asked["model"], asked["options"]) == ("small", from_file)
+    assert (arguments["model"], arguments["options"]) == ("small", from_file)
     # A flag with the value of a default is given all the same.
     words = ["--rank", "8", "--no-grad-checkpoint", "--bias-correction", "--seed", "0", "--model", "other",
              "--target-modules", "proj_1, proj_2"]  # fmt: skip
     assert exit_code(["lora", "--config", str(file), *words]) == 0
-    assert asked["model"] == "other"
-    assert asked["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
+    assert arguments["model"] == "other"
+    assert arguments["options"] == FineTuneOptions(train=True, learning_rate=3e-4, target_modules=("proj_1", "proj_2"))
 
 
-def test_a_file_and_resume_train(asked, tmp_path):
+def test_a_file_and_resume_train(arguments, tmp_path):
     file = tmp_path / "lora.yaml"
     file.write_text("rank: 16\n")
     assert exit_code(["lora", "-c", str(file), "--resume"]) == 0
-    assert asked["options"] == FineTuneOptions(train=True, resume=True, rank=16)
+    assert arguments["options"] == FineTuneOptions(train=True, resume=True, rank=16)
 
 
 def test_a_second_file_is_refused(capsys):
@@ -165,7 +165,7 @@ def test_a_run_and_what_it_prints(folder):
         (("--train", "--data", "nowhere", "--adapter-path", "new"), "no folder or file nowhere"),
     ],
 )
-def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, capsys):
+def test_a_bad_request_is_one_line_and_exit_code_2(words, named, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert exit_code(["lora", *words]) == 2
     output = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_a_bad_request_is_one_line_and_two(words, named, folder, monkeypatch, ca
     assert named in output.err
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder):
+def test_ctrl_c_saves_and_says_how_to_resume(folder):
     words = command(*SMALL[:5], "--iters", 100000, "--max-seq-length", 48, "--rank", 2, "--adapter-path", "stopped run")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
                                cwd=folder)  # fmt: skip
@@ -182,8 +182,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder):
         if line.startswith("Step 10 "):
             break
     process.send_signal(signal.SIGINT)
-    output, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Ctrl-C again stops at once" in said and "Traceback" not in said
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Ctrl-C again stops at once" in errors and "Traceback" not in errors
     step = re.search(r"Stopped after step (\d+) of 100,000", output)
     assert step is not None
     assert "continue with:\n  mlx-openelm lora --resume --adapter-path 'stopped run'\n" in output
@@ -274,7 +274,7 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     live = re.findall(r"(\d+)/150 .*?loss \d+\.\d+  \d+:\d\d left  [\d,]+ tokens/s  [\d.]+ MB", shown)
     assert len(set(live)) > 2
     assert re.search(r"Step 75 of 150: train loss", shown)
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is there again
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
 
 
 @pytest.mark.parametrize("columns", [60, 80])
@@ -301,7 +301,7 @@ def _read_all(terminal: int, process: subprocess.Popen) -> str:
         if select.select([terminal], [], [], 0.2)[0]:
             try:
                 piece = os.read(terminal, 65536)
-            except OSError:  # the other side is closed
+            except OSError:  # the other end is closed
                 break
             if not piece:
                 break
@@ -312,7 +312,7 @@ def _read_all(terminal: int, process: subprocess.Popen) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting needs root")
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(folder, tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(folder, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk]

@@ -1,4 +1,4 @@
-"""The folder `lora/`: its data, parsed independently of `make.py`, and every command of its README, on `tiny`."""
+"""The folder `lora/`: its data, parsed independently of `make.py`, and the commands of its README, with `tiny`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_notes_are_unique_and_the_splits_share_no_shop() -> None:
     assert len(set(prompts)) == len(prompts)
     shops = {split: {json.loads(e["completion"])["shop"] for e in found} for split, found in read.items()}
     assert not shops["train"] & shops["valid"] and not (shops["train"] | shops["valid"]) & shops["test"]
-    # Each shop has only one category, so that it can be learned, and each category occurs in every split.
+    # Each shop has one category, so that it can be learned, and each category occurs in every split.
     categories: dict[str, set[str]] = {}
     for found in read.values():
         answers = [json.loads(example["completion"]) for example in found]
@@ -119,7 +119,7 @@ def ours(document: Path) -> list[str]:
 def adapted(command: str) -> list[str]:
     """A command's words, with `tiny` instead of the published sizes, and only two steps."""
     words = shlex.split(command)
-    if "-c" in words:  # the file names a size
+    if "-c" in words:  # the file sets a size
         words += ["--model", "270m"]
     if words[1] == "generate":
         words += ["--max-tokens", "8"]
@@ -133,13 +133,13 @@ def adapted(command: str) -> list[str]:
     return words
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     for document in (README, FOLDER / "data" / "README.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).is_file(), target
 
 
-def test_only_commands_of_other_programs_are_not_run() -> None:
+def test_all_commands_but_those_of_other_programs_are_run() -> None:
     assert len(ours(README)) > 18 and len(ours(GUIDE)) > 5
     others = [line.split()[0] for path in (README, GUIDE) for line in commands(path) if line not in ours(path)]
     assert others == ["python3", "head", "mlx.launch"]
@@ -174,7 +174,7 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert output.strip(), command
 
 
-def test_every_command_of_the_readme_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ours(README):
         run(command, capfd)
     assert (clone / "expenses" / "losses.png").stat().st_size > 1000
@@ -184,7 +184,7 @@ def test_every_command_of_the_readme_runs_in_its_order(clone: Path, capfd: pytes
     load("expenses-mixed")
 
 
-def test_the_guide_runs_in_its_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_guide_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With stand-ins for the reader's files: data, two other adapters, a quantized model."""
     shutil.copytree(clone / "lora" / "data", "my_data")
     first, *rest = ours(GUIDE)
@@ -213,15 +213,15 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
         elif default is True:
             flag, default = flag.replace("--", "--no-", 1), None
         is_off = default is None or default is False or default == ()
-        shown = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        expected = f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
         default_there, text = rows.pop(flag)
-        assert default_there == ("" if is_off else shown), flag
+        assert default_there == ("" if is_off else expected), flag
         words = texts[field.name].__metadata__[0].help.rstrip(".")
         assert flag.startswith("--no-") or text.startswith(words), flag
     assert not rows
 
 
 def test_the_json_of_the_readme_is_json() -> None:
-    shown = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
-    assert shown[0] == examples("train")[0]
-    assert len(shown) == 5
+    rows = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
+    assert rows[0] == examples("train")[0]
+    assert len(rows) == 5

@@ -1,4 +1,4 @@
-"""What is special on a Mac, run here with stand-ins for what is not there: macOS, Metal, Xcode's tools."""
+"""Behaviour specific to Macs, with stand-ins for macOS, Metal and Xcode's tools."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ GIB = 1 << 30
 
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the package asks about the system is answered as on a Mac; a CPU is the default device."""
-    # Python itself keeps the true answers, and so do the kernels, which other tests use after these.
+    """Make the system look like a Mac to the package; a CPU is the default device."""
+    # Python and the kernels keep seeing the real system, since other tests use them later.
     platform.uname()
     sysconfig.get_config_vars()
     assert native.status
@@ -43,15 +43,15 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def metal(mac: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A Mac whose GPU is the default device; the result is what is asked of Metal."""
-    asked: list[Any] = []
+    """A Mac whose GPU is the default device; returns the recorded calls to Metal."""
+    calls: list[Any] = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
     facts = {"max_recommended_working_set_size": 12 * GIB, "device_name": "Apple M9"}
     monkeypatch.setattr(mx, "device_info", lambda: facts)
-    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: asked.append(limit) or 7)
-    monkeypatch.setattr(mx, "synchronize", lambda: asked.append("synchronize"))
-    return asked
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: calls.append(limit) or 7)
+    monkeypatch.setattr(mx, "synchronize", lambda: calls.append("synchronize"))
+    return calls
 
 
 # backend.
@@ -63,7 +63,7 @@ def test_no_blas_is_opened(mac, monkeypatch):
     assert blas.state == "unneeded" and blas.problem() is None
 
 
-def test_available_memory_leaves_the_system_its_share(mac, monkeypatch):
+def test_available_memory_reserves_a_share_for_the_system(mac, monkeypatch):
     monkeypatch.setattr(mx, "get_active_memory", lambda: 3 * GIB)
     for total, available in ((16 * GIB, 9 * GIB), (6 * GIB, 0), (None, None)):
         monkeypatch.setattr(backend, "total_memory", lambda total=total: total)
@@ -79,7 +79,7 @@ def test_metal_keeps_the_model_resident_while_it_works(metal):
     assert metal[3:] == [12 * GIB, "synchronize", 7]
 
 
-def test_a_cpu_beside_metal_keeps_nothing_resident(metal, monkeypatch):
+def test_on_a_macs_cpu_nothing_is_kept_resident(metal, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))
     with backend.wired_limit():
         pass
@@ -96,7 +96,7 @@ def test_devices_have_their_names(metal, monkeypatch):
     assert backend.describe()["device"] == "CPU"
 
 
-def test_threads_are_counted_where_there_is_no_affinity(mac, monkeypatch):
+def test_threads_are_counted_without_cpu_affinity(mac, monkeypatch):
     for name in native.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
@@ -128,20 +128,20 @@ def test_doctor_on_a_macs_cpu(mac, monkeypatch, tmp_path):
     assert backend.slow_cpu_warning() is None
 
 
-# The kernels: compiled on request, done without otherwise.
+# The kernels, which are compiled only on request.
 
 
 @pytest.mark.parametrize(("system", "compiles"), [("darwin", False), ("linux", True)])
 def test_installing_compiles_nothing_on_a_mac(system, compiles, monkeypatch):
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     setuptools, command = ModuleType("setuptools"), ModuleType("setuptools.command.build_ext")
-    vars(setuptools).update(Distribution=object, Extension=lambda *_, **__: None, setup=lambda **a: asked.append(a))
+    vars(setuptools).update(Distribution=object, Extension=lambda *_, **__: None, setup=lambda **a: calls.append(a))
     vars(command).update(build_ext=object)
     for module in (setuptools, ModuleType("setuptools.command"), command):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(sys, "platform", system)
     runpy.run_path(str(ROOT / "setup.py"))
-    assert [set(values) for values in asked] == [{"distclass", "cmdclass", "ext_modules"} if compiles else set()]
+    assert [set(values) for values in calls] == [{"distclass", "cmdclass", "ext_modules"} if compiles else set()]
 
 
 COMPILER = """#!{python}
@@ -160,8 +160,8 @@ NANOBIND_HEADER = "".join(
 )
 
 
-def test_on_request_they_are_compiled_as_a_mac_wants_it(mac, monkeypatch, tmp_path):
-    """A stand-in for clang notes how it is called."""
+def test_on_request_kernels_are_compiled_with_flags_for_macos(mac, monkeypatch, tmp_path):
+    """A stand-in for clang records its arguments."""
     nanobind = tmp_path / "nanobind"
     for name, text in {"src/nb_combined.cpp": "", "include/nanobind/nanobind.h": NANOBIND_HEADER}.items():
         (nanobind / name).parent.mkdir(parents=True)
@@ -182,13 +182,13 @@ def test_on_request_they_are_compiled_as_a_mac_wants_it(mac, monkeypatch, tmp_pa
     assert (facts["machine"], facts["bytes"]) == ("arm64", 4)
 
 
-def test_an_intel_mac_compiles_for_itself(mac, monkeypatch):
+def test_an_intel_mac_compiles_for_its_own_processor(mac, monkeypatch):
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
     assert build.native_flag(["true"]) == "-march=native"
 
 
-def test_without_xcodes_tools_compiling_says_how_to_have_them(tmp_path):
-    """A Mac has programs of these names that do nothing but ask for the tools."""
+def test_without_xcodes_tools_the_error_says_how_to_install_them(tmp_path):
+    """A Mac has programs of these names that only ask to install the tools."""
     for name in ("g++", "clang++", "c++"):
         (tmp_path / name).write_text(
             "#!/bin/sh\necho 'xcode-select: note: No developer tools were found' >&2\nexit 1\n"
@@ -208,7 +208,7 @@ build.main()
     assert done.stderr.splitlines()[-1] == f"Error: g++ and clang++ and c++ cannot compile them; {advice}."
 
 
-def test_no_instructions_are_missed_if_the_system_does_not_list_them(monkeypatch, tmp_path):
+def test_a_system_that_lists_no_instructions_is_not_reported_as_lacking_them(monkeypatch, tmp_path):
     monkeypatch.delenv(native.VARIABLE, raising=False)
     monkeypatch.setattr(native, "Path", lambda _: Path("/nowhere/cpuinfo"))
     (tmp_path / native.LIBRARY).touch()
@@ -217,7 +217,7 @@ def test_no_instructions_are_missed_if_the_system_does_not_list_them(monkeypatch
     assert native.examine(tmp_path) is None
 
 
-def test_the_text_of_a_macs_cpu_is_that_of_plain_mlx(tmp_path):
+def test_the_text_on_a_macs_cpu_equals_plain_mlx(tmp_path):
     """Nothing compiled, the CPU as the default device: no warning, and the same text as without kernels anywhere."""
     code = """
 import sys, warnings

@@ -1,4 +1,4 @@
-"""What comes and goes leaves nothing behind: memory stays flat, and MLX's global random state as it was."""
+"""Loading and generating leak no memory and leave MLX's global random state alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "fixtures" / "shakespeare-hf"
 ADAPTER = ROOT / "tests" / "fixtures" / "peft-lora"
 
-# Runs `turn` some times, then more times; prints by how many MB the process grew in between.
+# Runs `turn` a few times, then many times; prints by how many MB the process grew.
 SCRIPT = """
 import gc, os, sys
 from pathlib import Path
@@ -50,11 +50,11 @@ def growth(setup: str, warm: int, turns: int, *arguments: str | Path) -> float:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_250_loads_take_the_memory_of_50() -> None:
     setup = "from mlx_openelm import load\ndef turn(): load('tiny')"
-    assert growth(setup, 50, 250) < 3  # it was 22
+    assert growth(setup, 50, 250) < 3  # before a fix it was 22
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_so_do_packed_models_adapters_and_texts(tmp_path: Path) -> None:
+def test_packed_models_adapters_and_texts_leak_no_memory(tmp_path: Path) -> None:
     convert(FOLDER, tmp_path / "packed", quantize=True, q_group_size=32)
     setup = """
 from mlx_openelm import generate, load
@@ -122,8 +122,8 @@ def test_a_model_made_in_python_starts_from_random_weights(shared: bool) -> None
 @pytest.mark.parametrize(
     "packing", [{}, {"group_size": 32, "bits": 3}, {"mode": "mxfp4"}, {"mode": "nvfp4"}, {"mode": "mxfp8"}], ids=str
 )
-def test_packed_layers_are_what_mlx_makes_of_plain_ones(packing: dict) -> None:
-    """From a plain layer's weight, with the mode's group size and bits unless told, frozen."""
+def test_packed_layers_equal_mlxs_quantized_layers(packing: dict) -> None:
+    """Made from a plain layer, frozen, with the mode's group size and bits unless given."""
     model = OpenELM(ModelConfig.from_dict(SMALL | {"share_input_output_layers": False}))
     model.freeze()
     kinds = {"lm_head": nn.QuantizedLinear.from_linear, "token_embeddings": nn.QuantizedEmbedding.from_embedding}

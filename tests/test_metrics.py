@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, which survives what a run may meet, and the picture of the curves."""
+"""`metrics.jsonl`, which survives interruptions of a run, and the plot of the curves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recorder:
         self.closed = True
 
 
-def test_a_line_a_step_is_there_at_once(tmp_path: Path) -> None:
+def test_each_step_is_written_at_once(tmp_path: Path) -> None:
     tracker = Recorder()
     with Metrics(tmp_path / "run", trackers=[tracker], plot=False) as log:
         log.log(1, {"train_loss": 2.5, "tokens": 512})
@@ -55,7 +55,7 @@ def test_a_line_a_step_is_there_at_once(tmp_path: Path) -> None:
     assert isinstance(lines(tmp_path / "run")[0]["tokens"], int)
 
 
-def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_null_so_the_file_stays_json(tmp_path: Path) -> None:
     tracker = Recorder()
     with Metrics(tmp_path, trackers=[tracker], plot=False) as log:
         log.log(1, {"train_loss": math.nan, "grad_norm": math.inf})
@@ -74,7 +74,7 @@ def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [b"", b'{"step": 3, "train', b'{"step": 3, "train_loss": 1.0}', b"\x00\x00\x00", b"[1]\n"]
 )
-def test_resume_takes_back_what_came_after(tail: bytes, tmp_path: Path) -> None:
+def test_resuming_removes_later_lines(tail: bytes, tmp_path: Path) -> None:
     with Metrics(tmp_path, plot=False) as log:
         for step in range(1, 6):
             log.log(step, {"train_loss": float(step)})
@@ -90,14 +90,14 @@ def test_resume_takes_back_what_came_after(tail: bytes, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_a_cut_line_is_repaired_where_nothing_else_is_to_do(tmp_path: Path) -> None:
+def test_a_truncated_line_is_removed_even_if_no_later_lines_are(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1}\n{"step": 2, "a"')
     with Metrics(tmp_path, resume_step=9, plot=False) as log:
         log.log(10, {"a": 2})
     assert lines(tmp_path) == [{"step": 1, "a": 1}, {"step": 10, "a": 2}]
 
 
-def test_a_file_that_is_right_is_left_alone(tmp_path: Path) -> None:
+def test_an_intact_file_is_not_rewritten(tmp_path: Path) -> None:
     with Metrics(tmp_path, plot=False) as log:
         log.log(1, {"train_loss": 1 / 3})
     before = (tmp_path / "metrics.jsonl").stat()
@@ -106,7 +106,7 @@ def test_a_file_that_is_right_is_left_alone(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_resume_without_a_file(tmp_path: Path) -> None:
+def test_resuming_without_a_file(tmp_path: Path) -> None:
     with Metrics(tmp_path, resume_step=3, plot=False) as log:
         log.log(4, {"train_loss": 1.0})
     assert lines(tmp_path) == [{"step": 4, "train_loss": 1.0}]
@@ -138,14 +138,14 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         log.log(1, {"train_loss": 1.0})
 
 
-# The picture.
+# The plot.
 
 
 def read_png(path: Path) -> Any:
     return pytest.importorskip("matplotlib.image").imread(path)
 
 
-def test_the_picture_shows_what_was_logged(tmp_path: Path) -> None:
+def test_the_plot_shows_what_was_logged(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with Metrics(tmp_path) as log:
         for step in range(1, 41):
@@ -187,7 +187,7 @@ def test_axes_and_curves(tmp_path: Path) -> None:
     assert metrics.figure({"train_loss": [], "val_loss": [], "learning_rate": []}).axes[0].get_legend() is None
 
 
-def test_a_resumed_picture_has_the_old_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_plot_has_the_old_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[Any] = []
     monkeypatch.setattr(metrics, "draw", lambda curves, path, title: drawn.append(curves))
@@ -198,7 +198,7 @@ def test_a_resumed_picture_has_the_old_points(tmp_path: Path, monkeypatch: pytes
     assert drawn[-1]["train_loss"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
 
 
-def test_drawing_does_not_stop_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plotting_does_not_block_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     begun, go_on, drawn = threading.Event(), threading.Event(), []
 
@@ -215,14 +215,14 @@ def test_drawing_does_not_stop_the_training(tmp_path: Path, monkeypatch: pytest.
     for step in range(1, 101):
         log.log(step, {"train_loss": 1.0})
     assert begun.wait(10)
-    assert drawn == [1]  # one at a time, of what there was when it began
+    assert drawn == [1]  # one at a time, with the values at its start
     go_on.set()
     log.close()
     assert drawn == [1, 100]
 
 
-def test_pictures_are_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most a hundredth of the time goes into them, and none into the first seconds."""
+def test_plots_take_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take at most 1% of the time, and none of the first seconds."""
     pytest.importorskip("matplotlib")
     now, begun = [0.0], []
 
@@ -244,7 +244,7 @@ def test_pictures_are_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(begun) == 4
 
 
-def test_a_picture_that_fails_is_a_line_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_that_fails_is_only_reported_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
 
     def draw(curves: Mapping[str, Any], path: Path, title: str) -> None:
@@ -257,7 +257,7 @@ def test_a_picture_that_fails_is_a_line_and_no_more(tmp_path: Path, monkeypatch:
         log.close()
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_one_line_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = metrics.importlib.util.find_spec
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.warns(UserWarning, match=r"pip install '\.\[plots\]'") as caught:
@@ -271,7 +271,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_neither_matplotlib_nor_numpy_is_imported_for_numbers_alone(tmp_path: Path) -> None:
+def test_logging_without_plots_imports_neither_matplotlib_nor_numpy(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
         "from mlx_openelm.training.run.metrics import Metrics\n"

@@ -43,7 +43,7 @@ def model() -> OpenELM:
 
 
 def plain_greedy(model: OpenELM, prompt: list[int], count: int) -> list[int]:
-    """Token by token over the whole sequence each time: nothing to go wrong in."""
+    """Greedy tokens, each from a pass over the whole sequence."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(model.logits(model.hidden_states(mx.array([ids]))[:, -1]).argmax().item())
@@ -177,8 +177,8 @@ def test_their_batch_generator_with_stop_tokens(model: OpenELM) -> None:
 
 
 @pytest.mark.parametrize("caches", CACHES)
-def test_a_batch_goes_on_from_histories(model: OpenELM, caches: str) -> None:
-    """Caches that hold different pasts are merged into one batch, and rows come out as caches of their own."""
+def test_a_batch_continues_from_histories(model: OpenELM, caches: str) -> None:
+    """Caches with different histories are merged into a batch, and rows are extracted as single caches."""
     pasts = [LONG[0][:20], LONG[2][:5], []]
     rests = [LONG[0][20:], LONG[2][5:], LONG[5]]
     given = [[CACHES[caches].KVCache() for _ in model.layers] for _ in pasts]
@@ -198,7 +198,7 @@ def test_a_batch_goes_on_from_histories(model: OpenELM, caches: str) -> None:
     for uid, prompt in zip(uids, (LONG[0], LONG[2], LONG[5]), strict=True):
         expected = plain_greedy(model, prompt, 16)
         assert tokens[uid] == expected[:10]
-        # The last token was not yet processed, or it was: go on from what the cache holds.
+        # Whether or not the last token was processed, continue from what the cache holds.
         sequence = prompt + expected
         held = kept[uid][0].offset
         assert held in (len(prompt) + 9, len(prompt) + 10)
@@ -206,7 +206,7 @@ def test_a_batch_goes_on_from_histories(model: OpenELM, caches: str) -> None:
 
 
 @pytest.mark.parametrize("caches", CACHES)
-def test_sliding_rows_in_a_batch_are_what_they_are_alone(model: OpenELM, caches: str) -> None:
+def test_sliding_rows_in_a_batch_equal_single_sequences(model: OpenELM, caches: str) -> None:
     prompts, counts = [IDS[0], IDS[1], IDS[3]], [40, 30, 20]
     make = CACHES[caches].RotatingKVCache
     expected = [
@@ -360,8 +360,8 @@ def test_mixed_recipes_of_mlx_lm_load_here(tmp_path: Path, recipe: str) -> None:
     assert_equal_logits(tmp_path / "theirs")
 
 
-def test_a_hub_repository_without_an_index_of_quantization_modes(tmp_path: Path) -> None:
-    """Older folders say group size and bits, and no mode; that means affine."""
+def test_a_hub_repository_without_quantization_modes(tmp_path: Path) -> None:
+    """Older folders have a group size and bits but no mode, which means affine."""
     convert(FOLDER, tmp_path / "mlx", quantize=True, q_group_size=32)
     expected = mlx_format.read(tmp_path / "mlx").quantization
     shutil.copytree(tmp_path / "mlx", tmp_path / "old")

@@ -204,7 +204,7 @@ def test_load_with_the_tokenizer_config_that_mlx_lm_takes(theirs: Any, tmp_path:
         ({"bos_token": 1}, "bos_token in tokenizer_config must be text, got 1"),
     ],
 )
-def test_a_tokenizer_config_that_cannot_be_right(config: dict[str, Any], message: str) -> None:
+def test_an_invalid_tokenizer_config_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         load("tiny", tokenizer_config=config)
 

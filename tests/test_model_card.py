@@ -1,4 +1,4 @@
-"""Model cards: what the hub reads, what a person reads, and what is carried over from the original's card."""
+"""Model cards: front matter for the hub, text for readers, and what is kept from the original's card."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def folder(packed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def apple(tmp_path: Path) -> Path:
-    """What a download of Apple's repository holds beside the weights."""
+    """The files in Apple's repository beside the weights."""
     folder = tmp_path / "downloaded"
     folder.mkdir()
     (folder / "README.md").write_text(APPLE)
-    (folder / "LICENSE").write_text("Apple's licence\n")
+    (folder / "LICENSE").write_text("Apple's license\n")
     return folder
 
 
@@ -53,7 +53,7 @@ def sections(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("#")]
 
 
-def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -> None:
+def test_front_matter_is_parsed_by_huggingface_hub(folder: Path, apple: Path) -> None:
     origin = find_origin(apple, repo="apple/OpenELM-270M")
     write_card(folder, name="my-model", origin=origin, command="mlx-openelm convert")
     metadata = metadata_load(folder / "README.md")
@@ -71,10 +71,10 @@ def test_front_matter_survives_the_hub_s_own_reader(folder: Path, apple: Path) -
     }
     assert facts["source"] == "apple/OpenELM-270M" and facts["command"] == "mlx-openelm convert"
     assert ModelCard.load(folder / "README.md").data.base_model == "apple/OpenELM-270M"
-    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+    assert (folder / "LICENSE").read_text() == "Apple's license\n"
 
 
-def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
+def test_sizes_match_the_files(folder: Path, apple: Path) -> None:
     quality = [Quality("a play", 12345, 10.5, 10.125, 0.0123), Quality("a poem", 7, 3.0)]
     write_card(
         folder,
@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
         "## How it was made",
         "## Quantization",
         "## Measured quality",
-        "## Licence",
+        "## License",
         "## How to use",
     ]
     weights = folder / "model.safetensors"
@@ -101,7 +101,7 @@ def test_sizes_are_those_of_the_files(folder: Path, apple: Path) -> None:
     assert f"| Parameters | {PARAMETERS:,} |" in text and "| Layers | 6 |" in text
     assert f"| Bits per weight | {bits:.2f} |" in text
     assert f"| Weights on disk | {weights.stat().st_size / 1e6:.1f} MB |" in text
-    # 128 divides no row of 192, so those take 64; the first output projection is 96 wide and takes 32.
+    # 128 does not divide rows of 192, which take 64; the first output projection is 96 wide and takes 32.
     rows = [row.split("|")[1:-1] for row in text.splitlines() if "| affine |" in row]
     config = json.loads((folder / "config.json").read_text())["quantization"]
     own = [entry for entry in config.values() if isinstance(entry, dict)]
@@ -127,13 +127,13 @@ def test_plain_models_have_no_quantization(tmp_path: Path) -> None:
     assert metadata["tags"] == ["mlx", "openelm"]
     assert not {"license", "base_model", "base_model_relation", "language"} & set(metadata)
     assert "## Quantization" not in text and "| Type | float32 |" in text and "| Bits per weight | 32.00 |" in text
-    assert "No licence came with the original" in text
+    assert "No license came with the original" in text
 
 
-# Where a model came from
+# The origin of a model
 
 
-def test_tiny_is_ours() -> None:
+def test_the_origin_of_tiny() -> None:
     origin = find_origin(catalog.TINY_FOLDER)
     assert (origin.name, origin.base_model, origin.metadata["license"]) == ("tiny", None, "mit")
 
@@ -143,7 +143,7 @@ def test_tiny_s_card(tmp_path: Path) -> None:
     convert("tiny", out)
     write_card(out, name="small", origin=find_origin(catalog.TINY_FOLDER))
     assert "Shakespeare's plays and poems (public domain)" in (out / "README.md").read_text()
-    # And converted once more, it is still that model.
+    # Converted again, it is still that model.
     again = find_origin(out)
     assert (again.name, again.base_model, again.metadata["license"]) == ("tiny", None, "mit")
 
@@ -190,41 +190,41 @@ def test_folder_in_the_hub_s_cache_is_its_repository(tmp_path: Path) -> None:
     assert find_origin(snapshot).base_model == "them/plays"
 
 
-def test_folder_named_like_a_release_of_other_sizes_is_not_it(tmp_path: Path) -> None:
+def test_folder_named_like_a_release_but_of_another_size_is_not_it(tmp_path: Path) -> None:
     impostor = shutil.copytree(SHAKESPEARE, tmp_path / "OpenELM-270M")
     assert find_origin(impostor).base_model is None
 
 
-def test_what_lies_beside_a_file_is_taken_only_from_our_own_folders(folder: Path, apple: Path) -> None:
+def test_cards_beside_a_file_are_used_only_in_our_own_folders(folder: Path, apple: Path) -> None:
     (apple / "model.gguf").write_bytes(b"GGUF")
     assert find_origin(apple / "model.gguf").metadata == {} and find_origin(apple / "model.gguf").licenses == ()
     write_card(folder, name="x", origin=find_origin(apple, repo="apple/OpenELM-270M"))
     assert find_origin(folder / "model.safetensors").base_model == "apple/OpenELM-270M"
 
 
-def test_link_to_a_licence_that_is_not_there_leads_to_the_original(apple: Path) -> None:
+def test_link_to_a_missing_license_points_to_the_original(apple: Path) -> None:
     (apple / "LICENSE").unlink()
     linked = find_origin(apple, repo="apple/OpenELM-270M").metadata["license_link"]
     assert linked == "https://huggingface.co/apple/OpenELM-270M/blob/main/LICENSE"
     assert "license_link" not in find_origin(apple).metadata
 
 
-def test_a_file_too_large_for_a_licence_is_not_copied(apple: Path) -> None:
+def test_a_file_too_large_for_a_license_is_not_copied(apple: Path) -> None:
     for size, licenses in ((1_000_000, (apple / "LICENSE",)), (1_000_001, ())):
         (apple / "LICENSE").write_bytes(b"x" * size)
         assert find_origin(apple).licenses == licenses
 
 
-def test_code_called_licence_is_not_copied(apple: Path) -> None:
+def test_code_called_license_is_not_copied(apple: Path) -> None:
     (apple / "LICENSE.py").write_text("code")
     assert find_origin(apple).licenses == (apple / "LICENSE",)
 
 
-# Links: a folder that somebody else made must not name files of this machine as its own
+# Links: a downloaded folder must not be able to link to private files of this machine
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt"])
-def test_a_licence_that_is_a_link_to_a_private_file_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_license_that_is_a_link_to_a_private_file_is_not_copied(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("machine example.com password secret")
     source = tmp_path / "source"
     source.mkdir()
@@ -245,23 +245,23 @@ def test_a_card_that_is_a_link_to_a_private_file_is_not_read(tmp_path: Path) -> 
     assert (origin.name, origin.base_model, dict(origin.metadata)) == ("source", None, {})
 
 
-def test_links_within_a_folder_and_a_linked_folder_are_fine(apple: Path, tmp_path: Path) -> None:
+def test_links_within_a_folder_and_linked_folders_are_allowed(apple: Path, tmp_path: Path) -> None:
     (apple / "LICENSE").rename(apple / "TERMS")
     (apple / "LICENSE").symlink_to("TERMS")
     (tmp_path / "shortcut").symlink_to(apple, target_is_directory=True)
     for path in (apple, tmp_path / "shortcut"):
         origin = find_origin(path, repo="apple/OpenELM-270M")
-        assert [file.read_text() for file in origin.licenses] == ["Apple's licence\n"]
+        assert [file.read_text() for file in origin.licenses] == ["Apple's license\n"]
         assert origin.metadata["license_name"] == "apple-amlr"
 
 
-def test_links_of_the_hub_s_cache_lead_to_its_own_contents_only(apple: Path, hub: FakeHub) -> None:
+def test_links_in_the_hub_s_cache_may_only_point_to_its_own_blobs(apple: Path, hub: FakeHub) -> None:
     hub.add("them/plays", apple)
     snapshot = hub_folder("them/plays")
-    assert (snapshot / "LICENSE").is_symlink()  # otherwise this shows nothing
+    assert (snapshot / "LICENSE").is_symlink()  # otherwise this test proves nothing
     assert [file.name for file in find_origin(snapshot).licenses] == ["LICENSE"]
     assert find_origin(snapshot).metadata["license_name"] == "apple-amlr"
-    # Another repository's contents are not this one's, and neither is what a content links to.
+    # Another repository's blobs are refused, and so are blobs that are links.
     cache = snapshot.parent.parent
     other = cache.with_name("models--me--private") / "blobs"
     other.mkdir(parents=True)
@@ -277,18 +277,18 @@ def hub_folder(repo: str) -> Path:
     return download(repo, patterns=DOCUMENT_PATTERNS)
 
 
-# The licence of Apple's models whose files came without one
+# The license of Apple's models if their files came without one
 
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """A checkpoint that came from elsewhere, with nothing beside it."""
+    """A checkpoint from elsewhere, with no other files."""
     (tmp_path / "corenet").mkdir()
     (tmp_path / "corenet" / "checkpoint_average.pt").write_bytes(b"")
     return tmp_path / "corenet" / "checkpoint_average.pt"
 
 
-def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
+def test_a_checkpoint_of_apple_s_gets_the_license_of_its_repository(
     apple: Path, bare: Path, folder: Path, hub: FakeHub
 ) -> None:
     (apple / "model.safetensors").write_bytes(b"weights")
@@ -302,13 +302,13 @@ def test_a_checkpoint_of_apple_s_gets_the_licence_of_its_repository(
     }
     assert sorted(hub.files_sent) == ["LICENSE", "README.md"]
     write_card(folder, name="x", origin=origin)
-    assert (folder / "LICENSE").read_text() == "Apple's licence\n"
+    assert (folder / "LICENSE").read_text() == "Apple's license\n"
     text = (folder / "README.md").read_text()
-    assert "under the licence of the original: [apple-amlr](LICENSE)" in text
+    assert "under the license of the original: [apple-amlr](LICENSE)" in text
 
 
 @pytest.mark.parametrize("trouble", ["offline", "refused", "gone", "broken"])
-def test_without_the_repository_the_card_names_it(
+def test_if_the_repository_is_unavailable_the_card_names_it(
     trouble: str, bare: Path, folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if trouble == "offline":
@@ -323,11 +323,11 @@ def test_without_the_repository_the_card_names_it(
     metadata, text = metadata_load(folder / "README.md"), (folder / "README.md").read_text()
     assert not {"license", "license_name", "license_link"} & set(metadata)
     page = "[apple/OpenELM-270M](https://huggingface.co/apple/OpenELM-270M)"
-    assert f"The weights are under the licence of {page}: see its page." in text
-    assert "No licence came with" not in text
+    assert f"The weights are under the license of {page}: see its page." in text
+    assert "No license came with" not in text
 
 
-def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_licence(
+def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_license(
     apple: Path, folder: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     hub.add("apple/OpenELM-270M", apple)
@@ -338,10 +338,10 @@ def test_the_hub_is_not_asked_unless_a_known_model_lacks_a_licence(
     assert find_origin(SHAKESPEARE).base_model is None
     assert find_origin(folder).licenses == ()
     assert find_origin(folder, repo="them/plays").metadata == {}
-    assert find_origin(tuned).metadata == {}  # Apple's terms need not be those of the one who tuned it
+    assert find_origin(tuned).metadata == {}  # a fine-tune need not have Apple's license
     assert find_origin(catalog.TINY_FOLDER).metadata["license"] == "mit"
     assert find_origin(apple, repo="apple/OpenELM-270M").licenses == (apple / "LICENSE",)
-    # The card for an upload is the same in a dry run, which asks nobody.
+    # The card is the same in a dry run, which makes no request.
     (folder / "README.md").write_text("---\nlibrary_name: mlx\nbase_model: apple/OpenELM-270M\n---\n")
     card_for_upload(folder, "me/x")
     (folder / "README.md").unlink()
@@ -371,7 +371,7 @@ def test_hugging_face_layout_says_plainly_what_transformers_needs(tmp_path: Path
     assert "mlx_lm" not in text
 
 
-def test_gguf(tmp_path: Path) -> None:
+def test_the_card_of_a_gguf_file(tmp_path: Path) -> None:
     out = tmp_path / "gguf"
     out.mkdir()
     (out / "openelm-270m-q8_0.gguf").write_bytes(b"GGUF" + bytes(2_000_000 - 4))
@@ -400,7 +400,7 @@ def test_upload_names_the_repository_and_keeps_what_is_known(folder: Path, apple
     assert "# OpenELM-4bit\n" in card.text and 'load("me/OpenELM-4bit")' in card.text
     assert "mlx_lm.generate --model me/OpenELM-4bit" in card.text
     assert "method `awq`" in card.text and "| a play | 10 | 2.5000 |" in card.text
-    # What was uploaded can be uploaded again elsewhere.
+    # An uploaded model can be uploaded again elsewhere.
     (folder / "README.md").write_text(card.text)
     again = card_for_upload(folder, "you/other").text
     assert again == card.text.replace("me/OpenELM-4bit", "you/other").replace("# OpenELM-4bit", "# other").replace(
@@ -439,7 +439,7 @@ def test_a_damaged_card_is_refused_before_anything_is_sent(content: bytes, folde
 
 
 @pytest.mark.parametrize("facts", ["[]", "{quality: 3}", "{quality: [{text: a}]}", "{parameters: many}", "{text: 0}"])
-def test_facts_that_we_did_not_write_make_a_card_a_person_s(facts: str, folder: Path) -> None:
+def test_a_card_with_facts_we_did_not_write_counts_as_hand_written(facts: str, folder: Path) -> None:
     text = f"---\nmlx_openelm: {facts}\n---\n# x\n"
     (folder / "README.md").write_text(text)
     assert card_for_upload(folder, "me/x") == Card(text, is_own=True)

@@ -1,4 +1,4 @@
-"""Regular expressions from files: Python's answers, in bounded time."""
+"""Regular expressions from files: the same matches as Python's `re`, in bounded time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = list(ModelConfig.from_name("OpenELM-3B").matrix_shapes())
 ATOMS = ["a", "b", "_", "1", ".", r"\.", r"\d", r"\w", r"\D", r"\s", r"\b", r"\B", "[ab]", "[^a]", r"[^\d.]", "[a-c_1]"]
 ATOMS += ["^", "$", r"\Z", "(?=a)", "(?!b)", "(?<=a)", "(?<!a)", "(?s:.)", "[^ab]"]
 REPEATS = ["*", "+", "?", "*?", "+?", "??", "{2}", "{0,2}", "{1,3}?", "{2,}"]
-# What target_modules holds after training with Unsloth, shortened.
+# target_modules as written by Unsloth, shortened.
 LONG = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj).*?)|"
     r"(?:\btransformer\.layers\.[\d]{1,}\.(?:self_attn|attn|mlp|ffn)\.(?:(?:qkv_proj|out_proj|proj_1|proj_2)))"
@@ -38,7 +38,7 @@ def patterns() -> st.SearchStrategy[str]:
 
 @settings(max_examples=400, deadline=None)
 @given(patterns(), st.text("ab_1.", min_size=1, max_size=6))
-def test_python_says_the_same(pattern: str, name: str) -> None:
+def test_matches_agree_with_re(pattern: str, name: str) -> None:
     assert Matcher().fullmatch(pattern, name) == bool(re.fullmatch(pattern, name))
     assert Matcher().matches_end(pattern, name) == bool(re.match(rf"(.*\.)?({pattern})$", name))
 
@@ -92,7 +92,7 @@ def test_patterns_of_real_files(pattern: str, count: int) -> None:
         "a{1,1000000000}",
     ],
 )
-def test_what_backtracks_ends(pattern: str) -> None:
+def test_patterns_that_backtrack_end_in_time(pattern: str) -> None:
     started = time.process_time()
     matcher = Matcher()
     assert not any(matcher.matches_end(pattern, name) for name in NAMES[:50])
@@ -108,7 +108,7 @@ def test_what_backtracks_ends(pattern: str) -> None:
         ("a{5000000000}", "is not a regular expression"),
         ("(" * 3000, "is nested too deeply"),
         ("x" * 10_001, "has more than 10000 characters"),
-        (r"(t)\1", "has back reference, which cannot be used here"),
+        (r"(t)\1", "has back reference, which is not supported"),
         ("(?>t)", "has atomic group, which"),
         ("t*+", "has possessive repeat, which"),
         ("(?i)T", "has the flag i, which"),

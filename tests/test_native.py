@@ -41,19 +41,19 @@ def apart(ours: mx.array, theirs: mx.array) -> float:
     """The largest difference, relative to the largest number, or to 1."""
     ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
     assert ours.shape == theirs.shape and ours.size
-    assert mx.isfinite(ours).all().item()  # what is no number would be no difference either
+    assert mx.isfinite(ours).all().item()  # NaN would compare as no difference
     return (mx.max(mx.abs(ours - theirs)) / mx.maximum(mx.max(mx.abs(theirs)), 1.0)).item()
 
 
-def test_they_are_compiled_where_there_is_a_compiler():
+def test_kernels_are_compiled_if_there_is_a_compiler():
     if os.environ.get(native.VARIABLE) == "0" or not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("the kernels are turned off, or nothing compiles them")
+        pytest.skip("the kernels are turned off, or there is no compiler")
     assert native.status.state == "used", native.status
 
 
-def test_the_library_is_the_one_that_is_to_be_checked():
-    wanted = os.environ.get("OPENELM_CHECKED_LIBRARY")
-    assert wanted is None or kernels.__file__ == wanted
+def test_the_library_is_the_one_under_test():
+    expected = os.environ.get("OPENELM_CHECKED_LIBRARY")
+    assert expected is None or kernels.__file__ == expected
 
 
 # Products.
@@ -85,7 +85,7 @@ def test_products_with_packed_weights(bits, group_size):
             expected = x @ full.T
             exact = kernels.linear(x, (*packed, bits, group_size, False))
             assert apart(exact, expected) < 1e-5
-            # Rounding to 127 steps of a group's largest: an error below the length of x and w times a few thousandths.
+            # Rounding to 1/127 of a group's largest number: the error is a few thousandths of |x| |w|.
             rounded = kernels.linear(x, (*packed, bits, group_size, True))
             allowed = 0.02 * mx.linalg.norm(x, axis=1)[:, None] * mx.linalg.norm(full, axis=1)
             assert mx.all(mx.abs(rounded - expected) <= allowed).item()
@@ -147,7 +147,7 @@ def test_gradients_of_products(rows, outputs, inputs):
 
 
 @needs_kernels
-def test_what_does_not_fit_is_refused():
+def test_invalid_shapes_and_dtypes_are_refused():
     packed = mx.quantize(normal(8, 64), 64, 4)
     for call in (
         lambda: linear(normal(2, 5), normal(3, 4)),
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused():
             call()
 
 
-# What lies between products.
+# Element-wise kernels.
 
 
 @needs_kernels
@@ -319,7 +319,7 @@ def test_attention_to_packed_keys_and_values(bits):
         packed = [mx.quantize(normal(batch, kv, total + 5, dim, seed=s), 32, bits) for s in (1, 2)]
         full = [mx.dequantize(*p, 32, bits)[:, :, :total] for p in packed]
         expected = plain_attention(q, *full, dim**-0.5, hiding("causal", batch, length, total)[2])
-        # Also as a cache gives them: the part of its buffers that is in use.
+        # Also as in a cache: the used part of its buffers.
         for parts in (packed, [[x[:, :, :total] for x in p] for p in packed]):
             ours = kernels.attention(q, *(list(p) for p in parts), dim**-0.5, True, None, total, bits, 32)[0]
             assert apart(ours, expected) < 2e-5
@@ -342,7 +342,7 @@ def test_gradients_of_attention(kind):
 
         slopes = [mx.grad(f, argnums=(0, 1, 2))(*arrays) for f in (ours, theirs)]
         assert max(map(apart, *slopes)) < 1e-4
-        # Queries that lie as [batch, heads, length, dim] in memory.
+        # Queries in [batch, heads, length, dim] memory order.
         turned = mx.contiguous(arrays[0].swapaxes(1, 2)).swapaxes(1, 2)
         assert apart(mx.grad(ours)(turned, *arrays[1:]), slopes[1][0]) < 1e-4
 
@@ -351,7 +351,7 @@ def test_gradients_of_attention(kind):
 
 
 def layer_arguments(batch, length, start, bits, group_size, has_norms, room=40):
-    """Arguments of `kernels.layer`, and the projections opened."""
+    """Arguments of `kernels.layer`, and the dequantized projections."""
     dim, queries, kv, head_dim, inner = 128, 4, 2, 32, 192
     shapes = (queries + 2 * kv) * head_dim, dim, 2 * inner, dim
     widths = dim, queries * head_dim, dim, inner
@@ -396,7 +396,7 @@ def plain_layer(arguments, opened):
 @pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(0, 0), (4, 64), (4, 32), (8, 64), (3, 64)])
 @pytest.mark.parametrize(("batch", "length", "start"), [(1, 1, 0), (1, 1, 7), (2, 3, 5), (1, 30, 4), (3, 1, 39)])
-def test_a_layer_at_once(batch, length, start, bits, group_size, has_norms):
+def test_a_whole_layer(batch, length, start, bits, group_size, has_norms):
     arguments, opened = layer_arguments(batch, length, start, bits, group_size, has_norms)
     mx.eval(arguments[:4])
     for a, b in zip(kernels.layer(*arguments), plain_layer(arguments, opened), strict=True):
@@ -406,7 +406,7 @@ def test_a_layer_at_once(batch, length, start, bits, group_size, has_norms):
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_layer_has_projections_of_every_kind(rows):
-    """Each packed in its own way, rounded or not: the same as the kernels one by one."""
+    """Packed differently, with or without rounding: equal to the kernels one by one."""
     x, table, keys, values, start, queries, kv, eps, scale, norms, stored = layer_arguments(1, rows, 5, 0, 0, True)[0]
     kinds = ((4, 64, True), (0, 0, False), (3, 32, True), (4, 64, False))
     for i, (bits, group_size, rounds) in enumerate(kinds):
@@ -462,7 +462,7 @@ def test_gradients_of_a_layer():
         (10, lambda stored: [(stored[0][0].reshape(-1), *stored[0][1:]), *stored[1:]]),
     ],
 )
-def test_a_layer_refuses_what_does_not_fit(place, change):
+def test_a_layer_refuses_invalid_arguments(place, change):
     arguments, _ = layer_arguments(1, 3, 4, 4, 64, True)
     kernels.layer(*arguments)
     arguments[place] = change(arguments[place])
@@ -491,8 +491,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 @needs_kernels
-def test_tokens_that_overlap_extend_a_cache_in_place():
-    """As in decoding, a token's kernels are dispatched while those before them have not run."""
+def test_overlapping_steps_extend_a_cache_in_place():
+    """As in decoding, a token's kernels are dispatched before earlier ones have run."""
     model, _ = load("tiny")
     cache = make_cache(len(model.layers))
     mx.eval(model(mx.array([[1, 5, 6, 7]]), cache))
@@ -507,7 +507,7 @@ def test_tokens_that_overlap_extend_a_cache_in_place():
 
 
 @needs_kernels
-def test_a_cache_is_extended_in_place_unless_somebody_else_holds_it():
+def test_a_cache_is_extended_in_place_unless_it_has_other_references():
     model, _ = load("tiny")
     cache = make_cache(len(model.layers))
     mx.eval(model(mx.array([[1, 5, 6, 7]]), cache))
@@ -527,7 +527,7 @@ def test_a_cache_is_extended_in_place_unless_somebody_else_holds_it():
 
 @needs_kernels
 @pytest.mark.parametrize("make", [lambda: KVCache(), lambda: RotatingKVCache(12, keep=4), lambda: BatchKVCache([0])])
-def test_every_cache_gives_what_plain_mlx_gives(make, monkeypatch):
+def test_every_cache_equals_plain_mlx(make, monkeypatch):
     model, _ = load(FOLDER)
     rows = [[1, 20, 21, 22, 23], [7], [30, 31, 32], *([token] for token in range(12))]
     pieces = [mx.array([row]) for row in rows]
@@ -544,7 +544,7 @@ def test_every_cache_gives_what_plain_mlx_gives(make, monkeypatch):
 
 @needs_kernels
 def test_a_cache_in_half_precision_stays_usable():
-    """As a prompt cache saved on a GPU has it."""
+    """As in a prompt cache saved on a GPU."""
     model, _ = load(FOLDER)
     exact, half = (make_cache(len(model.layers)) for _ in range(2))
     mx.eval(model(mx.array([[1, 20, 21]]), exact))
@@ -569,7 +569,7 @@ def test_trimmed_caches_forget(reference):
 
 
 @needs_kernels
-def test_tokens_are_the_references(reference):
+def test_tokens_equal_the_reference(reference):
     for dtype in (None, "float32"):
         model, _ = load(FOLDER, dtype=dtype)
         for ids, greedy in zip(reference["ids"], reference["greedy"], strict=True):
@@ -594,7 +594,7 @@ def divergence(expected: mx.array, got: mx.array) -> float:
 
 @needs_kernels
 @pytest.mark.parametrize("bits", BITS)
-def test_rounded_activations_cost_less_than_the_weights(bits, tmp_path):
+def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path):
     text = json.loads((FIXTURES / "valid.jsonl").read_text().splitlines()[0])["text"]
     full, tokenizer = load(FOLDER)
     ids = mx.array(tokenizer.encode(text)[:256])
@@ -603,18 +603,18 @@ def test_rounded_activations_cost_less_than_the_weights(bits, tmp_path):
 
     def logits(of) -> mx.array:
         cache, parts = make_cache(len(of.layers)), []
-        for start in range(0, ids.size, 8):  # few rows at a time, which are the ones that are rounded
+        for start in range(0, ids.size, 8):  # few rows at a time, since only those are rounded
             parts.append(of(ids[None, start : start + 8], cache)[0])
         return mx.concatenate(parts)
 
-    wanted, exact = logits(full), logits(model)
+    expected, exact = logits(full), logits(model)
     rounded = logits(load(tmp_path / "q")[0])  # as it is by default
     assert mx.array_equal(exact, rounded).item() == (bits > ROUNDED_BITS)
-    assert divergence(exact, rounded) < 0.25 * divergence(wanted, exact)
+    assert divergence(exact, rounded) < 0.25 * divergence(expected, exact)
 
 
 @needs_kernels
-def test_two_generations_at_once_give_what_each_gives_alone():
+def test_concurrent_generations_give_the_same_text_as_alone():
     model, tokenizer = load("tiny")
     prompts = ["ROMEO.", "To be, or not to be"]
     alone = [generate(model, tokenizer, p, max_tokens=60) for p in prompts]
@@ -633,8 +633,8 @@ def test_two_generations_at_once_give_what_each_gives_alone():
 
 
 @needs_kernels
-def test_a_blas_beside_them_changes_nothing():
-    """MLX's products, on OpenBLAS's threads where that is there, while a text is generated."""
+def test_a_concurrent_blas_changes_nothing():
+    """MLX's products, on OpenBLAS's threads if it is loaded, while a text is generated."""
     model, tokenizer = load("tiny")
     alone = generate(model, tokenizer, "ROMEO.", max_tokens=60)
     x = normal(300, 300)
@@ -643,7 +643,7 @@ def test_a_blas_beside_them_changes_nothing():
     def multiply() -> None:
         with mx.stream(mx.new_stream(mx.cpu)):
             wrong.extend(turn for turn in range(60) if np.abs(np.array(x @ x) - product).max() > 1e-3)
-        wrong.append(-1)  # to the end
+        wrong.append(-1)  # waits until it ends
 
     beside = threading.Thread(target=multiply)
     beside.start()
@@ -653,7 +653,7 @@ def test_a_blas_beside_them_changes_nothing():
 
 
 @needs_kernels
-def test_quantized_caches_generate_with_them(reference):
+def test_quantized_caches_work_with_the_kernels(reference):
     model, _ = load(FOLDER)
     tokens = [t for t, _ in generate_step(model, reference["ids"][0], max_tokens=24, options=CacheOptions(kv_bits=8))]
     assert tokens[:8] == reference["greedy"][0][:8]
@@ -677,7 +677,7 @@ def test_thread_counts_follow_the_usual_variables(variables, count, monkeypatch)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a library and a description that nothing speaks against."""
+    """A folder with a library and a matching description."""
     monkeypatch.delenv(native.VARIABLE, raising=False)
     (tmp_path / build.LIBRARY).write_bytes(b"")
     describe(tmp_path)
@@ -702,7 +702,7 @@ def test_a_library_for_another_mlx_is_not_loaded(folder):
     assert "-m mlx_openelm.native" in (status.advice or "")
 
 
-def test_a_library_of_other_sources_is_not_loaded(folder):
+def test_a_library_built_from_other_sources_is_not_loaded(folder):
     describe(folder, sources=0)
     status = native.examine(folder)
     assert status is not None and (status.state, status.detail) == ("stale", "compiled from other sources")
@@ -728,7 +728,7 @@ def test_a_clone_uses_the_installed_library(monkeypatch, tmp_path):
     assert folder() == tmp_path / "clone"
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
 def test_a_library_for_another_processor_is_not_loaded(folder):
     describe(folder, instructions=["no_such_instruction"])
     status = native.examine(folder)
@@ -737,7 +737,7 @@ def test_a_library_for_another_processor_is_not_loaded(folder):
     assert native.examine(folder).state == "foreign"  # type: ignore[union-attr]
 
 
-def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
+def test_a_missing_or_damaged_library_is_reported(folder, monkeypatch):
     (folder / build.FACTS).write_text("{")
     assert native.examine(folder).state == "failed"  # type: ignore[union-attr]
     describe(folder)
@@ -751,14 +751,14 @@ def test_a_library_that_is_missing_or_damaged_is_told(folder, monkeypatch):
 
 @pytest.fixture
 def unloaded(folder, monkeypatch) -> None:
-    """The kernels were not used yet, and the library in `folder` is the one that is installed."""
+    """Fresh kernels, not loaded yet, whose installed library is the one in `folder`."""
     assert native.status is not None  # loads them now, so that they can be restored afterwards
     monkeypatch.delattr(native, "kernels")
     monkeypatch.delattr(native, "status")
     monkeypatch.setattr(native, "__file__", str(folder / "__init__.py"))
 
 
-def test_a_library_that_does_not_load_is_reported(unloaded):
+def test_a_library_that_fails_to_load_is_reported(unloaded):
     assert native.kernels is None and native.status.state == "failed" and build.LIBRARY in native.status.detail
 
 
@@ -794,7 +794,7 @@ def test_doctor_says_which_kernels_are_used():
     done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor", "--json"], capture_output=True, text=True)
     findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     if "CPU kernels" not in findings:
-        pytest.skip("a GPU needs none")
+        pytest.skip("a GPU does not use the kernels")
     assert findings["CPU kernels"]["value"].startswith("used: ") and findings["CPU kernels"]["advice"] is None
     done = subprocess.run([sys.executable, "-m", "mlx_openelm", "doctor"], capture_output=True, text=True,
                           env=os.environ | {"MLX_OPENELM_NATIVE": "0"})  # fmt: skip
@@ -833,18 +833,18 @@ def test_building_needs_nanobind_and_mlx(monkeypatch, tmp_path):
 @needs_kernels
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
-def test_they_are_clean_under_sanitizers(tmp_path):
-    """This file's other tests once more, with every access to memory and every undefined behaviour checked."""
+def test_kernels_are_clean_under_sanitizers(tmp_path):
+    """Rerun this file's other tests with the address and undefined-behaviour sanitizers."""
     pytest.importorskip("nanobind")
     shutil.copytree(Path(native.__file__).parent.parent, tmp_path / "mlx_openelm")
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
     library = build.build(tmp_path / "mlx_openelm" / "native", flags=checks)
-    # Before Python; and the C++ runtime too, or exceptions would not be known.
+    # Preload it before Python, with the C++ runtime, so that exceptions are intercepted.
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    # Python keeps memory to the end, which would be reported as leaks.
+    # Python frees some memory never, which would be reported as leaks.
     environment = {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"OPENELM_CHECKED_LIBRARY": str(library)}
     ours = "not doctor and not variable and not sanitizers and not rounded_activations"

@@ -1,4 +1,4 @@
-"""The kernels' own checks (`native/checks.cpp`), compiled for this machine and for others, and run."""
+"""The kernels' C++ checks (`native/checks.cpp`), compiled and run for this machine and others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 CHECKS = Path(__file__).parent / "native" / "checks.cpp"
 FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{SOURCES}", f"-I{CHECKS.parent}")
-# How the library is compiled; sanitizers go with less.
+# The flags of the library; sanitizers need fewer.
 FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math", *FUSED)
 TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
 EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
@@ -22,7 +22,7 @@ on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reaso
 
 
 def a_compiler(name: str | None = None) -> list[str]:
-    """The compiler of this name, or the one that the library is compiled with, as a command."""
+    """The command of this compiler, or of the one that compiles the library."""
     if name is not None:
         return [name] if shutil.which(name) else pytest.skip(f"there is no {name}")
     try:
@@ -38,7 +38,7 @@ def compile_checks(program: Path, compiler: list[str], *flags: str) -> None:
 
 
 def run_checks(*command: str | Path) -> str:
-    """What the program prints, all of whose checks pass."""
+    """Run the program, whose checks must pass; returns its output."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     assert done.stdout.splitlines()[-1].endswith(" passed, 0 failed")
@@ -46,7 +46,7 @@ def run_checks(*command: str | Path) -> str:
 
 
 def sanitized(tmp_path: Path, sanitizers: str) -> Path:
-    """The program with these sanitizers, where the compiler brings them."""
+    """The program with these sanitizers, if the compiler has them."""
     compiler, empty = a_compiler(), tmp_path / "empty.cpp"
     flag = f"-fsanitize={sanitizers}"
     empty.write_text("int main() {}\n")
@@ -64,7 +64,7 @@ def test_on_this_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_with_other_numbers(tmp_path: Path) -> None:
+def test_with_other_seeds(tmp_path: Path) -> None:
     compiler = a_compiler()
     compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler))
     for seed in range(1, 6):
@@ -72,7 +72,7 @@ def test_with_other_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
+def test_memory_and_undefined_behavior(tmp_path: Path) -> None:
     run_checks(sanitized(tmp_path, "address,undefined"))
 
 
@@ -94,7 +94,7 @@ def test_avx512(tmp_path: Path) -> None:
     compiler = a_compiler()
     instructions = used_instructions(compiler)
     if "avx512f" in instructions:
-        pytest.skip("this machine has AVX-512: test_on_this_machine runs it")
+        pytest.skip("this machine has AVX-512, so test_on_this_machine covers it")
     if "avx2" not in instructions:
         pytest.skip("AVX-512 is emulated on top of AVX2")
     compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), EMULATED_AVX512)
@@ -106,7 +106,7 @@ def test_avx512(tmp_path: Path) -> None:
 def test_arm(architecture: str, tmp_path: Path) -> None:
     compiler, emulator = a_compiler("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if emulator is None:
-        pytest.skip("there is no qemu-aarch64")
+        pytest.skip("needs qemu-aarch64")
     compile_checks(tmp_path / "checks", compiler, *FAST, "-static", f"-march={architecture}")
     run_checks(emulator, tmp_path / "checks")
 
@@ -119,11 +119,11 @@ def test_arm(architecture: str, tmp_path: Path) -> None:
         ("g++", "-march=znver4"),
         ("clang++", "-march=sapphirerapids"),
         ("clang++", "-march=x86-64-v3"),
-        ("clang++", "--target=aarch64-linux-gnu -march=armv8.2-a+dotprod+fp16"),  # as macOS compiles
+        ("clang++", "--target=aarch64-linux-gnu -march=armv8.2-a+dotprod+fp16"),  # as on macOS
     ],
 )
 def test_compiles_without_warnings_for(compiler: str, flags: str, tmp_path: Path) -> None:
-    """What this machine cannot run: the instructions exist, and the compiler understands the source."""
+    """For platforms this machine cannot run: the instructions exist and the source compiles."""
     command = [*a_compiler(compiler), *FLAGS, *flags.split(), "-Wall", "-Wextra", "-fsyntax-only"]
     library = tmp_path / "library.cpp"
     library.write_text("#include <algorithm>\n#include <thread>\n")

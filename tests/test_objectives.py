@@ -1,4 +1,4 @@
-"""A loss of one's own in a training step: several forward passes, the base as the reference, and metrics."""
+"""A custom loss in a training step: several forward passes, the base as the reference, and metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from mlx_openelm import load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.adapters.switching import without_adapters
 from mlx_openelm.model import OpenELM
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
@@ -36,7 +36,7 @@ class Pairs:
 
 
 class Contrast:
-    """The logistic loss of how much more the model prefers a row than the base does, as in DPO."""
+    """The logistic loss of the model's preference margin over the base's, as in DPO."""
 
     metrics = ("margin", "accuracy")
 
@@ -81,7 +81,7 @@ def pairs(rows: int, seed: int = 0) -> Pairs:
 
 
 def expected(model: OpenELM, batch: Pairs) -> tuple[dict[str, float], dict[str, mx.array]]:
-    """Means and gradients by brute force: two models, all logits, and the rest in NumPy."""
+    """Means and gradients by brute force: two models, all logits, otherwise NumPy."""
     base = load("tiny", expand=True)[0]
     rows = (batch.preferred, batch.rejected)
     reference = [_likelihoods(base(tokens[:, :-1]), tokens) for tokens in rows]
@@ -101,7 +101,7 @@ def expected(model: OpenELM, batch: Pairs) -> tuple[dict[str, float], dict[str, 
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_a_contrastive_loss_against_the_base_is_the_one_by_brute_force(recompute, dora):
+def test_a_contrastive_loss_against_the_base_equals_brute_force(recompute, dora):
     model = adapted(dora=dora)
     batches = [pairs(3), pairs(2, seed=1)]
     whole = Pairs(*(mx.concatenate([getattr(b, name) for b in batches]) for name in ("preferred", "rejected")))
@@ -120,7 +120,7 @@ def test_a_contrastive_loss_against_the_base_is_the_one_by_brute_force(recompute
         assert error <= 1e-3 * mx.abs(gradient).max().item() + 2e-7, name
 
 
-def test_a_loss_of_ones_own_is_evaluated_and_learned():
+def test_a_custom_loss_is_evaluated_and_learned():
     model, batch = adapted(), pairs(4)
     means, _ = expected(model, batch)
     updater = Updater(model, optim.Adam(1e-2), objective=Contrast())
@@ -133,8 +133,8 @@ def test_a_loss_of_ones_own_is_evaluated_and_learned():
     assert updater.evaluate([batch]).metrics["accuracy"] == 1
 
 
-def test_dropout_is_for_the_adapters_alone():
-    """The reference has none: a model that changes nothing yet has a margin that only dropout could move."""
+def test_dropout_applies_to_the_adapters_alone():
+    """The reference has none: with a new adapter the margin is zero apart from dropout."""
     model = load("tiny", expand=True)[0]
     attach_new(model, rank=4, dropout=0.5)
     update = Updater(model, optim.SGD(0.0), objective=Contrast()).update([pairs(3)], 3, 0.0, 0)

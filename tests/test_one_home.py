@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx_openelm
-from mlx_openelm.config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, ModelConfig
+from mlx_openelm.config import EMBEDDING, HEAD, LAYER_MATRICES, LAYERS, NORM, ModelConfig
 from mlx_openelm.formats.adapter import FILES, PROJECTIONS, TARGET_MODULES
 from mlx_openelm.loading import load
 from mlx_openelm.model import OpenELM
@@ -21,20 +21,42 @@ import pytest
 PACKAGE = Path(mlx_openelm.__file__).parent
 
 
+def constants_of(tree: ast.AST) -> list[object]:
+    """The strings, numbers and tuples of them in a file's code."""
+    return [ast.literal_eval(node) for node in ast.walk(tree) if _is_constant(node)]
+
+
 def files_with(constant: object) -> list[str]:
     """The files of the package whose code, docstrings aside, holds a constant."""
-    found = []
-    for path in PACKAGE.rglob("*.py"):
-        constants = (ast.literal_eval(n) for n in ast.walk(ast.parse(path.read_text())) if _is_constant(n))
-        if any(type(value) is type(constant) and value == constant for value in constants):
-            found.append(str(path.relative_to(PACKAGE)))
-    return sorted(found)
+    return sorted(
+        file for file, values in CONSTANTS.items() if any(type(v) is type(constant) and v == constant for v in values)
+    )
+
+
+def files_with_path(path: str) -> list[str]:
+    """The files whose code holds a module path or the path of something in it: `lm_head`, or `lm_head.weight`."""
+    inside = path if path.endswith(".") else f"{path}."
+    return sorted(
+        file
+        for file, values in CONSTANTS.items()
+        if any(isinstance(v, str) and f"{v}.".startswith(inside) for v in values)
+    )
 
 
 def _is_constant(node: ast.AST) -> bool:
     if isinstance(node, ast.Tuple):
         return all(map(_is_constant, node.elts))
     return isinstance(node, ast.Constant)
+
+
+CONSTANTS = {
+    str(path.relative_to(PACKAGE)): constants_of(ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")
+}
+
+
+@pytest.mark.parametrize("path", [EMBEDDING, LAYERS, NORM, HEAD])
+def test_a_module_path_has_one_home_with_any_suffix(path):
+    assert files_with_path(path) == ["config.py"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +75,7 @@ def test_a_constant_has_one_home(constant, home):
     assert files_with(constant) == [home]
 
 
-def test_paths_are_those_of_the_configuration():
+def test_paths_equal_those_of_the_configuration():
     config = ModelConfig.from_name("OpenELM-270M")
     first = [f"{LAYERS}0.{path}" for path in LAYER_MATRICES]
     assert list(config.matrix_shapes())[:5] == [EMBEDDING, *first]
@@ -81,14 +103,14 @@ def test_the_output_layer(shared):
     assert output_layer(model) is (model.transformer.token_embeddings if shared else model.lm_head)
 
 
-def test_flags_choices_and_sizes_are_written_for_people():
+def test_flags_choices_and_sizes_in_messages():
     assert flag("q_group_size") == "--q-group-size"
     assert [one_of(range(n)) for n in (1, 2, 3)] == ["0", "0 or 1", "0, 1 or 2"]
     sizes = [0, 512, 999, 999.6, 3_100_000, 12_149_000_000, 1e13]
     assert list(map(size, sizes)) == ["0 B", "512 B", "999 B", "1.0 kB", "3.1 MB", "12.1 GB", "10000.0 GB"]
 
 
-def test_many_names_are_cut_and_counted():
+def test_long_lists_of_names_are_cut_and_counted():
     names = [str(n) for n in range(10)]
     assert some(names[:2]) == "0, 1"
     assert some(names, separator="; ") == "0; 1; 2; 3; 4; 5; 6; 7 and 2 more"

@@ -67,7 +67,7 @@ def test_both_forms_agree_on_quantized_caches(model, monkeypatch, bits):
 
     plain = run()
     pretend(monkeypatch, "Metal")
-    # A key that lies between two steps may be rounded to either.
+    # A key between two steps may be rounded to either.
     assert np.abs(np.array(run()) - np.array(plain)).max() < 2e-3
 
 
@@ -79,7 +79,7 @@ def test_a_quantized_cache_stays_close_to_an_exact_one(model):
 
 
 @pytest.mark.parametrize(("out_dims", "in_dims"), [(5120, 1280), (1280, 5120), (4093, 1100), (40, 200_000), (64, 64)])
-def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
+def test_blocked_products_of_a_row_equal_the_plain_product(out_dims, in_dims):
     weight = mx.random.normal((out_dims, in_dims), key=mx.random.key(1))
     x = mx.random.normal((1, in_dims), key=mx.random.key(2))
     expected = np.array(x, dtype=np.float64) @ np.array(weight, dtype=np.float64).T
@@ -91,7 +91,7 @@ def test_a_row_times_a_matrix_in_blocks_is_the_plain_product(out_dims, in_dims):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_many_rows_in_half_precision_are_multiplied_in_float32(dtype, monkeypatch):
-    """A CPU has a BLAS for float32 alone: the product is that of float32, rounded once, and so are its gradients."""
+    """A CPU has a BLAS only for float32: product and gradients are computed in float32 and rounded once."""
     monkeypatch.setattr(native, "kernels", None)
     draw = [mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate([(16, 96), (64, 96), (16, 64)])]
     x, weight, residual = (array.astype(dtype) for array in draw)
@@ -114,7 +114,7 @@ def test_blocks_divide_the_matrix_and_stay_below_the_packing_limit():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rms_norm_in_every_type_is_that_of_numpy(rows):
+def test_rms_norm_equals_numpys_in_every_dtype(rows):
     x = mx.random.normal((rows, 96), key=mx.random.key(0)) * 3
     weight = mx.random.uniform(shape=(96,), key=mx.random.key(1))
     wide = np.array(x, dtype=np.float64)
@@ -134,7 +134,7 @@ def test_swiglu_is_silu_of_the_first_half_times_the_second(rows):
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_rotation_of_one_and_of_many_positions_is_rope_in_halves(length):
+def test_rotation_of_one_or_many_positions_is_half_rotation_rope(length):
     x = mx.random.normal((2, length, 3, 8), key=mx.random.key(4))
     offsets = np.array([7, 1000])
     angles = (offsets[:, None] + np.arange(length))[:, :, None, None] * 100.0 ** (-np.arange(0, 8, 2) / 8)
@@ -147,7 +147,7 @@ def test_rotation_of_one_and_of_many_positions_is_rope_in_halves(length):
 
 
 def test_two_threads_may_share_a_fresh_model(reference):
-    """What a model derives from its weights on first use must not tie two threads' graphs together."""
+    """Arrays derived from weights on first use must not connect the graphs of two threads."""
     code = """
 import threading
 from mlx_openelm import load, generate
@@ -180,7 +180,7 @@ def test_replaced_norm_weights_are_used_and_gradients_reach_them(model):
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_masks_of_numbers_work_in_every_type_of_the_fused_form(fused, dtype):
+def test_additive_masks_work_in_every_dtype_of_the_fused_form(fused, dtype):
     model, _ = load(FIXTURES / "shakespeare-hf", dtype=dtype)
     tokens = mx.array([[1, 5, 9, 11]])
     mask = mx.where(mx.arange(4)[:, None] >= mx.arange(4), 0.0, -1e9)

@@ -1,4 +1,4 @@
-"""Optimizers compared with PyTorch and NumPy, and their states, which can be saved and restored exactly."""
+"""Optimizers compared with PyTorch and NumPy; their states are saved and restored exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EMBEDDING, MATRIX, VECTOR = "transformer.token_embeddings.weight", "transformer.
 SHAPES = {EMBEDDING: (7, 4), MATRIX: (6, 4), "transformer.layers.2.attn.weight": (4, 8), VECTOR: (5,)}
 RATES = [1e-2, 3e-2, 2e-2, 1e-2, 5e-3, 1e-3]
 
-# Options under which each optimizer uses all it has.
+# Options that make each optimizer use all its features.
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {},
     "adamw": {"weight_decay": 0.3, "beta2": 0.95},
@@ -52,7 +52,7 @@ def tree(flat: dict[str, np.ndarray]) -> Any:
 
 
 class Run:
-    """Weights and their optimizer, used as `Updater` uses it: the state goes in and out of a function."""
+    """Weights and their optimizer, used as in `Updater`: the state goes in and out of a function."""
 
     def __init__(self, options: TrainOptions, *, compiled: bool = False):
         self.optimizer = make_optimizer(options)
@@ -82,7 +82,7 @@ class Run:
 
 
 def torch_weights(make: Callable[[list[dict[str, Any]]], Any], decay: float, steps: int) -> dict[str, np.ndarray]:
-    """What PyTorch's optimizer makes of the weights, of which vectors do not decay."""
+    """The weights after steps of PyTorch's optimizer; vectors do not decay."""
     torch = pytest.importorskip("torch")
     weights = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in random(0).items()}
     groups = [
@@ -100,7 +100,7 @@ def torch_weights(make: Callable[[list[dict[str, Any]]], Any], decay: float, ste
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_as_pytorch_does(name: str) -> None:
+def test_optimizers_equal_pytorchs(name: str) -> None:
     torch = pytest.importorskip("torch")
     makers = {
         "adam": lambda groups: torch.optim.Adam(groups, lr=1.0),
@@ -115,7 +115,7 @@ def test_as_pytorch_does(name: str) -> None:
         np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=2e-6, err_msg=key)
 
 
-def test_lion_by_its_paper() -> None:
+def test_lion_equals_its_paper() -> None:
     run = Run(options_of("lion"))
     weights, momentum = random(0), {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for step in range(6):
@@ -129,8 +129,8 @@ def test_lion_by_its_paper() -> None:
         np.testing.assert_allclose(value, weights[key], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def test_adafactor_as_transformers_does() -> None:
-    """With a rate of one's own: neither relative to the step nor to the size of the weights."""
+def test_adafactor_equals_that_of_transformers() -> None:
+    """With a fixed learning rate, relative neither to the step nor to the size of the weights."""
     adafactor = pytest.importorskip("transformers.optimization").Adafactor
     expected = torch_weights(
         lambda groups: adafactor(groups, lr=1.0, beta1=0.9, scale_parameter=False, relative_step=False), 0.3, 6
@@ -142,7 +142,7 @@ def test_adafactor_as_transformers_does() -> None:
         np.testing.assert_allclose(value, expected[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def test_muon_for_the_matrices_of_layers_and_adamw_for_the_rest() -> None:
+def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest() -> None:
     run = Run(options_of("muon"))
     for step in range(6):
         run.step(step)
@@ -173,11 +173,11 @@ def newton_schulz(x: np.ndarray) -> np.ndarray:
     return wide.T if x.shape[0] > x.shape[1] else wide
 
 
-def test_muon_as_pytorch_does() -> None:
-    """PyTorch's iterates in bfloat16, so no nearer than that."""
+def test_muon_is_close_to_pytorchs() -> None:
+    """PyTorch iterates in bfloat16, which limits the agreement."""
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
-        pytest.skip("a PyTorch without Muon")
+        pytest.skip("this PyTorch has no Muon")
     weight = torch.nn.Parameter(torch.from_numpy(random(0)[MATRIX].copy()))
     optimizer = torch.optim.Muon([weight], weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     run = Run(options_of("muon"))
@@ -190,7 +190,7 @@ def test_muon_as_pytorch_does() -> None:
     np.testing.assert_allclose(run.found()[MATRIX], weight.detach().numpy(), atol=0.05 * moved)
 
 
-def test_what_is_usual_where_nothing_is_told() -> None:
+def test_defaults() -> None:
     adam = make_optimizer(TrainOptions())
     assert (type(adam), adam.betas, adam.eps, adam.bias_correction) == (optim.Adam, [0.9, 0.999], 1e-8, True)
     adamw = make_optimizer(TrainOptions(optimizer="adamw"))
@@ -205,7 +205,7 @@ def test_what_is_usual_where_nothing_is_told() -> None:
     assert not make_optimizer(TrainOptions(bias_correction=False)).bias_correction
 
 
-def test_sgd_without_momentum_remembers_nothing() -> None:
+def test_sgd_without_momentum_has_no_state() -> None:
     run = Run(TrainOptions(optimizer="sgd"))
     run.step(0)
     assert {name for name, _ in tree_flatten(run.optimizer.state)} == {"step", "learning_rate"}
@@ -215,12 +215,12 @@ def test_sgd_without_momentum_remembers_nothing() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "plain sgd"])
-def test_three_steps_and_three_are_six(name: str, compiled: bool, tmp_path: Path) -> None:
+def test_two_times_three_steps_equal_six(name: str, compiled: bool, tmp_path: Path) -> None:
     options = TrainOptions(optimizer="sgd") if name == "plain sgd" else options_of(name)
     whole = Run(options, compiled=compiled)
     for step in range(6):
         whole.step(step)
-    assert whole.traces == (1 if compiled else 6)  # a new rate is no new graph
+    assert whole.traces == (1 if compiled else 6)  # changing the rate does not retrace
 
     before = Run(options, compiled=compiled)
     for step in range(3):
@@ -244,7 +244,7 @@ def test_three_steps_and_three_are_six(name: str, compiled: bool, tmp_path: Path
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_reaches_every_part(name: str) -> None:
-    """A rate of zero leaves every weight where it is; and what is left of the other options has no say."""
+    """A rate of zero leaves every weight unchanged, whatever the other options."""
     run = Run(options_of(name, learning_rate=1.0))
     set_learning_rate(run.optimizer, mx.array(0.0))
     weights = run.optimizer.apply_gradients(tree(gradients(0)), tree_unflatten(run.weights))
@@ -253,8 +253,8 @@ def test_the_rate_reaches_every_part(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_model_of_which_the_last_layers_are_trained(name: str) -> None:
-    """Holes in the tree of parameters, as `--num-layers` makes them; every optimizer finds the minimum."""
+def test_training_only_the_last_layers(name: str) -> None:
+    """`--num-layers` leaves gaps in the parameter tree; every optimizer finds the minimum."""
     mx.random.seed(0)
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
     model.freeze()

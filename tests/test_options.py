@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_openelm.errors import RequestError
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
-from mlx_openelm.training.values import conform, field_types
+from mlx_openelm.training.options.values import conform, field_types
 
 import pytest
 
@@ -21,11 +21,11 @@ def refusal(**values: Any) -> str:
     return str(caught.value)
 
 
-def test_the_defaults_are_right_and_are_mlx_lms() -> None:
+def test_the_defaults_are_valid_and_equal_mlx_lms() -> None:
     GOOD.check()
     TrainOptions().check()
     mlx_lm = pytest.importorskip("mlx_lm.lora").CONFIG_DEFAULTS
-    # These differ on purpose: all layers of a small model, and no schedule is a constant one.
+    # Two differ on purpose: all layers, and a named schedule instead of None.
     ours_alone = {"num_layers": -1, "lr_schedule": "constant", "data": None}
     for field in fields(FineTuneOptions):
         if field.name in mlx_lm and field.name not in ours_alone:
@@ -89,7 +89,7 @@ def test_the_defaults_are_right_and_are_mlx_lms() -> None:
         ({"report_to": "swanlab"}, "report_to knows tensorboard and wandb, not 'swanlab'."),
     ],
 )
-def test_a_value_that_cannot_be_right(values: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
     assert refusal(**values) == message
 
 
@@ -126,7 +126,7 @@ def test_a_value_that_cannot_be_right(values: dict[str, Any], message: str) -> N
         ({"warmup": 1000}, ("warmup", "iters (1000)")),
     ],
 )
-def test_a_combination_that_cannot_be_meant(values: dict[str, Any], flags: tuple[str, ...]) -> None:
+def test_contradictory_options_are_refused(values: dict[str, Any], flags: tuple[str, ...]) -> None:
     message = refusal(**values)
     assert all(flag in message for flag in flags), message
     assert message.endswith(".") and "\n" not in message
@@ -146,18 +146,18 @@ def test_a_combination_that_cannot_be_meant(values: dict[str, Any], flags: tuple
         {"resume_adapter_file": "adapters/adapters.safetensors"},
     ],
 )
-def test_what_is_right_passes(values: dict[str, Any]) -> None:
+def test_valid_options_pass(values: dict[str, Any]) -> None:
     replace(GOOD, **values).check()
 
 
-def test_numbers_and_lists_may_be_written_otherwise() -> None:
+def test_numbers_and_lists_may_be_spelled_differently() -> None:
     options = FineTuneOptions(iters=1e3, learning_rate=1, target_modules=["qkv_proj"])  # type: ignore[arg-type]
     assert (options.iters, type(options.iters)) == (1000, int)
     assert (options.learning_rate, type(options.learning_rate)) == (1.0, float)
     assert options.target_modules == ("qkv_proj",)
 
 
-def test_the_scale() -> None:
+def test_the_scale_follows_from_scale_alpha_or_the_default() -> None:
     assert FineTuneOptions().lora_scale == 20.0
     assert FineTuneOptions(rank=4).lora_scale == 20.0
     assert FineTuneOptions(rank=4, scale=3).lora_scale == 3.0

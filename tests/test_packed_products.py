@@ -1,6 +1,6 @@
-"""What each backend is asked to multiply as it is stored, and that unpacking gives the same numbers.
+"""Products with packed weights on each backend: which stay packed, and that unpacking gives the same numbers.
 
-A CPU stands in for the others: it computes what they are asked, and refuses what CUDA has no kernel for.
+A CPU stands in for the others: it computes their products, and refuses those that CUDA has no kernel for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ multiply = mx.quantized_matmul
 
 @pytest.fixture(params=["CUDA", "Metal"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a model takes to be its device; where that is CUDA, products that it has no kernel for are refused."""
+    """The device the model sees; for CUDA, products without a kernel are refused."""
     pretend(monkeypatch, request.param)
     if request.param == "CUDA":
         monkeypatch.setattr(mx, "quantized_matmul", cudas)
@@ -73,7 +73,7 @@ def close(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
 def test_products_and_gradients_of_any_packing(
     gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype
 ) -> None:
-    """Of any number of rows, also with sizes that fill no tile."""
+    """Of any number of rows, including sizes that do not fill a tile."""
     for shape, counts in (((128, 128), (1, 3, 7, 8, 255, 256)), ((72, 384), (1, 8))):
         layer = layer_of(mode, bits, group_size, shape, dtype)
         weight = exact(layer)
@@ -86,23 +86,23 @@ def test_products_and_gradients_of_any_packing(
         close(slope, np.broadcast_to(weight.sum(axis=0), slope.shape), dtype)
 
 
-def test_which_rows_cuda_gives_to_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else every case above could pass by unpacking always."""
+def test_cuda_chooses_the_kernel_by_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every case above could pass by always unpacking."""
     pretend(monkeypatch, "CUDA")
-    asked: list[int] = []
-    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape[0]) or multiply(x, *a, **k))
+    rows_seen: list[int] = []
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: rows_seen.append(x.shape[0]) or multiply(x, *a, **k))
     for bits, out_dims, dtype, expected in (
-        (4, 128, mx.bfloat16, [1, 8, 8, 8, 8, 255]),  # two to seven rows are filled up to eight
+        (4, 128, mx.bfloat16, [1, 8, 8, 8, 8, 255]),  # two to seven rows are padded to eight
         (8, 128, mx.float16, [1, 8, 8, 8, 8, 255]),
         (4, 128, mx.float32, [1, 2, 3, 7]),
         (3, 128, mx.bfloat16, [1, 2, 3, 7]),
         (4, 96, mx.bfloat16, [1, 2, 3, 7]),
     ):
-        asked.clear()
+        rows_seen.clear()
         layer = layer_of("affine", bits, 64, (out_dims, 128), dtype)
         for rows in (1, 2, 3, 7, 8, 255, 256, 500):
             packed.product(mx.zeros((rows, 128), dtype), layer)
-        assert asked == expected
+        assert rows_seen == expected
 
 
 @pytest.mark.parametrize("shape", [(4, 128), (1, 5, 128), (2, 2, 128), (3, 1, 128), (3, 4, 128)], ids=str)
@@ -112,8 +112,8 @@ def test_rows_keep_their_shape(gpu: str, shape: tuple[int, ...]) -> None:
     close(packed.product(x, layer), np.array(x.astype(mx.float32)) @ exact(layer).T, mx.float16)
 
 
-def test_few_unpacked_weights_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in a forward pass nor from there to the backward pass."""
+def test_few_unpacked_weights_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither within a forward pass nor between it and the backward pass."""
     pretend(monkeypatch, "CUDA")
 
     def peak(count: int, way: Any) -> int:
@@ -152,7 +152,7 @@ def test_an_embedding_read_by_columns(gpu: str, mode: str, bits: int, group_size
 def test_attention_over_a_quantized_cache(
     gpu: str, monkeypatch: pytest.MonkeyPatch, head_dim: int, group_size: int, bits: int, dtype: mx.Dtype
 ) -> None:
-    """In prompts, more of a prompt, and single positions the same as over what the cache holds, in float32."""
+    """Prompts, further chunks and single positions equal float32 attention over the dequantized cache."""
     if gpu == "Metal":
         monkeypatch.setattr(mx, "quantized_matmul", multiply)
     cache, shape = ours.QuantizedKVCache(group_size, bits), (4, 2)
@@ -170,7 +170,7 @@ def test_attention_over_a_quantized_cache(
         close(found, expected, dtype)
 
 
-def test_mlx_lms_quantized_cache_is_unpacked_alike(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlx_lms_quantized_cache_is_unpacked_the_same_way(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = pytest.importorskip("mlx_lm.models.cache", reason="mlx-lm is not installed")
     if gpu == "Metal":
         monkeypatch.setattr(mx, "quantized_matmul", multiply)
@@ -200,22 +200,22 @@ def test_only_a_cpu_and_single_positions_on_metal_multiply_a_packed_cache(monkey
         assert (packed.attends_packed(1), packed.attends_packed(2)) == expected
 
 
-def test_a_packed_cache_is_multiplied_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metal_multiplies_a_packed_cache_for_single_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "Metal")
-    asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: asked.append(x.shape) or multiply(x, *a, **k))
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(mx, "quantized_matmul", lambda x, *a, **k: shapes.append(x.shape) or multiply(x, *a, **k))
     cache = ours.QuantizedKVCache(32, 8)
     for past, length in ((0, 5), (5, 1)):
         attention.choose(32, 10000, past, length, None)(mx.ones((length, 8 * 32)), (4, 2), None, cache)
-    assert asked == [(1, 2, 2, 32), (1, 2, 2, 6)]
+    assert shapes == [(1, 2, 2, 32), (1, 2, 2, 6)]
 
 
 # The whole model.
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_packed_model_with_adapters_trains_and_answers(gpu: str, mode: str) -> None:
-    """Every product of a model, its adapters and their gradients is one that the backend has."""
+def test_a_packed_model_with_adapters_trains_and_predicts(gpu: str, mode: str) -> None:
+    """The backend has a kernel for every product of a model, its adapters and their gradients."""
     model = tiny_model(seed=3)
     nn.quantize(model, group_size=None, bits=None, mode=mode, class_predicate=lambda _, m: fits(m, mode))
     attach_new(model, target_modules=("token_embeddings", "qkv_proj", "proj_1", "proj_2"), rank=2, scale=2.0, dora=True)
@@ -238,29 +238,29 @@ def fits(module: nn.Module, mode: str) -> Any:
     return hasattr(module, "to_quantized") and module.weight.shape[1] % size == 0
 
 
-# What is said of it.
+# Reports.
 
 
-def test_doctor_says_what_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {
+def test_doctor_reports_what_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = {
         (False, False): "affine, mxfp4, nvfp4, mxfp8: unpacked at load, while memory allows",
         (False, True): "affine: multiplied as stored; mxfp4, nvfp4, mxfp8: unpacked at load, while memory allows",
         (True, False): "affine, mxfp4, nvfp4, mxfp8: multiplied as stored",
     }
-    for (gpu, kernels), expected in said.items():
+    for (gpu, kernels), expected in messages.items():
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr(backend, "has_kernels", lambda kernels=kernels: kernels)
         assert doctor._packed_weights().value == expected
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_info_says_what_is_unpacked(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_info_reports_what_is_unpacked(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     config = ModelConfig.from_name("270M")
     choices = plan(config, Quantization.make(mode, group_size=32))[0]
     for gpu, kernels in ((False, False), (False, True), (True, False)):
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
         monkeypatch.setattr(backend, "has_kernels", lambda kernels=kernels: kernels)
-        lines = info._total_lines(summarize_config(config, choices, name="270m", source="config", dtype="bfloat16"))
-        [line] = [line for line in lines if line.startswith("Quantization")]
+        summary = summarize_config(config, choices, name="270m", source="config", dtype="bfloat16")
+        line = info.totals(summary)["Quantization"]
         stays = gpu or (kernels and mode == "affine")
         assert line.endswith("; multiplied as stored" if stays else "; unpacked at load, while memory allows")

@@ -1,4 +1,4 @@
-"""Packed matrices before they are read: their types and shapes, and what they cost."""
+"""Packed matrices before they are computed: dtypes, shapes and sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH = "transformer.layers.0.ffn.proj_1"
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
-def test_types_and_shapes_are_known_before_a_matrix_is_packed(mode, dtype):
+def test_dtypes_and_shapes_are_known_before_a_matrix_is_packed(mode, dtype):
     weight = mx.array(np.random.default_rng(0).standard_normal((96, 128), np.float32)).astype(dtype)
     packed = quantize_weights(Weights.of_arrays({f"{PATH}.weight": weight}), {PATH: Quantization.make(mode)})
     named = {name: (tensor.dtype, tensor.shape) for name, tensor in packed.tensors.items()}

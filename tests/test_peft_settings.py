@@ -1,4 +1,4 @@
-"""What LoRA's settings in PEFT do to a file, against PEFT itself, and what is refused by the setting's name."""
+"""PEFT's LoRA settings: those we support against PEFT itself, the others refused by name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def edit(folder: Path, change: Callable[[dict[str, mx.array]], object] = dict, *
 
 
 def merged(folder: Path) -> dict[str, np.ndarray]:
-    """The model with an adapter added by our code."""
+    """The model's weights with an adapter merged by our code."""
     checkpoint = mlx_format.read(FOLDER)
     tensors = merge(checkpoint, read_adapter(folder, checkpoint.config)).checkpoint.weights.tensors
     return {name: np.array(tensor.read()) for name, tensor in tensors.items()}
@@ -107,35 +107,35 @@ def merged_by_peft(folder: Path) -> dict[str, np.ndarray]:
     ],
     ids=lambda settings: " ".join(settings),
 )
-def test_what_peft_makes_of_it(tmp_path: Path, weights: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
+def test_merged_weights_equal_pefts(tmp_path: Path, weights: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
     train_in_peft(tmp_path / "a", **settings)
-    wanted, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
-    changed = [name for name, value in wanted.items() if np.abs(value - weights[name]).max() > 1e-3]
+    expected, ours = merged_by_peft(tmp_path / "a"), merged(tmp_path / "a")
+    changed = [name for name, value in expected.items() if np.abs(value - weights[name]).max() > 1e-3]
     assert changed
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert np.abs(ours[name] - value).max() < 1e-6, name
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="the cases are not here")
+@pytest.mark.skipif(not CASES.exists(), reason="needs the cases")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["emb-saved2", "noemb-saved2", "bias-all"])
-def test_files_of_others(name: str) -> None:
-    wanted, ours = merged_by_peft(CASES / name), merged(CASES / name)
-    assert len(wanted) == 25  # all matrices
-    for tensor, value in wanted.items():
+def test_files_of_other_programs(name: str) -> None:
+    expected, ours = merged_by_peft(CASES / name), merged(CASES / name)
+    assert len(expected) == 25  # all matrices
+    for tensor, value in expected.items():
         assert np.abs(ours[tensor] - value).max() < 1e-6, tensor
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"])
-def test_peft_makes_the_same_of_what_we_write(tmp_path: Path, name: str) -> None:
+def test_peft_merges_our_files_to_the_same_weights(tmp_path: Path, name: str) -> None:
     write_adapter(read_adapter(FIXTURES / name, CONFIG), tmp_path, CONFIG, "peft")
-    wanted, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
-    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in wanted.items())
+    expected, ours = merged_by_peft(FIXTURES / name), merged_by_peft(tmp_path)
+    assert all(np.abs(ours[tensor] - value).max() < 1e-6 for tensor, value in expected.items())
 
 
 def test_every_setting_of_peft_is_known() -> None:
-    """A setting that a new PEFT adds is refused by name unless it is looked at here."""
+    """A setting added by a new PEFT is refused by name until it is handled."""
     theirs = pytest.importorskip("peft")
     refused = {
         *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias"),
@@ -152,47 +152,50 @@ def test_methods_other_than_lora_are_refused_by_name(tmp_path: Path) -> None:
     for kind in peft.PeftType:
         if kind != "LORA":
             (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind.value, "r": 8}))
-            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' cannot be used here; LORA can"):
+            with pytest.raises(RequestError, match=f"peft_type '{kind.value}' is not supported; only LORA is"):
                 read_adapter(folder, CONFIG)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["qkv_proj"]}, "changes transformer.*, which target_modules in adapter_config.json leaves"),
-        ({"target_modules": r".*\.attn\..*"}, "which target_modules in"),
-        ({"target_modules": []}, "which target_modules in"),
-        ({"exclude_modules": ["proj_1"]}, "ffn.proj_1, which exclude_modules in"),
-        ({"exclude_modules": r".*layers\.4.*"}, "layers.4.*, which exclude_modules in"),
-        ({"layers_to_transform": [0, 1]}, r"layers.[2-5].*, which layers_to_transform in"),
-        ({"layers_to_transform": 0, "layers_pattern": "h"}, "which layers_to_transform in"),
-        ({"modules_to_save": ["ffn"]}, r"ffn.proj_\d, which modules_to_save in"),
+        ({"target_modules": ["qkv_proj"]}, "for transformer.*, but target_modules in adapter_config.json excludes"),
+        ({"target_modules": r".*\.attn\..*"}, "but target_modules in"),
+        ({"target_modules": []}, "but target_modules in"),
+        ({"exclude_modules": ["proj_1"]}, "ffn.proj_1, but exclude_modules in"),
+        ({"exclude_modules": r".*layers\.4.*"}, "layers.4.*, but exclude_modules in"),
+        ({"layers_to_transform": [0, 1]}, r"layers.[2-5].*, but layers_to_transform in"),
+        ({"layers_to_transform": 0, "layers_pattern": "h"}, "but layers_to_transform in"),
+        ({"modules_to_save": ["ffn"]}, r"ffn.proj_\d, but modules_to_save in"),
         ({"target_modules": {"qkv_proj": 1}}, r"target_modules must be names of modules, got \{'qkv_proj': 1\}"),
         ({"target_modules": ["qkv_proj", 5]}, "target_modules must be names of modules"),
         ({"layers_to_transform": [0, "1"]}, "layers_to_transform must be layer numbers"),
         ({"rank_pattern": ["qkv_proj"]}, "rank_pattern must be an object of numbers by module"),
-        ({"rank_pattern": {f"m{n}": 8 for n in range(1001)}}, "rank_pattern has 1001 entries; the limit is 1000"),
+        (
+            {"rank_pattern": {f"m{n}": 8 for n in range(1001)}},
+            "rank_pattern has 1001 entries, more than the limit of 1000",
+        ),
         (
             {"rank_pattern": {"qkv_proj": "8"}},
-            "rank_pattern of 'qkv_proj' must be a number that float32 holds, got '8'",
+            "rank_pattern of 'qkv_proj' must be a finite float32 number, got '8'",
         ),
         ({"rank_pattern": {"qkv_proj": -8}}, "qkv_proj has rank 8, but adapter_config.json says -8"),
         (
             {"alpha_pattern": {"qkv_proj": float("nan")}},
-            "alpha_pattern of 'qkv_proj' must be a number that float32 holds, got nan",
+            "alpha_pattern of 'qkv_proj' must be a finite float32 number, got nan",
         ),
         ({"r": 0}, "has rank 8, but adapter_config.json says 0"),
-        ({"r": True}, "r must be a number that float32 holds, got True"),
-        ({"lora_alpha": 10**400}, "lora_alpha must be a number that float32 holds, got 1000"),
-        ({"lora_alpha": 1e300}, "lora_alpha must be a number that float32 holds"),
+        ({"r": True}, "r must be a finite float32 number, got True"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite float32 number, got 1000"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be a finite float32 number"),
         ({"lora_dropout": 1.5}, "lora_dropout must be from 0 to 1, got 1.5"),
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
-        ({"init_lora_weights": "newer"}, "init_lora_weights 'newer' is not known here"),
+        ({"init_lora_weights": "newer"}, "unknown init_lora_weights 'newer'"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' changes the base model too; let PEFT convert"),
-        ({"x" * 5000: 1}, "xx is 1, which is not supported"),
+        ({"x" * 5000: 1}, "xx = 1 is not supported"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_unsuitable_settings_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     folder = edit(tmp_path / "a", **settings)
     with pytest.raises(RequestError, match=message) as error:
         read_adapter(folder, CONFIG)
@@ -201,7 +204,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(tmp_path: Path, settings: 
 
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("key", [HANGING, f"({HANGING})", "(a|a)*b", "a{1,1000000000}", "x)|(y"])
-def test_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
+def test_malicious_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
     """They match nothing here, as in PEFT, or are refused in one line."""
     started = time.process_time()
     try:
@@ -213,7 +216,7 @@ def test_patterns_end_at_once(tmp_path: Path, setting: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "modules_to_save", "layers_pattern"])
-def test_other_expressions_are_bounded_too(tmp_path: Path, setting: str) -> None:
+def test_other_patterns_are_bounded_too(tmp_path: Path, setting: str) -> None:
     started = time.process_time()
     for number, text in enumerate([HANGING, "[", "(" * 3000, "a{5000000000}"]):
         value = text if setting in ("target_modules", "exclude_modules") else [text]
@@ -235,7 +238,7 @@ def test_a_file_that_lacks_modules_warns_as_peft_does(tmp_path: Path) -> None:
     assert QKV not in adapter.modules
 
 
-def test_an_expression_of_targets_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
+def test_a_target_modules_expression_ignores_layers_to_transform_as_in_peft(tmp_path: Path) -> None:
     names = "|".join(json.loads((LORA / "adapter_config.json").read_text())["target_modules"])
     folder = edit(tmp_path / "a", target_modules=rf".*\.({names})", layers_to_transform=[0])
     assert read_adapter(folder, CONFIG).modules.keys() == read_adapter(LORA, CONFIG).modules.keys()
@@ -249,7 +252,7 @@ def test_a_file_without_tensors_does_not_warn_of_each_module(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("scale", "alpha"), [(1.05, 4.2), (2.5, 10)])
-def test_the_alpha_that_is_written_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
+def test_the_written_alpha_gives_the_scale(tmp_path: Path, scale: float, alpha: float) -> None:
     change = LowRank(mx.zeros((192, 4)), mx.zeros((4, 160)), scale)
     peft.write(Adapter(modules={QKV: change}), tmp_path, CONFIG)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(alpha, rel=1e-9)
@@ -303,19 +306,22 @@ def test_names_of_a_whole_state_and_without_a_prefix(tmp_path: Path) -> None:
         rename(tensors, change)
         file.unlink()
         mx.save_safetensors(str(file), tensors)
-        wanted, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
-        assert wanted.keys() == got.keys()
-        assert all(mx.array_equal(wanted[path].b, got[path].b).item() for path in wanted)
-        assert all((wanted[path].magnitude is None) == (got[path].magnitude is None) for path in wanted)
+        expected, got = (read_adapter(place, CONFIG).modules for place in (FIXTURES / source, folder))
+        assert expected.keys() == got.keys()
+        assert all(mx.array_equal(expected[path].b, got[path].b).item() for path in expected)
+        assert all((expected[path].magnitude is None) == (got[path].magnitude is None) for path in expected)
 
 
 def test_two_adapters_in_a_file_are_refused(tmp_path: Path) -> None:
     name = f"{PREFIX}{QKV}.lora_A.weight"
     for number, (other, message) in enumerate(
         [
-            (name.replace(".weight", ".default.weight"), f"holds {re.escape(name)} twice"),
-            (name.removeprefix(PREFIX), f"holds {re.escape(name)} twice"),
-            (name.replace(".weight", ".other.weight"), r"holds .*lora_A.other.weight, which a LoRA adapter does not"),
+            (name.replace(".weight", ".default.weight"), f"contains {re.escape(name)} under two names"),
+            (name.removeprefix(PREFIX), f"contains {re.escape(name)} under two names"),
+            (
+                name.replace(".weight", ".other.weight"),
+                r"contains .*lora_A.other.weight, which a LoRA adapter has no place for",
+            ),
         ]
     ):
         folder = edit(tmp_path / str(number), lambda tensors, other=other: tensors.update({other: tensors[name]}))
@@ -340,11 +346,11 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         def spoil(tensors: dict[str, mx.array], value: float = value) -> None:
             tensors[f"{PREFIX}{QKV}.lora_B.weight"][0, 0] = value
 
-        with pytest.raises(RequestError, match=f"holds values for {QKV} that are not finite"):
+        with pytest.raises(RequestError, match=f"has values for {QKV} that are not finite"):
             read_adapter(edit(tmp_path / str(number), spoil), CONFIG)
 
 
-# Weights of the base in the file.
+# Base weights in the file.
 
 
 def with_table(folder: Path, value: np.ndarray | mx.array, name: str = TABLE, **settings: Any) -> Path:
@@ -359,11 +365,11 @@ def test_the_bases_own_embedding_is_dropped(
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"], name)
     ids = mx.array([[1, 5, 900]])
     attach(model, read_adapter(LORA, model.config))
-    wanted = model(ids)
+    expected = model(ids)
     attach(model, read_adapter(folder, model.config))
-    assert mx.array_equal(model(ids), wanted).item()
+    assert mx.array_equal(model(ids), expected).item()
     loaded, _ = load(FOLDER, {str(folder): 0.5, str(LORA): 0.5}, "float32")
-    assert mx.allclose(loaded(ids), wanted, atol=1e-4).item()
+    assert mx.allclose(loaded(ids), expected, atol=1e-4).item()
     plain, ours = merged(LORA), merged(folder)
     assert plain.keys() == ours.keys()
     assert all(np.array_equal(plain[key], ours[key]) for key in plain)
@@ -394,7 +400,7 @@ def test_another_base_is_refused_by_the_settings_name(
     changed = weights[own].copy()
     changed[-1] += 0.01
     folder = with_table(tmp_path / "a", changed, name, **settings)
-    message = rf"holds {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
+    message = rf"contains {re.escape(name)} {setting}, which differs from the base model.s; merge the adapter"
     with pytest.raises(RequestError, match=message):
         attach(model, read_adapter(folder, model.config))
     assert not list(adapted_layers(model))
@@ -414,12 +420,12 @@ def test_a_resized_vocabulary_is_refused(tmp_path: Path, weights: dict[str, np.n
         read_adapter(with_table(tmp_path / "a", table), CONFIG)
 
 
-def test_a_copy_alone_is_no_adapter(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+def test_a_copy_of_the_embedding_alone_is_not_an_adapter(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
     folder = with_table(tmp_path / "a", weights[f"{EMBEDDING}.weight"])
     tensors = {TABLE: mx.load(str(folder / "adapter_model.safetensors"))[TABLE]}
     mx.eval(tensors)
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
-    with pytest.raises(RequestError, match="holds no adapter"):
+    with pytest.raises(RequestError, match="is not an adapter"):
         read_adapter(folder, CONFIG)
 
 
@@ -431,10 +437,10 @@ def test_a_copy_alone_is_no_adapter(tmp_path: Path, weights: dict[str, np.ndarra
         *[("8 bits", mx.float32), ("unpacked", mx.float32)],
     ],
 )
-def test_copies_are_compared_in_the_coarser_type(
+def test_copies_are_compared_in_the_coarser_dtype(
     tmp_path: Path, weights: dict[str, np.ndarray], base: str, stored: mx.Dtype
 ) -> None:
-    """The table that was trained on is taken for the base's, whatever type each is in; one changed row is not."""
+    """A copy counts as the base's embedding whatever the dtypes; with one changed row it does not."""
     table = mx.array(weights[f"{EMBEDDING}.weight"])
     other = mx.array(table)
     other[700] = other[700] + 0.3 * mx.random.normal((192,), key=mx.random.key(1))
@@ -454,10 +460,10 @@ def test_copies_are_compared_in_the_coarser_type(
         merge(checkpoint := mlx_format.read(place), read_adapter(changed, checkpoint.config))
 
 
-def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
+def test_a_copy_is_compared_with_the_base_even_if_another_adapter_is_active(
     tmp_path: Path, weights: dict[str, np.ndarray], model: OpenELM
 ) -> None:
-    """Also while the weights of full fine-tuning stand in the embedding's place."""
+    """Also while full fine-tuning weights replace the embedding."""
     from mlx_openelm.formats.adapter import Adapter
 
     table = mx.array(weights[f"{EMBEDDING}.weight"])
@@ -473,17 +479,17 @@ def test_a_copy_is_compared_with_the_base_though_another_adapter_is_in_use(
     detach(model)
 
 
-# Places.
+# Paths.
 
 
 def test_folders_of_several_adapters_are_named(tmp_path: Path) -> None:
     for name in ("mine", "other"):
         edit(tmp_path / name)
-    with pytest.raises(RequestError, match=r"holds no adapter_config.json.*one of the folders in it: mine, other\."):
+    with pytest.raises(RequestError, match=r"has no adapter_config.json.*one of the folders in it: mine, other\."):
         read_adapter(tmp_path, CONFIG)
 
 
-def test_a_pipe_or_an_impossible_name_is_no_adapter(tmp_path: Path) -> None:
+def test_pipes_and_impossible_names_are_refused(tmp_path: Path) -> None:
     import os
 
     folder = edit(tmp_path / "a")

@@ -34,7 +34,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def test_the_mean_loss_is_the_references(loaded, windows, reference):
+def test_the_mean_loss_equals_the_reference(loaded, windows, reference):
     expected = reference["valid"]
     assert len(windows) == expected["windows"]
     result = mean_nll(loaded[0], windows)
@@ -43,7 +43,7 @@ def test_the_mean_loss_is_the_references(loaded, windows, reference):
     assert abs(result.perplexity - np.exp(expected["mean_nll"])) < 1e-2
 
 
-def test_loss_and_error_are_those_of_a_loop_whatever_the_batch_and_chunk(loaded, windows):
+def test_loss_and_error_equal_a_loop_for_any_batch_and_chunk(loaded, windows):
     # Logits are computed for 256 positions at a time, which end within a window.
     model, windows = loaded[0], [window[:201] for window in windows[:3]]
     losses = []
@@ -56,7 +56,7 @@ def test_loss_and_error_are_those_of_a_loop_whatever_the_batch_and_chunk(loaded,
         assert result.standard_error == pytest.approx(np.std(losses) / len(losses) ** 0.5, rel=1e-3)
 
 
-def test_divergence_is_that_of_a_loop_and_zero_from_itself(loaded, windows):
+def test_divergence_equals_a_loop_and_is_zero_to_itself(loaded, windows):
     model = loaded[0]
     quantized = load("tiny")[0]
     expected = []
@@ -83,7 +83,7 @@ def test_progress_counts_windows(loaded, windows):
     assert steps == [(2, 3), (3, 3)]
 
 
-def test_windows_start_with_bos_and_drop_the_rest(loaded):
+def test_windows_start_with_bos_and_drop_the_remainder(loaded):
     tokenizer = loaded[1]
     ids = [*tokenizer.encode("To be"), 2, *tokenizer.encode("or not to be"), 2]
     cut = make_windows(tokenizer, ["To be", "or not to be"], 4)

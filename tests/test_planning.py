@@ -29,7 +29,7 @@ SHAPES = [
 ]
 LARGE = [("270M", "lora", 2, 512, False), ("270M", "lora", 2, 512, True), ("270M", "full", 1, 256, False)]
 
-# In a process of its own, where nothing else is held.
+# In a separate process, where nothing else holds memory.
 MEASURE = """
 import json, sys
 from mlx_openelm.adapters.attaching import attach_new
@@ -100,7 +100,7 @@ def test_a_run_that_fits_is_not_warned_about(monkeypatch):
     assert planned().warning() is None
 
 
-def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch):
+def test_a_run_that_does_not_fit_gets_advice(monkeypatch):
     plan = planned(batch_size=4, grad_accumulation_steps=2)
     needs = dict(plan.alternatives)
     assert list(needs) == [
@@ -111,24 +111,24 @@ def test_a_run_that_does_not_fit_is_told_what_would(monkeypatch):
     peaks = [plan.memory.peak, *(memory.peak for memory in needs.values())]
     assert peaks == sorted(peaks, reverse=True)
     smaller = [name_options(flags) for flags in needs]
-    # Room for two of the three: what comes first costs least time.
+    # Enough for two of the three: those that cost least time come first.
     free = round(peaks[2] / 0.9) - plan.memory.model + 1000
     monkeypatch.setattr(planning, "available_memory", lambda: free)
     warning = plan.warning()
     assert warning is not None and f"with {smaller[1]}: " in warning and f" or {smaller[2]}: " in warning
     monkeypatch.setattr(planning, "available_memory", lambda: 1000)
-    warning = plan.warning()  # nothing will do, so the least is named
+    warning = plan.warning()  # nothing fits, so the smallest need is named
     assert warning is not None and f"with {smaller[2]}: " in warning and " or " not in warning
 
 
-def test_a_run_that_no_memory_here_could_hold_is_refused(monkeypatch):
+def test_a_run_larger_than_total_memory_is_refused(monkeypatch):
     monkeypatch.setattr(planning, "available_memory", lambda: 1000)
     monkeypatch.setattr(planning, "total_memory", lambda: 10_000_000)
     with pytest.raises(RequestError, match="The run needs about .* with grad_checkpoint"):
         planned().warning()
 
 
-def test_only_layers_with_something_below_to_train_are_kept():
+def test_activations_below_the_trained_layers_are_not_counted():
     last = planned_layers(num_layers=1)
     assert last < 0.8 * planned_layers(num_layers=-1)
     embedding = planned_layers(num_layers=1, target_modules=("token_embeddings", "qkv_proj"))
@@ -142,7 +142,7 @@ def planned_layers(**what: object) -> int:
     return planning.plan(Updater(model, make_optimizer(options)), options, (4, 256)).memory.activations
 
 
-def test_the_parts_are_told():
+def test_the_estimate_lists_its_parts():
     text = str(planned().memory)
     assert text.startswith("about ")
     for part in ("the model 10.2 MB", "the optimizer 495.6 kB", "gradients 247.8 kB", "activations up to"):

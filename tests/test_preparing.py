@@ -31,7 +31,7 @@ class Notes(Listener):
 
 @pytest.fixture
 def served(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the hub serves as Apple's instruct model, its base, and somebody's copy; none has a template."""
+    """The folder the hub serves as Apple's instruct model, its base, and a third-party copy; none has a template."""
     folder = write_tiny(tmp_path / "served")
     for name in ("apple/OpenELM-270M-Instruct", "apple/OpenELM-270M", "me/OpenELM-270M-Instruct"):
         hub.add(name, folder)
@@ -40,7 +40,7 @@ def served(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def prepared(name: str, example: dict[str, Any], **loading: Any) -> tuple[Any, str]:
-    """What is made ready of a file with one example twice, and what was said."""
+    """The prepared run for a file with one example twice, and the lines it printed."""
     Path("data").mkdir(exist_ok=True)
     Path("data", "train.jsonl").write_text(2 * (json.dumps(example) + "\n"))
     notes = Notes()
@@ -49,7 +49,7 @@ def prepared(name: str, example: dict[str, Any], **loading: Any) -> tuple[Any, s
 
 
 def in_corenets_words(served: Path) -> tuple[list[int], list[int]]:
-    """The ids of the example's prompt and answer as CoreNet's tuning wrote them, by SentencePiece itself."""
+    """The ids of the example's prompt and answer in CoreNet's format, encoded by SentencePiece."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
     prompt = [1, *pieces.encode("<|user|>\nWho is there?"), 2, *pieces.encode("\n<|assistant|>\n")]
     whole = [*prompt[: prompt.index(2) + 1], *pieces.encode("\n<|assistant|>\nA friend."), 2]
@@ -59,40 +59,40 @@ def in_corenets_words(served: Path) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("example", [COMPLETION, CHAT])
 def test_an_instruct_release_has_corenets_template(served: Path, example: dict[str, Any]) -> None:
     prompt, whole = in_corenets_words(served)
-    ready, said = prepared("270m-instruct", example)
-    (first, second) = ready.examples["train"].examples
+    prepared_run, printed = prepared("270m-instruct", example)
+    (first, second) = prepared_run.examples["train"].examples
     assert list(first.tokens) == list(second.tokens) == whole
-    # What is learned ends with the token that closes the turn, and begins where the assistant does.
+    # The learned span is the assistant's turn, including the token that closes it.
     assert first.learned[0][1] == len(whole) and first.learned[0][0] in (len(prompt) - 1, len(prompt))
-    assert said.count(NOTE) == 1 and "chat_template corenet" in said
-    # The samples that are shown before and after are prompted alike.
-    assert prompt_tokens("Who is there?", ready.tokenizer, ready.main_examples.report, None) == prompt
+    assert printed.count(NOTE) == 1 and "chat_template corenet" in printed
+    # Samples are prompted the same way.
+    assert prompt_tokens("Who is there?", prepared_run.tokenizer, prepared_run.main_examples.report, None) == prompt
 
 
-def test_what_is_no_conversation_is_left_as_it_is(served: Path) -> None:
+def test_examples_that_are_not_conversations_are_unchanged(served: Path) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
-    ready, said = prepared("270m-instruct", {"text": "Who is there?"})
-    assert list(ready.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?"), 2]
-    assert NOTE not in said
-    ready, said = prepared("270m-instruct", COMPLETION, chat_template="plain")
-    assert list(ready.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?A friend."), 2]
-    assert NOTE not in said
+    prepared_run, printed = prepared("270m-instruct", {"text": "Who is there?"})
+    assert list(prepared_run.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?"), 2]
+    assert NOTE not in printed
+    prepared_run, printed = prepared("270m-instruct", COMPLETION, chat_template="plain")
+    assert list(prepared_run.examples["train"].examples[0].tokens) == [1, *pieces.encode("Who is there?A friend."), 2]
+    assert NOTE not in printed
 
 
 @pytest.mark.parametrize("name", ["270m", "me/OpenELM-270M-Instruct"])
 def test_other_models_have_no_template(served: Path, name: str) -> None:
-    """Base models were not tuned for chats, and of somebody's copy nobody knows."""
-    ready, said = prepared(name, COMPLETION)
-    assert ready.tokenizer.chat_template is None and ready.main_examples.report.chat_template is None
-    assert NOTE not in said
+    """Base models were not tuned for chats, and nothing is known about third-party copies."""
+    prepared_run, printed = prepared(name, COMPLETION)
+    assert prepared_run.tokenizer.chat_template is None and prepared_run.main_examples.report.chat_template is None
+    assert NOTE not in printed
 
 
-def test_a_template_that_is_there_is_kept(served: Path) -> None:
+def test_an_existing_template_is_kept(served: Path) -> None:
     (served / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
     )
-    ready, said = prepared("270m-instruct", CHAT)
+    prepared_run, printed = prepared("270m-instruct", CHAT)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(served / "tokenizer.model"))
     whole = [1, *pieces.encode("Who is there?"), 2, *pieces.encode("A friend."), 2]
-    assert list(ready.examples["train"].examples[0].tokens) == whole
-    assert NOTE not in said
+    assert list(prepared_run.examples["train"].examples[0].tokens) == whole
+    assert NOTE not in printed

@@ -1,4 +1,4 @@
-"""Generation from a prompt cache: what penalties see of it, and caches that cannot be continued."""
+"""Generation from a prompt cache: penalties that count its tokens, and caches that cannot be continued."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ PENALTIES = [
 @pytest.mark.usefixtures("no_warnings")
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
 @pytest.mark.parametrize("form", [list, mx.array, np.array], ids=["list", "mlx", "numpy"])
-def test_penalties_count_what_the_cache_holds(
+def test_penalties_count_the_tokens_in_the_cache(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], penalty: dict, form: Callable
 ) -> None:
-    """The same text as from the whole prompt at once, whatever part of it was in the cache."""
+    """The same text as from the whole prompt, whatever part of it was in the cache."""
     expected = [piece.token for piece in stream_generate(model, tokenizer, ids, max_tokens=24, **penalty)]
     for held in (1, 9, len(ids) - 1):
         cache, tokens = filled(model, ids[:held]), form(ids[:held])
@@ -111,7 +111,7 @@ def test_without_the_ids_the_text_differs_and_a_warning_says_why(
 
 
 @pytest.mark.usefixtures("no_warnings")
-def test_no_warning_if_the_penalties_miss_nothing(model: OpenELM, tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_no_warning_if_penalties_miss_no_tokens(model: OpenELM, tokenizer: Tokenizer, ids: list[int]) -> None:
     """No penalty; a bias, which does not depend on the context; an empty cache; known ids."""
     first = [piece.token for piece in stream_generate(model, tokenizer, ids, max_tokens=3)]
     cases: list[dict[str, Any]] = [
@@ -127,8 +127,8 @@ def test_no_warning_if_the_penalties_miss_nothing(model: OpenELM, tokenizer: Tok
         assert [piece.token for piece in found] == first, options
 
 
-def test_a_sliding_cache_counts_what_it_has_seen(model: OpenELM, ids: list[int]) -> None:
-    """Including tokens that it has dropped: penalties are about the text, not about what attention sees."""
+def test_penalties_count_tokens_that_a_sliding_cache_dropped(model: OpenELM, ids: list[int]) -> None:
+    """Penalties are about the text, not about what attention sees."""
     cache = filled(model, ids, lambda: RotatingKVCache(12, keep=4))
     seen: list[list[int]] = []
 
@@ -274,7 +274,7 @@ def sliding() -> RotatingKVCache:
     ],
 )
 @pytest.mark.parametrize("held", [0, 5])
-def test_options_that_a_given_cache_does_not_match(
+def test_options_that_contradict_a_given_cache_are_refused(
     model: OpenELM, tokenizer: Tokenizer, ids: list[int], make: Callable, options: dict, words: str, held: int
 ) -> None:
     cache = filled(model, ids[:held], make)
@@ -295,7 +295,7 @@ def test_options_that_a_given_cache_does_not_match(
         (sliding, {}, RotatingKVCache),
     ],
 )
-def test_options_that_a_given_cache_matches(
+def test_options_that_match_a_given_cache_are_accepted(
     model: OpenELM, ids: list[int], make: Callable, options: dict, kind: type
 ) -> None:
     cache = filled(model, ids[:5], make)
@@ -330,8 +330,8 @@ def test_caches_of_another_model_or_of_a_batch(model: OpenELM, ids: list[int]) -
         generate_step(model, [5], cache=cache)
 
 
-def test_a_row_whose_padding_is_still_to_come_has_seen_nothing(model: OpenELM, ids: list[int]) -> None:
-    """The prompt's first tokens are that padding, and attention does not see them."""
+def test_a_row_with_pending_padding_counts_as_empty(model: OpenELM, ids: list[int]) -> None:
+    """The first tokens fed are that padding, which attention does not see."""
     expected = [token for token, _ in generate_step(model, ids, max_tokens=4)]
     cache = [BatchKVCache([2]) for _ in model.layers]
     steps = generate_step(model, [9, 9, *ids], max_tokens=4, cache=cache, prompt_cache_tokens=[])

@@ -1,4 +1,4 @@
-"""Uploads to a stand-in for the hub: what arrives there, what never leaves, and what every failure says."""
+"""Uploads to a fake hub: what arrives, what is never sent, and the message of every failure."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(converted: Path, tmp_path: Path) -> Path:
-    """A model folder as one finds it after some work, with our card."""
+    """A model folder after some use, with other files and our card."""
     out = shutil.copytree(converted, tmp_path / "mine")
     write_card(out, name="mine", origin=Origin("apple/OpenELM-270M", "apple/OpenELM-270M"))
-    (out / "LICENSE").write_text("licence")
+    (out / "LICENSE").write_text("license")
     for name, text in NEVER.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(text)
@@ -59,19 +59,19 @@ def folder(converted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def writer(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    """The hub, and a token that may write to `me`."""
+    """The hub, with a token that may write to `me`."""
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     return hub
 
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub waits a second or more before each of its five retries."""
+    """huggingface_hub waits at least a second before each of its five retries."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
 def write_gguf(path: Path) -> None:
-    """A whole GGUF file, of one tensor."""
+    """A complete GGUF file with one tensor."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "openelm")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
@@ -135,11 +135,11 @@ def test_private_revision_and_message(folder: Path, writer: FakeHub) -> None:
     done = upload(folder, REPO, private=True, revision="q4", commit_message="Four bits")
     assert writer.repos[REPO].private
     assert [(c["revision"], c["message"]) for c in writer.commits] == [("q4", "Four bits")]
-    assert arrived(writer) == {}  # main is as it was
+    assert arrived(writer) == {}  # main is unchanged
     assert (writer.repos[REPO].branches["q4"] / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     assert done.url == f"{writer.url}/{REPO}/tree/q4"
     assert (resolve(REPO, revision="q4") / "config.json").is_file()
-    # Again, to a branch and a repository that exist.
+    # Again, with an existing branch and repository.
     (folder / "LICENSE").write_text("another")
     upload(folder, REPO, private=True, revision="q4")
     assert writer.commits[1]["files"] == ["LICENSE"]
@@ -150,7 +150,7 @@ def test_bare_name_belongs_to_the_token_s_owner(folder: Path, writer: FakeHub) -
     assert done.repo == REPO and b'load("me/OpenELM-4bit")' in arrived(writer)["README.md"]
 
 
-def test_an_existing_public_repository_is_not_taken_for_a_private_one(folder: Path, writer: FakeHub) -> None:
+def test_private_is_refused_for_an_existing_public_repository(folder: Path, writer: FakeHub) -> None:
     writer.add(REPO, writer.new_folder())
     for call in (
         lambda: check(UploadOptions(upload_repo=REPO, private=True)),
@@ -164,7 +164,7 @@ def test_an_existing_public_repository_is_not_taken_for_a_private_one(folder: Pa
     assert writer.repos[REPO].private
 
 
-def test_weights_of_another_upload_do_not_stay_beside_the_new(folder: Path, writer: FakeHub) -> None:
+def test_weights_of_an_earlier_upload_are_removed(folder: Path, writer: FakeHub) -> None:
     there = writer.new_folder()
     stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in (*stale, "adapters.safetensors", "notes.txt", "other.gguf"):
@@ -191,12 +191,12 @@ def test_gguf_file(writer: FakeHub, tmp_path: Path) -> None:
     assert b"llama-cli --hf-repo me/OpenELM-4bit --hf-file openelm-q8_0.gguf" in arrived(writer)["README.md"]
 
 
-def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_path: Path) -> None:
+def test_gguf_file_with_a_card_and_license_from_elsewhere(writer: FakeHub, tmp_path: Path) -> None:
     file = tmp_path / "openelm-q8_0.gguf"
     write_gguf(file)
     source = tmp_path / "source"
     source.mkdir()
-    (source / "LICENSE").write_text("licence")
+    (source / "LICENSE").write_text("license")
     origin = Origin("apple/OpenELM-270M", "apple/OpenELM-270M", licenses=(source / "LICENSE",))
 
     def card(repo: str) -> str:
@@ -205,12 +205,12 @@ def test_gguf_file_with_a_card_and_licence_from_elsewhere(writer: FakeHub, tmp_p
     options = UploadOptions(upload_repo="OpenELM-4bit")
     done = publish(file, options, card=card, licenses=origin.licenses)
     assert done.repo == REPO and set(arrived(writer)) == {"openelm-q8_0.gguf", "LICENSE", "README.md"}
-    assert arrived(writer)["LICENSE"] == b"licence"
+    assert arrived(writer)["LICENSE"] == b"license"
     text = arrived(writer)["README.md"].decode()
     assert "base_model_relation: quantized" in text and "--hf-repo me/OpenELM-4bit" in text
 
 
-def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
+def test_a_license_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub, tmp_path: Path) -> None:
     file, source = tmp_path / "openelm.gguf", tmp_path / "source"
     write_gguf(file)
     source.mkdir()
@@ -222,10 +222,10 @@ def test_a_licence_that_is_a_link_to_a_private_file_is_not_sent(writer: FakeHub,
     assert writer.requests == []
 
 
-# What others do meanwhile
+# Concurrent changes by others
 
 
-def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(folder: Path, writer: FakeHub) -> None:
+def test_a_repository_that_changed_in_the_meantime_is_left_alone(folder: Path, writer: FakeHub) -> None:
     there = writer.add(REPO, writer.new_folder()).folder
     (there / "model.safetensors.index.json").write_text("old")
 
@@ -240,7 +240,7 @@ def test_a_repository_that_changed_after_it_was_looked_at_is_left_alone(folder: 
     assert writer.commits == []
 
 
-def test_each_commit_names_the_one_it_was_decided_on(folder: Path, writer: FakeHub) -> None:
+def test_each_commit_names_its_parent(folder: Path, writer: FakeHub) -> None:
     writer.add(REPO, writer.new_folder())
     upload(folder, REPO, revision="q4")
     (folder / "LICENSE").write_text("another")
@@ -249,7 +249,7 @@ def test_each_commit_names_the_one_it_was_decided_on(folder: Path, writer: FakeH
     assert parents[1] == writer.commits[0]["commit"] and len(set(parents)) == 2
 
 
-def test_a_public_repository_that_somebody_makes_meanwhile_gets_nothing_private(
+def test_private_files_are_not_sent_to_a_public_repository_created_meanwhile(
     folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
@@ -298,7 +298,7 @@ def test_our_card_is_replaced_by_a_newer_one(folder: Path, writer: FakeHub) -> N
 # Dry runs
 
 
-def test_dry_run_shows_everything_and_asks_nobody(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
+def test_dry_run_shows_everything_and_makes_no_request(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     args = ["--path", folder, "--upload-repo", REPO, "--private", "--upload-revision", "q4", "--commit-message", "Hi"]
     done = run("upload", *args, "--dry-run", env=hub_env)
@@ -316,7 +316,7 @@ def test_dry_run_shows_everything_and_asks_nobody(folder: Path, hub: FakeHub, hu
     assert hub.requests == [] and before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_dry_run_says_what_it_does_not_know(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
+def test_dry_run_names_what_it_cannot_know(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
     def plan(path: Path) -> list[str]:
         done = run("upload", "--path", path, "--upload-repo", REPO, "--dry-run", env=hub_env)
         assert done.returncode == 0, done.stderr
@@ -334,7 +334,7 @@ def test_dry_run_says_what_it_does_not_know(folder: Path, hub: FakeHub, hub_env:
     assert "README.md replaced by yours" in plan(folder)
     file = folder / "model.gguf"
     write_gguf(file)
-    assert "older weights kept" in plan(file)  # what a GGUF file leaves there
+    assert "older weights kept" in plan(file)  # files that a GGUF upload does not remove
     assert hub.requests == []
 
 
@@ -385,7 +385,7 @@ def test_check_asks_before_long_work(writer: FakeHub) -> None:
     assert writer.repos == {}
 
 
-def test_folders_that_are_no_model(folder: Path, writer: FakeHub, tmp_path: Path) -> None:
+def test_folders_that_are_not_a_model(folder: Path, writer: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="does not exist"):
         upload(tmp_path / "nothing", REPO)
     with pytest.raises(RequestError, match="give the folder"):
@@ -407,7 +407,7 @@ def test_folders_that_are_no_model(folder: Path, writer: FakeHub, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md", "model.safetensors"])
-def test_links_out_of_the_folder(name: str, folder: Path, writer: FakeHub, tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_refused(name: str, folder: Path, writer: FakeHub, tmp_path: Path) -> None:
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RequestError, match=f"{name} is a link to a file outside the folder"):
@@ -452,9 +452,9 @@ def test_token_that_may_only_read(folder: Path, hub: FakeHub, monkeypatch: pytes
     assert hub.requests == [("GET", "/api/whoami-v2")]
 
 
-def test_token_that_cannot_be_one(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_token(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "“hf_secret”")
-    assert failure(folder).startswith("your token has invalid characters")
+    assert failure(folder).startswith("Your token has invalid characters")
 
 
 def test_refused_repository(folder: Path, writer: FakeHub) -> None:
@@ -462,7 +462,7 @@ def test_refused_repository(folder: Path, writer: FakeHub) -> None:
     assert failure(folder, "apple/OpenELM-270M").startswith(
         "127.0.0.1 refuses your token to write to apple/OpenELM-270M"
     )
-    # A repository that is there, but somebody else's, is refused at the first file.
+    # An existing repository of another user is refused at the first file.
     writer.add("apple/OpenELM-270M", writer.new_folder())
     assert "refuses your token to write" in failure(folder, "apple/OpenELM-270M")
     assert writer.commits == []
@@ -471,7 +471,7 @@ def test_refused_repository(folder: Path, writer: FakeHub) -> None:
 def test_no_network(folder: Path, writer: FakeHub) -> None:
     writer.stop()
     text = failure(folder)
-    assert text.startswith("cannot reach 127.0.0.1 (") and "refused" in text
+    assert text.startswith("Cannot reach 127.0.0.1 (") and "refused" in text
 
 
 def test_offline(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +487,7 @@ def test_server_errors(status: int, text: str, folder: Path, writer: FakeHub) ->
 
 
 @pytest.mark.parametrize("part", ["/preupload/", "/objects/batch", "/lfs/", "/commit/"])
-def test_server_errors_on_the_way(part: str, folder: Path, writer: FakeHub, no_waiting: None) -> None:
+def test_server_errors_during_the_upload(part: str, folder: Path, writer: FakeHub, no_waiting: None) -> None:
     writer.fails_at = part
     assert "127.0.0.1 has a server error (HTTP 500)" in failure(folder)
     assert writer.commits == []
@@ -501,14 +501,14 @@ def test_refused_card(folder: Path, writer: FakeHub) -> None:
     assert writer.objects == {}
 
 
-def test_server_that_is_no_hub(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_not_a_hub(folder: Path, writer: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: json.loads("<html>"))
     assert "does not answer like a model hub" in failure(folder)
 
 
 def test_broken_transfer_can_be_continued(folder: Path, writer: FakeHub, no_waiting: None) -> None:
     writer.breaks_uploads = True
-    assert failure(folder).startswith(f"the transfer of {REPO} to 127.0.0.1 broke off (")
+    assert failure(folder).startswith(f"The transfer of {REPO} to 127.0.0.1 broke off (")
     assert writer.commits == []
     writer.breaks_uploads = False
     upload(folder, REPO)

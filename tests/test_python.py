@@ -28,7 +28,8 @@ from mlx_openelm import (
 )
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.generation.options import GenerationKeywords, GenerationOptions
+from mlx_openelm.generation.keywords import GenerationKeywords
+from mlx_openelm.generation.options import GenerationOptions
 
 import pytest
 
@@ -169,7 +170,7 @@ def test_representations_are_short(tiny):
 
 
 @pytest.mark.parametrize("progress", [True, False, None])
-def test_finetune_shows_progress_unless_told_otherwise(progress, tmp_path, monkeypatch, capfd):
+def test_finetune_shows_progress_unless_turned_off(progress, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text('{"text": "To be, or not to be."}\n' * 4)
     finetune("tiny", FineTuneOptions(train=True, data="data.jsonl", iters=1, batch_size=2), progress=progress)

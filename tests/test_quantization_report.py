@@ -48,7 +48,7 @@ def packed(choices, model, dtype=mx.bfloat16):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_the_evaluator_is_that_of_the_evaluation(share):
+def test_the_evaluator_equals_the_evaluation_package(share):
     full = tiny_model(share_input_output_layers=share)
     other = tiny_model(seed=1, share_input_output_layers=share)
     evaluator = Evaluator(full, WINDOWS, batch_size=2)
@@ -60,7 +60,7 @@ def test_the_evaluator_is_that_of_the_evaluation(share):
     assert perplexity == pytest.approx(mean_nll(full, WINDOWS).perplexity, rel=1e-5) and 0 <= divergence < 1e-6
 
 
-def test_the_evaluator_holds_what_the_model_was():
+def test_the_evaluator_keeps_the_original_models_logits():
     full = tiny_model()
     evaluator = Evaluator(full, WINDOWS)
     expected = evaluator.measure(tiny_model(seed=1))
@@ -68,7 +68,7 @@ def test_the_evaluator_holds_what_the_model_was():
     assert evaluator.measure(tiny_model(seed=1)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_rows_are_those_of_models_as_they_would_be_stored():
+def test_rows_are_measured_on_models_as_stored():
     model = tiny_model()
     before = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
     steps: list[tuple[int, int]] = []
@@ -130,7 +130,7 @@ def marks(lines: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def test_every_row_stands_once_where_it_belongs():
+def test_every_row_is_drawn_once_at_its_place():
     rows = [row("full", 16, 0), row("two", 2, 1.0), row("four", 4, 0.01), row("six", 6, 1e-4)]
     lines = chart(rows)
     assert marks(lines) == {"b": (0, 0), "c": (8, 32), "d": (15, 63)}
@@ -149,7 +149,7 @@ def test_between_the_ends_places_are_in_proportion():
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.4, 4.0])
-def test_rows_that_fall_together_stand_side_by_side(bits):
+def test_coinciding_rows_are_drawn_side_by_side(bits):
     rows = [row("low", 2.0, 1.0), row("high", 4.0, 0.5), *(row(str(i), bits, 0.02) for i in range(5))]
     places = marks(chart(rows))
     assert set(places) == set("abcdefg")
@@ -167,12 +167,12 @@ def test_drawings_of_nothing_of_one_point_and_of_noise():
     assert list(marks(chart([row("finite", 2.5, 3.0), row("infinite", 2, float("inf"))]))) == ["a"]
 
 
-def test_letters_go_on_after_z():
+def test_letters_continue_after_z():
     assert [letter(index) for index in (0, 25, 26, 51)] == ["a", "z", "A", "Z"]
 
 
 @pytest.mark.parametrize("name", ["report.xyz", "missing/report.png", "report"])
-def test_a_picture_that_cannot_be_is_refused(name, tmp_path):
+def test_an_invalid_picture_name_is_refused(name, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(RequestError, match="must end in .png, .svg|does not exist"):
         check_picture(tmp_path / name)
@@ -185,7 +185,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
         check_picture(tmp_path / "report.png")
 
 
-def test_a_picture_that_exists_is_kept(tmp_path):
+def test_an_existing_picture_is_kept(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "report.png").write_bytes(b"mine")
     with pytest.raises(RequestError, match="exists"):

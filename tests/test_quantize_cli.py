@@ -1,4 +1,4 @@
-"""The `quantize` command, and recipes in `convert`, each in a process of its own."""
+"""The `quantize` command, and recipes in `convert`, each in a separate process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length"
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command in `folder`, which holds a model and a text."""
+    """Run the command in `folder`, which has a model and a text."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)

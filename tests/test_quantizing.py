@@ -1,4 +1,4 @@
-"""`quantize` from folder to folder: what is written, what is refused, and what is left behind."""
+"""`quantize` from folder to folder: outputs, refusals, and what failures leave behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def budgeted(source, text, tmp_path_factory):
-    """One model under a budget, with its folder, shared by the tests."""
+    """A model quantized to a budget, shared by the tests."""
     target = tmp_path_factory.mktemp("budgeted") / "out"
     return quantize(source, target, QuantizeOptions(target_bpw=4.2, calibration=str(text), **SMALL))
 
@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def options(text: Path, **values: Any) -> QuantizeOptions:
-    """A few short windows of `text`, as far as the other options read any."""
+    """A few short windows of `text`, if the other options need text at all."""
     small = SMALL | {"calibration": str(text)}
     if not values.get("method") and values.get("target_bpw") is None:
         small.pop("num_samples")
@@ -63,7 +63,7 @@ def options(text: Path, **values: Any) -> QuantizeOptions:
     return QuantizeOptions(**small | values)
 
 
-# What is written.
+# Outputs.
 
 
 def test_a_budget_is_kept_and_the_size_is_reported_correctly(budgeted, source):
@@ -103,7 +103,7 @@ def test_saved_sensitivities_give_the_same_choices_without_measuring(budgeted, s
     assert 4.2 < other.bits_per_weight <= 5
 
 
-def test_plain_bits_are_what_convert_writes(source, tmp_path):
+def test_plain_bits_equal_the_output_of_convert(source, tmp_path):
     for name, values in {
         "bits": {"q_bits": 3, "q_group_size": 32}, "mode": {"q_mode": "mxfp4"}, "recipe": {"recipe": "mixed_2_6"},
     }.items():  # fmt: skip
@@ -193,10 +193,10 @@ def test_the_bundled_text_is_the_default(source, tmp_path):
 # Methods.
 
 
-def test_methods_are_applied_in_one_order_however_they_are_asked_for(source, text, tmp_path):
+def test_methods_are_applied_in_a_fixed_order(source, text, tmp_path):
     folders = []
-    for asked in (("dwq,gptq", "awq"), ("awq", "gptq", "dwq", "gptq"), (" AWQ , gptq,dwq",)):
-        chosen = options(text, q_bits=3, method=asked)
+    for spelling in (("dwq,gptq", "awq"), ("awq", "gptq", "dwq", "gptq"), (" AWQ , gptq,dwq",)):
+        chosen = options(text, q_bits=3, method=spelling)
         assert chosen.method == ("awq", "gptq", "dwq")
         folders.append(contents(quantize(source, tmp_path / str(len(folders)), chosen).path))
     assert folders[0] == folders[1] == folders[2]
@@ -204,7 +204,7 @@ def test_methods_are_applied_in_one_order_however_they_are_asked_for(source, tex
 
 
 @pytest.mark.parametrize("method", learned.METHODS)
-def test_each_method_alone_writes_another_model_and_the_same_seed_the_same(method, source, text, tmp_path):
+def test_each_method_changes_the_model_and_is_deterministic(method, source, text, tmp_path):
     plain = contents(quantize(source, tmp_path / "plain", QuantizeOptions(q_bits=3)).path)
     first, again, other = (
         contents(quantize(source, tmp_path / name, options(text, q_bits=3, method=(method,), seed=seed)).path)
@@ -214,7 +214,7 @@ def test_each_method_alone_writes_another_model_and_the_same_seed_the_same(metho
     assert first["model.safetensors"] not in (plain["model.safetensors"], other["model.safetensors"])
 
 
-def test_only_what_dwq_trains_differs_from_what_it_starts_from(source, text, tmp_path):
+def test_dwq_changes_only_the_parts_it_trains(source, text, tmp_path):
     results = [
         quantize(source, tmp_path / ",".join(methods), options(text, q_bits=3, method=methods)).path
         for methods in (("gptq",), ("gptq", "dwq"))
@@ -235,12 +235,12 @@ def test_other_shapes_of_model_are_quantized_too(changes, text, tmp_path):
     assert np.isfinite(np.array(load(result.path)[0](tokens))).all()
 
 
-# What quality is worth, on the trained checkpoint.
+# Quality, on the trained checkpoint.
 
 
 @pytest.mark.slow
 def test_methods_keep_the_trained_model_closer_than_plain_rounding(tmp_path, monkeypatch):
-    # Fewer choices to measure; the bars on the whole play are a benchmark's.
+    # Fewer choices to measure; a benchmark has bars for the whole play.
     every = sensitivity.candidates
     monkeypatch.setattr(
         sensitivity,
@@ -282,7 +282,7 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
     assert costs[1] < 0.8 * costs[0] and costs[2] < 0.6 * costs[0], costs
 
 
-# What is refused, before anything is read.
+# Refusals, before anything is read.
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
         ({"target_bpw": math.nan}, "target_bpw must be a positive number"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(values, message):
+def test_contradictory_flags_are_refused(values, message):
     with pytest.raises(RequestError, match=message) as raised:
         QuantizeOptions(**values)
     assert "\n" not in str(raised.value)
@@ -341,7 +341,7 @@ def test_an_existing_folder_is_kept_unless_asked(source, text, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"q_bits": 4}, {"q_bits": 4, "method": ("gptq",)}, {"target_bpw": 4.5}])
-def test_the_source_is_not_a_target(values, source, text, tmp_path):
+def test_the_source_cannot_be_the_target(values, source, text, tmp_path):
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     values = values if values == {"q_bits": 4} else values | {"calibration": str(text)}
     for target in (folder, tmp_path / "link"):
@@ -389,7 +389,7 @@ def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text,
 
 
 @pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
-def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, text, tmp_path, monkeypatch):
+def test_a_failure_in_the_middle_leaves_no_model(place, source, text, tmp_path, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -410,7 +410,7 @@ def test_no_model_is_left_behind_where_it_fails_in_the_middle(place, source, tex
         assert sensitivity.read(tmp_path / kept[0], config).text == "play.txt"
 
 
-def test_a_failure_is_reported_if_there_is_no_folder_to_save_sensitivities_in(source, text, tmp_path, monkeypatch):
+def test_a_failure_is_reported_if_sensitivities_cannot_be_saved(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))

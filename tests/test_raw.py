@@ -20,14 +20,14 @@ import pytest
 
 
 def write(path: Path, *parts: bytes) -> list[int]:
-    """The parts one after the other in `path`; returns where each begins."""
+    """Write the parts one after the other to `path`; returns their offsets."""
     path.write_bytes(b"".join(parts))
     return [sum(map(len, parts[:i])) for i in range(len(parts))]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint32", "int32", "uint16", "uint8", "int8"])
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 1), ()])
-def test_values(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+def test_values_of_every_dtype_and_shape(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
     offsets = write(tmp_path / "f", b"some header", values.tobytes(), b"rest")
     unread = tensors(tmp_path / "f", {"x": Span(getattr(mx, dtype), shape, offsets[1])})
@@ -49,7 +49,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 
 def test_many_tensors_of_one_file(tmp_path: Path) -> None:
-    """More of them than a process may have files open, in an order of their own, two of them overlapping."""
+    """More tensors than a process may open files, in another order, two of them overlapping."""
     values = np.arange(3000, dtype=np.float32)
     write(tmp_path / "f", values.tobytes())
     order = np.random.default_rng(0).permutation(2999)
@@ -62,14 +62,14 @@ def test_many_tensors_of_one_file(tmp_path: Path) -> None:
     assert len(list(open_files.iterdir())) <= before
 
 
-def test_nothing(tmp_path: Path) -> None:
+def test_empty_tensors(tmp_path: Path) -> None:
     write(tmp_path / "f", b"")
     assert tensors(tmp_path / "f", {}) == {}
     empty = tensors(tmp_path / "f", {"x": Span(mx.float32, (0, 3), 0)})["x"].read()
     assert (empty.shape, empty.dtype) == ((0, 3), mx.float32)
 
 
-def test_values_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_values_are_read_when_needed(tmp_path: Path) -> None:
     write(tmp_path / "f", np.zeros(4, np.float32).tobytes())
     unread = tensors(tmp_path / "f", {"x": Span(mx.float32, (4,), 0)})["x"]
     assert unread.read().tolist() == [0, 0, 0, 0]
@@ -78,8 +78,8 @@ def test_values_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     assert unread.read().tolist() == [6, 6, 6, 6]
 
 
-def test_memory_is_that_of_one_tensor() -> None:
-    """40 tensors of 10 MB, read one after the other in a process of its own."""
+def test_memory_is_bounded_by_one_tensor() -> None:
+    """40 tensors of 10 MB, read one after the other in a separate process."""
     code = """
 import resource, sys, tempfile
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_a_tensor_beyond_the_end_is_refused(tmp_path: Path, offset: int, size: i
         tensors(tmp_path / "f", {"w": Span(mx.float32, (size,), offset)})
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_files_and_dtypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="cannot be read"):
         tensors(tmp_path / "absent", {})
     write(tmp_path / "f", bytes(100))
@@ -144,7 +144,7 @@ def counted(reads: list[str]) -> Weights:
     return Weights({name: Tensor(mx.float16, (2, 3), partial(read, name)) for name in ("a", "bb", "ccc")})
 
 
-def test_only_what_is_asked_for_is_read() -> None:
+def test_only_requested_tensors_are_read() -> None:
     reads: list[str] = []
     weights = counted(reads)
     assert ("a" in weights, "d" in weights, list(weights), len(weights)) == (True, False, ["a", "bb", "ccc"], 3)
@@ -181,13 +181,13 @@ def test_packed_parts_are_made_together_and_once() -> None:
     taken = {name: packed.take(name) for name in list(packed)}
     assert {name: (array.dtype, array.shape) for name, array in taken.items()} == expected
     assert reads == ["w"]
-    # 0 to 31 in 255 steps, which bfloat16 holds as well as 8 bits can tell.
+    # 0 to 31 in 255 steps, within bfloat16's precision.
     steps = np.array(taken["w.scales"].astype(mx.float32))[:, 0]
     assert np.allclose(np.abs(steps), 31 / 255, rtol=2**-8)
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_unpacked_is_what_the_stored_parts_stand_for(mode: str) -> None:
+def test_unpacking_follows_the_definition_of_each_mode(mode: str) -> None:
     weights = Weights.of_arrays({"w.weight": mx.random.normal((4, 64), key=mx.random.key(0))})
     choices = {"w": Quantization.make(mode)}
     packed = dict(quantize_weights(weights, choices))
@@ -197,7 +197,7 @@ def test_unpacked_is_what_the_stored_parts_stand_for(mode: str) -> None:
     if mode == "affine":
         scales, biases = (np.array(packed[f"w.{part}"].astype(mx.float32)) for part in ("scales", "biases"))
         expected = codes * scales.repeat(64, 1) + biases.repeat(64, 1)
-    else:  # OCP microscaling: a power of two for 32 values of E2M1
+    else:  # OCP microscaling: a power of two for every 32 values in E2M1
         values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         signs = 1 - 2.0 * (codes >> 3)
         expected = signs * values[codes & 7] * 2.0 ** (np.array(packed["w.scales"]).astype(int) - 127).repeat(32, 1)

@@ -111,7 +111,7 @@ def test_nothing_is_left_to_fill_in(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert target.startswith("https://") or (document.parent / target).is_file(), target
@@ -156,7 +156,7 @@ def table_rows(text: str) -> list[list[str]]:
     return [row for row in rows if re.fullmatch(r"[\d.,]+", row[1])]
 
 
-def test_the_speeds_are_those_of_the_benchmarks() -> None:
+def test_the_speeds_match_the_benchmarks() -> None:
     """Both numbers of each comparison are in one row, which is about the same model and weights."""
     measured = table_rows((ROOT / "docs" / "benchmarks.md").read_text())
     rows = table_rows(section("Speed"))
@@ -192,7 +192,7 @@ def test_commands_run_as_written(document: Path, clone: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
-def test_every_command_is_one_that_its_program_understands(document: Path) -> None:
+def test_every_command_is_accepted_by_its_parser(document: Path) -> None:
     """Flags that exist, values of their types: what a command line is checked for before any work."""
     lines = [words(command) for command in commands(document)]
     for line in [line for line in lines if line[0] == PROGRAM]:
@@ -200,8 +200,8 @@ def test_every_command_is_one_that_its_program_understands(document: Path) -> No
         assert callable(command), line
 
 
-def test_fine_tuning_runs_in_its_order(clone: Path) -> None:
-    """The README's section, in two steps instead of many, and on `tiny` in the place of the 270M model."""
+def test_fine_tuning_runs_in_order(clone: Path) -> None:
+    """The README's section, in two steps instead of many, and with `tiny` instead of the 270M model."""
     lines = [line for line in commands(README) if line in section("Fine-tuning")]
     assert [words(line)[1] for line in lines] == ["lora", "lora", "lora", "lora", "generate", "fuse"]
     for line in lines:
@@ -213,7 +213,7 @@ def test_fine_tuning_runs_in_its_order(clone: Path) -> None:
     assert (clone / "expenses-270m" / "model.safetensors").is_file()
 
 
-def test_a_flag_that_does_not_exist_is_noticed() -> None:
+def test_an_unknown_flag_is_detected() -> None:
     with pytest.raises(RequestError, match="q_bit "):
         parse(["convert", "--q-bit", "4"])
 

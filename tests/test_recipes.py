@@ -15,7 +15,7 @@ import mlx.nn as nn
 import pytest
 from quantization_models import tiny_config
 
-# The first and the last eighth of the layers, and every third between.
+# The first and last eighth of the layers, and every third in between.
 MORE = {
     "270M": {0, 1, 4, 7, 10, 13, 14, 15},
     "1.1B": {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27},
@@ -41,8 +41,8 @@ def test_each_matrix_gets_the_bits_of_the_rule(size, recipe):
 
 @pytest.mark.parametrize("layers", [1, 2, 7, 8, 16, 20, 28, 36])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_layers_are_those_that_mlx_lm_chooses(layers, recipe):
-    # Its function is hidden behind a name of the package.
+def test_layers_equal_those_that_mlx_lm_chooses(layers, recipe):
+    # The package exports another object under the module's name.
     pytest.importorskip("mlx_lm")
     theirs = importlib.import_module("mlx_lm.convert")
 
@@ -75,12 +75,12 @@ def test_layers_are_those_that_mlx_lm_chooses(layers, recipe):
     assert mine["lm_head"].to_dict() == rule("lm_head", None)
 
 
-def test_an_untied_head_takes_the_bits_and_the_embedding_does_not():
+def test_an_untied_head_gets_the_bits_instead_of_the_embedding():
     choices, _ = planner(recipe="mixed_3_6")(tiny_config(share_input_output_layers=False))
     assert choices["lm_head"].bits == 6 and choices["transformer.token_embeddings"].bits == 3
 
 
-def test_the_group_size_may_be_chosen_and_gives_way_where_it_does_not_fit():
+def test_a_group_size_that_does_not_fit_is_reduced():
     choices, exceptions = planner(group_size=128, recipe="mixed_4_6")(tiny_config())
     inner = "transformer.layers.1.ffn.proj_2"  # 128 wide
     assert choices[inner] == Quantization(128, 6) and inner not in exceptions
@@ -105,16 +105,16 @@ def test_without_a_recipe_all_matrices_get_the_same_bits():
         ({"mode": "nf4"}, "q_mode must be one of"),
     ],
 )
-def test_what_cannot_be_is_refused(request_, message):
+def test_invalid_requests_are_refused(request_, message):
     with pytest.raises(RequestError, match=message):
         planner(**request_)
 
 
-def test_a_packing_is_the_flags_that_commands_share():
-    asked = Packing(quantize=True, q_bits=3, dtype="float16")
-    choices, exceptions = asked.plan(ModelConfig.from_name("270m"))
+def test_a_packing_carries_the_flags_that_commands_share():
+    packing = Packing(quantize=True, q_bits=3, dtype="float16")
+    choices, exceptions = packing.plan(ModelConfig.from_name("270m"))
     assert set(choices.values()) == {Quantization(64, 3)} and exceptions == {}
-    given = {name: value for name, value in asked.flags().items() if value}
+    given = {name: value for name, value in packing.flags().items() if value}
     assert given == {"dtype": "float16", "quantize": True, "q_bits": 3, "q_mode": "affine"}
     recipe = Packing(quantize=True, recipe="mixed_3_6")
     assert {choice.bits for choice in recipe.plan(ModelConfig.from_name("270m"))[0].values()} == {3, 6}

@@ -1,4 +1,4 @@
-"""What is recomputed: the options, or on CUDA the GPU's free memory, decide; and how that is reported and recorded."""
+"""What is recomputed, as decided by the options or on CUDA by free memory, and how it is reported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
-from mlx_openelm.training.options import FineTuneOptions, TrainOptions
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS, FineTuneOptions, TrainOptions
 from mlx_openelm.training.run import planning
 from mlx_openelm.training.run.activations import Shape
 from mlx_openelm.training.run.folder import compare
 from mlx_openelm.training.step.optimizers import make_optimizer
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import pytest
@@ -41,8 +40,8 @@ def give(monkeypatch, free: float | None) -> None:
     monkeypatch.setattr(planning, "available_memory", lambda: free)
 
 
-def test_the_least_is_recomputed_that_fits(monkeypatch, cuda):
-    give(monkeypatch, None)  # not known, so nothing says that it would not fit
+def test_as_little_as_fits_is_recomputed(monkeypatch, cuda):
+    give(monkeypatch, None)  # unknown, so it is assumed to fit
     peaks = {level: plan(recompute=level).memory.peak for level in (NOTHING, PARTS, LAYERS)}
     assert peaks[NOTHING] > peaks[PARTS]
     assert plan().recompute == NOTHING
@@ -53,8 +52,8 @@ def test_the_least_is_recomputed_that_fits(monkeypatch, cuda):
         assert plan().memory.peak == peaks[level]
 
 
-# What a step took at most above the weights and what the optimizer keeps, in GB, on an H100 with MLX 0.32.4: rows,
-# length, then nothing, parts and whole layers computed again.
+# Peak memory of a step above weights and optimizer state, in GB, on an H100 with MLX 0.32.4: rows, length, then
+# with nothing, parts and whole layers recomputed.
 MEASURED = {
     ("lora", "1_1B"): (4, 1024, 19.18, 16.06, 13.38),
     ("lora", "270M"): (8, 512, 6.22, 5.74, 5.02),
@@ -65,7 +64,7 @@ MEASURED = {
 
 
 @pytest.mark.parametrize(("method", "size"), MEASURED)
-def test_estimates_are_near_what_a_gpu_took(cuda, method, size):
+def test_estimates_are_close_to_measurements_on_a_gpu(cuda, method, size):
     config = ModelConfig.from_name(f"OpenELM-{size}")
     shapes = config.tensor_shapes()
     # Adapters of rank 8 are too small to show.
@@ -81,7 +80,7 @@ def test_estimates_are_near_what_a_gpu_took(cuda, method, size):
         assert found.peak / 1e9 == pytest.approx(measured, rel=0.15)
 
 
-def test_a_choice_by_hand_is_never_overridden(monkeypatch, cuda):
+def test_an_explicit_choice_is_never_overridden(monkeypatch, cuda):
     for free in (1000, None):
         give(monkeypatch, free)
         for level in (NOTHING, PARTS, LAYERS):
@@ -89,7 +88,7 @@ def test_a_choice_by_hand_is_never_overridden(monkeypatch, cuda):
         assert plan(grad_checkpoint=True).recompute == LAYERS
 
 
-def test_elsewhere_it_is_the_cheap_parts_unless_told(monkeypatch):
+def test_parts_is_the_default_off_cuda(monkeypatch):
     for free in (1000, None):
         give(monkeypatch, free)
         assert plan().recompute == PARTS
@@ -113,7 +112,7 @@ def test_two_names_must_not_contradict():
         TrainOptions(recompute="some").check()
 
 
-def test_a_run_may_go_on_with_another_choice():
+def test_a_run_may_be_resumed_with_another_choice():
     options = FineTuneOptions(train=True, data="x")
     record = {"model": "m", "options": {**json.loads(json.dumps(vars(options)))}}
     assert compare("m", replace(options, recompute=NOTHING), {}, record) == []

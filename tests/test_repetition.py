@@ -1,4 +1,4 @@
-"""Text that goes round in a loop: found by its tokens, and noted after greedy decoding."""
+"""Looping text: detected by its tokens, and noted after greedy decoding."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
         ([7] * 24, True),
         ([7] * 23, False),
         ([1, 2, 3, *[4, 5] * 12], True),
-        ([*[4, 5] * 12, 6], False),  # it found its way out
+        ([*[4, 5] * 12, 6], False),  # it left the loop
         (list(range(64)) * 3, True),
         (list(range(64)) * 2, False),
         (list(range(65)) * 4, False),  # a refrain
-        ([*[8, 9, 10, 11, 12] * 5, 8, 9], True),  # the last round is not over
+        ([*[8, 9, 10, 11, 12] * 5, 8, 9], True),  # the last round is incomplete
         (list(range(200)), False),
         ([], False),
     ],

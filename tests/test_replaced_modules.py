@@ -1,4 +1,4 @@
-"""A module that was replaced, wrapped or given another class is used from the next call on, whatever computes it."""
+"""A replaced, wrapped or reclassed module is used from the next call on, on every code path."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mlx_openelm.model import (
     RMSNorm,
     TransformerLayer,
 )
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import forward
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +32,7 @@ PROMPT = [5, 6, 7, 8]
 
 
 class Wrapper(nn.Module):
-    """Counts the calls of the module inside, and changes what it gives."""
+    """Counts the calls of the wrapped module, and changes its output."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -58,7 +58,7 @@ def subclass(module: nn.Module) -> nn.Module:
 
 
 def replace(owner: Any, name: str) -> Callable[[OpenELM], nn.Module]:
-    """How to put a wrapper in the place of a module; `owner` finds what holds it."""
+    """A function that wraps a module; `owner` finds its parent."""
 
     def change(model: OpenELM) -> nn.Module:
         wrapper = Wrapper(owner(model)[name])
@@ -106,7 +106,7 @@ def test_the_new_module_is_used(name: str, length: int) -> None:
     after = run()
     assert changed.calls == 2
     assert np.abs(after - before).max() > 1e-3
-    # The same without a cache: all positions at once, through another path.
+    # The same without a cache, where all positions take another path.
     whole = np.array(model(mx.array([[*PROMPT, *range(length)]])))[:, len(PROMPT) :]
     assert changed.calls == 3 and np.abs(whole - after).max() < 1e-4
     model.layers[1] = original[1]
@@ -115,15 +115,15 @@ def test_the_new_module_is_used(name: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 40])
-def test_training_uses_it_too(length: int) -> None:
+def test_training_uses_the_new_module_too(length: int) -> None:
     for name, change in CHANGES.items():
         model = make_model(make_config())
         change(model)
         tokens = mx.array([[*range(length)]])
-        wanted = np.array(model.hidden_states(tokens))[0]
+        expected = np.array(model.hidden_states(tokens))[0]
         for recompute in (NOTHING, PARTS, LAYERS):
             found = np.array(forward.hidden_states(model, tokens, None, recompute=recompute))
-            assert np.abs(found - wanted).max() < 1e-4, (name, recompute)
+            assert np.abs(found - expected).max() < 1e-4, (name, recompute)
 
 
 def test_changed_settings_of_a_norm_are_used() -> None:
@@ -166,8 +166,8 @@ def test_a_copy_is_independent(copied: Callable[[OpenELM], OpenELM], changes: di
     assert np.array_equal(logits(model), changed) and not np.array_equal(logits(other), changed)
 
 
-def test_the_classes_replaced_here_are_the_models() -> None:
-    """Otherwise the tests above would change nothing that matters."""
+def test_the_classes_replaced_here_match_the_model() -> None:
+    """Otherwise the tests above would change nothing."""
     layer = make_model(make_config()).layers[1]
     found = layer, layer.attn, layer.ffn, layer.attn_norm, layer.attn.out_proj
     assert [*map(type, found)] == [TransformerLayer, Attention, FeedForward, RMSNorm, Linear]

@@ -74,7 +74,7 @@ def test_labels_cover_neither_each_other_nor_points_nor_the_frame(this: tuple[fl
     assert not any(box.count_contains(points) for box in boxes.values())
 
 
-def test_rows_that_have_no_place_are_left_out() -> None:
+def test_rows_outside_of_the_plot_are_left_out() -> None:
     assert labels(figure([Row("not quantized", 16, 1000, 9.0, 0.0)], "title")) == {}
     few = [Row("affine 2-bit", 2.5, 1000, 9.0, float("inf")), Row("mxfp4", 4.3, 1000, 9.0, 0.1)]
     assert set(labels(figure(few, "title"))) == {"mxfp4"}

@@ -1,4 +1,4 @@
-"""Affine rounding on grids of one's own against MLX's own words and brute force in NumPy."""
+"""Affine rounding on custom grids, against MLX's packed words and brute force in NumPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def random_matrix(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 def weighted_error(
     weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, importance: np.ndarray, size: int, bits: int
 ) -> np.ndarray:
-    """The error of nearest rounding for each group [out, groups], every group's levels tried one by one."""
+    """The error of nearest rounding for each group [out, groups], by trying every level."""
     grouped = weight.astype(np.float64).reshape(len(weight), -1, size)
     values = scales[..., None] * np.arange(2**bits) + biases[..., None]
     distance = np.square(grouped[..., None] - values[:, :, None, :]).min(axis=-1)
@@ -46,7 +46,7 @@ def test_packing_gives_the_words_of_mlx_for_the_same_levels(bits):
     level = rounding.levels(rounding.groups(weight, 64), Grid(scales, biases), bits)
     ours = unpack_levels(np.array(rounding.pack(level.reshape(7, 128), bits)), bits)
     theirs = unpack_levels(np.array(words), bits)
-    # Both round to the nearest level; halves may fall either way.
+    # Both round to the nearest level; halves may round either way.
     assert (ours != theirs).mean() < 0.01 and np.abs(ours - theirs).max() <= 1
     again = rounding.pack(mx.array(theirs.astype(np.float32)), bits)
     assert np.array_equal(np.array(again), np.array(words))
@@ -70,7 +70,7 @@ def test_the_grid_found_is_never_worse_than_that_of_mlx(bits, size):
     assert is_bfloat16(found.scales) and is_bfloat16(found.biases)
 
 
-def test_the_grid_found_is_close_to_the_best_there_is():
+def test_the_grid_found_is_close_to_optimal():
     weight = np.random.default_rng(3).normal(size=(24, 32)).astype(np.float32)
     importance = np.random.default_rng(4).uniform(0.5, 1.5, 32).astype(np.float32)
     found = rounding.search(mx.array(weight), mx.array(importance), Quantization(32, 2), mx.float32)
@@ -83,7 +83,7 @@ def test_the_grid_found_is_close_to_the_best_there_is():
     assert (ours < 1.5 * best).all() and ours.sum() < 1.15 * best.sum()
 
 
-def test_what_matters_most_is_rounded_best():
+def test_the_most_important_weights_are_rounded_best():
     weight = random_matrix(16, 64, seed=5)
     importance = np.ones(64, dtype=np.float32)
     importance[7] = 1000
@@ -100,11 +100,11 @@ def test_what_matters_most_is_rounded_best():
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_a_stored_grid_holds_what_the_type_can_hold(dtype):
+def test_a_stored_grid_is_rounded_to_its_dtype(dtype):
     values = mx.array(random_matrix(4, 8))
     stored = Grid(values, -values).stored(dtype)
     assert stored.scales.dtype == stored.biases.dtype == mx.float32
-    # float16 keeps 11 bits of a number and bfloat16 8, counting the first.
+    # float16 has 11 significant bits, bfloat16 has 8, counting the implicit one.
     bits = 11 if dtype == mx.float16 else 8
     mantissa, exponent = np.frexp(np.array(values).astype(np.float64))
     expected = np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent)
@@ -113,7 +113,7 @@ def test_a_stored_grid_holds_what_the_type_can_hold(dtype):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("value", [0.0, 0.75, -3.0])
-def test_a_group_of_equal_weights_comes_back_as_it_was(value, bits):
+def test_a_group_of_equal_weights_is_exact(value, bits):
     weight = mx.array(random_matrix(2, 96))
     weight[0, 32:64] = value
     rounded = rounding.round_nearest(weight, mx.eye(96), Quantization(32, bits), mx.bfloat16)
@@ -128,21 +128,21 @@ def test_ranges_of_any_sign_and_size_are_rounded_within_a_step(low, high):
     assert np.abs(np.array(rounded) - weight).max() < (high - low) / 15
 
 
-def test_inputs_that_never_occur_do_no_harm():
+def test_inputs_that_never_occur_are_harmless():
     weight = mx.array(random_matrix(3, 64))
     moments = mx.diag(mx.array([0.0] * 32 + [1.0] * 32))
     rounded = np.array(rounding.round_nearest(weight, moments, Quantization(32, 3), mx.bfloat16))
     assert np.isfinite(rounded).all() and np.abs(rounded - np.array(weight)).max() < 2
 
 
-def test_a_group_with_one_weight_that_counts_keeps_its_steps():
+def test_a_group_with_one_important_weight_keeps_its_step_size():
     weight = mx.array(np.random.default_rng(3).normal(size=(4, 64)).astype(np.float32))
     importance = mx.array([1.0] + [0.0] * 63)
     grid = rounding.search(weight, importance, Quantization(64, 4), mx.float32)
     assert (np.array(grid.scales) > 0).all()
 
 
-def test_rounding_reads_back_as_mlx_would_and_its_error_is_that_of_the_products():
+def test_rounding_equals_mlxs_dequantized_weights_and_predicts_the_error_of_products():
     weight = random_matrix(10, 96)
     inputs = np.random.default_rng(8).normal(size=(300, 96)).astype(np.float32) @ random_matrix(96, 96, seed=9)
     choice = Quantization(32, 3)

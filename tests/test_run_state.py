@@ -20,7 +20,7 @@ import pytest
 
 
 def tensors(step: int) -> dict[str, mx.array]:
-    """A state as an updater gives it, unlike that of other steps; the optimizer counts in 64 bits."""
+    """A state like an updater's, different at each step; the optimizer counts in 64 bits."""
     weight = mx.random.normal((64, 64), key=mx.random.key(step))
     count = mx.array(step, dtype=mx.uint64)
     return {"weights.layer.lora_a": weight, "optimizer.layer.m": weight * 0.1, "optimizer.step": count}
@@ -34,7 +34,7 @@ def no_warning(line: str) -> None:
     pytest.fail(line)
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+def test_a_saved_state_is_loaded_bit_for_bit(tmp_path):
     state = RunState(step=7, trained_tokens=123456, seconds=1.1, window_loss=2.000000000000001, window_tokens=9,
                      reported=1 / 3, validated=5, val_loss=0.1 + 0.2, best_step=5, best_loss=0.1, stale=2)  # fmt: skip
     path = checkpoints(tmp_path).save(state, tensors(7))
@@ -46,12 +46,12 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
         assert loaded[1][name].dtype == tensor.dtype and mx.array_equal(loaded[1][name], tensor).item(), name
 
 
-def test_nothing_to_load(tmp_path):
+def test_without_checkpoints_there_is_nothing_to_load(tmp_path):
     assert checkpoints(tmp_path).load(no_warning) is None
     assert "starts from the beginning" in checkpoints(tmp_path).advice()
 
 
-def test_the_last_every_kth_and_the_best_are_kept(tmp_path):
+def test_the_last_every_nth_and_the_best_are_kept(tmp_path):
     kept = checkpoints(tmp_path, keep_last=2, keep_every=40)
     for step in range(10, 110, 10):
         kept.save(RunState(step=step, best_step=30 if step >= 30 else None), tensors(step))
@@ -64,7 +64,7 @@ def test_the_last_every_kth_and_the_best_are_kept(tmp_path):
     assert not [entry for entry in (tmp_path / "checkpoints").iterdir() if entry.name.startswith(".")]
 
 
-def test_older_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
+def test_older_checkpoints_are_removed_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
     kept = checkpoints(tmp_path, keep_last=1)
     kept.save(RunState(step=1), tensors(1))
     seen = []
@@ -72,7 +72,7 @@ def test_older_ones_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch)
     monkeypatch.setattr(mx, "save_safetensors", lambda *args: seen.append(kept.steps()) or write(*args))
     monkeypatch.setattr(Path, "rename", lambda *args: seen.append(kept.steps()) or rename(*args))
     kept.save(RunState(step=2), tensors(2))
-    # At the weights, the optimizer, and when the folder gets its name; then come the links.
+    # At the weights, the optimizer, and the rename of the folder; then come the links.
     assert seen[:3] == [[1]] * 3 and kept.steps() == [2]
 
 
@@ -103,27 +103,27 @@ def _garble(path: Path) -> None:
         (_garble, "state.json cannot be read"),
     ],
 )
-def test_damage_is_named_and_the_one_before_is_used(tmp_path, harm, named):
+def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, harm, named):
     kept = checkpoints(tmp_path)
     for step in (1, 2):
         kept.save(RunState(step=step), tensors(step))
     harm(kept.path(2))
-    said: list[str] = []
-    state, loaded = kept.load(said.append)
+    messages: list[str] = []
+    state, loaded = kept.load(messages.append)
     assert state.step == 1 and mx.array_equal(loaded["optimizer.step"], mx.array(1)).item()
-    assert len(said) == 1 and named in said[0] and "0000002" in said[0]
+    assert len(messages) == 1 and named in messages[0] and "0000002" in messages[0]
     assert "step 1 is intact" in kept.advice()
-    # Reached again, the damaged one is replaced.
+    # Reaching that step again replaces the damaged checkpoint.
     kept.save(RunState(step=2), tensors(2))
     assert kept.load(no_warning)[0].step == 2
 
     for step in kept.steps():
         harm(kept.path(step))
     with pytest.raises(OpenELMError, match="All checkpoints .* are damaged; start a new run with overwrite=True"):
-        kept.load(said.append)
+        kept.load(messages.append)
 
 
-def test_damage_of_the_adapter_in_a_checkpoint_is_noticed(tmp_path):
+def test_damage_to_the_adapter_in_a_checkpoint_is_detected(tmp_path):
     def export(folder: Path) -> None:
         (folder / "adapters.safetensors").write_bytes(b"an adapter")
 
@@ -131,12 +131,12 @@ def test_damage_of_the_adapter_in_a_checkpoint_is_noticed(tmp_path):
     for step in (1, 2):
         kept.save(RunState(step=step), tensors(step))
     (kept.path(2) / "adapters.safetensors").write_bytes(b"an Adapter")
-    said: list[str] = []
-    assert kept.load(said.append)[0].step == 1
-    assert "the checksum of adapters.safetensors is wrong" in said[0]
+    messages: list[str] = []
+    assert kept.load(messages.append)[0].step == 1
+    assert "the checksum of adapters.safetensors is wrong" in messages[0]
 
 
-def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     kept = checkpoints(tmp_path)
     kept.save(RunState(step=1), tensors(1))
     before = {path.name: path.read_bytes() for path in kept.path(1).iterdir()}
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_disk_that_is_actually_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True).returncode:
@@ -184,7 +184,7 @@ for step in range(start + 1, start + 1000000):
 """
 
 
-def test_killed_at_any_instant_what_is_there_is_whole(tmp_path):
+def test_checkpoints_are_complete_whenever_the_process_is_killed(tmp_path):
     script = SAVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     reached = 0
@@ -195,7 +195,7 @@ def test_killed_at_any_instant_what_is_there_is_whole(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kept = checkpoints(tmp_path)
-        for step in kept.steps():  # every one of them, not the newest alone
+        for step in kept.steps():  # all of them, not only the newest
             assert mx.array_equal(kept.tensors(step)["optimizer.step"], mx.array(step)).item()
             record = json.loads((kept.path(step) / "state.json").read_text())
             assert record["state"]["step"] == step
@@ -205,7 +205,7 @@ def test_killed_at_any_instant_what_is_there_is_whole(tmp_path):
         reached = newest
 
 
-def test_removing_leaves_what_is_not_ours(tmp_path):
+def test_removing_leaves_other_files(tmp_path):
     kept = checkpoints(tmp_path)
     kept.save(RunState(step=1, best_step=1), tensors(1))
     (kept.folder / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""Headers of safetensors files beside the format's own library: what it refuses is refused, what it reads is read."""
+"""Headers of safetensors files, against the format's library: we read and refuse the same files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent / "fixtures" / "shakespeare-hf"
-reference = pytest.importorskip("safetensors", reason="mlx-lm brings it")
+reference = pytest.importorskip("safetensors", reason="needs safetensors, which mlx-lm depends on")
 
 
 def entry(dtype: str, shape: list[Any], start: Any, end: Any) -> dict[str, Any]:
@@ -44,8 +44,8 @@ GOOD = {
     "no tensors": raw({}),
     "metadata": raw({"__metadata__": {"format": "pt", "é": ""}, **PAIR}, 12),
     "metadata null": raw({"__metadata__": None, **PAIR}, 12),
-    "spaces around": raw(b" " * 3 + ONE + b" \n" * 5, 4),
-    "more in an entry": raw({"a": entry("F32", [1], 0, 4) | {"extra": [1, {"a": 2}]}}, 4),
+    "surrounding spaces": raw(b" " * 3 + ONE + b" \n" * 5, 4),
+    "extra key in an entry": raw({"a": entry("F32", [1], 0, 4) | {"extra": [1, {"a": 2}]}}, 4),
     "odd names": raw({"": entry("U8", [1], 0, 1), "a\0b": entry("U8", [1], 1, 2), "é" * 300: entry("I8", [], 2, 3)}, 3),
     **{f"type {kind}": raw({"a": entry(kind, [1], 0, size)}, size)
        for kind, size in {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "I64": 8, "U64": 8, "U32": 4}.items()},
@@ -58,7 +58,7 @@ BAD = {
     "hole at the start": (raw({"a": entry("F32", [1], 4, 8)}, 8), "4 bytes before 'a' belong to no tensor"),
     "overlap": (raw({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, 12), "'b' overlaps another tensor"),
     "same place": (raw({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, 4), "'b' overlaps another tensor"),
-    "empty in the midst": (raw({"a": entry("F32", [2], 0, 8), "b": entry("F32", [0], 4, 4)}, 8), "'b' overlaps"),
+    "empty inside another": (raw({"a": entry("F32", [2], 0, 8), "b": entry("F32", [0], 4, 4)}, 8), "'b' overlaps"),
     "cut off": (raw(PAIR, 11), "'b' is cut off"),
     "another size": (raw({"a": entry("F32", [3], 0, 8)}, 8), "the bytes of 'a' do not match its shape"),
     "another type": (raw({"a": entry("F16", [2], 0, 8)}, 8), "the bytes of 'a' do not match its shape"),
@@ -72,24 +72,24 @@ BAD = {
     "negative": (raw({"a": entry("F32", [-1], 0, 4)}, 4), "entry for 'a' is malformed"),
     "negative offsets": (raw({"a": entry("F32", [1], -4, 0)}, 4), "entry for 'a' is malformed"),
     "three offsets": (raw(ONE.replace(b"[0,4]", b"[0,4,4]"), 4), "entry for 'a' is malformed"),
-    "digits without end": (raw(ONE.replace(b"[1]", b"[" + b"9" * 5000 + b"]"), 4), "its header is not JSON"),
+    "thousands of digits": (raw(ONE.replace(b"[1]", b"[" + b"9" * 5000 + b"]"), 4), "its header is not JSON"),
     "unknown type": (raw({"a": entry("f32", [1], 0, 4)}, 4), "stores 'a' as 'f32', which is not supported"),
-    "name twice": (raw(ONE[:-1] + b"," + ONE[1:].replace(b"[0,4]", b"[4,8]"), 8), "its header names 'a' twice"),
-    "key twice": (raw(ONE.replace(b'"shape"', b'"dtype":"F32","shape"'), 4), "its header names 'dtype' twice"),
-    "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{},' + ONE[1:], 4), "names '__metadata__' twice"),
-    "metadata with a number": (raw({"__metadata__": {"a": 1}, **PAIR}, 12), "its metadata are not strings by name"),
-    "metadata with null": (raw({"__metadata__": {"a": None}, **PAIR}, 12), "its metadata are not strings by name"),
-    "metadata with more": (raw({"__metadata__": {"a": {}}, **PAIR}, 12), "its metadata are not strings by name"),
-    "metadata as a list": (raw({"__metadata__": [], **PAIR}, 12), "its metadata are not strings by name"),
+    "name twice": (raw(ONE[:-1] + b"," + ONE[1:].replace(b"[0,4]", b"[4,8]"), 8), "'a' appears twice in its header"),
+    "key twice": (raw(ONE.replace(b'"shape"', b'"dtype":"F32","shape"'), 4), "'dtype' appears twice in its header"),
+    "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{},' + ONE[1:], 4), "'__metadata__' appears twice"),
+    "metadata with a number": (raw({"__metadata__": {"a": 1}, **PAIR}, 12), "its metadata is not a dictionary of"),
+    "metadata with null": (raw({"__metadata__": {"a": None}, **PAIR}, 12), "its metadata is not a dictionary of"),
+    "metadata with an object": (raw({"__metadata__": {"a": {}}, **PAIR}, 12), "its metadata is not a dictionary of"),
+    "metadata as a list": (raw({"__metadata__": [], **PAIR}, 12), "its metadata is not a dictionary of"),
     "deep": (raw(b'{"__metadata__":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "its header is not JSON"),
     "list": (raw([]), "its header is not a JSON object"),
     "null": (raw(b"null"), "its header is not a JSON object"),
-    "half a character": (raw(ONE.replace(b'"a"', b'"\\ud800"'), 4), "its header is not JSON"),
+    "lone surrogate": (raw(ONE.replace(b'"a"', b'"\\ud800"'), 4), "its header is not JSON"),
     "control character": (raw(ONE.replace(b'"a"', b'"a\n"'), 4), "its header is not JSON"),
-    "no UTF-8": (raw(ONE.replace(b'"a"', b'"\xff"'), 4), "its header is not JSON"),
+    "invalid UTF-8": (raw(ONE.replace(b'"a"', b'"\xff"'), 4), "its header is not JSON"),
     "byte order mark": (raw(b"\xef\xbb\xbf" + ONE, 4), "its header is not JSON"),
-    "zeros after it": (raw(ONE + b"\0\0", 4), "its header is not JSON"),
-    "more after it": (raw(ONE + b"{}", 4), "its header is not JSON"),
+    "zeros after the header": (raw(ONE + b"\0\0", 4), "its header is not JSON"),
+    "JSON after the header": (raw(ONE + b"{}", 4), "its header is not JSON"),
     "no header": (raw(b"", 8), "its header is not JSON"),
     "length beyond the file": (raw(ONE, 4, length=1000), "its header is cut off"),
     "length beyond 63 bits": (raw(ONE, 4, length=(1 << 63) + 5), "its header is cut off"),
@@ -98,8 +98,8 @@ BAD = {
 }  # fmt: skip
 
 
-def judged(content: bytes) -> dict[str, Any] | None:
-    """What the format's own library reads, by name; None where it refuses."""
+def read_by_library(content: bytes) -> dict[str, Any] | None:
+    """The tensors that the format's library reads, by name; None if it refuses the file."""
     try:
         return dict(reference.deserialize(content))
     except reference.SafetensorError:
@@ -107,9 +107,9 @@ def judged(content: bytes) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("content", GOOD.values(), ids=GOOD)
-def test_what_the_library_reads(tmp_path: Path, content: bytes) -> None:
+def test_files_that_the_library_reads_are_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    check_equal(tmp_path / "x", judged(content) or {})
+    check_equal(tmp_path / "x", read_by_library(content) or {})
 
 
 def check_equal(path: Path, expected: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def test_tensors_at_any_offset_hold_the_right_values(tmp_path: Path, kind: str, 
     header = {"a": entry("U8", [before], 0, before), "b": entry(kind, [rows, columns], before, end)}
     content = raw(header | {"c": entry("F32", [3], end, end + 12)}, end + 12)
     (tmp_path / "x").write_bytes(content)
-    check_equal(tmp_path / "x", judged(content) or {})
+    check_equal(tmp_path / "x", read_by_library(content) or {})
     values = read_tensors([tmp_path / "x"])["b"].read()
     data = content[-(end + 12) :][before:end]
     numbers = np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4"}[kind])
@@ -153,15 +153,15 @@ def test_a_model_whose_data_is_not_aligned_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), BAD.values(), ids=BAD)
-def test_what_the_library_refuses(tmp_path: Path, content: bytes, words: str) -> None:
-    assert judged(content) is None
+def test_files_that_the_library_refuses_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    assert read_by_library(content) is None
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(RequestError) as caught:
         read_header(tmp_path / "x")
     assert words in str(caught.value) and str(tmp_path / "x") in str(caught.value)
 
 
-def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
+def test_a_long_shape_is_refused_quickly(tmp_path: Path) -> None:
     """Its product would have a million digits, and need not be computed."""
     (tmp_path / "x").write_bytes(raw({"a": entry("F32", [1 << 40] * 100_000, 0, 4)}, 4))
     with pytest.raises(RequestError, match="the bytes of 'a' do not match its shape"):
@@ -169,7 +169,7 @@ def test_a_long_shape_costs_no_time(tmp_path: Path) -> None:
 
 
 def mutated(rng: random.Random) -> bytes:
-    """A small file with one thing, or two, changed in its header's values, in its bytes or in its length."""
+    """A small file with one or two changes to its header's values, its bytes or its length."""
     header: dict[str, Any] = json.loads(json.dumps(rng.choice([PAIR, {"__metadata__": {"format": "mlx"}, **PAIR}])))
     data = 12
     for _ in range(rng.choice([0, 0, 1, 2])):
@@ -191,13 +191,13 @@ def mutated(rng: random.Random) -> bytes:
     return bytes(content[: rng.choice([len(content)] * 9 + [rng.randrange(len(content))])])
 
 
-def test_mutations(tmp_path: Path) -> None:
+def test_mutated_files_are_read_or_refused_as_by_the_library(tmp_path: Path) -> None:
     rng, path = random.Random(12), tmp_path / "x"
     read = refused = 0
     for _ in range(500):
         content = mutated(rng)
         path.write_bytes(content)
-        expected = judged(content)
+        expected = read_by_library(content)
         try:
             header = read_header(path)
         except RequestError as error:

@@ -37,7 +37,7 @@ def random_logprobs(seed, batch=5, vocab=60, spread=2.5):
 
 
 def support(filtered, logprobs):
-    """Which tokens are left; their values must be unchanged."""
+    """Which tokens remain; their values must be unchanged."""
     filtered = np.array(filtered)
     kept = filtered > -INF
     assert not np.isnan(filtered).any()
@@ -45,7 +45,7 @@ def support(filtered, logprobs):
     return kept
 
 
-# Each filter again, one row at a time, in float64, as defined in its paper.
+# Each filter as defined in its paper, row by row in float64.
 def top_p_support(row, top_p):
     probs, kept, mass = np.exp(row.astype(np.float64)), np.zeros(row.size, bool), 0.0
     for token in np.argsort(-row):
@@ -80,7 +80,7 @@ def each_row(rule, logprobs, *args):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("spread", [0.3, 2.5, 8.0])
-def test_supports_of_the_filters(seed, spread):
+def test_filters_keep_the_same_tokens_as_brute_force(seed, spread):
     logprobs = random_logprobs(seed, spread=spread)
     x = mx.array(logprobs)
     for top_p in (1e-60, 1e-9, 0.05, 0.5, 0.9, 0.999):
@@ -105,18 +105,18 @@ def test_supports_of_the_filters(seed, spread):
             )
 
 
-def test_ties():
-    """What the docstrings say about ties."""
+def test_ties_are_kept_as_documented():
+    """As in the docstrings."""
     x = mx.array([[0.3, 0.2, 0.2, 0.2, 0.1]])
     x = mx.log(x)
 
     def kept(y):
         return (np.array(y) > -INF).sum()
 
-    assert kept(apply_top_p(x, 0.4)) == 4  # 0.3, and all that are as likely as the second
+    assert kept(apply_top_p(x, 0.4)) == 4  # 0.3, and all tokens as likely as the second
     assert kept(apply_min_p(mx.log(mx.array([[0.5, 0.25, 0.25]])), 0.5)) == 3
     assert kept(apply_top_k(x, 2)) == 2
-    assert kept(apply_xtc(x, 1.0, 0.15, (), make_key(0))) == 4  # the three least likely above 0.15 stay
+    assert kept(apply_xtc(x, 1.0, 0.15, (), make_key(0))) == 4  # the least likely three above 0.15 stay
     assert greedy(mx.array([[1.0, 2.0, 2.0]])).item() == 1
 
 
@@ -150,7 +150,7 @@ def test_filters_run_in_the_stated_order():
         {"temp": 1.3, "min_p": 0.02},
     ],
 )
-def test_frequencies_of_draws(changes):
+def test_draws_follow_the_distribution(changes):
     logprobs = random_logprobs(3, batch=1, vocab=30, spread=1.5)
     params = SamplingParams(**changes)
     row = logprobs[0]
@@ -188,7 +188,7 @@ def test_xtc_coin_is_tossed_for_every_row():
     assert (np.array(make_sampler(always, special_ids={0}, key=make_key(1))(logprobs)) == 0).all()
 
 
-def test_temperature_zero_is_the_most_likely_token_whatever_else_is_set():
+def test_temperature_zero_gives_the_most_likely_token_whatever_else_is_set():
     logprobs = random_logprobs(4, batch=50)
     params = SamplingParams(temp=0.0, top_k=3, xtc_probability=1.0, xtc_threshold=0.0)
     tokens = make_sampler(params)(mx.array(logprobs))
@@ -199,7 +199,7 @@ def test_temperature_zero_is_the_most_likely_token_whatever_else_is_set():
 
 @pytest.mark.parametrize("temp", [5e-324, 1e-45, 1e-30, 1e-6, 1.0, 1000.0])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 1e-300}, {"top_k": 2}, {"min_p": 1.0}, {"xtc_probability": 1.0}])
-def test_extreme_values_never_pick_a_banned_token(temp, filters):
+def test_extreme_values_never_sample_a_banned_token(temp, filters):
     vocab = 12
     bias = {t: -INF for t in range(4)} | {4: -1e30, 5: -100.0}
     params = SamplingParams(temp=temp, repetition_penalty=1000, frequency_penalty=1000, logit_bias=bias, **filters)
@@ -217,7 +217,7 @@ def test_extreme_values_never_pick_a_banned_token(temp, filters):
         np.testing.assert_allclose(picked, best.max(-1), atol=1e-4)
 
 
-def test_one_token_left_is_the_one_picked():
+def test_a_single_remaining_token_is_sampled():
     logprobs = mx.array([[-INF, 0.0, -INF], [-INF, -INF, 0.0]])
     everything = SamplingParams(
         temp=0.5, top_p=0.5, top_k=2, min_p=0.5, min_tokens_to_keep=2, xtc_probability=1.0, xtc_threshold=0.0
@@ -345,7 +345,7 @@ def test_keys_differ_and_their_chain_stays_short():
     assert len(seen) == 3000
 
 
-def test_nothing_waits_for_the_device():
+def test_sampling_never_waits_for_the_device():
     """MLX refuses to evaluate inside a traced function, so tracing one proves that nothing reads a value."""
     sampler, processors = (
         make_sampler(ALL_ON, special_ids=(2,), key=make_key(0)),
@@ -397,7 +397,7 @@ def test_filters_agree_with_mlx_lm(theirs, seed):
         np.testing.assert_array_equal(np.array(ours), np.array(reference))
 
 
-def test_samplers_agree_with_mlx_lm_where_only_one_token_is_left(theirs):
+def test_samplers_agree_with_mlx_lm_if_one_token_remains(theirs):
     x = mx.array(random_logprobs(2, batch=100))
     for flags in (
         {"temp": 0.0},

@@ -25,7 +25,7 @@ def test_constant() -> None:
     assert rates(5, learning_rate=3e-4) == [3e-4] * 5
 
 
-def test_warm_up_starts_where_it_is_told_and_arrives() -> None:
+def test_warm_up_goes_from_its_initial_rate_to_the_learning_rate() -> None:
     assert rates(6, learning_rate=1e-3, warmup=4) == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], abs=1e-18)
     assert rates(4, learning_rate=1e-3, warmup=2, warmup_init=5e-4) == pytest.approx([5e-4, 7.5e-4, 1e-3, 1e-3])
 
@@ -42,7 +42,7 @@ def test_cosine_by_hand() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_as_pytorch_does(schedule: str) -> None:
+def test_schedules_equal_pytorchs(schedule: str) -> None:
     torch = pytest.importorskip("torch")
     total, warmup, top, low, first = 60, 11, 3e-4, 3e-5, 1e-6
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=top)
@@ -67,8 +67,8 @@ def test_as_pytorch_does(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_decay_steps_are_mlxs(schedule: str) -> None:
-    """After them the rate stays where it is, as it does under mlx-lm's `arguments: [rate, steps, end]`."""
+def test_decay_steps_equal_mlxs(schedule: str) -> None:
+    """After them the rate stays constant, as with mlx-lm's `arguments: [rate, steps, end]`."""
     mlx = optim.cosine_decay(1e-3, 7, 1e-4) if schedule == "cosine" else optim.linear_schedule(1e-3, 1e-4, 7)
     expected = [float(mlx(mx.array(step))) for step in range(12)]
     found = rates(12, lr_schedule=schedule, learning_rate=1e-3, min_learning_rate=1e-4, decay_steps=7)
@@ -77,7 +77,7 @@ def test_decay_steps_are_mlxs(schedule: str) -> None:
 
 
 def test_corenets_recipe() -> None:
-    """CoreNet's formula (corenet/optims/scheduler/cosine.py) ends two steps before its cosine does."""
+    """CoreNet's formula (corenet/optims/scheduler/cosine.py) stops two steps before the end of its cosine."""
     total, warmup, top, low = 4375, 1000, 3e-4, 3e-5
     found = rates(
         total, lr_schedule="cosine", learning_rate=top, min_learning_rate=low, warmup=warmup, warmup_init=1e-6
@@ -93,7 +93,7 @@ def test_corenets_recipe() -> None:
     assert max(found) == top and min(found[warmup:]) == low
 
 
-def test_one_step_is_not_lost() -> None:
+def test_a_single_step_has_the_full_rate() -> None:
     assert rates(1, lr_schedule="cosine", learning_rate=1e-3) == [1e-3]
     assert rates(3, lr_schedule="linear", learning_rate=1e-3, warmup=2)[-1] == 1e-3
 

@@ -1,4 +1,4 @@
-"""What a matrix costs, measured against whole models; assignments against brute force."""
+"""The cost of rounding a matrix, against whole models; bit assignments against brute force."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measured(model):
 
 
 def inputs_of(path: str) -> np.ndarray:
-    """What enters a matrix of layer 0 or 1, caught in the running model."""
+    """The inputs of a matrix of layer 0 or 1, recorded in the running model."""
     model, caught = tiny_model(), []
     module = model
     for name in path.split("."):
@@ -79,7 +79,7 @@ def test_every_choice_of_every_matrix_has_a_cost(measured, model):
     ["transformer.layers.0.attn.qkv_proj", "transformer.layers.0.attn.out_proj", "transformer.layers.1.ffn.proj_1",
      "transformer.layers.1.ffn.proj_2"],
 )  # fmt: skip
-def test_the_cost_is_the_divergence_of_the_model_with_that_matrix_rounded(measured, path, bits):
+def test_the_cost_equals_the_divergence_with_that_matrix_rounded(measured, path, bits):
     model = tiny_model()
     parameters = dict(tree_flatten(model.parameters()))
     weight = parameters[f"{path}.weight"]
@@ -95,7 +95,7 @@ def test_the_cost_is_the_divergence_of_the_model_with_that_matrix_rounded(measur
     assert measured.costs[path][Quantization(size, bits)] == pytest.approx(expected, rel=0.02)
 
 
-def test_more_bits_cost_as_much_less_as_their_error_is_smaller(measured):
+def test_costs_scale_with_the_rounding_error(measured):
     path = "transformer.layers.1.ffn.proj_2"
     weight = dict(tree_flatten(tiny_model().parameters()))[f"{path}.weight"]
     x = inputs_of(path)
@@ -117,7 +117,7 @@ def test_an_untied_head_is_measured_too():
     assert list(costs)[:2] == ["transformer.token_embeddings", "lm_head"]
 
 
-# The best choices under a budget.
+# Optimal choices under a budget.
 
 
 def size_of(choice: Quantization, shape: tuple[int, int]) -> int:
@@ -126,7 +126,7 @@ def size_of(choice: Quantization, shape: tuple[int, int]) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_assignments_are_the_best_there_are(seed):
+def test_assignments_are_optimal(seed):
     config = tiny_config(num_transformer_layers=1, num_query_heads=4, num_kv_heads=2, ffn_multipliers=1.0)
     generator = np.random.default_rng(seed)
     options = [Quantization(64, 2), Quantization(64, 3), Quantization(32, 4), Quantization(64, 6)]
@@ -146,42 +146,43 @@ def test_assignments_are_the_best_there_are(seed):
         assert bits_per_weight(config, chosen, 2) <= target
         cost = sum(costs[path][choice] for path, choice in chosen.items())
         best = min(cost for bits, cost in results if bits <= budget)
-        # The budget is cut into 4000 steps, so each matrix may waste one.
+        # The budget is divided into 4000 steps, and each matrix may waste one.
         spare = budget - min(bits for bits, _ in results)
         nearly = min(cost for bits, cost in results if bits <= budget - len(shapes) * spare / 4000)
         assert best * (1 - 1e-5) <= cost <= nearly * (1 + 1e-5)
 
 
-def test_with_room_for_everything_all_take_the_most(measured, model):
+def test_a_large_budget_gives_every_matrix_the_most_bits(measured, model):
     chosen = assign(measured.costs, model.config, 16, mx.bfloat16)
     for path, options in measured.costs.items():
         assert chosen[path] == min(options, key=options.get)
 
 
 @pytest.mark.parametrize("target", [2.9, 3.0, 3.25, 3.75, 4.2, 4.25, 5.5, 7.0])
-def test_budgets_are_never_passed_and_well_used(measured, model, target):
+def test_budgets_are_never_exceeded_and_well_used(measured, model, target):
     chosen = assign(measured.costs, model.config, target, mx.bfloat16)
     bits = bits_per_weight(model.config, chosen, 2)
     assert target - 0.1 < bits <= target
 
 
-def test_a_bit_less_than_a_choice_needs_rules_it_out():
+def test_a_budget_one_bit_too_small_rules_a_choice_out():
     config = tiny_config()
-    wanted = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
-    # Only these choices, and larger ones, are worth anything.
+    expected = dict.fromkeys(config.matrix_shapes(), Quantization(32, 4))
+    # Only these choices, and larger ones, reduce the cost.
     costs = {
         path: {
-            option: float(size_of(option, shape) < size_of(wanted[path], shape)) for option in candidates(config)[path]
+            option: float(size_of(option, shape) < size_of(expected[path], shape))
+            for option in candidates(config)[path]
         }
         for path, shape in config.matrix_shapes().items()
     }
-    needed = bits_per_weight(config, wanted, 2)
+    needed = bits_per_weight(config, expected, 2)
     chosen = assign(costs, config, needed - 1 / config.num_parameters, mx.bfloat16)
     assert bits_per_weight(config, chosen, 2) < needed
     assert sum(costs[path][choice] for path, choice in chosen.items()) == 1
 
 
-def test_what_costs_most_gets_the_bits():
+def test_the_most_sensitive_matrix_gets_the_bits():
     config = tiny_config()
     shapes = config.matrix_shapes()
     dear = "transformer.layers.1.attn.out_proj"
@@ -193,13 +194,13 @@ def test_what_costs_most_gets_the_bits():
     assert chosen[dear].bits == 8 and {choice.bits for choice in chosen.values()} > {8}
 
 
-def test_wider_types_of_the_rest_leave_fewer_bits(measured, model):
+def test_a_wider_dtype_for_the_rest_leaves_fewer_bits(measured, model):
     narrow, wide = (assign(measured.costs, model.config, 4, dtype) for dtype in (mx.bfloat16, mx.float32))
     assert bits_per_weight(model.config, wide, 4) <= 4
     assert bits_per_weight(model.config, wide, 2) < bits_per_weight(model.config, narrow, 2)
 
 
-def test_too_small_a_budget_is_refused_with_the_least_there_is(measured, model):
+def test_too_small_a_budget_is_refused_with_the_minimum(measured, model):
     with pytest.raises(RequestError, match=r"target_bpw 2 is too small: this model needs at least \d\.\d\d"):
         assign(measured.costs, model.config, 2, mx.bfloat16)
     with pytest.raises(RequestError, match="too small"):
@@ -209,7 +210,7 @@ def test_too_small_a_budget_is_refused_with_the_least_there_is(measured, model):
 # Files.
 
 
-def test_a_saved_file_reads_back_as_it_was(measured, model, tmp_path):
+def test_a_saved_file_round_trips(measured, model, tmp_path):
     measured.save(tmp_path / "s.json")
     assert read(tmp_path / "s.json", model.config) == measured
     content = json.loads((tmp_path / "s.json").read_text())
@@ -230,7 +231,7 @@ def test_a_damaged_file_is_refused(content, model, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["nan", "NaN", "Infinity", "-1", "7"])
-def test_numbers_that_cannot_be_are_refused(value, measured, model, tmp_path):
+def test_invalid_numbers_are_refused(value, measured, model, tmp_path):
     measured.save(tmp_path / "s.json")
     content = json.loads((tmp_path / "s.json").read_text())
     first = content["sensitivities"]["transformer.token_embeddings"][0]

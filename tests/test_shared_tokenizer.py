@@ -1,4 +1,4 @@
-"""The tokenizer that all published models share: which copies are taken, where they are looked for, what is said."""
+"""The tokenizer shared by all published models: accepted copies, where they are searched for, and messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from test_sources import Server
 
 FIXTURE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 REAL = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
-needs_real = pytest.mark.skipif(not REAL.exists(), reason="Llama 2's tokenizer is not here")
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs Llama 2's tokenizer")
 TEXT = "To be, or not to be:\n  42 Größen ½ 🦙"
 
 
@@ -35,7 +35,7 @@ def release(name: str = "1.1b-instruct") -> catalog.Release:
 
 
 def identity_of(model: Path) -> Identity:
-    """What a tokenizer must be to be that one, as SentencePiece says."""
+    """The identity of the fixture's tokenizer, computed with SentencePiece."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     return Identity(
         pieces.vocab_size(),
@@ -67,7 +67,7 @@ def copy(folder: Path, *names: str, template: str | None = None) -> Path:
 
 
 def lookalike(folder: Path) -> Path:
-    """As many pieces with the same special tokens, but two of them have changed places."""
+    """The same number of pieces and special tokens, but two pieces swapped."""
     copy(folder, "tokenizer.json")
     spec = json.loads((folder / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
@@ -77,11 +77,11 @@ def lookalike(folder: Path) -> Path:
     return folder
 
 
-# Which are taken.
+# Accepted copies.
 
 
 @pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.model"], ["tokenizer.json", "tokenizer.model"]])
-def test_copies_are_taken(tmp_path: Path, right: Identity, names: list[str]) -> None:
+def test_copies_are_accepted(tmp_path: Path, right: Identity, names: list[str]) -> None:
     tokenizer = accept(copy(tmp_path / "t", *names), right, eos_token_ids={2, 5})
     assert tokenizer is not None
     assert tokenizer.encode(TEXT, add_bos=False) == [int(number) for number in right.ids[TEXT].split()]
@@ -98,13 +98,13 @@ def test_copies_are_taken(tmp_path: Path, right: Identity, names: list[str]) -> 
         {"sha256": "0" * 64},
     ],
 )
-def test_each_mark_counts(tmp_path: Path, right: Identity, change: dict[str, object]) -> None:
+def test_a_copy_must_match_every_property(tmp_path: Path, right: Identity, change: dict[str, object]) -> None:
     folder = copy(tmp_path / "t", "tokenizer.json", "tokenizer.model")
     assert accept(folder, right) is not None
     assert accept(folder, replace(right, **change)) is None  # type: ignore[arg-type]
 
 
-def test_others_are_not_taken(tmp_path: Path, right: Identity) -> None:
+def test_other_tokenizers_are_not_accepted(tmp_path: Path, right: Identity) -> None:
     assert accept(lookalike(tmp_path / "a"), right) is None
     (tmp_path / "empty").mkdir()
     assert accept(tmp_path / "empty", right) is None
@@ -117,7 +117,7 @@ def test_others_are_not_taken(tmp_path: Path, right: Identity) -> None:
 
 
 def test_a_wrong_json_beside_the_right_model(tmp_path: Path, right: Identity) -> None:
-    """It is the checksum that is certain: the model file alone is used then."""
+    """Only the model file, whose checksum matches, is used."""
     folder = lookalike(tmp_path / "a")
     shutil.copy(FIXTURE / "tokenizer.model", folder)
     tokenizer = accept(folder, right)
@@ -128,7 +128,7 @@ def test_a_wrong_json_beside_the_right_model(tmp_path: Path, right: Identity) ->
 
 
 @needs_real
-def test_the_known_ids_are_those_of_llama_2() -> None:
+def test_the_known_ids_equal_llama_2s() -> None:
     model = REAL / "tokenizer.model"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert (pieces.vocab_size(), pieces.bos_id(), pieces.eos_id()) == (32000, 1, 2)
@@ -138,7 +138,7 @@ def test_the_known_ids_are_those_of_llama_2() -> None:
 
 
 @needs_real
-def test_llama_2s_is_taken_and_a_lookalike_is_not(tmp_path: Path) -> None:
+def test_llama_2s_is_accepted_and_a_lookalike_is_not(tmp_path: Path) -> None:
     expected = json.loads((REAL / "expected.json").read_text())
     (tmp_path / "model").mkdir()
     shutil.copy(REAL / "tokenizer.model", tmp_path / "model")
@@ -154,7 +154,7 @@ def test_llama_2s_is_taken_and_a_lookalike_is_not(tmp_path: Path) -> None:
     vocab["\u2581Hello"], vocab["\u2581world"] = vocab["\u2581world"], vocab["\u2581Hello"]
     (tmp_path / "json" / "tokenizer.json").write_text(json.dumps(spec))
     assert accept(tmp_path / "json", LLAMA2) is None
-    # One with another 32,000 pieces, BOS 1 and EOS 2, which has been seen beside the right model file.
+    # Another tokenizer with 32,000 pieces, BOS 1 and EOS 2, found in the wild beside the right model file.
     shutil.copy(REAL / "tokenizer.json", tmp_path / "json")
     tokenizer = accept(tmp_path / "json", LLAMA2)
     assert tokenizer is None or all(tokenizer.encode(row["text"], add_bos=False) == row["ids"] for row in expected)
@@ -190,11 +190,11 @@ def spec_of(model: Path) -> dict[str, object]:
     }
 
 
-# Where they are looked for.
+# Where copies are searched for.
 
 
 @pytest.mark.parametrize("known", catalog.releases(), ids=lambda known: known.name)
-def test_candidates(known: catalog.Release) -> None:
+def test_candidates_of_each_model(known: catalog.Release) -> None:
     repos = candidates(known)
     assert repos[0] == f"mlx-community/{known.name}"
     assert repos[-1] == FALLBACK == "hf-internal-testing/llama-tokenizer"
@@ -214,21 +214,21 @@ def test_candidates(known: catalog.Release) -> None:
         FALLBACK,
     ],
 )
-def test_any_of_them_serves(hub: FakeHub, tmp_path: Path, right: Identity, repo: str) -> None:
+def test_any_candidate_serves(hub: FakeHub, tmp_path: Path, right: Identity, repo: str) -> None:
     hub.add(repo, copy(tmp_path / "served", "tokenizer.model", template="of another"))
     (tmp_path / "served" / "model.safetensors").write_text("weights")
     tokenizer = find(release(), eos_token_ids={2})
     assert tokenizer.encode(TEXT, add_bos=False) == [int(number) for number in right.ids[TEXT].split()]
     assert set(hub.files_sent) == {"tokenizer.model", "tokenizer_config.json"}
-    # One question for each repository that is not there.
-    asked = [path for _, path in hub.requests if path.endswith("/revision/main")]
+    # One request for each missing repository.
+    requested = [path for _, path in hub.requests if path.endswith("/revision/main")]
     names = candidates(release())
-    assert asked == [f"/api/models/{name}/revision/main" for name in names[: names.index(repo) + 1]]
+    assert requested == [f"/api/models/{name}/revision/main" for name in names[: names.index(repo) + 1]]
     is_own = repo == release().tokenizer_repo
     assert tokenizer.chat_template == ("of another" if is_own else None)
 
 
-def test_what_is_not_llama_2s_is_passed_over(hub: FakeHub, tmp_path: Path, right: Identity) -> None:
+def test_other_tokenizers_are_skipped(hub: FakeHub, tmp_path: Path, right: Identity) -> None:
     hub.add("mlx-community/OpenELM-1_1B-Instruct", lookalike(tmp_path / "wrong"))
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text("{}")
@@ -247,7 +247,7 @@ def test_what_is_not_llama_2s_is_passed_over(hub: FakeHub, tmp_path: Path, right
 def test_a_copy_in_the_cache_serves_without_a_network(
     hub: FakeHub, tmp_path: Path, right: Identity, repo: str, stop: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever repository and revision it is of, and before any question."""
+    """From any repository and revision, and before any request."""
     from huggingface_hub import constants, snapshot_download
 
     served = copy(tmp_path / "served", "tokenizer.json")
@@ -256,7 +256,7 @@ def test_a_copy_in_the_cache_serves_without_a_network(
     lookalike(tmp_path / "wrong")
     shutil.copy(tmp_path / "wrong" / "tokenizer.json", served)
     snapshot_download(repo, allow_patterns=["tokenizer.json"])
-    asked = len(hub.requests)
+    count = len(hub.requests)
     if stop == "network":
         hub.stop()
     elif stop == "offline":
@@ -266,13 +266,13 @@ def test_a_copy_in_the_cache_serves_without_a_network(
     for name in ("1.1b-instruct", "450m"):
         tokenizer = find(release(name))
         assert tokenizer.encode(TEXT, add_bos=False) == [int(number) for number in right.ids[TEXT].split()]
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == count
 
 
-def test_every_way_to_a_model_finds_it(
+def test_every_way_to_load_a_model_finds_it(
     hub: FakeHub, tmp_path: Path, right: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Apple's repository, a folder of its files, a checkpoint of CoreNet's, and the download of its port."""
+    """Apple's repository, a folder of its files, a CoreNet checkpoint, and its downloaded MLX port."""
     hub.add("mlx-community/OpenELM-450M-Instruct", copy(tmp_path / "served", "tokenizer.model"))
     bare = tmp_path / "OpenELM-270M"
     bare.mkdir()
@@ -302,7 +302,7 @@ def test_every_way_to_a_model_finds_it(
     assert hub.files_sent.count("tokenizer.model") == 1
 
 
-# What is said.
+# Messages.
 
 
 def message(hub: FakeHub, change: Callable[[FakeHub], None], kind: type[OpenELMError], requests: int) -> str:
@@ -313,17 +313,17 @@ def message(hub: FakeHub, change: Callable[[FakeHub], None], kind: type[OpenELME
     assert type(caught.value) is kind
     assert len(hub.requests) <= requests
     text = str(caught.value)
-    assert "\n" not in text and "--tokenizer" in text and FALLBACK in text
+    assert "\n" not in text and "with tokenizer" in text and FALLBACK in text
     return text
 
 
-def test_nothing_anywhere(hub: FakeHub) -> None:
+def test_no_copy_anywhere(hub: FakeHub) -> None:
     text = message(hub, lambda hub: None, RequestError, 25)
     assert "neither in mlx-community/OpenELM-1_1B-Instruct, nor in those of its siblings" in text
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_only_gated_ones(hub: FakeHub, tmp_path: Path, status: int) -> None:
+def test_only_gated_copies(hub: FakeHub, tmp_path: Path, status: int) -> None:
     folder = copy(tmp_path / "served", "tokenizer.json")
     text = message(
         hub, lambda hub: hub.add("mlx-community/OpenELM-270M", folder, gated=status) and None, OpenELMError, 40
@@ -337,13 +337,13 @@ def test_a_hub_that_cannot_answer_is_asked_once(hub: FakeHub, status: int, words
     assert {path for _, path in hub.requests} == {"/api/models/mlx-community/OpenELM-1_1B-Instruct/revision/main"}
 
 
-def test_a_wrong_token_is_told_at_once(hub: FakeHub) -> None:
+def test_a_wrong_token_is_reported_at_once(hub: FakeHub) -> None:
     assert "refuses your token" in message(hub, lambda hub: setattr(hub, "rejects_token", True), OpenELMError, 2)
 
 
 def test_no_network(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    assert "cannot reach 127.0.0.1" in message(hub, FakeHub.stop, OpenELMError, 0)
+    assert "Cannot reach 127.0.0.1" in message(hub, FakeHub.stop, OpenELMError, 0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in message(hub, lambda hub: None, OpenELMError, 0)

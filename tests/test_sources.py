@@ -1,4 +1,4 @@
-"""Models from anywhere: what a name means, downloads of CoreNet's files, sources that change while they are read."""
+"""Model sources: what a name means, downloads of CoreNet's files, sources that change while being read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_hub_name(hub: FakeHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pt", "b/c.pth", "/nowhere/model.gguf", "~/none.GGUF"])
-def test_a_file_that_is_not_there(name: str, hub: FakeHub) -> None:
+def test_a_missing_file_is_refused(name: str, hub: FakeHub) -> None:
     with pytest.raises(RequestError, match=f"file {name} does not exist"):
         open_source(name)
     assert hub.requests == []
@@ -75,7 +75,7 @@ def test_a_gguf_file_goes_to_its_reader(tmp_path: Path, monkeypatch: pytest.Monk
         open_source(path, config_yaml=tmp_path / "run.yaml")
 
 
-def test_what_belongs_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_revision_and_config_yaml_are_refused_where_they_do_not_apply(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(b"x")
     for model in (tmp_path / "c.pt", "corenet:270M/checkpoint_average"):
         with pytest.raises(RequestError, match="no revision 'main'"):
@@ -125,19 +125,19 @@ def test_a_source_that_changes_while_it_is_converted(small: Path, change: Callab
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
-def test_what_is_not_the_models_may_change(small: Path) -> None:
+def test_unrelated_files_may_change(small: Path) -> None:
     convert(small, small.parent / "out", progress=lambda *_: (small / "notes.txt").write_text("x") and None)
     assert (small.parent / "out" / "config.json").is_file()
 
 
 def test_a_source_cut_short_while_it_is_read(small: Path) -> None:
-    """MLX finds the rest missing."""
+    """MLX reports missing data."""
     with pytest.raises(OpenELMError, match="was changed while"):
         convert(small, small.parent / "out", progress=lambda *_: os.truncate(small / "model.safetensors", 10**6))
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
-def test_a_disk_that_cannot_be_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_of_the_disk_is_reported(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*_: Any, **__: Any) -> None:
         raise RuntimeError("[read] Unable to\nread from file.")
 
@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_nothing(small: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
-def test_after_a_kill_the_next_run_cleans_up(small: Path) -> None:
+def test_the_next_run_cleans_up_after_a_kill(small: Path) -> None:
     code = f"""
 import time
 from mlx_openelm import convert
@@ -184,20 +184,20 @@ convert({str(small)!r}, {str(small.parent / "out")!r}, progress=progress)
 
 
 class Server:
-    """Apple's file server on loopback: files by path, ranges, and transfers that break off."""
+    """A fake of Apple's file server: files by path, ranges, and transfers that break off."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
-        self.requests: list[tuple[str, str | None]] = []  # path, and the range asked for
-        self.breaks: list[int] = []  # for each transfer to come: after how many bytes it ends
+        self.requests: list[tuple[str, str | None]] = []  # path and range
+        self.breaks: list[int] = []  # for each coming transfer, the number of bytes after which it breaks off
         self.status: int | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                path, asked = self.path.lstrip("/"), self.headers.get("Range")
-                server.requests.append((path, asked))
+                path, byte_range = self.path.lstrip("/"), self.headers.get("Range")
+                server.requests.append((path, byte_range))
                 data = server.files.get(path)
                 status = server.status or (404 if data is None else None)
                 if status is not None or data is None:
@@ -207,8 +207,8 @@ class Server:
                     return
                 tag = server.tags.get(path, '"one"')
                 start = 0
-                if asked and self.headers.get("If-Range") == tag:
-                    start = int(asked.removeprefix("bytes=").rstrip("-"))
+                if byte_range and self.headers.get("If-Range") == tag:
+                    start = int(byte_range.removeprefix("bytes=").rstrip("-"))
                 self.send_response(206 if start else 200)
                 self.send_header("ETag", tag)
                 self.send_header("Content-Length", str(len(data) - start))
@@ -254,14 +254,14 @@ def test_a_file_is_downloaded_once(server: Server, tmp_path: Path, capfd: pytest
     assert cached(tmp_path) == ["checkpoint_average.pt"]
 
 
-def test_a_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_a_transfer_resumes_where_it_stopped(server: Server, tmp_path: Path) -> None:
     server.files[AVERAGE] = BYTES
     server.breaks = [300_000, 200_000]
     assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES
     assert server.requests == [(AVERAGE, None), (AVERAGE, "bytes=300000-"), (AVERAGE, "bytes=500000-")]
 
 
-def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
+def test_a_transfer_resumes_in_the_next_run(server: Server, tmp_path: Path) -> None:
     server.files[AVERAGE] = BYTES
     server.breaks = [100_000] * 4
     with pytest.raises(OpenELMError, match="broke off.*run the same command again") as caught:
@@ -273,7 +273,7 @@ def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> N
     assert cached(tmp_path) == ["checkpoint_average.pt"]
 
 
-def test_a_file_that_changed_meanwhile_is_taken_whole(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_changed_meanwhile_is_downloaded_again(server: Server, tmp_path: Path) -> None:
     server.files[AVERAGE] = BYTES
     server.breaks = [100_000] * 4
     with pytest.raises(OpenELMError):
@@ -282,7 +282,7 @@ def test_a_file_that_changed_meanwhile_is_taken_whole(server: Server, tmp_path: 
     assert corenet.download("corenet:270M/checkpoint_average").read_bytes() == BYTES[::-1]
 
 
-def test_addresses(server: Server, tmp_path: Path) -> None:
+def test_download_addresses(server: Server, tmp_path: Path) -> None:
     for name, path in {
         "corenet:1.1B/checkpoint_epoch_0_iter_49999": "pretrained/1.1B/checkpoint_epoch_0_iter_49999.pt",
         "corenet:1_1B/checkpoint_epoch_0_iter_349999": "pretrained/1.1B/checkpoint_epoch_0_iter_349999.pt",
@@ -320,7 +320,7 @@ def test_names_never_published_are_refused_before_any_request(server: Server, na
     assert server.requests == []
 
 
-def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_errors(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "corenet:270M/checkpoint_average"
     with pytest.raises(RequestError, match="127.0.0.1 has no corenet:270M/checkpoint_average"):
         corenet.download(name)
@@ -340,7 +340,7 @@ def test_what_the_server_says(server: Server, tmp_path: Path, monkeypatch: pytes
     assert cached(tmp_path) == []
 
 
-def test_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_when_offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     server.files[AVERAGE] = BYTES
@@ -361,7 +361,7 @@ def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypa
     monkeypatch.setenv(corenet.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(OpenELMError, match="Cannot write to"):
         corenet.download("corenet:270M/checkpoint_average")
-    if Path("/dev/full").exists():  # a disk on which nothing fits
+    if Path("/dev/full").exists():  # a full disk
         place = tmp_path / "cache" / "corenet" / "pretrained" / "270M"
         place.mkdir(parents=True)
         (place / ".checkpoint_average.pt.partial").symlink_to("/dev/full")
@@ -370,7 +370,7 @@ def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path, monkeypa
             corenet.download("corenet:270M/checkpoint_average")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_location_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (corenet.CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -381,7 +381,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert corenet.cache_folder() == tmp_path / "mine"
 
 
-def test_two_processes_share_one_transfer(server: Server) -> None:
+def test_concurrent_downloads_share_one_transfer(server: Server) -> None:
     server.files[AVERAGE] = BYTES
     found: list[bytes] = []
     name = "corenet:270M/checkpoint_average"
@@ -415,7 +415,7 @@ def test_an_empty_name_is_not_the_current_folder(name: str, monkeypatch: pytest.
         open_source(name)
 
 
-def test_a_lack_of_memory_is_not_called_a_damaged_file() -> None:
+def test_out_of_memory_is_not_reported_as_a_damaged_file() -> None:
     source = open_source("tiny")
     message = "[malloc] Unable to allocate 123456789 bytes."
     with pytest.raises(RuntimeError, match="Unable to allocate"), source.reading():

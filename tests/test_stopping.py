@@ -1,4 +1,4 @@
-"""Stop strings: against a search through the whole text, for every way of cutting it into pieces."""
+"""Stop strings: against a search through the whole text, for any division into pieces."""
 
 import time
 
@@ -16,7 +16,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=5) | st.text("abcé🙂\n", 
 
 
 def stream(stops, pieces):
-    """What is printed for the pieces, and whether a stop string ended it."""
+    """The printed text, and whether a stop string ended it."""
     stopping, printed = StopStrings(stops), ""
     for piece in pieces:
         text, stopped = stopping.add(piece)
@@ -28,7 +28,7 @@ def stream(stops, pieces):
 
 
 def cut(text, stops):
-    """The definition: the first end of a stop string, and there the one that begins first."""
+    """By definition: the stop string that ends first, and of those the one that begins first."""
     for end in range(1, len(text) + 1):
         found = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -53,10 +53,10 @@ def test_the_earliest_occurrence_wins_unless_stop_strings_nest(pieces, stops):
 
 @settings(max_examples=300, deadline=None)
 @given(LETTERS, STOPS)
-@example("a", ["aba", "b"])  # "aba" can never be complete first
+@example("a", ["aba", "b"])  # "aba" can never be completed first
 @example("aab", ["abc", "bac"])
-def test_nothing_is_held_back_that_could_be_printed(text, stops):
-    """A character is held back exactly if some continuation ends with a stop string that takes it away."""
+def test_no_more_text_is_held_back_than_necessary(text, stops):
+    """A character is held back exactly if some continuation completes a stop string that contains it."""
     if cut(text, stops)[1]:
         return
     stopping = StopStrings(stops)
@@ -91,7 +91,7 @@ def test_examples(stops, pieces, expected):
     assert stream(stops, pieces) == expected
 
 
-def test_text_is_printed_at_once_when_no_stop_string_has_begun():
+def test_text_is_printed_at_once_if_no_stop_string_has_begun():
     stopping = StopStrings(["###"])
     assert stopping.add("text") == ("text", False)
     assert stopping.add("a #") == ("a ", False)
@@ -109,7 +109,7 @@ def test_empty_stop_strings_are_refused(stops):
         StopStrings(stops)
 
 
-def test_cost_is_linear_where_every_character_nearly_matches():
+def test_cost_is_linear_if_every_character_nearly_matches():
     begin = time.perf_counter()
     stopping, printed = StopStrings(["a" * 500 + "b"]), 0
     for _ in range(100_000):

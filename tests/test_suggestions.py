@@ -6,6 +6,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
+from mlx_openelm import errors
 from mlx_openelm.cli import suggestions
 from mlx_openelm.cli.main import COMMANDS, command, main
 from mlx_openelm.errors import RequestError
@@ -22,6 +23,11 @@ COUNTERPARTS = {
     "upload": "upload",
     **{f"quant.{name}": "quantize" for name in ("awq", "dwq", "gptq", "dynamic_quant")},
 }
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)
 
 
 def refusal(*words: str) -> str:

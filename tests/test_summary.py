@@ -29,7 +29,7 @@ PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
-def test_layers_embedding_and_final_norm_are_the_whole_model(size: str) -> None:
+def test_layers_embedding_and_final_norm_add_up_to_the_model(size: str) -> None:
     config = ModelConfig.from_name(size)
     summary = summarize_config(config, name=size, source="published")
     layers = sum(layer.parameters for layer in summary.layers)
@@ -50,7 +50,7 @@ def test_layer_wise_scaling_shows_in_the_table() -> None:
     assert [layer.layer for layer in layers] == list(range(16))
 
 
-def test_head_of_its_own_is_counted() -> None:
+def test_untied_head_is_counted() -> None:
     values = ModelConfig.from_name("270M").to_dict() | {"share_input_output_layers": False}
     summary = summarize_config(ModelConfig.from_dict(values), name="x", source="config")
     assert summary.head == summary.embedding == 40_960_000
@@ -131,7 +131,7 @@ def test_a_cached_model_is_read(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_path: Path, group_size: int) -> None:
+def test_only_the_configuration_of_a_hub_model_is_downloaded(hub: FakeHub, tmp_path: Path, group_size: int) -> None:
     folder = tmp_path / "model"
     convert(SHAKESPEARE, folder, quantize=True, q_group_size=group_size)
     hub.add("someone/model", folder)
@@ -144,7 +144,7 @@ def test_of_a_hub_model_only_the_configuration_is_downloaded(hub: FakeHub, tmp_p
     assert summary.layers == read.layers
 
 
-def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_unknown_quantization_in_a_configuration_is_accepted(hub: FakeHub, tmp_path: Path) -> None:
     values = json.loads((SHAKESPEARE / "config.json").read_text()) | {"quantization": {"bits": "many"}}
     folder = tmp_path / "model"
     folder.mkdir()
@@ -154,7 +154,7 @@ def test_an_unknown_quantization_in_a_configuration_is_no_error(hub: FakeHub, tm
 
 
 @pytest.mark.parametrize("gguf_type", ["f16", "q8_0"])
-def test_a_gguf_file_and_a_checkpoint_are_what_load_makes_of_them(gguf_type: str, tmp_path: Path) -> None:
+def test_the_summary_of_a_gguf_file_or_checkpoint_equals_what_load_reads(gguf_type: str, tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     export("tiny", file, format="gguf", gguf_type=gguf_type)
     summary, source = summarize(str(file)), open_source(file)
@@ -203,13 +203,13 @@ def test_corenet_names_are_summarized_without_a_download(
     assert hub.requests == []
 
 
-def test_memory_is_that_of_the_models_context() -> None:
+def test_memory_is_computed_for_the_models_context() -> None:
     config = ModelConfig.from_name("270M")
     assert memory_needed(config, {}, "float32") == memory_needed(config, {}, "float32", 2048)
     assert summarize("tiny").memory.tokens == 512
 
 
-def test_what_cannot_be_summarized(hub: FakeHub, tmp_path: Path) -> None:
+def test_models_that_cannot_be_summarized_are_refused(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no model named 'nothing'"):
         summarize("nothing")
     with pytest.raises(RequestError, match="no hub repository named someone/nothing"):

@@ -1,4 +1,4 @@
-"""Several adapters on one base: switching is as loading anew, mixing is adding the changes of the weights."""
+"""Several adapters on one base: switching equals reloading; mixing adds the weight updates."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def switch(request: pytest.FixtureRequest) -> AdapterSwitch:
     return adapters
 
 
-def test_switching_is_as_loading_anew(switch: AdapterSwitch) -> None:
+def test_switching_equals_reloading(switch: AdapterSwitch) -> None:
     model, base = switch.model, logits(switch.model)
     expected = {}
     for name in switch.names:
@@ -67,7 +67,7 @@ def test_switching_is_as_loading_anew(switch: AdapterSwitch) -> None:
     assert not list(adapted_layers(model))
 
 
-def test_the_lengths_of_dora_are_measured_once(switch: AdapterSwitch) -> None:
+def test_dora_norms_are_computed_once(switch: AdapterSwitch) -> None:
     switch.use("peft-dora")
     layers = dict(adapted_layers(switch.model))
     switch.use("peft-lora")
@@ -75,11 +75,11 @@ def test_the_lengths_of_dora_are_measured_once(switch: AdapterSwitch) -> None:
     assert all(layer is layers[path] for path, layer in adapted_layers(switch.model))
 
 
-def test_a_mixture_adds_the_changes_of_the_weights(switch: AdapterSwitch) -> None:
+def test_a_mixture_adds_the_weight_updates(switch: AdapterSwitch) -> None:
     weights = {"peft-lora": 0.7, "peft-rslora-attention": -0.4, "peft-lora-embedding": 0.25}
     switch.use(weights)
     mixed = logits(switch.model)
-    # By hand: the sum of the changes of each matrix, as one change of full rank.
+    # By hand: the summed updates of each matrix, as one full-rank update.
     plain = load_model((switch.model.quantization and Quantization(32, 8)) or None)
     sums: dict[str, np.ndarray] = {}
     for name, weight in weights.items():
@@ -93,7 +93,7 @@ def test_a_mixture_adds_the_changes_of_the_weights(switch: AdapterSwitch) -> Non
     assert np.abs(logits(plain) - mixed).max() < 2e-4
 
 
-def test_mixtures_of_one_and_of_none(switch: AdapterSwitch) -> None:
+def test_mixtures_of_one_adapter_and_of_none(switch: AdapterSwitch) -> None:
     base = logits(switch.model)
     switch.use("peft-lora")
     alone = logits(switch.model)
@@ -107,7 +107,7 @@ def test_mixtures_of_one_and_of_none(switch: AdapterSwitch) -> None:
     assert np.allclose(logits(switch.model), alone, atol=1e-4)
 
 
-def test_what_cannot_be_used_is_refused_and_changes_nothing(switch: AdapterSwitch) -> None:
+def test_invalid_choices_are_refused_and_change_nothing(switch: AdapterSwitch) -> None:
     switch.use("peft-lora")
     before = logits(switch.model)
     for choice, message in [
@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_refused_and_changes_nothing(switch: AdapterSwitc
     assert "odd" not in switch.names
 
 
-def test_removing_what_is_in_use_leaves_the_base(switch: AdapterSwitch) -> None:
+def test_removing_the_active_adapter_leaves_the_base(switch: AdapterSwitch) -> None:
     base = logits(switch.model)
     for name in ("full", "peft-dora"):
         switch.use(name)
@@ -140,14 +140,14 @@ def test_removing_what_is_in_use_leaves_the_base(switch: AdapterSwitch) -> None:
         assert name not in switch.names
     with pytest.raises(RequestError, match="No adapter is named 'full'"):
         switch.remove("full")
-    switch.add("peft-dora", FIXTURES / "peft-lora")  # another one by a name that was used
+    switch.add("peft-dora", FIXTURES / "peft-lora")  # another adapter under a name that was used
     switch.use("peft-lora")
     expected = logits(switch.model)
     switch.use("peft-dora")
     assert np.array_equal(logits(switch.model), expected)
 
 
-def test_output_sides_do_not_mix() -> None:
+def test_adapters_of_the_output_side_do_not_mix_with_others() -> None:
     a, b = mx.ones((4, 1)), mx.ones((1, 3))
     sides = [(str(side), Adapter({EMBEDDING: LowRank(a, b, 1.0, output_side=side)}), 0.5) for side in (True, False)]
     with pytest.raises(RequestError, match="on the output side too, and another does not"):

@@ -1,4 +1,4 @@
-"""Vocabularies whose pieces of spaces share one score, as Llama 2's do: every way keeps SentencePiece's ids."""
+"""Vocabularies whose pieces of spaces have tied scores, like Llama 2's: every format keeps SentencePiece's ids."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from tokenizer_texts import random_texts
 
 MADE_UP = Path(__file__).parent / "fixtures" / "tied-vocabulary"
 LLAMA = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
-NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="Llama 2's tokenizer is not here")
+NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="needs Llama 2's tokenizer")
 
 
 @pytest.fixture(scope="module", params=["made up", pytest.param("Llama 2", marks=NEEDS_LLAMA)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `tokenizer.model` alone."""
+    """A folder with only a `tokenizer.model`."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy((MADE_UP if request.param == "made up" else LLAMA) / "tokenizer.model", folder)
     return folder
@@ -80,7 +80,7 @@ def check_ids(tokenizer: Tokenizer, processor: sentencepiece.SentencePieceProces
     assert [t for t, ids in zip(texts, theirs, strict=True) if tokenizer.encode(t, add_bos=False) != ids] == []
 
 
-def test_the_vocabulary_has_the_oddities() -> None:
+def test_the_vocabulary_has_the_ties() -> None:
     model = read_model(MADE_UP / "tokenizer.model")
     tied = [piece for piece, score in zip(model.pieces, model.scores, strict=True) if score == -1e9]
     assert sorted(map(len, tied)) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
@@ -104,8 +104,8 @@ def test_llamas_expected_ids(tmp_path) -> None:
 
 
 @NEEDS_LLAMA
-def test_transformers_5_loses_the_scores_of_llamas_spaces_and_they_are_known(tmp_path) -> None:
-    """It ranks merges by their ids, runs of spaces among them."""
+def test_scores_of_spaces_that_transformers_5_loses_are_restored(tmp_path) -> None:
+    """It ranks merges by id, including those of runs of spaces."""
     transformers = pytest.importorskip("transformers")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(LLAMA / name, tmp_path)
@@ -134,7 +134,7 @@ def gguf_values(tokenizer: Tokenizer, path: Path, rows: int | None = None) -> di
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     gguf_tokenizer.write(writer, tokenizer, rows or tokenizer.vocab_size, None)
-    # What llama.cpp asks of any file.
+    # Keys that llama.cpp requires.
     for add in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count"):
         getattr(writer, f"add_{add}")(1)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -147,7 +147,7 @@ def gguf_values(tokenizer: Tokenizer, path: Path, rows: int | None = None) -> di
 
 
 def older_merges(model: SentencePieceModel, *, by_length: bool) -> list[str]:
-    """As transformers 4 ranked them: by score, and by the ids of the parts or (since 4.40) their lengths."""
+    """Merges as ranked by transformers 4: by score, then by the ids of the parts or (since 4.40) their lengths."""
     ids = {piece: i for i, piece in enumerate(model.pieces)}
     merges = [
         (piece[:cut], piece[cut:], score)
@@ -161,7 +161,7 @@ def older_merges(model: SentencePieceModel, *, by_length: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("source", ["model", "json", "by length", "by ids"])
-def test_gguf_there_and_back(folder, saved, processor, texts, tmp_path, source) -> None:
+def test_gguf_round_trip(folder, saved, processor, texts, tmp_path, source) -> None:
     def edit(spec: Any) -> None:
         model = read_model(folder / "tokenizer.model")
         if source.startswith("by"):
@@ -169,7 +169,7 @@ def test_gguf_there_and_back(folder, saved, processor, texts, tmp_path, source) 
 
     tokenizer = Tokenizer.from_folder(folder if source == "model" else json_alone(saved, tmp_path / "json", edit))
     if source in ("json", "by ids") and processor.vocab_size() == 32000:
-        pytest.skip("the made-up vocabulary has these oddities, too")
+        pytest.skip("the small vocabulary covers these ties")
     texts = texts[:1000]
     check_ids(tokenizer, processor, texts)
     values = gguf_values(tokenizer, tmp_path / "a.gguf", tokenizer.vocab_size + 3)
@@ -191,7 +191,7 @@ def test_llama_cpp_gives_the_same_ids(saved, processor, texts, tmp_path) -> None
 
 @NEEDS_LLAMA
 def test_a_published_tokenizer_json_goes_into_gguf(tmp_path) -> None:
-    """It is of 32,000 pieces, with the merges as transformers 4 ranked them."""
+    """It has 32,000 pieces, with merges as ranked by transformers 4."""
     before = Tokenizer.from_file(LLAMA / "tokenizer.json")
     back = gguf_tokenizer.read(gguf_values(before, tmp_path / "a.gguf"), tmp_path / "a.gguf")
     for text in random_texts(1000):
@@ -199,7 +199,7 @@ def test_a_published_tokenizer_json_goes_into_gguf(tmp_path) -> None:
 
 
 def write_model(folder: Path, target: Path) -> Path:
-    """A tiny model with the tokenizer of `folder` alone."""
+    """A tiny model with only the tokenizer of `folder`."""
     model = read_model(folder / "tokenizer.model")
     write_tiny(target, vocab_size=len(model.pieces))
     shutil.copy(folder / "tokenizer.model", target)
@@ -207,7 +207,7 @@ def write_model(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_every_command_writes_it(folder, processor, texts, tmp_path) -> None:
+def test_every_command_writes_the_tokenizer(folder, processor, texts, tmp_path) -> None:
     model = write_model(folder, tmp_path / "model")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -228,7 +228,7 @@ def test_every_command_writes_it(folder, processor, texts, tmp_path) -> None:
 
 
 def ab_model(scores: dict[str, float]) -> SentencePieceModel:
-    """A vocabulary over two characters."""
+    """A vocabulary of two characters."""
     pieces = ["<unk>", "<s>", "</s>", *scores, "a", "b"]
     return SentencePieceModel(
         pieces=pieces,
@@ -240,7 +240,7 @@ def ab_model(scores: dict[str, float]) -> SentencePieceModel:
     )
 
 
-def test_runs_of_one_character_may_tie_whatever_else_there_is() -> None:
+def test_runs_of_one_character_may_tie_in_any_vocabulary() -> None:
     """Brute force: SentencePiece and the tokenizers package agree on every text of up to eight characters."""
     tokenizers = pytest.importorskip("tokenizers")
     rng = random.Random(0)
@@ -265,11 +265,11 @@ def test_other_ties_are_refused(tied) -> None:
         to_spec(ab_model(dict.fromkeys(tied, -1.0)))
 
 
-def test_merges_of_tied_runs_that_join_otherwise_are_refused(saved, tmp_path) -> None:
+def test_tied_runs_with_other_merges_are_refused(saved, tmp_path) -> None:
     def edit(spec: Any) -> None:
         merges = spec["model"]["merges"]
         spaces = [merge for merge in merges if set(merge) == {"▁", " "}]
-        # Two and two before two and one.
+        # Two and two are merged before two and one.
         spaces.sort(key=lambda merge: abs(len(merge.split(" ")[0]) - len(merge.split(" ")[1])))
         spec["model"]["merges"] = [merge for merge in merges if set(merge) != {"▁", " "}] + spaces
 
@@ -277,9 +277,9 @@ def test_merges_of_tied_runs_that_join_otherwise_are_refused(saved, tmp_path) ->
         gguf_tokenizer.vocabulary(Tokenizer.from_folder(json_alone(saved, tmp_path / "json", edit)))
 
 
-def test_a_tokenizer_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch) -> None:
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch) -> None:
     model = read_model(MADE_UP / "tokenizer.model")
-    model.scores[260] = model.scores[261]  # neither is of spaces alone
+    model.scores[260] = model.scores[261]  # neither consists of spaces alone
     folder = write_model(MADE_UP, tmp_path / "model")
     data = serialize_model(model, bos_piece="<s>", eos_piece="</s>")
     (folder / "tokenizer.model").write_bytes(data)

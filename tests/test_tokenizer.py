@@ -68,13 +68,13 @@ ODD_TEXTS = [
 processor = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
 from_model = Tokenizer.from_folder(FOLDER)
 VOCAB = processor.vocab_size()
-# Half of the ids are bytes and control tokens, which is where decoding can go wrong.
+# Half of the ids are bytes and control tokens, where decoding can go wrong.
 token_ids = st.one_of(st.integers(0, VOCAB - 1), st.integers(0, 260), st.sampled_from([0, 1, 2, 1982, 3 + 32]))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """The fixture's tokenizer as we save it, so with a `tokenizer.json`."""
+    """The fixture's tokenizer as we save it, with a `tokenizer.json`."""
     folder = tmp_path_factory.mktemp("saved")
     from_model.save(folder)
     return folder
@@ -123,7 +123,7 @@ def test_odd_texts_encode_as_sentencepiece_does(from_json, text):
 def test_any_text_encodes_as_sentencepiece_does(from_json, text):
     expected = processor.encode(text)
     assert from_model.encode(text, add_bos=False) == from_json.encode(text, add_bos=False) == expected
-    assert from_model.decode(expected) == text.replace("▁", " ")  # to SentencePiece they are one character
+    assert from_model.decode(expected) == text.replace("▁", " ")  # to SentencePiece they are the same character
 
 
 def test_surrogates_become_characters_or_replacement_characters(from_json):
@@ -167,7 +167,7 @@ def test_streaming_equals_decoding_equals_sentencepiece(from_json, ids):
 @settings(max_examples=100, deadline=None)
 @given(prompt=st.lists(token_ids, max_size=12), ids=st.lists(token_ids, max_size=12))
 def test_streaming_after_a_prompt_continues_its_text(prompt, ids):
-    # The decoder holds back what may become a character, so the prompt's own last bytes may come out with the rest.
+    # The decoder holds back incomplete characters, so the prompt's last bytes may come with the rest.
     head = from_model.streaming_decoder()
     before = "".join(head.add(token) for token in prompt)
     assert before + joined(from_model, ids, after=prompt) == from_model.decode(prompt + ids)
@@ -188,12 +188,12 @@ def test_only_whole_characters_are_streamed():
 
 
 def test_finish_gives_one_replacement_for_each_byte_of_an_incomplete_character():
-    emoji = from_model.encode("😀", add_bos=False)[-4:]  # its four bytes
+    emoji = from_model.encode("😀", add_bos=False)[-4:]  # four bytes
     for count in (1, 2, 3):
         decoder = from_model.streaming_decoder()
         assert "".join(decoder.add(token) for token in emoji[:count]) == ""
         assert decoder.finish() == "\ufffd" * count
-        assert decoder.finish() == ""  # and nothing a second time
+        assert decoder.finish() == ""  # and nothing the second time
         assert "".join(decoder.add(token) for token in emoji) == "😀"
     # A control token ends the character too.
     decoder = from_model.streaming_decoder()
@@ -202,7 +202,7 @@ def test_finish_gives_one_replacement_for_each_byte_of_an_incomplete_character()
     assert decoder.finish() == ""
 
 
-def test_ids_that_are_no_token_have_no_text():
+def test_ids_without_a_token_have_no_text():
     assert from_model.decode([VOCAB + 5, 262, -3, 10**12, 262]) == "a a"
 
 
@@ -240,7 +240,7 @@ def test_transformers_and_mlx_lm_read_the_same_ids(saved):
     transformers = pytest.importorskip("transformers")
     utils = pytest.importorskip("mlx_lm.tokenizer_utils")
     theirs = [transformers.AutoTokenizer.from_pretrained(saved), utils.load(saved)]
-    # Only a special token typed in the text differs: to them it is one.
+    # Only special tokens typed in the text differ: those programs take them for tokens.
     for text in [t for t in ODD_TEXTS if not any(s in t for s in ("<s>", "</s>", "<unk>"))] + DOCUMENTS[0][:3].split():
         ids = from_model.encode(text)
         assert [tokenizer.encode(text) for tokenizer in theirs] == [ids, ids]
@@ -317,7 +317,7 @@ def test_where_special_ids_come_from(tmp_path):
         ("tokenizer.model", b"", "damaged"),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1", "damaged"),
         ("tokenizer.model", (FOLDER / "tokenizer.model").read_bytes()[:20000], "damaged"),
-        ("tokenizer_config.json", b"[1]", "must hold a JSON object, not a list"),
+        ("tokenizer_config.json", b"[1]", "must contain a JSON object, not a list"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "must be text"),
         ("config.json", b"{", "damaged"),
         ("config.json", b'{"eos_token_id": "2"}', "must be a token id"),
@@ -325,7 +325,7 @@ def test_where_special_ids_come_from(tmp_path):
         ("chat_template.jinja", b"\xff", "not UTF-8"),
     ],
 )
-def test_damaged_files_are_a_clear_error(tmp_path, name, content, message):
+def test_damaged_files_are_refused(tmp_path, name, content, message):
     (tmp_path / "tokenizer.model").write_bytes((FOLDER / "tokenizer.model").read_bytes())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RequestError, match=message) as caught:
@@ -333,10 +333,10 @@ def test_damaged_files_are_a_clear_error(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_no_tokenizer_is_a_clear_error(tmp_path):
+def test_a_missing_tokenizer_is_reported(tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json or tokenizer\.model"):
         Tokenizer.from_folder(tmp_path)
-    with pytest.raises(RequestError, match="no tokenizer at"):
+    with pytest.raises(RequestError, match="No tokenizer at"):
         Tokenizer.from_file(tmp_path / "nothing.model")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(RequestError, match="is not a tokenizer"):
@@ -349,7 +349,7 @@ def test_other_kinds_of_tokenizer_are_refused(saved, tmp_path):
     with pytest.raises(RequestError, match="not a SentencePiece-style tokenizer"):
         Tokenizer.from_folder(folder)
     folder = edited_json(saved, tmp_path, lambda spec: spec["model"].update(continuing_subword_prefix="##"))
-    with pytest.raises(RequestError, match="not a SentencePiece-style tokenizer"):  # not an aborted process
+    with pytest.raises(RequestError, match="not a SentencePiece-style tokenizer"):  # and does not abort the process
         Tokenizer.from_folder(folder)
     with pytest.raises(RequestError, match="removes spaces or rewrites"):
         Tokenizer.from_folder(edited_json(saved, tmp_path, lambda spec: spec.update(normalizer={"type": "NFKC"})))
@@ -361,7 +361,7 @@ LLAMA = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_ext
 
 
 def trained(folder: Path, **options) -> Tokenizer:
-    """A small SentencePiece model trained on a scene or two, Llama's settings unless told."""
+    """A small SentencePiece model trained on a scene or two, with Llama's settings unless given."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*DOCUMENTS[0][:40000].splitlines(), "=" * 30, "ha" * 20, " " * 12 + "x"]),
@@ -410,7 +410,7 @@ def test_conversion_keeps_ids(tmp_path, options):
         ({"user_defined_symbols": ["<|user|>", "▁▁"]}, "user-defined"),
     ],
 )
-def test_what_cannot_be_converted_still_encodes_but_is_not_saved(tmp_path, options, reason):
+def test_models_that_cannot_be_converted_encode_but_are_not_saved(tmp_path, options, reason):
     tokenizer = trained(tmp_path, **options)
     text = " Enter <|user|> x "
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -439,7 +439,7 @@ def test_reading_a_sentencepiece_model():
 
 @settings(max_examples=100, deadline=None)
 @given(cut=st.integers(0, 29000), data=st.binary(max_size=200))
-def test_a_damaged_sentencepiece_model_is_recognised(tmp_path_factory, cut, data):
+def test_a_damaged_sentencepiece_model_is_recognized(tmp_path_factory, cut, data):
     path = tmp_path_factory.getbasetemp() / "damaged.model"
     path.write_bytes((FOLDER / "tokenizer.model").read_bytes()[:cut] + data)
     for read in (lambda path: read_model(path).pieces, lambda path: Tokenizer.from_file(path).encode("hi")):

@@ -1,4 +1,4 @@
-"""A `tokenizer.json` that another program or a person wrote: what plays no part, and what is refused in one line."""
+"""A `tokenizer.json` written by another program or by hand: what is ignored, and what is refused in one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def edited(original: Tokenizer, tmp_path: Path) -> Callable[..., Path]:
-    """A folder with the tokenizer.json, changed by `edit(spec)` or with these keys."""
+    """Makes a folder whose tokenizer.json is changed by `edit(spec)` or has these keys."""
 
     def make(edit: Callable[[Any], Any] = lambda spec: None, **keys: Any) -> Path:
         original.save(tmp_path / "edited")
@@ -76,15 +76,15 @@ def model(**values: Any) -> Callable[[Any], None]:
         },
     ],
 )
-def test_what_plays_no_part(original, edited, change) -> None:
+def test_irrelevant_settings_are_ignored(original, edited, change) -> None:
     tokenizer = Tokenizer.from_folder(edited(**change))
     for text in ["To be", "", "  ", "a</s>b", "</s>", *random_texts(60)]:
         assert tokenizer.encode(text) == original.encode(text)
     assert len(tokenizer.encode("a prompt of some words")) > 5
 
 
-def test_transformers_5_own_folders(original, tmp_path) -> None:
-    """As it saves a tokenizer that it made of a tokenizer.model itself."""
+def test_folders_saved_by_transformers_5(original, tmp_path) -> None:
+    """With a tokenizer that it converted from a tokenizer.model."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "alone"
     folder.mkdir()
@@ -94,7 +94,7 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / name)
         assert not (tmp_path / name / "tokenizer.model").exists()
         tokenizer = Tokenizer.from_folder(tmp_path / name)
-        # `LlamaTokenizer` builds its merges of ids, so that runs of spaces come apart otherwise there.
+        # `LlamaTokenizer` derives merges from ids, so it splits runs of spaces differently.
         texts = [text for text in random_texts(100) if name != "LlamaTokenizer" or "  " not in f" {text}"]
         assert [tokenizer.encode(t) for t in ("To be", *texts)] == [original.encode(t) for t in ("To be", *texts)]
 
@@ -159,7 +159,7 @@ def test_transformers_5_own_folders(original, tmp_path) -> None:
         ({"model": None}, "it has no model"),
     ],
 )
-def test_what_is_refused(edited, capfd, change, message) -> None:
+def test_invalid_files_are_refused(edited, capfd, change, message) -> None:
     folder, started = edited(**change), time.process_time()
     with pytest.raises(RequestError) as caught:
         Tokenizer.from_folder(folder)
@@ -170,7 +170,7 @@ def test_what_is_refused(edited, capfd, change, message) -> None:
 
 
 def drop_merges(spec: Any) -> None:
-    """Without half its merges many a piece is only found whole."""
+    """Without half of the merges, many pieces are only found whole."""
     del spec["model"]["merges"][::2]
     spec["model"]["ignore_merges"] = True
 
@@ -191,29 +191,29 @@ NEVER = {"prepend_scheme": "never"}
         {"pre_tokenizer": SPLIT | NEVER, "edit": drop_merges},
     ],
 )
-def test_ids_are_the_tokenizers_packages(original, edited, tmp_path, change) -> None:
-    """Where it cuts text at spaces, and where it takes pieces whole."""
+def test_ids_equal_the_tokenizers_packages(original, edited, tmp_path, change) -> None:
+    """With text split at spaces, and with pieces matched whole."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = edited(normalizer=None, **change)
     theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ours = Tokenizer.from_folder(folder)
     ours.save(tmp_path / "saved")
     again = Tokenizer.from_folder(tmp_path / "saved")
-    # Before a text that starts with a space `Metaspace` puts none, where SentencePiece does.
+    # Before a text that starts with a space `Metaspace` adds none, but SentencePiece does.
     texts = ["To be", "x    y", "be", *(f"x{text}" for text in random_texts(300, typed=False))]
     ids = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
     assert [ours.encode(text, add_bos=False) for text in texts] == ids
     assert [again.encode(text, add_bos=False) for text in texts] == ids
     assert [ours.decode(line) for line in ids] == [text.replace("▁", " ") for text in texts]
     assert ids != [original.encode(text, add_bos=False) for text in texts]
-    with pytest.raises(RequestError, match="which llama.cpp does not know"):
+    with pytest.raises(RequestError, match="which llama.cpp does not support"):
         gguf_tokenizer.vocabulary(ours)
     for text in ("</s>", "<0x41>", "<unk>", "a</s>b"):  # typed, so text
         assert ours.decode(ours.encode(text)) == text
         assert not {0, 2} & {*ours.encode(text)}
 
 
-def test_cutting_at_spaces_may_play_no_part(original, edited) -> None:
+def test_splitting_at_spaces_may_make_no_difference(original, edited) -> None:
     """As in most files: no piece spans two words."""
 
     def edit(spec: Any) -> None:
@@ -226,28 +226,28 @@ def test_cutting_at_spaces_may_play_no_part(original, edited) -> None:
 
 def test_a_large_file_is_read(edited) -> None:
     path = edited() / "tokenizer.json"
-    path.write_text(path.read_text() + " " * (1 << 25))  # the largest published ones have 35 MB
+    path.write_text(path.read_text() + " " * (1 << 25))  # the largest published files have 35 MB
     assert Tokenizer.from_folder(path.parent).vocab_size == 773
 
 
-def test_a_template_of_a_damaged_name_is_not_the_folders(edited) -> None:
+def test_a_template_with_an_invalid_name_is_ignored(edited) -> None:
     folder = edited()
     config = {"chat_template": [{"name": ["x"], "template": "y"}]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer.from_folder(folder).chat_template is None
 
 
-def test_nesting_is_bounded(tmp_path) -> None:
+def test_deep_nesting_is_refused(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"normalizer": ' + "[" * 200_000)
     with pytest.raises(RequestError, match="nested too deeply"):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_panic_of_the_package_is_one_line(original, edited, monkeypatch) -> None:
+def test_a_panic_of_the_package_is_a_one_line_error(original, edited, monkeypatch) -> None:
     import tokenizers
 
     class PanicException(BaseException):
-        """As pyo3 raises it: no Exception."""
+        """As raised by pyo3: not an Exception."""
 
     def panic(*_: Any, **__: Any) -> None:
         raise PanicException("called `Option::unwrap()`\non a `None` value")
@@ -259,12 +259,12 @@ def test_a_panic_of_the_package_is_one_line(original, edited, monkeypatch) -> No
 
 
 def test_typed_bytes_are_text_whatever_merges_there_are(original, edited) -> None:
-    """transformers 5 makes merges of all pieces, those of bytes and control tokens, too."""
+    """transformers 5 makes merges of all pieces, including those of bytes and control tokens."""
 
     def edit(spec: Any) -> None:
         vocab = spec["model"]["vocab"]
         missing = [piece for piece in ("4", "<0", "<0x", "<0x4", "<0x41") if piece not in vocab]
-        for number, piece in enumerate(missing, 0xF8):  # in place of bytes that this text does not need
+        for number, piece in enumerate(missing, 0xF8):  # in place of bytes that this text does not use
             vocab[piece] = vocab.pop(f"<0x{number:X}>")
         merges = [["<", "0"], ["<0", "x"], ["<0x", "4"], ["<0x4", "1"], ["<0x41", ">"]]
         spec["model"]["merges"] = merges + [merge.split(" ") for merge in spec["model"]["merges"]]
@@ -281,7 +281,7 @@ def test_two_tokenizers_in_a_folder(original, tmp_path) -> None:
     with pytest.warns(UserWarning, match="are different tokenizers .*Remove the one that is not the model's"):
         tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.encode("To be") == Tokenizer.from_folder(FIXTURES / "shakespeare-hf").encode("To be")
-    named = Tokenizer.from_file(tmp_path / "tokenizer.json")  # this one was asked for
+    named = Tokenizer.from_file(tmp_path / "tokenizer.json")  # this file was requested
     assert named.encode("To be") == original.encode("To be")
     named.save(tmp_path / "saved")
     assert not (tmp_path / "saved" / "tokenizer.model").exists()
@@ -290,7 +290,7 @@ def test_two_tokenizers_in_a_folder(original, tmp_path) -> None:
 
 
 def test_unigram(tmp_path) -> None:
-    """Another of SentencePiece's kinds: loads and saves, if it has what it needs."""
+    """Another model type of SentencePiece: loads and saves if it is complete."""
     vocab = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], ["▁", -3.0], ["▁a", -2.0], ["b", -2.5], ["▁ab", -6.0]]
     spec = {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}
     spec["model"] = {"type": "Unigram", "unk_id": 0, "vocab": vocab}

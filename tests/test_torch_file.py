@@ -1,4 +1,4 @@
-"""PyTorch's checkpoint files: the same values however a file was packed, and no others; hostile ones cost little."""
+"""PyTorch's checkpoint files: the right values however a file was packed; hostile files are refused cheaply."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def values_of(path: Path, part: str | None = "model_state_dict") -> dict[str, np
 
 
 def check(path: Path) -> None:
-    """The file holds `WEIGHTS`; PyTorch, where it is installed, must say so too."""
+    """The file holds `WEIGHTS`; if PyTorch is installed, it must read the same."""
     found = values_of(path)
     assert list(found) == list(WEIGHTS)
     for name, expected in WEIGHTS.items():
@@ -49,7 +49,7 @@ def error_of(path: Path) -> str:
     return str(caught.value)
 
 
-# What PyTorch and others write.
+# Files of PyTorch and other programs.
 
 
 @pytest.mark.parametrize("name", ["plain.pt", "old.pt", "unsummed.pt"])
@@ -65,7 +65,7 @@ def test_files_of_pytorch(name: str) -> None:
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("wide", [True, False])
 def test_repacked_files(tmp_path: Path, method: int, wide: bool) -> None:
-    """By another program, without the padding that PyTorch's own offsets are reckoned from."""
+    """Rewritten by another program, without the padding that PyTorch derives offsets from."""
     path = pack(tmp_path / "c.pt", members(), method, wide=wide)
     check(path)
     check_with_torch(path)
@@ -83,7 +83,7 @@ def test_files_packed_in_another_order(tmp_path: Path) -> None:
     check_with_torch(tmp_path / "d.pt")
 
 
-def test_records_that_pytorch_may_leave_out(tmp_path: Path) -> None:
+def test_records_that_pytorch_may_omit(tmp_path: Path) -> None:
     names = (".format_version", ".storage_alignment", "byteorder", ".data/serialization_id")
     check(pack(tmp_path / "c.pt", {name: data for name, data in members().items() if name not in names}))
 
@@ -98,7 +98,7 @@ def check_with_torch(path: Path) -> None:
         assert np.array_equal(value.detach().float().numpy(), WEIGHTS[name])
 
 
-def test_big_endian_values_are_turned(tmp_path: Path) -> None:
+def test_big_endian_values_are_byte_swapped(tmp_path: Path) -> None:
     path = pack(tmp_path / "c.pt", members() | {"byteorder": b"big"})
     found = values_of(path)
     assert found["matrix"].tobytes() == WEIGHTS["matrix"].byteswap().tobytes()
@@ -109,10 +109,10 @@ def test_big_endian_values_are_turned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shakespeare-corenet.pt", "shakespeare-corenet-lora.pt"])
 @pytest.mark.parametrize("method", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_the_reference_is_what_pytorch_reads(tmp_path: Path, name: str, method: int | None) -> None:
+def test_the_reference_files_are_read_as_by_pytorch(tmp_path: Path, name: str, method: int | None) -> None:
     torch = pytest.importorskip("torch")
     if not SHARED.exists():
-        pytest.skip("the reference checkpoint is not here")
+        pytest.skip("needs the reference checkpoint")
     path = SHARED / name if method is None else pack(tmp_path / "c.pt", members(SHARED / name), method)
     expected = torch.load(SHARED / name, weights_only=True)
     found = values_of(path, None)
@@ -121,8 +121,8 @@ def test_the_reference_is_what_pytorch_reads(tmp_path: Path, name: str, method: 
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:torch.quantize")
-def test_values_equal_those_that_pytorch_loads(tmp_path: Path) -> None:
-    """Odd tensors in one file; those that are no plain array of values are refused by name, the others right."""
+def test_values_equal_those_loaded_by_pytorch(tmp_path: Path) -> None:
+    """Odd tensors in one file: those that are not plain arrays are refused by name, the others are right."""
     torch = pytest.importorskip("torch")
     base = torch.randn(4, 6, 8)
     attributed = torch.randn(3)
@@ -166,8 +166,8 @@ def test_values_equal_those_that_pytorch_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_the_state_of_a_training(tmp_path: Path, old: bool) -> None:
-    """An optimizer, schedules, random states, types and devices lie beside the weights."""
+def test_training_checkpoints(tmp_path: Path, old: bool) -> None:
+    """With an optimizer, schedules, random states, dtypes and devices beside the weights."""
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
@@ -206,7 +206,7 @@ def test_the_state_of_a_training(tmp_path: Path, old: bool) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_protocols(tmp_path: Path, protocol: int) -> None:
+def test_pickle_protocols(tmp_path: Path, protocol: int) -> None:
     torch = pytest.importorskip("torch")
     path = tmp_path / "c.pt"
     for old in (False, True):
@@ -220,8 +220,8 @@ def test_protocols(tmp_path: Path, protocol: int) -> None:
 # Damage.
 
 
-def test_a_storage_that_is_not_whole(tmp_path: Path) -> None:
-    """Cut, empty or not there at all: PyTorch reads whatever lies in the memory behind it."""
+def test_an_incomplete_storage_is_refused(tmp_path: Path) -> None:
+    """Truncated, empty or missing: PyTorch would read past its end."""
     plain = members()
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         cut = pack(tmp_path / "cut.pt", plain | {"data/0": plain["data/0"][:-1]}, method)
@@ -233,12 +233,12 @@ def test_a_storage_that_is_not_whole(tmp_path: Path) -> None:
         assert "of first is missing" in error_of(pack(tmp_path / "missing.pt", left, method))
 
 
-def test_values_that_do_not_fit_their_checksum(tmp_path: Path) -> None:
+def test_values_that_do_not_match_their_checksum_are_refused(tmp_path: Path) -> None:
     def flip(data: bytearray) -> None:
         data[data.index(WEIGHTS["matrix"].tobytes()) + 5] ^= 1
 
     path = changed(tmp_path / "c.pt", flip)
-    assert "matrix does not fit its size or checksum" in error_of(path)
+    assert "matrix does not match its size or checksum" in error_of(path)
     tensors = torch_file.tensors(path, torch_file.read(path)["model_state_dict"])
     assert tensors["parameter"].read().tolist() == [[0.5] * 4] * 3
 
@@ -246,15 +246,15 @@ def test_values_that_do_not_fit_their_checksum(tmp_path: Path) -> None:
         data[data.index(np.arange(40, dtype=np.float32).tobytes()) + 39 * 4] ^= 1
 
     path = changed(tmp_path / "d.pt", flip_flat)
-    assert "first does not fit its size or checksum" in error_of(path)  # whose own values are whole
+    assert "first does not fit its size or checksum" in error_of(path)  # whose own values are intact
 
     def flip_pickle(data: bytearray) -> None:
         data[data.index(b"iterations")] ^= 1
 
-    assert "data.pkl does not fit its size or checksum" in error_of(changed(tmp_path / "e.pt", flip_pickle))
+    assert "data.pkl does not match its size or checksum" in error_of(changed(tmp_path / "e.pt", flip_pickle))
 
 
-def test_members_that_contradict_each_other(tmp_path: Path) -> None:
+def test_contradictory_archive_members_are_refused(tmp_path: Path) -> None:
     def rename_header(data: bytearray) -> None:
         data[data.index(b"plain/data/1")] ^= 1
 
@@ -277,13 +277,13 @@ def test_members_that_contradict_each_other(tmp_path: Path) -> None:
 
     first = zipfile.ZipFile(FOLDER / "plain.pt").getinfo("plain/data/0").header_offset
     cases = {
-        "not where the list of members says": rename_header,
+        "not at its offset in the zip directory": rename_header,
         "compressed in a way that PyTorch cannot read": set_directory(b"data/0", 10, b"\x0c\x00"),
-        "overlaps with": set_directory(b"data/1", 42, struct.pack("<I", first + 4)),
-        "two sizes": set_directory(b"data/1", 24, struct.pack("<I", 40)),
+        "overlaps another member": set_directory(b"data/1", 42, struct.pack("<I", first + 4)),
+        "contradictory sizes": set_directory(b"data/1", 24, struct.pack("<I", 40)),
         "is encrypted": encrypt,
         "is not a regular file in this archive": set_directory(b"data/2", 38, b"\x10"),
-        ".storage_alignment does not fit its size or checksum": spoil_alignment,
+        ".storage_alignment does not match its size or checksum": spoil_alignment,
     }
     for words, change in cases.items():
         assert words in error_of(changed(tmp_path / "c.pt", change)), words
@@ -295,19 +295,19 @@ def test_members_that_contradict_each_other(tmp_path: Path) -> None:
         archive.writestr("a/data/0", bytes(140))
     assert "twice" in error_of(tmp_path / "c.pt")
     long = changed(tmp_path / "d.pt", set_length, pack(tmp_path / "c.pt", members()))
-    assert "list of members is missing or too long" in error_of(long)
+    assert "directory is missing or too long" in error_of(long)
     assert "has no data.pkl" in error_of(pack(tmp_path / "c.pt", {"x": b""}))
     assert "its byte order is b'middle'" in error_of(pack(tmp_path / "c.pt", members() | {"byteorder": b"middle"}))
     assert "TorchScript" in error_of(pack(tmp_path / "c.pt", members() | {"constants.pkl": b""}))
 
 
-def test_old_files_that_contradict_themselves(tmp_path: Path) -> None:
+def test_contradictory_old_files_are_refused(tmp_path: Path) -> None:
     data = (FOLDER / "old.pt").read_bytes()
     place = data.index(WEIGHTS["matrix"].tobytes()) - 8
     assert data[place : place + 8] == (35).to_bytes(8, "little")
     path = tmp_path / "c.pt"
     path.write_bytes(data[:place] + (34).to_bytes(8, "little") + data[place + 8 :])
-    assert "has two sizes" in error_of(path)
+    assert "has contradictory sizes" in error_of(path)
     for end in (place + 4, place + 30, len(data) - 1):
         path.write_bytes(data[:end])
         assert "is damaged" in error_of(path)
@@ -326,24 +326,24 @@ def test_old_files_that_contradict_themselves(tmp_path: Path) -> None:
         ({"size": 101}, "is cut off"),
         ({"size": 2**60}, "is cut off"),
         ({"kind": "BFloat16Storage", "size": 201}, "is cut off"),
-        ({"shape": (2**40, 2**40)}, "has the shape"),
-        ({"shape": (0, 2**40)}, "has the shape"),
+        ({"shape": (2**40, 2**40)}, "has shape"),
+        ({"shape": (0, 2**40)}, "has shape"),
         ({"strides": (0, 1)}, "as a view that repeats its values"),
         ({"shape": (2**30, 2**30), "strides": (0, 0)}, "as a view that repeats its values"),
         ({"strides": (5, 1)}, "as a view that repeats its values"),
         ({"strides": (1, 1)}, "as a view that repeats its values"),
-        ({"offset": -1}, "is not valid"),
-        ({"shape": (-1, 10)}, "is not valid"),
-        ({"size": -100}, "is not valid"),
+        ({"offset": -1}, "invalid size, stride or offset"),
+        ({"shape": (-1, 10)}, "invalid size, stride or offset"),
+        ({"size": -100}, "invalid size, stride or offset"),
         ({"shape": (100,)}, "not one stride for each"),
         ({"location": "meta"}, "stores weight as a tensor on the meta device"),
         ({"kind": "DoubleStorage", "size": 50, "shape": (5, 10)}, "stores weight as float64"),
-        ({"kind": "OtherStorage"}, "asks for torch.OtherStorage"),
+        ({"kind": "OtherStorage"}, "names torch.OtherStorage"),
         ({"rebuild": "_rebuild_qtensor"}, "stores weight as a quantized tensor"),
-        ({"rebuild": "_import_dotted_name"}, "asks for torch._utils._import_dotted_name"),
+        ({"rebuild": "_import_dotted_name"}, "names torch._utils._import_dotted_name"),
     ],
 )
-def test_tensors_that_do_not_lie_in_their_file(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_tensors_outside_of_their_file_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = tmp_path / "weight.pt"
     pack(path, {"data.pkl": pickled(), "data/0": ONES})
     assert np.array_equal(values_of(path, None)["weight"].reshape(-1), np.arange(100))
@@ -351,7 +351,7 @@ def test_tensors_that_do_not_lie_in_their_file(tmp_path: Path, changes: dict[str
     assert words in error_of(path)
 
 
-def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
+def test_a_file_removed_while_it_is_read_is_reported(tmp_path: Path) -> None:
     path = changed(tmp_path / "c.pt", lambda data: None)
     tensors = torch_file.tensors(path, torch_file.read(path)["model_state_dict"])
     os.truncate(path, 2000)
@@ -362,7 +362,7 @@ def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
         tensors["matrix"].read()
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_paths_that_are_not_files_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "folder.pt").mkdir()
     for name, words in {"pipe.pt": "a pipe", "folder.pt": "a folder", "absent.pt": "does not exist"}.items():
@@ -379,7 +379,7 @@ def repacked(method: int) -> bytes:
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """Cut, shifted, or with bytes changed anywhere, in the list of members or in the header of one."""
+    """Truncated, shifted, or with bytes changed anywhere, including the directory and member headers."""
     changed = bytearray(data)
     archive = zipfile.ZipFile(io.BytesIO(data))
     kind, at = draw.randrange(5), draw.randrange(len(data))
@@ -399,7 +399,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def test_damage_never_changes_values(tmp_path: Path) -> None:
-    """500 files damaged in ways drawn at random: each is refused, or still gives the very values."""
+    """500 randomly damaged files: each is refused, or still gives the same values."""
     draw = random.Random(0)
     sources = [(FOLDER / "plain.pt").read_bytes(), repacked(zipfile.ZIP_STORED), repacked(zipfile.ZIP_DEFLATED)]
     path, right = tmp_path / "c.pt", 0
@@ -415,7 +415,7 @@ def test_damage_never_changes_values(tmp_path: Path) -> None:
 
 
 def test_damaged_pickles_end_in_an_error_or_a_tensor_of_the_file(tmp_path: Path) -> None:
-    """600 pickles with bytes changed, the checksums made to fit."""
+    """600 pickles with changed bytes and matching checksums."""
     draw = random.Random(1)
     good, path = members(), tmp_path / "c.pt"
     refused = 0
@@ -474,8 +474,8 @@ HOSTILE = {
 }
 
 
-def test_hostile_files_cost_little(tmp_path: Path) -> None:
-    """Read in a process of its own, with a bound on what it may allocate."""
+def test_hostile_files_are_refused_cheaply(tmp_path: Path) -> None:
+    """Read in a separate process with a limit on its memory."""
     for name, code in HOSTILE.items():
         pack(tmp_path / f"{name}.pt", {"data.pkl": b"\x80\x02" + code})
     pack(tmp_path / "zeros.pt", {"data.pkl": b"}" * 100_000_000}, zipfile.ZIP_DEFLATED)
@@ -507,7 +507,7 @@ for path in sorted(Path({str(tmp_path)!r}).glob("*.pt")):
     assert len(lines) == len(HOSTILE) + 3 and all(line.endswith(" 1 1") for line in lines), lines
 
 
-def test_a_compressed_storage_much_larger_than_its_file(tmp_path: Path) -> None:
+def test_a_storage_much_larger_than_its_compressed_file_is_refused(tmp_path: Path) -> None:
     size = 36_000_000
     pkl = pickled(size=size, shape=(size,), strides=(1,))
     path = pack(tmp_path / "weight.pt", {"data.pkl": pkl, "data/0": bytes(4 * size)}, zipfile.ZIP_DEFLATED)
@@ -520,8 +520,8 @@ class Hostile:
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_what_asks_for_more_than_tensors_is_named(tmp_path: Path, protocol: int) -> None:
+def test_globals_other_than_tensors_are_named(tmp_path: Path, protocol: int) -> None:
     path = pack(tmp_path / "c.pt", {"data.pkl": pickle.dumps({"a": Hostile()}, protocol)})
-    assert "is refused: it asks for posix.getcwd" in error_of(path)
+    assert "is refused: it names posix.getcwd" in error_of(path)
     path.write_bytes(pickle.dumps(Hostile(), protocol))
-    assert "is refused: it asks for posix.getcwd" in error_of(path)
+    assert "is refused: it names posix.getcwd" in error_of(path)

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, read back without TensorBoard, and what Weights & Biases is told."""
+"""TensorBoard's event files, read back without TensorBoard, and what is sent to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     with Metrics(tmp_path, trackers=trackers, plot=False) as log:
         log.log(10, {"train_loss": 2.5, "learning_rate": 0.25})
         end = time.monotonic() + 20
-        while len(scalars(tmp_path / "tensorboard")) < 2:  # soon, and not only when it is closed
+        while len(scalars(tmp_path / "tensorboard")) < 2:  # soon, not only when closed
             assert time.monotonic() < end
             time.sleep(0.05)
         log.log(20, {"train_loss": math.nan, "tokens": 512})
@@ -51,7 +51,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert found[3] == (20, "tokens", 512.0)
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     (tracker,) = make_trackers("tensorboard", tmp_path, None, {}, resume_step=30)
     tracker.log(31, {"train_loss": 1.0})
@@ -74,7 +74,7 @@ class FakeRun:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
-    """The runs that a stand-in for the package was asked for."""
+    """The runs started by a stand-in for the package."""
     made: list[FakeRun] = []
 
     def init(**settings: Any) -> FakeRun:
@@ -106,7 +106,7 @@ def test_weights_and_biases(tmp_path: Path, runs: list[FakeRun]) -> None:
     assert run.finished
 
 
-def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, runs: list[FakeRun]) -> None:
+def test_weights_and_biases_continues_the_same_run(tmp_path: Path, runs: list[FakeRun]) -> None:
     for resume_step in (None, 10, None):
         make_trackers("wandb", tmp_path, None, {}, resume_step)
     assert [(run.settings["id"], run.settings["resume"]) for run in runs] == [
@@ -117,7 +117,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, runs: list
     assert runs[0].settings["project"] == "mlx-openelm"
 
 
-def test_a_service_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**settings: Any) -> None:
         raise RuntimeError("not\nlogged in")
 
@@ -129,7 +129,7 @@ def test_a_service_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """Of the trackers' packages these are there, as stand-ins, and no others."""
+    """Make exactly these of the trackers' packages importable, as stand-ins."""
     for name in ("tensorboardX", "tensorboard", "wandb", "torch"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name) if name in packages else None)
 
@@ -143,13 +143,13 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_told_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "torch")
     with pytest.raises(RequestError, match=rf"report_to {name} needs .*pip install '\.\[trackers\]'"):
         check(name)
 
 
-def test_pytorchs_writer_serves_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pytorchs_writer_may_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, "torch", "tensorboard")
     writers: list[str] = []
     module = types.ModuleType("torch.utils.tensorboard")
@@ -159,8 +159,8 @@ def test_pytorchs_writer_serves_as_well(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert writers == [str(tmp_path / "tensorboard")]
 
 
-def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights & Biases leaves a folder `wandb` where it runs, which Python would import."""
+def test_a_folder_is_not_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases creates a folder `wandb`, which Python would import."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

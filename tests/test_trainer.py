@@ -1,4 +1,4 @@
-"""The loop: what it reports, when it validates, saves and stops; with an updater whose losses are known."""
+"""The training loop: what it reports, when it validates, saves and stops; with an updater of known losses."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class Step:
 
 
 class Data:
-    """Step i learns from examples 2i and 2i + 1, and i + 1 tokens."""
+    """Step i learns examples 2i and 2i + 1, with i + 1 tokens."""
 
     def __init__(self):
-        self.asked: list[int] = []
+        self.requested: list[int] = []
 
     def step(self, index: int, rank: int) -> Step:
-        self.asked.append(index)
+        self.requested.append(index)
         tokens = mx.full((1, index + 1), index)
         batch = Batch(tokens, tokens, None, (2 * index, 2 * index + 1), index + 1, index + 1)
         return Step((batch,), index + 1, index + 1, batch.examples, index / 10)
 
 
 class Counting:
-    """Its loss at step i is 10 - i, or `losses[i]`; its weight is the sum of the learning rates of all updates."""
+    """The loss at step i is 10 - i, or `losses[i]`; the weight is the sum of all learning rates so far."""
 
     def __init__(self, losses: dict[int, float] | None = None, seconds: float = 0.0):
         self.weight, self.losses, self.seconds = mx.array(0.0), losses or {}, seconds
@@ -126,14 +126,14 @@ def until_it_raises(check) -> None:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The metrics without those that differ from run to run."""
+    """The metrics, without those that vary between runs."""
     return [{k: v for k, v in row.items() if k not in TIMING} for row in read(folder / "metrics.jsonl")]
 
 
-def test_losses_are_weighed_by_tokens_and_everything_happens_when_it_is_due(tmp_path):
+def test_losses_are_weighted_by_tokens_and_everything_happens_when_due(tmp_path):
     updater = Counting()
     result, notes, data, evaluated, checkpoints = run(tmp_path, updater, 10, val=lambda step: 20.0 - step)
-    assert updater.rates == [0.5 ** (i + 1) for i in range(10)] and data.asked == list(range(10))
+    assert updater.rates == [0.5 ** (i + 1) for i in range(10)] and data.requested == list(range(10))
     assert evaluated == [0, 4, 8, 10]
     reports = [row for row in rows(tmp_path) if "train_loss" in row]
     assert [row["step"] for row in reports] == [3, 6, 9, 10]
@@ -144,21 +144,21 @@ def test_losses_are_weighed_by_tokens_and_everything_happens_when_it_is_due(tmp_
         assert row["learning_rate"] == 0.5 ** row["step"] and row["grad_norm"] == 2.0
     assert [(r["step"], r["val_loss"]) for r in rows(tmp_path) if "val_loss" in r] == [
         (0, 20.0), (4, 16.0), (8, 12.0), (10, 10.0)]  # fmt: skip
-    # Every save_every, where validation was best, and the end.
+    # Every save_every steps, at the best validation, and at the end.
     assert notes.saved_steps == [4, 5, 8, 10] and checkpoints.steps() == [8, 10]
     assert (result.steps, result.stopped, result.best_step, result.best_val_loss) == (10, "finished", 10, 10.0)
     assert result.train_loss == 1.0 and result.val_loss == 10.0 and result.trained_tokens == 55
 
 
-def test_a_continued_run_is_the_run_that_never_stopped(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, Counting(), 11, val=lambda step: abs(6.0 - step))
-    # Stopped by an error after step 7: the checkpoint of step 5 is what is left, the metrics go on to 6.
+    # Stopped by an error after step 7: the last checkpoint is of step 5, and the metrics end at 6.
     with pytest.raises(OpenELMError):
         run(parts, Counting({7: math.nan}), 11, val=lambda step: abs(6.0 - step))
     assert rows(parts)[-1]["step"] == 6
     result, _, data, evaluated, checkpoints = run(parts, Counting(), 11, val=lambda step: abs(6.0 - step))
-    assert data.asked == list(range(5, 11)) and evaluated == [8, 11]
+    assert data.requested == list(range(5, 11)) and evaluated == [8, 11]
     assert rows(parts) == rows(whole) and result.trained_tokens == 66
     expected = Checkpoints(whole / "checkpoints", keep_last=2).load(pytest.fail)
     found = checkpoints.load(pytest.fail)
@@ -166,12 +166,12 @@ def test_a_continued_run_is_the_run_that_never_stopped(tmp_path):
     assert replace(found[0], seconds=0.0) == replace(expected[0], seconds=0.0)
     # Nothing is left to do, and nothing is done.
     again, _, data, evaluated, _ = run(parts, Counting(), 11, val=lambda step: abs(6.0 - step))
-    assert (again.steps, again.stopped, data.asked, evaluated) == (11, "finished", [], [])
+    assert (again.steps, again.stopped, data.requested, evaluated) == (11, "finished", [], [])
     assert rows(parts) == rows(whole)
 
 
 @pytest.mark.parametrize(("loss", "what"), [(math.nan, "loss is nan"), (77.0, "gradient's norm is inf (loss 77")])
-def test_what_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, loss, what):
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, loss, what):
     # Step 10 (index 9) would be saved.
     with pytest.raises(OpenELMError) as caught:
         run(tmp_path, Counting({9: loss}), 20, describe="train.jsonl, line {}".format)
@@ -181,7 +181,7 @@ def test_what_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, loss
     assert Checkpoints(tmp_path / "checkpoints", keep_last=2).steps() == [5]
 
 
-def test_a_validation_loss_that_is_not_finite_ends_it_too(tmp_path):
+def test_a_validation_loss_that_is_not_finite_ends_the_run_too(tmp_path):
     with pytest.raises(OpenELMError, match="validation loss is nan after step 8.*step 5 is intact"):
         run(tmp_path, Counting(), 20, val=lambda step: math.nan if step == 8 else 1.0)
 
@@ -224,7 +224,7 @@ def test_an_interrupted_run_is_saved_and_continues(tmp_path, number):
     assert finished.steps == total and rows(tmp_path) == rows(tmp_path / "whole")
 
 
-def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path):
+def test_an_interrupted_validation_is_repeated_after_a_resume(tmp_path):
     def evaluate(check):
         os.kill(os.getpid(), signal.SIGINT)
         until_it_raises(check)
@@ -238,7 +238,7 @@ def test_an_interrupt_ends_a_validation_which_is_done_when_it_continues(tmp_path
     assert evaluated == [0, 4, 8, 10]
 
 
-def test_an_interrupt_of_the_last_validation_leaves_it_to_be_done(tmp_path):
+def test_an_interrupted_last_validation_is_done_after_a_resume(tmp_path):
     losses = {0: 9.0, 4: 5.0, 8: 6.0}
 
     def validations(folder: Path) -> list[tuple[int, float]]:
@@ -247,9 +247,9 @@ def test_an_interrupt_of_the_last_validation_leaves_it_to_be_done(tmp_path):
     result, *_ = run(tmp_path, Counting(), 8, val={0: 9.0, 4: 5.0, 8: None}.get)
     assert (result.stopped, result.steps, result.val_loss) == ("interrupted", 8, 5.0)
     result, _, data, evaluated, _ = run(tmp_path, Counting(), 8, val=losses.get)
-    assert (result.stopped, result.val_loss, data.asked, evaluated) == ("finished", 6.0, [], [8])
+    assert (result.stopped, result.val_loss, data.requested, evaluated) == ("finished", 6.0, [], [8])
     assert validations(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0)]
-    # Step 8 was saved without that validation, so it is repeated, and logged once.
+    # Step 8 was saved without that validation, so it is done now, and logged once.
     result, *_ = run(tmp_path, Counting(), 9, val=lambda step: losses.get(step, 4.0))
     assert validations(tmp_path) == [(0, 9.0), (4, 5.0), (8, 6.0), (9, 4.0)]
 
@@ -271,7 +271,7 @@ run(Path({folder!r}), Slow(), 100)
 """
 
 
-def test_the_second_interrupt_ends_it_at_once_even_within_a_step(tmp_path):
+def test_a_second_interrupt_stops_at_once_even_within_a_step(tmp_path):
     script = SLOW.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
@@ -315,13 +315,13 @@ def test_the_next_step_is_built_while_the_device_computes(tmp_path, monkeypatch)
     assert order == ["built 0", "launched", "built 1", "launched", "built 2", "launched"]
 
 
-def test_what_is_saved_is_plain_json(tmp_path):
+def test_the_saved_record_is_plain_json(tmp_path):
     run(tmp_path, Counting(), 5, val=lambda step: 1.0)
     record = json.loads((tmp_path / "checkpoints" / "0000005" / "state.json").read_text())
     assert record["state"]["step"] == 5 and record["state"]["best_step"] == 0
 
 
-def test_an_objectives_own_numbers_are_logged(tmp_path):
+def test_metrics_of_an_objective_are_logged(tmp_path):
     class Preferring(Counting):
         def update(self, *arguments):
             update = super().update(*arguments)

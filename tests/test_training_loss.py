@@ -42,7 +42,7 @@ def example(model: OpenELM, rows: int = ROWS, seed: int = 0) -> tuple[mx.array, 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-2, 0.0), (0.0, 0.1), (1e-2, 0.1)])
-def test_value_and_gradients_are_those_of_the_plain_loss(model, trained, z_loss, smoothing):
+def test_value_and_gradients_equal_the_plain_loss(model, trained, z_loss, smoothing):
     hidden, targets = example(model)
     head = model.transformer.token_embeddings
     weight = head.weight
@@ -70,7 +70,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(model, trained, z_loss,
     if trained:
         assert mx.abs(ours_weight - by_weight).max().item() < 1e-5 * mx.abs(by_weight).max().item()
     else:
-        assert mx.abs(ours_weight).max().item() == 0  # a frozen head gets none
+        assert mx.abs(ours_weight).max().item() == 0  # a frozen head has no gradient
 
 
 def test_gradient_agrees_with_finite_differences(model):
@@ -88,7 +88,7 @@ def test_gradient_agrees_with_finite_differences(model):
         assert slope.item() == pytest.approx(mx.sum(gradient * direction).item(), rel=2e-3)
 
 
-def test_likelihood_leaves_out_what_the_objective_adds(model):
+def test_the_likelihood_excludes_z_loss_and_smoothing(model):
     hidden, targets = example(model)
     objective, likelihood = cross_entropy(model, hidden, targets, z_loss=0.1, label_smoothing=0.2)
     assert likelihood.item() == pytest.approx(plain(model, hidden, targets, 0.0, 0.0).item(), rel=1e-6)
@@ -102,7 +102,7 @@ def test_without_gradients_the_values_are_the_same(model):
     assert [value.item() for value in quick] == [value.item() for value in kept]
 
 
-def test_nothing_to_learn_costs_nothing(model):
+def test_without_targets_loss_and_gradients_are_zero(model):
     hidden, _ = example(model)
     targets = mx.full((ROWS,), IGNORED)
     value, gradient = mx.value_and_grad(lambda h: cross_entropy(model, h, targets, z_loss=0.1)[0])(hidden)
@@ -164,5 +164,5 @@ def test_logits_exist_for_one_chunk_at_a_time(model):
     before = mx.get_active_memory()
     mx.eval(gradient(hidden))
     chunk = CHUNK * model.config.vocab_size * 4
-    # The hidden states' gradient, in pieces and joined, and some arrays of a chunk; all logits would be 32 chunks.
+    # The gradient of the hidden states, in pieces and joined, and some chunk-sized arrays; all logits are 32 chunks.
     assert mx.get_peak_memory() - before < 2 * hidden.nbytes + 12 * chunk

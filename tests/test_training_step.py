@@ -1,4 +1,4 @@
-"""The update of the weights: its gradients against the plain model's, its exactness, and its memory."""
+"""The update of the weights: gradients against the plain model's, exact state, and memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import IGNORED, Batch
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import updater as updater_module
 from mlx_openelm.training.step.evaluation import Evaluation, evaluate
 from mlx_openelm.training.step.forward import hidden_states
 from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums, learned_positions
 from mlx_openelm.training.step.recompute import recomputed, substituted, trainable
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
@@ -34,7 +34,7 @@ def model() -> OpenELM:
 
 
 def adapt(model: OpenELM, **changes: object) -> None:
-    """Attach an adapter that already changes the outputs."""
+    """Attach a nonzero adapter."""
     options = {"target_modules": EVERYTHING, "rank": 4, "scale": 2.0, "seed": 1, **changes}
     attach_new(model, **options)  # type: ignore[arg-type]
     keys = iter(mx.random.split(mx.random.key(5), 200))
@@ -50,7 +50,7 @@ def sequences(lengths: Sequence[int], vocab: int = 2048, seed: int = 0) -> list[
 
 
 def rows_of(examples: Sequence[Sequence[int]], width: int | None = None, masked: int = 0) -> Batch:
-    """One example a row; the first `masked` targets of each are not learned."""
+    """One example per row; the first `masked` targets of each are not learned."""
     width = width or max(map(len, examples)) - 1
     inputs, targets = [], []
     for tokens in examples:
@@ -80,12 +80,12 @@ def packed(examples: Sequence[Sequence[int]], width: int) -> Batch:
 
 
 def plain_gradients(model: OpenELM, batch: Batch) -> tuple[float, dict[str, mx.array]]:
-    """The mean loss and its gradients, with all logits, one row after the other and nothing recomputed."""
+    """The mean loss and its gradients, with all logits, row by row and nothing recomputed."""
 
     def loss(model: OpenELM) -> mx.array:
         logits = model(batch.inputs)
-        wanted = mx.maximum(batch.targets, 0)[..., None]
-        likelihood = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, wanted, -1)[..., 0]
+        expected = mx.maximum(batch.targets, 0)[..., None]
+        likelihood = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, expected, -1)[..., 0]
         return mx.sum(mx.where(batch.targets == IGNORED, 0.0, likelihood)) / batch.num_targets
 
     value, gradients = nn.value_and_grad(model, lambda: loss(model))()
@@ -93,7 +93,7 @@ def plain_gradients(model: OpenELM, batch: Batch) -> tuple[float, dict[str, mx.a
 
 
 def our_gradients(model: OpenELM, batches: Sequence[Batch], **options: object) -> tuple[float, dict[str, mx.array]]:
-    """Loss and gradients of one update: SGD with a rate of 1 subtracts just these."""
+    """Loss and gradients of one update: SGD with a rate of 1 subtracts exactly the gradients."""
     before = dict(tree_flatten(model.trainable_parameters()))
     updater = Updater(model, optim.SGD(1.0), **options)  # type: ignore[arg-type]
     update = updater.update(batches, sum(batch.num_targets for batch in batches), 1.0, 0)
@@ -107,7 +107,7 @@ def our_gradients(model: OpenELM, batches: Sequence[Batch], **options: object) -
 def assert_equal_gradients(ours: dict[str, mx.array], expected: dict[str, mx.array], tolerance: float = 1e-4) -> None:
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
-        # The difference of two weights has the precision of the weights.
+        # A difference of two weights has the precision of the weights.
         assert mx.abs(ours[name] - gradient).max().item() <= tolerance * mx.abs(gradient).max().item() + 2e-7, name
 
 
@@ -121,7 +121,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_gradients_are_those_of_the_plain_model(model, method, recompute):
+def test_gradients_equal_the_plain_models(model, method, recompute):
     METHODS[method](model)
     model.train()
     batch = rows_of(sequences([290, 100, 3]), masked=1)  # several blocks of queries, padding, prompts
@@ -158,8 +158,8 @@ def test_micro_batches_add_up_to_one_batch(model, method):
     assert_equal_gradients(gradients, expected, 1e-5)
 
 
-def test_half_precision_loses_nothing_in_steps_of_many_tokens():
-    """A token's share of a step may be 1e-6. Times that, float16 gradients of activations would underflow."""
+def test_half_precision_gradients_do_not_underflow_in_steps_of_many_tokens():
+    """A token's share of a step may be 1e-6; scaled by it, float16 gradients of activations would underflow."""
     batch, found = rows_of(sequences([100, 60], vocab=200)), {}
     for dtype in (mx.float32, mx.float16):
         model = small(dtype)
@@ -192,14 +192,14 @@ def test_only_the_graphs_of_a_few_shapes_are_kept(model, monkeypatch):
     assert len(set(losses)) == 5
 
 
-def test_learned_positions_come_in_few_sizes(model):
+def test_numbers_of_learned_positions_are_padded_to_few_sizes(model):
     adapt(model)
     sizes = set()
     for count in (1, 128, 129, 1000, 2047, 2048, 2049, 2303, 2305, 4095):
         targets = mx.where(mx.random.permutation(4096, key=mx.random.key(count)) < count, 7, IGNORED).reshape(4, -1)
-        rows, wanted, counts = learned_positions(Batch(targets, targets, None, (0,), count, 4096))
+        rows, expected, counts = learned_positions(Batch(targets, targets, None, (0,), count, 4096))
         rows = mx.arange(4096) if rows is None else rows  # all
-        assert wanted.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
+        assert expected.tolist() == mx.maximum(targets.reshape(-1)[rows], 0).tolist() and mx.sum(counts).item() == count
         learned = [index for index, target in enumerate(targets.reshape(-1).tolist()) if target != IGNORED]
         assert rows.tolist() == sorted(rows.tolist()) and set(learned) <= set(rows.tolist())
         assert len(set(rows.tolist())) == rows.size <= max(128, count * 1.125 + 128)
@@ -217,7 +217,7 @@ def test_padding_changes_nothing(model):
 
 
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_packed_examples_do_not_see_one_another(model, recompute):
+def test_packed_examples_do_not_attend_to_each_other(model, recompute):
     adapt(model)
     examples = sequences([140, 9, 77])
     loss, expected = our_gradients(model, [rows_of([tokens]) for tokens in examples])
@@ -241,7 +241,7 @@ def test_a_step_without_learned_tokens_leaves_the_weights(model):
     assert math.isnan(evaluate(model, [batch]).loss)
 
 
-def test_perplexity_has_no_end():
+def test_perplexity_of_a_huge_loss_is_infinite():
     assert Evaluation(math.log(7), 1).perplexity == pytest.approx(7)
     assert Evaluation(1e5, 1).perplexity == math.inf
 
@@ -298,7 +298,7 @@ def test_state_restores_bit_for_bit(model):
 
 
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_dropout_drops_the_same_in_the_backward_pass(model, recompute):
+def test_dropout_uses_the_same_masks_in_the_backward_pass(model, recompute):
     """The loss is linear in `lora_b` of the last matrix to first order: its gradient must belong to the same masks."""
     adapt(model, dropout=0.5, target_modules=("proj_2", "out_proj"))
     model.train()
@@ -327,7 +327,7 @@ def test_dropout_drops_the_same_in_the_backward_pass(model, recompute):
     assert slope == pytest.approx(norm.item(), rel=1e-2)
 
 
-def test_dropout_differs_from_step_to_step_and_not_from_run_to_run(model):
+def test_dropout_differs_between_steps_but_not_between_runs(model):
     adapt(model, dropout=0.5)
     model.train()
     batch = rows_of(sequences([40]))
@@ -340,7 +340,7 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run(model):
     assert len({loss(0), loss(1), loss(0, seed=1), evaluate(model, [batch]).loss}) == 4
 
 
-def test_weights_are_kept_in_float32_and_computed_with_in_bfloat16():
+def test_weights_are_stored_in_float32_and_used_in_bfloat16():
     seen = set()
 
     class NotingForward(Forward):
@@ -365,7 +365,7 @@ def test_weights_are_kept_in_float32_and_computed_with_in_bfloat16():
     assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}
 
 
-def test_training_learns_and_leaves_the_base(model):
+def test_training_learns_and_leaves_the_base_unchanged(model):
     base = dict(tree_flatten(model.parameters()))
     attach_new(model, rank=8, scale=4.0)
     batch = rows_of(sequences([60, 60]))
@@ -425,7 +425,7 @@ def wide() -> OpenELM:
 
 
 class Squares(CrossEntropy):
-    """No logits at all."""
+    """A loss without logits."""
 
     def __call__(self, forward: Forward, arrays) -> Sums:
         total = mx.sum(mx.square(forward.hidden_states(*arrays[:2])))
@@ -445,7 +445,7 @@ class Plain(CrossEntropy):
 
 
 @pytest.mark.parametrize("recompute", [PARTS, LAYERS])
-def test_the_loss_adds_next_to_nothing_to_the_memory_of_a_step(wide, recompute):
+def test_the_loss_adds_little_memory_to_a_step(wide, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
     ours = peak(wide, batch, recompute=recompute)
     assert ours <= 1.05 * peak(wide, batch, recompute=recompute, objective=Squares())
@@ -459,14 +459,14 @@ def test_micro_batches_are_computed_one_after_the_other(wide):
 def test_recomputing_saves_memory(wide):
     batch = rows_of(sequences([513, 513], vocab=4000))
     ours, checkpointed = peak(wide, batch), peak(wide, batch, recompute=LAYERS)
-    # Four layers keep little; most of the peak is one layer's gradients.
+    # Four layers keep little; one layer's gradients are most of the peak.
     assert checkpointed < 0.9 * ours
 
     # Our own kernels keep no attention weights either.
     assert ours < (0.8 if native.kernels is not None else 0.6) * peak(wide, batch, objective=Plain())
 
 
-def test_hidden_states_are_the_models_own(model):
+def test_hidden_states_equal_the_models(model):
     adapt(model)
     inputs = mx.array(sequences([260, 260]))
     ours = hidden_states(model, inputs, None)

@@ -1,4 +1,4 @@
-"""What training does on CUDA, with the CPU in place of the GPU: MLX's fused operations exist here too."""
+"""Training as on CUDA, with the CPU in place of the GPU: MLX's fused operations exist here too."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.model import OpenELM
 from mlx_openelm.training.data.batches import Batch
+from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
 from mlx_openelm.training.step import strategy
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.forward import hidden_states
-from mlx_openelm.training.step.strategy import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step.swiglu import swiglu
 from mlx_openelm.training.step.updater import Updater
 
@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 
 @pytest.fixture
 def cuda(monkeypatch) -> None:
-    """Everything that asks is told that this is a GPU; attention's gradient is MLX's in float32 too, to compare."""
+    """Make the package see a GPU, which also uses MLX's attention gradient in float32, for comparison."""
     pretend(monkeypatch, "CUDA")
     for module in (attention_module, forward_module):
         monkeypatch.setattr(module, "fuses_attention_gradient", lambda dtype, head_dim: True)
@@ -84,10 +84,10 @@ def ours(model: OpenELM, batch: Batch, recompute: str) -> tuple[float, dict[str,
     return loss, gradients
 
 
-# A whole number of tiles, less than one, more than one; one example a row, several.
+# Whole tiles, less than one, more than one; one example per row, and several.
 @pytest.mark.parametrize(("length", "examples"), [(128, 1), (40, 1), (200, 1), (128, 3), (200, 3), (1, 1)])
 @pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
-def test_gradients_are_those_of_the_plain_model(model, monkeypatch, request, length, examples, recompute):
+def test_gradients_equal_the_plain_models(model, monkeypatch, request, length, examples, recompute):
     model.unfreeze()
     batch = batch_of(2, length, examples)
     value, expected = plain(model, batch)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_plain_model(model, monkeypatch, request, len
 
 
 def test_queries_fill_whole_tiles(model, cuda, monkeypatch):
-    """MLX's fused gradient takes no others, and masks with numbers for all heads at once."""
+    """MLX's fused gradient requires that, and additive masks shared by all heads."""
     seen = []
     fused = mx.fast.scaled_dot_product_attention
 
@@ -118,7 +118,7 @@ def test_queries_fill_whole_tiles(model, cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_masks_hide_without_infinities(dtype):
+def test_masks_have_no_infinities(dtype):
     segments = mx.array([[0, 0, 1, -1]])
     mask = attention_module.fused_mask(segments, dtype)
     assert mask.shape == (1, 1, 128, 128) and mask.dtype == dtype
@@ -131,7 +131,7 @@ def test_masks_hide_without_infinities(dtype):
         [False, False, False, True, False],
         [False, False, False, True, True],
     ]
-    # Every row sees something, padding too.
+    # Every row sees something, even padding.
     assert mx.all(mx.max(mask, axis=-1) == 0).item()
 
 
@@ -177,16 +177,16 @@ def test_the_fused_gradient_is_for_half_precision_on_new_enough_gpus(monkeypatch
     assert not fuses(mx.bfloat16, 64)
 
 
-def test_metal_and_cpus_do_as_they_did(monkeypatch):
+def test_metal_and_cpus_use_the_careful_strategy(monkeypatch):
     for gpu in (False, True):
         pretend(monkeypatch, "Metal" if gpu else "CPU")
         assert strategy.here() == strategy.Strategy(False, PARTS, 128, 200_000_000)
         assert not strategy.fuses_attention_gradient(mx.bfloat16, 64)
 
 
-def test_the_memory_of_a_gpu_is_its_own(monkeypatch):
+def test_available_memory_is_the_gpus(monkeypatch):
     monkeypatch.setattr(backend, "on_cuda", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: H100)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 1_000_000_000)
     assert backend.total_memory() == 85_520_809_984
-    assert backend.available_memory() == 85_000_000_000  # what MLX keeps for reuse is free to it
+    assert backend.available_memory() == 85_000_000_000  # buffers that MLX keeps for reuse count as free

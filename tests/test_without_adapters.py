@@ -1,4 +1,4 @@
-"""Adapters that are switched off in place: the model is the base, bit for bit, wherever it is called."""
+"""With adapters switched off in place, the model equals the base bit for bit, wherever it is called."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base() -> OpenELM:
 
 
 def adapted(**options: Any) -> OpenELM:
-    """A model whose adapter does something."""
+    """A model with a nonzero adapter."""
     model = base()
     attach_new(model, rank=4, scale=2.0, **options)
     changed = [
@@ -51,7 +51,7 @@ def same(one: mx.array, other: mx.array) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("through", [lambda call: call, mx.compile], ids=["called", "compiled"])
-def test_the_logits_are_the_bases(kind: str, through: Callable[..., Any]) -> None:
+def test_the_logits_equal_the_bases(kind: str, through: Callable[..., Any]) -> None:
     model, other = adapted(**KINDS[kind]), base()
 
     def off(tokens: mx.array) -> mx.array:
@@ -66,7 +66,7 @@ def test_the_logits_are_the_bases(kind: str, through: Callable[..., Any]) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("through", [lambda call: call, mx.compile], ids=["called", "compiled"])
-def test_no_gradient_reaches_what_is_off(kind: str, through: Callable[..., Any]) -> None:
+def test_no_gradient_reaches_disabled_adapters(kind: str, through: Callable[..., Any]) -> None:
     model, other = adapted(**KINDS[kind]), base()
     model.train()
     parameters = model.trainable_parameters()
@@ -94,7 +94,7 @@ def test_no_gradient_reaches_what_is_off(kind: str, through: Callable[..., Any])
         assert same(reference, other(TOKENS))
 
 
-def test_inside_a_gradient_alone_nothing_is_learned() -> None:
+def test_disabled_throughout_a_gradient_nothing_is_learned() -> None:
     model = adapted(target_modules=EVERYTHING, dora=True)
 
     def loss(model: OpenELM) -> mx.array:
@@ -120,7 +120,7 @@ def test_blocks_are_nested_and_errors_restore() -> None:
     assert same(model(TOKENS), before)
 
 
-def test_the_mode_set_inside_is_the_adapters_too() -> None:
+def test_the_training_mode_set_inside_applies_to_the_adapters() -> None:
     model = adapted(dropout=0.5)
     for mode in (True, False):
         model.train(not mode)
@@ -129,7 +129,7 @@ def test_the_mode_set_inside_is_the_adapters_too() -> None:
         assert {layer.training for _, layer in adapted_layers(model)} == {mode}
 
 
-def test_a_model_without_adapters_stays_as_it_is() -> None:
+def test_a_model_without_adapters_is_unchanged() -> None:
     model = base()
     with without_adapters(model):
         logits = model(TOKENS)

@@ -1,4 +1,4 @@
-"""What tokenizers stumble over: random texts heavy in spaces, code, emoji, CJK, control and combining characters."""
+"""Texts that are hard to tokenize: many spaces, code, emoji, CJK, control and combining characters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PARTS = [
     ],
     *["\x00", "a\x00b", "\x01", "\x7f", "\x1b[0m", "</", "s>", "<", "0", ">", "▁", "▁▁"],
 ]
-# To other programs these are not text.
+# Other programs do not treat these as text.
 _TYPED = ["</s>", "<s>", "<unk>", "a</s>b", "<0x0A>", "<0x41>"]
 
 

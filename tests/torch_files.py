@@ -1,4 +1,4 @@
-"""PyTorch's checkpoint files, made without PyTorch: what those in `fixtures/torch` hold, archives, pickles by hand.
+"""PyTorch's checkpoint files without PyTorch: contents of those in `fixtures/torch`, archives, handmade pickles.
 
 `plain.pt` and `old.pt` are `torch.save(state, path)` of PyTorch 2.13, the second with
 `_use_new_zipfile_serialization=False`, `unsummed.pt` after `torch.serialization.set_crc32_options(False)`:
@@ -39,7 +39,7 @@ WEIGHTS = {
 
 
 def members(path: Path = FOLDER / "plain.pt") -> dict[str, bytes]:
-    """An archive's members by their names below its folder, in order; checksums are left aside."""
+    """An archive's members by name below its folder, in order; checksums are not verified."""
     data = path.read_bytes()
     found = {}
     for member in zipfile.ZipFile(io.BytesIO(data)).infolist():
@@ -88,7 +88,7 @@ def pickled(
 
 
 def write_state(path: Path, weights: dict[str, np.ndarray]) -> Path:
-    """What `torch.save` writes of float32 tensors by name."""
+    """Write float32 tensors by name as `torch.save` does."""
     items, contents = b"", {"byteorder": b"little", "version": b"3\n"}
     for key, (name, weight) in enumerate(weights.items()):
         strides = tuple(stride // weight.itemsize for stride in weight.strides)

@@ -16,13 +16,13 @@ from mlx_openelm.training.run.metrics import read
 from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
-# Values that differ between equal runs: times and memory.
+# Values that vary between identical runs: times and memory.
 TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
 WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
 
 
 def write_data(folder: Path, train: int = 23, valid: int = 6, test: int = 6) -> Path:
-    """Random texts of mixed lengths, the same ones each time."""
+    """Random texts of mixed lengths, the same in every call."""
     folder.mkdir()
     draw = random.Random(0)
     for name, number in (("train", train), ("valid", valid), ("test", test)):
@@ -80,7 +80,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def trained(folder: Path) -> dict[str, bytes]:
-    """The files that hold what a run has learned: the adapter, and the weights and optimizer of the last checkpoint."""
+    """The learned state of a run: files of the adapter, and of the last checkpoint's weights and optimizer."""
     last = max(path for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
     files = [folder / "adapters.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"]
     return {f"{file.parent.name}/{file.name}".removeprefix(folder.name): file.read_bytes() for file in files}

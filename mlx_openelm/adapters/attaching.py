@@ -34,10 +34,10 @@ def attach(model: OpenELM, adapter: Adapter, *, dtype: mx.Dtype | None = None) -
         dtype: the type of whole weights; by default the one the model computes in. Low-rank parameters are float32.
 
     Returns:
-        what whole weights replaced, for `put` to restore; `detach` removes low-rank layers.
+        The modules and tensors that whole weights replaced, for `put` to restore; `detach` removes low-rank layers.
 
     Raises:
-        RequestError: the adapter does not fit the model, or belongs to another base; the model is unchanged.
+        RequestError: the adapter does not match the model, or belongs to another base; the model is unchanged.
     """
     layers = make_layers(model, adapter)
     detach(model)
@@ -50,7 +50,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
     """An adapter's layers, wrapped around the model's own, by path; the model is unchanged.
 
     Raises:
-        RequestError: the adapter does not fit the model, or belongs to another base.
+        RequestError: the adapter does not match the model, or belongs to another base.
     """
     check_fits(adapter, model.config)
     check_base(adapter, model)
@@ -82,7 +82,7 @@ def attach_new(
 ) -> list[str]:
     """Put a new adapter in a model, replacing any other, and freeze everything else.
 
-    It changes nothing yet: `a` [inputs, rank] is uniform within ±1 / sqrt(inputs), `b` [rank, outputs] is zero. The
+    It has no effect yet: `a` [inputs, rank] is uniform within ±1 / sqrt(inputs), `b` [rank, outputs] is zero. The
     same seed gives the same adapter.
 
     Args:
@@ -93,7 +93,7 @@ def attach_new(
         dora: DoRA instead of LoRA: also train the length of each output's weight row.
 
     Returns:
-        the module paths.
+        The module paths.
 
     Raises:
         RequestError: an unknown module, or a rank, dropout or number of layers out of range.
@@ -122,9 +122,9 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
     Raises:
         RequestError: an unknown module, no module, or a number of layers out of range.
     """
-    wanted = PROJECTIONS if target_modules is None else target_modules
-    unknown = [name for name in wanted if name not in TARGET_MODULES]
-    if unknown or not wanted:
+    names = PROJECTIONS if target_modules is None else target_modules
+    unknown = [name for name in names if name not in TARGET_MODULES]
+    if unknown or not names:
         got = ", ".join(map(repr, unknown)) or "none"
         raise RequestError(f"--target-modules must be among {', '.join(TARGET_MODULES)}; got {got}.")
     total = config.num_transformer_layers
@@ -134,7 +134,7 @@ def target_paths(config: ModelConfig, target_modules: Sequence[str] | None = Non
     paths = []
     for path in config.matrix_shapes():
         in_range = not path.startswith(LAYERS) or int(path.removeprefix(LAYERS).partition(".")[0]) >= first
-        if path.rpartition(".")[2] in wanted and in_range:
+        if path.rpartition(".")[2] in names and in_range:
             paths.append(path)
     return paths
 
@@ -181,7 +181,7 @@ def check_fits(adapter: Adapter, config: ModelConfig, name: str = "The adapter")
     """Compare the paths and shapes of an adapter with those of a model of this configuration.
 
     Raises:
-        RequestError: the first module or tensor that does not fit.
+        RequestError: for the first module or tensor that does not match.
     """
     shapes = config.matrix_shapes()
     for path, change in adapter.modules.items():
@@ -195,7 +195,7 @@ def check_fits(adapter: Adapter, config: ModelConfig, name: str = "The adapter")
             got = getattr(change, part).shape
             if got != shape:
                 raise RequestError(
-                    f"{name} does not fit the model: {part} of {path} has shape {list(got)} instead of "
+                    f"{name} does not match the model: {part} of {path} has shape {list(got)} instead of "
                     f"{list(shape)}; was it made for another size?"
                 )
     tensors = config.tensor_shapes()
@@ -204,7 +204,7 @@ def check_fits(adapter: Adapter, config: ModelConfig, name: str = "The adapter")
             raise RequestError(f"{name} has {tensor}, which the model does not have.")
         if weight.shape != tensors[tensor]:
             raise RequestError(
-                f"{name} does not fit the model: {tensor} has shape {list(weight.shape)} instead of "
+                f"{name} does not match the model: {tensor} has shape {list(weight.shape)} instead of "
                 f"{list(tensors[tensor])}; was it made for another size?"
             )
 

@@ -1,4 +1,4 @@
-"""Base weights that an adapter's file repeats: dropped if they equal the base's, else the adapter is refused."""
+"""Copies of base weights in an adapter's file: dropped if they equal the base's, else the adapter is refused."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ def read_adapter(
             repository (`owner/name`), or Apple's `corenet:SIZE/lora` or `/dora`.
         config: the model's.
         revision: a branch, tag or commit on the hub.
-        alpha: of a CoreNet adapter, whose files do not state it; its rank by default.
+        alpha: that of a CoreNet adapter, whose files do not state it; by default its rank.
 
     Raises:
-        RequestError: no adapter there, damaged files, or one that does not fit the model or is not supported.
+        RequestError: no adapter there, damaged files, or one that does not match the model or is not supported.
         OpenELMError: a download that failed.
     """
     found = _find(path, revision)
@@ -45,7 +45,7 @@ def read_adapter(
         raise RequestError(f"{found} is not an adapter: give its folder, a {_SAFETENSORS} file in it, or a .pt file.")
     folder = found if found.is_dir() else found.parent
     if not (folder / CONFIG).is_file():
-        raise RequestError(f"{folder} holds no {CONFIG}, so it is not an adapter; give {_folders_in(folder)}.")
+        raise RequestError(f"{folder} has no {CONFIG}, so it is not an adapter; give {_folders_in(folder)}.")
     format = peft if "peft_type" in read_json(folder / CONFIG) else mlx_adapter
     file = found if found.is_file() else folder / format.WEIGHTS
     if not file.is_file():
@@ -81,13 +81,13 @@ def _folders_in(folder: Path) -> str:
 
 def _checked(adapter: Adapter, file: Path) -> Adapter:
     if not adapter.modules and not adapter.weights:
-        raise RequestError(f"{file} holds no adapter: nothing in it changes the model.")
+        raise RequestError(f"{file} is not an adapter: nothing in it changes the model.")
     # Read now: they are small, and the file may be overwritten later. Whole weights are read one at a time.
     mx.eval([(change.a, change.b, change.magnitude) for change in adapter.modules.values()])
     for path, change in adapter.modules.items():
         parts = (change.a, change.b, change.magnitude)
         if not all(part is None or mx.all(mx.isfinite(part)).item() for part in parts):
-            raise RequestError(f"{file} holds values for {path} that are not finite; its training went wrong.")
+            raise RequestError(f"{file} has values for {path} that are not finite; its training diverged.")
     return adapter
 
 

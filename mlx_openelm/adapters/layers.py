@@ -1,4 +1,4 @@
-"""Linear layers and embeddings with a low-rank change beside their own weights, which stay as they are.
+"""Linear layers and embeddings with a low-rank update; their own weights stay unchanged.
 
 LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. Parameters have mlx-lm's names, `lora_a`, `lora_b` and `m`; they are
 float32, and cast to the activations' type where they are used. OpenELM's matrices have no biases.
@@ -20,8 +20,8 @@ from ..ops.packed import PARTS
 
 Factors = tuple[mx.array, ...]
 
-# The least length of a row, so that a row of zeros is not divided by zero.
-_SHORTEST = 1e-12
+# The smallest norm of a row, to avoid dividing by zero.
+_MIN_NORM = 1e-12
 
 
 class _Adapted(nn.Module):
@@ -82,7 +82,7 @@ class LoRALinear(_Adapted):
         super().__init__(change, dropout)
         self.linear = linear
 
-    takes_residual = True
+    fuses_residual = True
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """x [..., in] to [..., out], plus the residual if there is one: the base may add it in its own product."""
@@ -211,7 +211,7 @@ def _row_squares(matrix: mx.array) -> mx.array:
 
 
 def _lengths(squares: mx.array) -> mx.array:
-    return mx.sqrt(mx.maximum(squares, _SHORTEST**2))
+    return mx.sqrt(mx.maximum(squares, _MIN_NORM**2))
 
 
 def _changed_lengths(squares: mx.array, products: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:

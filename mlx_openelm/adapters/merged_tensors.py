@@ -15,7 +15,7 @@ from ..formats.safetensors import Tensor
 from .repacking import pack_again
 
 PIECE = 1 << 20  # values computed at a time
-# The least norm of a row or column, so that one of zeros is not divided by zero.
+# The smallest norm of a row or column, to avoid dividing by zero.
 _MIN_NORM = 1e-12
 
 
@@ -27,7 +27,7 @@ class Deviation:
     change: float = 0.0
     after: float = 0.0
     error: float = 0.0
-    arrived: float = 0.0  # the product of the intended change and the written one
+    arrived: float = 0.0  # the inner product of the intended change and the written one
 
     @property
     def relative_change(self) -> float:
@@ -142,24 +142,24 @@ def merged_tensors(
     base: Base,
     change: Change,
     choice: Quantization | None,
-    kind: mx.Dtype,
+    full_dtype: mx.Dtype,
     dtype: mx.Dtype | None,
     deviation: Deviation,
 ) -> dict[str, Tensor]:
     """The tensors that replace the base's: all are computed when the first is read, and each is kept until it is read.
 
     Args:
-        choice: how to pack the tensor; None leaves it full, in type `kind`.
+        choice: how to pack the tensor; None leaves it unpacked, in type `full_dtype`.
         dtype: the requested type; None keeps the type of the scales.
     """
     made: dict[str, mx.array] = {}
-    scales = scale_dtype(kind)
+    scales = scale_dtype(full_dtype)
     if dtype is None and base.choice is not None and base.choice.mode == "affine":
         scales = base.parts["scales"].dtype
 
     def store(values: mx.array, rows: slice) -> dict[str, mx.array]:
         if choice is None:
-            return {"weight": values.astype(kind)}
+            return {"weight": values.astype(full_dtype)}
         if choice == base.choice and choice.mode == "affine":
             return pack_again(values, base.parts_of(rows), choice, scales)
         return choice.pack(values.astype(mx.float16) if scales == mx.float16 else values)
@@ -173,10 +173,10 @@ def merged_tensors(
         return made.pop(part)
 
     if choice is None:
-        return {f"{path}.weight": Tensor(kind, base.shape, functools.partial(read, "weight"))}
-    kinds = {"weight": mx.uint32, "scales": scales if choice.mode == "affine" else mx.uint8, "biases": scales}
+        return {f"{path}.weight": Tensor(full_dtype, base.shape, functools.partial(read, "weight"))}
+    dtypes = {"weight": mx.uint32, "scales": scales if choice.mode == "affine" else mx.uint8, "biases": scales}
     return {
-        f"{path}.{part}": Tensor(kinds[part], shape, functools.partial(read, part))
+        f"{path}.{part}": Tensor(dtypes[part], shape, functools.partial(read, part))
         for part, shape in choice.packed_shapes(base.shape).items()
     }
 

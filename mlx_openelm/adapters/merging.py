@@ -56,7 +56,7 @@ def merge(
         dequantize: unpack all matrices.
 
     Raises:
-        RequestError: an adapter that does not fit the model, or that has copies of another base's weights.
+        RequestError: an adapter that does not match the model, or that has copies of another base's weights.
     """
     config, packed = checkpoint.config, checkpoint.quantization
     check_fits(adapter, config)
@@ -94,8 +94,8 @@ def merge(
         parts = {part: tensors[f"{path}.{part}"] for part in PARTS if f"{path}.{part}" in tensors}
         base = Base(parts, packed.get(path), config.tensor_shapes()[name])
         merged.deviations[path] = Deviation()
-        kind = dtype or (stored if path in packed else parts["weight"].dtype)
-        result |= merged_tensors(path, base, change, choices.get(path), kind, dtype, merged.deviations[path])
+        full_dtype = dtype or (stored if path in packed else parts["weight"].dtype)
+        result |= merged_tensors(path, base, change, choices.get(path), full_dtype, dtype, merged.deviations[path])
     order = {name.rpartition(".")[0]: index for index, name in enumerate(tensors)}
     ordered = sorted(result.items(), key=lambda item: order[item[0].rpartition(".")[0]])
     merged.checkpoint.weights, merged.checkpoint.quantization = Weights(dict(ordered)), dict(choices)

@@ -72,7 +72,7 @@ class AdapterSwitch:
         """Add an adapter under a name; it is not used yet.
 
         Raises:
-            RequestError: the name is taken, the adapter does not fit the model, or as `read_adapter`.
+            RequestError: the name is taken, the adapter does not match the model, or as `read_adapter`.
         """
         if name in self._adapters:
             raise RequestError(f"There is already an adapter named {quote(name)}; remove it first.")
@@ -99,7 +99,7 @@ class AdapterSwitch:
         """Use one adapter, a mixture (weight by name), or with None the base alone.
 
         Raises:
-            RequestError: an unknown name, or an impossible mixture; the adapters in use stay.
+            RequestError: an unknown name, or an invalid mixture; the adapters in use stay.
         """
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
         if choice is not None and not weights:
@@ -142,7 +142,7 @@ def mix(adapters: Sequence[tuple[str, Adapter, float]]) -> Adapter:
         adapters: name, adapter and weight.
 
     Raises:
-        RequestError: a weight that is not finite, or adapters other than LoRA, whose changes do not add up.
+        RequestError: a weight that is not finite, or adapters other than LoRA, which cannot be added.
     """
     if len(adapters) == 1 and adapters[0][2] == 1:
         return adapters[0][1]
@@ -197,7 +197,7 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
         paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
         found = [_parse_path(path) for path in paths]
     if not found:
-        raise RequestError("--adapter-path is missing: give an adapter.")
+        raise RequestError("--adapter-path is empty; give an adapter.")
     return found
 
 

@@ -6,11 +6,10 @@ head_dim). Buffers grow in steps, so they are longer than their content.
 """
 
 from .base import Cache, causal_mask
-from .growing import SMALLEST_WINDOW, BatchKVCache, KVCache, QuantizedKVCache, make_cache
+from .growing import BatchKVCache, KVCache, QuantizedKVCache, check_window, make_cache
 from .rotating import BatchRotatingKVCache, RotatingKVCache
 
 __all__ = [
-    "SMALLEST_WINDOW",
     "BatchKVCache",
     "BatchRotatingKVCache",
     "Cache",
@@ -18,5 +17,6 @@ __all__ = [
     "QuantizedKVCache",
     "RotatingKVCache",
     "causal_mask",
+    "check_window",
     "make_cache",
 ]

@@ -12,7 +12,7 @@ from .base import Cache, causal_mask, grow
 from .batches import BatchCache
 from .rotating import RotatingKVCache
 
-SMALLEST_WINDOW = 8  # of a sliding cache: its first 4 positions, and room for the latest
+_SMALLEST_WINDOW = 8  # of a sliding cache: its first 4 positions, and room for the latest
 
 
 def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
@@ -21,63 +21,68 @@ def make_cache(num_layers: int, max_kv_size: int | None = None) -> list[Any]:
     Sliding caches keep the first 4 positions and the latest, `max_kv_size` in total.
 
     Raises:
-        RequestError: `max_kv_size` is below `SMALLEST_WINDOW`.
+        RequestError: `max_kv_size` is below what a sliding cache needs.
     """
     if max_kv_size is None:
         return [KVCache() for _ in range(num_layers)]
-    if max_kv_size < SMALLEST_WINDOW:
-        raise RequestError(f"--max-kv-size must be {SMALLEST_WINDOW} or more, got {max_kv_size}.")
+    check_window(max_kv_size)
     return [RotatingKVCache(max_kv_size, keep=4) for _ in range(num_layers)]
+
+
+def check_window(max_kv_size: object) -> None:
+    """Raise a RequestError unless a sliding cache can have this size."""
+    if type(max_kv_size) is not int or max_kv_size < _SMALLEST_WINDOW:
+        raise RequestError(f"--max-kv-size must be {_SMALLEST_WINDOW} or more, got {max_kv_size}.")
 
 
 class KVCache(Cache):
     """A growing cache of one sequence, or of rows of equal length.
 
-    Kernels write new positions straight into the buffers, although MLX treats arrays as values. The CPU's kernels
-    leave it to MLX whether that is safe: they copy a buffer that anybody else refers to. The CUDA kernel cannot ask, so
-    it writes only into buffers that `own_buffers` made and that nobody else has a reference to. Reading `keys` or
-    `values` hands the buffers out: it waits for the pending write, and the next CUDA kernel gets new buffers.
+    Kernels write new positions in place, although MLX treats arrays as values. The CPU kernels let MLX decide whether
+    that is safe: a buffer with other references is copied. The CUDA kernel cannot check, so it writes only into buffers
+    from `acquire_buffers`, which this cache owns until `keys` or `values` is read: reading them waits for the pending
+    write and releases the buffers, and the kernel gets new ones.
     """
 
     _keys: Any = None
     _values: Any = None
-    _are_own = False  # whether `own_buffers` made the buffers and nobody else has a reference to them
-    _capacity = 0  # positions in buffers that are our own
-    _pending: mx.array | None = None  # evaluating it completes the last write into buffers that are our own
+    _owned = False  # whether the buffers come from `acquire_buffers` and have no other references
+    _capacity = 0  # positions in owned buffers
+    _pending: mx.array | None = None  # evaluating it completes the last write into owned buffers
     next_position: tuple[int, mx.array] | None = None  # for a kernel that counts positions on the device
 
     @property
     def keys(self) -> Any:
-        if self._are_own:
-            self._hand_out()
+        if self._owned:
+            self._release()
         return self._keys
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        if self._are_own:
-            self._hand_out()  # the values stay
+        if self._owned:
+            self._release()  # the values stay
         self._keys = keys
 
     @property
     def values(self) -> Any:
-        if self._are_own:
-            self._hand_out()
+        if self._owned:
+            self._release()
         return self._values
 
     @values.setter
     def values(self, values: Any) -> None:
-        if self._are_own:
-            self._hand_out()  # the keys stay
+        if self._owned:
+            self._release()  # the keys stay
         self._values = values
 
-    def _hand_out(self) -> None:
-        """Complete the pending write into buffers of our own; from here on others may have references to them."""
+    def _release(self) -> None:
+        """Complete the pending write and give up ownership: others may refer to the buffers from now on."""
         if self._pending is not None:
             mx.eval(self._pending)
-        self._are_own, self._pending = False, None
+        self._owned, self._pending = False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._hand_out()  # a copy of the cache shares the buffers
+        self._release()  # a copy of the cache shares the buffers
         return self.__dict__
 
     def empty(self) -> bool:
@@ -95,7 +100,7 @@ class KVCache(Cache):
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
         self._keys, self._values, self.offset = state
-        self._are_own, self._pending = False, None
+        self._owned, self._pending = False, None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values [B, K, L, D]; returns all of them, [B, K, offset, D]."""
@@ -106,17 +111,17 @@ class KVCache(Cache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What is held, without the unused part of the buffers; there must have been an update."""
+        """The positions held, without the spare capacity of the buffers; there must have been an update."""
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def reserve(self, rows: int, heads: int, length: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array, int]:
-        """Count `length` new positions; returns key and value buffers with room for them, and the first position.
+        """Add `length` positions to the offset; returns key and value buffers with room for them, and the first one.
 
-        A kernel that takes the buffers [B, K, T, D] gives new ones, to be set as `state`. As the cache then no longer
-        refers to the old ones, the kernel can write in place.
+        A kernel takes the buffers [B, K, T, D] and returns new ones, to be assigned to `state`. Dropping the cache's
+        references to the old ones lets it write in place.
         """
-        if self._are_own:
-            self._hand_out()
+        if self._owned:
+            self._release()
         start, self.offset = self.offset, self.offset + length
         if self._keys is None:
             shape = rows, heads, -(-length // self.step) * self.step, dim
@@ -126,22 +131,22 @@ class KVCache(Cache):
             self._keys, self._values = (grow(x, shape, dtype, start, self.step) for x in (self._keys, self._values))
         return self._keys, self._values, start
 
-    def holds(self, dtype: mx.Dtype) -> bool:
-        """Whether keys and values are of this type, or there are none yet."""
+    def has_dtype(self, dtype: mx.Dtype) -> bool:
+        """Whether keys and values have this type, or there are none yet."""
         return self._keys is None or self._keys.dtype == self._values.dtype == dtype
 
-    def own_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Buffers [1, K, T, D] with what is held and room for one more position, for a kernel that writes into them."""
-        if not self._are_own or self._capacity <= self.offset:
+    def acquire_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Owned buffers [1, K, T, D] with room for one more position, for a kernel that writes into them."""
+        if not self._owned or self._capacity <= self.offset:
             shape = 1, heads, 1, dim
             keys, values = (grow(x, shape, dtype, self.offset, self.step) for x in (self.keys, self.values))
             # Once evaluated, they are complete and do not move in memory.
             mx.eval(keys, values)
-            self._keys, self._values, self._are_own, self._capacity = keys, values, True, keys.shape[2]
+            self._keys, self._values, self._owned, self._capacity = keys, values, True, keys.shape[2]
         return self._keys, self._values
 
-    def wrote(self, result: mx.array) -> None:
-        """Count the position that a kernel writes into `own_buffers` when `result` is evaluated."""
+    def advance(self, result: mx.array) -> None:
+        """Count the position that a kernel writes into the owned buffers when `result` is evaluated."""
         self.offset += 1
         self._pending = result
 
@@ -167,7 +172,7 @@ class KVCache(Cache):
 
 
 class QuantizedKVCache(Cache):
-    """A growing cache with `bits` per value, and a scale and a bias for every `group_size` values."""
+    """A growing cache quantized to `bits` per value, with a scale and a bias for every `group_size` values."""
 
     def __init__(self, group_size: int = 64, bits: int = 8) -> None:
         self.group_size, self.bits = group_size, bits
@@ -188,7 +193,7 @@ class QuantizedKVCache(Cache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> Any:
-        """What is held, each as (packed, scales, biases), without the unused part of the buffers."""
+        """Keys and values, each as (packed, scales, biases), without the spare capacity of the buffers."""
         return tuple(tuple(b[:, :, : self.offset] for b in part) for part in (self.keys, self.values))
 
     @property

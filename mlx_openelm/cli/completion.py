@@ -72,7 +72,7 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
     if shell == "fish":
         return _fish(program, own, commands)
     if shell not in ("bash", "zsh"):
-        raise RequestError(f"Completion is for bash, zsh and fish, not {shell}; name one of them.")
+        raise RequestError(f"No completion for {shell}; choose bash, zsh or fish.")
     reply = 'COMPREPLY=($(compgen -W "{}" -- "$current"))' if shell == "bash" else "compadd -- {}"
     # bash completes files by itself if no choice fits.
     or_file = "" if shell == "bash" else "; _files"

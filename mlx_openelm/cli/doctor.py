@@ -151,7 +151,7 @@ def _blas(state: str, library: str) -> Finding:
     """Which BLAS multiplies matrices, how fast it is, and how to get a faster one."""
     names = {
         "loaded": library,
-        "off": f"the one in MLX's wheel, since {blas.VARIABLE} says so",
+        "off": f"the one in MLX's wheel, because {blas.VARIABLE} is set",
         "unneeded": "the system's",
     }
     name = names.get(state, "the slow one in MLX's wheel")

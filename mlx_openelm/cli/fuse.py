@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from typing import Any
 
@@ -129,13 +130,14 @@ def _lines(result: Fusion) -> list[str]:
     lines += [f"  {path}: {what}" for path, what in result.exceptions.items()]
     if (result.kl_divergence or 0) > (result.base_kl_divergence or 0):
         way = "with more bits or --dequantize" if result.requantized else "with more bits"
-        console.say(
-            f"warning: The result is further from the base with the adapter than the base alone is: fuse {way}."
+        warnings.warn(
+            f"The result is further from the base with the adapter than the base alone is; fuse {way}.", stacklevel=2
         )
     if overall.kept < _MOSTLY_LOST:
-        console.say(
-            "warning: rounding undid most of the adapter's change. Use --dequantize, or fuse into the model before it "
-            "was quantized, with -q if you like."
+        warnings.warn(
+            "Rounding undid most of the adapter's change. Use --dequantize, or fuse into the model before it was "
+            "quantized, with -q if you like.",
+            stacklevel=2,
         )
     return lines
 

@@ -13,7 +13,7 @@ from typing import Any
 from .. import backend, console
 from ..errors import RequestError, quote
 from ..generation.decoding import stream_generate
-from ..generation.options import GenerationOptions
+from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
@@ -118,7 +118,7 @@ def run(args: Namespace) -> int:
     else:
         ids = _encode_chat(tokenizer, prompt, *chat)
 
-    # A bar is of use only for a prompt that is processed in several steps.
+    # Show a bar only if the prompt takes several steps.
     is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
     progress = console.Progress("Reading the prompt", unit="tokens", lines=False) if is_long else None
     pieces: list[Piece] = []
@@ -169,7 +169,7 @@ def _read_prompt(words: list[str], prompt: str | None, prompt_file: str | None) 
     else:
         text = prompt
     if not text:
-        raise RequestError("The prompt is empty; give some text.")
+        raise RequestError(EMPTY_PROMPT)
     return text
 
 

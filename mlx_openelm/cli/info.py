@@ -59,7 +59,7 @@ def run(args: Namespace) -> int:
         console.print_json(_to_json(summary))
     else:
         print("\n".join(_layer_lines(summary)), end="\n\n")
-        console.print_rows(_totals(summary).items())
+        console.print_rows(totals(summary).items())
         if summary.source != "files":
             print("\n" + console.wrap(_NOT_HERE[summary.source], console.columns(sys.stdout)))
     return 0
@@ -88,7 +88,7 @@ def _layer_lines(summary: Summary) -> list[str]:
     return lines
 
 
-def _totals(summary: Summary) -> dict[str, str]:
+def totals(summary: Summary) -> dict[str, str]:
     """Labels and what they say."""
     memory, total = summary.memory, summary.parameters
     layers = sum(layer.parameters for layer in summary.layers)

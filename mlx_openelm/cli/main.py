@@ -15,6 +15,7 @@ from .. import errors
 from ..errors import OpenELMError, RequestError, quote
 from ..messages import say
 from ..version import __version__
+from ..wording import one_of
 
 # Everything else is imported in `main`, so that Ctrl-C during the imports is quiet too.
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _exit_code(error: BaseException, debug: bool) -> int:
 
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it, or the disk is full: Python's last flush must not fail too
+    except OSError:  # closed pipe or full disk: keep Python's exit flush from failing too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         with backend.naming_the_extra():
@@ -120,7 +121,7 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
         if name is None:
             return _complete if wants_completion else _print_help, values
         if wants_completion:
-            raise RequestError(f"Completion is for {', '.join(SHELLS)}, not {quote(name)}.")
+            raise RequestError(f"No completion for {quote(name)}; choose {one_of(SHELLS)}.")
         debug = values.debug
     if "--help" in rest or "-h" in rest:
         from . import without_mlx

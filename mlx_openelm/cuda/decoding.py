@@ -207,14 +207,14 @@ def obstacle() -> str | None:
     if not mx.cuda.is_available():
         return "MLX has no CUDA here"
     if os.environ.get(VARIABLE, "").lower() in OFF:
-        return f"{VARIABLE} says so"
+        return f"disabled by {VARIABLE}"
     if compiler.capability() < (8, 0):
         return "the GPU is older than Ampere"
     return "programs share the GPU through MPS" if compiler.is_shared() else None
 
 
-class _Turns:
-    """Lets only one thread use the kernel, one call after the other.
+class _KernelLock:
+    """Serializes the kernel to one thread.
 
     The kernel's blocks wait for each other, so two kernels running at the same time could deadlock. The calls of one
     thread depend on each other, which orders them. MLX keeps the lazy arrays of threads apart, so other threads run
@@ -228,7 +228,7 @@ class _Turns:
     _thread: threading.Thread | None = None
 
     def is_mine(self) -> bool:
-        """Whether the current thread may use the kernel; the first to ask, and the next after it has ended, may."""
+        """Whether the current thread may use the kernel: the first to ask may, then the next one after it has ended."""
         here = threading.current_thread()
         with self._lock:
             if self._thread is here:
@@ -241,7 +241,7 @@ class _Turns:
             return True
 
 
-_turns = _Turns()
+_lock = _KernelLock()
 
 
 class TokenKernel:
@@ -264,7 +264,7 @@ class TokenKernel:
         """The last layer's output [1, model_dim] for a token's embedding x [1, model_dim]; extends the caches.
 
         Returns None if the kernel does not support the types or sizes, or another thread uses it. Inside `mx.compile`
-        and `mx.grad` MLX refuses it with a ValueError; `MLX_OPENELM_NATIVE=0` does without it.
+        and `mx.grad` MLX rejects it with a ValueError; set `MLX_OPENELM_NATIVE=0` there.
 
         Args:
             weights: for each layer the norms of attention and feed-forward, and of queries and keys if there are any;
@@ -274,12 +274,12 @@ class TokenKernel:
         """
         shape = self._shape_for(x.dtype, weights, kinds)
         offset = caches[0].offset
-        if shape is None or any(cache.offset != offset or not cache.holds(x.dtype) for cache in caches):
+        if shape is None or any(cache.offset != offset or not cache.has_dtype(x.dtype) for cache in caches):
             return None
-        if (code := machine_code(shape)) is None or not _turns.is_mine():
+        if (code := machine_code(shape)) is None or not _lock.is_mine():
             return None
         buffers = [
-            cache.own_buffers(heads // shape.groups, shape.head_dim, x.dtype)
+            cache.acquire_buffers(heads // shape.groups, shape.head_dim, x.dtype)
             for cache, heads in zip(caches, shape.heads, strict=True)
         ]
         capacity = buffers[0][0].shape[2]
@@ -288,7 +288,7 @@ class TokenKernel:
         position = caches[0].next_position
         if position is None or position[0] != offset:
             position = offset, mx.array([offset, 0, 0, 0], mx.int32)
-        inputs = [x, position[1], _turns.arrivals, _turns.last, *weights]
+        inputs = [x, position[1], _lock.arrivals, _lock.last, *weights]
         for pair in buffers:
             inputs += pair
         y, following, _ = mx.fast.precompiled_cuda_kernel(
@@ -303,11 +303,11 @@ class TokenKernel:
             shared_memory=shape.shared,
             ensure_row_contiguous=True,
         )
-        # Started at once, so that no step that is never evaluated, or belongs to a trace, is waited for later.
+        # Start now: a later step must never wait for one that is not evaluated, or belongs to a trace.
         mx.async_eval(y)
-        _turns.last = y
+        _lock.last = y
         for cache in caches:
-            cache.wrote(y)
+            cache.advance(y)
         caches[0].next_position = offset + 1, following
         return y
 

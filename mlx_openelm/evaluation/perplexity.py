@@ -111,7 +111,7 @@ def load_documents(path: str | Path) -> list[str]:
         lines = enumerate(content.split("\n"), 1)
         documents = [_document(path, number, line) for number, line in lines if line.strip()]
     if not any(documents):
-        raise RequestError(f"{path} holds no text.")
+        raise RequestError(f"{path} contains no text.")
     return documents
 
 
@@ -164,13 +164,13 @@ def mean_nll(
     total, squares, count = 0.0, 0.0, 0
     for inputs, targets in _batches(windows, batch_size, progress):
         hidden_states = model.hidden_states(inputs)
-        for rows, wanted in _chunks(hidden_states, targets):
-            losses = distributions.cross_entropy(model.logits(rows), wanted)  # [rows]
+        for rows, expected in _chunks(hidden_states, targets):
+            losses = distributions.cross_entropy(model.logits(rows), expected)  # [rows]
             total += _number(losses.sum())
             squares += _number(mx.square(losses).sum())
             if not math.isfinite(total):
                 raise not_finite("The model's logits are", model)
-            count += wanted.size
+            count += expected.size
     mean = total / count
     variance = max(0.0, squares / count - mean * mean)
     return NLL(mean, count, math.sqrt(variance / count))
@@ -199,10 +199,10 @@ def kl_divergence(
             _chunks(model.hidden_states(inputs), targets),
             strict=True,
         )
-        for (reference_rows, _), (rows, wanted) in pairs:
+        for (reference_rows, _), (rows, row_targets) in pairs:
             expected = reference.logits(reference_rows)
             divergence = distributions.kl_divergence(expected, model.logits(rows))  # [rows]
-            total, count = total + _number(divergence.sum()), count + wanted.size
+            total, count = total + _number(divergence.sum()), count + row_targets.size
             if not math.isfinite(total):
                 is_reference = not mx.all(mx.isfinite(expected)).item()
                 raise not_finite("The model's logits are", reference if is_reference else model)
@@ -226,9 +226,9 @@ def _batches(
 
 def _chunks(hidden_states: mx.array, targets: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
     """Hidden states [rows, model_dim] with their targets [rows], a few rows at a time."""
-    rows, wanted = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
-    for start in range(0, wanted.size, _CHUNK):
-        yield rows[start : start + _CHUNK], wanted[start : start + _CHUNK]
+    rows, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
+    for start in range(0, targets.size, _CHUNK):
+        yield rows[start : start + _CHUNK], targets[start : start + _CHUNK]
 
 
 def _number(scalar: mx.array) -> float:

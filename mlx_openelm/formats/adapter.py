@@ -12,7 +12,7 @@ from ..config import EMBEDDING, LAYER_MATRICES
 CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
 FILES = (CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS)
 
-# What an adapter can change, by the last part of its path: the matrices of a layer, and the embedding.
+# The modules an adapter can change, by the last part of their paths: the matrices of a layer, and the embedding.
 PROJECTIONS = tuple(path.rpartition(".")[2] for path in LAYER_MATRICES)
 TARGET_MODULES = (EMBEDDING.rpartition(".")[2], *PROJECTIONS)
 
@@ -44,7 +44,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class BaseCopy:
-    """A weight of the base that an adapter's file repeats.
+    """A copy of one of the base's weights in an adapter's file.
 
     Args:
         name: the tensor's name in the model.
@@ -61,7 +61,7 @@ class BaseCopy:
 class Adapter:
     """The changes of a model, by module path (`transformer.layers.0.attn.qkv_proj`).
 
-    `weights` holds whole tensors by name, as full fine-tuning leaves them; an adapter has these or `modules`.
+    `weights` holds whole tensors by name, as full fine-tuning writes them; an adapter has these or `modules`.
     `base_copies` are compared with the base before the adapter is used, and then removed.
     """
 

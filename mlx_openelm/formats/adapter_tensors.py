@@ -1,4 +1,4 @@
-"""What the adapter formats share: tensors by name, each checked when it is taken, and writing them."""
+"""Shared by the adapter formats: tensors by name, of which `take` checks presence and shape, and writing them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_FLOAT32 = 3.4e38
 
 
 class Tensors:
-    """The tensors of one file, each taken out once; what is left at the end is unexpected (`check_empty`)."""
+    """The tensors of one file, each taken out once; those left at the end are unexpected (`check_empty`)."""
 
     def __init__(self, file: Path, tensors: Mapping[str, mx.array]):
         self.file = file
@@ -28,7 +28,7 @@ class Tensors:
         """The tensors of a safetensors file, unread.
 
         Args:
-            rename: gives the usual name for a name in the file.
+            rename: maps a name in the file to the standard name.
 
         Raises:
             RequestError: a file is missing or damaged, has a tensor twice, or a tensor that is not floating-point.
@@ -43,7 +43,7 @@ class Tensors:
         for name, tensor in stored.items():
             usual = rename(name)
             if usual in tensors:
-                raise RequestError(f"{file} holds {usual} twice, under two names; keep one adapter in a file.")
+                raise RequestError(f"{file} contains {usual} under two names; a file may hold only one adapter.")
             tensors[usual] = tensor.read()
         return cls(file, tensors)
 
@@ -51,11 +51,11 @@ class Tensors:
         """The names of the tensors that are left."""
         return list(self._left)
 
-    def paths(self, endings: Iterable[str]) -> list[str]:
-        """What precedes these endings in the tensors' names, each once."""
-        endings = tuple(endings)
-        found = (name.removesuffix(ending) for name in self._left for ending in endings if name.endswith(ending))
-        return list(dict.fromkeys(found))
+    def paths(self, suffixes: Iterable[str]) -> list[str]:
+        """The distinct prefixes of names with these suffixes."""
+        suffixes = tuple(suffixes)
+        paths = (name.removesuffix(suffix) for name in self._left for suffix in suffixes if name.endswith(suffix))
+        return list(dict.fromkeys(paths))
 
     def take(self, name: str, shape: tuple[int | None, ...]) -> mx.array:
         """The tensor of that name, in float32; None in a shape stands for any size but 0.
@@ -65,12 +65,12 @@ class Tensors:
         """
         tensor = self.take_stored(name)
         fits = len(tensor.shape) == len(shape) and all(
-            n == want or (want is None and n > 0) for n, want in zip(tensor.shape, shape, strict=True)
+            n == expected or (expected is None and n > 0) for n, expected in zip(tensor.shape, shape, strict=True)
         )
         if not fits:
-            wanted = ", ".join("rank" if want is None else str(want) for want in shape)
+            expected = ", ".join("rank" if n is None else str(n) for n in shape)
             raise RequestError(
-                f"{self.file} does not fit the model: {name} has shape {list(tensor.shape)} instead of [{wanted}]; "
+                f"{self.file} does not match the model: {name} has shape {list(tensor.shape)} instead of [{expected}]; "
                 "the adapter was made for another model."
             )
         return tensor.astype(mx.float32)
@@ -78,30 +78,30 @@ class Tensors:
     def take_stored(self, name: str) -> mx.array:
         """The tensor of that name, in the type and shape it is stored in; RequestError if it is not there."""
         if name not in self._left:
-            raise RequestError(f"{self.file} has no {name}, which belongs to an adapter; it is incomplete.")
+            raise RequestError(f"{self.file} is incomplete: the adapter's {name} is missing.")
         return self._left.pop(name)
 
-    def discard(self, ending: str) -> None:
-        """Drop the tensors whose names have this ending."""
-        self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(ending)}
+    def discard(self, suffix: str) -> None:
+        """Drop the tensors whose names have this suffix."""
+        self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(suffix)}
 
     def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
-        """The tensors with these names that the file has, in the type they are stored in; errors as `take`."""
-        found = {name: self._left[name] for name in shapes if name in self._left}
-        for name in found:
+        """Those of the named tensors that are in the file, as stored; errors as `take`."""
+        tensors = {name: self._left[name] for name in shapes if name in self._left}
+        for name in tensors:
             self.take(name, shapes[name])
-        return found
+        return tensors
 
     def take_if_there(self, name: str, shape: tuple[int | None, ...]) -> mx.array | None:
         """As `take`, but None if the file has no such tensor."""
         return self.take(name, shape) if name in self._left else None
 
     def check_empty(self, what: str) -> None:
-        """Raises RequestError if a tensor is left, which `what` does not have."""
+        """Raises RequestError if a tensor is left, since `what` has no place for it."""
         if self._left:
             names = list(self._left)
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise RequestError(f"{self.file} holds {names[0]}{more}, which {what} does not have; it cannot be used.")
+            raise RequestError(f"{self.file} contains {names[0]}{more}, which {what} has no place for.")
 
 
 def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
@@ -117,8 +117,8 @@ def sides(file: Path, path: str, config: ModelConfig) -> tuple[int, int]:
 
 
 def write(file: Path, tensors: Mapping[str, mx.array], kind: str) -> None:
-    """Write a safetensors file whose metadata says `kind`: `mlx`, or `pt` for PyTorch."""
-    mx.eval(list(tensors.values()))  # they may come from the file that is written over
-    # Through a Python file, which reports a full disk; MLX's own writing does not.
+    """Write a safetensors file with `kind` in its metadata: `mlx`, or `pt` for PyTorch."""
+    mx.eval(list(tensors.values()))  # they may be read lazily from the file that is overwritten
+    # Python reports a full disk; MLX's writer does not.
     with file.open("wb") as stream:
         mx.save_safetensors(stream, dict(tensors), {"format": kind})  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Folders and files that appear complete or not at all: written beside their place, then renamed.
 
-They are written in `.NAME.partial-PID` beside NAME, with a number appended if one process writes to the same place
-several times at once. A folder that is replaced is kept as `.NAME.partial-PID-previous` until the new one is in place.
+The temporary name is `.NAME.partial-PID`, plus a number for concurrent writes by one process. A folder that is replaced
+is renamed to `.NAME.partial-PID-previous` until the new one is in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import OpenELMError, RequestError, quote
 from ..inputs import to_path
 
-# The folders this process is writing now. The pid is not enough: a dead process may have had the same one.
+# The folders this process is writing now. The pid alone is not enough: it may be reused.
 _live: set[Path] = set()
 _lock = threading.Lock()
 
@@ -43,7 +43,7 @@ def new_folder(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path")
 def new_file(path: Path) -> Iterator[Path]:
     """A path to write to, whose file replaces `path` if the block succeeds and is removed if it fails.
 
-    It is in a folder beside `path`, which the next run removes if this one is killed.
+    It is in a folder beside `path`; if this process is killed, the next one removes it.
 
     Raises:
         RequestError: a folder cannot be created there.
@@ -56,7 +56,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _partial_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, removed after the block unless it was moved; dead processes' folders are removed."""
+    """A new folder beside `path`, removed after the block unless it was moved; removes leftovers of dead processes."""
     parent = Path(os.path.realpath(path.parent))
     try:
         with _lock:
@@ -86,16 +86,16 @@ def _failed(path: Path, error: OSError) -> OpenELMError:
 
 
 def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path") -> Path:
-    """The real path of a folder that may be written; also called before long work, so that this is not in vain.
+    """The path of a folder to write, with links resolved; call it before long work, so that a bad path fails early.
 
-    A folder that a killed process had moved away in order to replace it is put back first.
+    A previous version that a killed process left behind is put back first.
 
     Args:
         flag: the command's flag for `path`, for messages.
 
     Raises:
         RequestError: an empty path, the current folder, a file, a folder that exists while `overwrite` is false, or one
-            that holds more than a model and so is never replaced.
+            that is not a model folder, which is never replaced.
     """
     if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
         raise RequestError(f"{quote(str(path))} is the folder you are in, or above it; name a new one with {flag}.")
@@ -137,7 +137,9 @@ def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:
             partial.rename(path)
             return
         if not overwrite:
-            raise OpenELMError(f"{path} was created in the meantime, so it was kept; choose another {flag}.")
+            raise OpenELMError(
+                f"{path} was created by another process in the meantime and was not replaced; choose another {flag}."
+            )
         path.rename(previous)
         try:
             partial.rename(path)
@@ -157,13 +159,13 @@ def _restore(path: Path) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     for entry, is_previous in _leftovers(path):
-        # A folder that was being replaced is kept if `path` does not exist, since it is then the only copy.
+        # Keep the previous version unless `path` exists: it may be the only copy.
         if not is_previous or path.exists():
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _leftovers(path: Path) -> list[tuple[Path, bool]]:
-    """What dead processes left beside `path`, each with whether it is a folder they were replacing."""
+    """Leftovers of dead processes beside `path`, and whether each is a previous version."""
     pattern = re.compile(re.escape(f".{path.name}.partial-") + r"(\d+)(?:-\d+)?(-previous)?")
     matches = [(entry, pattern.fullmatch(entry.name)) for entry in path.parent.iterdir()]
     return [(entry, bool(match[2])) for entry, match in matches if match and not _is_running(entry, int(match[1]))]

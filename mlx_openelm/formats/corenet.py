@@ -15,6 +15,7 @@ from .. import inputs
 from ..config import EMBEDDING, HEAD, SIZES, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
+from ..wording import one_of
 from . import mlx as mlx_format
 from . import safetensors, torch_file
 from .mlx import Checkpoint
@@ -22,9 +23,9 @@ from .safetensors import Tensor, Weights
 from .torch_tensors import StoredTensor
 
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
-_PUBLISHED = ", ".join(f"OpenELM-{size}" for size in SIZES)
+_PUBLISHED = tuple(f"OpenELM-{size}" for size in SIZES)
 _NEEDED_SIZES = ("num_transformer_layers", "model_dim", "head_dim")
-# Full training checkpoints keep the weights under these, the first before the second.
+# Full training checkpoints keep the weights under one of these; the first one found is read.
 _STATE_KEYS = ("model_state_dict", "ema_model_state_dict")
 
 
@@ -37,14 +38,14 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
         config_yaml: the training configuration; without it the sizes must be those of a published model.
 
     Raises:
-        RequestError: the file is damaged, holds code or an adapter, or does not fit its configuration.
+        RequestError: the file is damaged, contains code or an adapter, or does not match its configuration.
     """
     section = None if config_yaml is None else read_yaml(config_yaml)
     tensors = read_tensors(path)
     adapter = next((name for name in tensors if ".lora_" in name or ".base_layer." in name), None)
     if adapter is not None:
         raise RequestError(
-            f"{path} holds a LoRA or DoRA adapter ({adapter}): give it with --adapter-path, and the checkpoint "
+            f"{path} contains a LoRA or DoRA adapter ({adapter}): give it with --adapter-path, and the checkpoint "
             "it was trained on with --model."
         )
     infos = {
@@ -79,7 +80,7 @@ def read_port(folder: Path) -> tuple[Checkpoint, int]:
 
 
 def cut_vocabulary(checkpoint: Checkpoint, size: int) -> None:
-    """Keep the first `size` rows of the embedding, and of an output layer of its own; nothing is read yet."""
+    """Keep the first `size` rows of the embedding, and of an untied output layer; nothing is read yet."""
     if size == checkpoint.config.vocab_size:
         return
     checkpoint.config = replace(checkpoint.config, vocab_size=size)
@@ -108,18 +109,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key in ("model", "language_modeling", "general_gpt"):
         values = values.get(key) if isinstance(values, dict) else None
     if not isinstance(values, dict):
-        raise RequestError(f"{path} has no model.language_modeling.general_gpt, which describes an OpenELM model.")
+        raise RequestError(
+            f"{path} has no section model.language_modeling.general_gpt, so it does not describe an OpenELM model."
+        )
     return values
 
 
-def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelConfig, int]:
+def config_from_section(section: Mapping[str, Any], source: str) -> tuple[ModelConfig, int]:
     """The model that a `general_gpt` section describes, with its padded vocabulary, and the number of real tokens.
 
     Published models are named (`model_name: OpenELM-270M`); others give their sizes under the names of `ModelConfig`.
     `padding_index` is the first id beyond the tokenizer's.
 
     Args:
-        place: where the section is, for messages.
+        source: the file that the section is from, for messages.
 
     Raises:
         RequestError: an unknown name without sizes, or invalid values.
@@ -135,15 +138,16 @@ def config_from_section(section: Mapping[str, Any], place: str) -> tuple[ModelCo
             values = base | values
         elif any(key not in values for key in _NEEDED_SIZES):
             raise RequestError(
-                f"model_name is {quote(name)}, not one of {_PUBLISHED}, and {', '.join(_NEEDED_SIZES)} are not given"
+                f"Unknown model_name {quote(name)} (expected {one_of(_PUBLISHED)}), and {', '.join(_NEEDED_SIZES)} "
+                "are missing"
             )
         if "rope_max_length" not in section and "max_context_length" in values:
-            # The published models were trained on half the length their positions were made for.
+            # The published models were trained with half of rope_max_length.
             context = values["max_context_length"]
             values["rope_max_length"] = 2 * context if isinstance(context, int) else context
         config = ModelConfig.from_dict(values)
     except RequestError as error:
-        raise RequestError(f"{place}: {str(error).rstrip('.')}.") from None
+        raise RequestError(f"{source}: {str(error).rstrip('.')}.") from None
     padding = section.get("padding_index")
     is_beyond = isinstance(padding, int) and 0 < padding <= config.vocab_size
     return config, padding if is_beyond else config.vocab_size  # type: ignore[return-value]
@@ -161,7 +165,8 @@ def published_config(path: Path, infos: Mapping[str, safetensors.TensorInfo]) ->
         if config.tensor_shapes() == shapes:
             return config, min(rows, published.vocab_size)
     raise RequestError(
-        f"{path} does not have the tensor shapes of {_PUBLISHED}; give its training configuration with --config-yaml."
+        f"{path} does not have the tensor shapes of {one_of(_PUBLISHED)}; give its training configuration with "
+        "--config-yaml."
     )
 
 
@@ -178,7 +183,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a `.pt` file by CoreNet's names, unread; of a full training checkpoint, the model's only.
 
     Raises:
-        RequestError: the file is damaged, or holds more than tensors by name.
+        RequestError: the file is damaged, or contains more than tensors by name.
     """
     state = torch_file.read(path)
     for key in _STATE_KEYS:
@@ -190,5 +195,5 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     if not is_tensor or not all(is_tensor.values()):
         odd = [name for name, fits in is_tensor.items() if not fits]
         what = f" ({', '.join(odd[:4])} are not tensors)" if odd else ""
-        raise RequestError(f"{path} is not a CoreNet checkpoint: it is not a dictionary of tensors by name{what}.")
+        raise RequestError(f"{path} is not a CoreNet checkpoint, a dictionary of tensors by name{what}.")
     return dict(state)

@@ -1,4 +1,4 @@
-"""CoreNet's adapters: LoRA and DoRA in `.pt` files, which also hold the base; the base is not read.
+"""CoreNet's adapter format: LoRA and DoRA in `.pt` files that also contain the base, which is not read.
 
 PEFT's inner names, with the adapter called `lora`. The scale is not in the file: CoreNet trains with alpha = rank.
 The vocabulary is padded as in its checkpoints (see `corenet`).
@@ -31,8 +31,7 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
         alpha: the value it was trained with; by default the rank, as in CoreNet.
 
     Raises:
-        RequestError: the file is damaged, holds code or no adapter, or tensors that the model does
-            not have.
+        RequestError: the file is damaged, contains code, no adapter, or tensors that the model does not have.
     """
     infos = corenet.read_tensors(file)
     names = {name: corenet.hub_name(name) for name in infos if ".lora_" in name}
@@ -46,7 +45,7 @@ def read(file: Path, config: ModelConfig, alpha: float | None = None) -> Adapter
             adapter.modules[path] = _take_embedding(tensors, config, alpha)
         else:
             adapter.modules[path] = _take(tensors, path, config, alpha)
-    tensors.check_empty("an adapter of CoreNet's")
+    tensors.check_empty("a CoreNet adapter")
     return adapter
 
 
@@ -58,14 +57,15 @@ def _take(tensors: Tensors, path: str, config: ModelConfig, alpha: float | None)
 
 
 def _take_embedding(tensors: Tensors, config: ModelConfig, alpha: float | None) -> LowRank:
-    """The embedding's adapter, without the padded rows."""
+    """The embedding's update, without the padded rows."""
     rows, dim = adapter_tensors.sides(tensors.file, EMBEDDING, config)
     a = tensors.take(EMBEDDING + _EMBEDDING_A, (None, None))
     b = tensors.take(EMBEDDING + _EMBEDDING_B, (dim, a.shape[0]))
     scale, magnitude = _scale(a, alpha), _take_magnitude(tensors, EMBEDDING, dim)
     if a.shape[1] < rows:
         raise RequestError(
-            f"{tensors.file} has an adapter for {a.shape[1]} tokens, the model has {rows}; it was made for another one."
+            f"{tensors.file} has an adapter for a vocabulary of {a.shape[1]} tokens, but the model has {rows}; it was "
+            "made for another model."
         )
     if magnitude is not None and a.shape[1] > rows:
         magnitude = magnitude * _shortening(tensors.file, a, b, scale, rows)
@@ -73,11 +73,11 @@ def _take_embedding(tensors: Tensors, config: ModelConfig, alpha: float | None) 
 
 
 def _shortening(file: Path, a: mx.array, b: mx.array, scale: float, rows: int) -> mx.array:
-    """The factor on each column's length [dim] from dropping the padded rows; DoRA divides by that length."""
+    """The ratio of column norms [dim] without and with the padded rows; DoRA divides by these norms."""
     name = f"{EMBEDDING.removeprefix('transformer.')}.base_layer.weight"
     info = corenet.read_tensors(file).get(name)
     if info is None or info.shape != (a.shape[1], b.shape[0]):
-        raise RequestError(f"{file} has no {name} of shape {[a.shape[1], b.shape[0]]}, which its DoRA needs.")
+        raise RequestError(f"{file} has no {name} of shape {[a.shape[1], b.shape[0]]}; DoRA needs it.")
     base = torch_file.tensors(file, {name: info})[name].read().astype(mx.float32)
     squares = mx.square(base + scale * (b @ a).T)
     return mx.sqrt(mx.sum(squares[:rows], axis=0) / mx.sum(squares, axis=0))

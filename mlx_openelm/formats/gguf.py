@@ -70,10 +70,10 @@ def write(
         progress: called with the bytes written so far and the total.
 
     Returns:
-        The matrices stored in another type, by Hugging Face name, and why.
+        The matrices stored in another type, by Hugging Face name, with the reason.
 
     Raises:
-        RequestError: a type or a model that llama.cpp's openelm does not have, or the gguf package is missing.
+        RequestError: an unknown type, a model that llama.cpp does not support, or the gguf package is missing.
     """
     gguf = _package()
     config = checkpoint.config
@@ -122,7 +122,7 @@ def check_representable(config: ModelConfig, gguf_type: str) -> None:
     elif config.activation_fn_name not in ("swish", "silu"):
         reason = f"its activation is {config.activation_fn_name}, not silu"
     if reason:
-        raise RequestError(f"llama.cpp cannot run this model, so it is not written as GGUF: {reason}.")
+        raise RequestError(f"Cannot export to GGUF, since llama.cpp does not support this model: {reason}.")
 
 
 def _types(config: ModelConfig, gguf_type: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -198,8 +198,8 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
     Weights keep the file's floating-point types; quantized blocks unpack to float32.
 
     Raises:
-        RequestError: the file is damaged, of another architecture, one part of several, or of a type that the package
-            cannot unpack; or the package is missing.
+        RequestError: the file is damaged, of another architecture, one of several parts, or has a type that the
+            package cannot unpack; or the package is missing.
     """
     _package()
     header = gguf_header.read(path)
@@ -208,7 +208,7 @@ def read(path: Path) -> tuple[Checkpoint, Tokenizer]:
     _check_types(path, tensors.values())
     embedding = tensors.get(_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
-        raise RequestError(f"{path} has no {_EMBEDDING} of two dimensions, so it is not a model.")
+        raise RequestError(f"{path} has no two-dimensional {_EMBEDDING}, so it is not a model.")
     if _is_copy(path, tensors.get(_HEAD), embedding):
         del tensors[_HEAD]
     config = gguf_metadata.read(
@@ -235,7 +235,7 @@ def _check_types(path: Path, tensors: Iterable[TensorInfo]) -> None:
     for tensor in tensors:
         if tensor.kind not in FLOATS and not gguf_blocks.can_unpack(tensor.kind):
             raise RequestError(
-                f"{path} stores {tensor.name} as {tensor.kind}, which the gguf package does not unpack; convert "
+                f"{path} stores {tensor.name} as {tensor.kind}, which the gguf package cannot unpack; convert "
                 "a file of another type."
             )
 
@@ -249,7 +249,7 @@ def _is_copy(path: Path, head: TensorInfo | None, embedding: TensorInfo) -> bool
 
 
 def _span(tensor: TensorInfo) -> Span:
-    """Where a tensor lies in the file: float types as they are, blocks as bytes."""
+    """A tensor's bytes in the file: values of a float type, blocks as uint8."""
     if tensor.kind in FLOATS:
         return Span(FLOATS[tensor.kind], tensor.shape, tensor.offset)
     return Span(mx.uint8, tensor.bytes_shape, tensor.offset)

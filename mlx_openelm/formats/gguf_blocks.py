@@ -1,6 +1,6 @@
-"""The types of GGUF tensors: how large each is, and converting to and from the ones stored in quantized blocks.
+"""The types of GGUF tensors: their sizes, and converting to and from quantized blocks.
 
-The `gguf` package knows the layout of every type of block; here its functions are used a few rows at a time.
+The `gguf` package encodes and decodes the blocks; it is called on a few rows at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 22  # weights packed or unpacked at a time; the package makes sever
 
 
 def nbytes(shape: tuple[int, ...], kind: str) -> int:
-    """The bytes that a tensor of a type we write (`FLOATS` and `BLOCK_BYTES`) takes in a file."""
+    """The size in bytes of a stored tensor of a type we write (`FLOATS` and `BLOCK_BYTES`)."""
     count = math.prod(shape)
     return count // BLOCK * BLOCK_BYTES[kind] if kind in BLOCK_BYTES else count * FLOATS[kind].size
 
@@ -48,20 +48,20 @@ def encode(weight: mx.array, kind: str) -> np.ndarray:
 
 @functools.cache
 def can_unpack(kind: str) -> bool:
-    """Whether the package unpacks a type, given by its name in `gguf.GGMLQuantizationType`."""
+    """Whether the package can unpack a type, by its name in `gguf.GGMLQuantizationType`; tested on a block of zeros."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     number = GGMLQuantizationType[kind]
     try:
         quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
-    except NotImplementedError:  # the package has no list of what it unpacks; it raises this for every other type
+    except NotImplementedError:  # raised for unsupported types, of which the package has no list
         return False
     return True
 
 
 def unpacked(blocks: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 tensor of `shape` that is stored as `blocks`, uint8 [..., bytes of a row]; it stays unread."""
+    """The float32 tensor of `shape` that is stored as `blocks`, uint8 [..., bytes per row]; nothing is read yet."""
     return Tensor(mx.float32, shape, lambda: _unpack(blocks.read(), kind, shape))
 
 

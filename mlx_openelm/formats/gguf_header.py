@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its keys, and where each tensor lies. Every value is checked before it is used.
+"""The header of a GGUF file: its keys, and the offset of each tensor. Everything is validated before use.
 
-The gguf package's own reader takes over a second for 32,000 tokens, trusts every count, and reads what lies beyond the
-end of a file as empty. The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The gguf package's own reader takes over a second for 32,000 tokens, trusts every count, and reads past the end of a
+file as if it were empty. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _VERSIONS = (2, 3)  # 3 differs from 2 in that it may be big-endian
 _MAX_VALUES = 4 * (1 << 20)
 _MAX_BYTES = 1 << 26
 _MAX_TENSORS = 1 << 14
-_MAX_DIMENSIONS, _MAX_NAME_BYTES = 4, 63  # of a tensor; ggml's own limits
+_MAX_DIMENSIONS, _MAX_NAME_BYTES = 4, 63  # ggml's limits for a tensor
 _MAX_NESTED = 4  # arrays in arrays
 
-# The types of values by number: `struct` codes of the scalar ones, and the two others.
+# The types of values by number: `struct` codes of the scalars, then strings and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -64,15 +64,15 @@ class Header:
 
 
 class _Damaged(ValueError):
-    """What is wrong with a damaged file; the message goes into the error for users."""
+    """The file is invalid; the message says why."""
 
 
 class _Unsupported(ValueError):
-    """Why an intact file cannot be read, and what to do; the message follows the file's name."""
+    """A valid file that is not supported; the message follows the file's name."""
 
 
 def read(path: Path) -> Header:
-    """The header of a file, whose tensors all lie within it. Needs the gguf package.
+    """The header of a file; all tensors are within the file. Needs the gguf package.
 
     Raises:
         RequestError: the file cannot be read, is damaged, is of another version or byte order, or exceeds the limits
@@ -91,7 +91,7 @@ def read(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads a file of `size` bytes from front to back, and counts what it reads."""
+    """Reads a file of `size` bytes sequentially, within the limits above."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file = file
@@ -110,7 +110,7 @@ class _Reader:
         for _ in range(keys):
             name = self._name()
             if name in values:
-                raise _Damaged(f"it has the key {quote(name)} twice")
+                raise _Damaged(f"the key {quote(name)} appears twice")
             values[name] = self._value(self._number("I"), _MAX_NESTED)
         infos = [self._info() for _ in range(tensors)]
         return Header(values, _locate(infos, self._position, _alignment(values), self._size))
@@ -120,7 +120,7 @@ class _Reader:
             raise _Damaged("it does not begin with GGUF")
         version = self._number("I")
         if version and version % 65536 == 0:  # a small number with its bytes reversed
-            raise _Unsupported("was written for machines of the other byte order; convert the original again")
+            raise _Unsupported("is in the other byte order; convert the original again")
         if version == 1:
             raise _Unsupported("is GGUF version 1, which llama.cpp dropped in 2023; convert the original again")
         if version not in _VERSIONS:
@@ -138,7 +138,7 @@ class _Reader:
         return data
 
     def _count(self, values: int) -> None:
-        """Called before `values` more are read, so that a false count cannot fill the memory."""
+        """Called before `values` more are read, so that a false count cannot exhaust memory."""
         self._values += values
         if self._values > _MAX_VALUES:
             raise _Damaged(f"its header has more than {_MAX_VALUES} values")
@@ -172,7 +172,7 @@ class _Reader:
         if kind == _STRING:
             return self._text()
         if kind != _ARRAY:
-            raise _Damaged(f"it has a value of the unknown type {kind}")
+            raise _Damaged(f"it has a value of unknown type {kind}")
         if not depth_left:
             raise _Damaged(f"it has arrays nested more than {_MAX_NESTED} deep")
         kind, count = self._number("I"), self._number("Q")
@@ -202,10 +202,10 @@ def _alignment(values: dict[str, Any]) -> int:
 def _locate(
     infos: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, size: int
 ) -> dict[str, TensorInfo]:
-    """Where each tensor lies: as llama.cpp demands, they follow one another, each padded to the alignment.
+    """The tensors by name. As llama.cpp requires, they are contiguous, each padded to the alignment.
 
     Args:
-        infos: what `_Reader._info` gives, in the file's order.
+        infos: the results of `_Reader._info`, in the file's order.
         size: of the file, in bytes.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -215,19 +215,19 @@ def _locate(
     expected = 0
     for name, shape, number, offset in infos:
         if name in tensors:
-            raise _Damaged(f"it has the tensor {quote(name)} twice")
+            raise _Damaged(f"the tensor {quote(name)} appears twice")
         try:
             kind = GGMLQuantizationType(number)
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
             raise _Unsupported(
-                f"stores {name} as ggml's type {number}, which this version of the gguf package does not know; "
+                f"stores {name} as ggml's type {number}, which the installed gguf package does not support; "
                 "update it, or convert a file of another type"
             ) from None
         if not shape or min(shape) < 1 or shape[-1] % block:
             raise _Damaged(f"{quote(name)} of type {kind.name} has shape {list(shape)}")
         if offset != expected:
-            raise _Damaged(f"{quote(name)} lies at byte {offset} of the data instead of {expected}")
+            raise _Damaged(f"{quote(name)} is at byte {offset} of the data instead of {expected}")
         tensors[name] = tensor = TensorInfo(name, kind.name, shape, start + offset, block, block_bytes)
         if tensor.offset + tensor.nbytes > size:
             raise _Damaged(f"{quote(name)} is cut off")

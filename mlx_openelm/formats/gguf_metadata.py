@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE = "openelm"
-# The tokens besides `eos` that end a generation in llama.cpp: end of turn, end of message.
+# llama.cpp's end tokens besides `eos`: end of turn, end of message.
 OTHER_ENDS = ("eot", "eom")
 _MAX_SIZE = 1 << 24  # a key with a larger number is damaged
 
@@ -49,7 +49,7 @@ def check_model(values: Mapping[str, Any], path: Path) -> None:
     """Check that a file's keys are those of a whole OpenELM model.
 
     Raises:
-        RequestError: another architecture, one part of a split model, or something other than a model.
+        RequestError: another architecture, one part of a split model, or not a model.
     """
     if (parts := values.get("split.count", 1)) != 1:
         raise RequestError(
@@ -76,19 +76,19 @@ def read(values: Mapping[str, Any], path: Path, *, vocab_size: int, max_layers: 
     """The configuration that a file's keys describe.
 
     Args:
-        vocab_size: the rows of the embedding; no key is certain to hold it.
-        max_layers: the most layers that the file's tensors can make, so that a false count cannot fill the memory.
-        tied: whether the output layer is the embedding, which follows from the tensors.
+        vocab_size: the rows of the embedding; no key states it reliably.
+        max_layers: the largest accepted block_count, so that a damaged one cannot exhaust memory.
+        tied: whether the output layer is the embedding, known from the tensors.
 
     Raises:
-        RequestError: a key is missing or invalid, or positions are scaled in a way OpenELM does not support.
+        RequestError: a key is missing or invalid, or positions are scaled, which OpenELM does not support.
     """
     keys = _Keys(values, path)
     layers, model_dim = keys.size("block_count", max_layers), keys.size("embedding_length")
     head_dim, context = keys.size("attention.key_length"), keys.size("context_length", _MAX_SIZE // 2)
     for name in ("attention.value_length", "rope.dimension_count"):
         if (size := keys.size(name, default=head_dim)) != head_dim:
-            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {size}, but the heads have {head_dim}.")
+            raise RequestError(f"{path}: {ARCHITECTURE}.{name} is {size}, but heads have {head_dim} dimensions.")
     _check_positions(values, path)
     widths, heads = keys.per_layer("feed_forward_length", layers), keys.per_layer("attention.head_count", layers)
     kv_heads = keys.per_layer("attention.head_count_kv", layers, heads)
@@ -123,15 +123,15 @@ def read(values: Mapping[str, Any], path: Path, *, vocab_size: int, max_layers: 
 
 
 class _Keys:
-    """The values of the architecture's keys, each checked when it is asked for; errors name the file and the key."""
+    """The values of the architecture's keys, checked on access; errors name the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], path: Path):
         self._values = values
         self._path = path
 
-    def size(self, name: str, most: int = _MAX_SIZE, default: int | None = None) -> int:
-        """A whole number from 1 to `most`."""
-        return self._checked_size(name, self._value(name, default), most)
+    def size(self, name: str, highest: int = _MAX_SIZE, default: int | None = None) -> int:
+        """A whole number from 1 to `highest`."""
+        return self._checked_size(name, self._value(name, default), highest)
 
     def per_layer(self, name: str, layers: int, default: Any = None) -> tuple[int, ...]:
         """One size for each layer: a list in the file, or one number for all layers."""
@@ -154,17 +154,17 @@ class _Keys:
             raise RequestError(f"{self._path} has no {ARCHITECTURE}.{name}.")
         return value
 
-    def _checked_size(self, name: str, value: Any, most: int) -> int:
-        if type(value) is not int or not 0 < value <= most:
+    def _checked_size(self, name: str, value: Any, highest: int) -> int:
+        if type(value) is not int or not 0 < value <= highest:
             raise self._invalid(name, value)
         return value
 
     def _invalid(self, name: str, value: Any) -> RequestError:
-        return RequestError(f"{self._path}: {ARCHITECTURE}.{name} is {quote(value)}, which is not valid.")
+        return RequestError(f"{self._path}: {ARCHITECTURE}.{name} is {quote(value)}, which is not a valid value.")
 
 
 def _check_positions(values: Mapping[str, Any], path: Path) -> None:
-    """Refuse scaled positions. As in llama.cpp, scaling is linear if no type is given, and a factor of 0 or 1 is none.
+    """Refuse scaled positions. As in llama.cpp, the type defaults to linear, and a factor of 0 or 1 means no scaling.
 
     Raises:
         RequestError: the file scales its positions.
@@ -172,7 +172,7 @@ def _check_positions(values: Mapping[str, Any], path: Path) -> None:
     kind = values.get(f"{ARCHITECTURE}.rope.scaling.type", "linear")
     factors = [values.get(f"{ARCHITECTURE}.rope.{name}", 1) for name in ("scaling.factor", "scale_linear")]
     if kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors)):
-        raise RequestError(f"{path} scales its positions ({quote(kind)}), which OpenELM does not.")
+        raise RequestError(f"{path} scales its positions ({quote(kind)}), which OpenELM does not support.")
 
 
 def _multipliers(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import EMBEDDING, HEAD, LAYERS, ModelConfig
+from ..config import EMBEDDING, HEAD, LAYERS, NORM, ModelConfig
 from ..errors import RequestError
 from ..wording import some
 
@@ -34,7 +34,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     names = {EMBEDDING_TENSOR: EMBEDDING}
     for layer in range(config.num_transformer_layers):
         names |= {f"blk.{layer}.{name}": f"{LAYERS}{layer}.{path}" for name, path in _PER_LAYER.items()}
-    names["output_norm"] = "transformer.norm"
+    names["output_norm"] = NORM
     if not config.share_input_output_layers:  # read only: llama.cpp's openelm has no such tensor
         names[HEAD_TENSOR] = HEAD
     tensors = {}
@@ -47,7 +47,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the shapes in a file, `found` by name, with those that its keys imply.
+    """Compare the shapes in a file, `found` by name, with those that its keys describe.
 
     Raises:
         RequestError: a tensor is missing, unexpected, or of another shape.
@@ -61,4 +61,4 @@ def check(path: Path, config: ModelConfig, found: Mapping[str, tuple[int, ...]])
         if name in found and found[name] != shape
     ]
     if problems:
-        raise RequestError(f"The tensors in {path} do not fit its keys: {some(problems, separator='; ')}.")
+        raise RequestError(f"The tensors in {path} do not match its keys: {some(problems, separator='; ')}.")

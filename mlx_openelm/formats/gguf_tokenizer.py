@@ -1,6 +1,6 @@
 """The tokenizer inside a GGUF file: llama.cpp's SentencePiece kind (`tokenizer.ggml.model` is `llama`).
 
-Like a `tokenizer.model` it stores pieces, scores and types; like SentencePiece, llama.cpp joins the two neighbours
+Like a `tokenizer.model` it stores pieces, scores and types; like SentencePiece, llama.cpp merges the two neighbors
 whose piece has the best score, leftmost first.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MODEL = "llama"
 _PREFIX = "tokenizer.ggml."
-# Our own key: llama.cpp always puts a space before text that follows an added token.
+# Our own key: llama.cpp always adds a space after an added token.
 _FIRST_ONLY = "mlx_openelm.no_space_after_added_tokens"
 _ADDED_SCORE = -1000.0  # of added and unused tokens, as llama.cpp's converter writes it
 
@@ -55,7 +55,7 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
     if spec.ignore_merges or spec.splits:
         setting = "ignore_merges" if spec.ignore_merges else "split in its Metaspace"
         raise RequestError(
-            f"The tokenizer.json has {setting}, which llama.cpp does not know, so it would give other ids; give the "
+            f"The tokenizer.json has {setting}, which llama.cpp does not support, so its ids would differ; give the "
             "model's tokenizer.model with --tokenizer."
         )
     model = None if file is None else read_model(file)
@@ -93,17 +93,17 @@ def _from_merges(spec: TokenizerSpec) -> SentencePieceModel:
         add_dummy_prefix=spec.adds_space,
         remove_extra_whitespaces=False,
     )
-    # With scores, any two pieces that make a third may join; a list of merges may allow fewer.
+    # With scores, any two pieces whose concatenation is a piece may merge; a list of merges may allow fewer.
     if len(set(spec.merges)) != len(spec.merges) or set(bpe_merges(model)) != set(spec.merges):
         raise _no_scores()
     return model
 
 
 def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
-    """A score for each piece, as SentencePiece numbers them.
+    """A score for each piece, as SentencePiece assigns them.
 
-    The first piece that a merge makes has 0, each next one less, then come the characters that no merge makes. Pieces
-    whose merges are interleaved share a score.
+    Merged pieces score 0, -1, -2 and so on, in the order of their first merges; single characters follow. Pieces whose
+    merges interleave share a score.
     """
     ranks: dict[str, list[int]] = {}
     for rank, pair in enumerate(spec.merges):
@@ -126,10 +126,10 @@ def _scores(spec: TokenizerSpec, types: list[int]) -> list[float]:
 
 
 def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
-    """Refuse pieces that share a score unless their merges give what SentencePiece does, which joins leftmost first.
+    """Refuse pieces that share a score unless their merges give SentencePiece's result, which merges leftmost first.
 
-    They must be runs of one character. Their merges must either come longest left part first, or, as in older versions
-    of transformers, make runs of every length: each run takes one more character before two single ones join.
+    They must be runs of one character: a, aa, aaa. Their merges must either be sorted by the left part, longest first,
+    or, as in older versions of transformers, build runs of every length with `(aa, a)` ranked before `(a, a)`.
 
     Raises:
         RequestError: they do not.
@@ -153,13 +153,13 @@ def _check_tied(pieces: list[str], merges: list[tuple[str, str]]) -> None:
 
 def _no_scores() -> RequestError:
     return RequestError(
-        "The merges of this tokenizer.json are not those of a SentencePiece model, so llama.cpp would give other "
-        "ids; give the model's tokenizer.model with --tokenizer."
+        "The merges of this tokenizer.json are not those of a SentencePiece model, so llama.cpp's ids would "
+        "differ; give the model's tokenizer.model with --tokenizer."
     )
 
 
 def write(writer: GGUFWriter, tokenizer: Tokenizer, rows: int, chat_template: str | None) -> None:
-    """Add the tokenizer's keys; warns about what they cannot hold.
+    """Add the tokenizer's keys; warns about what they cannot express.
 
     Args:
         rows: of the embedding; those beyond the tokenizer's pieces become unused tokens.
@@ -195,27 +195,25 @@ def _warn_of_losses(spec: TokenizerSpec, ends: list[int]) -> None:
     flagged = [token.content for token in spec.parsed if token.lstrip or token.rstrip or token.single_word]
     if flagged:
         warnings.warn(
-            f"GGUF cannot store that added tokens match whole words only or absorb the spaces around them (lstrip, "
-            f"rstrip, single_word), so text around {', '.join(map(quote, flagged[:4]))} gets other tokens.",
+            f"GGUF cannot store lstrip, rstrip or single_word for added tokens; text around "
+            f"{', '.join(map(quote, flagged[:4]))} will be tokenized differently.",
             stacklevel=2,
         )
     if ends:
-        warnings.warn(
-            f"GGUF cannot store more than three ending tokens: generation will not end at {ends}.", stacklevel=2
-        )
+        warnings.warn(f"GGUF stores at most three end tokens; generation will not stop at {ends}.", stacklevel=2)
 
 
 def read(values: dict[str, Any], path: Path) -> Tokenizer:
     """The tokenizer in a file's keys.
 
-    It is read from a `tokenizer.model` in a temporary folder, which is removed along with it.
+    It is read through a `tokenizer.model` in a temporary folder, which is removed along with it.
 
     Raises:
         RequestError: the file has no tokenizer, one of another kind, or a damaged one.
     """
     kind = values.get(_PREFIX + "model")
     if kind != MODEL:
-        raise RequestError(f"{path} holds a tokenizer of kind {quote(kind)}; OpenELM's is {MODEL!r} (SentencePiece).")
+        raise RequestError(f"{path} has a {quote(kind)} tokenizer; only {MODEL!r} (SentencePiece) is supported.")
     model, added = _read_vocabulary(values, path)
     special = _read_special(values, [*model.pieces, *(token.content for token in added)], path)
     config: dict[str, Any] = {f"{name}_token": piece for name, piece in special.items()}
@@ -232,8 +230,8 @@ def read(values: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_folder(folder, eos_token_ids=end_ids(values))
     except RequestError as error:
         temporary.cleanup()
-        reason = str(error).replace(f"{folder}/", "")
-        raise _damaged(path, f"its pieces do not make a SentencePiece model ({reason})") from None
+        reason = str(error).replace(f"{folder}/", "").rstrip(".")
+        raise _damaged(path, f"its pieces are not a valid SentencePiece model ({reason})") from None
     weakref.finalize(tokenizer, temporary.cleanup)
     return tokenizer
 
@@ -250,7 +248,7 @@ def _read_vocabulary(values: dict[str, Any], path: Path) -> tuple[SentencePieceM
     if len(pieces) > MAX_TOKENS or max(map(len, pieces), default=0) > MAX_LENGTH:
         raise _damaged(path, f"it has more than {MAX_TOKENS} tokens, or one of more than {MAX_LENGTH} characters")
     if unknown := set(types) - set(range(NORMAL, BYTE + 1)):
-        raise _damaged(path, f"it has tokens of the unknown type {min(unknown)}")
+        raise _damaged(path, f"it has tokens of unknown type {min(unknown)}")
     if not all(map(math.isfinite, scores)):
         raise _damaged(path, "a score is not finite")
     if UNKNOWN not in types:
@@ -258,7 +256,7 @@ def _read_vocabulary(values: dict[str, Any], path: Path) -> tuple[SentencePieceM
     while types[-1] == UNUSED:  # padding up to the rows of the embedding
         types.pop()
     added = []
-    # SentencePiece puts its own control tokens first; those at the end were added to it.
+    # SentencePiece's own control tokens come first; those at the end were added.
     while (kind := types[-1]) in (CONTROL, USER_DEFINED):
         types.pop()
         added.append(AddedToken(pieces[len(types)], len(types), special=kind == CONTROL))

@@ -48,8 +48,8 @@ def write(
     config = checkpoint.config
     if config.rms_norm_eps != _RMS_NORM_EPS:
         raise RequestError(
-            f"rms_norm_eps is {config.rms_norm_eps}, which Apple's code cannot compute (it always uses "
-            f"{_RMS_NORM_EPS}); convert to MLX instead."
+            f"rms_norm_eps is {config.rms_norm_eps}, but Apple's code always uses "
+            f"{_RMS_NORM_EPS}; convert to MLX instead."
         )
     repo = CODE_REPO if release is None else release.hub_repo
     dtype = str(checkpoint.dtype).removeprefix("mlx.core.")

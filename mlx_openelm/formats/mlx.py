@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import ModelConfig
+from ..config import NORM, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
 from ..ops.packed import MODES, PARTS
@@ -28,7 +28,7 @@ _PIECE = 1 << 20  # weights packed at a time
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one matrix is packed: `group_size` neighbours of a row share a scale (and, in affine mode, a bias)."""
+    """How one matrix is packed: `group_size` neighbors in a row share a scale (and, in affine mode, a bias)."""
 
     group_size: int
     bits: int
@@ -74,7 +74,7 @@ class Quantization:
             return {"weight": packed, "scales": scales.astype(stored), "biases": biases.astype(stored)}
         mx.eval(weight)  # once, not for every piece
         pieces = []
-        for rows in _row_pieces(*weight.shape):
+        for rows in _row_chunks(*weight.shape):
             pieces.append(mx.quantize(weight[rows], self.group_size, self.bits, self.mode))
             mx.eval(pieces[-1])
         packed, scales = (mx.concatenate(list(parts)) for parts in zip(*pieces, strict=True))
@@ -91,9 +91,9 @@ class Quantization:
 
 @dataclass
 class Checkpoint:
-    """A model as stored: unread weights by Hugging Face name, and how each quantized matrix is packed.
+    """A stored model: unread weights by Hugging Face name, and the quantization of each packed matrix.
 
-    `rounded_to` is what full weights had been quantized to before, if known: they are no more precise than that.
+    `rounded_to` says what dequantized weights were quantized to before, if known: they are no more precise than that.
     """
 
     config: ModelConfig
@@ -103,7 +103,7 @@ class Checkpoint:
 
     @property
     def rounding(self) -> str | None:
-        """What the matrices are, or were, quantized to (`4 bits`, `mxfp4`); None for full precision."""
+        """What the matrices are or were quantized to (`4 bits`, `mxfp4`); None for full precision."""
         if not self.quantization:
             return self.rounded_to
         common = most_common(self.quantization)
@@ -112,7 +112,7 @@ class Checkpoint:
     @property
     def dtype(self) -> mx.Dtype:
         """The stored floating-point type (of the final norm, which is never quantized)."""
-        return self.weights.tensors["transformer.norm.weight"].dtype
+        return self.weights.tensors[f"{NORM}.weight"].dtype
 
     @property
     def bits_per_weight(self) -> float:
@@ -124,7 +124,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model's configuration, and all values of its `config.json`.
 
     Raises:
-        RequestError: the file is missing or damaged, not an OpenELM configuration, or has impossible sizes.
+        RequestError: the file is missing or damaged, not an OpenELM configuration, or has invalid sizes.
     """
     if not (folder / "config.json").is_file():
         raise foreign.no_config(folder)
@@ -181,7 +181,7 @@ def read_quantization(
         try:
             choice = Quantization(int(entry["group_size"]), int(entry["bits"]), entry.get("mode", "affine"))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RequestError(f"{file} has no usable quantization for {path}: {error}.") from None
+            raise RequestError(f"{file} has no usable quantization for {path}: {str(error).rstrip('.')}.") from None
         name = f"{path}.weight"
         if not isinstance(own, dict) and name in shapes and name in tensors:
             packed, scales = tensors[name].shape, tensors[f"{path}.scales"].shape
@@ -274,7 +274,7 @@ def write(
     (folder / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n")
 
 
-def _row_pieces(rows: int, columns: int) -> Iterator[slice]:
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices of a matrix's rows: without a kernel for the mode, as on a CPU, MLX makes many float32 copies."""
     step = max(1, _PIECE // columns)
     for start in range(0, rows, step):

@@ -1,7 +1,7 @@
 """Adapters in mlx-lm's format: `adapter_config.json` and `adapters.safetensors`.
 
 One rank and one scale for all modules, which are named relative to a layer and taken from the last `num_layers`, or by
-whole paths. An embedding's adapter acts on the output side too. Full fine-tuning leaves whole tensors by name.
+whole paths. An embedding's adapter acts on the output side too. Full fine-tuning stores whole tensors by name.
 Source: mlx_lm/tuner/utils.py.
 """
 
@@ -18,13 +18,14 @@ import mlx.core as mx
 from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError, name_options, quote
 from ..inputs import read_json
+from ..wording import one_of
 from . import adapter_tensors
 from .adapter import CONFIG, MLX_WEIGHTS, Adapter, LowRank
 from .adapter_tensors import MAX_FLOAT32, Tensors
 
 WEIGHTS = MLX_WEIGHTS
 FINE_TUNE_TYPES = ("lora", "dora", "full")
-# Ours, in adapter_config.json; mlx-lm does not read it.
+# Our own key in adapter_config.json; mlx-lm ignores it.
 _OUTPUT_SIDE = "embedding_output_side"
 
 
@@ -39,7 +40,9 @@ def read(file: Path, config: ModelConfig) -> Adapter:
     # Old versions wrote `use_dora` instead.
     kind = settings.get("fine_tune_type", "dora" if settings.get("use_dora") is True else "lora")
     if kind not in FINE_TUNE_TYPES:
-        raise RequestError(f"{settings_file}: fine_tune_type is {quote(kind)}; known are {', '.join(FINE_TUNE_TYPES)}.")
+        raise RequestError(
+            f"{settings_file}: unknown fine_tune_type {quote(kind)}; expected {one_of(FINE_TUNE_TYPES)}."
+        )
     tensors = Tensors.read(file)
     base_model = settings.get("model")
     adapter = Adapter(base_model=base_model if isinstance(base_model, str) else None)
@@ -61,8 +64,8 @@ def _scale_and_dropout(settings: Mapping[str, Any], settings_file: Path) -> tupl
     scale = _number(parameters, "scale", settings_file)
     if "alpha" in parameters:
         warnings.warn(
-            f"{settings_file} has both alpha and scale; only scale {scale:g} is used, as in today's mlx-lm, but old "
-            "versions multiplied by scale * alpha / rank. If one of those trained the adapter, write that as scale "
+            f"{settings_file} has both alpha and scale; only scale {scale:g} is used, as in current mlx-lm. Old "
+            "versions multiplied by scale * alpha / rank: if one trained this adapter, set scale to that product "
             "and remove alpha.",
             stacklevel=2,
         )
@@ -83,7 +86,7 @@ def _take(tensors: Tensors, path: str, config: ModelConfig, scale: float, dora: 
 def _number(values: Mapping[str, Any], name: str, file: Path) -> float:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_FLOAT32:
-        raise RequestError(f"{file}: lora_parameters has no {name} that is a number float32 holds.")
+        raise RequestError(f"{file}: lora_parameters must have a {name} that is a finite float32 number.")
     return float(value)
 
 
@@ -132,7 +135,7 @@ def uses_dora(adapter: Adapter) -> bool:
 
 
 def _embedding_settings(change: LowRank | None, config: ModelConfig) -> dict[str, Any]:
-    """Our own setting for an embedding that is changed on the input side only; mlx-lm ignores it, hence the warning."""
+    """Our own key for an embedding that is changed on the input side only; warns, since mlx-lm ignores it."""
     if change is None or change.output_side:
         return {}
     if change.magnitude is not None:

@@ -14,10 +14,10 @@ from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-# For all expressions of a file together: ten times what long ones need for the largest model; about a second.
+# For all expressions of a file: ten times what long patterns need on the 3B model's names; about a second.
 _MAX_STEPS = 100_000
 _MAX_LENGTH = 10_000
-# Expressions of these characters only, such as plain names, are fast in `re` itself.
+# Patterns of only these characters are plain names, or nearly; `re` matches them in linear time.
 _PLAIN = re.compile(rf"[\w.^$-]{{0,{_MAX_LENGTH}}}")
 _CATEGORIES = {
     op.CATEGORY_DIGIT: re.compile(r"\d"),
@@ -34,7 +34,7 @@ class PatternError(ValueError):
 
 
 class Matcher:
-    """Matches names against expressions, with one limit on the steps for all of them."""
+    """Matches names against expressions, with one step budget for all of them."""
 
     def __init__(self) -> None:
         self._steps_left = _MAX_STEPS
@@ -63,11 +63,11 @@ class Matcher:
         return bool(self._ends(pattern, name, starts) & _union(1 << n for n in ends))
 
     def _ends(self, pattern: str, name: str, starts: int) -> int:
-        """The positions at which matches from `starts` can end; both are sets as in `_Walk`."""
+        """The positions at which matches from `starts` can end; both are sets as in `_NameMatcher`."""
         try:
             if pattern not in self._parsed:
                 self._parsed[pattern] = _parse(pattern)
-            return _Walk(name, self._step).sequence(self._parsed[pattern], starts)
+            return _NameMatcher(name, self._step).sequence(self._parsed[pattern], starts)
         except RecursionError:
             raise PatternError("is nested too deeply") from None
 
@@ -87,76 +87,73 @@ def _parse(pattern: str) -> Any:
     except (re.error, OverflowError):
         raise PatternError("is not a regular expression") from None
     if parsed.state.flags & re.IGNORECASE:
-        raise PatternError("has the flag i, which cannot be used here")
+        raise PatternError("has the flag i, which is not supported")
     return parsed
 
 
-class _Walk:
-    """Matches expressions along one name.
-
-    Places are the positions between its characters, 0 to its length; a set of places is a number whose bit n stands for
-    place n.
-    """
+class _NameMatcher:
+    """Matches one name. A set of positions (0 to the name's length, between its characters) is a bit mask."""
 
     def __init__(self, name: str, step: Callable[[], None]) -> None:
         self._length, self._step = len(name), step
-        self._before = {char: 0 for char in name}  # the places before each character
+        self._before = {char: 0 for char in name}  # the positions before each character
         for n, char in enumerate(name):
             self._before[char] |= 1 << n
-        self._fitting: dict[tuple[Any, int], int] = {}  # the places before each character of a class
+        self._fitting: dict[tuple[Any, int], int] = {}  # the positions before each character of a class
 
-    def sequence(self, items: Iterable[tuple[Any, Any]], places: int) -> int:
-        """Where matches of all items in order can end, if they begin at one of these places."""
-        self._step()  # even without items, since branches and repetitions of nothing take time too
+    def sequence(self, items: Iterable[tuple[Any, Any]], starts: int) -> int:
+        """The positions where matches of all items in order can end, if they begin at one of `starts`."""
+        self._step()  # also without items: empty branches and repetitions take time too
+        positions = starts
         for code, value in items:
-            if not places:
+            if not positions:
                 break
             self._step()
-            places = self._item(code, value, places)
-        return places
+            positions = self._item(code, value, positions)
+        return positions
 
-    def _item(self, code: Any, value: Any, places: int) -> int:
-        """Where matches of one item, as `re._parser` describes it, can end."""
+    def _item(self, code: Any, value: Any, positions: int) -> int:
+        """The positions where matches of one item, as `re._parser` describes it, can end."""
         if code is op.LITERAL:
-            return (places & self._before.get(chr(value), 0)) << 1
+            return (positions & self._before.get(chr(value), 0)) << 1
         if code in (op.IN, op.NOT_LITERAL, op.ANY):
             key = code, id(value)
             if key not in self._fitting:
                 self._fitting[key] = self._where(code, value)
-            return (places & self._fitting[key]) << 1
+            return (positions & self._fitting[key]) << 1
         if code is op.AT:
-            return places & self._at(value)
+            return positions & self._at(value)
         if code is op.BRANCH:
-            return _union(self.sequence(items, places) for items in value[1])
+            return _union(self.sequence(items, positions) for items in value[1])
         if code is op.SUBPATTERN and not value[1] & re.IGNORECASE:
-            return self.sequence(value[3], places)
+            return self.sequence(value[3], positions)
         if code in (op.MAX_REPEAT, op.MIN_REPEAT):
-            least, most, items = value
-            return self._repeat(least, most, items, places)
+            low, high, items = value
+            return self._repeat(low, high, items, positions)
         if code in (op.ASSERT, op.ASSERT_NOT):
             direction, items = value
-            found = self._followed_by(items, places) if direction > 0 else self._preceded_by(items)
-            return places & (found if code is op.ASSERT else ~found)
+            found = self._followed_by(items, positions) if direction > 0 else self._preceded_by(items)
+            return positions & (found if code is op.ASSERT else ~found)
         if code is op.FAILURE:
             return 0
-        raise PatternError(f"has {_words(code)}, which cannot be used here")
+        raise PatternError(f"has {_words(code)}, which is not supported")
 
-    def _repeat(self, least: int, most: int, items: Any, places: int) -> int:
+    def _repeat(self, low: int, high: int, items: Any, positions: int) -> int:
         # More repetitions than characters make no difference: some of them would be empty.
         limit = self._length + 1
-        for _ in range(min(least, limit)):
-            places = self.sequence(items, places)
-        found = new = places
-        for _ in range(min(most - least, limit)):
+        for _ in range(min(low, limit)):
+            positions = self.sequence(items, positions)
+        found = new = positions
+        for _ in range(min(high - low, limit)):
             new = self.sequence(items, new) & ~found
             if not new:
                 break
             found |= new
         return found
 
-    def _followed_by(self, items: Any, places: int) -> int:
-        each = (1 << n for n in range(self._length + 1) if places >> n & 1)
-        return _union(place for place in each if self.sequence(items, place))
+    def _followed_by(self, items: Any, positions: int) -> int:
+        each = (1 << n for n in range(self._length + 1) if positions >> n & 1)
+        return _union(position for position in each if self.sequence(items, position))
 
     def _preceded_by(self, items: Any) -> int:
         return self.sequence(items, (2 << self._length) - 1)
@@ -171,18 +168,18 @@ class _Walk:
         return boundaries if where is op.AT_BOUNDARY else ~boundaries
 
     def _where(self, code: Any, value: Any) -> int:
-        return _union(places for char, places in self._before.items() if _fits(code, value, char))
+        return _union(positions for char, positions in self._before.items() if _fits(code, value, char))
 
 
 def _union(sets: Iterable[int]) -> int:
     union = 0
-    for places in sets:
-        union |= places
+    for positions in sets:
+        union |= positions
     return union
 
 
 def _fits(code: Any, value: Any, char: str) -> bool:
-    """Whether a character matches an item that stands for one character."""
+    """Whether a character matches an item for a single character."""
     if code is op.LITERAL:
         return ord(char) == value
     if code is op.NOT_LITERAL:

@@ -29,7 +29,7 @@ _HEAD = f"{HEAD}.weight"
 _MAGNITUDE = ".lora_magnitude_vector"
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector|velora_embed))\.default(?=\.weight$|$)")
-# What PEFT's wrappers insert into the names of the base's weights.
+# Name infixes that PEFT's wrappers insert into the base's weights.
 _WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)(?=\.weight$)")
 # A buffer of VeLoRA's backward pass.
 _TRAINING_ONLY = ".lora_velora_embed"
@@ -38,8 +38,8 @@ _TRAINING_ONLY = ".lora_velora_embed"
 def read(file: Path, config: ModelConfig) -> Adapter:
     """The adapter in a safetensors file, described by the `adapter_config.json` beside it.
 
-    Weights of the base that the file repeats become `base_copies`, to be compared with the base. As in PEFT, modules
-    that the settings name but the file does not hold stay unchanged, with a warning.
+    Weights of the base in the file become `base_copies`, for comparison with the base. As in PEFT, target modules
+    missing from the file stay unchanged; warns about them.
 
     Raises:
         RequestError: damaged files, an unsupported method or setting, or tensors that the model does not have.
@@ -51,7 +51,9 @@ def read(file: Path, config: ModelConfig) -> Adapter:
         path = name.removeprefix(_PREFIX)
         adapter.modules[path] = _take(tensors, path, settings, config)
         if (setting := settings.left_out_by(path)) is not None:
-            raise RequestError(f"{file} changes {path}, which {setting} in {CONFIG} leaves out; PEFT would not use it.")
+            raise RequestError(
+                f"{file} has weights for {path}, but {setting} in {CONFIG} excludes it, so PEFT would ignore them."
+            )
     adapter.base_copies = _take_copies(tensors, settings, config)
     tensors.discard(_TRAINING_ONLY)
     tensors.check_empty("a LoRA adapter" if not settings.is_dora else "a DoRA adapter")
@@ -107,7 +109,7 @@ def _take_copy(tensors: Tensors, name: str, own: str, shape: tuple[int, ...], se
     elif own in (f"{EMBEDDING}.weight", _HEAD):
         setting = "save_embedding_layers"
     refusal = (
-        f"{tensors.file} holds {name} ({setting}), which differs from the base model's; merge the adapter into the "
+        f"{tensors.file} contains {name} ({setting}), which differs from the base model's; merge the adapter into the "
         "model it was trained on with PEFT, and give the result as --model."
     )
     value = tensors.take_stored(name)
@@ -122,7 +124,7 @@ def _warn_of_missing(adapter: Adapter, settings: Settings, file: Path, config: M
     if missing and adapter.modules:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(
-            f"{file} has no tensors for {missing[0]}{more}, which target_modules names: it stays as in the base model.",
+            f"{file} has no tensors for {missing[0]}{more}, which target_modules names; it stays as in the base model.",
             stacklevel=2,
         )
 
@@ -131,11 +133,11 @@ def write(adapter: Adapter, folder: Path, config: ModelConfig, base_model: str |
     """Write both files into a folder.
 
     Args:
-        base_model: the name to write for it; by default the one the adapter has.
+        base_model: the base model's name; by default the one in the adapter.
 
     Raises:
-        RequestError: PEFT's format has no place for whole weights, a mixture of LoRA and DoRA, or an embedding that
-            changes the output side too.
+        RequestError: whole weights, a mixture of LoRA and DoRA, or an embedding that changes the output side too;
+            PEFT's format cannot store these.
     """
     if adapter.weights:
         raise RequestError("PEFT's format holds adapters, not the weights of full fine-tuning; write mlx-lm's format.")
@@ -190,7 +192,7 @@ def _alpha(change: LowRank) -> float:
 
 
 def _targets(adapter: Adapter, config: ModelConfig) -> list[str]:
-    """`target_modules`: the last parts of the paths if they name these modules and no others, else whole paths."""
+    """`target_modules`: module suffixes if they are unambiguous, else whole paths."""
     names = {path.rpartition(".")[2] for path in adapter.modules}
     meant = [path for path in config.matrix_shapes() if path.rpartition(".")[2] in names]
     return sorted(names) if len(meant) == len(adapter.modules) else sorted(adapter.modules)

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` for LoRA: which settings are applied, which can be ignored, and which are refused.
+"""PEFT's `adapter_config.json` for LoRA: supported, ignored and rejected settings.
 
 Source: peft/tuners/lora/config.py and layer.py, peft/tuners/tuners_utils.py (check_target_module_exists) and
 peft/utils/other.py (get_pattern_key).
@@ -18,8 +18,8 @@ from ..inputs import read_json
 from .adapter_tensors import MAX_FLOAT32
 from .name_patterns import Matcher, PatternError
 
-# Settings that do not change what the tensors mean. OpenELM's matrices are laid out as torch's linear layers are
-# (`fan_in_fan_out`); `velora_config` changes training only; old versions had `merge_weights` for what they did at load.
+# Settings that do not affect what the tensors mean. `fan_in_fan_out` is for layers whose matrices are transposed, which
+# OpenELM has none of; `velora_config` changes training only; `merge_weights` told old versions what to do at load.
 HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -58,8 +58,8 @@ READ = {
     "use_dora",
     "use_rslora",
 }
-# Initializations that leave the base's weights as they are. With all others the adapter belongs to a changed base;
-# PEFT can convert adapters of the convertible ones back to the original base.
+# Initializations that leave the base unchanged. All others modify the base, which PEFT can undo for the convertible
+# ones.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
 _BIASES = (None, "none", "all", "lora_only")
@@ -73,7 +73,7 @@ class Settings:
 
     Raises:
         RequestError: the file cannot be read, or has an unsupported method or setting; the methods raise it for
-            patterns and numbers that turn out invalid for a module.
+            patterns and numbers that are invalid for a module.
     """
 
     def __init__(self, file: Path) -> None:
@@ -83,13 +83,13 @@ class Settings:
         self._left_out: dict[str, str | None] = {}
         kind = self._values.get("peft_type")
         if kind != "LORA":
-            raise RequestError(f"{file}: peft_type {quote(kind)} cannot be used here; LORA can, with or without DoRA.")
+            raise RequestError(f"{file}: peft_type {quote(kind)} is not supported; only LORA is, with or without DoRA.")
         self._check_initial()
         if self._values.get("bias") not in _BIASES:
-            raise RequestError(f"{file}: bias is {quote(self._values['bias'])}; known are none, all and lora_only.")
+            raise RequestError(f"{file}: unknown bias {quote(self._values['bias'])}; expected none, all or lora_only.")
         for name, value in self._values.items():
             if value and name not in HARMLESS | READ:
-                raise RequestError(f"{file}: {name[:QUOTED]} is {quote(value)}, which is not supported.")
+                raise RequestError(f"{file}: {name[:QUOTED]} = {quote(value)} is not supported.")
         self.is_dora = self._flag("use_dora")
         self._is_rank_stabilized = self._flag("use_rslora")
         self.dropout = self._number(self._values.get("lora_dropout"), "lora_dropout", 0.0)
@@ -107,11 +107,11 @@ class Settings:
         if initial in _INITIAL:
             return
         if not str(initial).startswith((*_CONVERTIBLE, "loftq")):
-            raise RequestError(f"{self.file}: init_lora_weights {quote(initial)} is not known here.")
-        way = "merge it into that with PEFT, and give the merged model as --model"
+            raise RequestError(f"{self.file}: unknown init_lora_weights {quote(initial)}.")
+        advice = "merge it into that with PEFT, and give the merged model as --model"
         if str(initial).startswith(_CONVERTIBLE):
-            way = "let PEFT convert the adapter to LoRA when it saves it (path_initial_model_for_weight_conversion)"
-        raise RequestError(f"{self.file}: init_lora_weights {quote(initial)} changes the base model too; {way}.")
+            advice = "let PEFT convert the adapter to LoRA when it saves it (path_initial_model_for_weight_conversion)"
+        raise RequestError(f"{self.file}: init_lora_weights {quote(initial)} changes the base model too; {advice}.")
 
     @property
     def base_model(self) -> str | None:
@@ -124,7 +124,7 @@ class Settings:
         return self._of_module("rank_pattern", "r", path)
 
     def scale(self, path: str, rank: int) -> float:
-        """The factor of a module's low-rank product: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        """The scale of a module's update: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
         alpha = self._of_module("alpha_pattern", "lora_alpha", path)
         return alpha / (math.sqrt(rank) if self._is_rank_stabilized else rank)
 
@@ -196,7 +196,9 @@ class Settings:
         if not isinstance(patterns, dict):
             raise RequestError(f"{self.file}: {name} must be an object of numbers by module, got {quote(patterns)}.")
         if len(patterns) > _MAX_PATTERNS:
-            raise RequestError(f"{self.file}: {name} has {len(patterns)} entries; the limit is {_MAX_PATTERNS}.")
+            raise RequestError(
+                f"{self.file}: {name} has {len(patterns)} entries, more than the limit of {_MAX_PATTERNS}."
+            )
 
     def _layer_numbers(self) -> frozenset[int] | None:
         layers = self._values.get("layers_to_transform")
@@ -229,4 +231,4 @@ class Settings:
         value = default if value is None else value
         if not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= MAX_FLOAT32:
             return float(value)
-        raise RequestError(f"{self.file}: {name} must be a number that float32 holds, got {quote(value)}.")
+        raise RequestError(f"{self.file}: {name} must be a finite float32 number, got {quote(value)}.")

@@ -17,7 +17,7 @@ _DTYPES = (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint16, 
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor in a file: its values start at byte `offset` and lie row by row, little-endian."""
+    """A tensor in a file: row-major, little-endian values at byte `offset`."""
 
     dtype: mx.Dtype
     shape: tuple[int, ...]
@@ -29,10 +29,10 @@ class Span:
 
 
 def tensors(path: Path, spans: Mapping[str, Span]) -> dict[str, Tensor]:
-    """The tensors in `path`, unread. Reading one raises RuntimeError, as in MLX, if the file was cut short meanwhile.
+    """The tensors in `path`, unread. Reading one raises RuntimeError, as in MLX, if the file has been truncated since.
 
     Raises:
-        RequestError: the file cannot be read, ends before a tensor does, or holds an unsupported type.
+        RequestError: the file cannot be read, is truncated, or has an unsupported type.
     """
     try:
         with path.open("rb"):
@@ -41,7 +41,7 @@ def tensors(path: Path, spans: Mapping[str, Span]) -> dict[str, Tensor]:
         raise RequestError(f"{path} cannot be read: {error.strerror}.") from None
     for name, span in spans.items():
         if span.dtype not in _DTYPES:
-            raise RequestError(f"{path} stores {name} in a type that cannot be read.")
+            raise RequestError(f"{path} stores {name} in an unsupported type.")
         if span.offset < 0 or span.offset + span.nbytes > size:
             raise RequestError(f"{path} is damaged: {name} is cut off; download it again.")
     return {name: _tensor(path, span) for name, span in spans.items()}
@@ -52,7 +52,7 @@ def _tensor(path: Path, span: Span) -> Tensor:
 
 
 def _read(path: Path, span: Span) -> mx.array:
-    # Read into the array's own memory, so that a large tensor is held once and NumPy is not needed.
+    # Read into the array's own memory: a large tensor is held once, and NumPy is not needed.
     values = mx.zeros(span.nbytes, mx.uint8)
     mx.eval(values)
     try:
@@ -62,5 +62,5 @@ def _read(path: Path, span: Span) -> mx.array:
     except OSError as error:
         raise RuntimeError(f"{path}: {error.strerror}") from None
     if done < span.nbytes:
-        raise RuntimeError(f"{path} ends before its tensors do")
+        raise RuntimeError(f"{path} ends before its last tensor")
     return values.view(span.dtype).reshape(span.shape)

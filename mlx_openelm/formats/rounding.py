@@ -1,7 +1,7 @@
-"""Affine quantization with scales and biases of our own choice, in the layout MLX stores.
+"""Affine quantization with given scales and biases, in MLX's layout.
 
-A weight becomes `scale * level + bias` with a whole level from 0 to 2**bits - 1; a group of neighbours in a row shares
-scale and bias. `mx.quantize` takes both from the group's extremes; here they may come from anywhere.
+A weight becomes `scale * level + bias` with a whole level from 0 to 2**bits - 1; a group of neighbors in a row shares
+scale and bias. `mx.quantize` takes both from the group's extremes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def levels(grouped: mx.array, grid: Grid, bits: int) -> mx.array:
 
 
 def values(level: mx.array, grid: Grid) -> mx.array:
-    """The weights that levels [out, groups, group_size] stand for, in the same shape."""
+    """The dequantized levels [out, groups, group_size], in the same shape."""
     return level * grid.scales[..., None] + grid.biases[..., None]
 
 
@@ -91,9 +91,9 @@ def _fit(grouped: mx.array, level: mx.array, counts: mx.array, fallback: Grid) -
     """Weighted least squares of weights on levels, group by group; groups on one level keep `fallback`."""
     total = counts.sum(axis=-1)
     mean_level, mean = (level * counts).sum(axis=-1) / total, (grouped * counts).sum(axis=-1) / total
-    centred = level - mean_level[..., None]
-    spread = (counts * mx.square(centred)).sum(axis=-1)
-    scales = (counts * centred * grouped).sum(axis=-1) / mx.where(spread == 0, 1.0, spread)
+    centered = level - mean_level[..., None]
+    spread = (counts * mx.square(centered)).sum(axis=-1)
+    scales = (counts * centered * grouped).sum(axis=-1) / mx.where(spread == 0, 1.0, spread)
     scales = mx.where(spread == 0, fallback.scales, scales)
     return Grid(scales, mean - scales * mean_level)
 

@@ -44,7 +44,7 @@ DTYPES = {
 # The types of weights, by the names that flags and files give them.
 WEIGHT_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-# A file name: not a path, and without lone surrogates, which no file name has.
+# A file name: not a path, and without lone surrogates.
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
 _MAX_HEADER = 100_000_000  # as in the format's reference library
 # Bytes of freed buffers that MLX may keep for reuse while tensors of many sizes pass through memory.
@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (has_whole and WHOLE not in indexed) or (indexed == {WHOLE} and whole.is_file()):
         return [whole]
     if absent := [name for name in sorted(indexed) if not (folder / name).is_file()]:
-        raise RequestError(f"{index} names {some(absent)}, which is missing: download the folder again.")
+        raise RequestError(f"{index} names {some(absent)}, which is missing; download the folder again.")
     return shard_names.complete_sets(folder, indexed)
 
 
@@ -208,7 +208,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             "".join(names).encode()  # a UnicodeError, which is a ValueError, for a lone surrogate
             if len(set(names)) < len(names):
                 twice, _ = collections.Counter(names).most_common(1)[0]
-                raise _damaged(path, f"its header names {quote(twice)} twice")
+                raise _damaged(path, f"{quote(twice)} appears twice in its header")
     except RequestError:
         raise
     except (ValueError, RecursionError):
@@ -222,7 +222,7 @@ def _check_tensors(path: Path, header: dict[str, Any], data_bytes: int) -> dict[
     """The tensors in a header; they must fill the file's `data_bytes` bytes of data, one after the other."""
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise _damaged(path, "its metadata are not strings by name")
+        raise _damaged(path, "its metadata is not a dictionary of strings")
     tensors, spans = {}, []
     for name, entry in header.items():
         try:

@@ -1,7 +1,7 @@
-"""The zip archives that PyTorch has written since 1.6: where the content of each member lies, and reading it.
+"""The zip archives that PyTorch has written since 1.6: the offset of each member, and reading its content.
 
-Members are found through the archive's own directory and the header in front of each one; whatever PyTorch would not
-read, or would read differently, is refused. Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+Members are found through the archive's directory and the local header of each one; whatever PyTorch would reject or
+read differently is refused. Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import mlx.core as mx
 from ..errors import RequestError, quote
 from .raw import Span
 
-LOCAL_HEADER = b"PK\x03\x04"  # how a member, and so an archive, begins
+LOCAL_HEADER = b"PK\x03\x04"  # the first bytes of a member, and so of an archive
 _END, _END_BYTES = b"PK\x05\x06", 22  # the record at the end of an archive, and its size without a comment
-_END64, _END64_BYTES = b"PK\x06\x06", 76  # that of archives beyond 4 GB, with the locator behind it
+_END64, _END64_BYTES = b"PK\x06\x06", 76  # the same for archives beyond 4 GB, with its locator
 _MAX_COMMENT = 65_535
 _MAX_DIRECTORY = 1 << 22
 _CHUNK = 1 << 20
-_HEADER = struct.Struct("<4s5H3I2H")  # in front of each member
+_HEADER = struct.Struct("<4s5H3I2H")  # a member's local header
 _ENCRYPTED = 0x41  # flags of a member
 _UTF8 = 0x800
-_FOLDER = 0x10  # of a member's external attributes
+_FOLDER = 0x10  # in a member's external attributes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where bytes lie in a file, in an archive or not; `nbytes` is their number once they are decompressed."""
+    """A range of bytes in a file, in an archive or not; `nbytes` is its size after decompression."""
 
     start: int
     nbytes: int
@@ -46,13 +46,11 @@ class Place:
 
 def damaged(path: Path, reason: str) -> RequestError:
     """The error for a file that is damaged or of another kind."""
-    return RequestError(
-        f"{path} is damaged, or is not a PyTorch checkpoint of plain tensors ({reason}): download it again."
-    )
+    return RequestError(f"{path} is damaged or is not a plain PyTorch checkpoint ({reason}); download it again.")
 
 
 def read_places(path: Path, file: BinaryIO, size: int) -> dict[str, Place]:
-    """Where the content of each member lies, by its name, in the directory's order.
+    """The content of each member by its name, in the directory's order.
 
     Args:
         file: `path`, open for reading.
@@ -78,20 +76,20 @@ def _directory(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
     if wide.startswith(_END64):
         length = int.from_bytes(wide[40:48], "little")
     if place < 0 or length > _MAX_DIRECTORY:
-        raise damaged(path, "its list of members is missing or too long")
+        raise damaged(path, "its directory is missing or too long")
     try:
         return zipfile.ZipFile(file)
     except OSError:
         raise
     except Exception as error:  # zipfile raises all kinds of errors on damaged files
-        raise damaged(path, f"its list of members cannot be read: {error}") from None
+        raise damaged(path, f"its directory cannot be read: {error}") from None
 
 
 def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end: int) -> dict[str, Place]:
-    """Where the content of each member lies; members must neither overlap nor share a name.
+    """The content of each member by name; members must neither overlap nor share a name.
 
     Args:
-        end: where the directory begins, in bytes.
+        end: the offset of the directory, in bytes.
     """
     places: dict[str, Place] = {}
     names: set[str] = set()
@@ -102,19 +100,17 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
             raise damaged(path, f"it has {name} twice")
         names.add(member.filename.lower())
         if member.header_offset < free:
-            raise damaged(path, f"{name} overlaps with what precedes it")
+            raise damaged(path, f"{name} overlaps another member")
         file.seek(member.header_offset)
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size or not header.startswith(LOCAL_HEADER):
-            raise damaged(path, f"{name} is not where the list of members says")
+            raise damaged(path, f"{name} is not at its offset in the zip directory")
         _, _, flags, method, *_, name_length, extra_length = _HEADER.unpack(header)
         encoding = "utf-8" if member.flag_bits & _UTF8 else "cp437"
         if file.read(name_length) != member.orig_filename.encode(encoding, "replace"):
-            raise damaged(path, f"{name} is not where the list of members says")
+            raise damaged(path, f"{name} is not at its offset in the zip directory")
         if (flags | member.flag_bits) & _ENCRYPTED:
-            raise RequestError(
-                f"{path} is encrypted, which PyTorch cannot read: unpack it and pack it without a password."
-            )
+            raise RequestError(f"{path} is encrypted; unzip it, and zip it again without a password.")
         if method != member.compress_type or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise damaged(path, f"{name} is compressed in a way that PyTorch cannot read")
         start = member.header_offset + _HEADER.size + name_length + extra_length
@@ -122,8 +118,8 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
         if free > end:
             raise damaged(path, f"{name} is cut off")
         if method == zipfile.ZIP_STORED and member.compress_size != member.file_size:
-            raise damaged(path, f"{name} has two sizes")
-        # PyTorch reads neither a member on another disk nor one marked as a folder, the latter without an error.
+            raise damaged(path, f"{name} has contradictory sizes")
+        # PyTorch rejects a member on another disk, and silently skips the content of one marked as a folder.
         if member.volume or (member.external_attr & _FOLDER and member.file_size):
             raise damaged(path, f"{name} is not a regular file in this archive")
         places[member.filename] = Place(start, member.file_size, member)
@@ -131,10 +127,10 @@ def _places(path: Path, file: BinaryIO, members: Iterable[zipfile.ZipInfo], end:
 
 
 def content(path: Path, place: Place, name: str) -> Iterator[bytes]:
-    """The bytes at a place, piece by piece, decompressed if necessary.
+    """The bytes of a place in chunks, decompressed if necessary.
 
     Raises:
-        RequestError: at the end, if there are too few or they do not fit the member's checksum; `name` is for it.
+        RequestError: at the end, if bytes are missing or the checksum does not match; `name` is for the message.
     """
     packed = place.member.compress_size if place.member is not None else place.nbytes
     unpack = zlib.decompressobj(-zlib.MAX_WBITS) if place.is_compressed else None
@@ -160,19 +156,19 @@ def content(path: Path, place: Place, name: str) -> Iterator[bytes]:
     expected = place.member.CRC if place.member is not None else 0
     if left or (expected and checksum != expected):
         raise RequestError(
-            f"{path} is damaged, or was changed while it was being read: {name} does not fit its size or checksum; "
+            f"{path} is damaged or was changed while it was being read: {name} does not match its size or checksum; "
             "download it again."
         )
 
 
 def inflate(path: Path, place: Place, name: str, span: Span) -> mx.array:
-    """The part of a compressed member that `span` would be if the member were stored; flat, of the span's type."""
+    """The part of a compressed member that `span` names as if the member were stored uncompressed; flat."""
     values = mx.zeros(span.nbytes, mx.uint8)
     mx.eval(values)
     target = memoryview(values)  # type: ignore[arg-type]
     start = place.start - span.offset  # where the next chunk goes; negative before the part begins
     for chunk in content(path, place, name):
-        wanted = chunk[max(0, -start) : max(0, span.nbytes - start)]
-        target[max(0, start) : max(0, start) + len(wanted)] = wanted
+        part = chunk[max(0, -start) : max(0, span.nbytes - start)]
+        target[max(0, start) : max(0, start) + len(part)] = part
         start += len(chunk)
     return values.view(span.dtype)

@@ -1,4 +1,4 @@
-"""PyTorch's checkpoint files: zip archives since 1.6, and the older format; what they hold, and reading its tensors.
+"""PyTorch's checkpoint files, zip archives since 1.6 and the older format: their content, and reading tensors.
 
 Each storage's size is compared with what the pickle describes, and its checksum when its values are read. PyTorch is
 not needed, and nothing in a file is run. Source: torch/serialization.py.
@@ -22,12 +22,12 @@ from .safetensors import WEIGHT_DTYPES, Tensor
 from .torch_archive import Place, damaged
 from .torch_tensors import DamagedPickle, ForbiddenGlobal, StoredTensor
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how the older files begin
-# What an archive holds besides its storages; only the first two are needed, but all must be intact.
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # magic number and protocol version of files before 1.6
+# An archive's records besides its storages; only the first two are used, but all must be intact.
 _RECORDS = ("data.pkl", "byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id")
-_MAX_PICKLE = 1 << 24  # read whole; a checkpoint's pickle has about 100 KB for each hundred layers
-_MAX_INFLATED = 1 << 26  # by how much a decompressed member may exceed the size of its file
-_MAX_ARRAY = (1 << 31) - 1  # MLX counts elements of an array in 32 bits
+_MAX_PICKLE = 1 << 24  # read whole; a checkpoint's pickle takes about 100 KB per hundred layers
+_MAX_INFLATED = 1 << 26  # the largest expansion of a compressed member beyond the file's size
+_MAX_ARRAY = (1 << 31) - 1  # MLX's limit on the elements of an array
 
 
 @dataclass
@@ -36,11 +36,11 @@ class _Checkpoint:
     state: Any
     places: Mapping[str, Place]  # by the storages' keys
     is_big_endian: bool = False
-    checked: set[str] = field(default_factory=set)  # the storages whose checksums were compared
+    checked: set[str] = field(default_factory=set)  # the storages whose checksums have been compared
 
 
 def read(path: Path) -> Any:
-    """What a `.pt` file holds: usually a dictionary of tensors, each as `StoredTensor`; no value is read yet.
+    """The content of a `.pt` file: usually a dictionary of tensors, each as `StoredTensor`; no value is read yet.
 
     Raises:
         RequestError: the file cannot be read, is damaged or of another kind, or asks for more than plain data.
@@ -52,7 +52,7 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
     """MLX's type for a tensor that `path` holds under `name`.
 
     Raises:
-        RequestError: a type that weights do not have, or a tensor that is not a plain array.
+        RequestError: an unsupported type, or a tensor that is not a plain array.
     """
     if tensor.dtype not in WEIGHT_DTYPES:
         raise RequestError(f"{path} stores {name} as {tensor.dtype}; expected {', '.join(WEIGHT_DTYPES)}.")
@@ -62,12 +62,11 @@ def dtype_of(path: Path, name: str, tensor: StoredTensor) -> mx.Dtype:
 def tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Some of a file's tensors, given as `read` describes them; each is read when it is used.
 
-    Reading one raises RequestError if its storage does not fit the file's checksum, and RuntimeError, as in MLX, if the
-    file can no longer be read.
+    Reading one raises RequestError on a checksum mismatch, and RuntimeError, like MLX, if the file has become
+    unreadable.
 
     Raises:
-        RequestError: as `read`; a tensor is of a type that weights do not have, repeats its values, or does not lie
-            within the file.
+        RequestError: as `read`; a tensor has an unsupported type, repeats its values, or is not wholly in the file.
     """
     checkpoint = _open(path)
     return {name: _tensor(checkpoint, name, tensor) for name, tensor in stored.items()}
@@ -89,7 +88,7 @@ def _open(path: Path) -> _Checkpoint:
         raise damaged(path, f"its pickle cannot be read: {error}") from None
     except ForbiddenGlobal as error:
         raise RequestError(
-            f"{path} is refused: it asks for {error}, and anything but tensors could run code. Download it again, "
+            f"{path} is refused: it names {error}, and anything but tensors could run code. Download it again, "
             "or save the weights alone, with torch.save(model.state_dict(), ...)."
         ) from None
 
@@ -99,7 +98,7 @@ def _open_zip(path: Path, file: BinaryIO, size: int) -> _Checkpoint:
     prefix = next(iter(places), "").partition("/")[0] + "/"  # of every name: the folder that PyTorch packed
     if f"{prefix}constants.pkl" in places:
         raise RequestError(
-            f"{path} is a TorchScript archive, a program: save the weights alone, with "
+            f"{path} is a TorchScript archive, which is a program; save the weights alone, with "
             "torch.save(model.state_dict(), ...)."
         )
     if f"{prefix}data.pkl" not in places:
@@ -123,13 +122,11 @@ def _open_old(path: Path, file: BinaryIO, size: int) -> _Checkpoint:
     """A file of PyTorch before 1.6: five pickles, then the storages, each after its size (64 bits, in values)."""
     data = file.read(_MAX_PICKLE)
     if data[257:262] == b"ustar":
-        raise RequestError(
-            f"{path} is a tar archive, which PyTorch wrote before 0.1.10: load it there and save it again."
-        )
+        raise RequestError(f"{path} is a tar archive from PyTorch before 0.1.10; load it there and save it again.")
     head = BytesIO(data)
     first, _ = torch_pickle.load(head)
     if first != _MAGIC or torch_pickle.load(head)[0] != _PROTOCOL:
-        raise damaged(path, "it does not begin as one does")
+        raise damaged(path, "its magic number is wrong")
     torch_pickle.load(head)  # the sizes of C types on the machine that wrote it
     state, storages = torch_pickle.load(head)
     keys, _ = torch_pickle.load(head)
@@ -137,11 +134,11 @@ def _open_old(path: Path, file: BinaryIO, size: int) -> _Checkpoint:
     start = head.tell()
     for key in keys if isinstance(keys, list) else []:
         if not isinstance(key, str) or key not in storages or key in places:
-            raise damaged(path, "its list of storages is not that of its tensors")
+            raise damaged(path, "its storages do not match its tensors")
         file.seek(start)
         places[key] = Place(start + 8, storages[key].nbytes)
         if int.from_bytes(file.read(8), "little") != storages[key].size:
-            raise damaged(path, f"the storage {quote(key)} has two sizes")
+            raise damaged(path, f"the storage {quote(key)} has contradictory sizes")
         start += 8 + storages[key].nbytes
         if start > size:
             raise damaged(path, f"the storage {quote(key)} is cut off")
@@ -161,7 +158,7 @@ def _tensor(checkpoint: _Checkpoint, name: str, tensor: StoredTensor) -> Tensor:
     if place.nbytes != tensor.storage.nbytes:
         raise damaged(path, f"{storage} is {'cut off' if place.nbytes < tensor.storage.nbytes else 'too long'}")
     if max(tensor.shape, default=0) > _MAX_ARRAY:
-        raise damaged(path, f"{name} has the shape {quote(tensor.shape)}")
+        raise damaged(path, f"{name} has shape {quote(list(tensor.shape))}")
     if tensor.repeats:
         raise RequestError(
             f"{path} stores {name} as a view that repeats its values (shape {quote(list(tensor.shape))}, strides "
@@ -179,7 +176,7 @@ def _tensor(checkpoint: _Checkpoint, name: str, tensor: StoredTensor) -> Tensor:
         try:
             if tensor.storage.key not in checkpoint.checked:
                 for _ in torch_archive.content(path, place, name):
-                    pass  # compares the checksum at its end
+                    pass  # the checksum is compared at the end
                 checkpoint.checked.add(tensor.storage.key)
             values = stored.read() if stored is not None else torch_archive.inflate(path, place, name, span)
         except OSError as error:

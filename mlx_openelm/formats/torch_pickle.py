@@ -1,7 +1,7 @@
 """Reading a PyTorch checkpoint's pickle as data: nothing in it is run, and no tensor is allocated.
 
-A pickle is a program for a small stack machine (Python's `pickletools` describes its instructions). This machine knows
-those that state dictionaries use; what they may name and call is listed in `torch_tensors`. The number of steps is
+A pickle is a program for a small stack machine (Python's `pickletools` describes its instructions). This one implements
+those that state dictionaries use; the names and calls it allows are listed in `torch_tensors`. The number of steps is
 limited, so a hostile file costs little.
 """
 
@@ -49,7 +49,7 @@ def load(file: BytesIO) -> tuple[Any, dict[str, Storage]]:
     """
     try:
         return _Machine().run(file)
-    # A pickle that ends too early, misses an operand, or has one of the wrong kind.
+    # The pickle is truncated, or an operand is missing or of the wrong type.
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedPickle(str(error)) from None
 
@@ -154,13 +154,13 @@ class _Machine:
     def _storage(self, what: str, kind: Global, key: str, location: str, size: int, view: Any = None) -> Any:
         """The storage that a persistent id describes. `view`, a part of another storage, occurs only in old files."""
         if what != "storage" or view is not None or not isinstance(key, str):
-            raise DamagedPickle("it has something other than a storage where one belongs")
+            raise DamagedPickle("it has something else in place of a storage")
         if location == "meta":
             return not_plain(META)
         dtype, itemsize = STORAGES[kind.name.rpartition(".")[2]]
         storage = Storage(key, dtype, itemsize, whole_numbers([size])[0])
         if self.storages.setdefault(key, storage) != storage:
-            raise DamagedPickle(f"it describes the storage {key} in two ways")
+            raise DamagedPickle(f"it describes the storage {key} twice, differently")
         return storage
 
 

@@ -107,7 +107,7 @@ class Storage:
 class StoredTensor:
     """A tensor as PyTorch describes it: offset and strides count values of its storage.
 
-    One that is not a plain array has no size, and its `dtype` says what it is instead.
+    For other kinds (sparse, quantized) the size is 0 and `dtype` names the kind.
     """
 
     storage: Storage
@@ -133,7 +133,7 @@ class StoredTensor:
 
     @property
     def repeats(self) -> bool:
-        """Whether two of its values may share a place in the storage: strides of zero, overlapping windows."""
+        """Whether two of its values may overlap in memory: strides of zero, overlapping windows."""
         reach = 0
         for stride, n in sorted(zip(self.strides, self.shape, strict=True)):
             if n > 1 and stride <= reach:
@@ -157,7 +157,7 @@ PLACEHOLDER = Placeholder()
 
 
 def not_plain(kind: str) -> StoredTensor:
-    """What stands for a tensor that is not a plain array; `kind` says what it is, for messages."""
+    """The description of a tensor that is not a plain array; `kind` names it in messages."""
     return StoredTensor(Storage("", kind, 1, 0), kind, 0, (), ())
 
 
@@ -165,7 +165,7 @@ def find(module: str, qualified: str) -> Global:
     """The function or class that a pickle names.
 
     Raises:
-        ForbiddenGlobal: it is not on the list.
+        ForbiddenGlobal: it is not allowed.
     """
     name = f"{'builtins' if module == '__builtin__' else module}.{qualified}"  # Python 2's name of the module
     is_dtype = module == "torch" and _DTYPE.fullmatch(qualified)
@@ -175,10 +175,10 @@ def find(module: str, qualified: str) -> Global:
 
 
 def call(function: Global, arguments: Any) -> Any:
-    """The result of calling a function of the list.
+    """The result of calling an allowed function.
 
     Raises:
-        DamagedPickle: the arguments are not what the function takes.
+        DamagedPickle: the arguments are wrong for the function.
     """
     name = function.name
     if not isinstance(arguments, tuple):
@@ -200,7 +200,7 @@ def _rebuild(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) ->
     """The tensor that `_rebuild_tensor` builds, or its later versions.
 
     Args:
-        rest: of `_v2`, requires_grad and hooks; of `_v3`, then the type; last, flags such as whether it is conjugated.
+        rest: requires_grad and hooks; with `_v3`, then the type; last, flags such as whether it is conjugated.
     """
     if isinstance(storage, StoredTensor):
         return storage
@@ -220,5 +220,5 @@ def _rebuild(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) ->
 def whole_numbers(values: Sequence[Any]) -> tuple[int, ...]:
     """Sizes, strides or offsets; DamagedPickle if one is not a whole number from 0 to `MAX_NUMBER`."""
     if not all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values):
-        raise DamagedPickle("it has a size, stride or offset that is not valid")
+        raise DamagedPickle("it has an invalid size, stride or offset")
     return tuple(values)

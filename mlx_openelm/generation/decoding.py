@@ -28,7 +28,7 @@ from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, forced_step, listed
 from .keywords import GenerationKeywords, unknown_option
-from .options import CONSTRAINTS, CacheOptions, GenerationOptions, token_ids, warn
+from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids, warn
 from .piece import Piece
 from .prompt_cache import cache_offset, check_cache
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
@@ -119,7 +119,7 @@ def stream_generate(
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
-            raise RequestError("The prompt is empty; give some text with --prompt.")
+            raise RequestError(EMPTY_PROMPT)
         is_rendered = prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
     if sampler is not None:
@@ -312,7 +312,7 @@ def make_decoder(
         check_cache(options, cache)
     ids = token_ids(prompt, config.vocab_size)
     if not ids:
-        raise RequestError("The prompt is empty; give at least one token.")
+        raise RequestError(EMPTY_PROMPT)
     total = past + len(ids)
     if total > config.rope_max_length:
         raise RequestError(
@@ -328,7 +328,7 @@ def make_decoder(
         context = token_ids(prompt_cache_tokens, config.vocab_size, "prompt_cache_tokens")
         if len(context) != past:
             raise RequestError(
-                f"prompt_cache_tokens has {len(context)} ids, and the prompt cache has seen {past} tokens."
+                f"prompt_cache_tokens has {len(context)} ids, but the prompt cache has seen {past} tokens."
             )
     if past > len(context) and any(getattr(process, "reads_context", True) for process in logits_processors):
         warn(

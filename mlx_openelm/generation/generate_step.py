@@ -47,7 +47,7 @@ def generate_step(
     """
     options = CacheOptions() if options is None else options
     if not isinstance(options, CacheOptions):
-        raise RequestError(f"options must be CacheOptions or GenerationOptions, got {quote(options)}.")
+        raise RequestError(f"Options must be CacheOptions or GenerationOptions, got {quote(options)}.")
     options.validate(model.config.vocab_size, model.config.head_dim)
     GenerationOptions(max_tokens=max_tokens, prefill_step_size=prefill_step_size).validate()
     decoder, ids, count = make_decoder(

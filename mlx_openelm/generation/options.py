@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 
-from ..cache import SMALLEST_WINDOW
+from ..cache import check_window
 from ..errors import RequestError, quote
 from ..options import Option, Options
 
@@ -26,6 +26,7 @@ _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xt
 
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+EMPTY_PROMPT = "The prompt is empty; give some text."
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -118,12 +119,12 @@ class SamplingParams(Options):
         check_number("--xtc-probability", self.xtc_probability, 0, 1, "between 0 and 1")
         check_number("--xtc-threshold", self.xtc_threshold, 0, 0.5, "between 0 and 0.5")
         if self.repetition_penalty is not None:
-            wanted = f"between {1 / PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (1 changes nothing)"
-            check_number("--repetition-penalty", self.repetition_penalty, 1 / PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+            expected = f"between {1 / PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (1 changes nothing)"
+            check_number("--repetition-penalty", self.repetition_penalty, 1 / PENALTY_LIMIT, PENALTY_LIMIT, expected)
         for name in ("presence", "frequency"):
-            wanted = f"between {-PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (0 changes nothing)"
+            expected = f"between {-PENALTY_LIMIT:g} and {PENALTY_LIMIT:g} (0 changes nothing)"
             value = getattr(self, f"{name}_penalty")
-            check_number(f"--{name}-penalty", value, -PENALTY_LIMIT, PENALTY_LIMIT, wanted)
+            check_number(f"--{name}-penalty", value, -PENALTY_LIMIT, PENALTY_LIMIT, expected)
         for name in ("repetition", "presence", "frequency"):
             size = getattr(self, f"{name}_context_size")
             if size is not None:
@@ -184,8 +185,7 @@ class CacheOptions(Options):
         """
         check_number("--quantized-kv-start", self.quantized_kv_start, 0, math.inf, "0 or more", kind=int)
         if self.max_kv_size is not None:
-            wanted = f"{SMALLEST_WINDOW} or more"
-            check_number("--max-kv-size", self.max_kv_size, SMALLEST_WINDOW, math.inf, wanted, kind=int)
+            check_window(self.max_kv_size)
         if self.kv_bits is None:
             if self.kv_group_size is not None:
                 raise RequestError("--kv-group-size needs --kv-bits.")
@@ -265,10 +265,10 @@ class GenerationOptions(SamplingParams, CacheOptions):
         """
         SamplingParams.validate(self, vocab_size)
         CacheOptions.validate(self, vocab_size, head_dim)
-        wanted = "1 or more, or -1 for no limit"
-        check_number("--max-tokens", self.max_tokens, -1, math.inf, wanted, kind=Integral)
+        expected = "1 or more, or -1 for no limit"
+        check_number("--max-tokens", self.max_tokens, -1, math.inf, expected, kind=Integral)
         if self.max_tokens == 0:
-            raise RequestError(f"--max-tokens must be {wanted}, got 0")
+            raise RequestError(f"--max-tokens must be {expected}, got 0")
         if self.prefill_step_size is not None:
             check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
         if self.seed is not None:
@@ -288,14 +288,14 @@ class GenerationOptions(SamplingParams, CacheOptions):
             raise RequestError(f"sampler replaces {', '.join(given)}; give one or the other.")
 
 
-def check_number(flag: str, value: object, low: float, high: float, wanted: str, kind: type = Real) -> None:
+def check_number(flag: str, value: object, low: float, high: float, expected: str, kind: type = Real) -> None:
     """Raise a `RequestError` unless `value` is of type `kind`, not a bool, not NaN, and in [low, high].
 
     Args:
-        wanted: what the message says the flag must be.
+        expected: the rest of the sentence "--flag must be", for the message.
     """
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{flag} must be {wanted}, got {value}")
+        raise RequestError(f"{flag} must be {expected}, got {value}")
 
 
 def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
@@ -307,9 +307,9 @@ def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:
     if not isinstance(logit_bias, Mapping):
         raise RequestError(f"--logit-bias must map token ids to numbers, got {quote(logit_bias)}")
     last = math.inf if vocab_size is None else vocab_size - 1
-    wanted = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
+    expected = "token ids" if vocab_size is None else f"token ids from 0 to {last}"
     for token, bias in logit_bias.items():
-        check_number("--logit-bias: the keys", token, 0, last, wanted, kind=Integral)
+        check_number("--logit-bias: the keys", token, 0, last, expected, kind=Integral)
         if bias != -math.inf:
             check_number(f"--logit-bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT, "a number, or -inf")
     if len(logit_bias) == vocab_size and all(bias == -math.inf for bias in logit_bias.values()):

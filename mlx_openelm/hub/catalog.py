@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..errors import RequestError, quote
+from ..wording import did_you_mean
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
@@ -70,7 +70,7 @@ class Release:
         suites = published_scores()["scores"]
         if suite not in suites:
             raise RequestError(
-                f"there are no published scores for the suite {quote(suite)}; known: {', '.join(suites)}"
+                f"There are no published scores for the suite {quote(suite)}; known: {', '.join(suites)}"
             )
         return dict(suites[suite][self.name])
 
@@ -141,8 +141,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
         return (f"pretrained/{release.size}/{file}.pt",)
     if file in _CORENET_ADAPTERS:
         return (f"peft/openelm_{file}_{release.size}.pt",)
-    close = difflib.get_close_matches(file, (*_CORENET_CHECKPOINTS, *_CORENET_PORTS, *_CORENET_ADAPTERS), n=2)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    hint = did_you_mean(file, (*_CORENET_CHECKPOINTS, *_CORENET_PORTS, *_CORENET_ADAPTERS))
+    hint = f" ({hint})" if hint else ""
     first, last = (f"checkpoint_epoch_0_iter_{CORENET_ITERATIONS[i] - 1}" for i in (0, -1))
     raise RequestError(
         f"{quote(name)} is not a published file{hint}: after corenet:{release.size}/ give checkpoint_average, "
@@ -150,8 +150,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
     )
 
 
-def suggest(name: str) -> list[str]:
-    """At most three known names close to `name`, closest first, for an error message."""
+def names() -> list[str]:
+    """Every name of a published model or its tokenizer."""
     known = [TINY]
     for release in _RELEASES:
         known += [
@@ -161,8 +161,7 @@ def suggest(name: str) -> list[str]:
             release.hub_repo,
             release.tokenizer_repo,
         ]
-    spelling = {text.lower(): text for text in known}
-    return [spelling[text] for text in difflib.get_close_matches(name.strip().lower(), spelling, n=3)]
+    return known
 
 
 def published_scores() -> dict[str, Any]:

@@ -90,13 +90,13 @@ def _fetch(name: str, part: str, path: Path) -> None:
         raise RequestError(f"{URL_VARIABLE} must be a whole address, like {catalog.CORENET_URL}.") from None
     except httpx.ConnectError:
         raise OpenELMError(
-            f"cannot reach {_host(url)} and {absent}: connect once, set {URL_VARIABLE} to a mirror, "
+            f"Cannot reach {_host(url)} and {absent}: connect once, set {URL_VARIABLE} to a mirror, "
             f"or {offline.corenet(name)}"
         ) from None
     except httpx.HTTPError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OpenELMError(
-            f"The transfer of {name} broke off ({reason}): run the same command again, it goes on where it stopped."
+            f"The transfer of {name} broke off ({reason}): run the same command again; it resumes where it stopped."
         ) from None
     except OSError as error:
         raise _disk_error(error, name) from None
@@ -145,7 +145,7 @@ def _disk_error(error: OSError, name: str) -> OpenELMError:
     place = cache_folder()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OpenELMError(
-            f"The disk is full, {name} did not fit: free some space in {place}, or set {CACHE_VARIABLE} to a folder "
+            f"The disk is full; {name} does not fit. Free some space in {place}, or set {CACHE_VARIABLE} to a folder "
             "on another disk."
         )
     return OpenELMError(

@@ -7,6 +7,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from .. import wording
 from ..errors import OpenELMError, RequestError, quote
 from . import catalog, offline
 
@@ -30,7 +31,7 @@ _SECRETS = [
 
 _NO_ADDRESS = "HF_ENDPOINT must be a whole address, like https://huggingface.co: correct or unset it"
 _NO_HUB = "{} does not answer like a model hub: check HF_ENDPOINT and your proxy settings"
-_NO_TOKEN_TEXT = "your token has invalid characters: correct HF_TOKEN, or run `hf auth login`"
+_NO_TOKEN_TEXT = "Your token has invalid characters: correct HF_TOKEN, or run `hf auth login`"
 _BAD_TOKEN = "{} refuses your token: log in again with `hf auth login`, or correct HF_TOKEN"
 _TOO_MANY = "{} limits your requests: wait a few minutes"
 _BROKEN = "{} has a server error (HTTP {}): try again later"
@@ -59,16 +60,16 @@ def explain_download(error: Exception, repo: str, revision: str | None, advice: 
         return _explain_absent(error, cause, repo, advice)
     if _is_disk_full(cause):
         return OpenELMError(
-            f"the disk is full, {repo} did not fit: free some space in {_cache_folder()}, "
+            f"The disk is full; {repo} does not fit. Free some space in {_cache_folder()}, "
             "or set HF_HOME to a folder on another disk"
         )
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OpenELMError(
-            f"cannot write to the download cache {_cache_folder()} ({cause.strerror}): set HF_HOME to a folder you own"
+            f"Cannot write to the download cache {_cache_folder()} ({cause.strerror}): set HF_HOME to a folder you own"
         )
     return OpenELMError(
-        f"the transfer of {repo} from {host()} broke off ({_first_line(cause)}): "
-        "run the same command again, files that arrived whole are kept"
+        f"The transfer of {repo} from {host()} broke off ({_first_line(cause)}): "
+        "run the same command again, completed files are kept"
     )
 
 
@@ -105,7 +106,7 @@ def _explain_answer(error: Any, repo: str, revision: str | None) -> OpenELMError
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return RequestError(
-            f"there is no folder and no hub repository named {repo}{did_you_mean(repo)}; "
+            f"There is no folder and no hub repository named {repo}{did_you_mean(repo)}; "
             "a private one needs `hf auth login`"
         )
     if isinstance(error, errors.RevisionNotFoundError):
@@ -138,7 +139,7 @@ def _explain_absent(error: Exception, cause: Exception, repo: str, advice: str) 
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return OpenELMError(f"HF_HUB_OFFLINE is set and {what}: unset it and connect once, or {advice}")
     why = f" ({_first_line(cause)})" if cause is not error else ""
-    return OpenELMError(f"cannot reach {host()}{why} and {what}: connect once, or {advice}")
+    return OpenELMError(f"Cannot reach {host()}{why} and {what}: connect once, or {advice}")
 
 
 def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMError:
@@ -162,8 +163,8 @@ def explain_upload(error: Exception, repo: str, *, sending: bool) -> OpenELMErro
     if isinstance(error, ValueError | KeyError):  # an answer that is not JSON, or not the JSON of a hub
         return OpenELMError(_NO_HUB.format(host()))
     if sending:
-        return OpenELMError(f"the transfer of {repo} to {host()} broke off ({_first_line(causes[-1])})")
-    return OpenELMError(f"cannot reach {host()} ({_first_line(causes[-1])}): check your network")
+        return OpenELMError(f"The transfer of {repo} to {host()} broke off ({_first_line(causes[-1])})")
+    return OpenELMError(f"Cannot reach {host()} ({_first_line(causes[-1])}): check your network")
 
 
 def _explain_refusal(error: Any, repo: str) -> OpenELMError:
@@ -234,6 +235,6 @@ def _cache_folder() -> str:
 
 
 def did_you_mean(name: str) -> str:
-    """` (did you mean ...?)`, or nothing if no known name is close."""
-    close = [text for text in catalog.suggest(name) if text != name]
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+    """` (did you mean ...?)`, or nothing if no published name is similar."""
+    hint = wording.did_you_mean(name, [known for known in catalog.names() if known != name])
+    return f" ({hint})" if hint else ""

@@ -1,6 +1,6 @@
 """From a model's name to a folder on this machine, downloading from the Hugging Face Hub if necessary.
 
-huggingface_hub does the transfers, the cache and the retries, and honours HF_ENDPOINT, HF_HOME, HF_TOKEN and
+huggingface_hub does the transfers, the cache and the retries, and honors HF_ENDPOINT, HF_HOME, HF_TOKEN and
 HF_HUB_OFFLINE. It is imported inside the functions that need it, so that local models start without it.
 """
 
@@ -104,7 +104,7 @@ def download(
             raise explain_download(error, repo, revision, advice or offline.model(repo, revision)) from error
         folder = cached
     if not os.path.isdir(folder):
-        raise RequestError(f"the repository {repo} does not have any of these files: {', '.join(patterns)}")
+        raise RequestError(f"The repository {repo} does not have any of these files: {', '.join(patterns)}")
     return Path(folder)
 
 
@@ -134,10 +134,10 @@ def locate(name: str | Path) -> Path | str:
     if not is_known and os.path.isfile(text):
         raise RequestError(f"{name} is a file: give the folder that holds the model, or a .pt or .gguf file")
     if isinstance(name, Path) or (not is_known and _looks_like_path(str(name).strip())):
-        raise RequestError(f"the folder {name} does not exist")
+        raise RequestError(f"The folder {name} does not exist")
     if is_tiny:
         if not (catalog.TINY_FOLDER / "config.json").is_file():
-            raise OpenELMError("the model inside the package is missing: install mlx-openelm again")
+            raise OpenELMError("The model inside the package is missing: install mlx-openelm again")
         return catalog.TINY_FOLDER
     if release is not None:
         return release.hub_repo
@@ -145,7 +145,7 @@ def locate(name: str | Path) -> Path | str:
     if owner and repo:
         return text
     raise RequestError(
-        f"there is no model named {quote(text)}{did_you_mean(text)}; give {_known_names()}, a local folder, "
+        f"There is no model named {quote(text)}{did_you_mean(text)}; give {_known_names()}, a local folder, "
         "or a hub repository as owner/name"
     )
 
@@ -159,10 +159,10 @@ def _check_is_model(repo: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         if any(folder.glob("adapter*.safetensors")):
             raise RequestError(f"{repo} is an adapter: give it with --adapter-path, and its base model with --model")
-        raise RequestError(f"the repository {repo} has no config.json, so it is not a model{did_you_mean(repo)}")
+        raise RequestError(f"The repository {repo} has no config.json, so it is not a model{did_you_mean(repo)}")
     if not any(folder.glob("*.safetensors")):
         raise RequestError(
-            f"the repository {repo} has no *.safetensors; pickled weights (.bin, .pt) are never downloaded"
+            f"The repository {repo} has no *.safetensors; pickled weights (.bin, .pt) are never downloaded"
         )
 
 
@@ -184,7 +184,7 @@ def _cached(repo: str, revision: str | None, patterns: list[str]) -> str | None:
 
 
 def _cached_without_documents(repo: str, revision: str | None, patterns: list[str]) -> str | None:
-    """A cached copy that may lack the licence and the model card, but nothing else.
+    """A cached copy that may lack the license and the model card, but nothing else.
 
     Other programs (mlx-lm) fill the same cache without them, and huggingface_hub then calls it incomplete.
     """

@@ -22,7 +22,7 @@ from ..sources import Source, open_source
 from .writing import origin_of, write_folder
 
 # Fields that change what a model computes from the same weights.
-_BEHAVIOUR = (
+_BEHAVIOR = (
     "activation_fn_name",
     "rms_norm_eps",
     "rope_freq_constant",
@@ -69,12 +69,12 @@ def average(
         _check_same_architecture(first, source)
 
     dtypes = [source.checkpoint.dtype for source in sources]
-    stored = dtypes[0] if all(kind == dtypes[0] for kind in dtypes) else mx.float32
-    wanted = dtype_for(dtype, first.checkpoint.config) or stored
+    common = dtypes[0] if len(set(dtypes)) == 1 else mx.float32
+    target_dtype = dtype_for(dtype, first.checkpoint.config) or common
     mean = replace(
         first,
         name=", ".join(source.name for source in sources),
-        checkpoint=replace(first.checkpoint, weights=_means(sources, wanted)),
+        checkpoint=replace(first.checkpoint, weights=_means(sources, target_dtype)),
         stamps={path: stamp for source in sources for path, stamp in source.stamps.items()},
     )
 
@@ -99,7 +99,7 @@ def _open(model: str | Path, tokenizer: str | Path | None, config_yaml: str | Pa
 
 
 def _check_same_architecture(first: Source, other: Source) -> None:
-    """Refuse two models whose tensors, or what they compute with them, differ."""
+    """Refuse two models whose tensors, or the settings they are computed with, differ."""
     expected, shapes = first.checkpoint.config.tensor_shapes(), other.checkpoint.config.tensor_shapes()
     differing = [name for name in expected | shapes if expected.get(name) != shapes.get(name)]
     if differing:
@@ -108,7 +108,7 @@ def _check_same_architecture(first: Source, other: Source) -> None:
             f"{first.name} and {other.name} have different shapes: {len(differing)} tensors differ, such as {name} "
             f"({_shape_text(expected.get(name))} and {_shape_text(shapes.get(name))})."
         )
-    for field in _BEHAVIOUR:
+    for field in _BEHAVIOR:
         ours, theirs = getattr(first.checkpoint.config, field), getattr(other.checkpoint.config, field)
         if ours != theirs:
             raise RequestError(f"{first.name} and {other.name} differ in {field}: {ours} and {theirs}.")
@@ -134,18 +134,18 @@ def _means(sources: Sequence[Source], dtype: mx.Dtype) -> Weights:
 
 
 def _origin(sources: Sequence[Source]) -> Origin:
-    """The origin of the mean: every base model, and the metadata and licence that all of them share."""
+    """The origin of the mean: every base model, and the metadata and license that all of them share."""
     origins = [origin_of(source) for source in sources]
     first = origins[0]
     stated = [o.base_model for o in origins if o.base_model is not None]
     bases = list(dict.fromkeys(name for base in stated for name in ([base] if isinstance(base, str) else base)))
     shared = {k: v for k, v in first.metadata.items() if all(o.metadata.get(k) == v for o in origins)}
     license_fields = [{k: v for k, v in o.metadata.items() if k.startswith("license")} for o in origins]
-    is_same_licence = all(fields == license_fields[0] for fields in license_fields)
+    is_same_license = all(fields == license_fields[0] for fields in license_fields)
     return Origin(
         name="the mean of " + ", ".join(origin.name for origin in origins),
         base_model=bases[0] if len(bases) == 1 else bases or None,
         relation="merge" if bases else None,
-        metadata=shared if is_same_licence else {k: v for k, v in shared.items() if k not in license_fields[0]},
-        licenses=first.licenses if is_same_licence else (),
+        metadata=shared if is_same_license else {k: v for k, v in shared.items() if k not in license_fields[0]},
+        licenses=first.licenses if is_same_license else (),
     )

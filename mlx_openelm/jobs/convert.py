@@ -126,7 +126,7 @@ def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], op
     better = "" if source.path == catalog.TINY_FOLDER else "quantize the original, which loses less, or "
     raise RequestError(
         f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, with two commands: "
-        f"{first} && {second}"
+        f"`{first} && {second}`"
     )
 
 

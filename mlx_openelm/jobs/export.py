@@ -31,8 +31,8 @@ FORMATS = ("huggingface", "gguf")
 class Export:
     """What `export` wrote: the path, its bytes, its bits per parameter, and the matrices stored differently.
 
-    A folder contains its model card and licence. For a file, `card` gives the card's text for a repository's name, and
-    `licenses` are the original's licence files.
+    A folder contains its model card and license. For a file, `card` gives the card's text for a repository's name, and
+    `licenses` are the original's license files.
     """
 
     path: Path
@@ -122,11 +122,11 @@ def check_output(path: Path, format: str, *, overwrite: bool) -> Path:
     if format == "huggingface":
         return atomic.check_target(path, overwrite=overwrite, flag="--output")
     if target.is_dir():
-        raise RequestError(f"{target} is a folder; name a file with --output.")
+        raise RequestError(f"{target} is a folder; give a file with --output.")
     if target.exists() and not overwrite:
         raise RequestError(f"{target} exists; choose another --output, or replace it with --overwrite.")
     if target.exists() and not gguf.is_gguf(target):
-        raise RequestError(f"{target} is not a GGUF file, so it is not overwritten; choose another --output.")
+        raise RequestError(f"{target} is not a GGUF file, so it will not be overwritten; choose another --output.")
     return target
 
 
@@ -170,11 +170,11 @@ def _export_huggingface(
     progress: Callable[[int, int], None] | bool | None,
 ) -> Export:
     checkpoint = source.checkpoint
-    wanted = dtype_for(dtype, checkpoint.config)
+    requested = dtype_for(dtype, checkpoint.config)
     target = check_output(path, "huggingface", overwrite=overwrite)
     atomic.keep_apart(target, source.path, "the model to export", "--output")
 
-    _unify(checkpoint, wanted)
+    _unify(checkpoint, requested)
     stored, bits = checkpoint.dtype, checkpoint.bits_per_weight
     origin, template = origin_of(source), chat_template(source)
     folder = atomic.new_folder(target, overwrite=overwrite, flag="--output")

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backend
-from ..config import ModelConfig
+from ..config import EMBEDDING, HEAD, ModelConfig
 from ..errors import RequestError
 from ..formats import corenet, gguf
 from ..formats import mlx as mlx_format
@@ -186,7 +186,7 @@ def _summarize_gguf(path: Path, name: str) -> Summary:
         checkpoint.config,
         name=name,
         source="files",
-        dtype=_dtype_name(checkpoint.weights.tensors["transformer.token_embeddings.weight"].dtype),  # norms are float32
+        dtype=_dtype_name(checkpoint.weights.tensors[f"{EMBEDDING}.weight"].dtype),  # norms are float32
         bits=8 * size / checkpoint.config.num_parameters,
         storage_bytes=size,
         tokenizer=path.name,
@@ -224,8 +224,8 @@ def summarize_config(
         config=config,
         layers=layer_table(config),
         parameters=config.num_parameters,
-        embedding=counts["transformer.token_embeddings.weight"],
-        head=counts.get("lm_head.weight", 0),
+        embedding=counts[f"{EMBEDDING}.weight"],
+        head=counts.get(f"{HEAD}.weight", 0),
         norms=sum(count for key, count in counts.items() if len(shapes[key]) == 1),
         dtype=dtype,
         quantization=most_common(choices).to_dict() if choices else None,

@@ -61,7 +61,7 @@ def chat_template(source: Source) -> str | None:
 
 
 def origin_of(source: Source) -> Origin:
-    """Where a source comes from, and its licence, for a model card."""
+    """Where a source comes from, and its license, for a model card."""
     is_corenet_release = catalog.corenet_name(source.name) is not None and source.release is not None
     base_model = source.release.hub_repo if is_corenet_release and source.release is not None else None
     return find_origin(source.path, repo=source.repo, base_model=base_model)

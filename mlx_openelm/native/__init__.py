@@ -24,8 +24,8 @@ from typing import Any
 
 SOURCES = Path(__file__).parent / "src"
 LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
-# What the library was compiled for. This file lies beside it and is read first, since loading the library may already
-# execute instructions that a processor lacks.
+# What the library was compiled for. This file is read first, since merely loading the library may execute instructions
+# that this processor lacks.
 FACTS = f"{LIBRARY}.json"
 # The instructions that the kernels are written for, by their names in /proc/cpuinfo.
 KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
@@ -50,7 +50,7 @@ class Status:
 
     `state` is one of: used, off (by the environment variable), missing (not compiled), stale (compiled for another
     MLX, or from other sources), foreign (for another processor), failed (the library does not load, or does not
-    recognize MLX's arrays). `detail` says more in a few words, `advice` what to do, if anything.
+    recognize MLX's arrays). `detail` gives the reason in a few words, `advice` what to do, if anything.
     """
 
     state: str
@@ -59,7 +59,7 @@ class Status:
 
 
 def fingerprint() -> int:
-    """A checksum of the sources and of how they are compiled: a library of other sources may have other functions."""
+    """A checksum of the sources and the compiler flags: a library of other sources may have other functions."""
     number = zlib.crc32(SOURCES.with_name("build.py").read_bytes())
     for file in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         number = zlib.crc32(file.read_bytes(), number)
@@ -84,11 +84,11 @@ def thread_count() -> int:
 
 
 def examine(folder: Path) -> Status | None:
-    """Why the library in `folder` must not be loaded, judged from its description alone; None if it may be."""
+    """Why the library in `folder` must not be loaded, from its description alone; None if it may be."""
     if os.environ.get(VARIABLE, "").lower() in OFF:
-        return Status("off", f"{VARIABLE} says so", f"unset {VARIABLE} to use them")
+        return Status("off", f"disabled by {VARIABLE}", f"unset {VARIABLE} to use them")
     if not (folder / LIBRARY).is_file():
-        return Status("missing", "not compiled", f"{COMMAND} compiles them, and says what it needs")
+        return Status("missing", "not compiled", f"run {COMMAND} to compile them")
     try:
         facts = json.loads((folder / FACTS).read_text())
         built_for, sources, machine = facts["mlx"], facts["sources"], facts["machine"]
@@ -101,7 +101,7 @@ def examine(folder: Path) -> Status | None:
 
     installed: str = mx.__version__  # type: ignore[attr-defined]
     if built_for != installed:
-        return Status("stale", f"compiled for MLX {built_for}, and {installed} is installed", REBUILD)
+        return Status("stale", f"compiled for MLX {built_for}, but {installed} is installed", REBUILD)
     try:
         is_ours = sources == fingerprint()
     except OSError as error:

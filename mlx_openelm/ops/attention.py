@@ -16,8 +16,8 @@ from . import exponentials, layers, packed
 
 Heads = tuple[mx.array, mx.array, mx.array]
 
-# With this many rows per-operation overhead no longer matters, so a layer need not be one kernel. And if a prompt only
-# fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
+# With this many rows, per-operation overhead no longer matters, so a layer need not be one kernel. And when a prompt
+# only fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
 MANY_LAYER_ROWS = 12
 
 
@@ -72,11 +72,11 @@ class PlainAttention:
     def __call__(
         self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any = None
     ) -> mx.array:
-        """Projected queries, keys and values [N, (H + 2K) * D] to attention's output [N, H * D].
+        """Projected queries, keys and values [N, (H + 2K) * D] to the output of attention [N, H * D].
 
         Args:
             num_heads: H, K.
-            norms: how queries and keys are normalized before RoPE, if they are.
+            norms: the norms of queries and keys before RoPE, if any.
             cache: extended in place, ours or mlx-lm's; or None.
         """
         queries, keys, values = self.heads(qkv, num_heads, norms)
@@ -134,7 +134,7 @@ class PlainAttention:
 
 
 class FusedAttention(PlainAttention):
-    """Attention with MLX's fused kernels, for a GPU. Its queries are not scaled: the kernel does that."""
+    """Attention with MLX's fused kernels, for a GPU. Queries stay unscaled, since the kernel scales them."""
 
     scales_queries = False
 
@@ -161,7 +161,7 @@ class FusedAttention(PlainAttention):
 
 
 class KernelAttention(PlainAttention):
-    """Attention with the kernels of `native`, which write straight into a growing cache of ours."""
+    """Attention with the kernels of `native`, which write in place into a `KVCache`."""
 
     def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
         super().__init__(head_dim, base, offset, length, mask)
@@ -173,13 +173,13 @@ class KernelAttention(PlainAttention):
         weights = (None, None) if norms is None else (norms.query_weight, norms.key_weight)
         eps = 0.0 if norms is None else norms.eps
         keys: Any
-        if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.holds(mx.float32):
+        if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.has_dtype(mx.float32):
             batch = qkv.shape[0] // self.length
             *buffers, start = cache.reserve(batch, num_heads[1], self.length, self.head_dim, qkv.dtype)
             queries, new_keys, new_values = native.kernels.split_heads(
                 qkv, self.table, *weights, *buffers, *num_heads, eps, start
             )
-            # The cache lets go of its old buffers here, so that the kernel may write into them.
+            # Dropping the cache's references lets the kernel write in place.
             cache.state = new_keys, new_values, cache.offset
             keys, values, total = [new_keys], [new_values], cache.offset
         else:
@@ -220,7 +220,7 @@ class KernelAttention(PlainAttention):
         """
         buffers = cache.reserve(x.shape[0] // self.length, num_heads[1], self.length, self.head_dim, mx.float32)
         y, keys, values = native.kernels.layer(x, self.table, *buffers, *num_heads, eps, self.scale, norms, projections)
-        # The cache lets go of its old buffers here, so that the kernel may write into them.
+        # Dropping the cache's references lets the kernel write in place.
         cache.state = keys, values, cache.offset
         return y
 

@@ -12,18 +12,18 @@ Value = TypeVar("Value")
 
 
 class Derived(threading.local, Generic[Value]):
-    """A cache of what is derived from parameters. These are compared by identity: to change one, assign another array.
+    """A cache of values derived from parameters, which are compared by identity: to change one, assign another array.
 
-    Nothing is evaluated here, so it works inside a traced function as well: there the parameters are the trace's own
-    arrays, and what is derived from them is not found once the trace is over. Each thread has its own entries, since
-    two threads that evaluate the same graph wait for each other.
+    Nothing is evaluated here, so it also works inside a traced function. There the parameters are the trace's own
+    arrays, so entries made in a trace are not reused after it. Each thread has its own entries, since two threads that
+    evaluate the same graph wait for each other.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[tuple[mx.array, ...], Value]] = {}
 
     def get(self, key: Hashable, make: Callable[..., Value], *parameters: mx.array) -> Value:
-        """`make(*parameters)`, or what it gave for them before. Different keys are kept side by side."""
+        """`make(*parameters)`, cached by key."""
         if (entry := self._entries.get(key)) is not None:
             for known, parameter in zip(entry[0], parameters, strict=True):
                 if known is not parameter:

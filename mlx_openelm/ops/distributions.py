@@ -1,6 +1,6 @@
-"""What logits [..., vocab] say of the next token: log-probabilities, losses, and how far two models are apart.
+"""Log-probabilities, cross-entropy and KL divergence from logits [..., vocab].
 
-In float32 and differentiable; in nats.
+In float32, in nats, and differentiable.
 """
 
 from __future__ import annotations

@@ -17,15 +17,15 @@ from .. import backend, native
 from . import distributions, exponentials, packed
 
 # A weight as the CPU kernels take it: values, scales and biases, bits (0: not packed), group size, and whether
-# activations of few rows may be rounded to 8 bits.
+# few rows of activations may be rounded to 8 bits.
 Stored = tuple[mx.array, mx.array | None, mx.array | None, int, int, bool]
 
 # On CUDA `addmm` of one row runs as a matrix product, `x @ W.T` as a matrix-vector kernel (H100, 3072 x 3072 in
 # bfloat16: 27 against 14 µs). From two rows on `addmm` is faster (27 against 29 µs). Metal has both kernels.
 _ADDS_SEPARATELY = mx.cuda.is_available()
 
-# OpenBLAS multiplies matrices of at most a million elements without copying them into packed panels first.
-# For a single row that copy is most of the work, so larger weights are multiplied in blocks of this size.
+# OpenBLAS multiplies matrices of at most a million elements without first copying them into packed panels. For a
+# single row that copy is most of the work, so larger weights are multiplied in blocks of this size.
 _UNPACKED_ELEMENTS = 1_000_000
 # Below this, a product in blocks saves less time than its larger graph costs.
 _WORTH_BLOCKS = 4_000_000
@@ -86,7 +86,7 @@ def _blocks(out_dims: int, in_dims: int) -> tuple[int, int, int] | None:
 def quantized_linear(x: mx.array, layer: Any, residual: mx.array | None = None) -> mx.array:
     """`linear` with the packed weight of a quantized layer.
 
-    If `layer.rounds`, the CPU kernels may round x to 8 bits, in groups, when it has few rows.
+    If `layer.rounds_activations`, the CPU kernels may round few rows x to 8 bits, in groups.
     """
     if layer.mode == "affine" and not backend.on_gpu() and (kernels := native.kernels) is not None:
         output = kernels.linear(x, stored(layer))
@@ -99,7 +99,7 @@ def stored(layer: Any) -> Stored:
     """The weight of a plain or affine layer, as the CPU kernels take it."""
     if "scales" not in layer:
         return layer["weight"], None, None, 0, 0, False
-    return layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds
+    return layer["weight"], layer["scales"], layer["biases"], layer.bits, layer.group_size, layer.rounds_activations
 
 
 def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
@@ -161,7 +161,7 @@ def _fused_swiglu(gate_and_up: mx.array) -> mx.array:
 
 
 def log_softmax(x: mx.array) -> mx.array:
-    """x [..., n] minus logsumexp(x), in float32."""
+    """Log-probabilities [..., n] of logits x in float32, by a kernel where there is one; it has no gradient there."""
     if not backend.on_gpu() and (kernels := native.kernels) is not None:
         return kernels.log_softmax(x)
     return distributions.log_softmax(x)

@@ -1,15 +1,15 @@
-"""Products with packed weights: what each of MLX's backends multiplies as it is stored, and what is unpacked first.
+"""Products with packed weights: which of them MLX has a kernel for, and which need unpacking.
 
 Read from MLX 0.32. Metal has kernels of every mode, for any number of rows and for either orientation
 (`backend/metal/quantized.cpp`), and so has the CPU. CUDA (`backend/cuda/quantized`) has
 
 - a matrix-vector kernel of every mode, for x W^T with few rows;
 - one on tensor cores, in 16 bits and with 4 or 8 bits a weight, for sizes that fill its tiles;
-- one for the rest, which only gradients of one or two rows ask for: it is slower than unpacking and a product of plain
+- one for the rest, used only for gradients of one or two rows: it is slower than unpacking and a product of plain
   matrices, compiled for every type and tile at its first use, and lacks shared memory for float32 in groups of 128.
 
-All of CUDA's fail where the heads of a cache do not lie side by side, as in a buffer with room at its end. Products
-without a kernel fail only when they are evaluated, so the choice is made here, by shape.
+CUDA's kernels need contiguous heads, so they fail on a cache buffer with spare capacity. Products without a kernel fail
+only when they are evaluated, so the choice is made here, by shape.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import mlx.core as mx
 
 from .. import backend
 
-# Mode: the bits and group sizes MLX has for it, its default first.
+# The bits and group sizes that MLX supports in each mode, the default first.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
     "mxfp4": ((4,), (32,)),
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
-# What MLX stores of a packed matrix: the levels, a scale for each group, and in affine mode also a bias.
+# The parts of a packed matrix: levels, a scale for each group, and in affine mode a bias.
 PARTS = ("weight", "scales", "biases")
 
 # CUDA: with this many rows MLX uses tensor cores, which take no longer for 16 rows.
 _MATRIX_ROWS = 8
-# CUDA: from this many rows on it is faster to pad them to that, since the other kernel's time grows with their number
+# CUDA: from this many rows, padding them to that is faster, since the other kernel's time grows with the rows
 # (an H100, 12288 x 3072 in 4 bits: 35, 55 and 99 µs for 1, 2 and 4 rows; 41, 44 and 46 µs padded).
 _FILLED_ROWS = 2
-# CUDA: from this many rows on unpacking and a plain product are faster than tensor cores with packed weights (there:
+# CUDA: from this many rows, unpacking and a plain product are faster than tensor cores on packed weights (there:
 # 134 against 86 µs for 128 rows, 141 against 151 for 256).
 _MANY_ROWS = 256
 # CUDA: the tiles of the kernel on tensor cores.
@@ -53,9 +53,9 @@ def product(x: mx.array, layer: Any) -> mx.array:
 
 @lru_cache
 def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.array]:
-    """CUDA's product of several rows x with weights packed this way, given as their parts, which have no gradient.
+    """CUDA's product of several rows x with weights packed this way; these are constants without a gradient.
 
-    They are unpacked again in the backward pass: kept until then, all would be as large as without packing.
+    They are unpacked again in the backward pass: keeping them would take as much memory as a model without packing.
     """
     packing: Any = {"group_size": group_size, "bits": bits, "mode": mode}
 
@@ -79,14 +79,14 @@ def _matrix_product(group_size: int, bits: int, mode: str) -> Callable[..., mx.a
 
 def _filled(x: mx.array, multiply: Callable[[mx.array], mx.array]) -> mx.array:
     """multiply(x) with rows of zeros added where x has too few for tensor cores."""
-    rows = x.reshape(-1, x.shape[-1])  # one matrix: of several, each would be multiplied alone
+    rows = x.reshape(-1, x.shape[-1])  # flattened to one matrix, or each would be multiplied separately
     missing = _MATRIX_ROWS - len(rows)
     y = multiply(rows) if missing <= 0 else multiply(mx.pad(rows, [(0, missing), (0, 0)]))[:-missing]
     return y.reshape(*x.shape[:-1], -1)
 
 
 def _has_tensor_cores(x: mx.array, out_dims: int, group_size: int, bits: int) -> bool:
-    """Whether CUDA multiplies rows x with packed weights on tensor cores, and faster than unpacked."""
+    """Whether CUDA has a kernel on tensor cores for x and these weights that is faster than unpacking."""
     return (
         _rows(x) < _MANY_ROWS
         and x.dtype != mx.float32
@@ -104,9 +104,9 @@ def columns_product(x: mx.array, layer: Any) -> mx.array:
 
 
 def attends_packed(length: int) -> bool:
-    """Whether attention of `length` new positions multiplies a quantized cache as it is stored.
+    """Whether attention of `length` new positions multiplies a quantized cache without unpacking it.
 
-    A GPU's fused attention takes it unpacked, and needs no scores [H, L, T].
+    A GPU's fused attention needs it unpacked, but saves the scores [H, L, T].
     """
     device = backend.device()
     return device == "CPU" or (device == "Metal" and length == 1)
@@ -114,7 +114,7 @@ def attends_packed(length: int) -> bool:
 
 def unpacked_cache(cache: Any, length: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     """The first `length` keys and values [B, K, length, D] of a quantized cache, ours or mlx-lm's."""
-    # Whole buffers, of which a part would be copied first.
+    # Dequantize whole buffers; slicing first would copy.
     packing: Any = {"group_size": cache.group_size, "bits": cache.bits}
     keys, values = (mx.dequantize(*part, **packing) for part in (cache.keys, cache.values))
     return keys[:, :, :length].astype(dtype), values[:, :, :length].astype(dtype)
@@ -149,6 +149,6 @@ def _unpack(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None = None, **packing: Any
 ) -> mx.array:
     """The weight [out, in] for a product with x, in the type of its scales, or of x if these are not floats."""
-    # Not before x is computed: MLX would unpack many matrices ahead, and hold them all.
+    # Depend on x, or MLX would unpack many matrices ahead.
     weight = mx.depends(weight, x)
     return mx.dequantize(weight, scales, biases, dtype=x.dtype if biases is None else scales.dtype, **packing)

@@ -30,7 +30,7 @@ class Card:
 
 
 def write_card(folder: Path, *, name: str, origin: Origin, **facts: Any) -> None:
-    """Write README.md into a folder whose other files are complete, and copy the licence of the original.
+    """Write README.md into a folder whose other files are complete, and copy the license of the original.
 
     `name` is what the usage examples call the model until it is uploaded. For `facts` and errors see `compose_card`.
     """
@@ -122,7 +122,7 @@ def _compose(contents: Contents, name: str, metadata: Mapping[str, Any], facts: 
 
 
 def _metadata(contents: Contents, origin: Origin, method: str | None = None) -> dict[str, Any]:
-    """The fields that the hub reads: the original's licence and language, the library, the base model, tags."""
+    """The fields that the hub reads: the original's license and language, the library, the base model, tags."""
     library = {"mlx": "mlx", "huggingface": "transformers", "gguf": "gguf"}[contents.layout]
     bits = f"{contents.common.bits}-bit" if contents.common is not None else None
     tags = [tag for tag in (library if library != "transformers" else None, "openelm", bits) if tag]

@@ -127,7 +127,7 @@ def render(contents: Contents, name: str, metadata: Mapping[str, Any], facts: Fa
         *_provenance(facts),
         *_quantization(contents, facts),
         *_quality(facts),
-        "## Licence",
+        "## License",
         _license(metadata),
         "## How to use",
         *_usage(contents, name),
@@ -259,10 +259,10 @@ def _license(metadata: Mapping[str, Any]) -> str:
         base = metadata.get("base_model")
         is_conversion = metadata.get("base_model_relation") in (None, "quantized")
         if is_conversion and catalog.find_repo(base) is not None:
-            return f"The weights are under the licence of [{base}](https://huggingface.co/{base}): see its page."
-        return "No licence came with the original, so none is stated here; ask its authors before you share the model."
-    text = f"[{name or 'its licence'}]({link})" if link else str(name)
-    return f"The weights are under the licence of the original: {text}."
+            return f"The weights are under the license of [{base}](https://huggingface.co/{base}): see its page."
+        return "No license came with the original, so none is stated here; ask its authors before you share the model."
+    text = f"[{name or 'its license'}]({link})" if link else str(name)
+    return f"The weights are under the license of the original: {text}."
 
 
 def _usage(contents: Contents, name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where a model comes from: the base model and the licence that its card states."""
+"""Where a model comes from: the base model and the license that its card states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .front_matter import EMPTY, ParsedCard, read_leniently
 COPIED_FIELDS = ("license", "license_name", "license_link", "language")
 # Relations that a conversion keeps; with any other, the base model is the model itself.
 _DERIVED = ("finetune", "adapter", "merge")
-# A licence is a page or two; a larger file is something else.
+# A license is a page or two; a larger file is something else.
 _MAX_LICENSE_BYTES = 1_000_000
 
 
@@ -32,8 +32,8 @@ class Origin:
         name: what the card's text calls it.
         base_model: the hub repository (or several) it is or derives from; None if unknown.
         relation: how it derives from `base_model`; None if it is only a conversion of it.
-        metadata: the licence and language that its card states.
-        licenses: its licence files.
+        metadata: the license and language that its card states.
+        licenses: its license files.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Origin:
 
 
 def find_origin(path: Path, *, repo: str | None = None, base_model: str | None = None, offline: bool = False) -> Origin:
-    """What is known about the model in `path`, from its name and from the card and the licence beside it.
+    """What is known about the model in `path`, from its name and from the card and the license beside it.
 
-    One of Apple's models that came without a licence, as CoreNet's files do, gets that of Apple's repository.
+    One of Apple's models that came without a license, as CoreNet's files do, gets that of Apple's repository.
 
     Args:
         path: the model's folder or file.
@@ -85,13 +85,13 @@ def _local_origin(path: Path, repo: str | None, base_model: str | None) -> Origi
 
 
 def _with_license(origin: Origin) -> Origin:
-    """Add licence and language of Apple's repository to one of Apple's models that came without a licence."""
+    """Add license and language of Apple's repository to one of Apple's models that came without a license."""
     release = catalog.find_repo(origin.base_model)
     if release is None or origin.relation is not None or origin.metadata.get("license") or origin.licenses:
         return origin
     try:
         folder = download(release.hub_repo, patterns=DOCUMENT_PATTERNS)
-    except OpenELMError:  # perhaps there is no network; the card then links to the repository for the licence
+    except OpenELMError:  # perhaps there is no network; the card then links to the repository for the license
         return origin
     licenses = _license_files(folder)
     fields = _copied_fields(read_leniently(folder), release.hub_repo, licenses)
@@ -122,7 +122,7 @@ def _is_license(file: Path) -> bool:
 
 
 def _copied_fields(card: ParsedCard, repo: str | None, licenses: Sequence[Path]) -> dict[str, Any]:
-    """The fields to copy from a card; a link to a licence file that is not copied points to the original repository."""
+    """The fields to copy from a card; a link to a license file that is not copied points to the original repository."""
     fields = {key: card.metadata[key] for key in COPIED_FIELDS if card.metadata.get(key)}
     link = fields.get("license_link")
     if not isinstance(link, str) or "://" in link or link in [file.name for file in licenses]:

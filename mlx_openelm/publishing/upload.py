@@ -109,7 +109,7 @@ def upload(
         revision: the branch, created from `main` if it does not exist.
         dry_run: only return what would be sent, without a network request or a token.
         card, licenses: for a GGUF file, which has no folder to hold them: a function from the repository's name to
-            the card's text, and licence files.
+            the card's text, and license files.
 
     Raises:
         RequestError: a bad name, or a folder that is not a model, is damaged, or links to files elsewhere.

@@ -30,7 +30,7 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
     factor = _inverse_factor(moments[order][:, order])
     rest = weight.astype(mx.float32)[:, order]
     group = order // choice.group_size
-    most = 2**choice.bits - 1
+    highest = 2**choice.bits - 1
     columns = []
     for start in range(0, in_dims, _BLOCK):
         end = min(start + _BLOCK, in_dims)
@@ -39,7 +39,7 @@ def round_matrix(weight: mx.array, moments: mx.array, grid: Grid, choice: Quanti
         safe = mx.where(scales == 0, 1.0, scales)
         for column in range(end - start):
             value = block[:, column]  # [out]
-            level = mx.clip(mx.round((value - biases[:, column]) / safe[:, column]), 0, most)
+            level = mx.clip(mx.round((value - biases[:, column]) / safe[:, column]), 0, highest)
             columns.append(level)
             position = start + column
             error = (value - (level * scales[:, column] + biases[:, column])) / factor[position, position]
@@ -72,4 +72,4 @@ def _inverse_factor(moments: mx.array) -> mx.array:
                 factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
                 if mx.all(mx.isfinite(factor)).item():
                     return factor
-    raise OpenELMError("GPTQ cannot use the activations of this text; try another --calibration.")
+    raise OpenELMError("GPTQ does not work with the activations of this text; try another --calibration.")

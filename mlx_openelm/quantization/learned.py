@@ -33,11 +33,11 @@ def parse_methods(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         RequestError: an unknown method.
     """
-    asked = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
-    for name in asked:
+    requested = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
+    for name in requested:
         if name not in METHODS:
             raise RequestError(f"--method must be one or more of {', '.join(METHODS)}, got {quote(name)}.")
-    return tuple(method for method in METHODS if method in asked)
+    return tuple(method for method in METHODS if method in requested)
 
 
 def quantize_model(

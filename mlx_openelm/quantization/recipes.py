@@ -98,20 +98,20 @@ class Packing(Options):
 
 
 def plan(
-    config: ModelConfig, wanted: Quantization | Callable[[str], Quantization]
+    config: ModelConfig, requested: Quantization | Callable[[str], Quantization]
 ) -> tuple[dict[str, Quantization], dict[str, str]]:
     """A quantization for each matrix by module path, and descriptions of the exceptions, by path.
 
-    If the group size does not divide a matrix's rows, the largest that does is taken; if no group size of the mode
-    does, the matrix is not quantized.
+    If the group size does not divide a matrix's rows, the largest one that does is used; if none of the mode's does,
+    the matrix is not quantized.
 
     Args:
-        wanted: one quantization for every matrix, or a function from module path to quantization.
+        requested: one quantization for every matrix, or a function from module path to quantization.
     """
     choices: dict[str, Quantization] = {}
     exceptions: dict[str, str] = {}
     for path, (_, in_dims) in config.matrix_shapes().items():
-        choice = wanted(path) if callable(wanted) else wanted
+        choice = requested(path) if callable(requested) else requested
         if in_dims % choice.group_size == 0:
             choices[path] = choice
             continue
@@ -133,8 +133,8 @@ def planner(
         RequestError: a combination MLX does not have, an unknown recipe, or a recipe with bits or another mode.
     """
     if recipe is None:
-        wanted = Quantization.make(mode, bits, group_size)
-        return lambda config: plan(config, wanted)
+        uniform = Quantization.make(mode, bits, group_size)
+        return lambda config: plan(config, uniform)
     if recipe not in RECIPES:
         raise RequestError(f"--recipe must be one of {', '.join(RECIPES)}, got {quote(recipe)}.")
     if bits is not None or mode != "affine":

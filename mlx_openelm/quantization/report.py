@@ -176,6 +176,6 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in _PICTURE_SUFFIXES:
         raise RequestError(f"{path} must end in {', '.join(_PICTURE_SUFFIXES)}.")
     if path.exists():
-        raise RequestError(f"{path} exists; name another file for the picture.")
+        raise RequestError(f"{path} exists; choose another file for the chart.")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"The folder of {path} does not exist.")

@@ -1,4 +1,4 @@
-"""The text to calibrate quantization on, and the text to measure it on."""
+"""The texts to calibrate quantization on and to measure it on."""
 
 from __future__ import annotations
 

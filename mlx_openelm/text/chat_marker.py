@@ -44,7 +44,7 @@ class Marker:
         try:
             return _in_texts(value, self._hide_edges)
         except RecursionError:
-            raise RequestError("the messages are nested too deeply") from None
+            raise RequestError("The messages are nested too deeply") from None
 
     def hide_tokens(self, value: Any) -> Any:
         """A copy of JSON values in which no text has a special token."""

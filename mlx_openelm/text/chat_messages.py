@@ -25,24 +25,24 @@ def check_messages(messages: Sequence[Message], continue_final_message: bool = F
     A content may also be a list of text parts; an assistant's may be missing if it has tool calls.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise RequestError('messages must be a list with at least one {"role": ..., "content": ...}')
+        raise RequestError('Messages must be a list with at least one {"role": ..., "content": ...}')
     for index, message in enumerate(messages):
         calls = isinstance(message, Mapping) and any(message.get(key) for key in _CALLS)
         if not isinstance(message, Mapping) or "role" not in message or not ("content" in message or calls):
-            raise RequestError(f'message {index} must be an object with "role" and "content"')
+            raise RequestError(f'Message {index} must be an object with "role" and "content"')
         if message["role"] not in ROLES:
-            raise RequestError(f"message {index} has role {quote(message['role'])}: use one of {', '.join(ROLES)}")
+            raise RequestError(f"Message {index} has role {quote(message['role'])}: use one of {', '.join(ROLES)}")
         if calls and message["role"] != "assistant":
-            raise RequestError(f"message {index} has tool calls, which only an assistant can make")
+            raise RequestError(f"Message {index} has tool calls, which only an assistant can make")
         content = message.get("content")
         if isinstance(content, list | tuple):
             _check_parts(content, index)
         elif not isinstance(content, str) and not (content is None and calls):
-            raise RequestError(f"the content of message {index} must be text")
+            raise RequestError(f"The content of message {index} must be text")
     if continue_final_message and messages[-1]["role"] != "assistant":
-        raise RequestError("only an assistant's message can be continued, and the last message is not one")
+        raise RequestError("Only an assistant's message can be continued, and the last message is not one")
     if continue_final_message and messages[-1].get("content") in (None, [], ()):
-        raise RequestError("the last message has no content that could be continued")
+        raise RequestError("The last message has no content that could be continued")
 
 
 def _check_parts(parts: Sequence[Any], index: int) -> None:
@@ -50,12 +50,12 @@ def _check_parts(parts: Sequence[Any], index: int) -> None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(kind, str) and kind != "text":
             raise RequestError(
-                f"part {number} of the content of message {index} is of type {quote(kind)}, which is not supported: "
+                f"Part {number} of the content of message {index} is of type {quote(kind)}, which is not supported: "
                 "only text is"
             )
         if kind is None or not isinstance(part.get("text"), str):
             raise RequestError(
-                f'part {number} of the content of message {index} must be {{"type": "text", "text": ...}}'
+                f'Part {number} of the content of message {index} must be {{"type": "text", "text": ...}}'
             )
 
 
@@ -73,7 +73,7 @@ def for_built_in(messages: Sequence[Message], tools: Any) -> list[dict[str, str]
     tool_roles = any(message["role"] in ("tool", "function") for message in messages)
     if tools or tool_roles or any(message.get(key) for message in messages for key in _CALLS):
         raise RequestError(
-            "tool calls are not supported by the templates corenet and plain: give one that renders them with "
+            "Tool calls are not supported by the templates corenet and plain: give one that renders them with "
             "--chat-template FILE"
         )
     # OpenAI's newer models call the system role developer.
@@ -95,10 +95,10 @@ def for_jinja(messages: Sequence[Message], source: str, tools: Any) -> list[dict
     for key in _CALLS:
         if key not in source and any(message.get(key) for message in messages):
             raise RequestError(
-                f"this chat template does not render {key}: give one that does with --chat-template FILE"
+                f"This chat template does not render {key}: give one that does with --chat-template FILE"
             )
     if tools and "tools" not in source:
-        raise RequestError("this chat template does not render tools: give one that does with --chat-template FILE")
+        raise RequestError("This chat template does not render tools: give one that does with --chat-template FILE")
     reads_parts = _READS_PARTS.search(source) is not None
     prepared = []
     for message in messages:

@@ -39,7 +39,7 @@ def find_template(name: str | Path) -> str:
         return read_text(Path(name), max_bytes=_MAX_BYTES)
     except RequestError as error:
         raise RequestError(
-            f"cannot read the chat template: {str(error).rstrip('.')}; give plain, corenet or the path of a .jinja file"
+            f"Cannot read the chat template: {str(error).rstrip('.')}; give plain, corenet or the path of a .jinja file"
         ) from None
 
 
@@ -142,7 +142,7 @@ def _render_marked(write: Callable[[dict[str, Any]], str], request: dict[str, An
     if marker.reveal(quoted) == text and marker.tokens(quoted) == marker.tokens(with_hidden):
         return quoted
     raise RequestError(
-        "this chat template alters a special token that a message quotes; remove the token from the message"
+        "This chat template alters a special token that a message quotes; remove the token from the message"
     )
 
 
@@ -166,7 +166,7 @@ def _cut_at_end(text: str) -> str:
     """A rendered text up to the code of `_mark_end`; RequestError if it is missing."""
     end = f"{code()}_0_"
     if end not in text:
-        raise RequestError("this chat template does not render the last message, so it cannot be continued")
+        raise RequestError("This chat template does not render the last message, so it cannot be continued")
     before, _, after = text.rpartition(end)
     before = before.replace(f"{end} ", "").replace(end, "")
     return before if after.startswith(" ") else before.rstrip()

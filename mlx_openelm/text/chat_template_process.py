@@ -46,12 +46,12 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
             default=lambda it: f"<{type(it).__name__}>",
         ).encode("utf-8", "surrogatepass")
     except (TypeError, ValueError, RecursionError) as error:  # unsupported keys, or values that contain themselves
-        raise RequestError(f"the messages cannot be written as JSON: {error}") from None
+        raise RequestError(f"The messages cannot be written as JSON: {error}") from None
     answer = _ask(request)
     if "text" in answer:
         return answer["text"]
     raise RequestError(
-        f"the chat template failed{answer['place']}: {' '.join(answer['error'].split())}; correct it, or use "
+        f"The chat template failed{answer['place']}: {' '.join(answer['error'].split())}; correct it, or use "
         "--chat-template plain or corenet"
     )
 
@@ -64,7 +64,7 @@ def _ask(request: bytes) -> dict[str, str]:
         if isinstance(answer, dict):
             return answer
         if answer == NO_JINJA:
-            raise OpenELMError("chat templates need jinja2, which cannot be imported: pip install jinja2")
+            raise OpenELMError("Chat templates need jinja2, which cannot be imported: pip install jinja2")
         if answer is not None:  # None: another thread's template was stopped, and the process with it
             tries -= 1
             if answer in _ENDS or not tries:
@@ -87,7 +87,7 @@ class _Worker:
                 process_group=0,  # Ctrl-C must reach only the parent
             )
         except OSError as error:
-            raise OpenELMError(f"no process for the chat template could be started: {error.strerror}") from None
+            raise OpenELMError(f"No process for the chat template could be started: {error.strerror}") from None
         self._lock = threading.Lock()
 
     def has_ended(self) -> bool:

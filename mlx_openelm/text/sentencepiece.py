@@ -221,7 +221,7 @@ def _require_convertible(model: SentencePieceModel) -> None:
         reason = "two pieces have the same score, so the order of merges is not defined"
     if reason:
         raise RequestError(
-            f"this SentencePiece model cannot become a tokenizer.json with the same ids: {reason}; "
+            f"This SentencePiece model cannot become a tokenizer.json with the same ids: {reason}; "
             "use a tokenizer trained as Llama's (bpe, identity normalization, byte fallback)"
         )
 
@@ -250,7 +250,7 @@ def bpe_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """Merge rules (left, right), best first: every split of a piece into two pieces, by the score, then by the length
     of the left part, both descending.
 
-    SentencePiece stores no merges: it joins whichever neighbours make the best-scored piece. Only normal pieces
+    SentencePiece stores no merges: it joins whichever neighbors make the best-scored piece. Only normal pieces
     join, or the typed characters of a control or byte piece would become its id.
     """
     score = {p: s for p, s, t in zip(model.pieces, model.scores, model.types, strict=True) if t == NORMAL}

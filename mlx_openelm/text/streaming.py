@@ -39,7 +39,7 @@ class TokenBytes(dict[int, bytes | None]):
 
 
 class StreamingDecoder:
-    """Decodes token by token; the texts of all `add` and of `finish` together equal `decode` of all tokens."""
+    """Decodes token by token; the concatenated results of `add` and `finish` equal `decode` of all tokens."""
 
     def __init__(self, token_bytes: TokenBytes, after: Iterable[int] = (), keeps_space: bool = False):
         self._token_bytes = token_bytes

@@ -65,7 +65,7 @@ class Tokenizer(TransformersInterface):
                 ids[name] += listed
             if not ids[name]:
                 raise RequestError(
-                    f"the tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
+                    f"The tokenizer has no {name} token: name it as {name}_token in tokenizer_config.json"
                 )
         self.bos_token_id, self.eos_token_id = ids["bos"][0], ids["eos"][0]
         self.eos_token_ids = set(ids["eos"] if eos_token_ids is None else eos_token_ids)
@@ -93,7 +93,7 @@ class Tokenizer(TransformersInterface):
         path = next((p for name in ENGINES if (p := folder / name).is_file()), None)
         if path is None:
             raise RequestError(
-                f"no tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
+                f"No tokenizer.json or tokenizer.model in {folder}: put one there, or give one with --tokenizer"
             )
         engine, config = open_engine(path, rows=rows, beside=True)
         model_config = read_json(folder / "config.json", missing_ok=True)
@@ -120,7 +120,7 @@ class Tokenizer(TransformersInterface):
         if path.is_dir():
             return cls.from_folder(path, eos_token_ids=eos_token_ids, rows=rows)
         if not path.is_file():
-            raise RequestError(f"no tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
+            raise RequestError(f"No tokenizer at {path}: give a tokenizer.json, a tokenizer.model or a folder with one")
         if path.suffix not in (".json", ".model"):
             raise RequestError(f"{path} is not a tokenizer; give a tokenizer.json or a tokenizer.model")
         engine, config = open_engine(path, rows=rows)
@@ -212,7 +212,7 @@ class Tokenizer(TransformersInterface):
         return TokenBytes(self._engine)
 
     def add_eos_token(self, token: str) -> None:
-        """Let a further token, or an id given as text, end a generation; `RequestError` if there is no such token."""
+        """Add a stop token, by its text or its id as text; `RequestError` if there is no such token."""
         token_id = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else self.token_to_id(token)
         if token_id is None or self._engine.id_to_token(token_id) is None:
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")

@@ -39,7 +39,7 @@ class TransformersInterface:
         """The piece of an id, with spaces as U+2581; `RequestError` if there is no such token."""
         token = self._engine.id_to_token(token_id)
         if token is None:
-            raise RequestError(f"there is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
+            raise RequestError(f"There is no token {token_id}: this tokenizer has {self.vocab_size} tokens")
         return token
 
     def token_to_id(self, token: str) -> int | None:

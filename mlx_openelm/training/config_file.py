@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from .. import inputs
 from ..errors import RequestError, quote
-from ..wording import flag
+from ..wording import did_you_mean, flag
 from . import mlx_lm_config
 from .options import TrainOptions
-from .values import conform, field_types
+from .options.values import conform, field_types
 
 Options = TypeVar("Options", bound=TrainOptions)
 
@@ -185,8 +184,7 @@ def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _hint(key: Any, known: list[str]) -> str:
     """Known keys that are similar to an unknown one."""
-    close = difflib.get_close_matches(str(key).replace("-", "_"), known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else "see `mlx-openelm lora --help` for the names."
+    return did_you_mean(str(key).replace("-", "_"), known) or "see `mlx-openelm lora --help` for the names."
 
 
 def _conform(kind: Any, key: str, value: Any, place: str) -> Any:

@@ -1,5 +1,5 @@
-// Enough of CUDA on a CPU to run decoding.cu: a thread of the system for each block, a fiber for each of its threads.
-// Fibers go on one after the other wherever CUDA's threads would wait for each other.
+// Enough of CUDA on a CPU to run decoding.cu: a system thread for each block, a fiber for each of its CUDA threads.
+// Fibers switch wherever CUDA threads would wait for each other.
 #pragma once
 
 #include <math.h>
@@ -42,14 +42,14 @@ constexpr size_t stack_size = 1 << 16;
 
 struct Fiber {
   ucontext_t start;
-  jmp_buf context;  // once it has started: unlike swapcontext, jumps make no system calls
+  jmp_buf context;  // valid once it has started; unlike swapcontext, longjmp makes no system calls
   bool is_started = false;
   std::unique_ptr<char[]> stack;
   Index thread;
   bool is_done = false;
 };
 
-// What the threads of one block share.
+// State shared by the threads of a block.
 struct Block {
   jmp_buf scheduler;
   std::vector<Fiber> fibers;
@@ -128,7 +128,7 @@ inline float __uint_as_float(uint32_t x) {
   return y;
 }
 
-// The places of decoding.cu that are written for the GPU's own instructions.
+// Replacements for the parts of decoding.cu that use GPU instructions.
 template <typename half_t>
 inline float half_to_float(half_t x, bool is_float16) {
   if (!is_float16) return __uint_as_float((uint32_t)x << 16);
@@ -160,7 +160,7 @@ inline void prefetch(const void*) {}
 inline void add_release(uint32_t* at, uint32_t value) { atomicAdd(at, value); }
 
 inline uint32_t read_acquire(const uint32_t* at) {
-  std::this_thread::yield();  // to the blocks this one waits for: there are more of them than cores
+  std::this_thread::yield();  // to the blocks that this one waits for, since there may be more blocks than cores
   emulation::yield();
   return __atomic_load_n(at, __ATOMIC_SEQ_CST);
 }
@@ -182,7 +182,7 @@ void launch(unsigned blocks, unsigned threads, Body body) {
       for (unsigned t = 0; t < threads; ++t) {
         auto& fiber = own.fibers[t];
         fiber.thread.x = t;
-        fiber.stack.reset(new char[stack_size]);  // not cleared, so that little of it is touched
+        fiber.stack.reset(new char[stack_size]);  // uninitialized, so that little of it is touched
         getcontext(&fiber.start);
         fiber.start.uc_stack.ss_sp = fiber.stack.get();
         fiber.start.uc_stack.ss_size = stack_size;

@@ -14,7 +14,7 @@ struct Sizes {
 };
 enum Hiding { nothing, causal, masked, masked_and_causal };
 
-// Random queries, keys and values, and what the kernel is told of them.
+// Random queries, keys and values, and the kernel's arguments.
 struct Problem {
   Floats queries, mask;
   Stored keys, values;
@@ -25,21 +25,21 @@ struct Problem {
         keys(kind, s.batch * s.kv * (s.total + kRoom) - kRoom, s.dim),
         values(kind, s.batch * s.kv * (s.total + kRoom) - kRoom, s.dim) {
     bool is_causal = hiding == causal || hiding == masked_and_causal;
-    // Packed numbers are as large as their weights; with scores of hundreds a softmax in floats would tell nothing.
+    // Packed values grow with their levels; scores in the hundreds would make float softmax too inaccurate to compare.
     auto scale = float(1 / std::sqrt(s.dim) / (1 << kind.bits));
     a = {s.batch, s.length, s.total, s.heads, s.kv, s.dim, queries.data(), {s.length * s.heads * s.dim, s.heads * s.dim,
          s.dim}, past(keys, s), past(values, s), scale, is_causal, nullptr, 0};
     if (heads_first) a.query_strides[1] = s.dim, a.query_strides[2] = s.length * s.dim;
     if (hiding < masked) return;
-    // One mask for all of the batch, or one each.
+    // One mask for the whole batch, or one per row.
     int64_t masks = s.dim % 3 ? s.batch : 1;
     mask = random_floats(masks * s.length * s.total);
     for (auto& number : mask) number = number < -0.5 ? -INFINITY : number;
-    for (int64_t i = 0; i < masks * s.length; i++) mask[i * s.total] = 0;  // so that something is seen
+    for (int64_t i = 0; i < masks * s.length; i++) mask[i * s.total] = 0;  // so that every query sees something
     a.mask = mask.data(), a.mask_stride = masks == 1 ? 0 : s.length * s.total;
   }
 
-  static constexpr int64_t kRoom = 3;  // positions of a buffer that are not used yet
+  static constexpr int64_t kRoom = 3;  // unused positions of a buffer
 
   static Past past(const Stored& stored, Sizes s) {
     Past p{stored.matrix, {}, {}};
@@ -57,7 +57,7 @@ struct Problem {
   const float* query(int64_t b, int64_t l, int64_t head) const {
     return &queries[b * a.query_strides[0] + l * a.query_strides[1] + head * a.query_strides[2]];
   }
-  // The weights of one query, and the logarithm of what they were divided by.
+  // The softmax weights of one query, and the log-sum-exp of its scores.
   Doubles weights(int64_t b, int64_t l, int64_t head, double& logsum) const {
     Doubles w(a.total);
     double top = -INFINITY, total = 0;
@@ -83,16 +83,16 @@ struct Problem {
 void check_attention_of(Sizes s, Kind kind, Hiding hiding, bool heads_first = false) {
   Problem p(s, kind, hiding, heads_first);
   if (hiding == masked) std::fill_n(p.mask.begin(), s.total, -INFINITY);  // a query that sees nothing
-  Wanteds y(p.queries.size()), sums(s.batch * s.heads * s.length);
+  ExpectedNumbers y(p.queries.size()), sums(s.batch * s.heads * s.length);
   p.for_queries([&](int64_t b, int64_t l, int64_t head) {
     double logsum;
     Doubles weights = p.weights(b, l, head, logsum);
-    // Sees nothing: no average, and the logarithm of zero.
-    Wanted& sum = sums[(b * s.heads + head) * s.length + l];
+    // A query that sees nothing: NaN weights, and the logarithm of zero.
+    Expected& sum = sums[(b * s.heads + head) * s.length + l];
     bool blind = std::isnan(logsum);
-    sum = blind ? Wanted{-INFINITY, 0} : Wanted{logsum, std::abs(logsum) + 8};
+    sum = blind ? Expected{-INFINITY, 0} : Expected{logsum, std::abs(logsum) + 8};
     for (int64_t i = 0; i < s.dim; i++) {
-      Wanted& to = y[((b * s.length + l) * s.heads + head) * s.dim + i];
+      Expected& to = y[((b * s.length + l) * s.heads + head) * s.dim + i];
       for (int64_t t = 0; t < s.total; t++) to.add(weights[t] * p.row(p.values, b, head, t)[i]);
     }
   });
@@ -100,7 +100,7 @@ void check_attention_of(Sizes s, Kind kind, Hiding hiding, bool heads_first = fa
                           s.dim, "hiding", hiding, "threads", Pool::shared().threads());
   Floats got(y.size()), got_sums(sums.size());
   attention(p.a, got.data(), got_sums.data());
-  // Scores of a few units have errors of some 1e-6, which are the weights' relative errors.
+  // Scores of a few units have errors of about 1e-6, which become relative errors of the weights.
   compare(got, y, 5e-6, what);
   compare(got_sums, sums, 1e-6, what + "logsumexp ");
   attention(p.a, got.data(), nullptr);
@@ -146,11 +146,11 @@ void check_attention() {
   Pool::shared().set_threads(1);
 }
 
-// Gradients of sum(y * dy): of weights dy . value, through the softmax weight * (that - its average), of scores.
+// Gradients of sum(y * dy): dy . value for a weight, and weight * (that - its average) for a score.
 void check_gradient_of(Sizes s, Kind kind, Hiding hiding) {
   Problem p(s, kind, hiding);
   Floats dy = random_floats(p.queries.size());
-  Wanteds dq(dy.size()), dk(s.batch * s.kv * s.total * s.dim), dv(dk.size());
+  ExpectedNumbers dq(dy.size()), dk(s.batch * s.kv * s.total * s.dim), dv(dk.size());
   p.for_queries([&](int64_t b, int64_t l, int64_t head) {
     double logsum, average = 0;
     int64_t at = ((b * s.length + l) * s.heads + head) * s.dim, kv = head / p.a.group();

@@ -9,7 +9,7 @@
 
 namespace {
 
-bool is_same(float got, double wanted) { return std::isnan(wanted) ? std::isnan(got) : got == float(wanted); }
+bool is_same(float got, double expected) { return std::isnan(expected) ? std::isnan(got) : got == float(expected); }
 
 template <class T, int N>
 void check_load(const char* name, int count, double (*meaning)(uint16_t)) {
@@ -65,40 +65,40 @@ void check_arithmetic() {
   check(std::isnan(exp(spread(NAN))[kLanes - 1]), "exp NaN");
   for (int n = 0; n < 100; n++) {
     Float vectors[kLanes];
-    Wanteds wanted(kLanes);
+    ExpectedNumbers expected(kLanes);
     double top = -INFINITY;
     for (int v = 0; v < kLanes; v++) {
-      for (int i = 0; i < kLanes; i++) vectors[v][i] = float(random_number()), wanted[v].add(vectors[v][i]);
-      check(is_close(sum(vectors[v]), wanted[v], 3e-7), "sum");
+      for (int i = 0; i < kLanes; i++) vectors[v][i] = float(random_number()), expected[v].add(vectors[v][i]);
+      check(is_close(sum(vectors[v]), expected[v], 3e-7), "sum");
     }
     for (int i = 0; i < kLanes; i++) top = std::max(top, double(vectors[0][i]));
     check(largest(vectors[0]) == top, "largest");
     Float all = sums(vectors);
-    for (int v = 0; v < kLanes; v++) check(is_close(all[v], wanted[v], 3e-7), "sums");
+    for (int v = 0; v < kLanes; v++) check(is_close(all[v], expected[v], 3e-7), "sums");
   }
 }
 
 template <int bits>
 void check_dot() {
   for (int n = 0; n < 60; n++) {
-    // First the greatest weights with the most extreme activations, then any.
+    // First the largest weights with the most extreme activations, then random ones.
     int blocks = n < 30 ? 1 + n * 5 : random_int(1, 20);
     Dot<bits> dot;
-    int64_t wanted = 0;
+    int64_t expected = 0;
     for (int block = 0; block < blocks; block++) {
       Bytes weights;
       std::vector<int8_t> x(32);
       for (int i = 0; i < 32; i++) {
         weights[i] = uint8_t(n < 30 ? (1 << bits) - 1 : random_int(0, (1 << bits) - 1));
         x[i] = int8_t(n < 10 ? 127 : n < 20 ? -127 : n < 30 ? random_int(0, 1) * 254 - 127 : random_int(-127, 127));
-        wanted += int(weights[i]) * x[i];
+        expected += int(weights[i]) * x[i];
       }
       dot.add(weights, x.data());
     }
     Sums parts = dot.finish();
     int64_t got = 0;
     for (int i = 0; i < 8; i++) got += parts[i];
-    check(got == wanted, text("dot of", bits, "bits,", blocks, "blocks: got", got, "wanted", wanted));
+    check(got == expected, text("dot of", bits, "bits,", blocks, "blocks: got", got, "expected", expected));
   }
 }
 

@@ -9,30 +9,30 @@
 namespace {
 
 // y + x W^T, or with `transposed` y + x W.
-Wanteds product(const Stored& w, const Floats& x, int64_t rows, const Floats& y, bool transposed) {
+ExpectedNumbers product(const Stored& w, const Floats& x, int64_t rows, const Floats& y, bool transposed) {
   int64_t outputs = y.size() / rows, depth = x.size() / rows, columns = w.matrix.columns;
-  Wanteds wanted(y.size());
+  ExpectedNumbers expected(y.size());
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t n = 0; n < outputs; n++) {
-      Wanted& to = wanted[r * outputs + n];
+      Expected& to = expected[r * outputs + n];
       to.add(y[r * outputs + n]);
       for (int64_t k = 0; k < depth; k++) {
         int64_t at = transposed ? k * columns + n : n * columns + k;
         to.add(x[r * depth + k] * w.values[at]);
-        // A packed number is the sum of two, which the kernels may add up apart.
+        // A packed weight is a sum of two terms, which the kernels may add up separately.
         if (w.kind.bits) to.size += 2 * std::abs(x[r * depth + k] * w.biases.values[at / w.kind.group]);
       }
     }
   }
-  return wanted;
+  return expected;
 }
 
-// The same for activations that are rounded to whole multiples of 1/127 of each group's largest. Changes those numbers
-// that lie so near the middle of two multiples that a fused multiplication could round them the other way.
-Wanteds rounded_product(const Stored& w, Floats& x, int64_t rows, const Floats& y) {
+// The same for activations rounded to multiples of 1/127 of each group's largest. Changes numbers so close to the
+// middle of two multiples that a fused multiplication could round them the other way.
+ExpectedNumbers rounded_product(const Stored& w, Floats& x, int64_t rows, const Floats& y) {
   int64_t outputs = y.size() / rows, depth = w.matrix.columns, group = w.kind.group;
-  Wanteds wanted(y.size());
-  for (size_t i = 0; i < y.size(); i++) wanted[i].add(y[i]);
+  ExpectedNumbers expected(y.size());
+  for (size_t i = 0; i < y.size(); i++) expected[i].add(y[i]);
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t g = 0; g < depth / group; g++) {
       float* numbers = &x[r * depth + g * group];
@@ -47,23 +47,24 @@ Wanteds rounded_product(const Stored& w, Floats& x, int64_t rows, const Floats& 
       for (int64_t n = 0; n < outputs; n++) {
         int64_t at = n * depth / group + g;
         for (int64_t i = 0; i < group; i++) {
-          wanted[r * outputs + n].add(step * whole[i] * w.scales.values[at] * w.weights[n * depth + g * group + i]);
-          wanted[r * outputs + n].add(step * whole[i] * w.biases.values[at]);
+          expected[r * outputs + n].add(step * whole[i] * w.scales.values[at] * w.weights[n * depth + g * group + i]);
+          expected[r * outputs + n].add(step * whole[i] * w.biases.values[at]);
         }
       }
     }
   }
-  return wanted;
+  return expected;
 }
 
 void check_few(Kind kind, int64_t outputs, int64_t columns, int64_t rows, bool round, int64_t gap = 0) {
   Stored w(kind, outputs, columns, gap);
   Floats x = random_floats(rows * columns), y = random_floats(rows * outputs);
-  // A group of zeros has no largest number to divide by.
+  // In a group of zeros the largest number is zero, which cannot be divided by.
   if (kind.bits) std::fill_n(x.end() - kind.group, kind.group, 0.0f);
-  Wanteds wanted = round && can_round(kind.bits) ? rounded_product(w, x, rows, y) : product(w, x, rows, y, false);
+  ExpectedNumbers expected =
+      round && can_round(kind.bits) ? rounded_product(w, x, rows, y) : product(w, x, rows, y, false);
   few_rows(w.matrix, x.data(), rows, y.data(), round);
-  compare(y, wanted, 1e-6,
+  compare(y, expected, 1e-6,
           text("few_rows", kind.name(), "outputs", outputs, "columns", columns, "rows", rows, "round", round));
 }
 
@@ -80,17 +81,17 @@ void check_few_rows() {
             for (int groups : {1, 4, 8, 11, 12}) check_few({type, bits, group}, 5, groups * group, rows, round);
 }
 
-// Groups that rounding has to take care of: tiny numbers, whose step has no inverse, and something that is no number.
+// Groups that rounding must handle specially: tiny numbers, whose step has no finite inverse, NaN and infinity.
 void check_extreme_rows() {
   for (bool round : {false, true}) {
     for (float most : {1e-44f, 1e-40f, 1e-38f, 1e-36f, 1e30f}) {
       Stored w({Type::float32, 4, 32}, 3, 64);
       Floats x = random_floats(64, most), y(3);
-      Wanteds wanted = product(w, x, 1, y, false);
+      ExpectedNumbers expected = product(w, x, 1, y, false);
       few_rows(w.matrix, x.data(), 1, y.data(), round);
-      // What is too small to be rounded counts as zeros.
-      for (auto& number : wanted) number.size += 1e-32;
-      compare(y, wanted, round ? 1e-2 : 1e-6, text("few_rows of numbers up to", most, "round", round));
+      // Numbers too small to be rounded count as zeros.
+      for (auto& number : expected) number.size += 1e-32;
+      compare(y, expected, round ? 1e-2 : 1e-6, text("few_rows of numbers up to", most, "round", round));
     }
     for (float nothing : {NAN, INFINITY}) {
       for (int place : {0, 1, 5, 31, 40}) {
@@ -108,9 +109,9 @@ void check_extreme_rows() {
 void check_many(Kind kind, int64_t outputs, int64_t depth, int64_t rows, bool transposed, int64_t gap = 0) {
   Stored w(kind, transposed ? depth : outputs, transposed ? outputs : depth, gap);
   Floats x = random_floats(rows * depth), y = random_floats(rows * outputs);
-  Wanteds wanted = product(w, x, rows, y, transposed);
+  ExpectedNumbers expected = product(w, x, rows, y, transposed);
   many_rows(w.matrix, outputs, depth, x.data(), rows, y.data(), transposed);
-  compare(y, wanted, 1e-6,
+  compare(y, expected, 1e-6,
           text("many_rows", kind.name(), "outputs", outputs, "depth", depth, "rows", rows, "transposed", transposed));
 }
 

@@ -1,4 +1,4 @@
-// Checks of `threads.h`, alone and below kernels.
+// Checks of `threads.h`, alone and under the kernels.
 
 #pragma once
 
@@ -14,13 +14,13 @@
 
 namespace {
 
-// Every task is done once, also those of loops within loops.
+// Every task runs exactly once, including those of nested loops.
 void check_loops() {
   std::vector<std::atomic<int>> done(500 * 20);
   Pool::shared().run(500, [&](int64_t i) { Pool::shared().run(20, [&](int64_t j) { done[i * 20 + j]++; }); });
   int wrong = 0;
   for (auto& count : done) wrong += count != 1;
-  check(wrong == 0, text("loops within loops:", wrong, "wrong"));
+  check(wrong == 0, text("nested loops:", wrong, "wrong"));
   std::vector<std::atomic<int>> covered(1000);
   for_ranges(1000, 7, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) covered[i]++;
@@ -32,7 +32,7 @@ void check_loops() {
 
 void check_pool() {
   auto& pool = Pool::shared();
-  // Kernels large enough for help; what one thread makes of them is the same bit for bit.
+  // Kernels large enough for several threads; one thread gives bit-identical results.
   Stored packed({Type::float32, 4, 64}, 600, 1024), plain({Type::bfloat16}, 300, 512),
       tall({Type::bfloat16}, 1030, 512);
   Floats x = random_floats(40 * 1024), weight = random_floats(1024);
@@ -60,7 +60,7 @@ void check_pool() {
           wrong += many() != many_alone;
           wrong += norm() != norm_alone;
           wrong += mix() != mix_alone;
-          if (caller == 0) pool.set_threads(threads);  // while others have the pool
+          if (caller == 0) pool.set_threads(threads);  // while others use the pool
         }
       });
     }
@@ -72,7 +72,7 @@ void check_pool() {
   pool.set_threads(1);
 }
 
-// A forked child has no helpers; it is stopped if it waits for them.
+// A forked child has no worker threads; the alarm ends it if it waits for them.
 void check_fork() {
   Pool::shared().set_threads(3);
   check_loops();

@@ -33,25 +33,25 @@ void check(bool right, const std::string& what) {
   if (!right && failed <= 20) std::printf("  FAILED: %s\n", what.c_str());
 }
 
-// A wanted number, with the size of all that was added up for it: rounding errors are in proportion to that.
-struct Wanted {
+// An expected number, with the sum of the magnitudes of its terms, which rounding errors are proportional to.
+struct Expected {
   double value = 0, size = 0;
   void add(double term) { value += term, size += std::abs(term); }
 };
-using Wanteds = std::vector<Wanted>;
+using ExpectedNumbers = std::vector<Expected>;
 
-bool is_close(double got, Wanted wanted, double tolerance) {
-  if (std::isnan(wanted.value)) return std::isnan(got);
-  if (std::isinf(wanted.value)) return got == wanted.value;
-  return std::abs(got - wanted.value) <= tolerance * wanted.size + 1e-35;
+bool is_close(double got, Expected expected, double tolerance) {
+  if (std::isnan(expected.value)) return std::isnan(got);
+  if (std::isinf(expected.value)) return got == expected.value;
+  return std::abs(got - expected.value) <= tolerance * expected.size + 1e-35;
 }
 
-void compare(const Floats& got, const Wanteds& wanted, double tolerance, const std::string& what) {
-  for (size_t i = 0; i < wanted.size(); i++) {
-    if (is_close(got[i], wanted[i], tolerance)) continue;
-    return check(false, what + text("at", i, "got", got[i], "wanted", wanted[i].value, "size", wanted[i].size));
+void compare(const Floats& got, const ExpectedNumbers& expected, double tolerance, const std::string& what) {
+  for (size_t i = 0; i < expected.size(); i++) {
+    if (is_close(got[i], expected[i], tolerance)) continue;
+    return check(false, what + text("at", i, "got", got[i], "expected", expected[i].value, "size", expected[i].size));
   }
-  check(got.size() == wanted.size(), what);
+  check(got.size() == expected.size(), what);
 }
 
 int random_int(int low, int high) { return std::uniform_int_distribution<>(low, high)(generator); }
@@ -63,7 +63,7 @@ Floats random_floats(int64_t count, double most = 1) {
   return values;
 }
 
-// A number of 16 bits: its sign, its exponent, and then so many bits of its fraction.
+// A 16-bit float: sign, exponent, and that many bits of fraction.
 double short_to_double(uint16_t bits, int fraction_bits) {
   int one = 1 << fraction_bits, most = (1 << (15 - fraction_bits)) - 1, shift = most / 2 + fraction_bits;
   int exponent = bits >> fraction_bits & most, fraction = bits & (one - 1);
@@ -75,7 +75,7 @@ double short_to_double(uint16_t bits, int fraction_bits) {
 double half_to_double(uint16_t bits) { return short_to_double(bits, 10); }
 double bfloat_to_double(uint16_t bits) { return short_to_double(bits, 7); }
 
-// Random numbers of a stored type below 1: their bytes, and what they are.
+// Random numbers below 1 in a stored type: their bytes and values.
 struct Numbers {
   std::vector<uint8_t> bytes;
   Doubles values;
@@ -88,7 +88,7 @@ struct Numbers {
         std::memcpy(&bytes[4 * i], &value, 4);
         continue;
       }
-      // A sign, an exponent that makes it 2^-5 to 1, any fraction.
+      // Any sign and fraction, and an exponent for magnitudes from 2^-5 to 1.
       bool half = type == Type::float16;
       int exponent = (half ? 15 : 127) - random_int(1, 5), width = half ? 10 : 7;
       auto bits = uint16_t(random_int(0, 1) << 15 | exponent << width | random_int(0, (1 << width) - 1));
@@ -108,7 +108,7 @@ struct Kind {
   std::string name() const { return text("type", int(type), "bits", bits, "group", group); }
 };
 
-// Weight `index` of a string of bits.
+// Weight `index` of a bit string.
 int read_bits(const uint8_t* bytes, int64_t index, int bits) {
   int value = 0;
   for (int i = 0; i < bits; i++) {
@@ -118,7 +118,7 @@ int read_bits(const uint8_t* bytes, int64_t index, int bits) {
   return value;
 }
 
-// A random matrix as kernels see it, and its numbers.
+// A random matrix as the kernels see it, and its values.
 struct Stored {
   Kind kind;
   std::vector<uint8_t> data;
@@ -135,7 +135,7 @@ struct Stored {
     matrix.type = kind.type, matrix.bits = kind.bits, matrix.group = kind.group;
     matrix.rows = rows, matrix.columns = columns;
     if (!kind.bits) {
-      // `gap` numbers lie between rows, none behind the last.
+      // `gap` numbers lie between rows, none after the last.
       matrix.stride = columns + gap;
       Numbers numbers(kind.type, (rows - 1) * matrix.stride + columns);
       for (int64_t i = 0; i < rows * columns; i++)

@@ -3,7 +3,7 @@
 //     g++ -std=c++20 -O2 -march=native -pthread -I mlx_openelm/native/src tests/native/checks.cpp -o checks
 //     ./checks [--seed N] [group ...]
 //
-// Buffers are exactly as long as what they hold, so that the address sanitizer sees whatever is read beside them.
+// Buffers have exactly the length of their contents, so that the address sanitizer detects every read outside of them.
 
 #include "check_attention.h"
 #include "check_elementwise.h"
@@ -38,7 +38,7 @@ int main(int count, char** arguments) {
   std::printf("%d lanes, %d registers, seed %u\n", kLanes, kRegisters, seed);
   for (auto& [name, run] : groups) {
     if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) continue;
-    generator.seed(seed);  // so that a group alone meets the same numbers
+    generator.seed(seed);  // so that a group run alone gets the same numbers
     int before = passed, failed_before = failed;
     run();
     std::printf("%-20s %d passed, %d failed\n", name.c_str(), passed - before, failed - failed_before);

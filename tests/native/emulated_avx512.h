@@ -1,5 +1,5 @@
-// AVX-512 for machines without it: the few of its instructions that `simd.h` names, as loops after their definitions in
-// Intel's Intrinsics Guide. Vectors of 16 floats need nothing here, since compilers split them.
+// AVX-512 for machines without it: the few instructions that `simd.h` uses, as loops by their definitions in Intel's
+// Intrinsics Guide. Vectors of 16 floats need no emulation, since compilers split them.
 
 #pragma once
 

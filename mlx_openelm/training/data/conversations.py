@@ -52,23 +52,23 @@ def conversation(turns: list[Any], tools: Any = None, prompt: int = 0) -> Conver
 def read_turns(turns: Any) -> list[Any]:
     """A list of messages with `role` and `content`; ShareGPT's `from` and `value` are converted."""
     if not isinstance(turns, list):
-        raise RequestError("a conversation must be a list of messages")
+        raise RequestError("A conversation must be a list of messages")
     return [_turn(turn, index) for index, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, index: int) -> Any:
     if not isinstance(turn, Mapping):
-        raise RequestError(f'message {index} must be an object with "role" and "content"')
+        raise RequestError(f'Message {index} must be an object with "role" and "content"')
     if turn.get("from") is None or turn.get("role") is not None:
         return turn
     speaker = turn["from"]
     if speaker in _TOOL_SPEAKERS:
         raise RequestError(
-            f"message {index} is from {quote(speaker)}, and tool calls in ShareGPT's form are not offered: write them "
+            f"Message {index} is from {quote(speaker)}, and tool calls in ShareGPT's form are not offered: write them "
             "as messages with tool_calls"
         )
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise RequestError(f"message {index} is from {quote(speaker)}: use one of {', '.join(_SPEAKERS)}")
+        raise RequestError(f"Message {index} is from {quote(speaker)}: use one of {', '.join(_SPEAKERS)}")
     # Tables have null for the `role` and `content` of other rows.
     others = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
     return {"role": _SPEAKERS[speaker], "content": turn.get("value"), **others}
@@ -76,7 +76,7 @@ def _turn(turn: Any, index: int) -> Any:
 
 def _weight(weight: Any, index: int) -> bool:
     if isinstance(weight, bool) or weight not in (None, 0, 1):
-        raise RequestError(f"message {index}: weight must be 0 or 1, got {quote(weight)}")
+        raise RequestError(f"Message {index}: weight must be 0 or 1, got {quote(weight)}")
     return weight != 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...errors import RequestError, quote
 from ...text.tokenizer import Tokenizer
-from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognise
+from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
 
 # Called with the number of records done, and of all records.
@@ -146,7 +146,7 @@ def tokenize(
         raise RequestError(f"--long-examples must be one of {', '.join(LONG_EXAMPLES)}, got {quote(long_examples)}.")
     if max_seq_length < 1:
         raise RequestError(f"--max-seq-length must be 1 or more, got {max_seq_length}.")
-    kind = recognise(records)
+    kind = recognize(records)
     if kind is TEXT and mask_prompt:
         raise RequestError(
             "--mask-prompt needs prompts, and text has none: give prompt and completion, or leave it out."
@@ -239,7 +239,7 @@ def _refuse(examples: list[Example], lengths: list[int], max_seq_length: int, nu
     others = f"; {number - 1} more are too long (the longest takes {max(lengths) - 1})" if number > 1 else ""
     raise RequestError(
         f"{examples[first].source}: takes {lengths[first] - 1} positions, and --max-seq-length is {max_seq_length}"
-        f"{others}; raise it, shorten what is too long, or let it be cut with --long-examples truncate."
+        f"{others}; raise the limit, shorten the example, or use --long-examples truncate."
     )
 
 

@@ -18,7 +18,7 @@ def download_splits(name: str) -> dict[str, list[Path]]:
     the cache are used if they are complete.
 
     Raises:
-        RequestError: there is no such data set, or its files are not recognised as splits.
+        RequestError: there is no such data set, or its files are not recognized as splits.
         OpenELMError: access was refused, or a download failed.
     """
     from huggingface_hub import HfApi, snapshot_download
@@ -78,7 +78,7 @@ def _explain(error: Exception, name: str, *, exists: bool = False) -> OpenELMErr
 
     if isinstance(error, HFValidationError):
         return RequestError(
-            f"{quote(name)} is neither a folder or file here nor a valid name of a data set (owner/name)."
+            f"{quote(name)} is neither a local file or folder nor a valid name of a data set (owner/name)."
         )
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return RequestError(

@@ -1,4 +1,4 @@
-"""The kinds of examples in files, recognised by their keys, and what can be wrong with a record."""
+"""The kinds of examples in files, recognized by their keys, and what can be wrong with a record."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"
 INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
 # In mlx-lm's order of precedence, with `text` after instructions, as many instruction data sets have a rendered copy
-# under that key. ShareGPT, which mlx-lm does not read, is last: what mlx-lm recognises as another kind, we do too.
+# under that key. ShareGPT, which mlx-lm does not read, is last: what mlx-lm recognizes as another kind, we do too.
 KINDS = (TURNS, COMPLETION, CHAT, INSTRUCTION, TEXT, SHAREGPT)
 # The data of other kinds of training.
 _NOT_OFFERED = {
@@ -90,7 +90,7 @@ def columns_to_read(names: Sequence[str]) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def recognise(records: Sequence[Record]) -> Kind:
+def recognize(records: Sequence[Record]) -> Kind:
     """The kind of `records`; they must all be of the same one.
 
     Raises:

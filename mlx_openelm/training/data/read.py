@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import RequestError
 from ...inputs import check_file, to_path
 from ...wording import install
-from .kinds import Faults, Record, columns_to_read, recognise
+from .kinds import Faults, Record, columns_to_read, recognize
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
 
 _EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or .json, .parquet)"
@@ -96,9 +96,9 @@ def _hold_out_note(name: str, kept: int, held_out: int) -> str:
 def whole_file_note(data: str | Path) -> str | None:
     """A note for a test alone if `data` is a single file, else None."""
     path = to_path(data)
-    return (
-        f"{path.name} is tested as a whole; it should not hold what was trained on." if os.path.isfile(path) else None
-    )
+    if not os.path.isfile(path):
+        return None
+    return f"{path.name} is used for testing as a whole; it should not contain training examples."
 
 
 def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
@@ -130,7 +130,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     owner, _, name = str(data).partition("/")
     is_path = suffix_of(path.name) is not None or not owner or not name or "/" in name or owner in (".", "..", "~")
     if is_path:
-        raise RequestError(f"there is no folder or file {data}; give one, or a data set on the hub as owner/name.")
+        raise RequestError(f"There is no folder or file {data}; give one, or a data set on the hub as owner/name.")
     from .hub import download_splits
 
     files = download_splits(str(data))
@@ -156,7 +156,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         if (len(records), faults.number) == before:
             raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
     faults.check()
-    recognise(records)
+    recognize(records)
     return records
 
 

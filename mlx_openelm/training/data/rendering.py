@@ -86,7 +86,7 @@ class _Turns:
         end = _covered(self._render(self._messages[: index + 1]), tokens, self._tokenizer)
         if start is None or end is None:
             raise RequestError(
-                "the chat template renders the beginning of a conversation differently from the whole, so "
+                "The chat template renders the beginning of a conversation differently from the whole, so "
                 "--mask-prompt, or a weight of 0, cannot tell who says what; use --chat-template corenet"
             )
         if self._appends_eos and index == len(self._messages) - 1:

@@ -27,7 +27,7 @@ def suffix_of(name: str) -> str | None:
 def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False) -> dict[str, list[str]]:
     """The files of each split among `names`, paths below one folder; shards in order.
 
-    A split is recognised by the file's name (`train.jsonl`, `train-00000-of-00002.parquet`), otherwise by the folder's
+    A split is recognized by the file's name (`train.jsonl`, `train-00000-of-00002.parquet`), otherwise by the folder's
     (`data/train/0000.parquet`).
 
     Args:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...config import ModelConfig
+from ..options import LAYERS, NOTHING
 from ..step.attention import BLOCK
-from ..step.strategy import LAYERS, NOTHING, here
+from ..step.strategy import here
 
 # On a CPU, MLX allocates for about ten operations ahead of the one it runs. The numbers below count temporary buffers
 # that were measured there.

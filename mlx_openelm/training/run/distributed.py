@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ...errors import OpenELMError, RequestError
 
-# The backends' errors begin like this when another process is gone.
+# The backends' errors begin like this when a peer has died.
 _LOST = ("[ring]", "[jaccl]", "[mpi]", "[nccl]", "distributed")
 
 

@@ -178,7 +178,7 @@ class _Picture:
         try:
             draw(curves, self._path, self._title)
         except Exception as error:  # any error of matplotlib's: a plot must not stop a run
-            warnings.warn(f"The picture of the losses could not be drawn: {error}", stacklevel=2)
+            warnings.warn(f"Could not plot the losses: {error}", stacklevel=2)
 
 
 def draw(curves: Mapping[str, Points], path: Path, title: str = "") -> None:

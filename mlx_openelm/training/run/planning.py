@@ -15,8 +15,8 @@ from ...backend import available_memory, total_memory
 from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError, name_options
 from ...wording import size
-from ..options import TrainOptions
-from ..step.strategy import AUTO, LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
+from ..options import AUTO, LAYERS, NOTHING, PARTS, TrainOptions
+from ..step.strategy import fuses_attention_gradient, here
 from ..step.updater import Updater
 from . import activations
 from .activations import Shape

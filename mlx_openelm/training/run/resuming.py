@@ -87,7 +87,7 @@ def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total
         longer = "--iters" if request.options.epochs is None else "--epochs"
         listener.say(name_options(f"The run is complete, after {state.step} steps; raise {longer} to go on."))
     else:
-        listener.say(f"Going on after step {state.step}.")
+        listener.say(f"Resuming after step {state.step}.")
     return state
 
 

@@ -153,7 +153,7 @@ class Checkpoints:
         whole = [step for step in self.steps() if _damage(self.path(step)) is None]
         if not whole:
             return "No checkpoint was saved yet; --resume starts from the beginning."
-        return f"The checkpoint of step {whole[-1]} is intact ({self.path(whole[-1])}); go on from it with --resume."
+        return f"The checkpoint of step {whole[-1]} is intact ({self.path(whole[-1])}); continue with --resume."
 
     def remove_all(self) -> None:
         """Remove all checkpoints and leftovers of killed processes, and no other files."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import OpenELMError, RequestError, quote
+from ...errors import OpenELMError
 from ...formats import atomic
-from ...wording import install
+from ..options.trackers import check, tensorboard_module
 
-TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_PROJECT = "mlx-openelm"
 # What each keeps in the run's folder.
 _TENSORBOARD, _WANDB_ID = "tensorboard", "wandb-run.txt"
@@ -29,23 +26,6 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-def check(report_to: str | None) -> tuple[str, ...]:
-    """The trackers that `--report-to` names, each known and installed.
-
-    Raises:
-        RequestError: an unknown name, or a package that is missing.
-    """
-    names = tuple(dict.fromkeys(name.strip().lower() for name in (report_to or "").split(",") if name.strip()))
-    for name in names:
-        if name not in TRACKERS:
-            raise RequestError(f"--report-to knows {' and '.join(TRACKERS)}, not {quote(name)}.")
-        if name == "tensorboard" and _tensorboard_module() is None:
-            raise RequestError(f"--report-to tensorboard needs tensorboardX: {install('trackers')}.")
-        if name == "wandb" and not _has("wandb"):
-            raise RequestError(f"--report-to wandb needs Weights & Biases' package: {install('trackers')}.")
-    return names
 
 
 def make_trackers(
@@ -85,7 +65,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None):
         # Hides what the run wrote after that step before it stopped.
         purge = None if resume_step is None else resume_step + 1
-        module = importlib.import_module(_tensorboard_module() or "tensorboardX")
+        module = importlib.import_module(tensorboard_module() or "tensorboardX")
         self._writer = module.SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -128,19 +108,3 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _tensorboard_module() -> str | None:
-    """The installed module that writes TensorBoard's files; PyTorch's needs the package `tensorboard` too."""
-    if _has("tensorboardX"):
-        return "tensorboardX"
-    return "torch.utils.tensorboard" if _has("torch") and _has("tensorboard") else None
-
-
-def _has(package: str) -> bool:
-    """Whether a package can be imported; a plain folder of that name, such as Weights & Biases' own, does not count."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # ValueError: it is imported already, and has no spec
-        return package in sys.modules
-    return spec is not None and spec.origin is not None

@@ -12,9 +12,10 @@ from mlx.utils import tree_flatten
 from ... import backend
 from ...model import Attention, FeedForward, OpenELM, TransformerLayer, add_to
 from ...ops.attention import PlainAttention, choose
+from ..options import LAYERS, NOTHING, PARTS
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
-from .strategy import LAYERS, NOTHING, PARTS, fuses_attention_gradient, here
+from .strategy import fuses_attention_gradient, here
 from .swiglu import swiglu
 
 
@@ -59,7 +60,7 @@ def _run(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any, stage: A
     h = stage([attn.out_proj], lambda mixed, x: add_to(x, attn.out_proj, mixed), mixed, x)
     inner = stage([layer.ffn_norm, ffn.proj_1], lambda h: ffn.proj_1(layer.ffn_norm(h)), h)
     # On a GPU SwiGLU has a gradient that keeps nothing but its input.
-    activate = swiglu if ffn.activation == "swiglu" and backend.on_gpu() else ffn.activate
+    activate = swiglu if ffn.is_swiglu and backend.on_gpu() else ffn.activate
     return stage([ffn.proj_2], lambda inner, h: add_to(h, ffn.proj_2, activate(inner)), inner, h)
 
 

@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from ...model import OpenELM
 from ..data.batches import IGNORED, Batch
+from ..options import PARTS
 from .forward import hidden_states
 from .loss import cross_entropy, split_targets
-from .strategy import CHUNK, PARTS
+from .strategy import CHUNK
 
 
 @dataclass(frozen=True)

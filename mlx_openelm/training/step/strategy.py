@@ -11,12 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ... import backend
-
-# What the backward pass computes again: nothing; norms, SwiGLU and other parts that take little time; whole layers.
-NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"
-# AUTO chooses one of them by the free memory.
-AUTO = "auto"
-RECOMPUTE = (AUTO, NOTHING, PARTS, LAYERS)
+from ..options import NOTHING, PARTS
 
 # cuDNN's gradient takes queries in tiles of this many, heads of these sizes, and needs this compute capability.
 TILE = 128

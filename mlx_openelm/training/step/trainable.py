@@ -101,7 +101,7 @@ def _check_like(adapter: Adapter, options: FineTuneOptions, config: ModelConfig,
         return RequestError(f"--resume-adapter-file {file} {what}.")
 
     if adapter.weights:
-        raise refuse("holds whole weights; go on from it with --fine-tune-type full")
+        raise refuse("contains whole weights; continue with --fine-tune-type full")
     expected = set(target_paths(config, options.target_modules, options.num_layers))
     if adapter.modules.keys() != expected:
         names = sorted({path.rpartition(".")[2] for path in adapter.modules})

@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ...adapters.attaching import adapted_layers, dropout_layers
 from ...model import OpenELM
+from ..options import PARTS
 from .evaluation import Evaluation, evaluate
 from .objectives import CrossEntropy, Forward, Objective
 from .optimizers import set_learning_rate
 from .recompute import Parameters, substituted, trainable
-from .strategy import PARTS, here
+from .strategy import here
 
 # Compiled graphs are kept for this many shapes of batches. One takes up to 2 MB per layer, and many data sets have
 # hundreds of shapes.

@@ -8,8 +8,8 @@ import typing
 from dataclasses import fields
 from typing import Any
 
-from ..errors import RequestError
-from ..wording import flag
+from ...errors import RequestError
+from ...wording import flag
 
 # The ranges of options, by field: the smallest value, those that must be more than 0, those that must be less than 1.
 _LEAST = {

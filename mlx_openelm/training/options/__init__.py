@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..errors import RequestError, quote
-from ..formats.adapter import TARGET_MODULES
-from ..formats.mlx_adapter import FINE_TUNE_TYPES
-from ..options import Option, Options
-from ..wording import flag, one_of
-from .data.examples import LONG_EXAMPLES
-from .run import trackers
-from .step.strategy import AUTO, LAYERS, RECOMPUTE
+from ...errors import RequestError, quote
+from ...formats.adapter import TARGET_MODULES
+from ...formats.mlx_adapter import FINE_TUNE_TYPES
+from ...options import Option, Options
+from ...wording import did_you_mean, flag, one_of
+from ..data.examples import LONG_EXAMPLES
+from . import trackers
 from .values import check_range, conform, field_types
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
 ADAPTER_FORMATS = ("mlx", "peft")
+# What the backward pass computes again: nothing; norms, SwiGLU and other parts that take little time; whole layers.
+NOTHING, PARTS, LAYERS = "nothing", "parts", "layers"
+# AUTO chooses one of them by the free memory.
+AUTO = "auto"
+RECOMPUTE = (AUTO, NOTHING, PARTS, LAYERS)
 
 # What `--help` gives as the default of a setting that each optimizer has its own for.
 OPTIMIZERS_OWN = "the optimizer's"
@@ -403,5 +406,5 @@ class FineTuneOptions(TrainOptions):
 
 def _instead_of(name: str) -> str:
     """The end of a message about an unknown module: the name, and similar ones that exist."""
-    close = difflib.get_close_matches(name, TARGET_MODULES, n=2)
-    return f", not {quote(name)}; did you mean {' or '.join(close)}?" if close else f", not {quote(name)}."
+    hint = did_you_mean(name, TARGET_MODULES)
+    return f", not {quote(name)}; {hint}" if hint else f", not {quote(name)}."
