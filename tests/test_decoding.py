@@ -91,7 +91,7 @@ def test_a_hand_written_loop_gives_what_generate_gives(model: OpenELM, tokenizer
 
 def test_decode_gives_each_tokens_row(model: OpenELM) -> None:
     ids = list(IDS[1])
-    for token, logprob, logprobs in decode(Decoder(model), IDS[1], 12):
+    for token, logprob, _, logprobs in decode(Decoder(model), IDS[1], 12):
         expected = brute_force(model, ids)
         np.testing.assert_allclose(np.array(logprobs), expected, atol=1e-4)
         assert logprob == logprobs[token].item()
@@ -238,7 +238,7 @@ def test_xtc_never_drops_the_special_tokens(model: OpenELM, tokenizer: Tokenizer
     """The most likely token is kept if it is special, and dropped if it is not."""
     special, other, least = getattr(tokenizer, name), 500, 600
     options = {"temp": 1e-6, "seed": 0, "max_tokens": 1, "xtc_probability": 1.0, "xtc_threshold": 0.05}
-    _, _, row = next(decode(Decoder(model), IDS[0], 1))
+    *_, row = next(decode(Decoder(model), IDS[0], 1))
     for top, chosen in ((special, special), (other, least)):
         # Whatever the model's logits are, these two tokens get probabilities of 0.88 and 0.12.
         logit_bias = {top: 1002.0 - row[top].item(), least: 1000.0 - row[least].item()}

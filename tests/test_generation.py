@@ -382,6 +382,41 @@ def test_logprobs_are_log_softmax_of_full_logits(model: OpenELM, tokenizer: Toke
         assert len(ids) > len(IDS[0])
 
 
+def test_top_logprobs_are_the_most_likely(model: OpenELM, tokenizer: Tokenizer) -> None:
+    """After the penalties and before the filters; the most likely first."""
+    options = {"temp": 1.2, "top_k": 2, "seed": 4, "logit_bias": {13: -math.inf, 326: 2.0}}
+    for count in (1, 5, 5000):
+        ids = list(IDS[0])
+        for piece in stream_generate(model, tokenizer, IDS[0], max_tokens=6, top_logprobs=count, **options):
+            logits = np.array(model(mx.array([ids]))[0, -1]).astype(np.float64)
+            logits[13], logits[326] = -np.inf, logits[326] + 2
+            expected = logits - np.log(np.exp(logits).sum())
+            order = np.argsort(-expected)[: min(count, 2047)]  # the banned token has none
+            assert len(piece.top_logprobs) == len(order)
+            assert [value for _, value in piece.top_logprobs] == sorted(dict(piece.top_logprobs).values(), reverse=True)
+            found = dict(piece.top_logprobs)
+            assert found.keys() == set(order.tolist())
+            np.testing.assert_allclose([found[token] for token in order], expected[order], atol=1e-4)
+            assert found.get(piece.token, piece.logprob) == piece.logprob
+            ids.append(piece.token)
+    assert all(p.top_logprobs == [] for p in stream_generate(model, tokenizer, IDS[0], max_tokens=3))
+
+
+def test_top_logprobs_change_nothing_else_and_cost_nothing_when_off(
+    model: OpenELM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[int] = []
+    async_eval = mx.async_eval
+    monkeypatch.setattr(decoding.mx, "async_eval", lambda *x: (submitted.append(len(x)), async_eval(*x))[1])
+    plain = pieces(model, tokenizer, PROMPTS[1], max_tokens=8)
+    assert submitted == [2] * 8  # the token and its log-probability
+    submitted.clear()
+    found = pieces(model, tokenizer, PROMPTS[1], max_tokens=8, top_logprobs=3)
+    assert submitted == [4] * 8  # with the step
+    assert [(p.token, p.logprob, p.text) for p in found] == [(p.token, p.logprob, p.text) for p in plain]
+    assert all(p.top_logprobs[0] == (p.token, p.logprob) for p in found)
+
+
 # Caches.
 
 
@@ -553,6 +588,8 @@ def test_unused_buffers_are_freed_every_256_tokens(model: OpenELM, monkeypatch: 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"top_logprobs": -1}, "top_logprobs must be a whole number, 0 or above, got -1"),
+        ({"top_logprobs": 2.5}, "top_logprobs must be a whole number, 0 or above, got 2.5"),
         ({"max_token": 5}, "max_token"),
         ({"temperature": 1.0, "beams": 2}, "no option temperature; did you mean temp"),
         ({"max_tokens": 0}, "max_tokens"),

@@ -27,6 +27,7 @@ _REQUIRED = ("rich", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2",
 _OPTIONAL = {
     "gguf": ("reads and writes llama.cpp's files", "gguf"),
     "matplotlib": ("draws quantize --report-plot, bench --plot and the losses of a training run", "plots"),
+    "llguidance": ("constrains text: generate --json-schema, --regex, --grammar", "constraints"),
     "pyarrow": ("reads training data in parquet files", "data"),
     "tensorboardX": ("shows a training run in TensorBoard", "trackers"),
     "wandb": ("shows a training run at Weights & Biases", "trackers"),

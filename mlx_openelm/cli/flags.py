@@ -24,7 +24,7 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
     *("Training", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
-    *("Prompt", "Sampling", "Penalties", "Windows", "Measuring"),
+    *("Prompt", "Sampling", "Penalties", "Constraints", "Windows", "Measuring"),
     *("Quantization", "Calibration", "Report"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )
@@ -255,7 +255,7 @@ def add_fields(parser: Parser, options: type) -> None:
         kind, option = get_args(kind)
         if get_origin(kind) in (Union, UnionType):  # int | None
             kind, *others = (part for part in get_args(kind) if part is not NoneType)
-            kind = None if others else kind
+            kind = None if any(get_origin(part) is Sequence for part in others) else kind
         settings = dict(_TYPES.get(kind, _REPEATABLE))
         if option.metavar:
             settings["metavar"] = option.metavar

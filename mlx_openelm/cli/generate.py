@@ -107,6 +107,8 @@ def run(args: Namespace) -> int:
     options = flags.given(args, GenerationOptions)
     if "logit_bias" in options:
         options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
+    if "choice" in options:
+        options["choice"] = _split_choices(options["choice"])
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
     cached: CachedPrompt | None = None
@@ -149,17 +151,20 @@ def run(args: Namespace) -> int:
             for piece in stream_generate(model, tokenizer, ids, progress=progress, **past, **options):
                 pieces.append(piece)
                 if not args.json:
-                    sys.stdout.write(piece.text)
+                    # The line ends here, before a warning that the text was cut off.
+                    sys.stdout.write(piece.text if piece.finish_reason is None else f"{piece.text}\n")
                     sys.stdout.flush()
     except KeyboardInterrupt:
         interrupted = True
     seed = options.get("seed")
     if args.json:
         held = None if cached is None else cached.tokens
-        _print_json(args.model, prompt, pieces, tokenizer if args.logprobs else None, seed, interrupted, held)
+        shown = tokenizer if args.logprobs or options.get("top_logprobs") else None
+        _print_json(args.model, prompt, pieces, shown, seed, interrupted, held)
     else:
-        print()
-        if args.logprobs:
+        if interrupted:
+            print()
+        if args.logprobs or options.get("top_logprobs"):
             _say_logprobs(tokenizer, pieces)
         if args.verbose:
             _say_statistics(model, pieces, seed, cached)
@@ -215,6 +220,17 @@ def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
     return biases
 
 
+def _split_choices(given: tuple[str, ...]) -> list[str]:
+    """The texts in any number of lists, separated by commas or in JSON."""
+    choices: list[str] = []
+    for text in given:
+        try:
+            choices += json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+        except ValueError:
+            raise RequestError(f"--choice must be a,b,c or a JSON list of texts, got {quote(text)}.") from None
+    return choices
+
+
 def _print_json(
     model: str,
     prompt: str,
@@ -224,7 +240,7 @@ def _print_json(
     interrupted: bool,
     cached: int | None,
 ) -> None:
-    """Print the result as a JSON object; with a tokenizer, also tokens and log-probabilities."""
+    """Print the result as a JSON object; with a tokenizer, also tokens and their log-probabilities."""
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
     if pieces:
         last = dataclasses.asdict(pieces[-1])
@@ -239,6 +255,8 @@ def _print_json(
         values["tokens"] = [piece.token for piece in pieces]
         values["token_texts"] = [tokenizer.id_to_token(piece.token) for piece in pieces]
         values["logprobs"] = [piece.logprob for piece in pieces]
+        if any(piece.top_logprobs for piece in pieces):
+            values["top_logprobs"] = [[list(pair) for pair in piece.top_logprobs] for piece in pieces]
     console.print_json(values)
 
 
@@ -246,6 +264,8 @@ def _say_logprobs(tokenizer: Tokenizer, pieces: list[Piece]) -> None:
     console.say("  token   logprob  text")
     for piece in pieces:
         console.say(f"{piece.token:7d}  {piece.logprob:8.4f}  {tokenizer.id_to_token(piece.token)!r}")
+        for token, logprob in piece.top_logprobs:
+            console.say(f"{token:11d}  {logprob:8.4f}  {tokenizer.id_to_token(token)!r}")
 
 
 def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:

@@ -36,8 +36,7 @@ _REFUSED_COMMANDS = {
 }
 
 _LATER_FLAGS = (
-    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-size"),
-    *("--prompt-cache-bytes", "--json-schema", "--json-object", "--regex", "--grammar", "--choice", "--top-logprobs"),
+    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-size", "--prompt-cache-bytes"),
     *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
 )
 # The names that other programs have for our flags; of several, the first that the command has is meant.

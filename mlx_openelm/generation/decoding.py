@@ -15,29 +15,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
 from .. import backend
 from ..cache import make_cache
-from ..errors import RequestError
+from ..errors import RequestError, name_options
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
+from .drawing import Step, draw, forced_step, listed
 from .keywords import GenerationKeywords, unknown_option
-from .options import (
-    EMPTY_PROMPT,
-    CacheOptions,
-    GenerationOptions,
-    token_ids,
-    warn,
-)
+from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids, warn
 from .piece import Piece
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 from .stopping import StopStrings
+
+if TYPE_CHECKING:
+    from .constraints import Constraint
 
 # Free MLX's buffers now and then: lengths change with every token, so few are reused.
 _CLEAR_EVERY = 256
@@ -112,7 +110,7 @@ def stream_generate(
     Raises:
         RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
             at the call, before anything is computed.
-        OpenELMError: while iterating, the model's logits are not finite.
+        OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
     """
     for name in options:
         if name not in GenerationOptions.__dataclass_fields__:
@@ -141,7 +139,12 @@ def stream_generate(
         prompt_cache_tokens=prompt_cache_tokens,
         logits_processors=processors,
     )
-    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, chosen, progress)
+    constraint = None
+    if any(getattr(chosen, name) not in (None, False) for name in CONSTRAINTS):
+        from .constraints import make_constraint
+
+        constraint = make_constraint(chosen, tokenizer, model.config.vocab_size)
+    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, constraint, chosen, progress)
 
 
 def _pieces(
@@ -150,27 +153,37 @@ def _pieces(
     prompt: list[int],
     count: int,
     sampler: Sampler,
+    constraint: Constraint | None,
     options: GenerationOptions,
     progress: Progress | None,
 ) -> Iterator[Piece]:
     """At most `count` pieces; nothing is computed before the first one is requested."""
     stops = StopStrings(options.stop) if options.stop else None
     steps = decode(
-        decoder, prompt, count, sampler=sampler, prefill_step_size=options.prefill_step_size, progress=progress
+        decoder,
+        prompt,
+        count,
+        sampler=sampler,
+        constraint=constraint,
+        top=int(options.top_logprobs),
+        prefill_step_size=options.prefill_step_size,
+        progress=progress,
     )
     started = time.perf_counter()
     prompt_seconds = 0.0
     with backend.wired_limit():
-        for n, (token, logprob, _) in enumerate(steps, 1):
+        for n, (token, logprob, top_logprobs, _) in enumerate(steps, 1):
             now = time.perf_counter()
             if n == 1:
                 prompt_seconds, started = now - started, now
-                text_decoder = tokenizer.streaming_decoder(prompt if options.echo else ())
+                seen = prompt if options.echo else ()
+                text_decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
             text, stopped = "", token in tokenizer.eos_token_ids
             if not stopped:
                 text = text_decoder.add(token)
                 if stops is not None:
                     text, stopped = stops.add(text)
+                stopped = stopped or (constraint is not None and constraint.completed_by(n))
             finish_reason = "stop" if stopped else "length" if n == count else None
             if finish_reason is not None:
                 rest = text_decoder.finish()
@@ -188,8 +201,13 @@ def _pieces(
                 generation_tps=(n - 1) / (now - started) if n > 1 else 0.0,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 finish_reason=finish_reason,
+                top_logprobs=top_logprobs,
             )
             if finish_reason is not None:
+                if finish_reason == "length" and constraint is not None:
+                    limit = "--max-tokens" if n == options.max_tokens else "the end of the model's context"
+                    tokens = f"{n:,} token{'' if n == 1 else 's'}"
+                    warn(name_options(f"The text was cut off after {tokens}, at {limit}; it may be incomplete."))
                 return
 
 
@@ -330,39 +348,66 @@ def decode(
     count: int,
     *,
     sampler: Sampler = greedy,
+    constraint: Constraint | None = None,
+    top: int = 0,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[int, float, mx.array]]:
-    """`count` tokens after `prompt`, each with its log-probability and those of all tokens, [vocab].
+) -> Iterator[Step]:
+    """At most `count` tokens after `prompt`, with the log-probabilities of each, of the `top` likeliest, and of all.
 
-    The device computes the next token while the caller has the last one. The first token computed from more
-    positions than the model was trained on brings a warning.
+    The device computes the next token while the caller has the last one. A constraint leaves tokens out and ends the
+    text; tokens that it forces have a log-probability of 0 and no others, and a run of them is processed at once. The
+    first token computed from more positions than the model was trained on brings a warning.
 
     Raises:
-        OpenELMError: while iterating, the logits are not finite.
+        OpenELMError: while iterating, the logits are not finite, or no token fits the constraint.
     """
     trained = decoder.model.config.max_context_length
     total = int(decoder.cache[0].offset) + len(prompt)
-    upcoming = _draw(decoder.prefill(mx.array([list(prompt)]), prefill_step_size, progress), sampler)
-    for n in range(1, count + 1):
-        token, logprob, logprobs = upcoming
-        if n < count:
-            upcoming = _draw(decoder.step(token), sampler)
+    forced = [] if constraint is None else constraint.opening[:count]
+    prompt = [*prompt, *forced]
+    following = decoder.prefill(mx.array([prompt]), prefill_step_size, progress)
+    upcoming = None
+    if constraint is None:
+        upcoming = draw(following, sampler, top)
+    elif len(forced) < count and not constraint.done:
+        upcoming = draw(constraint.limit(following), sampler, top)
+    ready = [forced_step(token, top) for token in forced]
+    n = 0
+    while True:
+        for step in ready:
+            n += 1
+            if n == 1 and progress is not None:
+                progress(len(prompt), len(prompt))
+            if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
+                warn(
+                    f"The text is now longer than the {trained} tokens the model was trained on; "
+                    "expect it to get worse."
+                )
+            yield step
+            if n % _CLEAR_EVERY == 0:
+                mx.clear_cache()
+        if upcoming is None:
+            return
+        before, (token, logprob, likeliest, logprobs), upcoming = following, upcoming, None
+        if n + 1 < count:
+            following = decoder.step(token)
+            if constraint is None:
+                upcoming = draw(following, sampler, top)
+            else:
+                mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
         if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes every token's log-probability so
-            raise not_finite(f"The logits for token {n} are", decoder.model, processed=bool(decoder.logits_processors))
-        if n == 1 and progress is not None:
-            progress(len(prompt), len(prompt))
-        if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
-            warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
-        yield value, likelihood, logprobs[0]
-        if n % _CLEAR_EVERY == 0:
-            mx.clear_cache()
-
-
-def _draw(logprobs: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array, mx.array]:
-    """A token [1], its log-probability [1, 1] and `logprobs` [1, vocab]; starts computing the first two."""
-    token = sampler(logprobs)
-    logprob = mx.take_along_axis(logprobs, token[:, None], axis=-1)
-    mx.async_eval(token, logprob)
-    return token, logprob, logprobs
+            if constraint is not None:
+                constraint.check(before)
+            raise not_finite(
+                f"The logits for token {n + 1} are", decoder.model, processed=bool(decoder.logits_processors)
+            )
+        ready = [(value, likelihood, listed(likeliest), logprobs[0])]
+        if constraint is not None:
+            forced = constraint.advance(value)[: count - n - 1]
+            ready += [forced_step(token, top) for token in forced]
+            if n + len(ready) < count and not constraint.done:
+                if forced:
+                    following = decoder.prefill(mx.array([forced]), prefill_step_size)
+                upcoming = draw(constraint.limit(following), sampler, top)

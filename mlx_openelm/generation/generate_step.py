@@ -60,4 +60,4 @@ def generate_step(
         logits_processors=logits_processors,
     )
     steps = decode(decoder, ids, count, sampler=sampler, prefill_step_size=prefill_step_size, progress=progress)
-    return ((token, logprob) for token, logprob, _ in steps)
+    return ((token, logprob) for token, logprob, *_ in steps)

@@ -38,6 +38,12 @@ class GenerationKeywords(TypedDict, total=False):
     stop: str | Sequence[str] | None
     echo: bool
     prefill_step_size: int | None
+    top_logprobs: int
+    json_schema: str | Mapping[str, Any] | None
+    json_object: bool
+    regex: str | None
+    grammar: str | None
+    choice: str | Sequence[str] | None
 
 
 def list_options(function: Callable[..., Any]) -> None:

@@ -24,6 +24,8 @@ MAX_TEMP = 1000.0  # nearly uniform
 # The options that a sampler is made from.
 _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
 
+# The options that say what the text must be; at most one is given.
+CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
 
 _PACKAGE = __name__.partition(".")[0]
@@ -211,6 +213,10 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `stop`: strings that end the text; they are not part of it.
     - `echo`: the text begins with the prompt's.
     - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
+    - `top_logprobs`: how many of the most likely tokens each `Piece` lists; 0 is none.
+    - `json_schema`, `json_object`, `regex`, `grammar`, `choice`: what the text must be, one of them: JSON for a schema
+      (a mapping, its text, or a file), any JSON object, a match of a whole regular expression, a sentence of a Lark or
+      GBNF grammar (its text, or a file), one of several texts.
     """
 
     max_tokens: Annotated[
@@ -227,6 +233,28 @@ class GenerationOptions(SamplingParams, CacheOptions):
         int | None,
         Option(
             "Tokens of the prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+        ),
+    ] = None
+    top_logprobs: Annotated[
+        int,
+        Option("Show the N most likely tokens at each place: after the text, or in the JSON.", group="Output"),
+    ] = 0
+    json_schema: Annotated[
+        str | Mapping[str, Any] | None,
+        Option("Generate compact JSON that is valid for this schema.", group="Constraints", metavar="FILE|TEXT"),
+    ] = None
+    json_object: Annotated[bool, Option("Generate a JSON object, compact.", group="Constraints")] = False
+    regex: Annotated[
+        str | None, Option("Generate text that this regular expression matches as a whole.", group="Constraints")
+    ] = None
+    grammar: Annotated[
+        str | None,
+        Option("Generate text of this Lark or GBNF grammar.", group="Constraints", metavar="FILE|TEXT"),
+    ] = None
+    choice: Annotated[
+        str | Sequence[str] | None,
+        Option(
+            "Generate one of these texts, or of a JSON list of texts; repeatable.", group="Constraints", metavar="A,B,C"
         ),
     ] = None
 
@@ -247,6 +275,11 @@ class GenerationOptions(SamplingParams, CacheOptions):
             check_seed(self.seed)
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
+        check_number("--top-logprobs", self.top_logprobs, 0, math.inf, "a whole number, 0 or above", kind=Integral)
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(given) > 1:
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RequestError(f"{named} cannot be combined; give one.")
 
     def check_sampler(self) -> None:
         """Raise a `RequestError` if an option is set that a `sampler` of the caller's own replaces."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Piece:
     """One token of generated text.
 
-    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and
-    before filters; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
+    `text` holds whole characters only, so it may be empty; `logprob` is natural, after penalties and before filters;
+    `top_logprobs` lists the most likely tokens as (id, log-probability), the most likely first, as many as the option
+    asks for and have a probability; speeds are in tokens per second, `peak_memory` is in GB (1e9 bytes).
     """
 
     text: str
@@ -22,6 +23,7 @@ class Piece:
     generation_tps: float
     peak_memory: float
     finish_reason: str | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list, hash=False)
 
     def __repr__(self) -> str:
         end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""

@@ -41,10 +41,10 @@ class TokenBytes(dict[int, bytes | None]):
 class StreamingDecoder:
     """Decodes token by token; the concatenated results of `add` and `finish` equal `decode` of all tokens."""
 
-    def __init__(self, token_bytes: TokenBytes, after: Iterable[int] = ()):
+    def __init__(self, token_bytes: TokenBytes, after: Iterable[int] = (), keeps_space: bool = False):
         self._token_bytes = token_bytes
         self._characters = codecs.getincrementaldecoder("utf-8")(ONE_PER_BYTE)
-        self._strip_space = token_bytes.engine.adds_space
+        self._strip_space = token_bytes.engine.adds_space and not keeps_space
         for token_id in after:
             self.add(token_id)
 

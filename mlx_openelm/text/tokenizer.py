@@ -188,10 +188,24 @@ class Tokenizer(TransformersInterface):
                 texts.append(self.id_to_token(token_id))
         return "".join([*texts, decoder.finish()])
 
-    def streaming_decoder(self, after: Iterable[int] = ()) -> StreamingDecoder:
+    def streaming_decoder(self, after: Iterable[int] = (), *, keeps_space: bool = False) -> StreamingDecoder:
         """A decoder for one token at a time. With `after`, it continues the text of those ids, including the space
-        between two words."""
-        return StreamingDecoder(self._token_bytes, after)
+        between two words; with `keeps_space`, it keeps a space in front of the first word too."""
+        return StreamingDecoder(self._token_bytes, after, keeps_space)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that a token adds to a text; None for control tokens, the unknown token and ids out of range."""
+        return None if token_id == self._engine.unk_token_id else self._token_bytes[token_id]
+
+    def encode_after(self, mark: str, text: str) -> list[int] | None:
+        """The ids of `text` where it follows other text, without a space in front.
+
+        `mark` is a character that only a byte token can write, and stands for the other text. None if the tokenizer
+        has no byte token for it.
+        """
+        mark_id = self.token_to_id(f"<0x{ord(mark):02X}>")
+        ids = self._engine.encode(_replace_surrogates(mark + text))
+        return ids[ids.index(mark_id) + 1 :] if mark_id in ids else None
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:
