@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from ..console import columns, say
+from ..console import columns
 from ..errors import RequestError, quote
 from ..hub import catalog
+from .terminal import show
 
 # The values that a switch may be given, as in mlx-lm's `--verbose False`.
 _ON = ("true", "t", "yes", "y", "on", "1")
@@ -154,7 +155,7 @@ class Parser(argparse.ArgumentParser):
         reason = suggestions.not_needed(flag)
         if reason is None:
             raise RequestError(suggestions.unknown_flag(self.prog, flag, self.flags))
-        say(f"warning: {flag} is not needed: {reason}.")
+        show(f"warning: {flag} is not needed: {reason}.")
         return True
 
     def _switch(self, action: BooleanOptionalAction, flag: str, value: str) -> str:

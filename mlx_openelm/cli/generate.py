@@ -24,6 +24,7 @@ from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
+from .terminal import write
 
 if TYPE_CHECKING:
     from .cached_prompt import CachedPrompt
@@ -144,6 +145,7 @@ def run(args: Namespace) -> int:
     is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
     progress = console.Progress("Reading the prompt", unit="tokens", lines=False) if is_long else None
     pieces: list[Piece] = []
+    chosen = GenerationOptions(**options)
     interrupted = False
     try:
         with progress or nullcontext():
@@ -152,8 +154,7 @@ def run(args: Namespace) -> int:
                 pieces.append(piece)
                 if not args.json:
                     # The line ends here, before a warning that the text was cut off.
-                    sys.stdout.write(piece.text if piece.finish_reason is None else f"{piece.text}\n")
-                    sys.stdout.flush()
+                    write(piece.text if piece.finish_reason is None else f"{piece.text}\n")
     except KeyboardInterrupt:
         interrupted = True
     seed = options.get("seed")
@@ -163,12 +164,11 @@ def run(args: Namespace) -> int:
         _print_json(args.model, prompt, pieces, shown, seed, interrupted, held)
     else:
         if interrupted:
-            print()
+            write("\n")
         if args.logprobs or options.get("top_logprobs"):
             _say_logprobs(tokenizer, pieces)
         if args.verbose:
-            _say_statistics(model, pieces, seed, cached)
-    chosen = GenerationOptions(**options)
+            _say_statistics(model, pieces, chosen, cached)
     if args.verbose and chosen.temp == 0 and not chosen.changes_logits:
         _say_if_repeating(pieces, "instruct" in args.model.lower() and args.chat_template is None)
     return 130 if interrupted else 0
@@ -277,7 +277,9 @@ def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:
         )
 
 
-def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None, cached: CachedPrompt | None) -> None:
+def _say_statistics(
+    model: OpenELM, pieces: list[Piece], options: GenerationOptions, cached: CachedPrompt | None
+) -> None:
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
         console.say(
@@ -292,7 +294,9 @@ def _say_statistics(model: OpenELM, pieces: list[Piece], seed: int | None, cache
         console.say(f"Prompt: {counted(last.prompt_tokens, 'token')}{after}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
         end = f", finish reason: {last.finish_reason}" if last.finish_reason else ""
+        if last.finish_reason == "length" and last.generation_tokens != options.max_tokens:
+            end += " (the model's last position)"
         console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}{end}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
-    if seed is not None:
-        console.say(f"Seed: {seed}")
+    if options.seed is not None:
+        console.say(f"Seed: {options.seed}")

@@ -32,7 +32,7 @@ def render(parser: Any, columns: int) -> str:
         _section(title, [_entry(action, parser.defaults.get(action.dest)) for action in actions], columns)
         for title, actions in _groups(parser)
     ]
-    examples = [_example(line.strip(), columns) for line in (parser.epilog or "").splitlines()]
+    examples = [command_lines(line.strip(), columns) for line in (parser.epilog or "").splitlines()]
     blocks.append("\n".join(["Examples:", *examples]))
     return "\n\n".join(blocks) + "\n"
 
@@ -99,14 +99,20 @@ def _shown(default: Any) -> str:
     return "on" if default is True else str(default)
 
 
-def _example(line: str, columns: int) -> str:
-    """A command to copy; a longer one goes on after a backslash, with a flag."""
-    parts = re.findall(r"(?:\"[^\"]*\"|\S)+", line)
-    lines, current = [], f"  {parts[0]}"
-    for word in re.split(r" (?=-)", " ".join(parts[1:])) if parts[1:] else []:
-        if len(current) + len(word) + 3 > columns:
-            lines.append(f"{current} \\")
-            current = f"      {word}"
+def command_lines(line: str, columns: int) -> str:
+    """A command to copy, indented; a longer one goes on after a backslash, with a flag if that fits."""
+    words = re.findall(r"""(?:"[^"]*"|'[^']*'|\S)+""", line)
+    parts = [words[0]]  # what stays on one line
+    for word in words[1:]:
+        if word.startswith("-") or len(parts[-1]) + len(word) + 9 > columns:
+            parts.append(word)
         else:
-            current += f" {word}"
+            parts[-1] += f" {word}"
+    lines, current = [], f"  {parts[0]}"
+    for part in parts[1:]:
+        if len(current) + len(part) + 3 > columns:
+            lines.append(f"{current} \\")
+            current = f"      {part}"
+        else:
+            current += f" {part}"
     return "\n".join([*lines, current])

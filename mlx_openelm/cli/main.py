@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ..errors import OpenELMError, RequestError, quote
-from ..messages import say
 from ..version import __version__
 from ..wording import one_of
 
@@ -76,7 +75,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    say(f"warning: {' '.join(str(message).split())}")
+    from .terminal import show
+
+    show(f"warning: {message}")
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:
@@ -106,7 +107,9 @@ def _exit_code(error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    say(f"error: {' '.join(line.split())}")
+    from .terminal import show
+
+    show(f"error: {line}")
     return code
 
 

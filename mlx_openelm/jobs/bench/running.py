@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ from ... import backend
 from ...errors import RequestError
 from ...evaluation import bandwidth
 from ...loading import check_dtype
-from ...messages import say
 from ...sources import open_source
 from .options import BenchOptions
 from .processes import programs
@@ -58,7 +58,7 @@ def bench(
                 f"the model has {config.rope_max_length}."
             )
     if (warning := backend.slow_cpu_warning()) is not None:
-        say(f"warning: {warning}")
+        warnings.warn(warning, stacklevel=2)
     loading = {
         "adapter_path": adapter_path,
         "dtype": dtype,
