@@ -142,8 +142,10 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
         (["generate", "--temp", "warm"], "--temp must be a number, got 'warm'."),
         (["generate", "--verbose=maybe"], "--verbose must be True or False, got 'maybe'."),
         (["generate", "--prompt", "two", "words"], "needs quotes: mlx-openelm generate 'two words'."),
+        (["generate", "To be", "--prompt", "not"], "Give the prompt once: as the argument, with --prompt or with"),
+        (["generate", "--prompt", "To be", "or"], "Give the prompt once: as the argument, with --prompt or with"),
         (["generate", "two", "--", "words"], "needs quotes: mlx-openelm generate 'two words'."),
-        (["convert", "two", "--", "words"], "unexpected argument 'two'; see mlx-openelm convert --help."),
+        (["convert", "two", "--", "words"], "Unexpected argument 'two' (did you mean --model two?); see"),
         (["generate", "-z"], "mlx-openelm generate has no flag -z;"),
         (["generate", "--max_tokens", "3"], "has no flag --max_tokens (did you mean --max-tokens?)"),
         (["generate", "--max", "3"], "generate has no flag --max (did you mean --max-kv-size or --max-tokens?)"),
@@ -258,8 +260,8 @@ def test_quiet(quiet: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["upload", "folder", "--upload-repo", "me/x"], "unexpected argument 'folder'"),
-        (["export", "gguf"], "unexpected argument 'gguf'"),
+        (["upload", "folder", "--upload-repo", "me/x"], "Unexpected argument 'folder' (did you mean --path folder?)"),
+        (["export", "gguf"], "Unexpected argument 'gguf' (did you mean --format gguf?)"),
         (["perplexity", "-x"], "has no flag -x"),
         (["convert", "-q4"], "--quantize takes no value"),
     ],

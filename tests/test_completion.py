@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from mlx_openelm.cli import completion
 from mlx_openelm.cli.main import COMMANDS, SHELLS, command, main
 from mlx_openelm.training.options import OPTIMIZERS
 
@@ -76,6 +77,15 @@ def test_the_shell_accepts_the_syntax_of_its_script(shell: str, scripts: dict[st
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_lists_are_lists_in_every_shell(scripts: dict[str, str]) -> None:
+    commands = {flag: name for name in COMMANDS for flag in command(name)[0].flags}
+    assert commands.keys() >= completion._LISTS
+    assert "compset -P '*,'; compadd -S '' -- awq gptq dwq" in scripts["zsh"]
+    assert "-a '(__fish_append , awq gptq dwq)'" in scripts["fish"]
+    assert "'__fish_seen_subcommand_from info' -a 'tiny 270m " in scripts["fish"]
+    assert '"info "*) compadd -- tiny 270m ' in scripts["zsh"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
     ("line", "expected"),
@@ -97,6 +107,16 @@ def test_the_shell_accepts_the_syntax_of_its_script(shell: str, scripts: dict[st
         (["lora", "--lr-schedule", "co"], {"constant", "cosine"}),
         (["lora", "--train", "--no-tr"], {"--no-train"}),
         (["--install-completion", ""], set(SHELLS)),
+        (["info", "3"], {"3b", "3b-instruct"}),
+        (["info", "--json", "3"], {"3b", "3b-instruct"}),
+        (["info", "--revision", "3"], set()),
+        (["average", "--overwrite", "270m", "1.1b-"], {"1.1b-instruct"}),
+        (["generate", "3"], set()),  # a prompt
+        (["quantize", "--method", "awq,g"], {"awq,gptq"}),
+        (["quantize", "--method", "="], {"awq", "gptq", "dwq"}),
+        (["quantize", "--method", "=", "awq,d"], {"awq,dwq"}),
+        (["lora", "--target-modules", "qkv_proj,proj_1,proj_"], {"qkv_proj,proj_1,proj_1", "qkv_proj,proj_1,proj_2"}),
+        (["generate", "--dtype", "float32,f"], set()),
         (["generate", "--tokenizer", ""], set()),  # bash then completes files
     ],
 )

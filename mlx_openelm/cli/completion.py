@@ -18,6 +18,17 @@ from .flags import Parser
 
 _MODELS = [catalog.TINY, *(alias for release in catalog.releases() for alias in release.aliases)]
 
+# The flags whose values are lists with commas.
+_LISTS = {"--method", "--report-to", "--target-modules"}
+# What completes one of some words, and the last word of a list.
+_REPLIES = {
+    "bash": (
+        'COMPREPLY=($(compgen -W "{}" -- "$current"))',
+        'COMPREPLY=($(compgen -P "${{current%"${{current##*,}}"}}" -W "{}" -- "${{current##*,}}"))',
+    ),
+    "zsh": ("compadd -- {}", "compset -P '*,'; compadd -S '' -- {}"),
+}
+
 # A command's name, with its line of help and its parser.
 Commands = Mapping[str, tuple[str, Parser]]
 
@@ -73,7 +84,7 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
         return _fish(program, own, commands)
     if shell not in ("bash", "zsh"):
         raise RequestError(f"No completion for {shell}; choose bash, zsh or fish.")
-    reply = 'COMPREPLY=($(compgen -W "{}" -- "$current"))' if shell == "bash" else "compadd -- {}"
+    reply, of_list = _REPLIES[shell]
     # bash completes files by itself if no choice fits.
     or_file = "" if shell == "bash" else "; _files"
     values, flags = [], []
@@ -84,8 +95,13 @@ def script(shell: str, program: str, own: Parser, commands: Commands) -> str:
             if choices:
                 pattern = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
                 files = or_file if takes_others else ""
-                values.append(f"        {pattern}) {reply.format(' '.join(choices))}{files}; return;;")
+                found = (of_list if _LISTS & {*action.option_strings} else reply).format(" ".join(choices))
+                values.append(f"        {pattern}) {found}{files}; return;;")
         flags.append(f'        "{name} -"*) {reply.format(" ".join(parser.flags))};;')
+        if _takes_models(parser):
+            others = [f'"{name} {flag}"' for flag, action in parser.flags.items() if _takes_anything(action)]
+            values.append(f"        {'|'.join(others)}) {or_file.removeprefix('; ') or ':'}; return;;")
+            flags.append(f'        "{name} "*) {reply.format(" ".join(_MODELS))}{or_file};;')
     flags.append(f'        " "*) {reply.format(" ".join(["help", *commands]))};;')
     template = _BASH if shell == "bash" else _ZSH
     return template.format(
@@ -133,10 +149,13 @@ def _fish(program: str, own: Parser, commands: Commands) -> str:
             flags = [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in action.option_strings]
             choices, takes_others = _choices(action)
             kind = " -r" if takes_others else " -x" if choices else ""
-            value = f"{kind} -a {_quoted(' '.join(choices))}" if choices else kind
+            found = f"(__fish_append , {' '.join(choices)})" if _LISTS & {*action.option_strings} else " ".join(choices)
+            value = f"{kind} -a {_quoted(found)}" if choices else kind
             # The first sentence says enough.
             about = _quoted(re.split(r"[.;:] ", action.help or "")[0].rstrip("."))
             lines.append(f"complete -c {program} -n {_quoted(condition)} {' '.join(flags)}{value} -d {about}")
+        if _takes_models(parser):
+            lines.append(f"complete -c {program} -n {_quoted(condition)} -a {_quoted(' '.join(_MODELS))}")
     return "\n".join(lines)
 
 
@@ -148,6 +167,16 @@ def _quoted(text: str) -> str:
 def _actions(parser: Parser) -> list[Action]:
     """The flags, each once."""
     return list(dict.fromkeys(parser.flags.values()))
+
+
+def _takes_models(parser: Parser) -> bool:
+    """Whether the arguments, without a flag, are models."""
+    return any(not action.option_strings and action.metavar == "MODEL" for action in parser._actions)
+
+
+def _takes_anything(action: Action) -> bool:
+    """Whether a flag has a value that is none of some choices."""
+    return action.nargs != 0 and not _choices(action)[0]
 
 
 def _choices(action: Action) -> tuple[list[str], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import shlex
 import sys
 from argparse import BooleanOptionalAction
 from collections import deque
@@ -81,7 +82,7 @@ class Parser(argparse.ArgumentParser):
             raise RequestError(f"{name} {'takes no value' if is_extra else error.message}.") from None
         for word in rest:
             if word != "--":
-                self.error(f"unexpected argument {quote(word)}")
+                self._refuse_argument(word, args)
         return values
 
     def format_help(self) -> str:
@@ -140,8 +141,16 @@ class Parser(argparse.ArgumentParser):
                 word = f"{flag}={words.popleft()}"
             result.append(word)
         if arguments and not takes_arguments:
-            self.error(f"unexpected argument {quote(arguments[0])}")
+            self._refuse_argument(arguments[0], args)
         return [*result, "--", *arguments] if arguments else result
+
+    def _refuse_argument(self, word: str, args: Sequence[str]) -> NoReturn:
+        """Say that an argument needs a flag: the first of the main ones, if it is not given and takes a value."""
+        flag = self.main_flags[0] if self.main_flags else ""
+        given = {arg.partition("=")[0] for arg in args}
+        fits = flag in self.flags and self.flags[flag].nargs is None and not given & {*self.flags[flag].option_strings}
+        hint = f" (did you mean {flag} {shlex.quote(word)}?)" if fits and not word.isdecimal() else ""
+        self.error(f"Unexpected argument {quote(word)}{hint}")
 
     def _refuse_value(self, flag: str, word: str | None = None) -> NoReturn:
         """Say that a flag needs a value: `word`, the next, is a flag, or there is none."""

@@ -176,12 +176,13 @@ def run(args: Namespace) -> int:
 
 def read_prompt(words: list[str], prompt: str | None, prompt_file: str | None, command: str = "generate") -> str:
     """The prompt from the argument, the flag, the file, or standard input."""
-    if len(words) > 1 or (words and prompt is not None):
+    is_quoted = prompt is not None and any(" " in text for text in (prompt, *words))
+    if not is_quoted and len(words) + (prompt is not None) > 1:
         text = " ".join([*([prompt] if prompt is not None else []), *words])
         raise RequestError(f"A prompt of several words needs quotes: mlx-openelm {command} {shlex.quote(text)}.")
-    prompt = words[0] if words else prompt
-    if prompt is not None and prompt_file is not None:
+    if len([text for text in (*words, prompt, prompt_file) if text is not None]) > 1:
         raise RequestError("Give the prompt once: as the argument, with --prompt or with --prompt-file.")
+    prompt = words[0] if words else prompt
     if prompt_file is not None:
         text = _decode(read_text_source(to_path(prompt_file)), prompt_file)
     elif prompt == "-" or (prompt is None and not sys.stdin.isatty()):

@@ -120,6 +120,8 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], int], Namespace]:
     # Flags before the command are the program's own.
     own = list(takewhile(lambda word: word.startswith("-") or word in SHELLS, args))
     name, *rest = args[len(own) :] or (None,)
+    if name is not None and {"-h", "--help"} & {*own}:  # `-h lora` too
+        own, rest = [], ["--help"]
     debug = False
     if own or name is None:
         values = _program().parse(own)

@@ -6,15 +6,21 @@ People who come from mlx-lm, transformers or llama.cpp type the names of those p
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import quote
 
-# Planned commands, and other names for them.
-_LATER_COMMANDS = (
-    *("serve", "server", "chat", "dpo", "pretrain", "evaluate", "eval", "grpo"),
-    *("train-tokenizer", "leaderboard", "embed", "classify"),
-)
+# Planned commands, other names for them, and what can be done until then.
+_LATER_COMMANDS = {
+    **dict.fromkeys(("serve", "server"), "mlx_lm.server --model FOLDER serves what mlx-openelm convert writes"),
+    "chat": "mlx-openelm generate --chat-template corenet answers one message of an instruct model",
+    **dict.fromkeys(("dpo", "grpo"), "mlx-openelm lora trains on examples of good answers"),
+    "pretrain": "mlx-openelm lora --fine-tune-type full trains all weights of a model",
+    **dict.fromkeys(
+        ("evaluate", "eval", "leaderboard"), "mlx-openelm perplexity measures how well a model predicts a text"
+    ),
+    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "mlx-openelm --help lists what there is"),
+}
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
     **dict.fromkeys(("complete", "completion", "run", "prompt"), "generate"),
@@ -105,10 +111,23 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "-c": ("--config", "--config-yaml"),
     "-v": ("--version", "--verbose"),
 }
+# Flags that people expect in another command, which has them; asked for after the names above.
+_ELSEWHERE = {
+    **dict.fromkeys(("--quantize", "-q", "--q-bits", "--q-group-size", "--q-mode", "--dequantize"), "convert"),
+    **dict.fromkeys(("--train", "--test", "--iters", "--learning-rate", "--batch-size", "--num-layers"), "lora"),
+    **dict.fromkeys(("--mask-prompt", "--fine-tune-type", "--rank", "--grad-checkpoint", "--resume", "--data"), "lora"),
+    **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
+    **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
+    "--method": "quantize",
+    "--target-bpw": "quantize",
+    "--format": "export",
+    "--upload-repo": "upload",
+}
 _ONE_MACHINE = "a model runs on one machine"
 _BITS = "--recipe and --target-bpw choose the bits and groups of single matrices"
 _DWQ = "--method dwq chooses it itself"
 _REFUSED_FLAGS = {
+    "--do-sample": "text is sampled if --temp is above 0",
     "--image": "OpenELM reads text only",
     "--use-default-chat-template": "--chat-template names the template to use: plain, corenet or a file",
     "--chat-template-config": "write the settings into a template file, for --chat-template",
@@ -136,18 +155,21 @@ _LATER_IN_BENCH = ("--batch", "--batch-size", "-b")
 _REFUSED_BY_CACHE_PROMPT = {"--eos-token": "no text is generated; give --extra-eos-token to generate"}
 _REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
 
-_NOT_NEEDED = {"--trust-remote-code": "no repository code is run"}
+_NOT_NEEDED = {
+    "--trust-remote-code": "no repository code is run",
+    "--stream": "text is printed as it is generated",
+}
 
 
 def unknown_command(program: str, name: str, commands: Sequence[str]) -> str:
     """The message for a command that is not there."""
     plain, listed = name.lower().replace("_", "-"), ", ".join(commands)
     if plain in _LATER_COMMANDS:
-        return f"{program} {plain} is not offered yet; there are {listed}."
+        return f"{program} {plain} is not offered yet; {_LATER_COMMANDS[plain]}."
     if plain in _REFUSED_COMMANDS:
         return f"{program} {plain} is not offered: {_REFUSED_COMMANDS[plain]}."
     renamed = _RENAMED_COMMANDS.get(plain)
-    hint = f"did you mean {renamed}?" if renamed else _did_you_mean(plain, commands)
+    hint = f"did you mean {renamed}?" if renamed else _did_you_mean(plain, {name: name for name in commands})
     return f"{program} has no command {quote(name)}; {hint or f'there are {listed}.'}"
 
 
@@ -166,8 +188,7 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
         refused |= _REFUSED_BY_CACHE_PROMPT if program.endswith(" cache-prompt") else {}
         if plain in refused:
             return f"{plain} is not offered: {refused[plain]}."
-    renamed = [name for name in _RENAMED_FLAGS.get(plain, ()) if name.split()[0] in known]
-    hint = f"did you mean {renamed[0]}?" if renamed else _did_you_mean(plain, known)
+    hint = _flag_hint(program, plain, known)
     if " " not in program and not hint:
         hint = f"the flags of a command follow its name: {program} generate --prompt ..."
     return f"{program} has no flag {flag}{hint and f' ({hint})'}; see {program} --help."
@@ -178,13 +199,38 @@ def not_needed(flag: str) -> str | None:
     return _NOT_NEEDED.get(flag.replace("_", "-").lower())
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean --temp?` for `--tmep`; empty if nothing known is a likely slip of the fingers."""
+def _flag_hint(program: str, flag: str, known: Collection[str]) -> str:
+    """`did you mean --temp?` or `did you mean mlx-openelm lora --iters?`; empty if nothing is likely meant."""
+    if renamed := _renamed(flag, known):
+        return f"did you mean {renamed}?"
+    aliases = {alias: name for alias in _RENAMED_FLAGS if (name := _renamed(alias, known)) is not None}
+    if close := _did_you_mean(flag, {name: name for name in known} | aliases):
+        return close
+    for name in (flag, *_RENAMED_FLAGS.get(flag, ())):
+        if " " in program and name in _ELSEWHERE:
+            return f"did you mean {program.split()[0]} {_ELSEWHERE[name]} {name}?"
+    return ""
+
+
+def _renamed(flag: str, known: Collection[str]) -> str | None:
+    """Our name for a flag of another program; None if the command does not have it."""
+    return next((name for name in _RENAMED_FLAGS.get(flag, ()) if name.split()[0] in known), None)
+
+
+def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
+    """`did you mean --temp?` for `--tmep`; empty if nothing known is a likely slip of the fingers.
+
+    Args:
+        known: what people type, with what to suggest for it.
+    """
     word = word.lstrip("-")
-    names = {name.lstrip("-"): name for name in known}
+    names = {name.lstrip("-"): meant for name, meant in known.items()}
     if word in names:  # max_tokens, -temp
         return f"did you mean {names[word]}?"
     if len(word) < 3:
         return ""
-    close = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, n=2, cutoff=0.8)
-    return f"did you mean {' or '.join(names[name] for name in close[:2])}?" if close else ""
+    # A word without its end: `conv`, `--max` (but `--quantize` is no beginning of --quantized-kv-start).
+    close = [name for name in names if name.startswith(f"{word}-") or (name.startswith(word) and "-" not in name)]
+    close = close or difflib.get_close_matches(word, names, n=3, cutoff=0.8)
+    meant = list(dict.fromkeys(names[name] for name in close))[:2]
+    return f"did you mean {' or '.join(meant)}?" if meant else ""
