@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
+from mlx_openelm.cli.main import COMMANDS, command, main
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats import corenet
@@ -107,6 +108,31 @@ def test_a_checkpoint_gives_the_reference_logits(tmp_path: Path, config_yaml: Pa
     assert model.parameters()["transformer"]["token_embeddings"]["weight"].shape == (2048, 192)
     assert tokenizer.encode(reference["prompts"][0]) == reference["ids"][0]
     check_logits(model, reference)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_loads_a_model_takes_its_training_configuration(name: str) -> None:
+    flags = command(name)[0].flags
+    assert ("--config-yaml" in flags) == (name not in ("upload", "doctor"))
+    assert ("--tokenizer" in flags) == (name not in ("upload", "doctor", "info"))
+
+
+def test_the_training_configuration_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch_save(tmp_path / "c.pt", tensors())
+    write_yaml(tmp_path / "run.yaml")
+    (tmp_path / "play.txt").write_text("To be, or not to be, that is the question. " * 40)
+    given = ["--model", "c.pt", "--config-yaml", "run.yaml", "--tokenizer", str(TOKENIZER)]
+    for words in (
+        ["generate", "hi", "--max-tokens", "2"],
+        ["cache-prompt", "hi", "--prompt-cache-file", "held"],
+        ["perplexity", "--data", "play.txt", "--sequence-length", "32"],
+        ["bench", "-p", "8", "-g", "2", "-n", "1"],
+    ):
+        for last, code in ((given, 0), (given[:2] + given[4:], 2)):
+            with pytest.raises(SystemExit) as stop:
+                main([*words, *last, "--json"])
+            assert stop.value.code == code, words
 
 
 def test_the_configuration_equals_that_on_the_hub(tmp_path: Path, config_yaml: Path) -> None:

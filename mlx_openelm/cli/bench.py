@@ -41,7 +41,8 @@ def add_flags(parser: flags.Parser) -> None:
     common.add_argument(
         "--plot", metavar="FILE", help="Also draw the result into this PNG, SVG or PDF file; needs matplotlib."
     )
-    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
+    flags.add_shared(model, "--exact-activations")
 
 
 def run(args: Namespace) -> int:
@@ -63,6 +64,7 @@ def run(args: Namespace) -> int:
             adapter_path=args.adapter_path,
             dtype=args.dtype,
             tokenizer=args.tokenizer,
+            config_yaml=args.config_yaml,
             revision=args.revision,
             expand=args.expand,
             exact_activations=args.exact_activations,

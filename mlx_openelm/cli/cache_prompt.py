@@ -51,7 +51,8 @@ def add_flags(parser: flags.Parser) -> None:
         "--system-prompt", metavar="TEXT", help="Instructions that come first, written with the chat template."
     )
     flags.add_fields(parser, CacheOptions)
-    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
+    flags.add_shared(model, "--exact-activations")
     flags.add_shared(output, "--overwrite", "--json")
 
 
@@ -72,6 +73,7 @@ def run(args: Namespace) -> int:
         args.adapter_path,
         args.dtype,
         tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
         revision=args.revision,
         expand=args.expand,
         exact_activations=args.exact_activations,

@@ -80,7 +80,8 @@ def add_flags(parser: flags.Parser) -> None:
         metavar="TOKEN",
         help="Token, or its id, that also ends the text; repeatable.",
     )
-    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand", "--exact-activations")
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
+    flags.add_shared(model, "--exact-activations")
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,
@@ -123,6 +124,7 @@ def run(args: Namespace) -> int:
         args.adapter_path,
         args.dtype,
         tokenizer=args.tokenizer,
+        config_yaml=args.config_yaml,
         revision=args.revision,
         expand=args.expand,
         exact_activations=args.exact_activations,

@@ -59,7 +59,7 @@ def add_flags(parser: flags.Parser) -> None:
         default=0,
         help="Seed for drawing windows: the same seed draws the same ones.  [default: %(default)s]",
     )
-    flags.add_shared(model, "--adapter-path", "--tokenizer", "--revision", "--dtype", "--expand")
+    flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
 
 
 def run(args: Namespace) -> int:
@@ -69,7 +69,8 @@ def run(args: Namespace) -> int:
     """
     documents = load_documents(to_path(args.data))
     settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
-    model, tokenizer = load(args.model, args.adapter_path, args.dtype, revision=args.revision, **settings)
+    given = {"config_yaml": args.config_yaml, "revision": args.revision}  # of --model alone
+    model, tokenizer = load(args.model, args.adapter_path, args.dtype, **given, **settings)
     length = window_length(args.sequence_length, model.config)
     windows = _sample(make_windows(tokenizer, documents, length), args.num_samples, args.seed)
     with console.Progress("Measuring", unit="windows") as progress:

@@ -67,8 +67,9 @@ def _for_mlx_lm(source: Source, ours: dict[str, Any], adapter: Any, temporary: P
     if not _mlx_lm_reads(folder):
         folder = temporary / "model"
         stored = str(source.checkpoint.dtype).removeprefix("mlx.core.")
-        convert(source.name, folder, dtype=stored, tokenizer=loading["tokenizer"], revision=loading["revision"])
-        ours |= {"model": str(folder), "loading": loading | {"tokenizer": None, "revision": None}}
+        opened_with = {name: loading[name] for name in ("tokenizer", "config_yaml", "revision")}
+        convert(source.name, folder, dtype=stored, **opened_with)
+        ours |= {"model": str(folder), "loading": loading | dict.fromkeys(opened_with)}
     if adapter is not None:
         from ...formats import mlx_adapter
 

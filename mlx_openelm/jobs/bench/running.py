@@ -26,6 +26,7 @@ def bench(
     adapter_path: AdapterPaths | None = None,
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
+    config_yaml: str | Path | None = None,
     revision: str | None = None,
     expand: bool | None = None,
     exact_activations: bool = False,
@@ -36,7 +37,7 @@ def bench(
     Ctrl-C ends the measurement; the result has what was measured by then, and says that it was interrupted.
 
     Args:
-        adapter_path, dtype, tokenizer, revision, expand, exact_activations: as in `load`.
+        adapter_path, dtype, tokenizer, config_yaml, revision, expand, exact_activations: as in `load`.
         progress: called with the runs done so far and in all.
 
     Raises:
@@ -48,7 +49,8 @@ def bench(
     options = options or BenchOptions()
     options.validate()
     check_dtype(model, dtype)
-    source = open_source(model, tokenizer=tokenizer, revision=revision)  # downloads what is missing
+    # Downloads what is missing.
+    source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)
     config, sizes = source.checkpoint.config, options.sizes()
     options.validate(config.vocab_size, config.head_dim)
     for size in sizes:
@@ -63,6 +65,7 @@ def bench(
         "adapter_path": adapter_path,
         "dtype": dtype,
         "tokenizer": tokenizer,
+        "config_yaml": config_yaml,
         "revision": revision,
         "expand": expand,
         "exact_activations": exact_activations,
