@@ -79,12 +79,34 @@ def wrap(text: str, width: int | None, indent: str = "") -> str:
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Labels and texts in two columns; on a terminal, long texts go on below their beginning."""
+    """Labels and texts in two columns; on a terminal, long texts go on below their beginning.
+
+    A text with a word that does not fit, such as a long path, begins below its label; it is broken after slashes.
+    """
     rows = list(rows)
     label_width = max(len(label) for label, _ in rows)
     indent = " " * (label_width + 2)
+    width = columns(sys.stdout)
     for label, text in rows:
-        print(wrap(f"{label:{label_width}}  {text}".rstrip(), columns(sys.stdout), indent))
+        text = text.replace("pip install ", "pip\xa0install\xa0")
+        if width is None or max(map(len, text.split(" "))) <= width - len(indent):
+            lines = wrap(f"{label:{label_width}}  {text}".rstrip(), width, indent)
+        else:
+            words = " ".join(_parts(word, width - 2) for word in text.split(" "))
+            lines = "\n".join(filter(None, (label, wrap(f"  {words}", width, "  "))))
+        print(lines.replace("\xa0", " "))
+
+
+def _parts(word: str, width: int) -> str:
+    """A word with a space after slashes, where it has to be broken to fit; `wrap` breaks it there."""
+    import re
+
+    lines = [""]
+    for part in re.findall("[^/]*/|[^/]+", word):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return " ".join(lines)
 
 
 class Progress:

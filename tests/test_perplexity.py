@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from mlx_openelm import load
+from mlx_openelm.cli.main import main, parse
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import EXAMPLE_KEYS, kl_divergence, load_documents, make_windows, mean_nll
 from mlx_openelm.training.data.kinds import KINDS
@@ -130,6 +131,20 @@ def test_examples_for_fine_tuning_are_sent_to_the_command_that_measures_them(tmp
         load_documents(path)
     command = str(error.value).partition("is measured by: ")[2].strip("`.")
     assert shlex.split(command) == ["mlx-openelm", "lora", "--test", "--data", str(path)]
+
+
+def test_the_command_that_measures_examples_loads_the_same_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    given = ["--model", "my model", "--adapter-path", "adapter", "--revision", "v1", "--dtype", "float32"]
+    for words, kept in ((given, given), (given[2:4], given[2:4]), ([], []), (["--model", "tiny"], [])):
+        with pytest.raises(SystemExit):
+            main(["perplexity", *words, "--data", "my data.jsonl"])
+        command = capsys.readouterr().err.partition("is measured by: ")[2].strip("`.\n")
+        program, *rest = shlex.split(command)
+        assert [program, *rest] == ["mlx-openelm", "lora", "--test", *kept, "--data", "my data.jsonl"]
+        _, values = parse(rest)
+        assert values.adapter_path == "adapter" if kept else "adapter_path" not in values
 
 
 def test_the_keys_of_examples_are_those_that_training_reads():

@@ -9,6 +9,7 @@ from typing import Any
 from .. import console
 from ..errors import RequestError
 from ..evaluation.perplexity import kl_divergence, load_documents, make_windows, mean_nll, window_length
+from ..hub import catalog
 from ..inputs import to_path
 from ..loading import load
 from ..wording import counted
@@ -67,7 +68,7 @@ def run(args: Namespace) -> int:
 
     The text is cut into windows, each read from its beginning. The loss is the mean over tokens, in nats.
     """
-    documents = load_documents(to_path(args.data))
+    documents = load_documents(to_path(args.data), _loading(args))
     settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
     given = {"config_yaml": args.config_yaml, "revision": args.revision}  # of --model alone
     model, tokenizer = load(args.model, args.adapter_path, args.dtype, **given, **settings)
@@ -99,6 +100,12 @@ def run(args: Namespace) -> int:
         print(f"KL divergence from {args.reference_model}: {values['kl_divergence']:.6f} nats per token")
     print(f"Measured on {counted(measured.tokens, 'token')}: {counted(len(windows), 'window')} of {length}")
     return 0
+
+
+def _loading(args: Namespace) -> dict[str, Any]:
+    """What `lora --test` needs to load the same model; it takes one adapter, so several must be fused first."""
+    names = ("model", "adapter_path", "tokenizer", "config_yaml", "revision", "dtype")
+    return {name: getattr(args, name) for name in names if name != "model" or args.model != catalog.TINY}
 
 
 def _sample(windows: list[list[int]], count: int | None, seed: int) -> list[list[int]]:

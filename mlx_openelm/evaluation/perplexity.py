@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,6 +21,7 @@ from ..finite import not_finite
 from ..inputs import read_text_source
 from ..model import OpenELM
 from ..ops import distributions
+from ..publishing.command_line import command_line
 from ..text.tokenizer import Tokenizer
 
 # Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
@@ -92,7 +93,7 @@ def window_length(length: int | None, config: ModelConfig) -> int:
     return length
 
 
-def load_documents(path: str | Path) -> list[str]:
+def load_documents(path: str | Path, loading: Mapping[str, Any] | None = None) -> list[str]:
     """The documents of a `.jsonl` file, one object with `text` per line, or a text file as one document.
 
     A pipe opened by the shell, as in `--data <(zcat play.txt.gz)`, is read as a text file.
@@ -109,13 +110,13 @@ def load_documents(path: str | Path) -> list[str]:
         documents = [content]
     else:
         lines = enumerate(content.split("\n"), 1)
-        documents = [_document(path, number, line) for number, line in lines if line.strip()]
+        documents = [_document(path, number, line, loading or {}) for number, line in lines if line.strip()]
     if not any(documents):
         raise RequestError(f"{path} contains no text.")
     return documents
 
 
-def _document(path: Path, number: int, line: str) -> str:
+def _document(path: Path, number: int, line: str, loading: Mapping[str, Any]) -> str:
     try:
         record = json.loads(line)
         text = record.get("text")
@@ -125,7 +126,8 @@ def _document(path: Path, number: int, line: str) -> str:
         wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
-            wrong += f"; their perplexity is measured by: `mlx-openelm lora --test --data {shlex.quote(str(path))}`"
+            test = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
+            wrong += f"; their perplexity is measured by: `{test}`"
         raise RequestError(f"{wrong}.")
     return text
 
