@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from mlx_openelm.cli.main import main
 from mlx_openelm.generation.piece import Piece
 from mlx_openelm.generation.repetition import ends_in_loop
@@ -53,6 +55,17 @@ def test_a_loop_is_noted_once_where_there_is_something_to_try(
     error = capsys.readouterr().err
     assert error.count("note: the text repeats itself") == (advice is not None)
     assert advice is None or error.endswith(advice)
+
+
+def test_the_note_is_folded_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = [Piece("so ", 5, -1.0, 3, 1.0, n, 1.0, 0.1) for n in range(1, 41)]
+    monkeypatch.setattr("mlx_openelm.cli.generate.stream_generate", lambda *_, **__: iter(pieces))
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "hi"])
+    note = capsys.readouterr().err.partition("note: ")[2]
+    assert note.count("\n") > 1 and max(map(len, note.splitlines())) <= 60
 
 
 def test_an_instruct_model_may_want_its_template(

@@ -24,7 +24,7 @@ from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
-from .terminal import write
+from .terminal import show, write
 
 if TYPE_CHECKING:
     from .cached_prompt import CachedPrompt
@@ -274,7 +274,7 @@ def _say_logprobs(tokenizer: Tokenizer, pieces: list[Piece]) -> None:
 def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:
     if ends_in_loop([piece.token for piece in pieces]):
         template = " or --chat-template corenet" if has_template else ""
-        console.say(
+        show(
             "note: the text repeats itself, as greedy decoding without a penalty often does; "
             f"try --repetition-penalty 1.2{',' if template else ' or'} --temp 0.7{template}"
         )
@@ -285,7 +285,7 @@ def _say_statistics(
 ) -> None:
     if model.quantization and model.expanded:
         bits = sorted({choice.bits for choice in model.quantization.values()})
-        console.say(
+        show(
             f"Weights: {' and '.join(map(str, bits))} bits, expanded at load because that is faster on a CPU; "
             "--no-expand saves memory"
         )
