@@ -101,7 +101,7 @@ def load_prompt_cache(file_name: str | Path, return_metadata: bool = False) -> A
         if TOKENS in notes:
             metadata[TOKENS] = token_ids(json.loads(notes[TOKENS]), _MAX_ID, TOKENS)
             if len(metadata[TOKENS]) != offset:
-                raise RequestError(f"it lists {len(metadata[TOKENS])} ids and has seen {offset} tokens.")
+                raise RequestError(f"It lists {len(metadata[TOKENS])} ids and has seen {offset} tokens.")
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is damaged: {str(error).rstrip('.')}; write it again.") from None
     return (cache, metadata) if return_metadata else cache

@@ -122,7 +122,7 @@ class Process:
             )
         except OSError as error:
             self._complaints.close()
-            raise OpenELMError(f"no process for {self.name} could be started: {error.strerror}.") from None
+            raise OpenELMError(f"No process for {self.name} could be started: {error.strerror}.") from None
         try:
             facts = self._ask({**settings, "names_flags": errors.names_flags})
         except BaseException:
