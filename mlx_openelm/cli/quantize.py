@@ -122,16 +122,16 @@ def _show(result: Quantized) -> None:
 
 def _table(rows: list[Row]) -> list[str]:
     """The rows, with the letters that mark them in the chart below."""
-    name_width = max(len(row.name) for row in rows)
-    head = f"    {'':{name_width}}  bits/weight       size  perplexity  KL divergence"
+    width = max(len(row.name) for row in rows)
+    head = f"    {'':{width}}  bits/weight       size  perplexity  KL divergence"
     lines = [
-        f"  {letter(index)} {row.name:{name_width}}  {row.bits_per_weight:11.2f}  {size(row.size):>9}"
+        f"  {letter(index)} {row.name:{width}}  {row.bits_per_weight:11.2f}  {size(row.size):>9}"
         f"  {row.perplexity:10.3f}  {row.kl_divergence:13.5f}"
         for index, row in enumerate(rows)
     ]
-    width = console.columns(sys.stdout)
-    drawn = chart(rows, width)
-    title = console.wrap("  KL divergence from the full model, in nats per token (lower is better)", width, "  ")
+    columns = console.columns(sys.stdout)
+    drawn = chart(rows, columns)
+    title = console.wrap("  KL divergence from the full model, in nats per token (lower is better)", columns, "  ")
     return [head, *lines, *(["", title, *drawn] if drawn else [])]
 
 
