@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training.finetune import _end
 from mlx_openelm.training.run import metrics
 from mlx_openelm.training.run.metrics import Metrics
 
@@ -200,6 +201,18 @@ def test_a_high_first_loss_does_not_flatten_the_others(first: float, scale: str)
         numbers = {t.get_text() for t in losses.get_yticklabels() if bottom <= t.get_position()[1] <= top}
         assert numbers == {"1", "2", "5", "10"}
         assert not any(text.get_text() for text in losses.get_yticklabels(minor=True))
+
+
+def test_a_title_has_whole_parts_of_a_path() -> None:
+    long = "…/OpenELM-270M-Instruct-4bit"
+    names = {
+        "tiny": "tiny",
+        "lora/data": "lora/data",
+        "work/tmp/stranger15/lora/data": "…/tmp/stranger15/lora/data",
+        "mlx-community/OpenELM-270M-Instruct-4bit": long,
+        f"/a{long[1:]}/": long,
+    }
+    assert {name: _end(name) for name in names} == names
 
 
 def test_a_long_title_is_broken_between_words() -> None:
