@@ -242,15 +242,12 @@ def find_tokenizer(
         else:  # other files beside a checkpoint may belong to another model
             tokenizer = Tokenizer.from_file(beside, eos_token_ids=config.eos_token_ids, rows=rows)
     else:
-        from .hub import offline
         from .text import shared_tokenizer
 
         if (release := find_release(model, path, config)) is None:
-            missing = f"{folder} has no tokenizer.json or tokenizer.model"
-            if rows < shared_tokenizer.LLAMA2.vocab_size:  # the model's tokenizer is another
-                raise RequestError(f"{missing}; copy the one it was trained with there, or give it with --tokenizer.")
+            where = f"in {folder}" if path.is_dir() else f"beside {path}"
             raise RequestError(
-                f"{missing}; OpenELM's is Llama 2's: run {offline.tokenizer_command(str(folder))}, "
+                f"No tokenizer.json or tokenizer.model {where}; {tokenizer_advice(path, config)}, "
                 "or give a copy with --tokenizer."
             )
         tokenizer = shared_tokenizer.find(release, eos_token_ids=config.eos_token_ids)
@@ -260,6 +257,17 @@ def find_tokenizer(
             "give the model's own with --tokenizer."
         )
     return tokenizer
+
+
+def tokenizer_advice(path: Path, config: ModelConfig) -> str:
+    """How to put a tokenizer where it is looked for, for a model without one, whose folder or file is `path`."""
+    from .hub import offline
+    from .text import shared_tokenizer
+
+    folder = path if path.is_dir() else path.parent
+    if config.vocab_size < shared_tokenizer.LLAMA2.vocab_size:  # the model's tokenizer is another
+        return "copy the one it was trained with there"
+    return f"OpenELM's is Llama 2's: run {offline.tokenizer_command(str(folder))}"
 
 
 def find_release(model: str | Path, path: Path, config: ModelConfig) -> catalog.Release | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import OpenELMError
+from mlx_openelm.training.finetune import _end
 from mlx_openelm.training.run import metrics
 from mlx_openelm.training.run.metrics import Metrics
 
@@ -185,6 +186,43 @@ def test_axes_and_curves(tmp_path: Path) -> None:
     )
     assert all(tick == round(tick) for tick in rates.get_xticks())
     assert metrics.figure({"train_loss": [], "val_loss": [], "learning_rate": []}).axes[0].get_legend() is None
+
+
+@pytest.mark.parametrize(("first", "scale"), [(11.7, "log"), (3.9, "linear"), (0.0, "linear")])
+def test_a_high_first_loss_does_not_flatten_the_others(first: float, scale: str) -> None:
+    pytest.importorskip("matplotlib")
+    curves = {"train_loss": [(10, 3.0), (20, 1.2), (30, 1.0)], "val_loss": [(0, first), (30, 1.1)], "learning_rate": []}
+    picture = metrics.figure(curves)
+    picture.draw_without_rendering()
+    losses = picture.axes[0]
+    assert losses.get_yscale() == scale and ("log scale" in losses.get_ylabel()) == (scale == "log")
+    bottom, top = losses.get_ylim()
+    if scale == "log":
+        numbers = {t.get_text() for t in losses.get_yticklabels() if bottom <= t.get_position()[1] <= top}
+        assert numbers == {"1", "2", "5", "10"}
+        assert not any(text.get_text() for text in losses.get_yticklabels(minor=True))
+
+
+def test_a_title_has_whole_parts_of_a_path() -> None:
+    long = "…/OpenELM-270M-Instruct-4bit"
+    names = {
+        "tiny": "tiny",
+        "lora/data": "lora/data",
+        "work/tmp/stranger15/lora/data": "…/tmp/stranger15/lora/data",
+        "mlx-community/OpenELM-270M-Instruct-4bit": long,
+        f"/a{long[1:]}/": long,
+    }
+    assert {name: _end(name) for name in names} == names
+
+
+def test_a_long_title_is_broken_between_words() -> None:
+    pytest.importorskip("matplotlib")
+    title = f"Fine-tuning {'long-name-' * 5} on {'other_name_' * 4} (LoRA, rank 8)"
+    picture = metrics.figure({"train_loss": [(1, 1.0)], "val_loss": [], "learning_rate": []}, title)
+    shown = picture.get_suptitle()
+    assert shown.count("\n") == 1 and shown.replace("\n", " ") == title
+    picture.draw_without_rendering()
+    assert picture._suptitle.get_window_extent().width < picture.bbox.width
 
 
 def test_a_resumed_plot_has_the_old_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import RequestError
@@ -120,7 +121,7 @@ def test_the_time_of_a_report_grows_with_its_rows_and_with_the_output_layer():
 def marks(lines: list[str]) -> dict[str, tuple[int, int]]:
     """Where each letter stands, as (line, column) of the field; a letter that stands twice is an error."""
     found: dict[str, tuple[int, int]] = {}
-    for line, text in enumerate(lines[:16]):
+    for line, text in enumerate(lines[:-3]):
         label, _, field = text.partition("|")
         assert len(label) == 9
         for column, mark in enumerate(field):
@@ -133,30 +134,57 @@ def marks(lines: list[str]) -> dict[str, tuple[int, int]]:
 def test_every_row_is_drawn_once_at_its_place():
     rows = [row("full", 16, 0), row("two", 2, 1.0), row("four", 4, 0.01), row("six", 6, 1e-4)]
     lines = chart(rows)
-    assert marks(lines) == {"b": (0, 0), "c": (8, 32), "d": (15, 63)}
-    assert lines[0].startswith("       1 |") and lines[16].strip() == "+" + "-" * 64
-    assert lines[17].split() == ["2", "6"] and lines[18].strip() == "bits per weight"
+    assert marks(lines) == {"b": (0, 0), "c": (8, 32), "d": (16, 63)}
+    assert [line.split("|")[0].strip() for line in lines[:-3:4]] == ["1", "0.1", "0.01", "0.001", "0.0001"]
+    assert all(line.startswith(" " * 9 + "|") for index, line in enumerate(lines[:-3]) if index % 4)
+    assert [index - 10 for index, mark in enumerate(lines[-3]) if mark == "+"][1:] == [0, 16, 32, 47, 63]
+    assert [lines[-2][index + 10] for index in (0, 16, 32, 47, 63)] == list("23456")
+    assert lines[-1].strip() == "bits per weight"
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("columns", [40, 60, 120])
+def test_the_drawing_fits_the_width(columns):
+    rows = [row("two", 2.5, 1.0), row("four", 4.5, 0.01), row("full", 15.5, 1e-4)]
+    lines = chart(rows, columns)
+    assert max(map(len, lines)) == min(columns, 74)
+    assert set(marks(lines)) == set("abc")
+    numbers = [int(word) for word in lines[-2].split()]
+    assert numbers == list(range(2, 17, numbers[1] - 2)) and len(lines[-2]) <= columns
+
+
+def test_whole_numbers_of_bits_and_of_decades_are_readable_at_any_range():
+    for high in range(-5, 3):
+        lines = chart([row("low", 4.1, 1e-6), row("high", 4.2, 10.0**high)])
+        numbers = [float(number) for line in lines[:-3] if (number := line.split("|")[0].strip())]
+        assert numbers == pytest.approx([10.0**exponent for exponent in range(high, -7, -1)])
+        assert not any("e" in line for line in lines[:-1]) and 8 <= len(lines) - 3 <= 17
+        assert lines[-2].split() == ["4", "5"]
 
 
 def test_between_the_ends_places_are_in_proportion():
     rows = [row(str(i), bits, kl) for i, (bits, kl) in enumerate([(2.5, 0.3), (3.1, 0.02), (4.7, 0.004), (8.5, 3e-5)])]
     for (mark, (line, column)), r in zip(marks(chart(rows)).items(), rows, strict=True):
-        # Bits from 2 to 9, divergences from 1 down to 1e-5.
+        # Bits from 2 to 9, divergences from 1 down to 1e-5, three lines each.
         assert mark == "abcd"[rows.index(r)]
         assert abs(column - (r.bits_per_weight - 2) / 7 * 63) <= 0.5
         assert abs(line + np.log10(r.kl_divergence) * 3) <= 0.5
 
 
 @pytest.mark.parametrize("bits", [2.0, 3.4, 4.0])
-def test_coinciding_rows_are_drawn_side_by_side(bits):
+def test_coinciding_rows_are_drawn_side_by_side_and_do_not_touch(bits):
     rows = [row("low", 2.0, 1.0), row("high", 4.0, 0.5), *(row(str(i), bits, 0.02) for i in range(5))]
     places = marks(chart(rows))
     assert set(places) == set("abcdefg")
     line = {places[mark][0] for mark in "cdefg"}
     columns = sorted(places[mark][1] for mark in "cdefg")
-    assert len(line) == 1 and columns[-1] - columns[0] == 4
+    assert len(line) == 1 and [b - a for a, b in pairwise(columns)] == [2, 2, 2, 2]
     assert columns[0] <= round((bits - 2) / 2 * 63) <= columns[-1]
+
+
+def test_more_rows_than_places_apart_are_all_drawn():
+    rows = [row(str(index), 4.0, 0.02) for index in range(52)]
+    assert len(marks(chart(rows))) == 52
 
 
 def test_drawings_of_nothing_of_one_point_and_of_noise():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def test_families_are_lines_of_one_colour_in_the_order_of_bits() -> None:
     assert list(drawn["floating"].get_xdata()) == [4.26, 4.51, 8.26]
     assert list(drawn["mixed"].get_ydata()) == [1.02, 0.227, 0.202, 0.0479]
     assert len({line.get_color() for line in axes.lines}) == 4
-    assert {line.get_linestyle() for line in axes.lines} == {"-"}
+    styles = {name: line.get_linestyle() for name, line in drawn.items()}
+    assert styles == {"affine": "-", "floating": "-", "mixed": "None", "this:": "-"}  # the recipes have no order
     assert drawn["this:"].get_label().replace("\n ", "") == THIS  # in full, in the legend
 
 
@@ -72,6 +74,23 @@ def test_labels_cover_neither_each_other_nor_points_nor_the_frame(this: tuple[fl
                for box in boxes.values())  # fmt: skip
     points = axes.transData.transform([point for line in axes.lines for point in zip(*line.get_data(), strict=True)])
     assert not any(box.count_contains(points) for box in boxes.values())
+
+
+def test_a_label_is_beside_its_own_point() -> None:
+    picture = figure(rows(), "title")
+    picture.draw_without_rendering()
+    axes, renderer = picture.axes[0], picture.canvas.get_renderer()
+    points = {
+        name.removeprefix("affine "): axes.transData.transform(MEASURED[name])
+        for name in MEASURED
+        if name != "not quantized"
+    }
+    for name, text in labels(picture).items():
+        box = text.get_window_extent(renderer)
+        (x0, x1), (y0, y1) = box.intervalx, box.intervaly
+        away = {other: math.hypot(max(x0 - x, 0, x - x1), max(y0 - y, 0, y - y1)) for other, (x, y) in points.items()}
+        assert min(away, key=away.__getitem__) == name
+        assert sorted(away.values())[1] - away[name] > 1  # 4-bit and nvfp4 are 8 pixels apart
 
 
 def test_rows_outside_of_the_plot_are_left_out() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_openelm import load
+from mlx_openelm.cli.main import main
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats.mlx import Quantization
-from mlx_openelm.hub import corenet
+from mlx_openelm.hub import catalog, corenet
 from mlx_openelm.hub.catalog import TINY_FOLDER
 from mlx_openelm.jobs.convert import convert
 from mlx_openelm.jobs.export import export
 from mlx_openelm.jobs.summary import layer_table, memory_needed, summarize, summarize_config, summarize_folder
 from mlx_openelm.quantization.recipes import plan
 from mlx_openelm.sources import open_source
+from mlx_openelm.text import shared_tokenizer
 
 import mlx.core as mx
 import pytest
@@ -177,6 +180,39 @@ def test_a_corenet_checkpoint_is_read_with_its_padding_cut(hub: FakeHub, tmp_pat
     assert (summary.bits_per_weight, summary.dtype, summary.tokenizer) == (32, "float32", "tokenizer.model")
     with pytest.raises(RequestError, match="give its training configuration with config_yaml"):
         summarize(str(file))
+
+
+@pytest.mark.parametrize("pieces", [2048, 32000])
+@pytest.mark.parametrize("kind", ["folder", "file", "file here"])
+def test_info_says_how_to_get_a_tokenizer_as_load_does(
+    kind: str, pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shared_tokenizer, "LLAMA2", replace(shared_tokenizer.LLAMA2, vocab_size=pieces))
+    monkeypatch.chdir(tmp_path)
+    words, model = [], tmp_path / "my model"
+    if kind == "folder":
+        shutil.copytree(SHAKESPEARE, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    else:
+        torch = pytest.importorskip("torch")
+        model.mkdir()
+        monkeypatch.chdir(model if kind == "file here" else tmp_path)
+        file = torch_save(model / "a.pt", {n: torch.from_numpy(w) for n, w in fixture_weights().items()})
+        model = Path("a.pt") if kind == "file here" else file
+        words = ["--config-yaml", str(write_yaml(tmp_path / "run.yaml"))]
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["info", str(model), *words])
+    line = capsys.readouterr().out.partition("Tokenizer")[2].strip()
+    with pytest.raises(RequestError) as error:
+        open_source(model, config_yaml=words[1] if words else None)
+    where = f"in {model}" if kind == "folder" else f"beside {model}"
+    assert line.startswith(f"none {where}; ") and "--" not in line.replace("--local-dir", "")
+    advice = line.partition("; ")[2]
+    if pieces == 2048:
+        folder = "." if kind == "file here" else f"'{tmp_path / 'my model'}'"
+        assert advice.endswith(f"run `hf download {catalog.TOKENIZER_REPO} tokenizer.model --local-dir {folder}`")
+    else:
+        assert advice == "copy the one it was trained with there"
+    assert f"{where}; {advice}, or give a copy with" in str(error.value)
 
 
 def test_corenet_names_are_summarized_without_a_download(

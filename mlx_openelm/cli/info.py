@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from .. import console
 from ..errors import RequestError
 from ..hub import catalog
+from ..inputs import to_path
 from ..jobs.summary import Summary, summarize
-from ..sources import find_release
+from ..sources import find_release, tokenizer_advice
 from ..wording import size
 from . import flags
 
@@ -127,8 +127,12 @@ def totals(summary: Summary) -> dict[str, str]:
 def _tokenizer_line(summary: Summary) -> str:
     if summary.tokenizer is not None:
         return summary.tokenizer
-    release = find_release(summary.name, summary.folder or Path(summary.name), summary.config)
-    where = "not in the repository" if summary.folder is None else f"none in {summary.folder}"
+    file = to_path(summary.name)
+    path = file if file.is_file() else summary.folder
+    where = "not in the repository"
+    if path is not None:
+        where = f"none in {path}" if path.is_dir() else f"none beside {path}"
+    release = find_release(summary.name, path or file, summary.config)
     if release is not None:
         return f"{where}; Llama 2's is used, from {release.tokenizer_repo} or a sibling"
-    return f"{where}; give one with --tokenizer" if summary.source == "files" else "not known"
+    return "not known" if path is None else f"{where}; {tokenizer_advice(path, summary.config)}"

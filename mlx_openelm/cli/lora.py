@@ -150,7 +150,7 @@ def _validation(result: Result) -> Iterator[str]:
     elif result.val_step:
         line += ", the lowest"
     if result.val_step != result.steps:
-        line += ", and none since"
+        line += " (not validated after that)"
     yield line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import Any
@@ -128,7 +129,10 @@ def _table(rows: list[Row]) -> list[str]:
         f"  {row.perplexity:10.3f}  {row.kl_divergence:13.5f}"
         for index, row in enumerate(rows)
     ]
-    return [head, *lines, "", "  KL divergence from the full model, in nats per token", *chart(rows)]
+    columns = console.columns(sys.stdout)
+    drawn = chart(rows, columns)
+    title = console.wrap("  KL divergence from the full model, in nats per token (lower is better)", columns, "  ")
+    return [head, *lines, *(["", title, *drawn] if drawn else [])]
 
 
 def _to_json(model: str, result: Quantized) -> dict[str, Any]:

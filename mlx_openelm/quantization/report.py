@@ -21,7 +21,8 @@ from ..wording import install
 from .calibration import Progress, Stream, Teacher
 from .recipes import RECIPES, planner
 
-_WIDTH, _HEIGHT = 64, 16
+_WIDTH, _HEIGHT = 64, 16  # of the chart, in characters; the height is a multiple of its decades, about this
+_LABEL = 8  # characters of a number beside it
 # A divergence below this is rounding noise, and is drawn at this height.
 _NOISE_FLOOR = 1e-6
 _PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -132,32 +133,48 @@ def make_row(
     return Row(name, bits, round(bits * config.num_parameters / 8), perplexity, kl_divergence)
 
 
-def chart(rows: Sequence[Row]) -> list[str]:
-    """Lines of text that plot KL divergence (logarithmic, lower is better) over bits per weight.
+def chart(rows: Sequence[Row], columns: int | None = None) -> list[str]:
+    """Lines of text that plot KL divergence (logarithmic) over bits per weight; the best place is below on the left.
 
     Each point has the letter of its row; the full model is left out.
+
+    Args:
+        columns: the width to fit into, if the chart's own is larger.
     """
     points = [(letter(index), row) for index, row in enumerate(rows) if 0 < row.kl_divergence < math.inf]
     if not points:
         return []
-    heights = [math.log10(max(row.kl_divergence, _NOISE_FLOOR)) for _, row in points]
-    widths = [row.bits_per_weight for _, row in points]
-    low, high = math.floor(min(heights)), math.ceil(max(heights))
-    left, right = math.floor(min(widths)), math.ceil(max(widths))
-    canvas = [[" "] * _WIDTH for _ in range(_HEIGHT)]
-    for (mark, _), height, width in zip(points, heights, widths, strict=True):
-        column = round((width - left) / max(right - left, 1) * (_WIDTH - 1))
-        line = round((high - height) / max(high - low, 1) * (_HEIGHT - 1))
-        # If two points fall on one cell, the second moves to the nearest free one.
-        free = [index for index, cell in enumerate(canvas[line]) if cell == " "]
-        canvas[line][min(free, key=lambda index: abs(index - column))] = mark
-    lines = []
-    for index, cells in enumerate(canvas):
-        value = 10 ** (high - index / (_HEIGHT - 1) * (high - low))
-        label = f"{value:8.1g}" if index % 5 == 0 else " " * 8
-        lines.append(f"{label} |{''.join(cells).rstrip()}")
-    axis = f"{left:<{_WIDTH // 2}}{right:>{_WIDTH - _WIDTH // 2}}"
-    return [*lines, " " * 9 + "+" + "-" * _WIDTH, " " * 10 + axis, " " * 10 + "bits per weight".center(_WIDTH)]
+    decades = [math.log10(max(row.kl_divergence, _NOISE_FLOOR)) for _, row in points]
+    bits = [row.bits_per_weight for _, row in points]
+    low, left = math.floor(min(decades)), math.floor(min(bits))
+    high, right = max(math.ceil(max(decades)), low + 1), max(math.ceil(max(bits)), left + 1)
+    width = _WIDTH if columns is None else max(16, min(_WIDTH, columns - _LABEL - 2))
+    across, down = (width - 1) / (right - left), max(1, round((_HEIGHT - 1) / (high - low)))
+    canvas = [[" "] * width for _ in range((high - low) * down + 1)]
+    for (mark, _), decade, bit in zip(points, decades, bits, strict=True):
+        line = canvas[round((high - decade) * down)]
+        line[_free(line, round((bit - left) * across))] = mark
+    labels = {index * down: f"{10.0 ** (high - index):.{max(0, index - high)}f}" for index in range(high - low + 1)}
+    lines = [f"{labels.get(index, ''):>{_LABEL}} |{''.join(cells).rstrip()}" for index, cells in enumerate(canvas)]
+    axis, numbers = ["-"] * width, [" "] * width
+    step = math.ceil(4 / across)  # bits between two numbers, so that these do not touch
+    for number in range(left, right + 1, step):
+        column = round((number - left) * across)
+        axis[column] = "+"
+        start = min(column, width - len(str(number)))
+        numbers[start : start + len(str(number))] = str(number)
+    below = (axis, numbers, "bits per weight".center(width))
+    return [
+        *lines,
+        *(f"{'':{_LABEL}} {corner}{''.join(text).rstrip()}" for corner, text in zip("+  ", below, strict=True)),
+    ]
+
+
+def _free(line: Sequence[str], column: int) -> int:
+    """The place nearest to a column where a letter touches no other; if there is none, the nearest without a letter."""
+    free = [index for index, cell in enumerate(line) if cell == " "]
+    apart = [index for index in free if set(line[max(0, index - 1) : index + 2]) == {" "}]
+    return min(apart or free, key=lambda index: abs(index - column))
 
 
 def letter(index: int) -> str:

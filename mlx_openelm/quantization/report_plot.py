@@ -16,6 +16,9 @@ from .report import Row
 # Families by the beginning of their rows' names; the row of the model that is written has one of its own.
 _FAMILIES = {"affine": ("affine",), "floating point": ("mxfp", "nvfp"), "mixed recipes": tuple(RECIPES)}
 _THIS = "this: "
+_SEPARATE = ("mixed recipes",)  # no line: these are choices of their own, not steps of one format
+# Pixels by which a name must be closer to its own point than to any other.
+_CLEARLY = 5.0
 _COLOURS, _MARKERS = ("#1f77b4", "#c55a11", "#2e7d32", "#c62828"), ("o", "s", "^", "*")
 # Where the label of a point may be, in points from it, the best place first, with the side of the text that is there.
 _PLACES = [
@@ -62,7 +65,8 @@ def figure(rows: Sequence[Row], title: str) -> Any:
     for family, members, colour, marker in families:
         xs, ys = [row.bits_per_weight for row in members], [row.kl_divergence for row in members]
         size = 14 if marker == "*" else 6
-        axes.plot(xs, ys, marker=marker, color=colour, label=family, linewidth=1, markersize=size, alpha=0.9)
+        axes.plot(xs, ys, marker=marker, color=colour, label=family, linewidth=1, markersize=size, alpha=0.9,
+                  linestyle="None" if family in _SEPARATE else "-")  # fmt: skip
     axes.legend(loc="upper right")
     arrow = axes.annotate(
         "better", (0.02, 0.03), (0.11, 0.14), xycoords="axes fraction", color="0.35", arrowprops={"arrowstyle": "->"}
@@ -90,17 +94,28 @@ def _families(rows: Sequence[Row]) -> Iterator[_Family]:
 
 def _place_labels(picture: Any, axes: Any, families: Sequence[_Family], taken: list[Any]) -> None:
     """Name each point in the colour of its family, where the name covers no other, no point and as little as can be."""
+    from matplotlib.patheffects import withStroke
+
     picture.draw_without_rendering()
     picture.set_layout_engine("none")  # or the places would move
     renderer = picture.canvas.get_renderer()
+    halo = [withStroke(linewidth=3, foreground="white")]  # so that a name on a line can be read
     inside = axes.get_window_extent(renderer)
     boxes = [artist.get_window_extent(renderer) for artist in taken]
-    curves = [
-        axes.transData.transform([(r.bits_per_weight, r.kl_divergence) for r in rows]) for _, rows, _, _ in families
+    curves = {
+        family: axes.transData.transform([(row.bits_per_weight, row.kl_divergence) for row in rows])
+        for family, rows, _, _ in families
+    }
+    dots = [dot for curve in curves.values() for dot in curve]
+    lines = [
+        spot
+        for family, curve in curves.items()
+        if family not in _SEPARATE
+        for start, end in pairwise(curve)
+        for spot in _between(start, end)
     ]
-    dots = [dot for curve in curves for dot in curve]
-    lines = [spot for curve in curves for start, end in pairwise(curve) for spot in _between(start, end)]
-    for row, colour in [(row, colour) for _, rows, colour, _ in families for row in rows]:
+    named = [(row, colour) for _, rows, colour, _ in families for row in rows]
+    for index, (row, colour) in enumerate(named):
         label = axes.annotate(
             "this" if row.name.startswith(_THIS) else row.name.removeprefix("affine "),
             (row.bits_per_weight, row.kl_divergence),
@@ -109,6 +124,7 @@ def _place_labels(picture: Any, axes: Any, families: Sequence[_Family], taken: l
             fontsize=9,
             va="center",
             color=colour,
+            path_effects=halo,
         )
         costs = {}
         for rank, (x, y, side) in enumerate(_PLACES):
@@ -116,12 +132,20 @@ def _place_labels(picture: Any, axes: Any, families: Sequence[_Family], taken: l
             box = label.get_window_extent(renderer).padded(3)
             is_outside = not (inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1)
             covered = sum(box.overlaps(other) for other in boxes) + int(box.padded(4).count_contains(dots))
-            # A name close to another point might be taken for that one's.
-            near = int(box.padded(14).count_contains(dots)) - 1
-            costs[x, y, side] = is_outside, covered, int(box.count_contains(lines)) + 3 * near + rank
+            # A name close to another point might be taken for that one's, unless its own is clearly closer.
+            distances = [_distance(box, dot) for dot in dots]
+            own = distances.pop(index)
+            unclear = max(0, round(own + _CLEARLY - min(distances, default=own + _CLEARLY)))
+            near = sum(distance < 14 for distance in distances)
+            costs[x, y, side] = is_outside, covered, unclear, int(box.count_contains(lines)) + 3 * near + rank
         x, y, side = min(costs, key=costs.__getitem__)
         label.set(position=(x, y), ha=side)
         boxes.append(label.get_window_extent(renderer))
+
+
+def _distance(box: Any, dot: Any) -> float:
+    """Pixels between a point and the nearest of a box; 0 inside."""
+    return math.dist(dot, (min(max(dot[0], box.x0), box.x1), min(max(dot[1], box.y0), box.y1)))
 
 
 def _between(start: Any, end: Any, spacing: float = 4.0) -> Iterator[Any]:

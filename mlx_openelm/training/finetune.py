@@ -302,8 +302,10 @@ def _title(request: Request) -> str:
 
 
 def _end(name: str, length: int = 24) -> str:
-    """A name that fits into a title: the end of a long path tells most."""
-    return name if len(name) <= length else f"…{name[1 - length :]}"
+    """A name for a title: as many whole parts of a long path, from its end, as fit into `length`; at least the last."""
+    parts = Path(name).parts
+    kept = next((index for index in range(len(parts)) if len(str(Path(*parts[index:]))) <= length), len(parts) - 1)
+    return str(Path("…", *parts[kept:])) if kept > 0 else name
 
 
 def _test(request: Request, prepared: Prepared) -> FineTuned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import textwrap
 import threading
 import time
 import warnings
@@ -24,6 +25,11 @@ TRAIN_LOSS, VALID_LOSS, LEARNING_RATE = "train_loss", "val_loss", "learning_rate
 # The plot is drawn at most this often, and takes at most this share of the time.
 _PAUSE_SECONDS = 10.0
 _SHARE = 0.01
+# The losses have a logarithmic axis if the highest is this many times the lowest: on a linear one, the loss before
+# training would leave no room for the differences between the later ones.
+_LOG_RATIO = 4.0
+# A title is broken into lines of at most this many characters.
+_TITLE_WIDTH = 80
 # Up to this many reports are drawn as points on the line: a line alone would not show a single one.
 _FEW_REPORTS = 50
 
@@ -190,10 +196,10 @@ def draw(curves: Mapping[str, Points], path: Path, title: str = "") -> None:
 def figure(curves: Mapping[str, Points], title: str = "") -> Any:
     """The matplotlib figure of the curves, made without pyplot, whose global state is not thread-safe."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     picture = Figure(figsize=(8, 6), layout="constrained")
-    picture.suptitle(title, parse_math=False)
+    picture.suptitle(textwrap.fill(title, _TITLE_WIDTH, break_on_hyphens=False), parse_math=False)
     losses, rates = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     style = ".-" if len(curves[TRAIN_LOSS]) <= _FEW_REPORTS else "-"
     if curves[TRAIN_LOSS]:
@@ -207,6 +213,12 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
     if curves[LEARNING_RATE]:
         rates.plot(*zip(*curves[LEARNING_RATE], strict=True), style, color="C2", linewidth=1.2)
     losses.set(ylabel="loss (nats per token)")
+    shown = [loss for name in (TRAIN_LOSS, VALID_LOSS) for _, loss in curves[name]]
+    if shown and 0 < _LOG_RATIO * min(shown) <= max(shown):
+        losses.set(yscale="log", ylabel="loss (nats per token, log scale)")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        losses.yaxis.set_minor_formatter(NullFormatter())
     rates.set(xlabel="step", ylabel="learning rate")
     rates.set_ylim(bottom=0)
     rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))

@@ -15,16 +15,52 @@ from ... import console
 from ...wording import size
 from .listener import Listener
 
-# The time left is estimated from a moving average of the seconds per step, with this weight of the latest step. The
-# first steps replace the average.
+# The time left is estimated from an average of the seconds per step, in which the latest step has at least this weight.
 _LATEST = 0.1
-_WARMUP = 3
+# It is shown once so many steps were measured.
+_MEASURED = 3
+# The bar's width, for terminals of at least so many columns.
+_BAR_WIDTHS = {100: 20, 60: 10}
 
 
 def fitted(line: str, stream: TextIO) -> str:
     """A line as it is printed to a stream: on a terminal it is broken between words, but not after a number."""
     joined = re.sub(r"(?<=\d) (?=\w)", "\xa0", line)  # which textwrap takes for a letter
     return console.wrap(joined, console.columns(stream), "  ").replace("\xa0", " ")
+
+
+class TimeLeft:
+    """The time that a run still takes, estimated from the steps and validations since it was started or resumed."""
+
+    def __init__(self, step: int, total_steps: int):
+        self._total, self._step = total_steps, step
+        self._began = time.monotonic()  # the current step
+        self._pace, self._measured = 0.0, -1  # seconds per step; the first is slower, since it is traced and compiled
+        self._validation = self._interval = 0.0  # seconds, steps
+        self._validated = step
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        seconds, self._began, self._step = now - self._began, now, step
+        self._measured += 1
+        if self._measured > 0:
+            self._pace += max(_LATEST, 1 / self._measured) * (seconds - self._pace)
+
+    def validated(self, step: int, seconds: float) -> None:
+        """A validation is done; its time is not the next step's."""
+        self._began += seconds
+        self._validation, self._interval, self._validated = seconds, step - self._validated, step
+
+    def __str__(self) -> str:
+        """As hours, minutes and seconds; empty if there is no estimate yet."""
+        if self._measured < _MEASURED:
+            return ""
+        steps = self._total - self._step
+        validations = (self._total - self._validated) // self._interval if self._interval else 0
+        minutes, seconds = divmod(round(self._pace * steps + self._validation * validations), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
 
 
 class RunProgress(Listener):
@@ -35,10 +71,9 @@ class RunProgress(Listener):
 
     def __init__(self) -> None:
         self.began = False  # training, after loading and tokenizing
-        self._total = self._step = 0
-        self._pace: float | None = None  # seconds per step, including reports and validations
-        self._measured = 0
-        self._last = time.monotonic()
+        self._total = 0
+        self._left = TimeLeft(0, 0)
+        self._facts = ""  # of the latest step
         self._bar: Any = None
         self._task: Any = None
         self._work: tuple[str, console.Progress] | None = None
@@ -49,32 +84,28 @@ class RunProgress(Listener):
         """Training begins: open the bar, on a terminal."""
         self.began = True
         self._end_work()
-        self._step, self._total, self._last = step, total_steps, time.monotonic()
+        self._total, self._left = total_steps, TimeLeft(step, total_steps)
         if self._live and step < total_steps:
-            self._open()
+            self._open(step)
 
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show the latest step beside the bar."""
-        now = time.monotonic()
-        latest, self._last, self._step = now - self._last, now, step
-        # The first step is slower than the others, because it is traced and compiled.
-        if self._pace is None or self._measured < _WARMUP:
-            self._pace = latest
-        else:
-            self._pace += _LATEST * (latest - self._pace)
-        self._measured += 1
+        self._left.stepped(step)
         memory = size(mx.get_peak_memory())
-        facts = [f"loss {loss:.3f}", f"{self._left()} left", f"{tokens_per_second:,.0f} tokens/s", memory]
+        facts = [f"loss {loss:.3f}", str(self._left), f"{tokens_per_second:,.0f} tokens/s", memory]
+        facts = [fact for fact in facts if fact]
         while len(facts) > 1 and len("  ".join(facts)) > self._room:
             facts.pop()
-        self._show(completed=step, facts="  ".join(facts))
+        self._facts = "  ".join(facts)
+        self._show(completed=step, facts=self._facts)
 
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the training loss and speed."""
+        left = str(self._left)
         self.say(
             f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
             f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
-            f"peak {size(values['peak_memory'] * 1e9)}, {self._left()} left"
+            f"peak {size(values['peak_memory'] * 1e9)}{left and f', {left}'}"
         )
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -90,6 +121,8 @@ class RunProgress(Listener):
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the validation loss."""
         self._end_work()
+        self._left.validated(step, values["val_seconds"])
+        self._show(facts=self._facts)
         self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}, {values['val_seconds']:.1f} s")
 
     def saved(self, step: int, path: Path) -> None:
@@ -122,12 +155,12 @@ class RunProgress(Listener):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> None:
+    def _open(self, step: int) -> None:
         from rich import progress
         from rich.console import Console
 
         console = Console(stderr=True)
-        bar_width = 20 if console.width >= 100 else 10 if console.width >= 80 else 0
+        bar_width = next((width for columns, width in _BAR_WIDTHS.items() if console.width >= columns), 0)
         columns = [
             progress.TextColumn("{task.completed:,}/{task.total:,}"),
             *([progress.BarColumn(bar_width=bar_width)] if bar_width else []),
@@ -135,20 +168,13 @@ class RunProgress(Listener):
         ]
         self._room = console.width - 2 * len(f"{self._total:,}") - bar_width - 3
         self._bar = progress.Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task("", total=self._total, completed=self._step, facts="")
+        self._task = self._bar.add_task("", total=self._total, completed=step, facts="")
         self._bar.start()
 
     def _show(self, **fields: Any) -> None:
         bar = self._bar  # another thread may close it meanwhile
         if bar is not None:
             bar.update(self._task, **fields)
-
-    def _left(self) -> str:
-        if self._pace is None:
-            return "?"
-        minutes, seconds = divmod(round(self._pace * (self._total - self._step)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
     def _end_work(self) -> None:
         work, self._work = self._work, None
