@@ -1,4 +1,4 @@
-"""mlx-openelm: Apple's OpenELM language models on Apple silicon.
+"""mlx-openelm: Apple's OpenELM language models in MLX, on CPUs and GPUs.
 
 from mlx_openelm import load, generate
 model, tokenizer = load("tiny")
@@ -99,6 +99,8 @@ _HOMES = {
     "OpenELMError": "errors",
     "RequestError": "errors",
 }
+# The functions that take the fields of a class of options as keywords.
+_OPTIONS = {"generate": "GenerationOptions", "stream_generate": "GenerationOptions", "quantize": "QuantizeOptions"}
 
 
 def __dir__() -> list[str]:
@@ -113,9 +115,8 @@ def __getattr__(name: str) -> Any:
 
     with backend.naming_the_extra():
         value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name in ("generate", "stream_generate"):
-        from .generation.keywords import list_options
+    from . import keywords
 
-        list_options(value)  # for `help` and editors
+    value = keywords.checked(value, __getattr__(_OPTIONS[name]) if name in _OPTIONS else None)
     globals()[name] = value  # later uses find it here
     return value

@@ -52,6 +52,11 @@ def name_options(text: str) -> str:
     return text if names_flags else _FLAG.sub(_argument, text)
 
 
+def command_or_call(command: str, call: str) -> str:
+    """Advice for the user: a command line, or in Python the call that does the same, both written for a message."""
+    return command if names_flags else call
+
+
 def _argument(found: re.Match[str]) -> str:
     command, name = found.groups()
     return command or _ARGUMENTS.get(found[0]) or name.replace("-", "_")

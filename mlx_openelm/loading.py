@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +18,7 @@ from .formats.mlx import Checkpoint
 from .formats.packing import dequantize_weights
 from .formats.safetensors import WEIGHT_DTYPES, Weights, streaming
 from .hub import catalog
+from .messages import warn
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
 from .sources import open_source
 from .text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def load(
         OpenELMError: a download that failed.
     """
     if (warning := backend.slow_cpu_warning()) is not None:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     if dtype is not None:
         check_dtype(model, dtype)
     source = open_source(model, tokenizer=tokenizer, config_yaml=config_yaml, revision=revision)

@@ -1,10 +1,13 @@
-"""Lines on standard error, where everything but the result goes."""
+"""Lines on standard error, where everything but the result goes, and warnings."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import warnings
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 def say(line: str) -> None:
@@ -17,6 +20,14 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
         _drop_standard_error()
+
+
+def warn(message: str) -> None:
+    """Warn about the line outside this package that called into it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _drop_standard_error() -> None:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_openelm import errors
 from mlx_openelm.errors import OpenELMError, RequestError, quote
 from mlx_openelm.hub import catalog, corenet, offline, progress, resolve
 from mlx_openelm.sources import open_source
@@ -50,8 +51,8 @@ UNWANTED = {
 
 ELSEWHERE = (
     f"run `hf download {REPO} --local-dir OpenELM-270M` and `hf download hf-internal-testing/llama-tokenizer "
-    "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give it with "
-    "model OpenELM-270M; model tiny needs no network."
+    "tokenizer.model --local-dir OpenELM-270M` on a machine with a network, copy the folder here and give its "
+    'path, as in `load("OpenELM-270M")`; `load("tiny")` needs no network.'
 )
 
 
@@ -474,7 +475,16 @@ def test_offline_and_nothing_cached(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     assert hub.requests == []
 
 
-def test_the_commands_for_elsewhere_name_the_revision_and_other_repositories() -> None:
+def test_in_python_the_advice_is_in_python() -> None:
+    assert offline.model("me/my-model").endswith('as in `load("my-model")`; `load("tiny")` needs no network')
+    assert offline.adapter("me/lora").endswith('give it with `adapter_path="lora"`')
+    assert offline.tokenizer().endswith('with `tokenizer="llama-tokenizer/tokenizer.model"`')
+    assert offline.corenet("corenet:3B/dora").endswith('with `adapter_path="OpenELM-3B/openelm_dora_3B.pt"`')
+    assert 'as in `load("OpenELM-270M")`;' in offline.corenet("corenet:270M/mlx-4bit")
+
+
+def test_the_commands_for_elsewhere_name_the_revision_and_other_repositories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "names_flags", True)
     assert offline.model("me/my-model", "v1.0") == (
         "run `hf download me/my-model --revision v1.0 --local-dir my-model` on a machine with a network, "
         "copy the folder here and give it with --model my-model; --model tiny needs no network"
@@ -486,7 +496,7 @@ def test_the_commands_for_elsewhere_name_the_revision_and_other_repositories() -
     port = offline.corenet("corenet:270M/mlx-4bit")
     assert f" {catalog.CORENET_URL}/mlx/270M-4bit/config.json {catalog.CORENET_URL}/mlx/270M-4bit/weights." in port
     assert "--model OpenELM-270M;" in port
-    assert offline.corenet("corenet:3B/dora").endswith("give --adapter-path OpenELM-3B/openelm_dora_3B.pt")
+    assert offline.corenet("corenet:3B/dora").endswith("give it with --adapter-path OpenELM-3B/openelm_dora_3B.pt")
 
 
 def commands_in(message: str) -> list[list[str]]:
@@ -495,10 +505,11 @@ def commands_in(message: str) -> list[list[str]]:
 
 
 def test_the_commands_for_elsewhere_give_a_folder_that_loads(
-    hub: FakeHub, hub_env: dict[str, str], tmp_path: Path, here: Path
+    hub: FakeHub, hub_env: dict[str, str], tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message's own commands run, on a machine that reaches the hub."""
     pytest.importorskip("huggingface_hub.cli.hf")
+    monkeypatch.setattr(errors, "names_flags", True)
     fixture = Path(__file__).parent / "fixtures" / "shakespeare-hf"
     (tmp_path / "apple").mkdir()
     for name in ("config.json", "model.safetensors"):

@@ -15,10 +15,10 @@ PACKAGE = Path(mlx_openelm.__file__).parent
 ROOMS = [
     "__main__", "cli", "__init__",
     "training", "training.run", "training.step", "training.options", "training.data",
-    "jobs", "jobs.bench", "loading", "quantization", "evaluation", "generation",
+    "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
     "backend", "blas", "config", "native",
-    "inputs", "options", "console", "messages", "errors", "wording", "version",
+    "inputs", "options", "keywords", "suggestions", "console", "messages", "errors", "wording", "version",
 ]  # fmt: skip
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 

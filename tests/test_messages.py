@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx_openelm
+from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.errors import OpenELMError, RequestError
 
 import pytest
@@ -56,6 +58,32 @@ def test_messages_begin_with_a_capital_or_a_name():
     found = list(messages())
     assert len(found) > 200
     assert [at for at, text in found if text[0].islower() and text.split()[0] not in NAMES] == []
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The texts in a file, each f-string as one, with a star for a value; those of docstrings too."""
+    tree = ast.parse(path.read_text())
+    joined = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in joined for part in node.values}
+    for node in joined:
+        yield "".join(part.value if isinstance(part, ast.Constant) else "*" for part in node.values)  # type: ignore[misc]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.value
+
+
+def bare_commands(text: str) -> list[str]:
+    """Command lines outside backquotes, whose flags would become arguments in Python."""
+    program = rf"mlx-openelm (?:{'|'.join(COMMANDS)})|hf (?:auth|cache|download)|git (?:lfs|clone)|curl -"
+    return re.findall(rf"\b(?:{program})\b", re.sub(r"`[^`]*`", "", text))
+
+
+def test_command_lines_stand_in_backquotes():
+    assert bare_commands("run mlx-openelm convert -q, not `mlx-openelm convert`") == ["mlx-openelm convert"]
+    # The command's own help and the text of model cards are not messages.
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "cli" and path.stem != "card_text"]
+    found = {str(path.relative_to(PACKAGE)): [*map(bare_commands, texts(path))] for path in files}
+    assert {path: lines for path, lines in found.items() if any(lines)} == {}
 
 
 @pytest.mark.parametrize("kind", [OpenELMError, RequestError])

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from mlx_openelm import load
+from mlx_openelm import errors, load
 from mlx_openelm.cli.main import main, parse
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import EXAMPLE_KEYS, kl_divergence, load_documents, make_windows, mean_nll
@@ -124,10 +124,14 @@ def test_missing_files_short_texts_and_empty_requests_are_refused(loaded, tmp_pa
 @pytest.mark.parametrize(
     "record", [{"prompt": "a", "completion": "b"}, {"messages": []}, {"conversations": []}, {"instruction": "a"}]
 )
-def test_examples_for_fine_tuning_are_sent_to_the_command_that_measures_them(tmp_path, record):
+def test_examples_for_fine_tuning_are_sent_to_what_measures_them(tmp_path, record, monkeypatch):
     path = tmp_path / "my data.jsonl"
     path.write_text(json.dumps(record) + "\n")
     with pytest.raises(RequestError, match="is an example for fine-tuning") as error:
+        load_documents(path)
+    assert f'`finetune(name, FineTuneOptions(test=True, data="{path}"))`' in str(error.value)
+    monkeypatch.setattr(errors, "names_flags", True)
+    with pytest.raises(RequestError) as error:
         load_documents(path)
     command = str(error.value).partition("is measured by: ")[2].strip("`.")
     assert shlex.split(command) == ["mlx-openelm", "lora", "--test", "--data", str(path)]

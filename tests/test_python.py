@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mlx_openelm import (
     ModelConfig,
     OpenELM,
     QuantizeOptions,
+    backend,
     console,
     convert,
     errors,
@@ -30,6 +32,8 @@ from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.generation.keywords import GenerationKeywords
 from mlx_openelm.generation.options import GenerationOptions
+from mlx_openelm.keywords import KeywordError
+from mlx_openelm.quantization.options import QuantizeKeywords
 
 import pytest
 
@@ -69,25 +73,117 @@ for piece in stream_generate(model, tokenizer, "Once", top_k="five"):
     assert '"top_k" to "stream_generate" has incompatible type "str"; expected "int"' in wrong
 
 
-def test_the_typed_keywords_are_the_options():
-    types = get_type_hints(GenerationOptions)  # without the help of the flags
-    assert get_type_hints(GenerationKeywords) == {field.name: types[field.name] for field in fields(GenerationOptions)}
+@pytest.mark.parametrize(
+    ("keywords", "options"), [(GenerationKeywords, GenerationOptions), (QuantizeKeywords, QuantizeOptions)]
+)
+def test_the_typed_keywords_are_the_options(keywords, options):
+    types = get_type_hints(options)  # without the help of the flags
+    assert get_type_hints(keywords) == {field.name: types[field.name] for field in fields(options)}
 
 
-@pytest.mark.parametrize("function", [generate, stream_generate])
-def test_the_signature_lists_the_options(function):
+@pytest.mark.parametrize(
+    ("function", "options", "first"),
+    [
+        (generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
+        (stream_generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
+        (quantize, QuantizeOptions, ["model", "mlx_path", "options"]),
+    ],
+)
+def test_the_signature_lists_the_options(function, options, first):
     shown = inspect.signature(function).parameters
-    for field in fields(GenerationOptions):
+    for field in fields(options):
         assert shown[field.name].default == field.default
-    assert str(shown["kv_bits"]) == "kv_bits: 'int | None' = None"
-    assert list(shown)[:3] == ["model", "tokenizer", "prompt"] and "options" not in shown
+    assert list(shown)[:3] == first
+    assert not any(item.kind is inspect.Parameter.VAR_KEYWORD for item in shown.values())
+    assert str(inspect.signature(generate).parameters["kv_bits"]) == "kv_bits: int | None = None"
 
 
-def test_a_wrong_name_gets_a_suggestion(tiny):
-    with pytest.raises(RequestError, match="^generate has no option max_token; did you mean max_tokens"):
-        generate(*tiny, "Once", max_token=5)  # type: ignore[call-arg]
-    with pytest.raises(RequestError, match="^generate has no option volume; help.generate. lists the options"):
-        next(stream_generate(*tiny, "Once", volume=5))  # type: ignore[call-arg]
+NOT_A_NAME = "surely_no_option"
+
+
+@pytest.mark.parametrize("name", sorted(set(mlx_openelm.__all__) - {"__version__", "Listener"}))
+def test_every_public_function_and_class_refuses_unknown_names(name):
+    public = getattr(mlx_openelm, name)
+    with pytest.raises(TypeError, match=f"has no option {NOT_A_NAME}; ") as caught:
+        public(**{NOT_A_NAME: 1})
+    assert isinstance(caught.value, RequestError)
+    assert pickle.loads(pickle.dumps(public)) is public
+    assert NOT_A_NAME not in inspect.signature(public).parameters
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: convert("tiny", q_bit=7), "convert has no option q_bit; did you mean q_bits?"),
+        (lambda: quantize("tiny", q_bit=7), "quantize has no option q_bit; did you mean q_bits?"),
+        (lambda: FineTuneOptions(iter=3), "FineTuneOptions has no option iter; did you mean iters?"),
+        (lambda: GenerationOptions(temperature=1), "GenerationOptions has no option temperature; did you mean temp?"),
+        (lambda: FineTuneOptions(lora_rank=3), "FineTuneOptions has no option lora_rank; did you mean rank?"),
+        (
+            lambda: FineTuneOptions(use_dora=True),
+            'FineTuneOptions has no option use_dora; did you mean fine_tune_type="dora"?',
+        ),
+        (lambda: finetune("tiny", data="x"), "finetune has no option data; did you mean data of FineTuneOptions?"),
+        (lambda: finetune("tiny", dtyp="x"), "finetune has no option dtyp; did you mean dtype of Loading?"),
+        (lambda: load(path_or_hf_repo="tiny"), "load has no option path_or_hf_repo; did you mean model?"),
+        (lambda: load("tiny", lazy=True), "lazy is not offered: load reads the weights at once."),
+        (lambda: load("tiny", trust_remote_code=True), "trust_remote_code is not needed: no repository code is run."),
+        (lambda: generate(draft_model=1), "draft_model is not offered yet; leave it out."),
+        (
+            lambda: generate(num_beams=2),
+            "num_beams is not offered: text is decoded greedily or sampled, without beams.",
+        ),
+        (lambda: generate(volume=5), "generate has no option volume; help(generate) lists the options."),
+        (
+            lambda: convert("tiny", export_gguf=True),
+            "export_gguf is not offered: run `mlx-openelm export --format gguf` on the fused folder.",
+        ),
+    ],
+)
+def test_a_wrong_name_gets_a_suggestion(call, message):
+    with pytest.raises(KeywordError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["lazy", "model_config", "return_config", "quant_predicate", "do_sample", "stream"])
+def test_names_of_mlx_lm_that_are_not_offered_say_why(name):
+    with pytest.raises(KeywordError, match=f"^{name} is not offered: "):
+        load("tiny", **{name: None})
+
+
+def test_a_warning_names_the_line_that_called(monkeypatch):
+    monkeypatch.setattr(backend, "slow_cpu_warning", lambda: "This is slow.")
+    with pytest.warns(UserWarning, match="This is slow") as caught:
+        load("tiny")
+    assert caught[0].filename == __file__
+
+
+def test_quantize_takes_its_options_as_keywords_or_together(tmp_path):
+    convert("tiny", tmp_path / "full", dequantize=True)
+    with pytest.raises(RequestError, match="^options and q_bits both say how to quantize; give one of them"):
+        quantize(tmp_path / "full", tmp_path / "out", QuantizeOptions(q_bits=4), q_bits=3)
+    with pytest.raises(RequestError, match="^target_bpw chooses bits and groups itself; leave q_bits out"):
+        quantize(tmp_path / "full", tmp_path / "out", q_bits=4, target_bpw=4.5)
+    done = quantize(tmp_path / "full", tmp_path / "out", q_bits=3, q_group_size=32)
+    assert {(choice.bits, choice.group_size) for choice in done.choices.values()} == {(3, 32)}
+    assert QuantizeOptions(method="awq,gptq").method == ("awq", "gptq")  # type: ignore[arg-type]
+
+
+def test_how_to_quantize_again_is_said_in_python(monkeypatch):
+    advice = 'unpack it first, with two calls: `convert("tiny", "tiny-unpacked", dequantize=True)`, then '
+    with pytest.raises(RequestError) as caught:
+        quantize("tiny", "small", q_bits=4)
+    assert str(caught.value).endswith(advice + '`quantize("tiny-unpacked", "small", q_bits=4)`.')
+    monkeypatch.setattr(errors, "names_flags", True)
+    with pytest.raises(RequestError, match="with two commands: `mlx-openelm convert --model tiny --dequantize"):
+        quantize("tiny", "small", q_bits=4)
+
+
+def test_help_begins_with_what_the_package_is(tmp_path):
+    assert (mlx_openelm.__doc__ or "").startswith(
+        "mlx-openelm: Apple's OpenELM language models in MLX, on CPUs and GPUs."
+    )
 
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:

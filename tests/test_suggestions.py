@@ -7,8 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from mlx_openelm import errors
-from mlx_openelm.cli import suggestions
+from mlx_openelm import errors, suggestions
 from mlx_openelm.cli.main import COMMANDS, command, main
 from mlx_openelm.errors import RequestError
 

@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
 
     def _is_refused(self, flag: str) -> bool:
         """Explain an unknown flag: raise an error, or return True after a warning if it can be left out."""
-        from . import suggestions
+        from .. import suggestions
 
         reason = suggestions.not_needed(flag)
         if reason is None:

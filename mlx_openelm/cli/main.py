@@ -150,7 +150,7 @@ def command(name: str) -> tuple[flags.Parser, Callable[[Namespace], int]]:
     from . import flags
 
     if name not in COMMANDS:
-        from . import suggestions
+        from .. import suggestions
 
         raise RequestError(suggestions.unknown_command(PROGRAM, name, list(COMMANDS)))
     file = name.replace("-", "_")

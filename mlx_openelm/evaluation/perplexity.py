@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import mlx.core as mx
 
 from .. import console
 from ..config import ModelConfig
-from ..errors import RequestError, name_options
+from ..errors import RequestError, command_or_call, name_options
 from ..finite import not_finite
 from ..inputs import read_text_source
+from ..messages import warn
 from ..model import OpenELM
 from ..ops import distributions
 from ..publishing.command_line import command_line
@@ -89,7 +89,7 @@ def window_length(length: int | None, config: ModelConfig) -> int:
             f"--sequence-length {length} is more than the {config.max_context_length} tokens "
             "the model was trained on; expect a higher perplexity."
         )
-        warnings.warn(name_options(warning), stacklevel=3)
+        warn(name_options(warning))
     return length
 
 
@@ -126,8 +126,9 @@ def _document(path: Path, number: int, line: str, loading: Mapping[str, Any]) ->
         wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
         if keys := [key for key in EXAMPLE_KEYS if key in record]:
             wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
-            test = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
-            wrong += f"; their perplexity is measured by: `{test}`"
+            command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
+            call = f"`finetune(name, FineTuneOptions(test=True, data={json.dumps(str(path), ensure_ascii=False)}))`"
+            wrong += f"; their perplexity is measured by: {command_or_call(f'`{command}`', call)}"
         raise RequestError(f"{wrong}.")
     return text
 

@@ -23,12 +23,13 @@ from .. import backend
 from ..cache import make_cache
 from ..errors import RequestError, name_options
 from ..finite import not_finite
+from ..messages import warn
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, forced_step, listed
-from .keywords import GenerationKeywords, unknown_option
-from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids, warn
+from .keywords import GenerationKeywords
+from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids
 from .piece import Piece
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
@@ -112,9 +113,6 @@ def stream_generate(
             at the call, before anything is computed.
         OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
     """
-    for name in options:
-        if name not in GenerationOptions.__dataclass_fields__:
-            raise unknown_option(name, generate)
     chosen = GenerationOptions(**options)
     chosen.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):

@@ -1,15 +1,9 @@
-"""The options of generation as keyword arguments: for type checkers, editors, `help`, and people who mistype them."""
+"""The options of generation as keyword arguments, for type checkers and editors."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
-
-from ..errors import RequestError
-from ..wording import did_you_mean
-from .options import GenerationOptions
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -44,22 +38,3 @@ class GenerationKeywords(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     choice: str | Sequence[str] | None
-
-
-def list_options(function: Callable[..., Any]) -> None:
-    """Let the signature of a function list the options in place of `**options`, with types and defaults."""
-    signature = inspect.signature(function)
-    types = {name: getattr(kind, "__forward_arg__", kind) for name, kind in GenerationKeywords.__annotations__.items()}
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=types[field.name])
-        for field in fields(GenerationOptions)
-    ]
-    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-
-
-def unknown_option(name: str, function: Callable[..., Any]) -> RequestError:
-    """The error for a keyword argument that a function does not have; it suggests similar names."""
-    hint = did_you_mean(name, inspect.signature(function).parameters) or f"help({function.__name__}) lists the options."
-    return RequestError(f"{function.__name__} has no option {name}; {hint}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -27,8 +25,6 @@ _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xt
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
-
-_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -343,11 +339,3 @@ def token_ids(ids: Any, vocab_size: int, name: str = "The prompt") -> list[int]:
         if not 0 <= int(token) < vocab_size:
             raise RequestError(f"{name} has the token id {quote(token)}; the vocabulary ends at {vocab_size - 1}.")
     return [int(token) for token in values]
-
-
-def warn(message: str) -> None:
-    """Warn about the line outside this package that called into it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -20,8 +20,8 @@ from ..config import ModelConfig
 from ..errors import OpenELMError, RequestError
 from ..formats import prefix_file
 from ..inputs import to_path
+from ..messages import warn
 from .cache_origin import Origin
-from .options import warn
 from .segments import Content, Kind
 
 # The largest size of a folder by default, in bytes.

@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from ..errors import command_or_call
 from . import catalog
 
 _denied: ContextVar[str | None] = ContextVar("_denied", default=None)
 
 _ELSEWHERE = "on a machine with a network"
-_TINY = f"--model {catalog.TINY} needs no network"
 
 
 @contextlib.contextmanager
@@ -47,23 +47,22 @@ def model(repo: str, revision: str | None = None) -> str:
     commands = command(repo, folder, revision=revision)
     if catalog.find_repo(repo) is not None:
         commands += f" and {tokenizer_command(folder)}"
-    return f"run {commands} {_ELSEWHERE}, copy the folder here and give it with --model {folder}; {_TINY}"
+    return f"run {commands} {_ELSEWHERE}, copy the folder here and {_give_model(folder)}"
 
 
 def adapter(repo: str, revision: str | None = None) -> str:
     """How to get an adapter."""
     folder = repo.rpartition("/")[2]
     get = command(repo, folder, revision=revision)
-    return f"run {get} {_ELSEWHERE}, copy the folder here and give it with --adapter-path {folder}"
+    return f"run {get} {_ELSEWHERE}, copy the folder here and {_give_adapter(folder)}"
 
 
 def tokenizer() -> str:
     """How to get the tokenizer of all published models."""
     folder = catalog.TOKENIZER_REPO.rpartition("/")[2]
-    return (
-        f"run {tokenizer_command(folder)} {_ELSEWHERE}, and give that file, or a copy of it, with "
-        f"--tokenizer {folder}/tokenizer.model"
-    )
+    file = f"{folder}/tokenizer.model"
+    given = command_or_call(f"--tokenizer {file}", f'`tokenizer="{file}"`')
+    return f"run {tokenizer_command(folder)} {_ELSEWHERE}, and give that file, or a copy of it, with {given}"
 
 
 def data_set(name: str) -> str:
@@ -85,6 +84,18 @@ def corenet(name: str) -> str:
     place = f"{folder}/{files[0].rpartition('/')[2]}" if len(files) == 1 else folder
     get = f"`{shlex.join(['curl', '-fL', '--create-dirs', '--output-dir', folder, '--remote-name-all', *urls])}`"
     if files[0].startswith("peft/"):
-        return f"run {get} {_ELSEWHERE}, copy the folder here and give --adapter-path {place}"
+        return f"run {get} {_ELSEWHERE}, copy the folder here and {_give_adapter(place)}"
     get = f"{get} and {tokenizer_command(folder)}"
-    return f"run {get} {_ELSEWHERE}, copy the folder here and give --model {place}; {_TINY}"
+    return f"run {get} {_ELSEWHERE}, copy the folder here and {_give_model(place)}"
+
+
+def _give_model(path: str) -> str:
+    tiny = catalog.TINY
+    return command_or_call(
+        f"give it with --model {path}; --model {tiny} needs no network",
+        f'give its path, as in `load("{path}")`; `load("{tiny}")` needs no network',
+    )
+
+
+def _give_adapter(path: str) -> str:
+    return "give it with " + command_or_call(f"--adapter-path {path}", f'`adapter_path="{path}"`')

@@ -9,14 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import RequestError
+from ..errors import RequestError, command_or_call
 from ..formats import atomic
 from ..formats.mlx import Checkpoint
 from ..formats.packing import cast_weights, dequantize_weights, quantize_weights
 from ..hub import catalog
 from ..inputs import to_path
 from ..loading import check_dtype, dtype_for
-from ..publishing.command_line import command_line, source_flags
+from ..publishing.command_line import command_line, python_call, source_flags
 from ..publishing.upload import Upload, UploadOptions, publish
 from ..publishing.upload import check as check_upload
 from ..quantization.recipes import Packing
@@ -105,7 +105,7 @@ def convert(
 
 
 def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], opened_with: Mapping[str, Any]) -> None:
-    """Refuse to quantize a model again; the message gives the two commands that do it from an unpacked copy.
+    """Refuse to quantize a model again; the message gives the two commands, or calls, that do it from an unpacked copy.
 
     Args:
         command, flags: the command and its flags.
@@ -119,15 +119,16 @@ def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], op
         return
     path = to_path(source.name)
     copy = Path(f"{path.stem if path.is_file() else path.name}-unpacked")
-    unpack = {"model": source.name, "dequantize": bool(checkpoint.quantization), "mlx_path": copy}
-    first = command_line("convert", {**unpack, **opened_with}, whole_paths=True)
-    second = command_line(command, {**flags, "model": copy}, whole_paths=True)
+    unpack = {"model": source.name, "dequantize": bool(checkpoint.quantization), "mlx_path": copy, **opened_with}
+    again = {**flags, "model": copy}
+    first, second = command_line("convert", unpack, whole_paths=True), command_line(command, again, whole_paths=True)
+    steps = command_or_call(
+        f"with two commands: `{first} && {second}`",
+        f"with two calls: `{python_call('convert', unpack)}`, then `{python_call(command, again)}`",
+    )
     # The built-in model has no original to quantize instead.
     better = "" if source.path == catalog.TINY_FOLDER else "quantize the original, which loses less, or "
-    raise RequestError(
-        f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, with two commands: "
-        f"`{first} && {second}`"
-    )
+    raise RequestError(f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, {steps}")
 
 
 def requantize(checkpoint: Checkpoint, packing: Packing) -> dict[str, str]:

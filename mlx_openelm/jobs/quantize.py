@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 
 from .. import backend, console
 from ..config import ModelConfig
+from ..errors import RequestError
 from ..formats import atomic
 from ..formats.mlx import Checkpoint, Quantization, scale_dtype
 from ..formats.packing import bits_per_weight
 from ..formats.safetensors import Weights
 from ..inputs import to_path
 from ..loading import build_model, check_dtype, dtype_for
+from ..messages import warn
 from ..model import OpenELM
 from ..publishing.card_text import Quality
 from ..publishing.command_line import command_line, source_flags
 from ..quantization import learned, report, sensitivity
 from ..quantization.learned import Progress
-from ..quantization.options import QuantizeOptions
+from ..quantization.options import QuantizeKeywords, QuantizeOptions
 from ..quantization.report import Evaluator, Row
 from ..quantization.sensitivity import Sensitivities
 from ..quantization.text import CalibrationText, read_text
@@ -81,12 +82,14 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | bool | None = True,
     say: Callable[[str], None] | None = None,
+    **keywords: Unpack[QuantizeKeywords],
 ) -> Quantized:
     """Write a quantized model as an MLX folder, report what it costs, or both.
 
     Args:
         model: as in `convert`.
         options: how to quantize; 4 bits in groups of 64 by default.
+        keywords: the fields of `QuantizeOptions`, in place of `options`: `q_bits=8`.
         dtype: the type of tensors that are not quantized; bfloat16 by default.
         tokenizer, config_yaml, revision: as in `convert`.
         overwrite: replace `mlx_path` if it exists.
@@ -98,9 +101,11 @@ def quantize(
         RequestError: an invalid request; nothing was written.
         OpenELMError: a download, a method or writing failed; nothing was left behind.
     """
-    options = options or QuantizeOptions()
+    if options is not None and keywords:
+        raise RequestError(f"options and {next(iter(keywords))} both say how to quantize; give one of them.")
+    options = options or QuantizeOptions(**keywords)
     if (warning := backend.slow_training_warning()) is not None:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     dtype = check_dtype(model, dtype)
     target = atomic.check_target(Path(mlx_path), overwrite=overwrite) if options.writes else Path(mlx_path)
 

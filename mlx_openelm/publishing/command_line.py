@@ -1,7 +1,8 @@
-"""The command line that a model card shows: how to make the model again, safe to publish."""
+"""The command line that a model card shows: how to make the model again, safe to publish. And the call in Python."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -25,6 +26,17 @@ def command_line(command: str, flags: Mapping[str, Any], *, whole_paths: bool = 
             elif item is not None and item is not False:
                 words += [flag(key), shlex.quote(str(item) if whole_paths else without_folders(item))]
     return " ".join(words)
+
+
+def python_call(function: str, arguments: Mapping[str, Any]) -> str:
+    """The call of `function` with these arguments, `model` and `mlx_path` by place; None and False are left out."""
+    given = {key: value for key, value in arguments.items() if value is not None and value is not False}
+    texts = {
+        key: repr(value) if isinstance(value, bool | int | float) else json.dumps(str(value), ensure_ascii=False)
+        for key, value in given.items()
+    }
+    places = [texts.pop(key) for key in ("model", "mlx_path") if key in texts]
+    return f"{function}({', '.join([*places, *(f'{key}={text}' for key, text in texts.items())])})"
 
 
 def source_flags(

@@ -33,6 +33,7 @@ def parse_methods(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         RequestError: an unknown method.
     """
+    names = [names] if isinstance(names, str) else names
     requested = [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
     for name in requested:
         if name not in METHODS:

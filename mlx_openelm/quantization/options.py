@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 from ..errors import RequestError
 from ..inputs import to_path
@@ -161,3 +161,21 @@ class QuantizeOptions(Options):
         values |= {name: Path(values[name]) for name in _FILE_FLAGS if values[name] is not None}
         values["method"] = ",".join(self.method) or None
         return {name: value for name, value in values.items() if value is not None and not name.startswith("report")}
+
+
+class QuantizeKeywords(TypedDict, total=False):
+    """The names and types in `QuantizeOptions`, for type checkers and editors; a test compares the two."""
+
+    q_bits: int | None
+    q_group_size: int | None
+    q_mode: str | None
+    recipe: str | None
+    target_bpw: float | None
+    method: tuple[str, ...]
+    calibration: str | None
+    num_samples: int | None
+    sequence_length: int | None
+    sensitivities: str | None
+    seed: int | None
+    report: bool
+    report_data: str | None

@@ -19,6 +19,7 @@ from .. import backend
 from ..adapters.attaching import attach, extract
 from ..adapters.files import read_adapter, write_adapter
 from ..inputs import to_path
+from ..messages import warn
 from ..model import OpenELM
 from .config_file import to_dict
 from .data.batches import Batches
@@ -103,7 +104,7 @@ def finetune(
         OpenELMError: a loss that is not finite, a full disk, or a lost process; the last checkpoint is intact.
     """
     if (warning := backend.slow_training_warning()) is not None:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     processes = Processes()
     with processes.together(), backend.wired_limit(), contextlib.ExitStack() as shown:
         if not processes.leads:

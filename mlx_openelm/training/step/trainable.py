@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from ...adapters.attaching import attach, attach_new, target_paths
 from ...adapters.files import read_adapter
 from ...config import EMBEDDING, ModelConfig
-from ...errors import RequestError
+from ...errors import RequestError, command_or_call
 from ...formats.adapter import Adapter
 from ...model import OpenELM
 from ..options import FineTuneOptions
@@ -80,7 +80,7 @@ def _start_from_weights(model: OpenELM, adapter: Adapter, file: str) -> None:
     if adapter.modules:
         raise RequestError(
             f"--resume-adapter-file {file} holds a low-rank adapter, which --fine-tune-type full cannot go on from; "
-            "fuse it into the model first, with mlx-openelm fuse."
+            f"fuse it into the model first, with {command_or_call('`mlx-openelm fuse`', '`fuse`')}."
         )
     trained = _trained(model)
     for name, weight in adapter.weights.items():

@@ -1,4 +1,4 @@
-"""What to answer to commands and flags that are not there: the right name, "not offered yet", or why not.
+"""What to answer to commands, flags and arguments that are not there: the right name, "not offered yet", or why not.
 
 People who come from mlx-lm, transformers or llama.cpp type the names of those programs.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 
-from ..errors import quote
+from .errors import quote
+from .wording import did_you_mean, flag
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
@@ -36,7 +37,7 @@ _RENAMED_COMMANDS = {
     "version": "--version",
 }
 _REFUSED_COMMANDS = {
-    "manage": "downloads are in the Hugging Face cache; use the command hf cache",
+    "manage": "downloads are in the Hugging Face cache; use the command `hf cache`",
     "share": "copy the folder with scp or rsync",
     "download": "a model is downloaded when it is first used, for example by generate --model 270m",
 }
@@ -139,8 +140,8 @@ _REFUSED_FLAGS = {
     "--device": "MLX takes the GPU if there is one",
     "--num-beams": "text is decoded greedily or sampled, without beams",
     "--clear-cache-threshold": "in Python, call mx.set_cache_limit before finetune",
-    "--export-gguf": "run mlx-openelm export --format gguf on the fused folder",
-    "--gguf-path": "run mlx-openelm export --format gguf on the fused folder",
+    "--export-gguf": "run `mlx-openelm export --format gguf` on the fused folder",
+    "--gguf-path": "run `mlx-openelm export --format gguf` on the fused folder",
     "--quantized-model": "--method dwq starts from --model and quantizes it itself",
     "--target-dir": "dwq's targets are computed while it learns",
     "--targets-only": "dwq's targets are computed while it learns",
@@ -159,6 +160,17 @@ _NOT_NEEDED = {
     "--trust-remote-code": "no repository code is run",
     "--stream": "text is printed as it is generated",
 }
+
+# Arguments of mlx-lm's functions that are no flags there.
+_REFUSED_KEYWORDS = {
+    "lazy": "load reads the weights at once",
+    "do_sample": "a temp above 0 samples",
+    "stream": "stream_generate yields the text as it is generated",
+    "model_config": "the configuration is the model's own",
+    "return_config": "the configuration is model.config",
+    "quant_predicate": 'recipe="mixed_3_6" and its like give some matrices more bits; a function is not taken',
+}
+_RENAMED_KEYWORDS = {"path_or_hf_repo": "model", "prompt_progress_callback": "progress"}
 
 
 def unknown_command(program: str, name: str, commands: Sequence[str]) -> str:
@@ -192,6 +204,41 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
     if " " not in program and not hint:
         hint = f"the flags of a command follow its name: {program} generate --prompt ..."
     return f"{program} has no flag {flag}{hint and f' ({hint})'}; see {program} --help."
+
+
+def unknown_keyword(function: str, name: str, places: Mapping[str, Collection[str]]) -> str:
+    """The message for a keyword argument that is not there.
+
+    Args:
+        function: the name of the function or the class.
+        places: its own arguments, by the name ""; and the fields of the options that it takes, by their class.
+    """
+    typed = f"-{name}" if len(name) == 1 else flag(name)
+    if typed in _LATER_FLAGS:
+        return f"{name} is not offered yet; leave it out."
+    wrong = f"{function} has no option {name}"
+    renamed = [_RENAMED_KEYWORDS.get(name, name), *map(_keyword, _RENAMED_FLAGS.get(typed, ()))]
+    for place, known in places.items():
+        if found := [new for new in renamed if new.partition("=")[0] in known]:
+            return f"{wrong}; did you mean {found[0]}{_of(place)}?"
+    if reason := not_needed(typed):
+        return f"{name} is not needed: {reason}."
+    if reason := _REFUSED_KEYWORDS.get(name) or _REFUSED_FLAGS.get(typed):
+        return f"{name} is not offered: {reason}."
+    for place, known in places.items():
+        if hint := did_you_mean(name, sorted(known)):
+            return f"{wrong}; {hint[:-1]}{_of(place)}?"
+    return f"{wrong}; help({function}) lists the options."
+
+
+def _of(place: str) -> str:
+    return place and f" of {place}"
+
+
+def _keyword(flag: str) -> str:
+    """The argument that a flag is, with its value if it has one: `fine_tune_type="dora"`."""
+    name, _, value = flag.lstrip("-").replace("-", "_").partition(" ")
+    return f'{name}="{value}"' if value else name
 
 
 def not_needed(flag: str) -> str | None:
