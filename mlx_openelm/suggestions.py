@@ -13,14 +13,14 @@ from .wording import did_you_mean, flag
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
-    **dict.fromkeys(("serve", "server"), "mlx_lm.server --model FOLDER serves what mlx-openelm convert writes"),
-    "chat": "mlx-openelm generate --chat-template corenet answers one message of an instruct model",
-    **dict.fromkeys(("dpo", "grpo"), "mlx-openelm lora trains on examples of good answers"),
-    "pretrain": "mlx-openelm lora --fine-tune-type full trains all weights of a model",
+    **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
+    "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
+    **dict.fromkeys(("dpo", "grpo"), "`mlx-openelm lora` trains on examples of good answers"),
+    "pretrain": "`mlx-openelm lora --fine-tune-type full` trains all weights of a model",
     **dict.fromkeys(
-        ("evaluate", "eval", "leaderboard"), "mlx-openelm perplexity measures how well a model predicts a text"
+        ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
-    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "mlx-openelm --help lists what there is"),
+    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "`mlx-openelm --help` lists what there is"),
 }
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
@@ -221,7 +221,7 @@ def unknown_keyword(function: str, name: str, places: Mapping[str, Collection[st
     for place, known in places.items():
         if found := [new for new in renamed if new.partition("=")[0] in known]:
             return f"{wrong}; did you mean {found[0]}{_of(place)}?"
-    if reason := not_needed(typed):
+    if name not in _REFUSED_KEYWORDS and (reason := not_needed(typed)):
         return f"{name} is not needed: {reason}."
     if reason := _REFUSED_KEYWORDS.get(name) or _REFUSED_FLAGS.get(typed):
         return f"{name} is not offered: {reason}."

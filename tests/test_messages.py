@@ -20,6 +20,8 @@ NAMES = {
         "apply_chat_template",
         "chat_template",
         "generate",
+        "max_bytes",
+        "metadata",
         "libnvrtc,",
         "model",
         "nvrtc:",

@@ -21,10 +21,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ... import backend, blas, errors
+from ...config import EMBEDDING, HEAD
 from ...errors import OpenELMError
 from ...version import __version__
 
-_EMBEDDING, _HEAD = "transformer.token_embeddings.", "lm_head."
+_EMBEDDING, _HEAD = f"{EMBEDDING}.", f"{HEAD}."
 
 
 class Ours:
