@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ... import backend, blas, errors
-from ...config import EMBEDDING, HEAD
+from ...config import EMBEDDING, HEAD, NORM
 from ...errors import OpenELMError
 from ...version import __version__
 
@@ -109,7 +109,7 @@ def facts(program: Ours | MlxLm) -> dict[str, Any]:
     parameters = dict(tree_flatten(program.model.parameters()))
     return {
         "version": program.version,
-        "dtype": str(parameters["transformer.norm.weight"].dtype).removeprefix("mlx.core."),
+        "dtype": str(parameters[f"{NORM}.weight"].dtype).removeprefix("mlx.core."),
         "blas": blas.state,
         "weight_bytes": weight_bytes(parameters),
         "process_memory": process_memory(),
