@@ -177,13 +177,17 @@ def test_a_bad_request_is_one_line_and_exit_code_2(words, named, folder, monkeyp
 def test_ctrl_c_saves_and_says_how_to_resume(folder):
     words = command(*SMALL[:5], "--iters", 100000, "--max-seq-length", 48, "--rank", 2, "--adapter-path", "stopped run")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-                               cwd=folder)  # fmt: skip
+                               cwd=folder,  # and the parent may ignore Ctrl-C, as a shell's background jobs do
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("Step 10 "):
-            break
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        for line in process.stderr:
+            if line.startswith("Step 10 "):
+                break
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Ctrl-C again stops at once" in errors and "Traceback" not in errors
     step = re.search(r"Stopped after step (\d+) of 100,000", output)
     assert step is not None
