@@ -483,7 +483,7 @@ def test_ctrl_c_prints_what_was_measured() -> None:
         ),
         (("--plot", "speed.gif"), "speed.gif must end in .png, .svg, .pdf."),
         (("--adapter-path", "nowhere"), "There is no adapter 'nowhere'"),
-        (("--model", "nowhere"), "there is no model named 'nowhere'"),
+        (("--model", "nowhere"), "There is no model named 'nowhere'"),
     ],
 )
 def test_wrong_requests_are_refused(words: tuple[str, ...], message: str, in_process: Any) -> None:

@@ -189,6 +189,7 @@ def test_info_says_how_to_get_a_tokenizer_as_load_does(
 ) -> None:
     monkeypatch.setattr(shared_tokenizer, "LLAMA2", replace(shared_tokenizer.LLAMA2, vocab_size=pieces))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # which would break the line
     words, model = [], tmp_path / "my model"
     if kind == "folder":
         shutil.copytree(SHAKESPEARE, model, ignore=shutil.ignore_patterns("tokenizer*"))
