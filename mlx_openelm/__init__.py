@@ -16,9 +16,11 @@ from .version import __version__
 __all__ = [
     "AdapterSwitch",
     "CacheOptions",
+    "Engine",
     "FineTuneOptions",
     "FineTuned",
     "GenerationOptions",
+    "GenerationResult",
     "Listener",
     "Loading",
     "ModelConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "average",
+    "batch_generate",
     "convert",
     "export",
     "finetune",
@@ -49,8 +52,10 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .errors import OpenELMError, RequestError
     from .evaluation.perplexity import perplexity
+    from .generation.batch import GenerationResult, batch_generate
     from .generation.cache_files import load_prompt_cache, make_prompt_cache, save_prompt_cache
     from .generation.decoding import generate, stream_generate
+    from .generation.engine import Engine
     from .generation.options import CacheOptions, GenerationOptions
     from .generation.piece import Piece
     from .jobs.average import average
@@ -74,6 +79,9 @@ _HOMES = {
     "load": "loading",
     "generate": "generation.decoding",
     "stream_generate": "generation.decoding",
+    "batch_generate": "generation.batch",
+    "GenerationResult": "generation.batch",
+    "Engine": "generation.engine",
     "make_prompt_cache": "generation.cache_files",
     "save_prompt_cache": "generation.cache_files",
     "load_prompt_cache": "generation.cache_files",
@@ -100,7 +108,12 @@ _HOMES = {
     "RequestError": "errors",
 }
 # The functions that take the fields of a class of options as keywords.
-_OPTIONS = {"generate": "GenerationOptions", "stream_generate": "GenerationOptions", "quantize": "QuantizeOptions"}
+_OPTIONS = {
+    "generate": "GenerationOptions",
+    "stream_generate": "GenerationOptions",
+    "batch_generate": "GenerationOptions",
+    "quantize": "QuantizeOptions",
+}
 
 
 def __dir__() -> list[str]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
 from .. import backend
 from ..cache import make_cache
-from ..errors import RequestError, name_options
+from ..errors import OpenELMError, RequestError
 from ..finite import not_finite
 from ..messages import warn
 from ..model import OpenELM
@@ -33,13 +34,12 @@ from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions,
 from .piece import Piece
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
-from .stopping import StopStrings
 
 if TYPE_CHECKING:
     from .constraints import Constraint
 
 # Free MLX's buffers now and then: lengths change with every token, so few are reused.
-_CLEAR_EVERY = 256
+CLEAR_EVERY = 256
 
 Progress = Callable[[int, int], None]
 
@@ -113,100 +113,102 @@ def stream_generate(
             at the call, before anything is computed.
         OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
     """
-    chosen = GenerationOptions(**options)
-    chosen.validate(model.config.vocab_size, model.config.head_dim)
+    request = make_request(
+        model,
+        tokenizer,
+        prompt,
+        GenerationOptions(**options),
+        prompt_cache=prompt_cache,
+        prompt_cache_tokens=prompt_cache_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+    )
+    return _pieces(tokenizer, request, progress)
+
+
+def _pieces(tokenizer: Tokenizer, request: Request, progress: Progress | None) -> Iterator[Piece]:
+    """The pieces of one text; nothing is computed before the first one is requested."""
+    steps = decode(
+        request.decoder,
+        request.prompt,
+        request.count,
+        sampler=request.sampler,
+        constraint=request.constraint,
+        top=int(request.options.top_logprobs),
+        prefill_step_size=request.options.prefill_step_size,
+        progress=progress,
+    )
+    started = time.perf_counter()
+    output = None
+    with backend.wired_limit():
+        for token, logprob, top_logprobs, _ in steps:
+            if output is None:
+                from .output import Output
+
+                output = Output(tokenizer, request, time.perf_counter() - started)
+            piece = output.add(token, logprob, top_logprobs)
+            yield piece
+            if piece.finish_reason is not None:
+                output.warn_if_cut()
+                return
+
+
+@dataclass
+class Request:
+    """One text to generate, checked.
+
+    `prompt` are its ids, `count` the number of tokens that can follow; the decoder's caches hold what precedes it.
+    """
+
+    decoder: Decoder
+    prompt: list[int]
+    count: int
+    sampler: Sampler
+    constraint: Constraint | None
+    options: GenerationOptions
+
+
+def make_request(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    options: GenerationOptions,
+    *,
+    prompt_cache: list[Any] | None = None,
+    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+) -> Request:
+    """A request from the arguments of `stream_generate`, which describes them and the errors."""
+    options.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(EMPTY_PROMPT)
         is_rendered = prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=False) if is_rendered else tokenizer.encode(prompt)
     if sampler is not None:
-        chosen.check_sampler()
-    elif chosen.temp > 0:
-        key = None if chosen.seed is None else make_key(chosen.seed)
-        sampler = make_sampler(chosen, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
+        options.check_sampler()
+    elif options.temp > 0:
+        key = None if options.seed is None else make_key(options.seed)
+        sampler = make_sampler(options, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
     processors = list(logits_processors or ())
-    if chosen.changes_logits:
-        processors = [*make_logits_processors(chosen), *processors]
+    if options.changes_logits:
+        processors = [*make_logits_processors(options), *processors]
     decoder, ids, count = make_decoder(
         model,
         prompt,
-        chosen.max_tokens,
-        chosen,
+        options.max_tokens,
+        options,
         cache=prompt_cache,
         prompt_cache_tokens=prompt_cache_tokens,
         logits_processors=processors,
     )
     constraint = None
-    if any(getattr(chosen, name) not in (None, False) for name in CONSTRAINTS):
+    if any(getattr(options, name) not in (None, False) for name in CONSTRAINTS):
         from .constraints import make_constraint
 
-        constraint = make_constraint(chosen, tokenizer, model.config.vocab_size)
-    return _pieces(tokenizer, decoder, ids, count, sampler or greedy, constraint, chosen, progress)
-
-
-def _pieces(
-    tokenizer: Tokenizer,
-    decoder: Decoder,
-    prompt: list[int],
-    count: int,
-    sampler: Sampler,
-    constraint: Constraint | None,
-    options: GenerationOptions,
-    progress: Progress | None,
-) -> Iterator[Piece]:
-    """At most `count` pieces; nothing is computed before the first one is requested."""
-    stops = StopStrings(options.stop) if options.stop else None
-    steps = decode(
-        decoder,
-        prompt,
-        count,
-        sampler=sampler,
-        constraint=constraint,
-        top=int(options.top_logprobs),
-        prefill_step_size=options.prefill_step_size,
-        progress=progress,
-    )
-    started = time.perf_counter()
-    prompt_seconds = 0.0
-    with backend.wired_limit():
-        for n, (token, logprob, top_logprobs, _) in enumerate(steps, 1):
-            now = time.perf_counter()
-            if n == 1:
-                prompt_seconds, started = now - started, now
-                seen = prompt if options.echo else ()
-                text_decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
-            text, stopped = "", token in tokenizer.eos_token_ids
-            if not stopped:
-                text = text_decoder.add(token)
-                if stops is not None:
-                    text, stopped = stops.add(text)
-                stopped = stopped or (constraint is not None and constraint.completed_by(n))
-            finish_reason = "stop" if stopped else "length" if n == count else None
-            if finish_reason is not None:
-                rest = text_decoder.finish()
-                text += rest if stops is None else stops.add(rest)[0] + stops.finish()
-            if n == 1 and options.echo:
-                text = tokenizer.decode(prompt) + text
-            yield Piece(
-                text,
-                token,
-                logprob,
-                prompt_tokens=len(prompt),
-                prompt_tps=len(prompt) / max(prompt_seconds, 1e-9),
-                generation_tokens=n,
-                # The first token belongs to the prompt's time, so speed counts from the second.
-                generation_tps=(n - 1) / (now - started) if n > 1 else 0.0,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=finish_reason,
-                top_logprobs=top_logprobs,
-            )
-            if finish_reason is not None:
-                if finish_reason == "length" and constraint is not None:
-                    limit = "--max-tokens" if n == options.max_tokens else "the end of the model's context"
-                    tokens = f"{n:,} token{'' if n == 1 else 's'}"
-                    warn(name_options(f"The text was cut off after {tokens}, at {limit}; it may be incomplete."))
-                return
+        constraint = make_constraint(options, tokenizer, model.config.vocab_size)
+    return Request(decoder, ids, count, sampler or greedy, constraint, options)
 
 
 class Decoder:
@@ -268,7 +270,7 @@ class Decoder:
             self.context = mx.concatenate([self.context, tokens[0]])
         hidden_states = self.model.hidden_states(tokens, self.cache)
         if self.options.kv_bits is not None:
-            self._quantize_cache()
+            self.quantize_cache()
         return hidden_states
 
     def logprobs(self, hidden_states: mx.array) -> mx.array:
@@ -281,8 +283,8 @@ class Decoder:
             logits = process(self.context, logits)
         return log_softmax(logits)
 
-    def _quantize_cache(self) -> None:
-        """Replace caches that have reached `quantized_kv_start` with quantized ones."""
+    def quantize_cache(self) -> None:
+        """Replace caches that have reached `quantized_kv_start` with quantized ones, if the options ask for it."""
         group_size, bits = self.options.group_size(self.model.config.head_dim), self.options.kv_bits
         for i, layer in enumerate(self.cache):
             if hasattr(layer, "to_quantized") and layer.offset >= self.options.quantized_kv_start:
@@ -360,7 +362,6 @@ def decode(
     Raises:
         OpenELMError: while iterating, the logits are not finite, or no token fits the constraint.
     """
-    trained = decoder.model.config.max_context_length
     total = int(decoder.cache[0].offset) + len(prompt)
     forced = [] if constraint is None else constraint.opening[:count]
     prompt = [*prompt, *forced]
@@ -377,13 +378,10 @@ def decode(
             n += 1
             if n == 1 and progress is not None:
                 progress(len(prompt), len(prompt))
-            if total + n - 2 == trained and n > 1:  # the first token computed from more positions than that
-                warn(
-                    f"The text is now longer than the {trained} tokens the model was trained on; "
-                    "expect it to get worse."
-                )
+            if n > 1:
+                warn_past_context(decoder.model, total + n - 2)
             yield step
-            if n % _CLEAR_EVERY == 0:
+            if n % CLEAR_EVERY == 0:
                 mx.clear_cache()
         if upcoming is None:
             return
@@ -395,12 +393,8 @@ def decode(
             else:
                 mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
-        if not math.isfinite(likelihood):  # one logit that is NaN or +inf makes every token's log-probability so
-            if constraint is not None:
-                constraint.check(before)
-            raise not_finite(
-                f"The logits for token {n + 1} are", decoder.model, processed=bool(decoder.logits_processors)
-            )
+        if not math.isfinite(likelihood):
+            raise failed_draw(decoder, n + 1, constraint, before)
         ready = [(value, likelihood, listed(likeliest), logprobs[0])]
         if constraint is not None:
             forced = constraint.advance(value)[: count - n - 1]
@@ -409,3 +403,22 @@ def decode(
                 if forced:
                     following = decoder.prefill(mx.array([forced]), prefill_step_size)
                 upcoming = draw(constraint.limit(following), sampler, top)
+
+
+def warn_past_context(model: OpenELM, position: int) -> None:
+    """Warn of the first token that is computed from more positions than the model was trained on."""
+    trained = model.config.max_context_length
+    if position == trained:
+        warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
+
+
+def failed_draw(decoder: Decoder, number: int, constraint: Constraint | None, logprobs: mx.array) -> OpenELMError:
+    """The error of a token, counted from 1, whose log-probability is not finite.
+
+    One logit that is NaN or +inf makes every token's log-probability so. Otherwise the constraint allows only tokens
+    without a probability in `logprobs` [1, vocab].
+    """
+    if constraint is not None:
+        constraint.check(logprobs)
+    processed = bool(decoder.logits_processors)
+    return not_finite(f"The logits for token {number} are", decoder.model, processed=processed)

@@ -38,3 +38,37 @@ class GenerationKeywords(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     choice: str | Sequence[str] | None
+
+
+class BatchKeywords(TypedDict, total=False):
+    """The same for `batch_generate`: one value for all prompts, or a list with a value per prompt."""
+
+    temp: float | Sequence[float]
+    top_p: float | Sequence[float]
+    top_k: int | Sequence[int]
+    min_p: float | Sequence[float]
+    min_tokens_to_keep: int | Sequence[int]
+    xtc_probability: float | Sequence[float]
+    xtc_threshold: float | Sequence[float]
+    repetition_penalty: float | None | Sequence[float | None]
+    repetition_context_size: int | None | Sequence[int | None]
+    presence_penalty: float | Sequence[float]
+    presence_context_size: int | None | Sequence[int | None]
+    frequency_penalty: float | Sequence[float]
+    frequency_context_size: int | None | Sequence[int | None]
+    logit_bias: Mapping[int, float] | None | Sequence[Mapping[int, float] | None]
+    max_kv_size: int | None | Sequence[int | None]
+    kv_bits: int | None | Sequence[int | None]
+    kv_group_size: int | None | Sequence[int | None]
+    quantized_kv_start: int | Sequence[int]
+    max_tokens: int | Sequence[int]
+    seed: int | None | Sequence[int | None]
+    stop: str | Sequence[str] | None | Sequence[str | Sequence[str] | None]
+    echo: bool | Sequence[bool]
+    prefill_step_size: int | None | Sequence[int | None]
+    top_logprobs: int | Sequence[int]
+    json_schema: str | Mapping[str, Any] | None | Sequence[str | Mapping[str, Any] | None]
+    json_object: bool | Sequence[bool]
+    regex: str | None | Sequence[str | None]
+    grammar: str | None | Sequence[str | None]
+    choice: str | Sequence[str] | None | Sequence[str | Sequence[str] | None]

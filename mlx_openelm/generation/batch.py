@@ -1,0 +1,131 @@
+"""Many prompts at once: `batch_generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Unpack
+
+import mlx.core as mx
+
+from .. import backend
+from ..errors import OpenELMError, RequestError
+from ..model import OpenELM
+from ..text.tokenizer import Tokenizer
+from .engine import MAX_ROWS, Engine
+from .keywords import BatchKeywords
+from .options import GenerationOptions
+from .piece import Piece
+from .row import Row
+
+# Options that may be a sequence for one text: for several, a sequence of sequences, one for each text.
+_SEQUENCES = ("stop", "choice")
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One generated text.
+
+    `tokens` are its ids, `logprobs` their log-probabilities (natural, after penalties and before filters);
+    `top_logprobs[i]` lists the most likely tokens at place i as (id, log-probability), as many as the option asks for.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"GenerationResult({self.text!r}, {len(self.tokens)} tokens, finish_reason={self.finish_reason!r})"
+
+
+def batch_generate(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_rows: int = MAX_ROWS,
+    max_bytes: int | None = None,
+    callback: Callable[[int, Piece], object] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Unpack[BatchKeywords],
+) -> list[GenerationResult]:
+    """Generate a text for each of `prompts`, together; one result per prompt, in their order.
+
+    On the CPU kernels each result is, bit for bit, that of `generate` with the same options.
+
+    Args:
+        prompts: texts, or token ids as they are.
+        max_rows: the number of texts that advance together; others follow as these end.
+        max_bytes: the most memory for keys and values; texts wait until there is room. By default half of what is free.
+        callback: called with the number of a prompt and each `Piece` of its text.
+        progress: called with the number of texts that are done, and of all.
+        options: the fields of `GenerationOptions`, each one value for all prompts, or a list with a value per prompt.
+            `stop` and `choice` may be lists for one text: give a list of lists for values per prompt.
+
+    Raises:
+        RequestError: a bad value, or a prompt that is empty or too long; before anything is computed.
+        OpenELMError: a text failed: logits that are not finite, or no token that fits the constraint.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise RequestError("prompts must be a list of texts or of lists of token ids; for one text use generate().")
+    engine = Engine(model, tokenizer, max_rows=max_rows, max_bytes=max_bytes, prompts_first=True)
+    rows = []
+    for number, (prompt, chosen) in enumerate(zip(prompts, per_prompt(options, len(prompts)), strict=True)):
+        on_piece = None if callback is None else _numbered(callback, number)
+        try:
+            rows.append(engine.submit(prompt, on_piece=on_piece, **chosen))
+        except RequestError as error:
+            if len(prompts) == 1:
+                raise
+            raise RequestError(f"Prompt {number + 1}: {error}") from None
+    done = 0
+    with backend.wired_limit():
+        while engine.is_busy:
+            engine.step()
+            finished = sum(row.is_done for row in rows)
+            if progress is not None and finished > done:
+                progress(finished, len(rows))
+            done = finished
+            for number, row in enumerate(rows):
+                if isinstance(row.error, OpenELMError):
+                    raise OpenELMError(f"Prompt {number + 1}: {row.error}") from None
+                if row.error is not None:
+                    raise row.error
+    return [_result(row) for row in rows]
+
+
+def per_prompt(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each prompt: a list gives each prompt its own value, anything else is for all.
+
+    Raises:
+        RequestError: a list has another length than there are prompts.
+    """
+    chosen: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, value in options.items():
+        listed = isinstance(value, list | tuple)
+        if listed and name in _SEQUENCES:
+            listed = bool(value) and all(isinstance(one, list | tuple) for one in value)
+        if listed and len(value) != count:
+            raise RequestError(f"{name} has {len(value)} values for {count} prompts; give one, or one per prompt.")
+        for number, one in enumerate(chosen):
+            one[name] = value[number] if listed else value
+    return chosen
+
+
+def _numbered(callback: Callable[[int, Piece], object], number: int) -> Callable[[Piece], object]:
+    return lambda piece: callback(number, piece)
+
+
+def _result(row: Row) -> GenerationResult:
+    assert row.finish_reason is not None
+    return GenerationResult(
+        row.text,
+        row.tokens,
+        row.logprobs,
+        row.finish_reason,
+        len(row.request.prompt),
+        row.top_logprobs if row.request.options.top_logprobs else [],
+    )

@@ -1,0 +1,309 @@
+"""Many texts decoded together with one model. They join and leave at any step, and each has its own options.
+
+    engine = Engine(model, tokenizer)
+    row = engine.submit("ROMEO.", max_tokens=32, temp=0.8, seed=7)
+    while engine.is_busy:
+        for row, piece in engine.step():
+            ...
+
+A prompt is processed alone, in the pieces of a lone run, between steps in which all rows that have their prompt behind
+them advance by a token. On the CPU kernels the arithmetic of a step does not depend on the number of rows, so each
+row's tokens and log-probabilities are, bit for bit, those of `stream_generate`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Unpack
+
+import mlx.core as mx
+
+from .. import backend
+from ..cache import step_caches
+from ..model import OpenELM
+from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
+from ..ops.layers import log_softmax
+from ..text.tokenizer import Tokenizer
+from .decoding import CLEAR_EVERY, make_request
+from .drawing import draw, listed
+from .keywords import GenerationKeywords
+from .memory import Budget
+from .options import GenerationOptions
+from .piece import Piece
+from .prefix_tree import PrefixTree
+from .row import Row
+from .sampling import LogitsProcessor, Sampler, greedy
+
+MAX_ROWS = 32
+
+
+@dataclass
+class _Drawn:
+    """Tokens that the device is computing: one per row, with its log-probability, from log-probabilities `source`.
+
+    `tokens` and `logprobs` are [R], `source` [R, vocab]; `likeliest` holds the ids and log-probabilities [1, top] of
+    the only row, if it reports any.
+    """
+
+    rows: list[Row]
+    tokens: mx.array
+    logprobs: mx.array
+    source: mx.array
+    likeliest: tuple[mx.array, mx.array] | None = None
+
+
+class Engine:
+    """Decodes texts together; see the module. One thread at a time may use it.
+
+    Args:
+        max_rows: the number of texts that advance together; others wait.
+        max_bytes: the most memory that keys and values of these rows, and one step, may take; rows wait until theirs
+            is free. By default a share of what is free (`memory.FREE_SHARE`).
+        prefixes: where rows find and leave the keys and values of prompts.
+        exact_prefixes: use them only where they are bit for bit what processing the prompt would give: whole pieces of
+            prompts. Otherwise what was generated counts too, whose arithmetic is that of single tokens.
+        prompts_first: process the prompts of all rows before the next step, which is faster as a whole; otherwise one
+            piece of a prompt between two steps, so that other rows keep flowing.
+    """
+
+    def __init__(
+        self,
+        model: OpenELM,
+        tokenizer: Tokenizer,
+        *,
+        max_rows: int = MAX_ROWS,
+        max_bytes: int | None = None,
+        prefixes: PrefixTree | None = None,
+        exact_prefixes: bool = False,
+        prompts_first: bool = False,
+    ):
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.prefixes, self.exact_prefixes, self.prompts_first = prefixes, exact_prefixes, prompts_first
+        self.budget = Budget(model, max_bytes)
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []  # in the order in which they joined
+        self._drawn: list[_Drawn] = []
+        self._steps = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.waiting or self.rows)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] | mx.array,
+        *,
+        prompt_cache: list[Any] | None = None,
+        prompt_cache_tokens: Sequence[int] | mx.array | None = None,
+        sampler: Sampler | None = None,
+        logits_processors: Sequence[LogitsProcessor] | None = None,
+        on_piece: Callable[[Piece], object] | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Row:
+        """Add a text; it starts as soon as there is room.
+
+        Args:
+            on_piece: called with each `Piece` of this row.
+            prompt, prompt_cache, prompt_cache_tokens, sampler, logits_processors, options: as in `stream_generate`.
+
+        Raises:
+            RequestError: as `stream_generate`; or the text needs more memory than the engine may use.
+        """
+        request = make_request(
+            self.model,
+            self.tokenizer,
+            prompt,
+            GenerationOptions(**options),
+            prompt_cache=prompt_cache,
+            prompt_cache_tokens=prompt_cache_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+        )
+        row = Row(request, self.tokenizer, on_piece=on_piece)
+        self.budget.check(row)
+        self.waiting.append(row)
+        return row
+
+    def step(self) -> list[tuple[Row, Piece]]:
+        """Advance every row by about a token; returns the new pieces in order.
+
+        A row that fails has its `error` set and leaves; the others go on.
+        """
+        self._admit()
+        drawn, self._drawn = self._drawn, []
+        following = self._launch(drawn)
+        pieces = [(row, piece) for group in drawn for row, piece in self._read(group)]
+        for row, logprobs in following:
+            # Forced tokens are pending if the constraint had no choice to offer; then this row's turn comes later.
+            if not row.is_done and not row.prompt and not row.pending:
+                self._draw(row, logprobs)
+        pieces += self._process_prompts()
+        self._retire()
+        self._steps += 1
+        if self._steps % CLEAR_EVERY == 0:
+            mx.clear_cache()
+        return pieces
+
+    def _admit(self) -> None:
+        """Let waiting rows join, in order, while there is room."""
+        self.waiting = deque(row for row in self.waiting if not row.is_done)
+        while self.waiting and len(self.rows) < self.max_rows and self.budget.take(self.waiting[0]):
+            row = self.waiting.popleft()
+            self._reuse(row)
+            self.rows.append(row)
+
+    def _retire(self) -> None:
+        """Let the rows leave that are done."""
+        for row in [row for row in self.rows if row.is_done]:
+            self.rows.remove(row)
+            self.budget.release(row)
+            if not self.exact_prefixes and row.error is None:
+                self._keep(row)
+
+    def _launch(self, drawn: Sequence[_Drawn]) -> list[tuple[Row, mx.array]]:
+        """Process the drawn and the pending tokens of all rows in one call of the model.
+
+        The drawn tokens may still be on the device: nothing here waits for them.
+
+        Returns:
+            The rows whose constraint must see a token first, with their next log-probabilities [1, vocab].
+        """
+        rows, parts = [], []
+        for group in drawn:
+            kept = [i for i, row in enumerate(group.rows) if not row.is_done and len(row.tokens) + 1 < row.request.count]
+            rows += [group.rows[i] for i in kept]
+            if kept:
+                whole = len(kept) == len(group.rows)
+                parts.append(group.tokens if whole else group.tokens[mx.array(kept)])
+        lengths = [1] * len(rows)
+        for row in self.rows:
+            if row.pending and not row.is_done:
+                rows.append(row)
+                parts.append(mx.array(row.pending))
+                lengths.append(len(row.pending))
+        if not rows:
+            return []
+        tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        logprobs = self._forward(rows, tokens, lengths)
+        free, limited = [], []
+        for i, row in enumerate(rows):
+            if row.constraint is None:
+                free.append(i)
+            elif row.pending:
+                row.pending = []
+                self._draw(row, logprobs[i : i + 1])
+            else:
+                limited.append((row, logprobs[i : i + 1]))
+        plain = [i for i in free if rows[i].is_plain]
+        if plain:
+            source = logprobs if len(plain) == len(rows) else logprobs[mx.array(plain)]
+            self._draw_plain([rows[i] for i in plain], source)
+        for i in free:
+            if not rows[i].is_plain:
+                self._draw(rows[i], logprobs[i : i + 1])
+        mx.async_eval(*(row_logprobs for _, row_logprobs in limited))
+        return limited
+
+    def _forward(self, rows: Sequence[Row], tokens: mx.array, lengths: Sequence[int]) -> mx.array:
+        """The log-probabilities [R, vocab] after `lengths` more tokens of each row, `tokens` [sum(lengths)]."""
+        caches = step_caches([row.decoder.cache for row in rows], lengths)
+        hidden_states = self.model.hidden_states(tokens[:, None], caches)  # [N, 1, model_dim]
+        ends = [end - 1 for end in accumulate(lengths)]
+        if len(ends) < tokens.size:
+            hidden_states = hidden_states[mx.array(ends)]
+        logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
+        for i, (row, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
+            decoder = row.decoder
+            if decoder.options.kv_bits is not None:
+                decoder.quantize_cache()
+            if decoder.logits_processors:
+                decoder.context = mx.concatenate([decoder.context, tokens[end + 1 - length : end + 1]])
+                for process in decoder.logits_processors:
+                    logits[i : i + 1] = process(decoder.context, logits[i : i + 1])
+        return log_softmax(logits)
+
+    def _draw_plain(self, rows: list[Row], logprobs: mx.array) -> None:
+        """Start drawing the likeliest token of each row from log-probabilities [R, vocab]."""
+        tokens = greedy(logprobs)
+        likelihoods = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        mx.async_eval(tokens, likelihoods)
+        self._drawn.append(_Drawn(rows, tokens, likelihoods, logprobs))
+
+    def _draw(self, row: Row, logprobs: mx.array) -> None:
+        """Start drawing a row's next token from log-probabilities [1, vocab], limited by its constraint."""
+        try:
+            limited = row.limit(logprobs)
+        except Exception as error:
+            row.error = error
+            return
+        top = int(row.request.options.top_logprobs)
+        token, likelihood, likeliest, _ = draw(limited, row.request.sampler, top)
+        self._drawn.append(_Drawn([row], token, likelihood[:, 0], logprobs, likeliest))
+
+    def _read(self, drawn: _Drawn) -> list[tuple[Row, Piece]]:
+        """The pieces of drawn tokens; waits for the device."""
+        tokens: Any = drawn.tokens.tolist()
+        likelihoods: Any = drawn.logprobs.tolist()
+        likeliest = listed(drawn.likeliest)
+        pieces = []
+        for i, row in enumerate(drawn.rows):
+            if row.is_done:
+                continue
+            try:
+                taken = row.take(tokens[i], likelihoods[i], likeliest, drawn.source[i : i + 1], MANY_POSITIONS)
+                pieces += [(row, piece) for piece in taken]
+            except Exception as error:
+                row.error = error
+        return pieces
+
+    def _process_prompts(self) -> list[tuple[Row, Piece]]:
+        """Process a piece of the first prompt, or with `prompts_first` of all rows' prompts."""
+        pieces: list[tuple[Row, Piece]] = []
+        for row in [row for row in self.rows if row.prompt and not row.is_done]:
+            while row.prompt and not row.is_done:
+                pieces += [(row, piece) for piece in self._process_piece(row)]
+                if not self.prompts_first:
+                    return pieces
+        return pieces
+
+    def _process_piece(self, row: Row) -> list[Piece]:
+        """Process a piece of a row's prompt; after the last one, draw the next token."""
+        size = row.request.options.prefill_step_size or backend.prefill_step_size()
+        if self.exact_prefixes and len(row.prompt) <= size:
+            self._keep(row)
+        piece, row.prompt = row.prompt[:size], row.prompt[size:]
+        hidden_states = row.decoder.extend(mx.array([piece]))
+        if row.prompt:
+            mx.eval([layer.state[:2] for layer in row.decoder.cache])
+            mx.clear_cache()
+            return []
+        if not self.exact_prefixes:
+            self._keep(row)
+        if row.draws:
+            self._draw(row, row.decoder.logprobs(hidden_states))
+        return row.take_forced()
+
+    def _reuse(self, row: Row) -> None:
+        """Take from `prefixes` what a row's prompt begins with."""
+        if self.prefixes is None or row.past:
+            return
+        ids, options = row.prompt, row.request.options
+        if not self.exact_prefixes:
+            cache, count = self.prefixes.fetch(ids, options)
+            return row.start_after(count, cache)
+        size = options.prefill_step_size or backend.prefill_step_size()
+        cache, count = self.prefixes.fetch(ids[: (len(ids) - 1) // size * size + 1], options)
+        for layer in cache:
+            layer.trim(count % size)
+        row.start_after(count - count % size, cache)
+
+    def _keep(self, row: Row) -> None:
+        """Leave what a row has processed so far in `prefixes`, if it is all the row's own."""
+        if self.prefixes is not None and row.past == 0:
+            ids = row.processed_ids()
+            if ids:
+                self.prefixes.insert(ids, row.decoder.cache)

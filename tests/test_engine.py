@@ -1,0 +1,262 @@
+"""Many texts at once: each must be what it is alone, whatever its neighbors and whenever they join and leave."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import Engine, batch_generate, generate, load, native, stream_generate
+from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.generation.prefix_tree import PrefixTree
+from mlx_openelm.generation.row import Row
+from mlx_openelm.model import OpenELM
+from mlx_openelm.text.tokenizer import Tokenizer
+
+import mlx.core as mx
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PLAY = "ROMEO. But soft, what light through yonder window breaks? It is the east, and Juliet is the sun. Arise, fair sun"
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"temp": 0.9, "seed": 3},
+    {"temp": 1.2, "seed": 4, "top_p": 0.9, "top_k": 40},
+    {"kv_bits": 8, "kv_group_size": 32},
+    {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 12, "repetition_penalty": 1.3},
+    {"max_kv_size": 16},
+    {"max_kv_size": 24, "temp": 0.7, "seed": 5},
+    {"stop": "the", "top_logprobs": 3},
+    {"logit_bias": {260: 4.0}, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"prefill_step_size": 7},
+    {"echo": True, "max_tokens": 3},
+]
+
+
+@pytest.fixture(scope="module", params=["shakespeare-hf", "tiny"])
+def loaded(request: pytest.FixtureRequest) -> tuple[OpenELM, Tokenizer]:
+    return load("tiny" if request.param == "tiny" else FIXTURES / request.param)
+
+
+def cases(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
+    """Prompts of random lengths, each with other options."""
+    draw = random.Random(seed)
+    start = [draw.randrange(len(PLAY) // 2) for _ in range(count)]
+    prompts = [PLAY[at : at + draw.choice([1, 5, 40, 300])] for at in start]
+    return [
+        (prompt, {"max_tokens": draw.randrange(1, 14)} | OPTIONS[i % len(OPTIONS)]) for i, prompt in enumerate(prompts)
+    ]
+
+
+def alone(model: OpenELM, tokenizer: Tokenizer, prompt: str, options: dict[str, Any], **more: Any) -> tuple[Any, ...]:
+    pieces = list(stream_generate(model, tokenizer, prompt, **more, **options))
+    return (
+        "".join(piece.text for piece in pieces),
+        [piece.token for piece in pieces],
+        [piece.logprob for piece in pieces],
+        [piece.top_logprobs for piece in pieces],
+        pieces[-1].finish_reason,
+    )
+
+
+def result_of(row: Row) -> tuple[Any, ...]:
+    return row.text, row.tokens, row.logprobs, row.top_logprobs, row.finish_reason
+
+
+def finish(engine: Engine) -> None:
+    while engine.is_busy:
+        engine.step()
+
+
+def assert_equal(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    """Bit for bit with the CPU kernels; without them to rounding, since a BLAS sums in an order of its own."""
+    if native.kernels is not None:
+        assert found == expected
+        return
+    assert (found[0], found[1], found[4]) == (expected[0], expected[1], expected[4])
+    assert found[2] == pytest.approx(expected[2], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 12, 16, 33])
+def test_each_row_is_its_lone_run(loaded: tuple[OpenELM, Tokenizer], count: int) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, max_rows=count, prompts_first=True)
+    texts = cases(count)
+    rows = [engine.submit(prompt, **options) for prompt, options in texts]
+    finish(engine)
+    for row, (prompt, options) in zip(rows, texts, strict=True):
+        assert_equal(result_of(row), alone(model, tokenizer, prompt, options))
+
+
+def test_rows_join_and_leave_at_any_step(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    draw = random.Random(1)
+    engine, texts, rows = Engine(model, tokenizer, max_rows=5), cases(24, seed=1), list[Row]()
+    cancelled = set[int]()
+    while len(rows) < len(texts) or engine.is_busy:
+        for _ in range(draw.randrange(3)):
+            if len(rows) < len(texts):
+                prompt, options = texts[len(rows)]
+                rows.append(engine.submit(prompt, **options))
+        if rows and draw.random() < 0.15:
+            victim = draw.randrange(len(rows))
+            if not rows[victim].is_done:
+                rows[victim].cancel()
+                cancelled.add(victim)
+        engine.step()
+        assert len(engine.rows) <= 5
+    assert cancelled
+    for number, (row, (prompt, options)) in enumerate(zip(rows, texts, strict=True)):
+        text, tokens, *_ = expected = alone(model, tokenizer, prompt, options)
+        if number in cancelled:
+            assert row.finish_reason == "cancelled"
+            assert row.tokens == tokens[: len(row.tokens)]
+        else:
+            assert_equal(result_of(row), expected)
+    assert engine.budget.reserved == 0
+
+
+def test_without_kernels_the_texts_are_the_same(
+    loaded: tuple[OpenELM, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "kernels", None)
+    model, tokenizer = loaded
+    results = batch_generate(model, tokenizer, [PLAY[:40], PLAY[5:9]], max_tokens=6)
+    for result, prompt in zip(results, [PLAY[:40], PLAY[5:9]], strict=True):
+        text, tokens, logprobs, *_ = alone(model, tokenizer, prompt, {"max_tokens": 6})
+        assert (result.text, result.tokens) == (text, tokens)
+        assert result.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_others_flow_while_a_long_prompt_is_processed(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer)
+    first = engine.submit(PLAY[:20], max_tokens=40)
+    while len(first.tokens) < 3:
+        engine.step()
+    long = engine.submit([5] * 200, max_tokens=2, prefill_step_size=20)
+    seen = []
+    while not long.tokens:
+        seen += [row for row, _ in engine.step()]
+    assert seen.count(first) >= 9  # one for each of the ten pieces, but for the last
+
+
+def test_pieces_are_those_of_the_rows(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine, heard = Engine(model, tokenizer), []
+    rows = [engine.submit(PLAY[:20], max_tokens=5, on_piece=heard.append), engine.submit(PLAY[3:9], max_tokens=4)]
+    pieces = []
+    while engine.is_busy:
+        pieces += engine.step()
+    for row in rows:
+        own = [piece for other, piece in pieces if other is row]
+        assert "".join(piece.text for piece in own) == row.text
+        assert [piece.token for piece in own] == row.tokens
+        assert [piece.generation_tokens for piece in own] == list(range(1, len(own) + 1))
+    assert [piece.token for piece in heard] == rows[0].tokens
+
+
+def test_a_row_that_fails_leaves_the_others(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer)
+
+    def spoil(tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits * mx.nan if tokens.size > 12 else logits
+
+    good = engine.submit(PLAY[:20], max_tokens=9)
+    bad = engine.submit(PLAY[:20], max_tokens=9, logits_processors=[spoil])
+    finish(engine)
+    assert isinstance(bad.error, OpenELMError) and "not finite" in str(bad.error)
+    assert bad.finish_reason is None
+    assert_equal(result_of(good), alone(model, tokenizer, PLAY[:20], {"max_tokens": 9}))
+
+
+def test_rows_wait_for_memory(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    one = Engine(model, tokenizer).submit(PLAY[:20], max_tokens=9)
+    needed = Engine(model, tokenizer).budget.needed(one)
+    engine = Engine(model, tokenizer, max_bytes=2 * needed)
+    rows = [engine.submit(PLAY[:20], max_tokens=9) for _ in range(5)]
+    most = 0
+    while engine.is_busy:
+        engine.step()
+        most = max(most, len(engine.rows))
+        assert engine.budget.reserved <= engine.budget.max_bytes
+    assert most == 2 and len({row.text for row in rows}) == 1
+    with pytest.raises(RequestError, match="needs up to .* for keys and values"):
+        Engine(model, tokenizer, max_bytes=needed - 1).submit(PLAY[:20], max_tokens=9)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("options", [{}, {"max_kv_size": 64}, {"kv_bits": 8, "kv_group_size": 32}], ids=str)
+def test_prompts_share_prefixes(loaded: tuple[OpenELM, Tokenizer], exact: bool, options: dict[str, Any]) -> None:
+    model, tokenizer = loaded
+    options = options | {"prefill_step_size": 16, "max_tokens": 5}
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=exact)
+    prompts = [PLAY, PLAY + " and kill", PLAY[:70] + " moon", PLAY]
+    for number, prompt in enumerate(prompts):
+        row = engine.submit(prompt, **options)
+        finish(engine)
+        assert (row.cached_tokens > 0) == (number > 0)
+        expected = alone(model, tokenizer, prompt, options)
+        if exact:
+            assert row.cached_tokens % 16 == 0
+            assert_equal(result_of(row), expected)
+        else:
+            assert row.tokens == expected[1]
+
+
+def test_what_was_generated_is_found_again(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24))
+    first = engine.submit(PLAY, max_tokens=8)
+    finish(engine)
+    ids = [*first.request.prompt, *first.tokens, *tokenizer.encode(" my lord", add_bos=False)]
+    second = engine.submit(ids, max_tokens=3)
+    finish(engine)
+    assert second.cached_tokens >= len(first.request.prompt) + 7
+
+
+def test_batch_generate_takes_one_value_or_one_per_prompt(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    prompts = [PLAY[:20], PLAY[:20], tokenizer.encode(PLAY[:9])]
+    heard: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
+    results = batch_generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=[6, 4, 6],
+        temp=[0.0, 0.9, 0.0],
+        seed=[0, 7, 1],
+        stop=[[], [","], []],
+        top_logprobs=2,
+        callback=lambda number, piece: heard.append((number, piece.token)),
+        progress=lambda done, total: progress.append((done, total)),
+    )
+    assert [result.tokens for result in results] == [[t for n, t in heard if n == i] for i in range(3)]
+    assert progress[-1] == (3, 3)
+    assert results[0].text == generate(model, tokenizer, PLAY[:20], max_tokens=6)
+    assert results[1].text == generate(model, tokenizer, PLAY[:20], max_tokens=4, temp=0.9, seed=7, stop=[","])
+    assert all(len(row) == 2 for result in results for row in result.top_logprobs)
+    assert [result.finish_reason for result in results[::2]] == ["length", "length"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "a text"}, r"^prompts must be a list of texts"),
+        ({"max_tokens": [1, 2, 3]}, r"^max_tokens has 3 values for 2 prompts; give one, or one per prompt\.$"),
+        ({"prompts": ["a", ""]}, r"^Prompt 2: The prompt is empty"),
+        ({"temp": [0.0, -1.0]}, r"^Prompt 2: temp must be between"),
+        ({"tmp": 1.0}, r"temp"),
+    ],
+)
+def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: dict[str, Any], message: str) -> None:
+    arguments = {"prompts": ["a", "b"]} | arguments
+    with pytest.raises(RequestError, match=message):
+        batch_generate(*loaded, **arguments)
+
+
+def test_no_prompts_give_no_results(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    assert batch_generate(*loaded, []) == []
