@@ -17,7 +17,9 @@ import mlx.core as mx
 import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
-PLAY = "ROMEO. But soft, what light through yonder window breaks? It is the east, and Juliet is the sun. Arise, fair sun"
+PLAY = (
+    "ROMEO. But soft, what light through yonder window breaks? It is the east, and Juliet is the sun. Arise, fair sun"
+)
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"temp": 0.9, "seed": 3},
@@ -260,3 +262,31 @@ def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: d
 
 def test_no_prompts_give_no_results(loaded: tuple[OpenELM, Tokenizer]) -> None:
     assert batch_generate(*loaded, []) == []
+
+
+CONSTRAINED: list[dict[str, Any]] = [
+    {"json_object": True},
+    {"json_schema": {"type": "object", "properties": {"a_rather_long_property_name": {"enum": ["red", "a long blue"]}},
+                     "required": ["a_rather_long_property_name"], "additionalProperties": False}},
+    {"regex": "[A-Z][a-z]{3,9}, the (king|queen) of [a-z]{4}"},
+    {"choice": ["To be, or not to be", "not to be"]},
+    {"grammar": 'start: /[a-z]{2,5}/ ("," /[a-z]+/)~3'},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [5, 11])
+def test_constrained_rows_are_their_lone_runs(loaded: tuple[OpenELM, Tokenizer], count: int) -> None:
+    pytest.importorskip("llguidance")
+    model, tokenizer = loaded
+    engine, draw = Engine(model, tokenizer, max_rows=count), random.Random(2)
+    texts = []
+    for number in range(count):
+        more = [{"temp": 0.9, "seed": number}, {"top_logprobs": 2}, {}, {"max_kv_size": 16}][number % 4]
+        limits = CONSTRAINED[number % len(CONSTRAINED)] if number % 7 else {}
+        texts.append((PLAY[: draw.randrange(3, 60)], {"max_tokens": draw.choice([3, 9, 30])} | more | limits))
+    with pytest.warns(UserWarning, match="cut off"):
+        rows = [engine.submit(prompt, **options) for prompt, options in texts]
+        finish(engine)
+        for row, (prompt, options) in zip(rows, texts, strict=True):
+            assert_equal(result_of(row), alone(model, tokenizer, prompt, options))
+    assert {row.finish_reason for row in rows} == {"stop", "length"}

@@ -174,7 +174,9 @@ class Engine:
         """
         rows, parts = [], []
         for group in drawn:
-            kept = [i for i, row in enumerate(group.rows) if not row.is_done and len(row.tokens) + 1 < row.request.count]
+            kept = [
+                i for i, row in enumerate(group.rows) if not row.is_done and len(row.tokens) + 1 < row.request.count
+            ]
             rows += [group.rows[i] for i in kept]
             if kept:
                 whole = len(kept) == len(group.rows)
@@ -292,14 +294,15 @@ class Engine:
         if self.prefixes is None or row.past:
             return
         ids, options = row.prompt, row.request.options
-        if not self.exact_prefixes:
-            cache, count = self.prefixes.fetch(ids, options)
-            return row.start_after(count, cache)
         size = options.prefill_step_size or backend.prefill_step_size()
-        cache, count = self.prefixes.fetch(ids[: (len(ids) - 1) // size * size + 1], options)
-        for layer in cache:
-            layer.trim(count % size)
-        row.start_after(count - count % size, cache)
+        if self.exact_prefixes:
+            ids = ids[: (len(ids) - 1) // size * size + 1]
+        cache, count = self.prefixes.fetch(ids, options)
+        excess = count % size if self.exact_prefixes else 0
+        if count > excess:
+            for layer in cache:
+                layer.trim(excess)
+            row.start_after(count - excess, cache)
 
     def _keep(self, row: Row) -> None:
         """Leave what a row has processed so far in `prefixes`, if it is all the row's own."""
