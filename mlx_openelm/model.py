@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import KVCache
+from .cache import KVCache, RowCaches
 from .config import ModelConfig
 from .cuda import decoding
 from .ops import attention, layers
@@ -112,7 +112,7 @@ class RMSNorm(nn.RMSNorm):
     """Root mean square normalization."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [N, dims] to the same shape."""
+        """x [..., dims] to the same shape."""
         return layers.rms_norm(x, self["weight"], self.eps)
 
 
@@ -145,14 +145,14 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, attend: PlainAttention, cache: Any = None, residual: mx.array | None = None
     ) -> mx.array:
-        """Attention of x [N, model_dim] over itself and the cache, plus the residual if there is one.
+        """Attention of x [..., model_dim] over itself and the cache, plus the residual if there is one.
 
         Args:
             attend: the result of `attention.choose` for this forward pass.
             cache: this layer's cache, extended in place.
         """
-        qkv, norms = self.head_norms(self["qkv_proj"](x))  # [N, (H + 2K) * D]
-        mixed = attend(qkv, self["num_heads"], norms, cache)  # [N, H * D]
+        qkv, norms = self.head_norms(self["qkv_proj"](x))  # [..., (H + 2K) * D]
+        mixed = attend(qkv, self["num_heads"], norms, cache)  # [..., H * D]
         return self["out_proj"](mixed) if residual is None else add_to(residual, self["out_proj"], mixed)
 
     def _make_norms(self, query_weight: mx.array, key_weight: mx.array) -> attention.HeadNorms:
@@ -171,7 +171,7 @@ class Attention(nn.Module):
                 self._norms = Derived()
             return qkv, self._norms.get(q_norm.eps, self._make_norms, q_norm["weight"], k_norm["weight"])
         heads, kv_heads = self["num_heads"]
-        split = qkv.reshape(qkv.shape[0], heads + 2 * kv_heads, -1)  # [N, H + 2K, D]
+        split = qkv.reshape(-1, heads + 2 * kv_heads, qkv.shape[-1] // (heads + 2 * kv_heads))  # [N, H + 2K, D]
         queries, keys, values = mx.split(split, [heads, heads + kv_heads], axis=1)
         return mx.concatenate([q_norm(queries), k_norm(keys), values], axis=1).reshape(qkv.shape), None
 
@@ -190,8 +190,8 @@ class FeedForward(nn.Module):
         self.proj_2 = Linear(inner, config.model_dim)
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        """The feed-forward of x [N, model_dim], plus the residual if there is one."""
-        inner = self.activate(self["proj_1"](x))  # [N, inner]
+        """The feed-forward of x [..., model_dim], plus the residual if there is one."""
+        inner = self.activate(self["proj_1"](x))  # [..., inner]
         return self["proj_2"](inner) if residual is None else add_to(residual, self["proj_2"], inner)
 
     @property
@@ -199,7 +199,7 @@ class FeedForward(nn.Module):
         return self.gated and self.activation in _SWISH
 
     def activate(self, x: mx.array) -> mx.array:
-        """The input of `proj_2` [N, inner] from the output of `proj_1`: gate and up [N, 2 * inner] with GLU."""
+        """The input of `proj_2` [..., inner] from that of `proj_1`: gate and up [..., 2 * inner] with GLU."""
         if self.is_swiglu:
             return layers.swiglu(x)
         activation = ACTIVATIONS[self.activation]
@@ -220,7 +220,7 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, attend: PlainAttention, cache: Any = None) -> mx.array:
-        """x [N, model_dim] to the same shape; `attend` and `cache` as for `Attention`."""
+        """x [..., model_dim] to the same shape; `attend` and `cache` as for `Attention`."""
         h = add_to(x, self["attn"], self["attn_norm"](x), attend, cache)
         return add_to(h, self["ffn"], self["ffn_norm"](h))
 
@@ -334,22 +334,26 @@ class OpenELM(nn.Module):
         """tokens [B, L] to hidden states [B, L, model_dim] after the final norm.
 
         Args:
-            cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence.
+            cache: one key-value cache a layer, ours or mlx-lm's, extended in place; None for a whole sequence. For a
+                decoding step of several sequences, tokens [N, 1], a `RowCaches` a layer (`step_caches`).
             mask: replaces the causal mask: booleans (True: visible) or numbers to add to scores, [L, T] or
                 [B, 1, L, T], where T includes the past.
-            run_layer: called with each layer and its arguments, in place of the layer itself.
+            run_layer: called with each layer, x of two dimensions [B * L, model_dim] and its other arguments, in place
+                of the layer itself.
         """
         batch, length = tokens.shape
         caches = cache if cache is not None else [None] * len(self.transformer.layers)
-        first = caches[0]
-        offset = 0 if first is None else first.offset
+        if batch == 1 and type(caches[0]) is RowCaches:  # a step of one position
+            caches = [layer.caches[0] for layer in caches if layer is not None]
+        first: Any = caches[0]
+        offset = 0 if first is None else first.positions if type(first) is RowCaches else first.offset
         if mask is None and first is not None and hasattr(first, "make_mask"):  # mlx-lm's ChunkedKVCache has none
             mask = first.make_mask(length, return_array=False, window_size=None)
         elif mask is None and length > 1:
             mask = "causal"
         attend = attention.choose(self.config.head_dim, self.config.rope_freq_constant, offset, length, mask)
-        # One row per position from here on: products of two-dimensional matrices need no reshaping.
-        x = self.transformer.token_embeddings(tokens.reshape(-1))  # [N, model_dim]
+        # The rows of a batch stay apart, since the arithmetic of products follows from L (see `layers`).
+        x = self.transformer.token_embeddings(tokens if run_layer is None else tokens.reshape(-1))
         # In packings whose scales are not floating-point numbers, embeddings come out as bfloat16.
         if "weight" in self.transformer.norm:  # a module put in its place may keep its weights elsewhere
             x = x.astype(self.transformer.norm["weight"].dtype)
@@ -358,28 +362,32 @@ class OpenELM(nn.Module):
             y = x
             for layer, layer_cache in zip(self.transformer.layers, caches, strict=True):
                 y = layer(y, attend, layer_cache) if run_layer is None else run_layer(layer, y, attend, layer_cache)
-        return self.transformer.norm(y).reshape(batch, length, -1)  # [B, L, model_dim]
+        y = self.transformer.norm(y)
+        return y if run_layer is None else y.reshape(batch, length, -1)  # [B, L, model_dim]
 
     def _run_kernels(self, x: mx.array, attend: PlainAttention, caches: Sequence[Any]) -> mx.array | None:
         """All layers in kernels that compute a whole layer: CUDA's for one token, the CPU's for a few rows.
 
         Returns None, with nothing changed, if neither applies. Only this method decides that.
         """
-        if x.shape[0] >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
+        batch, length, dim = x.shape
+        if batch * length >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
             return None
         if any(type(cache) is not KVCache or not cache.has_dtype(x.dtype) for cache in caches):
             return None
         eps = self.config.rms_norm_eps
-        if x.shape[0] == 1 and attend.mask is None and decoding.is_allowed():
+        rows = x.reshape(-1, dim)
+        if len(rows) == 1 and attend.mask is None and decoding.is_allowed():
             parts = collect_parts(self.transformer.layers, eps)
-            return None if parts is None else self._decode_token(x, parts, caches)
+            y = None if parts is None else self._decode_token(rows, parts, caches)
+            return None if y is None else y.reshape(x.shape)
         if not isinstance(attend, attention.KernelAttention) or x.dtype != mx.float32:
             return None
         if (parts := collect_parts(self.transformer.layers, eps)) is None:
             return None
         for norms, projections, num_heads, cache in zip(*parts, caches, strict=True):
-            x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
-        return x
+            rows = attend.layer(rows, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
+        return rows.reshape(x.shape)
 
     def _decode_token(self, x: mx.array, parts: LayerParts, caches: Sequence[KVCache]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one CUDA kernel; None if it does not support these weights."""

@@ -8,6 +8,7 @@ head_dim). Buffers grow in steps, so they are longer than their content.
 from .base import Cache, causal_mask
 from .growing import BatchKVCache, KVCache, QuantizedKVCache, check_window, make_cache
 from .rotating import BatchRotatingKVCache, RotatingKVCache
+from .rows import RowCaches, rewind, step_caches
 
 __all__ = [
     "BatchKVCache",
@@ -16,7 +17,10 @@ __all__ = [
     "KVCache",
     "QuantizedKVCache",
     "RotatingKVCache",
+    "RowCaches",
     "causal_mask",
     "check_window",
     "make_cache",
+    "rewind",
+    "step_caches",
 ]

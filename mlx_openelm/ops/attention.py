@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backend, native
-from ..cache import KVCache
+from ..cache import KVCache, RowCaches
+from ..cache.rows import append
 from . import exponentials, layers, packed
 
 Heads = tuple[mx.array, mx.array, mx.array]
@@ -22,13 +23,13 @@ MANY_LAYER_ROWS = 12
 
 
 def choose(
-    head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None
+    head_dim: int, base: float, offset: layers.Offset, length: int, mask: mx.array | str | None
 ) -> PlainAttention:
     """The attention for MLX's default device; positions and mask are prepared once and shared by all layers.
 
     Args:
         base: RoPE rotates by the angles position / base ** (2j / D).
-        offset: the first position: an int, or an array [B] with one for each row.
+        offset: the first position: an int, or one for each row, as a list of B or an array [B].
         length: L.
         mask: None, "causal", booleans (True: visible) or numbers to add, [L, T] or [B, 1, L, T].
     """
@@ -60,7 +61,7 @@ class PlainAttention:
 
     scales_queries = True  # whether `heads` gives queries already scaled
 
-    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
+    def __init__(self, head_dim: int, base: float, offset: layers.Offset, length: int, mask: mx.array | str | None):
         self.head_dim, self.base, self.offset, self.length, self.mask = head_dim, base, offset, length, mask
         self.scale = head_dim**-0.5
         self._added: mx.array | None = None  # the mask as numbers to add, made by the first layer that needs it
@@ -72,25 +73,37 @@ class PlainAttention:
     def __call__(
         self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None, cache: Any = None
     ) -> mx.array:
-        """Projected queries, keys and values [N, (H + 2K) * D] to the output of attention [N, H * D].
+        """Projected queries, keys and values [..., (H + 2K) * D] to the output of attention [..., H * D].
 
         Args:
+            qkv: of N rows in all, [N, ...] or [B, L, ...].
             num_heads: H, K.
             norms: the norms of queries and keys before RoPE, if any.
-            cache: extended in place, ours or mlx-lm's; or None.
+            cache: extended in place, ours or mlx-lm's, for a step of several sequences `RowCaches`; or None.
         """
         queries, keys, values = self.heads(qkv, num_heads, norms)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        if not hasattr(cache, "bits"):
-            output = self._mix(queries, keys, values)
-        elif packed.attends_packed(self.length):
-            output = self._mix_packed(queries, keys, values, cache)
+        if isinstance(cache, RowCaches):
+            output = self._step(queries, keys, values, cache)
         else:
-            output = self._mix(queries, *packed.unpacked_cache(cache, keys[0].shape[2], queries.dtype))
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+            output = self._mix_any(queries, cache, keys, values)
         if self.length > 1:
             output = output.swapaxes(1, 2)  # [B, L, H, D]
-        return output.reshape(qkv.shape[0], -1)  # [N, H * D]
+        return output.reshape(*qkv.shape[:-1], -1)  # [..., H * D]
+
+    def _step(self, queries: mx.array, keys: mx.array, values: mx.array, cache: RowCaches) -> mx.array:
+        """Attention of a step of several sequences, position by position [N, H, 1, D]."""
+        held = enumerate(cache.append(keys, values))
+        return mx.concatenate([self._mix_any(queries[row : row + 1], *past) for row, past in held])
+
+    def _mix_any(self, queries: mx.array, cache: Any, keys: Any, values: Any) -> mx.array:
+        """softmax(queries keys^T) values [B, H, L, D] with keys and values as the cache returns them."""
+        if not hasattr(cache, "bits"):
+            return self._mix(queries, keys, values)
+        if packed.attends_packed(self.length):
+            return self._mix_packed(queries, keys, values, cache)
+        return self._mix(queries, *packed.unpacked_cache(cache, keys[0].shape[2], queries.dtype))
 
     def heads(self, qkv: mx.array, num_heads: tuple[int, int], norms: HeadNorms | None) -> Heads:
         """Normalized and rotated queries [B, H, L, D], keys and values [B, K, L, D]; queries are already scaled."""
@@ -149,7 +162,22 @@ class FusedAttention(PlainAttention):
         return self._rope(queries), self._rope(keys), values
 
     def _rope(self, x: mx.array) -> mx.array:
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=self.offset)
+        offset = mx.array(self.offset) if isinstance(self.offset, list) else self.offset
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=offset)
+
+    def _step(self, queries: mx.array, keys: mx.array, values: mx.array, cache: RowCaches) -> mx.array:
+        """As in the base class, but the positions of a growing cache at once."""
+        outputs = []
+        for one, rows in cache.sequences():
+            heads = [x[rows].swapaxes(0, 2) for x in (queries, keys, values)]  # [1, heads, L, D]
+            if (length := rows.stop - rows.start) > 1 and hasattr(one, "max_size"):
+                held = append(one, keys[rows], values[rows])
+                outputs += [self._mix(heads[0][:, :, i : i + 1], *fetched[1:]) for i, fetched in enumerate(held)]
+                continue
+            inner = self if length == 1 else FusedAttention(self.head_dim, self.base, 0, length, "causal")
+            output = inner._mix_any(heads[0], one, *one.update_and_fetch(*heads[1:]))
+            outputs.append(output.swapaxes(0, 2))
+        return mx.concatenate(outputs)
 
     def _mix(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         if isinstance(self.mask, mx.array):
@@ -163,7 +191,7 @@ class FusedAttention(PlainAttention):
 class KernelAttention(PlainAttention):
     """Attention with the kernels of `native`, which write in place into a `KVCache`."""
 
-    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int, mask: mx.array | str | None):
+    def __init__(self, head_dim: int, base: float, offset: layers.Offset, length: int, mask: mx.array | str | None):
         super().__init__(head_dim, base, offset, length, mask)
         self.table = layers.rotation_table(head_dim, base, offset, length)
 
@@ -173,6 +201,8 @@ class KernelAttention(PlainAttention):
         weights = (None, None) if norms is None else (norms.query_weight, norms.key_weight)
         eps = 0.0 if norms is None else norms.eps
         keys: Any
+        shape = (*qkv.shape[:-1], num_heads[0] * self.head_dim)
+        qkv = qkv.reshape(-1, qkv.shape[-1])
         if type(cache) is KVCache and qkv.dtype == mx.float32 and cache.has_dtype(mx.float32):
             batch = qkv.shape[0] // self.length
             *buffers, start = cache.reserve(batch, num_heads[1], self.length, self.head_dim, qkv.dtype)
@@ -181,16 +211,24 @@ class KernelAttention(PlainAttention):
             )
             # Dropping the cache's references lets the kernel write in place.
             cache.state = new_keys, new_values, cache.offset
-            keys, values, total = [new_keys], [new_values], cache.offset
         else:
             queries, keys, values = native.kernels.split_heads(
                 qkv, self.table, *weights, None, None, *num_heads, eps, 0
             )
+            if isinstance(cache, RowCaches):
+                held = cache.append(keys, values)
+                outputs = [self._attend(queries[row : row + 1], *fetched) for row, fetched in enumerate(held)]
+                return mx.concatenate(outputs).reshape(shape)
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
-            keys, values = (list(x) if isinstance(x, tuple | list) else [x] for x in (keys, values))
-            total = keys[0].shape[2]
+            return self._attend(queries, cache, keys, values).reshape(shape)
+        return self._attend(queries, cache, new_keys, new_values, cache.offset).reshape(shape)
+
+    def _attend(self, queries: mx.array, cache: Any, keys: Any, values: Any, total: int | None = None) -> mx.array:
+        """Attention [N, H * D] of queries [B, L, H, D] to the first `total` keys and values, by default all."""
+        keys, values = (list(x) if isinstance(x, tuple | list) else [x] for x in (keys, values))
         packing = (cache.bits, cache.group_size) if len(keys) > 1 else (0, 0)
+        total = keys[0].shape[2] if total is None else total
         return native.kernels.attention(queries, keys, values, self.scale, *self.mask_args(), total, *packing)[0]
 
     def mask_args(self) -> tuple[bool, mx.array | None]:

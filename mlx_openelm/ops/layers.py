@@ -3,7 +3,12 @@
 `mx.fast` has no CPU kernels: there its functions expand into many primitives. So on a CPU the kernels in `native` do
 the work; without them, the same mathematics is written here in as few primitives as possible.
 
-Shapes: B rows, L new positions, N = B * L, D head_dim. Activations between layers are [N, model_dim].
+Shapes: B rows, L new positions, N = B * L, D head_dim. Activations between layers are [B, L, model_dim].
+
+The CPU kernels have two kinds of arithmetic for a product, and L, the second-to-last dimension of x, decides: with few
+positions at a time, as in a decoding step, they may round activations to 8 bits (`rounds_activations`); many, as in
+a prompt, are multiplied as they are. So each row of a step [N, 1, model_dim] gets, bit for bit, what it gets alone.
+MLX's own products, where there are no kernels, give that only to within rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ from . import distributions, exponentials, packed
 # A weight as the CPU kernels take it: values, scales and biases, bits (0: not packed), group size, and whether
 # few rows of activations may be rounded to 8 bits.
 Stored = tuple[mx.array, mx.array | None, mx.array | None, int, int, bool]
+
+# The first position: an int, or one for each of B rows: a list, or an array [B].
+Offset = int | list[int] | mx.array
 
 # On CUDA `addmm` of one row runs as a matrix product, `x @ W.T` as a matrix-vector kernel (H100, 3072 x 3072 in
 # bfloat16: 27 against 14 µs). From two rows on `addmm` is faster (27 against 29 µs). Metal has both kernels.
@@ -115,7 +123,7 @@ def quantized_rows(tokens: mx.array, layer: Any) -> mx.array:
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """x [N, dim] over its root mean square, times weight [dim] (paper, section 2.1)."""
+    """x [..., dim] over its root mean square, times weight [dim] (paper, section 2.1)."""
     if backend.on_gpu():
         return mx.fast.rms_norm(x, weight, eps)
     if (kernels := native.kernels) is not None:
@@ -128,8 +136,9 @@ def normalized(x: mx.array, eps: float) -> mx.array:
     dims = x.shape[-1]
     eps_array, mean_column = _norm_constants(dims, eps)
     exact = x.astype(mx.float32)
-    if x.size == dims and x.ndim == 2:
-        mean_square = mx.addmm(eps_array, exact, exact.T, 1 / dims)  # [1, 1]
+    if x.size == dims:
+        row = exact.reshape(1, dims)
+        mean_square = mx.addmm(eps_array, row, row.T, 1 / dims)  # [1, 1]
     else:
         mean_square = mx.addmm(eps_array, mx.square(exact), mean_column)  # [..., 1]
     return (exact * mx.rsqrt(mean_square)).astype(x.dtype)
@@ -143,13 +152,13 @@ def _norm_constants(dims: int, eps: float) -> tuple[mx.array, mx.array]:
 
 
 def swiglu(gate_and_up: mx.array) -> mx.array:
-    """silu(gate) * up for gate_and_up [N, 2 * inner], gate first: [N, inner]."""
+    """silu(gate) * up for gate_and_up [..., 2 * inner], gate first: [..., inner]."""
     if backend.on_gpu():
         return _fused_swiglu(gate_and_up)
     if (kernels := native.kernels) is not None:
         return kernels.swiglu(gate_and_up)
     gate, up = mx.split(gate_and_up, 2, axis=-1)
-    if gate.shape[0] < MANY_ROWS:
+    if gate.size < MANY_ROWS * gate.shape[-1]:
         return gate * mx.sigmoid(gate) * up
     return exponentials.swiglu(gate, up)
 
@@ -172,17 +181,22 @@ def log_softmax(x: mx.array) -> mx.array:
 # once for all layers.
 
 
-def rotation_table(head_dim: int, base: float, offset: int | mx.array, length: int) -> mx.array:
+def rotation_table(head_dim: int, base: float, offset: Offset, length: int) -> mx.array:
     """Cosines, then sines, of each position's angles [1 or B, L, D], as the CPU kernels take them.
 
     Args:
-        offset: the first position: an int, or an array [B] with one for each row.
+        offset: the first position: an int, or one for each row, as a list of B or an array [B]. A list gives each row
+            exactly what it has alone; the numbers of an array are not known here.
     """
     if not isinstance(offset, mx.array):
+        end = (max(offset) if isinstance(offset, list) else offset) + length
         count = _SMALLEST_TABLE
-        while count < offset + length:
+        while count < end:
             count *= 2
-        return _first_rotations(head_dim, base, count)[:, offset : offset + length]
+        table = _first_rotations(head_dim, base, count)
+        if isinstance(offset, list):
+            return table[0][mx.array(offset)[:, None] + mx.arange(length)]
+        return table[:, offset : offset + length]
     frequencies = 1.0 / (base ** (mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim))  # [D / 2]
     positions = mx.arange(length) + offset.reshape(-1, 1)  # [B, L]
     angles = positions[..., None].astype(mx.float32) * frequencies  # [B, L, D / 2]
@@ -204,12 +218,12 @@ class Rotation:
     Several positions take the passes, since that many matrices would need too much memory.
     """
 
-    def __init__(self, head_dim: int, base: float, offset: int | mx.array, length: int):
+    def __init__(self, head_dim: int, base: float, offset: Offset, length: int):
         self.matrix = None
         if length > 1:
             self.cos, self.sin = _by_column(rotation_table(head_dim, base, offset, length))
             self.swap = _identity_and_swap(head_dim)[1]
-        elif isinstance(offset, mx.array):
+        elif not isinstance(offset, int):
             self.matrix = _rotation_matrices(rotation_table(head_dim, base, offset, 1))
         else:
             start = offset - offset % _MATRICES
