@@ -56,6 +56,10 @@ class _Adapted(nn.Module):
         """The factors that apply the change outside of training, cached until a parameter is replaced."""
         return self._derived.get((dtype, self.scale), lambda *_: self._make_applied(dtype), *self._sources())
 
+    def nbytes(self, dtype: mx.Dtype) -> int:
+        """The bytes of the adapter in memory, without the base: its parameters, and what `applied` makes of them."""
+        return sum({id(array): array.nbytes for array in (*self._sources(), *self.applied(dtype))}.values())
+
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"]
 
