@@ -12,7 +12,7 @@ from ..config import EMBEDDING, LAYERS, ModelConfig
 from ..errors import RequestError
 from ..formats.adapter import PROJECTIONS, TARGET_MODULES, Adapter, LowRank
 from ..formats.mlx import Quantization
-from ..model import Embedding, Linear, OpenELM
+from ..model import Embedding, Linear, OpenELM, RMSNorm
 from ..modules import module_at, replace_at
 from ..ops.packed import PARTS
 from .base_copies import Stored, check_base_copies
@@ -58,7 +58,7 @@ def make_layers(model: OpenELM, adapter: Adapter) -> dict[str, Adapted]:
     for path, change in adapter.modules.items():
         module = module_at(model, path)
         base = base_of(module) if isinstance(module, Adapted) else module
-        layers[path] = _adapted(base, change, adapter.dropout)
+        layers[path] = adapted(base, change, adapter.dropout)
         mx.eval(layers[path].trainable_parameters())  # threads may share evaluated arrays
     return layers
 
@@ -111,7 +111,7 @@ def attach_new(
         bound = 1 / math.sqrt(inputs)
         a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         change = LowRank(a, mx.zeros((rank, outputs)), scale)
-        replace_at(model, path, _adapted(module_at(model, path), change, dropout, dora=dora))
+        replace_at(model, path, adapted(module_at(model, path), change, dropout, dora=dora))
     mx.eval(model.trainable_parameters())
     return paths
 
@@ -236,7 +236,7 @@ def check_base(adapter: Adapter, model: OpenELM, replaced: Replaced | None = Non
     check_base_copies(adapter, find)
 
 
-def _adapted(base: nn.Module, change: LowRank, dropout: float, *, dora: bool = False) -> Adapted:
+def adapted(base: nn.Module, change: LowRank, dropout: float = 0.0, *, dora: bool = False) -> Adapted:
     """A layer with this change; only the change is trainable."""
     dora = dora or change.magnitude is not None
     layer: Adapted
@@ -258,20 +258,27 @@ def _replace_weights(model: OpenELM, weights: Mapping[str, mx.array], dtype: mx.
         module = module_at(model, path)
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             replaced[path] = module
-            module = _plain(module, *weight.shape)
+            module = with_weight(module, weight.astype(dtype))
             replace_at(model, path, module)
         else:
             replaced[name] = module[leaf]
-        module[leaf] = weight.astype(dtype)
+            module[leaf] = weight.astype(dtype)
         module.unfreeze(recurse=False, keys=[leaf])
         mx.eval(module[leaf])
     return replaced
 
 
-def _plain(packed: nn.Module, rows: int, columns: int) -> nn.Module:
-    plain = Embedding(rows, columns) if isinstance(packed, nn.QuantizedEmbedding) else Linear(columns, rows)
-    plain.train(packed.training)
-    return plain
+def with_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """A plain layer with another weight [out, in], or a norm [dims], in place of a layer, which stays as it is."""
+    if isinstance(layer, nn.RMSNorm):
+        other: nn.Module = RMSNorm(weight.size, layer.eps)
+    elif isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+        other = Embedding(*weight.shape)
+    else:
+        other = Linear(*weight.shape[::-1])
+    other.weight = weight
+    other.train(layer.training)
+    return other
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, mx.array]]:

@@ -4,6 +4,10 @@ LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353. Parameters have mlx-lm's names, 
 float32, and cast to the activations' type where they are used. OpenELM's matrices have no biases.
 
 With `lora_b` at zero, and DoRA's `m` as it starts, outputs are the base's bit for bit.
+
+Outside of training a layer is its base, then `adapt` or `adapt_logits`, which turn the base's output into the
+adapter's: so rows with different adapters share a product with the base (see `rows`). These use the model's own
+products: on the CPU kernels a row of a decoding step has the same bits whatever its neighbors.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import mlx.nn as nn
 from ..formats.adapter import LowRank
 from ..formats.mlx import Quantization
 from ..model import add_to
-from ..ops import packed
+from ..ops import layers, packed
 from ..ops.derived import Derived
 from ..ops.packed import PARTS
 
@@ -48,18 +52,30 @@ class _Adapted(nn.Module):
         """The change with the current parameters."""
         return LowRank(self.lora_a, self.lora_b, self.scale)
 
-    def _factors(self, dtype: mx.Dtype) -> Factors:
-        """`_make_factors`, cached outside of training until a parameter is replaced."""
-        if self.training:
-            return self._make_factors(dtype)
-        return self._derived.get(dtype, lambda *_: self._make_factors(dtype), *self._sources())
+    def applied(self, dtype: mx.Dtype) -> Factors:
+        """The factors that apply the change outside of training, cached until a parameter is replaced."""
+        return self._derived.get((dtype, self.scale), lambda *_: self._make_applied(dtype), *self._sources())
+
+    def nbytes(self, dtype: mx.Dtype) -> int:
+        """The bytes of the adapter in memory, without the base: its parameters, and what `applied` makes of them."""
+        return sum({id(array): array.nbytes for array in (*self._sources(), *self.applied(dtype))}.values())
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"]
 
-    def _make_factors(self, dtype: mx.Dtype) -> Factors:
-        """The matrices that compute an output, in the activations' type: `lora_a`, `lora_b`, then a subclass's own."""
-        return self["lora_a"].astype(dtype), self["lora_b"].astype(dtype)
+    def _make_applied(self, dtype: mx.Dtype) -> Factors:
+        """As `layers.linear` takes them, [out, in]: `lora_a`, `lora_b` times the scale, then a subclass's own."""
+        a, b, *own = self._make_factors(dtype, self.scale)
+        return mx.contiguous(a.T), mx.contiguous(b.T), *own
+
+    def _make_factors(self, dtype: mx.Dtype, scale: float | None = None) -> Factors:
+        """The matrices that compute an output, in the activations' type: `lora_a`, `lora_b`, then a subclass's own.
+
+        Args:
+            scale: a factor for `lora_b`.
+        """
+        b = self["lora_b"]
+        return self["lora_a"].astype(dtype), (b if scale is None else scale * b).astype(dtype)
 
     def _low_rank(self, x: mx.array, a: mx.array) -> tuple[mx.array, float]:
         """x @ a [..., rank] after dropout, and the factor to scale it by."""
@@ -87,9 +103,16 @@ class LoRALinear(_Adapted):
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """x [..., in] to [..., out], plus the residual if there is one: the base may add it in its own product."""
         y = self["linear"](x) if residual is None else add_to(residual, self["linear"], x)
-        a, b = self._factors(x.dtype)
+        if not self.training:
+            return self.adapt(y, x)
+        a, b = self._make_factors(x.dtype)
         z, scale = self._low_rank(x, a)
         return mx.addmm(y, z, b, scale)
+
+    def adapt(self, y: mx.array, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """The output for x [..., in], plus the residual, from the base's output y [..., out]."""
+        a, b = self.applied(x.dtype)
+        return layers.linear(layers.linear(x, a), b, y if residual is None else residual + y)
 
 
 class DoRALinear(LoRALinear):
@@ -109,20 +132,27 @@ class DoRALinear(LoRALinear):
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         y = self["linear"](x)
-        a, b, excess = self._factors(x.dtype)
+        if not self.training:
+            return self.adapt(y, x, residual)
+        a, b, excess = self._make_factors(x.dtype)
         z, scale = self._low_rank(x, a)
         y = mx.addmm(y + excess * y, z, b, scale)  # m / length times the adapted output
+        return y if residual is None else residual + y
+
+    def adapt(self, y: mx.array, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        a, b, excess = self.applied(x.dtype)
+        y = layers.linear(layers.linear(x, a), b, y + excess * y)
         return y if residual is None else residual + y
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"], self["m"], self._squares
 
-    def _make_factors(self, dtype: mx.Dtype) -> Factors:
+    def _make_factors(self, dtype: mx.Dtype, scale: float | None = None) -> Factors:
         a, b = (mx.stop_gradient(self[name].astype(mx.float32)) for name in ("lora_a", "lora_b"))
         products = mx.stop_gradient(self["linear"](a.T.astype(dtype)))
         ratio = self["m"] / _changed_lengths(self._squares, products, a, b, self.scale)
-        scaled = (self["lora_b"] * ratio).astype(dtype)
-        return self["lora_a"].astype(dtype), scaled, (ratio - 1).astype(dtype)
+        scaled = self["lora_b"] * (ratio if scale is None else scale * ratio)
+        return self["lora_a"].astype(dtype), scaled.astype(dtype), (ratio - 1).astype(dtype)
 
 
 class LoRAEmbedding(_Adapted):
@@ -143,16 +173,34 @@ class LoRAEmbedding(_Adapted):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self["embedding"](tokens).astype(mx.float32)
-        return mx.addmm(y, self["lora_a"][tokens].astype(mx.float32), self["lora_b"].astype(mx.float32), self.scale)
+        a = self["lora_a"][tokens].astype(mx.float32)
+        if not self.training:
+            return layers.linear(a, self.applied(mx.float32)[2], y)
+        return mx.addmm(y, a, self["lora_b"].astype(mx.float32), self.scale)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits of hidden states x [..., dim]."""
         y = self["embedding"].as_linear(x)
+        if not self.training:
+            return self.adapt_logits(y, x)
         if not self.output_side:
             return y
-        a, b, *ratio = self._factors(x.dtype)
+        a, b, *ratio = self._make_factors(x.dtype)
         y = mx.addmm(y, x @ b.T, a.T, self.scale)
         return y * ratio[0] if ratio else y
+
+    def adapt_logits(self, y: mx.array, x: mx.array) -> mx.array:
+        """The logits of x [..., dim] from the base's logits y [..., vocab]."""
+        if not self.output_side:
+            return y
+        a, b, _, *ratio = self.applied(x.dtype)
+        y = layers.linear(layers.linear(x, b), a, y)
+        return y * ratio[0] if ratio else y
+
+    def _make_applied(self, dtype: mx.Dtype) -> Factors:
+        """`lora_a` and `lora_b` times the scale, as the output side takes them; the second transposed; DoRA's ratio."""
+        a, b, *own = self._make_factors(dtype, self.scale)
+        return a, b, mx.contiguous(b.T), *own
 
 
 class DoRAEmbedding(LoRAEmbedding):
@@ -171,13 +219,13 @@ class DoRAEmbedding(LoRAEmbedding):
         return LowRank(self.lora_a, self.lora_b, self.scale, self.m, self.output_side)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        ratio = self._factors(mx.float32)[2]
+        ratio = (self._make_factors if self.training else self.applied)(mx.float32)[-1]
         return super().__call__(tokens) * (ratio[tokens][..., None] if self.output_side else ratio)
 
     def _sources(self) -> Factors:
         return self["lora_a"], self["lora_b"], self["m"], self._squares
 
-    def _make_factors(self, dtype: mx.Dtype) -> Factors:
+    def _make_factors(self, dtype: mx.Dtype, scale: float | None = None) -> Factors:
         a, b = (mx.stop_gradient(self[name].astype(mx.float32)) for name in ("lora_a", "lora_b"))
         if self.output_side:
             products = mx.stop_gradient(self["embedding"].as_linear(b.astype(dtype)))
@@ -185,7 +233,7 @@ class DoRAEmbedding(LoRAEmbedding):
         else:
             products = mx.stop_gradient(_columns_times(self["embedding"], a))
             lengths = _changed_lengths(self._squares, products, a, b, self.scale)
-        return (*super()._make_factors(dtype), (self["m"] / lengths).astype(dtype))
+        return (*super()._make_factors(dtype, scale), (self["m"] / lengths).astype(dtype))
 
 
 def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
