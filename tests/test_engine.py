@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import Engine, batch_generate, generate, load, native, stream_generate
+from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
@@ -109,10 +110,10 @@ def test_rows_join_and_leave_at_any_step(loaded: tuple[OpenELM, Tokenizer]) -> N
         assert len(engine.rows) <= 5
     assert cancelled
     for number, (row, (prompt, options)) in enumerate(zip(rows, texts, strict=True)):
-        text, tokens, *_ = expected = alone(model, tokenizer, prompt, options)
+        expected = alone(model, tokenizer, prompt, options)
         if number in cancelled:
             assert row.finish_reason == "cancelled"
-            assert row.tokens == tokens[: len(row.tokens)]
+            assert row.tokens == expected[1][: len(row.tokens)]
         else:
             assert_equal(result_of(row), expected)
     assert engine.budget.reserved == 0
@@ -262,6 +263,66 @@ def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: d
 
 def test_no_prompts_give_no_results(loaded: tuple[OpenELM, Tokenizer]) -> None:
     assert batch_generate(*loaded, []) == []
+
+
+ADAPTERS = ["peft-lora", None, "peft-rslora-attention", "peft-dora", "peft-lora-embedding"]
+
+
+@pytest.mark.parametrize("count", [3, 11])
+def test_rows_have_adapters_of_their_own(count: int) -> None:
+    base, tokenizer = load(FIXTURES / "shakespeare-hf")
+    pool = AdapterPool(base)
+    engine = Engine(base, tokenizer, adapters=pool, prefixes=PrefixTree(base, 1 << 24), exact_prefixes=True)
+    texts = [(PLAY[: 10 + 3 * number], ADAPTERS[number % 5]) for number in range(count)]
+    rows = [
+        engine.submit(prompt, max_tokens=6, adapter=None if name is None else FIXTURES / name) for prompt, name in texts
+    ]
+    finish(engine)
+    for row, (prompt, name) in zip(rows, texts, strict=True):
+        model, _ = load(FIXTURES / "shakespeare-hf", None if name is None else FIXTURES / name)
+        assert_equal(result_of(row), alone(model, tokenizer, prompt, {"max_tokens": 6}))
+    results = batch_generate(
+        base,
+        tokenizer,
+        [prompt for prompt, _ in texts],
+        max_tokens=6,
+        adapter_path=[None if name is None else FIXTURES / name for _, name in texts],
+    )
+    assert [result.tokens for result in results] == [row.tokens for row in rows]
+    assert all(not held.users for held in pool._held.values())
+
+
+def test_a_prefix_belongs_to_its_adapter() -> None:
+    model, tokenizer = load(FIXTURES / "shakespeare-hf")
+    engine = Engine(model, tokenizer, adapters=AdapterPool(model), prefixes=PrefixTree(model, 1 << 24))
+    found = []
+    for name in ("peft-lora", None, "peft-lora", "peft-dora"):
+        row = engine.submit(PLAY, max_tokens=2, adapter=None if name is None else FIXTURES / name)
+        finish(engine)
+        found.append(row.cached_tokens > 0)
+    assert found == [False, False, True, False]
+
+
+def test_adapters_that_cannot_be_had_are_refused() -> None:
+    model, tokenizer = load(FIXTURES / "shakespeare-hf")
+    with pytest.raises(RequestError, match="no adapters"):
+        Engine(model, tokenizer).submit(PLAY, adapter=FIXTURES / "peft-lora")
+    with pytest.raises(RequestError, match="adapter"):
+        Engine(model, tokenizer, adapters=AdapterPool(model)).submit(PLAY, adapter=FIXTURES)
+
+
+def test_rows_wait_for_room_for_their_adapters() -> None:
+    model, tokenizer = load(FIXTURES / "shakespeare-hf")
+    largest = AdapterPool(model).acquire(FIXTURES / "peft-lora").nbytes
+    engine = Engine(model, tokenizer, adapters=AdapterPool(model, max_bytes=largest))
+    rows = [
+        engine.submit(PLAY[:9], max_tokens=3, adapter=FIXTURES / name)
+        for name in ("peft-lora", "peft-rslora-attention", "peft-lora")
+    ]
+    while engine.is_busy:
+        engine.step()
+        assert len({row.adapter for row in engine.rows}) <= 1
+    assert [row.finish_reason for row in rows] == ["length"] * 3
 
 
 CONSTRAINED: list[dict[str, Any]] = [

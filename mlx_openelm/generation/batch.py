@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Unpack
 
-import mlx.core as mx
-
 from .. import backend
+from ..adapters.pool import AdapterPool
 from ..errors import OpenELMError, RequestError
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from .engine import MAX_ROWS, Engine
 from .keywords import BatchKeywords
-from .options import GenerationOptions
 from .piece import Piece
 from .row import Row
+
+# The path of an adapter, or paths with their weights.
+AdapterPath = str | Path | Mapping[str, float]
 
 # Options that may be a sequence for one text: for several, a sequence of sequences, one for each text.
 _SEQUENCES = ("stop", "choice")
@@ -46,6 +48,7 @@ def batch_generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     *,
+    adapter_path: AdapterPath | Sequence[AdapterPath | None] | None = None,
     max_rows: int = MAX_ROWS,
     max_bytes: int | None = None,
     callback: Callable[[int, Piece], object] | None = None,
@@ -58,6 +61,8 @@ def batch_generate(
 
     Args:
         prompts: texts, or token ids as they are.
+        adapter_path: an adapter for all prompts, or a list with one, or None, per prompt. A mixture is a mapping of
+            paths to weights.
         max_rows: the number of texts that advance together; others follow as these end.
         max_bytes: the most memory for keys and values; texts wait until there is room. By default half of what is free.
         callback: called with the number of a prompt and each `Piece` of its text.
@@ -71,9 +76,11 @@ def batch_generate(
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise RequestError("prompts must be a list of texts or of lists of token ids; for one text use generate().")
-    engine = Engine(model, tokenizer, max_rows=max_rows, max_bytes=max_bytes, prompts_first=True)
+    each = per_prompt({**options, "adapter": adapter_path}, len(prompts))
+    adapters = AdapterPool(model) if any(chosen["adapter"] is not None for chosen in each) else None
+    engine = Engine(model, tokenizer, max_rows=max_rows, max_bytes=max_bytes, adapters=adapters, prompts_first=True)
     rows = []
-    for number, (prompt, chosen) in enumerate(zip(prompts, per_prompt(options, len(prompts)), strict=True)):
+    for number, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
         on_piece = None if callback is None else _numbered(callback, number)
         try:
             rows.append(engine.submit(prompt, on_piece=on_piece, **chosen))

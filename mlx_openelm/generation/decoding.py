@@ -145,7 +145,14 @@ def _pieces(tokenizer: Tokenizer, request: Request, progress: Progress | None) -
             if output is None:
                 from .output import Output
 
-                output = Output(tokenizer, request, time.perf_counter() - started)
+                output = Output(
+                    tokenizer,
+                    request.prompt,
+                    request.count,
+                    request.options,
+                    request.constraint,
+                    time.perf_counter() - started,
+                )
             piece = output.add(token, logprob, top_logprobs)
             yield piece
             if piece.finish_reason is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Unpack
@@ -22,7 +23,10 @@ from typing import Any, Unpack
 import mlx.core as mx
 
 from .. import backend
+from ..adapters.pool import AdapterPool, PoolFullError
+from ..adapters.switching import AdapterPaths
 from ..cache import step_caches
+from ..errors import RequestError
 from ..model import OpenELM
 from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
@@ -62,6 +66,7 @@ class Engine:
         max_rows: the number of texts that advance together; others wait.
         max_bytes: the most memory that keys and values of these rows, and one step, may take; rows wait until theirs
             is free. By default a share of what is free (`memory.FREE_SHARE`).
+        adapters: what rows may name as their `adapter`.
         prefixes: where rows find and leave the keys and values of prompts.
         exact_prefixes: use them only where they are bit for bit what processing the prompt would give: whole pieces of
             prompts. Otherwise what was generated counts too, whose arithmetic is that of single tokens.
@@ -76,12 +81,14 @@ class Engine:
         *,
         max_rows: int = MAX_ROWS,
         max_bytes: int | None = None,
+        adapters: AdapterPool | None = None,
         prefixes: PrefixTree | None = None,
         exact_prefixes: bool = False,
         prompts_first: bool = False,
     ):
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        self.prefixes, self.exact_prefixes, self.prompts_first = prefixes, exact_prefixes, prompts_first
+        self.adapters, self.prefixes = adapters, prefixes
+        self.exact_prefixes, self.prompts_first = exact_prefixes, prompts_first
         self.budget = Budget(model, max_bytes)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # in the order in which they joined
@@ -97,6 +104,7 @@ class Engine:
         self,
         prompt: str | Sequence[int] | mx.array,
         *,
+        adapter: AdapterPaths | None = None,
         prompt_cache: list[Any] | None = None,
         prompt_cache_tokens: Sequence[int] | mx.array | None = None,
         sampler: Sampler | None = None,
@@ -107,11 +115,13 @@ class Engine:
         """Add a text; it starts as soon as there is room.
 
         Args:
+            adapter: of this row alone: what `AdapterPool.acquire` takes.
             on_piece: called with each `Piece` of this row.
             prompt, prompt_cache, prompt_cache_tokens, sampler, logits_processors, options: as in `stream_generate`.
 
         Raises:
-            RequestError: as `stream_generate`; or the text needs more memory than the engine may use.
+            RequestError: as `stream_generate` and `AdapterPool.acquire`; or the text needs more memory than the engine
+                may use.
         """
         request = make_request(
             self.model,
@@ -123,8 +133,13 @@ class Engine:
             sampler=sampler,
             logits_processors=logits_processors,
         )
-        row = Row(request, self.tokenizer, on_piece=on_piece)
+        row = Row(request, self.tokenizer, adapter, on_piece)
         self.budget.check(row)
+        if adapter is not None:
+            if self.adapters is None:
+                raise RequestError("This engine has no adapters; make it with adapters=AdapterPool(model).")
+            with suppress(PoolFullError):  # it waits for its turn, and for room
+                self.adapters.release(self.adapters.acquire(adapter))
         self.waiting.append(row)
         return row
 
@@ -151,16 +166,30 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting rows join, in order, while there is room."""
         self.waiting = deque(row for row in self.waiting if not row.is_done)
-        while self.waiting and len(self.rows) < self.max_rows and self.budget.take(self.waiting[0]):
-            row = self.waiting.popleft()
-            self._reuse(row)
-            self.rows.append(row)
+        while self.waiting and len(self.rows) < self.max_rows and self.budget.has_room(self.waiting[0]):
+            row = self.waiting[0]
+            try:
+                if self.adapters is not None and row.adapter is not None:
+                    row.handle = self.adapters.acquire(row.adapter)
+            except PoolFullError as error:
+                if self.rows:
+                    return
+                row.error = error
+            except Exception as error:
+                row.error = error
+            self.waiting.popleft()
+            if row.error is None:
+                self.budget.take(row)
+                self._reuse(row)
+                self.rows.append(row)
 
     def _retire(self) -> None:
         """Let the rows leave that are done."""
         for row in [row for row in self.rows if row.is_done]:
             self.rows.remove(row)
             self.budget.release(row)
+            if self.adapters is not None and row.handle is not None:
+                self.adapters.release(row.handle)
             if not self.exact_prefixes and row.error is None:
                 self._keep(row)
 
@@ -213,11 +242,13 @@ class Engine:
     def _forward(self, rows: Sequence[Row], tokens: mx.array, lengths: Sequence[int]) -> mx.array:
         """The log-probabilities [R, vocab] after `lengths` more tokens of each row, `tokens` [sum(lengths)]."""
         caches = step_caches([row.decoder.cache for row in rows], lengths)
-        hidden_states = self.model.hidden_states(tokens[:, None], caches)  # [N, 1, model_dim]
         ends = [end - 1 for end in accumulate(lengths)]
+        with self._adapters_of([row for row, length in zip(rows, lengths, strict=True) for _ in range(length)]):
+            hidden_states = self.model.hidden_states(tokens[:, None], caches)  # [N, 1, model_dim]
         if len(ends) < tokens.size:
             hidden_states = hidden_states[mx.array(ends)]
-        logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
+        with self._adapters_of(rows):
+            logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
         for i, (row, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
             decoder = row.decoder
             if decoder.options.kv_bits is not None:
@@ -278,16 +309,24 @@ class Engine:
         if self.exact_prefixes and len(row.prompt) <= size:
             self._keep(row)
         piece, row.prompt = row.prompt[:size], row.prompt[size:]
-        hidden_states = row.decoder.extend(mx.array([piece]))
-        if row.prompt:
-            mx.eval([layer.state[:2] for layer in row.decoder.cache])
-            mx.clear_cache()
-            return []
+        with self._adapters_of([row]):
+            hidden_states = row.decoder.extend(mx.array([piece]))
+            if row.prompt:
+                mx.eval([layer.state[:2] for layer in row.decoder.cache])
+                mx.clear_cache()
+                return []
+            logprobs = row.decoder.logprobs(hidden_states)
         if not self.exact_prefixes:
             self._keep(row)
         if row.draws:
-            self._draw(row, row.decoder.logprobs(hidden_states))
+            self._draw(row, logprobs)
         return row.take_forced()
+
+    def _adapters_of(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """Inside, each row of the model's calls has the adapter of the text in that place."""
+        if self.adapters is None:
+            return nullcontext()
+        return self.adapters.rows([row.handle for row in rows])
 
     def _reuse(self, row: Row) -> None:
         """Take from `prefixes` what a row's prompt begins with."""
@@ -297,7 +336,7 @@ class Engine:
         size = options.prefill_step_size or backend.prefill_step_size()
         if self.exact_prefixes:
             ids = ids[: (len(ids) - 1) // size * size + 1]
-        cache, count = self.prefixes.fetch(ids, options)
+        cache, count = self.prefixes.fetch(ids, options, key=row.key)
         excess = count % size if self.exact_prefixes else 0
         if count > excess:
             for layer in cache:
@@ -309,4 +348,4 @@ class Engine:
         if self.prefixes is not None and row.past == 0:
             ids = row.processed_ids()
             if ids:
-                self.prefixes.insert(ids, row.decoder.cache)
+                self.prefixes.insert(ids, row.decoder.cache, key=row.key)

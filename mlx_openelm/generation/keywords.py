@@ -50,25 +50,25 @@ class BatchKeywords(TypedDict, total=False):
     min_tokens_to_keep: int | Sequence[int]
     xtc_probability: float | Sequence[float]
     xtc_threshold: float | Sequence[float]
-    repetition_penalty: float | None | Sequence[float | None]
-    repetition_context_size: int | None | Sequence[int | None]
+    repetition_penalty: float | Sequence[float | None] | None
+    repetition_context_size: int | Sequence[int | None] | None
     presence_penalty: float | Sequence[float]
-    presence_context_size: int | None | Sequence[int | None]
+    presence_context_size: int | Sequence[int | None] | None
     frequency_penalty: float | Sequence[float]
-    frequency_context_size: int | None | Sequence[int | None]
-    logit_bias: Mapping[int, float] | None | Sequence[Mapping[int, float] | None]
-    max_kv_size: int | None | Sequence[int | None]
-    kv_bits: int | None | Sequence[int | None]
-    kv_group_size: int | None | Sequence[int | None]
+    frequency_context_size: int | Sequence[int | None] | None
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float] | None] | None
+    max_kv_size: int | Sequence[int | None] | None
+    kv_bits: int | Sequence[int | None] | None
+    kv_group_size: int | Sequence[int | None] | None
     quantized_kv_start: int | Sequence[int]
     max_tokens: int | Sequence[int]
-    seed: int | None | Sequence[int | None]
-    stop: str | Sequence[str] | None | Sequence[str | Sequence[str] | None]
+    seed: int | Sequence[int | None] | None
+    stop: str | Sequence[str] | Sequence[str | Sequence[str] | None] | None
     echo: bool | Sequence[bool]
-    prefill_step_size: int | None | Sequence[int | None]
+    prefill_step_size: int | Sequence[int | None] | None
     top_logprobs: int | Sequence[int]
-    json_schema: str | Mapping[str, Any] | None | Sequence[str | Mapping[str, Any] | None]
+    json_schema: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | None] | None
     json_object: bool | Sequence[bool]
-    regex: str | None | Sequence[str | None]
-    grammar: str | None | Sequence[str | None]
-    choice: str | Sequence[str] | None | Sequence[str | Sequence[str] | None]
+    regex: str | Sequence[str | None] | None
+    grammar: str | Sequence[str | None] | None
+    choice: str | Sequence[str] | Sequence[str | Sequence[str] | None] | None

@@ -61,13 +61,13 @@ class Budget:
                 "may be used; lower --max-tokens, shorten the prompt, or set --max-kv-size or --kv-bits."
             )
 
-    def take(self, row: Row) -> bool:
-        """Reserve a row's bytes, if they are free."""
-        needed = self.needed(row)
-        if self.reserved + needed > self.max_bytes:
-            return False
-        self.reserved += needed
-        return True
+    def has_room(self, row: Row) -> bool:
+        """Whether a row's bytes are free."""
+        return self.reserved + self.needed(row) <= self.max_bytes
+
+    def take(self, row: Row) -> None:
+        """Reserve a row's bytes."""
+        self.reserved += self.needed(row)
 
     def release(self, row: Row) -> None:
         self.reserved -= self.needed(row)

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import name_options
 from ..messages import warn
 from ..text.tokenizer import Tokenizer
-from .decoding import Request
+from .options import GenerationOptions
 from .piece import Piece
 from .stopping import StopStrings
+
+if TYPE_CHECKING:
+    from .constraints import Constraint
 
 
 class Output:
     """Makes the pieces of one text from its tokens, the first of which is there when this object is made.
 
     Args:
+        prompt: its ids.
+        count: the number of tokens after which the text ends.
+        constraint: says when the text is complete.
         prompt_seconds: the time from the start of the prompt to the first token. The speed of generation counts from
             the second token on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, prompt_seconds: float):
-        self.tokenizer, self.request, self.options = tokenizer, request, request.options
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        count: int,
+        options: GenerationOptions,
+        constraint: Constraint | None,
+        prompt_seconds: float,
+    ):
+        self.tokenizer, self.prompt, self.count, self.options = tokenizer, prompt, count, options
+        self.constraint = constraint
         self.length = 0  # tokens so far
         self._is_cut = False
         self._stops = StopStrings(self.options.stop) if self.options.stop else None
-        seen = request.prompt if self.options.echo else ()
-        self._decoder = tokenizer.streaming_decoder(seen, keeps_space=request.constraint is not None)
+        seen = prompt if self.options.echo else ()
+        self._decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
         self._prompt_seconds, self._started = prompt_seconds, time.perf_counter()
 
     def add(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]]) -> Piece:
         """The piece of the next token."""
-        request, stops, constraint = self.request, self._stops, self.request.constraint
+        stops, constraint = self._stops, self.constraint
         self.length = n = self.length + 1
         text, stopped = "", token in self.tokenizer.eos_token_ids
         if not stopped:
@@ -41,19 +57,19 @@ class Output:
             if stops is not None:
                 text, stopped = stops.add(text)
             stopped = stopped or (constraint is not None and constraint.completed_by(n))
-        finish_reason = "stop" if stopped else "length" if n == request.count else None
+        finish_reason = "stop" if stopped else "length" if n == self.count else None
         if finish_reason is not None:
             rest = self._decoder.finish()
             text += rest if stops is None else stops.add(rest)[0] + stops.finish()
         self._is_cut = finish_reason == "length" and constraint is not None
         if n == 1 and self.options.echo:
-            text = self.tokenizer.decode(request.prompt) + text
+            text = self.tokenizer.decode(self.prompt) + text
         return Piece(
             text,
             token,
             logprob,
-            prompt_tokens=len(request.prompt),
-            prompt_tps=len(request.prompt) / max(self._prompt_seconds, 1e-9),
+            prompt_tokens=len(self.prompt),
+            prompt_tps=len(self.prompt) / max(self._prompt_seconds, 1e-9),
             generation_tokens=n,
             generation_tps=(n - 1) / (time.perf_counter() - self._started) if n > 1 else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,

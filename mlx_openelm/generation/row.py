@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..adapters.pool import AdapterHandle
+from ..adapters.switching import AdapterPaths
 from ..text.tokenizer import Tokenizer
 from .decoding import Request, failed_draw, warn_past_context
 from .output import Output
@@ -31,7 +33,7 @@ class Row:
         self,
         request: Request,
         tokenizer: Tokenizer,
-        adapter: str | None = None,
+        adapter: AdapterPaths | None = None,
         on_piece: Callable[[Piece], object] | None = None,
     ):
         self.request, self.adapter, self.on_piece = request, adapter, on_piece
@@ -42,6 +44,7 @@ class Row:
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cached_tokens = 0
+        self.handle: AdapterHandle | None = None  # of the adapter, while the row is decoded
         self.decoder, self.constraint = request.decoder, request.constraint
         self.past = int(self.decoder.cache[0].offset)  # positions in the caches before the prompt
         forced = [] if self.constraint is None else self.constraint.opening[: request.count]
@@ -60,6 +63,11 @@ class Row:
     @property
     def is_done(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def key(self) -> str:
+        """What keys and values depend on besides the ids."""
+        return "" if self.handle is None else self.handle.digest
 
     @property
     def is_plain(self) -> bool:
@@ -114,7 +122,11 @@ class Row:
         pieces: list[Piece] = []
         for token, logprob, likeliest in steps:
             if self._output is None:
-                self._output = Output(self._tokenizer, self.request, time.perf_counter() - self._submitted)
+                seconds = time.perf_counter() - self._submitted
+                request = self.request
+                self._output = Output(
+                    self._tokenizer, request.prompt, request.count, request.options, request.constraint, seconds
+                )
             if self.tokens:
                 warn_past_context(self.decoder.model, self.past + len(self.request.prompt) + len(self.tokens) - 1)
             piece = self._output.add(token, logprob, likeliest)
