@@ -12,6 +12,8 @@ decoding step has the same bits whatever its neighbors.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -236,18 +238,31 @@ class DoRAEmbedding(LoRAEmbedding):
 
 
 def _add_product(y: mx.array, z: mx.array, b: mx.array) -> mx.array:
-    """y [..., out] plus z [..., rank] times b [rank, out].
-
-    On a CPU each single position is multiplied by itself, since a BLAS rounds a row of several differently; so few
-    numbers take no longer.
-    """
+    """y [..., out] plus z [..., rank] times b [rank, out]."""
     if backend.on_gpu():
         return mx.addmm(y, z, b)
     if z.ndim > 2 and z.shape[-2] > 1:
         return y + z @ b
-    # Three dimensions on both sides, or MLX would make one product of them.
-    product = z.reshape(-1, 1, z.shape[-1]) @ b[None]
-    return y + product.reshape(y.shape)
+    single = chosen_products(z.reshape(-1, z.shape[-1]), b[None], _zeros(z.size // z.shape[-1]))
+    return y + single.reshape(y.shape).astype(y.dtype)
+
+
+def chosen_products(z: mx.array, matrices: mx.array, choices: mx.array) -> mx.array:
+    """z [rows, rank] times, for each row, one of several matrices [count, rank, out]: [rows, 1, out].
+
+    On a CPU it is in float32 and one product for each row, which with so few numbers takes no longer than one for all;
+    then a BLAS gives a row the same bits whatever its neighbors.
+    """
+    if not backend.on_gpu():
+        z, matrices = z.astype(mx.float32), matrices.astype(mx.float32)
+    return mx.gather_mm(z[:, None], matrices, rhs_indices=choices)
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> mx.array:
+    zeros = mx.zeros(count, mx.uint32)
+    mx.eval(zeros)
+    return zeros
 
 
 def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:
