@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_openelm import native
+from mlx_openelm import backend, native
 from mlx_openelm.adapters.attaching import attach, attach_new, target_paths
 from mlx_openelm.adapters.files import read_adapter
 from mlx_openelm.adapters.pool import AdapterHandle, AdapterPool, PoolFullError
@@ -182,6 +182,16 @@ def test_rows_equal_what_peft_and_the_published_code_compute() -> None:
     for row, name in enumerate(names):
         assert np.abs(got[row] - (expected_base if name is None else expected[name])).max() < 2e-3, name
     assert np.abs(got[1:] - got[0]).max(axis=(1, 2)).min() > 0.1  # the adapters do something
+
+
+def test_the_operations_of_a_gpu_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tokens = make_pool(load_model()), mx.array([[7], [8], [9], [10], [11]])
+    rows = [None, *(pool.acquire(name) for name in ("peft-lora", "peft-dora", "rank 8, both sides", "full"))]
+    with pool.rows(rows):
+        expected = pool.model(tokens)
+        mx.eval(expected)
+        monkeypatch.setattr(backend, "on_gpu", lambda: True)
+        assert np.allclose(np.array(pool.model(tokens)), np.array(expected), atol=2e-4)
 
 
 def test_several_positions_with_one_adapter_and_none() -> None:

@@ -253,9 +253,9 @@ def chosen_products(z: mx.array, matrices: mx.array, choices: mx.array) -> mx.ar
     On a CPU it is in float32 and one product for each row, which with so few numbers takes no longer than one for all;
     then a BLAS gives a row the same bits whatever its neighbors.
     """
-    if not backend.on_gpu():
-        z, matrices = z.astype(mx.float32), matrices.astype(mx.float32)
-    return mx.gather_mm(z[:, None], matrices, rhs_indices=choices)
+    if backend.on_gpu():
+        return z[:, None] @ matrices[choices]
+    return mx.gather_mm(z[:, None].astype(mx.float32), matrices.astype(mx.float32), rhs_indices=choices)
 
 
 @lru_cache(maxsize=64)
