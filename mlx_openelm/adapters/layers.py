@@ -6,15 +6,18 @@ float32, and cast to the activations' type where they are used. OpenELM's matric
 With `lora_b` at zero, and DoRA's `m` as it starts, outputs are the base's bit for bit.
 
 Outside of training a layer is its base, then `adapt` or `adapt_logits`, which turn the base's output into the
-adapter's: so rows with different adapters share a product with the base (see `rows`). These use the model's own
-products: on the CPU kernels a row of a decoding step has the same bits whatever its neighbors.
+adapter's: so rows with different adapters share a product with the base (see `rows`). On the CPU kernels a row of a
+decoding step has the same bits whatever its neighbors.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import backend
 from ..formats.adapter import LowRank
 from ..formats.mlx import Quantization
 from ..model import add_to
@@ -64,9 +67,7 @@ class _Adapted(nn.Module):
         return self["lora_a"], self["lora_b"]
 
     def _make_applied(self, dtype: mx.Dtype) -> Factors:
-        """As `layers.linear` takes them, [out, in]: `lora_a`, `lora_b` times the scale, then a subclass's own."""
-        a, b, *own = self._make_factors(dtype, self.scale)
-        return mx.contiguous(a.T), mx.contiguous(b.T), *own
+        return self._make_factors(dtype, self.scale)
 
     def _make_factors(self, dtype: mx.Dtype, scale: float | None = None) -> Factors:
         """The matrices that compute an output, in the activations' type: `lora_a`, `lora_b`, then a subclass's own.
@@ -112,7 +113,12 @@ class LoRALinear(_Adapted):
     def adapt(self, y: mx.array, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """The output for x [..., in], plus the residual, from the base's output y [..., out]."""
         a, b = self.applied(x.dtype)
-        return layers.linear(layers.linear(x, a), b, y if residual is None else residual + y)
+        return _add_product(y if residual is None else residual + y, layers.linear(x, a), b)
+
+    def _make_applied(self, dtype: mx.Dtype) -> Factors:
+        """`lora_a` transposed, as `layers.linear` takes it."""
+        a, *others = super()._make_applied(dtype)
+        return mx.contiguous(a.T), *others
 
 
 class DoRALinear(LoRALinear):
@@ -141,7 +147,7 @@ class DoRALinear(LoRALinear):
 
     def adapt(self, y: mx.array, x: mx.array, residual: mx.array | None = None) -> mx.array:
         a, b, excess = self.applied(x.dtype)
-        y = layers.linear(layers.linear(x, a), b, y + excess * y)
+        y = _add_product(y + excess * y, layers.linear(x, a), b)
         return y if residual is None else residual + y
 
     def _sources(self) -> Factors:
@@ -175,7 +181,7 @@ class LoRAEmbedding(_Adapted):
         y = self["embedding"](tokens).astype(mx.float32)
         a = self["lora_a"][tokens].astype(mx.float32)
         if not self.training:
-            return layers.linear(a, self.applied(mx.float32)[2], y)
+            return _add_product(y, a, self.applied(mx.float32)[1])
         return mx.addmm(y, a, self["lora_b"].astype(mx.float32), self.scale)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -193,14 +199,9 @@ class LoRAEmbedding(_Adapted):
         """The logits of x [..., dim] from the base's logits y [..., vocab]."""
         if not self.output_side:
             return y
-        a, b, _, *ratio = self.applied(x.dtype)
-        y = layers.linear(layers.linear(x, b), a, y)
+        a, b, *ratio = self.applied(x.dtype)
+        y = _add_product(y, layers.linear(x, b), a.T)
         return y * ratio[0] if ratio else y
-
-    def _make_applied(self, dtype: mx.Dtype) -> Factors:
-        """`lora_a` and `lora_b` times the scale, as the output side takes them; the second transposed; DoRA's ratio."""
-        a, b, *own = self._make_factors(dtype, self.scale)
-        return a, b, mx.contiguous(b.T), *own
 
 
 class DoRAEmbedding(LoRAEmbedding):
@@ -234,6 +235,34 @@ class DoRAEmbedding(LoRAEmbedding):
             products = mx.stop_gradient(_columns_times(self["embedding"], a))
             lengths = _changed_lengths(self._squares, products, a, b, self.scale)
         return (*super()._make_factors(dtype, scale), (self["m"] / lengths).astype(dtype))
+
+
+def _add_product(y: mx.array, z: mx.array, b: mx.array) -> mx.array:
+    """y [..., out] plus z [..., rank] times b [rank, out]."""
+    if backend.on_gpu():
+        return mx.addmm(y, z, b)
+    if z.ndim > 2 and z.shape[-2] > 1:
+        return y + z @ b
+    single = chosen_products(z.reshape(-1, z.shape[-1]), b[None], _zeros(z.size // z.shape[-1]))
+    return y + single.reshape(y.shape).astype(y.dtype)
+
+
+def chosen_products(z: mx.array, matrices: mx.array, choices: mx.array) -> mx.array:
+    """z [rows, rank] times, for each row, one of several matrices [count, rank, out]: [rows, 1, out].
+
+    On a CPU it is in float32 and one product for each row, which with so few numbers takes no longer than one for all;
+    then a BLAS gives a row the same bits whatever its neighbors.
+    """
+    if backend.on_gpu():
+        return z[:, None] @ matrices[choices]
+    return mx.gather_mm(z[:, None].astype(mx.float32), matrices.astype(mx.float32), rhs_indices=choices)
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int) -> mx.array:
+    zeros = mx.zeros(count, mx.uint32)
+    mx.eval(zeros)
+    return zeros
 
 
 def _columns_times(embedding: nn.Module, a: mx.array) -> mx.array:

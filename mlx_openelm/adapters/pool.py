@@ -71,7 +71,7 @@ class AdapterPool:
         model: the base, without an adapter; it is put in evaluation mode. Whole weights that full fine-tuning trained
             and `load` attached count as the base's own.
         max_bytes: the most memory of all adapters together, 1 GiB by default. Of those that no row uses, the least
-            recently used are dropped first.
+            recently used are dropped first. A step with several adapters copies those in use, about half their size.
         read: reads the adapter at a path; by default `read_adapter`.
 
     Raises:
@@ -163,12 +163,12 @@ class AdapterPool:
     def rows(self, handles: Sequence[AdapterHandle | None]) -> Iterator[None]:
         """Inside, the model computes each row with its adapter: row i of `hidden_states` and `logits` with handles[i].
 
-        One handle serves any number of rows and positions, such as a piece of a prompt. Without any adapter the model
-        stays as it is. Blocks cannot be nested.
+        With different adapters, rows are one position each, as in a decoding step. If all handles are the same one,
+        the model takes any number of rows and positions, such as a piece of a prompt; if all are None, it stays as it
+        is. Blocks cannot be nested.
 
         Raises:
-            ValueError: a released handle, no handle, or inside a block with different adapters a call with another
-                number of rows.
+            ValueError: a released handle, or none given; or the model is called with another number of rows.
         """
         if self._in_rows:
             raise RuntimeError("The rows of a batch have their adapters already: blocks cannot be nested.")
@@ -194,10 +194,12 @@ class AdapterPool:
             return {} if rows[0] is None else rows[0].modules
         if rows != self._last_rows:
             choices = self._mixed[0]
-            if set(choices) != set(rows):
-                choices = tuple(dict.fromkeys(rows))
+            if not set(choices).issuperset(rows):
+                # All in use, since each may be in one of the next steps, and stacking them takes a while.
+                choices = (None, *(held for held in self._held.values() if held.users))
                 adapters = [{} if held is None else held.modules for held in choices]
-                self._mixed = choices, mixed_modules(self._base, adapters, self._division)
+                dtype = self._base[NORM]["weight"].dtype
+                self._mixed = choices, mixed_modules(self._base, adapters, self._division, dtype)
             number = {held: number for number, held in enumerate(choices)}
             self._division.assign([number[held] for held in rows])
             self._last_rows = rows
