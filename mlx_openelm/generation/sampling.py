@@ -54,7 +54,9 @@ class KeyStream:
     def __init__(self, key: mx.array):
         self.next = 0  # the number of the key that the next call gives; assign to it to go back
         self._first = key
-        self._start_over()
+        self._known = 0  # keys computed so far; the last of them are kept
+        self._chain = key
+        self._keys: deque[mx.array] = deque(maxlen=self.KEPT)
 
     def __call__(self) -> mx.array:
         key = self.key_at(self.next)
@@ -64,16 +66,13 @@ class KeyStream:
     def key_at(self, n: int) -> mx.array:
         """Key `n`, counted from 0."""
         if n < self._known - len(self._keys):
-            self._start_over()
+            self._known, self._chain = 0, self._first
+            self._keys.clear()
         while self._known <= n:
             self._chain, key = mx.random.split(self._chain)
             self._keys.append(key)
             self._known += 1
         return self._keys[n - self._known]
-
-    def _start_over(self) -> None:
-        self._chain, self._known = self._first, 0
-        self._keys: deque[mx.array] = deque(maxlen=self.KEPT)
 
 
 class TextSampler:
