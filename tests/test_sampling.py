@@ -345,6 +345,57 @@ def test_keys_differ_and_their_chain_stays_short():
     assert len(seen) == 3000
 
 
+# Tokens that the version before `TextSampler` drew from `random_logprobs(1, batch=24, vocab=50)` with seed 7.
+PINNED: list = [
+    ({}, [22, 46, 24, 33, 1, 23, 30, 20, 3, 34, 27, 21, 31, 16, 11, 17, 24, 10, 25, 7, 20, 28, 36, 4]),
+    ({"top_p": 0.9}, [22, 44, 24, 33, 1, 23, 30, 20, 3, 34, 24, 21, 28, 16, 11, 20, 24, 10, 25, 9, 20, 28, 36, 4]),
+    (
+        {"top_k": 10, "min_p": 0.02},
+        [22, 44, 24, 33, 1, 23, 29, 20, 3, 34, 24, 21, 28, 16, 11, 20, 21, 10, 25, 9, 20, 28, 36, 4],
+    ),
+    (
+        {"xtc_probability": 0.5, "xtc_threshold": 0.05},
+        [49, 17, 3, 33, 44, 23, 11, 14, 26, 10, 24, 4, 31, 43, 28, 2, 24, 10, 48, 7, 36, 15, 6, 30],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), PINNED)
+def test_a_seed_gives_the_same_tokens_as_ever_in_order_at_once_and_again(changes, expected):
+    rows = mx.array(random_logprobs(1, batch=24, vocab=50))
+    params = SamplingParams(temp=0.9, **changes)
+    sampler = make_sampler(params, special_ids=(2,), key=make_key(7))
+    assert [sampler(rows[n : n + 1]).item() for n in range(24)] == expected
+    assert sampler.tokens(rows, 0).tolist() == expected
+    assert sampler.tokens(rows[11:13], 11).tolist() == expected[11:13]  # one that is rejected is drawn again
+    assert make_sampler(params, (2,), make_key(7)).tokens(rows[20:], 20).tolist() == expected[20:]
+    draws = [mx.random.categorical(sampler.distributions(rows[n : n + 1], n), key=sampler.key_at(n)) for n in (3, 9)]
+    assert [draw.item() for draw in draws] == [expected[3], expected[9]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.8}, {"xtc_probability": 0.5, "xtc_threshold": 0.02}])
+def test_distributions_are_those_of_the_draws(changes):
+    rows = mx.array(random_logprobs(5, batch=3, vocab=20, spread=1.0))
+    sampler = make_sampler(SamplingParams(temp=1.4, **changes), key=make_key(2))
+    scores, distributions = np.array(sampler.scores(rows, 4)), np.array(sampler.distributions(rows, 4), np.float64)
+    np.testing.assert_allclose(np.exp(distributions).sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(scores == -INF, distributions == -INF)
+    for mine, row in zip(scores, distributions, strict=True):
+        kept = mine > -INF
+        assert np.ptp(mine[kept] - row[kept]) < 1e-5
+    if changes:
+        assert (scores == -INF).any()
+
+
+def test_keys_can_be_asked_for_again_in_any_order():
+    keys = KeyStream(make_key(5))
+    expected = [keys().tolist() for _ in range(3 * KeyStream.KEPT)]
+    for n in (700, 3, 0, 511, 255, 256, 767, 1):
+        assert keys.key_at(n).tolist() == expected[n]
+    keys.next = 2
+    assert [keys().tolist() for _ in range(2)] == expected[2:4]
+
+
 def test_sampling_never_waits_for_the_device():
     """MLX refuses to evaluate inside a traced function, so tracing one proves that nothing reads a value."""
     sampler, processors = (

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
 import mlx.core as mx
 
+from ..ops.layers import log_softmax
 from .options import SamplingParams, check_seed
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities [B, vocab] -> tokens [B]
@@ -41,14 +43,99 @@ def make_key(seed: int) -> mx.array:
 
 
 class KeyStream:
-    """Gives a new random key at every call, computed lazily; the first key determines all of them."""
+    """The random keys of one text, computed lazily; the first key determines all of them.
+
+    A call gives the next one. `key_at(n)` gives key n whatever was asked for before: at once if it is among the last
+    `KEPT`, else by computing the chain again from its beginning.
+    """
+
+    KEPT = 256
 
     def __init__(self, key: mx.array):
-        self._key = key
+        self.next = 0  # the number of the key that the next call gives; assign to it to go back
+        self._first = key
+        self._known = 0  # keys computed so far; the last of them are kept
+        self._chain = key
+        self._keys: deque[mx.array] = deque(maxlen=self.KEPT)
 
     def __call__(self) -> mx.array:
-        self._key, key = mx.random.split(self._key)
+        key = self.key_at(self.next)
+        self.next += 1
         return key
+
+    def key_at(self, n: int) -> mx.array:
+        """Key `n`, counted from 0."""
+        if n < self._known - len(self._keys):
+            self._known, self._chain = 0, self._first
+            self._keys.clear()
+        while self._known <= n:
+            self._chain, key = mx.random.split(self._chain)
+            self._keys.append(key)
+            self._known += 1
+        return self._keys[n - self._known]
+
+
+class TextSampler:
+    """Draws the tokens of one text from log-probabilities, in order or again from any place.
+
+    A call takes log-probabilities [B, vocab] to the next token of each row, [B], for which all rows share a key. The
+    other methods take those of consecutive tokens of the text, [L, vocab], the first of which is token `start` counted
+    from 0; each token has keys of its own, which follow from the first key and its place alone.
+
+    Args:
+        params: valid ones whose temperature is not 0.
+        special_ids: tokens that XTC never drops.
+        key: the first key.
+    """
+
+    def __init__(self, params: SamplingParams, special_ids: Collection[int], key: mx.array):
+        self._params = params
+        self._special_ids = special_ids
+        self._keys = KeyStream(key)
+        self._tosses = params.xtc_probability > 0  # then a token's first key is that of XTC's coin
+        self._inverse_temp = 1.0 / max(float(params.temp), MIN_TEMP)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities [B, vocab] to the next tokens [B]."""
+        coins = toss(self._keys(), logprobs.shape[0], self._params.xtc_probability) if self._tosses else None
+        return mx.random.categorical(self._scores(logprobs, coins), key=self._keys())
+
+    def key_at(self, place: int) -> mx.array:
+        """The key that token `place` of the text is drawn with."""
+        return self._keys.key_at(2 * place + 1 if self._tosses else place)
+
+    def scores(self, logprobs: mx.array, start: int) -> mx.array:
+        """Log-probabilities [L, vocab] after the filters, divided by the temperature; their sum is not 1."""
+        coins = None
+        if self._tosses:
+            keys = [self._keys.key_at(2 * place) for place in range(start, start + logprobs.shape[0])]
+            coins = mx.concatenate([toss(key, 1, self._params.xtc_probability) for key in keys])
+        return self._scores(logprobs, coins)
+
+    def distributions(self, logprobs: mx.array, start: int) -> mx.array:
+        """The log-probabilities [L, vocab] with which tokens are drawn: after the filters and the temperature."""
+        return log_softmax(self.scores(logprobs, start))
+
+    def tokens(self, logprobs: mx.array, start: int) -> mx.array:
+        """The tokens [L] that calls would draw one by one, given these log-probabilities [L, vocab]."""
+        scores = self.scores(logprobs, start)
+        # Row by row: a draw from several rows with one key, or with mapped keys, is not the draw from each alone.
+        rows = [mx.random.categorical(scores[i : i + 1], key=self.key_at(start + i)) for i in range(scores.shape[0])]
+        return mx.concatenate(rows)
+
+    def _scores(self, logprobs: mx.array, coins: mx.array | None) -> mx.array:
+        params = self._params
+        # Costs nothing if it is float32 already; half precision would blur top-p's sum.
+        logprobs = logprobs.astype(mx.float32)
+        if 0 < params.top_p < 1:
+            logprobs = apply_top_p(logprobs, params.top_p)
+        if params.min_p > 0:
+            logprobs = apply_min_p(logprobs, params.min_p, params.min_tokens_to_keep)
+        if coins is not None:
+            logprobs = exclude_top_choices(logprobs, params.xtc_threshold, self._special_ids, coins)
+        if params.top_k > 0:
+            logprobs = apply_top_k(logprobs, params.top_k)
+        return logprobs * self._inverse_temp
 
 
 def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key: mx.array | None = None) -> Sampler:
@@ -56,29 +143,13 @@ def make_sampler(params: SamplingParams, special_ids: Collection[int] = (), key:
 
     XTC never drops `special_ids` (end of text, a newline), since texts might then never end. The same `key` gives the
     same tokens in the same calls; without one, the seed comes from the operating system. A sampler advances its own
-    key at every call, so make a new one for every text. Rows are drawn independently.
+    key at every call, so make a new one for every text. Rows are drawn independently. It is `greedy` at temperature 0,
+    else a `TextSampler`.
     """
     params.validate()
     if params.temp == 0:
         return greedy
-    keys = KeyStream(make_key(random_seed()) if key is None else key)
-    inverse_temp = 1.0 / max(float(params.temp), MIN_TEMP)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        """Log-probabilities [B, vocab] to tokens [B]."""
-        # Costs nothing if it is float32 already; half precision would blur top-p's sum.
-        logprobs = logprobs.astype(mx.float32)
-        if 0 < params.top_p < 1:
-            logprobs = apply_top_p(logprobs, params.top_p)
-        if params.min_p > 0:
-            logprobs = apply_min_p(logprobs, params.min_p, params.min_tokens_to_keep)
-        if params.xtc_probability > 0:
-            logprobs = apply_xtc(logprobs, params.xtc_probability, params.xtc_threshold, special_ids, keys())
-        if params.top_k > 0:
-            logprobs = apply_top_k(logprobs, params.top_k)
-        return mx.random.categorical(logprobs * inverse_temp, key=keys())
-
-    return sample
+    return TextSampler(params, special_ids, make_key(random_seed()) if key is None else key)
 
 
 def greedy(logprobs: mx.array) -> mx.array:
@@ -137,13 +208,24 @@ def apply_xtc(
     [B, vocab] -> the same with `-inf` elsewhere; each row tosses its own coin. With one token above the
     threshold, or none, nothing is dropped; tokens as likely as the least likely one stay too.
     """
+    return exclude_top_choices(logprobs, threshold, special_ids, toss(key, logprobs.shape[0], probability))
+
+
+def exclude_top_choices(
+    logprobs: mx.array, threshold: float, special_ids: Collection[int], coins: mx.array
+) -> mx.array:
+    """`apply_xtc` in the rows of [B, vocab] whose coin, one of booleans [B, 1], is True."""
     probs = mx.softmax(logprobs, axis=-1)
     least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)  # [B, 1]
     dropped = probs > least
     if len(special_ids) > 0:
         dropped[..., mx.array(list(special_ids))] = False
-    heads = mx.random.uniform(shape=(*logprobs.shape[:-1], 1), key=key) < probability
-    return mx.where(heads & dropped, -mx.inf, logprobs)
+    return mx.where(coins & dropped, -mx.inf, logprobs)
+
+
+def toss(key: mx.array, rows: int, probability: float) -> mx.array:
+    """Booleans [rows, 1], each True with this probability."""
+    return mx.random.uniform(shape=(rows, 1), key=key) < probability
 
 
 def make_logits_processors(params: SamplingParams) -> list[LogitsProcessor]:

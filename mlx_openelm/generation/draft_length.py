@@ -1,0 +1,212 @@
+"""How many tokens to draft, from how often drafts were right and what checking them costs, both as measured so far.
+
+A step of the target checks n positions: one for each row of the batch, and one for each drafted token. It takes t(n)
+seconds and gives one token for each row and one for each drafted token that is right. `DraftLengths` drafts as many
+tokens as bring the most tokens a second; none where none pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+MAX_DRAFT_TOKENS = 16
+
+
+class AcceptanceRates:
+    """How often a drafted token was right, by a level that tells good drafts from bad ones; old draws fade.
+
+    The level is the length of the match for lookup, and the place in the draft for a draft model: of a draft that
+    begins at some level, the next token has the next level.
+
+    Args:
+        expected: the rates to begin with; the last one is that of all higher levels. A level that was never observed is
+            as good as the next lower one that was, or better.
+    """
+
+    _FADING = 0.97  # so that about 33 tokens count
+    _WEIGHT = 2.0  # of what is expected, in tokens
+
+    def __init__(self, expected: Sequence[float]):
+        self._expected = expected
+        self._right: dict[int, float] = {}
+        self._all: dict[int, float] = {}
+
+    def observe(self, level: int, is_right: bool) -> None:
+        """Count one token."""
+        band = _band(level)
+        if band not in self._all:
+            self._right[band] = self._WEIGHT * self._rate(band)
+            self._all[band] = self._WEIGHT
+        self._all[band] = self._FADING * self._all[band] + 1
+        self._right[band] = self._FADING * self._right[band] + is_right
+
+    def chances(self, level: int, count: int) -> list[float]:
+        """The chances that the first, the first two, ... of `count` drafted tokens are all right."""
+        chances, chance = [], 1.0
+        for n in range(level, level + count):
+            band = _band(n)
+            chance *= self._rate(band)
+            chances.append(chance)
+        return chances
+
+    def _rate(self, band: int) -> float:
+        if band in self._all:
+            return self._right[band] / self._all[band]
+        expected = self._expected[min(band, len(self._expected) - 1)]
+        lower = max((other for other in self._all if other < band), default=None)
+        return expected if lower is None else max(expected, self._right[lower] / self._all[lower])
+
+
+def _band(level: int) -> int:
+    """0 to 4, then one for each power of two."""
+    return level if level <= 4 else 2 + level.bit_length()
+
+
+class StepCosts:
+    """The seconds t(n) that a step of n positions takes, as measured.
+
+    Other programs make some steps longer and none shorter, so a lower quartile counts, and no step counts as longer
+    than one of more positions.
+    """
+
+    _KEPT = 9
+    _TRUSTED = 2  # one measurement may be an accident
+    _MAX_AGE = 1000  # steps after which a measurement is forgotten
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.last: dict[int, int] = {}  # the step in which each number of positions was measured last
+        self._samples: dict[int, deque[float]] = {}
+        self._known: dict[int, float] = {}
+
+    def observe(self, positions: int, seconds: float) -> None:
+        """Count a step of this many positions."""
+        self.step += 1
+        for old in [n for n, step in self.last.items() if self.step - step > self._MAX_AGE]:
+            del self.last[old], self._samples[old]
+        self._samples.setdefault(positions, deque(maxlen=self._KEPT)).append(seconds)
+        self.last[positions] = self.step
+        self._known = {}
+        least = math.inf
+        for n in sorted(self._samples, reverse=True):
+            samples = self._samples[n]
+            if len(samples) >= self._TRUSTED:
+                least = min(least, sorted(samples)[len(samples) // 4])
+                self._known[n] = least
+
+    def known(self) -> dict[int, float]:
+        """The seconds of each number of positions that was measured often and lately enough."""
+        return self._known
+
+
+class Plan(NamedTuple):
+    """What could be drafted for a row.
+
+    `chances` are those that the first, the first two, ... drafted tokens are all right, as many as can be drafted.
+    Drafting takes `start_seconds`, then `token_seconds` for each token; where they are not 0, only drafting shows how
+    good the drafts are.
+    """
+
+    chances: Sequence[float]
+    start_seconds: float = 0.0
+    token_seconds: float = 0.0
+
+
+class DraftLengths:
+    """Chooses the number of drafted tokens for each row of a step, and learns from the steps.
+
+    Step times that are not known are tried where drafting would pay if they were little longer than that of the next
+    smaller step; plain steps are measured again now and then. What drafting lost against plain decoding, by the same
+    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; it
+    pauses where that is used up. Where drafts of a draft model do not pay, that credit buys trials of one token.
+
+    Args:
+        limit: the most tokens drafted for a row.
+        fixed: this many for each row, whatever is measured.
+    """
+
+    _MARGIN = 1.03  # how much faster than plain decoding drafting must look
+    _SLOPE = 0.02  # what a position adds at least to a step whose time is not known
+    _PLAIN_EVERY = 128  # steps
+    _START = 2.0
+    _SHARE = 0.0125
+    # In plain steps: the most that can be saved up, the most debt, and the most that one step is charged.
+    _MOST, _DEBT, _CHARGE = 8.0, 2.0, 4.0
+
+    def __init__(self, limit: int = MAX_DRAFT_TOKENS, fixed: int | None = None):
+        self.limit = limit if fixed is None else fixed
+        self._fixed = fixed
+        self._costs = StepCosts()
+        self._credit = self._START  # in plain steps
+        self._trials = 0
+
+    def choose(self, plans: Sequence[Plan]) -> list[int]:
+        """The number of tokens to draft for each row of a step; rows that share a draft model draft together."""
+        rows = len(plans)
+        if self._fixed is not None:
+            return [min(self._fixed, len(plan.chances)) for plan in plans]
+        lengths = [0] * rows
+        known = self._costs.known()
+        # A plain step is what drafting is compared with, so its time must be known, and well.
+        age = self._costs.step - self._costs.last.get(rows, -self._PLAIN_EVERY)
+        if rows not in known or age >= self._PLAIN_EVERY or self._credit <= 0:
+            return lengths
+        chosen = self._fastest(plans, known)
+        if not chosen and (tried := self._trial(plans, known)) is not None:
+            chosen = [tried]
+        for row in chosen:
+            lengths[row] += 1
+        return lengths
+
+    def observe(self, rows: int, positions: int, tokens: int, seconds: float, draft_seconds: float = 0.0) -> None:
+        """Learn from a step that gave `tokens` tokens for `rows` rows.
+
+        Args:
+            positions: those that the target computed: the rows and the drafted tokens.
+            seconds: what that took, including the choice of tokens.
+            draft_seconds: what drafting took.
+        """
+        self._costs.observe(positions, seconds)
+        known = self._costs.known()
+        plain = known.get(rows)
+        if plain is None:
+            return
+        spent = (known.get(positions, seconds) + draft_seconds) / plain
+        won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
+        self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
+
+    def _fastest(self, plans: Sequence[Plan], known: dict[int, float]) -> list[int]:
+        """The row of each token to draft, for the most tokens a second."""
+        rows = len(plans)
+        # A row's tokens are ever less likely, so the likeliest of all rows are the first ones of each.
+        tokens = [
+            (chance, row, plan.start_seconds + n * plan.token_seconds)
+            for row, plan in enumerate(plans)
+            for n, chance in enumerate(plan.chances[: self.limit], 1)
+        ]
+        tokens.sort(key=lambda token: -token[0])
+        chosen, expected, drafting, checking = 0, float(rows), 0.0, known[rows]
+        best = self._MARGIN * expected / checking
+        for count, (chance, _, seconds) in enumerate(tokens[: 2 * max(known) - rows], 1):
+            expected += chance
+            drafting = max(drafting, seconds)
+            checking = known.get(rows + count, checking * (1 + self._SLOPE))
+            if expected / (checking + drafting) > best:
+                chosen, best = count, expected / (checking + drafting)
+        return [row for _, row, _ in tokens[:chosen]]
+
+    def _trial(self, plans: Sequence[Plan], known: dict[int, float]) -> int | None:
+        """A row to draft one token for although it is not expected to pay, each in turn; None if it costs too much."""
+        rows = [row for row, plan in enumerate(plans) if plan.token_seconds > 0 and plan.chances]
+        if not rows:
+            return None
+        row = rows[self._trials % len(rows)]
+        plain = known[len(plans)]
+        cost = plans[row].start_seconds + plans[row].token_seconds + known.get(len(plans) + 1, plain) - plain
+        if cost > self._credit * plain:
+            return None
+        self._trials += 1
+        return row
