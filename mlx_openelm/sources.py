@@ -34,7 +34,7 @@ class Source:
     """A model from anywhere: unread weights, tokenizer, and where both came from."""
 
     name: str  # what the user typed
-    path: Path  # the folder or file it was read from
+    path: Path  # the folder or file it was read from, absolute: the working directory may change
     checkpoint: Checkpoint  # config, unread weights by Hugging Face name, quantization
     tokenizer: Tokenizer
     repo: str | None  # the hub repository it came from; None for a local model
@@ -104,7 +104,7 @@ def open_source(
         refuse_yaml(model, config_yaml)
     if is_port(path) or (not is_folder and path.suffix.lower() != ".gguf"):
         return _open_corenet(model, path, tokenizer, config_yaml, repo)
-    stamps = _stamps(path)
+    stamps = _stamps(path.absolute())
     if is_folder:
         checkpoint, own_tokenizer = mlx_format.read(path), None
     else:
@@ -113,7 +113,7 @@ def open_source(
         checkpoint, own_tokenizer = gguf.read(path)
     if own_tokenizer is None or tokenizer is not None:
         own_tokenizer = find_tokenizer(model, path, checkpoint.config, tokenizer)
-    return Source(str(model), path, checkpoint, own_tokenizer, repo, checkpoint.config, stamps)
+    return Source(str(model), path.absolute(), checkpoint, own_tokenizer, repo, checkpoint.config, stamps)
 
 
 def refuse_yaml(model: str | Path, config_yaml: str | Path | None) -> None:
@@ -192,7 +192,7 @@ def _open_corenet(
     from .formats import corenet
 
     yaml_file = None if config_yaml is None else to_path(config_yaml)
-    stamps = _stamps(path, *([] if yaml_file is None else [yaml_file]))
+    stamps = _stamps(*(file.absolute() for file in (path, yaml_file) if file is not None))
     checkpoint, vocab_size = corenet.read_port(path) if path.is_dir() else corenet.read(path, yaml_file)
     unpadded, padded_size = replace(checkpoint.config, vocab_size=vocab_size), checkpoint.config.vocab_size
     found = find_tokenizer(model, path, unpadded, tokenizer, rows=padded_size)
@@ -206,7 +206,7 @@ def _open_corenet(
             stacklevel=3,
         )
     corenet.cut_vocabulary(checkpoint, found.vocab_size)
-    source = Source(str(model), path, checkpoint, found, repo, unpadded, stamps)
+    source = Source(str(model), path.absolute(), checkpoint, found, repo, unpadded, stamps)
     # Apple published the average of the last checkpoints on the hub, and made the port from it.
     is_average = path.is_dir() or path.stem == "checkpoint_average"
     if catalog.corenet_name(model) is not None and source.release is not None and is_average:

@@ -5,11 +5,10 @@ People who come from mlx-lm, transformers or llama.cpp type the names of those p
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from .errors import quote
-from .wording import did_you_mean, flag
+from .wording import did_you_mean, flag, similar
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
@@ -278,6 +277,6 @@ def _did_you_mean(word: str, known: Mapping[str, str]) -> str:
         return ""
     # A word without its end: `conv`, `--max` (but `--quantize` is no beginning of --quantized-kv-start).
     close = [name for name in names if name.startswith(f"{word}-") or (name.startswith(word) and "-" not in name)]
-    close = close or difflib.get_close_matches(word, names, n=3, cutoff=0.8)
+    close = close or similar(word, names)
     meant = list(dict.fromkeys(names[name] for name in close))[:2]
     return f"did you mean {' or '.join(meant)}?" if meant else ""

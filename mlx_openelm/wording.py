@@ -15,12 +15,20 @@ def flag(name: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean temp?` for `temperature`; empty if no known word is similar."""
+    known = list(known)
+    close = similar(word, known) or [
+        other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))
+    ]
+    return f"did you mean {one_of(close[:2])}?" if close else ""
+
+
+def similar(word: str, known: Iterable[str]) -> list[str]:
+    """Up to three known names that `word` may be a misspelling of, the closest first; case is ignored."""
     import difflib
 
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.7)
-    close = close or [other for other in known if len(other) > 3 and (word.startswith(other) or other.startswith(word))]
-    return f"did you mean {one_of(close[:2])}?" if close else ""
+    names = {name.lower(): name for name in known}
+    cutoff = 0.75 if len(word) < 6 else 0.8  # one wrong letter in four leaves 0.75
+    return [names[close] for close in difflib.get_close_matches(word.lower(), names, n=3, cutoff=cutoff)]
 
 
 def one_of(choices: Sequence[object]) -> str:

@@ -406,8 +406,8 @@ def test_a_model_of_the_hub_is_asked_for_once(hub: FakeHub, hub_env: dict[str, s
     """The programs find what the command has downloaded, without asking again: that would be timed as loading."""
     pytest.importorskip("mlx_lm")
     hub.add("me/plays", FOLDER)
-    words = ("--model", "me/plays", "-p", "8", "-g", "4", "-n", "1", "--compare", "mlx-lm", "--json")
-    done = run_command(*words, **hub_env)
+    words = ("--model", "me/plays", "-p", "8", "-g", "4", "-n", "1", "--json")
+    done = run_command(*words, "--compare", "mlx-lm", **hub_env)
     assert done.returncode == 0, done.stderr
     sent = len(hub.files_sent)
     assert sent > 0 and len(hub.files_sent) == len(set(hub.files_sent))

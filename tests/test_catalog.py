@@ -141,7 +141,7 @@ def test_packaged_scores_are_complete() -> None:
         ("270", "270m"),
         ("3b-instrct", "3b-instruct"),
         ("OpenELM-270", "OpenELM-270M"),
-        ("openelm-1.1b-instuct", "1.1b-instruct"),
+        ("openelm-1.1b-instuct", "OpenELM-1.1B-Instruct"),
         ("apple/OpenELM-3B-Instuct", "apple/OpenELM-3B-Instruct"),
         ("mlx-comunity/OpenELM-450M", "mlx-community/OpenELM-450M"),
     ],

@@ -16,6 +16,8 @@ FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I
 # The flags of the library; sanitizers need fewer.
 FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math", *FUSED)
 TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
+# Products take a minute to compile; `test_native.py` checks them in the compiled library.
+WITHOUT_PRODUCTS = "-DOPENELM_WITHOUT_PRODUCTS"
 EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
 
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86 machines")
@@ -57,10 +59,12 @@ def sanitized(tmp_path: Path, sanitizers: str) -> Path:
     return tmp_path / "checks"
 
 
-def test_on_this_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("some", [(WITHOUT_PRODUCTS,), pytest.param((), marks=pytest.mark.slow)])
+def test_on_this_machine(some: tuple[str, ...], tmp_path: Path) -> None:
     compiler = a_compiler()
-    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler))
-    run_checks(tmp_path / "checks")
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), *some)
+    output = run_checks(tmp_path / "checks")
+    assert "attention_gradient" in output and ("few_rows" in output) == (not some)
 
 
 @pytest.mark.slow

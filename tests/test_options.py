@@ -80,7 +80,7 @@ def test_the_defaults_are_valid_and_equal_mlx_lms() -> None:
         (
             {"target_modules": ("q_proj",)},
             "target_modules must be among token_embeddings, qkv_proj, out_proj, proj_1, proj_2, not 'q_proj'; "
-            "did you mean qkv_proj or out_proj?",
+            "did you mean qkv_proj?",
         ),
         (
             {"target_modules": ("lm_head",)},

@@ -92,6 +92,16 @@ def small(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FOLDER, tmp_path / "small"))
 
 
+def test_the_working_directory_may_change_after_opening(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small.rename(small.with_name("OpenELM-270M"))
+    monkeypatch.chdir(folder)
+    source = open_source(".")
+    monkeypatch.chdir(folder.parent)
+    with source.reading():
+        mx.eval(source.checkpoint.weights)
+    assert source.path == folder and source.release == catalog.find("270m")
+
+
 def append(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b" ")

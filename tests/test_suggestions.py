@@ -88,6 +88,7 @@ def test_every_command_of_mlx_lm_works_or_is_answered() -> None:
         (["generate", "--temprature", "1"], "--temp"),  # a typo of another program's name
         (["generate", "--max-new-token", "1"], "--max-tokens"),
         (["generate", "--max-tok", "5"], "--max-tokens"),
+        (["generate", "--tmep", "1"], "--temp"),
         (["generate", "--quantize"], "mlx-openelm convert --quantize"),
         (["generate", "--lr", "1e-4"], "mlx-openelm lora --learning-rate"),
         (["generate", "--iters", "5"], "mlx-openelm lora --iters"),

@@ -4,46 +4,37 @@
 //     ./checks [--seed N] [group ...]
 //
 // Buffers have exactly the length of their contents, so that the address sanitizer detects every read outside of them.
+// With -D OPENELM_WITHOUT_PRODUCTS, matrix products are left out: they are most of the time of compiling.
 
 #include "check_attention.h"
 #include "check_elementwise.h"
 #include "check_instructions.h"
+#include "check_loops.h"
+#include "run_groups.h"
+#ifndef OPENELM_WITHOUT_PRODUCTS
+#include "check_pool.h"
 #include "check_products.h"
-#include "check_threads.h"
+#endif
 
 int main(int count, char** arguments) {
-  const std::vector<std::pair<std::string, void (*)()>> groups = {
+  const Groups groups = {
       {"loads", check_loads},
       {"arithmetic", check_arithmetic},
       {"packing", check_packing},
+#ifndef OPENELM_WITHOUT_PRODUCTS
       {"few_rows", check_few_rows},
       {"extreme_rows", check_extreme_rows},
       {"many_rows", check_many_rows},
+      {"pool", check_pool},
+#endif
       {"rms_norm", check_norms},
       {"log_softmax", check_log_softmax},
       {"swiglu", check_swiglu},
       {"split_heads", check_split_heads},
       {"attention", check_attention},
       {"attention_gradient", check_attention_gradient},
-      {"pool", check_pool},
+      {"loops", check_loops_on_threads},
       {"fork", check_fork},
   };
-  unsigned seed = 0;
-  std::vector<std::string> wanted;
-  for (int i = 1; i < count; i++) {
-    std::string argument = arguments[i];
-    if (argument == "--seed" && i + 1 < count) seed = unsigned(std::stoul(arguments[++i]));
-    else wanted.push_back(argument);
-  }
-  std::printf("%d lanes, %d registers, seed %u\n", kLanes, kRegisters, seed);
-  for (auto& [name, run] : groups) {
-    if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), name) == wanted.end()) continue;
-    generator.seed(seed);  // so that a group run alone gets the same numbers
-    int before = passed, failed_before = failed;
-    run();
-    std::printf("%-20s %d passed, %d failed\n", name.c_str(), passed - before, failed - failed_before);
-    std::fflush(stdout);
-  }
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed || !passed;
+  return run_groups(groups, count, arguments);
 }

@@ -1,34 +1,16 @@
-// Checks of `threads.h`, alone and under the kernels.
+// Checks of the kernels on several threads, and of several callers at once.
 
 #pragma once
-
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <thread>
 
 #include "check_attention.h"
 #include "check_elementwise.h"
+#include "check_loops.h"
 #include "check_products.h"
 
 namespace {
-
-// Every task runs exactly once, including those of nested loops.
-void check_loops() {
-  std::vector<std::atomic<int>> done(500 * 20);
-  Pool::shared().run(500, [&](int64_t i) { Pool::shared().run(20, [&](int64_t j) { done[i * 20 + j]++; }); });
-  int wrong = 0;
-  for (auto& count : done) wrong += count != 1;
-  check(wrong == 0, text("nested loops:", wrong, "wrong"));
-  std::vector<std::atomic<int>> covered(1000);
-  for_ranges(1000, 7, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) covered[i]++;
-  });
-  wrong = 0;
-  for (auto& count : covered) wrong += count != 1;
-  check(wrong == 0, text("for_ranges:", wrong, "wrong"));
-}
 
 void check_pool() {
   auto& pool = Pool::shared();
@@ -47,7 +29,6 @@ void check_pool() {
   Floats few_alone = few(), one_alone = one(), one_plain_alone = one_plain(), many_alone = many(), norm_alone = norm(), mix_alone = mix();
   for (int threads : {1, 2, 3, 4, 2}) {
     pool.set_threads(threads);
-    check(pool.threads() == threads, "set_threads");
     check_loops();
     std::atomic<int> wrong{0};
     std::vector<std::thread> callers;
@@ -67,27 +48,7 @@ void check_pool() {
     for (auto& caller : callers) caller.join();
     check(wrong == 0, text(threads, "threads, three callers:", wrong.load(), "wrong"));
   }
-  pool.set_threads(0);
-  check(pool.threads() == 1, "at least one thread");
   pool.set_threads(1);
-}
-
-// A forked child has no worker threads; the alarm ends it if it waits for them.
-void check_fork() {
-  Pool::shared().set_threads(3);
-  check_loops();
-  std::fflush(stdout);
-  pid_t child = fork();
-  if (child == 0) {
-    alarm(60);
-    int before = failed;
-    check_loops();
-    _exit(failed != before);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child");
-  Pool::shared().set_threads(1);
 }
 
 }  // namespace
