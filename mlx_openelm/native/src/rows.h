@@ -1,9 +1,7 @@
-// Products of few rows with a matrix: y = x W^T, where reading W is most of the work.
+// Products of few rows with a matrix: y = x W^T, where reading W is most of the work. (Plain ones: `plain_rows.h`.)
 //
-// Each row of W is read once, for up to four rows of x at a time, and unpacked in registers. Several rows of W, far
-// apart in memory, are read at the same time: a processor prefetches only a limited amount per stream that it
-// recognizes, so four streams of plain weights arrive a quarter faster than one. (Packed ones take more registers: two
-// streams pay.)
+// Each row of a packed W is read once, for up to kSharing rows of x at a time, and unpacked in registers. For a single
+// row of x two rows of W, far apart in memory, are read at the same time where that pays.
 //
 // For packed matrices w = scale * q + bias within a group, so a group adds scale * sum(q x) + bias * sum(x), and the
 // second sum is the same for every row of W. Activations may be rounded to 8 bits, with a scale per group: then q x is
@@ -13,8 +11,7 @@
 
 #include <cmath>
 
-#include "matrix.h"
-#include "threads.h"
+#include "plain_rows.h"
 
 namespace openelm {
 
@@ -157,132 +154,8 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
   }
 }
 
-// N rows of a plain matrix, from `row` on at a distance of `apart`, times R rows.
-template <class T, int R, int N>
-INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float* x, float* out) {
-  // Independent sums, since an addition takes four cycles. Their number is the same for any N: which rows are computed
-  // together depends on the number of threads, and results must not.
-  constexpr int kSums = 2;
-  Float total[N][R][kSums] = {};
-  const T* weights[N];
-  for (int n = 0; n < N; n++) weights[n] = m.values<T>(row + n * apart);
-  int64_t c = 0;
-  for (; c + kSums * kLanes <= m.columns; c += kSums * kLanes) {
-    for (int s = 0; s < kSums; s++) {
-      int64_t at = c + s * kLanes;
-      for (int n = 0; n < N; n++) {
-        Float weight = load(weights[n] + at);
-        for (int r = 0; r < R; r++) total[n][r][s] += weight * load(x + r * m.columns + at);
-      }
-    }
-  }
-  for (; c < m.columns; c += kLanes) {
-    int count = m.columns - c < kLanes ? int(m.columns - c) : kLanes;
-    for (int n = 0; n < N; n++) {
-      Float weight = load_some(weights[n] + c, count);
-      for (int r = 0; r < R; r++) total[n][r][0] += weight * load_some(x + r * m.columns + c, count);
-    }
-  }
-  for (int n = 0; n < N; n++) {
-    for (int r = 0; r < R; r++) {
-      out[n * apart + r * m.rows] += sum(total[n][r][0] + total[n][r][1]);
-    }
-  }
-}
-
-// The same sums for N rows of a plain matrix and `tiles` * kTileRows rows of x, in tiles that read each number once for
-// several products. Weights are opened once, a block of columns at a time; within a block the even vectors come first,
-// then the odd ones, since the accumulators of both would not fit the registers.
-constexpr int kTileRows = 4;
-constexpr int64_t kTileDepth = 2048;  // so that opened weights fit L1
-
-template <class T, int N>
-void plain_tiles(const Matrix& m, int64_t row, int64_t apart, const float* x, int64_t tiles, float* out) {
-  constexpr int R = kTileRows;
-  static_assert(N * R == kLanes);
-  thread_local Scratch scratch;
-  float* opened = scratch.get<float>(N * kTileDepth + 2 * tiles * kLanes * kLanes);
-  float* accumulators = opened + N * kTileDepth;  // between blocks: those of each tile, even and odd
-  const float* weights[N];
-  for (int64_t start = 0, depth; start < m.columns; start += depth) {
-    depth = m.columns - start < kTileDepth ? m.columns - start : kTileDepth;
-    bool is_first = start == 0, is_last = start + depth == m.columns;
-    for (int n = 0; n < N; n++) {
-      const T* from = m.values<T>(row + n * apart) + start;
-      if constexpr (std::is_same_v<T, float>) {
-        weights[n] = from;
-      } else {
-        float* to = opened + n * kTileDepth;
-        for (int64_t c = 0; c < depth; c += kLanes)
-          write(to + c, load_some(from + c, depth - c < kLanes ? int(depth - c) : kLanes));
-        weights[n] = to;
-      }
-    }
-    int64_t whole = depth / (2 * kLanes) * (2 * kLanes);
-    for (int64_t t = 0; t < tiles; t++) {
-      const float* some = x + t * R * m.columns + start;
-      float* kept = accumulators + 2 * t * kLanes * kLanes;
-      Float sums[kLanes];
-      // Called twice, not a loop: accumulators must be variables for the compiler.
-      auto add_columns = [&](auto odd) INLINE_LAMBDA {
-        Float total[N][R];
-        float* memory = kept + odd.value * kLanes * kLanes;
-        for (int n = 0; n < N; n++)
-          for (int r = 0; r < R; r++) total[n][r] = is_first ? Float{} : load(memory + (n * R + r) * kLanes);
-        for (int64_t c = odd.value * kLanes; c < whole; c += 2 * kLanes) {
-          Float weight[N];
-          for (int n = 0; n < N; n++) weight[n] = load(weights[n] + c);
-          for (int r = 0; r < R; r++) {
-            Float value = load(some + r * m.columns + c);
-            for (int n = 0; n < N; n++) total[n][r] += weight[n] * value;
-          }
-        }
-        for (int64_t c = whole; !odd.value && c < depth; c += kLanes) {
-          int count = depth - c < kLanes ? int(depth - c) : kLanes;
-          for (int r = 0; r < R; r++) {
-            Float value = load_some(some + r * m.columns + c, count);
-            for (int n = 0; n < N; n++) total[n][r] += load_some(weights[n] + c, count) * value;
-          }
-        }
-        for (int n = 0; n < N; n++) {
-          for (int r = 0; r < R; r++) {
-            if (!is_last) write(memory + (n * R + r) * kLanes, total[n][r]);
-            else sums[n * R + r] = odd.value ? sums[n * R + r] + total[n][r] : total[n][r];
-          }
-        }
-      };
-      add_columns(Constant<0>{});
-      add_columns(Constant<1>{});
-      if (!is_last) continue;
-      Float result = ordered_sums(sums);
-      for (int n = 0; n < N; n++)
-        for (int r = 0; r < R; r++) out[n * apart + (t * R + r) * m.rows] += result[lane_of_sum(n * R + r)];
-    }
-  }
-}
-
 // Rows of x that share one unpacking of packed weights; AVX-512 has registers for more.
 constexpr int kSharing = kLanes == 16 ? 8 : 4;
-
-// Calls body(first, Constant<R>) with R of `most` (8 or 4), 4, 2 and 1 so as to cover [begin, end).
-template <int most, class Body>
-INLINE void in_groups(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + most <= end; begin += most) body(begin, Constant<most>{});
-  if (begin + 4 <= end) body(begin, Constant<4>{}), begin += 4;
-  if (begin + 2 <= end) body(begin, Constant<2>{}), begin += 2;
-  if (begin < end) body(begin, Constant<1>{});
-}
-
-// Calls body(row, apart, Constant<N>) so as to cover [begin, end): N rows at a distance of `apart`, or one.
-template <int N, class Body>
-INLINE void side_by_side(int64_t begin, int64_t end, const Body& body) {
-  if constexpr (N > 1) {
-    int64_t apart = (end - begin) / N;
-    for (int64_t row = begin; row < begin + apart; row++) body(row, apart, Constant<N>{});
-    begin += N * apart;
-  }
-  for (; begin < end; begin++) body(begin, int64_t(0), Constant<1>{});
-}
 
 // In weights: the share a thread takes at a time, and the smallest product that uses other threads.
 constexpr int64_t kBytesAtATime = 24 << 10, kBytesWorthHelp = 256 << 10;
@@ -292,29 +165,7 @@ inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bo
   int64_t grain = (kBytesAtATime + m.row_bytes() - 1) / m.row_bytes();
   if (m.rows * m.row_bytes() * rows < kBytesWorthHelp) grain = m.rows;
   if (!m.bits) {
-    with_type(m.type, [&](auto* t) {
-      using T = std::remove_cvref_t<decltype(*t)>;
-      for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
-        int64_t tiled = 0;
-        if constexpr (kLanes > kTileRows) {
-          tiled = rows / kTileRows * kTileRows;
-          constexpr int N = kLanes / kTileRows;
-          if (tiled) {
-            side_by_side<N>(begin, end, [&](int64_t row, int64_t apart, auto n) {
-              if constexpr (n.value == N) return plain_tiles<T, N>(m, row, apart, x, tiled / kTileRows, y + row);
-              for (int64_t r = 0; r < tiled; r += kTileRows)
-                plain_rows<T, kTileRows, 1>(m, row, apart, x + r * m.columns, y + r * m.rows + row);
-            });
-          }
-        }
-        in_groups<4>(tiled, rows, [&](int64_t first, auto count) {
-          constexpr int R = count.value;
-          side_by_side<4 / R>(begin, end, [&](int64_t row, int64_t apart, auto n) {
-            plain_rows<T, R, n.value>(m, row, apart, x + first * m.columns, y + first * m.rows + row);
-          });
-        });
-      });
-    });
+    with_type(m.type, [&](auto* t) { plain_few_rows<std::remove_cvref_t<decltype(*t)>>(m, x, rows, y, grain); });
     return;
   }
   thread_local Scratch scratch;

@@ -213,6 +213,18 @@ constexpr int lane_of_sum(int v) {
   return lane;
 }
 
+// Keeps a number that was loaded in a register: a compiler may prefer to load it again for each use, but a processor
+// loads only two vectors a cycle.
+INLINE void keep(Float& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__AVX2__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
 // Lane by lane.
 template <class V>
 INLINE V larger(V a, V b) {
