@@ -7,7 +7,7 @@ import time
 import mlx.core as mx
 
 from .. import backend
-from ..config import EMBEDDING, ModelConfig
+from ..config import LAYERS, ModelConfig
 
 # Sides of the square matrices that are multiplied to measure a device.
 _GPU_SIDE, _CPU_SIDE = 8192, 2048
@@ -25,13 +25,9 @@ def training_flops(config: ModelConfig, length: int) -> float:
     """
     # The embedding is a look-up on the input side, and a product on the output side.
     head = config.vocab_size * config.model_dim
-    matrices = sum(rows * columns for name, (rows, columns) in config.matrix_shapes().items() if _is_inner(name))
+    matrices = sum(rows * columns for name, (rows, columns) in config.matrix_shapes().items() if name.startswith(LAYERS))
     attention = sum(config.num_query_heads) * config.head_dim * length  # two products, half of the positions
     return float(_OPERATIONS * (matrices + head + attention))
-
-
-def _is_inner(path: str) -> bool:
-    return path != EMBEDDING and path.startswith("transformer.")
 
 
 def measured_peak(dtype: mx.Dtype) -> float:

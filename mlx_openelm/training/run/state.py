@@ -147,17 +147,24 @@ class Checkpoints:
             )
         return None
 
+    def weights(self, step: int) -> dict[str, mx.array]:
+        """The weights alone of one checkpoint, by their names in `tensors`; errors as there."""
+        return self._read(step, _WEIGHTS)
+
     def tensors(self, step: int) -> dict[str, mx.array]:
         """The weights and the optimizer's state of one checkpoint, as `Updater.restore` takes them.
 
         Raises:
             OpenELMError: it is missing or damaged.
         """
+        return self._read(step, _WEIGHTS, _OPTIMIZER)
+
+    def _read(self, step: int, *files: str) -> dict[str, mx.array]:
         path = self.path(step)
         if (reason := _damage(path)) is not None:
             raise OpenELMError(f"The checkpoint {path} is damaged: {reason}.")
         tensors: dict[str, mx.array] = {}
-        for name in (_WEIGHTS, _OPTIMIZER):
+        for name in files:
             tensors.update(mx.load(str(path / name)))  # type: ignore[arg-type]
         mx.eval(tensors)  # MLX reads lazily, and the file may be removed
         return tensors

@@ -44,7 +44,9 @@ class CoreNetCrossEntropy:
     z_loss: float
     metrics: Sequence[str] = ("total_loss", "z_loss")
 
-    def arrays(self, batch: DeviceBatch) -> tuple[mx.array, Learned, mx.array]:
+    def arrays(self, batch: DeviceBatch | Batch) -> tuple[mx.array, Learned, mx.array]:
+        if isinstance(batch, Batch):  # of a validation: a mean over tokens, without padding
+            batch = DeviceBatch(batch, 1.0, 0)
         numbers = mx.array([batch.weight, float(batch.padding)])
         return batch.batch.inputs, learned_positions(batch.batch), numbers
 
