@@ -12,7 +12,6 @@ from typing import Any
 
 from .. import console
 from ..errors import RequestError
-from ..hub import catalog
 from ..inputs import to_path
 from ..training import config_file
 from ..training.options.pretraining import PretrainOptions

@@ -25,7 +25,9 @@ def training_flops(config: ModelConfig, length: int) -> float:
     """
     # The embedding is a look-up on the input side, and a product on the output side.
     head = config.vocab_size * config.model_dim
-    matrices = sum(rows * columns for name, (rows, columns) in config.matrix_shapes().items() if name.startswith(LAYERS))
+    matrices = sum(
+        rows * columns for name, (rows, columns) in config.matrix_shapes().items() if name.startswith(LAYERS)
+    )
     attention = sum(config.num_query_heads) * config.head_dim * length  # two products, half of the positions
     return float(_OPERATIONS * (matrices + head + attention))
 

@@ -58,7 +58,9 @@ def read(path: Path) -> TrainingState:
     content = torch_file.read(path)
     weights, optimizer, done = content.get(_MODEL), content.get(_OPTIMIZER), content.get("iterations")
     if not isinstance(weights, dict) or not isinstance(optimizer, dict) or type(done) is not int or done < 0:
-        raise RequestError(f"{path} is not a training checkpoint of CoreNet: it lacks weights, optimizer or iterations.")
+        raise RequestError(
+            f"{path} is not a training checkpoint of CoreNet: it lacks weights, optimizer or iterations."
+        )
     states = optimizer.get("state")
     if not isinstance(states, dict):
         raise _unfit(path, "it has no state")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -208,9 +206,7 @@ def _make_updater(request: Request, origin: Start) -> Updater:
         objective = CoreNetCrossEntropy(options.z_loss)
     return Updater(
         origin.model,
-        make_optimizer(
-            options, embedding_learning_rate=options.embedding_learning_rate, ema_decay=options.ema_decay
-        ),
+        make_optimizer(options, embedding_learning_rate=options.embedding_learning_rate, ema_decay=options.ema_decay),
         objective=objective,
         compute_dtype=None if dtype == mx.float32 else dtype,
         max_grad_norm=options.max_grad_norm,

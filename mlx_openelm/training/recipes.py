@@ -24,5 +24,7 @@ def find_recipe(name: str) -> Path:
         return path
     if name.lower() not in RECIPES:
         hint = did_you_mean(name, RECIPES)
-        raise RequestError(f"--config {quote(name)} is no file, and no recipe; {hint or f'these are {one_of(RECIPES)}.'}")
+        raise RequestError(
+            f"--config {quote(name)} is no file, and no recipe; {hint or f'these are {one_of(RECIPES)}.'}"
+        )
     return _FOLDER / f"{name.lower()}.yaml"

@@ -43,16 +43,12 @@ class PretrainOptions(TrainOptions, DataOptions):
     packing: bool = False
     optimizer: Annotated[
         str,
-        Option(
-            "Algorithm that updates the weights.", group="Optimizer", metavar="|".join(OPTIMIZERS)
-        ),
+        Option("Algorithm that updates the weights.", group="Optimizer", metavar="|".join(OPTIMIZERS)),
     ] = "adamw"
     learning_rate: Annotated[float, Option("Learning rate, after the warm-up if there is one.")] = 1e-3
     embedding_learning_rate: Annotated[
         float | None,
-        Option(
-            "Learning rate of the embedding, on the same schedule.", group="Optimizer", default="that of the rest"
-        ),
+        Option("Learning rate of the embedding, on the same schedule.", group="Optimizer", default="that of the rest"),
     ] = None
     lr_schedule: Annotated[
         str, Option("How the learning rate changes after the warm-up.", group="Optimizer", metavar="|".join(SCHEDULES))
@@ -62,9 +58,7 @@ class PretrainOptions(TrainOptions, DataOptions):
     ] = 1.0
     z_loss: Annotated[
         float,
-        Option(
-            "Add this times the squared log-sum-exp of the logits to the loss, as CoreNet does.", group="Optimizer"
-        ),
+        Option("Add this times the squared log-sum-exp of the logits to the loss, as CoreNet does.", group="Optimizer"),
     ] = 1e-4
     ema_decay: Annotated[
         float | None,
@@ -76,9 +70,7 @@ class PretrainOptions(TrainOptions, DataOptions):
     ] = None
     average_last: Annotated[
         int | None,
-        Option(
-            "Also write the mean of the last N checkpoints, as model-average.", group="Checkpoints", default="off"
-        ),
+        Option("Also write the mean of the last N checkpoints, as model-average.", group="Checkpoints", default="off"),
     ] = None
     skip_spikes: Annotated[
         float | None,

@@ -69,16 +69,12 @@ def check(request: Request) -> dict[str, Any] | None:
         check_dtype(request.model, request.loading.dtype)
     if not request.processes.leads:
         return None
-    run_folder.check_folder(
-        request.folder, resume=options.resume, overwrite=request.overwrite, folder_flag=_FLAG
-    )
+    run_folder.check_folder(request.folder, resume=options.resume, overwrite=request.overwrite, folder_flag=_FLAG)
     if not options.resume:
         return None
     previous, file = run_folder.read_run(request.folder), request.folder / run_folder.RUN
     loading = dataclasses.asdict(request.loading)
-    changes = run_folder.compare(
-        describe(request.model), options, loading, previous, file, folder_flag=_FLAG
-    )
+    changes = run_folder.compare(describe(request.model), options, loading, previous, file, folder_flag=_FLAG)
     for change in changes:
         request.listener.warn(name_options(f"{change}; from here on the run differs from one that never stopped."))
     return previous
@@ -142,9 +138,7 @@ def begin(
     run_folder.write_record(request.folder, record)
 
 
-def continue_corenet(
-    request: Request, training: TrainingState, updater: Updater, checkpoints: Checkpoints
-) -> RunState:
+def continue_corenet(request: Request, training: TrainingState, updater: Updater, checkpoints: Checkpoints) -> RunState:
     """Take over the optimizer's state of a CoreNet run, and save a first checkpoint.
 
     Raises:
@@ -170,7 +164,9 @@ def continue_corenet(
     state[f"{prefix}step"] = mx.array(training.updates, dtype=mx.uint64)
     updater.restore(state)
     run_state = RunState(step=training.iteration)
-    request.listener.warn("The text begins from its start: CoreNet's checkpoints do not say where they stopped exactly.")
+    request.listener.warn(
+        "The text begins from its start: CoreNet's checkpoints do not say where they stopped exactly."
+    )
     if request.processes.leads:
         checkpoints.save(run_state, updater.state())  # if the run stops before its first checkpoint, --resume needs it
     return run_state
@@ -203,9 +199,7 @@ class Validation:
         text = None
         if options.val_batches:
             most = None if options.val_batches < 0 else options.val_batches * options.batch_size
-            text = read_validation(
-                options, start.tokenizer, max_seq_length=length, max_windows=most, seed=options.seed
-            )
+            text = read_validation(options, start.tokenizer, max_seq_length=length, max_windows=most, seed=options.seed)
         if text is None:
             if options.early_stop is not None:
                 raise RequestError("--early-stop needs validation text; give --valid.")

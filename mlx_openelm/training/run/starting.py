@@ -158,9 +158,7 @@ def _existing(name: str | Path, loading: Loading) -> Start:
     is_checkpoint = path.suffix.lower() in (".pt", ".pth") and path.is_file()
     if is_checkpoint and corenet_training.has_training_state(path):
         return _corenet_run(path, loading)
-    source = open_source(
-        name, tokenizer=loading.tokenizer, config_yaml=loading.config_yaml, revision=loading.revision
-    )
+    source = open_source(name, tokenizer=loading.tokenizer, config_yaml=loading.config_yaml, revision=loading.revision)
     if (rounding := source.checkpoint.rounding) is not None:
         raise RequestError(
             f"{name} is quantized to {rounding}, which is too coarse to train; `mlx-openelm convert --dequantize` "

@@ -51,9 +51,7 @@ def write_models(
     return paths, losses
 
 
-def _models(
-    request: Request, updater: Updater, checkpoints: Checkpoints
-) -> Iterator[tuple[str, dict[str, mx.array]]]:
+def _models(request: Request, updater: Updater, checkpoints: Checkpoints) -> Iterator[tuple[str, dict[str, mx.array]]]:
     """The models to write, by the name of their folder."""
     options, state = request.options, updater.state()
     yield MODEL, averages.weights_of(state)

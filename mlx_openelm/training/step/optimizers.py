@@ -136,7 +136,7 @@ class _Muon(optim.Muon):
         change = change * (0.2 * max(rows, columns) ** 0.5 / max(1, rows / columns) ** 0.5)
         return parameter * (1 - self.learning_rate.astype(parameter.dtype) * self._decay) + change
 
-    def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:  # noqa: N803
+    def _zeropower_via_newtonschulz5(self, X: mx.array, steps: int) -> mx.array:
         return super()._zeropower_via_newtonschulz5(X.astype(mx.float32), steps)
 
 
