@@ -1,4 +1,7 @@
-"""`mlx-openelm pretrain`: training on text. Flags, YAML keys and Python arguments are the fields of `PretrainOptions`."""
+"""`mlx-openelm pretrain`: training on text.
+
+Flags, YAML keys and Python arguments are the fields of `PretrainOptions`.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ def add_flags(parser: flags.Parser) -> None:
     common.add_argument(
         "--model",
         metavar="MODEL",
-        help="A size (270m, 450m, 1.1b, 3b) for new weights, or a model to continue from: a folder, a hub repository, a "
-        ".pt file. YAML files can give sizes of their own.",
+        help="A size (270m, 450m, 1.1b, 3b) for new weights, or a model to continue from: a folder, a hub repository, "
+        "a .pt file. YAML files can give sizes of their own.",
     )
     flags.add_fields(parser, PretrainOptions)
     flags.add_shared(model, "--tokenizer", "--config-yaml", "--revision", "--dtype")
@@ -124,6 +127,9 @@ def _summary(done: Pretrained) -> Iterator[str]:
         f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
         f"peak memory {size(result.peak_memory * 1e9)}"
     )
+    if padding := done.data.get("padding"):
+        share = padding / done.data["positions"]
+        yield f"Padding: {padding:,} of {done.data['positions']:,} positions ({share:.1%})"
     yield from validation_lines(result)
     for name, path in done.models.items():
         loss = done.validation.get(name)

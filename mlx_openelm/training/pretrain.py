@@ -25,7 +25,7 @@ from .run.distributed import Processes
 from .run.listener import Listener
 from .run.metrics import Metrics
 from .run.preparing import Loading
-from .run.pretraining import MODEL, Request
+from .run.pretraining import Request
 from .run.progress import RunProgress
 from .run.samples import Sample
 from .run.spikes import Spikes
@@ -115,6 +115,8 @@ def pretrain(
         request = Request(model, options, loading, overwrite, processes, listener)
         previous = pretraining.check(request)
         origin = start(model, loading, seed=options.seed, max_seq_length=options.max_seq_length)
+        if origin.training is not None:
+            pretraining.check_corenet(request, origin.training)
         listener.say(origin.description)
         same = [describe(model), to_dict(options), origin.model.config.to_dict()]
         processes.check_equal("options or models", json.dumps(same))
@@ -170,7 +172,7 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
             )
         )
         validation = pretraining.Validation.read(request, origin, length)
-        listener.say(f"Data: {json.dumps(data.record())}")
+        listener.say(pretraining.describe_data(data.record()))
         pretraining.begin(request, checkpoints, data.record(), planned.recompute, previous)
         if state is None and origin.training is not None:
             state = pretraining.continue_corenet(request, origin.training, updater, checkpoints)
@@ -178,6 +180,7 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
         result = _run(request, origin, updater, checkpoints, state, data, validation, speed)
         kept = resuming.restore_best(request, updater, checkpoints, result)
         models, losses = write_models(request, origin, updater, checkpoints, validation, result)
+        pretraining.finish_record(request, data.record())
         model.set_dtype(updater.compute_dtype)
         model.eval()
         is_whole = result.stopped != INTERRUPTED
@@ -260,6 +263,3 @@ def _open_metrics(request: Request, origin: Start, state: RunState | None) -> It
     title = f"Pretraining {origin.name} ({options.mode} rows)"
     with Metrics(folder, title=title, resume_step=step, validated=validated, trackers=trackers) as metrics:
         yield metrics
-
-
-__all__ = ["MODEL", "Pretrained", "pretrain", "saved_options"]

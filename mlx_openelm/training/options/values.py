@@ -52,7 +52,17 @@ _LEAST = {
     "average_last": 2,
     "spike_window": 4,
 }
-_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale", "embedding_learning_rate", "ema_decay", "skip_spikes")
+_POSITIVE = (
+    "epochs",
+    "learning_rate",
+    "eps",
+    "max_grad_norm",
+    "alpha",
+    "scale",
+    "embedding_learning_rate",
+    "ema_decay",
+    "skip_spikes",
+)
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
 

@@ -42,6 +42,9 @@ _FILES = (
 # Options that may differ when a run is continued. These do not change what is trained...
 _FREE = (
     "data",  # only the path: the content is compared
+    "num_workers",
+    "token_cache",
+    "skip_damaged",
     "train",
     "test",
     "test_batches",
@@ -55,9 +58,11 @@ _FREE = (
     "save_every",
     "keep_last",
     "keep_every",
+    "average_last",
     "report_to",
     "project_name",
     "adapter_path",
+    "output",
     "adapter_format",
     "resume",
     "resume_adapter_file",
@@ -74,6 +79,8 @@ _CHANGEABLE = (
     "warmup_init",
     "max_grad_norm",
     "weight_decay",
+    "skip_spikes",
+    "spike_window",
 )
 
 

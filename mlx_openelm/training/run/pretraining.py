@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,7 +17,7 @@ from ...errors import RequestError, name_options
 from ...formats.corenet_training import TrainingState
 from ...inputs import to_path
 from ...loading import check_dtype
-from ...wording import counted
+from ...wording import counted, size
 from ..data.batches import Batch
 from ..data.corpus.validation import read_validation
 from ..options import TrainOptions
@@ -106,7 +106,7 @@ def make_checkpoints(request: Request) -> Checkpoints:
 def begin(
     request: Request,
     checkpoints: Checkpoints,
-    data: dict[str, Any],
+    data: Mapping[str, Any],
     recompute: str,
     previous: dict[str, Any] | None,
 ) -> None:
@@ -122,7 +122,7 @@ def begin(
         describe(request.model),
         request.options,
         loading=dataclasses.asdict(request.loading),
-        data={"fingerprint": data.get("fingerprint")} | data,
+        data={"fingerprint": None} | dict(data),  # whether it is the same as before, the stream checks itself
         processes=request.processes.size,
         recompute=recompute,
     )
@@ -138,8 +138,23 @@ def begin(
     run_folder.write_record(request.folder, record)
 
 
-def continue_corenet(request: Request, training: TrainingState, updater: Updater, checkpoints: Checkpoints) -> RunState:
-    """Take over the optimizer's state of a CoreNet run, and save a first checkpoint.
+def describe_data(record: Mapping[str, Any]) -> str:
+    """A line about the training text, from what the data says about itself."""
+    sources = record["sources"]
+    files, size_in_bytes = (sum(source[key] for source in sources) for key in ("files", "bytes"))
+    workers = counted(record["workers"], "worker") if record["workers"] else "no workers"
+    return f"train: {counted(files, 'file')}, {size(size_in_bytes)}; {record['mode']} rows, {workers}"
+
+
+def finish_record(request: Request, data: Mapping[str, Any]) -> None:
+    """Add to `run.json` what the data says about itself at the end of the run."""
+    if request.processes.leads:
+        record = run_folder.read_run(request.folder)
+        run_folder.write_record(request.folder, record | {"data": record["data"] | dict(data)})
+
+
+def check_corenet(request: Request, training: TrainingState) -> None:
+    """Refuse to continue a CoreNet run with other settings than its own.
 
     Raises:
         RequestError: the optimizer is not a single AdamW, or the run has no step left.
@@ -154,7 +169,11 @@ def continue_corenet(request: Request, training: TrainingState, updater: Updater
         raise RequestError(
             f"The CoreNet run has {training.iteration} iterations behind it; --iters must be more than that."
         )
-    state = updater.state()
+
+
+def continue_corenet(request: Request, training: TrainingState, updater: Updater, checkpoints: Checkpoints) -> RunState:
+    """Take over the optimizer's state of a CoreNet run, and save a first checkpoint."""
+    options, state = request.options, updater.state()
     prefix = "optimizer." if options.ema_decay is None else "optimizer.optimizer."
     for name, (mean, square) in training.moments.items():
         for part, tensor in (("m", mean), ("v", square)):

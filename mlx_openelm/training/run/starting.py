@@ -142,7 +142,7 @@ def _from_sizes(sizes: Mapping[str, Any], loading: Loading, seed: int, max_seq_l
 def _new(config: ModelConfig, tokenizer: Tokenizer, seed: int, name: str) -> Start:
     if tokenizer.vocab_size > config.vocab_size:
         raise RequestError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}; give it a larger "
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}; give a larger "
             "vocab_size, or another --tokenizer."
         )
     model = OpenELM(config, initialize=False)

@@ -80,4 +80,6 @@ def _without_padding(
     config: ModelConfig, weights: Mapping[str, mx.array], size: int
 ) -> tuple[ModelConfig, dict[str, mx.array]]:
     padded = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
-    return replace(config, vocab_size=size), {n: w[:size] if n in padded else w for n, w in weights.items()}
+    # In the configuration's order, not in that of the optimizer's state, which depends on whether it was restored.
+    ordered = {name: weights[name] for name in config.tensor_shapes()}
+    return replace(config, vocab_size=size), {n: w[:size] if n in padded else w for n, w in ordered.items()}
