@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +29,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from pretraining_runs import SIZES, kill_after, metrics, options, run, trained, write_folder
+from pretraining_runs import SIZES, command, kill_after, metrics, options, run, trained, write_folder
 from quantization_models import write_tiny
+from test_distributed import LAUNCH, launch
+from training_runs import ROOT, environment
 
 LOADING = Loading(tokenizer="tokenizer")
 
@@ -335,3 +341,70 @@ def test_early_stopping_keeps_the_best_weights(here):
     assert result.stopped == "stopped early" and result.steps < 40
     if result.best_step:
         assert done.model_step == result.best_step
+
+
+# The command's other ways.
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(here):
+    start = ("--config", "run.yaml", "--iters", 2000, "--save-every", 1000, "--steps-per-report", 1, "--output", "out")
+    process = subprocess.Popen(command(*start), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=environment(), cwd=here, preexec_fn=default_interrupt)  # fmt: skip
+    assert process.stderr is not None
+    while line := process.stderr.readline():
+        if line.startswith("Step 2 of"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Stopped after step" in out and "  mlx-openelm pretrain --resume --output out\n" in out
+    assert (here / "out" / "model" / "config.json").is_file()
+    rest = run("--resume", "--output", "out", "--iters", 8, folder=here)
+    assert rest.returncode in (0, 2) and ("Resuming after step" in rest.stderr or "already" in rest.stderr)
+
+
+def default_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_an_unknown_recipe_is_named(here):
+    done = run("--config", "openelm-270", "--data", "data", folder=here)
+    assert done.returncode == 2 and "is no file, and no recipe; did you mean openelm-270m" in done.stderr
+
+
+def test_the_guide_runs(here):
+    """Its configuration with fewer steps, and its Python as it stands."""
+    guide = (ROOT / "docs" / "pretraining.md").read_text()
+    (here / "my_tokenizer").symlink_to(here / "tokenizer")
+    (here / "my_text").symlink_to(here / "data")
+    (here / "my_valid.jsonl").symlink_to(here / "data" / "valid.jsonl")
+    (here / "my_run.yaml").write_text(re.findall(r"```yaml\n(.*?)```", guide, re.S)[0])
+    done = run("--config", "my_run.yaml", "--iters", 2, "--warmup", 1, "--batch-size", 2, folder=here)
+    assert done.returncode == 0, done.stderr
+    (here / "script.py").write_text(re.findall(r"```python\n(.*?)```", guide, re.S)[0])
+    shown = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, env=environment(), cwd=here)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("my_run/model ")
+
+
+# Several processes.
+
+
+@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
+def test_two_processes_train_like_one_and_one_continues_what_they_began(here):
+    """SGD: Adam would amplify rounding errors of the smallest gradients."""
+    start = ("--config", "run.yaml", "--optimizer", "sgd", "--learning-rate", 1e-2, "--iters", 8, "--batch-size", 4)
+    both = launch(*command(*start, "--output", "two", python=()), folder=here)
+    output = both.communicate(timeout=240)[0]
+    assert both.returncode == 0 and output.count("Step 0: validation loss") == 1, output
+    for extra in (("--output", "one"), ("--output", "two", "--resume", "--iters", 12)):
+        done = run(*(start if "one" in extra else ()), *extra, folder=here)
+        assert done.returncode == 0, done.stderr
+    done = run("--resume", "--output", "one", "--iters", 12, folder=here)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics(here / "one"), metrics(here / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) > 6
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+        for name in ("train_loss", "val_loss"):
+            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=2e-5)
