@@ -79,9 +79,7 @@ class DataOptions(Options):
     skip_damaged: Annotated[
         bool, Option("Leave out and count documents that cannot be read, instead of stopping.", group="Data")
     ] = False
-    piece_words: Annotated[
-        int, Option("Words of a piece of a document, for --mode corenet.", group="Data")
-    ] = 2048
+    piece_words: Annotated[int, Option("Words of a piece of a document, for --mode corenet.", group="Data")] = 2048
     min_characters: Annotated[
         int | None,
         Option("Skip pieces with fewer characters, for --mode corenet.", group="Data", default=str(_MIN_CHARACTERS)),

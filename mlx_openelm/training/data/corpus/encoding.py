@@ -106,5 +106,7 @@ def _ftfy():
     try:
         import ftfy
     except ImportError:
-        raise RequestError(f"Repairing text needs the package ftfy: {install('pretrain')}; or give --no-ftfy.") from None
+        raise RequestError(
+            f"Repairing text needs the package ftfy: {install('pretrain')}; or give --no-ftfy."
+        ) from None
     return ftfy

@@ -179,9 +179,7 @@ class PackedRows:
         lengths = [len(document.targets) for document in documents]
         filled, left = fill(lengths, self._length, keeps_order=not self._shuffles)
         pieces = Counter(piece.document for row in (*filled, left) for piece in row)
-        self._split += sum(
-            number > (-(-lengths[document] // self._length)) for document, number in pieces.items()
-        )
+        self._split += sum(number > (-(-lengths[document] // self._length)) for document, number in pieces.items())
         if self._shuffles:
             random.Random(f"{self._seed} window {self._window}").shuffle(filled)
         self._carried = [_cut(documents[piece.document], piece) for piece in left]
