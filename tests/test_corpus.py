@@ -28,6 +28,7 @@ from mlx_openelm.training.options.source import Source
 
 import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Tokenizer.from_folder(ROOT / "mlx_openelm" / "assets" / "tiny")
@@ -566,6 +567,14 @@ def test_sources_have_several_spellings() -> None:
     given = DataOptions(data=["a", {"path": "b", "weight": 2, "text_key": "content"}])
     assert given.data == (Source("a"), Source("b", 2.0, "content"))
     given.check_data()
+
+
+def test_the_example_in_the_guide_is_valid() -> None:
+    text = (ROOT / "docs" / "pretraining.md").read_text()
+    (block,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL) if "token_cache" in block)
+    options = DataOptions(**yaml.safe_load(block))
+    options.check_data()
+    assert options.data[0] == Source("books/part-{000..127}.jsonl.zst", 3.0, "content") and len(options.data) == 2
 
 
 @pytest.mark.parametrize(

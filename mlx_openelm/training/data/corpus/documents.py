@@ -223,7 +223,8 @@ class _Zstd(io.RawIOBase):
     """The content of a zstd file of any number of frames; unlike zstandard's readers it notices a missing end."""
 
     def __init__(self, path: str, decompressor: Callable[[], Any]):
-        self._file, self._decompressor = open(path, "rb"), decompressor
+        self._file = open(path, "rb")  # noqa: SIM115 (`close` closes it)
+        self._decompressor = decompressor
         self._frame: Any = None
         self._ready = b""
 
@@ -232,15 +233,13 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            if self._frame is None or self._frame.eof:
-                self._frame = None
-            data = data or self._file.read(1 << 16)
+            has_ended = self._frame is None or self._frame.eof
+            data = (self._frame.unused_data if self._frame and has_ended else b"") or self._file.read(1 << 16)
+            if not data and not has_ended:
+                raise EOFError("it ends in the middle of a frame")
             if not data:
-                if self._frame is not None:
-                    raise EOFError("it ends in the middle of a frame")
                 return 0
-            self._frame = self._frame or self._decompressor().decompressobj()
+            self._frame = self._decompressor().decompressobj() if has_ended else self._frame
             self._ready = self._frame.decompress(data)
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
