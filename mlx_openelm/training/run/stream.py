@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..data.batches import Step
-from ..data.corpus.loader import padding_positions
+from ..data.corpus.rows import padding_positions
 from ..step.corenet_loss import DeviceBatch
 
 

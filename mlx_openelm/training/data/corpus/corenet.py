@@ -9,7 +9,6 @@ from one stream, one after another.
 from __future__ import annotations
 
 import random
-from array import array
 from collections import Counter
 from typing import Any
 

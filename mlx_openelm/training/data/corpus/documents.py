@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +58,33 @@ def read_chunks(file: TextFile, start: int = 0) -> Iterator[tuple[list[Raw], boo
     yield chunk, True
 
 
+def read_texts(files: Iterable[TextFile], *, skip_damaged: bool = False) -> Iterator[str]:
+    """The texts of files, without empty ones, in order.
+
+    Raises:
+        RequestError: a file cannot be read, or a document is damaged; the message names the file and line.
+    """
+    for file in files:
+        for chunk, _ in read_chunks(file):
+            for raw in chunk:
+                try:
+                    text = text_of(raw, file)
+                except Damaged as error:
+                    if not skip_damaged:
+                        raise damaged(file, raw, error) from None
+                    continue
+                if text:
+                    yield text
+
+
+def damaged(file: TextFile, raw: Raw, reason: Damaged) -> RequestError:
+    """The error for a document that cannot be read."""
+    return RequestError(
+        f"{place_of(file.path, raw.number)}: {reason} ({file.path}); correct it, or leave such documents out with "
+        "--skip-damaged."
+    )
+
+
 def text_of(raw: Raw, file: TextFile) -> str:
     """The text of a document; empty for a blank line.
 
@@ -72,7 +99,7 @@ def text_of(raw: Raw, file: TextFile) -> str:
             raise Damaged(f"is not UTF-8 text (byte {error.start + 1})") from None
         if raw.number == 0 or not text.strip():
             return text if raw.number == 0 else ""
-        value = _parse(text)
+        value = _parse(text.rstrip("\r\n"))
     if isinstance(value, dict):
         if file.text_key not in value:
             found = some([quote(str(key)) for key in value]) or "nothing"
@@ -189,8 +216,38 @@ def _open(file: TextFile) -> BinaryIO:
         import zstandard
     except ImportError:
         raise RequestError(f"Reading {file.name} needs the package zstandard: {install('pretrain')}.") from None
-    stream = zstandard.ZstdDecompressor().stream_reader(open(file.path, "rb"), read_across_frames=True)
-    return io.BufferedReader(stream, 1 << 20)  # type: ignore[type-var, return-value]
+    return io.BufferedReader(_Zstd(file.path, zstandard.ZstdDecompressor), 1 << 17)
+
+
+class _Zstd(io.RawIOBase):
+    """The content of a zstd file of any number of frames; unlike zstandard's readers it notices a missing end."""
+
+    def __init__(self, path: str, decompressor: Callable[[], Any]):
+        self._file = open(path, "rb")  # noqa: SIM115 (`close` closes it)
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            has_ended = self._frame is None or self._frame.eof
+            data = (self._frame.unused_data if self._frame and has_ended else b"") or self._file.read(1 << 16)
+            if not data and not has_ended:
+                raise EOFError("it ends in the middle of a frame")
+            if not data:
+                return 0
+            self._frame = self._decompressor().decompressobj() if has_ended else self._frame
+            self._ready = self._frame.decompress(data)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _reading:

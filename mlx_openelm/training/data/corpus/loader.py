@@ -7,23 +7,22 @@ import os
 import queue
 import threading
 import time
-from array import array
 from collections import Counter, deque
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ....errors import OpenELMError, RequestError
+from ....errors import RequestError
 from ....inputs import to_path
 from ....text.tokenizer import Tokenizer
 from ...options.corpus import CORENET, DataOptions
-from ..batches import IGNORED, Batch, Step, to_mlx
+from ..batches import Step
 from . import corenet
-from .cache import CacheWriter
+from .caching import CachingChunks
 from .documents import CHUNK, place_of
 from .encoding import Encoder, check_ftfy, fingerprint
-from .files import TextFile, find_files
+from .files import find_files
 from .packed import Document, PackedRows
-from .reader import Chunk, Job, Position, Stream
+from .reader import Job, Position, Stream
+from .rows import Rows, pack, pad, to_batch
 from .workers import Closed, InProcess, Workers
 
 _VERSION = 1
@@ -31,22 +30,11 @@ _VERSION = 1
 _AHEAD, _KNOWN = 4, 4
 
 
-class _Rows(NamedTuple):
-    """A batch before it is in MLX: [rows, length] each."""
-
-    inputs: array[int]
-    targets: array[int]
-    segments: array[int] | None
-    shape: tuple[int, int]
-    examples: tuple[int, ...]
-    num_targets: int
-
-
 class _Update(NamedTuple):
     """The data of an update, and the stream's state after it."""
 
     epoch: int
-    batches: list[_Rows]
+    batches: list[Rows]
     num_targets: int
     first_example: int
     places: list[tuple[str, int]]
@@ -56,8 +44,9 @@ class _Update(NamedTuple):
 class PretrainingData:
     """A stream of updates' data without end, the same for any number of workers.
 
-    In `packed` mode a batch's rows are full, and process r of n has rows r, r + n, ...; in `corenet` mode a step has one
-    batch for each micro-batch and each of CoreNet's processes that this process stands for, of rows with padding.
+    In `packed` mode rows are full, and process r of n has rows r, r + n, ... of each micro-batch. In `corenet` mode
+    rows end in padding, and a step has a batch for each micro-batch and each of CoreNet's processes that this one
+    stands for: r, r + n, ... of `processes`.
 
     Args:
         options: checked here.
@@ -98,6 +87,8 @@ class PretrainingData:
         self._state = self._begin(state)
         self.waited = 0.0
         self._totals = Counter(self._state["totals"])
+        self._failure: BaseException | None = None
+        self._closed = False
         self._known: deque[tuple[int, list[tuple[str, int]]]] = deque(maxlen=_KNOWN)
         self._open()
 
@@ -119,7 +110,7 @@ class PretrainingData:
         index = self._state["steps"]
         self._state = update.state
         self._known.append((update.first_example, update.places))
-        batches = [_to_batch(rows) for rows in update.batches]
+        batches = [to_batch(rows) for rows in update.batches]
         examples = range(update.first_example, update.first_example + len(update.places))
         step = Step(index, update.epoch, batches, update.num_targets, update.num_targets, tuple(examples))
         self.waited += time.perf_counter() - started
@@ -157,7 +148,7 @@ class PretrainingData:
             "workers": options.workers,
             "epochs": self._state["epoch"],
             **totals,
-            "left out": self._state["counts"],
+            "documents": self._state["counts"],
         }
         if options.mode == CORENET:
             characters, tokens = options.filters
@@ -265,7 +256,7 @@ class PretrainingData:
             chunks = Workers(job, key, options.workers, ahead=ahead, shares_streams=options.mode != CORENET)
         else:
             chunks = InProcess(job, key)
-        self._chunks = _Caching(chunks, folder, key, self._tokenizer.vocab_size)
+        self._chunks = CachingChunks(chunks, folder, key, self._tokenizer.vocab_size)
         self._source: PackedRows | corenet.CorenetBatches
         if options.mode == CORENET:
             self._source = corenet.CorenetBatches(
@@ -275,11 +266,9 @@ class PretrainingData:
             weights = [source.weight for source in options.data]
             self._source = PackedRows(self._chunks, weights, length=self._length, buffer=options.shuffle_buffer,
                                       seed=self._seed, state=stream)  # fmt: skip
-        self._closed = False
-        self._failure: BaseException | None = None
         self._queue: queue.Queue[_Update | BaseException] = queue.Queue(_AHEAD)
         self._prepared = (self._state["steps"], self._state["examples"])
-        self._thread = threading.Thread(target=self._prepare_ahead, daemon=True)
+        self._thread: threading.Thread = threading.Thread(target=self._prepare_ahead, daemon=True)
         self._thread.start()
 
     def _make_encoder(self) -> Encoder:
@@ -323,7 +312,7 @@ class PretrainingData:
         packed = isinstance(self._source, PackedRows)
         steps, first = self._prepared
         numbers: dict[int, int] = {}
-        places = []
+        places: list[tuple[str, int]] = []
         for row in rows:
             for piece in row:
                 numbers[id(piece)] = first + len(places)
@@ -343,83 +332,9 @@ class PretrainingData:
             "counts": {name: count for name, count in self._source.counts().items() if count},
             "stream": self._source.state(),
         }
-        make = self._pack if packed else self._pad
-        made = [make(batch, tuple(numbers[id(piece)] for row in batch for piece in row)) for batch in batches]
+        made = []
+        for batch in batches:
+            examples = tuple(numbers[id(piece)] for row in batch for piece in row)
+            bos = self._tokenizer.bos_token_id
+            made.append(pack(batch, self._length, bos, examples) if packed else pad(batch, self._length, examples))
         return _Update(self._source.epoch, made, tokens, first, places, state)
-
-    def _pack(self, rows: Sequence[Sequence[Document]], examples: tuple[int, ...]) -> _Rows:
-        """Full rows: before each piece of a document BOS stands in for what came before it."""
-        bos = array("i", [self._tokenizer.bos_token_id])
-        inputs, targets, segments = array("i"), array("i"), array("i")
-        for row in rows:
-            for segment, piece in enumerate(row):
-                inputs += bos + piece.targets[:-1]
-                targets += piece.targets
-                segments += array("i", [segment]) * len(piece.targets)
-        return _Rows(inputs, targets, segments, (len(rows), self._length), examples, len(targets))
-
-    def _pad(self, rows: Sequence[Sequence[Document]], examples: tuple[int, ...]) -> _Rows:
-        """Rows of one piece each; after its end, which no position predicts anything from, comes padding."""
-        inputs, targets = array("i"), array("i")
-        number = 0
-        for (row,) in rows:
-            padding = self._length - (len(row.targets) - 1)
-            inputs += row.targets[:-1] + array("i", bytes(4 * padding))
-            targets += row.targets[1:] + array("i", [IGNORED]) * padding
-            number += len(row.targets) - 1
-        return _Rows(inputs, targets, None, (len(rows), self._length), examples, number)
-
-
-class _Caching:
-    """Chunks as they are taken; those of whole files that come from no cache are written to it."""
-
-    def __init__(self, chunks: InProcess | Workers, folder: str | None, key: str, vocab_size: int):
-        self._chunks, self._folder, self._key, self._vocab_size = chunks, folder, key, vocab_size
-        self._writers: dict[int, CacheWriter] = {}
-
-    def take(self, stream: int) -> Chunk:
-        chunk = self._chunks.take(stream)
-        if self._folder is not None:
-            self._keep(stream, chunk, self._folder)
-        return chunk
-
-    def close(self) -> None:
-        self._chunks.close()
-
-    def close_caches(self) -> None:
-        """Remove unfinished caches; only once nothing takes chunks any more."""
-        for writer in self._writers.values():
-            writer.abandon()
-        self._writers.clear()
-
-    def _keep(self, stream: int, chunk: Chunk, folder: str) -> None:
-        writer = self._writers.pop(stream, None)
-        if writer is None and chunk.position.chunk == 0 and not chunk.cached:
-            try:
-                writer = CacheWriter(folder, chunk.file, self._key, self._vocab_size)
-            except OSError as error:
-                raise OpenELMError(f"--token-cache {folder} cannot be written: {error.strerror}.") from None
-        if writer is not None:
-            writer.add(chunk.encoded, is_last=chunk.is_last)
-            if not chunk.is_last:
-                self._writers[stream] = writer
-
-
-def padding_positions(batch: Batch) -> int:
-    """The positions of a batch whose target is padding, which CoreNet's reported z-loss counts."""
-    return batch.inputs.size - batch.num_tokens
-
-
-def _to_batch(rows: _Rows) -> Batch:
-    segments = None if rows.segments is None else to_mlx(rows.segments, rows.shape)
-    return Batch(to_mlx(rows.inputs, rows.shape), to_mlx(rows.targets, rows.shape), segments, rows.examples,
-                 rows.num_targets, rows.num_targets)  # fmt: skip
-
-
-def train_files(options: DataOptions) -> list[TextFile]:
-    """The files of the training data, such as `train-tokenizer` reads.
-
-    Raises:
-        RequestError, OpenELMError: as `PretrainingData` raises them.
-    """
-    return [file for source in options.data for file in find_files(source, "train", options.text_key)]

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ....errors import RequestError
 from .cache import CachedTokens, Encoded
-from .documents import Damaged, Raw, place_of, read_chunks, text_of
+from .documents import Damaged, Raw, damaged, read_chunks, text_of
 from .encoding import Encoder
 from .files import TextFile
 
@@ -124,10 +123,7 @@ class StreamReader:
                 text = text_of(raw, file)
             except Damaged as error:
                 if not self._job.skip_damaged:
-                    raise RequestError(
-                        f"{place_of(file.path, raw.number)}: {error} ({file.path}); correct it, or leave such "
-                        "documents out with --skip-damaged."
-                    ) from None
+                    raise damaged(file, raw, error) from None
                 encoded.counts["damaged documents"] += 1
                 continue
             if text:

@@ -11,7 +11,7 @@ from ....errors import RequestError
 from ....text.tokenizer import Tokenizer
 from ...options.corpus import DataOptions
 from ..batches import IGNORED, Batch, padded, to_mlx
-from .documents import Damaged, place_of, read_chunks, text_of
+from .documents import read_texts
 from .files import find_files, validation_sources
 
 
@@ -73,15 +73,8 @@ def read_validation(
     sources = options.valid or validation_sources(options.data)
     if not sources:
         return None
-    files = [file for source in sources for file in find_files(source, "valid" if options.valid else "valid",
-                                                               options.text_key)]  # fmt: skip
-    texts = [
-        text
-        for file in files
-        for chunk, _ in read_chunks(file)
-        for raw in chunk
-        if (text := _text(raw, file, options.skip_damaged))
-    ]
+    files = [file for source in sources for file in find_files(source, "valid", options.text_key)]
+    texts = list(read_texts(files, skip_damaged=options.skip_damaged))
     if not texts:
         raise RequestError(f"There is no text to validate on in {', '.join(source.path for source in sources)}.")
     if max_windows is not None:
@@ -107,12 +100,3 @@ def _cut(ids: list[int], length: int) -> Iterator[array[int]]:
 
 def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
-
-
-def _text(raw, file, skips: bool) -> str:
-    try:
-        return text_of(raw, file)
-    except Damaged as error:
-        if skips:
-            return ""
-        raise RequestError(f"{place_of(file.path, raw.number)}: {error} ({file.path}).") from None
