@@ -243,7 +243,9 @@ def _show(value: Any) -> str:
         return "unset"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, dict):  # a source of text
+        return str(value.get("path", value))
+    return " ".join(map(_show, value)) or "unset" if isinstance(value, list | tuple) else str(value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
