@@ -347,7 +347,8 @@ def test_early_stopping_keeps_the_best_weights(here):
 
 
 def test_ctrl_c_saves_and_says_how_to_continue(here):
-    start = ("--config", "run.yaml", "--iters", 2000, "--save-every", 1000, "--steps-per-report", 1, "--output", "out")
+    start = ("--config", "run.yaml", "--iters", 2000, "--save-every", 1000, "--steps-per-report", 1, "--val-batches", 0,
+             "--output", "out")  # fmt: skip
     process = subprocess.Popen(command(*start), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                env=environment(), cwd=here, preexec_fn=default_interrupt)  # fmt: skip
     assert process.stderr is not None
@@ -359,8 +360,6 @@ def test_ctrl_c_saves_and_says_how_to_continue(here):
     assert process.returncode == 130
     assert "Stopped after step" in out and "  mlx-openelm pretrain --resume --output out\n" in out
     assert (here / "out" / "model" / "config.json").is_file()
-    rest = run("--resume", "--output", "out", "--iters", 8, folder=here)
-    assert rest.returncode in (0, 2) and ("Resuming after step" in rest.stderr or "already" in rest.stderr)
 
 
 def default_interrupt() -> None:
