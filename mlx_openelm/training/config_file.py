@@ -188,7 +188,7 @@ def _hint(key: Any, known: list[str]) -> str:
 
 
 def _conform(kind: Any, key: str, value: Any, place: str) -> Any:
-    if key == "target_modules" and isinstance(value, str):
+    if key in ("target_modules", "loss_type") and isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     try:
         return conform(kind, value)

@@ -41,8 +41,13 @@ _LEAST = {
     "rank": 1,
     "dropout": 0,
     "sample_tokens": 1,
+    "max_prompt_length": 1,
+    "cpo_alpha": 0,
+    "simpo_gamma": 0,
+    "desirable_weight": 0,
+    "undesirable_weight": 0,
 }
-_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
+_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale", "beta")
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
 
 
@@ -75,8 +80,13 @@ def conform(kind: Any, value: Any) -> Any:
     if kind is str:
         _expect(isinstance(value, str), "text")
         return value
-    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
-    return tuple(value)
+    (entry_kind, _) = typing.get_args(kind)
+    expected = "texts" if entry_kind is str else "numbers"
+    _expect(isinstance(value, list | tuple), f"a list of {expected}")
+    try:
+        return tuple(conform(entry_kind, entry) for entry in value)
+    except ValueError:
+        raise ValueError(f"a list of {expected}") from None
 
 
 def check_range(field: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from ...cuda.compiling import notice
 from ...errors import OpenELMError
 from ..options import TrainOptions
 from ..step.evaluation import Evaluation
+from ..step.objectives import reported
 from ..step.updater import Update, Updater
 from .distributed import Processes
 from .interrupts import Interrupts
@@ -102,6 +103,7 @@ class TrainingRun:
         evaluate: measures the validation loss. Before each batch it calls its argument, which raises if the user asked
             to stop; it must call it equally often in every process. None means no validation.
         describe: names an example by its index, for errors.
+        counts: what the objective counts, in the names of logged numbers.
     """
 
     updater: Updater
@@ -113,6 +115,7 @@ class TrainingRun:
     metrics: Log | None = None
     evaluate: Callable[[Callable[[], None]], Evaluation] | None = None
     describe: Callable[[int], str] = "example {}".format
+    counts: str = "tokens"
     listener: Listener = field(default_factory=Listener)
     processes: Processes = field(default_factory=Processes)
 
@@ -153,7 +156,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.interrupts = Interrupts()
         # Since the last report, and since this process began. They are not saved: only reported speeds depend on them.
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self.first_seconds, self.tokens = self.state.seconds, 0
 
     def on_interrupt(self) -> None:
@@ -221,6 +224,9 @@ class _Loop:
         state.window_loss += loss * step.num_targets
         state.window_tokens += step.num_targets
         self.window_seconds, self.window_steps = self.window_seconds + seconds, self.window_steps + 1
+        for name, mean in update.metrics.items():
+            state.window_metrics[name] = state.window_metrics.get(name, 0.0) + _number(mean) * step.num_targets
+        self.window_targets += step.num_targets
         self.window_tokens += step.num_tokens
         self.tokens += step.num_tokens
         self.run.listener.stepped(state.step, loss, step.num_tokens / seconds)
@@ -229,7 +235,7 @@ class _Loop:
         return upcoming
 
     def _report(self, update: Update, rate: float, epoch: float) -> None:
-        """Log the mean loss since the last report, and the other numbers of the last step."""
+        """Log the means of the loss and the objective's metrics since the last report, and numbers of the last step."""
         state = self.state
         state.reported = state.window_loss / max(1, state.window_tokens)
         values = {
@@ -237,16 +243,19 @@ class _Loop:
             "learning_rate": rate,
             "grad_norm": _number(update.grad_norm),
             "epoch": epoch,
-            "trained_tokens": state.trained_tokens,
+            f"trained_{self.run.counts}": state.trained_tokens,
             "tokens_per_second": self.window_tokens / self.window_seconds,
             "iterations_per_second": self.window_steps / self.window_seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
         if self.run.options.z_loss or self.run.options.label_smoothing:
             values["objective"] = _number(update.objective)  # what is minimized; train_loss is the likelihood alone
-        values |= {name: _number(value) for name, value in update.metrics.items()}
-        state.window_loss, state.window_tokens = 0.0, 0
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        if self.run.counts != "tokens":
+            values[f"{self.run.counts}_per_second"] = self.window_targets / self.window_seconds
+        means = {name: total / max(1, state.window_tokens) for name, total in state.window_metrics.items()}
+        values |= reported(self.run.updater.objective, means)
+        state.window_loss, state.window_tokens, state.window_metrics = 0.0, 0, {}
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self._log(values)
         self.run.listener.reported(state.step, values)
 
