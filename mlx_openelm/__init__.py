@@ -25,12 +25,14 @@ __all__ = [
     "OpenELM",
     "OpenELMError",
     "Piece",
+    "PreferenceOptions",
     "QuantizeOptions",
     "RequestError",
     "Tokenizer",
     "__version__",
     "average",
     "convert",
+    "dpo",
     "export",
     "finetune",
     "fuse",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.options.preference import PreferenceOptions
+    from .training.preference import dpo
     from .training.run.listener import Listener
     from .training.run.preparing import Loading
 
@@ -89,6 +93,8 @@ _HOMES = {
     "finetune": "training.finetune",
     "FineTuned": "training.finetune",
     "FineTuneOptions": "training.options",
+    "dpo": "training.preference",
+    "PreferenceOptions": "training.options.preference",
     "Listener": "training.run.listener",
     "Loading": "training.run.preparing",
     "perplexity": "evaluation.perplexity",

@@ -30,8 +30,8 @@ from .run import planning, resuming
 from .run.distributed import Processes
 from .run.listener import Listener
 from .run.measuring import continue_samples, make_validation, measure_test_loss
-from .run.metrics import Metrics
 from .run.method import Method
+from .run.metrics import Metrics
 from .run.preparing import Loading, Prepared
 from .run.progress import RunProgress
 from .run.request import Request, check
@@ -61,6 +61,7 @@ class FineTuned:
             there was no training.
         best_checkpoint: the checkpoint with the lowest validation loss, if the folder has later weights; else None.
         test: the loss on the test examples; None if it was not asked for.
+        counts: what the losses are means of: tokens, or pairs or answers.
         planned_memory: the peak memory that was estimated for training, in GB (1e9 bytes).
     """
 
@@ -74,6 +75,7 @@ class FineTuned:
     planned_memory: float | None = None
     adapter_step: int | None = None
     best_checkpoint: str | None = None
+    counts: str = "tokens"
 
     @property
     def interrupted(self) -> bool:
@@ -126,7 +128,7 @@ def tune(
             listener = Listener()
         elif listener is None:
             listener = shown.enter_context(RunProgress()) if progress else Listener()
-        request = Request(model, options, loading, overwrite, processes, listener, method.command)
+        request = Request(model, options, loading, overwrite, processes, listener)
         previous = check(request)
         prepared = method.prepare(request)
         same = [model, to_dict(options), prepared.fingerprint(), prepared.model.config.to_dict()]
@@ -142,7 +144,9 @@ def saved_options(adapter_path: str, method: Method = _FINE_TUNING) -> dict[str,
     """
     processes = Processes()
     with processes.together():
-        text = json.dumps(run_folder.read_run(to_path(adapter_path), method.command)) if processes.leads else None
+        text = (
+            json.dumps(run_folder.read_run(to_path(adapter_path), method.options.command)) if processes.leads else None
+        )
         record = json.loads(processes.share(text))
     defaults = to_dict(method.options())
     changed = {name: v for name, v in record["options"].items() if name in defaults and v != defaults[name]}
@@ -191,6 +195,7 @@ def _train(method: Method, request: Request, prepared: Prepared, previous: dict[
             planned_memory=setup.planned_memory / 1e9,
             adapter_step=kept,
             best_checkpoint=_best_checkpoint(setup.checkpoints, result, kept),
+            counts=method.counts(request),
         )
 
 
@@ -279,9 +284,7 @@ def _write_adapter(request: Request, model: OpenELM, folder: Path, warn: bool = 
         write_adapter(adapter, folder, model.config, format=request.options.adapter_format)
 
 
-def _run(
-    method: Method, request: Request, prepared: Prepared, setup: _Setup, state: RunState | None
-) -> Result:
+def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, state: RunState | None) -> Result:
     """The training itself, from `state` on."""
     options, examples = request.options, setup.batches.examples
     with _open_metrics(method, request, state) as metrics:
@@ -349,4 +352,5 @@ def _test(method: Method, request: Request, prepared: Prepared) -> FineTuned:
     test = measure_test_loss(request, prepared, measure)
     after = before if path is None else continue_samples(request, prepared)
     samples = tuple(map(Sample, options.sample_prompts, before, after))
-    return FineTuned(request.model, path, trained, total, None, test, samples)
+    counts = method.counts(request)
+    return FineTuned(request.model, path, trained, total, None, test, samples, counts=counts)

@@ -58,7 +58,6 @@ def dpo(
 class PreferenceTuning(Method):
     """Training on preferences; the options of its requests are `PreferenceOptions`."""
 
-    command = "dpo"
     options = PreferenceOptions
     batches = PreferenceBatches
 

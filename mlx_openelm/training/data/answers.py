@@ -101,10 +101,13 @@ class AnswersReport:
         if self.num_prompts_cut:
             yield name_options(f"{split}: {self.num_prompts_cut:,} prompts were cut to --max-prompt-length")
         if self.num_truncated:
-            yield name_options(f"{split}: {self.num_truncated:,} completions were cut to --max-seq-length {max_seq_length}")
+            yield name_options(
+                f"{split}: {self.num_truncated:,} completions were cut to --max-seq-length {max_seq_length}"
+            )
         if self.num_dropped:
             yield name_options(
-                f"{split}: {self.num_dropped:,} were left out, as their prompts alone fill --max-seq-length {max_seq_length}"
+                f"{split}: {self.num_dropped:,} were left out: their prompts alone fill "
+                f"--max-seq-length {max_seq_length}"
             )
         if self.num_equal:
             yield f"{split}: {self.num_equal:,} pairs have twice the same answer, from which no preference is learned"
@@ -189,7 +192,9 @@ def tokenize_preferences(
             f"Nothing is left to learn: the prompts alone fill --max-seq-length {max_seq_length}; raise it, or give "
             "--max-prompt-length."
         )
-    examples = _with_others(found, max_seq_length) if labeled else [_pair(*item, learns_prompts, packing) for item in found]
+    examples = (
+        _with_others(found, max_seq_length) if labeled else [_pair(*item, learns_prompts, packing) for item in found]
+    )
     answers = [answer for _, own in found for answer in own]
     report = AnswersReport(
         kind=kind.name if not (labeled and len(preferences) > len(records)) else "answers of preference pairs",
@@ -222,9 +227,7 @@ def _template_for(
     return None if asked == "plain" else asked or own
 
 
-def _render(
-    preference: Preference, tokenizer: Tokenizer, template: str | Path | None
-) -> tuple[list[list[int]], int]:
+def _render(preference: Preference, tokenizer: Tokenizer, template: str | Path | None) -> tuple[list[list[int]], int]:
     """The tokens of the prompt with each completion, and where the completions start in all of them."""
     prompt, completions = preference.prompt, preference.completions
     try:

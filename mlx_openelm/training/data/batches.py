@@ -288,7 +288,7 @@ def _row_length(rows: Sequence[Row], lengths: Sequence[int] | Mapping[int, int],
     return min(padded(max(sum(lengths[index] for index in row) for row in rows)), max_seq_length)
 
 
-def to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
+def to_mlx(values: array[int], shape: tuple[int, ...]) -> mx.array:
     """An array of 32-bit integers of this shape."""
     # MLX copies a buffer at once, but converts a list number by number.
     return mx.array(memoryview(values).cast("B").cast("i", shape))  # type: ignore[arg-type]

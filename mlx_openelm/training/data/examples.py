@@ -104,14 +104,14 @@ class Report:
         )
         if self.num_truncated:
             emptied = f", {self.num_emptied:,} of them before anything that is learned" if self.num_emptied else ""
-            yield name_options(f"{split}: {self.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}")
+            yield name_options(
+                f"{split}: {self.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
+            )
         if self.num_unlearned > self.num_emptied:
             yield f"{split}: {self.num_unlearned - self.num_emptied:,} have nothing to learn"
 
 
-def marked(
-    sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000
-) -> str:
+def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
     """Pieces of text, those that are learned between `marks`; the middle of a long piece is left out."""
     room = max(limit // max(len(sample), 1), 20)
     pieces = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from ...errors import RequestError, quote
 from ...formats.adapter import TARGET_MODULES
@@ -69,6 +69,9 @@ class TrainOptions(Options):
     Raises (by `check`):
         RequestError: an invalid value; the message names its flag.
     """
+
+    # The command that takes them.
+    command: ClassVar[str] = "lora"
 
     batch_size: Annotated[int, Option("Examples per batch.")] = 4
     grad_accumulation_steps: Annotated[

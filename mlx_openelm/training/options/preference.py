@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from ...errors import RequestError, quote
 from ...options import Option
@@ -38,6 +38,8 @@ class PreferenceOptions(FineTuneOptions):
         ref_model: as `load` takes it; None is the model itself as it was before training, without any adapter.
         z_loss, mask_prompt: of fine-tuning; they must keep their defaults.
     """
+
+    command: ClassVar[str] = "dpo"
 
     batch_size: Annotated[int, Option("Pairs per batch.")] = 4
     max_seq_length: Annotated[

@@ -13,12 +13,10 @@ class Method:
     """Supervised fine-tuning; other kinds derive from it.
 
     Attributes:
-        command: the command that runs it, which a run's record names.
-        options: the dataclass of its options.
+        options: the dataclass of its options, whose `command` a run's record names.
         batches: makes its batches.
     """
 
-    command = "lora"
     options: type[FineTuneOptions] = FineTuneOptions
     batches: type[Batches] = Batches
 

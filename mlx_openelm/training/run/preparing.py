@@ -19,16 +19,15 @@ from ...loading import dtype_name, load
 from ...model import OpenELM
 from ...text.chat_template import CORENET_TEMPLATE
 from ...text.tokenizer import Tokenizer
+from ..data import examples as supervised
 from ..data.answers import Preferences
 from ..data.batches import Make, validation_batches
-from ..data import examples as supervised
 from ..data.examples import Examples
 from ..data.kinds import KINDS, Kind, Record
 from ..data.read import Splits, read_splits
 from ..options import FineTuneOptions, TrainOptions
 from .distributed import Processes
 from .listener import Listener
-
 
 AnyExamples = Examples | Preferences
 
@@ -177,7 +176,6 @@ def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
     if wanted > most and wanted != TrainOptions.max_seq_length:
         listener.say(name_options(f"--max-seq-length is {most}, not {wanted}: the model's positions end there."))
     return min(wanted, most)
-
 
 
 def _tokenizing(options: FineTuneOptions, loading: Loading, listener: Listener) -> Tokenize:

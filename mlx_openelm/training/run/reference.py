@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,9 +63,9 @@ def reference_likelihoods(
         OpenELMError: a log-probability is not finite, or the file cannot be written.
     """
     model = load_model()
-    keeps = processes.leads and folder is not None
-    keys = _keys(model, splits) if keeps else {}
-    kept = _read(folder / FILE, keys) if keeps else {}
+    path = folder / FILE if processes.leads and folder is not None else None
+    keys = {} if path is None else _keys(model, splits)
+    kept = {} if path is None else _read(path, keys)
     found = {split: kept.get(split) for split in json.loads(processes.share(json.dumps(list(kept))))}
     values: dict[str, mx.array] = {}
     for split, preferences in splits.items():
@@ -74,16 +75,21 @@ def reference_likelihoods(
             own = mx.zeros((len(examples), 2)) if own is None else own
             values |= processes.share_tensors({split: own})
         else:
-            values[split] = _compute(model, examples, batch_size, max_seq_length, processes,
-                                     lambda done, total, split=split: progress(split, done, total))  # fmt: skip
+            report = partial(progress, split)
+            values[split] = _compute(model, examples, batch_size, max_seq_length, processes, report)
             if not mx.all(mx.isfinite(values[split])).item():
                 raise OpenELMError(
                     f"{name} gives an answer a log-probability that is not finite; its weights are damaged, or "
                     "--dtype float16 is too small for them: use bfloat16 or float32."
                 )
-    if keep and processes.leads and folder is not None and values.keys() - found.keys():
-        _write(folder / FILE, values, keys)
-    return {split: [(row[0], row[1]) for row in value.tolist()] for split, value in values.items()}  # type: ignore[union-attr, index]
+    if keep and path is not None and values.keys() - found.keys():
+        _write(path, values, keys)
+    return {split: _rows(value) for split, value in values.items()}
+
+
+def _rows(values: mx.array) -> Likelihoods:
+    """The numbers of an array [rows, 2]."""
+    return [(float(one), float(other)) for one, other in values.tolist()]  # type: ignore
 
 
 def _compute(
@@ -112,8 +118,8 @@ def _compute(
                 pairs = totals.reshape(-1, 2)
             else:
                 pairs = mx.stack([totals, answered(forward, answer_arrays(batch.others)).totals], axis=1)
-            for index, (one, other) in zip(chunk, pairs.tolist(), strict=True):  # type: ignore[arg-type]
-                rows[index] = (one, other)
+            for index, pair in zip(chunk, _rows(pairs), strict=True):
+                rows[index] = pair
     progress(len(examples), len(examples))
     model.train(training)
     values = mx.array(rows)
@@ -142,8 +148,9 @@ def _keys(model: OpenELM, splits: dict[str, Preferences]) -> dict[str, str]:
 def _read(path: Path, keys: dict[str, str]) -> dict[str, mx.array]:
     """What the file has for these models and answers; a damaged file has nothing."""
     with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError):
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc, str-unpack]
-        return {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}  # type: ignore[call-overload, union-attr, index]
+        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
+        assert isinstance(arrays, dict) and isinstance(metadata, dict)
+        return {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}
     return {}
 
 

@@ -29,7 +29,6 @@ class Request:
     Args:
         model: as `load` takes it.
         listener: of the leading process; the others' does nothing.
-        command: the command that does the same.
     """
 
     model: str
@@ -38,7 +37,6 @@ class Request:
     overwrite: bool
     processes: Processes
     listener: Listener
-    command: str = "lora"
 
     @property
     def folder(self) -> Path:
@@ -84,7 +82,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
     run_folder.check_folder(request.folder, resume=request.options.resume, overwrite=request.overwrite)
     if not request.options.resume:
         return None
-    previous = run_folder.read_run(request.folder, request.command)
+    previous = run_folder.read_run(request.folder, request.options.command)
     loading = dataclasses.asdict(request.loading)
     for change in run_folder.compare(
         request.model, request.options, loading, previous, request.folder / run_folder.RUN

@@ -6,6 +6,8 @@ of each position's own log-probability is kept, which is multiplied by that numb
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ...model import OpenELM
@@ -44,7 +46,7 @@ def log_likelihoods(
             found.append([likelihood, mean])
             if slopes:
                 found[-1] += mx.vjp(lambda rows: [logits_of(rows, *weights)], [rows], [slope])[1]
-        return [mx.concatenate(parts) for parts in zip(*found, strict=True)]
+        return [mx.concatenate(list(parts)) for parts in zip(*found, strict=True)]
 
     if not differentiable:
         likelihoods, means = chunks(hidden_states, *weights, slopes=False)
@@ -62,7 +64,9 @@ def log_likelihoods(
     return likelihoods, mx.stop_gradient(means)
 
 
-def _gradients(logits_of, primals: list[mx.array], targets: mx.array, share: mx.array, chunk: int) -> list[mx.array]:
+def _gradients(
+    logits_of: Callable[..., mx.array], primals: list[mx.array], targets: mx.array, share: mx.array, chunk: int
+) -> list[mx.array]:
     """The gradients for hidden states and trained weights of the output layer, for which logits are computed again."""
     hidden_states, *weights = primals
     by_rows: list[mx.array] = []

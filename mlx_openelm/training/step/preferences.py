@@ -61,9 +61,7 @@ def answered(forward: Forward, arrays: Mapping[str, Any]) -> Answered:
     """Run the model on the answers of a micro-batch."""
     hidden = forward.hidden_states(arrays["inputs"], arrays["segments"])
     hidden = hidden if arrays["rows"] is None else hidden[arrays["rows"]]  # [positions, model_dim]
-    found, means = log_likelihoods(
-        forward.model, hidden, arrays["targets"], differentiable=forward.differentiable
-    )
+    found, means = log_likelihoods(forward.model, hidden, arrays["targets"], differentiable=forward.differentiable)
     # Which answer each position belongs to [answers, positions]. A sum over it is the same in every run, which that of
     # a scatter is not on a GPU.
     owned = mx.arange(arrays["lengths"].size)[:, None] == arrays["owners"]
@@ -138,7 +136,12 @@ class Preference:
         logps = losses.rewards(name, plain, replace(self.settings, beta=1.0))
         sides = [mx.sum(found.logits[side::2]) / mx.sum(lengths[side::2]) for side in (0, 1)]
         values = (
-            *(mx.sum(chosen), mx.sum(rejected), mx.sum(chosen > rejected).astype(mx.float32), mx.sum(chosen - rejected)),
+            *(
+                mx.sum(chosen),
+                mx.sum(rejected),
+                mx.sum(chosen > rejected).astype(mx.float32),
+                mx.sum(chosen - rejected),
+            ),
             *(mx.sum(logps[0]), mx.sum(logps[1]), chosen.size * sides[0], chosen.size * sides[1]),
         )
         return dict(zip(_OF_PAIRS, values, strict=True))
