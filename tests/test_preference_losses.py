@@ -400,8 +400,10 @@ def test_trl_computes_the_same_without_a_reference(names, settings):
     inputs = {}
     for side, key in enumerate(("chosen", "rejected")):
         inputs |= {
-            f"{key}_input_ids": ids[side::2], f"{key}_attention_mask": rows.all[side::2], f"{key}_labels": labels[side::2]
-        }  # fmt: skip
+            f"{key}_input_ids": ids[side::2],
+            f"{key}_attention_mask": rows.all[side::2],
+            f"{key}_labels": labels[side::2],
+        }
     expected, theirs = trainer.get_batch_loss_metrics(this, model, inputs)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)

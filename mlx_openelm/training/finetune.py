@@ -41,7 +41,7 @@ from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .step import schedule
 from .step.evaluation import Evaluation, evaluate
-from .step.objectives import Objective
+from .step.objectives import Objective, reported
 from .step.optimizers import make_optimizer
 from .step.trainable import count, make_trainable
 from .step.updater import Updater
@@ -299,6 +299,7 @@ def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, st
             evaluate=make_validation(request, prepared, setup.updater),
             describe=lambda index: examples[index].source,
             counts=method.counts(request),
+            report=partial(reported, setup.updater.objective),
             listener=request.listener,
             processes=request.processes,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from ...errors import RequestError, quote
 from ...formats.adapter import TARGET_MODULES
@@ -71,7 +71,7 @@ class TrainOptions(Options):
     """
 
     # The command that takes them.
-    command: ClassVar[str] = "lora"
+    command = "lora"
 
     batch_size: Annotated[int, Option("Examples per batch.")] = 4
     grad_accumulation_steps: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from ...errors import RequestError, quote
 from ...options import Option
@@ -39,7 +39,7 @@ class PreferenceOptions(FineTuneOptions):
         z_loss, mask_prompt: of fine-tuning; they must keep their defaults.
     """
 
-    command: ClassVar[str] = "dpo"
+    command = "dpo"
 
     batch_size: Annotated[int, Option("Pairs per batch.")] = 4
     max_seq_length: Annotated[

@@ -14,7 +14,6 @@ from ...cuda.compiling import notice
 from ...errors import OpenELMError
 from ..options import TrainOptions
 from ..step.evaluation import Evaluation
-from ..step.objectives import reported
 from ..step.updater import Update, Updater
 from .distributed import Processes
 from .interrupts import Interrupts
@@ -104,6 +103,7 @@ class TrainingRun:
             to stop; it must call it equally often in every process. None means no validation.
         describe: names an example by its index, for errors.
         counts: what the objective counts, in the names of logged numbers.
+        report: what to log of the means of the objective's metrics.
     """
 
     updater: Updater
@@ -116,6 +116,7 @@ class TrainingRun:
     evaluate: Callable[[Callable[[], None]], Evaluation] | None = None
     describe: Callable[[int], str] = "example {}".format
     counts: str = "tokens"
+    report: Callable[[Mapping[str, float]], Mapping[str, float]] = dict
     listener: Listener = field(default_factory=Listener)
     processes: Processes = field(default_factory=Processes)
 
@@ -253,7 +254,7 @@ class _Loop:
         if self.run.counts != "tokens":
             values[f"{self.run.counts}_per_second"] = self.window_targets / self.window_seconds
         means = {name: total / max(1, state.window_tokens) for name, total in state.window_metrics.items()}
-        values |= reported(self.run.updater.objective, means)
+        values |= self.run.report(means)
         state.window_loss, state.window_tokens, state.window_metrics = 0.0, 0, {}
         self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self._log(values)
