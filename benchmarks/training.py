@@ -10,8 +10,8 @@ program makes its own batches, and only tokens of examples count. Results are me
 of MLX's buffers above the weights, measured in one process per program. mlx-lm's step is that of
 `mlx_lm.tuner.trainer.train`.
 
-DPO is compared with mlx-lm-lora's, if that is installed: pairs per second of texts with a prompt, with everything that an
-epoch over new pairs costs, so our reference pass too. Its memory is compared with our own fine-tuning on the same tokens.
+DPO is compared with mlx-lm-lora's, if that is installed: pairs per second, with all that an epoch over new pairs costs,
+our reference pass too. Its memory is compared with that of our own fine-tuning on the same tokens.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_labeled_completions_and_pairs_for_kto():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"prompt": "A", "chosen": "b"}, "none of the known sets of keys (chosen, rejected; prompt, completion, label)"),
+        ({"prompt": "A", "chosen": "b"}, "known sets of keys (chosen, rejected; prompt, completion, label)"),
         ({"messages": [USER, GOOD]}, "it has 'messages'"),
         ({"chosen": 1, "rejected": "b"}, "'chosen' is a number, not text or messages"),
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' is an object, not text or messages"),
