@@ -27,6 +27,7 @@ __all__ = [
     "OpenELM",
     "OpenELMError",
     "Piece",
+    "PreferenceOptions",
     "PretrainOptions",
     "Pretrained",
     "QuantizeOptions",
@@ -36,6 +37,7 @@ __all__ = [
     "average",
     "batch_generate",
     "convert",
+    "dpo",
     "export",
     "finetune",
     "fuse",
@@ -72,7 +74,9 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.options.preference import PreferenceOptions
     from .training.options.pretraining import PretrainOptions
+    from .training.preference import dpo
     from .training.pretrain import Pretrained, pretrain
     from .training.run.listener import Listener
     from .training.run.preparing import Loading
@@ -102,6 +106,8 @@ _HOMES = {
     "finetune": "training.finetune",
     "FineTuned": "training.finetune",
     "FineTuneOptions": "training.options",
+    "dpo": "training.preference",
+    "PreferenceOptions": "training.options.preference",
     "pretrain": "training.pretrain",
     "Pretrained": "training.pretrain",
     "PretrainOptions": "training.options.pretraining",

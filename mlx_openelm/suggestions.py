@@ -14,7 +14,7 @@ from .wording import did_you_mean, flag, similar
 _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
     "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
-    **dict.fromkeys(("dpo", "grpo"), "`mlx-openelm lora` trains on examples of good answers"),
+    "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
@@ -25,6 +25,7 @@ _RENAMED_COMMANDS = {
     **dict.fromkeys(("complete", "completion", "run", "prompt"), "generate"),
     **{method: f"quantize --method {method}" for method in ("awq", "dwq", "gptq")},
     "dynamic-quant": "quantize --target-bpw",
+    **{method: f"dpo --loss-type {method}" for method in ("orpo", "kto", "cpo", "simpo", "ipo")},
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",

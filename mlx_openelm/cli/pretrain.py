@@ -26,7 +26,7 @@ from ..training.run.preparing import Loading
 from ..training.run.progress import RunProgress, fitted
 from ..wording import counted, size
 from . import flags
-from .lora import show_samples, validation_lines
+from .tuning import show_samples, validation_lines
 
 MAIN_FLAGS = (
     *("--config", "--model", "--data", "--valid", "--mode", "--iters", "--batch-size", "--learning-rate"),

@@ -70,6 +70,9 @@ class TrainOptions(Options):
         RequestError: an invalid value; the message names its flag.
     """
 
+    # The command that takes them.
+    command = "lora"
+
     batch_size: Annotated[int, Option("Examples per batch.")] = 4
     grad_accumulation_steps: Annotated[
         int, Option("Batches to average the gradient over, for each update of the weights.", group="Training")

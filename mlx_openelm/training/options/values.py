@@ -51,6 +51,11 @@ _LEAST = {
     "batch_tokens": 1,
     "average_last": 2,
     "spike_window": 4,
+    "max_prompt_length": 1,
+    "cpo_alpha": 0,
+    "simpo_gamma": 0,
+    "desirable_weight": 0,
+    "undesirable_weight": 0,
 }
 _POSITIVE = (
     "epochs",
@@ -62,6 +67,7 @@ _POSITIVE = (
     "embedding_learning_rate",
     "ema_decay",
     "skip_spikes",
+    "beta",
 )
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
@@ -97,8 +103,13 @@ def conform(kind: Any, value: Any) -> Any:
         return value
     if kind == tuple[Source, ...]:
         return to_sources(value)
-    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
-    return tuple(value)
+    (entry_kind, _) = typing.get_args(kind)
+    expected = "texts" if entry_kind is str else "numbers"
+    _expect(isinstance(value, list | tuple), f"a list of {expected}")
+    try:
+        return tuple(conform(entry_kind, entry) for entry in value)
+    except ValueError:
+        raise ValueError(f"a list of {expected}") from None
 
 
 def check_range(field: str, value: Any) -> None:

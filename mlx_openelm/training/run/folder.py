@@ -121,25 +121,35 @@ def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in (*_FILES, CHECKPOINTS))
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The record of the run in a folder, as `make_record` made it.
 
+    Args:
+        kind: the command that must have made the run; None for any.
+
     Raises:
-        RequestError: there is none, or its `run.json` cannot be read.
+        RequestError: there is none, its `run.json` cannot be read, or another command made it.
     """
     if not (path / RUN).exists():
         raise RequestError(f"There is no run in {path} to --resume; start one without it.")
+    other = ""
     with contextlib.suppress(RequestError, KeyError):
         record = inputs.read_json(path / RUN)
         if isinstance(record["options"], dict) and isinstance(record["data"], dict) and "model" in record:
-            return record
-    raise RequestError(f"{path / RUN} is damaged, so the run cannot be continued; start a new one with --overwrite.")
+            found = record.get("kind", "lora")
+            if kind in (None, found):
+                return record
+            other = f"The run in {path} is one of `mlx-openelm {found}`; continue it with that command."
+    raise RequestError(
+        other or f"{path / RUN} is damaged, so the run cannot be continued; start a new one with --overwrite."
+    )
 
 
 def make_record(
     model: Any,
     options: TrainOptions,
     *,
+    kind: str = "lora",
     loading: Mapping[str, Any],
     data: Mapping[str, Any],
     processes: int,
@@ -149,11 +159,13 @@ def make_record(
 
     Args:
         model: its name, or for a new model its sizes.
+        kind: the command that makes the run.
         loading: how the model was loaded: dtype, tokenizer and so on.
         data: the fingerprint of the data, and the number of examples of each split.
         recompute: what the backward pass recomputes, as the plan chose it.
     """
     return {
+        "kind": kind,
         "model": model,
         "loading": dict(loading),
         "options": dataclasses.asdict(options) | {"resume": False},

@@ -94,7 +94,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
     run_folder.check_folder(request.folder, resume=request.options.resume, overwrite=request.overwrite)
     if not request.options.resume:
         return None
-    previous = run_folder.read_run(request.folder)
+    previous = run_folder.read_run(request.folder, request.options.command)
     loading = dataclasses.asdict(request.loading)
     for change in run_folder.compare(
         request.model, request.options, loading, previous, request.folder / run_folder.RUN

@@ -62,6 +62,7 @@ def make_record(request: Request, prepared: Prepared, recompute: str) -> dict[st
     return run_folder.make_record(
         request.model,
         request.options,
+        kind=request.options.command,
         loading=dataclasses.asdict(request.loading),
         data=data,
         processes=request.processes.size,

@@ -34,7 +34,8 @@ class RunState:
         step: updates done; also the position in the data, whose order derives from seed and step.
         trained_tokens: learned tokens so far.
         seconds: time spent in updates so far.
-        window_loss: the summed loss of the tokens learned since the last report; `window_tokens` is their number.
+        window_loss: the summed loss of the tokens learned since the last report; `window_tokens` is their number, and
+            `window_metrics` has the sums of the objective's further metrics.
         reported: the loss last reported.
         validated: the step of the last validation, -1 before the first; `val_loss` is its loss.
         best_step: the step with the lowest validation loss, `best_loss`.
@@ -50,6 +51,7 @@ class RunState:
     seconds: float = 0.0
     window_loss: float = 0.0
     window_tokens: int = 0
+    window_metrics: dict[str, float] = field(default_factory=dict)
     reported: float | None = None
     validated: int = -1
     val_loss: float | None = None

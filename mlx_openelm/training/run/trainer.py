@@ -108,6 +108,8 @@ class TrainingRun:
         position: where a stream of data continues after so many steps; None for data whose order derives from the step.
         spikes: decides which batches are skipped; None skips none.
         further: more numbers to report, given the tokens per second since the last report.
+        counts: what the objective counts, in the names of logged numbers.
+        report: what to log of the means of the objective's metrics.
     """
 
     updater: Updater
@@ -122,6 +124,8 @@ class TrainingRun:
     position: Callable[[int], dict[str, Any] | None] = lambda step: None
     spikes: Spikes | None = None
     further: Callable[[float], Mapping[str, Any]] = lambda tokens_per_second: {}
+    counts: str = "tokens"
+    report: Callable[[Mapping[str, float]], Mapping[str, float]] = dict
     listener: Listener = field(default_factory=Listener)
     processes: Processes = field(default_factory=Processes)
 
@@ -162,7 +166,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.interrupts = Interrupts()
         # Since the last report, and since this process began. They are not saved: only reported speeds depend on them.
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self.first_seconds, self.tokens = self.state.seconds, 0
 
     def on_interrupt(self) -> None:
@@ -236,7 +240,10 @@ class _Loop:
             state.trained_tokens += step.num_targets
             state.window_loss += loss * step.num_targets
             state.window_tokens += step.num_targets
+            for name, mean in update.metrics.items():
+                state.window_metrics[name] = state.window_metrics.get(name, 0.0) + _number(mean) * step.num_targets
         self.window_seconds, self.window_steps = self.window_seconds + seconds, self.window_steps + 1
+        self.window_targets += step.num_targets
         self.window_tokens += step.num_tokens
         self.tokens += step.num_tokens
         self.run.listener.stepped(state.step, loss, step.num_tokens / seconds)
@@ -259,7 +266,7 @@ class _Loop:
             )
 
     def _report(self, update: Update, rate: float, epoch: float) -> None:
-        """Log the mean loss since the last report, and the other numbers of the last step."""
+        """Log the means of the loss and the objective's metrics since the last report, and numbers of the last step."""
         state = self.state
         if state.window_tokens or state.reported is None:  # nothing if every batch since then was skipped
             state.reported = state.window_loss / max(1, state.window_tokens)
@@ -269,19 +276,22 @@ class _Loop:
             "learning_rate": rate,
             "grad_norm": _number(update.grad_norm),
             "epoch": epoch,
-            "trained_tokens": state.trained_tokens,
+            f"trained_{self.run.counts}": state.trained_tokens,
             "tokens_per_second": tokens_per_second,
             "iterations_per_second": self.window_steps / self.window_seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
         if self.run.options.z_loss or self.run.options.label_smoothing:
             values["objective"] = _number(update.objective)  # what is minimized; train_loss is the likelihood alone
-        values |= {name: _number(value) for name, value in update.metrics.items()}
+        if self.run.counts != "tokens":
+            values[f"{self.run.counts}_per_second"] = self.window_targets / self.window_seconds
+        means = {name: total / max(1, state.window_tokens) for name, total in state.window_metrics.items()}
+        values |= self.run.report(means)
         values |= self.run.further(tokens_per_second)
         if self.run.spikes is not None:
             values["skipped"] = state.skipped
-        state.window_loss, state.window_tokens = 0.0, 0
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        state.window_loss, state.window_tokens, state.window_metrics = 0.0, 0, {}
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self._log(values)
         self.run.listener.reported(state.step, values)
 
