@@ -394,7 +394,7 @@ def test_two_processes_train_like_one_and_one_continues_what_they_began(here):
     """SGD: Adam would amplify rounding errors of the smallest gradients."""
     start = ("--config", "run.yaml", "--optimizer", "sgd", "--learning-rate", 1e-2, "--iters", 8, "--batch-size", 4)
     both = launch(*command(*start, "--output", "two", python=()), folder=here)
-    output = both.communicate(timeout=240)[0]
+    output = both.communicate(timeout=600)[0]
     assert both.returncode == 0 and output.count("Step 0: validation loss") == 1, output
     for extra in (("--output", "one"), ("--output", "two", "--resume", "--iters", 12)):
         done = run(*(start if "one" in extra else ()), *extra, folder=here)

@@ -10,7 +10,7 @@ from .. import backend
 from ..config import LAYERS, ModelConfig
 
 # Sides of the square matrices that are multiplied to measure a device.
-_GPU_SIDE, _CPU_SIDE = 8192, 2048
+_GPU_SIDE, _CPU_SIDE = 8192, 1024
 _TURNS = 4
 # A forward pass multiplies and adds once for each weight; the backward pass does twice as much.
 _OPERATIONS = 3 * 2
