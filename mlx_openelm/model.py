@@ -366,28 +366,30 @@ class OpenELM(nn.Module):
         return y if run_layer is None else y.reshape(batch, length, -1)  # [B, L, model_dim]
 
     def _run_kernels(self, x: mx.array, attend: PlainAttention, caches: Sequence[Any]) -> mx.array | None:
-        """All layers in kernels that compute a whole layer: CUDA's for one token, the CPU's for a few rows.
+        """All layers in kernels that compute a whole layer: CUDA's for one token, the CPU's for a few positions a row.
 
         Returns None, with nothing changed, if neither applies. Only this method decides that.
         """
         batch, length, dim = x.shape
-        if batch * length >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
+        if length >= attention.MANY_LAYER_ROWS or isinstance(attend.mask, mx.array):
             return None
-        if any(type(cache) is not KVCache or not cache.has_dtype(x.dtype) for cache in caches):
+        if type(caches[0]) is RowCaches:
+            if not all(attention.grows_in_kernels(rows) for rows in caches):
+                return None
+        elif any(type(cache) is not KVCache or not cache.has_dtype(x.dtype) for cache in caches):
             return None
         eps = self.config.rms_norm_eps
-        rows = x.reshape(-1, dim)
-        if len(rows) == 1 and attend.mask is None and decoding.is_allowed():
+        if batch * length == 1 and attend.mask is None and decoding.is_allowed():
             parts = collect_parts(self.transformer.layers, eps)
-            y = None if parts is None else self._decode_token(rows, parts, caches)
+            y = None if parts is None else self._decode_token(x.reshape(1, dim), parts, caches)
             return None if y is None else y.reshape(x.shape)
         if not isinstance(attend, attention.KernelAttention) or x.dtype != mx.float32:
             return None
         if (parts := collect_parts(self.transformer.layers, eps)) is None:
             return None
         for norms, projections, num_heads, cache in zip(*parts, caches, strict=True):
-            rows = attend.layer(rows, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
-        return rows.reshape(x.shape)
+            x = attend.layer(x, num_heads, eps, norms, [layers.stored(p) for p in projections], cache)
+        return x
 
     def _decode_token(self, x: mx.array, parts: LayerParts, caches: Sequence[KVCache]) -> mx.array | None:
         """All layers for one token [1, model_dim] in one CUDA kernel; None if it does not support these weights."""

@@ -108,16 +108,18 @@ def check(model: OpenELM, kinds: list[Make], count: int, exact: bool = True) -> 
 
 
 @needs_kernels
-@pytest.mark.parametrize("count", [1, 2, 5, 11])
+@pytest.mark.parametrize("count", [1, 2, 11, 12, 16, 33])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_equal_lone_steps(kind: str, count: int) -> None:
     check(packed(a_model(), 4, rounds=True), KINDS[kind], count)
 
 
 @needs_kernels
+@pytest.mark.parametrize("count", [2, 16, 33])
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_of_every_type_equal_lone_steps(name: str) -> None:
-    check(MODELS[name](), KINDS["mixed"], 11)
+def test_rows_of_every_type_equal_lone_steps(name: str, count: int) -> None:
+    check(MODELS[name](), [GROWING], count)
+    check(MODELS[name](), KINDS["mixed"], count)
 
 
 @pytest.fixture(params=["kernels", "plain", "fused"])
@@ -141,7 +143,7 @@ def test_without_kernels_rows_equal_lone_steps_to_within_rounding(kind: str, cou
 def test_several_positions_of_a_sequence_equal_single_steps(kind: str, form: str) -> None:
     """As for checking drafted tokens; a full sliding cache overwrites positions within the step."""
     model, kinds = a_model(), KINDS[kind]
-    lengths = [3, 1, 5, 1, 1]
+    lengths = [3, 1, 9, 4, 1]
     rows = [filled(model, prompt, kinds[i % len(kinds)]) for i, prompt in enumerate(prompts(5))]
     lone = [deepcopy(caches) for caches in rows]
     for seed in range(3):
@@ -211,6 +213,33 @@ def test_caches_of_mlx_lm_can_be_rows() -> None:
             for layer in caches:
                 rewind(layer, len(some) - 1)
             alone(model, some[:1], other)
+
+
+@needs_kernels
+def test_a_step_writes_only_into_buffers_of_its_own() -> None:
+    """A copy, an array taken before, and steps that are evaluated late or out of order see what they should."""
+    model = a_model()
+    rows = [filled(model, [1, 2, 3], GROWING), filled(model, [4, 5], GROWING)]
+    step(model, [6, 7], rows)
+    taken, copied = rows[0][0].keys, deepcopy(rows[0])
+    before = np.array(taken[:, :, :5])
+    hidden = [model.hidden_states(mx.array([[token], [token]]), step_caches(rows)) for token in (8, 9, 10)]
+    late = np.array(model.logits(hidden[2])[0, 0])
+    mx.eval(hidden)
+    assert np.array_equal(np.array(taken[:, :, :5]), before)
+    assert np.array_equal(alone(model, [8, 9, 10], copied)[-1], late)
+    for caches, kept in zip(rows[:1], [copied], strict=True):  # a single step may follow
+        assert np.array_equal(alone(model, [11], caches)[0], alone(model, [11], kept)[0])
+
+
+@needs_kernels
+def test_a_batch_of_short_rows_equals_each_alone() -> None:
+    """The arithmetic follows from the length of the rows, not from their number."""
+    model = packed(a_model(), 4, rounds=True)
+    tokens = np.random.default_rng(0).integers(1, 67, (7, 5))
+    together = np.array(model(mx.array(tokens)))
+    for row, logits in zip(tokens, together, strict=True):
+        assert np.array_equal(np.array(model(mx.array(row[None])))[0], logits)
 
 
 def test_a_step_knows_its_positions() -> None:

@@ -38,10 +38,10 @@ def check_window(max_kv_size: object) -> None:
 class KVCache(Cache):
     """A growing cache of one sequence, or of rows of equal length.
 
-    Kernels write new positions in place, although MLX treats arrays as values. The CPU kernels let MLX decide whether
-    that is safe: a buffer with other references is copied. The CUDA kernel cannot check, so it writes only into buffers
-    from `acquire_buffers`, which this cache owns until `keys` or `values` is read: reading them waits for the pending
-    write and releases the buffers, and the kernel gets new ones.
+    Kernels write new positions in place, although MLX treats arrays as values. The CPU kernels of one sequence let MLX
+    decide whether that is safe: a buffer with other references is copied. CUDA's, and those of a step of several
+    sequences, cannot check, so they write only into buffers from `acquire_buffers`, which this cache owns until `keys`
+    or `values` is read: reading them waits for the pending write and releases the buffers; the kernel gets new ones.
     """
 
     _keys: Any = None
@@ -135,20 +135,25 @@ class KVCache(Cache):
         """Whether keys and values have this type, or there are none yet."""
         return self._keys is None or self._keys.dtype == self._values.dtype == dtype
 
-    def acquire_buffers(self, heads: int, dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Owned buffers [1, K, T, D] with room for one more position, for a kernel that writes into them."""
-        if not self._owned or self._capacity <= self.offset:
-            shape = 1, heads, 1, dim
+    def acquire_buffers(self, heads: int, dim: int, dtype: mx.Dtype, length: int = 1) -> tuple[mx.array, mx.array]:
+        """Owned buffers [1, K, T, D] with room for `length` more positions, for a kernel that writes into them."""
+        if not self._owned or self._capacity < self.offset + length:
+            shape = 1, heads, length, dim
             keys, values = (grow(x, shape, dtype, self.offset, self.step) for x in (self.keys, self.values))
             # Once evaluated, they are complete and do not move in memory.
             mx.eval(keys, values)
             self._keys, self._values, self._owned, self._capacity = keys, values, True, keys.shape[2]
         return self._keys, self._values
 
-    def advance(self, result: mx.array) -> None:
-        """Count the position that a kernel writes into the owned buffers when `result` is evaluated."""
-        self.offset += 1
+    def advance(self, result: mx.array, length: int = 1) -> None:
+        """Count the positions that a kernel writes into the owned buffers when `result` is evaluated."""
+        self.offset += length
         self._pending = result
+
+    @property
+    def pending(self) -> mx.array | None:
+        """What must be evaluated before the owned buffers may be written into again."""
+        return self._pending
 
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None

@@ -17,8 +17,8 @@ from . import exponentials, layers, packed
 
 Heads = tuple[mx.array, mx.array, mx.array]
 
-# With this many rows, per-operation overhead no longer matters, so a layer need not be one kernel. And when a prompt
-# only fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
+# With this many positions a row, per-operation overhead no longer matters, so a layer need not be one kernel. And when
+# a prompt only fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
 MANY_LAYER_ROWS = 12
 
 
@@ -200,6 +200,9 @@ class KernelAttention(PlainAttention):
     ) -> mx.array:
         weights = (None, None) if norms is None else (norms.query_weight, norms.key_weight)
         eps = 0.0 if norms is None else norms.eps
+        if isinstance(cache, RowCaches) and qkv.dtype == mx.float32 and grows_in_kernels(cache):
+            of_heads = [weight for weight in weights if weight is not None]
+            return self._in_step(native.kernels.step_attention, qkv, cache, *num_heads, eps, self.scale, of_heads)
         keys: Any
         shape = (*qkv.shape[:-1], num_heads[0] * self.head_dim)
         qkv = qkv.reshape(-1, qkv.shape[-1])
@@ -246,21 +249,45 @@ class KernelAttention(PlainAttention):
         eps: float,
         norms: list[mx.array],
         projections: list[layers.Stored],
-        cache: KVCache,
+        cache: KVCache | RowCaches,
     ) -> mx.array:
-        """A whole layer in one kernel: x [N, model_dim] of float32 to its output. The mask must not be an array.
+        """A whole layer in one kernel: x [..., model_dim] of float32 to its output. The mask must not be an array.
 
         Args:
             num_heads: H, K.
             norms: weights of the attention's and the feed-forward's norm, then of the queries' and the keys', if any.
             projections: `qkv_proj`, `out_proj`, `proj_1` (gate first) and `proj_2`.
-            cache: of float32, extended in place.
+            cache: of float32, extended in place; the caches of a step must be such that `grows_in_kernels`.
         """
-        buffers = cache.reserve(x.shape[0] // self.length, num_heads[1], self.length, self.head_dim, mx.float32)
+        if isinstance(cache, RowCaches):
+            rest = *num_heads, eps, self.scale, norms, projections
+            return self._in_step(native.kernels.step_layer, x, cache, *rest)
+        batch = x.size // (x.shape[-1] * self.length)
+        buffers = cache.reserve(batch, num_heads[1], self.length, self.head_dim, mx.float32)
         y, keys, values = native.kernels.layer(x, self.table, *buffers, *num_heads, eps, self.scale, norms, projections)
         # Dropping the cache's references lets the kernel write in place.
         cache.state = keys, values, cache.offset
         return y
+
+    def _in_step(self, kernel: Any, x: mx.array, rows: RowCaches, heads: int, kv_heads: int, *rest: Any) -> mx.array:
+        """A kernel of a step of several sequences, which writes into the buffers of their caches."""
+        size = kv_heads, self.head_dim, mx.float32
+        pairs = list(zip(rows.caches, rows.lengths, strict=True))
+        buffers = [cache.acquire_buffers(*size, length) for cache, length in pairs]
+        keys, values = map(list, zip(*buffers, strict=True))
+        # The caches of one step wait for the same array.
+        after = {id(cache.pending): cache.pending for cache in rows.caches if cache.pending is not None}
+        starts = [cache.offset for cache in rows.caches]
+        y = kernel(x, self.table, keys, values, starts, rows.lengths, [*after.values()], heads, kv_heads, *rest)
+        for cache, length in pairs:
+            cache.advance(y, length)
+        return y
+
+
+def grows_in_kernels(rows: RowCaches) -> bool:
+    """Whether the kernels of a step can write into the caches: all are different `KVCache`s of float32."""
+    is_ours = all(type(cache) is KVCache and cache.has_dtype(mx.float32) for cache in rows.caches)
+    return is_ours and len({id(cache) for cache in rows.caches}) == len(rows.caches)
 
 
 def _packed_product(x: mx.array, packed_part: Any, cache: Any, *, transpose: bool) -> mx.array:

@@ -68,7 +68,29 @@ void check_few(Kind kind, int64_t outputs, int64_t columns, int64_t rows, bool r
           text("few_rows", kind.name(), "outputs", outputs, "columns", columns, "rows", rows, "round", round));
 }
 
+// Each row of many gets, bit for bit, what it gets alone.
+void check_independent(Kind kind, int64_t outputs, int64_t columns, bool round) {
+  Stored w(kind, outputs, columns);
+  constexpr int64_t kMost = 33;
+  Floats x = random_floats(kMost * columns), alone(kMost * outputs);
+  for (int64_t r = 0; r < kMost; r++) few_rows(w.matrix, x.data() + r * columns, 1, alone.data() + r * outputs, round);
+  for (int64_t rows : {2, 3, 7, 8, 11, 12, 16, 33}) {
+    Floats y(rows * outputs);
+    few_rows(w.matrix, x.data(), rows, y.data(), round);
+    check(std::equal(y.begin(), y.end(), alone.begin()),
+          text("few_rows alone", kind.name(), "outputs", outputs, "columns", columns, "rows", rows, "round", round));
+  }
+}
+
 void check_few_rows() {
+  for (Type type : kTypes) {
+    for (int columns : {7, 64, 200, 4500})
+      for (int outputs : {1, 5, 33}) check_independent({type}, outputs, columns, false);
+    for (int bits : kBits)
+      for (int group : {32, 64, 128})
+        for (bool round : {false, true})
+          for (int groups : {3, 12}) check_independent({type, bits, group}, 5, groups * group, round);
+  }
   for (Type type : kTypes)
     for (int rows = 1; rows <= 9; rows++)
       for (int columns : {1, 7, 63, 64, 200})

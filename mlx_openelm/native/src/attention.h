@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "matmul.h"
 
@@ -207,20 +208,34 @@ inline void join(Partial to, Partial other, int64_t rows, int64_t width) {
   }
 }
 
+// How attention is cut into tasks: it follows from sizes alone, the same for any number of threads.
+struct Plan {
+  int64_t positions, blocks, tasks, rows;  // positions in a task, tasks of a head and in all, rows of a task
+  int64_t parts = 1, span, size;           // parts of the past, keys in a part, floats of a part's results
+  bool alone;                              // too little work for several threads
+
+  explicit Plan(const Attention& a) {
+    positions = kQueryRows / a.group() > 1 ? kQueryRows / a.group() : 1;
+    positions = positions < a.length ? positions : a.length;
+    blocks = (a.length + positions - 1) / positions, tasks = a.batch * a.kv * blocks;
+    rows = positions * a.group();
+    alone = a.batch * a.length * a.heads * a.total * a.dim < kWorthAThread;
+    // Few queries with a long past: the past is split too, and the parts are merged.
+    int64_t least = 2 * kKeys;
+    if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
+    if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
+    span = ((a.total + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
+    size = (Partial::size(rows, a.width()) + 15) / 16 * 16;
+  }
+};
+
 // y = softmax(scale * queries keys^T + mask) values.
 inline void attention(const Attention& a, float* y, float* sums) {
   thread_local Scratch scratch;
-  int64_t positions = kQueryRows / a.group() > 1 ? kQueryRows / a.group() : 1;
-  positions = positions < a.length ? positions : a.length;
-  int64_t blocks = (a.length + positions - 1) / positions, tasks = a.batch * a.kv * blocks;
-  int64_t rows = positions * a.group(), work = a.batch * a.length * a.heads * a.total * a.dim;
-  bool alone = work < kWorthAThread;
-  // Few queries with a long past: the past is split too (the same for any number of threads), and the parts are merged.
-  int64_t parts = 1, least = 2 * kKeys;
-  if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
-  if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
-  int64_t span = ((a.total + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
-  int64_t size = (Partial::size(rows, a.width()) + 15) / 16 * 16;
+  Plan plan(a);
+  int64_t positions = plan.positions, blocks = plan.blocks, tasks = plan.tasks, rows = plan.rows;
+  int64_t parts = plan.parts, span = plan.span, size = plan.size;
+  bool alone = plan.alone;
   float* memory = scratch.get<float>((parts > 1 ? tasks * parts : 1) * size);
 
   auto run = [&](int64_t task, int64_t part, float* memory) {
@@ -251,6 +266,40 @@ inline void attention(const Attention& a, float* y, float* sums) {
     for (int64_t part = 1; part < parts; part++)
       join(all, Partial::in(memory + (task * parts + part) * size, rows, a.width()), rows, a.width());
     write_out(task, all);
+  }
+}
+
+// The same for several sequences of one position each, whose sizes but `total` are the same; y [count, heads, dim].
+inline void attention_of_each(const std::vector<Attention>& all, float* y) {
+  thread_local Scratch scratch;
+  struct Task {
+    int64_t row, head, part;
+  };
+  std::vector<Task> tasks;
+  std::vector<Plan> plans;
+  bool alone = true;
+  for (auto& a : all) {
+    auto& plan = plans.emplace_back(a);
+    alone = alone && plan.alone;
+    for (int64_t head = 0; head < a.kv; head++)
+      for (int64_t part = 0; part < plan.parts; part++) tasks.push_back({int64_t(plans.size()) - 1, head, part});
+  }
+  int64_t width = all[0].width(), rows = plans[0].rows, size = plans[0].size, count = tasks.size();
+  float* memory = scratch.get<float>(count * size);
+  auto partial = [&](int64_t task) { return Partial::in(memory + task * size, rows, width); };
+  for_ranges(count, alone ? count : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      auto [row, head, part] = tasks[i];
+      int64_t start = part * plans[row].span, last = start + plans[row].span;
+      last = last < all[row].total ? last : all[row].total;
+      attend(all[row], 0, head, 0, 1, start, last > start ? last : start, partial(i));
+    }
+  });
+  for (int64_t i = 0; i < count;) {
+    auto [row, head, part] = tasks[i];
+    Partial whole = partial(i++);
+    for (; i < count && tasks[i].part; i++) join(whole, partial(i), rows, width);
+    finish(all[row], 0, head, 0, 1, whole, y + row * all[row].heads * all[row].dim, nullptr);
   }
 }
 

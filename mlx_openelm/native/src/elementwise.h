@@ -115,10 +115,16 @@ INLINE void norm_and_rotate(const float* x, const float* weight, const float* ta
   }
 }
 
+// Where the keys and values of a row's first head go, and the distance from head to head.
+struct Place {
+  float *keys, *values;
+  int64_t apart;
+};
+
 // From projections qkv [batch * length, (queries + 2 kv) * dim] to queries [batch, length, queries, dim], and keys and
-// values, written into buffers [batch, kv, room, dim] from position `start` on.
-inline void split_heads(const Heads& h, const float* qkv, float* queries, float* keys, float* values, int64_t room,
-                        int64_t start) {
+// values, written to place(row).
+template <class Where>
+void split_heads(const Heads& h, const float* qkv, float* queries, const Where& place) {
   int64_t width = (h.queries + 2 * h.kv) * h.dim;
   for_ranges(h.batch * h.length, kNumbersWorthAThread / width + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
@@ -127,12 +133,21 @@ inline void split_heads(const Heads& h, const float* qkv, float* queries, float*
       const float* from = qkv + r * width;
       for (int64_t i = 0; i < h.queries; i++, from += h.dim)
         norm_and_rotate(from, h.query_weight, table, h.dim, h.eps, queries + (r * h.queries + i) * h.dim);
-      auto at = [&](int64_t i) { return ((b * h.kv + i) * room + start + l) * h.dim; };
+      auto [keys, values, apart] = place(r);
       for (int64_t i = 0; i < h.kv; i++, from += h.dim)
-        norm_and_rotate(from, h.key_weight, table, h.dim, h.eps, keys + at(i));
+        norm_and_rotate(from, h.key_weight, table, h.dim, h.eps, keys + i * apart);
       for (int64_t i = 0; i < h.kv; i++, from += h.dim)
-        std::memcpy(values + at(i), from, h.dim * sizeof(float));
+        std::memcpy(values + i * apart, from, h.dim * sizeof(float));
     }
+  });
+}
+
+// The same with buffers [batch, kv, room, dim], from position `start` on.
+inline void split_heads(const Heads& h, const float* qkv, float* queries, float* keys, float* values, int64_t room,
+                        int64_t start) {
+  split_heads(h, qkv, queries, [=](int64_t r) {
+    int64_t at = (r / h.length * h.kv * room + start + r % h.length) * h.dim;
+    return Place{keys + at, values + at, room * h.dim};
   });
 }
 

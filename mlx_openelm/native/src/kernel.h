@@ -176,8 +176,10 @@ class Kernel : public mx::Primitive {
   Fallback fallback_;
 };
 
-// y [rows, m.rows] += x [rows, m.columns] times m transposed. Defined in one file, as it has hundreds of cases.
-void multiply(const Matrix& m, const float* x, int64_t rows, float* y, bool round);
+// y [rows, m.rows] += x [rows, m.columns] times m transposed. `length`, the number of positions of each sequence among
+// the rows, decides how: a row of a few positions may be rounded, and gets the same numbers whatever the other rows
+// are. Defined in one file, as it has hundreds of cases.
+void multiply(const Matrix& m, const float* x, int64_t rows, int64_t length, float* y, bool round);
 
 // Checks that packed weights, scales and biases fit together, and that the packing is supported.
 inline void check_packing(const mx::array& weight, const mx::array& scales, const mx::array& biases, Packing packing) {

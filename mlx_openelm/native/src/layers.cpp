@@ -70,7 +70,7 @@ struct HeadsOptions {
 Arrays split_heads_in_mlx(const Arrays& in, HeadsOptions o) {
   auto s = cpu_stream();
   auto &qkv = in[0], &table = in[1];
-  int length = table.shape(1), dim = table.shape(2), batch = qkv.shape(0) / length;
+  int length = table.shape(1), dim = table.shape(2), batch = int(qkv.size() / qkv.shape(-1)) / length;
   auto heads = mx::reshape(qkv, {batch, length, o.queries + 2 * o.kv, dim}, s);
   auto parts = mx::split(heads, mx::Shape{o.queries, o.queries + o.kv}, 2, s);
   auto angles = mx::split(mx::expand_dims(table, 2, s), 2, -1, s);
@@ -152,12 +152,12 @@ mx::array swiglu(const mx::array& x) {
 std::vector<mx::array> split_heads(const mx::array& qkv, const mx::array& table, const Optional& query_weight,
                                    const Optional& key_weight, const Optional& keys, const Optional& values,
                                    int queries, int kv, float eps, int start) {
-  require(qkv.ndim() == 2 && table.ndim() == 3 && table.dtype() == mx::float32,
-          "projections have two dimensions, tables three.");
-  int length = table.shape(1), dim = table.shape(2);
-  require(length > 0 && dim % 2 == 0 && qkv.shape(0) % length == 0 && qkv.shape(1) == (queries + 2 * kv) * dim,
+  require(qkv.ndim() >= 2 && table.ndim() == 3 && table.dtype() == mx::float32,
+          "projections have two dimensions or more, tables three.");
+  int length = table.shape(1), dim = table.shape(2), width = (queries + 2 * kv) * dim;
+  require(length > 0 && dim % 2 == 0 && qkv.shape(-1) == width && width > 0 && qkv.size() / width % length == 0,
           "projections and heads do not fit.");
-  int batch = qkv.shape(0) / length, room = length;
+  int batch = int(qkv.size() / width) / length, room = length;
   require(table.shape(0) == 1 || table.shape(0) == batch, "the table does not fit the rows.");
   Arrays inputs = {as_float(qkv), table};
   require(query_weight.has_value() == key_weight.has_value() && keys.has_value() == values.has_value(),

@@ -109,7 +109,8 @@ inline void many_rows(const Matrix& m, int64_t outputs, int64_t depth, const flo
   }
 }
 
-// From this many rows on, unpacking the weights first is faster than unpacking them for every four rows.
+// From this many positions of a sequence on, its rows are multiplied as those of a prompt: the weights are unpacked
+// first, and activations not rounded.
 constexpr int64_t kManyRows = 12;
 
 }  // namespace openelm

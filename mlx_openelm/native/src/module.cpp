@@ -62,6 +62,27 @@ NB_MODULE(kernels, m) {
       },
       "x"_a, "table"_a, "keys"_a, "values"_a, "start"_a, "queries"_a, "kv"_a, "eps"_a, "scale"_a, "norms"_a,
       "projections"_a);
+  m.def(
+      "step_attention",
+      [](Array qkv, Array table, Arrays keys, Arrays values, const std::vector<int>& starts,
+         const std::vector<int>& lengths, Arrays after, int queries, int kv, float eps, float scale, Arrays norms) {
+        return openelm::step_attention(qkv, table, {keys, values, starts, lengths, after}, queries, kv, eps, scale,
+                                       norms);
+      },
+      "qkv"_a, "table"_a, "keys"_a, "values"_a, "starts"_a, "lengths"_a, "after"_a, "queries"_a, "kv"_a, "eps"_a,
+      "scale"_a, "norms"_a);
+  m.def(
+      "step_layer",
+      [](Array x, Array table, Arrays keys, Arrays values, const std::vector<int>& starts,
+         const std::vector<int>& lengths, Arrays after, int queries, int kv, float eps, float scale, Arrays norms,
+         const std::vector<Stored>& stored) {
+        std::vector<openelm::Projection> projections;
+        for (auto& one : stored) projections.push_back(projection(one));
+        return openelm::step_layer(x, table, {keys, values, starts, lengths, after}, queries, kv, eps, scale, norms,
+                                   projections);
+      },
+      "x"_a, "table"_a, "keys"_a, "values"_a, "starts"_a, "lengths"_a, "after"_a, "queries"_a, "kv"_a, "eps"_a,
+      "scale"_a, "norms"_a, "projections"_a);
   m.def("threads", [] { return openelm::Pool::shared().threads(); });
   m.def(
       "set_threads", [](int count) { openelm::Pool::shared().set_threads(count); }, "count"_a);

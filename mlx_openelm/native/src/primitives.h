@@ -74,12 +74,33 @@ std::vector<mx::array> attention_gradient(const mx::array& queries, const mx::ar
                                           const mx::array& mixed, const mx::array& sums, const mx::array& gradient,
                                           const Optional& mask, AttentionOptions options);
 
-// A whole transformer layer for x [batch * length, dim] of float32: its output, and the buffers. Table,
+// A whole transformer layer for x [batch * length, ..., dim] of float32: its output, and the buffers. Table,
 // buffers and `start` are as for `split_heads`; a position sees all before it. norms: the weights of the norms of
 // attention and feed-forward, and then of queries and keys, if there are any. projections: qkv_proj, out_proj, proj_1
 // (gate first) and proj_2.
 std::vector<mx::array> layer(const mx::array& x, const mx::array& table, const mx::array& keys, const mx::array& values,
                              int start, int queries, int kv, float eps, float scale,
                              const std::vector<mx::array>& norms, const std::vector<Projection>& projections);
+
+// The sequences of a decoding step: each one's buffers [1, kv, room, dim], which its new keys and values are written
+// into, its first new position, and how many there are; and arrays to be computed before, such as earlier steps.
+//
+// The step has a row for each new position, N in all; each sees the positions before it in its own sequence. The buffers
+// are written in place although they are inputs: the caller must own them, with no other references to them.
+struct StepRows {
+  std::vector<mx::array> keys, values;
+  std::vector<int> starts, lengths;
+  std::vector<mx::array> after;
+  StepRows without_arrays() const { return {{}, {}, starts, lengths, {}}; }
+};
+
+// Attention of a step for projections qkv [N, ..., (queries + 2 kv) * dim]: [N, ..., queries * dim]. table [N, 1, dim]
+// is as for `split_heads`; norms are none, or the weights of those of queries and keys.
+mx::array step_attention(const mx::array& qkv, const mx::array& table, const StepRows& rows, int queries, int kv,
+                         float eps, float scale, const std::vector<mx::array>& norms);
+
+// A whole layer of a step for x [N, ..., dim]; norms and projections are as for `layer`.
+mx::array step_layer(const mx::array& x, const mx::array& table, const StepRows& rows, int queries, int kv, float eps,
+                     float scale, const std::vector<mx::array>& norms, const std::vector<Projection>& projections);
 
 }  // namespace openelm

@@ -32,13 +32,14 @@ class Product : public Kernel {
     auto x = dense(inputs[0]);
     Matrix m = matrix(projection_at(inputs, 1, packing_));
     int64_t width = outputs[0].shape(-1), rows = width ? outputs[0].size() / width : 0, depth = x.shape(-1);
+    int64_t length = x.ndim() > 1 ? x.shape(-2) : 1;
     dispatch([=, y = allocate(outputs[0]), from = x.data<float>(), transposed = !transpose_, round = packing_.round] {
       std::memset(y, 0, rows * width * sizeof(float));
       if (!rows || !depth) return;
       if (transposed) {
         many_rows(m, width, depth, from, rows, y, true);
       } else {
-        multiply(m, from, rows, y, round);
+        multiply(m, from, rows, length, y, round);
       }
     });
   }
@@ -97,8 +98,8 @@ class Lookup : public Kernel {
 
 }  // namespace
 
-void multiply(const Matrix& m, const float* x, int64_t rows, float* y, bool round) {
-  if (rows < kManyRows) return few_rows(m, x, rows, y, round);
+void multiply(const Matrix& m, const float* x, int64_t rows, int64_t length, float* y, bool round) {
+  if (length < kManyRows) return few_rows(m, x, rows, y, round);
   many_rows(m, m.rows, m.columns, x, rows, y, false);
 }
 

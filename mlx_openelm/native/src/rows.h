@@ -190,13 +190,87 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
   }
 }
 
-// Calls body(first, Constant<R>) with R of 4, 2 and 1 so as to cover all rows.
-template <class Body>
-INLINE void in_fours(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) body(r, Constant<4>{});
-  if (r + 2 <= rows) body(r, Constant<2>{}), r += 2;
-  if (r < rows) body(r, Constant<1>{});
+// The same sums for N rows of a plain matrix and `tiles` * kTileRows rows of x, in tiles that read each number once for
+// several products. Weights are opened once, a block of columns at a time; within a block the even vectors come first,
+// then the odd ones, since the accumulators of both would not fit the registers.
+constexpr int kTileRows = 4;
+constexpr int64_t kTileDepth = 2048;  // so that opened weights fit L1
+
+template <class T, int N>
+void plain_tiles(const Matrix& m, int64_t row, int64_t apart, const float* x, int64_t tiles, float* out) {
+  constexpr int R = kTileRows;
+  static_assert(N * R == kLanes);
+  thread_local Scratch scratch;
+  float* opened = scratch.get<float>(N * kTileDepth + 2 * tiles * kLanes * kLanes);
+  float* accumulators = opened + N * kTileDepth;  // between blocks: those of each tile, even and odd
+  const float* weights[N];
+  for (int64_t start = 0, depth; start < m.columns; start += depth) {
+    depth = m.columns - start < kTileDepth ? m.columns - start : kTileDepth;
+    bool is_first = start == 0, is_last = start + depth == m.columns;
+    for (int n = 0; n < N; n++) {
+      const T* from = m.values<T>(row + n * apart) + start;
+      if constexpr (std::is_same_v<T, float>) {
+        weights[n] = from;
+      } else {
+        float* to = opened + n * kTileDepth;
+        for (int64_t c = 0; c < depth; c += kLanes)
+          write(to + c, load_some(from + c, depth - c < kLanes ? int(depth - c) : kLanes));
+        weights[n] = to;
+      }
+    }
+    int64_t whole = depth / (2 * kLanes) * (2 * kLanes);
+    for (int64_t t = 0; t < tiles; t++) {
+      const float* some = x + t * R * m.columns + start;
+      float* kept = accumulators + 2 * t * kLanes * kLanes;
+      Float sums[kLanes];
+      // Called twice, not a loop: accumulators must be variables for the compiler.
+      auto add_columns = [&](auto odd) INLINE_LAMBDA {
+        Float total[N][R];
+        float* memory = kept + odd.value * kLanes * kLanes;
+        for (int n = 0; n < N; n++)
+          for (int r = 0; r < R; r++) total[n][r] = is_first ? Float{} : load(memory + (n * R + r) * kLanes);
+        for (int64_t c = odd.value * kLanes; c < whole; c += 2 * kLanes) {
+          Float weight[N];
+          for (int n = 0; n < N; n++) weight[n] = load(weights[n] + c);
+          for (int r = 0; r < R; r++) {
+            Float value = load(some + r * m.columns + c);
+            for (int n = 0; n < N; n++) total[n][r] += weight[n] * value;
+          }
+        }
+        for (int64_t c = whole; !odd.value && c < depth; c += kLanes) {
+          int count = depth - c < kLanes ? int(depth - c) : kLanes;
+          for (int r = 0; r < R; r++) {
+            Float value = load_some(some + r * m.columns + c, count);
+            for (int n = 0; n < N; n++) total[n][r] += load_some(weights[n] + c, count) * value;
+          }
+        }
+        for (int n = 0; n < N; n++) {
+          for (int r = 0; r < R; r++) {
+            if (!is_last) write(memory + (n * R + r) * kLanes, total[n][r]);
+            else sums[n * R + r] = odd.value ? sums[n * R + r] + total[n][r] : total[n][r];
+          }
+        }
+      };
+      add_columns(Constant<0>{});
+      add_columns(Constant<1>{});
+      if (!is_last) continue;
+      Float result = ordered_sums(sums);
+      for (int n = 0; n < N; n++)
+        for (int r = 0; r < R; r++) out[n * apart + (t * R + r) * m.rows] += result[lane_of_sum(n * R + r)];
+    }
+  }
+}
+
+// Rows of x that share one unpacking of packed weights; AVX-512 has registers for more.
+constexpr int kSharing = kLanes == 16 ? 8 : 4;
+
+// Calls body(first, Constant<R>) with R of `most` (8 or 4), 4, 2 and 1 so as to cover [begin, end).
+template <int most, class Body>
+INLINE void in_groups(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + most <= end; begin += most) body(begin, Constant<most>{});
+  if (begin + 4 <= end) body(begin, Constant<4>{}), begin += 4;
+  if (begin + 2 <= end) body(begin, Constant<2>{}), begin += 2;
+  if (begin < end) body(begin, Constant<1>{});
 }
 
 // Calls body(row, apart, Constant<N>) so as to cover [begin, end): N rows at a distance of `apart`, or one.
@@ -221,7 +295,19 @@ inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bo
     with_type(m.type, [&](auto* t) {
       using T = std::remove_cvref_t<decltype(*t)>;
       for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
-        in_fours(rows, [&](int64_t first, auto count) {
+        int64_t tiled = 0;
+        if constexpr (kLanes > kTileRows) {
+          tiled = rows / kTileRows * kTileRows;
+          constexpr int N = kLanes / kTileRows;
+          if (tiled) {
+            side_by_side<N>(begin, end, [&](int64_t row, int64_t apart, auto n) {
+              if constexpr (n.value == N) return plain_tiles<T, N>(m, row, apart, x, tiled / kTileRows, y + row);
+              for (int64_t r = 0; r < tiled; r += kTileRows)
+                plain_rows<T, kTileRows, 1>(m, row, apart, x + r * m.columns, y + r * m.rows + row);
+            });
+          }
+        }
+        in_groups<4>(tiled, rows, [&](int64_t first, auto count) {
           constexpr int R = count.value;
           side_by_side<4 / R>(begin, end, [&](int64_t row, int64_t apart, auto n) {
             plain_rows<T, R, n.value>(m, row, apart, x + first * m.columns, y + first * m.rows + row);
@@ -237,7 +323,7 @@ inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bo
     constexpr bool kRound = rounded.value;
     Prepared prepared = prepare<kBits, kGroup>(x, rows, m.columns, kRound, scratch);
     for_ranges(m.rows, grain, [&](int64_t begin, int64_t end) {
-      in_fours(rows, [&](int64_t first, auto count) {
+      in_groups<kSharing>(0, rows, [&](int64_t first, auto count) {
         constexpr int R = count.value;
         side_by_side<R == 1 && (kRound || kBits == 8) ? 2 : 1>(begin, end, [&](int64_t row, int64_t apart, auto n) {
           packed_rows<kBits, kGroup, kRound, R, n.value>(m, row, apart, prepared, first, y + first * m.rows + row);

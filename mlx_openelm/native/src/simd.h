@@ -197,6 +197,22 @@ INLINE Float sums(Float* vectors) {
   return vectors[0];
 }
 
+// The same, each sum in the order of `sum`: that of vector v is in lane `lane_of_sum(v)`.
+template <int step = kLanes / 2>
+INLINE Float ordered_sums(Float* vectors) {
+  for (int i = 0; i < step; i++)
+    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (step > 1) return ordered_sums<step / 2>(vectors);
+  return vectors[0];
+}
+
+// The bits of v in reverse.
+constexpr int lane_of_sum(int v) {
+  int lane = 0;
+  for (int bit = 1; bit < kLanes; bit *= 2, v /= 2) lane = 2 * lane + v % 2;
+  return lane;
+}
+
 // Lane by lane.
 template <class V>
 INLINE V larger(V a, V b) {
