@@ -33,7 +33,7 @@ PLAY = (
     "ROMEO. But soft, what light through yonder window breaks? It is the east, and Juliet is the sun. Arise, fair sun, "
     "and kill the envious moon, who is already sick and pale with grief that thou her maid art far more fair than she."
 )
-MAX_ROWS = 11
+MAX_ROWS = 16
 WARM = 100  # requests after which nothing may grow
 ADAPTERS = ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"]
 KINDS: list[dict[str, Any]] = [
@@ -129,6 +129,7 @@ class Soak:
         self.has_constraints = importlib.util.find_spec("llguidance") is not None
         self.cases: list[Case] = []
         self.counts: Counter[str] = Counter()
+        self.most = 0  # rows at a time
 
     def case(self) -> Case:
         """A random request."""
@@ -227,7 +228,7 @@ class Soak:
         """Submit requests at random steps, cancel some, and finish all."""
         submitted = 0
         while submitted < count or self.engine.is_busy:
-            for _ in range(self.draw.randrange(4)):
+            for _ in range(self.draw.randrange(6)):
                 if submitted < count and len(self.engine.waiting) < 20:
                     self.submit()
                     submitted += 1
@@ -235,7 +236,9 @@ class Soak:
                 self.refuse()
             if self.cases and self.draw.random() < 0.1:
                 self.cancel()
+            self.engine.prompts_first = self.draw.random() < 0.7  # otherwise few texts meet: their prompts take turns
             self.engine.step()
+            self.most = max(self.most, len(self.engine.rows))
             assert len(self.engine.rows) <= MAX_ROWS
             self.settle()
         assert not self.cases
@@ -279,6 +282,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lam
             assert now[1] - resident < 25, "the process has grown"
             assert not now[2] - objects, "there are more objects"
     say(str(dict(one.counts)))
+    assert one.most == MAX_ROWS
     assert one.counts["length"] and one.counts["cancelled"] and one.counts["failed"] and one.counts["refused"]
 
 

@@ -375,6 +375,9 @@ class Engine:
                 self.prefixes.insert(ids, row.decoder.cache, key=self._key(row))
 
     def _key(self, row: Row) -> str:
-        """What keys and values depend on besides the ids; bit for bit, also on the size of pieces."""
-        size = row.request.options.prefill_step_size
-        return f"{row.key} in pieces of {size}" if self.exact_prefixes and size is not None else row.key
+        """What keys and values depend on besides the ids: bit for bit also on the pieces, and on when they are packed."""
+        options = row.request.options
+        if not self.exact_prefixes:
+            return row.key
+        start = 0 if options.kv_bits is None else options.quantized_kv_start
+        return f"{row.key}, {options.prefill_step_size}, {start}"

@@ -108,15 +108,14 @@ class Row:
         """
         if not abs(logprob) < float("inf"):
             raise failed_draw(self.decoder, len(self.tokens) + 1, self.constraint, row)
+        if self.constraint is not None:  # before the piece is made, which may be the last for that reason
+            self._forced = self.constraint.advance(token)[: self.request.count - len(self.tokens) - 1]
         pieces = self._add([(token, logprob, likeliest)])
-        if self.constraint is not None and not self.is_done:
-            forced = self.constraint.advance(token)[: self.request.count - len(self.tokens)]
-            self._forced = forced
-            if self.draws and forced:
-                if len(forced) < many:
-                    self.pending = forced
-                else:
-                    self.prompt = forced
+        if self._forced and not self.is_done:
+            if self.draws and len(self._forced) < many:
+                self.pending = self._forced
+            elif self.draws:
+                self.prompt = self._forced
             pieces += self.take_forced()
         return pieces
 
