@@ -22,9 +22,9 @@ from small_models import small
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MB = 1_000_000
-# What is told may be above the peak by this share of it, or by so many bytes: a step and a piece of a prompt take a few
-# megabytes, more or less as it happens.
-SHARE, BYTES = 0.15, 4 * MB
+# What is told may be above the peak by this share of it, besides what lasts only for a moment: how much of that exists
+# at a time depends on how far MLX works ahead.
+SHARE = 0.15
 EVERY_KIND: dict[str, Any] = {"kv_bits": [None, 8, None], "max_kv_size": [None, None, 100]}
 
 
@@ -60,6 +60,12 @@ def submit(engine: Engine, count: int, length: int, **options: Any) -> None:
         engine.submit([draw.randrange(3, 2000) for _ in range(length)], **own)
 
 
+def momentary(engine: Engine) -> int:
+    """What is told for a piece of a prompt, a step and the replacement of buffers."""
+    rows = list(engine.waiting)
+    return engine.budget.total(rows) - sum(engine.budget.needs(row).held for row in rows)
+
+
 def peak(engine: Engine) -> int:
     mx.synchronize()
     mx.reset_peak_memory()
@@ -89,9 +95,9 @@ def test_the_peak_is_told_beforehand(
 ) -> None:
     engine = Engine(*loaded, prompts_first=prompts_first)
     submit(engine, count, length, **options)
-    expected = engine.expected_memory
+    expected, above = engine.expected_memory, momentary(engine)
     measured = peak(engine)
-    assert measured <= expected <= max((1 + SHARE) * measured, measured + BYTES)
+    assert measured <= expected <= (1 + SHARE) * measured + above
 
 
 @pytest.mark.parametrize(
@@ -105,9 +111,9 @@ def test_caches_that_shrink_are_told_as_they_are_before(
     """Pieces of prompts make a sliding cache longer than `max_kv_size`, and quantized caches begin as plain ones."""
     engine = Engine(*loaded, prompts_first=True)
     submit(engine, 8, 40 if "kv_bits" in options else 150, max_tokens=10, **options)
-    expected = engine.expected_memory
+    expected, above = engine.expected_memory, momentary(engine)
     measured = peak(engine)
-    assert measured <= expected <= max((1 + SHARE) * measured, measured + BYTES)
+    assert measured <= expected <= (1 + SHARE) * measured + above
 
 
 def test_rows_wait_so_that_the_peak_stays_below_the_limit(loaded: tuple[OpenELM, Tokenizer]) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.cache_files import make_prompt_cache
 from mlx_openelm.generation.cache_origin import Origin
+from mlx_openelm.generation.decoding import Decoder
+from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.generation.prefix_disk import PrefixDisk
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
@@ -126,7 +128,9 @@ class Soak:
             exact_prefixes=True,
         )
         self.ids = self.tokenizer.encode(PLAY)
-        self.has_constraints = importlib.util.find_spec("llguidance") is not None
+        # A lone run processes forced tokens as steps do only with `Decoder.steps`.
+        self.has_constraints = importlib.util.find_spec("llguidance") is not None and hasattr(Decoder, "steps")
+        self.has_drafts = "prompt_lookup" in {option.name for option in fields(GenerationOptions)}
         self.cases: list[Case] = []
         self.counts: Counter[str] = Counter()
         self.most = 0  # rows at a time
@@ -142,6 +146,8 @@ class Soak:
             options["seed"] = draw.randrange(1000)
         if self.has_constraints and draw.random() < 0.2:
             options |= draw.choice(CONSTRAINTS)
+        if self.has_drafts and draw.random() < 0.2:
+            options["prompt_lookup"] = True
         case = Case(prompt, options, draw.choice([None, None, *ADAPTERS]))
         if draw.random() < 0.1 and not {"max_kv_size", "kv_bits"} & {*options} and case.adapter is None:
             case.past = self.ids[: draw.randrange(1, 20)]

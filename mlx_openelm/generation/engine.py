@@ -375,7 +375,7 @@ class Engine:
                 self.prefixes.insert(ids, row.decoder.cache, key=self._key(row))
 
     def _key(self, row: Row) -> str:
-        """What keys and values depend on besides the ids: bit for bit also on the pieces, and on when they are packed."""
+        """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
         options = row.request.options
         if not self.exact_prefixes:
             return row.key
