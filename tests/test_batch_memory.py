@@ -97,7 +97,9 @@ def test_the_peak_is_told_beforehand(
     submit(engine, count, length, **options)
     expected, above = engine.expected_memory, momentary(engine)
     measured = peak(engine)
-    assert measured <= expected <= (1 + SHARE) * measured + above
+    assert measured <= expected
+    if prompts_first:  # otherwise early texts may end before late ones begin
+        assert expected <= (1 + SHARE) * measured + above
 
 
 @pytest.mark.parametrize(

@@ -91,12 +91,16 @@ def text_needs(
     ends = [past + min(end, prompt) for end in range(piece, prompt + piece, piece)]
     if kind.bits is None or total < kind.start:
         columns, grows = _columns(kind.window, past, ends, total)
+        if kind.window is None and total > ends[-1]:
+            columns, grows = max(columns, _stepped(ends[-1], total)), True
         held, replaced = columns * width, columns * width if grows else 0
     else:
         packed = values * kind.bits // 8 + 2 * values // kind.group_size * itemsize
         # Quantized after the first piece that ends at `start` or beyond, or after the token that reaches it.
         reached = next((end for end in ends if end >= kind.start), kind.start)
         plain, _ = _columns(None, past, [end for end in ends if end <= reached], reached)
+        if reached > ends[-1]:
+            plain = max(plain, _stepped(ends[-1], reached))
         columns, grows = _columns(None, reached, [end for end in ends if end > reached], total)
         # After the first piece already, the other texts need not wait for the memory of plain ones.
         held = max(columns * packed, plain * width if reached > ends[0] else 0)
@@ -126,6 +130,11 @@ def _columns(window: int | None, past: int, ends: Sequence[int], total: int) -> 
         room, replaced = room + _rounded(goal - room), replaced or used > 0
         most = max(most, room if window is None else min(room, window))
     return most, replaced
+
+
+def _stepped(start: int, total: int) -> int:
+    """Positions that a growing cache has room for at the end of steps: kernels take new buffers at the first one."""
+    return start + _rounded(total - start)
 
 
 def _rounded(count: int) -> int:
