@@ -193,6 +193,21 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {quote(text)}") from None
 
 
+def memory_size(text: str) -> int:
+    """A flag's value as a number of bytes: 4GB, 512 MB, 2GiB, 1000000."""
+    amount = text.strip().lower().removesuffix("b").rstrip()
+    base = 1024 if amount.endswith("i") else 1000
+    amount = amount.removesuffix("i")
+    power = "kmgt".find(amount[-1:]) + 1 if amount else 0
+    try:
+        count = int(float(amount[:-1] if power else amount) * base**power)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 512MB, got {quote(text)}")
+    return count
+
+
 # How argparse handles a field, by its type; other types are lists, whose flags may be repeated.
 _TYPES: dict[Any, dict[str, Any]] = {
     bool: {"action": BooleanOptionalAction},

@@ -37,7 +37,8 @@ EXAMPLES = """\
   mlx-openelm generate "To be, or not to be"
   mlx-openelm generate "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
   mlx-openelm generate --model 270m-instruct --prompt "Once upon a time" --repetition-penalty 1.2
-  echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8"""
+  echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8
+  mlx-openelm generate --batch prompts.txt --max-tokens 64 > texts.jsonl"""
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -56,6 +57,12 @@ def add_flags(parser: flags.Parser) -> None:
         metavar="FILE",
         help="Go on from the prompt in this file of `cache-prompt` or mlx-lm. Without --model, the model, revision and "
         "adapter are those of the file.",
+    )
+    chat.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="Many prompts at once, one on each line of this file, and the results as lines of JSON. In a .jsonl file "
+        "each line is an object with `prompt` and options of its own, such as `max_tokens`; - reads standard input.",
     )
     flags.add_fields(parser, GenerationOptions)
     chat.add_argument(
@@ -82,6 +89,17 @@ def add_flags(parser: flags.Parser) -> None:
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
     flags.add_shared(model, "--exact-activations")
+    memory = parser.groups["Key-value cache"]
+    memory.add_argument(
+        "--max-rows", type=flags.integer, metavar="N", help="Texts of --batch that advance together.  [default: 32]"
+    )
+    memory.add_argument(
+        "--memory-limit",
+        type=flags.memory_size,
+        metavar="SIZE",
+        help="Memory that the texts of --batch may take besides the model, such as 4GB; others wait.  "
+        "[default: half of what is free]",
+    )
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,
@@ -100,6 +118,12 @@ def run(args: Namespace) -> int:
     The text goes to standard output, everything else to standard error. A prompt that is read from a file or
     from standard input loses the line break at its end.
     """
+    if args.batch is not None:
+        from .generate_batch import run_batch
+
+        return run_batch(args)
+    if args.max_rows is not None or args.memory_limit is not None:
+        raise RequestError("--max-rows and --memory-limit are for many prompts at once; give them with --batch.")
     chat = (args.system_prompt, args.prefill_response, args.chat_template)
     if args.ignore_chat_template and chat != (None, None, None):
         raise RequestError(
@@ -108,9 +132,9 @@ def run(args: Namespace) -> int:
     prompt = read_prompt(args.words, args.prompt, args.prompt_file)
     options = flags.given(args, GenerationOptions)
     if "logit_bias" in options:
-        options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
+        options["logit_bias"] = parse_logit_bias(options["logit_bias"]) or None
     if "choice" in options:
-        options["choice"] = _split_choices(options["choice"])
+        options["choice"] = split_choices(options["choice"])
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
     cached: CachedPrompt | None = None
@@ -209,7 +233,7 @@ def _decode(data: bytes, source: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
+def parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
     """One mapping from any number of `ID=VALUE` and JSON objects."""
     biases: dict[int, float] = {}
     for text in given:
@@ -223,7 +247,7 @@ def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
     return biases
 
 
-def _split_choices(given: tuple[str, ...]) -> list[str]:
+def split_choices(given: tuple[str, ...]) -> list[str]:
     """The texts in any number of lists, separated by commas or in JSON."""
     choices: list[str] = []
     for text in given:

@@ -13,11 +13,13 @@ row's tokens and log-probabilities are, bit for bit, those of `stream_generate`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 from typing import Any, Unpack
 
 import mlx.core as mx
@@ -34,8 +36,8 @@ from ..text.tokenizer import Tokenizer
 from .decoding import CLEAR_EVERY, make_request
 from .drawing import draw, listed
 from .keywords import GenerationKeywords
-from .memory import Budget
-from .options import GenerationOptions
+from .memory import Budget, held_bytes, model_bytes
+from .options import GenerationOptions, check_number
 from .piece import Piece
 from .prefix_tree import PrefixTree
 from .row import Row
@@ -64,8 +66,8 @@ class Engine:
 
     Args:
         max_rows: the number of texts that advance together; others wait.
-        max_bytes: the most memory that keys and values of these rows, and one step, may take; rows wait until theirs
-            is free. By default a share of what is free (`memory.FREE_SHARE`).
+        max_bytes: the most memory that these rows may take: keys and values, and what a step and a piece of a prompt
+            need; rows wait until theirs is free. By default a share of what is free (`memory.FREE_SHARE`).
         adapters: what rows may name as their `adapter`.
         prefixes: where rows find and leave the keys and values of prompts.
         exact_prefixes: use them only where they are bit for bit what processing the prompt would give: whole pieces of
@@ -86,6 +88,7 @@ class Engine:
         exact_prefixes: bool = False,
         prompts_first: bool = False,
     ):
+        check_number("--max-rows", max_rows, 1, math.inf, "a whole number, 1 or above", kind=Integral)
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.adapters, self.prefixes = adapters, prefixes
         self.exact_prefixes, self.prompts_first = exact_prefixes, prompts_first
@@ -99,6 +102,20 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether there is anything left to do."""
         return bool(self.waiting or self.rows)
+
+    @property
+    def expected_memory(self) -> int:
+        """The most bytes that MLX will hold at once until the rows submitted so far have ended.
+
+        They count what MLX holds already, such as the model's weights, and what `prefixes` and `adapters` may come to
+        hold: `mx.get_peak_memory()` stays below, unless there is other work.
+        """
+        rows = [*self.rows, *(row for row in self.waiting if not row.is_done)]
+        others = max(mx.get_active_memory() - held_bytes(rows), model_bytes(self.model))
+        total = others + self.budget.most(rows, self.max_rows)
+        if self.prefixes is not None:
+            total += self.prefixes.room_needed([self.budget.needs(row).held for row in rows])
+        return total if self.adapters is None else total + self.adapters.room_needed
 
     def submit(
         self,
@@ -161,6 +178,7 @@ class Engine:
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
+        self.budget.clear_unused()
         return pieces
 
     def _admit(self) -> None:
@@ -192,6 +210,7 @@ class Engine:
                 self.adapters.release(row.handle)
             if not self.exact_prefixes and row.error is None:
                 self._keep(row)
+            row.decoder.cache = []  # the caller may keep the row
 
     def _launch(self, drawn: Sequence[_Drawn]) -> list[tuple[Row, mx.array]]:
         """Process the drawn and the pending tokens of all rows in one call of the model.
@@ -249,14 +268,12 @@ class Engine:
             hidden_states = hidden_states[mx.array(ends)]
         with self._adapters_of(rows):
             logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
-        for i, (row, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
-            decoder = row.decoder
-            if decoder.options.kv_bits is not None:
-                decoder.quantize_cache()
-            if decoder.logits_processors:
-                decoder.context = mx.concatenate([decoder.context, tokens[end + 1 - length : end + 1]])
-                for process in decoder.logits_processors:
-                    logits[i : i + 1] = process(decoder.context, logits[i : i + 1])
+        for row in rows:
+            if row.decoder.options.kv_bits is not None:
+                row.decoder.quantize_cache()
+        if any(row.decoder.logits_processors for row in rows):
+            parts = zip(rows, lengths, ends, mx.split(logits, len(rows)), strict=True)
+            logits = mx.concatenate([row.process(tokens[end + 1 - n : end + 1], part) for row, n, end, part in parts])
         return log_softmax(logits)
 
     def _draw_plain(self, rows: list[Row], logprobs: mx.array) -> None:
@@ -268,13 +285,15 @@ class Engine:
 
     def _draw(self, row: Row, logprobs: mx.array) -> None:
         """Start drawing a row's next token from log-probabilities [1, vocab], limited by its constraint."""
+        if row.is_done:
+            return
         try:
             limited = row.limit(logprobs)
+            top = int(row.request.options.top_logprobs)
+            token, likelihood, likeliest, _ = draw(limited, row.request.sampler, top)
         except Exception as error:
             row.error = error
             return
-        top = int(row.request.options.top_logprobs)
-        token, likelihood, likeliest, _ = draw(limited, row.request.sampler, top)
         self._drawn.append(_Drawn([row], token, likelihood[:, 0], logprobs, likeliest))
 
     def _read(self, drawn: _Drawn) -> list[tuple[Row, Piece]]:
@@ -298,7 +317,10 @@ class Engine:
         pieces: list[tuple[Row, Piece]] = []
         for row in [row for row in self.rows if row.prompt and not row.is_done]:
             while row.prompt and not row.is_done:
-                pieces += [(row, piece) for piece in self._process_piece(row)]
+                try:
+                    pieces += [(row, piece) for piece in self._process_piece(row)]
+                except Exception as error:
+                    row.error = error
                 if not self.prompts_first:
                     return pieces
         return pieces
@@ -316,6 +338,8 @@ class Engine:
                 mx.clear_cache()
                 return []
             logprobs = row.decoder.logprobs(hidden_states)
+        if row.request.options.kv_bits is not None:  # otherwise they stay as they were until the next step
+            mx.async_eval([layer.state[:2] for layer in row.decoder.cache])
         if not self.exact_prefixes:
             self._keep(row)
         if row.draws:
@@ -336,7 +360,7 @@ class Engine:
         size = options.prefill_step_size or backend.prefill_step_size()
         if self.exact_prefixes:
             ids = ids[: (len(ids) - 1) // size * size + 1]
-        cache, count = self.prefixes.fetch(ids, options, key=row.key)
+        cache, count = self.prefixes.fetch(ids, options, key=self._key(row))
         excess = count % size if self.exact_prefixes else 0
         if count > excess:
             for layer in cache:
@@ -348,4 +372,12 @@ class Engine:
         if self.prefixes is not None and row.past == 0:
             ids = row.processed_ids()
             if ids:
-                self.prefixes.insert(ids, row.decoder.cache, key=row.key)
+                self.prefixes.insert(ids, row.decoder.cache, key=self._key(row))
+
+    def _key(self, row: Row) -> str:
+        """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
+        options = row.request.options
+        if not self.exact_prefixes:
+            return row.key
+        start = 0 if options.kv_bits is None else options.quantized_kv_start
+        return f"{row.key}, {options.prefill_step_size}, {start}"

@@ -10,8 +10,10 @@ import mlx.core as mx
 
 from ..adapters.pool import AdapterHandle
 from ..adapters.switching import AdapterPaths
+from ..errors import RequestError
 from ..text.tokenizer import Tokenizer
 from .decoding import Request, failed_draw, warn_past_context
+from .memory import Needs
 from .output import Output
 from .piece import Piece
 from .sampling import greedy
@@ -51,6 +53,7 @@ class Row:
         # Ids to process before the next token is drawn: alone as a prompt, or in a step together with other rows.
         self.prompt: list[int] = [*request.prompt, *forced]
         self.pending: list[int] = []
+        self.needs: Needs | None = None  # of memory, once that is known
         self._forced = forced  # drawn without a choice, and not yet in the text
         self._tokenizer = tokenizer
         self._output: Output | None = None
@@ -105,15 +108,14 @@ class Row:
         """
         if not abs(logprob) < float("inf"):
             raise failed_draw(self.decoder, len(self.tokens) + 1, self.constraint, row)
+        if self.constraint is not None:  # before the piece is made, which may be the last for that reason
+            self._forced = self.constraint.advance(token)[: self.request.count - len(self.tokens) - 1]
         pieces = self._add([(token, logprob, likeliest)])
-        if self.constraint is not None and not self.is_done:
-            forced = self.constraint.advance(token)[: self.request.count - len(self.tokens)]
-            self._forced = forced
-            if self.draws and forced:
-                if len(forced) < many:
-                    self.pending = forced
-                else:
-                    self.prompt = forced
+        if self._forced and not self.is_done:
+            if self.draws and len(self._forced) < many:
+                self.pending = self._forced
+            elif self.draws:
+                self.prompt = self._forced
             pieces += self.take_forced()
         return pieces
 
@@ -142,6 +144,23 @@ class Row:
                 self.finish_reason = piece.finish_reason
                 break
         return pieces
+
+    def process(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Logits [1, vocab] after the logits processors, once `tokens` [n] have been added to the context."""
+        decoder = self.decoder
+        if not decoder.logits_processors:
+            return logits
+        decoder.context = mx.concatenate([decoder.context, tokens])
+        try:
+            processed = logits
+            for process in decoder.logits_processors:
+                processed = process(decoder.context, processed)
+            if processed.shape != logits.shape:  # would harm the other rows
+                raise RequestError(f"A logits processor returned {processed.shape} for logits {logits.shape}.")
+            return processed
+        except Exception as error:
+            self.error = error
+        return logits
 
     def limit(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities [1, vocab] to those of the tokens that the constraint allows, if there is one."""
