@@ -16,17 +16,23 @@ OURS, MLX_LM = "mlx-openelm", "mlx-lm"
 
 
 class Size(NamedTuple):
-    """The tokens of the prompt, and the new ones."""
+    """The tokens of a prompt, the new ones, and the rows that are decoded together."""
 
     prompt: int
     generated: int
+    rows: int = 1
+
+    @property
+    def label(self) -> str:
+        """`512+128`, or `512+128, 8 rows`."""
+        return f"{self.prompt}+{self.generated}" + (f", {self.rows} rows" if self.rows > 1 else "")
 
 
 @dataclass(frozen=True, repr=False)
 class BenchOptions(CacheOptions):
     """The options of `bench`: which sizes to measure, how often, and beside what.
 
-    - `prompt_tokens`, `generation_tokens`: numbers, comma-separated; every combination is measured.
+    - `prompt_tokens`, `generation_tokens`, `batch`: numbers, comma-separated; every combination is measured.
     - `repetitions`: timed runs of each size.
     - `prefill_step_size`: prompt tokens processed at a time; None is each program's default.
     - `delay`: seconds to wait before each run, for machines that throttle when they are hot.
@@ -39,6 +45,10 @@ class BenchOptions(CacheOptions):
     generation_tokens: Annotated[
         str, Option("Tokens to generate; each number with each prompt.", flags=("-g",), metavar="N,...")
     ] = "128"
+    batch: Annotated[
+        str,
+        Option("Texts to generate together, each with its prompt.", flags=("-b", "--batch-size"), metavar="N,..."),
+    ] = "1"
     repetitions: Annotated[
         int, Option("Timed runs of each size, after a warm-up; the median counts.", flags=("-n",))
     ] = 5
@@ -63,19 +73,23 @@ class BenchOptions(CacheOptions):
         check_number("--delay", self.delay, 0, 3600, "from 0 to 3600 seconds")
         if self.prefill_step_size is not None:
             check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
-        self.sizes()
+        batches = any(size.rows > 1 for size in self.sizes())
         if self.compare is None:
             return
         if self.compare.replace("_", "-").lower() != MLX_LM:
             raise RequestError(f"--compare must be {MLX_LM}, got {quote(self.compare)}.")
+        if batches and self.kv_bits is not None:
+            raise RequestError(f"--kv-bits cannot be measured with --batch and --compare {MLX_LM}, whose batches have "
+                               "no quantized caches; leave one out.")  # fmt: skip
         if find_spec("mlx_lm") is None:
             raise RequestError(f"--compare {MLX_LM} needs mlx-lm, which is not installed: pip install mlx-lm.")
 
     def sizes(self) -> list[Size]:
-        """Every prompt length with every number of new tokens."""
+        """Every prompt length with every number of new tokens and every number of rows."""
         prompts = _numbers("--prompt-tokens", self.prompt_tokens)
         generated = _numbers("--generation-tokens", self.generation_tokens)
-        return [Size(prompt, new) for prompt in prompts for new in generated]
+        batches = _numbers("--batch", self.batch)
+        return [Size(prompt, new, rows) for prompt in prompts for new in generated for rows in batches]
 
 
 def _numbers(flag: str, text: str) -> list[int]:

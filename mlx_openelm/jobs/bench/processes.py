@@ -132,11 +132,11 @@ class Process:
         self.version, self.dtype, self.blas = str(facts["version"]), str(facts["dtype"]), str(facts["blas"])
         self.weight_bytes, self.process_memory = float(facts["weight_bytes"]), int(facts["process_memory"])
 
-    def run(self, prompt: Sequence[int], count: int) -> Run:
-        """Generate `count` tokens after a prompt, greedily and beyond the end of the text."""
-        answer = self._ask({"prompt": list(prompt), "count": count})
+    def run(self, prompts: Sequence[Sequence[int]], count: int) -> Run:
+        """Generate `count` tokens after each of the prompts, together, greedily and beyond the end of the text."""
+        answer = self._ask({"prompts": [list(prompt) for prompt in prompts], "count": count})
         self.process_memory = int(answer["process_memory"])
-        return Run(len(prompt), answer["times"], answer["peak_memory"], answer["position_bytes"])
+        return Run(len(prompts[0]), answer["times"], answer["peak_memory"], answer["position_bytes"])
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request.

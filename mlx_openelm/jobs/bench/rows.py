@@ -22,6 +22,7 @@ def size_rows(result: Result) -> dict[str, Value]:
         "first token (s)": result.time_to_first_token,
         "prompt (tokens/s)": result.prompt_tps,
         "decoding (tokens/s)": result.generation_tps,
+        **({"decoding per row (tokens/s)": result.row_tps} if result.rows > 1 else {}),
         **{f"time per token (ms), {p}%": 1e3 * seconds for p, seconds in result.token_seconds.items()},
         "share of the bandwidth": result.bandwidth_share,
         "MLX memory (MB)": result.peak_memory / 1e6,
@@ -60,13 +61,13 @@ def to_json(measured: Measured) -> dict[str, Any]:
 
 
 def compared(measured: Measured) -> list[dict[str, Any]]:
-    """Our numbers beside the other program's; a name ends with its size, as prompt+new tokens."""
+    """Our numbers beside the other program's; a name ends with its size: `Size.label`."""
     ours, other = measured.programs
     named = {name: (value, program_rows(other)[name]) for name, value in program_rows(ours).items()}
     for size in measured.complete:
         theirs = size_rows(measured.result(other, size))
         for name, value in size_rows(measured.result(ours, size)).items():
-            named[f"{name}, {size.prompt}+{size.generated}"] = value, theirs[name]
+            named[f"{name}, {size.label}"] = value, theirs[name]
     return [
         {"name": name, "ours": middle(value), "other": middle(theirs), "ratio": ratio(value, theirs)}
         for name, (value, theirs) in named.items()

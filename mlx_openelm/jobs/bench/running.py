@@ -54,9 +54,10 @@ def bench(
     config, sizes = source.checkpoint.config, options.sizes()
     options.validate(config.vocab_size, config.head_dim)
     for size in sizes:
-        if sum(size) - 1 > config.rope_max_length:
+        positions = size.prompt + size.generated - 1
+        if positions > config.rope_max_length:
             raise RequestError(
-                f"A prompt of {size.prompt} tokens and {size.generated} new ones need {sum(size) - 1} positions; "
+                f"A prompt of {size.prompt} tokens and {size.generated} new ones need {positions} positions; "
                 f"the model has {config.rope_max_length}."
             )
     if (warning := backend.slow_cpu_warning()) is not None:

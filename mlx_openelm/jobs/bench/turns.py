@@ -30,7 +30,7 @@ class Program(Protocol):
         name, version, dtype: the program, and the type it computes in.
         blas: `blas.state` in its process.
         load_seconds: from the start of its process to the loaded model.
-        weight_bytes: bytes of weights that decoding reads per token.
+        weight_bytes: bytes of weights that a step of decoding reads.
         process_memory: bytes of memory that its process has held at most.
     """
 
@@ -42,8 +42,8 @@ class Program(Protocol):
     weight_bytes: float
     process_memory: int
 
-    def run(self, prompt: Sequence[int], count: int) -> Run:
-        """Generate `count` tokens after a prompt, greedily and beyond the end of the text."""
+    def run(self, prompts: Sequence[Sequence[int]], count: int) -> Run:
+        """Generate `count` tokens after each of the prompts, together, greedily and beyond the end of the text."""
 
 
 @dataclass
@@ -90,29 +90,30 @@ def measure(
     Args:
         copy: see `bandwidth.copier`; the bandwidth is measured in each repetition.
     """
-    prompts = {size.prompt: make_prompt(size.prompt, vocab_size) for size in measured.sizes}
+    # Sizes that differ in the number of new tokens have one warm-up.
+    prompts = {(size.prompt, size.rows): make_prompts(size.prompt, size.rows, vocab_size) for size in measured.sizes}
     warm_ups = len(measured.programs) * len(prompts)
     total = warm_ups + options.repetitions * len(measured.sizes) * len(measured.programs)
     done = 0
 
-    def run(program: Program, prompt: Sequence[int], count: int) -> Run:
+    def run(program: Program, prompts: Sequence[Sequence[int]], count: int) -> Run:
         nonlocal done
         if progress is not None:
             progress(done, total)
         if options.delay:
             sleep(options.delay)
         done += 1
-        return program.run(prompt, count)
+        return program.run(prompts, count)
 
     _announce(estimate(measured, options, vocab_size), options.repetitions, len(measured.sizes))
-    for prompt in prompts.values():
+    for together in prompts.values():
         for program in measured.programs:
-            run(program, prompt, _PROBE.generated)
+            run(program, together, _PROBE.generated)
     for turn in range(options.repetitions):
         measured.bandwidths.append(bandwidth.rate(copy, clock))
         for size in measured.sizes:
             for program in measured.programs[:: -1 if turn % 2 else 1]:
-                timed = run(program, prompts[size.prompt], size.generated)
+                timed = run(program, prompts[size.prompt, size.rows], size.generated)
                 measured.runs.setdefault((program.name, size), []).append(timed)
     if progress is not None:
         progress(total, total)
@@ -123,12 +124,15 @@ def estimate(measured: Measured, options: BenchOptions, vocab_size: int) -> floa
     seconds = 0.0
     length = min(_PROBE.prompt, max(size.prompt for size in measured.sizes))
     for program in measured.programs:
-        for _ in range(2):  # the first one also compiles kernels
-            probe = program.run(make_prompt(length, vocab_size), _PROBE.generated)
-        for prompt in dict.fromkeys(size.prompt for size in measured.sizes):
-            seconds += prompt / probe.prompt_tps + options.delay
+        probes = {}
+        for rows in dict.fromkeys(size.rows for size in measured.sizes):
+            for _ in range(2):  # the first one also compiles kernels
+                probes[rows] = program.run(make_prompts(max(1, length // rows), rows, vocab_size), _PROBE.generated)
+        for prompt, rows in dict.fromkeys((size.prompt, size.rows) for size in measured.sizes):
+            seconds += rows * prompt / probes[rows].prompt_tps + options.delay
         for size in measured.sizes:
-            run = size.prompt / probe.prompt_tps + size.generated * statistics.median(probe.intervals)
+            probe = probes[size.rows]
+            run = size.rows * size.prompt / probe.prompt_tps + size.generated * statistics.median(probe.intervals)
             seconds += options.repetitions * (run + options.delay)
     return seconds
 
@@ -139,6 +143,6 @@ def _announce(seconds: float, repetitions: int, sizes: int) -> None:
         say(f"This takes about {duration(seconds)}: {what}. Ctrl-C shows what was measured by then.")
 
 
-def make_prompt(length: int, vocab_size: int) -> list[int]:
-    """Random token ids, always the same."""
-    return random.Random(length).choices(range(vocab_size), k=length)
+def make_prompts(length: int, rows: int, vocab_size: int) -> list[list[int]]:
+    """Random token ids for each row, always the same."""
+    return [random.Random(f"{length} {row}").choices(range(vocab_size), k=length) for row in range(rows)]

@@ -15,17 +15,24 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ... import backend, blas, errors
 from ...config import EMBEDDING, HEAD, NORM
-from ...errors import OpenELMError
+from ...errors import OpenELMError, RequestError
 from ...version import __version__
+from ...wording import size
+
+if TYPE_CHECKING:
+    from ...generation.engine import Engine
+    from ...generation.row import Row
 
 _EMBEDDING, _HEAD = f"{EMBEDDING}.", f"{HEAD}."
+
+Tokens = list[tuple[int, int]]  # that came together: the number of the row, and the token
 
 
 class Ours:
@@ -34,18 +41,46 @@ class Ours:
     version = __version__
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        from ...generation.options import CacheOptions
         from ...loading import load
 
-        self.model, _ = load(settings["model"], **settings["loading"])
-        self._options, self._step_size = CacheOptions(**settings["caches"]), settings["prefill_step_size"]
+        self.model, self._tokenizer = load(settings["model"], **settings["loading"])
+        self._tokenizer.eos_token_ids = set()  # texts are as long as asked for
+        self._caches, self._step_size = settings["caches"], settings["prefill_step_size"]
 
-    def start(self, prompt: list[int], count: int) -> tuple[Iterator[Any], list[Any]]:
-        """The tokens after a prompt, one by one, and the caches that they will be in."""
+    def start(self, prompts: list[list[int]], count: int) -> tuple[Iterator[Tokens], list[Any]]:
+        """The tokens after the prompts, and the caches that those of the first prompt will be in."""
+        return self._alone(prompts[0], count) if len(prompts) == 1 else self._together(prompts, count)
+
+    def _alone(self, prompt: list[int], count: int) -> tuple[Iterator[Tokens], list[Any]]:
         from ...generation.decoding import decode, make_decoder
+        from ...generation.options import CacheOptions
 
-        decoder, ids, count = make_decoder(self.model, prompt, count, self._options)
-        return decode(decoder, ids, count, prefill_step_size=self._step_size), decoder.cache
+        decoder, ids, count = make_decoder(self.model, prompt, count, CacheOptions(**self._caches))
+        steps = decode(decoder, ids, count, prefill_step_size=self._step_size)
+        return ([(0, token)] for token, *_ in steps), decoder.cache
+
+    def _together(self, prompts: list[list[int]], count: int) -> tuple[Iterator[Tokens], list[Any]]:
+        """As `batch_generate` does."""
+        from ...generation.engine import Engine
+
+        engine = Engine(self.model, self._tokenizer, max_rows=len(prompts), prompts_first=True)
+        options = self._caches | {"prefill_step_size": self._step_size}
+        rows = [engine.submit(prompt, max_tokens=count, **options) for prompt in prompts]
+        return self._steps(engine, {row: n for n, row in enumerate(rows)}), rows[0].decoder.cache
+
+    def _steps(self, engine: Engine, numbers: Mapping[Row, int]) -> Iterator[Tokens]:
+        while engine.is_busy:
+            pieces = engine.step()
+            if engine.waiting:
+                raise RequestError(
+                    f"{len(numbers)} rows need more memory than the {size(engine.budget.max_bytes)} that they may "
+                    "take; measure fewer with --batch, or set --max-kv-size or --kv-bits."
+                )
+            for row in numbers:
+                if row.error is not None:
+                    raise row.error
+            if pieces:
+                yield [(numbers[row], piece.token) for row, piece in pieces]
 
     def settle(self) -> None:
         """Wait for work that was queued."""
@@ -53,7 +88,7 @@ class Ours:
 
 
 class MlxLm:
-    """mlx-lm: its own model and its `generate_step`."""
+    """mlx-lm: its own model, its `generate_step`, and its `BatchGenerator` for several prompts."""
 
     version = ""
 
@@ -75,12 +110,33 @@ class MlxLm:
         if settings["prefill_step_size"] is not None:
             self._options["prefill_step_size"] = settings["prefill_step_size"]
 
-    def start(self, prompt: list[int], count: int) -> tuple[Iterator[Any], list[Any]]:
+    def start(self, prompts: list[list[int]], count: int) -> tuple[Iterator[Tokens], list[Any]]:
+        """As `Ours.start`."""
+        if len(prompts) == 1:
+            return self._alone(prompts[0], count)
+        cache: list[Any] = []
+        return self._together(prompts, count, cache), cache
+
+    def _alone(self, prompt: list[int], count: int) -> tuple[Iterator[Tokens], list[Any]]:
         from mlx_lm.generate import generate_step
         from mlx_lm.models.cache import make_prompt_cache
 
         cache = make_prompt_cache(self.model, max_kv_size=self._options.get("max_kv_size"))
-        return generate_step(mx.array(prompt), self.model, max_tokens=count, prompt_cache=cache, **self._options), cache
+        steps = generate_step(mx.array(prompt), self.model, max_tokens=count, prompt_cache=cache, **self._options)
+        return ([(0, int(token))] for token, _ in steps), cache
+
+    def _together(self, prompts: list[list[int]], count: int, cache: list[Any]) -> Iterator[Tokens]:
+        """As its `batch_generate` does. It makes caches as rows begin, so `cache` is filled at the end."""
+        from mlx_lm.generate import BatchGenerator
+
+        options = {name: self._options[name] for name in ("prefill_step_size", "max_kv_size") if name in self._options}
+        generator = BatchGenerator(self.model, max_tokens=count, completion_batch_size=max(32, len(prompts)), **options)
+        numbers = {uid: n for n, uid in enumerate(generator.insert(prompts))}
+        while responses := generator.next_generated():
+            yield [(numbers[response.uid], response.token) for response in responses]
+            if numbers[responses[0].uid] == 0 and responses[0].prompt_cache is not None:
+                cache += responses[0].prompt_cache
+        generator.close()
 
     def settle(self) -> None:
         from mlx_lm.generate import generation_stream
@@ -89,12 +145,16 @@ class MlxLm:
         mx.synchronize(generation_stream)
 
 
-def run(program: Ours | MlxLm, prompt: list[int], count: int) -> dict[str, Any]:
+def run(program: Ours | MlxLm, prompts: list[list[int]], count: int) -> dict[str, Any]:
     """Generate tokens; returns the fields of `timings.Run`."""
+    times: list[list[float]] = [[] for _ in prompts]
     mx.reset_peak_memory()
     started = time.perf_counter()
-    tokens, cache = program.start(prompt, count)
-    times = [time.perf_counter() - started for _ in tokens]
+    steps, cache = program.start(prompts, count)
+    for tokens in steps:
+        moment = time.perf_counter() - started
+        for row, _ in tokens:
+            times[row].append(moment)
     program.settle()
     return {
         "times": times,
@@ -117,7 +177,7 @@ def facts(program: Ours | MlxLm) -> dict[str, Any]:
 
 
 def weight_bytes(parameters: Mapping[str, mx.array]) -> int:
-    """Bytes of weights that decoding reads per token: all, but of an embedding that is not the head only a row."""
+    """Bytes of weights that a step of decoding reads: all, but of an embedding that is not the head only a row."""
     has_head = any(name.startswith(_HEAD) for name in parameters)
     return sum(
         array.nbytes // array.shape[0] if has_head and name.startswith(_EMBEDDING) else array.nbytes
@@ -153,7 +213,7 @@ def answers(requests: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield facts(program)
             else:
                 with backend.wired_limit():
-                    answer = run(program, request["prompt"], request["count"])
+                    answer = run(program, request["prompts"], request["count"])
                 yield answer
         except OpenELMError as known:
             yield {"error": str(known), "exit_code": known.exit_code}
