@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from mlx_openelm.generation.generate_step import generate_step
 from mlx_openelm.jobs.bench import options as bench_options
 from mlx_openelm.jobs.bench import plot, processes, rows, worker
 from mlx_openelm.jobs.bench.options import BenchOptions, Size
-from mlx_openelm.jobs.bench.turns import Measured, make_prompts, measure
+from mlx_openelm.jobs.bench.prompts import random_prompts, text_prompts
+from mlx_openelm.jobs.bench.turns import Measured, measure
+from mlx_openelm.quantization.text import BUNDLED
 
 import mlx.core as mx
 import numpy as np
@@ -47,12 +49,15 @@ class Scripted:
     def __init__(self, name: str, log: list[Any], factor: float = 1.0) -> None:
         self.name, self.log, self.factor = name, log, factor
 
-    def run(self, prompts: Sequence[Sequence[int]], count: int) -> Run:
+    def run(self, prompts: Sequence[Sequence[int]], count: int, drafts: bool = False) -> Run:
+        """With drafts, a step gives two tokens a row and half of the drafted tokens are accepted."""
         length, rows = len(prompts[0]), len(prompts)
-        self.log.append((self.name, length, count) if rows == 1 else (self.name, length, count, rows))
+        about = (*([rows] if rows > 1 else []), *(["drafts"] if drafts else []))
+        self.log.append((self.name, length, count, *about))
         first = 0.01 * length * rows * self.factor
-        times = [first + 0.02 * self.factor * n for n in range(count)]
-        return Run(length, [times] * rows, 7_000_000, 100.0)
+        times = [first + 0.02 * self.factor * ((n + 1) // 2 if drafts else n) for n in range(count)]
+        counts = [2 * rows * n for n in (4, 2, 2, 4)] if drafts else [0] * 4
+        return Run(length, [times] * rows, 7_000_000, 100.0, *counts)
 
 
 def scripted(options: BenchOptions, sizes: Sequence[Size] = SIZES, **keywords: Any) -> tuple[Measured, list[Any]]:
@@ -60,7 +65,8 @@ def scripted(options: BenchOptions, sizes: Sequence[Size] = SIZES, **keywords: A
     log: list[Any] = []
     measured = Measured([Scripted("ours", log), Scripted("other", log, 2.0)], sizes)
     ticks = iter(float(n) for n in range(10_000))
-    measure(measured, options, 100, copy=lambda: 10**9, clock=lambda: next(ticks), **keywords)
+    prompts = partial(random_prompts, vocab_size=100)
+    measure(measured, options, prompts, copy=lambda: 10**9, clock=lambda: next(ticks), **keywords)
     return measured, log
 
 
@@ -191,23 +197,24 @@ def test_long_work_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_interrupted_measurement_has_what_every_program_ran() -> None:
     class Stops(Scripted):
-        def run(self, prompts: Sequence[Sequence[int]], count: int) -> Run:
+        def run(self, prompts: Sequence[Sequence[int]], count: int, drafts: bool = False) -> Run:
             if self.log.count(("other", 32, 4)) == 1 and len(prompts[0]) == 32:
                 raise KeyboardInterrupt
-            return super().run(prompts, count)
+            return super().run(prompts, count, drafts)
 
     log: list[Any] = []
     measured = Measured([Scripted("ours", log), Stops("other", log)], SIZES)
     with pytest.raises(KeyboardInterrupt):
-        measure(measured, BenchOptions(repetitions=5), 100, copy=lambda: 10**9)
+        prompts = partial(random_prompts, vocab_size=100)
+        measure(measured, BenchOptions(repetitions=5), prompts, copy=lambda: 10**9)
     assert measured.complete == SIZES
     # The second turn, which begins with the other program, ended before it ran the longer prompt again.
     assert [measured.result(measured.programs[0], size).repetitions for size in SIZES] == [2, 1]
 
 
 def test_prompts_are_the_same_every_time() -> None:
-    prompts = make_prompts(100, 3, 50)
-    assert prompts == make_prompts(100, 3, 50) and prompts[:1] == make_prompts(100, 1, 50)
+    prompts = random_prompts(100, 3, 50)
+    assert prompts == random_prompts(100, 3, 50) and prompts[:1] == random_prompts(100, 1, 50)
     assert len({tuple(prompt) for prompt in prompts}) == 3
     for prompt in prompts:
         assert len(prompt) == 100 and min(prompt) >= 0 and max(prompt) < 50 and len(set(prompt)) > 20
@@ -252,6 +259,39 @@ def test_json_has_the_speed_of_each_row() -> None:
     by_name = {row["name"]: row["ours"] for row in values["rows"]}
     assert by_name["decoding (tokens/s), 16+4, 8 rows"] == pytest.approx(400)
     assert by_name["decoding per row (tokens/s), 16+4, 8 rows"] == pytest.approx(50)
+
+
+def test_drafts_are_measured_beside_plain_decoding() -> None:
+    sizes = BenchOptions(prompt_tokens="16", generation_tokens="5", batch="1,2", prompt_lookup=True).sizes()
+    assert sizes == [Size(16, 5), Size(16, 5, 1, True), Size(16, 5, 2), Size(16, 5, 2, True)]
+    measured, log = scripted(BenchOptions(repetitions=2), sizes)
+    assert log[8:16:2] == [("ours", 16, 3), ("ours", 16, 3, "drafts"), ("ours", 16, 3, 2), ("ours", 16, 3, 2, "drafts")]
+    values = json.loads(json.dumps(rows.to_json(measured)))
+    plain, drafted = values["programs"][0]["results"][:2]
+    assert (plain["drafts"], plain["speedup"], plain["acceptance"], plain["tokens_per_step"]) == (False, *[None] * 3)
+    assert (drafted["drafts"], drafted["acceptance"], drafted["tokens_per_step"]) == (True, 0.5, 2.0)
+    assert drafted["speedup"] == pytest.approx(2.0) and drafted["bandwidth_share"] is None
+    by_name = {row["name"]: row["ours"] for row in values["rows"]}
+    assert by_name["speed-up by drafts, 16+5, 2 rows, drafts"] == pytest.approx(2.0)
+    assert by_name["drafted tokens accepted, 16+5, drafts"] == 0.5
+    assert by_name["tokens per step, 16+5, drafts"] == 2.0
+    lines = [" ".join(line.split()) for line in command.report("m", alone(measured), 80)]
+    assert "16+5 1 50.00 100.0 2.00 0.500 2.00" in lines and "16+5 2 100.0 200.0 2.00 0.500 2.00" in lines
+    assert any(line.startswith("prompt of 16 tokens, 5 new, with drafts") for line in command.report("m", measured, 80))
+    for width in (60, 80, 120):
+        assert (
+            max(len(line) for one in (measured, alone(measured)) for line in command.report("m", one, width)) <= width
+        )
+
+
+def test_prompts_for_drafts_are_text() -> None:
+    _, tokenizer = load("tiny")
+    prompts = text_prompts(100, 3, tokenizer)
+    assert [len(prompt) for prompt in prompts] == [100] * 3 and len({tuple(prompt) for prompt in prompts}) == 3
+    assert all(prompt[0] == tokenizer.bos_token_id for prompt in prompts)
+    document = json.loads(BUNDLED.read_text().splitlines()[0])["text"]
+    assert tokenizer.decode(prompts[0][1:21]).strip() in document
+    assert len(text_prompts(200_000, 1, tokenizer)[0]) == 200_000  # longer than all of the text
 
 
 def test_rows_without_decoding_are_empty() -> None:
@@ -360,14 +400,18 @@ def settings(**changes: Any) -> dict[str, Any]:
         "model": str(FOLDER),
         "caches": caches,
         "prefill_step_size": None,
+        "draft_model": None,
+        "drafting": {"num_draft_tokens": None, "prompt_lookup": False},
         "loading": {"dtype": "float32"},
     } | changes
 
 
-def texts(program: worker.Ours | worker.MlxLm, prompts: list[list[int]], count: int) -> list[list[int]]:
+def texts(
+    program: worker.Ours | worker.MlxLm, prompts: list[list[int]], count: int, drafts: bool = False
+) -> list[list[int]]:
     """The tokens of each row."""
     found: list[list[int]] = [[] for _ in prompts]
-    for tokens in program.start(prompts, count)[0]:
+    for tokens in program.start(prompts, count, drafts).steps:
         for row, token in tokens:
             found[row].append(int(token))
     return found
@@ -375,7 +419,7 @@ def texts(program: worker.Ours | worker.MlxLm, prompts: list[list[int]], count: 
 
 def test_our_runs_are_greedy_and_pass_the_end_of_the_text() -> None:
     ours = worker.Ours(settings())
-    prompts = make_prompts(20, 3, ours.model.config.vocab_size)
+    prompts = random_prompts(20, 3, ours.model.config.vocab_size)
     expected = [[token for token, _ in generate_step(ours.model, ids, max_tokens=300)] for ids in prompts]
     assert texts(ours, prompts[:1], 300) == expected[:1] and len(expected[0]) == 300
     assert texts(ours, prompts, 300) == expected
@@ -434,7 +478,9 @@ def test_rows_that_have_to_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_failures_are_answered() -> None:
     first = settings() | {"program": "mlx-openelm", "names_flags": False}
     wrong = first | {"model": "nowhere"}
-    refused, loaded, ran, failed = worker.answers(iter([wrong, first, {"prompts": [[1]], "count": 2}, {"prompts": []}]))
+    refused, loaded, ran, failed = worker.answers(
+        iter([wrong, first, {"prompts": [[1]], "count": 2, "drafts": False}, {"prompts": []}])
+    )
     assert refused["exit_code"] == 2 and "nowhere" in refused["error"]
     assert loaded["dtype"] == "float32" and len(ran["times"][0]) == 2
     assert failed == {"error": "mlx-openelm could not run the model: KeyError: 'count'.", "exit_code": 1}
@@ -451,12 +497,38 @@ def test_mlx_lm_generates_the_same_tokens() -> None:
     pytest.importorskip("mlx_lm")
     plain = {"adapter_path": None, "dtype": "float32", "head_dim": 32}
     programs = [worker.Ours(settings()), worker.MlxLm(settings(**plain))]
-    for prompts in ([[5, 6, 7, 8]], make_prompts(9, 10, 200)):  # of ten rows, it processes eight prompts at a time
+    for prompts in ([[5, 6, 7, 8]], random_prompts(9, 10, 200)):  # of ten rows, it processes eight prompts at a time
         found = [texts(program, prompts, 12) for program in programs]
         assert found[0] == found[1] and {len(tokens) for tokens in found[0]} == {12}
         positions = [worker.run(program, prompts, 4)["position_bytes"] for program in programs]
         assert positions[0] == positions[1] > 0
     assert worker.facts(programs[0])["weight_bytes"] == worker.facts(programs[1])["weight_bytes"]
+
+
+DRAFTS = {"draft_model": str(FOLDER), "drafting": {"num_draft_tokens": 3, "prompt_lookup": False}}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_drafts_of_the_model_itself_are_all_accepted(count: int) -> None:
+    ours = worker.Ours(settings(**DRAFTS))
+    prompts = random_prompts(9, count, 200)
+    assert texts(ours, prompts, 12, True) == texts(ours, prompts, 12)
+    plain, drafted = (worker.run(ours, prompts, 12, drafts) for drafts in (False, True))
+    assert [plain[name] for name in ("drafted", "accepted", "steps", "step_tokens")] == [0] * 4
+    assert drafted["accepted"] == drafted["drafted"] > 0
+    # Of twelve tokens the first is the prompt's; a step gives at most three drafted ones and its own.
+    assert drafted["step_tokens"] == 11 * count and drafted["steps"] == 3 * count
+    assert all(len(times) == 12 for times in drafted["times"])
+
+
+def test_mlx_lm_drafts_the_same() -> None:
+    pytest.importorskip("mlx_lm")
+    program = worker.MlxLm(settings(adapter_path=None, dtype="float32", head_dim=32, **DRAFTS))
+    prompts = random_prompts(9, 1, 200)
+    assert texts(program, prompts, 12, True) == texts(program, prompts, 12)
+    answer = worker.run(program, prompts, 12, True)
+    # Its first step gives the first token too. The last tokens are all accepted.
+    assert (answer["drafted"], answer["accepted"], answer["steps"], answer["step_tokens"]) == (9, 9, 3, 12)
 
 
 # The command.
@@ -494,6 +566,18 @@ def test_tiny_is_measured() -> None:
     assert [line.split()[0] for line in lines if "+" in line] == ["8+4", "16+4"]
     # On a busy machine there is a line of progress every five seconds.
     assert all(line.startswith(("Measuring: ", "This takes about ")) for line in done.stderr.splitlines())
+
+
+def test_tiny_with_drafts() -> None:
+    done = run_command("-p", "16", "-g", "8", "-n", "1", "--batch", "1,2", "--prompt-lookup", "--json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    (program,) = values["programs"]
+    assert [(result["rows"], result["drafts"]) for result in program["results"]] == [
+        (1, False), (1, True), (2, False), (2, True),
+    ]  # fmt: skip
+    for result in program["results"][1::2]:
+        assert result["speedup"] > 0 and result["tokens_per_step"] >= 1
 
 
 def test_tiny_beside_mlx_lm(tmp_path: Path) -> None:
@@ -588,7 +672,23 @@ def test_ctrl_c_prints_what_was_measured() -> None:
         (("-b", "1,0"), "--batch must be numbers from 1 on, separated by commas, got '1,0'."),
         (
             ("--batch", "8", "--kv-bits", "8", "--compare", "mlx-lm"),
-            "--kv-bits cannot be measured with --batch and --compare mlx-lm, whose batches have no quantized caches; ",
+            "--compare mlx-lm: it has no quantized caches in batches; leave out --kv-bits or --batch.",
+        ),
+        (("--prompt-lookup", "--compare", "mlx-lm"), "--compare mlx-lm: it has no prompt lookup; leave out "),
+        (
+            ("--draft-model", "tiny", "-b", "2", "--compare", "mlx-lm"),
+            "--compare mlx-lm: it has no drafts in batches; leave out --draft-model or --batch.",
+        ),
+        (
+            ("--draft-model", "tiny", "--max-kv-size", "8", "--compare", "mlx-lm"),
+            "--compare mlx-lm: it has no drafts with sliding caches; leave out --draft-model or --max-kv-size.",
+        ),
+        (("--num-draft-tokens", "2"), "--num-draft-tokens needs --draft-model or --prompt-lookup."),
+        (("--prompt-lookup", "--num-draft-tokens", "0"), "--num-draft-tokens must be a whole number from 1 to "),
+        (("--draft-model", "nowhere"), "There is no model named 'nowhere'"),
+        (
+            ("-p", "8", "-g", "2", "-n", "1", "--draft-model", str(FOLDER)),
+            "--draft-model has ",
         ),
         (("--kv-bits", "7"), "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7."),
         (("--dtype", "int8"), "--dtype must be one of "),

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import Engine, load, native, stream_generate
-from mlx_openelm.adapters.pool import AdapterPool
+from mlx_openelm import Engine, load
 from mlx_openelm.generation.draft_length import Plan
 from mlx_openelm.generation.drafting import LEAST_CHANCE, Draft
-from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer

@@ -96,6 +96,7 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
         yield from console.wrap(line, width).split("\n")
     yield ""
     results = [measured.result(measured.programs[0], size) for size in measured.complete]
+    drafts = any(size.drafts for size in measured.complete)
     yield from _sections(measured) if measured.programs[1:] else _table(measured, width)
     yield ""
     batches = any(result.rows > 1 for result in results)
@@ -109,6 +110,10 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
     )
     if batches:
         notes += " Speeds are those of all rows; the first token is that of the median row."
+    if drafts:
+        notes += (
+            " Prompts are text, since drafts need some. Accepted: the share of drafted tokens that are in the text."
+        )
     if len({program.dtype for program in measured.programs}) > 1:
         notes += " The programs compute in different types; --dtype float32 makes them equal."
     yield from console.wrap(notes, width).split("\n")
@@ -123,9 +128,12 @@ def _device() -> str:
 
 def _table(measured: Measured, width: int) -> list[str]:
     """A line for each size, as far as they fit; else a part for each."""
-    results = [measured.result(measured.programs[0], size) for size in measured.complete]
+    program = measured.programs[0]
+    results = [measured.result(program, size) for size in measured.complete if not size.drafts]
+    drafted = [size for size in measured.complete if size.drafts]
+    below = ["", *_aligned(_drafted_lines(measured, drafted), "  ")] if drafted else []
     for with_spreads, gap in ((True, "  "), (False, "  "), (False, " ")):
-        table = _aligned(_lines(results, with_spreads), gap)
+        table = _aligned(_lines(results, with_spreads), gap) + below
         if max(map(len, table)) <= width:
             return table
     return _sections(measured)
@@ -157,6 +165,21 @@ def _lines(results: Sequence[Result], with_spreads: bool) -> list[list[str]]:
     return lines
 
 
+def _drafted_lines(measured: Measured, sizes: Sequence[Size]) -> list[list[str]]:
+    """The cells of a table with a line for each size with drafts."""
+    program = measured.programs[0]
+    heads = [("with drafts", "tokens"), ("", "rows"), ("plain", "tokens/s"), ("drafts", "tokens/s"), ("speed-", "up")]
+    lines = [list(line) for line in zip(*heads, ("", "accepted"), ("tokens", "a step"), strict=True)]
+    for size in sizes:
+        plain, result = (measured.result(program, size._replace(drafts=drafts)) for drafts in (False, True))
+        speeds = [_middle(plain.generation_tps), _middle(result.generation_tps)]
+        others = [measured.speedup(program, size), result.acceptance, result.tokens_per_step]
+        lines.append(
+            [f"{size.prompt}+{size.generated}", str(size.rows), *speeds, *(_number(value, 3) for value in others)]
+        )
+    return lines
+
+
 def _sections(measured: Measured) -> list[str]:
     """A part for each size, with a line for each number; of two programs, both numbers and their ratio."""
     names = [program.name for program in measured.programs]
@@ -164,7 +187,7 @@ def _sections(measured: Measured) -> list[str]:
         ("", [rows.program_rows(program) for program in measured.programs])
     ]
     for size in measured.complete:
-        results = [rows.size_rows(measured.result(program, size)) for program in measured.programs]
+        results = [rows.size_rows(measured, program, size) for program in measured.programs]
         sections.append((_title(size), results))
     lines = [["", *names, *(["ratio"] if len(names) > 1 else [])]]
     for title, columns in sections:
@@ -178,9 +201,10 @@ def _sections(measured: Measured) -> list[str]:
 
 
 def _title(size: Size) -> str:
+    drafts = ", with drafts" if size.drafts else ""
     if size.rows == 1:
-        return f"prompt of {counted(size.prompt, 'token')}, {size.generated:,} new"
-    return f"{size.rows} rows: prompts of {counted(size.prompt, 'token')}, {size.generated:,} new each"
+        return f"prompt of {counted(size.prompt, 'token')}, {size.generated:,} new{drafts}"
+    return f"{size.rows} rows: prompts of {counted(size.prompt, 'token')}, {size.generated:,} new each{drafts}"
 
 
 def _aligned(lines: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:

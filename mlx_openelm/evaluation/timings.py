@@ -21,12 +21,18 @@ class Run:
         times: for each row, when each new token came, in seconds since the run began.
         peak_memory: the most that MLX held meanwhile, in bytes.
         position_bytes: what the cache of a row holds per position.
+        drafted, accepted: tokens of all rows that were drafted, and those of them that are in the text.
+        steps, step_tokens: steps of all rows after the prompt, and the tokens that they gave; 0 without drafts.
     """
 
     prompt_tokens: int
     times: Sequence[Sequence[float]]
     peak_memory: int = 0
     position_bytes: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    step_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float:
@@ -83,7 +89,10 @@ class Result:
         row_tps: `generation_tps` of each row.
         token_seconds: the percentiles of the seconds between two tokens, by percent, over all runs.
         peak_memory: bytes that MLX held at most.
-        bandwidth_share: the rate of reading weights and cache while decoding, as a share of the memory's bandwidth.
+        bandwidth_share: the rate of reading weights and cache while decoding, as a share of the memory's bandwidth;
+            None with drafts, whose steps give any number of tokens.
+        acceptance: the share of drafted tokens that are in the text; None without any.
+        tokens_per_step: of a row; None without drafts.
     """
 
     prompt_tokens: int
@@ -97,6 +106,8 @@ class Result:
     token_seconds: dict[int, float]
     peak_memory: int
     bandwidth_share: float | None
+    acceptance: float | None = None
+    tokens_per_step: float | None = None
 
 
 def summarize(runs: Sequence[Run], *, weight_bytes: float, bandwidth: float, window: int | None = None) -> Result:
@@ -114,6 +125,7 @@ def summarize(runs: Sequence[Run], *, weight_bytes: float, bandwidth: float, win
     per_row = Spread.of([speed / rows for speed in speeds]) if speeds else None
     # A step reads the weights once, and the caches of all rows.
     read = weight_bytes + rows * first.position_bytes * mean_positions(first.prompt_tokens, count, window)
+    drafted, steps = sum(run.drafted for run in runs), sum(run.steps for run in runs)
     return Result(
         prompt_tokens=first.prompt_tokens,
         generation_tokens=count,
@@ -125,7 +137,9 @@ def summarize(runs: Sequence[Run], *, weight_bytes: float, bandwidth: float, win
         row_tps=per_row,
         token_seconds={percent: percentile(intervals, percent) for percent in PERCENTILES} if intervals else {},
         peak_memory=max(run.peak_memory for run in runs),
-        bandwidth_share=None if per_row is None or not bandwidth else per_row.median * read / bandwidth,
+        bandwidth_share=None if per_row is None or not bandwidth or steps else per_row.median * read / bandwidth,
+        acceptance=sum(run.accepted for run in runs) / drafted if drafted else None,
+        tokens_per_step=sum(run.step_tokens for run in runs) / steps if steps else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ...loading import check_dtype
 from ...sources import open_source
 from .options import BenchOptions
 from .processes import programs
+from .prompts import random_prompts, text_prompts
 from .turns import Measured, Progress, measure
 
 if TYPE_CHECKING:  # most models are loaded without adapters
@@ -71,10 +73,15 @@ def bench(
         "expand": expand,
         "exact_activations": exact_activations,
     }
-    with programs(source, options, loading) as started:
+    draft = None if options.draft_model is None else open_source(options.draft_model)
+    if options.drafts:
+        make_prompts = partial(text_prompts, tokenizer=source.tokenizer)
+    else:
+        make_prompts = partial(random_prompts, vocab_size=config.vocab_size)
+    with programs(source, draft, options, loading) as started:
         measured = Measured(started, sizes, options.max_kv_size)
         try:
-            measure(measured, options, config.vocab_size, copy=bandwidth.copier(), progress=progress)
+            measure(measured, options, make_prompts, copy=bandwidth.copier(), progress=progress)
         except KeyboardInterrupt:
             if not measured.complete:
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ _LONG_SECONDS = 15.0
 _PROBE = Size(64, 3)
 
 Progress = Callable[[int, int], None]
+MakePrompts = Callable[[int, int], Sequence[Sequence[int]]]
 
 
 class Program(Protocol):
@@ -42,7 +42,7 @@ class Program(Protocol):
     weight_bytes: float
     process_memory: int
 
-    def run(self, prompts: Sequence[Sequence[int]], count: int) -> Run:
+    def run(self, prompts: Sequence[Sequence[int]], count: int, drafts: bool = False) -> Run:
         """Generate `count` tokens after each of the prompts, together, greedily and beyond the end of the text."""
 
 
@@ -72,11 +72,19 @@ class Measured:
         runs = self.runs[program.name, size][:count]
         return summarize(runs, weight_bytes=program.weight_bytes, bandwidth=self.bandwidth, window=self.window)
 
+    def speedup(self, program: Program, size: Size) -> float | None:
+        """How many times as fast a program decodes with drafts; None for a size without."""
+        if not size.drafts:
+            return None
+        speeds = [self.result(program, size._replace(drafts=drafts)).generation_tps for drafts in (True, False)]
+        with_drafts, plain = speeds
+        return None if with_drafts is None or plain is None else with_drafts.median / plain.median
+
 
 def measure(
     measured: Measured,
     options: BenchOptions,
-    vocab_size: int,
+    make_prompts: MakePrompts,
     *,
     copy: Callable[[], int],
     progress: Progress | None = None,
@@ -88,47 +96,47 @@ def measure(
     The order of the programs is reversed every time, so that neither always runs on the hotter machine.
 
     Args:
+        make_prompts: maps a number of tokens and a number of rows to the prompts.
         copy: see `bandwidth.copier`; the bandwidth is measured in each repetition.
     """
-    # Sizes that differ in the number of new tokens have one warm-up.
-    prompts = {(size.prompt, size.rows): make_prompts(size.prompt, size.rows, vocab_size) for size in measured.sizes}
-    warm_ups = len(measured.programs) * len(prompts)
-    total = warm_ups + options.repetitions * len(measured.sizes) * len(measured.programs)
+    prompts = {(size.prompt, size.rows): make_prompts(size.prompt, size.rows) for size in measured.sizes}
+    # Sizes that differ in the number of new tokens have one.
+    warmed_up = list(dict.fromkeys(size._replace(generated=_PROBE.generated) for size in measured.sizes))
+    total = (len(warmed_up) + options.repetitions * len(measured.sizes)) * len(measured.programs)
     done = 0
 
-    def run(program: Program, prompts: Sequence[Sequence[int]], count: int) -> Run:
+    def run(program: Program, size: Size) -> Run:
         nonlocal done
         if progress is not None:
             progress(done, total)
         if options.delay:
             sleep(options.delay)
         done += 1
-        return program.run(prompts, count)
+        return program.run(prompts[size.prompt, size.rows], size.generated, size.drafts)
 
-    _announce(estimate(measured, options, vocab_size), options.repetitions, len(measured.sizes))
-    for together in prompts.values():
+    _announce(estimate(measured, options, make_prompts), options.repetitions, len(measured.sizes))
+    for size in warmed_up:
         for program in measured.programs:
-            run(program, together, _PROBE.generated)
+            run(program, size)
     for turn in range(options.repetitions):
         measured.bandwidths.append(bandwidth.rate(copy, clock))
         for size in measured.sizes:
             for program in measured.programs[:: -1 if turn % 2 else 1]:
-                timed = run(program, prompts[size.prompt, size.rows], size.generated)
-                measured.runs.setdefault((program.name, size), []).append(timed)
+                measured.runs.setdefault((program.name, size), []).append(run(program, size))
     if progress is not None:
         progress(total, total)
 
 
-def estimate(measured: Measured, options: BenchOptions, vocab_size: int) -> float:
-    """About how many seconds everything takes, from short runs of each program."""
+def estimate(measured: Measured, options: BenchOptions, make_prompts: MakePrompts) -> float:
+    """About how many seconds everything takes, from short runs of each program without drafts."""
     seconds = 0.0
     length = min(_PROBE.prompt, max(size.prompt for size in measured.sizes))
     for program in measured.programs:
         probes = {}
         for rows in dict.fromkeys(size.rows for size in measured.sizes):
             for _ in range(2):  # the first one also compiles kernels
-                probes[rows] = program.run(make_prompts(max(1, length // rows), rows, vocab_size), _PROBE.generated)
-        for prompt, rows in dict.fromkeys((size.prompt, size.rows) for size in measured.sizes):
+                probes[rows] = program.run(make_prompts(max(1, length // rows), rows), _PROBE.generated)
+        for prompt, rows, _ in dict.fromkeys((size.prompt, size.rows, size.drafts) for size in measured.sizes):
             seconds += rows * prompt / probes[rows].prompt_tps + options.delay
         for size in measured.sizes:
             probe = probes[size.rows]
@@ -141,8 +149,3 @@ def _announce(seconds: float, repetitions: int, sizes: int) -> None:
     if seconds > _LONG_SECONDS:
         what = counted(repetitions, "repetition") + (f" of {sizes} sizes" if sizes > 1 else "")
         say(f"This takes about {duration(seconds)}: {what}. Ctrl-C shows what was measured by then.")
-
-
-def make_prompts(length: int, rows: int, vocab_size: int) -> list[list[int]]:
-    """Random token ids for each row, always the same."""
-    return [random.Random(f"{length} {row}").choices(range(vocab_size), k=length) for row in range(rows)]
