@@ -470,8 +470,8 @@ def test_rows_that_have_to_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RequestError) as caught:
         worker.run(ours, [[5, 6, 7]] * 64, 4)
     assert str(caught.value) == (
-        "64 rows need more memory than the 20.0 MB that they may take; measure fewer with --batch, or set "
-        "--max-kv-size or --kv-bits."
+        "64 rows need more memory than the 20.0 MB that they may take; measure fewer with batch, or set "
+        "max_kv_size or kv_bits."
     )
 
 
