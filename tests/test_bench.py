@@ -686,10 +686,6 @@ def test_ctrl_c_prints_what_was_measured() -> None:
         (("--num-draft-tokens", "2"), "--num-draft-tokens needs --draft-model or --prompt-lookup."),
         (("--prompt-lookup", "--num-draft-tokens", "0"), "--num-draft-tokens must be a whole number from 1 to "),
         (("--draft-model", "nowhere"), "There is no model named 'nowhere'"),
-        (
-            ("-p", "8", "-g", "2", "-n", "1", "--draft-model", str(FOLDER)),
-            "--draft-model has ",
-        ),
         (("--kv-bits", "7"), "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7."),
         (("--dtype", "int8"), "--dtype must be one of "),
         (
