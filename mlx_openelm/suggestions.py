@@ -42,7 +42,7 @@ _REFUSED_COMMANDS = {
 }
 
 _LATER_FLAGS = (
-    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-size", "--prompt-cache-bytes"),
+    *("--draft-model", "--prompt-cache-size", "--prompt-cache-bytes"),
     *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
 )
 # The names that other programs have for our flags; of several, the first that the command has is meant.
@@ -59,6 +59,9 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--system": ("--system-prompt",),
     "--prefix": ("--prefill-response",),
     "--text": ("--prompt",),
+    **dict.fromkeys(("--model-draft", "-md", "--assistant-model"), ("--draft-model",)),
+    **dict.fromkeys(("--draft", "--draft-max", "--num-assistant-tokens"), ("--num-draft-tokens",)),
+    "--prompt-lookup-num-tokens": ("--prompt-lookup",),
     "-f": ("--prompt-file",),
     "--file": ("--prompt-file", "--data"),
     "--eos-token": ("--extra-eos-token",),
@@ -118,6 +121,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("--mask-prompt", "--fine-tune-type", "--rank", "--grad-checkpoint", "--resume", "--data"), "lora"),
     **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
     **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
+    **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",

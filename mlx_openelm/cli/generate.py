@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -82,6 +81,12 @@ def add_flags(parser: flags.Parser) -> None:
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
     flags.add_shared(model, "--exact-activations")
+    parser.groups["Drafts"].add_argument(
+        "--draft-model",
+        metavar="auto|MODEL",
+        help="Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or auto, "
+        "which is 270m for 1.1b and 3b.",
+    )
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,
@@ -129,6 +134,11 @@ def run(args: Namespace) -> int:
         expand=args.expand,
         exact_activations=args.exact_activations,
     )
+    drafts: dict[str, Any] = {}
+    if args.draft_model is not None:
+        from .drafts import load_draft_model
+
+        drafts["draft_model"] = load_draft_model(args, model, tokenizer)
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
     if cached is not None:
@@ -152,7 +162,7 @@ def run(args: Namespace) -> int:
     try:
         with progress or nullcontext():
             past = {} if cached is None else cached.arguments()
-            for piece in stream_generate(model, tokenizer, ids, progress=progress, **past, **options):
+            for piece in stream_generate(model, tokenizer, ids, progress=progress, **drafts, **past, **options):
                 pieces.append(piece)
                 if not args.json:
                     # The line ends here, before a warning that the text was cut off.
@@ -246,9 +256,13 @@ def _print_json(
     """Print the result as a JSON object; with a tokenizer, also tokens and their log-probabilities."""
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
     if pieces:
-        last = dataclasses.asdict(pieces[-1])
-        names = ["prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
-        values |= {"finish_reason": last["finish_reason"]} | {name: last[name] for name in names}
+        last = pieces[-1]
+        names = ["finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
+        values |= {name: getattr(last, name) for name in names}
+    if pieces and pieces[-1].drafts is not None:
+        from .drafts import as_json
+
+        values["drafts"] = as_json(pieces[-1].drafts)
     if cached is not None:
         values["prompt_cache_tokens"] = cached
     if interrupted:
@@ -300,6 +314,10 @@ def _say_statistics(
         if last.finish_reason == "length" and last.generation_tokens != options.max_tokens:
             end += " (the model's last position)"
         console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}{end}")
+        if last.drafts is not None:
+            from .drafts import as_text
+
+            console.say(f"Drafts: {as_text(last.drafts)}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if options.seed is not None:
         console.say(f"Seed: {options.seed}")

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 import mlx.core as mx
 
 from .. import backend
-from ..cache import make_cache
+from ..cache import make_cache, step_caches
 from ..errors import OpenELMError, RequestError
 from ..finite import not_finite
 from ..messages import warn
 from ..model import OpenELM
+from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, forced_step, listed
@@ -55,6 +56,7 @@ def generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
+    draft_model: OpenELM | None = None,
     **options: Unpack[GenerationKeywords],
 ) -> str:
     """The text that follows `prompt`; other arguments and errors as in `stream_generate`.
@@ -70,6 +72,7 @@ def generate(
         sampler=sampler,
         logits_processors=logits_processors,
         progress=progress,
+        draft_model=draft_model,
         **options,
     )
     if verbose:
@@ -89,6 +92,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
+    draft_model: OpenELM | None = None,
     **options: Unpack[GenerationKeywords],
 ) -> Iterator[Piece]:
     """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
@@ -106,6 +110,8 @@ def stream_generate(
         logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits [1, vocab]; they come
             after the bias and the penalties.
         progress: called with the prompt tokens processed so far and in total.
+        draft_model: a smaller model with the same tokens; it proposes tokens that `model` checks several at a time.
+            The text follows the same distribution, and is the same if it is greedy.
         options: the fields of `GenerationOptions`; help(GenerationOptions) describes them.
 
     Raises:
@@ -113,16 +119,17 @@ def stream_generate(
             at the call, before anything is computed.
         OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
     """
-    request = make_request(
-        model,
-        tokenizer,
-        prompt,
-        GenerationOptions(**options),
-        prompt_cache=prompt_cache,
-        prompt_cache_tokens=prompt_cache_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-    )
+    given: dict[str, Any] = {
+        "prompt_cache": prompt_cache,
+        "prompt_cache_tokens": prompt_cache_tokens,
+        "sampler": sampler,
+        "logits_processors": logits_processors,
+    }
+    if draft_model is not None or options.get("prompt_lookup") or options.get("num_draft_tokens"):
+        from .drafted import drafted_pieces
+
+        return drafted_pieces(model, tokenizer, prompt, draft_model, progress, **given, **options)
+    request = make_request(model, tokenizer, prompt, GenerationOptions(**options), **given)
     return _pieces(tokenizer, request, progress)
 
 
@@ -271,11 +278,19 @@ class Decoder:
         """Extend the caches by one token per row, [B]; returns the next token's log-probabilities [B, vocab], lazy."""
         return self.logprobs(self.extend(tokens[:, None]))
 
-    def extend(self, tokens: mx.array) -> mx.array:
-        """Extend the caches by tokens [B, L]; returns their hidden states [B, L, model_dim], lazy."""
+    def steps(self, tokens: mx.array) -> mx.array:
+        """`step` by several tokens [L] of one sequence at once; returns the log-probabilities [1, vocab] after them."""
+        return self.logprobs(self.extend(tokens[:, None], step_caches([self.cache], [tokens.size]))[-1:])
+
+    def extend(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Extend the caches by tokens [B, L]; returns their hidden states [B, L, model_dim], lazy.
+
+        Args:
+            cache: the caches as the model is given them, if not one sequence at a time.
+        """
         if self.logits_processors:
-            self.context = mx.concatenate([self.context, tokens[0]])
-        hidden_states = self.model.hidden_states(tokens, self.cache)
+            self.context = mx.concatenate([self.context, tokens.reshape(-1)])
+        hidden_states = self.model.hidden_states(tokens, cache or self.cache)
         if self.options.kv_bits is not None:
             self.quantize_cache()
         return hidden_states
@@ -407,8 +422,10 @@ def decode(
             forced = constraint.advance(value)[: count - n - 1]
             ready += [forced_step(token, top) for token in forced]
             if n + len(ready) < count and not constraint.done:
-                if forced:
+                if len(forced) >= MANY_POSITIONS:
                     following = decoder.prefill(mx.array([forced]), prefill_step_size)
+                elif forced:
+                    following = decoder.steps(mx.array(forced))
                 upcoming = draw(constraint.limit(following), sampler, top)
 
 

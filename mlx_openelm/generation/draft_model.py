@@ -89,7 +89,7 @@ class DraftModel:
 
     def step(self, caches: Sequence[list[Any]], tokens: Sequence[mx.array]) -> mx.array:
         """Extend each text's caches by one token [1]; returns the hidden states [N, model_dim]."""
-        return self.model.hidden_states(mx.concatenate(tokens)[:, None], step_caches(caches))[:, -1]
+        return self.model.hidden_states(mx.concatenate(list(tokens))[:, None], step_caches(caches))[:, -1]
 
     def took(self, seconds: float, steps: int) -> None:
         """Learn the time of some steps."""

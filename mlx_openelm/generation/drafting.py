@@ -70,7 +70,7 @@ class CheckedDraft:
 
 def certain(tokens: Sequence[int], size: int) -> mx.array:
     """Log-probabilities [L, size] of tokens without a choice: 0 for the token, -inf for all others."""
-    return mx.where(mx.arange(size) == mx.array(tokens)[:, None], 0.0, -mx.inf)
+    return mx.where(mx.arange(size) == mx.array(list(tokens))[:, None], 0.0, -mx.inf)
 
 
 @dataclass

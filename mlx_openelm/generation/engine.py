@@ -320,23 +320,19 @@ class Engine:
         places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
         if places and len(places) < tokens.size:
             hidden_states = hidden_states[mx.array(places)]
-        logits = None
-        if places:
-            with self._adapters_of(_repeated(rows, counts)):
-                logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
+        if not places:
+            for row, length, end in zip(rows, lengths, ends, strict=True):
+                row.see(tokens[end - length : end])
+            return None
+        with self._adapters_of(_repeated(rows, counts)):
+            logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
         first = 0
         for row, length, count, end in zip(rows, lengths, counts, ends, strict=True):
-            decoder = row.decoder
-            if decoder.logits_processors:
-                held = decoder.context.size + length
-                decoder.context = mx.concatenate([decoder.context, tokens[end - length : end]])
-                for place in range(count if logits is not None else 0):
-                    context = decoder.context[: held - count + place + 1]
-                    at = slice(first + place, first + place + 1)
-                    for process in decoder.logits_processors:
-                        logits[at] = process(context, logits[at])
+            if row.decoder.logits_processors:
+                row.see(tokens[end - length : end])
+                logits[first : first + count] = row.process(logits[first : first + count])
             first += count
-        return None if logits is None else log_softmax(logits)
+        return log_softmax(logits)
 
     def _draw_plain(self, rows: list[Row], counts: list[int], logprobs: mx.array) -> None:
         """Start drawing the likeliest tokens of each row from log-probabilities [sum(counts), vocab]."""
@@ -392,7 +388,7 @@ class Engine:
                 places: Sequence[int] = range(end - count, end)
                 accepted = None
                 if drawn.accepted is not None and row.draft is not None:
-                    accepted, places = int(drawn.accepted.item()), row.draft.choices
+                    accepted, places = int(drawn.accepted.item()), row.draft.choices  # type: ignore[arg-type]
                 choices: list[Choice] = [(tokens[i], likelihoods[i], listed(drawn.likeliest, i)) for i in places]
                 try:
                     taken = row.take(choices, drawn.source[end - count : end], accepted)

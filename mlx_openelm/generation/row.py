@@ -11,9 +11,8 @@ import mlx.core as mx
 from ..adapters.pool import AdapterHandle
 from ..adapters.switching import AdapterPaths
 from ..cache import rewind
-from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..text.tokenizer import Tokenizer
-from .decoding import Request, failed_draw, warn_past_context
+from .decoding import MANY_POSITIONS, Request, failed_draw, warn_past_context
 from .drafting import CheckedDraft, Draft, DraftCounts, Drafter, certain
 from .output import Output
 from .piece import Piece
@@ -64,10 +63,11 @@ class Row:
         self.draft: CheckedDraft | None = None  # what the device checks
         self.kept = 0  # drafted tokens of the last step that stayed
         self.place = 0  # tokens drawn, those that the device is drawing included
-        self._unheard = [*self.decoder.context.tolist(), *request.prompt] if drafter is not None else []
+        self._unheard = _ids_of(self.decoder.context) + request.prompt if drafter is not None else []
         self._forced = forced  # drawn without a choice, and not yet in the text
         self._tokenizer = tokenizer
         self._output: Output | None = None
+        self.warns = True  # else the caller does, when it has shown the last piece
         self._submitted = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -99,6 +99,15 @@ class Row:
         """End the text where it is; its place is free from the next step on."""
         if not self.is_done:
             self.finish_reason = "cancelled"
+
+    def start_clock(self) -> None:
+        """Count the time of the prompt from now on."""
+        self._submitted = time.perf_counter()
+
+    def warn_if_cut(self) -> None:
+        """Warn if the text ended before its constraint did."""
+        if self._output is not None:
+            self._output.warn_if_cut()
 
     def take_forced(self) -> list[Piece]:
         """The pieces of tokens that the constraint left no choice about."""
@@ -241,9 +250,26 @@ class Row:
         if self.on_piece is not None:
             self.on_piece(piece)
         if piece.finish_reason is not None:
-            self._output.warn_if_cut()
             self.finish_reason = piece.finish_reason
+            if self.warns:
+                self.warn_if_cut()
         return [piece]
+
+    def see(self, tokens: mx.array) -> None:
+        """Add tokens [L] to what the logits processors are given."""
+        if self.decoder.logits_processors:
+            self.decoder.context = mx.concatenate([self.decoder.context, tokens])
+
+    def process(self, logits: mx.array) -> mx.array:
+        """The logits [L, vocab] at the last L tokens of the context, after the logits processors."""
+        context, count = self.decoder.context, logits.shape[0]
+        found = []
+        for place in range(count):
+            row = logits[place : place + 1]
+            for process in self.decoder.logits_processors:
+                row = process(context[: context.size - count + place + 1], row)
+            found.append(row)
+        return mx.concatenate(found)
 
     def limit(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities [L, vocab] at the places of the draft, or the only place, to what the constraint allows."""
@@ -276,3 +302,7 @@ class Row:
     def processed_ids(self) -> list[int]:
         """The ids whose keys and values the caches hold; the caches were empty before the prompt."""
         return [*self.request.prompt, *self.tokens, *self._forced][: int(self.decoder.cache[0].offset)]
+
+
+def _ids_of(context: mx.array) -> list[int]:
+    return context.tolist()  # type: ignore[return-value]

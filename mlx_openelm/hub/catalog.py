@@ -40,7 +40,8 @@ class Release:
 
     `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
     `hub_repo` holds the float32 weights but no tokenizer; `tokenizer_repo` is the ungated community copy that is tried
-    first. `draft` is the `name` of the release that drafts for this one in speculative decoding.
+    first. `draft` is the `name` of the release that drafts for this one in speculative decoding, if one is much
+    smaller.
     """
 
     name: str
@@ -83,7 +84,7 @@ _RELEASES = tuple(
         hub_repo=f"apple/{name}",
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
-        draft=None if size == "270M" else f"OpenELM-270M{suffix}",
+        draft=None if size in ("270M", "450M") else f"OpenELM-270M{suffix}",
     )
     for size in ("270M", "450M", "1.1B", "3B")
     for suffix in ("", "-Instruct")
