@@ -153,8 +153,6 @@ _REFUSED_FLAGS = {
     "--n-grid": "awq's grid is fixed",
     "--accumulation-dtype": "the precision of the measurement is fixed",
 }
-# Planned flags of `bench`, which other commands have or refuse.
-_LATER_IN_BENCH = ("--batch", "--batch-size", "-b")
 # These belong to `lora`, but mlx-lm's dwq has them too.
 _REFUSED_BY_CACHE_PROMPT = {"--eos-token": "no text is generated; give --extra-eos-token to generate"}
 _REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
@@ -197,7 +195,7 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
     """
     plain = flag.replace("_", "-").lower()
     if plain not in known:
-        if plain in _LATER_FLAGS or (program.endswith(" bench") and plain in _LATER_IN_BENCH):
+        if plain in _LATER_FLAGS:
             return f"{plain} is not offered yet; leave it out."
         refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
         refused |= _REFUSED_BY_CACHE_PROMPT if program.endswith(" cache-prompt") else {}

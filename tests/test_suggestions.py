@@ -157,11 +157,6 @@ def test_planned_flags_are_not_offered_yet(flag: str) -> None:
     assert refusal("generate", flag, "x") == f"{flag} is not offered yet; leave it out."
 
 
-@pytest.mark.parametrize("flag", ["--batch", "--batch-size", "-b", "--draft-model"])
-def test_planned_flags_of_bench_are_not_offered_yet(flag: str) -> None:
-    assert refusal("bench", flag, "8") == f"{flag} is not offered yet; leave it out."
-
-
 @pytest.mark.parametrize(
     "name",
     ["serve", "chat", "evaluate", "grpo", "train-tokenizer", "leaderboard",
