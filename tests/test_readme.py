@@ -35,6 +35,7 @@ FEWEST = {
     "constraints.md": 4,
     "cpu.md": 1,
     "fine-tuning.md": 0,
+    "preference.md": 0,
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
