@@ -182,12 +182,12 @@ def test_each_command_continues_its_own_runs_alone(here):
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_two_processes_train_as_one(here, loss):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 4,
-             "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--steps-per-eval", 2,
+             "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--val-batches", 1,
              "--loss-type", loss)  # fmt: skip
-    one = run(*flags, "--adapter-path", "one", folder=here, name="dpo")
+    one = run(*flags, "--adapter-path", "one", folder=here, name="dpo", timeout=300)
     assert one.returncode == 0, one.stderr
     two = launch(*command(*flags, "--adapter-path", "two", python=(), name="dpo"), folder=here)
-    output, _ = two.communicate(timeout=180)
+    output, _ = two.communicate(timeout=400)
     assert two.returncode == 0, output
     for a, b in zip(metrics(here / "one"), metrics(here / "two"), strict=True):
         # A batch's share of the logits is averaged by the process.

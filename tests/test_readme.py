@@ -36,6 +36,7 @@ FEWEST = {
     "cpu.md": 1,
     "fine-tuning.md": 0,
     "pretraining.md": 0,
+    "preference.md": 0,
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
