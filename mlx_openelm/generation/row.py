@@ -13,7 +13,6 @@ from ..adapters.switching import AdapterPaths
 from ..errors import RequestError
 from ..text.tokenizer import Tokenizer
 from .decoding import Request, failed_draw, warn_past_context
-from .memory import Needs
 from .output import Output
 from .piece import Piece
 from .sampling import greedy
@@ -53,7 +52,7 @@ class Row:
         # Ids to process before the next token is drawn: alone as a prompt, or in a step together with other rows.
         self.prompt: list[int] = [*request.prompt, *forced]
         self.pending: list[int] = []
-        self.needs: Needs | None = None  # of memory, once that is known
+        self.needs: Any = None  # of memory: `memory.Needs`, once they are known
         self._forced = forced  # drawn without a choice, and not yet in the text
         self._tokenizer = tokenizer
         self._output: Output | None = None
