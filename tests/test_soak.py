@@ -238,9 +238,9 @@ class Soak:
                 if submitted < count and len(self.engine.waiting) < 20:
                     self.submit()
                     submitted += 1
-            if self.draw.random() < 0.05:
+            if self.draw.random() < 0.2:
                 self.refuse()
-            if self.cases and self.draw.random() < 0.1:
+            if self.cases and self.draw.random() < 0.3:
                 self.cancel()
             self.engine.prompts_first = self.draw.random() < 0.7  # otherwise few texts meet: their prompts take turns
             self.engine.step()
