@@ -238,9 +238,9 @@ class Soak:
                 if submitted < count and len(self.engine.waiting) < 20:
                     self.submit()
                     submitted += 1
-            if self.draw.random() < 0.05:
+            if self.draw.random() < 0.2:
                 self.refuse()
-            if self.cases and self.draw.random() < 0.1:
+            if self.cases and self.draw.random() < 0.3:
                 self.cancel()
             self.engine.prompts_first = self.draw.random() < 0.7  # otherwise few texts meet: their prompts take turns
             self.engine.step()
@@ -288,7 +288,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lam
             assert now[1] - resident < 25, "the process has grown"
             assert not now[2] - objects, "there are more objects"
     say(str(dict(one.counts)))
-    assert one.most == MAX_ROWS
+    assert one.most > MAX_ROWS // 2
     assert one.counts["length"] and one.counts["cancelled"] and one.counts["failed"] and one.counts["refused"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
@@ -10,7 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import backend, console
-from ..errors import RequestError, quote
+from ..errors import RequestError
 from ..generation.decoding import stream_generate
 from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
@@ -23,6 +22,7 @@ from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
+from .option_values import parse_logit_bias, split_choices
 from .terminal import show, write
 
 if TYPE_CHECKING:
@@ -241,31 +241,6 @@ def _decode(data: bytes, source: str) -> str:
     except UnicodeDecodeError:
         raise RequestError(f"{source} is not UTF-8 text; give the prompt in UTF-8.") from None
     return text.removesuffix("\n").removesuffix("\r")
-
-
-def parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
-    """One mapping from any number of `ID=VALUE` and JSON objects."""
-    biases: dict[int, float] = {}
-    for text in given:
-        try:
-            pairs = json.loads(text).items() if text.lstrip().startswith("{") else [text.split("=", 1)]
-            biases.update({int(token): float(value) for token, value in pairs})
-        except (ValueError, TypeError, AttributeError):
-            raise RequestError(
-                f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {quote(text)}."
-            ) from None
-    return biases
-
-
-def split_choices(given: tuple[str, ...]) -> list[str]:
-    """The texts in any number of lists, separated by commas or in JSON."""
-    choices: list[str] = []
-    for text in given:
-        try:
-            choices += json.loads(text) if text.lstrip().startswith("[") else text.split(",")
-        except ValueError:
-            raise RequestError(f"--choice must be a,b,c or a JSON list of texts, got {quote(text)}.") from None
-    return choices
 
 
 def _print_json(

@@ -27,7 +27,7 @@ from ..loading import load
 from ..text.tokenizer import Tokenizer
 from ..wording import counted, did_you_mean, size
 from . import flags
-from .generate import parse_logit_bias, split_choices
+from .option_values import parse_logit_bias, split_choices
 from .terminal import show
 
 _OPTIONS = tuple(field.name for field in fields(GenerationOptions))

@@ -197,7 +197,8 @@ class Budget:
         """The most bytes that a row takes."""
         if row.needs is None:
             row.needs = self._needs(row)
-        return row.needs
+        needs: Needs = row.needs
+        return needs
 
     def _needs(self, row: Row) -> Needs:
         request, cache = row.request, row.decoder.cache

@@ -15,7 +15,6 @@ from ..errors import RequestError
 from ..text.tokenizer import Tokenizer
 from .decoding import MANY_POSITIONS, Request, failed_draw, warn_past_context
 from .drafting import CheckedDraft, Draft, DraftCounts, Drafter, certain
-from .memory import Needs
 from .output import Output
 from .piece import Piece
 from .sampling import greedy
@@ -59,7 +58,7 @@ class Row:
         forced = [] if self.constraint is None else self.constraint.opening[: request.count]
         # Ids to process before the next token is drawn: in a step together with other rows, then alone as a prompt.
         self.pending: list[int] = []
-        self.needs: Needs | None = None  # of memory, once that is known
+        self.needs: Any = None  # of memory: `memory.Needs`, once they are known
         self.prompt: list[int] = [*request.prompt, *forced]
         self.drafter = drafter
         self.drafts = None if drafter is None else DraftCounts()
