@@ -185,7 +185,9 @@ class DraftLengths:
         plain = known.get(rows)
         if plain is None:
             return None
-        spent = (known.get(positions, seconds) + draft_seconds) / plain
+        # What was measured once may be an accident, but n positions never take longer than n steps.
+        checking = known.get(positions, min(seconds, plain * positions / rows))
+        spent = (checking + draft_seconds) / plain
         if not is_fixed:
             won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
             self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
