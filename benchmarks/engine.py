@@ -1,4 +1,4 @@
-"""The decoding engine: batches and prompt caches beside mlx-lm, and what its parts cost beside a plain step.
+"""The decoding engine: batches, drafts and prompt caches beside mlx-lm, and what its parts cost beside a plain step.
 
     python benchmarks/engine.py                            # the 270M size
     python benchmarks/engine.py --only batches,prefixes    # some of the parts
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from engine_setup import Row, Setup, make_setup
 
 # Each is a module, `engine_NAME`, with a function `measure`.
-PARTS = ("batches", "prefixes", "extras", "masks")
+PARTS = ("batches", "drafts", "prefixes", "extras", "masks")
 
 
 def main() -> None:

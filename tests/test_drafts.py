@@ -298,7 +298,7 @@ def test_acceptance_is_the_overlap_of_the_distributions() -> None:
     row = engine.submit(PLAY[:20], num_draft_tokens=1, on_piece=pieces.append, **options)
     finish(engine)
     ids = mx.array([[*row.request.prompt, *row.tokens]])
-    p, q = (mx.softmax(model(ids)[0, len(row.request.prompt) - 1 :]) for model in (target, draft))
+    p, q = (mx.softmax(model(ids)[0, len(row.request.prompt) - 1 :], axis=-1) for model in (target, draft))
     overlaps = mx.minimum(p, q).sum(axis=-1).tolist()
     drafted, accepted, place = [], 0, 1
     while place < len(pieces) - 1:  # a step gives one token, or two if the first was drafted

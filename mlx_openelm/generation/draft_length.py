@@ -129,14 +129,15 @@ class DraftLengths:
 
     Step times that are not known are tried where drafting would pay if they were little longer than that of the next
     smaller step; plain steps are measured again now and then. What drafting lost against plain decoding, by the same
-    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; it
-    pauses where that is used up. Where drafts of a draft model do not pay, that credit buys trials of one token.
+    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; where that
+    is used up, only tokens that are sure are drafted. Where drafts of a draft model do not pay, that credit buys trials of one token.
 
     Args:
         limit: the most tokens drafted for a row.
     """
 
     _MARGIN = 1.03  # how much faster than plain decoding drafting must look
+    _SURE = 0.8  # the chance of tokens that are drafted without credit
     _SLOPE = 0.02  # what a position adds at least to a step whose time is not known
     _PLAIN_EVERY = 128  # steps
     _START = 2.0
@@ -157,7 +158,7 @@ class DraftLengths:
         known, base = self._costs.known(), len(plans) + sum(lengths)
         # A step without more drafts is what these are compared with, so its time must be known, and well.
         age = self._costs.step - self._costs.last.get(base, -self._PLAIN_EVERY)
-        if base not in known or age >= self._PLAIN_EVERY or self._credit <= 0:
+        if base not in known or age >= self._PLAIN_EVERY:
             return lengths
         free = [plan if plan.fixed is None else Plan(()) for plan in plans]
         chosen = self._fastest(free, known, base)
@@ -185,7 +186,9 @@ class DraftLengths:
         plain = known.get(rows)
         if plain is None:
             return None
-        spent = (known.get(positions, seconds) + draft_seconds) / plain
+        # What was measured once may be an accident, but n positions never take longer than n steps.
+        checking = known.get(positions, min(seconds, plain * positions / rows))
+        spent = (checking + draft_seconds) / plain
         if not is_fixed:
             won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
             self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
@@ -202,7 +205,11 @@ class DraftLengths:
         tokens.sort(key=lambda token: -token[0])
         chosen, expected, drafting, checking = 0, float(len(plans)), 0.0, known[base]
         best = self._MARGIN * expected / checking
-        for count, (chance, _, seconds) in enumerate(tokens[: 2 * max(known) - base], 1):
+        # Longer steps than were measured are tried little by little, on credit. Sure tokens need none: n positions
+        # never cost more than n steps, so little can be lost.
+        limit = 2 * max(known) - base if self._credit > 0 else 0
+        sure = sum(chance >= self._SURE for chance, *_ in tokens)
+        for count, (chance, _, seconds) in enumerate(tokens[: max(limit, sure)], 1):
             expected += chance
             drafting = max(drafting, seconds)
             checking = known.get(base + count, checking * (1 + self._SLOPE))
@@ -218,4 +225,4 @@ class DraftLengths:
         row = rows[self._costs.step % len(rows)]
         plain = known[base]
         cost = plans[row].start_seconds + plans[row].token_seconds + known.get(base + 1, plain) - plain
-        return None if cost > self._credit * plain else row
+        return row if self._credit > 0 and cost <= self._credit * plain else None
