@@ -28,6 +28,7 @@ __all__ = [
     "QuantizeOptions",
     "RequestError",
     "Tokenizer",
+    "TokenizerOptions",
     "__version__",
     "average",
     "convert",
@@ -42,6 +43,7 @@ __all__ = [
     "quantize",
     "save_prompt_cache",
     "stream_generate",
+    "train_tokenizer",
 ]
 
 if TYPE_CHECKING:
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.options.tokenizer import TokenizerOptions
     from .training.run.listener import Listener
     from .training.run.preparing import Loading
+    from .training.train_tokenizer import train_tokenizer
 
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
 blas.preload()
@@ -91,16 +95,23 @@ _HOMES = {
     "FineTuneOptions": "training.options",
     "Listener": "training.run.listener",
     "Loading": "training.run.preparing",
+    "train_tokenizer": "training.train_tokenizer",
     "perplexity": "evaluation.perplexity",
     "AdapterSwitch": "adapters.switching",
     "OpenELM": "model",
     "ModelConfig": "config",
+    "TokenizerOptions": "training.options.tokenizer",
     "Tokenizer": "text.tokenizer",
     "OpenELMError": "errors",
     "RequestError": "errors",
 }
 # The functions that take the fields of a class of options as keywords.
-_OPTIONS = {"generate": "GenerationOptions", "stream_generate": "GenerationOptions", "quantize": "QuantizeOptions"}
+_OPTIONS = {
+    "generate": "GenerationOptions",
+    "stream_generate": "GenerationOptions",
+    "quantize": "QuantizeOptions",
+    "train_tokenizer": "TokenizerOptions",
+}
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ _LATER_COMMANDS = {
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
-    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "`mlx-openelm --help` lists what there is"),
+    **dict.fromkeys(("embed", "classify"), "`mlx-openelm --help` lists what there is"),
 }
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),

@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
     "lora": "Fine-tune a model on your examples: LoRA, DoRA, or all weights.",
+    "train-tokenizer": "Train a tokenizer on your text, for a model trained from scratch.",
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",
     "average": "Write the mean of several checkpoints, of any format.",
