@@ -18,6 +18,7 @@ from mlx_openelm import (
     ModelConfig,
     OpenELM,
     QuantizeOptions,
+    TokenizerOptions,
     backend,
     console,
     convert,
@@ -27,6 +28,7 @@ from mlx_openelm import (
     load,
     quantize,
     stream_generate,
+    train_tokenizer,
 )
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -87,6 +89,7 @@ def test_the_typed_keywords_are_the_options(keywords, options):
         (generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (stream_generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (quantize, QuantizeOptions, ["model", "mlx_path", "options"]),
+        (train_tokenizer, TokenizerOptions, ["data", "output", "progress"]),
     ],
 )
 def test_the_signature_lists_the_options(function, options, first):

@@ -40,6 +40,7 @@ FEWEST = {
     "publishing.md": 2,
     "python.md": 0,
     "quantization.md": 4,
+    "tokenizers.md": 1,
     "coming-from-mlx-lm.md": 0,
 }
 

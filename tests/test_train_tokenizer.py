@@ -17,6 +17,7 @@ from pathlib import Path
 from mlx_openelm import RequestError, Tokenizer, train_tokenizer
 from mlx_openelm.cli.main import main
 from mlx_openelm.text.sentencepiece_training import lines_of
+from mlx_openelm.training.train_tokenizer import _drawn
 
 import pytest
 import sentencepiece
@@ -297,3 +298,22 @@ def test_ctrl_c_ends_the_training_process_and_leaves_nothing(tmp_path: Path) -> 
     assert process.wait(30) == 130 and process.stderr is not None and process.stderr.read() == b""
     assert not Path("/proc", child).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--input", "mlx-openelm train-tokenizer has no flag --input (did you mean --data?)"),
+        ("--model_prefix", "mlx-openelm train-tokenizer has no flag --model_prefix (did you mean --output?)"),
+        ("--model_type", "--model-type is not offered: a tokenizer is trained as Llama's"),
+        ("--vocab_size", "mlx-openelm train-tokenizer has no flag --vocab_size (did you mean --vocab-size?)"),
+    ],
+)
+def test_flags_of_sentencepiece_are_answered(flag: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, flag, "x").startswith(answer)
+
+
+def test_every_line_is_as_likely_to_be_drawn() -> None:
+    drawn = Counter(line for seed in range(2000) for line in _drawn(iter("abcdefghij"), 4, seed))
+    assert all(abs(count - 800) < 100 for count in drawn.values()) and len(drawn) == 10
+    assert [*_drawn(iter("abc"), 0, 0)] == [*"abc"] == [*_drawn(iter("abc"), 5, 0)]

@@ -15,6 +15,7 @@ from .sentencepiece_trainer import END
 
 # Unknown, BOS and EOS, and the bytes that characters outside the vocabulary are written with.
 NUM_SPECIAL = 3 + 256
+_MAX_BYTES = 4192  # longer lines would be dropped
 # As in the trainer_spec and normalizer_spec of Llama 2's tokenizer.model. Text is fed line by line, so a line break is
 # always a byte.
 _SETTINGS = {
@@ -25,9 +26,8 @@ _SETTINGS = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "shuffle_input_sentence": False,
-    "max_sentence_length": 4192,
+    "max_sentence_length": _MAX_BYTES,
 }
-_MAX_BYTES = int(_SETTINGS["max_sentence_length"])
 # Line breaks, and the characters that sentencepiece itself uses, for which it would drop the line.
 _BREAKS = re.compile("[\n\r\0\u2585]+")
 # "Merged: freq=74 merges=200 piece=ard", in older versions "Added: freq=74 size=200 all=1500 active=750 piece=ard".
