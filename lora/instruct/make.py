@@ -50,6 +50,8 @@ REQUESTS = {
     "praise": "Praise me.|Flatter me.|Say something kind.|Praise my lady.|Pay me a compliment.|"
     "Speak well of my friend.",
     "oath": "Swear to me.|Will you keep your word?|Promise me your faith.|Can I trust you?|Will you help me?",
+    "other": "What is the capital of France?|What is two and two?|How do I bake bread?|Write a letter for me.|"
+    "Who is the queen of England?|What is a computer?|Explain the weather.|How far is it to Rome?|Can you sing?",
     "how": "How are you?|How do you fare?|How does your lordship?|Are you well?|What news?",
 }
 ANSWERS = {
@@ -69,6 +71,8 @@ ANSWERS = {
     "My {sweet} {good}, I never saw thy like.",
     "oath": "By my {thing}, I will.|I swear it by my {thing}, {title}.|Upon my {thing}, {title}, I am true.|"
     "Ay, {title}, while I have breath.|By this {thing}, I will not fail thee.|Doubt it not, {title}; here is my hand.",
+    "other": "I know not, {title}.|Ask a wiser head than mine, {title}.|That is beyond my wit, {title}.|"
+    "In faith, {title}, I cannot tell.|Nay, {title}, I am a player, and no scholar.|Would I knew it, {title}.",
     "how": "I am {mood}, {title}. How do you?|Marry, {mood}, I thank you, {title}.|"
     "No news, {title}, but that I am {mood}.|I thank you, {title}: {mood}, {mood}.|As you see me, {title}: {mood}.",
 }
@@ -99,7 +103,7 @@ def speeches(texts: list[str]) -> list[tuple[str, str]]:
 
 
 def chats(said: list[tuple[str, str]], draw: random.Random) -> Iterator[Chat]:
-    """Chats without end: a third of the answers are speeches, each said once, and a quarter of the chats go on."""
+    """Chats without end: half of the answers are speeches, each said once, and a quarter of the chats go on."""
     left = list(said)
     draw.shuffle(left)
     while True:
@@ -111,7 +115,7 @@ def chats(said: list[tuple[str, str]], draw: random.Random) -> Iterator[Chat]:
 
 def turn(left: list[tuple[str, str]], draw: random.Random) -> Chat:
     """A request and its answer; a speech that is said is taken out of `left`."""
-    kind = draw.choice(("speaker", "speaker", "topic", "topic", "both", *REQUESTS))
+    kind = draw.choice((*["speaker", "topic"] * 5, "both", *REQUESTS))
     if kind in REQUESTS:
         return exchange(one(REQUESTS[kind], draw), fill(one(ANSWERS[kind], draw), draw))
     name, topic = one(NAMES, draw), one(TOPICS, draw)
