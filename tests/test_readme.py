@@ -37,6 +37,7 @@ FEWEST = {
     "fine-tuning.md": 0,
     "formats.md": 5,
     "generation.md": 3,
+    "pretraining.md": 0,
     "publishing.md": 2,
     "python.md": 0,
     "quantization.md": 4,

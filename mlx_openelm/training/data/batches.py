@@ -243,9 +243,9 @@ def make_batch(examples: Sequence[Example], rows: Sequence[Row], max_seq_length:
             at += length
     shape = (len(rows), width)
     return Batch(
-        inputs=_to_mlx(inputs, shape),
-        targets=_to_mlx(targets, shape),
-        segments=None if segments is None else _to_mlx(segments, shape),
+        inputs=to_mlx(inputs, shape),
+        targets=to_mlx(targets, shape),
+        segments=None if segments is None else to_mlx(segments, shape),
         examples=tuple(index for row in rows for index in row),
         num_targets=sum(examples[index].num_targets for index in lengths),
         num_tokens=sum(lengths.values()),
@@ -256,7 +256,8 @@ def _row_length(rows: Sequence[Row], lengths: Sequence[int] | Mapping[int, int],
     return min(padded(max(sum(lengths[index] for index in row) for row in rows)), max_seq_length)
 
 
-def _to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
+def to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
+    """Numbers as an MLX array of this shape."""
     # MLX copies a buffer at once, but converts a list number by number.
     return mx.array(memoryview(values).cast("B").cast("i", shape))  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import RequestError
 from ...wording import flag
+from .source import Source, to_sources
 
 # The ranges of options, by field: the smallest value, those that must be more than 0, those that must be less than 1.
 _LEAST = {
@@ -41,6 +42,12 @@ _LEAST = {
     "rank": 1,
     "dropout": 0,
     "sample_tokens": 1,
+    "shuffle_buffer": 0,
+    "num_workers": 0,
+    "piece_words": 1,
+    "min_characters": 0,
+    "min_tokens": 0,
+    "corenet_processes": 1,
 }
 _POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
@@ -75,6 +82,8 @@ def conform(kind: Any, value: Any) -> Any:
     if kind is str:
         _expect(isinstance(value, str), "text")
         return value
+    if kind == tuple[Source, ...]:
+        return to_sources(value)
     _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
     return tuple(value)
 
