@@ -25,6 +25,8 @@ __all__ = [
     "OpenELM",
     "OpenELMError",
     "Piece",
+    "PretrainOptions",
+    "Pretrained",
     "QuantizeOptions",
     "RequestError",
     "Tokenizer",
@@ -40,6 +42,7 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache",
     "perplexity",
+    "pretrain",
     "quantize",
     "save_prompt_cache",
     "stream_generate",
@@ -66,7 +69,9 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.options.pretraining import PretrainOptions
     from .training.options.tokenizer import TokenizerOptions
+    from .training.pretrain import Pretrained, pretrain
     from .training.run.listener import Listener
     from .training.run.preparing import Loading
     from .training.train_tokenizer import train_tokenizer
@@ -93,6 +98,9 @@ _HOMES = {
     "finetune": "training.finetune",
     "FineTuned": "training.finetune",
     "FineTuneOptions": "training.options",
+    "pretrain": "training.pretrain",
+    "Pretrained": "training.pretrain",
+    "PretrainOptions": "training.options.pretraining",
     "Listener": "training.run.listener",
     "Loading": "training.run.preparing",
     "train_tokenizer": "training.train_tokenizer",

@@ -16,7 +16,6 @@ _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
     "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
     **dict.fromkeys(("dpo", "grpo"), "`mlx-openelm lora` trains on examples of good answers"),
-    "pretrain": "`mlx-openelm lora --fine-tune-type full` trains all weights of a model",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),

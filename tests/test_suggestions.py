@@ -163,7 +163,7 @@ def test_planned_flags_of_bench_are_not_offered_yet(flag: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["serve", "chat", "dpo", "pretrain", "evaluate", "grpo", "leaderboard",
+    ["serve", "chat", "dpo", "evaluate", "grpo", "leaderboard",
      "embed", "classify"],
 )  # fmt: skip
 def test_planned_commands_are_not_offered_yet(name: str) -> None:

@@ -117,7 +117,7 @@ def _show(done: FineTuned) -> None:
         # A line of its own, never broken, to be copied.
         print(f"  mlx-openelm lora --resume --adapter-path {shlex.quote(str(done.adapter_path))}")
     if done.samples:
-        _show_samples(done.samples)
+        show_samples(done.samples)
 
 
 def _summary(done: FineTuned) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _summary(done: FineTuned) -> Iterator[str]:
             f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} tokens learned{speed}, "
             f"peak memory {size(result.peak_memory * 1e9)}"
         )
-        yield from _validation(result)
+        yield from validation_lines(result)
         folder = shlex.quote(str(done.adapter_path))
         yield f"Wrote {done.adapter_path}: {_content(done)}; use it with --adapter-path {folder}"
         if done.best_checkpoint is not None:
@@ -140,7 +140,7 @@ def _summary(done: FineTuned) -> Iterator[str]:
         yield f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with:"
 
 
-def _validation(result: Result) -> Iterator[str]:
+def validation_lines(result: Result) -> Iterator[str]:
     """The last validation loss, and the lowest, each with its step."""
     if result.val_loss is None:
         return
@@ -167,7 +167,7 @@ def _content(done: FineTuned) -> str:
     return f"the weights of step {done.adapter_step:,}, {which}{early if result.stopped == EARLY else ''}"
 
 
-def _show_samples(samples: tuple[Sample, ...]) -> None:
+def show_samples(samples: tuple[Sample, ...]) -> None:
     """Print each prompt's continuations before and after training, side by side."""
     from rich.console import Console
     from rich.table import Table

@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",
     "lora": "Fine-tune a model on your examples: LoRA, DoRA, or all weights.",
+    "pretrain": "Train a model on text, from random weights or a model's own.",
     "train-tokenizer": "Train a tokenizer on your text, for a model trained from scratch.",
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",

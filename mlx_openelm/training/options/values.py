@@ -48,9 +48,22 @@ _LEAST = {
     "min_characters": 0,
     "min_tokens": 0,
     "corenet_processes": 1,
+    "batch_tokens": 1,
+    "average_last": 2,
+    "spike_window": 4,
 }
-_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
-_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
+_POSITIVE = (
+    "epochs",
+    "learning_rate",
+    "eps",
+    "max_grad_norm",
+    "alpha",
+    "scale",
+    "embedding_learning_rate",
+    "ema_decay",
+    "skip_spikes",
+)
+_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
 
 def field_types(options: type) -> dict[str, Any]:

@@ -102,9 +102,11 @@ class RunProgress(Listener):
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the training loss and speed."""
         left = str(self._left)
+        total = f" (CoreNet's total {values['total_loss']:.3f})" if "total_loss" in values else ""
+        share = f" ({values['flops_utilization']:.0%} of the peak)" if "flops_utilization" in values else ""
         self.say(
-            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
-            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
+            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}{total}, "
+            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s{share}, "
             f"peak {size(values['peak_memory'] * 1e9)}{left and f', {left}'}"
         )
 
@@ -123,7 +125,8 @@ class RunProgress(Listener):
         self._end_work()
         self._left.validated(step, values["val_seconds"])
         self._show(facts=self._facts)
-        self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}, {values['val_seconds']:.1f} s")
+        bits = f", {values['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in values else ""
+        self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}{bits}, {values['val_seconds']:.1f} s")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where a checkpoint is."""
