@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -168,7 +169,7 @@ def test_digits_stay_single_and_line_breaks_are_bytes(tmp_path: Path) -> None:
 
 
 def test_the_same_text_gives_the_same_bytes_whatever_the_format(folder: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet, zstandard = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("zstandard")
     import pyarrow
 
     texts = [json.loads(line)["text"] for line in PLAY.read_text().splitlines()]
@@ -180,11 +181,20 @@ def test_the_same_text_gives_the_same_bytes_whatever_the_format(folder: Path, tm
     parquet.write_table(pyarrow.table({"body": texts, "other": texts[::-1]}), tmp_path / "a.parquet")
     (tmp_path / "first.txt").write_text("\n".join(texts[:half]))
     (tmp_path / "second.txt").write_text("\n".join(texts[half:]))
+    (tmp_path / "part-1.txt.gz").write_bytes(gzip.compress("\n".join(texts[:half]).encode()))
+    (tmp_path / "part-2.txt.zst").write_bytes(zstandard.compress("\n".join(texts[half:]).encode()))
     train_tokenizer(tmp_path / "data", tmp_path / "1", vocab_size=800)
     train_tokenizer(tmp_path / "a.parquet", tmp_path / "2", vocab_size=800, text_key="body")
     train_tokenizer([tmp_path / "first.txt", tmp_path / "second.txt"], tmp_path / "3", vocab_size=800)
+    train_tokenizer(tmp_path / "part-?.txt*", tmp_path / "4", vocab_size=800)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-        assert {(tmp_path / n / name).read_bytes() for n in "123"} == {(folder / name).read_bytes()}
+        assert {(tmp_path / n / name).read_bytes() for n in "1234"} == {(folder / name).read_bytes()}
+
+
+def test_damaged_documents_are_left_out_if_wanted(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": \n' + PLAY.read_text() + '{"body": "x"}\n')
+    train_tokenizer(tmp_path / "a.jsonl", tmp_path / "out", vocab_size=800, skip_damaged=True)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
 def test_lines_are_drawn_by_the_seed(tmp_path: Path) -> None:
@@ -236,10 +246,10 @@ def test_bad_requests_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.
     out = ("--output", tmp_path / "out")
     assert refused(capsys, "--data", empty, *out) == "The data holds no text to train a tokenizer on."
     line = refused(capsys, "--data", tmp_path / "broken.jsonl", *out)
-    assert line.startswith("broken.jsonl, line 2 is not JSON")
+    assert line.startswith("broken.jsonl, line 2: is not JSON") and line.endswith("with --skip-damaged.")
     line = refused(capsys, "--data", PLAY, "--text-key", "body", *out)
-    assert line == "valid.jsonl, line 1 has no text under 'body'; --text-key names the key, or the column."
-    assert refused(capsys, "--data", tmp_path / "missing.txt", *out) == f"{tmp_path}/missing.txt does not exist."
+    assert line.startswith("valid.jsonl, line 1: has no 'body'; it has ")
+    assert refused(capsys, "--data", tmp_path / "missing.txt", *out).startswith("There is no folder or file ")
     assert refused(capsys, "--data", PLAY, *out, "--character-coverage", "2").startswith("--character-coverage must be")
     assert refused(capsys, "--data", PLAY, *out, "--input-sentence-size", "-7") == (
         "--input-sentence-size must be 0 or more, got -7."

@@ -24,8 +24,7 @@ def add_flags(parser: flags.Parser) -> None:
         action="append",
         required=True,
         metavar="PATH",
-        help="Text: a file (.txt, .jsonl, .json, .parquet), a folder with train files, or a data set on the hub; "
-        "repeatable.",
+        help="Text, as for pretrain: a file, a folder, a pattern, or a data set on the hub; repeatable.",
     )
     common.add_argument("--output", required=True, metavar="FOLDER", help="Folder to write, which must be new.")
     flags.add_fields(parser, TokenizerOptions)

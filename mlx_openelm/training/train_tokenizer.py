@@ -14,7 +14,9 @@ from ..formats import atomic
 from ..inputs import to_path
 from ..text.sentencepiece_training import NUM_SPECIAL, lines_of, train_model
 from ..text.tokenizer import Tokenizer
-from .data.texts import TextFile, find_texts, read_texts
+from .data.corpus.documents import read_texts
+from .data.corpus.files import TextFile, find_files
+from .options.source import Source
 from .options.tokenizer import TokenizerOptions
 
 _MODEL = "tokenizer.model"
@@ -50,7 +52,7 @@ def train_tokenizer(
     text and options give the same bytes.
 
     Args:
-        data: one or several files, folders with `train` files, or data sets on the hub.
+        data: one or several files, patterns, folders, or data sets on the hub, as for `pretrain`.
         output: the folder to write, which must be new; it appears complete or not at all.
         progress: called with the name of a stage, the amount done, and the total; by default a bar shows each stage,
             None or False shows none.
@@ -62,11 +64,12 @@ def train_tokenizer(
     """
     chosen = TokenizerOptions(**options)
     target = check_new(output)
-    files = find_texts([data] if isinstance(data, str | Path) else data, chosen.text_key)
+    paths = [data] if isinstance(data, str | Path) else data
+    files = [file for path in paths for file in find_files(Source(str(path)), "train", chosen.text_key)]
     if not files:
         raise RequestError("--data is missing: name a file or a folder with text.")
     with console.stages(progress) as show:
-        reading = _Reading(files, show)
+        reading = _Reading(files, chosen.skip_damaged, show)
         model = train_model(
             _drawn(reading.lines(), chosen.input_sentence_size, chosen.seed),
             chosen.vocab_size,
@@ -110,16 +113,16 @@ def _drawn(lines: Iterator[str], count: int, seed: int) -> Iterable[str]:
 class _Reading:
     """The lines of all documents, counted and shown as they are read."""
 
-    def __init__(self, files: Sequence[TextFile], show: Callable[[str, int, int], None]):
-        self._files, self._show = files, show
+    def __init__(self, files: Sequence[TextFile], skip_damaged: bool, show: Callable[[str, int, int], None]):
+        self._files, self._skip_damaged, self._show = files, skip_damaged, show
         self.documents = self.characters = 0
 
     def lines(self) -> Iterator[str]:
-        sizes = [file.size for file in self._files]
+        sizes = [Path(file.path).stat().st_size for file in self._files]
         before = 0
         for file, size in zip(self._files, sizes, strict=True):
             start = self.characters
-            for text in read_texts(file):
+            for text in read_texts([file], skip_damaged=self._skip_damaged):
                 self.documents += 1
                 self.characters += len(text)
                 yield from lines_of(text)

@@ -32,6 +32,9 @@ class TokenizerOptions(Options):
     ] = 0
     seed: Annotated[int, Option("Seed for drawing lines: the same seed draws the same ones.", group="Data")] = 0
     text_key: Annotated[str, Option("Key, or column, that holds the text of a document.", group="Data")] = "text"
+    skip_damaged: Annotated[
+        bool, Option("Leave out documents that cannot be read, instead of stopping.", group="Data")
+    ] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.vocab_size <= _MOST_TOKENS:
