@@ -1,4 +1,4 @@
-"""The eight OpenELM releases: names, repositories, draft models and published scores."""
+"""The models by name: the eight OpenELM releases, and those inside the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..wording import did_you_mean
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
-TINY_FOLDER = ASSETS / "tiny"
+TINY_FOLDER = ASSETS / TINY
+# The models inside the package: one that writes like Shakespeare, its draft model, and one that chats.
+PACKAGED = (TINY, "tiny-draft", "tiny-instruct")
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
@@ -98,6 +100,17 @@ def releases() -> tuple[Release, ...]:
     return _RELEASES
 
 
+def packaged_folder(name: object) -> Path | None:
+    """The folder of the model inside the package that `name` (any case) means; None for other names and for a Path."""
+    text = name.strip().lower() if isinstance(name, str) else ""
+    return ASSETS / text if text in PACKAGED else None
+
+
+def packaged_name(path: Path) -> str | None:
+    """The name of the model inside the package whose folder `path` is, or None."""
+    return path.name if path.parent == ASSETS and path.name in PACKAGED else None
+
+
 def find(name: str) -> Release | None:
     """The release that `name` means, or None.
 
@@ -151,8 +164,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
 
 
 def names() -> list[str]:
-    """Every name of a published model or its tokenizer."""
-    known = [TINY]
+    """Every name of a published model or its tokenizer, and of the models inside the package."""
+    known = [*PACKAGED]
     for release in _RELEASES:
         known += [
             *release.aliases,
