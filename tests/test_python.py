@@ -256,7 +256,7 @@ def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
 
 def test_representations_are_short(tiny):
     model, tokenizer = tiny
-    assert str(model) == "OpenELM(6 layers, 2.5M parameters, float32, 8-bit affine)"
+    assert str(model) == "OpenELM(6 layers, 4.1M parameters, float32, 8-bit affine)"
     assert repr(OpenELM(ModelConfig.from_name("1.1b"), initialize=False)) == (
         "OpenELM(1.1B, 28 layers, 1,079.9M parameters, float32)"
     )
