@@ -113,7 +113,7 @@ def test_every_command_has_help() -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
         assert "--debug" in done.stdout
-        assert "\nCommon flags:\n  --" in done.stdout
+        assert re.search("\nCommon flags:\n  (-., )?--", done.stdout)
         examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
         assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
@@ -700,11 +700,8 @@ def test_doctor() -> None:
     found = {finding["name"]: finding for finding in values["findings"]}
     assert {"mlx-openelm", "Python", "MLX", "Device", "Memory", "Packages", "Hub token"} <= set(found)
     assert found["Hub token"]["value"] == "present"
-    assert found["In the package"] == {
-        "name": "In the package",
-        "value": "tiny, tiny-draft, tiny-instruct",
-        "advice": None,
-    }
+    assert found["In the package"]["value"] == "tiny, tiny-draft, tiny-instruct"
+    assert found["In the package"]["advice"] is None
     done = run("doctor", env={"HF_TOKEN": "hf_secret"})
     assert done.returncode == 0
     assert "hf_secret" not in done.stdout + json.dumps(values)

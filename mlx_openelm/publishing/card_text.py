@@ -63,7 +63,7 @@ class Facts:
             facts = cls(**{"source": None} | known, quality=quality, adapters=adapters)
         except TypeError:
             return None
-        numbers = [facts.parameters, facts.layers, facts.trained_tokens]
+        numbers: list[float | None] = [facts.parameters, facts.layers, facts.trained_tokens]
         numbers += [value for q in quality for value in (q.tokens, q.perplexity)]
         numbers += [value for q in quality for value in (q.full_perplexity, q.kl_divergence)]
         are_numbers = all(value is None or isinstance(value, int | float) for value in numbers)
