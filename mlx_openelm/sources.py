@@ -94,7 +94,7 @@ def open_source(
         OpenELMError: a download that failed.
     """
     # A model inside the package needs no look-up, unless a local folder of the same name overrides it.
-    packaged = catalog.packaged_folder(model) if revision is None else None
+    packaged = catalog.PACKAGED.get(model) if isinstance(model, str) and revision is None else None
     if packaged is not None and (packaged / "config.json").is_file() and not os.path.isfile(f"{model}/config.json"):
         path, repo = packaged, None
     else:

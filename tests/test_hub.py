@@ -101,7 +101,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = make_folder(tmp_path / "package" / "tiny", {"config.json": "{}"})
-    monkeypatch.setattr(catalog, "ASSETS", folder.parent)
+    monkeypatch.setitem(catalog.PACKAGED, "tiny", folder)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_tiny_is_packaged(name: str, packaged: Path) -> None:
 
 
 def test_tiny_missing_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "ASSETS", tmp_path / "nothing")
+    monkeypatch.setitem(catalog.PACKAGED, "tiny", tmp_path / "nothing")
     with pytest.raises(OpenELMError, match="install mlx-openelm again") as error:
         resolve.resolve("tiny")
     assert error.value.exit_code == 1

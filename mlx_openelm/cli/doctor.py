@@ -210,7 +210,7 @@ def _version(package: str) -> str | None:
 
 
 def _hub() -> Iterator[Finding]:
-    missing = [name for name in catalog.PACKAGED if not (catalog.ASSETS / name / "config.json").is_file()]
+    missing = [name for name, folder in catalog.PACKAGED.items() if not (folder / "config.json").is_file()]
     found = ", ".join(name for name in catalog.PACKAGED if name not in missing)
     advice = f"{', '.join(missing)} missing: install mlx-openelm again" if missing else None
     yield Finding("In the package", found or "no models", advice)

@@ -14,8 +14,8 @@ from ..wording import did_you_mean
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / TINY
-# The models inside the package: one that writes like Shakespeare, its draft model, and one that chats.
-PACKAGED = (TINY, "tiny-draft", "tiny-instruct")
+# The models inside the package and their folders: one writes like Shakespeare, one drafts for it, one chats.
+PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", "tiny-instruct")}
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
@@ -98,17 +98,6 @@ _BY_NAME = {
 def releases() -> tuple[Release, ...]:
     """The eight releases, smallest first, each base model before its instruct model."""
     return _RELEASES
-
-
-def packaged_folder(name: object) -> Path | None:
-    """The folder of the model inside the package that `name` (any case) means; None for other names and for a Path."""
-    text = name.strip().lower() if isinstance(name, str) else ""
-    return ASSETS / text if text in PACKAGED else None
-
-
-def packaged_name(path: Path) -> str | None:
-    """The name of the model inside the package whose folder `path` is, or None."""
-    return path.name if path.parent == ASSETS and path.name in PACKAGED else None
 
 
 def find(name: str) -> Release | None:

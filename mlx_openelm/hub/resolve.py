@@ -126,7 +126,7 @@ def locate(name: str | Path) -> Path | str:
     """Where a model is: a local folder as a Path, a hub repository as a str; errors as `resolve`."""
     to_path(name)  # refuses names that no file can have
     text = os.path.expanduser(str(name).strip())
-    packaged = catalog.packaged_folder(text)
+    packaged = catalog.PACKAGED.get(text.lower())
     release = None if isinstance(name, Path) else catalog.find(text)
     is_known = not isinstance(name, Path) and (packaged is not None or release is not None)
     if text and os.path.isdir(text) and (not is_known or os.path.isfile(os.path.join(text, "config.json"))):

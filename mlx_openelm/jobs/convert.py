@@ -127,7 +127,7 @@ def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], op
         f"with two calls: `{python_call('convert', unpack)}`, then `{python_call(command, again)}`",
     )
     # The models inside the package have no original to quantize instead.
-    better = "" if catalog.packaged_name(source.path) is not None else "quantize the original, which loses less, or "
+    better = "" if source.path in catalog.PACKAGED.values() else "quantize the original, which loses less, or "
     raise RequestError(f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, {steps}")
 
 

@@ -177,7 +177,7 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
         return engine, config
     try:
         # The pairs of files in the package need not be compared here; a test does.
-        difference = None if catalog.packaged_name(path.parent) is not None else _difference(engine, model_file)
+        difference = None if path.parent in catalog.PACKAGED.values() else _difference(engine, model_file)
     except RequestError:  # a damaged tokenizer.model that is not needed
         return engine, config
     if difference is None:

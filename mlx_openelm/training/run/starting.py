@@ -81,7 +81,7 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
     if isinstance(model, ModelConfig):
         return _new(model, _named_tokenizer(loading), seed, "own sizes")
     is_local = os.path.exists(to_path(model))
-    if not is_local and (catalog.packaged_folder(model) or catalog.find(str(model))):
+    if not is_local and (str(model) in catalog.PACKAGED or catalog.find(str(model))):
         return _from_name(str(model), loading, seed)
     return _existing(model, loading)
 
@@ -96,7 +96,7 @@ def describe(model: Model) -> Any:
 def _from_name(name: str, loading: Loading, seed: int) -> Start:
     """New weights in the shape of a published model or of one inside the package."""
     _refuse_file_settings(name, loading)
-    if (packaged := catalog.packaged_folder(name)) is not None:
+    if (packaged := catalog.PACKAGED.get(name)) is not None:
         config = ModelConfig.from_file(packaged)
         tokenizer = find_tokenizer(name, packaged, config, loading.tokenizer)
         return _new(replace(config, vocab_size=tokenizer.vocab_size), tokenizer, seed, name)
@@ -204,7 +204,7 @@ def _named_tokenizer(loading: Loading) -> Tokenizer:
             "`mlx-openelm train-tokenizer` writes, or tiny."
         )
     path = to_path(loading.tokenizer)
-    packaged = None if path.exists() else catalog.packaged_folder(loading.tokenizer)
+    packaged = None if path.exists() else catalog.PACKAGED.get(str(loading.tokenizer))
     return Tokenizer.from_file(packaged or path)
 
 
