@@ -35,7 +35,7 @@ FEWEST = {
     "constraints.md": 4,
     "cpu.md": 1,
     "fine-tuning.md": 0,
-    "pretraining.md": 0,
+    "pretraining.md": 2,
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
