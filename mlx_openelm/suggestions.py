@@ -18,7 +18,7 @@ _LATER_COMMANDS = {
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
-    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "`mlx-openelm --help` lists what there is"),
+    **dict.fromkeys(("embed", "classify"), "`mlx-openelm --help` lists what there is"),
 }
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
@@ -33,6 +33,7 @@ _RENAMED_COMMANDS = {
     "publish": "upload",
     "push": "upload",
     "show": "info",
+    **dict.fromkeys(("tokenizer", "tokenize", "spm-train", "tok-train"), "train-tokenizer"),
     "version": "--version",
 }
 _REFUSED_COMMANDS = {
@@ -102,6 +103,9 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--report-ppl": ("--report",),
     "--data-path": ("--calibration", "--data"),
     "--dataset": ("--data", "--calibration"),
+    "--input": ("--data",),
+    "--model-prefix": ("--output",),
+    "--vocabulary-size": ("--vocab-size",),
     "--max-seq-length": ("--sequence-length",),
     **dict.fromkeys(
         ("-o", "--out", "--output", "--outfile", "--output-dir", "--output-path", "--save-path", "--mlx-path"),
@@ -126,11 +130,14 @@ _ELSEWHERE = {
     "--target-bpw": "quantize",
     "--format": "export",
     "--upload-repo": "upload",
+    "--vocab-size": "train-tokenizer",
 }
 _ONE_MACHINE = "a model runs on one machine"
 _BITS = "--recipe and --target-bpw choose the bits and groups of single matrices"
+_LLAMA = "a tokenizer is trained as Llama's: bpe, byte fallback, single digits, identity normalization"
 _DWQ = "--method dwq chooses it itself"
 _REFUSED_FLAGS = {
+    **dict.fromkeys(("--model-type", "--byte-fallback", "--split-digits", "--normalization-rule-name"), _LLAMA),
     "--do-sample": "text is sampled if --temp is above 0",
     "--image": "OpenELM reads text only",
     "--use-default-chat-template": "--chat-template names the template to use: plain, corenet or a file",

@@ -166,7 +166,7 @@ def recipe(name: str) -> PretrainOptions:
     return made
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("openelm")])
 def test_recipes_have_corenets_settings(name):
     options = recipe(name)
     assert options.batch_size * options.max_seq_length * options.grad_accumulation_steps == 16 * 8 * 16 * 2048

@@ -18,6 +18,7 @@ from mlx_openelm import (
     ModelConfig,
     OpenELM,
     QuantizeOptions,
+    TokenizerOptions,
     backend,
     console,
     convert,
@@ -27,6 +28,7 @@ from mlx_openelm import (
     load,
     quantize,
     stream_generate,
+    train_tokenizer,
 )
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -87,6 +89,7 @@ def test_the_typed_keywords_are_the_options(keywords, options):
         (generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (stream_generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (quantize, QuantizeOptions, ["model", "mlx_path", "options"]),
+        (train_tokenizer, TokenizerOptions, ["data", "output", "progress"]),
     ],
 )
 def test_the_signature_lists_the_options(function, options, first):
@@ -253,7 +256,7 @@ def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
 
 def test_representations_are_short(tiny):
     model, tokenizer = tiny
-    assert str(model) == "OpenELM(6 layers, 2.5M parameters, float32, 8-bit affine)"
+    assert str(model) == "OpenELM(6 layers, 4.1M parameters, float32, 8-bit affine)"
     assert repr(OpenELM(ModelConfig.from_name("1.1b"), initialize=False)) == (
         "OpenELM(1.1B, 28 layers, 1,079.9M parameters, float32)"
     )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backend, console
 from ..errors import RequestError
-from ..generation.decoding import stream_generate
 from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
+from ..generation.stream import stream_generate
 from ..hub import catalog
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load

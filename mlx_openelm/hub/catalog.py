@@ -1,4 +1,4 @@
-"""The eight OpenELM releases: names, repositories, draft models and published scores."""
+"""The models by name: the eight OpenELM releases, and those inside the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..wording import did_you_mean
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
-TINY_FOLDER = ASSETS / "tiny"
+TINY_FOLDER = ASSETS / TINY
+# The models inside the package and their folders: one writes like Shakespeare, one drafts for it, one chats.
+PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", "tiny-instruct")}
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
@@ -152,8 +154,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
 
 
 def names() -> list[str]:
-    """Every name of a published model or its tokenizer."""
-    known = [TINY]
+    """Every name of a published model or its tokenizer, and of the models inside the package."""
+    known = [*PACKAGED]
     for release in _RELEASES:
         known += [
             *release.aliases,

@@ -142,8 +142,8 @@ def _introduction(contents: Contents, metadata: Mapping[str, Any], facts: Facts)
     names = [base] if isinstance(base, str) else [str(item) for item in base or ()]
     what = " and ".join(f"[{repo}](https://huggingface.co/{repo})" for repo in names)
     relation = metadata.get("base_model_relation")
-    if facts.source == catalog.TINY:
-        what = "the small model inside mlx-openelm, trained on Shakespeare's plays and poems (public domain)"
+    if facts.source in catalog.PACKAGED:
+        what = f"{facts.source}, a model inside mlx-openelm, trained on Shakespeare's plays and poems (public domain)"
     elif what and relation in ("finetune", "adapter", "merge"):
         what = f"a model derived from {what} ({relation})"
     elif not what:

@@ -10,7 +10,7 @@ from ..inputs import to_path
 from ..wording import did_you_mean, one_of
 
 _FOLDER = ASSETS / "recipes"
-RECIPES = ("openelm-270m", "openelm-450m", "openelm-1.1b", "openelm-3b")
+RECIPES = ("tiny", "tiny-draft", "openelm-270m", "openelm-450m", "openelm-1.1b", "openelm-3b")
 
 
 def find_recipe(name: str) -> Path:

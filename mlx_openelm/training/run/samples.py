@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...generation.decoding import generate
+from ...generation.stream import generate
 from ...model import OpenELM
 from ...text.tokenizer import Tokenizer
 from ..data.answers import AnswersReport

@@ -66,9 +66,9 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
     """The model that `model` stands for, with float32 weights.
 
     Args:
-        model: `270m`, `OpenELM-270M` and so on, or `tiny`, mean new weights of that shape; so does a mapping of
-            `ModelConfig`'s fields, which may begin with `name: 270m`. A folder, a file or another hub repository
-            means its weights; a `training_checkpoint_*.pt` also the state of its optimizer.
+        model: `270m`, `OpenELM-270M` and so on, or `tiny` and `tiny-draft`, mean new weights of that shape; so does a
+            mapping of `ModelConfig`'s fields, which may begin with `name: 270m`. A folder, a file or another hub
+            repository means its weights; a `training_checkpoint_*.pt` also the state of its optimizer.
         seed: of new weights.
         max_seq_length: the context of a new model that gives none.
 
@@ -81,7 +81,7 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
     if isinstance(model, ModelConfig):
         return _new(model, _named_tokenizer(loading), seed, "own sizes")
     is_local = os.path.exists(to_path(model))
-    if not is_local and (model == catalog.TINY or catalog.find(str(model)) is not None):
+    if not is_local and (str(model) in catalog.PACKAGED or catalog.find(str(model))):
         return _from_name(str(model), loading, seed)
     return _existing(model, loading)
 
@@ -94,11 +94,11 @@ def describe(model: Model) -> Any:
 
 
 def _from_name(name: str, loading: Loading, seed: int) -> Start:
-    """New weights in the shape of a published model or the one inside the package."""
+    """New weights in the shape of a published model or of one inside the package."""
     _refuse_file_settings(name, loading)
-    if name == catalog.TINY:
-        config = ModelConfig.from_file(catalog.TINY_FOLDER)
-        tokenizer = find_tokenizer(name, catalog.TINY_FOLDER, config, loading.tokenizer)
+    if (packaged := catalog.PACKAGED.get(name)) is not None:
+        config = ModelConfig.from_file(packaged)
+        tokenizer = find_tokenizer(name, packaged, config, loading.tokenizer)
         return _new(replace(config, vocab_size=tokenizer.vocab_size), tokenizer, seed, name)
     release = catalog.find(name)
     assert release is not None
@@ -201,9 +201,11 @@ def _named_tokenizer(loading: Loading) -> Tokenizer:
     if loading.tokenizer is None:
         raise RequestError(
             "--tokenizer is needed for a model of your own sizes: a file or folder, such as "
-            "`mlx-openelm train-tokenizer` writes."
+            "`mlx-openelm train-tokenizer` writes, or tiny."
         )
-    return Tokenizer.from_file(to_path(loading.tokenizer))
+    path = to_path(loading.tokenizer)
+    packaged = None if path.exists() else catalog.PACKAGED.get(str(loading.tokenizer))
+    return Tokenizer.from_file(packaged or path)
 
 
 def _refuse_file_settings(name: str, loading: Loading) -> None:
