@@ -149,8 +149,14 @@ def measure_drafts(size: str, pairs: int) -> Iterator[dict[str, Any]]:
         model, count = (tiny, 200) if name == "tiny" else (random_model(size), 24)
         lookup, plain = speeds(model, tokenizer, pairs, count)
         ratio = statistics.median(one / other for one, other in zip(lookup, plain, strict=True))
-        yield {"name": f"prompt_lookup where nothing repeats (tokens/s), {name}",
-               "ours": statistics.median(lookup), "other": statistics.median(plain), "ratio": ratio, "bar": PLAIN_BAR, "pass": ratio >= PLAIN_BAR}  # fmt: skip
+        yield {
+            "name": f"prompt_lookup where nothing repeats (tokens/s), {name}",
+            "ours": statistics.median(lookup),
+            "other": statistics.median(plain),
+            "ratio": ratio,
+            "bar": PLAIN_BAR,
+            "pass": ratio >= PLAIN_BAR,
+        }
     steps, tokens = steps_of_passage(tiny, tokenizer)
     yield {"name": "target steps, and tokens, of a passage repeated with one change", "ours": steps, "other": tokens,
            "ratio": steps / tokens, "bar": STEPS_BAR, "pass": steps / tokens <= STEPS_BAR}  # fmt: skip

@@ -34,6 +34,7 @@ FEWEST = {
     "benchmarks.md": 1,
     "constraints.md": 4,
     "cpu.md": 1,
+    "drafts.md": 2,
     "fine-tuning.md": 0,
     "formats.md": 5,
     "generation.md": 3,

@@ -129,8 +129,9 @@ class DraftLengths:
 
     Step times that are not known are tried where drafting would pay if they were little longer than that of the next
     smaller step; plain steps are measured again now and then. What drafting lost against plain decoding, by the same
-    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; where that
-    is used up, only tokens that are sure are drafted. Where drafts of a draft model do not pay, that credit buys trials of one token.
+    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; where
+    that is used up, only tokens that are sure are drafted. Where drafts of a draft model do not pay, that credit buys
+    trials of one token.
 
     Args:
         limit: the most tokens drafted for a row.
