@@ -34,6 +34,7 @@ FEWEST = {
     "benchmarks.md": 1,
     "constraints.md": 4,
     "cpu.md": 1,
+    "drafts.md": 2,
     "fine-tuning.md": 0,
     "pretraining.md": 2,
     "preference.md": 0,

@@ -29,7 +29,7 @@ from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, forced_step, listed
-from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids
+from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 
@@ -81,7 +81,7 @@ def make_request(
         key = None if options.seed is None else make_key(options.seed)
         sampler = make_sampler(options, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
     processors = list(logits_processors or ())
-    if options.changes_logits:
+    if any(getattr(options, name) for name in PENALTIES):
         processors = [*make_logits_processors(options), *processors]
     decoder, ids, count = make_decoder(
         model,

@@ -24,6 +24,8 @@ MAX_NUM_DRAFT_TOKENS = 64
 # The options that a sampler is made from.
 _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
 
+# The options that logits processors are made from.
+PENALTIES = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty")
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
