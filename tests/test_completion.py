@@ -95,7 +95,7 @@ def test_lists_are_lists_in_every_shell(scripts: dict[str, str]) -> None:
         (["help", "lo"], {"lora"}),
         (["--ver"], {"--version"}),
         (["--debug", "per"], {"perplexity"}),
-        (["generate", "--max-"], {"--max-tokens", "--max-kv-size"}),
+        (["generate", "--max-"], {"--max-tokens", "--max-kv-size", "--max-rows"}),
         (["generate", "--dtype", ""], {"float32", "float16", "bfloat16"}),
         (["generate", "--dtype", "b"], {"bfloat16"}),
         (["generate", "--dtype", "="], {"float32", "float16", "bfloat16"}),  # bash's words of --dtype=

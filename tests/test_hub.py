@@ -522,7 +522,7 @@ def test_the_commands_for_elsewhere_give_a_folder_that_loads(
         subprocess.run(command, env=os.environ | hub_env, cwd=here, check=True, capture_output=True)
     hub.stop()
     source = open_source("OpenELM-270M")
-    assert source.path == tmp_path / "OpenELM-270M" and source.tokenizer.vocab_size == 2048
+    assert source.path == here / "OpenELM-270M" and source.tokenizer.vocab_size == 2048
 
 
 def test_a_folder_without_a_tokenizer_says_how_to_get_one(

@@ -131,7 +131,6 @@ def test_every_public_function_and_class_refuses_unknown_names(name):
         (lambda: load(path_or_hf_repo="tiny"), "load has no option path_or_hf_repo; did you mean model?"),
         (lambda: load("tiny", lazy=True), "lazy is not offered: load reads the weights at once."),
         (lambda: load("tiny", trust_remote_code=True), "trust_remote_code is not needed: no repository code is run."),
-        (lambda: generate(draft_model=1), "draft_model is not offered yet; leave it out."),
         (
             lambda: generate(num_beams=2),
             "num_beams is not offered: text is decoded greedily or sampled, without beams.",

@@ -267,7 +267,7 @@ class Soak:
 
 
 def _is_ours(kind: type) -> bool:
-    return kind.__module__.startswith("mlx_openelm") and kind.__name__ not in HELD
+    return str(kind.__module__).startswith("mlx_openelm") and kind.__name__ not in HELD
 
 
 def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lambda _: None) -> None:

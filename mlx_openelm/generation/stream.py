@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, Unpack
 
 import mlx.core as mx
@@ -121,7 +120,7 @@ def _pieces(tokenizer: Tokenizer, request: Request, progress: Progress | None) -
     )
     started = time.perf_counter()
     output = None
-    with backend.wired_limit() if backend.on_gpu() else nullcontext():
+    with backend.wired_limit():
         for token, logprob, top_logprobs, _ in steps:
             if output is None:
                 from .output import Output
