@@ -9,11 +9,15 @@ with the same optimizer and BLAS, alternating within one process: a step of ours
 program makes its own batches, and only tokens of examples count. Results are medians over all turns. Memory is the peak
 of MLX's buffers above the weights, measured in one process per program. mlx-lm's step is that of
 `mlx_lm.tuner.trainer.train`.
+
+DPO is compared with mlx-lm-lora's, if that is installed: pairs per second, with all that an epoch over new pairs costs,
+our reference pass too. Its memory is compared with that of our own fine-tuning on the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -32,7 +36,8 @@ RANK, SCALE, RATE = 8, 20.0, 1e-5
 BATCH_SIZE = 4
 # Rows, length: of the equal batches.
 SHAPES = {"tiny": (4, 256), "270M": (2, 512)}
-BARS = {"equal": 1.05, "openbookqa": 1.15, "mixed": 1.3, "memory": 0.7, "memory, checkpointing": 0.55, "time": 1.05}
+BARS = {"equal": 1.05, "openbookqa": 1.15, "mixed": 1.3, "memory": 0.7, "memory, checkpointing": 0.55, "time": 1.05,
+        "pairs": 1.3, "memory, dpo": 1.3}  # fmt: skip
 # Steps per turn of training on texts.
 STEPS = {"tiny": 40, "270M": 6}
 
@@ -100,6 +105,24 @@ def measure(size: str, repeats: int, openbookqa: str | None, only: str) -> Itera
                 tokens = SHAPES.get(size, SHAPES["270M"])
                 seconds = [tokens[0] * tokens[1] / answer[whose] for whose in ("ours", "mlx-lm")]
                 yield make_row(name, *seconds, BARS["time"], larger=False)
+        yield from measure_preferences(size, folder, repeats, only)
+
+
+def measure_preferences(size: str, folder: str, repeats: int, only: str) -> Iterator[dict[str, Any]]:
+    name = f"DPO (pairs/s), lora, {size}"
+    if only in name and importlib.util.find_spec("mlx_lm_lora") is None:
+        print("DPO is left out: mlx-lm-lora is not installed.", file=sys.stderr)
+    elif only in name:
+        answer = worker("preferences", folder=folder, size=size, turns=repeats)
+        yield make_row(name, answer["ours"], answer["mlx-lm-lora"], BARS["pairs"])
+        yield make_row(
+            "  the same from the second epoch on", answer["ours, known reference"], answer["mlx-lm-lora"], None
+        )
+        yield make_row("  losses of those steps, largest difference", answer["difference"], None, 0.01, larger=False)
+    name = f"peak memory of DPO above the weights (MB), and of fine-tuning on its tokens, lora, {size}"
+    if only in name:
+        ours, other = (worker("preference_memory", folder=folder, size=size, prefers=p) for p in (True, False))
+        yield make_row(name, ours, other, BARS["memory, dpo"], larger=False)
 
 
 def make_row(name: str, ours: float, other: float | None, bar: float | None, larger: bool = True) -> dict[str, Any]:
@@ -203,12 +226,17 @@ def our_step(
         nonlocal is_planned
         if not is_planned:
             train_options = TrainOptions(grad_checkpoint=grad_checkpoint)
-            updater.recompute, is_planned = plan(updater, train_options, batch.inputs.shape).recompute, True
+            updater.recompute, is_planned = plan(updater, train_options, tokens_of(batch).inputs.shape).recompute, True
         update = updater.update([batch], batch.num_targets, RATE, 0)
         mx.eval(update.loss, updater.state())
         return float(update.loss.item())
 
     return step
+
+
+def tokens_of(batch: Any) -> Any:
+    """The tokens of a batch of any kind."""
+    return getattr(batch, "tokens", batch)
 
 
 def their_step(model: Any, method: str, optimizer: Any, grad_checkpoint: bool = False) -> Callable[[Any], float]:
@@ -381,7 +409,149 @@ def memory(whose: str, folder: str, size: str, grad_checkpoint: bool) -> float:
     return (mx.get_peak_memory() - weights) / 1e6
 
 
-WORKERS: dict[str, Callable[..., Any]] = {"equal": equal, "texts": texts, "memory": memory}
+def preferences(folder: str, size: str, turns: int) -> dict[str, float]:
+    """Pairs per second of both programs on the same batches, with and without our reference pass."""
+    import mlx_openelm  # noqa: F401 (the same BLAS for both)
+    from mlx_openelm.adapters.switching import without_adapters
+    from mlx_openelm.training.step.objectives import Forward
+    from mlx_openelm.training.step.preferences import Preference, answer_arrays, answered
+
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx_lm.utils import load_model
+
+    model, reference = (load_model(Path(folder))[0] for _ in range(2))
+    step_of_theirs = their_preference_step(model, reference.freeze(), optim.Adam(RATE))
+    ours = Program("ours", folder, "lora", objective=Preference({"sigmoid": 1.0}))
+    theirs = Program.__new__(Program)
+    theirs.model = model
+    ours.take_weights_from(theirs)
+    items = preference_answers(size)
+    seconds: dict[str, list[float]] = {"ours": [], "ours, known reference": [], "mlx-lm-lora": []}
+    differences = []
+    for number in range(2 + 3 * turns):
+        part = items[number % 3 :: 3]
+        started = time.perf_counter()
+        with without_adapters(ours.model):
+            totals = answered(Forward(ours.model, differentiable=False), answer_arrays(preference_batch(part))).totals
+            known = totals.reshape(-1, 2).tolist()
+        between = time.perf_counter()
+        batch = preference_batch(part, known)
+        loss = ours.step(batch)
+        after = time.perf_counter()
+        other = step_of_theirs(their_preference_batch(part))
+        ended = time.perf_counter()
+        if number >= 3:  # the first steps trace and compile
+            differences.append(abs(loss - other) / abs(other))
+            seconds["ours"].append(after - started)
+            seconds["ours, known reference"].append(after - between)
+            seconds["mlx-lm-lora"].append(ended - after)
+        mx.clear_cache()
+    answer = {whose: BATCH_SIZE * len(values) / sum(values) for whose, values in seconds.items()}
+    return answer | {"difference": max(differences)}
+
+
+def preference_answers(size: str) -> list[Any]:
+    """Three batches of pairs: prompts of 40 to 200 tokens, completions of 20 to 120; for `tiny` a quarter of that."""
+    from array import array
+
+    from mlx_openelm.training.data.answers import Answer, Answers
+
+    draw, share = random.Random(0), 4 if size == "tiny" else 1
+    items = []
+    for _ in range(3 * BATCH_SIZE):
+        prompt = [1, *(draw.randint(3, 2000) for _ in range(draw.randint(40, 200) // share))]
+        answers = []
+        for _ in range(2):
+            tokens = [*prompt, *(draw.randint(3, 2000) for _ in range(draw.randint(20, 120) // share))]
+            answers.append(Answer(array("i", tokens), ((len(prompt), len(tokens)),), "", len(prompt)))
+        items.append(Answers((answers[0], answers[1]), ""))
+    return items
+
+
+def preference_batch(items: Sequence[Any], reference: Any = None) -> Any:
+    """A batch of our DPO."""
+    from mlx_openelm.training.data.pairs import PreferenceMaker
+
+    make = PreferenceMaker(items, reference or [(0.0, 0.0)] * len(items), 1024)
+    return make([(index,) for index in range(len(items))], 0, 1)
+
+
+def their_preference_batch(items: Sequence[Any]) -> Any:
+    """The same batch as mlx_lm_lora.trainer.dpo_trainer.iterate_dpo_batches makes it."""
+    from mlx_lm_lora.trainer.dpo_trainer import iterate_dpo_batches
+
+    rows = [
+        {f"{key}{what}": value for key, answer in zip(("chosen", "rejected"), item.answers, strict=True)
+         for what, value in (("", list(answer.tokens)), ("_prompt_length", answer.start))}
+        for item in items
+    ]  # fmt: skip
+    return next(iter(iterate_dpo_batches(rows, len(rows), 1024)))
+
+
+def their_preference_step(model: Any, reference: Any, optimizer: Any) -> Callable[[Any], float]:
+    """An update of mlx-lm-lora, with the step inside mlx_lm_lora.trainer.dpo_trainer.train_dpo."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm_lora.trainer import dpo_trainer
+
+    model.freeze()
+    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0})
+    model.train()
+    state = [model.state, optimizer.state, mx.random.state]
+
+    def loss(*batch: Any) -> Any:
+        scores = []
+        for who in (model, reference):
+            for tokens, mask in zip(batch[:2], batch[2:], strict=True):
+                found = dpo_trainer.get_token_scores(who, tokens, mask)
+                scores.append(dpo_trainer.compute_score(found, mask, "sigmoid"))
+        scores[2:] = map(mx.stop_gradient, scores[2:])
+        return dpo_trainer.dpo_loss(*scores, *batch[2:], beta=0.1, delta=50.0, loss_type="sigmoid")
+
+    value_and_grad = nn.value_and_grad(model, loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(batch: Any) -> Any:
+        (value, *_), gradients = value_and_grad(*batch)
+        optimizer.update(model, gradients)
+        return value
+
+    def step(batch: Any) -> float:
+        value = update(batch)
+        mx.eval(state, value)
+        return float(value.item())
+
+    return step
+
+
+def preference_memory(folder: str, size: str, prefers: bool) -> float:
+    """The peak memory above the weights of a step of DPO, or of fine-tuning on the same tokens, in MB (1e6 bytes)."""
+    import mlx_openelm  # noqa: F401 (before MLX)
+    from mlx_openelm.training.step.objectives import CrossEntropy
+    from mlx_openelm.training.step.preferences import Preference
+
+    import mlx.core as mx
+
+    program = Program("ours", folder, "lora", objective=Preference({"sigmoid": 1.0}) if prefers else CrossEntropy())
+    batch = preference_batch(preference_answers(size)[:BATCH_SIZE])
+    mx.clear_cache()
+    weights = mx.get_active_memory()
+    for _ in range(3):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        program.step(batch if prefers else batch.tokens)
+    return (mx.get_peak_memory() - weights) / 1e6
+
+
+WORKERS: dict[str, Callable[..., Any]] = {
+    "equal": equal,
+    "texts": texts,
+    "memory": memory,
+    "preferences": preferences,
+    "preference_memory": preference_memory,
+}
 
 if __name__ == "__main__":
     main()

@@ -27,13 +27,18 @@ __all__ = [
     "OpenELM",
     "OpenELMError",
     "Piece",
+    "PreferenceOptions",
+    "PretrainOptions",
+    "Pretrained",
     "QuantizeOptions",
     "RequestError",
     "Tokenizer",
+    "TokenizerOptions",
     "__version__",
     "average",
     "batch_generate",
     "convert",
+    "dpo",
     "export",
     "finetune",
     "fuse",
@@ -42,9 +47,11 @@ __all__ = [
     "load_prompt_cache",
     "make_prompt_cache",
     "perplexity",
+    "pretrain",
     "quantize",
     "save_prompt_cache",
     "stream_generate",
+    "train_tokenizer",
 ]
 
 if TYPE_CHECKING:
@@ -54,10 +61,10 @@ if TYPE_CHECKING:
     from .evaluation.perplexity import perplexity
     from .generation.batch import GenerationResult, batch_generate
     from .generation.cache_files import load_prompt_cache, make_prompt_cache, save_prompt_cache
-    from .generation.decoding import generate, stream_generate
     from .generation.engine import Engine
     from .generation.options import CacheOptions, GenerationOptions
     from .generation.piece import Piece
+    from .generation.stream import generate, stream_generate
     from .jobs.average import average
     from .jobs.convert import convert
     from .jobs.export import export
@@ -69,16 +76,22 @@ if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
     from .training.options import FineTuneOptions
+    from .training.options.preference import PreferenceOptions
+    from .training.options.pretraining import PretrainOptions
+    from .training.options.tokenizer import TokenizerOptions
+    from .training.preference import dpo
+    from .training.pretrain import Pretrained, pretrain
     from .training.run.listener import Listener
     from .training.run.preparing import Loading
+    from .training.train_tokenizer import train_tokenizer
 
 # MLX binds its BLAS when it is first imported, and every module of ours is imported after this one.
 blas.preload()
 
 _HOMES = {
     "load": "loading",
-    "generate": "generation.decoding",
-    "stream_generate": "generation.decoding",
+    "generate": "generation.stream",
+    "stream_generate": "generation.stream",
     "batch_generate": "generation.batch",
     "GenerationResult": "generation.batch",
     "Engine": "generation.engine",
@@ -97,12 +110,19 @@ _HOMES = {
     "finetune": "training.finetune",
     "FineTuned": "training.finetune",
     "FineTuneOptions": "training.options",
+    "dpo": "training.preference",
+    "PreferenceOptions": "training.options.preference",
+    "pretrain": "training.pretrain",
+    "Pretrained": "training.pretrain",
+    "PretrainOptions": "training.options.pretraining",
     "Listener": "training.run.listener",
     "Loading": "training.run.preparing",
+    "train_tokenizer": "training.train_tokenizer",
     "perplexity": "evaluation.perplexity",
     "AdapterSwitch": "adapters.switching",
     "OpenELM": "model",
     "ModelConfig": "config",
+    "TokenizerOptions": "training.options.tokenizer",
     "Tokenizer": "text.tokenizer",
     "OpenELMError": "errors",
     "RequestError": "errors",
@@ -113,6 +133,7 @@ _OPTIONS = {
     "stream_generate": "GenerationOptions",
     "batch_generate": "GenerationOptions",
     "quantize": "QuantizeOptions",
+    "train_tokenizer": "TokenizerOptions",
 }
 
 

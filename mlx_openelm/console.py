@@ -24,6 +24,8 @@ _LINE_SECONDS = 5.0
 # What the stages of a job count, where it is not evident.
 _UNITS = {
     "Writing": "bytes",
+    "Reading the corpus": "bytes",
+    "Learning merges": "merges",
     "Reading the text": "batches",
     "Reading the held-out text": "batches",
     "Measuring sensitivities": "matrices",

@@ -93,10 +93,10 @@ def open_source(
         RequestError: an unknown name, damaged files, or files or a tokenizer that are missing or do not match.
         OpenELMError: a download that failed.
     """
-    # The built-in model needs no look-up, unless a local folder of the same name overrides it.
-    is_tiny = model == catalog.TINY and revision is None and not os.path.isfile(f"{model}/config.json")
-    if is_tiny and (catalog.TINY_FOLDER / "config.json").is_file():
-        path, repo = catalog.TINY_FOLDER, None
+    # A model inside the package needs no look-up, unless a local folder of the same name overrides it.
+    packaged = catalog.PACKAGED.get(model) if isinstance(model, str) and revision is None else None
+    if packaged is not None and (packaged / "config.json").is_file() and not os.path.isfile(f"{model}/config.json"):
+        path, repo = packaged, None
     else:
         path, repo = _find(model, revision)
     is_folder = path.is_dir()

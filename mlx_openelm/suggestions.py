@@ -14,18 +14,18 @@ from .wording import did_you_mean, flag, similar
 _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
     "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
-    **dict.fromkeys(("dpo", "grpo"), "`mlx-openelm lora` trains on examples of good answers"),
-    "pretrain": "`mlx-openelm lora --fine-tune-type full` trains all weights of a model",
+    "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
-    **dict.fromkeys(("train-tokenizer", "embed", "classify"), "`mlx-openelm --help` lists what there is"),
+    **dict.fromkeys(("embed", "classify"), "`mlx-openelm --help` lists what there is"),
 }
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
     **dict.fromkeys(("complete", "completion", "run", "prompt"), "generate"),
     **{method: f"quantize --method {method}" for method in ("awq", "dwq", "gptq")},
     "dynamic-quant": "quantize --target-bpw",
+    **{method: f"dpo --loss-type {method}" for method in ("orpo", "kto", "cpo", "simpo", "ipo")},
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
@@ -33,6 +33,7 @@ _RENAMED_COMMANDS = {
     "publish": "upload",
     "push": "upload",
     "show": "info",
+    **dict.fromkeys(("tokenizer", "tokenize", "spm-train", "tok-train"), "train-tokenizer"),
     "version": "--version",
 }
 _REFUSED_COMMANDS = {
@@ -42,7 +43,7 @@ _REFUSED_COMMANDS = {
 }
 
 _LATER_FLAGS = (
-    *("--draft-model", "--num-draft-tokens", "--prompt-lookup", "--prompt-cache-size", "--prompt-cache-bytes"),
+    *("--draft-model", "--prompt-cache-size", "--prompt-cache-bytes"),
     *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
 )
 # The names that other programs have for our flags; of several, the first that the command has is meant.
@@ -59,6 +60,9 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--system": ("--system-prompt",),
     "--prefix": ("--prefill-response",),
     "--text": ("--prompt",),
+    **dict.fromkeys(("--model-draft", "-md", "--assistant-model"), ("--draft-model",)),
+    **dict.fromkeys(("--draft", "--draft-max", "--num-assistant-tokens"), ("--num-draft-tokens",)),
+    "--prompt-lookup-num-tokens": ("--prompt-lookup",),
     "-f": ("--prompt-file",),
     "--file": ("--prompt-file", "--data"),
     "--eos-token": ("--extra-eos-token",),
@@ -99,6 +103,9 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--report-ppl": ("--report",),
     "--data-path": ("--calibration", "--data"),
     "--dataset": ("--data", "--calibration"),
+    "--input": ("--data",),
+    "--model-prefix": ("--output",),
+    "--vocabulary-size": ("--vocab-size",),
     "--max-seq-length": ("--sequence-length",),
     **dict.fromkeys(
         ("-o", "--out", "--output", "--outfile", "--output-dir", "--output-path", "--save-path", "--mlx-path"),
@@ -118,15 +125,19 @@ _ELSEWHERE = {
     **dict.fromkeys(("--mask-prompt", "--fine-tune-type", "--rank", "--grad-checkpoint", "--resume", "--data"), "lora"),
     **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
     **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
+    **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",
     "--upload-repo": "upload",
+    "--vocab-size": "train-tokenizer",
 }
 _ONE_MACHINE = "a model runs on one machine"
 _BITS = "--recipe and --target-bpw choose the bits and groups of single matrices"
+_LLAMA = "a tokenizer is trained as Llama's: bpe, byte fallback, single digits, identity normalization"
 _DWQ = "--method dwq chooses it itself"
 _REFUSED_FLAGS = {
+    **dict.fromkeys(("--model-type", "--byte-fallback", "--split-digits", "--normalization-rule-name"), _LLAMA),
     "--do-sample": "text is sampled if --temp is above 0",
     "--image": "OpenELM reads text only",
     "--use-default-chat-template": "--chat-template names the template to use: plain, corenet or a file",
@@ -149,8 +160,6 @@ _REFUSED_FLAGS = {
     "--n-grid": "awq's grid is fixed",
     "--accumulation-dtype": "the precision of the measurement is fixed",
 }
-# Planned flags of `bench`, which other commands have or refuse.
-_LATER_IN_BENCH = ("--batch", "--batch-size", "-b")
 # These belong to `lora`, but mlx-lm's dwq has them too.
 _REFUSED_BY_CACHE_PROMPT = {"--eos-token": "no text is generated; give --extra-eos-token to generate"}
 _REFUSED_BY_QUANTIZE = dict.fromkeys(("--learning-rate", "--batch-size", "--grad-checkpoint"), _DWQ)
@@ -193,7 +202,7 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
     """
     plain = flag.replace("_", "-").lower()
     if plain not in known:
-        if plain in _LATER_FLAGS or (program.endswith(" bench") and plain in _LATER_IN_BENCH):
+        if plain in _LATER_FLAGS:
             return f"{plain} is not offered yet; leave it out."
         refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
         refused |= _REFUSED_BY_CACHE_PROMPT if program.endswith(" cache-prompt") else {}

@@ -39,7 +39,7 @@ class WrongError(Exception):
 
 
 def model(path: Path, kind: str) -> None:
-    from mlx_openelm.generation.decoding import stream_generate
+    from mlx_openelm.generation.stream import stream_generate
     from mlx_openelm.loading import build_model
     from mlx_openelm.sources import open_source
 

@@ -113,7 +113,7 @@ def test_every_command_has_help() -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
         assert "--debug" in done.stdout
-        assert "\nCommon flags:\n  --" in done.stdout
+        assert re.search("\nCommon flags:\n  (-., )?--", done.stdout)
         examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
         assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
@@ -627,16 +627,16 @@ def test_info_shows_layer_wise_scaling() -> None:
     done = run("info", "tiny")
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["layer", "query", "heads", "kv", "heads", "inner", "size", "parameters", "share"]
-    assert lines[1].split()[:6] == ["0", "3", "1", "128", "123,328", "5.0%"]
+    assert lines[1].split()[:6] == ["0", "4", "1", "128", "180,800", "4.4%"]
     bars = [line.count("█") for line in lines[1:7]]
     assert bars == sorted(bars) and bars[0] < bars[-1]
-    for text in ("2,485,056", "9.01 bits per weight", "8 bits, group size 32, mode affine", "Memory at 512 tokens"):
+    for text in ("4,083,328", "8.51 bits per weight", "8 bits, group size 64, mode affine", "Memory at 512 tokens"):
         assert text in done.stdout
 
 
 def test_info_json() -> None:
     values = result("info", "--model", "tiny")
-    assert (values["parameters"], len(values["layers"]), values["source"]) == (2_485_056, 6, "files")
+    assert (values["parameters"], len(values["layers"]), values["source"]) == (4_083_328, 6, "files")
     assert values["layers"][0]["kv_heads"] == 1
     assert values["memory"]["total"] == values["memory"]["weights"] + values["memory"]["kv_cache"]
     assert values["config"]["model_type"] == "openelm"
@@ -698,9 +698,10 @@ def test_doctor() -> None:
     values = result("doctor", env={"HF_TOKEN": "hf_secret"})
     assert values["ok"] is True
     found = {finding["name"]: finding for finding in values["findings"]}
-    assert {"mlx-openelm", "Python", "MLX", "Device", "Memory", "Packages", "tiny", "Hub token"} <= set(found)
+    assert {"mlx-openelm", "Python", "MLX", "Device", "Memory", "Packages", "Hub token"} <= set(found)
     assert found["Hub token"]["value"] == "present"
-    assert found["tiny"]["advice"] is None
+    assert found["In the package"]["value"] == "tiny, tiny-draft, tiny-instruct"
+    assert found["In the package"]["advice"] is None
     done = run("doctor", env={"HF_TOKEN": "hf_secret"})
     assert done.returncode == 0
     assert "hf_secret" not in done.stdout + json.dumps(values)
@@ -760,7 +761,9 @@ def test_without_mlx_doctor_runs_and_other_commands_name_the_extra() -> None:
 
 
 def test_perplexity(tmp_path: Path) -> None:
-    args = ("perplexity", "--data", VALID, "--sequence-length", 64, "--num-samples", 8)
+    packed = tmp_path / "packed"
+    assert run("convert", "--model", SHAKESPEARE, "-q", "--q-bits", 8, "--mlx-path", packed).returncode == 0
+    args = ("perplexity", "--model", packed, "--data", VALID, "--sequence-length", 64, "--num-samples", 8)
     values = result(*args, "--reference-model", SHAKESPEARE)
     assert (values["windows"], values["tokens"], values["sequence_length"]) == (8, 512, 64)
     assert 0 < values["kl_divergence"] < 0.01

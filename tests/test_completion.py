@@ -82,8 +82,8 @@ def test_lists_are_lists_in_every_shell(scripts: dict[str, str]) -> None:
     assert commands.keys() >= completion._LISTS
     assert "compset -P '*,'; compadd -S '' -- awq gptq dwq" in scripts["zsh"]
     assert "-a '(__fish_append , awq gptq dwq)'" in scripts["fish"]
-    assert "'__fish_seen_subcommand_from info' -a 'tiny 270m " in scripts["fish"]
-    assert '"info "*) compadd -- tiny 270m ' in scripts["zsh"]
+    assert "'__fish_seen_subcommand_from info' -a 'tiny tiny-draft tiny-instruct 270m " in scripts["fish"]
+    assert '"info "*) compadd -- tiny tiny-draft tiny-instruct 270m ' in scripts["zsh"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
@@ -95,13 +95,13 @@ def test_lists_are_lists_in_every_shell(scripts: dict[str, str]) -> None:
         (["help", "lo"], {"lora"}),
         (["--ver"], {"--version"}),
         (["--debug", "per"], {"perplexity"}),
-        (["generate", "--max-"], {"--max-tokens", "--max-kv-size"}),
+        (["generate", "--max-"], {"--max-tokens", "--max-kv-size", "--max-rows"}),
         (["generate", "--dtype", ""], {"float32", "float16", "bfloat16"}),
         (["generate", "--dtype", "b"], {"bfloat16"}),
         (["generate", "--dtype", "="], {"float32", "float16", "bfloat16"}),  # bash's words of --dtype=
         (["generate", "--dtype", "=", "b"], {"bfloat16"}),
         (["generate", "--model", "1.1"], {"1.1b", "1.1b-instruct"}),
-        (["perplexity", "--reference-model", "t"], {"tiny"}),
+        (["perplexity", "--reference-model", "t"], {"tiny", "tiny-draft", "tiny-instruct"}),
         (["generate", "--model", "my_fo"], set()),
         (["generate", "--prompt", "x", "--chat-template", "c"], {"corenet"}),
         (["lora", "--lr-schedule", "co"], {"constant", "cosine"}),

@@ -286,7 +286,7 @@ def test_tools_are_refused_if_the_template_would_drop_them(tmp_path):
         ({"instruction": "a", "output": "b", "system": "c"}, "'system' is not offered"),
         (
             {"prompt": [USER], "chosen": [KING], "rejected": [LAST]},
-            "preference pairs (chosen, rejected), which are not",
+            "preference pairs (chosen, rejected), which `mlx-openelm dpo` learns from",
         ),
         ({"input_ids": [1, 2]}, "tokens (input_ids), which are not offered"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "Message 0 is from 'alien': use one of human"),

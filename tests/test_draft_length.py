@@ -20,9 +20,10 @@ COSTS = {
 class Simulation:
     """Rows whose drafted tokens are right with a chance each; a clock that only the steps move."""
 
-    def __init__(self, cost, rates, draft_seconds=0.0, seed=0, noise=0.0, **options):
+    def __init__(self, cost, rates, draft_seconds=0.0, seed=0, noise=0.0, fixed=None, **options):
         self.cost, self.rates, self.draft_seconds, self.noise = cost, rates, draft_seconds, noise
         self.random = random.Random(seed)
+        self.fixed = fixed
         self.lengths = DraftLengths(**options)
         self.seen = [AcceptanceRates([0.7]) for _ in rates]
         self.drafted: list[list[int]] = []
@@ -31,7 +32,7 @@ class Simulation:
         """Tokens a second, where a plain step of one row takes a second."""
         tokens, clock, rows = 0.0, 0.0, len(self.rates)
         for _ in range(steps):
-            plans = [Plan(seen.chances(0, 16), 0.0, self.draft_seconds) for seen in self.seen]
+            plans = [Plan(seen.chances(0, 16), 0.0, self.draft_seconds, self.fixed) for seen in self.seen]
             lengths = self.lengths.choose(plans)
             right = []
             for rate, seen, length in zip(self.rates, self.seen, lengths, strict=True):
@@ -107,7 +108,7 @@ def test_a_fixed_number_is_drafted_whatever_happens():
     simulation = Simulation(COSTS["dear"], [0.0, 0.5], fixed=5)
     simulation.run(20)
     assert simulation.drafted == [[5, 5]] * 20
-    assert simulation.lengths.choose([Plan([0.1] * 3), Plan([])]) == [3, 0]
+    assert simulation.lengths.choose([Plan([0.1] * 3, fixed=5), Plan([], fixed=5)]) == [3, 0]
 
 
 def test_rates_are_those_of_the_level_and_fade():

@@ -167,9 +167,9 @@ def test_plans_tell_what_drafting_costs_and_how_good_it_was(model):
 
 def test_a_draft_model_with_other_tokens_is_refused(model):
     target, tokenizer = load("tiny")
-    check_draft_model(target, tokenizer, target, tokenizer)
+    check_draft_model(target, target, tokenizer, tokenizer)
     with pytest.raises(RequestError, match="has 200 tokens, and the model has 2,048"):
-        check_draft_model(target, tokenizer, model, tokenizer)
+        check_draft_model(target, model, tokenizer, tokenizer)
 
     class Other:
         vocab_size = tokenizer.vocab_size
@@ -178,4 +178,4 @@ def test_a_draft_model_with_other_tokens_is_refused(model):
             return "x" if token == 77 else tokenizer.id_to_token(token)
 
     with pytest.raises(RequestError, match="differs at token 77"):
-        check_draft_model(target, tokenizer, target, Other())
+        check_draft_model(target, target, tokenizer, Other())

@@ -177,8 +177,9 @@ def test_a_row_that_fails_leaves_the_others(loaded: tuple[OpenELM, Tokenizer]) -
 def test_rows_wait_for_memory(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     one = Engine(model, tokenizer).submit(PLAY[:20], max_tokens=9)
-    needed = Engine(model, tokenizer).budget.needed(one)
-    engine = Engine(model, tokenizer, max_bytes=2 * needed)
+    budget = Engine(model, tokenizer).budget
+    needed, two = budget.total([one]), budget.total([one, one])
+    engine = Engine(model, tokenizer, max_bytes=two)
     rows = [engine.submit(PLAY[:20], max_tokens=9) for _ in range(5)]
     most = 0
     while engine.is_busy:

@@ -16,6 +16,7 @@ from mlx_openelm.loading import load
 from mlx_openelm.training import finetune as finetune_module
 from mlx_openelm.training.finetune import FineTuned, Loading, finetune, saved_options
 from mlx_openelm.training.options import FineTuneOptions
+from mlx_openelm.training.run import method as method_module
 from mlx_openelm.training.run import preparing
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics
@@ -492,10 +493,12 @@ def test_overwriting_removes_tensorboards_event_files(here):
 
 def test_options_reach_the_parts_they_configure(here, monkeypatch):
     seen = {}
-    for name in ("Updater", "CrossEntropy", "Batches", "Checkpoints"):
-        make = getattr(finetune_module, name)
+    homes = {"Updater": finetune_module, "Checkpoints": finetune_module, "CrossEntropy": method_module,
+             "batches": method_module.Method}  # fmt: skip
+    for name, home in homes.items():
+        make = getattr(home, name)
         note = lambda *args, _make=make, **options: seen.update(options) or _make(*args, **options)  # noqa: E731
-        monkeypatch.setattr(finetune_module, name, note)
+        monkeypatch.setattr(home, name, staticmethod(note))
     values = {"grad_checkpoint": True, "max_grad_norm": 0.5, "z_loss": 0.1, "label_smoothing": 0.2, "seed": 5,
               "packing": True, "batch_size": 2, "grad_accumulation_steps": 3, "keep_last": 4,
               "keep_every": 6}  # fmt: skip

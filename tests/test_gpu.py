@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import generate, load
+from mlx_openelm import convert, generate, load
 from mlx_openelm.cache import make_cache
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.generation import sampling
@@ -67,8 +67,9 @@ def test_true_sizes(size):
         mx.clear_cache()
 
 
-def test_quantized_weights_stay_packed_and_give_text(reference):
-    model, tokenizer = load("tiny")
+def test_quantized_weights_stay_packed_and_give_text(reference, tmp_path):
+    convert(SHAKESPEARE, tmp_path / "packed", quantize=True, q_bits=8)
+    model, tokenizer = load(tmp_path / "packed")
     assert not model.expanded
     tokens = [token for token, _ in generate_step(model, reference["ids"][0], max_tokens=48)]
     agreeing = sum(a == b for a, b in zip(tokens, reference["greedy"][0], strict=True))

@@ -101,7 +101,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = make_folder(tmp_path / "package" / "tiny", {"config.json": "{}"})
-    monkeypatch.setattr(catalog, "TINY_FOLDER", folder)
+    monkeypatch.setitem(catalog.PACKAGED, "tiny", folder)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_tiny_is_packaged(name: str, packaged: Path) -> None:
 
 
 def test_tiny_missing_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "TINY_FOLDER", tmp_path / "nothing")
+    monkeypatch.setitem(catalog.PACKAGED, "tiny", tmp_path / "nothing")
     with pytest.raises(OpenELMError, match="install mlx-openelm again") as error:
         resolve.resolve("tiny")
     assert error.value.exit_code == 1
@@ -187,7 +187,7 @@ def test_revision_of_a_local_folder(packaged: Path) -> None:
         ("tinny", "did you mean tiny?"),
         ("OpenELM-7B", "OpenELM-3B"),
         ("270", "270m"),
-        ("gpt2", "give tiny, 270m"),
+        ("gpt2", "give tiny, tiny-draft, tiny-instruct, 270m"),
     ],
 )
 def test_unknown_name_lists_close_ones(name: str, close: str, here: Path) -> None:
@@ -522,7 +522,7 @@ def test_the_commands_for_elsewhere_give_a_folder_that_loads(
         subprocess.run(command, env=os.environ | hub_env, cwd=here, check=True, capture_output=True)
     hub.stop()
     source = open_source("OpenELM-270M")
-    assert source.path == tmp_path / "OpenELM-270M" and source.tokenizer.vocab_size == 2048
+    assert source.path == here / "OpenELM-270M" and source.tokenizer.vocab_size == 2048
 
 
 def test_a_folder_without_a_tokenizer_says_how_to_get_one(

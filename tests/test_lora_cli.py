@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from mlx_openelm.cli import lora
+from mlx_openelm.cli import lora, tuning
 from mlx_openelm.cli.main import command as cli_command
 from mlx_openelm.cli.main import main
 from mlx_openelm.training.finetune import FineTuned, Loading
@@ -202,7 +202,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
 
 def summary(*, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None) -> list[str]:
     result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], 5000, 9.0, 555.0, 0.056)
-    return list(lora._summary(FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint)))
+    done = FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint)
+    return list(tuning.summary(done))
 
 
 def test_the_summary_names_the_steps_of_losses_and_weights():

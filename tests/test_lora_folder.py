@@ -105,7 +105,10 @@ def test_the_script_writes_these_files(tmp_path: Path) -> None:
 
 # The README, and the guide.
 
-README, GUIDE = FOLDER / "README.md", ROOT / "docs" / "fine-tuning.md"
+README, GUIDE, PREFERENCES = (
+    FOLDER / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("fine-tuning", "preference")),
+)
 
 
 def commands(document: Path) -> list[str]:
@@ -150,9 +153,10 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone, with a few of the examples, and `tiny` unpacked."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FOLDER, "lora")
-    for split, count in {"train": 8, "valid": 2, "test": 2}.items():
-        lines = (FOLDER / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (tmp_path / "lora" / "data" / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    for data in ("data", "preferences"):
+        for split, count in {"train": 8, "valid": 2, "test": 2}.items():
+            lines = (FOLDER / data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (tmp_path / "lora" / data / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     convert("tiny", "tiny-unpacked", dequantize=True)
     return tmp_path
 
@@ -201,6 +205,51 @@ def test_the_guide_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str])
     assert "my_model-bf16 " in capfd.readouterr().out
 
 
+def test_the_guide_to_preferences_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(clone / "lora" / "preferences", "my_pairs")
+    for command in ours(PREFERENCES):
+        run(command, capfd)
+    (snippet,) = blocks(PREFERENCES, "python")
+    exec(snippet, {})
+    assert 0 <= float(capfd.readouterr().out.splitlines()[-1]) <= 1
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_pair_names_its_thing_in_both_replies(split: str) -> None:
+    lines = (FOLDER / "preferences" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(set(lines)) == {"train": 320, "valid": 40, "test": 40}[split]
+    for pair in map(json.loads, lines):
+        message = re.fullmatch(r"Customer: (.+[.?])\nReply:", pair["prompt"])
+        assert message is not None and set(pair) == {"prompt", "chosen", "rejected"}
+        words = [set(re.findall(r"[a-z]+", text)) for text in (message[1], pair["chosen"], pair["rejected"])]
+        common = set.intersection(*words) - {
+            "the",
+            "is",
+            "and",
+            "for",
+            "to",
+            "you",
+            "it",
+            "me",
+            "of",
+            "a",
+            "not",
+            "with",
+        }
+        assert common, pair
+        assert re.match(r" (I am sorry|Thank you|It is good)", pair["chosen"]), pair
+        assert not re.search(r"sorry|[Tt]hank", pair["rejected"]), pair
+
+
+def test_the_preferences_are_those_of_their_script(tmp_path: Path) -> None:
+    script = Path(shutil.copy(FOLDER / "preferences" / "make.py", tmp_path))
+    subprocess.run([sys.executable, script], check=True, timeout=60)
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / "preferences" / f"{split}.jsonl").read_bytes()
+    lines = {split: (tmp_path / f"{split}.jsonl").read_text().splitlines() for split in SPLITS}
+    assert not set(lines["train"]) & {*lines["valid"], *lines["test"]}
+
+
 def test_the_guide_names_every_setting_with_its_default() -> None:
     settings = GUIDE.read_text().partition("## Settings")[2].partition("\n## ")[0]
     found = re.findall(r"^\| `(--[\w-]+)` \| (\S*) ?\| (.*) \|$", settings, flags=re.MULTILINE)
@@ -224,4 +273,5 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
 def test_the_json_of_the_readme_is_json() -> None:
     rows = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
     assert rows[0] == examples("train")[0]
-    assert len(rows) == 5
+    assert len(rows) == 6
+    assert rows[1].keys() == {"prompt", "chosen", "rejected"}

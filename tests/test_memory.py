@@ -10,7 +10,7 @@ from mlx_openelm import convert, load
 from mlx_openelm.adapters.attaching import attach_new, detach
 from mlx_openelm.config import ModelConfig
 from mlx_openelm.formats.mlx import Quantization
-from mlx_openelm.generation.decoding import generate
+from mlx_openelm.generation.stream import generate
 from mlx_openelm.model import OpenELM
 
 import mlx.core as mx

@@ -27,6 +27,7 @@ NAMES = {
         "nvrtc:",
         "options",
         "prompt_cache_tokens",
+        "prompts",
     ),
     *("rms_norm_eps", "sampler", "tokenizer_config"),
 }

@@ -145,5 +145,5 @@ def planned_layers(**what: object) -> int:
 def test_the_estimate_lists_its_parts():
     text = str(planned().memory)
     assert text.startswith("about ")
-    for part in ("the model 10.2 MB", "the optimizer 495.6 kB", "gradients 247.8 kB", "activations up to"):
+    for part in ("the model 16.7 MB", "the optimizer 641.0 kB", "gradients 320.5 kB", "activations up to"):
         assert part in text

@@ -18,6 +18,7 @@ from mlx_openelm import (
     ModelConfig,
     OpenELM,
     QuantizeOptions,
+    TokenizerOptions,
     backend,
     console,
     convert,
@@ -27,6 +28,7 @@ from mlx_openelm import (
     load,
     quantize,
     stream_generate,
+    train_tokenizer,
 )
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
@@ -87,6 +89,7 @@ def test_the_typed_keywords_are_the_options(keywords, options):
         (generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (stream_generate, GenerationOptions, ["model", "tokenizer", "prompt"]),
         (quantize, QuantizeOptions, ["model", "mlx_path", "options"]),
+        (train_tokenizer, TokenizerOptions, ["data", "output", "progress"]),
     ],
 )
 def test_the_signature_lists_the_options(function, options, first):
@@ -128,7 +131,6 @@ def test_every_public_function_and_class_refuses_unknown_names(name):
         (lambda: load(path_or_hf_repo="tiny"), "load has no option path_or_hf_repo; did you mean model?"),
         (lambda: load("tiny", lazy=True), "lazy is not offered: load reads the weights at once."),
         (lambda: load("tiny", trust_remote_code=True), "trust_remote_code is not needed: no repository code is run."),
-        (lambda: generate(draft_model=1), "draft_model is not offered yet; leave it out."),
         (
             lambda: generate(num_beams=2),
             "num_beams is not offered: text is decoded greedily or sampled, without beams.",
@@ -253,7 +255,7 @@ def test_the_same_error_names_the_flag_on_the_command_line(tiny, capsys):
 
 def test_representations_are_short(tiny):
     model, tokenizer = tiny
-    assert str(model) == "OpenELM(6 layers, 2.5M parameters, float32, 8-bit affine)"
+    assert str(model) == "OpenELM(6 layers, 4.1M parameters, float32, 8-bit affine)"
     assert repr(OpenELM(ModelConfig.from_name("1.1b"), initialize=False)) == (
         "OpenELM(1.1B, 28 layers, 1,079.9M parameters, float32)"
     )

@@ -34,12 +34,16 @@ FEWEST = {
     "benchmarks.md": 1,
     "constraints.md": 4,
     "cpu.md": 1,
+    "drafts.md": 2,
     "fine-tuning.md": 0,
+    "pretraining.md": 2,
+    "preference.md": 0,
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
     "python.md": 0,
     "quantization.md": 4,
+    "tokenizers.md": 1,
     "coming-from-mlx-lm.md": 0,
 }
 

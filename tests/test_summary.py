@@ -85,7 +85,7 @@ def test_quantized_weights_on_a_cpu_have_both_numbers(monkeypatch: pytest.Monkey
     monkeypatch.setattr("mlx_openelm.backend.on_gpu", lambda: False)
     monkeypatch.setattr("mlx_openelm.native.kernels", None)
     memory = summarize_folder(TINY_FOLDER).memory
-    assert memory.expanded == 4 * 2_485_056
+    assert memory.expanded == 4 * 4_083_328
     assert memory.weights < memory.expanded / 3
 
 
@@ -110,10 +110,10 @@ def test_a_folder_is_read_from_its_headers() -> None:
 
 def test_tiny_is_quantized() -> None:
     summary = summarize("tiny")
-    assert summary.quantization == {"bits": 8, "group_size": 32, "mode": "affine"}
-    # 8 bits, and two bfloat16 numbers for every 32 weights; the norms have 16 bits.
-    assert summary.bits_per_weight == pytest.approx(9.0, abs=0.02)
-    assert summary.storage_bytes == pytest.approx(summary.bits_per_weight * 2_485_056 / 8, rel=0.01)
+    assert summary.quantization == {"bits": 8, "group_size": 64, "mode": "affine"}
+    # 8 bits, and two bfloat16 numbers for every 64 weights; the norms have 16 bits.
+    assert summary.bits_per_weight == pytest.approx(8.5, abs=0.02)
+    assert summary.storage_bytes == pytest.approx(summary.bits_per_weight * 4_083_328 / 8, rel=0.01)
     assert summary.tokenizer == "tokenizer.json"
 
 

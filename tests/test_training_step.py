@@ -463,7 +463,7 @@ def test_recomputing_saves_memory(wide):
     assert checkpointed < 0.9 * ours
 
     # Our own kernels keep no attention weights either.
-    assert ours < (0.8 if native.kernels is not None else 0.6) * peak(wide, batch, objective=Plain())
+    assert ours < (0.85 if native.kernels is not None else 0.6) * peak(wide, batch, objective=Plain())
 
 
 def test_hidden_states_equal_the_models(model):

@@ -17,7 +17,10 @@ from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
 # Values that vary between identical runs: times and memory.
-TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
+TIMING = {
+    *("tokens_per_second", "iterations_per_second", "pairs_per_second", "answers_per_second"),
+    *("peak_memory", "val_seconds"),
+}
 WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
 
 
@@ -43,20 +46,20 @@ def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
 
 
-def command(*args: object, python: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    return [*python, "-m", "mlx_openelm", "lora", *map(str, args)]
+def command(*args: object, python: tuple[str, ...] = (sys.executable,), name: str = "lora") -> list[str]:
+    return [*python, "-m", "mlx_openelm", name, *map(str, args)]
 
 
-def run(*args: object, folder: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`mlx-openelm lora` in `folder`."""
+def run(*args: object, folder: Path, timeout: float = 120, name: str = "lora") -> subprocess.CompletedProcess[str]:
+    """`mlx-openelm lora`, or the command `name`, in `folder`."""
     return subprocess.run(
-        command(*args), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
+        command(*args, name=name), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
     )
 
 
-def kill_after(lines: int, delay: float, *args: object, folder: Path) -> str:
-    """Run `mlx-openelm lora`, kill it `delay` seconds after `lines` lines of progress; returns what it printed."""
-    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+def kill_after(lines: int, delay: float, *args: object, folder: Path, name: str = "lora") -> str:
+    """Run `mlx-openelm lora` (or `name`) and kill it `delay` seconds after `lines` lines of progress; its output."""
+    process = subprocess.Popen(command(*args, name=name), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=environment(), cwd=folder)  # fmt: skip
     assert process.stderr is not None
     printed = []

@@ -115,6 +115,12 @@ class AdapterPool:
         with self._lock:
             return [_to_text(paths) for paths in self._held]
 
+    @property
+    def room_needed(self) -> int:
+        """The most bytes that the adapters read so far may take besides those in memory, copies in steps included."""
+        total = min(self.max_bytes, sum(self._sizes.values()))
+        return max(0, total - self.nbytes) + (total // 2 if len(self._sizes) > 1 else 0)
+
     def add(self, name: str, path: str | Path) -> None:
         """Give an adapter's path a name; it is read when a row asks for it.
 

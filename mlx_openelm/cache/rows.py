@@ -55,6 +55,12 @@ class RowCaches:
 
 def append(cache: Any, keys: mx.array, values: mx.array) -> Iterator[tuple[Any, Any, Any]]:
     """Append several positions [L, K, 1, D] of one sequence one by one, as `RowCaches.append` does."""
+    if hasattr(cache, "reserve") and len(keys) > 1:  # in one write: nothing is overwritten
+        held = cache.offset + 1
+        keys, values = cache.update_and_fetch(keys.swapaxes(0, 2), values.swapaxes(0, 2))
+        for end in range(held, cache.offset + 1):
+            yield cache, keys[:, :, :end], values[:, :, :end]
+        return
     kept = _Kept([], 0) if hasattr(cache, "max_size") and len(keys) > 1 else None
     for row in range(len(keys)):
         if kept is not None:

@@ -20,12 +20,13 @@ from ..wording import counted
 from . import flags
 
 MAIN_FLAGS = (
-    *("--model", "--prompt-tokens", "--generation-tokens", "--repetitions", "--compare", "--adapter-path"),
-    *("--json", "--plot"),
+    *("--model", "--prompt-tokens", "--generation-tokens", "--batch", "--repetitions", "--compare"),
+    *("--adapter-path", "--json", "--plot"),
 )
 EXAMPLES = """\
   mlx-openelm bench --model 270m
   mlx-openelm bench --model 270m -p 128,512 -g 64,128 --compare mlx-lm --dtype float32
+  mlx-openelm bench --model 270m --batch 1,8,16
   mlx-openelm bench --model OpenELM-270M-4bit --kv-bits 8 --plot speed.png"""
 
 _WIDTH = 80  # of a table that is piped
@@ -95,19 +96,24 @@ def report(model: str, measured: Measured, width: int) -> Iterator[str]:
         yield from console.wrap(line, width).split("\n")
     yield ""
     results = [measured.result(measured.programs[0], size) for size in measured.complete]
-    table = _table(results)
-    if measured.programs[1:] or max(map(len, table)) > width:
-        table = _sections(measured)
-    yield from table
+    drafts = any(size.drafts for size in measured.complete)
+    yield from _sections(measured) if measured.programs[1:] else _table(measured, width)
     yield ""
+    batches = any(result.rows > 1 for result in results)
     notes = "One run."
     if (count := results[0].repetitions) > 1:
         notes = f"Medians of {count} runs, ± half the distance between the fastest and the slowest."
     notes += (
         " Cold load: from the start of a process to the loaded model. "
-        "Bandwidth: weights and cache read per token, as a share of what a copy reads and writes, "
-        f"{measured.bandwidth / 1e9:.1f} GB/s."
+        f"Bandwidth: weights and cache read per {'step' if batches else 'token'}, as a share of what a copy reads and "
+        f"writes, {measured.bandwidth / 1e9:.1f} GB/s."
     )
+    if batches:
+        notes += " Speeds are those of all rows; the first token is that of the median row."
+    if drafts:
+        notes += (
+            " Prompts are text, since drafts need some. Accepted: the share of drafted tokens that are in the text."
+        )
     if len({program.dtype for program in measured.programs}) > 1:
         notes += " The programs compute in different types; --dtype float32 makes them equal."
     yield from console.wrap(notes, width).split("\n")
@@ -120,25 +126,58 @@ def _device() -> str:
     return backend.device() if backend.on_gpu() else f"CPU ({counted(thread_count(), 'thread')})"
 
 
-def _table(results: Sequence[Result]) -> list[str]:
-    """One line for each size."""
-    heads = [("size", "tokens"), ("first", "s"), ("prompt", "tokens/s"), ("decoding", "tokens/s"), ("", "50%")]
-    heads += [("ms per", "95%"), ("token", "99%"), ("band-", "width"), ("memory", "MB")]
+def _table(measured: Measured, width: int) -> list[str]:
+    """A line for each size, as far as they fit; else a part for each."""
+    program = measured.programs[0]
+    results = [measured.result(program, size) for size in measured.complete if not size.drafts]
+    drafted = [size for size in measured.complete if size.drafts]
+    below = ["", *_aligned(_drafted_lines(measured, drafted), "  ")] if drafted else []
+    for with_spreads, gap in ((True, "  "), (False, "  "), (False, " ")):
+        table = _aligned(_lines(results, with_spreads), gap) + below
+        if max(map(len, table)) <= width:
+            return table
+    return _sections(measured)
+
+
+def _lines(results: Sequence[Result], with_spreads: bool) -> list[list[str]]:
+    """The cells of a table with a line for each size."""
+    batches = any(result.rows > 1 for result in results)
+    rows, per_row = ([("", "rows")], [("per row", "tokens/s")]) if batches else ([], [])
+    heads = [("size", "tokens"), *rows, ("first", "s"), ("prompt", "tokens/s"), ("decoding", "tokens/s"), *per_row]
+    heads += [("", "50%"), ("ms per", "95%"), ("token", "99%"), ("band-", "width"), ("memory", "MB")]
     lines = [list(line) for line in zip(*heads, strict=True)]
+    speed = _cell if with_spreads else _middle
     for result in results:
         per_token = [_number(1e3 * seconds, 3) for seconds in result.token_seconds.values()] or [_NOTHING] * 3
         lines.append(
             [
                 f"{result.prompt_tokens}+{result.generation_tokens}",
+                *([f"{result.rows}"] if batches else []),
                 _number(result.time_to_first_token.median, 3),
-                _cell(result.prompt_tps),
-                _cell(result.generation_tps),
+                speed(result.prompt_tps),
+                speed(result.generation_tps),
+                *([_middle(result.row_tps)] if batches else []),
                 *per_token,
                 _cell(result.bandwidth_share),
                 _number(result.peak_memory / 1e6, 3),
             ]
         )
-    return _aligned(lines)
+    return lines
+
+
+def _drafted_lines(measured: Measured, sizes: Sequence[Size]) -> list[list[str]]:
+    """The cells of a table with a line for each size with drafts."""
+    program = measured.programs[0]
+    heads = [("with drafts", "tokens"), ("", "rows"), ("plain", "tokens/s"), ("drafts", "tokens/s"), ("speed-", "up")]
+    lines = [list(line) for line in zip(*heads, ("", "accepted"), ("tokens", "a step"), strict=True)]
+    for size in sizes:
+        plain, result = (measured.result(program, size._replace(drafts=drafts)) for drafts in (False, True))
+        speeds = [_middle(plain.generation_tps), _middle(result.generation_tps)]
+        others = [measured.speedup(program, size), result.acceptance, result.tokens_per_step]
+        lines.append(
+            [f"{size.prompt}+{size.generated}", str(size.rows), *speeds, *(_number(value, 3) for value in others)]
+        )
+    return lines
 
 
 def _sections(measured: Measured) -> list[str]:
@@ -148,7 +187,7 @@ def _sections(measured: Measured) -> list[str]:
         ("", [rows.program_rows(program) for program in measured.programs])
     ]
     for size in measured.complete:
-        results = [rows.size_rows(measured.result(program, size)) for program in measured.programs]
+        results = [rows.size_rows(measured, program, size) for program in measured.programs]
         sections.append((_title(size), results))
     lines = [["", *names, *(["ratio"] if len(names) > 1 else [])]]
     for title, columns in sections:
@@ -162,15 +201,18 @@ def _sections(measured: Measured) -> list[str]:
 
 
 def _title(size: Size) -> str:
-    return f"prompt of {counted(size.prompt, 'token')}, {size.generated:,} new"
+    drafts = ", with drafts" if size.drafts else ""
+    if size.rows == 1:
+        return f"prompt of {counted(size.prompt, 'token')}, {size.generated:,} new{drafts}"
+    return f"{size.rows} rows: prompts of {counted(size.prompt, 'token')}, {size.generated:,} new each{drafts}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(lines: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
     """Columns as wide as their longest cell, all but the first to the right. A line of one cell is a title."""
     table = [line for line in lines if len(line) > 1]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     aligned = [
-        "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
+        gap.join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line))
         if len(line) > 1
         else "".join(line)
         for line in lines
@@ -178,9 +220,14 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return [line.rstrip() for line in aligned]
 
 
+def _middle(value: rows.Value) -> str:
+    """A number; of several measurements, the median."""
+    return _number(rows.middle(value), 4 if isinstance(value, Spread) else 3)
+
+
 def _cell(value: rows.Value) -> str:
     """A number, and if it is the median of several measurements, how far they are apart."""
-    text = _number(rows.middle(value), 4 if isinstance(value, Spread) else 3)
+    text = _middle(value)
     if isinstance(value, Spread) and value.high > value.low:
         text += f" ±{value.margin / value.median:.0%}"
     return text

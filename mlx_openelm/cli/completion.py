@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..hub import catalog
 from .flags import Parser
 
-_MODELS = [catalog.TINY, *(alias for release in catalog.releases() for alias in release.aliases)]
+_MODELS = [*catalog.PACKAGED, *(alias for release in catalog.releases() for alias in release.aliases)]
 
 # The flags whose values are lists with commas.
 _LISTS = {"--method", "--report-to", "--target-modules"}

@@ -210,10 +210,10 @@ def _version(package: str) -> str | None:
 
 
 def _hub() -> Iterator[Finding]:
-    is_there = (catalog.TINY_FOLDER / "config.json").is_file()
-    yield Finding(
-        "tiny", "in the package" if is_there else "missing", None if is_there else "install mlx-openelm again"
-    )
+    missing = [name for name, folder in catalog.PACKAGED.items() if not (folder / "config.json").is_file()]
+    found = ", ".join(name for name in catalog.PACKAGED if name not in missing)
+    advice = f"{', '.join(missing)} missing: install mlx-openelm again" if missing else None
+    yield Finding("In the package", found or "no models", advice)
     try:
         from huggingface_hub import constants, get_token
     except ImportError:

@@ -25,8 +25,8 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 # The headings of every command's `--help`, in their order; one without flags is not shown.
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
-    *("Training", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
-    *("Prompt", "Sampling", "Penalties", "Constraints", "Windows", "Measuring"),
+    *("Training", "Loss", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
+    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring"),
     *("Quantization", "Calibration", "Report"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )
@@ -191,6 +191,21 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, got {quote(text)}") from None
+
+
+def memory_size(text: str) -> int:
+    """A flag's value as a number of bytes: 4GB, 512 MB, 2GiB, 1000000."""
+    amount = text.strip().lower().removesuffix("b").rstrip()
+    base = 1024 if amount.endswith("i") else 1000
+    amount = amount.removesuffix("i")
+    power = "kmgt".find(amount[-1:]) + 1 if amount else 0
+    try:
+        count = int(float(amount[:-1] if power else amount) * base**power)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 512MB, got {quote(text)}")
+    return count
 
 
 # How argparse handles a field, by its type; other types are lists, whose flags may be repeated.

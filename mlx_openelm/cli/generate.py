@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
 import sys
 from argparse import BooleanOptionalAction, Namespace
@@ -11,12 +9,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import backend, console
-from ..errors import RequestError, quote
-from ..generation.decoding import stream_generate
+from ..errors import RequestError
 from ..generation.options import EMPTY_PROMPT, GenerationOptions
 from ..generation.piece import Piece
 from ..generation.repetition import ends_in_loop
 from ..generation.sampling import random_seed
+from ..generation.stream import stream_generate
 from ..hub import catalog
 from ..inputs import read_stream, read_text_source, to_path
 from ..loading import load
@@ -24,6 +22,7 @@ from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
+from .option_values import parse_logit_bias, split_choices
 from .terminal import show, write
 
 if TYPE_CHECKING:
@@ -37,7 +36,8 @@ EXAMPLES = """\
   mlx-openelm generate "To be, or not to be"
   mlx-openelm generate "ROMEO." --temp 0.8 --top-p 0.95 --seed 7
   mlx-openelm generate --model 270m-instruct --prompt "Once upon a time" --repetition-penalty 1.2
-  echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8"""
+  echo "Enter KING HENRY" | mlx-openelm generate --prompt - --kv-bits 8
+  mlx-openelm generate --batch prompts.txt --max-tokens 64 > texts.jsonl"""
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -56,6 +56,12 @@ def add_flags(parser: flags.Parser) -> None:
         metavar="FILE",
         help="Go on from the prompt in this file of `cache-prompt` or mlx-lm. Without --model, the model, revision and "
         "adapter are those of the file.",
+    )
+    chat.add_argument(
+        "--batch",
+        metavar="FILE",
+        help="Many prompts at once, one on each line of this file, and the results as lines of JSON. In a .jsonl file "
+        "each line is an object with `prompt` and options of its own, such as `max_tokens`; - reads standard input.",
     )
     flags.add_fields(parser, GenerationOptions)
     chat.add_argument(
@@ -82,6 +88,23 @@ def add_flags(parser: flags.Parser) -> None:
     )
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
     flags.add_shared(model, "--exact-activations")
+    memory = parser.groups["Key-value cache"]
+    memory.add_argument(
+        "--max-rows", type=flags.integer, metavar="N", help="Texts of --batch that advance together.  [default: 32]"
+    )
+    memory.add_argument(
+        "--memory-limit",
+        type=flags.memory_size,
+        metavar="SIZE",
+        help="Memory that the texts of --batch may take besides the model, such as 4GB; others wait.  "
+        "[default: half of what is free]",
+    )
+    parser.groups["Drafts"].add_argument(
+        "--draft-model",
+        metavar="auto|MODEL",
+        help="Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or auto, "
+        "which is 270m for 1.1b and 3b.",
+    )
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,
@@ -100,6 +123,12 @@ def run(args: Namespace) -> int:
     The text goes to standard output, everything else to standard error. A prompt that is read from a file or
     from standard input loses the line break at its end.
     """
+    if args.batch is not None:
+        from .generate_batch import run_batch
+
+        return run_batch(args)
+    if args.max_rows is not None or args.memory_limit is not None:
+        raise RequestError("--max-rows and --memory-limit are for many prompts at once; give them with --batch.")
     chat = (args.system_prompt, args.prefill_response, args.chat_template)
     if args.ignore_chat_template and chat != (None, None, None):
         raise RequestError(
@@ -108,9 +137,9 @@ def run(args: Namespace) -> int:
     prompt = read_prompt(args.words, args.prompt, args.prompt_file)
     options = flags.given(args, GenerationOptions)
     if "logit_bias" in options:
-        options["logit_bias"] = _parse_logit_bias(options["logit_bias"]) or None
+        options["logit_bias"] = parse_logit_bias(options["logit_bias"]) or None
     if "choice" in options:
-        options["choice"] = _split_choices(options["choice"])
+        options["choice"] = split_choices(options["choice"])
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
     cached: CachedPrompt | None = None
@@ -129,6 +158,11 @@ def run(args: Namespace) -> int:
         expand=args.expand,
         exact_activations=args.exact_activations,
     )
+    drafts: dict[str, Any] = {}
+    if args.draft_model is not None:
+        from .drafts import load_draft_model
+
+        drafts["draft_model"] = load_draft_model(args, model, tokenizer)
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
     if cached is not None:
@@ -152,7 +186,7 @@ def run(args: Namespace) -> int:
     try:
         with progress or nullcontext():
             past = {} if cached is None else cached.arguments()
-            for piece in stream_generate(model, tokenizer, ids, progress=progress, **past, **options):
+            for piece in stream_generate(model, tokenizer, ids, progress=progress, **drafts, **past, **options):
                 pieces.append(piece)
                 if not args.json:
                     # The line ends here, before a warning that the text was cut off.
@@ -209,31 +243,6 @@ def _decode(data: bytes, source: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
-    """One mapping from any number of `ID=VALUE` and JSON objects."""
-    biases: dict[int, float] = {}
-    for text in given:
-        try:
-            pairs = json.loads(text).items() if text.lstrip().startswith("{") else [text.split("=", 1)]
-            biases.update({int(token): float(value) for token, value in pairs})
-        except (ValueError, TypeError, AttributeError):
-            raise RequestError(
-                f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {quote(text)}."
-            ) from None
-    return biases
-
-
-def _split_choices(given: tuple[str, ...]) -> list[str]:
-    """The texts in any number of lists, separated by commas or in JSON."""
-    choices: list[str] = []
-    for text in given:
-        try:
-            choices += json.loads(text) if text.lstrip().startswith("[") else text.split(",")
-        except ValueError:
-            raise RequestError(f"--choice must be a,b,c or a JSON list of texts, got {quote(text)}.") from None
-    return choices
-
-
 def _print_json(
     model: str,
     prompt: str,
@@ -246,9 +255,13 @@ def _print_json(
     """Print the result as a JSON object; with a tokenizer, also tokens and their log-probabilities."""
     values: dict[str, Any] = {"model": model, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
     if pieces:
-        last = dataclasses.asdict(pieces[-1])
-        names = ["prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
-        values |= {"finish_reason": last["finish_reason"]} | {name: last[name] for name in names}
+        last = pieces[-1]
+        names = ["finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps", "peak_memory"]
+        values |= {name: getattr(last, name) for name in names}
+    if pieces and pieces[-1].drafts is not None:
+        from .drafts import as_json
+
+        values["drafts"] = as_json(pieces[-1].drafts)
     if cached is not None:
         values["prompt_cache_tokens"] = cached
     if interrupted:
@@ -300,6 +313,10 @@ def _say_statistics(
         if last.finish_reason == "length" and last.generation_tokens != options.max_tokens:
             end += " (the model's last position)"
         console.say(f"Generation: {counted(last.generation_tokens, 'token')}{speed}{end}")
+        if last.drafts is not None:
+            from .drafts import as_text
+
+            console.say(f"Drafts: {as_text(last.drafts)}")
         console.say(f"Peak memory: {last.peak_memory:.3f} GB")
     if options.seed is not None:
         console.say(f"Seed: {options.seed}")

@@ -51,6 +51,7 @@ def batch_generate(
     adapter_path: AdapterPath | Sequence[AdapterPath | None] | None = None,
     max_rows: int = MAX_ROWS,
     max_bytes: int | None = None,
+    draft_model: OpenELM | None = None,
     callback: Callable[[int, Piece], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Unpack[BatchKeywords],
@@ -65,6 +66,8 @@ def batch_generate(
             paths to weights.
         max_rows: the number of texts that advance together; others follow as these end.
         max_bytes: the most memory for keys and values; texts wait until there is room. By default half of what is free.
+        draft_model: a smaller model that drafts for all texts; it runs without adapters. Turn it off for a text with
+            `num_draft_tokens=0`.
         callback: called with the number of a prompt and each `Piece` of its text.
         progress: called with the number of texts that are done, and of all.
         options: the fields of `GenerationOptions`, each one value for all prompts, or a list with a value per prompt.
@@ -78,7 +81,15 @@ def batch_generate(
         raise RequestError("prompts must be a list of texts or of lists of token ids; for one text use generate().")
     each = per_prompt({**options, "adapter": adapter_path}, len(prompts))
     adapters = AdapterPool(model) if any(chosen["adapter"] is not None for chosen in each) else None
-    engine = Engine(model, tokenizer, max_rows=max_rows, max_bytes=max_bytes, adapters=adapters, prompts_first=True)
+    engine = Engine(
+        model,
+        tokenizer,
+        max_rows=max_rows,
+        max_bytes=max_bytes,
+        draft_model=draft_model,
+        adapters=adapters,
+        prompts_first=True,
+    )
     rows = []
     for number, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
         on_piece = None if callback is None else _numbered(callback, number)

@@ -10,9 +10,10 @@ each token it gives those that must come next, which need no choice:
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import takewhile
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from ..errors import QUOTED, OpenELMError, RequestError
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from ..wording import flag, install
+from .drafting import CheckedDraft, certain
 from .grammars import as_grammar
 from .options import CONSTRAINTS, GenerationOptions
 from .vocabulary import llguidance_tokenizer
@@ -98,13 +100,48 @@ class Constraint:
         Raises:
             OpenELMError: no token can follow, and the text is not complete.
         """
-        packed = mx.array(
-            cast(Any, memoryview(self._mask())[: math.ceil(self._vocab_size / 8)])
-        )  # a bit for each token
-        allowed = (packed[:, None] & self._bits).reshape(1, -1)
+        return self.limit_each(logprobs, [self._mask()])
+
+    def limit_each(self, logprobs: mx.array, masks: Sequence[bytes]) -> mx.array:
+        """`limit` for log-probabilities [L, vocab] of different places of the text: those of `check_draft`'s masks."""
+        size = math.ceil(self._vocab_size / 8)
+        packed = mx.stack([mx.array(cast(Any, memoryview(mask)[:size])) for mask in masks])  # a bit for each token
+        allowed = (packed[:, :, None] & self._bits).reshape(len(masks), -1)
         if allowed.shape[1] > self._vocab_size:
             allowed = allowed[:, : self._vocab_size]
         return log_softmax(mx.where(allowed, logprobs, -mx.inf))
+
+    def check_draft(self, tokens: Sequence[int], limit: int, many: int) -> CheckedDraft:
+        """The first of these tokens that can follow, with the tokens that must come between them.
+
+        Args:
+            limit: the most tokens, in all.
+            many: where so many tokens must follow a drafted one, the draft ends with it.
+        """
+        ahead = self.copy()
+        draft = CheckedDraft([], [], [ahead._mask()])
+        while len(draft.tokens) < min(limit, len(tokens)):
+            token = tokens[len(draft.tokens)]
+            if not ahead.matcher.validate_tokens([token]):
+                break
+            following, mask = [], None
+            try:
+                following = ahead.advance(token)
+                mask = None if ahead.done else ahead._mask()
+            except OpenELMError:  # raised again if the token is accepted
+                pass
+            if len(draft.tokens) + 1 + len(following) > limit or len(following) >= many:
+                following, mask = [], None
+            draft.add(token, following, mask)
+            if mask is None or list(tokens[len(draft.tokens) - len(following) : len(draft.tokens)]) != following:
+                break
+        return draft
+
+    def copy(self) -> Constraint:
+        """A constraint in the same state, which goes its own way."""
+        other = copy.copy(self)
+        other.matcher = self.matcher.deep_copy()
+        return other
 
     def allows_only(self, tokens: Iterable[int]) -> bool:
         """Whether none but these tokens can follow."""
@@ -150,6 +187,30 @@ class Constraint:
 
     def _stuck(self) -> OpenELMError:
         return OpenELMError(f"{self._source} leaves no token of this model's vocabulary to go on with; change it.")
+
+
+class DraftLimit:
+    """What a constraint allows a draft model to draft: a `Limit`. Tokens that must follow are certain."""
+
+    def __init__(self, constraint: Constraint):
+        self._constraint = constraint
+        self._ahead = constraint
+        self._forced: list[int] = []
+
+    def __call__(self, drafted: Sequence[int], logprobs: mx.array) -> mx.array | None:
+        """Log-probabilities [1, vocab] of the token after those drafted to those allowed; None where the text ends."""
+        try:
+            if not drafted:
+                self._ahead, self._forced = self._constraint.copy(), []
+            elif self._forced:
+                self._forced = self._forced[1:]
+            else:
+                self._forced = self._ahead.advance(drafted[-1])
+            if self._forced:
+                return certain(self._forced[:1], logprobs.shape[1])
+            return None if self._ahead.done else self._ahead.limit(logprobs)
+        except OpenELMError:  # raised again if the text comes here
+            return None
 
 
 def _reason(matcher: Any) -> str:

@@ -1,4 +1,4 @@
-"""Decoding, from a prompt to text: `stream_generate` and `generate`, and the parts they are made of.
+"""Decoding, from a prompt to tokens: `Decoder`, requests, and the loop `decode`.
 
 `Decoder.prefill` processes the prompt, `Decoder.step` one token; `decode` is the loop around them. Both methods give
 the log-probabilities [1, vocab] of the next token, so greedy decoding by hand is:
@@ -13,25 +13,23 @@ the log-probabilities [1, vocab] of the next token, so greedy decoding by hand i
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from .. import backend
-from ..cache import make_cache
+from ..cache import make_cache, step_caches
 from ..errors import OpenELMError, RequestError
 from ..finite import not_finite
 from ..messages import warn
 from ..model import OpenELM
+from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, forced_step, listed
-from .keywords import GenerationKeywords
-from .options import CONSTRAINTS, EMPTY_PROMPT, CacheOptions, GenerationOptions, token_ids
-from .piece import Piece
+from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 
@@ -42,122 +40,6 @@ if TYPE_CHECKING:
 CLEAR_EVERY = 256
 
 Progress = Callable[[int, int], None]
-
-
-def generate(
-    model: OpenELM,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[int] | mx.array,
-    verbose: bool = False,
-    *,
-    prompt_cache: list[Any] | None = None,
-    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[GenerationKeywords],
-) -> str:
-    """The text that follows `prompt`; other arguments and errors as in `stream_generate`.
-
-    `verbose` prints the text as it is generated, then the speed and the peak memory, as in mlx-lm.
-    """
-    pieces = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        prompt_cache=prompt_cache,
-        prompt_cache_tokens=prompt_cache_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-        progress=progress,
-        **options,
-    )
-    if verbose:
-        from .printing import printed
-
-        pieces = printed(pieces)
-    return "".join(piece.text for piece in pieces)
-
-
-def stream_generate(
-    model: OpenELM,
-    tokenizer: Tokenizer,
-    prompt: str | Sequence[int] | mx.array,
-    *,
-    prompt_cache: list[Any] | None = None,
-    prompt_cache_tokens: Sequence[int] | mx.array | None = None,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[GenerationKeywords],
-) -> Iterator[Piece]:
-    """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
-
-    The pieces' texts join to exactly `tokenizer.decode` of the tokens before the end of the text; with `echo`, of the
-    prompt and these.
-
-    Args:
-        prompt: text, or token ids as they are. BOS is put in front of a text; one that begins with it is a rendered
-            chat, in which control tokens count.
-        prompt_cache: key-value caches, one per layer, that hold what precedes the prompt; extended in place.
-        prompt_cache_tokens: the ids of all tokens that `prompt_cache` has seen, for the penalties; without it they
-            count only the prompt and what follows, and a warning says so.
-        sampler: maps log-probabilities [1, vocab] to tokens [1], in place of `temp` and the filters.
-        logits_processors: each maps (the ids of the context [n], logits [1, vocab]) to new logits [1, vocab]; they come
-            after the bias and the penalties.
-        progress: called with the prompt tokens processed so far and in total.
-        options: the fields of `GenerationOptions`; help(GenerationOptions) describes them.
-
-    Raises:
-        RequestError: an unknown option, a bad value, a prompt that is empty or too long, a cache that does not fit;
-            at the call, before anything is computed.
-        OpenELMError: while iterating, the model's logits are not finite, or no token fits the constraint.
-    """
-    request = make_request(
-        model,
-        tokenizer,
-        prompt,
-        GenerationOptions(**options),
-        prompt_cache=prompt_cache,
-        prompt_cache_tokens=prompt_cache_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-    )
-    return _pieces(tokenizer, request, progress)
-
-
-def _pieces(tokenizer: Tokenizer, request: Request, progress: Progress | None) -> Iterator[Piece]:
-    """The pieces of one text; nothing is computed before the first one is requested."""
-    steps = decode(
-        request.decoder,
-        request.prompt,
-        request.count,
-        sampler=request.sampler,
-        constraint=request.constraint,
-        top=int(request.options.top_logprobs),
-        prefill_step_size=request.options.prefill_step_size,
-        progress=progress,
-    )
-    started = time.perf_counter()
-    output = None
-    with backend.wired_limit():
-        for token, logprob, top_logprobs, _ in steps:
-            if output is None:
-                from .output import Output
-
-                output = Output(
-                    tokenizer,
-                    request.prompt,
-                    request.count,
-                    request.options,
-                    request.constraint,
-                    time.perf_counter() - started,
-                )
-            piece = output.add(token, logprob, top_logprobs)
-            yield piece
-            if piece.finish_reason is not None:
-                output.warn_if_cut()
-                return
 
 
 @dataclass
@@ -199,7 +81,7 @@ def make_request(
         key = None if options.seed is None else make_key(options.seed)
         sampler = make_sampler(options, {tokenizer.bos_token_id, *tokenizer.eos_token_ids}, key)
     processors = list(logits_processors or ())
-    if options.changes_logits:
+    if any(getattr(options, name) for name in PENALTIES):
         processors = [*make_logits_processors(options), *processors]
     decoder, ids, count = make_decoder(
         model,
@@ -271,11 +153,19 @@ class Decoder:
         """Extend the caches by one token per row, [B]; returns the next token's log-probabilities [B, vocab], lazy."""
         return self.logprobs(self.extend(tokens[:, None]))
 
-    def extend(self, tokens: mx.array) -> mx.array:
-        """Extend the caches by tokens [B, L]; returns their hidden states [B, L, model_dim], lazy."""
+    def steps(self, tokens: mx.array) -> mx.array:
+        """`step` by several tokens [L] of one sequence at once; returns the log-probabilities [1, vocab] after them."""
+        return self.logprobs(self.extend(tokens[:, None], step_caches([self.cache], [tokens.size]))[-1:])
+
+    def extend(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Extend the caches by tokens [B, L]; returns their hidden states [B, L, model_dim], lazy.
+
+        Args:
+            cache: the caches as the model is given them, if not one sequence at a time.
+        """
         if self.logits_processors:
-            self.context = mx.concatenate([self.context, tokens[0]])
-        hidden_states = self.model.hidden_states(tokens, self.cache)
+            self.context = mx.concatenate([self.context, tokens.reshape(-1)])
+        hidden_states = self.model.hidden_states(tokens, cache or self.cache)
         if self.options.kv_bits is not None:
             self.quantize_cache()
         return hidden_states
@@ -407,8 +297,10 @@ def decode(
             forced = constraint.advance(value)[: count - n - 1]
             ready += [forced_step(token, top) for token in forced]
             if n + len(ready) < count and not constraint.done:
-                if forced:
+                if len(forced) >= MANY_POSITIONS:
                     following = decoder.prefill(mx.array([forced]), prefill_step_size)
+                elif forced:
+                    following = decoder.steps(mx.array(forced))
                 upcoming = draw(constraint.limit(following), sampler, top)
 
 

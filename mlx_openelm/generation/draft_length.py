@@ -43,12 +43,20 @@ class AcceptanceRates:
         self._all[band] = self._FADING * self._all[band] + 1
         self._right[band] = self._FADING * self._right[band] + is_right
 
-    def chances(self, level: int, count: int) -> list[float]:
-        """The chances that the first, the first two, ... of `count` drafted tokens are all right."""
-        chances, chance = [], 1.0
+    def chances(self, level: int, count: int, least: float = 0.0) -> list[float]:
+        """The chances that the first, the first two, ... of `count` drafted tokens are all right.
+
+        Those below `least` are left out.
+        """
+        chances: list[float] = []
+        chance, rates = 1.0, dict[int, float]()
         for n in range(level, level + count):
             band = _band(n)
-            chance *= self._rate(band)
+            if band not in rates:
+                rates[band] = self._rate(band)
+            chance *= rates[band]
+            if chance < least:
+                break
             chances.append(chance)
         return chances
 
@@ -107,12 +115,13 @@ class Plan(NamedTuple):
 
     `chances` are those that the first, the first two, ... drafted tokens are all right, as many as can be drafted.
     Drafting takes `start_seconds`, then `token_seconds` for each token; where they are not 0, only drafting shows how
-    good the drafts are.
+    good the drafts are. `fixed` is the number of tokens to draft, whatever is measured.
     """
 
     chances: Sequence[float]
     start_seconds: float = 0.0
     token_seconds: float = 0.0
+    fixed: int | None = None
 
 
 class DraftLengths:
@@ -120,15 +129,16 @@ class DraftLengths:
 
     Step times that are not known are tried where drafting would pay if they were little longer than that of the next
     smaller step; plain steps are measured again now and then. What drafting lost against plain decoding, by the same
-    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; it
-    pauses where that is used up. Where drafts of a draft model do not pay, that credit buys trials of one token.
+    measurements, is booked: it may lose `_START` plain steps, and beyond what it has won `_SHARE` of the time; where
+    that is used up, only tokens that are sure are drafted. Where drafts of a draft model do not pay, that credit buys
+    trials of one token.
 
     Args:
         limit: the most tokens drafted for a row.
-        fixed: this many for each row, whatever is measured.
     """
 
     _MARGIN = 1.03  # how much faster than plain decoding drafting must look
+    _SURE = 0.8  # the chance of tokens that are drafted without credit
     _SLOPE = 0.02  # what a position adds at least to a step whose time is not known
     _PLAIN_EVERY = 128  # steps
     _START = 2.0
@@ -136,51 +146,57 @@ class DraftLengths:
     # In plain steps: the most that can be saved up, the most debt, and the most that one step is charged.
     _MOST, _DEBT, _CHARGE = 8.0, 2.0, 4.0
 
-    def __init__(self, limit: int = MAX_DRAFT_TOKENS, fixed: int | None = None):
-        self.limit = limit if fixed is None else fixed
-        self._fixed = fixed
+    def __init__(self, limit: int = MAX_DRAFT_TOKENS):
+        self.limit = limit
         self._costs = StepCosts()
         self._credit = self._START  # in plain steps
-        self._trials = 0
 
     def choose(self, plans: Sequence[Plan]) -> list[int]:
         """The number of tokens to draft for each row of a step; rows that share a draft model draft together."""
-        rows = len(plans)
-        if self._fixed is not None:
-            return [min(self._fixed, len(plan.chances)) for plan in plans]
-        lengths = [0] * rows
-        known = self._costs.known()
-        # A plain step is what drafting is compared with, so its time must be known, and well.
-        age = self._costs.step - self._costs.last.get(rows, -self._PLAIN_EVERY)
-        if rows not in known or age >= self._PLAIN_EVERY or self._credit <= 0:
+        lengths = [0 if plan.fixed is None else min(plan.fixed, len(plan.chances)) for plan in plans]
+        if not any(plan.chances and plan.fixed is None for plan in plans):
             return lengths
-        chosen = self._fastest(plans, known)
-        if not chosen and (tried := self._trial(plans, known)) is not None:
+        known, base = self._costs.known(), len(plans) + sum(lengths)
+        # A step without more drafts is what these are compared with, so its time must be known, and well.
+        age = self._costs.step - self._costs.last.get(base, -self._PLAIN_EVERY)
+        if base not in known or age >= self._PLAIN_EVERY:
+            return lengths
+        free = [plan if plan.fixed is None else Plan(()) for plan in plans]
+        chosen = self._fastest(free, known, base)
+        if not chosen and (tried := self._trial(free, known, base)) is not None:
             chosen = [tried]
         for row in chosen:
             lengths[row] += 1
         return lengths
 
-    def observe(self, rows: int, positions: int, tokens: int, seconds: float, draft_seconds: float = 0.0) -> None:
-        """Learn from a step that gave `tokens` tokens for `rows` rows.
+    def observe(
+        self, rows: int, positions: int, tokens: int, seconds: float, draft_seconds: float = 0.0, is_fixed: bool = False
+    ) -> float | None:
+        """Learn from a step that gave `tokens` tokens for `rows` rows; returns what it took, in plain steps.
+
+        None if the time of a plain step is not known.
 
         Args:
             positions: those that the target computed: the rows and the drafted tokens.
             seconds: what that took, including the choice of tokens.
             draft_seconds: what drafting took.
+            is_fixed: whether numbers of drafted tokens were fixed; then neither gain nor loss is booked.
         """
         self._costs.observe(positions, seconds)
         known = self._costs.known()
         plain = known.get(rows)
         if plain is None:
-            return
-        spent = (known.get(positions, seconds) + draft_seconds) / plain
-        won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
-        self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
+            return None
+        # What was measured once may be an accident, but n positions never take longer than n steps.
+        checking = known.get(positions, min(seconds, plain * positions / rows))
+        spent = (checking + draft_seconds) / plain
+        if not is_fixed:
+            won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
+            self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
+        return spent
 
-    def _fastest(self, plans: Sequence[Plan], known: dict[int, float]) -> list[int]:
-        """The row of each token to draft, for the most tokens a second."""
-        rows = len(plans)
+    def _fastest(self, plans: Sequence[Plan], known: dict[int, float], base: int) -> list[int]:
+        """The row of each token to draft, for the most tokens a second; without them a step has `base` positions."""
         # A row's tokens are ever less likely, so the likeliest of all rows are the first ones of each.
         tokens = [
             (chance, row, plan.start_seconds + n * plan.token_seconds)
@@ -188,25 +204,26 @@ class DraftLengths:
             for n, chance in enumerate(plan.chances[: self.limit], 1)
         ]
         tokens.sort(key=lambda token: -token[0])
-        chosen, expected, drafting, checking = 0, float(rows), 0.0, known[rows]
+        chosen, expected, drafting, checking = 0, float(len(plans)), 0.0, known[base]
         best = self._MARGIN * expected / checking
-        for count, (chance, _, seconds) in enumerate(tokens[: 2 * max(known) - rows], 1):
+        # Longer steps than were measured are tried little by little, on credit. Sure tokens need none: n positions
+        # never cost more than n steps, so little can be lost.
+        limit = 2 * max(known) - base if self._credit > 0 else 0
+        sure = sum(chance >= self._SURE for chance, *_ in tokens)
+        for count, (chance, _, seconds) in enumerate(tokens[: max(limit, sure)], 1):
             expected += chance
             drafting = max(drafting, seconds)
-            checking = known.get(rows + count, checking * (1 + self._SLOPE))
+            checking = known.get(base + count, checking * (1 + self._SLOPE))
             if expected / (checking + drafting) > best:
                 chosen, best = count, expected / (checking + drafting)
         return [row for _, row, _ in tokens[:chosen]]
 
-    def _trial(self, plans: Sequence[Plan], known: dict[int, float]) -> int | None:
+    def _trial(self, plans: Sequence[Plan], known: dict[int, float], base: int) -> int | None:
         """A row to draft one token for although it is not expected to pay, each in turn; None if it costs too much."""
         rows = [row for row, plan in enumerate(plans) if plan.token_seconds > 0 and plan.chances]
         if not rows:
             return None
-        row = rows[self._trials % len(rows)]
-        plain = known[len(plans)]
-        cost = plans[row].start_seconds + plans[row].token_seconds + known.get(len(plans) + 1, plain) - plain
-        if cost > self._credit * plain:
-            return None
-        self._trials += 1
-        return row
+        row = rows[self._costs.step % len(rows)]
+        plain = known[base]
+        cost = plans[row].start_seconds + plans[row].token_seconds + known.get(base + 1, plain) - plain
+        return row if self._credit > 0 and cost <= self._credit * plain else None

@@ -9,14 +9,15 @@ from typing import Any
 import mlx.core as mx
 
 from .. import backend
-from ..cache import make_cache
-from ..errors import RequestError
+from ..cache import make_cache, step_caches
+from ..errors import RequestError, name_options, quote
+from ..messages import warn
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .acceptance import draft_key
 from .draft_length import AcceptanceRates, Plan
-from .drafting import Draft
+from .drafting import LEAST_CHANCE, Draft
 from .sampling import LogitsProcessor, TextSampler, greedy
 
 # Takes the tokens drafted so far and log-probabilities [1, vocab] of the next; gives those that a constraint allows, or
@@ -29,23 +30,39 @@ RESTART_AFTER = 256
 RESTART_WITH = 64
 
 
-def check_draft_model(model: OpenELM, tokenizer: Tokenizer, draft: OpenELM, draft_tokenizer: Tokenizer) -> None:
-    """Raise a `RequestError` unless both models have the same tokens."""
+def check_draft_model(
+    model: OpenELM, draft: OpenELM, tokenizer: Tokenizer | None = None, draft_tokenizer: Tokenizer | None = None
+) -> None:
+    """Raise a `RequestError` unless both models have the same tokens; warn of a draft model that is too big to help.
+
+    The tokenizers are compared if both are given.
+    """
+    if not isinstance(draft, OpenELM):
+        raise RequestError(f"--draft-model must be a model, from load(), got {quote(draft)}.")
     sizes = draft.config.vocab_size, model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise RequestError(
             f"--draft-model has {sizes[0]:,} tokens, and the model has {sizes[1]:,}; choose a draft model with the "
             "model's tokenizer."
         )
-    ours, theirs = (
-        [one.id_to_token(token) for token in range(min(one.vocab_size, sizes[1]))]
-        for one in (tokenizer, draft_tokenizer)
-    )
-    if ours != theirs:
-        first = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
-        raise RequestError(
-            f"--draft-model has another tokenizer than the model, which differs at token {first}; choose a draft model "
-            "with the model's tokenizer."
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = (
+            [one.id_to_token(token) for token in range(min(one.vocab_size, sizes[1]))]
+            for one in (tokenizer, draft_tokenizer)
+        )
+        if ours != theirs:
+            first = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
+            raise RequestError(
+                f"--draft-model has another tokenizer than the model, which differs at token {first}; choose a draft "
+                "model with the model's tokenizer."
+            )
+    counts = draft.config.num_parameters, model.config.num_parameters
+    if counts[0] > counts[1]:
+        warn(
+            name_options(
+                f"--draft-model has {counts[0] / 1e6:,.0f} million parameters, more than the model's "
+                f"{counts[1] / 1e6:,.0f}; drafts of a smaller model cost less."
+            )
         )
 
 
@@ -72,8 +89,7 @@ class DraftModel:
 
     def step(self, caches: Sequence[list[Any]], tokens: Sequence[mx.array]) -> mx.array:
         """Extend each text's caches by one token [1]; returns the hidden states [N, model_dim]."""
-        pairs = zip(caches, tokens, strict=True)
-        return mx.concatenate([self.model.hidden_states(token[None], cache)[:, -1] for cache, token in pairs])
+        return self.model.hidden_states(mx.concatenate(list(tokens))[:, None], step_caches(caches))[:, -1]
 
     def took(self, seconds: float, steps: int) -> None:
         """Learn the time of some steps."""
@@ -123,13 +139,15 @@ class ModelDrafter:
             self._input = [self._input[0], *self._input[1 - RESTART_WITH :]]
             self.start_over()
 
-    def plan(self, limit: int) -> Plan:
+    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
         """At most `limit` tokens, as positions allow, their chances, and the seconds that they take."""
         draft_model = self.draft_model
         count = max(0, min(limit, draft_model.model.config.rope_max_length - len(self._input)))
         unread = max(0, len(self._input) - len(self._held) - 2)  # two take no longer than a step
         # Before the first measurement any time that is not 0 will do, since it says that drafting is not free.
-        return Plan(self._rates.chances(0, count), draft_model.read_seconds * unread, draft_model.step_seconds or 1e-9)
+        return Plan(
+            self._rates.chances(0, count, least), draft_model.read_seconds * unread, draft_model.step_seconds or 1e-9
+        )
 
     def propose(self, count: int, place: int = 0) -> Draft:
         """At most `count` tokens that may follow the text; `place` counts the tokens drawn for the text so far."""

@@ -33,11 +33,11 @@ def draw(logprobs: mx.array, sampler: Sampler, top: int) -> Drawn:
     return token, logprob, (likeliest, likelihoods), logprobs
 
 
-def listed(likeliest: tuple[mx.array, mx.array] | None) -> list[tuple[int, float]]:
+def listed(likeliest: tuple[mx.array, mx.array] | None, row: int = 0) -> list[tuple[int, float]]:
     """Pairs of tokens and their log-probabilities, the most likely first; tokens without a probability are left out."""
     if likeliest is None:
         return []
-    tokens, logprobs = (cast(Any, values[0].tolist()) for values in likeliest)
+    tokens, logprobs = (cast(Any, values[row].tolist()) for values in likeliest)
     pairs = [pair for pair in zip(tokens, logprobs, strict=True) if pair[1] > -math.inf]
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 

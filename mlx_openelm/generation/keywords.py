@@ -33,6 +33,8 @@ class GenerationKeywords(TypedDict, total=False):
     echo: bool
     prefill_step_size: int | None
     top_logprobs: int
+    prompt_lookup: bool
+    num_draft_tokens: int | None
     json_schema: str | Mapping[str, Any] | None
     json_object: bool
     regex: str | None
@@ -67,6 +69,8 @@ class BatchKeywords(TypedDict, total=False):
     echo: bool | Sequence[bool]
     prefill_step_size: int | Sequence[int | None] | None
     top_logprobs: int | Sequence[int]
+    prompt_lookup: bool | Sequence[bool]
+    num_draft_tokens: int | Sequence[int | None] | None
     json_schema: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any] | None] | None
     json_object: bool | Sequence[bool]
     regex: str | Sequence[str | None] | None

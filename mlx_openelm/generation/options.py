@@ -19,9 +19,13 @@ PENALTY_LIMIT = 1000.0
 BIAS_LIMIT = 1e30
 MAX_TEMP = 1000.0  # nearly uniform
 
+MAX_NUM_DRAFT_TOKENS = 64
+
 # The options that a sampler is made from.
 _SAMPLER_OPTIONS = ("temp", "top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold", "seed")
 
+# The options that logits processors are made from.
+PENALTIES = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty")
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
@@ -213,6 +217,9 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `json_schema`, `json_object`, `regex`, `grammar`, `choice`: what the text must be, one of them: JSON for a schema
       (a mapping, its text, or a file), any JSON object, a match of a whole regular expression, a sentence of a Lark or
       GBNF grammar (its text, or a file), one of several texts.
+    - `prompt_lookup`: tokens that followed the same words earlier, in the prompt, the text or earlier texts, are
+      checked together with the next one; `num_draft_tokens` is how many, and how many a draft model proposes. None
+      chooses the number by measured times; 0 turns drafting off. Neither changes the distribution of the text.
     """
 
     max_tokens: Annotated[
@@ -235,6 +242,21 @@ class GenerationOptions(SamplingParams, CacheOptions):
         int,
         Option("Show the N most likely tokens at each place: after the text, or in the JSON.", group="Output"),
     ] = 0
+    prompt_lookup: Annotated[
+        bool,
+        Option(
+            "Draft what followed the same words earlier, in the prompt or the text: faster where text repeats.",
+            group="Drafts",
+        ),
+    ] = False
+    num_draft_tokens: Annotated[
+        int | None,
+        Option(
+            "Tokens to draft at a time, with --draft-model or --prompt-lookup; 0 drafts none.",
+            group="Drafts",
+            default="as many as pay, by measured times",
+        ),
+    ] = None
     json_schema: Annotated[
         str | Mapping[str, Any] | None,
         Option("Generate compact JSON that is valid for this schema.", group="Constraints", metavar="FILE|TEXT"),
@@ -272,6 +294,9 @@ class GenerationOptions(SamplingParams, CacheOptions):
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
         check_number("--top-logprobs", self.top_logprobs, 0, math.inf, "a whole number, 0 or above", kind=Integral)
+        if self.num_draft_tokens is not None:
+            expected = f"a whole number from 0 to {MAX_NUM_DRAFT_TOKENS}"
+            check_number("--num-draft-tokens", self.num_draft_tokens, 0, MAX_NUM_DRAFT_TOKENS, expected, kind=Integral)
         given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(given) > 1:
             named = " and ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -16,6 +16,7 @@ from .stopping import StopStrings
 
 if TYPE_CHECKING:
     from .constraints import Constraint
+    from .drafting import DraftCounts
 
 
 class Output:
@@ -47,7 +48,14 @@ class Output:
         self._decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
         self._prompt_seconds, self._started = prompt_seconds, time.perf_counter()
 
-    def add(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]]) -> Piece:
+    def add(
+        self,
+        token: int,
+        logprob: float,
+        top_logprobs: list[tuple[int, float]],
+        from_draft: bool = False,
+        drafts: DraftCounts | None = None,
+    ) -> Piece:
         """The piece of the next token."""
         stops, constraint = self._stops, self.constraint
         self.length = n = self.length + 1
@@ -75,6 +83,8 @@ class Output:
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish_reason,
             top_logprobs=top_logprobs,
+            from_draft=from_draft,
+            drafts=drafts,
         )
 
     def warn_if_cut(self) -> None:

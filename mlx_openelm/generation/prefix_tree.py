@@ -82,6 +82,12 @@ class PrefixTree:
             disk.removed = self._forget
         self._attach_files()
 
+    def room_needed(self, sizes: Sequence[int]) -> int:
+        """The most bytes that may come to be held of caches of these sizes; what is inserted is counted twice, since
+        others are dropped only then.
+        """
+        return max(0, min(self.max_bytes - self.nbytes, sum(sizes))) + max(sizes, default=0)
+
     def fetch(
         self, tokens: Sequence[int], options: CacheOptions | None = None, *, key: str = ""
     ) -> tuple[list[Any], int]:

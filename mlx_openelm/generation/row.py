@@ -10,11 +10,17 @@ import mlx.core as mx
 
 from ..adapters.pool import AdapterHandle
 from ..adapters.switching import AdapterPaths
+from ..cache import rewind
+from ..errors import RequestError
 from ..text.tokenizer import Tokenizer
-from .decoding import Request, failed_draw, warn_past_context
+from .decoding import MANY_POSITIONS, Request, failed_draw, warn_past_context
+from .drafting import CheckedDraft, Draft, DraftCounts, Drafter, certain
 from .output import Output
 from .piece import Piece
 from .sampling import greedy
+
+# A chosen token, its log-probability, and the likeliest tokens with theirs.
+Choice = tuple[int, float, list[tuple[int, float]]]
 
 
 class Row:
@@ -27,6 +33,7 @@ class Row:
         finish_reason: "stop", "length" or "cancelled"; None while the text goes on, and if `error` ended it.
         error: what ended the text, if it failed.
         cached_tokens: tokens of the prompt whose keys and values the engine had already.
+        drafts: how well drafting went; None for a text without drafts.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class Row:
         tokenizer: Tokenizer,
         adapter: AdapterPaths | None = None,
         on_piece: Callable[[Piece], object] | None = None,
+        drafter: Drafter | None = None,
     ):
         self.request, self.adapter, self.on_piece = request, adapter, on_piece
         self.tokens: list[int] = []
@@ -48,12 +56,20 @@ class Row:
         self.decoder, self.constraint = request.decoder, request.constraint
         self.past = int(self.decoder.cache[0].offset)  # positions in the caches before the prompt
         forced = [] if self.constraint is None else self.constraint.opening[: request.count]
-        # Ids to process before the next token is drawn: alone as a prompt, or in a step together with other rows.
-        self.prompt: list[int] = [*request.prompt, *forced]
+        # Ids to process before the next token is drawn: in a step together with other rows, then alone as a prompt.
         self.pending: list[int] = []
+        self.needs: Any = None  # of memory: `memory.Needs`, once they are known
+        self.prompt: list[int] = [*request.prompt, *forced]
+        self.drafter = drafter
+        self.drafts = None if drafter is None else DraftCounts()
+        self.draft: CheckedDraft | None = None  # what the device checks
+        self.kept = 0  # drafted tokens of the last step that stayed
+        self.place = 0  # tokens drawn, those that the device is drawing included
+        self._unheard = _ids_of(self.decoder.context) + request.prompt if drafter is not None else []
         self._forced = forced  # drawn without a choice, and not yet in the text
         self._tokenizer = tokenizer
         self._output: Output | None = None
+        self.warns = True  # else the caller does, when it has shown the last piece
         self._submitted = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -72,7 +88,8 @@ class Row:
     @property
     def is_plain(self) -> bool:
         """Whether its next token can be drawn together with other rows': the likeliest, without more to report."""
-        return self.request.sampler is greedy and not self.request.options.top_logprobs
+        is_free = self.constraint is None and not self.request.options.top_logprobs
+        return is_free and self.request.sampler is greedy
 
     @property
     def draws(self) -> bool:
@@ -85,67 +102,207 @@ class Row:
         if not self.is_done:
             self.finish_reason = "cancelled"
 
+    def start_clock(self) -> None:
+        """Count the time of the prompt from now on."""
+        self._submitted = time.perf_counter()
+
+    def warn_if_cut(self) -> None:
+        """Warn if the text ended before its constraint did."""
+        if self._output is not None:
+            self._output.warn_if_cut()
+
     def take_forced(self) -> list[Piece]:
         """The pieces of tokens that the constraint left no choice about."""
         forced, self._forced = self._forced, []
         shown = bool(self.request.options.top_logprobs)
-        return self._add([(token, 0.0, [(token, 0.0)] if shown else []) for token in forced])
+        return [piece for token in forced for piece in self._add((token, 0.0, [(token, 0.0)] if shown else []))]
 
-    def take(
-        self, token: int, logprob: float, likeliest: list[tuple[int, float]], row: mx.array, many: int
-    ) -> list[Piece]:
-        """The piece of a drawn token, and of those that must follow it, which are then pending.
+    def take(self, choices: Sequence[Choice], source: mx.array, accepted: int | None = None) -> list[Piece]:
+        """The pieces of drawn tokens, and of those that must follow them; what is not processed yet is then pending.
 
         Args:
-            row: the log-probabilities it was drawn from, [1, vocab].
-            many: how many forced tokens are processed alone, as in a prompt.
+            choices: the tokens at the places of `draft` where there is a choice, or of the only place. The first one
+                that is not drafted ends the text so far, and the rest of the draft is taken back.
+            source: the log-probabilities that they were drawn from, [L, vocab].
+            accepted: how many tokens of a drawn draft stay. By default those that equal the choices.
 
         Raises:
-            OpenELMError: the log-probability is not finite, or no token fits the constraint.
+            OpenELMError: a log-probability is not finite, or no token fits the constraint.
         """
-        if not abs(logprob) < float("inf"):
-            raise failed_draw(self.decoder, len(self.tokens) + 1, self.constraint, row)
-        pieces = self._add([(token, logprob, likeliest)])
-        if self.constraint is not None and not self.is_done:
-            forced = self.constraint.advance(token)[: self.request.count - len(self.tokens)]
-            self._forced = forced
-            if self.draws and forced:
-                if len(forced) < many:
-                    self.pending = forced
-                else:
-                    self.prompt = forced
-            pieces += self.take_forced()
+        draft, self.draft = self.draft, None
+        drafted = [] if draft is None else draft.tokens
+        pieces: list[Piece] = []
+        place, used, right, forced = 0, 0, 0, 0
+        try:
+            for token, logprob, likeliest in choices:
+                if not abs(logprob) < float("inf"):
+                    raise failed_draw(self.decoder, len(self.tokens) + 1, self.constraint, source[used : used + 1])
+                is_right = place < len(drafted) and (token == drafted[place] if accepted is None else place < accepted)
+                used, right = used + 1, right + is_right
+                if self.constraint is not None:
+                    self._forced = self.constraint.advance(token)[: self.request.count - len(self.tokens) - 1]
+                    forced = len(self._forced)
+                pieces += self._add((token, logprob, likeliest), is_right)
+                pieces += self.take_forced()
+                if not is_right:
+                    break
+                place += 1
+                while draft is not None and place < len(drafted) and draft.forced[place]:
+                    place += 1
+                if self.is_done:
+                    break
+        finally:
+            self.kept = min(place, len(pieces))
+            self._take_back(len(drafted) - self.kept)
+        # A drawn draft has a key for each of its tokens, another text for each choice.
+        self.place -= len(choices) - used if accepted is None else max(0, len(drafted) - place)
+        if self.drafter is not None and self.drafts is not None:
+            self.drafts.drafted += 0 if draft is None else draft.forced.count(False)
+            self.drafts.accepted += right
+            self.drafter.observe(min(place, len(drafted)), len(drafted))
+        if not self.is_done:
+            self._queue(forced)
         return pieces
 
-    def _add(self, steps: Sequence[tuple[int, float, list[tuple[int, float]]]]) -> list[Piece]:
-        """The pieces of these tokens, up to the end of the text."""
-        pieces: list[Piece] = []
-        for token, logprob, likeliest in steps:
-            if self._output is None:
-                seconds = time.perf_counter() - self._submitted
-                request = self.request
-                self._output = Output(
-                    self._tokenizer, request.prompt, request.count, request.options, request.constraint, seconds
-                )
-            if self.tokens:
-                warn_past_context(self.decoder.model, self.past + len(self.request.prompt) + len(self.tokens) - 1)
-            piece = self._output.add(token, logprob, likeliest)
-            self.tokens.append(token)
-            self.logprobs.append(logprob)
-            self.top_logprobs.append(likeliest)
-            self.text += piece.text
-            pieces.append(piece)
-            if self.on_piece is not None:
-                self.on_piece(piece)
-            if piece.finish_reason is not None:
-                self._output.warn_if_cut()
-                self.finish_reason = piece.finish_reason
-                break
-        return pieces
+    def drop_draft(self) -> None:
+        """Take back a draft that the device checks."""
+        if self.draft is not None:
+            self._take_back(len(self.draft.tokens))
+            self.draft = None
+
+    def _take_back(self, count: int) -> None:
+        if count:
+            for layer in self.decoder.cache:
+                rewind(layer, count)
+            if self.decoder.logits_processors:
+                self.decoder.context = self.decoder.context[:-count]
+
+    def _queue(self, forced: int) -> None:
+        """Note which tokens of the text are to be processed: the last ones, `forced` of which had to follow."""
+        start = self._position - self.past - len(self.request.prompt)
+        rest = self.tokens[start:]
+        first = len(rest) - forced
+        # As in plain decoding: many are processed as a prompt is, and a cache is quantized as soon as it can be.
+        if forced >= MANY_POSITIONS or (first and self._position < self._quantized_from <= self._position + first):
+            self.pending, self.prompt = rest[:first], rest[first:]
+        else:
+            self.pending = rest
+
+    @property
+    def _position(self) -> int:
+        """The number of tokens that the caches hold."""
+        return int(self.decoder.cache[0].offset)
+
+    @property
+    def _quantized_from(self) -> int:
+        """The number of tokens from which on the caches are quantized; 0 if they never are."""
+        options = self.decoder.options
+        return 0 if options.kv_bits is None else options.quantized_kv_start
+
+    def room_for_draft(self, unread: int = 0) -> int:
+        """The most tokens that a draft may have after the pending ones.
+
+        Args:
+            unread: drawn tokens that will come before it.
+        """
+        if self.prompt:
+            return 0
+        room = self.request.count - len(self.tokens) - unread - 1
+        position = self._position + len(self.pending) + unread
+        if self._position < self._quantized_from:  # drafted tokens that are taken back must not quantize it
+            room = min(room, self._quantized_from - position - 1)
+        return max(0, room)
+
+    def tell_drafter(self) -> None:
+        """Tell the drafter what is new in the text."""
+        assert self.drafter is not None
+        self.drafter.extend(self._unheard)
+        self._unheard.clear()
+
+    def set_draft(self, draft: Draft) -> None:
+        """Let the next step check a draft after the pending tokens, as far as it fits the constraint."""
+        tokens = draft.tokens
+        end = next((n for n, token in enumerate(tokens, 1) if token in self._tokenizer.eos_token_ids), len(tokens))
+        if self.constraint is None:
+            checked = CheckedDraft(tokens[:end], [False] * end)
+        else:
+            checked = self.constraint.check_draft(tokens[:end], self.room_for_draft(), MANY_POSITIONS)
+        checked.logprobs = draft.logprobs
+        self.draft = checked if checked.tokens else None
+
+    def _add(self, choice: Choice, from_draft: bool = False) -> list[Piece]:
+        """The piece of the next token; nothing if the text has ended."""
+        if self.is_done:
+            return []
+        token, logprob, likeliest = choice
+        if self._output is None:
+            seconds, request = time.perf_counter() - self._submitted, self.request
+            self._output = Output(
+                self._tokenizer, request.prompt, request.count, request.options, request.constraint, seconds
+            )
+        if self.tokens:
+            warn_past_context(self.decoder.model, self.past + len(self.request.prompt) + len(self.tokens) - 1)
+        piece = self._output.add(token, logprob, likeliest, from_draft, self.drafts)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.top_logprobs.append(likeliest)
+        self.text += piece.text
+        if self.drafter is not None:
+            self._unheard.append(token)
+        if self.on_piece is not None:
+            self.on_piece(piece)
+        if piece.finish_reason is not None:
+            self.finish_reason = piece.finish_reason
+            if self.warns:
+                self.warn_if_cut()
+        return [piece]
+
+    def see(self, tokens: mx.array) -> None:
+        """Add tokens [L] to what the logits processors are given."""
+        if self.decoder.logits_processors:
+            self.decoder.context = mx.concatenate([self.decoder.context, tokens])
+
+    def process(self, logits: mx.array) -> mx.array:
+        """The logits [L, vocab] at the last L tokens of the context, after the logits processors.
+
+        A processor that fails ends this row alone.
+        """
+        context, count = self.decoder.context, logits.shape[0]
+        found = []
+        try:
+            for place in range(count):
+                row = logits[place : place + 1]
+                for process in self.decoder.logits_processors:
+                    row = process(context[: context.size - count + place + 1], row)
+                if row.shape != (1, logits.shape[1]):  # would harm the other rows
+                    raise RequestError(f"A logits processor returned {row.shape} for logits {(1, logits.shape[1])}.")
+                found.append(row)
+        except Exception as error:
+            self.error = error
+            return logits
+        return mx.concatenate(found) if found else logits
 
     def limit(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities [1, vocab] to those of the tokens that the constraint allows, if there is one."""
-        return logprobs if self.constraint is None else self.constraint.limit(logprobs)
+        """Log-probabilities [L, vocab] at the places of the draft, or the only place, to what the constraint allows."""
+        if self.constraint is None:
+            return logprobs
+        if self.draft is None:
+            return self.constraint.limit(logprobs)
+        masks = [mask for mask in self.draft.masks if mask is not None]
+        return self.constraint.limit_each(logprobs, masks)
+
+    def limit_all(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities [L + 1, vocab] at all places of the draft to what the constraint allows.
+
+        A token that must be there has a log-probability of 0.
+        """
+        if self.constraint is None or self.draft is None:
+            return logprobs
+        draft, size = self.draft, logprobs.shape[1]
+        every = bytes([255]) * (size // 8 + 1)
+        limited = self.constraint.limit_each(logprobs, [mask or every for mask in draft.masks])
+        forced = mx.array([*draft.forced, False])[:, None]
+        return mx.where(forced, certain([*draft.tokens, 0], size), limited)
 
     def start_after(self, count: int, cache: list[Any]) -> None:
         """Leave out the first `count` tokens of the prompt, which `cache` holds."""
@@ -156,3 +313,7 @@ class Row:
     def processed_ids(self) -> list[int]:
         """The ids whose keys and values the caches hold; the caches were empty before the prompt."""
         return [*self.request.prompt, *self.tokens, *self._forced][: int(self.decoder.cache[0].offset)]
+
+
+def _ids_of(context: mx.array) -> list[int]:
+    return context.tolist()  # type: ignore[return-value]

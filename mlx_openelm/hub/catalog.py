@@ -1,4 +1,4 @@
-"""The eight OpenELM releases: names, repositories, draft models and published scores."""
+"""The models by name: the eight OpenELM releases, and those inside the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..wording import did_you_mean
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
-TINY_FOLDER = ASSETS / "tiny"
+TINY_FOLDER = ASSETS / TINY
+# The models inside the package and their folders: one writes like Shakespeare, one drafts for it, one chats.
+PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", "tiny-instruct")}
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
@@ -40,7 +42,8 @@ class Release:
 
     `name` is spelled as in Apple's repositories (`OpenELM-1_1B-Instruct`), `size` as in the paper (`1.1B`).
     `hub_repo` holds the float32 weights but no tokenizer; `tokenizer_repo` is the ungated community copy that is tried
-    first. `draft` is the `name` of the release that drafts for this one in speculative decoding.
+    first. `draft` is the `name` of the release that drafts for this one in speculative decoding, if one is much
+    smaller.
     """
 
     name: str
@@ -83,7 +86,7 @@ _RELEASES = tuple(
         hub_repo=f"apple/{name}",
         tokenizer_repo=f"mlx-community/{name}",
         aliases=(f"{size}{suffix}".lower(),),
-        draft=None if size == "270M" else f"OpenELM-270M{suffix}",
+        draft=None if size in ("270M", "450M") else f"OpenELM-270M{suffix}",
     )
     for size in ("270M", "450M", "1.1B", "3B")
     for suffix in ("", "-Instruct")
@@ -151,8 +154,8 @@ def corenet_files(name: str) -> tuple[str, ...]:
 
 
 def names() -> list[str]:
-    """Every name of a published model or its tokenizer."""
-    known = [TINY]
+    """Every name of a published model or its tokenizer, and of the models inside the package."""
+    known = [*PACKAGED]
     for release in _RELEASES:
         known += [
             *release.aliases,

@@ -46,9 +46,9 @@ _FILE_TYPES = {".safetensors", ".gguf", ".pt", ".pth", ".bin", ".json", ".yaml",
 def resolve(name: str | Path, *, revision: str | None = None) -> Path:
     """The folder of the model that `name` means, downloaded if necessary.
 
-    `name` is `tiny` (the model inside the package), a local folder, an alias or name of a release (`270m`,
+    `name` is a model inside the package (`tiny`), a local folder, an alias or name of a release (`270m`,
     `OpenELM-1.1B-Instruct`), or a hub repository (`owner/name`). A Path is always a local folder. A local
-    folder that shares its name with a release or `tiny` wins only if it has a `config.json`.
+    folder that shares its name with one of these models wins only if it has a `config.json`.
 
     Raises RequestError for a name or revision that does not exist, for a file instead of a folder, and for a
     repository without a model; OpenELMError when the download fails.
@@ -126,19 +126,19 @@ def locate(name: str | Path) -> Path | str:
     """Where a model is: a local folder as a Path, a hub repository as a str; errors as `resolve`."""
     to_path(name)  # refuses names that no file can have
     text = os.path.expanduser(str(name).strip())
-    is_tiny = text.lower() == catalog.TINY
+    packaged = catalog.PACKAGED.get(text.lower())
     release = None if isinstance(name, Path) else catalog.find(text)
-    is_known = not isinstance(name, Path) and (is_tiny or release is not None)
+    is_known = not isinstance(name, Path) and (packaged is not None or release is not None)
     if text and os.path.isdir(text) and (not is_known or os.path.isfile(os.path.join(text, "config.json"))):
         return Path(text)
     if not is_known and os.path.isfile(text):
         raise RequestError(f"{name} is a file: give the folder that holds the model, or a .pt or .gguf file")
     if isinstance(name, Path) or (not is_known and _looks_like_path(str(name).strip())):
         raise RequestError(f"The folder {name} does not exist")
-    if is_tiny:
-        if not (catalog.TINY_FOLDER / "config.json").is_file():
-            raise OpenELMError("The model inside the package is missing: install mlx-openelm again")
-        return catalog.TINY_FOLDER
+    if packaged is not None:
+        if not (packaged / "config.json").is_file():
+            raise OpenELMError(f"The model {packaged.name} is missing from the package: install mlx-openelm again")
+        return packaged
     if release is not None:
         return release.hub_repo
     owner, _, repo = text.partition("/")
@@ -194,4 +194,4 @@ def _cached_without_documents(repo: str, revision: str | None, patterns: list[st
 
 def _known_names() -> str:
     aliases = [release.aliases[0] for release in catalog.releases() if not release.instruct]
-    return f"{catalog.TINY}, {', '.join(aliases)} (each size also with -instruct)"
+    return f"{', '.join(catalog.PACKAGED)}, {', '.join(aliases)} (each size also with -instruct)"

@@ -126,8 +126,8 @@ def check_unquantized(source: Source, command: str, flags: Mapping[str, Any], op
         f"with two commands: `{first} && {second}`",
         f"with two calls: `{python_call('convert', unpack)}`, then `{python_call(command, again)}`",
     )
-    # The built-in model has no original to quantize instead.
-    better = "" if source.path == catalog.TINY_FOLDER else "quantize the original, which loses less, or "
+    # The models inside the package have no original to quantize instead.
+    better = "" if source.path in catalog.PACKAGED.values() else "quantize the original, which loses less, or "
     raise RequestError(f"{source.name} is already quantized to {checkpoint.rounding}: {better}unpack it first, {steps}")
 
 

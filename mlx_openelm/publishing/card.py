@@ -52,6 +52,7 @@ def compose_card(
     config: ModelConfig | None = None,
     rounded_to: str | None = None,
     adapters: Sequence[str] = (),
+    trained_tokens: int | None = None,
 ) -> str:
     """The card of a model folder or a GGUF file.
 
@@ -63,6 +64,7 @@ def compose_card(
         config: the model's configuration, for GGUF, which has no config.json.
         rounded_to: the quantization that the weights had before they were unpacked.
         adapters: descriptions of the adapters that were fused into the weights.
+        trained_tokens: the tokens that the weights were trained on here.
 
     Raises:
         RequestError: the path holds no model, or files are damaged.
@@ -78,6 +80,7 @@ def compose_card(
         layers=None if config is None else config.num_transformer_layers,
         rounded_to=rounded_to,
         adapters=tuple(adapters),
+        trained_tokens=trained_tokens,
     )
     return _compose(contents, name, _metadata(contents, origin, method), facts)
 

@@ -42,6 +42,7 @@ class Facts:
     layers: int | None = None
     rounded_to: str | None = None
     adapters: tuple[str, ...] = ()
+    trained_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML, without the empty ones."""
@@ -62,7 +63,8 @@ class Facts:
             facts = cls(**{"source": None} | known, quality=quality, adapters=adapters)
         except TypeError:
             return None
-        numbers = [facts.parameters, facts.layers, *(q.tokens for q in quality), *(q.perplexity for q in quality)]
+        numbers: list[float | None] = [facts.parameters, facts.layers, facts.trained_tokens]
+        numbers += [value for q in quality for value in (q.tokens, q.perplexity)]
         numbers += [value for q in quality for value in (q.full_perplexity, q.kl_divergence)]
         are_numbers = all(value is None or isinstance(value, int | float) for value in numbers)
         return facts if are_numbers else None
@@ -140,8 +142,8 @@ def _introduction(contents: Contents, metadata: Mapping[str, Any], facts: Facts)
     names = [base] if isinstance(base, str) else [str(item) for item in base or ()]
     what = " and ".join(f"[{repo}](https://huggingface.co/{repo})" for repo in names)
     relation = metadata.get("base_model_relation")
-    if facts.source == catalog.TINY:
-        what = "the small model inside mlx-openelm, trained on Shakespeare's plays and poems (public domain)"
+    if facts.source in catalog.PACKAGED:
+        what = f"{facts.source}, a model inside mlx-openelm, trained on Shakespeare's plays and poems (public domain)"
     elif what and relation in ("finetune", "adapter", "merge"):
         what = f"a model derived from {what} ({relation})"
     elif not what:
@@ -149,6 +151,8 @@ def _introduction(contents: Contents, metadata: Mapping[str, Any], facts: Facts)
     form = {"mlx": "for MLX", "huggingface": "in Hugging Face's layout", "gguf": "as GGUF, for llama.cpp"}
     packed = f", quantized to {contents.common.bits} bits" if contents.common is not None else ""
     maker = "converted" if facts.source else "published"
+    if facts.trained_tokens is not None:
+        maker = f"trained on {facts.trained_tokens:,} tokens"
     return (
         f"This is {what}, {form[contents.layout]}{packed}, {maker} with mlx-openelm. OpenELM is Apple's family of "
         "open language models with layer-wise scaling ([paper](https://arxiv.org/abs/2404.14619))."

@@ -60,8 +60,8 @@ def find_origin(path: Path, *, repo: str | None = None, base_model: str | None =
 
 def _local_origin(path: Path, repo: str | None, base_model: str | None) -> Origin:
     """What is known without a network request."""
-    if path == catalog.TINY_FOLDER:
-        return Origin(catalog.TINY, metadata={"license": "mit", "language": "en"})
+    if path in catalog.PACKAGED.values():
+        return Origin(path.name, metadata={"license": "mit", "language": "en"})
     folder = path if path.is_dir() else path.parent
     card = read_leniently(folder)
     # A card beside a single file need not describe it, unless we wrote it.

@@ -176,8 +176,8 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
     if path.name != "tokenizer.json" or not model_file.is_file():
         return engine, config
     try:
-        # The packaged model's own pair of files need not be compared here; a test does.
-        difference = None if path.parent == catalog.TINY_FOLDER else _difference(engine, model_file)
+        # The pairs of files in the package need not be compared here; a test does.
+        difference = None if path.parent in catalog.PACKAGED.values() else _difference(engine, model_file)
     except RequestError:  # a damaged tokenizer.model that is not needed
         return engine, config
     if difference is None:

@@ -98,7 +98,9 @@ def merge(
     values = {key: value for key, value in file_values.items() if value is not None}
     values = _respelled(_offered(values, place), place)
     for key in values.keys() - types.keys() - set(mlx_lm_config.KEYS):
-        raise RequestError(f"{place} has an unknown key {quote(key)}; {_hint(key, [*types, *mlx_lm_config.KEYS])}")
+        raise RequestError(
+            f"{place} has an unknown key {quote(key)}; {_hint(key, [*types, *mlx_lm_config.KEYS], options.command)}"
+        )
     given = {key: value for key, value in flags.items() if value is not None}
     if "optimizer" in values and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
         values = {key: value for key, value in values.items() if key not in _OF_OPTIMIZER}
@@ -182,13 +184,13 @@ def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     return flat
 
 
-def _hint(key: Any, known: list[str]) -> str:
+def _hint(key: Any, known: list[str], command: str) -> str:
     """Known keys that are similar to an unknown one."""
-    return did_you_mean(str(key).replace("-", "_"), known) or "see `mlx-openelm lora --help` for the names."
+    return did_you_mean(str(key).replace("-", "_"), known) or f"see `mlx-openelm {command} --help` for the names."
 
 
 def _conform(kind: Any, key: str, value: Any, place: str) -> Any:
-    if key == "target_modules" and isinstance(value, str):
+    if key in ("target_modules", "loss_type") and isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     try:
         return conform(kind, value)

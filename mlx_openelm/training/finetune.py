@@ -30,8 +30,9 @@ from .run import planning, resuming
 from .run.distributed import Processes
 from .run.listener import Listener
 from .run.measuring import continue_samples, make_validation, measure_test_loss
+from .run.method import Method
 from .run.metrics import Metrics
-from .run.preparing import Loading, Prepared, prepare
+from .run.preparing import Loading, Prepared
 from .run.progress import RunProgress
 from .run.request import Request, check
 from .run.samples import Sample
@@ -40,12 +41,13 @@ from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .step import schedule
 from .step.evaluation import Evaluation, evaluate
-from .step.objectives import CrossEntropy
+from .step.objectives import Objective, reported
 from .step.optimizers import make_optimizer
 from .step.trainable import count, make_trainable
 from .step.updater import Updater
 
 _DEFAULT_LOADING = Loading()
+_FINE_TUNING = Method()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class FineTuned:
             there was no training.
         best_checkpoint: the checkpoint with the lowest validation loss, if the folder has later weights; else None.
         test: the loss on the test examples; None if it was not asked for.
+        counts: what the losses are means of: tokens, or pairs or answers.
         planned_memory: the peak memory that was estimated for training, in GB (1e9 bytes).
     """
 
@@ -72,6 +75,7 @@ class FineTuned:
     planned_memory: float | None = None
     adapter_step: int | None = None
     best_checkpoint: str | None = None
+    counts: str = "tokens"
 
     @property
     def interrupted(self) -> bool:
@@ -103,6 +107,19 @@ def finetune(
         RequestError: a request that cannot work; nothing was trained.
         OpenELMError: a loss that is not finite, a full disk, or a lost process; the last checkpoint is intact.
     """
+    return tune(_FINE_TUNING, model, options, loading, overwrite, listener, progress)
+
+
+def tune(
+    method: Method,
+    model: str,
+    options: FineTuneOptions,
+    loading: Loading,
+    overwrite: bool,
+    listener: Listener | None,
+    progress: bool | None,
+) -> FineTuned:
+    """Train, test or both, by this method; everything else is as in `finetune`."""
     if (warning := backend.slow_training_warning()) is not None:
         warn(warning)
     processes = Processes()
@@ -113,13 +130,13 @@ def finetune(
             listener = shown.enter_context(RunProgress()) if progress else Listener()
         request = Request(model, options, loading, overwrite, processes, listener)
         previous = check(request)
-        prepared = prepare(model, options, loading, listener)
+        prepared = method.prepare(request)
         same = [model, to_dict(options), prepared.fingerprint(), prepared.model.config.to_dict()]
         processes.check_equal("data, options or models", json.dumps(same))
-        return _train(request, prepared, previous) if options.train else _test(request, prepared)
+        return _train(method, request, prepared, previous) if options.train else _test(method, request, prepared)
 
 
-def saved_options(adapter_path: str) -> dict[str, Any]:
+def saved_options(adapter_path: str, method: Method = _FINE_TUNING) -> dict[str, Any]:
     """The options of the run in a folder that differ from the defaults, by the names of options and model keys.
 
     Raises:
@@ -127,32 +144,35 @@ def saved_options(adapter_path: str) -> dict[str, Any]:
     """
     processes = Processes()
     with processes.together():
-        text = json.dumps(run_folder.read_run(to_path(adapter_path))) if processes.leads else None
+        text = (
+            json.dumps(run_folder.read_run(to_path(adapter_path), method.options.command)) if processes.leads else None
+        )
         record = json.loads(processes.share(text))
-    defaults = to_dict(FineTuneOptions())
+    defaults = to_dict(method.options())
     changed = {name: v for name, v in record["options"].items() if name in defaults and v != defaults[name]}
     for name in ("resume", "resume_adapter_file", "adapter_path"):
         changed.pop(name, None)
     return {"model": record["model"], **{k: v for k, v in record["loading"].items() if v is not None}, **changed}
 
 
-def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None) -> FineTuned:
+def _train(method: Method, request: Request, prepared: Prepared, previous: dict[str, Any] | None) -> FineTuned:
     """Train, then test and sample if that was asked for; `previous` is the record of the run to continue."""
     options, model = request.options, prepared.model
     with contextlib.ExitStack() as stack:
         if request.processes.leads:
             stack.enter_context(run_folder.locked(request.folder))
+        method.complete(request, prepared, keep=True)
         make_trainable(model, options)
         trained, total = count(model)
         request.listener.say(
             f"Trainable parameters: {trained * 100 / total:.3f}% ({trained / 1e6:.3f}M/{total / 1e6:.3f}M)"
         )
         before = continue_samples(request, prepared)
-        setup = _set_up(request, prepared)
+        setup = _set_up(method, request, prepared)
         record = resuming.make_record(request, prepared, setup.updater.recompute)
         state = resuming.begin(request, setup.updater, setup.checkpoints, record=record, previous=previous,
                                total_steps=setup.total_steps)  # fmt: skip
-        result = _run(request, prepared, setup, state)
+        result = _run(method, request, prepared, setup, state)
         kept = resuming.restore_best(request, setup.updater, setup.checkpoints, result)
         if request.processes.leads:
             run_folder.publish(request.folder, partial(_write_adapter, request, model))
@@ -175,6 +195,7 @@ def _train(request: Request, prepared: Prepared, previous: dict[str, Any] | None
             planned_memory=setup.planned_memory / 1e9,
             adapter_step=kept,
             best_checkpoint=_best_checkpoint(setup.checkpoints, result, kept),
+            counts=method.counts(request),
         )
 
 
@@ -189,12 +210,12 @@ class _Setup:
     planned_memory: int
 
 
-def _set_up(request: Request, prepared: Prepared) -> _Setup:
+def _set_up(method: Method, request: Request, prepared: Prepared) -> _Setup:
     """Make the parts of a run, and refuse now what would fail later; nothing is written yet."""
     options, model = request.options, prepared.model
-    updater = _make_updater(request, model)
+    updater = _make_updater(request, model, method.objective(request))
     model.train()
-    batches = Batches(
+    batches = method.batches(
         prepared.examples["train"].examples,
         batch_size=options.batch_size,
         grad_accumulation_steps=options.grad_accumulation_steps,
@@ -202,6 +223,7 @@ def _set_up(request: Request, prepared: Prepared) -> _Setup:
         packing=options.packing,
         max_seq_length=prepared.max_seq_length,
         seed=options.seed,
+        make=prepared.makers.get("train"),
     )
     checkpoints = Checkpoints(
         request.folder / run_folder.CHECKPOINTS,
@@ -229,7 +251,7 @@ def _best_checkpoint(checkpoints: Checkpoints, result: Result, kept: int) -> str
     return str(checkpoints.path(best))
 
 
-def _make_updater(request: Request, model: OpenELM) -> Updater:
+def _make_updater(request: Request, model: OpenELM, objective: Objective) -> Updater:
     options = request.options
     dtype = model.transformer.norm["weight"].dtype
     # Adapters cast themselves; the weights of full fine-tuning are cast for each step.
@@ -237,7 +259,7 @@ def _make_updater(request: Request, model: OpenELM) -> Updater:
     return Updater(
         model,
         make_optimizer(options),
-        objective=CrossEntropy(z_loss=options.z_loss, label_smoothing=options.label_smoothing),
+        objective=objective,
         compute_dtype=dtype if casts else None,
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
@@ -262,10 +284,10 @@ def _write_adapter(request: Request, model: OpenELM, folder: Path, warn: bool = 
         write_adapter(adapter, folder, model.config, format=request.options.adapter_format)
 
 
-def _run(request: Request, prepared: Prepared, setup: _Setup, state: RunState | None) -> Result:
+def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, state: RunState | None) -> Result:
     """The training itself, from `state` on."""
     options, examples = request.options, setup.batches.examples
-    with _open_metrics(request, state) as metrics:
+    with _open_metrics(method, request, state) as metrics:
         run = TrainingRun(
             updater=setup.updater,
             steps=setup.batches,
@@ -276,6 +298,8 @@ def _run(request: Request, prepared: Prepared, setup: _Setup, state: RunState | 
             metrics=metrics,
             evaluate=make_validation(request, prepared, setup.updater),
             describe=lambda index: examples[index].source,
+            counts=method.counts(request),
+            report=partial(reported, setup.updater.objective),
             listener=request.listener,
             processes=request.processes,
         )
@@ -283,23 +307,24 @@ def _run(request: Request, prepared: Prepared, setup: _Setup, state: RunState | 
 
 
 @contextlib.contextmanager
-def _open_metrics(request: Request, state: RunState | None) -> Iterator[Metrics | None]:
+def _open_metrics(method: Method, request: Request, state: RunState | None) -> Iterator[Metrics | None]:
     if not request.processes.leads:
         yield None
         return
     options, folder, step = request.options, request.folder, None if state is None else state.step
     trackers = make_trackers(options.report_to, folder, options.project_name, to_dict(options), step)
     validated = None if state is None else state.validated
-    with Metrics(folder, title=_title(request), resume_step=step, validated=validated, trackers=trackers) as metrics:
+    title = _title(method, request)
+    with Metrics(folder, title=title, resume_step=step, validated=validated, trackers=trackers) as metrics:
         yield metrics
 
 
-def _title(request: Request) -> str:
+def _title(method: Method, request: Request) -> str:
     """What the plot of a run shows."""
     options, kinds = request.options, {"lora": "LoRA", "dora": "DoRA"}
     kind = kinds.get(options.fine_tune_type)
     how = "full weights" if kind is None else f"{kind}, rank {options.rank}"
-    return f"Fine-tuning {_end(request.model)} on {_end(str(options.data))} ({how})"
+    return f"{method.title(request)} {_end(request.model)} on {_end(str(options.data))} ({how})"
 
 
 def _end(name: str, length: int = 24) -> str:
@@ -309,12 +334,13 @@ def _end(name: str, length: int = 24) -> str:
     return str(Path("…", *parts[kept:])) if kept > 0 else name
 
 
-def _test(request: Request, prepared: Prepared) -> FineTuned:
+def _test(method: Method, request: Request, prepared: Prepared) -> FineTuned:
     """Test the adapter in the folder, or the base model if there is none."""
     options, model = request.options, prepared.model
     assert options.data is not None  # FineTuneOptions.check
     if (note := whole_file_note(options.data)) is not None:
         request.listener.say(note)
+    method.complete(request, prepared, keep=False)
     before = continue_samples(request, prepared)
     path = options.adapter_path if request.tests_adapter else None
     if path is not None:
@@ -323,7 +349,9 @@ def _test(request: Request, prepared: Prepared) -> FineTuned:
     else:
         request.listener.say("There is no adapter: this tests the base model.")
         trained, total = 0, model.config.num_parameters
-    test = measure_test_loss(request, prepared, partial(evaluate, model, group=request.processes.group))
+    measure = partial(evaluate, model, objective=method.objective(request), group=request.processes.group)
+    test = measure_test_loss(request, prepared, measure)
     after = before if path is None else continue_samples(request, prepared)
     samples = tuple(map(Sample, options.sample_prompts, before, after))
-    return FineTuned(request.model, path, trained, total, None, test, samples)
+    counts = method.counts(request)
+    return FineTuned(request.model, path, trained, total, None, test, samples, counts=counts)

@@ -42,7 +42,7 @@ def figure(measured: Measured, title: str) -> Any:
         handles += _draw_intervals(panels[2], results)
         names += [f"{percent}% of tokens" for percent in _MARKERS]
     for axes in panels:
-        sizes = [f"{size.prompt}+{size.generated}" for size in measured.complete]
+        sizes = [size.label.replace(", ", "\n") for size in measured.complete]
         slant = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(sizes) > _LABELS else {}
         axes.set_xticks(range(len(sizes)), sizes, **slant)
         axes.set_xlim(-0.6, len(sizes) - 0.4)

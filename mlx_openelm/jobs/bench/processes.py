@@ -30,10 +30,13 @@ _PIECE = 1 << 24  # bytes of a file to read at a time
 
 
 @contextlib.contextmanager
-def programs(source: Source, options: BenchOptions, loading: Mapping[str, Any]) -> Iterator[list[Process]]:
+def programs(
+    source: Source, draft: Source | None, options: BenchOptions, loading: Mapping[str, Any]
+) -> Iterator[list[Process]]:
     """The programs to measure, with the model loaded; their processes end with the block.
 
     Args:
+        draft: the draft model.
         loading: the keyword arguments of `load`.
 
     Raises:
@@ -45,6 +48,8 @@ def programs(source: Source, options: BenchOptions, loading: Mapping[str, Any]) 
         "model": source.name,
         "caches": caches,
         "prefill_step_size": options.prefill_step_size,
+        "draft_model": None if draft is None else draft.name,
+        "drafting": {"num_draft_tokens": options.num_draft_tokens, "prompt_lookup": options.prompt_lookup},
         "loading": {**loading, "dtype": dtype_name(loading["dtype"])},
     }
     with contextlib.ExitStack() as stack:
@@ -56,20 +61,25 @@ def programs(source: Source, options: BenchOptions, loading: Mapping[str, Any]) 
         settings = [ours]
         if options.compare is not None:
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-openelm-bench-")))
-            settings.append(_for_mlx_lm(source, ours, adapter, temporary))
-        _read(source.path)
+            settings.append(_for_mlx_lm(source, draft, ours, adapter, temporary))
+        for opened in (source, draft):
+            if opened is not None:
+                _read(opened.path)
         yield [stack.enter_context(Process(its)) for its in settings]
 
 
-def _for_mlx_lm(source: Source, ours: dict[str, Any], adapter: Any, temporary: Path) -> dict[str, Any]:
-    """The settings of mlx-lm for the same files. `ours` are changed if the model must be converted, which both read."""
-    folder, adapter_folder, loading = source.path, None, ours["loading"]
-    if not _mlx_lm_reads(folder):
-        folder = temporary / "model"
-        stored = str(source.checkpoint.dtype).removeprefix("mlx.core.")
-        opened_with = {name: loading[name] for name in ("tokenizer", "config_yaml", "revision")}
-        convert(source.name, folder, dtype=stored, **opened_with)
+def _for_mlx_lm(
+    source: Source, draft: Source | None, ours: dict[str, Any], adapter: Any, temporary: Path
+) -> dict[str, Any]:
+    """The settings of mlx-lm for the same files. `ours` are changed if a model must be converted, which both read."""
+    adapter_folder, loading = None, ours["loading"]
+    opened_with = {name: loading[name] for name in ("tokenizer", "config_yaml", "revision")}
+    folder = _folder_for_both(source, temporary / "model", **opened_with)
+    if folder != source.path:
         ours |= {"model": str(folder), "loading": loading | dict.fromkeys(opened_with)}
+    draft_folder = None if draft is None else _folder_for_both(draft, temporary / "draft")
+    if draft_folder is not None:
+        ours["draft_model"] = str(draft_folder)
     if adapter is not None:
         from ...formats import mlx_adapter
 
@@ -82,9 +92,19 @@ def _for_mlx_lm(source: Source, ours: dict[str, Any], adapter: Any, temporary: P
         "caches": ours["caches"],
         "head_dim": source.config.head_dim,
         "prefill_step_size": ours["prefill_step_size"],
+        "draft_model": None if draft_folder is None else str(draft_folder),
+        "drafting": ours["drafting"],
         "dtype": loading["dtype"],
         "adapter_path": None if adapter_folder is None else str(adapter_folder),
     }
+
+
+def _folder_for_both(source: Source, converted: Path, **opened_with: Any) -> Path:
+    """The folder of a model that mlx-lm reads: its own, or a converted one."""
+    if _mlx_lm_reads(source.path):
+        return source.path
+    convert(source.name, converted, dtype=str(source.checkpoint.dtype).removeprefix("mlx.core."), **opened_with)
+    return converted
 
 
 def _mlx_lm_reads(path: Path) -> bool:
@@ -132,11 +152,11 @@ class Process:
         self.version, self.dtype, self.blas = str(facts["version"]), str(facts["dtype"]), str(facts["blas"])
         self.weight_bytes, self.process_memory = float(facts["weight_bytes"]), int(facts["process_memory"])
 
-    def run(self, prompt: Sequence[int], count: int) -> Run:
-        """Generate `count` tokens after a prompt, greedily and beyond the end of the text."""
-        answer = self._ask({"prompt": list(prompt), "count": count})
-        self.process_memory = int(answer["process_memory"])
-        return Run(len(prompt), answer["times"], answer["peak_memory"], answer["position_bytes"])
+    def run(self, prompts: Sequence[Sequence[int]], count: int, drafts: bool = False) -> Run:
+        """Generate `count` tokens after each of the prompts, together, greedily and beyond the end of the text."""
+        answer = self._ask({"prompts": [list(prompt) for prompt in prompts], "count": count, "drafts": drafts})
+        self.process_memory = int(answer.pop("process_memory"))
+        return Run(len(prompts[0]), **answer)
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ...evaluation.timings import Result, Spread
+from ...evaluation.timings import Spread
+from .options import Size
 from .turns import Measured, Program
 
 Value = Spread | float | None
@@ -16,14 +17,21 @@ def program_rows(program: Program) -> dict[str, Value]:
     return {"cold load (s)": program.load_seconds, "process memory (MB)": program.process_memory / 1e6}
 
 
-def size_rows(result: Result) -> dict[str, Value]:
+def size_rows(measured: Measured, program: Program, size: Size) -> dict[str, Value]:
     """The numbers of a program with one size, by name; None where there is nothing to decode."""
+    result = measured.result(program, size)
+    drafts: dict[str, Value] = {
+        "speed-up by drafts": measured.speedup(program, size),
+        "drafted tokens accepted": result.acceptance,
+        "tokens per step": result.tokens_per_step,
+    }
     return {
         "first token (s)": result.time_to_first_token,
         "prompt (tokens/s)": result.prompt_tps,
         "decoding (tokens/s)": result.generation_tps,
+        **({"decoding per row (tokens/s)": result.row_tps} if result.rows > 1 else {}),
         **{f"time per token (ms), {p}%": 1e3 * seconds for p, seconds in result.token_seconds.items()},
-        "share of the bandwidth": result.bandwidth_share,
+        **(drafts if size.drafts else {"share of the bandwidth": result.bandwidth_share}),
         "MLX memory (MB)": result.peak_memory / 1e6,
     }
 
@@ -50,7 +58,11 @@ def to_json(measured: Measured) -> dict[str, Any]:
             "load_seconds": program.load_seconds,
             "process_memory": program.process_memory,
             "weight_bytes": program.weight_bytes,
-            "results": [asdict(measured.result(program, size)) for size in measured.complete],
+            "results": [
+                asdict(measured.result(program, size))
+                | {"drafts": size.drafts, "speedup": measured.speedup(program, size)}
+                for size in measured.complete
+            ],
         }
         for program in measured.programs
     ]
@@ -60,13 +72,13 @@ def to_json(measured: Measured) -> dict[str, Any]:
 
 
 def compared(measured: Measured) -> list[dict[str, Any]]:
-    """Our numbers beside the other program's; a name ends with its size, as prompt+new tokens."""
+    """Our numbers beside the other program's; a name ends with its size: `Size.label`."""
     ours, other = measured.programs
     named = {name: (value, program_rows(other)[name]) for name, value in program_rows(ours).items()}
     for size in measured.complete:
-        theirs = size_rows(measured.result(other, size))
-        for name, value in size_rows(measured.result(ours, size)).items():
-            named[f"{name}, {size.prompt}+{size.generated}"] = value, theirs[name]
+        theirs = size_rows(measured, other, size)
+        for name, value in size_rows(measured, ours, size).items():
+            named[f"{name}, {size.label}"] = value, theirs[name]
     return [
         {"name": name, "ours": middle(value), "other": middle(theirs), "ratio": ratio(value, theirs)}
         for name, (value, theirs) in named.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from ...loading import check_dtype
 from ...sources import open_source
 from .options import BenchOptions
 from .processes import programs
+from .prompts import random_prompts, text_prompts
 from .turns import Measured, Progress, measure
 
 if TYPE_CHECKING:  # most models are loaded without adapters
@@ -54,9 +56,10 @@ def bench(
     config, sizes = source.checkpoint.config, options.sizes()
     options.validate(config.vocab_size, config.head_dim)
     for size in sizes:
-        if sum(size) - 1 > config.rope_max_length:
+        positions = size.prompt + size.generated - 1
+        if positions > config.rope_max_length:
             raise RequestError(
-                f"A prompt of {size.prompt} tokens and {size.generated} new ones need {sum(size) - 1} positions; "
+                f"A prompt of {size.prompt} tokens and {size.generated} new ones need {positions} positions; "
                 f"the model has {config.rope_max_length}."
             )
     if (warning := backend.slow_cpu_warning()) is not None:
@@ -70,10 +73,15 @@ def bench(
         "expand": expand,
         "exact_activations": exact_activations,
     }
-    with programs(source, options, loading) as started:
+    draft = None if options.draft_model is None else open_source(options.draft_model)
+    if options.drafts:
+        make_prompts = partial(text_prompts, tokenizer=source.tokenizer)
+    else:
+        make_prompts = partial(random_prompts, vocab_size=config.vocab_size)
+    with programs(source, draft, options, loading) as started:
         measured = Measured(started, sizes, options.max_kv_size)
         try:
-            measure(measured, options, config.vocab_size, copy=bandwidth.copier(), progress=progress)
+            measure(measured, options, make_prompts, copy=bandwidth.copier(), progress=progress)
         except KeyboardInterrupt:
             if not measured.complete:
                 raise

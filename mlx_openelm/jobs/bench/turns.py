@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ _LONG_SECONDS = 15.0
 _PROBE = Size(64, 3)
 
 Progress = Callable[[int, int], None]
+MakePrompts = Callable[[int, int], Sequence[Sequence[int]]]
 
 
 class Program(Protocol):
@@ -30,7 +30,7 @@ class Program(Protocol):
         name, version, dtype: the program, and the type it computes in.
         blas: `blas.state` in its process.
         load_seconds: from the start of its process to the loaded model.
-        weight_bytes: bytes of weights that decoding reads per token.
+        weight_bytes: bytes of weights that a step of decoding reads.
         process_memory: bytes of memory that its process has held at most.
     """
 
@@ -42,8 +42,8 @@ class Program(Protocol):
     weight_bytes: float
     process_memory: int
 
-    def run(self, prompt: Sequence[int], count: int) -> Run:
-        """Generate `count` tokens after a prompt, greedily and beyond the end of the text."""
+    def run(self, prompts: Sequence[Sequence[int]], count: int, drafts: bool = False) -> Run:
+        """Generate `count` tokens after each of the prompts, together, greedily and beyond the end of the text."""
 
 
 @dataclass
@@ -72,11 +72,19 @@ class Measured:
         runs = self.runs[program.name, size][:count]
         return summarize(runs, weight_bytes=program.weight_bytes, bandwidth=self.bandwidth, window=self.window)
 
+    def speedup(self, program: Program, size: Size) -> float | None:
+        """How many times as fast a program decodes with drafts; None for a size without."""
+        if not size.drafts:
+            return None
+        speeds = [self.result(program, size._replace(drafts=drafts)).generation_tps for drafts in (True, False)]
+        with_drafts, plain = speeds
+        return None if with_drafts is None or plain is None else with_drafts.median / plain.median
+
 
 def measure(
     measured: Measured,
     options: BenchOptions,
-    vocab_size: int,
+    make_prompts: MakePrompts,
     *,
     copy: Callable[[], int],
     progress: Progress | None = None,
@@ -88,47 +96,51 @@ def measure(
     The order of the programs is reversed every time, so that neither always runs on the hotter machine.
 
     Args:
+        make_prompts: maps a number of tokens and a number of rows to the prompts.
         copy: see `bandwidth.copier`; the bandwidth is measured in each repetition.
     """
-    prompts = {size.prompt: make_prompt(size.prompt, vocab_size) for size in measured.sizes}
-    warm_ups = len(measured.programs) * len(prompts)
-    total = warm_ups + options.repetitions * len(measured.sizes) * len(measured.programs)
+    prompts = {(size.prompt, size.rows): make_prompts(size.prompt, size.rows) for size in measured.sizes}
+    # Sizes that differ in the number of new tokens have one.
+    warmed_up = list(dict.fromkeys(size._replace(generated=_PROBE.generated) for size in measured.sizes))
+    total = (len(warmed_up) + options.repetitions * len(measured.sizes)) * len(measured.programs)
     done = 0
 
-    def run(program: Program, prompt: Sequence[int], count: int) -> Run:
+    def run(program: Program, size: Size) -> Run:
         nonlocal done
         if progress is not None:
             progress(done, total)
         if options.delay:
             sleep(options.delay)
         done += 1
-        return program.run(prompt, count)
+        return program.run(prompts[size.prompt, size.rows], size.generated, size.drafts)
 
-    _announce(estimate(measured, options, vocab_size), options.repetitions, len(measured.sizes))
-    for prompt in prompts.values():
+    _announce(estimate(measured, options, make_prompts), options.repetitions, len(measured.sizes))
+    for size in warmed_up:
         for program in measured.programs:
-            run(program, prompt, _PROBE.generated)
+            run(program, size)
     for turn in range(options.repetitions):
         measured.bandwidths.append(bandwidth.rate(copy, clock))
         for size in measured.sizes:
             for program in measured.programs[:: -1 if turn % 2 else 1]:
-                timed = run(program, prompts[size.prompt], size.generated)
-                measured.runs.setdefault((program.name, size), []).append(timed)
+                measured.runs.setdefault((program.name, size), []).append(run(program, size))
     if progress is not None:
         progress(total, total)
 
 
-def estimate(measured: Measured, options: BenchOptions, vocab_size: int) -> float:
-    """About how many seconds everything takes, from short runs of each program."""
+def estimate(measured: Measured, options: BenchOptions, make_prompts: MakePrompts) -> float:
+    """About how many seconds everything takes, from short runs of each program without drafts."""
     seconds = 0.0
     length = min(_PROBE.prompt, max(size.prompt for size in measured.sizes))
     for program in measured.programs:
-        for _ in range(2):  # the first one also compiles kernels
-            probe = program.run(make_prompt(length, vocab_size), _PROBE.generated)
-        for prompt in dict.fromkeys(size.prompt for size in measured.sizes):
-            seconds += prompt / probe.prompt_tps + options.delay
+        probes = {}
+        for rows in dict.fromkeys(size.rows for size in measured.sizes):
+            for _ in range(2):  # the first one also compiles kernels
+                probes[rows] = program.run(make_prompts(max(1, length // rows), rows), _PROBE.generated)
+        for prompt, rows, _ in dict.fromkeys((size.prompt, size.rows, size.drafts) for size in measured.sizes):
+            seconds += rows * prompt / probes[rows].prompt_tps + options.delay
         for size in measured.sizes:
-            run = size.prompt / probe.prompt_tps + size.generated * statistics.median(probe.intervals)
+            probe = probes[size.rows]
+            run = size.rows * size.prompt / probe.prompt_tps + size.generated * statistics.median(probe.intervals)
             seconds += options.repetitions * (run + options.delay)
     return seconds
 
@@ -137,8 +149,3 @@ def _announce(seconds: float, repetitions: int, sizes: int) -> None:
     if seconds > _LONG_SECONDS:
         what = counted(repetitions, "repetition") + (f" of {sizes} sizes" if sizes > 1 else "")
         say(f"This takes about {duration(seconds)}: {what}. Ctrl-C shows what was measured by then.")
-
-
-def make_prompt(length: int, vocab_size: int) -> list[int]:
-    """Random token ids, always the same."""
-    return random.Random(length).choices(range(vocab_size), k=length)

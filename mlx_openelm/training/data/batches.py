@@ -6,9 +6,10 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -21,6 +22,8 @@ IGNORED = -100
 
 # The indices of the examples in one row of a batch.
 Row = tuple[int, ...]
+# Makes the batch of a process from the rows of a micro-batch, its rank, and the number of processes.
+Make = Callable[[Sequence[Row], int, int], Any]
 T = TypeVar("T")
 
 
@@ -62,10 +65,24 @@ class Step:
 
     index: int
     epoch: int
-    batches: list[Batch]
+    batches: list[Any]
     num_targets: int
     num_tokens: int
     examples: tuple[int, ...]
+
+
+class Item(Protocol):
+    """What batches are made of: an example, or several that belong together, such as a pair.
+
+    `num_positions` is the length of a row that holds it, `num_read` the number of tokens that the model reads.
+    """
+
+    @property
+    def num_positions(self) -> int: ...
+    @property
+    def num_targets(self) -> int: ...
+    @property
+    def num_read(self) -> int: ...
 
 
 class Batches:
@@ -78,7 +95,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         *,
         batch_size: int,
         grad_accumulation_steps: int = 1,
@@ -87,6 +104,7 @@ class Batches:
         max_seq_length: int,
         seed: int = 0,
         shuffle: bool = True,
+        make: Make | None = None,
     ):
         """
         Args:
@@ -94,6 +112,7 @@ class Batches:
             grad_accumulation_steps: the micro-batches of an update.
             max_seq_length: the most positions of a row; no example is longer (see `examples.tokenize`).
             shuffle: False keeps the examples in their order in every epoch, packed or not.
+            make: makes a process's part of a micro-batch, by default with `make_batch`.
 
         Raises:
             RequestError: no examples, a size below 1, or a batch size that cannot be divided among the processes.
@@ -105,6 +124,7 @@ class Batches:
         self.batch_size, self.world_size, self.packing = batch_size, world_size, packing
         self.max_seq_length, self.seed, self.shuffle = max_seq_length, seed, shuffle
         self._accumulation = grad_accumulation_steps
+        self._make = make or partial(make_part, examples, max_seq_length=max_seq_length, packed=packing)
         self._lengths = [example.num_positions for example in examples]
         self._planned: tuple[int, list[list[Row]]] = (0, self._plan(0))
         self.num_micro_batches = len(self._planned[1])
@@ -116,16 +136,13 @@ class Batches:
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self._accumulation
         micro_batches = self.plan(epoch)[start : start + self._accumulation]
-        parts = [rows[rank :: self.world_size] for rows in micro_batches]
         indices = tuple(i for rows in micro_batches for row in rows for i in row)
         return Step(
             index=index,
             epoch=epoch,
-            batches=[
-                make_batch(self.examples, rows, self.max_seq_length, packed=self.packing) for rows in parts if rows
-            ],
+            batches=[self._make(rows, rank, self.world_size) for rows in micro_batches if len(rows) > rank],
             num_targets=sum(self.examples[i].num_targets for i in indices),
-            num_tokens=sum(self._lengths[i] for i in indices),
+            num_tokens=sum(self.examples[i].num_read for i in indices),
             examples=indices,
         )
 
@@ -179,7 +196,7 @@ class Batches:
 
 
 def validation_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     batch_size: int,
     *,
     num_batches: int = -1,
@@ -187,12 +204,14 @@ def validation_batches(
     world_size: int = 1,
     rank: int = 0,
     seed: int = 0,
-) -> list[Batch]:
+    make: Make | None = None,
+) -> list[Any]:
     """The batches that process `rank` evaluates: always the same ones, shortest examples first.
 
     Args:
         batch_size: rows over all processes, as in `Batches`.
         num_batches: at most this many, of randomly drawn examples; -1 takes every example.
+        make: as for `Batches`.
 
     Raises:
         RequestError: as `Batches` raises.
@@ -206,8 +225,8 @@ def validation_batches(
         measured = [index for index in drawn if examples[index].num_targets]
         drawn = sorted(random.Random(seed).sample(measured, min(num_batches * batch_size, len(measured))))
     rows: list[Row] = [(index,) for index in sorted(drawn, key=lambda index: examples[index].num_positions)]
-    parts = (chunk[rank::world_size] for chunk in _chunks(rows, batch_size))
-    return [make_batch(examples, part, max_seq_length) for part in parts if part]
+    make = make or partial(make_part, examples, max_seq_length=max_seq_length)
+    return [make(chunk, rank, world_size) for chunk in _chunks(rows, batch_size) if len(chunk) > rank]
 
 
 def padded(length: int) -> int:
@@ -218,6 +237,19 @@ def padded(length: int) -> int:
     """
     multiple = max(8, 1 << max((length - 1).bit_length() - 5, 0))
     return -(-length // multiple) * multiple
+
+
+def make_part(
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    rank: int,
+    world_size: int,
+    *,
+    max_seq_length: int,
+    packed: bool = False,
+) -> Batch:
+    """The batch of those rows of a micro-batch that process `rank` takes."""
+    return make_batch(examples, rows[rank::world_size], max_seq_length, packed=packed)
 
 
 def make_batch(examples: Sequence[Example], rows: Sequence[Row], max_seq_length: int, *, packed: bool = False) -> Batch:
@@ -243,9 +275,9 @@ def make_batch(examples: Sequence[Example], rows: Sequence[Row], max_seq_length:
             at += length
     shape = (len(rows), width)
     return Batch(
-        inputs=_to_mlx(inputs, shape),
-        targets=_to_mlx(targets, shape),
-        segments=None if segments is None else _to_mlx(segments, shape),
+        inputs=to_mlx(inputs, shape),
+        targets=to_mlx(targets, shape),
+        segments=None if segments is None else to_mlx(segments, shape),
         examples=tuple(index for row in rows for index in row),
         num_targets=sum(examples[index].num_targets for index in lengths),
         num_tokens=sum(lengths.values()),
@@ -256,7 +288,8 @@ def _row_length(rows: Sequence[Row], lengths: Sequence[int] | Mapping[int, int],
     return min(padded(max(sum(lengths[index] for index in row) for row in rows)), max_seq_length)
 
 
-def _to_mlx(values: array[int], shape: tuple[int, int]) -> mx.array:
+def to_mlx(values: array[int], shape: tuple[int, ...]) -> mx.array:
+    """An array of 32-bit integers of this shape."""
     # MLX copies a buffer at once, but converts a list number by number.
     return mx.array(memoryview(values).cast("B").cast("i", shape))  # type: ignore[arg-type]
 
@@ -265,7 +298,7 @@ def _chunks(items: list[T], size: int) -> list[list[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _check(examples: Sequence[Example], batch_size: int, world_size: int, max_seq_length: int) -> None:
+def _check(examples: Sequence[Item], batch_size: int, world_size: int, max_seq_length: int) -> None:
     if not examples:
         raise RequestError("There are no examples to make batches of.")
     if batch_size < 1:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import RequestError, quote
+from ...errors import RequestError, name_options, quote
 from ...text.tokenizer import Tokenizer
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
@@ -51,6 +51,11 @@ class Example:
         return len(self.tokens) - 1
 
     @property
+    def num_read(self) -> int:
+        """The same; see `batches.Item`."""
+        return self.num_positions
+
+    @property
     def num_targets(self) -> int:
         """The number of tokens that are learned."""
         return sum(end - start for start, end in self.learned)
@@ -84,15 +89,37 @@ class Report:
     num_unlearned: int
     sample: tuple[tuple[str, bool], ...]
 
+    sample_title = "An example, with what is learned between ⟦ and ⟧:"
+
     def sample_text(self, marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
         """The sample, with learned text between `marks`; the middle of a long piece is left out."""
-        room = max(limit // max(len(self.sample), 1), 20)
-        pieces = []
-        for text, learned in self.sample:
-            if len(text) > room:
-                text = f"{text[: room // 2]} [...] {text[-(room // 2) :]}"
-            pieces.append(f"{marks[0]}{text}{marks[1]}" if learned else text)
-        return "".join(pieces)
+        return marked(self.sample, marks, limit)
+
+    def lines(self, split: str, max_seq_length: int) -> Iterator[str]:
+        """Lines about the examples of a split: kind and size, how many were cut, how many have nothing to learn."""
+        template = "" if self.chat_template is None else f", chat template: {self.chat_template}"
+        yield (
+            f"{split}: {self.num_examples:,} examples ({self.kind}{template}), {self.num_tokens:,} tokens, "
+            f"{self.num_targets:,} of them learned; the longest has {self.longest:,}"
+        )
+        if self.num_truncated:
+            emptied = f", {self.num_emptied:,} of them before anything that is learned" if self.num_emptied else ""
+            yield name_options(
+                f"{split}: {self.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}"
+            )
+        if self.num_unlearned > self.num_emptied:
+            yield f"{split}: {self.num_unlearned - self.num_emptied:,} have nothing to learn"
+
+
+def marked(sample: Sequence[tuple[str, bool]], marks: tuple[str, str] = ("⟦", "⟧"), limit: int = 2000) -> str:
+    """Pieces of text, those that are learned between `marks`; the middle of a long piece is left out."""
+    room = max(limit // max(len(sample), 1), 20)
+    pieces = []
+    for text, learned in sample:
+        if len(text) > room:
+            text = f"{text[: room // 2]} [...] {text[-(room // 2) :]}"
+        pieces.append(f"{marks[0]}{text}{marks[1]}" if learned else text)
+    return "".join(pieces)
 
 
 @dataclass(frozen=True)
@@ -182,17 +209,17 @@ def tokenize(
         num_truncated=num_truncated,
         num_emptied=num_emptied,
         num_unlearned=sum(not example.learned for example in examples),
-        sample=tuple(_show(sample, tokenizer)),
+        sample=tuple(show(sample, tokenizer)),
     )
     return Examples(examples, report)
 
 
-_OWN_TEMPLATE = "the tokenizer's own"
+OWN_TEMPLATE = "the tokenizer's own"
 
 
 def _template_for(kind: Kind, tokenizer: Tokenizer, asked: str | Path | None) -> str | Path | None:
     """The chat template that records of a kind are rendered with; None if they are treated as text."""
-    own = None if tokenizer.chat_template is None else _OWN_TEMPLATE
+    own = None if tokenizer.chat_template is None else OWN_TEMPLATE
     if kind in (CHAT, SHAREGPT, TURNS):
         return asked or own or "corenet"  # without a template the roles would be lost
     if kind is COMPLETION:
@@ -206,7 +233,7 @@ def _render(
     """The tokens of a record before truncation, and the spans of them that are learned."""
     values = record.values
     if template is not None:
-        name = None if template == _OWN_TEMPLATE else template
+        name = None if template == OWN_TEMPLATE else template
         try:
             return render_chat(conversation_of(values, kind), tokenizer, name, mask_prompt=mask_prompt)
         except RequestError as error:
@@ -252,7 +279,7 @@ def _nothing_to_learn(num_emptied: int, max_seq_length: int) -> str:
     return "There is nothing to learn: with --mask-prompt the messages need an assistant's turn whose weight is not 0."
 
 
-def _show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def show(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The text of an example as pieces, with whether each is learned; BOS and EOS are written out."""
     learned = bytearray(len(example.tokens))
     for start, end in example.learned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import OpenELMError, RequestError, quote
@@ -11,11 +12,14 @@ from ...hub.progress import Transfer, snapshot_bars
 from .splits import SUFFIXES, find_splits, suffix_of
 
 
-def download_splits(name: str) -> dict[str, list[Path]]:
+def download_splits(name: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, list[Path]]:
     """The files of each split of the data set `name` (`owner/name`), downloaded unless they are in the cache.
 
     A repository with a single data file of another name gives that as the split `all`. Without a network, the files in
     the cache are used if they are complete.
+
+    Args:
+        suffixes: the formats of data files, best first.
 
     Raises:
         RequestError: there is no such data set, or its files are not recognized as splits.
@@ -29,16 +33,16 @@ def download_splits(name: str) -> dict[str, list[Path]]:
     except (HFValidationError, RepositoryNotFoundError) as error:
         if not isinstance(error, GatedRepoError):
             raise _explain(error, name) from error
-        names = _cached_names(name, error)
+        names = _cached_names(name, error, suffixes)
     except Exception as error:
-        names = _cached_names(name, error)
-    splits = find_splits(names, name, choose_format=True)
+        names = _cached_names(name, error, suffixes)
+    splits = find_splits(names, name, choose_format=True, suffixes=suffixes)
     if not splits:
-        files = [file for file in names if suffix_of(file) is not None]
+        files = [file for file in names if suffix_of(file, suffixes) is not None]
         if len(files) != 1:
             raise RequestError(
                 f"The data set {name} has no files for train, valid or test among its {len(files)} of "
-                f"{', '.join(SUFFIXES)}; download what you need and give a folder."
+                f"{', '.join(suffixes)}; download what you need and give a folder."
             )
         splits = {"all": files}
     wanted = [_literally(file) for files in splits.values() for file in files]
@@ -51,7 +55,7 @@ def download_splits(name: str) -> dict[str, list[Path]]:
     return {split: [Path(folder, file) for file in files] for split, files in splits.items()}
 
 
-def _cached_names(name: str, reason: Exception) -> list[str]:
+def _cached_names(name: str, reason: Exception, suffixes: Sequence[str]) -> list[str]:
     """The data files in the cache, when the hub cannot be reached; without any, raises `reason`, explained."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
@@ -64,7 +68,7 @@ def _cached_names(name: str, reason: Exception) -> list[str]:
         error.__cause__ = reason
         raise _explain(error, name) from reason
     files = (file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
-    return [file for file in files if suffix_of(file) is not None]
+    return [file for file in files if suffix_of(file, suffixes) is not None]
 
 
 def _literally(file: str) -> str:

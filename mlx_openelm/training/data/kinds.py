@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ class Kind:
         keys: a record must have these, and may have the `optional` ones.
         refused: keys that other programs read as part of the example, and that are not supported here.
         of_lists: whether the values of `keys` are lists of messages.
+        fault: what is wrong with the values of a record, or None; by default conversations and texts are checked.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Kind:
     optional: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     of_lists: bool = False
+    fault: Callable[[dict[str, Any]], str | None] | None = None
 
     def fits(self, values: dict[str, Any]) -> bool:
         """Whether a record has all the keys. Null does not count: tables have it for keys of other records."""
@@ -33,26 +35,26 @@ class Kind:
         )
 
 
-_OF_TEMPLATES = ("images", "chat_template_kwargs")
+OF_TEMPLATES = ("images", "chat_template_kwargs")
 TURNS = Kind(
-    "prompt and completion as messages", ("prompt", "completion"), ("tools",), _OF_TEMPLATES, of_lists=True
+    "prompt and completion as messages", ("prompt", "completion"), ("tools",), OF_TEMPLATES, of_lists=True
 )  # fmt: skip
-COMPLETION = Kind("prompt and completion", ("prompt", "completion"), ("tools",), _OF_TEMPLATES)
-CHAT = Kind("chat messages", ("messages",), ("tools",), (*_OF_TEMPLATES, "functions"))
-SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), _OF_TEMPLATES)
+COMPLETION = Kind("prompt and completion", ("prompt", "completion"), ("tools",), OF_TEMPLATES)
+CHAT = Kind("chat messages", ("messages",), ("tools",), (*OF_TEMPLATES, "functions"))
+SHAREGPT = Kind("ShareGPT conversations", ("conversations",), ("system", "tools"), OF_TEMPLATES)
 INSTRUCTION = Kind("instruction, input, output", ("instruction", "output"), ("input",), ("system", "history"))
 TEXT = Kind("text", ("text",))
 # In mlx-lm's order of precedence, with `text` after instructions, as many instruction data sets have a rendered copy
 # under that key. ShareGPT, which mlx-lm does not read, is last: what mlx-lm recognizes as another kind, we do too.
 KINDS = (TURNS, COMPLETION, CHAT, INSTRUCTION, TEXT, SHAREGPT)
-# The data of other kinds of training.
-_NOT_OFFERED = {
-    "chosen": "preference pairs (chosen, rejected)",
-    "rejected": "preference pairs (chosen, rejected)",
-    "input_ids": "tokens (input_ids)",
+_KNOWN = "prompt and completion; messages; conversations; instruction, input and output; text"
+# The data of other kinds of training, and what to do with it.
+_OTHERS = {
+    **dict.fromkeys(("chosen", "rejected"), "preference pairs (chosen, rejected), which `mlx-openelm dpo` learns from"),
+    "input_ids": "tokens (input_ids), which are not offered; give messages, or prompt and completion",
 }
 
-_TYPES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+TYPES = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,15 @@ class Faults:
             raise RequestError(f"{self._first.rstrip('.')}{others}.")
 
 
-def columns_to_read(names: Sequence[str]) -> list[str]:
+def columns_to_read(names: Sequence[str], kinds: Sequence[Kind] = KINDS) -> list[str]:
     """The columns of a table that its possible kinds use, in their order; an empty list if it fits no kind."""
-    possible = [kind for kind in KINDS if set(kind.keys) <= set(names)]
+    possible = [kind for kind in kinds if set(kind.keys) <= set(names)]
     wanted = {key for kind in possible for key in (*kind.keys, *kind.optional, *kind.refused)}
     return [name for name in names if name in wanted]
 
 
-def recognize(records: Sequence[Record]) -> Kind:
-    """The kind of `records`; they must all be of the same one.
+def recognize(records: Sequence[Record], kinds: Sequence[Kind] = KINDS) -> Kind:
+    """The kind of `records`, one of `kinds`; they must all be of the same one.
 
     Raises:
         RequestError: no records; or a record that is of no kind, of another kind than the first, or has a value that is
@@ -100,11 +102,11 @@ def recognize(records: Sequence[Record]) -> Kind:
     if not records:
         raise RequestError("There are no examples.")
     faults = Faults()
-    first = next((record for record in records if _kind_of(record.values) is not None), None)
-    kind = None if first is None else _kind_of(first.values)
+    first = next((record for record in records if _kind_of(record.values, kinds) is not None), None)
+    kind = None if first is None else _kind_of(first.values, kinds)
     for record in records:
         if kind is None or first is None or not kind.fits(record.values):
-            faults.add(record.source, _explain_keys(record.values, kind, first))
+            faults.add(record.source, _explain_keys(record.values, kind, first, kinds))
         elif (fault := _fault_in_values(record.values, kind)) is not None:
             faults.add(record.source, fault)
     faults.check()
@@ -112,29 +114,29 @@ def recognize(records: Sequence[Record]) -> Kind:
     return kind
 
 
-def _kind_of(values: dict[str, Any]) -> Kind | None:
-    return next((kind for kind in KINDS if kind.fits(values)), None)
+def _kind_of(values: dict[str, Any], kinds: Sequence[Kind]) -> Kind | None:
+    return next((kind for kind in kinds if kind.fits(values)), None)
 
 
-def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | None) -> str:
+def _explain_keys(values: dict[str, Any], kind: Kind | None, first: Record | None, kinds: Sequence[Kind]) -> str:
     """Why the keys of a record do not fit `kind`, the kind of `first`."""
     if kind is not None and first is not None:
-        if (other := _kind_of(values)) is not None:
+        if (other := _kind_of(values, kinds)) is not None:
             return f"holds {other.name}, but {first.source} holds {kind.name}; one file is of one kind"
         missing = next(key for key in kind.keys if values.get(key) is None)
         return f"{quote(missing)} is null, not text" if missing in values else f"has no {quote(missing)}"
-    if (key := next((key for key in _NOT_OFFERED if key in values), None)) is not None:
-        return f"holds {_NOT_OFFERED[key]}, which are not offered; give messages, or prompt and completion"
+    if kinds is KINDS and (key := next((key for key in _OTHERS if key in values), None)) is not None:
+        return f"holds {_OTHERS[key]}"
     found = ", ".join(quote(key) for key in list(values)[:6]) or "no keys"
-    return (
-        "has none of the known sets of keys (prompt and completion; messages; conversations; instruction, input and "
-        f"output; text): it has {found}"
-    )
+    known = _KNOWN if kinds is KINDS else "; ".join(", ".join(kind.keys) for kind in kinds)
+    return f"has none of the known sets of keys ({known}): it has {found}"
 
 
 def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
     if (key := next((key for key in kind.refused if values.get(key)), None)) is not None:
         return f"{quote(key)} is not offered; remove it, or put what it says into messages"
+    if kind.fault is not None:
+        return kind.fault(values)
     if kind in (TURNS, CHAT, SHAREGPT):
         try:
             conversation_of(values, kind)
@@ -145,7 +147,7 @@ def _fault_in_values(values: dict[str, Any], kind: Kind) -> str | None:
         value = values.get(key)
         # For an instruction without input, the key has "" or null, or is missing.
         if key != "tools" and not isinstance(value, str) and not (key in kind.optional and value is None):
-            return f"{quote(key)} is {_TYPES.get(type(value), type(value).__name__)}, not text"
+            return f"{quote(key)} is {TYPES.get(type(value), type(value).__name__)}, not text"
     return None
 
 

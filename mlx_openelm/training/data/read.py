@@ -18,7 +18,7 @@ from typing import Any
 from ...errors import RequestError
 from ...inputs import check_file, to_path
 from ...wording import install
-from .kinds import Faults, Record, columns_to_read, recognize
+from .kinds import KINDS, Faults, Kind, Record, columns_to_read, recognize
 from .splits import SPLITS, SUFFIXES, find_splits, suffix_of
 
 _EXPECTED = "train.jsonl, and valid.jsonl and test.jsonl where you have them (or .json, .parquet)"
@@ -38,7 +38,12 @@ class Splits:
 
 
 def read_splits(
-    data: str | Path, *, valid_fraction: float = 0.1, seed: int = 0, need: Sequence[str] = ("train",)
+    data: str | Path,
+    *,
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+    need: Sequence[str] = ("train",),
+    kinds: Sequence[Kind] = KINDS,
 ) -> Splits:
     """Read the records of a data set.
 
@@ -50,6 +55,7 @@ def read_splits(
     Args:
         data: a folder, a file, or a data set on the hub, `owner/name`.
         need: the splits that must exist. With `train`, validation records are read too; other splits are not.
+        kinds: those that the records may be of.
 
     Raises:
         RequestError: no data, a missing split, ambiguous files, or bad records; the message names the first one's file
@@ -64,7 +70,7 @@ def read_splits(
         found = f"only {', '.join(files)}" if files else "nothing"
         raise RequestError(f"{data} has no {' and no '.join(missing)} data ({found}); give a folder with {_EXPECTED}.")
     wanted = {*need, "valid"} if "train" in need else {*need}
-    records = {split: read_records(files[split]) for split in SPLITS if split in files and split in wanted}
+    records = {split: read_records(files[split], kinds) for split in SPLITS if split in files and split in wanted}
     notes: tuple[str, ...] = ()
     if "train" in need and "valid" not in files:
         name = files["train"][0].name if len(files["train"]) == 1 else str(data)
@@ -137,7 +143,7 @@ def _find_files(data: str | Path, need: Sequence[str]) -> dict[str, list[Path]]:
     return files if set(files) != {"all"} else {"test" if tuple(need) == ("test",) else "train": files["all"]}
 
 
-def read_records(paths: Sequence[Path]) -> list[Record]:
+def read_records(paths: Sequence[Path], kinds: Sequence[Kind] = KINDS) -> list[Record]:
     """The records of the files of a split, all checked to be examples of the same kind.
 
     Raises:
@@ -148,7 +154,8 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
     for path in paths:
         check_file(path)
         before = len(records), faults.number
-        for value, source in _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_json(path):
+        is_table = path.suffix.lower() == ".parquet"
+        for value, source in _read_parquet(path, kinds) if is_table else _read_json(path):
             if isinstance(value, dict):
                 records.append(Record(value, source))
             else:
@@ -156,7 +163,7 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
         if (len(records), faults.number) == before:
             raise RequestError(f"{path.name} is empty: it holds no examples ({path}).")
     faults.check()
-    recognize(records)
+    recognize(records, kinds)
     return records
 
 
@@ -212,7 +219,7 @@ def _parse(data: bytes) -> Any:
         return _NotJSON(f"is not JSON ({error})")
 
 
-def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
+def _read_parquet(path: Path, kinds: Sequence[Kind]) -> Iterable[tuple[Any, str]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -220,7 +227,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[Any, str]]:
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             # Other columns may be large and are not needed, except to explain what is wrong with a table of no kind.
-            columns = columns_to_read(file.schema_arrow.names)
+            columns = columns_to_read(file.schema_arrow.names, kinds)
             rows = file.read(columns=columns or None).to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
         reason = " ".join(str(error).split())

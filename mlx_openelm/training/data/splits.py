@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ...errors import RequestError
 
@@ -17,28 +17,39 @@ _SHARD = re.compile(r"-\d+-of-(\d+).*$")
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
-def suffix_of(name: str) -> str | None:
+def suffix_of(name: str, suffixes: Sequence[str] = SUFFIXES) -> str | None:
     """The suffix of a data file; None for other files."""
     if name.rpartition("/")[2] in _DESCRIPTIONS:
         return None
-    return next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), None)
+    return max((suffix for suffix in suffixes if name.lower().endswith(suffix)), key=len, default=None)
 
 
-def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False) -> dict[str, list[str]]:
+def split_of(name: str, suffix: str) -> str | None:
+    """The split that a path names in its file's name, or else in its folder's: `train`, `valid`, `test` or None."""
+    folder, _, stem = name[: -len(suffix)].rpartition("/")
+    names = (stem, folder.rpartition("/")[2])
+    found = next((match for part in names if (match := _SPLIT_NAME.fullmatch(part.lower()))), None)
+    return None if found is None else _OTHER_NAMES.get(found[1], found[1])
+
+
+def find_splits(
+    names: Iterable[str], where: str, *, choose_format: bool = False, suffixes: Sequence[str] = SUFFIXES
+) -> dict[str, list[str]]:
     """The files of each split among `names`, paths below one folder; shards in order.
 
     A split is recognized by the file's name (`train.jsonl`, `train-00000-of-00002.parquet`), otherwise by the folder's
     (`data/train/0000.parquet`).
 
     Args:
-        choose_format: of several formats, take the first in `SUFFIXES`; otherwise they are an error.
+        choose_format: of several formats, take the first in `suffixes`; otherwise they are an error.
+        suffixes: those of data files, best first.
 
     Raises:
         RequestError: several candidates for a split, such as `train.json` and `train.jsonl`.
     """
     candidates: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name in sorted(names):
-        suffix = suffix_of(name)
+        suffix = suffix_of(name, suffixes)
         if suffix is None:
             continue
         folder, _, stem = name[: -len(suffix)].rpartition("/")
@@ -50,17 +61,20 @@ def find_splits(names: Iterable[str], where: str, *, choose_format: bool = False
         if found is not None:
             split = _OTHER_NAMES.get(found[1], found[1])
             candidates.setdefault(split, {}).setdefault((f"{folder}/{family}", suffix), []).append(name)
-    return {split: _only_one(candidates[split], split, where, choose_format) for split in SPLITS if split in candidates}
+    order = suffixes if choose_format else None
+    return {split: _only_one(candidates[split], split, where, order) for split in SPLITS if split in candidates}
 
 
-def _only_one(families: dict[tuple[str, str], list[str]], split: str, where: str, choose_format: bool) -> list[str]:
+def _only_one(
+    families: dict[tuple[str, str], list[str]], split: str, where: str, order: Sequence[str] | None
+) -> list[str]:
     """The files of the one candidate for `split`."""
     # A name that is exactly the split's (`train`) wins over those that begin with it (`train_sft`).
     exact = {key: files for key, files in families.items() if key[0].rpartition("/")[2].lower() == split}
     families = exact or families
-    if choose_format:
-        best = min(SUFFIXES.index(suffix) for _, suffix in families)
-        families = {key: files for key, files in families.items() if key[1] == SUFFIXES[best]}
+    if order is not None:
+        best = min(order.index(suffix) for _, suffix in families)
+        families = {key: files for key, files in families.items() if key[1] == order[best]}
     if len(families) > 1:
         names = ", ".join(sorted(files[0] for files in families.values()))
         raise RequestError(f"{where} has several files for {split} ({names}): keep one, or give one file alone.")

@@ -70,6 +70,9 @@ class TrainOptions(Options):
         RequestError: an invalid value; the message names its flag.
     """
 
+    # The command that takes them.
+    command = "lora"
+
     batch_size: Annotated[int, Option("Examples per batch.")] = 4
     grad_accumulation_steps: Annotated[
         int, Option("Batches to average the gradient over, for each update of the weights.", group="Training")
@@ -246,7 +249,8 @@ class TrainOptions(Options):
         for field in ("min_learning_rate", "decay_steps"):
             if getattr(self, field) and self.lr_schedule == "constant":
                 raise RequestError(f"{flag(field)} needs --lr-schedule cosine or linear.")
-        if self.epochs is None and self.warmup >= self.iters:
+        # With --decay-steps the schedule has a length of its own, of which a run may do the beginning.
+        if self.epochs is None and self.decay_steps is None and self.warmup >= self.iters:
             raise RequestError(f"--warmup must be less than --iters ({self.iters}), got {self.warmup}.")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import RequestError
 from ...wording import flag
+from .source import Source, to_sources
 
 # The ranges of options, by field: the smallest value, those that must be more than 0, those that must be less than 1.
 _LEAST = {
@@ -41,9 +42,34 @@ _LEAST = {
     "rank": 1,
     "dropout": 0,
     "sample_tokens": 1,
+    "shuffle_buffer": 0,
+    "num_workers": 0,
+    "piece_words": 1,
+    "min_characters": 0,
+    "min_tokens": 0,
+    "corenet_processes": 1,
+    "batch_tokens": 1,
+    "average_last": 2,
+    "spike_window": 4,
+    "max_prompt_length": 1,
+    "cpo_alpha": 0,
+    "simpo_gamma": 0,
+    "desirable_weight": 0,
+    "undesirable_weight": 0,
 }
-_POSITIVE = ("epochs", "learning_rate", "eps", "max_grad_norm", "alpha", "scale")
-_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout")
+_POSITIVE = (
+    "epochs",
+    "learning_rate",
+    "eps",
+    "max_grad_norm",
+    "alpha",
+    "scale",
+    "embedding_learning_rate",
+    "ema_decay",
+    "skip_spikes",
+    "beta",
+)
+_BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 
 
 def field_types(options: type) -> dict[str, Any]:
@@ -75,8 +101,15 @@ def conform(kind: Any, value: Any) -> Any:
     if kind is str:
         _expect(isinstance(value, str), "text")
         return value
-    _expect(isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value), "a list of texts")
-    return tuple(value)
+    if kind == tuple[Source, ...]:
+        return to_sources(value)
+    (entry_kind, _) = typing.get_args(kind)
+    expected = "texts" if entry_kind is str else "numbers"
+    _expect(isinstance(value, list | tuple), f"a list of {expected}")
+    try:
+        return tuple(conform(entry_kind, entry) for entry in value)
+    except ValueError:
+        raise ValueError(f"a list of {expected}") from None
 
 
 def check_range(field: str, value: Any) -> None:

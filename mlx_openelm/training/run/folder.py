@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ _FILES = (
 # Options that may differ when a run is continued. These do not change what is trained...
 _FREE = (
     "data",  # only the path: the content is compared
+    "num_workers",
+    "token_cache",
+    "skip_damaged",
     "train",
     "test",
     "test_batches",
@@ -54,9 +58,11 @@ _FREE = (
     "save_every",
     "keep_last",
     "keep_every",
+    "average_last",
     "report_to",
     "project_name",
     "adapter_path",
+    "output",
     "adapter_format",
     "resume",
     "resume_adapter_file",
@@ -73,24 +79,29 @@ _CHANGEABLE = (
     "warmup_init",
     "max_grad_norm",
     "weight_decay",
+    "skip_spikes",
+    "spike_window",
 )
 
 
-def check_folder(path: Path, *, resume: bool, overwrite: bool) -> None:
+def check_folder(path: Path, *, resume: bool, overwrite: bool, folder_flag: str = "--adapter-path") -> None:
     """Refuse a folder that already holds a run, or with `resume` one that does not.
+
+    Args:
+        folder_flag: the flag that names the folder.
 
     Raises:
         RequestError: it says what to do.
     """
     if path.exists() and not path.is_dir():
-        raise RequestError(f"--adapter-path {path} is a file, not a folder.")
+        raise RequestError(f"{folder_flag} {path} is a file, not a folder.")
     if resume and overwrite:
         raise RequestError("--resume continues a run and --overwrite removes it; give one of them.")
     if resume and not (path / RUN).is_file():
         raise RequestError(f"There is no run in {path} to --resume; start one without it.")
     if not resume and not overwrite and holds_run(path):
         raise RequestError(
-            f"{path} holds {_describe_content(path)}replace it with --overwrite, or choose another --adapter-path."
+            f"{path} holds {_describe_content(path)}replace it with --overwrite, or choose another {folder_flag}."
         )
 
 
@@ -110,25 +121,35 @@ def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in (*_FILES, CHECKPOINTS))
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The record of the run in a folder, as `make_record` made it.
 
+    Args:
+        kind: the command that must have made the run; None for any.
+
     Raises:
-        RequestError: there is none, or its `run.json` cannot be read.
+        RequestError: there is none, its `run.json` cannot be read, or another command made it.
     """
     if not (path / RUN).exists():
         raise RequestError(f"There is no run in {path} to --resume; start one without it.")
+    other = ""
     with contextlib.suppress(RequestError, KeyError):
         record = inputs.read_json(path / RUN)
         if isinstance(record["options"], dict) and isinstance(record["data"], dict) and "model" in record:
-            return record
-    raise RequestError(f"{path / RUN} is damaged, so the run cannot be continued; start a new one with --overwrite.")
+            found = record.get("kind", "lora")
+            if kind in (None, found):
+                return record
+            other = f"The run in {path} is one of `mlx-openelm {found}`; continue it with that command."
+    raise RequestError(
+        other or f"{path / RUN} is damaged, so the run cannot be continued; start a new one with --overwrite."
+    )
 
 
 def make_record(
-    model: str,
+    model: Any,
     options: TrainOptions,
     *,
+    kind: str = "lora",
     loading: Mapping[str, Any],
     data: Mapping[str, Any],
     processes: int,
@@ -137,11 +158,14 @@ def make_record(
     """The content of `run.json`: all that is needed to repeat a run.
 
     Args:
+        model: its name, or for a new model its sizes.
+        kind: the command that makes the run.
         loading: how the model was loaded: dtype, tokenizer and so on.
         data: the fingerprint of the data, and the number of examples of each split.
         recompute: what the backward pass recomputes, as the plan chose it.
     """
     return {
+        "kind": kind,
         "model": model,
         "loading": dict(loading),
         "options": dataclasses.asdict(options) | {"resume": False},
@@ -162,26 +186,34 @@ def _command() -> list[str]:
 
 
 def compare(
-    model: str, options: TrainOptions, loading: Mapping[str, Any], before: Mapping[str, Any], file: Path = Path(RUN)
+    model: Any,
+    options: TrainOptions,
+    loading: Mapping[str, Any],
+    before: Mapping[str, Any],
+    file: Path = Path(RUN),
+    *,
+    folder_flag: str = "--adapter-path",
 ) -> list[str]:
     """The permitted differences between a continued run and its record, a line each.
 
     Args:
         before: the record, which is in `file`.
+        folder_flag: the flag that names the run's folder.
 
     Raises:
         RequestError: it would not be the same run; the message names the flag that differs.
     """
-    _refuse_change("--model", model, before["model"], file)
+    refuse_change = partial(_refuse_change, file=file, folder_flag=folder_flag)
+    refuse_change("--model", model, before["model"])
     for name, value in loading.items():
-        _refuse_change(flag(name), value, before.get("loading", {}).get(name), file)
+        refuse_change(flag(name), value, before.get("loading", {}).get(name))
     changes = []
     now, then = json.loads(json.dumps(dataclasses.asdict(options))), before["options"]
     for name, value in now.items():
         if name in _FREE or name not in then or value == then[name]:
             continue
         if name not in _CHANGEABLE:
-            _refuse_change(flag(name), value, then[name], file)
+            refuse_change(flag(name), value, then[name])
         changes.append(f"{flag(name)} is {_show(value)}, {_show(then[name])} in {file}")
     if now["lr_schedule"] != "constant" and _length(now) != _length(then):
         changes.append("The run has another length, over which the learning rate falls")
@@ -202,18 +234,19 @@ def continue_record(record: dict[str, Any], before: Mapping[str, Any]) -> None:
     resumed = {"at": record["started"], "command": record["command"]}
     record["resumed"] = [*before.get("resumed", ()), resumed]
     record["started"], record["command"] = before.get("started"), before.get("command")
-    record["options"]["resume_adapter_file"] = before["options"].get("resume_adapter_file")
+    if "resume_adapter_file" in record["options"]:
+        record["options"]["resume_adapter_file"] = before["options"].get("resume_adapter_file")
 
 
 def _length(options: Mapping[str, Any]) -> tuple[Any, Any]:
     return options.get("iters") if options.get("epochs") is None else None, options.get("epochs")
 
 
-def _refuse_change(name: str, value: Any, old: Any, file: Path) -> None:
+def _refuse_change(name: str, value: Any, old: Any, *, file: Path, folder_flag: str) -> None:
     if value != old:
         raise RequestError(
             f"The run to --resume has {name} {_show(old)}, not {_show(value)} (see {file}); give the same value, or "
-            "start a new run in another --adapter-path."
+            f"start a new run in another {folder_flag}."
         )
 
 
@@ -222,7 +255,9 @@ def _show(value: Any) -> str:
         return "unset"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, dict):  # a source of text
+        return str(value.get("path", value))
+    return " ".join(map(_show, value)) or "unset" if isinstance(value, list | tuple) else str(value)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -258,8 +293,11 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, folder_flag: str = "--adapter-path") -> Iterator[None]:
     """Lock the folder for this process. The lock ends with the process, however that ends.
+
+    Args:
+        folder_flag: the flag that names the folder.
 
     Raises:
         RequestError: another process trains into it, or it cannot be created.
@@ -268,18 +306,18 @@ def locked(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         file = (path / _LOCK).open("w")
     except OSError as error:
-        raise RequestError(f"--adapter-path {path} cannot be written to: {error.strerror}.") from None
+        raise RequestError(f"{folder_flag} {path} cannot be written to: {error.strerror}.") from None
     with file:
-        _lock(file, path)
+        _lock(file, path, folder_flag)
         yield
 
 
-def _lock(file: Any, path: Path) -> None:
+def _lock(file: Any, path: Path, folder_flag: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RequestError(
-            f"Another process is training into {path}; wait for it, or choose another --adapter-path."
+            f"Another process is training into {path}; wait for it, or choose another {folder_flag}."
         ) from None
     except OSError:  # a file system without locks
         pass

@@ -21,6 +21,12 @@ from .trackers import Tracker
 FILE, PICTURE = "metrics.jsonl", "losses.png"
 # The logged values that the plot shows.
 TRAIN_LOSS, VALID_LOSS, LEARNING_RATE = "train_loss", "val_loss", "learning_rate"
+# Those of preference tuning, which are drawn below the losses, by the label of their axis.
+PREFERENCES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+_CURVES = (
+    *(TRAIN_LOSS, VALID_LOSS, LEARNING_RATE),
+    *(prefix + name for name in PREFERENCES.values() for prefix in ("", "val_")),
+)
 
 # The plot is drawn at most this often, and takes at most this share of the time.
 _PAUSE_SECONDS = 10.0
@@ -65,7 +71,7 @@ class Metrics:
         self._path = folder / FILE
         self._trackers = trackers
         rows = [] if resume_step is None else _keep_until(self._path, resume_step, validated)
-        self._curves: dict[str, Points] = {TRAIN_LOSS: [], VALID_LOSS: [], LEARNING_RATE: []}
+        self._curves: dict[str, Points] = {name: [] for name in _CURVES}
         for row in rows:
             self._remember(row["step"], row)
         try:
@@ -82,7 +88,8 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line with the values of a step; a value that is not finite is written as null.
 
-        A step may have several lines. The plot shows `train_loss`, `val_loss` and `learning_rate`.
+        A step may have several lines. The plot shows `train_loss`, `val_loss`, `learning_rate`, and of preference
+        tuning accuracies and margins.
         """
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -200,7 +207,10 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
 
     picture = Figure(figsize=(8, 6), layout="constrained")
     picture.suptitle(textwrap.fill(title, _TITLE_WIDTH, break_on_hyphens=False), parse_math=False)
-    losses, rates = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    shares = {label: name for label, name in PREFERENCES.items() if curves.get(name) or curves.get(f"val_{name}")}
+    heights = (3, *([1.5] * len(shares)), 1)
+    picture.set_size_inches(8, 2 * sum(heights) - 2)
+    losses, *others, rates = picture.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     style = ".-" if len(curves[TRAIN_LOSS]) <= _FEW_REPORTS else "-"
     if curves[TRAIN_LOSS]:
         losses.plot(*zip(*curves[TRAIN_LOSS], strict=True), style, label="training", color="C0", linewidth=1.2)
@@ -212,10 +222,19 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
         losses.plot(step, loss, "*", label=best, color="C3", markersize=15, zorder=3)
     if curves[LEARNING_RATE]:
         rates.plot(*zip(*curves[LEARNING_RATE], strict=True), style, color="C2", linewidth=1.2)
-    losses.set(ylabel="loss (nats per token)")
+    for axes, (label, name) in zip(others, shares.items(), strict=True):
+        if curves[name]:
+            axes.plot(*zip(*curves[name], strict=True), style, color="C0", linewidth=1.2)
+        if curves[f"val_{name}"]:
+            axes.plot(*zip(*curves[f"val_{name}"], strict=True), "o", color="C1", markersize=6)
+        axes.set(ylabel=label)
+        if label == "accuracy":
+            axes.set_ylim(-0.05, 1.05)
+    unit = "loss" if shares else "loss (nats per token)"
+    losses.set(ylabel=unit)
     shown = [loss for name in (TRAIN_LOSS, VALID_LOSS) for _, loss in curves[name]]
     if shown and 0 < _LOG_RATIO * min(shown) <= max(shown):
-        losses.set(yscale="log", ylabel="loss (nats per token, log scale)")
+        losses.set(yscale="log", ylabel=f"{unit}, log scale" if shares else "loss (nats per token, log scale)")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         losses.yaxis.set_minor_formatter(NullFormatter())
@@ -224,7 +243,7 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
     rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     rates.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     rates.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for axes in (losses, rates):
+    for axes in (losses, *others, rates):
         axes.grid(alpha=0.3)
     if losses.get_legend_handles_labels()[0]:
         losses.legend()

@@ -129,14 +129,14 @@ def _smaller_settings(
         flags.append("--grad-checkpoint")
         yield "--grad-checkpoint", (rows, length, LAYERS, accumulates)
     smaller = rows // 2
-    while smaller >= 1:
+    while smaller * options.batch_size >= rows:  # at least one example, which may take several rows
         # Accumulated, so that an update still learns from as many examples.
         split = f"--batch-size {options.batch_size * smaller // rows} --grad-accumulation-steps "
         split += str(math.ceil(rows / smaller) * options.grad_accumulation_steps)
         yield " ".join([*flags, split]), (smaller, length, LAYERS, True)
         smaller //= 2
     if length > 512:
-        short = f"--max-seq-length {length // 2}"
+        short = f"--max-seq-length {min(length, options.max_seq_length) // 2}"
         yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates)
 
 

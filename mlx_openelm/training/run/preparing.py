@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,12 +19,17 @@ from ...loading import dtype_name, load
 from ...model import OpenELM
 from ...text.chat_template import CORENET_TEMPLATE
 from ...text.tokenizer import Tokenizer
-from ..data.batches import Batch, validation_batches
-from ..data.examples import Examples, tokenize
+from ..data import examples as supervised
+from ..data.answers import Preferences
+from ..data.batches import Make, validation_batches
+from ..data.examples import Examples
+from ..data.kinds import KINDS, Kind, Record
 from ..data.read import Splits, read_splits
 from ..options import FineTuneOptions, TrainOptions
 from .distributed import Processes
 from .listener import Listener
+
+AnyExamples = Examples | Preferences
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,18 @@ class Loading:
 class Prepared:
     """A model, and the examples of those of `train`, `valid` and `test` that exist and are needed.
 
-    `max_seq_length` is that of the options, or less if the model has fewer positions.
+    `max_seq_length` is that of the options, or less if the model has fewer positions. `makers` make the batches of a
+    split, where they are other than those of fine-tuning.
     """
 
     model: OpenELM
     tokenizer: Tokenizer
-    examples: dict[str, Examples]
+    examples: dict[str, AnyExamples]
     max_seq_length: int
+    makers: dict[str, Make] = field(default_factory=dict)
 
     @property
-    def main_examples(self) -> Examples:
+    def main_examples(self) -> AnyExamples:
         """The examples that represent the data: those of training, else of the test."""
         return self.examples["train" if "train" in self.examples else "test"]
 
@@ -62,7 +70,7 @@ class Prepared:
         """A hash of the training and validation examples."""
         return " ".join(examples.fingerprint() for split, examples in self.examples.items() if split != "test")
 
-    def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Batch]:
+    def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Any]:
         """This process's batches of a split, to measure the loss on; always the same ones."""
         return validation_batches(
             self.examples[split].examples,
@@ -72,17 +80,34 @@ class Prepared:
             world_size=processes.size,
             rank=processes.rank,
             seed=options.seed,
+            make=self.makers.get(split),
         )
 
 
-def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Listener) -> Prepared:
+# Turns records into examples: their split, the records, the tokenizer, and the tokens of an example at most.
+Tokenize = Callable[[str, Sequence[Record], Tokenizer, int], AnyExamples]
+
+
+def prepare(
+    name: str,
+    options: FineTuneOptions,
+    loading: Loading,
+    listener: Listener,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    tokenize: Tokenize | None = None,
+) -> Prepared:
     """Read the data, load the model, and tokenize the examples, in this order: errors in the data show up first.
+
+    Args:
+        kinds: those that the records may be of.
+        tokenize: turns them into examples; by default those of fine-tuning.
 
     Raises:
         RequestError: data or a model that is invalid, or data that does not suit the model.
         OpenELMError: a download that failed.
     """
-    splits = _read(options, listener)
+    splits = _read(options, listener, kinds)
     values = dataclasses.asdict(loading)
     del values["chat_template"]
     trains_weights = options.train and options.fine_tune_type == "full"
@@ -99,21 +124,14 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
     elif model.quantization and model.expanded:
         listener.say("The model's packed weights were unpacked at load, which is faster on a CPU.")
     length = _usable_length(options.max_seq_length, model.config, listener)
-    examples = {}
+    tokenize = tokenize or _tokenizing(options, loading, listener)
+    examples: dict[str, AnyExamples] = {}
     for split in ("train", "valid", "test"):
         records = getattr(splits, split)
         if not records or (split == "valid" and options.val_batches == 0):
             continue
-        examples[split] = tokenize(
-            records,
-            tokenizer,
-            max_seq_length=length,
-            mask_prompt=options.mask_prompt,
-            chat_template=loading.chat_template,
-            long_examples=options.long_examples,
-            progress=partial(listener.working, f"Tokenizing {split}"),
-        )
-        for line in _describe(split, examples[split], length):
+        examples[split] = tokenize(split, records, tokenizer, length)
+        for line in examples[split].report.lines(split, length):
             listener.say(line)
     prepared = Prepared(model, tokenizer, examples, length)
     if was_given_template and prepared.main_examples.report.chat_template is not None:
@@ -123,16 +141,16 @@ def prepare(name: str, options: FineTuneOptions, loading: Loading, listener: Lis
                 "with; prompt the result with --chat-template corenet too."
             )
         )
-    listener.say("An example, with what is learned between ⟦ and ⟧:")
+    listener.say(prepared.main_examples.report.sample_title)
     listener.say(prepared.main_examples.report.sample_text())
     return prepared
 
 
-def _read(options: FineTuneOptions, listener: Listener) -> Splits:
+def _read(options: FineTuneOptions, listener: Listener, kinds: Sequence[Kind]) -> Splits:
     need = [split for split, wanted in (("train", options.train), ("test", options.test)) if wanted]
     assert options.data is not None  # FineTuneOptions.check
     fraction = options.valid_fraction if options.val_batches else 0.0  # without validation nothing is held out
-    splits = read_splits(options.data, valid_fraction=fraction, seed=options.seed, need=need)
+    splits = read_splits(options.data, valid_fraction=fraction, seed=options.seed, need=need, kinds=kinds)
     if options.train:
         for note in splits.notes:
             listener.say(note)
@@ -160,16 +178,16 @@ def _usable_length(wanted: int, config: ModelConfig, listener: Listener) -> int:
     return min(wanted, most)
 
 
-def _describe(split: str, examples: Examples, max_seq_length: int) -> Iterator[str]:
-    """Lines about the examples of a split: their kind and size, how many were cut, how many have nothing to learn."""
-    report = examples.report
-    template = "" if report.chat_template is None else f", chat template: {report.chat_template}"
-    yield (
-        f"{split}: {report.num_examples:,} examples ({report.kind}{template}), {report.num_tokens:,} tokens, "
-        f"{report.num_targets:,} of them learned; the longest has {report.longest:,}"
-    )
-    if report.num_truncated:
-        emptied = f", {report.num_emptied:,} of them before anything that is learned" if report.num_emptied else ""
-        yield name_options(f"{split}: {report.num_truncated:,} were cut to --max-seq-length {max_seq_length}{emptied}")
-    if report.num_unlearned > report.num_emptied:
-        yield f"{split}: {report.num_unlearned - report.num_emptied:,} have nothing to learn"
+def _tokenizing(options: FineTuneOptions, loading: Loading, listener: Listener) -> Tokenize:
+    def tokenize(split: str, records: Sequence[Record], tokenizer: Tokenizer, max_seq_length: int) -> Examples:
+        return supervised.tokenize(
+            records,
+            tokenizer,
+            max_seq_length=max_seq_length,
+            mask_prompt=options.mask_prompt,
+            chat_template=loading.chat_template,
+            long_examples=options.long_examples,
+            progress=partial(listener.working, f"Tokenizing {split}"),
+        )
+
+    return tokenize

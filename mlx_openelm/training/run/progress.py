@@ -29,6 +29,16 @@ def fitted(line: str, stream: TextIO) -> str:
     return console.wrap(joined, console.columns(stream), "  ").replace("\xa0", " ")
 
 
+def preferred(values: Mapping[str, Any], prefix: str = "") -> str:
+    """How often, and by how much, chosen answers win, to follow a loss; empty where that is not measured."""
+    accuracy, margin = (values.get(f"{prefix}rewards/{name}") for name in ("accuracies", "margins"))
+    parts = [
+        "" if accuracy is None else f", accuracy {accuracy:.1%}",
+        "" if margin is None else f", margin {margin:.3f}",
+    ]
+    return "".join(parts)
+
+
 class TimeLeft:
     """The time that a run still takes, estimated from the steps and validations since it was started or resumed."""
 
@@ -102,9 +112,11 @@ class RunProgress(Listener):
     def reported(self, step: int, values: Mapping[str, Any]) -> None:
         """Print the training loss and speed."""
         left = str(self._left)
+        total = f" (CoreNet's total {values['total_loss']:.3f})" if "total_loss" in values else ""
+        share = f" ({values['flops_utilization']:.0%} of the peak)" if "flops_utilization" in values else ""
         self.say(
-            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}, "
-            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s, "
+            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}{total}{preferred(values)}, "
+            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s{share}, "
             f"peak {size(values['peak_memory'] * 1e9)}{left and f', {left}'}"
         )
 
@@ -123,7 +135,9 @@ class RunProgress(Listener):
         self._end_work()
         self._left.validated(step, values["val_seconds"])
         self._show(facts=self._facts)
-        self.say(f"Step {step:,}: validation loss {values['val_loss']:.3f}, {values['val_seconds']:.1f} s")
+        bits = f", {values['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in values else ""
+        loss, seconds = values["val_loss"], values["val_seconds"]
+        self.say(f"Step {step:,}: validation loss {loss:.3f}{bits}{preferred(values, 'val_')}, {seconds:.1f} s")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where a checkpoint is."""

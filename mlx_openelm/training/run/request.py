@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ...adapters.files import find_local
 from ...errors import RequestError, name_options
@@ -13,11 +13,23 @@ from ...hub import catalog
 from ...inputs import to_path
 from ...loading import check_dtype
 from ...text.chat_template import find_template
-from ..options import FineTuneOptions
+from ..options import FineTuneOptions, TrainOptions
 from . import folder as run_folder
 from .distributed import Processes
 from .listener import Listener
 from .preparing import Loading
+
+
+class RunRequest(Protocol):
+    """What resuming needs of a request for any kind of training."""
+
+    @property
+    def options(self) -> TrainOptions: ...
+    @property
+    def processes(self) -> Processes: ...
+    @property
+    def listener(self) -> Listener: ...
+
 
 _DEFAULT_FOLDER = FineTuneOptions().adapter_path
 
@@ -82,7 +94,7 @@ def _check_folder(request: Request) -> dict[str, Any] | None:
     run_folder.check_folder(request.folder, resume=request.options.resume, overwrite=request.overwrite)
     if not request.options.resume:
         return None
-    previous = run_folder.read_run(request.folder)
+    previous = run_folder.read_run(request.folder, request.options.command)
     loading = dataclasses.asdict(request.loading)
     for change in run_folder.compare(
         request.model, request.options, loading, previous, request.folder / run_folder.RUN

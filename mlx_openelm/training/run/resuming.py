@@ -10,7 +10,7 @@ from ...errors import OpenELMError, RequestError, name_options
 from ..step.updater import Updater
 from . import folder as run_folder
 from .preparing import Prepared
-from .request import Request
+from .request import Request, RunRequest
 from .state import Checkpoints, RunState
 from .trainer import INTERRUPTED, Result
 
@@ -43,7 +43,7 @@ def begin(
             assert previous is not None  # request.check
             run_folder.continue_record(record, previous)
             checkpoints.remove_leftovers()
-        state = _restore(request, updater, checkpoints, total_steps)
+        state = restore(request, updater, checkpoints, total_steps)
     elif leads:
         checkpoints.remove_all()
         run_folder.remove_run(request.folder)
@@ -62,6 +62,7 @@ def make_record(request: Request, prepared: Prepared, recompute: str) -> dict[st
     return run_folder.make_record(
         request.model,
         request.options,
+        kind=request.options.command,
         loading=dataclasses.asdict(request.loading),
         data=data,
         processes=request.processes.size,
@@ -69,7 +70,7 @@ def make_record(request: Request, prepared: Prepared, recompute: str) -> dict[st
     )
 
 
-def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total_steps: int) -> RunState | None:
+def restore(request: RunRequest, updater: Updater, checkpoints: Checkpoints, total_steps: int) -> RunState | None:
     """Restore the updater from the last checkpoint. Returns the run's state, None if nothing was saved yet."""
     processes, listener = request.processes, request.listener
     found = checkpoints.load(listener.warn) if processes.leads else None
@@ -91,7 +92,7 @@ def _restore(request: Request, updater: Updater, checkpoints: Checkpoints, total
     return state
 
 
-def restore_best(request: Request, updater: Updater, checkpoints: Checkpoints, result: Result) -> int:
+def restore_best(request: RunRequest, updater: Updater, checkpoints: Checkpoints, result: Result) -> int:
     """With early stopping, go back to the weights with the lowest validation loss; otherwise keep the last ones.
 
     Returns:

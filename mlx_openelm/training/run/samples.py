@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...generation.decoding import generate
+from ...generation.stream import generate
 from ...model import OpenELM
 from ...text.tokenizer import Tokenizer
+from ..data.answers import AnswersReport
 from ..data.examples import Report, instruction_prompt
 from ..data.kinds import INSTRUCTION
 
@@ -22,7 +23,9 @@ class Sample:
     after: str
 
 
-def prompt_tokens(prompt: str, tokenizer: Tokenizer, report: Report, chat_template: str | Path | None) -> list[int]:
+def prompt_tokens(
+    prompt: str, tokenizer: Tokenizer, report: Report | AnswersReport, chat_template: str | Path | None
+) -> list[int]:
     """A prompt in the form that training used: in the examples' chat or instruction template, or as plain text.
 
     Args:

@@ -10,8 +10,9 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -33,11 +34,16 @@ class RunState:
         step: updates done; also the position in the data, whose order derives from seed and step.
         trained_tokens: learned tokens so far.
         seconds: time spent in updates so far.
-        window_loss: the summed loss of the tokens learned since the last report; `window_tokens` is their number.
+        window_loss: the summed loss of the tokens learned since the last report; `window_tokens` is their number, and
+            `window_metrics` has the sums of the objective's further metrics.
         reported: the loss last reported.
         validated: the step of the last validation, -1 before the first; `val_loss` is its loss.
         best_step: the step with the lowest validation loss, `best_loss`.
         stale: validations since the best one.
+        stream: where a stream of training data continues, as its `state` gives it; None for data whose order derives
+            from seed and step.
+        recent: losses and gradient norms of the last steps, to recognize spikes by.
+        skipped: the steps whose batch was skipped because of a spike; `skipped_in_row` counts the last ones.
     """
 
     step: int = 0
@@ -45,12 +51,17 @@ class RunState:
     seconds: float = 0.0
     window_loss: float = 0.0
     window_tokens: int = 0
+    window_metrics: dict[str, float] = field(default_factory=dict)
     reported: float | None = None
     validated: int = -1
     val_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
     stale: int = 0
+    stream: dict[str, Any] | None = None
+    recent: list[tuple[float, float]] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_row: int = 0
 
 
 class Checkpoints:
@@ -59,6 +70,8 @@ class Checkpoints:
     Args:
         keep_last: keep this many of the newest checkpoints.
         keep_every: also keep every N-th step's checkpoint; None keeps no others.
+        keep_regular: also keep the last N checkpoints of the steps that are multiples of a number: (N, number).
+        folder_flag: the flag that names the run's folder, for messages.
         export: writes further files into a checkpoint, so that it can be used directly.
     """
 
@@ -68,9 +81,12 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_every: int | None = None,
+        keep_regular: tuple[int, int] | None = None,
+        folder_flag: str = "--adapter-path",
         export: Callable[[Path], None] | None = None,
     ):
         self.folder, self._keep_last, self._keep_every, self._export = folder, keep_last, keep_every, export
+        self._keep_regular, self._folder_flag = keep_regular, folder_flag
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint, whether it exists or not."""
@@ -98,7 +114,7 @@ class Checkpoints:
             for name, prefix in ((_WEIGHTS, "weights."), (_OPTIMIZER, "optimizer."))
         }
         try:
-            with atomic.new_folder(path, flag="--adapter-path") as partial:
+            with atomic.new_folder(path, flag=self._folder_flag) as partial:
                 sums = {name: _write(partial / name, part) for name, part in parts.items()}
                 if self._export is not None:
                     self._export(partial)
@@ -133,17 +149,24 @@ class Checkpoints:
             )
         return None
 
+    def weights(self, step: int) -> dict[str, mx.array]:
+        """The weights alone of one checkpoint, by their names in `tensors`; errors as there."""
+        return self._read(step, _WEIGHTS)
+
     def tensors(self, step: int) -> dict[str, mx.array]:
         """The weights and the optimizer's state of one checkpoint, as `Updater.restore` takes them.
 
         Raises:
             OpenELMError: it is missing or damaged.
         """
+        return self._read(step, _WEIGHTS, _OPTIMIZER)
+
+    def _read(self, step: int, *files: str) -> dict[str, mx.array]:
         path = self.path(step)
         if (reason := _damage(path)) is not None:
             raise OpenELMError(f"The checkpoint {path} is damaged: {reason}.")
         tensors: dict[str, mx.array] = {}
-        for name in (_WEIGHTS, _OPTIMIZER):
+        for name in files:
             tensors.update(mx.load(str(path / name)))  # type: ignore[arg-type]
         mx.eval(tensors)  # MLX reads lazily, and the file may be removed
         return tensors
@@ -175,6 +198,9 @@ class Checkpoints:
         kept = {state.best_step, *done[-self._keep_last :]}
         if self._keep_every is not None:
             kept |= {step for step in done if step % self._keep_every == 0}
+        if self._keep_regular is not None:
+            number, multiple = self._keep_regular
+            kept |= {*[step for step in done if step % multiple == 0][-number:]}
         if state.best_step in done:
             self._link_best(self.path(state.best_step))
         for step in done:

@@ -18,10 +18,13 @@ from ..step.updater import Update, Updater
 from .distributed import Processes
 from .interrupts import Interrupts
 from .listener import Listener
+from .spikes import Spikes
 from .state import Checkpoints, RunState
 
 # How many examples an error names; the rest are counted.
 _NAMED = 8
+# So many batches in a row may be skipped for a loss that is not finite.
+MOST_IN_ROW = 10
 # Added to errors in the first step.
 _FROM_THE_START = (
     " If the model never gives a finite loss, its weights are damaged, or --dtype float16 is too small for them: use "
@@ -102,6 +105,11 @@ class TrainingRun:
         evaluate: measures the validation loss. Before each batch it calls its argument, which raises if the user asked
             to stop; it must call it equally often in every process. None means no validation.
         describe: names an example by its index, for errors.
+        position: where a stream of data continues after so many steps; None for data whose order derives from the step.
+        spikes: decides which batches are skipped; None skips none.
+        further: more numbers to report, given the tokens per second since the last report.
+        counts: what the objective counts, in the names of logged numbers.
+        report: what to log of the means of the objective's metrics.
     """
 
     updater: Updater
@@ -113,6 +121,11 @@ class TrainingRun:
     metrics: Log | None = None
     evaluate: Callable[[Callable[[], None]], Evaluation] | None = None
     describe: Callable[[int], str] = "example {}".format
+    position: Callable[[int], dict[str, Any] | None] = lambda step: None
+    spikes: Spikes | None = None
+    further: Callable[[float], Mapping[str, Any]] = lambda tokens_per_second: {}
+    counts: str = "tokens"
+    report: Callable[[Mapping[str, float]], Mapping[str, float]] = dict
     listener: Listener = field(default_factory=Listener)
     processes: Processes = field(default_factory=Processes)
 
@@ -153,7 +166,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.interrupts = Interrupts()
         # Since the last report, and since this process began. They are not saved: only reported speeds depend on them.
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self.first_seconds, self.tokens = self.state.seconds, 0
 
     def on_interrupt(self) -> None:
@@ -205,22 +218,32 @@ class _Loop:
         state, rate = self.state, self.run.learning_rate(self.state.step)
         started = time.perf_counter()
         with notice("Training", self.run.listener.say):
-            update = self.run.updater.update(step.batches, step.num_targets, rate, state.step)
-            results = [update.loss, update.objective, update.grad_norm, update.metrics, self.run.updater.state()]
+            limits = () if self.run.spikes is None else (self.run.spikes.limits(state),)
+            update = self.run.updater.update(step.batches, step.num_targets, rate, state.step, *limits)
+            results = [update.loss, update.objective, update.grad_norm, update.metrics, update.skipped]
+            results.append(self.run.updater.state())
             mx.async_eval(results)
             upcoming = self._build(state.step + 1)
             mx.eval(results)
         loss, norm = _number(update.loss), _number(update.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        skipped = update.skipped is not None and bool(update.skipped.item())
+        may_skip = skipped and state.skipped_in_row < MOST_IN_ROW
+        if not (math.isfinite(loss) and math.isfinite(norm)) and not may_skip:
             raise self._not_finite(loss, norm, step)
         seconds = time.perf_counter() - started
 
         state.step += 1
         state.seconds += seconds
-        state.trained_tokens += step.num_targets
-        state.window_loss += loss * step.num_targets
-        state.window_tokens += step.num_targets
+        if self.run.spikes is not None:
+            self._note(loss, norm, skipped)
+        if not skipped:
+            state.trained_tokens += step.num_targets
+            state.window_loss += loss * step.num_targets
+            state.window_tokens += step.num_targets
+            for name, mean in update.metrics.items():
+                state.window_metrics[name] = state.window_metrics.get(name, 0.0) + _number(mean) * step.num_targets
         self.window_seconds, self.window_steps = self.window_seconds + seconds, self.window_steps + 1
+        self.window_targets += step.num_targets
         self.window_tokens += step.num_tokens
         self.tokens += step.num_tokens
         self.run.listener.stepped(state.step, loss, step.num_tokens / seconds)
@@ -228,25 +251,47 @@ class _Loop:
             self._report(update, rate, step.epoch)
         return upcoming
 
-    def _report(self, update: Update, rate: float, epoch: float) -> None:
-        """Log the mean loss since the last report, and the other numbers of the last step."""
+    def _note(self, loss: float, norm: float, skipped: bool) -> None:
+        """Remember loss and gradient norm, by which spikes are recognized, and record a batch that was skipped."""
+        assert self.run.spikes is not None
         state = self.state
-        state.reported = state.window_loss / max(1, state.window_tokens)
+        self.run.spikes.remember(state, loss, norm)
+        state.skipped += skipped
+        state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+        if skipped:
+            self._log({"skipped_loss": loss, "skipped_grad_norm": norm})
+            self.run.listener.warn(
+                f"Step {state.step:,}: the batch was skipped, loss {loss:.3f}, gradient norm {norm:.3g}; "
+                f"{state.skipped:,} so far."
+            )
+
+    def _report(self, update: Update, rate: float, epoch: float) -> None:
+        """Log the means of the loss and the objective's metrics since the last report, and numbers of the last step."""
+        state = self.state
+        if state.window_tokens or state.reported is None:  # nothing if every batch since then was skipped
+            state.reported = state.window_loss / max(1, state.window_tokens)
+        tokens_per_second = self.window_tokens / self.window_seconds
         values = {
             "train_loss": state.reported,
             "learning_rate": rate,
             "grad_norm": _number(update.grad_norm),
             "epoch": epoch,
-            "trained_tokens": state.trained_tokens,
-            "tokens_per_second": self.window_tokens / self.window_seconds,
+            f"trained_{self.run.counts}": state.trained_tokens,
+            "tokens_per_second": tokens_per_second,
             "iterations_per_second": self.window_steps / self.window_seconds,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
         if self.run.options.z_loss or self.run.options.label_smoothing:
             values["objective"] = _number(update.objective)  # what is minimized; train_loss is the likelihood alone
-        values |= {name: _number(value) for name, value in update.metrics.items()}
-        state.window_loss, state.window_tokens = 0.0, 0
-        self.window_seconds, self.window_steps, self.window_tokens = 0.0, 0, 0
+        if self.run.counts != "tokens":
+            values[f"{self.run.counts}_per_second"] = self.window_targets / self.window_seconds
+        means = {name: total / max(1, state.window_tokens) for name, total in state.window_metrics.items()}
+        values |= self.run.report(means)
+        values |= self.run.further(tokens_per_second)
+        if self.run.spikes is not None:
+            values["skipped"] = state.skipped
+        state.window_loss, state.window_tokens, state.window_metrics = 0.0, 0, {}
+        self.window_seconds, self.window_steps, self.window_tokens, self.window_targets = 0.0, 0, 0, 0
         self._log(values)
         self.run.listener.reported(state.step, values)
 
@@ -293,6 +338,7 @@ class _Loop:
                 f"{damaged} is not finite after step {self.state.step}; nothing was saved since. "
                 f"{self.run.checkpoints.advice()} A smaller --learning-rate may help."
             )
+        self.state.stream = self.run.position(self.state.step)
         if self.run.processes.leads:
             path = self.run.checkpoints.save(self.state, arrays)
             self.run.listener.saved(self.state.step, path)

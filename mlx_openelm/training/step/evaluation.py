@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...model import OpenELM
-from .objectives import CrossEntropy, Forward, Objective
+from .objectives import CrossEntropy, Forward, Objective, reported
 
 _CROSS_ENTROPY = CrossEntropy()
 
@@ -63,4 +63,4 @@ def evaluate(
         high, low, *sums = (float(part.item()) for part in parts)  # type: ignore[arg-type]
         count = int(high) * 65536 + int(low)
     loss, *metrics = (total / count if count else math.nan for total in sums)
-    return Evaluation(loss, count, dict(zip(objective.metrics, metrics, strict=True)))
+    return Evaluation(loss, count, reported(objective, dict(zip(objective.metrics, metrics, strict=True))))

@@ -100,7 +100,7 @@ def _chunk(
         learned: the rows that count, booleans [rows, 1].
     """
     exact = logits.astype(mx.float32)
-    shares, lse = _softmax(exact)
+    shares, lse = softmax(exact)
     likelihood = lse - mx.take_along_axis(exact, index, axis=-1)
     objective = likelihood
     if label_smoothing:
@@ -117,7 +117,7 @@ def _chunk(
     return (mx.sum(mx.where(learned, objective, 0.0)), mx.sum(mx.where(learned, likelihood, 0.0))), slope
 
 
-def _softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
+def softmax(logits: mx.array) -> tuple[mx.array, mx.array]:
     """The softmax of float32 logits [rows, vocab], and the logarithm of the sum it is divided by [rows, 1]."""
     if backend.on_gpu():  # one kernel reads the logits once; the exponential is fused into what uses it
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)

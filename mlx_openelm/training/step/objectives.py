@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,7 +64,11 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> Sequence[str]:
-        """The names of the further sums that a call gives; the same for every batch."""
+        """The names of the further sums that a call gives; the same for every batch.
+
+        Their means are reported. Where those are not what should be, an objective has a method `report`, which takes
+        the means and returns what is.
+        """
 
     def arrays(self, batch: Any) -> Any:
         """The arrays that a call takes, in lists, tuples or dictionaries (None is allowed among them).
@@ -74,6 +78,12 @@ class Objective(Protocol):
 
     def __call__(self, forward: Forward, arrays: Any) -> Sums:
         """The sums of a micro-batch. MLX compiles this, so it may depend on nothing but its arguments."""
+
+
+def reported(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics to report, from the means of an objective's further sums: the same, unless it has a `report`."""
+    report: Callable[[Mapping[str, float]], dict[str, float]] | None = getattr(objective, "report", None)
+    return dict(means) if report is None else report(means)
 
 
 # The positions to compute logits for (None: all), their targets, and which of them are learned, all [rows].

@@ -15,10 +15,10 @@ def learning_rate(options: TrainOptions, step: int, total_steps: int) -> float:
     along half a cosine or linearly to `min_learning_rate`, which it reaches at the last step or after `decay_steps`.
 
     Raises:
-        RequestError: the warm-up takes the whole run.
+        RequestError: the warm-up takes the whole run, whose length is that of the schedule.
     """
     top, low = options.learning_rate, options.min_learning_rate
-    if options.warmup >= total_steps:
+    if options.decay_steps is None and options.warmup >= total_steps:
         raise RequestError(f"--warmup {options.warmup} takes all {total_steps} steps of the run; give fewer.")
     if step < options.warmup:
         return options.warmup_init + (top - options.warmup_init) * step / options.warmup

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,12 +41,21 @@ class Update:
         objective: what was minimized; for cross-entropy with z-loss and label smoothing.
         grad_norm: the norm of the gradient before clipping.
         metrics: the means of the objective's further sums.
+        skipped: a boolean, whether the batch was skipped because it exceeded the limits; None without limits.
     """
 
     loss: mx.array
     objective: mx.array
     grad_norm: mx.array
     metrics: dict[str, mx.array] = field(default_factory=dict)
+    skipped: mx.array | None = None
+
+
+class Limits(NamedTuple):
+    """The highest loss and gradient norm of a batch that is learned from; a batch that exceeds one is skipped."""
+
+    loss: float
+    grad_norm: float
 
 
 class Updater:
@@ -93,7 +103,14 @@ class Updater:
         self._apply: Callable[..., Any] = mx.compile(self._apply_gradients)
         self._shapes: set[tuple[Any, ...]] = set()
 
-    def update(self, batches: Sequence[Any], num_targets: int, learning_rate: float, step: int) -> Update:
+    def update(
+        self,
+        batches: Sequence[Any],
+        num_targets: int,
+        learning_rate: float,
+        step: int,
+        limits: Limits | None = None,
+    ) -> Update:
         """Update the weights once.
 
         Args:
@@ -102,6 +119,7 @@ class Updater:
             num_targets: the learned tokens of the step (or what else the objective counts), over all micro-batches
                 and processes: each has the same weight.
             step: the number of the update, from which random numbers derive.
+            limits: beyond them, or if they are not finite, loss and gradient change nothing.
         """
         weights = self._values()
         sums, gradients = [mx.array(0.0) for _ in range(2 + len(self.objective.metrics))], None
@@ -115,14 +133,15 @@ class Updater:
             gradients = [mx.zeros_like(weight) for weight in weights]
         state = self.optimizer.state
         numbers = mx.array(1.0 / max(1, num_targets)), mx.array(learning_rate)
-        values, state, scalars = self._apply(weights, gradients, sums, state, *numbers)
+        bounds = None if limits is None else [mx.array(limit) for limit in limits]
+        values, state, scalars, skipped = self._apply(weights, gradients, sums, state, *numbers, bounds)
         self.optimizer.state = state
         self._set(values)
         del weights, gradients, values, state  # free the old arrays before the new ones are evaluated
         if self._evaluates_in_groups:
             self._evaluate_in_groups()
         (loss, objective, norm), metrics = scalars[:3], scalars[3:]
-        return Update(loss, objective, norm, dict(zip(self.objective.metrics, metrics, strict=True)))
+        return Update(loss, objective, norm, dict(zip(self.objective.metrics, metrics, strict=True)), skipped)
 
     def _limit_graphs(self, arrays: Any, is_first: bool) -> None:
         """Before a batch with these arrays: drop all compiled graphs if there are too many. MLX itself never does."""
@@ -246,8 +265,10 @@ class Updater:
         state: Any,
         share: mx.array,
         rate: mx.array,
-    ) -> tuple[list[mx.array], Any, list[mx.array]]:
-        """New weights, the optimizer's new state, and the step's loss, objective, gradient norm and metrics.
+        bounds: list[mx.array] | None,
+    ) -> tuple[list[mx.array], Any, list[mx.array], mx.array | None]:
+        """New weights, the optimizer's new state, the step's loss, objective, gradient norm and metrics, and whether
+        loss and norm exceed their `bounds`, so that weights and state are the old ones.
 
         `share`, one over the number of learned tokens, turns sums into means. It is applied last: multiplied earlier,
         so small a number would make float16 gradients of activations zero. Here it is also fused into the optimizer's
@@ -259,12 +280,17 @@ class Updater:
         if self._max_grad_norm is not None:
             factor = share * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
         gradients = [gradient * factor for gradient in gradients]
-        self.optimizer.state = state
+        self.optimizer.state = tree_map(lambda value: value, state)  # a copy, which the optimizer changes
         set_learning_rate(self.optimizer, rate)
         updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(weights))
         by_name = dict(tree_flatten(updated))
+        values, new_state = [by_name[name] for name in self._names], self.optimizer.state
         scalars = [share * loss, share * objective, norm, *(share * metric for metric in metrics)]
-        return [by_name[name] for name in self._names], self.optimizer.state, scalars
+        if bounds is None:
+            return values, new_state, scalars, None
+        learns = (scalars[0] <= bounds[0]) & (norm <= bounds[1])  # false for NaN
+        values, new_state = tree_map(partial(mx.where, learns), (values, new_state), (weights, state))
+        return values, new_state, scalars, mx.logical_not(learns)
 
     def _over_all_processes(self, *trees: list[mx.array]) -> Any:
         """The sums over all processes."""

@@ -1,0 +1,62 @@
+"""One text with drafts: `stream_generate` with a draft model or with lookup, on an engine of one row."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .. import backend
+from ..model import OpenELM
+from ..text.tokenizer import Tokenizer
+from .decoding import Progress
+from .engine import Engine
+from .lookup import EarlierTexts
+from .piece import Piece
+from .row import Row
+
+# What was generated in this process, for lookup.
+_earlier: weakref.WeakKeyDictionary[Tokenizer, EarlierTexts] = weakref.WeakKeyDictionary()
+
+
+def drafted_pieces(
+    model: OpenELM,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    draft_model: OpenELM | None,
+    progress: Progress | None,
+    **arguments: Any,
+) -> Iterator[Piece]:
+    """The pieces of one text; `arguments` are those of `Engine.submit`, which describes the errors.
+
+    Nothing is computed before the first piece is requested.
+    """
+    earlier = _earlier.setdefault(tokenizer, EarlierTexts())
+    engine = Engine(model, tokenizer, max_bytes=sys.maxsize, draft_model=draft_model, earlier=earlier)
+    row = engine.submit(prompt, **arguments)
+    row.warns = False
+    return _pieces(engine, row, progress)
+
+
+def _pieces(engine: Engine, row: Row, progress: Progress | None) -> Iterator[Piece]:
+    total = len(row.prompt)
+    try:
+        with backend.wired_limit():
+            row.start_clock()
+            while engine.is_busy:
+                if progress is not None and row.prompt and not row.tokens:
+                    progress(total - len(row.prompt), total)
+                for _, piece in engine.step():
+                    if progress is not None and piece.generation_tokens == 1:
+                        progress(total, total)
+                    yield piece
+            if row.error is not None:
+                raise row.error
+            row.warn_if_cut()
+    finally:  # a caller that stops early gets caches without drafted tokens
+        row.cancel()
+        if engine.is_busy:
+            engine.step()
