@@ -23,6 +23,26 @@ namespace openelm {
 // Accumulators of a number: independent sums, since an addition takes four cycles. Their number is the same for any
 // number of rows: which rows are computed together depends on the number of threads, and results must not.
 constexpr int kSums = 2;
+constexpr int kStep = kSums * kLanes;  // columns of a step
+
+// The numbers beyond the last whole step belong to the first accumulator alone, so each vector of them is a step that
+// ends with zeros: there are at most kSums, and body(i, column, count) is called for each.
+template <class Body>
+INLINE int last_steps(int64_t columns, const Body& body) {
+  int i = 0;
+  for (int64_t c = columns / kStep * kStep; c < columns; c += kLanes, i++)
+    body(i, c, columns - c < kLanes ? int(columns - c) : kLanes);
+  return i;
+}
+
+// The first `count` numbers of a vector, then zeros. They are copied rather than chosen: where a branch came between a
+// product and its addition the compiler would round twice, and differently for each number of rows.
+template <class T>
+INLINE Float load_padded(const T* from, int count) {
+  T numbers[kLanes] = {};
+  std::memcpy(numbers, from, count * sizeof(T));
+  return load(numbers);
+}
 
 // N rows of a plain matrix, from `row` on at a distance of `apart`, times R rows.
 template <class T, int R, int N>
@@ -31,7 +51,7 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
   const T* weights[N];
   for (int n = 0; n < N; n++) weights[n] = m.values<T>(row + n * apart);
   int64_t c = 0;
-  for (; c + kSums * kLanes <= m.columns; c += kSums * kLanes) {
+  for (; c + kStep <= m.columns; c += kStep) {
     for (int s = 0; s < kSums; s++) {
       int64_t at = c + s * kLanes;
       for (int n = 0; n < N; n++) {
@@ -40,13 +60,14 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
       }
     }
   }
-  for (; c < m.columns; c += kLanes) {
-    int count = m.columns - c < kLanes ? int(m.columns - c) : kLanes;
-    for (int n = 0; n < N; n++) {
-      Float weight = load_some(weights[n] + c, count);
-      for (int r = 0; r < R; r++) total[n][r][0] += weight * load_some(x + r * m.columns + c, count);
+  last_steps(m.columns, [&](int, int64_t c, int count) INLINE_LAMBDA {
+    Float weight[N];
+    for (int n = 0; n < N; n++) weight[n] = load_padded(weights[n] + c, count);
+    for (int r = 0; r < R; r++) {
+      Float number = load_padded(x + r * m.columns + c, count);
+      for (int n = 0; n < N; n++) total[n][r][0] += weight[n] * number;
     }
-  }
+  });
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) {
       out[n * apart + r * m.rows] += sum(total[n][r][0] + total[n][r][1]);
@@ -57,7 +78,6 @@ INLINE void plain_rows(const Matrix& m, int64_t row, int64_t apart, const float*
 // Rows of x and of W in a tile: its sums, a column of W and a number of x fit the registers.
 constexpr int kTileRows = kRegisters == 32 ? 8 : 4, kTileOutputs = 3;
 constexpr int kBlockOutputs = 8 * kTileOutputs;  // rows of W that stay in L2 while all rows of x are multiplied
-constexpr int kStep = kSums * kLanes;            // columns of a step
 constexpr int64_t kBlockSteps = 20480 / (kTileRows * kLanes * sizeof(float));  // half of x's numbers take 20 KB of L1
 
 // Half of a step's numbers. Of bfloat16, each pair is 32 bits: halves are the even and the odd numbers, which need one
@@ -103,16 +123,6 @@ INLINE void blocks_of_steps(int64_t columns, const Body& body) {
     end = steps * (i + 1) / blocks;
     body(begin, end - begin);
   }
-}
-
-// The numbers beyond the last whole step belong to the first accumulator alone, so each vector of them is a step that
-// ends with zeros: there are at most kSums, and body(i, column, count) is called for each.
-template <class Body>
-INLINE int last_steps(int64_t columns, const Body& body) {
-  int i = 0;
-  for (int64_t c = columns / kStep * kStep; c < columns; c += kLanes, i++)
-    body(i, c, columns - c < kLanes ? int(columns - c) : kLanes);
-  return i;
 }
 
 // R rows of x as tiles read them: for each block of steps and each half of it [steps, R, kLanes], then the last steps.
