@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from engine_setup import Row, Setup, make_setup
 
 # Each is a module, `engine_NAME`, with a function `measure`.
-PARTS = ("batches", "drafts", "prefixes", "extras", "masks")
+PARTS = ("batches", "steps", "drafts", "prefixes", "extras", "masks")
 
 
 def main() -> None:

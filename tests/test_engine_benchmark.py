@@ -42,6 +42,19 @@ def test_what_parts_of_a_step_cost() -> None:
     assert len(masks) == 3 and all(row["name"].startswith("mask and its application beside ") for row in masks)
 
 
+def test_steps_beside_prompts() -> None:
+    found = rows("--only", "steps")
+    assert len(found) == 9
+    for kind in ("4 bits", "bfloat16", "float32"):
+        bars = {row["name"]: row["bar"] for row in found if f", {kind}, tiny" in row["name"]}
+        beside_prompt = None if kind == "float32" else 0.85
+        assert bars == {
+            f"a step of 8 rows beside a prompt (tokens/s), {kind}, tiny": beside_prompt,
+            f"a step of 16 rows beside a prompt (tokens/s), {kind}, tiny": beside_prompt,
+            f"a step of 16 rows beside 8 (tokens/s), {kind}, tiny": 1,
+        }
+
+
 @pytest.mark.slow  # six numbers of two programs, each in a process of its own
 def test_batches_beside_mlx_lm() -> None:
     pytest.importorskip("mlx_lm")

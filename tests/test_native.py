@@ -74,6 +74,18 @@ def test_products_with_plain_weights(outputs, inputs, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("inputs", [1, 7, 13, 31, 33, 63, 100, 192, 200, 1000, 1297])
+def test_steps_with_plain_weights_equal_those_of_each_row_alone(inputs, dtype):
+    """Bit for bit, also where rows of weights end within a vector."""
+    for outputs in (1, 2, 3, 25, 61):
+        weight, x = normal(outputs, inputs).astype(dtype), normal(33, 1, inputs, seed=1)
+        alone = mx.concatenate([linear(row[None], weight) for row in x])
+        for rows in (2, 3, 4, 5, 7, 8, 11, 12, 16, 33):
+            assert mx.array_equal(linear(x[:rows], weight), alone[:rows]).item(), (outputs, rows)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("bits", "group_size"), [*itertools.product(BITS, (32, 64, 128))])
 def test_products_with_packed_weights(bits, group_size):
     for outputs, groups in ((1, 1), (50, 3), (7, 4), (97, 8), (64, 10), (9, 12)):
