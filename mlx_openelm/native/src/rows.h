@@ -97,15 +97,15 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
   // `count` groups from `g` on; kCount is the same if it is known at compile time.
   auto some_groups = [&](int64_t g, int count, auto known) INLINE_LAMBDA {
     constexpr int kCount = known.value;
-    alignas(32) float factors[N][R][8];
+    constexpr int kFactors = round ? R : 1;  // exact activations have no scales of their own
+    alignas(32) float factors[N][kFactors][8];
     for (int n = 0; n < N; n++) {
       int64_t from = (row + n * apart) * x.groups + g;
       auto scales = load_scales(m.scales, m.type, from, count, all);
       auto biases = load_scales(m.biases, m.type, from, count, all);
-      for (int r = 0; r < R; r++) {
-        by_bias[n][r] += biases * load<8>(sums_of_x + r * x.padded + g);
+      for (int r = 0; r < R; r++) by_bias[n][r] += biases * load<8>(sums_of_x + r * x.padded + g);
+      for (int r = 0; r < kFactors; r++)
         write(factors[n][r], round ? scales * load<8>(scales_of_x + r * x.padded + g) : scales);
-      }
     }
     for (int j = 0; j < (kCount ? kCount : count); j++) {
       int64_t column = first * x.columns + (g + j) * group;
@@ -134,7 +134,7 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
               for (int r = 0; r < R; r++) part[r] += weight * load(x.values + column + r * x.columns + i + k);
             }
           }
-          for (int r = 0; r < R; r++) total[n][r] += part[r] * factors[n][r][j];
+          for (int r = 0; r < R; r++) total[n][r] += part[r] * factors[n][0][j];
         }
       }
     }
@@ -145,12 +145,17 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
     if (g + 4 == x.groups) some_groups(g, 4, Constant<4>{}), g += 4;
   }
   for (; g < x.groups; g += 8) some_groups(g, x.groups - g < 8 ? int(x.groups - g) : 8, Constant<0>{});
-  for (int n = 0; n < N; n++) {
-    for (int r = 0; r < R; r++) {
-      float& y = out[n * apart + r * m.rows];
-      if constexpr (lanes == 8) y += sum<8>(total[n][r] + by_bias[n][r]);
-      else y += sum<lanes>(total[n][r]) + sum<8>(by_bias[n][r]);
-    }
+  constexpr int kNarrow = lanes < 8 ? lanes : 8;
+  Vector<float, kNarrow> sums[N * R];
+  for (int n = 0; n < N; n++)
+    for (int r = 0; r < R; r++)
+      sums[n * R + r] = fold<lanes, kNarrow>(total[n][r]) + fold<8, kNarrow>(by_bias[n][r]);
+  if constexpr (R == 1) {
+    for (int n = 0; n < N; n++) out[n * apart] += sum<kNarrow>(sums[n]);
+  } else {
+    auto result = ordered_sums<kNarrow, N * R>(sums);
+    for (int n = 0; n < N; n++)
+      for (int r = 0; r < R; r++) out[n * apart + r * m.rows] += result[lane_of_sum<kNarrow>(n * R + r)];
   }
 }
 

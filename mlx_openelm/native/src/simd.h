@@ -165,26 +165,33 @@ INLINE Vector<float, N> load_some(const T* from, int count) {
   return value;
 }
 
+// N lanes as M: the second half is added to the first until they are as few.
+template <int N, int M>
+INLINE Vector<float, M> fold(Vector<float, N> value) {
+  if constexpr (N == M) {
+    return value;
+  } else {
+    Vector<float, N / 2> halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return fold<N / 2, M>(halves[0] + halves[1]);
+  }
+}
+
 template <int N>
 INLINE float sum(Vector<float, N> value) {
-  if constexpr (N == 4) {
-    return (value[0] + value[2]) + (value[1] + value[3]);
-  } else {
-    using Half = Vector<float, N / 2>;
-    Half halves[2];
-    std::memcpy(halves, &value, sizeof value);
-    return sum<N / 2>(halves[0] + halves[1]);
-  }
+  auto four = fold<N, 4>(value);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 INLINE float sum(Float value) { return sum<kLanes>(value); }
 
 // Adds up pairs of neighbouring blocks of `step` lanes, a's in the first and b's in the second block of each pair.
-template <int step, int... lane>
-INLINE Float add_blocks(Float a, Float b, std::integer_sequence<int, lane...>) {
+template <int step, class V, int... lane>
+INLINE V add_blocks(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
   auto first = __builtin_shufflevector(
-      a, b, (lane % (2 * step) < step ? lane : kLanes + lane - step)...);
+      a, b, (lane % (2 * step) < step ? lane : lanes + lane - step)...);
   auto second = __builtin_shufflevector(
-      a, b, (lane % (2 * step) < step ? lane + step : kLanes + lane)...);
+      a, b, (lane % (2 * step) < step ? lane + step : lanes + lane)...);
   return first + second;
 }
 
@@ -197,19 +204,23 @@ INLINE Float sums(Float* vectors) {
   return vectors[0];
 }
 
-// The same, each sum in the order of `sum`: that of vector v is in lane `lane_of_sum(v)`.
-template <int step = kLanes / 2>
-INLINE Float ordered_sums(Float* vectors) {
-  for (int i = 0; i < step; i++)
-    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
-  if constexpr (step > 1) return ordered_sums<step / 2>(vectors);
+// The same for `count` vectors of N lanes, at most N, each sum in the order of `sum`: that of vector v is in lane
+// `lane_of_sum<N>(v)`.
+template <int N, int count, int step = N / 2>
+INLINE Vector<float, N> ordered_sums(Vector<float, N>* vectors) {
+  constexpr int pairs = (count + 1) / 2;
+  for (int i = 0; i < pairs; i++)
+    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[count == 1 ? 0 : 2 * i + 1],
+                                  std::make_integer_sequence<int, N>{});
+  if constexpr (step > 1) return ordered_sums<N, pairs, step / 2>(vectors);
   return vectors[0];
 }
 
 // The bits of v in reverse.
+template <int N>
 constexpr int lane_of_sum(int v) {
   int lane = 0;
-  for (int bit = 1; bit < kLanes; bit *= 2, v /= 2) lane = 2 * lane + v % 2;
+  for (int bit = 1; bit < N; bit *= 2, v /= 2) lane = 2 * lane + v % 2;
   return lane;
 }
 
@@ -218,7 +229,7 @@ constexpr int lane_of_sum(int v) {
 INLINE void keep(Float& value) {
 #if defined(__AVX512F__)
   asm("" : "+v"(value));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(OPENELM_AVX512)
   asm("" : "+x"(value));
 #else
   (void)value;
