@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from fake_hub import FakeHub
-from gpu_devices import gpu_tests
+from gpu_devices import HAS_GPU, gpu_tests
 
 # The references were computed in float32 on a CPU; a GPU may use TF32.
 mx.set_default_device(mx.cpu)
@@ -30,6 +30,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+
+
+@pytest.fixture(autouse=True)
+def plain_unless_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a CPU, `mx.compile` only acts in tests marked `compiled`, and in all tests with `--run-slow`.
+
+    There it calls g++ for every kernel that the machine has not seen yet, half a second each: on a new machine that was
+    a third of the time of all tests.
+    """
+    on_gpu = HAS_GPU and "gpu" in request.fixturenames
+    if on_gpu or "compiled" in request.keywords or request.config.getoption("--run-slow"):
+        yield
+        return
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # for processes that the test starts
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(params=["kernels", "plain"])

@@ -108,8 +108,9 @@ def computed(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
     On the CPU of a machine with a GPU nothing is compiled, since it may have no compiler.
     """
     with on(device):
-        if device == "cpu" and HAS_GPU:
-            mx.disable_compile()
+        if device == "gpu" or not HAS_GPU:
+            return _as_numpy(function(*arguments))
+        mx.disable_compile()
         try:
             return _as_numpy(function(*arguments))
         finally:

@@ -202,6 +202,7 @@ def test_a_draft_like_the_target_is_accepted_whole_and_the_next_token_is_that_of
         assert token.item() == sampler.tokens(row, 7)[3].item()
 
 
+@pytest.mark.compiled
 def test_nothing_waits_for_the_device():
     sampler = make_sampler(SamplingParams(temp=1.0, top_p=0.5), key=make_key(0))
 

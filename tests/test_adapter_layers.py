@@ -273,6 +273,7 @@ def test_generation_computes_dora_norms_once(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(calls) == [(1, 48), (4, 48)]
 
 
+@pytest.mark.compiled
 def test_values_cached_in_a_trace_are_not_used_afterwards() -> None:
     layer, x = DoRALinear(plain_linear(48, 32), change(48, 32)), normal(5, 48)
     layer.eval()

@@ -112,7 +112,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
     ("dtype", "packings", "head_dim"),
     [
         (mx.bfloat16, [None], 64),
-        (mx.float16, [None], 128),
+        pytest.param(mx.float16, [None], 128, marks=pytest.mark.slow),
         (mx.bfloat16, [(4, 64)], 128),
         (mx.float16, ALL_PACKINGS, 64),
     ],

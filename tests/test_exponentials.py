@@ -6,6 +6,10 @@ from mlx_openelm.ops import exponentials
 
 import mlx.core as mx
 import numpy as np
+import pytest
+
+# Their precision is that of the compiled kernels too.
+pytestmark = pytest.mark.compiled
 
 
 def test_exp_is_accurate_to_rounding_over_its_whole_range():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from mlx_openelm import backend, load
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.training.data.batches import Batch
@@ -16,7 +18,7 @@ from mlx_openelm.training.step.updater import Updater
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
-from gpu_devices import needs_gpu
+from gpu_devices import needs_gpu, needs_real_gpu
 from mlx.utils import tree_flatten
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
@@ -43,9 +45,15 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
     return loss, mx.concatenate([(a - b).reshape(-1) for a, b in zip(before, after, strict=True)])
 
 
-# Whole and padded tiles of queries, single and packed examples.
-@pytest.mark.parametrize(("length", "examples"), [(256, 1), (200, 1), (256, 3), (200, 3)])
-@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+# Whole and padded tiles of queries, single and packed examples; few of them where a CPU stands in.
+CASES = list(itertools.product((256, 200), (1, 3), (NOTHING, PARTS, LAYERS)))
+HERE = [(256, 1, NOTHING), (200, 3, PARTS), (200, 1, LAYERS)]
+
+
+@pytest.mark.parametrize(
+    ("length", "examples", "recompute"),
+    [case if case in HERE else pytest.param(*case, marks=needs_real_gpu) for case in CASES],
+)
 def test_mlxs_attention_gradient_equals_the_block_wise_one(monkeypatch, length, examples, recompute):
     batch = batch_of(length, examples)
     loss, gradients = step(batch, recompute)

@@ -472,6 +472,7 @@ def test_checkpointed_layers_have_the_same_gradients() -> None:
         assert_close(gradients[name], np.array(expected), 1e-5)
 
 
+@pytest.mark.compiled
 def test_a_first_call_may_be_compiled() -> None:
     """Constants that a layer keeps must not be created inside a traced function."""
     layers._norm_constants.cache_clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +213,15 @@ def test_sgd_without_momentum_has_no_state() -> None:
         np.testing.assert_allclose(value, random(0)[name] - RATES[0] * gradients(0)[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "plain sgd"])
+def cases() -> Iterator[Any]:
+    """Every optimizer as it is and compiled; the kernels of two are compiled each time, those of all in slow tests."""
+    for name in (*OPTIMIZERS, "plain sgd"):
+        yield pytest.param(name, False, id=name)
+        marks = [pytest.mark.compiled, *([] if name in ("adamw", "adafactor") else [pytest.mark.slow])]
+        yield pytest.param(name, True, id=f"{name}, compiled", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "compiled"), [*cases()])
 def test_two_times_three_steps_equal_six(name: str, compiled: bool, tmp_path: Path) -> None:
     options = TrainOptions(optimizer="sgd") if name == "plain sgd" else options_of(name)
     whole = Run(options, compiled=compiled)

@@ -172,6 +172,7 @@ def test_half_precision_gradients_do_not_underflow_in_steps_of_many_tokens():
         assert error.item() < 0.01, name
 
 
+@pytest.mark.compiled
 def test_only_the_graphs_of_a_few_shapes_are_kept(model, monkeypatch):
     traced = []
 
@@ -278,6 +279,7 @@ def test_the_learning_rate_of_each_update_is_used(model):
     assert any(not mx.array_equal(before[name], value).item() for name, value in updater.state().items())
 
 
+@pytest.mark.compiled
 def test_state_restores_bit_for_bit(model):
     adapt(model, dropout=0.2)
     batches = [rows_of(sequences([20, 31], seed=seed)) for seed in range(6)]
@@ -340,6 +342,7 @@ def test_dropout_differs_between_steps_but_not_between_runs(model):
     assert len({loss(0), loss(1), loss(0, seed=1), evaluate(model, [batch]).loss}) == 4
 
 
+@pytest.mark.compiled
 def test_weights_are_stored_in_float32_and_used_in_bfloat16():
     seen = set()
 

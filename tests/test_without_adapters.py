@@ -49,8 +49,22 @@ def same(one: mx.array, other: mx.array) -> bool:
     return bool(mx.array_equal(one, other).item())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("through", [lambda call: call, mx.compile], ids=["called", "compiled"])
+# On a CPU the kernels of one kind are compiled each time, those of the others in slow tests.
+THROUGH = pytest.mark.parametrize(
+    ("kind", "through"),
+    [
+        *(pytest.param(kind, lambda call: call, id=kind) for kind in KINDS),
+        pytest.param("everything", mx.compile, id="everything, compiled", marks=pytest.mark.compiled),
+        *(
+            pytest.param(kind, mx.compile, id=f"{kind}, compiled", marks=[pytest.mark.compiled, pytest.mark.slow])
+            for kind in KINDS
+            if kind != "everything"
+        ),
+    ],
+)
+
+
+@THROUGH
 def test_the_logits_equal_the_bases(kind: str, through: Callable[..., Any]) -> None:
     model, other = adapted(**KINDS[kind]), base()
 
@@ -64,8 +78,7 @@ def test_the_logits_equal_the_bases(kind: str, through: Callable[..., Any]) -> N
     assert same(model(TOKENS), before) and not same(before, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("through", [lambda call: call, mx.compile], ids=["called", "compiled"])
+@THROUGH
 def test_no_gradient_reaches_disabled_adapters(kind: str, through: Callable[..., Any]) -> None:
     model, other = adapted(**KINDS[kind]), base()
     model.train()
