@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from ..adapters.pool import AdapterPool
 from ..cache import step_caches
-from ..errors import RequestError
 from ..model import OpenELM
 from ..ops.layers import log_softmax
+from .drawing import process_logits
 from .drawn import Drawn, Draws
 from .row import Row
 from .speculation import Speculation
@@ -164,15 +164,15 @@ def _processed(row: Row, logits: mx.array) -> mx.array:
     A processor that fails ends this row alone.
     """
     context, count = row.decoder.context, logits.shape[0]
-    found = []
     try:
-        for place in range(count):
-            one = logits[place : place + 1]
-            for process in row.decoder.logits_processors:
-                one = process(context[: context.size - count + place + 1], one)
-            if one.shape != (1, logits.shape[1]):  # would harm the other rows
-                raise RequestError(f"A logits processor returned {one.shape} for logits {(1, logits.shape[1])}.")
-            found.append(one)
+        found = [
+            process_logits(
+                row.decoder.logits_processors,
+                context[: context.size - count + place + 1],
+                logits[place : place + 1],
+            )
+            for place in range(count)
+        ]
     except Exception as error:
         row.error = error
         return logits

@@ -27,7 +27,7 @@ from ..model import OpenELM
 from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .drawing import Step, draw, failed_draw, forced_step, listed, warn_past_context
+from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
 from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
@@ -173,9 +173,7 @@ class Decoder:
         They are natural logarithms, after the logits processors.
         """
         logits = self.model.logits(hidden_states[:, -1]).astype(mx.float32)  # [B, vocab]
-        for process in self.logits_processors:
-            logits = process(self.context, logits)
-        return log_softmax(logits)
+        return log_softmax(process_logits(self.logits_processors, self.context, logits))
 
     def quantize_cache(self) -> None:
         """Replace caches that have reached `quantized_kv_start` with quantized ones, if the options ask for it."""

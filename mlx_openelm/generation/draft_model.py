@@ -18,6 +18,7 @@ from ..text.tokenizer import Tokenizer
 from .acceptance import draft_key
 from .draft_length import AcceptanceRates, Plan
 from .drafting import LEAST_CHANCE, Draft
+from .drawing import process_logits
 from .sampling import LogitsProcessor, TextSampler, greedy
 
 # Takes the tokens drafted so far and log-probabilities [1, vocab] of the next; gives those that a constraint allows, or
@@ -207,8 +208,10 @@ class ModelDrafter:
         """The token [1] after those drafted, and the log-probabilities [1, vocab] it is drawn with; None for none."""
         if self._processors:
             context = mx.concatenate([mx.array(self._text, mx.int32), *(token.astype(mx.int32) for token in drafted)])
-            for process in self._processors:
-                logits = process(context, logits)
+            try:
+                logits = process_logits(self._processors, context, logits)
+            except Exception:  # raised again if the text comes here
+                return None
         logprobs = log_softmax(logits.astype(mx.float32))
         if self._limit is not None:
             allowed = self._limit(_values(drafted), logprobs)

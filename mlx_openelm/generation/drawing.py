@@ -1,17 +1,18 @@
-"""One step of decoding: the token drawn from a row of log-probabilities, what is reported of it, and what can fail."""
+"""One step of decoding: the token drawn from a row of log-probabilities, what comes before it, and what is reported."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..errors import OpenELMError
+from ..errors import OpenELMError, RequestError
 from ..finite import not_finite
 from ..messages import warn
 from ..model import OpenELM
-from .sampling import Sampler
+from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
     from .constraints import Constraint
@@ -21,6 +22,20 @@ Step = tuple[int, float, list[tuple[int, float]], mx.array | None]
 # The same on the device: a token [1], its log-probability [1, 1], the likeliest tokens and theirs, each [1, top], and
 # those of all tokens, [1, vocab].
 Draw = tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]
+
+
+def process_logits(processors: Sequence[LogitsProcessor], context: mx.array, logits: mx.array) -> mx.array:
+    """The logits [1, vocab] after the ids `context` [n], after each of the processors.
+
+    Raises:
+        RequestError: a processor returned something of another shape.
+    """
+    shape = logits.shape
+    for process in processors:
+        logits = process(context, logits)
+    if logits.shape != shape:
+        raise RequestError(f"A logits processor returned {logits.shape} for logits {shape}.")
+    return logits
 
 
 def draw(logprobs: mx.array, sampler: Sampler, top: int) -> Draw:
