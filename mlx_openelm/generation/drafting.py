@@ -14,8 +14,8 @@ tokens that may come next; what becomes of them is decided elsewhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import mlx.core as mx
@@ -107,6 +107,12 @@ class DraftCounts:
         if plain_steps is not None:
             self.timed_tokens += 1 + kept
             self.plain_steps += plain_steps
+
+    @classmethod
+    def sum(cls, counts: Iterable[DraftCounts]) -> DraftCounts:
+        """Those of several texts together."""
+        each = list(counts)
+        return cls(*(sum(getattr(one, field.name) for one in each) for field in fields(cls)))
 
     @property
     def acceptance(self) -> float | None:

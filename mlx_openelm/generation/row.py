@@ -109,10 +109,10 @@ class Row:
         """Count the time of the prompt from now on."""
         self._submitted = time.perf_counter()
 
-    def warn_if_cut(self) -> None:
-        """Warn if the text ended before its constraint did."""
+    def warn_if_cut(self, place: str = "") -> None:
+        """Warn if the text ended before its constraint did; `place` says where its prompt is from."""
         if self._output is not None:
-            self._output.warn_if_cut()
+            self._output.warn_if_cut(place)
 
     def take_forced(self) -> list[Piece]:
         """The pieces of tokens that the constraint left no choice about."""
