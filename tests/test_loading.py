@@ -1134,7 +1134,5 @@ def test_the_draft_model_that_auto_means(model: str, expected: str | None) -> No
     if expected is not None:
         assert draft_name("auto", model, config) == expected
         return
-    with pytest.raises(
-        RequestError, match="auto knows no smaller model for '(450m|tiny-draft)', only for"
-    ):
+    with pytest.raises(RequestError, match="auto knows no smaller model for '(450m|tiny-draft)', only for"):
         draft_name("auto", model, config)

@@ -27,14 +27,16 @@ class SharedPrefixes:
             ids = ids[: (len(ids) - 1) // size * size + 1]
         cache, count = self._tree.fetch(ids, row.request.options, key=self._key(row))
         excess = count % size if self._exact else 0
-        if count > excess:
-            for layer in cache:
-                layer.trim(excess)
+        if count > excess and all(layer.trim(excess) == excess for layer in cache):
             row.start_after(count - excess, cache)
 
     def before_piece(self, row: Row) -> None:
-        """Keep the whole pieces of a row's prompt, before the last one."""
-        if self._exact and len(row.prompt) <= piece_size(row):
+        """Keep the whole pieces of a row's prompt, before the last one.
+
+        Nothing is kept later, when tokens that a constraint forces are processed like a prompt: the tokens before them
+        were processed one by one.
+        """
+        if self._exact and not row.tokens and len(row.prompt) <= piece_size(row):
             self._keep(row)
 
     def after_prompt(self, row: Row) -> None:
