@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -401,3 +402,12 @@ def test_a_row_that_is_cancelled_while_its_draft_model_reads(loaded: tuple[OpenE
     row.cancel()
     finish(engine)
     assert (row.finish_reason, row.nbytes, engine.budget.reserved) == ("cancelled", 0, 0)
+
+
+def test_the_python_of_the_guide_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "drafts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+        assert len(capsys.readouterr().out) > 20
