@@ -241,7 +241,7 @@ def propose_together(drafters: Sequence[ModelDrafter], counts: Sequence[int], pl
     started, steps = time.perf_counter(), 0
     while active:
         steps += 1
-        logits = draft_model.model.logits(hidden)
+        logits = draft_model.model.logits(hidden[:, None])[:, 0]  # rows, whose number changes nothing: not positions
         going = []
         for row, n in enumerate(active):
             chosen = drafters[n].choose(logits[row : row + 1], tokens[n], places[n] + len(tokens[n]))
