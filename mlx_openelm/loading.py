@@ -20,12 +20,14 @@ from .formats.safetensors import WEIGHT_DTYPES, Weights, streaming
 from .hub import catalog
 from .messages import warn
 from .model import OpenELM, QuantizedEmbedding, QuantizedLinear
-from .sources import open_source
+from .sources import find_release, open_source
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # most models are loaded without adapters
     from .adapters.switching import AdapterPaths
 
+
+AUTO = "auto"  # in place of the name of a draft model
 
 _NO_FLOAT16 = "--dtype float16 cannot hold the 3B model's activations, which overflow it; use bfloat16 or float32."
 
@@ -178,6 +180,25 @@ def check_dtype(model: str | Path, dtype: str | mx.Dtype | None) -> str | None:
     if name == "float16" and release is not None and not release.float16:
         raise RequestError(_NO_FLOAT16)
     return name
+
+
+def draft_name(draft: str, model: str | Path, config: ModelConfig) -> str:
+    """The name of a draft model for `model`: `draft`, unless that is `auto`.
+
+    Raises:
+        RequestError: `auto`, and none was made for this model.
+    """
+    if draft != AUTO:
+        return draft
+    if str(model) in catalog.PACKAGED_DRAFTS:
+        return catalog.PACKAGED_DRAFTS[str(model)]
+    release = find_release(model, Path(model), config)
+    found = None if release is None or release.draft is None else catalog.find(release.draft)
+    if found is None:
+        raise RequestError(
+            f"--draft-model auto knows no smaller model for {quote(str(model))}, only for tiny, 1.1b and 3b; name one."
+        )
+    return found.aliases[0]
 
 
 def _expansion_pays(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

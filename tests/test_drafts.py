@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import Engine, Piece, RequestError, load, make_prompt_cache, stream_generate
+from mlx_openelm import Engine, Piece, RequestError, load, make_prompt_cache, native, stream_generate
 from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.cache import RowCaches
 from mlx_openelm.generation.draft_length import Plan, StepCosts
+from mlx_openelm.generation.draft_model import DraftModel, ModelDrafter, propose_together
 from mlx_openelm.generation.drafting import LEAST_CHANCE, Draft
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
+from mlx_openelm.generation.sampling import SamplingParams, TextSampler, make_key
 from mlx_openelm.model import OpenELM
 from mlx_openelm.text.tokenizer import Tokenizer
 
@@ -53,6 +56,16 @@ class Oracle:
         self.heard: list[int] = []
         self.prompt = prompt
         self.accepted = self.proposed = 0
+
+    def begin(self, prompt: Sequence[int], known: int = 0) -> None:
+        self.heard += prompt
+
+    def prepare(self, size: int) -> bool:
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        return 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         self.heard += tokens
@@ -147,9 +160,7 @@ def test_rows_with_drafts_of_their_own(loaded: tuple[OpenELM, Tokenizer], has_dr
     assert engine.budget.reserved == 0
     for row, (prompt, options) in zip(rows, texts, strict=True):
         expected = alone(*loaded, prompt, without_drafts(options))
-        # From 12 positions on, sums may be in another order.
-        assert (row.text, row.tokens, row.finish_reason) == (expected[0], expected[1], expected[4])
-        assert row.logprobs == pytest.approx(expected[2], abs=1e-3)
+        assert_equal(result_of(row), expected)
     assert cancelled.tokens == alone(*loaded, PLAY, {"max_tokens": 200})[1][: len(cancelled.tokens)]
 
 
@@ -173,6 +184,25 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(
     assert (rows[0].text, rows[0].tokens) == lone[:2]
     assert rows[0].drafts is not None and rows[0].drafts.accepted > 0
     assert rows[0].finish_reason == lone[4]
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 12, 16, 33])
+def test_drawn_drafts_of_many_rows_are_those_of_each_alone(loaded: tuple[OpenELM, Tokenizer], count: int) -> None:
+    """Bit for bit, so that each seed gives its text."""
+    if native.kernels is None:
+        pytest.skip("a BLAS sums in an order of its own")
+    texts = [[1, *range(300 + n, 302 + 3 * n)] for n in range(count)]
+    shared, drafters = DraftModel(loaded[0]), list[ModelDrafter]()
+    for number in range(2 * count):  # together, and then each alone
+        drafters.append(ModelDrafter(shared, TextSampler(SamplingParams(temp=1.0), (), make_key(number % count))))
+        drafters[-1].begin(texts[number % count])
+        while drafters[-1].prepare(64):
+            pass
+    together = propose_together(drafters[:count], [4] * count, [0] * count)
+    for one, drafter in zip(together, drafters[count:], strict=True):
+        expected = drafter.propose(4)
+        assert one.tokens == expected.tokens and one.logprobs is not None
+        assert mx.array_equal(one.logprobs, expected.logprobs)
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.3])
@@ -323,3 +353,79 @@ def test_acceptance_is_the_overlap_of_the_distributions() -> None:
 def test_bad_drafts_are_refused(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         stream_generate(*loaded, "To be", **options)
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the pieces of prompts that draft models read."""
+    found: list[int] = []
+    read_piece = DraftModel.read_piece
+
+    def counted(self: DraftModel, cache: list[Any], tokens: Sequence[int]) -> None:
+        found.append(len(tokens))
+        read_piece(self, cache, tokens)
+
+    monkeypatch.setattr(DraftModel, "read_piece", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_draft_tokens": 3}, {"num_draft_tokens": 3, "temp": 0.9, "seed": 5}, {}], ids=str
+)
+def test_others_flow_while_a_draft_model_reads_a_prompt(
+    loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any], lengths: list[int]
+) -> None:
+    """In pieces of the prompt's size, at most one in a step; the text is that of the row alone."""
+    model, tokenizer = loaded
+    prompt, more = [5, 9, 300] * 64, {"max_tokens": 12, "prefill_step_size": 20}
+    expected = alone(model, tokenizer, prompt, more | options, draft_model=model)  # type: ignore[arg-type]
+    assert lengths == [20] * 9 + [12]
+    if "temp" not in options:
+        assert_equal(expected, alone(model, tokenizer, prompt, more))  # type: ignore[arg-type]
+    engine = Engine(model, tokenizer, draft_model=model)
+    first = engine.submit(PLAY[:20], max_tokens=100, num_draft_tokens=0)
+    while len(first.tokens) < 3:
+        engine.step()
+    long = engine.submit(prompt, **more, **options)
+    while not long.tokens:
+        before = len(first.tokens), len(lengths)
+        engine.step()
+        assert len(first.tokens) > before[0]
+        assert len(lengths) <= before[1] + 1
+    assert lengths == 2 * ([20] * 9 + [12])
+    finish(engine)
+    if options:  # otherwise what is drafted depends on times, and only greedy text does not
+        assert_equal(result_of(long), expected)
+
+
+def test_the_draft_model_reads_what_the_engine_has_kept(loaded: tuple[OpenELM, Tokenizer], lengths: list[int]) -> None:
+    """A long prompt that the target need not process: all of it for a fixed number of tokens, else its end."""
+    model, tokenizer = loaded
+    cases: list[tuple[dict[str, Any], int]] = [({"num_draft_tokens": 2}, 400), ({}, 1 + 63 + 400 - 384)]
+    for options, count in cases:
+        engine = Engine(model, tokenizer, draft_model=model, prefixes=PrefixTree(model, 1 << 26), exact_prefixes=True)
+        for number in range(2):
+            row = engine.submit([5, 9, 300, 7] * 100, max_tokens=6, prefill_step_size=64, **options)
+            finish(engine)
+            assert row.cached_tokens == (384 if number else 0)
+            assert sum(lengths) == (count if number else 400)
+            lengths.clear()
+
+
+def test_a_row_that_is_cancelled_while_its_draft_model_reads(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, draft_model=model)
+    row = engine.submit([5] * 200, max_tokens=6, prefill_step_size=20)
+    engine.step()
+    row.cancel()
+    finish(engine)
+    assert (row.finish_reason, row.nbytes, engine.budget.reserved) == ("cancelled", 0, 0)
+
+
+def test_the_python_of_the_guide_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "drafts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+        assert len(capsys.readouterr().out) > 20

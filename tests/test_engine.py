@@ -210,6 +210,23 @@ def test_prompts_share_prefixes(loaded: tuple[OpenELM, Tokenizer], exact: bool, 
             assert row.tokens == expected[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_kv_size": 24}], ids=str)
+def test_only_whole_pieces_of_prompts_are_exact(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any]) -> None:
+    """Not what a constraint forces, though it is processed like a prompt: the tokens before it were not."""
+    pytest.importorskip("llguidance")
+    model, tokenizer = loaded
+    options = options | {"prefill_step_size": 16, "max_tokens": 50}
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=True)
+    first = engine.submit(PLAY, regex="[a-z]{3}, qzxjkvwqzxjkvwqzxjkvwqzxjkvwq[a-z]{3}", **options)
+    finish(engine)
+    assert first.finish_reason == "stop"
+    ids = [*first.request.prompt, *first.tokens, *tokenizer.encode(" my lord", add_bos=False)]
+    second = engine.submit(ids, **options)
+    finish(engine)
+    assert 0 < second.cached_tokens <= len(first.request.prompt) and second.cached_tokens % 16 == 0
+    assert_equal(result_of(second), alone(model, tokenizer, ids, options))  # type: ignore[arg-type]
+
+
 def test_what_was_generated_is_found_again(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,25 +132,63 @@ def test_limits_need_a_batch(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert code == 2 and "give them with --batch" in messages
 
 
+INTERRUPTED = """
+import os, signal
+from mlx_openelm.cli.main import main
+from mlx_openelm.generation.engine import Engine
+
+step = Engine.step
+
+def step_or_ctrl_c(self):
+    if len(self.rows) == 9:  # the first text is done, and was printed after the last step
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self)
+
+Engine.step = step_or_ctrl_c
+main()
+"""
+
+
 def test_ctrl_c_keeps_what_was_printed() -> None:
-    command = [sys.executable, "-m", "mlx_openelm", "generate", "--batch", "-", "--max-tokens", "-1"]
+    command = [sys.executable, "-c", INTERRUPTED, "generate", "--batch", "-", "--max-tokens", "-1"]
     lines = [{"prompt": "ROMEO.", "max_tokens": 1}, *[{"prompt": "To be", "logit_bias": {"2": -1e9}}] * 9]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("".join(f"{json.dumps(line)}\n" for line in lines))
-    process.stdin.close()
-    first = process.stdout.readline()
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    code = process.wait(timeout=60)
-    assert code == 130
-    assert json.loads(first)["generation_tokens"] == 1
-    for line in process.stdout.read().splitlines():
-        json.loads(line)
-    process.stdout.close()
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 130
+    assert [json.loads(line)["generation_tokens"] for line in done.stdout.splitlines()] == [1]
+    assert "Texts: 1 of 10" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_draft_model_drafts_for_all_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "prompts.jsonl", [*LINES[:1], LINES[2], {"prompt": "To be", "num_draft_tokens": 0}])
+    plain = call(capsys, monkeypatch, "--batch", file, "--max-tokens", "9", "--no-verbose")[1].splitlines()
+    flags = ("--draft-model", FOLDER, "--num-draft-tokens", "3", "--max-tokens", "9")
+    code, output, messages = call(capsys, monkeypatch, "--batch", file, *flags)
+    assert code == 0 and re.search(r"^Drafts: \d+ of \d+ tokens accepted", messages, re.MULTILINE)
+    drafts = []
+    for line, expected in zip(output.splitlines(), plain, strict=True):
+        found = json.loads(line)
+        drafts.append(found.pop("drafts", None))
+        assert found == json.loads(expected)
+    assert (
+        drafts[0]["accepted"] == drafts[0]["drafted"] > 0 < drafts[1]["drafted"]
+    )  # the model's own, then an adapter's
+    assert drafts[2] is None
+
+
+def test_a_text_that_is_cut_off_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    cut = {"prompt": "a", "regex": "[a-z]{40}", "max_tokens": 3}
+    file = write(tmp_path / "prompts.jsonl", [cut, {"prompt": "b"}, cut])
+    code, output, messages = call(capsys, monkeypatch, "--batch", file, "--max-tokens", "2", "--no-verbose")
+    assert (code, [json.loads(line)["finish_reason"] for line in output.splitlines()]) == (0, ["length"] * 3)
+    rest = "The text was cut off after 3 tokens, at --max-tokens; it may be incomplete."
+    assert messages.splitlines() == [f"warning: {file}:{n}: {rest}" for n in (1, 3)]
 
 
 @pytest.mark.parametrize(

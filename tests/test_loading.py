@@ -21,7 +21,8 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.formats import atomic, safetensors
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Checkpoint
-from mlx_openelm.loading import build_model
+from mlx_openelm.hub import catalog
+from mlx_openelm.loading import build_model, draft_name
 from mlx_openelm.text import shared_tokenizer
 from mlx_openelm.text.chat_template import CORENET_TEMPLATE
 
@@ -876,7 +877,8 @@ from pathlib import Path
 import mlx_openelm
 from mlx_openelm.formats.mlx import read
 from mlx_openelm.jobs.convert import convert
-from mlx_openelm.loading import build_model
+from mlx_openelm.hub import catalog
+from mlx_openelm.loading import build_model, draft_name
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
 folder, out = sys.argv[1:]
@@ -1111,3 +1113,26 @@ def test_the_3b_in_a_wide_enough_dtype_is_requested_from_the_hub(tmp_path, hub, 
     if dtype is None or isinstance(dtype, str):
         with pytest.raises(RequestError, match="OpenELM-3B"):
             convert("3b", tmp_path / "out", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("tiny", "tiny-draft"),
+        ("3b", "270m"),
+        ("1.1B", "270m"),
+        ("apple/OpenELM-3B-Instruct", "270m-instruct"),
+        ("my/OpenELM-1_1B-Instruct", "270m-instruct"),
+        ("450m", None),
+        ("tiny-draft", None),
+    ],
+)
+def test_the_draft_model_that_auto_means(model: str, expected: str | None) -> None:
+    release = catalog.find(model) or catalog.find(Path(model).name)
+    config = load("tiny")[0].config if release is None else ModelConfig.from_name(release.name)
+    assert draft_name("450m", model, config) == "450m"
+    if expected is not None:
+        assert draft_name("auto", model, config) == expected
+        return
+    with pytest.raises(RequestError, match="auto knows no smaller model for '(450m|tiny-draft)', only for"):
+        draft_name("auto", model, config)

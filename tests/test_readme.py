@@ -39,7 +39,7 @@ FEWEST = {
     "pretraining.md": 2,
     "preference.md": 0,
     "formats.md": 5,
-    "generation.md": 3,
+    "generation.md": 15,
     "publishing.md": 2,
     "python.md": 0,
     "quantization.md": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -11,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.errors import RequestError
 from mlx_openelm.generation.cache_files import make_prompt_cache
 from mlx_openelm.generation.cache_origin import Origin
-from mlx_openelm.generation.decoding import Decoder
-from mlx_openelm.generation.options import GenerationOptions
+from mlx_openelm.generation.lookup import EarlierTexts
 from mlx_openelm.generation.prefix_disk import PrefixDisk
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
+from mlx_openelm.model import OpenELM
 
 import mlx.core as mx
 import pytest
@@ -73,9 +74,17 @@ CONSTRAINTS: list[dict[str, Any]] = [
     {"json_schema": {"type": "object", "properties": {"a_rather_long_name": {"enum": ["red", "a long blue"]}},
                      "required": ["a_rather_long_name"], "additionalProperties": False}},
 ]  # fmt: skip
-BAD: list[dict[str, Any]] = [{"regex": "("}, {"temp": -1.0}, {"max_kv_size": 3}, {"adapter": FIXTURES}]
-# Classes whose number follows from what prefixes are held.
-HELD = ("_Node", "Content", "Entry")
+BAD: list[dict[str, Any]] = [
+    {"regex": "("},
+    {"json_schema": {"type": "nothing"}},
+    {"choice": [""]},
+    {"temp": -1.0},
+    {"max_kv_size": 3},
+    {"num_draft_tokens": 65},
+    {"adapter": FIXTURES},
+]
+# Classes whose number follows from what prefixes and earlier texts are held.
+HELD = ("_Node", "Content", "Entry", "SuffixAutomaton")
 
 
 class Spoiled(Exception):
@@ -84,8 +93,9 @@ class Spoiled(Exception):
 
 @dataclass(eq=False)
 class Case:
-    """A request, and what becomes of it."""
+    """A request to one of the engines, and what becomes of it."""
 
+    engine: Engine
     prompt: list[int]
     options: dict[str, Any]
     adapter: str | None = None
@@ -110,7 +120,10 @@ def flatten(tokens: mx.array, logits: mx.array) -> mx.array:
 
 
 class Soak:
-    """An engine with a prefix tree, a disk and adapters, random requests, and the models to compare with."""
+    """Two engines, one of which has a draft model, random requests, and the models to compare with.
+
+    The engines share a prefix tree with a disk, and adapters.
+    """
 
     def __init__(self, folder: Path, seed: int):
         self.draw = random.Random(seed)
@@ -119,21 +132,34 @@ class Soak:
         disk = PrefixDisk(folder, Origin("shakespeare"), self.model.config, max_bytes=1_000_000)
         self.prefixes = PrefixTree(self.model, 300_000, disk)
         self.pool = AdapterPool(self.model)
-        self.engine = Engine(
+        self.draft_model = load(FOLDER, FIXTURES / "peft-lora")[0]  # right often, but not always
+        self.engines = [self.engine(None), self.engine(self.draft_model)]
+        self.ids = self.tokenizer.encode(PLAY)
+        self.has_constraints = importlib.util.find_spec("llguidance") is not None
+        self.cases: list[Case] = []
+        self.counts: Counter[str] = Counter()
+        self.most = 0  # rows at a time
+
+    def engine(self, draft_model: OpenELM | None) -> Engine:
+        return Engine(
             self.model,
             self.tokenizer,
             max_rows=MAX_ROWS,
+            draft_model=draft_model,
+            earlier=EarlierTexts(500),
             adapters=self.pool,
             prefixes=self.prefixes,
             exact_prefixes=True,
         )
-        self.ids = self.tokenizer.encode(PLAY)
-        # A lone run processes forced tokens as steps do only with `Decoder.steps`.
-        self.has_constraints = importlib.util.find_spec("llguidance") is not None and hasattr(Decoder, "steps")
-        self.has_drafts = "prompt_lookup" in {option.name for option in fields(GenerationOptions)}
-        self.cases: list[Case] = []
-        self.counts: Counter[str] = Counter()
-        self.most = 0  # rows at a time
+
+    def drafts(self, engine: Engine, is_sampled: bool) -> dict[str, Any]:
+        """Random options of drafts with which the text is that of a lone run."""
+        draw = self.draw
+        if engine.speculation.draft_model is None:
+            return draw.choice([{}, {"prompt_lookup": True}, {"prompt_lookup": True, "num_draft_tokens": 4}])
+        # Sampled text with a draft model follows from the seed only if the number of tokens is fixed, without lookup.
+        options: dict[str, Any] = {"num_draft_tokens": draw.choice([0, 1, 4] if is_sampled else [0, None, 2, 7])}
+        return options if is_sampled else options | {"prompt_lookup": draw.random() < 0.5}
 
     def case(self) -> Case:
         """A random request."""
@@ -146,9 +172,9 @@ class Soak:
             options["seed"] = draw.randrange(1000)
         if self.has_constraints and draw.random() < 0.2:
             options |= draw.choice(CONSTRAINTS)
-        if self.has_drafts and draw.random() < 0.2:
-            options["prompt_lookup"] = True
-        case = Case(prompt, options, draw.choice([None, None, *ADAPTERS]))
+        engine = draw.choice(self.engines)
+        options |= self.drafts(engine, "temp" in options)
+        case = Case(engine, prompt, options, draw.choice([None, None, *ADAPTERS]))
         if draw.random() < 0.1 and not {"max_kv_size", "kv_bits"} & {*options} and case.adapter is None:
             case.past = self.ids[: draw.randrange(1, 20)]
         if draw.random() < 0.08:
@@ -168,7 +194,7 @@ class Soak:
             more |= self.cached(case, self.model)
         if case.adapter is not None:
             more["adapter"] = FIXTURES / case.adapter
-        case.row = self.engine.submit(case.prompt, **more, **case.options)
+        case.row = case.engine.submit(case.prompt, **more, **case.options)
         self.cases.append(case)
 
     def failing(self, _: Any) -> Any:
@@ -182,10 +208,8 @@ class Soak:
     def refuse(self) -> None:
         """A request that is not right takes nothing, and harms nobody."""
         options = self.draw.choice(BAD)
-        if "regex" in options and not self.has_constraints:
-            return
         with pytest.raises(RequestError):
-            self.engine.submit(self.ids[:9], **options)
+            self.draw.choice(self.engines).submit(self.ids[:9], **options)
         self.counts["refused"] += 1
 
     def cancel(self) -> None:
@@ -214,8 +238,15 @@ class Soak:
             return
         model = self.alone[case.adapter]
         past = self.cached(case, model) if case.past else {}
-        pieces = list(stream_generate(model, self.tokenizer, case.prompt, **past, **case.options))
+        options = {k: v for k, v in case.options.items() if k not in ("prompt_lookup", "num_draft_tokens")}
+        if "temp" in options and case.options.get("num_draft_tokens") and "prompt_lookup" not in case.options:
+            past["draft_model"], options["num_draft_tokens"] = self.draft_model, case.options["num_draft_tokens"]
+        pieces = list(stream_generate(model, self.tokenizer, case.prompt, **past, **options))
         count = len(row.tokens)
+        if row.drafts is not None:
+            self.counts["drafted"] += row.drafts.drafted
+            self.counts["accepted"] += row.drafts.accepted
+        self.counts["from prefixes"] += row.cached_tokens > 0
         found = row.tokens, row.logprobs, row.top_logprobs, row.text
         expected = (
             [piece.token for piece in pieces][:count],
@@ -233,22 +264,24 @@ class Soak:
     def run(self, count: int) -> None:
         """Submit requests at random steps, cancel some, and finish all."""
         submitted = 0
-        while submitted < count or self.engine.is_busy:
-            for _ in range(self.draw.randrange(6)):
-                if submitted < count and len(self.engine.waiting) < 20:
+        while submitted < count or any(engine.is_busy for engine in self.engines):
+            for _ in range(self.draw.randrange(10)):
+                if submitted < count and sum(len(engine.waiting) for engine in self.engines) < 30:
                     self.submit()
                     submitted += 1
             if self.draw.random() < 0.2:
                 self.refuse()
             if self.cases and self.draw.random() < 0.3:
                 self.cancel()
-            self.engine.prompts_first = self.draw.random() < 0.7  # otherwise few texts meet: their prompts take turns
-            self.engine.step()
-            self.most = max(self.most, len(self.engine.rows))
-            assert len(self.engine.rows) <= MAX_ROWS
+            for engine in self.engines:
+                engine.prompts_first = self.draw.random() < 0.7  # otherwise few texts meet: their prompts take turns
+                engine.step()
+                self.most = max(self.most, len(engine.rows))
+                assert len(engine.rows) <= MAX_ROWS
             self.settle()
         assert not self.cases
-        assert self.engine.budget.reserved == 0 and not any(held.users for held in self.pool._held.values())
+        assert not any(engine.budget.reserved for engine in self.engines)
+        assert not any(held.users for held in self.pool._held.values())
         assert self.prefixes.nbytes <= self.prefixes.max_bytes
 
     def state(self) -> tuple[float, float, Counter[str]]:
@@ -261,6 +294,8 @@ class Soak:
         objects = Counter(f"{kind.__module__}.{kind.__name__}" for kind in types if _is_ours(kind))
         resident = 0.0
         if sys.platform.startswith("linux"):
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # what is free, but not given back
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
         return mx.get_active_memory() / 1e6, resident, objects
@@ -289,7 +324,8 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], object] = lam
             assert not now[2] - objects, "there are more objects"
     say(str(dict(one.counts)))
     assert one.most > MAX_ROWS // 2
-    assert one.counts["length"] and one.counts["cancelled"] and one.counts["failed"] and one.counts["refused"]
+    kinds = ("length", "stop", "cancelled", "failed", "refused", "drafted", "accepted", "from prefixes")
+    assert all(one.counts[kind] for kind in kinds), one.counts
 
 
 def test_some_requests(tmp_path: Path) -> None:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, quote
 from ..generation.draft_model import check_draft_model
 from ..generation.drafting import DraftCounts
-from ..hub import catalog
-from ..loading import load
+from ..loading import draft_name, load
 from ..model import OpenELM
-from ..sources import find_release
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
-
-AUTO = "auto"
 
 
 def load_draft_model(args: Namespace, model: OpenELM, tokenizer: Tokenizer) -> OpenELM:
     """The model that `--draft-model` names; RequestError if it has other tokens, or `auto` knows none."""
-    name = args.draft_model
-    if name == AUTO:
-        release = find_release(args.model, Path(args.model), model.config)
-        draft = None if release is None or release.draft is None else catalog.find(release.draft)
-        if draft is None:
-            raise RequestError(
-                f"--draft-model auto knows no smaller model for {quote(args.model)}, only for 1.1b and 3b; name one."
-            )
-        name = draft.aliases[0]
+    name = draft_name(args.draft_model, args.model, model.config)
     loaded, its_tokenizer = load(name, dtype=args.dtype, expand=args.expand, exact_activations=args.exact_activations)
     check_draft_model(model, loaded, tokenizer, its_tokenizer)
     return loaded

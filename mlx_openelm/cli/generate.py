@@ -103,7 +103,7 @@ def add_flags(parser: flags.Parser) -> None:
         "--draft-model",
         metavar="auto|MODEL",
         help="Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or auto, "
-        "which is 270m for 1.1b and 3b.",
+        "which is 270m for 1.1b and 3b, and tiny-draft for tiny.",
     )
     output.add_argument(
         "--verbose",

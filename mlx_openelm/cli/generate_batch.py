@@ -17,6 +17,7 @@ import mlx.core as mx
 from .. import backend, console
 from ..adapters.pool import AdapterPool
 from ..errors import OpenELMError, RequestError, quote
+from ..generation.drafting import DraftCounts
 from ..generation.engine import MAX_ROWS, Engine
 from ..generation.options import GenerationOptions
 from ..generation.row import Row
@@ -27,6 +28,7 @@ from ..loading import load
 from ..text.tokenizer import Tokenizer
 from ..wording import counted, did_you_mean, size
 from . import flags
+from .drafts import as_json, as_text, load_draft_model
 from .option_values import parse_logit_bias, split_choices
 from .terminal import show
 
@@ -65,6 +67,9 @@ def run_batch(args: Namespace) -> int:
         expand=args.expand,
         exact_activations=args.exact_activations,
     )
+    draft_model = None
+    if args.draft_model is not None:
+        draft_model = load_draft_model(args, model, tokenizer)
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
     if cached is not None:
@@ -75,6 +80,7 @@ def run_batch(args: Namespace) -> int:
         tokenizer,
         max_rows=MAX_ROWS if args.max_rows is None else args.max_rows,
         max_bytes=args.memory_limit,
+        draft_model=draft_model,
         adapters=AdapterPool(model) if named else None,
         prompts_first=True,
     )
@@ -92,6 +98,7 @@ def run_batch(args: Namespace) -> int:
                 ids, past = cached.continue_with(tokenizer, line.prompt, args), cached.arguments()
                 past["prompt_cache"] = [copy(layer) for layer in cached.cache]
             rows.append(engine.submit(ids, adapter=chosen_adapter, **past, **options))
+            rows[-1].warns = False  # `_generate` does, and names the line
         except OpenELMError as error:
             raise type(error)(f"{line.place}: {error}") from None
         seeds.append(seed if _samples(options) else None)
@@ -195,6 +202,7 @@ def _generate(engine: Engine, lines: list[_Line], rows: list[Row], seeds: list[i
                 engine.step()
                 for row in _next(rows, printed):
                     _print(stdout, _result(engine.tokenizer, lines[printed].prompt, row, seeds[printed], args))
+                    row.warn_if_cut(lines[printed].place)
                     printed += 1
                 if progress is not None:
                     progress(sum(row.is_done for row in rows), len(rows))
@@ -230,6 +238,8 @@ def _result(tokenizer: Tokenizer, prompt: str, row: Row, seed: int | None, args:
     values |= {"prompt_tokens": len(row.request.prompt), "generation_tokens": len(row.tokens)}
     if seed is not None:
         values["seed"] = seed
+    if row.drafts is not None:
+        values["drafts"] = as_json(row.drafts)
     if args.logprobs or row.request.options.top_logprobs:
         values["tokens"] = row.tokens
         values["token_texts"] = [tokenizer.id_to_token(token) for token in row.tokens]
@@ -244,4 +254,6 @@ def _say_statistics(rows: list[Row], seconds: float, expected: int) -> None:
     tokens = sum(len(row.tokens) for row in rows)
     speed = tokens / max(seconds, 1e-9)
     console.say(f"Texts: {done:,} of {len(rows):,}, {counted(tokens, 'token')}, {speed:.1f} tokens/s")
+    if drafts := [row.drafts for row in rows if row.drafts is not None]:
+        console.say(f"Drafts: {as_text(DraftCounts.sum(drafts))}")
     console.say(f"Peak memory: {size(mx.get_peak_memory())}; expected: {size(expected)} at most")

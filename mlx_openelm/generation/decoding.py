@@ -21,14 +21,13 @@ import mlx.core as mx
 
 from .. import backend
 from ..cache import make_cache, step_caches
-from ..errors import OpenELMError, RequestError
-from ..finite import not_finite
+from ..errors import RequestError
 from ..messages import warn
 from ..model import OpenELM
 from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .drawing import Step, draw, forced_step, listed
+from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
 from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
@@ -120,12 +119,10 @@ class Decoder:
         logits_processors: Sequence[LogitsProcessor] = (),
         context: Sequence[int] = (),
     ):
-        self.model = model
+        self.model, self.logits_processors = model, logits_processors
         self.options = CacheOptions() if options is None else options
-        self.cache = (
-            make_cache(model.config.num_transformer_layers, self.options.max_kv_size) if cache is None else cache
-        )
-        self.logits_processors = logits_processors
+        count, window = model.config.num_transformer_layers, self.options.max_kv_size
+        self.cache = make_cache(count, window) if cache is None else cache
         self.context = mx.array(list(context), mx.int32)
 
     def prefill(self, prompt: mx.array, step_size: int | None = None, progress: Progress | None = None) -> mx.array:
@@ -176,9 +173,7 @@ class Decoder:
         They are natural logarithms, after the logits processors.
         """
         logits = self.model.logits(hidden_states[:, -1]).astype(mx.float32)  # [B, vocab]
-        for process in self.logits_processors:
-            logits = process(self.context, logits)
-        return log_softmax(logits)
+        return log_softmax(process_logits(self.logits_processors, self.context, logits))
 
     def quantize_cache(self) -> None:
         """Replace caches that have reached `quantized_kv_start` with quantized ones, if the options ask for it."""
@@ -202,8 +197,7 @@ def make_decoder(
 
     `max_tokens` and `options` are valid; the other arguments, and the errors, are those of `generate_step`.
     """
-    config = model.config
-    past, context = 0, []
+    config, past, context = model.config, 0, []
     if cache is not None:
         past = cache_offset(cache, len(model.layers))
         check_sizes(config, cache)
@@ -291,7 +285,7 @@ def decode(
                 mx.async_eval(following)  # the mask is found while the device works
         value, likelihood = int(token.item()), float(logprob.item())  # type: ignore[arg-type]
         if not math.isfinite(likelihood):
-            raise failed_draw(decoder, n + 1, constraint, before)
+            raise failed_draw(decoder.model, n + 1, before, constraint, bool(decoder.logits_processors))
         ready = [(value, likelihood, listed(likeliest), logprobs[0])]
         if constraint is not None:
             forced = constraint.advance(value)[: count - n - 1]
@@ -302,22 +296,3 @@ def decode(
                 elif forced:
                     following = decoder.steps(mx.array(forced))
                 upcoming = draw(constraint.limit(following), sampler, top)
-
-
-def warn_past_context(model: OpenELM, position: int) -> None:
-    """Warn of the first token that is computed from more positions than the model was trained on."""
-    trained = model.config.max_context_length
-    if position == trained:
-        warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
-
-
-def failed_draw(decoder: Decoder, number: int, constraint: Constraint | None, logprobs: mx.array) -> OpenELMError:
-    """The error of a token, counted from 1, whose log-probability is not finite.
-
-    One logit that is NaN or +inf makes every token's log-probability so. Otherwise the constraint allows only tokens
-    without a probability in `logprobs` [1, vocab].
-    """
-    if constraint is not None:
-        constraint.check(logprobs)
-    processed = bool(decoder.logits_processors)
-    return not_finite(f"The logits for token {number} are", decoder.model, processed=processed)

@@ -18,6 +18,7 @@ from ..text.tokenizer import Tokenizer
 from .acceptance import draft_key
 from .draft_length import AcceptanceRates, Plan
 from .drafting import LEAST_CHANCE, Draft
+from .drawing import process_logits
 from .sampling import LogitsProcessor, TextSampler, greedy
 
 # Takes the tokens drafted so far and log-probabilities [1, vocab] of the next; gives those that a constraint allows, or
@@ -76,6 +77,12 @@ class DraftModel:
         self.read_seconds = 0.0  # for a token of a text
         self.step_seconds = 0.0  # for one drafted token of each text
 
+    def read_piece(self, cache: list[Any], tokens: Sequence[int]) -> None:
+        """Extend a text's caches by tokens that are a piece of its prompt."""
+        self.model.hidden_states(mx.array([list(tokens)]), cache)
+        mx.eval([layer.state[:2] for layer in cache])
+        mx.clear_cache()
+
     def read(self, cache: list[Any], tokens: Sequence[int]) -> mx.array:
         """Extend a text's caches; returns the hidden state [1, model_dim] after the last token."""
         started, size = time.perf_counter(), backend.prefill_step_size()
@@ -107,6 +114,8 @@ class ModelDrafter:
         sampler: the target's; None for the most likely tokens.
         logits_processors: the target's bias and penalties.
         limit: what the target's constraint allows.
+        reads_all: read also those tokens of a long prompt that the target need not process, of which otherwise the last
+            ones must do.
     """
 
     _EXPECTED = (0.7,)
@@ -117,8 +126,9 @@ class ModelDrafter:
         sampler: TextSampler | None = None,
         logits_processors: Sequence[LogitsProcessor] = (),
         limit: Limit | None = None,
+        reads_all: bool = True,
     ):
-        self.draft_model = draft_model
+        self.draft_model, self._reads_all = draft_model, reads_all
         self._sampler, self._processors, self._limit = sampler, logits_processors, limit
         self._rates = AcceptanceRates(self._EXPECTED)
         self._text: list[int] = []
@@ -130,6 +140,26 @@ class ModelDrafter:
         self.cache: list[Any] = make_cache(self.draft_model.model.config.num_transformer_layers)
         self._held: list[int] = []  # the tokens in the caches
         self._agreed = 0  # so many of them are known to be those of the input
+
+    def begin(self, prompt: Sequence[int], known: int = 0) -> None:
+        """Take the text's first tokens; the target need not process the first `known` of them."""
+        self.extend(prompt)
+        if known > RESTART_AFTER and not self._reads_all:
+            self._input = [prompt[0], *prompt[known + 1 - RESTART_WITH :]]
+
+    def prepare(self, size: int) -> bool:
+        """Read at most `size` tokens of the text's first ones; False if they are all read."""
+        piece = self._input[len(self._held) : len(self._held) + size]
+        if piece:
+            self.draft_model.read_piece(self.cache, piece)
+            self.hold(piece)
+            self._agreed = len(self._held)
+        return bool(piece)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(layer.nbytes for layer in self.cache)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
@@ -178,8 +208,10 @@ class ModelDrafter:
         """The token [1] after those drafted, and the log-probabilities [1, vocab] it is drawn with; None for none."""
         if self._processors:
             context = mx.concatenate([mx.array(self._text, mx.int32), *(token.astype(mx.int32) for token in drafted)])
-            for process in self._processors:
-                logits = process(context, logits)
+            try:
+                logits = process_logits(self._processors, context, logits)
+            except Exception:  # raised again if the text comes here
+                return None
         logprobs = log_softmax(logits.astype(mx.float32))
         if self._limit is not None:
             allowed = self._limit(_values(drafted), logprobs)
@@ -209,7 +241,7 @@ def propose_together(drafters: Sequence[ModelDrafter], counts: Sequence[int], pl
     started, steps = time.perf_counter(), 0
     while active:
         steps += 1
-        logits = draft_model.model.logits(hidden)
+        logits = draft_model.model.logits(hidden[:, None])[:, 0]  # rows, whose number changes nothing: not positions
         going = []
         for row, n in enumerate(active):
             chosen = drafters[n].choose(logits[row : row + 1], tokens[n], places[n] + len(tokens[n]))

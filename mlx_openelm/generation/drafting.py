@@ -3,7 +3,9 @@
 A drafter follows one text. It is told of every token that becomes part of the text, prompt included, and proposes
 tokens that may come next; what becomes of them is decided elsewhere:
 
-    drafter.extend(prompt)
+    drafter.begin(prompt)
+    while drafter.prepare(piece_size):
+        ...
     plan = drafter.plan(limit)
     draft = drafter.propose(count, place)
     drafter.observe(accepted, len(draft.tokens))
@@ -12,8 +14,8 @@ tokens that may come next; what becomes of them is decided elsewhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import mlx.core as mx
@@ -23,6 +25,8 @@ from .lookup import EarlierTexts, Lookup
 
 # A drafted token that is less likely to be accepted is not worth its position.
 LEAST_CHANCE = 0.03
+# Tokens of a draft that a constraint adds to, unless more are asked for: a step takes memory for each.
+MAX_CHECKED_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +108,12 @@ class DraftCounts:
             self.timed_tokens += 1 + kept
             self.plain_steps += plain_steps
 
+    @classmethod
+    def sum(cls, counts: Iterable[DraftCounts]) -> DraftCounts:
+        """Those of several texts together."""
+        each = list(counts)
+        return cls(*(sum(getattr(one, field.name) for one in each) for field in fields(cls)))
+
     @property
     def acceptance(self) -> float | None:
         """The share of drafted tokens that were accepted; None if there were none."""
@@ -121,6 +131,16 @@ class DraftCounts:
 
 class Drafter(Protocol):
     """What every drafter does for one text."""
+
+    def begin(self, prompt: Sequence[int], known: int = 0) -> None:
+        """Take the text's first tokens; the target need not process the first `known` of them."""
+
+    def prepare(self, size: int) -> bool:
+        """Do a part of what comes before the first draft, such as reading `size` tokens; False if nothing is left."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
@@ -147,6 +167,19 @@ class LookupDrafter:
     def __init__(self, earlier: EarlierTexts | None = None):
         self._lookup = Lookup(earlier)
         self._rates = AcceptanceRates(self._EXPECTED)
+
+    def begin(self, prompt: Sequence[int], known: int = 0) -> None:
+        """Take the text's first tokens."""
+        self.extend(prompt)
+
+    def prepare(self, size: int) -> bool:
+        """Nothing."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """None: there are no keys and values."""
+        return 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
@@ -181,6 +214,20 @@ class EitherDrafter:
     def __init__(self, first: Drafter, second: Drafter):
         self._both = first, second
         self.chosen = second
+
+    def begin(self, prompt: Sequence[int], known: int = 0) -> None:
+        """Tell both."""
+        for drafter in self._both:
+            drafter.begin(prompt, known)
+
+    def prepare(self, size: int) -> bool:
+        """Let one of them do a part."""
+        return any(drafter.prepare(size) for drafter in self._both)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of both."""
+        return sum(drafter.nbytes for drafter in self._both)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Tell both."""

@@ -1,22 +1,44 @@
-"""One step of decoding: the token drawn from a row of log-probabilities, and what is reported of the row."""
+"""One step of decoding: the token drawn from a row of log-probabilities, what comes before it, and what is reported."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from .sampling import Sampler
+from ..errors import OpenELMError, RequestError
+from ..finite import not_finite
+from ..messages import warn
+from ..model import OpenELM
+from .sampling import LogitsProcessor, Sampler
+
+if TYPE_CHECKING:
+    from .constraints import Constraint
 
 # A token, its log-probability, the likeliest tokens with theirs, and the log-probabilities of all tokens, [vocab].
 Step = tuple[int, float, list[tuple[int, float]], mx.array | None]
 # The same on the device: a token [1], its log-probability [1, 1], the likeliest tokens and theirs, each [1, top], and
 # those of all tokens, [1, vocab].
-Drawn = tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]
+Draw = tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]
 
 
-def draw(logprobs: mx.array, sampler: Sampler, top: int) -> Drawn:
+def process_logits(processors: Sequence[LogitsProcessor], context: mx.array, logits: mx.array) -> mx.array:
+    """The logits [1, vocab] after the ids `context` [n], after each of the processors.
+
+    Raises:
+        RequestError: a processor returned something of another shape.
+    """
+    shape = logits.shape
+    for process in processors:
+        logits = process(context, logits)
+    if logits.shape != shape:
+        raise RequestError(f"A logits processor returned {logits.shape} for logits {shape}.")
+    return logits
+
+
+def draw(logprobs: mx.array, sampler: Sampler, top: int) -> Draw:
     """A token [1], its log-probability [1, 1], the `top` likeliest tokens and theirs, each [1, top], and `logprobs`.
 
     Starts computing all but the last.
@@ -45,3 +67,26 @@ def listed(likeliest: tuple[mx.array, mx.array] | None, row: int = 0) -> list[tu
 def forced_step(token: int, top: int) -> Step:
     """The step of a token that a constraint leaves no choice about."""
     return token, 0.0, [(token, 0.0)] if top else [], None
+
+
+def warn_past_context(model: OpenELM, position: int) -> None:
+    """Warn of the first token that is computed from more positions than the model was trained on."""
+    trained = model.config.max_context_length
+    if position == trained:
+        warn(f"The text is now longer than the {trained} tokens the model was trained on; expect it to get worse.")
+
+
+def failed_draw(
+    model: OpenELM, number: int, logprobs: mx.array, constraint: Constraint | None, is_processed: bool
+) -> OpenELMError:
+    """The error of a token, counted from 1, whose log-probability is not finite.
+
+    One logit that is NaN or +inf makes every token's log-probability so. Otherwise the constraint allows only tokens
+    without a probability in `logprobs` [1, vocab].
+
+    Args:
+        is_processed: whether logits processors are at work.
+    """
+    if constraint is not None:
+        constraint.check(logprobs)
+    return not_finite(f"The logits for token {number} are", model, processed=is_processed)

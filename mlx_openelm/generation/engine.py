@@ -19,55 +19,33 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from itertools import accumulate
+from contextlib import suppress
 from numbers import Integral
 from typing import Any, Unpack
 
 import mlx.core as mx
 
-from .. import backend
 from ..adapters.pool import AdapterPool, PoolFullError
 from ..adapters.switching import AdapterPaths
-from ..cache import step_caches
 from ..errors import RequestError
 from ..model import OpenELM
-from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
-from .acceptance import accept_drawn
+from .batch_step import BatchStep
 from .decoding import CLEAR_EVERY, make_request
 from .draft_model import check_draft_model
-from .drawing import draw, listed
+from .drawn import Draws, read
 from .keywords import GenerationKeywords
 from .lookup import EarlierTexts
 from .memory import Budget, held_bytes, model_bytes
 from .options import GenerationOptions, check_number
 from .piece import Piece
 from .prefix_tree import PrefixTree
-from .row import Choice, Row
-from .sampling import LogitsProcessor, Sampler, TextSampler, greedy
+from .row import Row
+from .sampling import LogitsProcessor, Sampler
+from .shared_prefixes import SharedPrefixes, piece_size
 from .speculation import Speculation
 
 MAX_ROWS = 32
-
-
-@dataclass
-class _Drawn:
-    """Tokens that the device is computing, with their log-probabilities, from log-probabilities `source`.
-
-    `counts` are those of each row: one, or one for each place of its draft where there is a choice. `tokens` and
-    `logprobs` are [N], `source` [N, vocab]. Of a single row, `likeliest` holds the ids and log-probabilities [N, top],
-    if it reports any, and `accepted` the number of drawn drafted tokens that stay.
-    """
-
-    rows: list[Row]
-    counts: list[int]
-    tokens: mx.array
-    logprobs: mx.array
-    source: mx.array
-    likeliest: tuple[mx.array, mx.array] | None = None
-    accepted: mx.array | None = None
 
 
 class Engine:
@@ -105,15 +83,16 @@ class Engine:
     ):
         check_number("--max-rows", max_rows, 1, math.inf, "a whole number, 1 or above", kind=Integral)
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
-        self.adapters, self.prefixes = adapters, prefixes
-        self.exact_prefixes, self.prompts_first = exact_prefixes, prompts_first
-        self.budget = Budget(model, max_bytes)
+        self.adapters, self.prefixes, self.prompts_first = adapters, prefixes, prompts_first
         if draft_model is not None:
             check_draft_model(model, draft_model)
+        self.budget = Budget(model, max_bytes, draft_model)
         self.speculation = Speculation(draft_model, earlier)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # in the order in which they joined
-        self._drawn: list[_Drawn] = []
+        self._shared = None if prefixes is None else SharedPrefixes(prefixes, exact_prefixes)
+        self._draws = Draws()
+        self._calls = BatchStep(model, adapters, self._draws, self.speculation)
         self._reads_first = False  # whether the next step needs to know the drawn tokens
         self._steps = 0
 
@@ -188,20 +167,16 @@ class Engine:
         speculation = self.speculation
         speculation.entered()
         self._admit()
-        drawn, self._drawn = self._drawn, []
-        step = speculation.take_step()
+        drawn, step = self._draws.take(), speculation.take_step()
+        following = [] if self._reads_first else self._calls.after_drawn(self.rows, drawn)
+        pieces = read(drawn)
+        speculation.ended(step, Counter(row for row, _ in pieces))
         if self._reads_first:
-            pieces = self._read(drawn)
-            speculation.ended(step, Counter(row for row, _ in pieces))
-            self._launch_known()
-        else:
-            following = self._launch(drawn)
-            pieces = self._read(drawn)
-            speculation.ended(step, Counter(row for row, _ in pieces))
-            for row, logprobs in following:
-                # Forced tokens are pending if the constraint had no choice to offer; then this row's turn comes later.
-                if not row.is_done and not row.prompt and not row.pending:
-                    self._draw(row, logprobs)
+            self._calls.after_known(self.rows)
+        for row, logprobs in following:
+            # Forced tokens are pending if the constraint had no choice to offer; then this row's turn comes later.
+            if not row.is_done and not row.prompt and not row.pending:
+                self._draws.start(row, logprobs)
         pieces += self._process_prompts()
         self._retire()
         drafting = any(row.draft is not None for row in self.rows)
@@ -230,7 +205,8 @@ class Engine:
             self.waiting.popleft()
             if row.error is None:
                 self.budget.take(row)
-                self._reuse(row)
+                if self._shared is not None:
+                    self._shared.reuse(row)
                 self.rows.append(row)
 
     def _retire(self) -> None:
@@ -243,183 +219,9 @@ class Engine:
                 self.speculation.earlier.add(row.tokens)
             if self.adapters is not None and row.handle is not None:
                 self.adapters.release(row.handle)
-            if not self.exact_prefixes and row.error is None:
-                self._keep(row)
-            row.decoder.cache = []  # the caller may keep the row
-
-    def _launch(self, drawn: Sequence[_Drawn]) -> list[tuple[Row, mx.array]]:
-        """Process the drawn and the pending tokens of all rows in one call of the model.
-
-        The drawn tokens may still be on the device: nothing here waits for them.
-
-        Returns:
-            As `_advance`.
-        """
-        rows, parts = [], []
-        for group in drawn:
-            kept = [
-                i for i, row in enumerate(group.rows) if not row.is_done and len(row.tokens) + 1 < row.request.count
-            ]
-            rows += [group.rows[i] for i in kept]
-            if kept:
-                whole = len(kept) == len(group.rows)
-                parts.append(group.tokens if whole else group.tokens[mx.array(kept)])
-        lengths = [1] * len(rows)
-        for row in self.rows:
-            if row.pending and not row.is_done:
-                rows.append(row)
-                parts.append(mx.array(row.pending))
-                lengths.append(len(row.pending))
-        if not rows:
-            return []
-        limited = self._advance(rows, parts[0] if len(parts) == 1 else mx.concatenate(parts), lengths)
-        mx.async_eval(*(logprobs for _, logprobs in limited))
-        return limited
-
-    def _launch_known(self) -> None:
-        """Process the pending tokens of all rows, and what they draft after them, in one call of the model."""
-        rows = [row for row in self.rows if row.pending and not row.is_done]
-        self.speculation.draft(rows)
-        rows = [row for row in rows if not row.is_done]
-        if rows:
-            ids = [[*row.pending, *(() if row.draft is None else row.draft.tokens)] for row in rows]
-            self._advance(rows, mx.array([token for each in ids for token in each]), [len(each) for each in ids])
-
-    def _advance(self, rows: list[Row], tokens: mx.array, lengths: list[int]) -> list[tuple[Row, mx.array]]:
-        """Process `lengths` more tokens of each row, `tokens` [sum(lengths)], and draw the next ones.
-
-        Returns:
-            The rows whose constraint must see a token first, with their next log-probabilities [1, vocab].
-        """
-        # Nothing is drawn if more tokens are known.
-        counts = [0 if row.prompt else 1 if row.draft is None else 1 + len(row.draft.tokens) for row in rows]
-        logprobs = self._forward(rows, tokens, lengths, counts)
-        self.speculation.began(rows, tokens.size)
-        known = {row for row in rows if row.pending}
-        for row in rows:
-            row.pending = []
-        if logprobs is None:
-            return []
-        plain, limited = [], []
-        for row, count, end in zip(rows, counts, accumulate(counts), strict=True):
-            places = slice(end - count, end)
-            if not count:
-                continue
-            if row.is_plain and (row.draft is None or row.draft.logprobs is None):
-                plain.append((row, places))
-            elif row.constraint is not None and row not in known:
-                limited.append((row, logprobs[places]))
-            else:
-                self._draw(row, logprobs[places])
-        if plain:
-            whole = sum(places.stop - places.start for _, places in plain) == logprobs.shape[0]
-            kept = [place for _, places in plain for place in range(places.start, places.stop)]
-            self._draw_plain(
-                [row for row, _ in plain],
-                [places.stop - places.start for _, places in plain],
-                logprobs if whole else logprobs[mx.array(kept)],
-            )
-        return limited
-
-    def _forward(
-        self, rows: Sequence[Row], tokens: mx.array, lengths: Sequence[int], counts: Sequence[int]
-    ) -> mx.array | None:
-        """The log-probabilities [sum(counts), vocab] after the last `counts` of each row's new tokens.
-
-        Args:
-            tokens: [sum(lengths)], `lengths` of each row.
-        """
-        # One position of one row is what a lone run processes, in fewer operations.
-        caches = rows[0].decoder.cache if tokens.size == 1 else step_caches([r.decoder.cache for r in rows], lengths)
-        with self._adapters_of(_repeated(rows, lengths)):
-            hidden_states = self.model.hidden_states(tokens[:, None], caches)  # [N, 1, model_dim]
-        for row in rows:
-            if row.decoder.options.kv_bits is not None:
-                row.decoder.quantize_cache()
-        ends = list(accumulate(lengths))
-        places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
-        if places and len(places) < tokens.size:
-            hidden_states = hidden_states[mx.array(places)]
-        if not places:
-            for row, length, end in zip(rows, lengths, ends, strict=True):
-                row.see(tokens[end - length : end])
-            return None
-        with self._adapters_of(_repeated(rows, counts)):
-            logits = self.model.logits(hidden_states)[:, 0].astype(mx.float32)
-        first = 0
-        for row, length, count, end in zip(rows, lengths, counts, ends, strict=True):
-            if row.decoder.logits_processors:
-                row.see(tokens[end - length : end])
-                logits[first : first + count] = row.process(logits[first : first + count])
-            first += count
-        return log_softmax(logits)
-
-    def _draw_plain(self, rows: list[Row], counts: list[int], logprobs: mx.array) -> None:
-        """Start drawing the likeliest tokens of each row from log-probabilities [sum(counts), vocab]."""
-        tokens = greedy(logprobs)
-        likelihoods = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-        mx.async_eval(tokens, likelihoods)
-        self._drawn.append(_Drawn(rows, counts, tokens, likelihoods, logprobs))
-
-    def _draw(self, row: Row, logprobs: mx.array) -> None:
-        """Start drawing a row's next tokens from log-probabilities [L, vocab], limited by its constraint."""
-        if row.is_done:
-            return
-        draft, place = row.draft, row.place
-        try:
-            if draft is not None and draft.logprobs is not None:
-                self._draw_after_drawn(row, logprobs)
-                return
-            if draft is not None and len(draft.choices) < logprobs.shape[0]:
-                logprobs = logprobs[mx.array(draft.choices)]
-            limited = row.limit(logprobs)
-            sampler, count = row.request.sampler, logprobs.shape[0]
-            top = int(row.request.options.top_logprobs)
-            tokens, likelihoods, likeliest, _ = draw(
-                limited, lambda logprobs: _drawn_tokens(sampler, logprobs, place), top
-            )
-        except Exception as error:
-            row.error = error
-            return
-        row.place += count
-        self._drawn.append(_Drawn([row], [count], tokens, likelihoods[:, 0], logprobs, likeliest))
-
-    def _draw_after_drawn(self, row: Row, logprobs: mx.array) -> None:
-        """Decide how many drawn drafted tokens stay, and draw what follows, from log-probabilities [L + 1, vocab]."""
-        draft, place, sampler = row.draft, row.place, row.request.sampler
-        assert draft is not None and draft.logprobs is not None and isinstance(sampler, TextSampler)
-        limited, drafts = row.limit_all(logprobs), draft.logprobs_of_all()
-        drafted = mx.array(draft.tokens)
-        accepted, token = accept_drawn(limited, drafts, drafted, sampler, place)
-        row.place += len(draft.tokens) + 1
-        places = mx.arange(len(draft.tokens) + 1)
-        found = mx.where(places == accepted, token, mx.concatenate([drafted, drafted[:1]]))
-        top = int(row.request.options.top_logprobs)
-        tokens, likelihoods, likeliest, _ = draw(limited, lambda _: found, top)
-        mx.async_eval(accepted)
-        counts = [len(draft.tokens) + 1]
-        self._drawn.append(_Drawn([row], counts, tokens, likelihoods[:, 0], logprobs, likeliest, accepted))
-
-    def _read(self, groups: Sequence[_Drawn]) -> list[tuple[Row, Piece]]:
-        """The pieces of drawn tokens; waits for the device."""
-        pieces = []
-        for drawn in groups:
-            tokens: Any = drawn.tokens.tolist()
-            likelihoods: Any = drawn.logprobs.tolist()
-            for row, count, end in zip(drawn.rows, drawn.counts, accumulate(drawn.counts), strict=True):
-                if row.is_done:
-                    continue
-                places: Sequence[int] = range(end - count, end)
-                accepted = None
-                if drawn.accepted is not None and row.draft is not None:
-                    accepted, places = int(drawn.accepted.item()), row.draft.choices  # type: ignore[arg-type]
-                choices: list[Choice] = [(tokens[i], likelihoods[i], listed(drawn.likeliest, i)) for i in places]
-                try:
-                    taken = row.take(choices, drawn.source[end - count : end], accepted)
-                    pieces += [(row, piece) for piece in taken]
-                except Exception as error:
-                    row.error = error
-        return pieces
+            if self._shared is not None and row.error is None:
+                self._shared.after_prompt(row)
+            row.drop_caches()
 
     def _process_prompts(self) -> list[tuple[Row, Piece]]:
         """Process a piece of the first prompt, or with `prompts_first` of all rows' prompts."""
@@ -436,72 +238,16 @@ class Engine:
         return pieces
 
     def _process_piece(self, row: Row) -> list[Piece]:
-        """Process a piece of a row's prompt; after the last one, draw the next token."""
-        size = row.request.options.prefill_step_size or backend.prefill_step_size()
-        if self.exact_prefixes and len(row.prompt) <= size:
-            self._keep(row)
-        piece, row.prompt = row.prompt[:size], row.prompt[size:]
-        with self._adapters_of([row]):
-            hidden_states = row.decoder.extend(mx.array([piece]))
-            if row.prompt:
-                mx.eval([layer.state[:2] for layer in row.decoder.cache])
-                mx.clear_cache()
-                return []
-            logprobs = row.decoder.logprobs(hidden_states)
-        if row.request.options.kv_bits is not None:  # otherwise they stay as they were until the next step
-            mx.async_eval([layer.state[:2] for layer in row.decoder.cache])
-        if not self.exact_prefixes:
-            self._keep(row)
+        """Process a piece of a row's prompt, the draft model's first; after the last one, draw the next token."""
+        if row.prepare_draft(piece_size(row)):
+            return []
+        if self._shared is not None:
+            self._shared.before_piece(row)
+        logprobs = self._calls.prompt_piece(row, piece_size(row))
+        if logprobs is None:
+            return []
+        if self._shared is not None:
+            self._shared.after_prompt(row)
         if row.draws:
-            self._draw(row, logprobs)
+            self._draws.start(row, logprobs)
         return row.take_forced()
-
-    def _adapters_of(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        """Inside, each row of the model's calls has the adapter of the text in that place."""
-        if self.adapters is None:
-            return nullcontext()
-        return self.adapters.rows([row.handle for row in rows])
-
-    def _reuse(self, row: Row) -> None:
-        """Take from `prefixes` what a row's prompt begins with."""
-        if self.prefixes is None or row.past:
-            return
-        ids, options = row.prompt, row.request.options
-        size = options.prefill_step_size or backend.prefill_step_size()
-        if self.exact_prefixes:
-            ids = ids[: (len(ids) - 1) // size * size + 1]
-        cache, count = self.prefixes.fetch(ids, options, key=self._key(row))
-        excess = count % size if self.exact_prefixes else 0
-        if count > excess:
-            for layer in cache:
-                layer.trim(excess)
-            row.start_after(count - excess, cache)
-
-    def _keep(self, row: Row) -> None:
-        """Leave what a row has processed so far in `prefixes`, if it is all the row's own."""
-        if self.prefixes is not None and row.past == 0:
-            ids = row.processed_ids()
-            if ids:
-                self.prefixes.insert(ids, row.decoder.cache, key=self._key(row))
-
-    def _key(self, row: Row) -> str:
-        """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
-        options = row.request.options
-        if not self.exact_prefixes:
-            return row.key
-        start = 0 if options.kv_bits is None else options.quantized_kv_start
-        return f"{row.key}, {options.prefill_step_size}, {start}"
-
-
-def _repeated(rows: Sequence[Row], counts: Sequence[int]) -> list[Row]:
-    """Each row as many times as its count says."""
-    return [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-
-
-def _drawn_tokens(sampler: Sampler, logprobs: mx.array, place: int) -> mx.array:
-    """Tokens [L] from log-probabilities [L, vocab], the first of which is drawn token `place` of a text."""
-    if sampler is greedy:
-        return greedy(logprobs)
-    if isinstance(sampler, TextSampler):
-        return sampler.tokens(logprobs, place)
-    return mx.concatenate([sampler(logprobs[i : i + 1]) for i in range(logprobs.shape[0])])

@@ -12,7 +12,9 @@ from ..inputs import read_text_source, to_path
 
 # JSON without white space between its parts. A schema can ask for it: {"x-guidance": {"whitespace_flexible": true}}.
 _COMPACT: Any = {"whitespace_flexible": False}
-_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:)", re.MULTILINE)
+_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
+# GBNF's texts, characters, comments and names.
+_GBNF = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*|[A-Za-z0-9-]+')
 # GBNF's escapes for characters, in which llguidance's converter drops digits.
 _UNICODE_ESCAPE = re.compile(r"(\\\\)|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
@@ -38,12 +40,21 @@ def _json_schema(value: str | Mapping[str, Any]) -> str:
 def _parse_schema(text: str) -> Any:
     """The schema in a text, or in the file that it names."""
     source = "--json-schema"
-    if not text.lstrip().startswith("{"):
+    if not text.lstrip().startswith("{") and not _is_json(text):
         source, text = f"--json-schema {text}", _read(text, "--json-schema", "a JSON schema")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{source} is not JSON: {error}.") from None
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is JSON, and not the name of a file, which may be a number."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return not to_path(text).is_file()
 
 
 def _json_object(value: bool) -> str:
@@ -58,6 +69,8 @@ def _regex(value: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"--regex must be text, got {quote(value)}.")
     _check_characters("--regex", value)
+    if (len(value) - len(value.rstrip("\\"))) % 2:  # llguidance would drop it
+        raise RequestError("--regex ends with a backslash that escapes nothing; double it, or leave it out.")
     return LLMatcher.grammar_from_regex(value)
 
 
@@ -75,10 +88,15 @@ def _grammar(value: str) -> str:
         if "::=" not in value:
             raise RequestError("--grammar is neither Lark, with a rule `start:`, nor GBNF, with a rule `root ::=`.")
         try:
-            value = gbnf_to_lark(_UNICODE_ESCAPE.sub(_character, value))
+            value = gbnf_to_lark(_UNICODE_ESCAPE.sub(_character, _GBNF.sub(_free_name, value)))
         except Exception as error:  # the converter raises plain ones
             raise RequestError(f"--grammar is not valid GBNF: {error}.") from None
     return LLMatcher.grammar_from_lark(value)
+
+
+def _free_name(found: re.Match[str]) -> str:
+    """A name in GBNF, other than that of Lark's first rule."""
+    return "start-of-gbnf" if found[0] == "start" else found[0]
 
 
 def _character(found: re.Match[str]) -> str:

@@ -16,12 +16,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .. import backend
-from ..cache import KVCache
-from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import OpenELM
 from ..wording import size
-from .options import CacheOptions, check_number
+from .options import check_number
+from .text_needs import CacheKind, activations_of, text_needs
 
 if TYPE_CHECKING:
     from .row import Row
@@ -30,138 +29,31 @@ if TYPE_CHECKING:
 FREE_SHARE = 0.5
 _UNKNOWN_FREE = 4 << 30
 
-# On a CPU, MLX begins up to about 55 operations before the first of them is done. These are so many layers of a piece
-# of a prompt, which is 9 operations; replacements of buffers, which are two; and rows whose samplers are at work.
-_LAYERS_AHEAD, _COPIES_AHEAD, _SAMPLERS_AHEAD = 6, 20, 4
-# Arrays [vocab] in float32 that exist at a time: for each row its logits, twice, and its log-probabilities in this and
-# the last step; for a sampler at work, what it sorts, sums and filters.
-_LOGITS_OF_A_ROW, _LOGITS_OF_A_SAMPLER = 4, 12
+# Rows whose samplers are at work at a time on a CPU, where MLX begins operations before those before them are done.
+_SAMPLERS_AHEAD = 4
+# Arrays [vocab] in float32 that exist at a time: for each position of a step its logits, twice, and its
+# log-probabilities in this and the last step; for one that is sampled, what is sorted, summed and filtered; for a token
+# of a draft model, what it was drawn from, alone and joined with the others'.
+_LOGITS_OF_A_ROW, _LOGITS_OF_A_SAMPLER, _LOGITS_OF_A_DRAFT = 4, 12, 2
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The most bytes that a text takes.
+    """The most bytes that a row takes.
 
     Attributes:
-        held: its keys and values, from its beginning to its end.
-        replaced: more while its buffers are replaced by longer or by quantized ones.
+        held: its keys and values and those of the draft model, from its beginning to its end.
+        replaced: more while buffers are replaced by longer or by quantized ones.
         prompt: more while a piece of its prompt is processed.
-        samples: whether its next token is drawn from sorted or changed log-probabilities.
+        step: more during a step.
+        sampling: more in a step while tokens are drawn from sorted or changed log-probabilities; 0 if they are not.
     """
 
     held: int
     replaced: int
     prompt: int
-    samples: bool = False
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of cache: sliding if it has a window; quantized to `bits` once it holds `start` positions."""
-
-    window: int | None = None
-    bits: int | None = None
-    group_size: int = 64
-    start: int = 0
-
-    @classmethod
-    def of(cls, cache: Any, options: CacheOptions, head_dim: int) -> _Kind:
-        """That of a layer's cache, which the options may quantize later."""
-        if hasattr(cache, "bits"):
-            return cls(bits=cache.bits, group_size=cache.group_size)
-        if getattr(cache, "max_size", None):
-            return cls(window=cache.max_size)
-        return cls(None, options.kv_bits, options.group_size(head_dim), options.quantized_kv_start)
-
-
-def text_needs(
-    config: ModelConfig, kind: _Kind, past: int, prompt: int, count: int, piece: int, itemsize: int
-) -> Needs:
-    """What a text takes, without its drawing.
-
-    Args:
-        past: positions that its caches hold before the prompt.
-        prompt, count: tokens of the prompt, and of the text.
-        piece: tokens of the prompt that are processed at a time.
-        itemsize: bytes of an activation.
-    """
-    values = 2 * sum(config.num_kv_heads) * config.head_dim  # of a position
-    width = values * itemsize
-    total = past + prompt + max(count - 1, 0)  # nothing is computed from the last token
-    ends = [past + min(end, prompt) for end in range(piece, prompt + piece, piece)]
-    if kind.bits is None or total < kind.start:
-        columns, grows = _columns(kind.window, past, ends, total)
-        if kind.window is None and total > ends[-1]:
-            columns, grows = max(columns, _stepped(ends[-1], total)), True
-        held, replaced = columns * width, columns * width if grows else 0
-    else:
-        packed = values * kind.bits // 8 + 2 * values // kind.group_size * itemsize
-        # Quantized after the first piece that ends at `start` or beyond, or after the token that reaches it.
-        reached = next((end for end in ends if end >= kind.start), kind.start)
-        plain, _ = _columns(None, past, [end for end in ends if end <= reached], reached)
-        if reached > ends[-1]:
-            plain = max(plain, _stepped(ends[-1], reached))
-        columns, grows = _columns(None, reached, [end for end in ends if end > reached], total)
-        # After the first piece already, the other texts need not wait for the memory of plain ones.
-        held = max(columns * packed, plain * width if reached > ends[0] else 0)
-        replaced = max(columns * packed if grows else 0, plain * (width + packed))
-    layers, longest = config.num_transformer_layers, min(piece, prompt)
-    share = 1.0 if backend.on_gpu() else min(1.0, _COPIES_AHEAD / (2 * layers))
-    activations = _most_of(_activations(config, itemsize), layers if backend.on_gpu() else _LAYERS_AHEAD) * longest
-    return Needs(held, int(replaced * share), activations + _masks(kind, past + prompt, longest, itemsize))
-
-
-def _columns(window: int | None, past: int, ends: Sequence[int], total: int) -> tuple[int, bool]:
-    """The most positions that buffers have room for, and whether buffers that hold something are replaced.
-
-    Pieces that end at `ends` and then single positions up to `total` come after `past`, for which there is just room.
-    """
-    room = used = most = past
-    replaced = False
-    for end in ends:
-        length = end - used
-        if window is not None and length > 1:
-            room, replaced = min(room, used, window - 1) + length, replaced or used > 0
-        elif window is None and end > room:
-            room, replaced = used + _rounded(length), replaced or used > 0
-        used, most = end, max(most, room)
-    goal = total if window is None else min(total, window)
-    if goal > room:
-        room, replaced = room + _rounded(goal - room), replaced or used > 0
-        most = max(most, room if window is None else min(room, window))
-    return most, replaced
-
-
-def _stepped(start: int, total: int) -> int:
-    """Positions that a growing cache has room for at the end of steps: kernels take new buffers at the first one."""
-    return start + _rounded(total - start)
-
-
-def _rounded(count: int) -> int:
-    """Positions that a growing cache makes room for."""
-    return -(-count // KVCache.step) * KVCache.step
-
-
-def _activations(config: ModelConfig, itemsize: int) -> list[int]:
-    """The bytes of all results of each layer for one position."""
-    layers = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True)
-    inner = 3 if config.ffn_with_glu else 2
-    return [
-        itemsize * (4 * config.model_dim + (3 * heads + 2 * kv_heads) * config.head_dim + inner * dims)
-        for heads, kv_heads, dims in layers
-    ]
-
-
-def _most_of(layers: Sequence[int], count: int) -> int:
-    """The largest sum of `count` consecutive layers."""
-    return max(sum(layers[i : i + count]) for i in range(max(1, len(layers) - count + 1)))
-
-
-def _masks(kind: _Kind, length: int, longest: int, itemsize: int) -> int:
-    """Bytes of the masks that a sliding cache needs: booleans three times, and numbers."""
-    if kind.window is None or length <= kind.window:
-        return 0
-    return longest * (kind.window + longest) * (3 + itemsize)
+    step: int
+    sampling: int
 
 
 class Budget:
@@ -184,9 +76,6 @@ class Budget:
         self.model, self.max_bytes, self.draft_model = model, max_bytes, draft_model
         self._rows: list[Row] = []
         self._itemsize = _itemsize(model)
-        logits = 4 * model.config.vocab_size
-        self._row_step = sum(_activations(model.config, self._itemsize)) + _LOGITS_OF_A_ROW * logits
-        self._sampler_step = _LOGITS_OF_A_SAMPLER * logits
 
     @property
     def reserved(self) -> int:
@@ -201,47 +90,54 @@ class Budget:
         return needs
 
     def _needs(self, row: Row) -> Needs:
-        request, cache = row.request, row.decoder.cache
+        request, cache, config = row.request, row.decoder.cache, self.model.config
         options, prompt, count = request.options, len(row.prompt), request.count
         piece = options.prefill_step_size or backend.prefill_step_size()
-        kind = _Kind.of(cache[0], options, self.model.config.head_dim)
-        needs = text_needs(self.model.config, kind, row.past, prompt, count, piece, self._itemsize)
-        activations = needs.prompt
+        kind = CacheKind.of(cache[0], options, config.head_dim)
+        held, replaced, activations = text_needs(
+            config, kind, row.past, prompt, count, piece, self._itemsize, row.most_drafted
+        )
+        held = max(held, sum(layer.nbytes for layer in cache))
         if row.constraint is not None and count > prompt:  # what it forces is processed like a prompt
-            activations = text_needs(self.model.config, kind, row.past, count, 0, piece, self._itemsize).prompt
-        held, replaced = max(needs.held, _nbytes(cache)), needs.replaced
-        if self.draft_model is not None:
+            activations = text_needs(config, kind, row.past, count, 0, piece, self._itemsize).prompt
+        # A step has a position for the next token and for each drafted one.
+        positions, logits = 1 + row.most_drafted, 4 * config.vocab_size
+        samples = not row.is_plain or bool(row.decoder.logits_processors) or row.constraint is not None
+        step = positions * (sum(activations_of(config, self._itemsize)) + _LOGITS_OF_A_ROW * logits)
+        if self.draft_model is not None and row.drafter is not None:
             size = _itemsize(self.draft_model)
-            draft = text_needs(self.draft_model.config, _Kind(), 0, row.past + prompt, count, piece, size)
+            draft = text_needs(
+                self.draft_model.config, CacheKind(), 0, row.past + prompt, count, piece, size, row.most_drafted
+            )
             held, replaced = held + draft.held, max(replaced, draft.replaced)
             activations = max(activations, draft.prompt)
-        samples = not row.is_plain or bool(row.decoder.logits_processors) or row.constraint is not None
-        return Needs(held, replaced, activations, samples)
+            step += row.most_drafted * _LOGITS_OF_A_DRAFT * logits
+        sampling = positions * _LOGITS_OF_A_SAMPLER * logits if samples else 0
+        return Needs(held, replaced, activations, step, sampling)
 
     def total(self, rows: Sequence[Row]) -> int:
         """The most bytes that these rows take together."""
-        return self._sum([self.needs(row) for row in rows])
-
-    def _sum(self, needs: Sequence[Needs]) -> int:
-        if not needs:
-            return 0
-        samplers = sum(one.samples for one in needs)
-        if not backend.on_gpu():
-            samplers = min(samplers, _SAMPLERS_AHEAD)
-        held = sum(one.held for one in needs)
-        once = max(one.replaced for one in needs) + max(one.prompt for one in needs)
-        return held + once + len(needs) * self._row_step + samplers * self._sampler_step
+        return self._sum([self.needs(row) for row in rows], len(rows))
 
     def most(self, rows: Sequence[Row], count: int) -> int:
         """The most bytes that any `count` of these rows take together, where others wait; never over `max_bytes`."""
-        needs = [self.needs(row) for row in rows]
+        return min(self._sum([self.needs(row) for row in rows], count), self.max_bytes)
+
+    def _sum(self, needs: Sequence[Needs], count: int) -> int:
         if not needs:
             return 0
-        largest = sorted((one.held for one in needs), reverse=True)[:count]
-        replaced, prompt = max(one.replaced for one in needs), max(one.prompt for one in needs)
-        samplers = sum(one.samples for one in needs)
-        bound = self._sum([Needs(held, replaced, prompt, n < samplers) for n, held in enumerate(largest)])
-        return min(bound, self.max_bytes)
+
+        def largest(values: Iterable[int], number: int) -> int:
+            return sum(sorted(values, reverse=True)[:number])
+
+        samplers = count if backend.on_gpu() else min(count, _SAMPLERS_AHEAD)
+        return (
+            largest((one.held for one in needs), count)
+            + max(one.replaced for one in needs)
+            + max(one.prompt for one in needs)
+            + largest((one.step for one in needs), count)
+            + largest((one.sampling for one in needs), samplers)
+        )
 
     def check(self, row: Row) -> None:
         """Raise a `RequestError` if a row alone needs more than there is for all."""
@@ -273,11 +169,6 @@ def _itemsize(model: OpenELM) -> int:
     return model.transformer.norm.weight.dtype.size
 
 
-def _nbytes(cache: Sequence[Any]) -> int:
-    """Bytes of a text's caches, ours or mlx-lm's."""
-    return sum(layer.nbytes for layer in cache)
-
-
 def model_bytes(model: OpenELM) -> int:
     """Bytes of a model's weights."""
     arrays: Any = tree_flatten(model.parameters())
@@ -286,4 +177,4 @@ def model_bytes(model: OpenELM) -> int:
 
 def held_bytes(rows: Iterable[Row]) -> int:
     """Bytes that the caches of rows have now."""
-    return sum(_nbytes(row.decoder.cache) for row in rows)
+    return sum(row.nbytes for row in rows)

@@ -316,7 +316,8 @@ def check_number(flag: str, value: object, low: float, high: float, expected: st
         expected: the rest of the sentence "--flag must be", for the message.
     """
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{flag} must be {expected}, got {value}")
+        got = quote(value) if isinstance(value, str) else value
+        raise RequestError(f"{flag} must be {expected}, got {got}")
 
 
 def check_logit_bias(logit_bias: Any, vocab_size: int | None) -> None:

@@ -87,10 +87,15 @@ class Output:
             drafts=drafts,
         )
 
-    def warn_if_cut(self) -> None:
-        """Warn if the text ended before its constraint did; to be called when the last piece has been shown."""
+    def warn_if_cut(self, place: str = "") -> None:
+        """Warn if the text ended before its constraint did; to be called when the last piece has been shown.
+
+        Args:
+            place: where the prompt is from, if there are several.
+        """
         if self._is_cut:
             n = self.length
             limit = "--max-tokens" if n == self.options.max_tokens else "the end of the model's context"
             tokens = f"{n:,} token{'' if n == 1 else 's'}"
-            warn(name_options(f"The text was cut off after {tokens}, at {limit}; it may be incomplete."))
+            before = f"{place}: " if place else ""
+            warn(name_options(f"{before}The text was cut off after {tokens}, at {limit}; it may be incomplete."))

@@ -11,10 +11,12 @@ import mlx.core as mx
 from ..adapters.pool import AdapterHandle
 from ..adapters.switching import AdapterPaths
 from ..cache import rewind
-from ..errors import RequestError
+from ..errors import OpenELMError
 from ..text.tokenizer import Tokenizer
-from .decoding import MANY_POSITIONS, Request, failed_draw, warn_past_context
-from .drafting import CheckedDraft, Draft, DraftCounts, Drafter, certain
+from .decoding import MANY_POSITIONS, Request
+from .draft_length import MAX_DRAFT_TOKENS
+from .drafting import MAX_CHECKED_TOKENS, CheckedDraft, Draft, DraftCounts, Drafter
+from .drawing import failed_draw, warn_past_context
 from .output import Output
 from .piece import Piece
 from .sampling import greedy
@@ -65,7 +67,8 @@ class Row:
         self.draft: CheckedDraft | None = None  # what the device checks
         self.kept = 0  # drafted tokens of the last step that stayed
         self.place = 0  # tokens drawn, those that the device is drawing included
-        self._unheard = _ids_of(self.decoder.context) + request.prompt if drafter is not None else []
+        self._unheard: list[int] = []  # what the drafter was not told yet
+        self._drafter_began = self._is_prepared = drafter is None
         self._forced = forced  # drawn without a choice, and not yet in the text
         self._tokenizer = tokenizer
         self._output: Output | None = None
@@ -106,10 +109,10 @@ class Row:
         """Count the time of the prompt from now on."""
         self._submitted = time.perf_counter()
 
-    def warn_if_cut(self) -> None:
-        """Warn if the text ended before its constraint did."""
+    def warn_if_cut(self, place: str = "") -> None:
+        """Warn if the text ended before its constraint did; `place` says where its prompt is from."""
         if self._output is not None:
-            self._output.warn_if_cut()
+            self._output.warn_if_cut(place)
 
     def take_forced(self) -> list[Piece]:
         """The pieces of tokens that the constraint left no choice about."""
@@ -136,7 +139,7 @@ class Row:
         try:
             for token, logprob, likeliest in choices:
                 if not abs(logprob) < float("inf"):
-                    raise failed_draw(self.decoder, len(self.tokens) + 1, self.constraint, source[used : used + 1])
+                    raise self._failed(source[used : used + 1])
                 is_right = place < len(drafted) and (token == drafted[place] if accepted is None else place < accepted)
                 used, right = used + 1, right + is_right
                 if self.constraint is not None:
@@ -188,6 +191,11 @@ class Row:
         else:
             self.pending = rest
 
+    def _failed(self, logprobs: mx.array) -> OpenELMError:
+        """The error of a next token that log-probabilities [1, vocab] do not give."""
+        processed = bool(self.decoder.logits_processors)
+        return failed_draw(self.decoder.model, len(self.tokens) + 1, logprobs, self.constraint, processed)
+
     @property
     def _position(self) -> int:
         """The number of tokens that the caches hold."""
@@ -199,14 +207,42 @@ class Row:
         options = self.decoder.options
         return 0 if options.kv_bits is None else options.quantized_kv_start
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that it holds now, those of a draft model included."""
+        drafts = 0 if self.drafter is None else self.drafter.nbytes
+        return sum(layer.nbytes for layer in self.decoder.cache) + drafts
+
+    def drop_caches(self) -> None:
+        """Free what only decoding needs; the caller may keep the row."""
+        self.decoder.cache, self.drafter = [], None
+
+    def prepare_draft(self, size: int) -> bool:
+        """Let the drafter read a piece of the prompt, of `size` tokens at most; False if it has read all of it."""
+        if self.drafter is not None and not self._drafter_began:
+            past = _ids_of(self.decoder.context) if self.past else []
+            self.drafter.begin([*past, *self.request.prompt], len(past) + self.cached_tokens)
+            self._drafter_began = True
+        self._is_prepared = self._is_prepared or self.drafter is None or not self.drafter.prepare(size)
+        return not self._is_prepared
+
+    @property
+    def most_drafted(self) -> int:
+        """The most tokens that a draft may ever have, with those that the constraint puts between them."""
+        if self.drafter is None:
+            return 0
+        fixed = self.request.options.num_draft_tokens
+        most = MAX_DRAFT_TOKENS if fixed is None else fixed
+        if self.constraint is not None:
+            most = max(most, MAX_CHECKED_TOKENS)
+        return min(most, self.request.count - 1)
+
     def room_for_draft(self, unread: int = 0) -> int:
         """The most tokens that a draft may have after the pending ones.
 
         Args:
             unread: drawn tokens that will come before it.
         """
-        if self.prompt:
-            return 0
         room = self.request.count - len(self.tokens) - unread - 1
         position = self._position + len(self.pending) + unread
         if self._position < self._quantized_from:  # drafted tokens that are taken back must not quantize it
@@ -226,7 +262,8 @@ class Row:
         if self.constraint is None:
             checked = CheckedDraft(tokens[:end], [False] * end)
         else:
-            checked = self.constraint.check_draft(tokens[:end], self.room_for_draft(), MANY_POSITIONS)
+            limit = min(self.room_for_draft(), self.most_drafted)
+            checked = self.constraint.check_draft(tokens[:end], limit, MANY_POSITIONS)
         checked.logprobs = draft.logprobs
         self.draft = checked if checked.tokens else None
 
@@ -261,48 +298,6 @@ class Row:
         """Add tokens [L] to what the logits processors are given."""
         if self.decoder.logits_processors:
             self.decoder.context = mx.concatenate([self.decoder.context, tokens])
-
-    def process(self, logits: mx.array) -> mx.array:
-        """The logits [L, vocab] at the last L tokens of the context, after the logits processors.
-
-        A processor that fails ends this row alone.
-        """
-        context, count = self.decoder.context, logits.shape[0]
-        found = []
-        try:
-            for place in range(count):
-                row = logits[place : place + 1]
-                for process in self.decoder.logits_processors:
-                    row = process(context[: context.size - count + place + 1], row)
-                if row.shape != (1, logits.shape[1]):  # would harm the other rows
-                    raise RequestError(f"A logits processor returned {row.shape} for logits {(1, logits.shape[1])}.")
-                found.append(row)
-        except Exception as error:
-            self.error = error
-            return logits
-        return mx.concatenate(found) if found else logits
-
-    def limit(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities [L, vocab] at the places of the draft, or the only place, to what the constraint allows."""
-        if self.constraint is None:
-            return logprobs
-        if self.draft is None:
-            return self.constraint.limit(logprobs)
-        masks = [mask for mask in self.draft.masks if mask is not None]
-        return self.constraint.limit_each(logprobs, masks)
-
-    def limit_all(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities [L + 1, vocab] at all places of the draft to what the constraint allows.
-
-        A token that must be there has a log-probability of 0.
-        """
-        if self.constraint is None or self.draft is None:
-            return logprobs
-        draft, size = self.draft, logprobs.shape[1]
-        every = bytes([255]) * (size // 8 + 1)
-        limited = self.constraint.limit_each(logprobs, [mask or every for mask in draft.masks])
-        forced = mx.array([*draft.forced, False])[:, None]
-        return mx.where(forced, certain([*draft.tokens, 0], size), limited)
 
     def start_after(self, count: int, cache: list[Any]) -> None:
         """Leave out the first `count` tokens of the prompt, which `cache` holds."""

@@ -74,8 +74,9 @@ class Speculation:
             from .constraints import DraftLimit
 
             limit = DraftLimit(request.constraint)
+        reads_all = options.num_draft_tokens is not None  # so that drafts do not depend on what others have left
         sampler = request.sampler if isinstance(request.sampler, TextSampler) else None
-        model = ModelDrafter(self.draft_model, sampler, request.decoder.logits_processors, limit)
+        model = ModelDrafter(self.draft_model, sampler, request.decoder.logits_processors, limit, reads_all)
         return model if lookup is None else EitherDrafter(lookup, model)
 
     def wants(self, rows: Sequence[Row], unread: int) -> bool:
@@ -158,7 +159,7 @@ class Speculation:
     def _plans(self, rows: Sequence[Row], unread: int) -> list[Plan]:
         plans = []
         for row in rows:
-            if row.drafter is None or row.is_done:
+            if row.drafter is None or row.is_done or row.prompt:
                 plans.append(Plan(()))
                 continue
             row.tell_drafter()

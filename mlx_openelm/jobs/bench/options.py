@@ -63,7 +63,9 @@ class BenchOptions(CacheOptions):
     ] = None
     draft_model: Annotated[
         str | None,
-        Option("Also measure with drafts of this smaller model.", group="Drafts", metavar="MODEL", default="no drafts"),
+        Option(
+            "Also measure with drafts of this smaller model.", group="Drafts", metavar="auto|MODEL", default="no drafts"
+        ),
     ] = None
     num_draft_tokens: Annotated[
         int | None,

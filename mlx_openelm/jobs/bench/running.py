@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ... import backend
 from ...errors import RequestError
 from ...evaluation import bandwidth
-from ...loading import check_dtype
+from ...loading import check_dtype, draft_name
 from ...sources import open_source
 from .options import BenchOptions
 from .processes import programs
@@ -73,7 +73,7 @@ def bench(
         "expand": expand,
         "exact_activations": exact_activations,
     }
-    draft = None if options.draft_model is None else open_source(options.draft_model)
+    draft = None if options.draft_model is None else open_source(draft_name(options.draft_model, model, config))
     if options.drafts:
         make_prompts = partial(text_prompts, tokenizer=source.tokenizer)
     else:
