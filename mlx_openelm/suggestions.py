@@ -13,7 +13,6 @@ from .wording import did_you_mean, flag, similar
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
-    "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
     "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
@@ -43,7 +42,7 @@ _REFUSED_COMMANDS = {
 }
 
 _LATER_FLAGS = (
-    *("--draft-model", "--prompt-cache-size", "--prompt-cache-bytes"),
+    *("--prompt-cache-size", "--prompt-cache-bytes"),
     *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
 )
 # The names that other programs have for our flags; of several, the first that the command has is meant.
@@ -125,7 +124,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("--mask-prompt", "--fine-tune-type", "--rank", "--grad-checkpoint", "--resume", "--data"), "lora"),
     **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
     **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
-    **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
+    **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup", "--draft-model"), "generate"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",

@@ -29,6 +29,7 @@ SHELLS = ("bash", "zsh", "fish")
 # flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
+    "chat": "Chat with a model on the terminal.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",

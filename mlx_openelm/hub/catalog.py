@@ -15,7 +15,8 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / TINY
 # The models inside the package and their folders: one writes like Shakespeare, one drafts for it, one chats.
-PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", "tiny-instruct")}
+TINY_CHAT = "tiny-instruct"
+PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", TINY_CHAT)}
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"
