@@ -87,7 +87,7 @@ class PseudoTerminal:
             data = os.read(self._parent, 1 << 16)
         except OSError:  # how Linux says that the other side is closed
             return False
-        self._shown = _ESCAPES.sub("", self._shown + data.decode(errors="replace").replace("\r\n", "\n"))
+        self._shown = _ESCAPES.sub("", self._shown + data.decode(errors="replace").replace("\r", ""))
         return bool(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -63,7 +64,10 @@ def test_piped_blocks_are_one_message_and_errors_end_nothing(tmp_path: Path) -> 
     assert done.returncode == 1  # so that a script notices
 
 
-def test_bad_flags_and_models_are_refused_before_the_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_and_models_are_refused_before_the_chat(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     for words, line in (
         (["--temp", "-1"], "--temp must be between 0 and 1000, got -1.0."),
         (["--model", "tiny", "--chat-template", "own"], "The model has no chat template of its own"),
@@ -130,8 +134,12 @@ def test_what_was_typed_is_there_in_the_next_session(tmp_path: Path) -> None:
     assert [json.loads(line) for line in file.read_text().splitlines()] == ["one\ntwo", "/exit"]
     with PseudoTerminal("chat", "--max-tokens", 2, "--no-history", cwd=tmp_path) as terminal:
         terminal.expect("> ")
-        terminal.type(f"secret\r{up}{up}\x03")  # there is nothing before this session
+        terminal.type("secret\r")
         terminal.expect("> ")
+        terminal.type(f"{up}{up}")  # there is nothing before this session
+        terminal.expect("secret")
+        terminal.type("\x03")
+        terminal.expect("leave.\n> ")
         terminal.type("/exit\r")
         assert terminal.exit_code() == 0
     assert "secret" not in file.read_text()

@@ -16,6 +16,7 @@ import pytest
 # The commands of mlx-lm that have a counterpart, by module.
 COUNTERPARTS = {
     "generate": "generate",
+    "chat": "chat",
     "convert": "convert",
     "lora": "lora",
     "fuse": "fuse",
@@ -159,7 +160,7 @@ def test_planned_flags_are_not_offered_yet(flag: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["serve", "chat", "evaluate", "grpo", "leaderboard",
+    ["serve", "evaluate", "grpo", "leaderboard",
      "embed", "classify"],
 )  # fmt: skip
 def test_planned_commands_are_not_offered_yet(name: str) -> None:

@@ -30,7 +30,7 @@ EXAMPLES = """\
   mlx-openelm chat
   mlx-openelm chat --model 1.1b-instruct --chat-template corenet --temp 0.7 --repetition-penalty 1.2
   mlx-openelm chat --system-prompt "Answer in one sentence." --max-kv-size 512
-  printf 'Good morrow!\\nWho art thou?\\n' | mlx-openelm chat"""
+  echo "Who art thou?" | mlx-openelm chat"""
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -67,8 +67,8 @@ def run(args: Namespace) -> int:
     """Chat with a model.
 
     The model sees the whole conversation, and only what is new is processed. A message may have several lines: paste
-    them, press Alt-Enter, end a line with a backslash, or put them between lines of three double quotes. Ctrl-C stops an
-    answer, Ctrl-D ends the chat, /help lists the commands.
+    them, press Alt-Enter, end a line with a backslash, or put them between lines of three double quotes. Ctrl-C stops
+    an answer, Ctrl-D ends the chat, /help lists the commands.
 
     If standard input is not a terminal, each line is a message. Answers go to standard output, everything else to
     standard error.

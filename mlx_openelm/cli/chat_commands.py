@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,9 +133,8 @@ def say_stats(session: Session) -> None:
     stats = chat.stats
     if stats is not None:
         last, new = stats.last, stats.prompt_tokens - stats.cached_tokens
-        console.say(
-            f"Prompt: {counted(new, 'new token')} after {stats.cached_tokens:,} in the cache, {last.prompt_tps:.1f} tokens/s"
-        )
+        cached = f"{counted(new, 'new token')} after {stats.cached_tokens:,} in the cache"
+        console.say(f"Prompt: {cached}, {last.prompt_tps:.1f} tokens/s")
         speed = f", {last.generation_tps:.1f} tokens/s" if last.generation_tokens > 1 else ""
         end = "stopped" if stats.stopped else f"finish reason: {last.finish_reason}"
         console.say(f"Answer: {counted(last.generation_tokens, 'token')}{speed}, {end}")

@@ -236,8 +236,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--draft-model": {
         "metavar": "auto|MODEL",
-        "help": "Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or auto, "
-        "which is 270m for 1.1b and 3b.",
+        "help": "Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or "
+        "auto, which is 270m for 1.1b and 3b.",
     },
     "--extra-eos-token": {
         "action": "append",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RequestError
 from ..model import OpenELM
-from ..text.chat_template import OWN
 from ..text.chat_messages import Message, check_messages, plain_text
+from ..text.chat_template import OWN
 from ..text.tokenizer import Tokenizer
 from .decoding import Progress
 from .draft_model import DraftModel
@@ -109,6 +110,7 @@ class Conversation:
     @options.setter
     def options(self, options: GenerationOptions) -> None:
         options.validate(self.model.config.vocab_size, self.model.config.head_dim)
+        options.check_drafts(self._draft_model is not None)
         if any(getattr(options, name) != getattr(self._options, name) for name in asdict(CacheOptions())):
             self._kept.forget()
         if options.seed != self._options.seed:
@@ -137,26 +139,19 @@ class Conversation:
         """
         if not text:
             raise RequestError("The message is empty; give some text.")
-        self.messages.append({"role": "user", "content": text})
-        try:
+        with self._unless_unanswered():
+            self.messages.append({"role": "user", "content": text})
             yield from self._answer(progress)
-        finally:
-            if self.is_unanswered:
-                self.messages.pop()
 
     def retry(self, progress: Progress | None = None) -> Iterator[Piece]:
         """The pieces of another answer to the last message, in place of the one that it has."""
         if not self.messages:
             raise RequestError("There is no message to answer again.")
-        previous, turns = list(self.messages), list(self._turns)
-        if not self.is_unanswered:
-            self.messages.pop()
-            self._forget_turns()
-        try:
+        with self._unless_unanswered():
+            if not self.is_unanswered:
+                self.messages.pop()
+                self._forget_turns()
             yield from self._answer(progress)
-        finally:
-            if self.is_unanswered:
-                self.messages, self._turns = previous, turns
 
     def undo(self) -> None:
         """Take back the last message and its answer."""
@@ -194,6 +189,16 @@ class Conversation:
         if self._draft_model is not None:
             self._draft_model.last = None
 
+    @contextmanager
+    def _unless_unanswered(self) -> Iterator[None]:
+        """Leave everything as it was if the last message has no answer at the end of the block."""
+        before = list(self.messages), list(self._turns), self.left_out
+        try:
+            yield
+        finally:
+            if self.is_unanswered:
+                self.messages, self._turns, self.left_out = before
+
     def _opening(self) -> list[Message]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
@@ -217,6 +222,8 @@ class Conversation:
             )
             for piece in stream:
                 pieces.append(piece)
+                if len(pieces) == 1:
+                    self._kept.mark([*ids, piece.token])
                 yield piece
         except (GeneratorExit, StopAnswerError):
             stream.close()  # type: ignore[union-attr]

@@ -21,27 +21,27 @@ class _Held(NamedTuple):
 class KeptCache:
     """Caches from one turn to the next.
 
-    A sliding cache that has dropped positions cannot go back, so a copy from before the last turn is kept beside it: a
-    turn that is repeated, or that does not end as it was generated, goes on from there.
+    A sliding cache that has dropped positions cannot go back, so copies from the last turn are kept beside it: from
+    before its prompt, for a turn that is repeated, and from before its answer, for one that is not seen as it was
+    generated, such as without its last token.
     """
 
     def __init__(self, num_layers: int):
         self._num_layers = num_layers
         self._now: _Held | None = None
-        self._before: _Held | None = None
+        self._copies: list[_Held] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        held = [one for one in (self._now, self._before) if one is not None]
-        return sum(layer.nbytes for one in held for layer in one.caches)
+        return sum(layer.nbytes for held in self._candidates() for layer in held.caches)
 
     def begin(self, ids: Sequence[int], options: CacheOptions) -> tuple[list[Any], int]:
         """Caches that hold as many of the first `ids` as possible, to be extended in place, and that number.
 
         At least one id is left to process.
         """
-        fits = [(held, self._fit(held, ids)) for held in (self._now, self._before) if held is not None]
+        fits = [(held, self._fit(held, ids)) for held in self._candidates()]
         held, length = max(fits, key=lambda fit: fit[1], default=(None, 0))
         if held is None or not length:
             self.forget()
@@ -50,11 +50,17 @@ class KeptCache:
             return caches, 0
         for layer in held.caches:
             layer.trim(len(held.seen) - length)
-        is_sliding = hasattr(held.caches[0], "max_size")
-        seen = list(ids[:length])
-        self._before = _Held([copy(layer) for layer in held.caches], seen) if is_sliding else None
-        self._now = _Held(held.caches, seen)
+        self._now = _Held(held.caches, list(ids[:length]))
+        self._copies.clear()
+        self.mark(ids)
         return held.caches, length
+
+    def mark(self, ids: Sequence[int]) -> None:
+        """Keep a copy of caches that cannot go back, which have seen some of the first `ids`."""
+        if self._now is not None and hasattr(self._now.caches[0], "max_size"):
+            copies = [copy(layer) for layer in self._now.caches]
+            if (offset := int(copies[0].offset)) <= len(ids):
+                self._copies.append(_Held(copies, list(ids[:offset])))
 
     def end(self, ids: Sequence[int]) -> None:
         """Note what the caches have seen: the first of `ids`. What they have beyond these is taken back."""
@@ -72,7 +78,11 @@ class KeptCache:
 
     def forget(self) -> None:
         """Drop everything, such as after a change of the model or its adapter."""
-        self._now = self._before = None
+        self._now = None
+        self._copies.clear()
+
+    def _candidates(self) -> list[_Held]:
+        return ([] if self._now is None else [self._now]) + self._copies
 
     @staticmethod
     def _fit(held: _Held, ids: Sequence[int]) -> int:
