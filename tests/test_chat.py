@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from mlx_openelm import generate, load
 from mlx_openelm.cli.chat_commands import Session, complete, is_command, obey
 from mlx_openelm.cli.chat_input import HISTORY_LENGTH, _whole, append_history, read_history
+from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.generation.chat import Conversation, StopAnswerError
 from mlx_openelm.generation.options import GenerationOptions
@@ -412,7 +414,7 @@ def test_settings_are_shown_and_changed(tiny: Any, capsys: pytest.CaptureFixture
 
 
 def test_an_adapter_changes_the_answers_and_drops_the_cache(
-    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_openelm import FineTuneOptions, finetune
 
@@ -444,6 +446,10 @@ def test_an_adapter_changes_the_answers_and_drops_the_cache(
     told(capsys, session, f"/adapter {tmp_path / 'ay'}=0.0001")
     told(capsys, session, "/retry")
     assert chat.messages[-1]["content"] == before
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{SAID[0]}\n".encode())))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["chat", "--adapter-path", str(tmp_path / "ay")])
+    assert capsys.readouterr().out == "Ay.\n"
     assert told(capsys, session, "/adapter none") == "Adapter: none\n"
     told(capsys, session, "/retry")
     assert chat.messages[-1]["content"] == before

@@ -64,6 +64,12 @@ def test_piped_blocks_are_one_message_and_errors_end_nothing(tmp_path: Path) -> 
     assert done.returncode == 1  # so that a script notices
 
 
+def test_statistics_after_every_answer_with_a_draft_model(tmp_path: Path, answers: list[str]) -> None:
+    done = piped(f"{FIRST}\n{SECOND}\n", "--draft-model", "tiny-draft", "--verbose", cwd=tmp_path)
+    assert done.stdout == "\n".join([*answers, ""]) and done.returncode == 0
+    assert done.stderr.count("Drafts: ") == 2 == done.stderr.count(" in the cache, ")
+
+
 def test_bad_flags_and_models_are_refused_before_the_chat(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

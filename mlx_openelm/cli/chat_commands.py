@@ -219,7 +219,8 @@ def _set(session: Session, argument: str, answer: Answer) -> None:
         hint = did_you_mean(name.replace("_", "-"), map(_dashed, _SETTABLE))
         raise RequestError(f"There is no setting {quote(name)}; {hint or '/set lists them.'}")
     if value == _DEFAULT:
-        chat.options = dataclasses.replace(chat.options, **{name: field.default})
+        default: dict[str, Any] = {name: field.default}
+        chat.options = dataclasses.replace(chat.options, **default)
     elif value:
         parser = flags.Parser("/set", "", "")
         flags.add_fields(parser, GenerationOptions, WITHOUT)

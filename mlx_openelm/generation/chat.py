@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,7 +127,7 @@ class Conversation:
         """Whether the last message waits for an answer."""
         return bool(self.messages) and self.messages[-1]["role"] != "assistant"
 
-    def say(self, text: str, progress: Progress | None = None) -> Iterator[Piece]:
+    def say(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """The pieces of the answer to a message.
 
         Args:
@@ -143,7 +143,7 @@ class Conversation:
             self.messages.append({"role": "user", "content": text})
             yield from self._answer(progress)
 
-    def retry(self, progress: Progress | None = None) -> Iterator[Piece]:
+    def retry(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """The pieces of another answer to the last message, in place of the one that it has."""
         if not self.messages:
             raise RequestError("There is no message to answer again.")
