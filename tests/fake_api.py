@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -89,10 +90,8 @@ class FakeAPI:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()
-                try:
+                with contextlib.suppress(OSError):  # the page has left
                     self._stream(body)
-                except OSError:  # the page has left
-                    pass
 
             def _stream(self, body: dict[str, Any]) -> None:
                 api.sent = 0

@@ -44,7 +44,7 @@ class Tab:
         self.until("document.getElementById('model').length > 0")
 
     def until(self, expression: str, argument: object = None, seconds: float = 20.0) -> None:
-        """Wait for a JavaScript expression to be true; Playwright's own function needs `eval`, which the policy forbids."""
+        """Wait for a JavaScript expression to be true. Playwright's own function needs `eval`, which is forbidden."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression, argument):
             assert time.monotonic() < end, (expression, self.texts())
@@ -237,8 +237,11 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(tab: Tab, api: Fa
 
 def test_damaged_storage_and_a_deleted_conversation_do_no_harm(tab: Tab, api: FakeAPI) -> None:
     tab.page.evaluate(
-        """() => { for (const [id, value] of [["a", "{"], ["b", "3"], ["c", '{"messages": [1]}'], ["d", "null"]])
-            localStorage.setItem(`mlx-openelm:chat:${id}`, value); localStorage.setItem("mlx-openelm:current", "{"); }"""
+        """() => {
+            for (const [id, value] of [["a", "{"], ["b", "3"], ["c", '{"messages": [1]}'], ["d", "null"]])
+                localStorage.setItem(`mlx-openelm:chat:${id}`, value);
+            localStorage.setItem("mlx-openelm:current", "{");
+        }"""
     )
     tab.page.reload()
     api.tokens, api.delay = ["x"] * 50, 0.05
