@@ -119,7 +119,9 @@ def test_log_probabilities_whole_and_streamed(server: Serving) -> None:
     ]
     assert "".join(found["tokens"]).strip() == text_of(expected).strip()
     text = text_of(expected)
-    for token, start, end in zip(found["tokens"], found["text_offset"], [*found["text_offset"][1:], len(text)]):
+    for token, start, end in zip(
+        found["tokens"], found["text_offset"], [*found["text_offset"][1:], len(text)], strict=True
+    ):
         assert text[start:end] == token
     assert tokenizer.decode([piece.token for piece in expected]) == text
 

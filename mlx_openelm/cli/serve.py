@@ -111,7 +111,7 @@ def run(args: Namespace) -> int:
     options.validate()
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise RequestError(f"serve needs {' and '.join(missing)}: {install('serve')}.")
+        raise RequestError(f"The server needs {', '.join(missing)}: {install('serve')}.")
     from ..serving.limits import read_keys
     from ..serving.running import listen, url_of
 

@@ -21,9 +21,12 @@ from starlette.routing import Route
 from .chat import chat
 from .completions import completions
 from .context import Context, answer, close, failure, route
+from .embeddings import detokenize, embeddings, tokenize
 from .failures import APIError
+from .gauges import EngineState
 from .limits import Guard, Keys
 from .metrics import CONTENT_TYPE
+from .responses import responses
 
 PAGE = Path(__file__).with_name("page.html")
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
@@ -112,6 +115,10 @@ def make_app(
     routes = [
         post("/v1/completions", completions),
         post("/v1/chat/completions", chat),
+        post("/v1/responses", responses),
+        post("/v1/embeddings", embeddings),
+        post("/tokenize", tokenize),
+        post("/detokenize", detokenize),
         Route("/v1/models", route(models, "models")),
         Route("/v1/models/{name:path}", route(model, "models")),
         Route("/health", health),
@@ -138,5 +145,5 @@ def make_app(
         routes=routes, middleware=middleware, lifespan=lifespan, exception_handlers={HTTPException: _http_error}
     )
     app.state.context = context
-    context.metrics.watch(worker)
+    context.metrics.registry.register(EngineState(worker))
     return app

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
+from ..model import OpenELM
 from .context import Context, answer, as_ids, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
@@ -22,13 +23,9 @@ MAX_PROMPTS = 128
 MAX_LOGPROBS = 20
 
 
-def _prompt(name: str, value: Any) -> Any:
-    return value  # it depends on the model: see `_prompts`
-
-
 FIELDS: dict[str, Check] = {
     **COMMON,
-    "prompt": _prompt,
+    "prompt": lambda name, value: value,  # it depends on the model: see `read_prompts`
     "max_tokens": integer(0),
     "echo": boolean,
     "logprobs": integer(0, MAX_LOGPROBS),
@@ -43,7 +40,7 @@ async def completions(context: Context, request: Request) -> Response:
     if "prompt" not in given:
         raise APIError("prompt is missing.", param="prompt")
     check_stream(given)
-    prompts = await context.prepare(lambda: _prompts(entry, given["prompt"]))
+    prompts = await context.prepare(lambda: read_prompts(entry, given["prompt"]))
     options = options_of(given, context.options)
     if "logprobs" in given:
         options["top_logprobs"] = given["logprobs"]
@@ -59,7 +56,7 @@ async def completions(context: Context, request: Request) -> Response:
 
     async def begin() -> None:
         if echo and "logprobs" in given:
-            completion.scores = await score(context, entry, adapter, prompts, given["logprobs"])
+            completion.scores = await _score(context, entry, adapter, prompts, given["logprobs"])
         if options["max_tokens"]:
             texts.submit()
 
@@ -72,14 +69,20 @@ async def completions(context: Context, request: Request) -> Response:
         texts.cancel()
 
 
-def stream(context: Context, route: str, events: AsyncIterator[bytes], texts: Texts) -> EventStream:
+def stream(
+    context: Context,
+    route: str,
+    events: AsyncIterator[bytes],
+    texts: Texts,
+    failed: Callable[[APIError], bytes] = lambda error: event(error.body),
+) -> EventStream:
     """A stream that ends its texts when the client leaves."""
 
     def ended(outcome: str) -> None:
         texts.cancel()
         context.metrics.requests.labels(route, outcome).inc()
 
-    return EventStream(events, context.options.timeout, ended)
+    return EventStream(events, context.options.timeout, ended, failed)
 
 
 def check_stream(given: dict[str, Any]) -> None:
@@ -88,37 +91,45 @@ def check_stream(given: dict[str, Any]) -> None:
         raise APIError("stream_options needs stream: true.", param="stream_options")
 
 
-def _prompts(entry: Entry, value: Any) -> list[list[int]]:
+def read_prompts(entry: Entry, value: Any, name: str = "prompt", most: int = MAX_PROMPTS) -> list[list[int]]:
     """The ids of each prompt: a text, a list of texts, a list of ids, or a list of such lists."""
-    single = [value] if isinstance(value, str) else value
-    if not isinstance(single, list):
-        raise APIError("prompt must be a text, a list of texts, or token ids.", param="prompt")
-    if (ids := as_ids(entry, single, "prompt")) is not None:
-        single = [ids]
-    if not single:
-        raise APIError("prompt is empty; give some text.", param="prompt")
-    if len(single) > MAX_PROMPTS:
-        raise APIError(f"prompt may have {MAX_PROMPTS} texts at most, got {len(single)}.", param="prompt")
+    form = APIError(f"{name} must be a text, a list of texts, or token ids.", param=name)
+    if not isinstance(value, str | list):
+        raise form
+    if not value:
+        raise APIError(f"{name} is empty; give some text.", param=name)
+    ids = as_ids(entry, value, name)
+    each = [value] if isinstance(value, str) else value if ids is None else [ids]
+    if len(each) > most:
+        raise APIError(f"{name} may have {most} texts at most, got {len(each)}.", param=name)
     found = []
-    for one in single:
-        ids = (encode(entry, one) if one else []) if isinstance(one, str) else as_ids(entry, one, "prompt")
+    for one in each:
+        ids = (encode(entry, one) if one else []) if isinstance(one, str) else as_ids(entry, one, name)
         if ids is None:
-            raise APIError("prompt must be a text, a list of texts, or token ids.", param="prompt")
-        check_length(entry, ids, "prompt")
+            raise form
+        check_length(entry, ids, name)
         found.append(ids)
     return found
 
 
-async def score(
+async def _score(
     context: Context, entry: Entry, adapter: str | None, prompts: Sequence[Sequence[int]], top: int
 ) -> list[list[Any]]:
     """The log-probabilities of the tokens of prompts."""
-    tasks = [Task(entry, adapter, lambda model, ids=ids: prompt_logprobs(model, ids, top)) for ids in prompts]
-    context.worker.submit(tasks)
+
+    def work(model: OpenELM) -> Generator[None, None, list[list[Any]]]:
+        scores = []
+        for ids in prompts:
+            scores.append((yield from prompt_logprobs(model, ids, top)))
+        return scores
+
+    task = Task(entry, adapter, work)
+    context.worker.submit([task])
     try:
-        return [await task.future for task in tasks]
+        scores: list[list[Any]] = await task.future
+        return scores
     finally:
-        context.worker.cancel(tasks)
+        context.worker.cancel([task])
 
 
 class _Completion:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 from ..errors import quote
@@ -106,7 +105,7 @@ def number(low: float, high: float) -> Check:
     """A number between two bounds."""
 
     def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise wrong(name, f"a number from {low:g} to {high:g}", value)
         return float(value)
 
@@ -197,7 +196,7 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
     for key, bias in mapping(name, value).items():
         if not key.isascii() or not key.isdecimal() or len(key) > 9:
             raise APIError(f"{name} has the key {quote(key)}, which is not a token id.", param=name)
-        if isinstance(bias, bool) or not isinstance(bias, Real) or not abs(bias) <= min(100.0, BIAS_LIMIT):
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= min(100.0, BIAS_LIMIT):
             raise wrong(f"{name} of token {key}", "a number from -100 to 100", bias)
         biases[int(key)] = float(bias)
     return biases
@@ -227,7 +226,7 @@ def response_format(name: str, value: Any) -> dict[str, Any]:
     given = read_fields(mapping(name, value), _FORMAT, f"{name}.")
     kind = given.get("type")
     if kind is None:
-        raise APIError(f"{name} needs a type: text, json_object or json_schema.", param=f"{name}.type")
+        raise APIError(f"{name}.type is missing: text, json_object or json_schema.", param=f"{name}.type")
     if kind == "json_schema":
         if "json_schema" not in given:
             raise APIError(f"{name}.json_schema is missing.", param=f"{name}.json_schema")

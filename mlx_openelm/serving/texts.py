@@ -75,7 +75,7 @@ class Texts:
             batch = [await self._events.get()]
             while not self._events.empty():
                 batch.append(self._events.get_nowait())
-            pieces = []
+            pieces: list[tuple[int, Piece]] = []
             for index, event in batch:
                 if isinstance(event, APIError):
                     if pieces:
@@ -169,7 +169,7 @@ class EventStream(Response):
         source: AsyncIterator[bytes],
         seconds: float,
         ended: Callable[[str], object],
-        failed: Callable[[APIError], bytes] = lambda error: event(error.body),
+        failed: Callable[[APIError], bytes],
     ):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
