@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..errors import RequestError, quote
 from ..generation.engine import MAX_ROWS
-from ..generation.options import MAX_NUM_DRAFT_TOKENS, SamplingParams, check_number
-from ..options import Option, Options
+from ..generation.options import MAX_NUM_DRAFT_TOKENS, CacheOptions, SamplingParams, check_number
+from ..options import Option
 
+_DEFAULTS = (
+    *("temp", "top_p", "top_k", "min_p", "max_tokens", "num_draft_tokens", "prefill_step_size"),
+    *(field.name for field in fields(CacheOptions)),
+)
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 @dataclass(frozen=True, repr=False)
-class ServeOptions(Options):
+class ServeOptions(CacheOptions):
     """The options of `serve`: where it listens, what requests get by default, and its limits.
 
-    - `temp`, `top_p`, `top_k`, `min_p`, `max_tokens`, `num_draft_tokens`: what a request gets that does not say.
+    - `temp`, `top_p`, `top_k`, `min_p`, `max_tokens`, `num_draft_tokens`, and how keys and values are cached: what a
+      request gets that does not say.
     - `max_rows`: texts that advance together; `max_queue` more wait, and further ones are refused.
     - `timeout`: seconds that a request may take from its first byte to the last of its answer.
     - `max_body_bytes`: the largest body of a request.
@@ -53,6 +58,12 @@ class ServeOptions(Options):
             group="Requests",
         ),
     ] = 512
+    prefill_step_size: Annotated[
+        int | None,
+        Option(
+            "Tokens of a prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+        ),
+    ] = None
     num_draft_tokens: Annotated[
         int | None,
         Option("Tokens to draft at a time, with --draft-model.", group="Drafts", default="as many as pay"),
@@ -64,8 +75,11 @@ class ServeOptions(Options):
     timeout: Annotated[float, Option("Seconds that a request may take.", group="Limits")] = 600.0
     max_body_bytes: Annotated[int, Option("Bytes of a request's body.", group="Limits", metavar="N")] = 4 << 20
 
-    def validate(self) -> None:
+    def validate(self, vocab_size: int | None = None, head_dim: int | None = None) -> None:
         """Raise a `RequestError` that names the flag of a bad value."""
+        CacheOptions.validate(self, vocab_size, head_dim)
+        if self.prefill_step_size is not None:
+            check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
         check_number("--port", self.port, 0, 65535, "from 0 to 65535", kind=Integral)
         if self.log_level.upper() not in LOG_LEVELS:
             raise RequestError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, got {quote(self.log_level)}.")
@@ -79,6 +93,11 @@ class ServeOptions(Options):
         check_number("--max-queue", self.max_queue, 0, math.inf, "a whole number, 0 or above", kind=Integral)
         check_number("--timeout", self.timeout, 0.001, 1e9, "a number of seconds above 0")
         check_number("--max-body-bytes", self.max_body_bytes, 1, math.inf, "a whole number above 0", kind=Integral)
+
+    def for_requests(self) -> dict[str, Any]:
+        """The options of a text whose request says nothing."""
+        chosen = {name: getattr(self, name) for name in _DEFAULTS}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     @property
     def origins(self) -> tuple[str, ...]:

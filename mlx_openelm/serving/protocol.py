@@ -303,10 +303,9 @@ COMMON: dict[str, Check] = {
 
 def options_of(given: Mapping[str, Any], defaults: ServeOptions) -> dict[str, Any]:
     """The engine's options for the checked keys of a request."""
-    options: dict[str, Any] = {name: getattr(defaults, name) for name in ("temp", "top_p", "top_k", "min_p")}
-    options["max_tokens"] = given.get("max_completion_tokens", given.get("max_tokens", defaults.max_tokens))
-    if defaults.num_draft_tokens is not None:
-        options["num_draft_tokens"] = defaults.num_draft_tokens
+    options = defaults.for_requests()
+    for key in ("max_tokens", "max_completion_tokens"):
+        options["max_tokens"] = given.get(key, options["max_tokens"])
     for key, (name, _) in SAMPLING.items():
         if key in given:
             if key == "response_format":
