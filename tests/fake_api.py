@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import json
 import math
-import re
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import mlx_openelm
-
-PAGE = Path(mlx_openelm.__file__).parent / "serving" / "page.html"
-
-
-def policy(page: bytes) -> str:
-    """The policy in the comment at the top of the page, with the digests of its style and script."""
-    rules = [
-        *("default-src 'none'", "connect-src 'self'", "img-src data:"),
-        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
-    ]
-    for kind, text in re.findall(rb"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
-        rules.append(f"{kind.decode()}-src 'sha256-{digest}'")
-    return "; ".join(rules)
+from mlx_openelm.serving.app import PAGE, page_policy
 
 
 @dataclass
@@ -74,7 +56,8 @@ class FakeAPI:
                 api.paths.append(self.path)
                 if self.path == "/":
                     page = PAGE.read_bytes()
-                    self._send(200, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy(page)})
+                    headers = {"Content-Security-Policy": page_policy(page)}
+                    self._send(200, page, "text/html; charset=utf-8", headers)
                 elif self.path == "/v1/models" and self._is_allowed():
                     self._json(200, {"data": [{"id": name, "object": "model"} for name in api.models]})
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("starlette", reason="the server is not installed: pip install '.[serve]'")
 from browser import chromium
 from fake_api import PAGE, FakeAPI
+from serve_processes import Process, process
 
 ATTACK = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
 PHONE = {"width": 375, "height": 667}

@@ -28,6 +28,7 @@ _GROUPS = (
     *("Training", "Loss", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
     *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring"),
     *("Quantization", "Calibration", "Report"),
+    *("Network", "Requests", "Limits"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )
 
