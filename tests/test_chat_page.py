@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("starlette", reason="the server is not installed: pip install '.[serve]'")
 from browser import chromium
 from fake_api import PAGE, FakeAPI
-from serve_processes import Process, process
+from serve_processes import process
 
 ATTACK = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
 PHONE = {"width": 375, "height": 667}
@@ -462,6 +462,7 @@ def contrast(one: list[int], other: list[int]) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colors_can_be_read(tab: Tab, scheme: str) -> None:
     tab.page.emulate_media(color_scheme=scheme)
+    tab.until("scheme => document.documentElement.dataset.theme === scheme", scheme)
     names = ["page", "panel", "text", "quiet", "accent", "on-accent", "mine", "bad", "p0", "p1", "p2", "p3"]
     found = tab.page.evaluate(
         "names => names.map((name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`))", names
@@ -576,3 +577,60 @@ def test_a_screen_reader_gets_names_and_news(tab: Tab, api: FakeAPI) -> None:
             .filter((box) => box.width && (box.width < 24 || box.height < 24)).length"""
     )
     assert small == 0  # https://www.w3.org/TR/WCAG22/#target-size-minimum
+
+
+# The true server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server of `tiny-instruct`."""
+    with process("--model", "tiny-instruct") as running:
+        yield f"{running.url}/"
+
+
+def test_the_true_server(browser: Any, server: str) -> None:
+    """Everything at once, with answers that `generate` gives too."""
+    pytest.importorskip("llguidance")
+    from mlx_openelm import generate, load
+
+    model, tokenizer = load("tiny-instruct")
+    tab = Tab(browser.new_context(color_scheme="dark"), server)
+    said = ("Good morrow!", "Who art thou?")
+    messages = []
+    for text in said:
+        tab.say(text)
+        messages.append({"role": "user", "content": text})
+        answer = generate(model, tokenizer, tokenizer.apply_chat_template(messages))
+        messages.append({"role": "assistant", "content": answer})
+    assert tab.texts() == [message["content"] for message in messages]
+    stats = tab.page.locator(".stats").last.inner_text()
+    assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt of \d+", stats), stats
+    tab.page.get_by_role("button", name="Settings").click()
+    tab.page.get_by_label("Log-probabilities", exact=True).check()
+    schema = {
+        "type": "object",
+        "properties": {"ay": {"type": "boolean"}},
+        "required": ["ay"],
+        "additionalProperties": False,
+    }
+    tab.page.get_by_label("JSON schema", exact=True).fill(json.dumps(schema))
+    tab.page.get_by_role("button", name="Close").click()
+    tab.say("Is it so?")
+    assert set(json.loads(tab.texts()[-1])) == {"ay"}
+    tab.page.locator(".token").last.hover()
+    assert "log-probability" in tab.page.get_by_role("tooltip").inner_text()
+    tab.page.get_by_role("button", name="Settings").click()
+    tab.page.get_by_role("button", name="Back to the defaults").click()
+    tab.page.get_by_label("Temperature", exact=True).fill("1.9")
+    tab.page.get_by_label("Longest answer", exact=True).fill("900")
+    tab.page.get_by_role("button", name="Close").click()
+    tab.say("Speak long.", answered=False)
+    tab.page.locator(".assistant .text").last.get_by_text(re.compile(r"\w")).wait_for()
+    tab.page.keyboard.press("Escape")
+    tab.wait_for_end()
+    tab.say("x " * 2000)
+    assert "shorten it" in tab.page.get_by_role("alert").inner_text()
+    tab.page.reload()
+    assert tab.texts()[:4] == [message["content"] for message in messages]
+    assert tab.problems == [] and all(url.startswith((server, "data:")) for url in tab.asked)
