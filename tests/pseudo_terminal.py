@@ -23,9 +23,12 @@ _ESCAPES = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]|\x1b[=>]|\x07")
 
 
 class PseudoTerminal:
-    """`python -m mlx_openelm` with these words, on a terminal of 100 columns; with `stdout`, all but that is there."""
+    """`python -m mlx_openelm` with these words, on a terminal of 100 columns; with `stdout`, all but that is there.
 
-    def __init__(self, *words: object, cwd: Path, stdout: int | None = None):
+    Without `module` the words are those of Python itself.
+    """
+
+    def __init__(self, *words: object, cwd: Path, stdout: int | None = None, module: bool = True):
         parent, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
@@ -33,7 +36,7 @@ class PseudoTerminal:
         for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them
             variables.pop(name, None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_openelm", *map(str, words)],
+            [sys.executable, *(["-m", "mlx_openelm"] if module else []), *map(str, words)],
             stdin=child,
             stdout=child if stdout is None else stdout,
             stderr=child,

@@ -277,6 +277,20 @@ def test_the_default_template_is_the_folders_own_else_plain(tiny: Any) -> None:
     assert answer(plain, "ROMEO.") == generate(*load("tiny"), "ROMEO.", max_tokens=4)
 
 
+def test_the_folders_own_template_by_name(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny[1]
+    messages = [{"role": "user", "content": SAID[0]}]
+    ids = tokenizer.apply_chat_template(messages, "corenet")  # which is what the folder has
+    assert tokenizer.apply_chat_template(messages, "own") == ids
+    prompt = ["generate", "--prompt", SAID[0], "--max-tokens", "1", "--json", "--chat-template", "own"]
+    with pytest.raises(SystemExit):
+        main([*prompt, "--model", "tiny-instruct"])
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(ids)
+    with pytest.raises(SystemExit, match="^2$"):
+        main(prompt)  # `tiny`
+    assert "no chat template of its own; give plain, corenet or a file" in capsys.readouterr().err
+
+
 def test_text_cut_at_a_stop_string_is_what_the_next_turn_sees(tiny: Any) -> None:
     model, tokenizer = tiny
     first = answer(chats(tiny, ()), SAID[0])
@@ -427,7 +441,7 @@ def test_an_adapter_changes_the_answers_and_drops_the_cache(
     for name in ("train", "valid"):
         (data / f"{name}.jsonl").write_text("\n".join(lines * 4))
     options = FineTuneOptions(
-        train=True, data=str(data), adapter_path=str(tmp_path / "ay"), iters=40, batch_size=4, learning_rate=2e-3
+        train=True, data=str(data), adapter_path=str(tmp_path / "ay"), iters=24, batch_size=4, learning_rate=3e-3
     )
     finetune("tiny-instruct", options)
     capsys.readouterr()

@@ -244,6 +244,7 @@ def test_damaged_storage_and_a_deleted_conversation_do_no_harm(tab: Tab, api: Fa
             for (const [id, value] of [["a", "{"], ["b", "3"], ["c", '{"messages": [1]}'], ["d", "null"]])
                 localStorage.setItem(`mlx-openelm:chat:${id}`, value);
             localStorage.setItem("mlx-openelm:current", "{");
+            localStorage.setItem("mlx-openelm:settings", '{"stop": 3, "temperature": [], "theme": "green"}');
         }"""
     )
     tab.page.reload()
@@ -256,6 +257,31 @@ def test_damaged_storage_and_a_deleted_conversation_do_no_harm(tab: Tab, api: Fa
     assert tab.texts() == []
     tab.page.reload()
     assert tab.page.locator("#list button").all_inner_texts() == ["New"]
+
+
+def test_without_room_in_the_browser_the_page_goes_on(tab: Tab, api: FakeAPI) -> None:
+    tab.page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); }; }"
+    )
+    tab.say("hello")
+    assert tab.texts() == ["hello", "Well met, sir."]
+    assert "no room" in tab.page.get_by_role("alert").inner_text()
+    tab.say("more")
+    assert len(api.requests[-1]["messages"]) == 3
+
+
+def test_two_tabs_do_not_overwrite_each_other(tab: Tab, api: FakeAPI) -> None:
+    tab.say("one")
+    other = Tab(tab.page.context, api.url)
+    other.page.get_by_role("button", name="New conversation").click()
+    other.say("two")
+    tab.page.locator("#list button", has_text="two").wait_for()
+    assert tab.texts() == ["one", "Well met, sir."]
+    tab.say("three")
+    other.page.reload()
+    assert sorted(other.page.locator("#list button").all_inner_texts()) == ["one", "two"]
+    other.page.get_by_role("button", name="one", exact=True).click()
+    assert other.texts()[2] == "three"
 
 
 # Settings
@@ -365,7 +391,7 @@ def test_an_api_key_is_sent_and_not_kept_with_the_conversations(tab: Tab, api: F
     tab.page.get_by_role("button", name="Try again").wait_for(state="detached")
     tab.page.get_by_role("button", name="Edit message").click()
     tab.page.keyboard.press("Control+Enter")
-    tab.page.locator(".assistant .stats", has_text="tokens").wait_for()
+    tab.page.locator(".assistant .stats", has_text="prompt of").wait_for()
     assert tab.texts() == ["hello", "Well met, sir."]
     assert "secret-key" not in tab.page.evaluate("JSON.stringify(localStorage)")
 
@@ -381,7 +407,7 @@ def test_errors_say_what_to_do_and_can_be_tried_again(tab: Tab, api: FakeAPI) ->
     assert tab.texts() == ["hello"]
     api.status = 200
     tab.page.get_by_role("button", name="Try again").click()
-    tab.page.locator(".assistant .stats", has_text="tokens").wait_for()
+    tab.page.locator(".assistant .stats", has_text="prompt of").wait_for()
     assert tab.texts() == ["hello", "Well met, sir."] and alert.inner_text() == ""
     api.breaks_after = 2
     tab.say("more")

@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from mlx_openelm import generate, load
@@ -211,3 +212,31 @@ def test_answers_go_to_a_file_without_the_prompts(tmp_path: Path, answers: list[
         terminal.type("\x04")
         assert terminal.exit_code() == 0
     assert (tmp_path / "out.txt").read_text().strip() == answers[0]
+
+
+def test_a_second_ctrl_c_takes_the_message_back(tmp_path: Path) -> None:
+    """At once, in the middle of a step, which is slow here."""
+    slow = (
+        "import sys, time, mlx_openelm\n"
+        "from mlx_openelm.model import OpenELM\n"
+        "whole = OpenELM.hidden_states\n"
+        "def slowly(self, tokens, cache=None, **named):\n"
+        "    time.sleep(0 if tokens.size > 1 else 3)\n"
+        "    return whole(self, tokens, cache, **named)\n"
+        "OpenELM.hidden_states = slowly\n"
+        "from mlx_openelm.cli.main import main\n"
+        "main(['chat', '--no-history'])\n"
+    )
+    with PseudoTerminal("-c", slow, cwd=tmp_path, module=False) as terminal:
+        terminal.expect("> ")
+        terminal.type(f"{FIRST}\r")
+        terminal.expect(f"{FIRST}\n")
+        time.sleep(1)  # the first step takes longer
+        terminal.type("\x03")
+        time.sleep(0.5)
+        terminal.type("\x03")
+        terminal.expect("Stopped; the message was taken back.\n> ", 2)
+        terminal.type("/undo\r")
+        terminal.expect("error: There is no message to take back.\n> ")
+        terminal.type("/exit\r")
+        assert terminal.exit_code() == 0

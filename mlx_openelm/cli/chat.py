@@ -164,12 +164,17 @@ def _answer(session: Session, on_terminal: bool, verbose: bool, text: str | None
                         break
         except StopAnswerError:
             pass
+        except KeyboardInterrupt:  # the second one
+            if not on_terminal:
+                raise
+            seen = False
+            write("\n")
         finally:
             if seen:
                 write("\n")
             pieces.close()
     if not seen:
-        show("Stopped before the first word; the message was taken back.")
+        show("Stopped; the message was taken back.")
         return
     if chat.left_out > left_out:
         count = counted(chat.left_out, "message")

@@ -8,10 +8,9 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import console
-from ..adapters.switching import AdapterSwitch, read_mixture
 from ..errors import RequestError, quote
 from ..generation.chat import Conversation
 from ..generation.chat_files import conversation_file, load_messages, save_messages
@@ -19,6 +18,9 @@ from ..generation.options import GenerationOptions
 from ..wording import counted, did_you_mean, size
 from . import flags
 from .option_values import parse_logit_bias, split_choices
+
+if TYPE_CHECKING:
+    from ..adapters.switching import AdapterSwitch
 
 # What a chat sets for each answer; the other options of `generate` have no use in it.
 WITHOUT = ("echo", "top_logprobs")
@@ -43,7 +45,7 @@ class Session:
         self.is_over = False
         self.adapter: list[str] = []  # the paths of those in use
         self.file: Path | None = None  # that the conversation was saved to or loaded from
-        self._switch = AdapterSwitch(conversation.model)
+        self._switch: AdapterSwitch | None = None
 
     def use_adapter(self, paths: Sequence[str]) -> None:
         """Use an adapter, a mixture (`PATH=WEIGHT`), or with no path the base alone.
@@ -51,6 +53,10 @@ class Session:
         Raises:
             RequestError: as `read_mixture`; the one in use stays.
         """
+        from ..adapters.switching import AdapterSwitch, read_mixture
+
+        if self._switch is None:
+            self._switch = AdapterSwitch(self.conversation.model)
         before = self._switch.names
         if paths:
             name = " ".join(paths) if before != [" ".join(paths)] else f"{before[0]} "  # it may be a newer file

@@ -136,13 +136,16 @@ def _quoted(rest: str, line: Callable[[str], str | None]) -> str:
 
 
 def _input(prompt: str) -> str | None:
-    """A line from the terminal; None at its end. The prompt does not get into a file that the answers go to."""
+    """A line from the terminal; None at its end, and if the terminal is gone.
+
+    The prompt does not get into a file that the answers go to.
+    """
     if not sys.stdout.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
         return input(prompt)
-    except EOFError:
+    except (EOFError, OSError):
         return None
 
 
