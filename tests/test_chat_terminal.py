@@ -71,6 +71,13 @@ def test_statistics_after_every_answer_with_a_draft_model(tmp_path: Path, answer
     assert done.stderr.count("Drafts: ") == 2 == done.stderr.count(" in the cache, ")
 
 
+def test_a_long_conversation_says_what_the_model_no_longer_sees(tmp_path: Path) -> None:
+    done = piped("\n".join(["to be or not " * 12] * 8), "--max-tokens", 8, cwd=tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 8
+    line = "note: the conversation is longer than the model's context; from now on the model does not see its first "
+    assert line in done.stderr and re.search(r"first \d+ messages\.", done.stderr)
+
+
 def test_bad_flags_and_models_are_refused_before_the_chat(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

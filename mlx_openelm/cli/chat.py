@@ -158,6 +158,8 @@ def _answer(session: Session, on_terminal: bool, verbose: bool, text: str | None
         try:
             with progress.bar:
                 for piece in pieces:
+                    if not seen and chat.left_out > left_out:
+                        _say_left_out(chat.left_out)
                     seen = True
                     write(piece.text)
                     if is_stopped():
@@ -176,12 +178,16 @@ def _answer(session: Session, on_terminal: bool, verbose: bool, text: str | None
     if not seen:
         show("Stopped; the message was taken back.")
         return
-    if chat.left_out > left_out:
-        count = counted(chat.left_out, "message")
-        show(f"note: the conversation is longer than the model's context; its first {count} are left out from now on.")
     _say_end(session, verbose)
     if on_terminal:
         write("\n")
+
+
+def _say_left_out(count: int) -> None:
+    show(
+        "note: the conversation is longer than the model's context; from now on the model does not see its first "
+        f"{counted(count, 'message')}."
+    )
 
 
 def _say_end(session: Session, verbose: bool) -> None:
