@@ -54,7 +54,7 @@ BODIES = [
         b'{"prompt": ' + b"[" * 90_000,
         b'{"a": ' * 900 + b"1" + b"}" * 900,
     ),
-    *(b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "unknown": 1}', b'{"prompt": [[1], "a"]}'),
+    *(b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "unknown": 1}', b'{"prompt": [[1], 3]}'),
     *(b'{"prompt": "a", "regex": "("}', b'{"prompt": "a", "logit_bias": {"999999": 1}}', b'{"prompt": [-1]}'),
     *(b'{"prompt": "a", "model": "b"}', b'{"prompt": "' + b"a " * 2000 + b'"}', b""),
 ]

@@ -21,8 +21,8 @@ from .http_stream import Client, StatusError, check_url
 _CHAT = "/v1/chat/completions"
 # What texts are made of. Every conversation begins alike, as those with one system prompt do.
 _WORDS = (
-    "the king and queen of all this land who came to see a new day with us in the town where my lord did tell "
-    "him not to go but then he said that we must do what is best for her son so they will have more time now as you know it"
+    "the king and queen of all this land who came to see a new day with us in the town where my lord did tell him "
+    "not to go but then he said that we must do what is best for her son so they will have more time now as you know it"
 )
 
 
