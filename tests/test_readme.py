@@ -42,6 +42,8 @@ FEWEST = {
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
+    "serving.md": 0,
+    "clients.md": 0,
     "python.md": 0,
     "quantization.md": 4,
     "tokenizers.md": 1,
@@ -86,6 +88,8 @@ def why_not_run(command: str) -> str | None:
         return "the hub"
     if {"--report", "--target-bpw", "--method"} & set(given):
         return "minutes"  # tested in test_quantizing.py
+    if given[1] == "serve" or "--serve" in given:
+        return "a server"  # run in test_serving_docs.py
     if given[1] == "lora":
         return "minutes"  # run with fewer steps below, and in test_lora_folder.py
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import OpenELMError, RequestError
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -73,4 +74,4 @@ def as_api_error(error: BaseException, param: str | None = None) -> APIError:
 
 def to_json(values: Any) -> bytes:
     """JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
-    return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _encode(values).encode("utf-8", "replace")
