@@ -73,8 +73,6 @@ def why_not_run(command: str) -> str | None:
         return "another program"
     if given[1] == "chat" and "| " not in command:
         return "somebody who types"
-    if given[1] == "serve":
-        return "requests"
     named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model")]
     is_release = any(catalog.find(name) or name.startswith("corenet:") for name in named)
     is_repository = any(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not (ROOT / name).exists() for name in named)
