@@ -12,8 +12,6 @@ from .wording import did_you_mean, flag, similar
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
-    **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
-    "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
     "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
@@ -30,6 +28,7 @@ _RENAMED_COMMANDS = {
     "gguf": "export --format gguf",
     "ppl": "perplexity",
     "benchmark": "bench",
+    "server": "serve",
     "publish": "upload",
     "push": "upload",
     "show": "info",
@@ -42,10 +41,7 @@ _REFUSED_COMMANDS = {
     "download": "a model is downloaded when it is first used, for example by generate --model 270m",
 }
 
-_LATER_FLAGS = (
-    *("--draft-model", "--prompt-cache-size", "--prompt-cache-bytes"),
-    *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
-)
+_LATER_FLAGS = ("--tasks", "--suite")
 # The names that other programs have for our flags; of several, the first that the command has is meant.
 _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--temperature": ("--temp",),
@@ -69,7 +65,15 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--quiet", "--silent"), ("--no-verbose",)),
     "--ctx-size": ("--max-kv-size", "--max-seq-length", "--sequence-length"),
     **dict.fromkeys(("--cache-type-k", "--cache-type-v"), ("--kv-bits",)),
-    **dict.fromkeys(("--lora", "--adapter", "--adapters", "--adapter-file", "--peft-model"), ("--adapter-path",)),
+    **dict.fromkeys(
+        ("--lora", "--adapter", "--adapters", "--adapter-file", "--peft-model", "--adapter-path", "--lora-modules"),
+        ("--adapter-path", "--adapter"),
+    ),
+    **dict.fromkeys(("--decode-concurrency", "--max-num-seqs", "--parallel", "-np"), ("--max-rows",)),
+    "--prompt-cache-size": ("--prompt-cache-bytes",),
+    "--api-key": ("--api-key-file",),
+    "--served-model-name": ("--model NAME=MODEL",),
+    "--alias": ("--model NAME=MODEL",),
     **dict.fromkeys(("--hf-path", "--model-path", "--model-name", "--model-name-or-path", "-m"), ("--model",)),
     **dict.fromkeys(("--tokenizer-path", "--tokenizer-name"), ("--tokenizer",)),
     **dict.fromkeys(("--lr", "--step-size"), ("--learning-rate",)),
@@ -126,6 +130,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
     **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
     **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
+    "--draft-model": "generate",
+    **dict.fromkeys(("--host", "--port", "--allowed-origins", "--prompt-cache-bytes"), "serve"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",
@@ -145,6 +151,7 @@ _REFUSED_FLAGS = {
     "--chat-template-args": "write the settings into a template file, for --chat-template",
     "--quantize-activations": "on a CPU activations are rounded where that is faster, unless --exact-activations is on",
     "-qa": "on a CPU activations are rounded where that is faster, unless --exact-activations is on",
+    "--prompt-concurrency": "prompts are processed one after the other, in pieces between the steps of texts",
     "--pipeline": _ONE_MACHINE,
     "--hostfile": _ONE_MACHINE,
     "--device": "MLX takes the GPU if there is one",

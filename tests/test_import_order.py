@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(mlx_openelm.__file__).parent
 # From top to bottom. A room is a folder, or a file beside the folders; it imports only from itself and the rooms below.
 ROOMS = [
-    "__main__", "cli", "__init__",
+    "__main__", "cli", "serving", "__init__",
     "training", "training.run", "training.step", "training.data.corpus", "training.options", "training.data",
     "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",

@@ -27,11 +27,12 @@ DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")
 OURS = ((PROGRAM,), ("python", "generate.py"), ("python", "convert.py"))
 # The fewest commands that must run, so that a rule below that skips too many is noticed.
 FEWEST = {
-    "README.md": 11,
+    "README.md": 12,
     "CHANGELOG.md": 0,
     "docs/README.md": 0,
     "backends.md": 1,
     "benchmarks.md": 1,
+    "chat.md": 3,
     "constraints.md": 4,
     "cpu.md": 1,
     "drafts.md": 2,
@@ -41,6 +42,8 @@ FEWEST = {
     "formats.md": 5,
     "generation.md": 15,
     "publishing.md": 2,
+    "serving.md": 0,
+    "clients.md": 0,
     "python.md": 0,
     "quantization.md": 4,
     "tokenizers.md": 1,
@@ -68,6 +71,8 @@ def why_not_run(command: str) -> str | None:
     given = words(command)
     if not any(tuple(given[: len(start)]) == start for start in OURS):
         return "another program"
+    if given[1] == "chat" and "| " not in command:
+        return "somebody who types"
     named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model")]
     is_release = any(catalog.find(name) or name.startswith("corenet:") for name in named)
     is_repository = any(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not (ROOT / name).exists() for name in named)
@@ -81,6 +86,8 @@ def why_not_run(command: str) -> str | None:
         return "the hub"
     if {"--report", "--target-bpw", "--method"} & set(given):
         return "minutes"  # tested in test_quantizing.py
+    if given[1] == "serve" or "--serve" in given:
+        return "a server"  # run in test_serving_docs.py
     if given[1] == "lora":
         return "minutes"  # run with fewer steps below, and in test_lora_folder.py
     return None
@@ -176,8 +183,8 @@ def test_pictures_are_small_and_are_drawn_by_a_command_of_the_readme(monkeypatch
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import pictures
 
-    assert {path.name for path in pictures.IMAGES.iterdir()} == {"losses.png"}
-    assert (pictures.IMAGES / "losses.png").stat().st_size < 150_000
+    assert {path.name for path in pictures.IMAGES.iterdir()} == set(pictures.DRAWN)
+    assert all(path.stat().st_size < 150_000 for path in pictures.IMAGES.iterdir())
     assert shlex.join(pictures.training_command()) in section("Fine-tuning")
     assert why_not_run(f"mlx-openelm {shlex.join(pictures.training_command())}") == "minutes"  # no download
 

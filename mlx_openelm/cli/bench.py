@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from .. import backend, console
+from ..errors import RequestError
 from ..evaluation.timings import Result, Spread
+from ..hub import catalog
 from ..inputs import to_path
 from ..jobs.bench import rows
+from ..jobs.bench.load import LoadOptions
 from ..jobs.bench.options import BenchOptions, Size
 from ..jobs.bench.running import bench
 from ..jobs.bench.turns import Measured
 from ..publishing.command_line import without_folders
-from ..wording import counted
+from ..wording import counted, flag
 from . import flags
 
 MAIN_FLAGS = (
@@ -27,7 +30,8 @@ EXAMPLES = """\
   mlx-openelm bench --model 270m
   mlx-openelm bench --model 270m -p 128,512 -g 64,128 --compare mlx-lm --dtype float32
   mlx-openelm bench --model 270m --batch 1,8,16
-  mlx-openelm bench --model OpenELM-270M-4bit --kv-bits 8 --plot speed.png"""
+  mlx-openelm bench --model OpenELM-270M-4bit --kv-bits 8 --plot speed.png
+  mlx-openelm bench --serve http://127.0.0.1:8080 --rate 4 --disconnects 0.1"""
 
 _WIDTH = 80  # of a table that is piped
 _NOTHING = "-"
@@ -37,7 +41,12 @@ def add_flags(parser: flags.Parser) -> None:
     """Add the flags of `bench` to its parser."""
     common, model = parser.groups["Common flags"], parser.groups["Model"]
     flags.add_shared(common, "--model")
+    parser.set_defaults(model=None)  # of a server, the first that it lists
     flags.add_fields(parser, BenchOptions)
+    flags.add_fields(parser, LoadOptions)
+    parser.groups["Load"].add_argument(
+        "--api-key-file", metavar="FILE", help="File whose first line is the API key for --serve."
+    )
     flags.add_shared(common, "--json")
     common.add_argument(
         "--plot", metavar="FILE", help="Also draw the result into this PNG, SVG or PDF file; needs matplotlib."
@@ -52,6 +61,13 @@ def run(args: Namespace) -> int:
     Prompts are random tokens. Text is decoded greedily and beyond its end. Every program runs in a process of its own,
     and they take turns. Ctrl-C shows what was measured by then.
     """
+    if "serve" in args:
+        from .bench_serve import run_load
+
+        return run_load(args)
+    if load := flags.given(args, LoadOptions):
+        raise RequestError(f"{flag(next(iter(load)))} is for a server; give its address with --serve.")
+    args.model = args.model or catalog.TINY
     options = BenchOptions(**flags.given(args, BenchOptions))
     plot = None if args.plot is None else to_path(args.plot)
     if plot is not None:

@@ -43,7 +43,7 @@ def add_flags(parser: flags.Parser) -> None:
     chat.add_argument("--prompt-file", metavar="FILE", help="Read the prompt from this file.")
     chat.add_argument(
         "--chat-template",
-        metavar="plain|corenet|FILE",
+        metavar=flags.CHAT_TEMPLATES,
         help="How to write a chat. The prompt is then the beginning of the user's message, which "
         "`generate --prompt-cache-file` goes on with.  [default: plain]",
     )

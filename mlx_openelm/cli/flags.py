@@ -9,7 +9,7 @@ import shlex
 import sys
 from argparse import BooleanOptionalAction
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -26,8 +26,9 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
     *("Training", "Loss", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
-    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring"),
+    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring", "Load"),
     *("Quantization", "Calibration", "Report"),
+    *("Network", "Requests", "Limits"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )
 
@@ -220,6 +221,7 @@ _REPEATABLE: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
 # A switch that is off by default. Every switch has a --no- form.
 SWITCH: dict[str, Any] = {"action": BooleanOptionalAction, "default": False}
 DTYPES = "float32|float16|bfloat16"  # fp32, fp16 and bf16 too
+CHAT_TEMPLATES = "own|plain|corenet|FILE"
 _SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "metavar": "MODEL",
@@ -232,6 +234,16 @@ _SHARED: dict[str, dict[str, Any]] = {
         "metavar": "PATH",
         "help": "Adapter to use: a folder, a file, a hub repository, or corenet:270M/lora. To mix several, repeat it "
         "as PATH=WEIGHT.",
+    },
+    "--draft-model": {
+        "metavar": "auto|MODEL",
+        "help": "Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or "
+        "auto, which is 270m for 1.1b and 3b, and tiny-draft for tiny.",
+    },
+    "--extra-eos-token": {
+        "action": "append",
+        "metavar": "TOKEN",
+        "help": "Token, or its id, that also ends the text; repeatable.",
     },
     "--tokenizer": {"metavar": "PATH", "help": "Tokenizer file or folder.  [default: the model's own]"},
     "--config-yaml": {
@@ -267,15 +279,15 @@ def add_shared(group: Any, *names: str) -> None:
         group.add_argument(name, *(["-h"] if name == "--help" else []), **_SHARED[name])
 
 
-def add_fields(parser: Parser, options: type) -> None:
-    """A flag for each field of a dataclass that has an `Option`, named after the field.
+def add_fields(parser: Parser, options: type, without: Collection[str] = ()) -> None:
+    """A flag for each field of a dataclass that has an `Option`, named after the field; none for those in `without`.
 
     A flag that is not given leaves no value behind, so that the dataclass, or a configuration file, supplies it.
     """
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         kind = hints[field.name]
-        if get_origin(kind) is not Annotated:
+        if get_origin(kind) is not Annotated or field.name in without:
             continue
         kind, option = get_args(kind)
         if get_origin(kind) in (Union, UnionType):  # int | None

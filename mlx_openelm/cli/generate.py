@@ -66,7 +66,7 @@ def add_flags(parser: flags.Parser) -> None:
     flags.add_fields(parser, GenerationOptions)
     chat.add_argument(
         "--chat-template",
-        metavar="plain|corenet|FILE",
+        metavar=flags.CHAT_TEMPLATES,
         help="How to write prompt and system prompt as a chat.  [default: plain]",
     )
     chat.add_argument(
@@ -80,12 +80,7 @@ def add_flags(parser: flags.Parser) -> None:
     chat.add_argument(
         "--ignore-chat-template", **flags.SWITCH, help="Use the prompt as it is, without a chat template."
     )
-    chat.add_argument(
-        "--extra-eos-token",
-        action="append",
-        metavar="TOKEN",
-        help="Token, or its id, that also ends the text; repeatable.",
-    )
+    flags.add_shared(chat, "--extra-eos-token")
     flags.add_shared(model, "--adapter-path", "--tokenizer", "--config-yaml", "--revision", "--dtype", "--expand")
     flags.add_shared(model, "--exact-activations")
     memory = parser.groups["Key-value cache"]
@@ -99,12 +94,7 @@ def add_flags(parser: flags.Parser) -> None:
         help="Memory that the texts of --batch may take besides the model, such as 4GB; others wait.  "
         "[default: half of what is free]",
     )
-    parser.groups["Drafts"].add_argument(
-        "--draft-model",
-        metavar="auto|MODEL",
-        help="Smaller model that drafts tokens, which the model checks several at a time: a name, a folder, or auto, "
-        "which is 270m for 1.1b and 3b, and tiny-draft for tiny.",
-    )
+    flags.add_shared(parser.groups["Drafts"], "--draft-model")
     output.add_argument(
         "--verbose",
         action=BooleanOptionalAction,

@@ -29,6 +29,8 @@ SHELLS = ("bash", "zsh", "fish")
 # flags, `run` does the work.
 COMMANDS = {
     "generate": "Print text that follows a prompt.",
+    "chat": "Chat with a model on the terminal.",
+    "serve": "Serve models over HTTP, with OpenAI's protocol and a chat page.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",

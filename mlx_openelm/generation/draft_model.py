@@ -68,12 +68,18 @@ def check_draft_model(
 
 
 class DraftModel:
-    """A model that drafts for any number of texts, and the seconds that it takes, as measured."""
+    """A model that drafts for any number of texts, and the seconds that it takes, as measured.
+
+    Args:
+        keeps_text: what it has read of a text serves the next one, as far as they begin alike. Then the texts come one
+            after the other, like the turns of a chat.
+    """
 
     _FADING = 0.8
 
-    def __init__(self, model: OpenELM):
-        self.model = model
+    def __init__(self, model: OpenELM, *, keeps_text: bool = False):
+        self.model, self.keeps_text = model, keeps_text
+        self.last: ModelDrafter | None = None  # of the last text, if it is kept
         self.read_seconds = 0.0  # for a token of a text
         self.step_seconds = 0.0  # for one drafted token of each text
 
@@ -163,11 +169,20 @@ class ModelDrafter:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
+        is_first = not self._text
         self._text.extend(tokens)
         self._input.extend(tokens)
-        if self._held and len(self._input) - len(self._held) > RESTART_AFTER:
+        if is_first and self.draft_model.keeps_text:
+            self._go_on_from_last()
+        elif self._held and len(self._input) - len(self._held) > RESTART_AFTER:
             self._input = [self._input[0], *self._input[1 - RESTART_WITH :]]
             self.start_over()
+
+    def _go_on_from_last(self) -> None:
+        """Take over what the draft model has read of the text before this one."""
+        last, self.draft_model.last = self.draft_model.last, self
+        if last is not None:
+            self.cache, self._held = last.cache, last._held
 
     def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
         """At most `limit` tokens, as positions allow, their chances, and the seconds that they take."""

@@ -13,6 +13,7 @@ from .. import backend
 from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from .decoding import Progress
+from .draft_model import DraftModel
 from .engine import Engine
 from .lookup import EarlierTexts
 from .piece import Piece
@@ -26,7 +27,7 @@ def drafted_pieces(
     model: OpenELM,
     tokenizer: Tokenizer,
     prompt: str | Sequence[int] | mx.array,
-    draft_model: OpenELM | None,
+    draft_model: OpenELM | DraftModel | None,
     progress: Progress | None,
     **arguments: Any,
 ) -> Iterator[Piece]:
@@ -35,7 +36,10 @@ def drafted_pieces(
     Nothing is computed before the first piece is requested.
     """
     earlier = _earlier.setdefault(tokenizer, EarlierTexts())
-    engine = Engine(model, tokenizer, max_bytes=sys.maxsize, draft_model=draft_model, earlier=earlier)
+    drafts = draft_model.model if isinstance(draft_model, DraftModel) else draft_model
+    engine = Engine(model, tokenizer, max_bytes=sys.maxsize, draft_model=drafts, earlier=earlier)
+    if isinstance(draft_model, DraftModel):
+        engine.speculation.draft_model = draft_model
     row = engine.submit(prompt, **arguments)
     row.warns = False
     return _pieces(engine, row, progress)

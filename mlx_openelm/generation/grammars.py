@@ -74,6 +74,11 @@ def _regex(value: str) -> str:
     return LLMatcher.grammar_from_regex(value)
 
 
+def is_grammar(text: str) -> bool:
+    """Whether a text is a grammar itself, rather than the name of a file."""
+    return "::=" in text or _LARK.search(text) is not None
+
+
 def _grammar(value: str) -> str:
     """Lark if it has a `start` rule, else GBNF, which has rules with `::=`; without either, the name of a file."""
     from llguidance import LLMatcher
@@ -81,7 +86,7 @@ def _grammar(value: str) -> str:
 
     if not isinstance(value, str):
         raise RequestError(f"--grammar must be text, got {quote(value)}.")
-    if "::=" not in value and not _LARK.search(value):
+    if not is_grammar(value):
         value = _read(value, "--grammar", "a grammar")
     _check_characters("--grammar", value)
     if not _LARK.search(value):

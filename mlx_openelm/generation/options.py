@@ -302,6 +302,11 @@ class GenerationOptions(SamplingParams, CacheOptions):
             named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise RequestError(f"{named} cannot be combined; give one.")
 
+    def check_drafts(self, has_draft_model: bool) -> None:
+        """Raise a `RequestError` for a number of tokens to draft that nothing can draft."""
+        if self.num_draft_tokens and not has_draft_model and not self.prompt_lookup:
+            raise RequestError("--num-draft-tokens needs --draft-model or --prompt-lookup.")
+
     def check_sampler(self) -> None:
         """Raise a `RequestError` if an option is set that a `sampler` of the caller's own replaces."""
         given = [name for name in _SAMPLER_OPTIONS if getattr(self, name) != getattr(GenerationOptions, name)]

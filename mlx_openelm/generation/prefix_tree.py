@@ -273,6 +273,8 @@ class PrefixTree:
             self._prune(node)
 
     def _write(self, node: _Node) -> None:
+        if node.parent is not None:  # without what comes before it, a file is of no use to a later process
+            self._write(node.parent)
         if self._disk is not None and node.file is None and node.content is not None:
             key, kind = next(name for name, root in self._roots.items() if root is _root_of(node))
             file = self._disk.write(node.content, key, kind, node.path(), node.start)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import RequestError
 from ..model import OpenELM
 from .decoding import Request
 from .draft_length import MAX_DRAFT_TOKENS, DraftLengths, Plan
@@ -58,8 +57,7 @@ class Speculation:
 
     def check(self, options: GenerationOptions) -> None:
         """Raise a `RequestError` for a number of tokens that nothing can draft."""
-        if options.num_draft_tokens and self.draft_model is None and not options.prompt_lookup:
-            raise RequestError("--num-draft-tokens needs --draft-model or --prompt-lookup.")
+        options.check_drafts(self.draft_model is not None)
 
     def drafter(self, request: Request) -> Drafter | None:
         """What drafts for a request; None if nothing does."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
@@ -16,6 +16,9 @@ from .keywords import GenerationKeywords
 from .options import GenerationOptions
 from .piece import Piece
 from .sampling import LogitsProcessor, Sampler
+
+if TYPE_CHECKING:
+    from .draft_model import DraftModel
 
 
 def generate(
@@ -29,7 +32,7 @@ def generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
-    draft_model: OpenELM | None = None,
+    draft_model: OpenELM | DraftModel | None = None,
     **options: Unpack[GenerationKeywords],
 ) -> str:
     """The text that follows `prompt`; other arguments and errors as in `stream_generate`.
@@ -65,7 +68,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     progress: Progress | None = None,
-    draft_model: OpenELM | None = None,
+    draft_model: OpenELM | DraftModel | None = None,
     **options: Unpack[GenerationKeywords],
 ) -> Iterator[Piece]:
     """Yield a `Piece` for every generated token, the last one with its `finish_reason`: "stop" or "length".
@@ -84,7 +87,8 @@ def stream_generate(
             after the bias and the penalties.
         progress: called with the prompt tokens processed so far and in total.
         draft_model: a smaller model with the same tokens; it proposes tokens that `model` checks several at a time.
-            The text follows the same distribution, and is the same if it is greedy.
+            The text follows the same distribution, and is the same if it is greedy. A `DraftModel` learns from text to
+            text how long drafting takes.
         options: the fields of `GenerationOptions`; help(GenerationOptions) describes them.
 
     Raises:

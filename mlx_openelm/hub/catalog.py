@@ -15,8 +15,9 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TINY = "tiny"
 TINY_FOLDER = ASSETS / TINY
 # The models inside the package and their folders: one writes like Shakespeare, one drafts for it, one chats.
-PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", "tiny-instruct")}
-PACKAGED_DRAFTS = {TINY: "tiny-draft"}
+TINY_CHAT = "tiny-instruct"
+PACKAGED = {name: ASSETS / name for name in (TINY, "tiny-draft", TINY_CHAT)}
+PACKAGED_DRAFTS = dict.fromkeys((TINY, TINY_CHAT), "tiny-draft")
 
 # A repository with the tokenizer of all published models, Llama 2's: it is not gated, and has the exact file.
 TOKENIZER_REPO = "hf-internal-testing/llama-tokenizer"

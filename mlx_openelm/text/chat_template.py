@@ -27,6 +27,7 @@ CORENET_TEMPLATE = (
 # Apple's own examples prompt the instruct models with plain text.
 PLAIN_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\\n') }}"
 NAMED_TEMPLATES = {"corenet": CORENET_TEMPLATE, "plain": PLAIN_TEMPLATE}
+OWN = "own"  # the template of the model's folder, which a tokenizer knows
 # The longest templates on the hub have 20,000 bytes.
 _MAX_BYTES = 1 << 20
 

@@ -252,7 +252,8 @@ class Tokenizer(TransformersInterface):
     ) -> Any:
         """The ids of a conversation, BOS first: `messages` is a list of `{"role": ..., "content": ...}`.
 
-        `template` is `plain`, `corenet` or the path of a jinja file; by default the folder's own, else `corenet`.
+        `template` is `own` (the folder's), `plain`, `corenet` or the path of a jinja file; by default the folder's own,
+        else `corenet`.
         Special tokens in messages, including added ones, are encoded as text: only the template writes them. Other
         added tokens become their ids anywhere, as in transformers. `add_generation_prompt` opens the assistant's turn,
         by default if the last message is not the assistant's; `continue_final_message` leaves the last message, the
@@ -265,7 +266,11 @@ class Tokenizer(TransformersInterface):
         """
         check_variables(variables)
         source = self.chat_template
-        if template is not None:
+        if template == chat.OWN and source is None:
+            raise RequestError(
+                "The model has no chat template of its own; give plain, corenet or a file with --chat-template"
+            )
+        if template not in (None, chat.OWN):
             source = chat.NAMED_TEMPLATES.get(str(template)) or chat.find_template(template)
         if source == chat.PLAIN_TEMPLATE:
             check_messages(messages, continue_final_message)

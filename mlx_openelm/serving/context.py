@@ -1,0 +1,175 @@
+"""What the routes share: the engine's thread, the options, and how a request is taken and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from ..errors import RequestError
+from .failures import APIError, as_api_error, to_json, unavailable
+from .metrics import Metrics
+from .models import Entry, Models
+from .options import ServeOptions
+from .protocol import read_json
+from .texts import Left, outcome_of
+from .worker import Worker
+
+log = logging.getLogger("mlx_openelm.serving")
+
+# Seconds in which the whole body of a request has to arrive.
+BODY_SECONDS = 30.0
+_CLOSE = {"Connection": "close"}
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """What every route needs.
+
+    Args:
+        template: the chat template, by name or file; None is the model's own, or plain text without one.
+    """
+
+    worker: Worker
+    options: ServeOptions
+    metrics: Metrics
+    template: str | None = None
+    # Text is made into tokens beside the event loop, one at a time.
+    preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "preparing"))
+
+    @property
+    def models(self) -> Models:
+        return self.worker.models
+
+    async def prepare(self, function: Callable[[], T]) -> T:
+        """Call a function in the thread that makes text into tokens."""
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, function)
+
+    async def read(self, request: Request) -> dict[str, Any]:
+        """The JSON object that a request sends.
+
+        Raises:
+            APIError: it is not JSON (400), too large (413), too slow (408).
+        """
+        most = self.options.max_body_bytes
+        too_large = APIError(f"The body has more than {most} bytes.", 413, code="body_too_large", headers=_CLOSE)
+        stated = request.headers.get("content-length", "0")
+        if stated.isdecimal() and (len(stated) > 15 or int(stated) > most):
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(min(BODY_SECONDS, self.options.timeout)):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise too_large
+        except TimeoutError:
+            message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
+            raise APIError(message, 408, code="timeout", headers=_CLOSE) from None
+        except ClientDisconnect:
+            raise Left from None
+        return read_json(bytes(body))
+
+
+Handler = Callable[[Context, Request], Awaitable[Response]]
+
+
+def route(handler: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint of Starlette: answers errors in OpenAI's form, and counts the outcome.
+
+    A stream counts its own.
+    """
+
+    async def endpoint(request: Request) -> Response:
+        context: Context = request.app.state.context
+        outcome = "ok"
+        try:
+            if not context.worker.is_alive:
+                raise unavailable()
+            response = await handler(context, request)
+            if response.media_type == "text/event-stream":
+                return response
+        except Left:
+            outcome, response = "cancelled", Response(status_code=499)
+        except Exception as error:
+            known = as_api_error(error)
+            outcome, response = outcome_of(known), failure(known)
+            if not isinstance(error, APIError | RequestError):
+                log.error("%s failed: %s", name, type(error).__name__)
+                log.debug("The reason:", exc_info=error)
+        context.metrics.requests.labels(name, outcome).inc()
+        return response
+
+    return endpoint
+
+
+def failure(error: APIError) -> Response:
+    """An error as an answer."""
+    return answer(error.body, error.status, error.headers)
+
+
+def answer(values: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON as an answer."""
+    return Response(to_json(values), status, media_type="application/json", headers=dict(headers or {}))
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def check_length(entry: Entry, ids: Sequence[int], param: str) -> None:
+    """Refuse a prompt that is empty or too long for the model's positions.
+
+    Raises:
+        APIError: 400.
+    """
+    most = entry.config.rope_max_length
+    if not ids:
+        raise APIError(f"{param} is empty; give some text.", param=param)
+    if len(ids) > most:
+        message = f"{param} has {len(ids)} tokens, and the model's context has {most}; shorten it."
+        raise APIError(message, param=param, code="context_length_exceeded")
+
+
+def as_ids(entry: Entry, value: Any, param: str) -> list[int] | None:
+    """A list of token ids; None if it is something else.
+
+    Raises:
+        APIError: an id is not in the vocabulary.
+    """
+    if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
+        return None
+    size = entry.config.vocab_size
+    for one in value:
+        if not 0 <= one < size:
+            raise APIError(f"{param} has the token id {str(one)[:30]}; the vocabulary ends at {size - 1}.", param=param)
+    return value
+
+
+def encode(entry: Entry, text: str) -> list[int]:
+    """The ids of a text as `generate` in Python encodes it: one that begins with BOS is a chat that was rendered."""
+    tokenizer = entry.tokenizer
+    if text.startswith(tokenizer.bos_token):
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text)
+
+
+def close(context: Context) -> None:
+    """Release what the context holds."""
+    with suppress(RuntimeError):
+        context.preparing.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,77 @@
+"""Errors as OpenAI's clients expect them: a status, and a body that names the parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OpenELMError, RequestError
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+
+class APIError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        message: a sentence for the user, without paths of this machine.
+        status: of HTTP.
+        param: the key of the request that is wrong.
+        code: OpenAI's code for this error.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error body."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def unavailable() -> APIError:
+    """The error of requests while the engine is not running."""
+    message = "The engine is not running; try again in a few seconds."
+    return APIError(message, 503, code="engine_unavailable", headers={"Retry-After": "2"})
+
+
+def as_api_error(error: BaseException, param: str | None = None) -> APIError:
+    """What a failure is answered with.
+
+    Messages of unexpected errors stay here: they may hold paths or what another request sent.
+    """
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, RequestError):
+        code = "context_length_exceeded" if "too long" in str(error) else None
+        return APIError(str(error), 400, param=param, code=code)
+    if isinstance(error, OpenELMError):
+        return APIError(str(error), 500)
+    return APIError("The server failed while it worked on this request.", 500, code=type(error).__name__)
+
+
+def to_json(values: Any) -> bytes:
+    """JSON in UTF-8; half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    return _encode(values).encode("utf-8", "replace")

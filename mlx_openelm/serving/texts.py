@@ -1,0 +1,231 @@
+"""Texts of a request: handing them to the engine, collecting or streaming their pieces, leaving with the client."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..generation.piece import Piece
+from .failures import APIError, as_api_error, to_json
+from .models import Entry
+from .worker import Text, Worker
+
+# A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
+_PING, _PING_SECONDS = b": still working\n\n", 10.0
+
+
+@dataclass
+class Result:
+    """A text that is complete."""
+
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish_reason(self) -> str:
+        return self.pieces[-1].finish_reason or "stop"
+
+
+class Texts:
+    """The texts of one request.
+
+    Args:
+        prompts: the ids of each.
+        options: of each, for `Engine.submit`.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        entry: Entry,
+        adapter: str | None,
+        prompts: Sequence[Sequence[int]],
+        options: Sequence[dict[str, Any]],
+    ):
+        self.worker = worker
+        self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
+        self.texts = [
+            Text(entry, adapter, prompt, chosen, self._events, index)
+            for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True))
+        ]
+
+    def submit(self) -> None:
+        """Hand them to the engine; APIError if there is no room."""
+        self.worker.submit(self.texts)
+
+    def cancel(self) -> None:
+        """End those that are not done; nothing if they are."""
+        self.worker.cancel(self.texts)
+
+    async def events(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """What has come since the last time: the number of a text and its next piece. APIError if one failed."""
+        left = len(self.texts)
+        while left:
+            batch = [await self._events.get()]
+            while not self._events.empty():
+                batch.append(self._events.get_nowait())
+            pieces: list[tuple[int, Piece]] = []
+            for index, event in batch:
+                if isinstance(event, APIError):
+                    if pieces:
+                        yield pieces
+                    raise event
+                pieces.append((index, event))
+                left -= event.finish_reason is not None
+            yield pieces
+
+    async def collect(self) -> list[Result]:
+        """All texts, when they are complete."""
+        results = [Result() for _ in self.texts]
+        async for batch in self.events():
+            for index, piece in batch:
+                results[index].pieces.append(piece)
+        return results
+
+    def usage(self, prompts: Sequence[int], generated: int) -> dict[str, Any]:
+        """OpenAI's count of tokens.
+
+        Args:
+            prompts: the numbers of those texts whose prompts count: of several answers to one prompt, the first.
+        """
+        prompt = sum(len(self.texts[index].prompt) for index in prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self.texts[index].cached_tokens for index in prompts)},
+        }
+
+
+class Left(Exception):
+    """The client has left."""
+
+
+async def while_here(request: Request, work: Awaitable[Any], seconds: float) -> Any:
+    """The result of `work`, which is cancelled when the client leaves or the time is over.
+
+    Raises:
+        Left: the client has left.
+        APIError: the time is over, 408.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        limit = seconds if math.isfinite(seconds) else None
+        await asyncio.wait({task, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise Left
+        raise too_slow(seconds)
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+def too_slow(seconds: float) -> APIError:
+    """The error of a request that takes too long."""
+    message = f"The request took more than {seconds:g} seconds; lower max_tokens, or try again later."
+    return APIError(message, 408, code="timeout")
+
+
+async def _gone(receive: Receive) -> None:
+    """Return when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(values: Any, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return b"%sdata: %s\n\n" % (head, to_json(values))
+
+
+class EventStream(Response):
+    """A stream of server-sent events.
+
+    Args:
+        source: makes the events; it is closed when the client leaves, when the time is over, and at the end.
+        seconds: the time that the stream may take.
+        ended: called with the outcome.
+        failed: makes the event that tells of an error in the middle.
+    """
+
+    def __init__(
+        self,
+        source: AsyncIterator[bytes],
+        seconds: float,
+        ended: Callable[[str], object],
+        failed: Callable[[APIError], bytes],
+    ):
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._source, self._seconds, self._ended, self._failed = source, seconds, ended, failed
+        self._quiet = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        outcome = "cancelled"
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                outcome = sending.result()
+        finally:
+            for one in (sending, gone):
+                one.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await one
+            self._ended(outcome)
+
+    async def _send_all(self, send: Send) -> str:
+        """Send the events; returns the outcome."""
+        outcome, source = "ok", self._source
+        pings = asyncio.ensure_future(self._send_pings(send))
+        try:
+            async with asyncio.timeout(self._seconds):
+                async for data in source:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._quiet = False
+        except TimeoutError:
+            outcome = "timeout"
+            await self._send_error(send, too_slow(self._seconds))
+        except Exception as error:
+            known = as_api_error(error)
+            outcome = outcome_of(known)
+            await self._send_error(send, known)
+        finally:
+            pings.cancel()
+            await source.aclose()  # type: ignore[attr-defined]
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return outcome
+
+    async def _send_pings(self, send: Send) -> None:
+        while True:
+            self._quiet = True
+            await asyncio.sleep(_PING_SECONDS)
+            if self._quiet:
+                await send({"type": "http.response.body", "body": _PING, "more_body": True})
+
+    async def _send_error(self, send: Send, error: APIError) -> None:
+        await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
+
+
+def outcome_of(error: APIError) -> str:
+    """What the metrics call the end of a request that failed."""
+    names = {408: "timeout", 429: "rejected", 503: "unavailable"}
+    return names.get(error.status, "server_error" if error.status >= 500 else "client_error")

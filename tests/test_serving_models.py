@@ -1,0 +1,173 @@
+"""Several models and adapters, drafts, and prompts that are held across restarts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mlx_openelm import generate, load
+from mlx_openelm.errors import RequestError
+from mlx_openelm.serving.models import Models
+from mlx_openelm.serving.warming import read_warm, warm
+from mlx_openelm.sources import open_source
+
+import pytest
+from serving_apps import FIXTURES, Serving, load_alone, serving, tiny
+
+COMPLETIONS = "/v1/completions"
+PLAYS = str(FIXTURES / "shakespeare-hf")
+ADAPTERS = {name: str(FIXTURES / f"peft-{name}") for name in ("lora", "dora")}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Serving]:
+    """Two models, of which one has two adapters."""
+    with serving({"tiny": "tiny", "plays": PLAYS}, ADAPTERS) as running:
+        yield running
+
+
+def text_of(server: Serving, **body: Any) -> str:
+    return str(server.post(COMPLETIONS, {"prompt": "ROMEO.", **body}).json()["choices"][0]["text"])
+
+
+def test_models_and_adapters_are_chosen_by_name(two: Serving) -> None:
+    names = [model["id"] for model in two.get("/v1/models").json()["data"]]
+    assert names == ["tiny", "plays", "plays:lora", "plays:dora"]
+    expected = {"tiny": generate(*tiny(), "ROMEO.", max_tokens=16)}
+    for name, path in (("plays", None), ("plays:lora", ADAPTERS["lora"]), ("plays:dora", ADAPTERS["dora"])):
+        expected[name] = generate(*load(PLAYS, path), "ROMEO.", max_tokens=16)
+    assert len(set(expected.values())) >= 3
+    with ThreadPoolExecutor(8) as pool:  # all of them in the same steps
+        asked = names * 3
+        assert list(pool.map(lambda name: text_of(two, model=name), asked)) == [expected[name] for name in asked]
+    assert text_of(two) == expected["tiny"]  # the first is the default
+    assert two.post(COMPLETIONS, {"model": "plays:lora", "prompt": "a"}).json()["model"] == "plays:lora"
+    for name in ("plays:other", "tiny:lora", ":lora", "plays:"):
+        assert two.error(COMPLETIONS, {"model": name, "prompt": "a"}, 404)["code"] == "model_not_found"
+
+
+def test_adapters_of_embeddings_and_scores(two: Serving) -> None:
+    import mlx.core as mx
+
+    model, tokenizer = load(PLAYS, ADAPTERS["lora"])
+    ids = mx.array([tokenizer.encode("ROMEO.")])
+    expected: Any = model.hidden_states(ids)[0].mean(axis=0).tolist()
+    found = two.post("/v1/embeddings", {"model": "plays:lora", "input": "ROMEO."}).json()["data"][0]["embedding"]
+    assert found == pytest.approx(expected, abs=1e-4)
+    plain = two.post("/v1/embeddings", {"model": "plays", "input": "ROMEO."}).json()["data"][0]["embedding"]
+    assert plain != pytest.approx(expected, abs=1e-4)
+
+
+def test_an_adapter_that_fits_no_model_is_an_error_at_the_start() -> None:
+    with pytest.raises(RequestError, match="lora"):
+        Models({"tiny": "tiny"}, {"lora": ADAPTERS["lora"]}, open_source, load_alone)
+
+
+def test_models_take_turns_in_memory() -> None:
+    """A budget for one of them: requests for both, at the same time, are all answered, and right."""
+    loaded: list[str] = []
+
+    def loading(source: str) -> Any:
+        loaded.append(source)
+        return load_alone(source)
+
+    expected = {"a": generate(*tiny(), "ROMEO.", max_tokens=16), "b": generate(*load(PLAYS), "ROMEO.", max_tokens=16)}
+    with serving({"a": "tiny", "b": PLAYS}, load=loading, memory={"max_bytes": 1}) as server:
+        assert loaded == ["tiny"] and len(server.worker.models.residents) == 1
+        asked = ["a", "b"] * 6
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(lambda name: text_of(server, model=name), asked)) == [expected[name] for name in asked]
+        assert len(server.worker.models.residents) == 1
+        assert 3 <= len(loaded) <= 13
+        assert server.metric("mlx_openelm_models_resident") == 1
+        assert text_of(server, model="b") == expected["b"]
+        again = len(loaded)
+        assert text_of(server, model="b") == expected["b"] and len(loaded) == again
+
+
+def test_a_model_that_cannot_be_loaded_again_is_an_error_of_its_requests(tmp_path: Path) -> None:
+    folder = tmp_path / "secret" / "model"
+    shutil.copytree(PLAYS, folder)
+    with serving({"a": "tiny", "b": str(folder)}, memory={"max_bytes": 1}) as server:
+        shutil.rmtree(folder)
+        response = server.post(COMPLETIONS, {"model": "b", "prompt": "a"})
+        assert response.status_code in (400, 500) and "secret" not in response.text
+        assert text_of(server, model="a") == generate(*tiny(), "ROMEO.", max_tokens=16)
+
+
+def test_drafts_change_nothing_but_the_speed() -> None:
+    def loading(source: str) -> Any:
+        return *load(source), load("tiny-draft")[0]
+
+    with serving(load=loading, num_draft_tokens=3) as server:
+        assert text_of(server) == generate(*tiny(), "ROMEO.", max_tokens=16)
+        assert server.metric("mlx_openelm_drafted_tokens_total") > 0
+        accepted = server.metric("mlx_openelm_accepted_draft_tokens_total")
+        assert 0 < accepted <= server.metric("mlx_openelm_drafted_tokens_total")
+        assert text_of(server, num_draft_tokens=0) == generate(*tiny(), "ROMEO.", max_tokens=16)
+
+
+LONG = "HAMLET, PRINCE OF DENMARK. " * 20
+
+
+def cached(server: Serving, prompt: str = LONG, **body: Any) -> int:
+    usage = server.post(COMPLETIONS, {"prompt": prompt, "max_tokens": 4, **body}).json()["usage"]
+    return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_held_prompts_survive_a_restart(tmp_path: Path) -> None:
+    memory = {"folder": tmp_path / "held"}
+    with serving(memory=memory) as server:
+        assert cached(server) == 0
+        before = text_of(server, prompt=LONG)
+    files = list((tmp_path / "held").iterdir())
+    assert files
+    with serving(memory=memory) as server:
+        assert cached(server) >= 64
+        assert text_of(server, prompt=LONG) == before
+    for file in files:  # dropped, never wrong
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+        file.write_bytes(data[:-7])
+    with serving(memory=memory) as server:
+        assert text_of(server, prompt=LONG) == before == generate(*tiny(), LONG, max_tokens=16)
+
+
+def test_prompts_of_a_file_are_warm_at_the_start(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text(f"{LONG}\n\nJULIET.\n")
+    objects = tmp_path / "prompts.jsonl"
+    objects.write_text(f'{{"model": "tiny", "messages": [{{"role": "user", "content": "{LONG}"}}]}}\n')
+    for file, count in ((lines, 2), (objects, 1)):
+
+        def prepare(context: Any, file: Path = file, count: int = count) -> None:
+            prompts = read_warm(context, str(file))
+            assert len(prompts) == count
+            context.worker.run(lambda: warm(context, prompts)).result()
+
+        with serving(prepare=prepare) as server:
+            assert cached(server) >= 64
+            assert text_of(server, prompt=LONG) == generate(*tiny(), LONG, max_tokens=16)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "warm.jsonl:1: "),
+        ("[]", "must be a JSON object"),
+        ('{"prompt": "a", "messages": []}', "messages"),
+        ("{}", "either prompt or messages"),
+        ('{"prompt": "a", "model": "b"}', "does not exist"),
+        ('{"prompt": "a", "max_tokens": 3}', "max_tokens is not known"),
+        ("", "has no prompts"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path: Path, two: Serving, line: str, message: str) -> None:
+    file = tmp_path / "warm.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(RequestError, match="warm.jsonl") as caught:
+        read_warm(two.context, str(file))
+    assert message in str(caught.value)
