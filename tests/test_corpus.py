@@ -19,6 +19,7 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.batches import IGNORED
 from mlx_openelm.training.data.corpus import cache, packed
+from mlx_openelm.training.data.corpus.encoding import repaired
 from mlx_openelm.training.data.corpus.filling import fill
 from mlx_openelm.training.data.corpus.loader import PretrainingData
 from mlx_openelm.training.data.corpus.rows import padding_positions
@@ -295,6 +296,19 @@ def test_corenet_rows_are_those_of_the_facts(tmp_path: Path, number: int, proces
     assert record["documents"]["pieces with too few characters"] > 0
     assert record["documents"]["pieces with too few tokens"] > 0 and record["documents"]["tokens cut off"] > 0
     assert record["mode"] == "corenet" and record["ftfy"] is True
+
+
+def test_lines_are_repaired_as_ftfy_repairs_a_text() -> None:
+    ftfy = pytest.importorskip("ftfy")
+    parts = [*"abc.,&<~\t \n\n\r\x00\x0b\x0c\x1b\x7f", "\r\n", "<b>", "&amp;", "&lt;", "&#39;", "â€œ", "schÃ¶n", "\x1b[31m"]
+    parts += ["ﬁ", "\u2028", "\x85", "“quote”", "e\u0301", "Ａ", "\ud800", "\xa0", "Ã\xa0 la"]
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randint(0, 12)))
+        assert repaired(text) == ftfy.fix_text(text, normalization="NFC"), repr(text)
+    with pytest.MonkeyPatch.context() as patch:  # it is slower than tokenizing, so most lines pass it by
+        patch.setattr(ftfy, "fix_text", lambda *args, **options: pytest.fail("This line needs no repair."))
+        assert repaired(text := "To be, or not to be: that is the question;\n" * 3) == text
 
 
 def test_filters_that_nothing_passes_are_an_error(tmp_path: Path) -> None:
