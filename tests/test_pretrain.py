@@ -386,6 +386,23 @@ def test_the_guide_runs(here):
     assert shown.stdout.startswith("my_run/model ")
 
 
+def test_it_says_what_was_left_out(here):
+    (here / "some").mkdir()
+    text = (here / "data" / "train.jsonl").read_text()
+    (here / "some" / "train.jsonl").write_text('{"text": 3\n' + text)
+    notes = Notes()
+    done = train(data=("some",), iters=2, warmup=1, skip_damaged=True, listener=notes)
+    read = done.data["documents"]
+    assert (read["damaged documents"], read["documents"]) == (1, 40)
+    assert "Left out of the text: damaged documents 1." in notes.lines
+    notes = Notes()
+    train(data=("some",), iters=16, batch_size=4, mode="corenet", ftfy=False, min_tokens=50, skip_damaged=True,
+          min_characters=8, output="other", listener=notes)  # fmt: skip
+    assert any(
+        re.search(r"^Left out .*pieces with too few tokens \d+.*tokens cut off \d+", line) for line in notes.lines
+    )
+
+
 # Several processes.
 
 

@@ -13,6 +13,15 @@ from ....errors import RequestError
 from ....text.tokenizer import Tokenizer
 from ....wording import install
 
+# The counts of what is not learned from.
+LEFT_OUT = (
+    "damaged documents",
+    "empty documents",
+    "pieces with too few characters",
+    "pieces with too few tokens",
+    "tokens skipped",
+    "tokens cut off",
+)
 # ftfy leaves these characters as they are: printable ASCII without `&`, which may begin an HTML entity.
 _PLAIN = re.compile(r"[\t\n -%'-~]*")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
