@@ -263,9 +263,9 @@ def test_a_device_hardly_waits_for_data(tmp_path: Path, mode: str, monkeypatch: 
     with make(write_essays(tmp_path), mode=mode, workers=1, shuffle_buffer=64, **ROWS) as data:
         data.step()
         started = time.perf_counter()
-        for _ in range(16):
+        for _ in range(33):  # more than a window of packed rows
             data.step()
-        seconds = 3 * (time.perf_counter() - started) / 16
+        seconds = 3 * (time.perf_counter() - started) / 33
         time.sleep(4 * seconds)  # the device compiles its first step
         started, waited = time.perf_counter(), data.waited
         for _ in range(40):

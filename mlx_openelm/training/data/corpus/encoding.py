@@ -92,7 +92,9 @@ def repaired(text: str) -> str:
     """
     if _PLAIN.fullmatch(text):
         return text
-    fix, unescape_html, fixed = _ftfy().fix_text, "auto", []
+    fix = _ftfy().fix_text
+    unescape_html: str | bool = "auto"
+    fixed = []
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         if not _PLAIN.fullmatch(line):
             fixed.append(fix(line, unescape_html=unescape_html, normalization="NFC"))
