@@ -1,13 +1,14 @@
 """A step of pretraining compared with a plain MLX loop over mlx-lm's model: tokens per second and memory.
 
-    python benchmarks/pretraining.py                               # the 270M size
+    python benchmarks/pretraining.py                               # the 270M size, a row of 2048; needs 15 GB
     python benchmarks/pretraining.py --layers 4 --length 1024      # its widths in fewer layers
-    python benchmarks/pretraining.py --size tiny --json
+    python benchmarks/pretraining.py --size tiny --length 256 --json
 
 Both train all weights from the same random ones, in float32 on a CPU and in bfloat16 with float32 masters on a GPU
-(the loop: in bfloat16 throughout), on the same batch, with AdamW and clipping, with the same BLAS. They alternate in
-one process, a step of ours, a step of the loop's, and the times are medians. Memory is the peak of MLX's buffers,
-measured in one process per program: as a whole, and above what stays between steps (weights and the optimizer's state).
+(the loop: in bfloat16 throughout), on the same batches, with AdamW and clipping, with the same BLAS. Each program has a
+process of its own, since both together would not fit into memory; the processes take turns, and speeds are medians of
+all timed steps. Memory is the peak of MLX's buffers in those steps: as a whole, and above what stays between steps
+(weights and the optimizer's state). Processor time varies less than tokens per second on a busy machine.
 """
 
 from __future__ import annotations
@@ -19,17 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 # Bars of speed and of memory, on a CPU and on a GPU.
 SPEED, GPU_SPEED, MEMORY = 1.1, 1.4, 0.6
-# The first steps trace and compile.
-WARM = 2
 
 
 def main() -> None:
@@ -37,9 +36,9 @@ def main() -> None:
     parser.add_argument("--size", default="270M", help="tiny, 270M, 450M, 1_1B")
     parser.add_argument("--layers", type=int, help="so many layers, with the widths of the size's")
     parser.add_argument("--rows", type=int, default=1, help="rows of the batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--turns", type=int, default=4, help="steps of each program that are timed")
-    parser.add_argument("--only", choices=("speed", "memory"), help="leave the other out")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--turns", type=int, default=3, help="processes of each program")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a process that are measured, after a first one")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "ARGUMENTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -63,18 +62,32 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shape = {"size": arguments.size, "layers": arguments.layers, "rows": arguments.rows, "length": arguments.length}
         shape["folder"] = str(Path(temporary) / "model")
         worker("make", **shape)
-        if arguments.only != "memory":
-            found = worker("speed", turns=arguments.turns, **shape)
-            bar = GPU_SPEED if found["gpu"] else SPEED
-            yield make_row(f"pretraining step (tokens/s), {where}", found["ours"], found["loop"], bar)
-            name = "largest relative difference of the losses"
-            yield make_row(f"  {name}", found["difference"], None, 0.02 if found["gpu"] else 1e-3, larger=False)
-        if arguments.only != "speed":
-            ours, loop = (worker("memory", whose=whose, **shape) for whose in ("ours", "loop"))
-            yield make_row(f"peak memory (GB), {where}", ours["peak"], loop["peak"], None, larger=False)
-            name = f"peak memory above weights and optimizer (GB), {where}"
-            yield make_row(name, ours["above"], loop["above"], MEMORY, larger=False)
-            yield make_row("  seconds of those steps, each alone", ours["seconds"], loop["seconds"], None, larger=False)
+        found: dict[str, list[Measured]] = {"ours": [], "loop": []}
+        for _ in range(arguments.turns):
+            for whose, processes in found.items():
+                processes.append(worker("run", whose=whose, steps=arguments.steps, **shape))
+        yield from compare(where, arguments.rows * arguments.length, found["ours"], found["loop"])
+
+
+def compare(where: str, tokens: int, ours: list[Measured], loop: list[Measured]) -> Iterator[dict[str, Any]]:
+    """The rows, from what the processes of both programs measured."""
+
+    def both(numbers: Callable[[Measured], Iterable[float]]) -> tuple[float, float]:
+        medians = [statistics.median(n for process in each for n in numbers(process)) for each in (ours, loop)]
+        return medians[0], medians[1]
+
+    on_gpu = ours[0]["gpu"]
+    speeds = both(lambda process: (tokens / seconds for seconds in process["seconds"]))
+    yield make_row(f"pretraining step (tokens/s), {where}", *speeds, GPU_SPEED if on_gpu else SPEED)
+    processor = both(lambda process: process["processor"])
+    yield make_row("  processor seconds of a step", *processor, None, larger=False)
+    pairs = zip(ours[0]["losses"], loop[0]["losses"], strict=True)
+    difference = max(abs(a - b) / b for a, b in pairs)
+    bar = 0.02 if on_gpu else 1e-3
+    yield make_row("  largest relative difference of the losses", difference, None, bar, larger=False)
+    yield make_row(f"peak memory (GB), {where}", *both(lambda process: [process["peak"]]), MEMORY, larger=False)
+    above = both(lambda process: [process["above"]])
+    yield make_row("  the same above weights and optimizer", *above, None, larger=False)
 
 
 def make_row(name: str, ours: float, other: float | None, bar: float | None, larger: bool = True) -> dict[str, Any]:
@@ -100,6 +113,18 @@ def worker(what: str, **values: Any) -> Any:
 
 
 # The rest runs in worker processes.
+
+
+class Measured(TypedDict):
+    """What a process measured: seconds and processor seconds of its steps but the first, the losses of all, and the
+    peak memory in GB (1e9 bytes), as a whole and above what stays between steps."""
+
+    seconds: list[float]
+    processor: list[float]
+    losses: list[float]
+    peak: float
+    above: float
+    gpu: bool
 
 
 def make(folder: str, size: str, layers: int | None, rows: int, length: int) -> None:
@@ -215,45 +240,31 @@ def random_tokens(rows: int, length: int, seed: int) -> Any:
     return tokens
 
 
-def speed(folder: str, size: str, layers: int | None, rows: int, length: int, turns: int) -> dict[str, Any]:
-    """Tokens per second on the same full batches, and the largest relative difference between their losses."""
-    import mlx_openelm  # noqa: F401 (the same BLAS for both)
+def run(whose: str, steps: int, folder: str, size: str, layers: int | None, rows: int, length: int) -> Measured:
+    """Make a step, which traces and compiles, and measure the following ones."""
+    import mlx_openelm  # noqa: F401 (before MLX; the same BLAS for both)
     from mlx_openelm import backend
-
-    steps = {whose: make_step(folder) for whose, make_step in STEPS.items()}
-    seconds: dict[str, list[float]] = {whose: [] for whose in steps}
-    losses: dict[str, list[float]] = {whose: [] for whose in steps}
-    for number in range(WARM + turns):
-        tokens = random_tokens(rows, length, number)
-        for whose, step in steps.items():
-            started = time.perf_counter()
-            losses[whose].append(step(tokens))
-            if number >= WARM:
-                seconds[whose].append(time.perf_counter() - started)
-    differences = [abs(ours - loop) / loop for ours, loop in zip(losses["ours"], losses["loop"], strict=True)]
-    answer: dict[str, Any] = {whose: rows * length / statistics.median(times) for whose, times in seconds.items()}
-    return answer | {"difference": max(differences), "gpu": backend.on_gpu()}
-
-
-def memory(whose: str, folder: str, size: str, layers: int | None, rows: int, length: int) -> dict[str, float]:
-    """The peak of the third step in GB (1e9 bytes), as a whole and above what stays between steps."""
-    import mlx_openelm  # noqa: F401 (before MLX)
 
     import mlx.core as mx
 
     step = STEPS[whose](folder)
-    for number in range(WARM):
-        step(random_tokens(rows, length, number))
-    mx.clear_cache()
-    kept = mx.get_active_memory()
-    mx.reset_peak_memory()
-    tokens, started = random_tokens(rows, length, WARM), time.perf_counter()
-    step(tokens)
-    seconds = time.perf_counter() - started
-    return {"peak": mx.get_peak_memory() / 1e9, "above": (mx.get_peak_memory() - kept) / 1e9, "seconds": seconds}
+    found = Measured(seconds=[], processor=[], losses=[], peak=0.0, above=0.0, gpu=backend.on_gpu())
+    found["losses"].append(step(random_tokens(rows, length, 0)))
+    for number in range(1, 1 + steps):
+        tokens = random_tokens(rows, length, number)
+        mx.clear_cache()
+        between = mx.get_active_memory()
+        mx.reset_peak_memory()
+        started, used = time.perf_counter(), time.process_time()
+        found["losses"].append(step(tokens))
+        found["seconds"].append(time.perf_counter() - started)
+        found["processor"].append(time.process_time() - used)
+        found["peak"] = max(found["peak"], mx.get_peak_memory() / 1e9)
+        found["above"] = max(found["above"], (mx.get_peak_memory() - between) / 1e9)
+    return found
 
 
-WORKERS: dict[str, Callable[..., Any]] = {"make": make, "speed": speed, "memory": memory}
+WORKERS: dict[str, Callable[..., Any]] = {"make": make, "run": run}
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.text.tokenizer import Tokenizer
 from mlx_openelm.training.data.batches import IGNORED
 from mlx_openelm.training.data.corpus import cache, packed
+from mlx_openelm.training.data.corpus.encoding import repaired
 from mlx_openelm.training.data.corpus.filling import fill
 from mlx_openelm.training.data.corpus.loader import PretrainingData
 from mlx_openelm.training.data.corpus.rows import padding_positions
@@ -210,6 +211,69 @@ def test_a_stream_continues_exactly_with_other_numbers_of_workers_and_processes(
     assert sorted(shares[0] + shares[1]) == sorted(expected[5])
 
 
+# --- waiting ---
+
+TOKENS_PER_SECOND = 60_000  # of a device; the tests below must leave it no more than 2% of the time without data
+ROWS = {"batch_size": 16, "length": 2048}
+
+
+def write_essays(folder: Path) -> str:
+    """A file of 1.5 million tokens in lines of up to 80 characters, a tenth of them with curly quotes."""
+    documents = []
+    for seed in range(500):
+        lines = texts(300, seed=seed, words=(4, 12))
+        lines[::10] = [f"“{line}”" for line in lines[::10]]
+        documents.append("\n".join(lines))
+    return str(write_lines(folder / "a.jsonl", documents))
+
+
+@pytest.mark.parametrize("mode", ["packed", "corenet"])
+def test_data_costs_a_fraction_of_a_workers_time(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds of a processor, which hardly depend on what else the machine does."""
+    pytest.importorskip("ftfy")
+    monkeypatch.undo()
+    path, steps = write_essays(tmp_path), 12
+    started = time.process_time()
+    with make(path, mode=mode, shuffle_buffer=64, **ROWS) as data:
+        for _ in range(steps):
+            data.step()
+        used = time.process_time() - started
+    assert used < 0.5 * steps * 16 * 2048 / TOKENS_PER_SECOND
+
+
+def test_a_window_is_read_while_the_one_before_it_is_used(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", texts(100))
+    with make(str(tmp_path), batch_size=2, shuffle_buffer=4) as data:
+        assert packed.WINDOW == 8 * 2 * LENGTH
+        data.step()
+        deadline = time.monotonic() + 60
+        while data._queue.qsize() < 16 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert data._queue.qsize() == 16  # two windows
+    with make(str(tmp_path), batch_size=64) as data:
+        assert data._queue.maxsize == 4  # of updates that are larger than a window
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["packed", "corenet"])
+def test_a_device_hardly_waits_for_data(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that needs a third of what one worker can give now, on this machine, in steps of equal length."""
+    pytest.importorskip("ftfy")
+    monkeypatch.undo()
+    with make(write_essays(tmp_path), mode=mode, workers=1, shuffle_buffer=64, **ROWS) as data:
+        data.step()
+        started = time.perf_counter()
+        for _ in range(33):  # more than a window of packed rows
+            data.step()
+        seconds = 3 * (time.perf_counter() - started) / 33
+        time.sleep(4 * seconds)  # the device compiles its first step
+        started, waited = time.perf_counter(), data.waited
+        for _ in range(40):
+            data.step()
+            time.sleep(seconds)
+        assert data.waited - waited < 0.02 * (time.perf_counter() - started)
+
+
 def test_other_data_cannot_be_continued(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", texts(20))
     with make(str(tmp_path / "a.jsonl")) as data:
@@ -295,6 +359,29 @@ def test_corenet_rows_are_those_of_the_facts(tmp_path: Path, number: int, proces
     assert record["documents"]["pieces with too few characters"] > 0
     assert record["documents"]["pieces with too few tokens"] > 0 and record["documents"]["tokens cut off"] > 0
     assert record["mode"] == "corenet" and record["ftfy"] is True
+
+
+def test_lines_are_repaired_as_ftfy_repairs_a_text() -> None:
+    ftfy = pytest.importorskip("ftfy")
+    parts = [
+        *"abc.,&<~\t \n\n\r\x00\x0b\x0c\x1b\x7f",
+        "\r\n",
+        "<b>",
+        "&amp;",
+        "&lt;",
+        "&#39;",
+        "â€œ",
+        "schÃ¶n",
+        "\x1b[31m",
+    ]
+    parts += ["ﬁ", "\u2028", "\x85", "“quote”", "e\u0301", "Ａ", "\ud800", "\xa0", "Ã\xa0 la"]
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randint(0, 12)))
+        assert repaired(text) == ftfy.fix_text(text, normalization="NFC"), repr(text)
+    with pytest.MonkeyPatch.context() as patch:  # it is slower than tokenizing, so most lines pass it by
+        patch.setattr(ftfy, "fix_text", lambda *args, **options: pytest.fail("This line needs no repair."))
+        assert repaired(text := "To be, or not to be: that is the question;\n" * 3) == text
 
 
 def test_filters_that_nothing_passes_are_an_error(tmp_path: Path) -> None:
@@ -424,6 +511,10 @@ def test_damaged_lines_are_errors_or_are_counted(tmp_path: Path, line: bytes, me
     with make(str(tmp_path), workers=workers, skip_damaged=True, shuffle_buffer=20) as data:
         take(data, 30)
         assert data.record()["documents"]["damaged documents"] >= 1
+    with make(str(tmp_path), workers=workers, skip_damaged=True) as data:
+        take(data, 1)
+        counts = data.record()["documents"]
+        assert (counts["damaged documents"], counts["documents"]) == (1, 50)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

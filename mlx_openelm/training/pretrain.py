@@ -178,6 +178,8 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
             state = pretraining.continue_corenet(request, origin.training, updater, checkpoints)
         speed = pretraining.Speed(training_flops(model.config, length), measured_peak(updater.compute_dtype), data)
         result = _run(request, origin, updater, checkpoints, state, data, validation, speed)
+        if (left_out := pretraining.describe_left_out(data.record())) is not None:
+            listener.say(left_out)
         kept = resuming.restore_best(request, updater, checkpoints, result)
         models, losses = write_models(request, origin, updater, checkpoints, validation, result)
         pretraining.finish_record(request, data.record())

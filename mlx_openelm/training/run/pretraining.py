@@ -19,6 +19,7 @@ from ...inputs import to_path
 from ...loading import check_dtype
 from ...wording import counted, size
 from ..data.batches import Batch
+from ..data.corpus.encoding import LEFT_OUT
 from ..data.corpus.validation import read_validation
 from ..options import TrainOptions
 from ..options.pretraining import PretrainOptions
@@ -144,6 +145,14 @@ def describe_data(record: Mapping[str, Any]) -> str:
     files, size_in_bytes = (sum(source[key] for source in sources) for key in ("files", "bytes"))
     workers = counted(record["workers"], "worker") if record["workers"] else "no workers"
     return f"train: {counted(files, 'file')}, {size(size_in_bytes)}; {record['mode']} rows, {workers}"
+
+
+def describe_left_out(record: Mapping[str, Any]) -> str | None:
+    """A line about what was left out of the training text, from what the data says about itself; None for nothing."""
+    counts = {name: count for name, count in record["documents"].items() if name in LEFT_OUT}
+    if not counts:
+        return None
+    return "Left out of the text: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()) + "."
 
 
 def finish_record(request: Request, data: Mapping[str, Any]) -> None:

@@ -13,6 +13,17 @@ from ....errors import RequestError
 from ....text.tokenizer import Tokenizer
 from ....wording import install
 
+# The counts of what is not learned from.
+LEFT_OUT = (
+    "damaged documents",
+    "empty documents",
+    "pieces with too few characters",
+    "pieces with too few tokens",
+    "tokens skipped",
+    "tokens cut off",
+)
+# ftfy leaves these characters as they are: printable ASCII without `&`, which may begin an HTML entity.
+_PLAIN = re.compile(r"[\t\n -%'-~]*")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -64,7 +75,7 @@ class Encoder:
 
     def _encode(self, text: str) -> list[int]:
         if self.repairs:
-            text = _ftfy().fix_text(text, normalization="NFC")
+            text = repaired(text)
         return self.tokenizer.encode(text, add_bos=False)
 
     def fingerprint(self) -> str:
@@ -72,6 +83,26 @@ class Encoder:
         settings = [self.repairs, self.piece_words, self.min_characters, self.min_tokens, self.max_tokens]
         version = _ftfy().__version__ if self.repairs else None
         return hashlib.sha256(repr([fingerprint(self.tokenizer), *settings, version]).encode()).hexdigest()[:32]
+
+
+def repaired(text: str) -> str:
+    """`ftfy.fix_text(text, normalization="NFC")`; it works line by line, and lines that it would not change are kept.
+
+    Most lines of English are such, and ftfy would take longer than tokenizing.
+    """
+    if _PLAIN.fullmatch(text):
+        return text
+    fix = _ftfy().fix_text
+    unescape_html: str | bool = "auto"
+    fixed = []
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        if not _PLAIN.fullmatch(line):
+            fixed.append(fix(line, unescape_html=unescape_html, normalization="NFC"))
+        else:
+            fixed.append(line)
+        if "<" in line:  # from here on the text is HTML, whose entities ftfy keeps
+            unescape_html = False
+    return "".join(fixed)
 
 
 def check_ftfy() -> None:

@@ -15,7 +15,7 @@ from ....inputs import to_path
 from ....text.tokenizer import Tokenizer
 from ...options.corpus import CORENET, DataOptions
 from ..batches import Step
-from . import corenet
+from . import corenet, packed
 from .caching import CachingChunks
 from .documents import CHUNK, place_of
 from .encoding import Encoder, check_ftfy, fingerprint
@@ -26,8 +26,10 @@ from .rows import Rows, pack, pad, to_batch
 from .workers import Closed, InProcess, Workers
 
 _VERSION = 1
-# Updates that are prepared ahead, and those whose examples `describe` knows.
-_AHEAD, _KNOWN = 4, 4
+# Updates that are prepared ahead: at least and at most.
+_AHEAD = 4, 64
+# Updates whose examples `describe` knows.
+_KNOWN = 4
 
 
 class _Update(NamedTuple):
@@ -266,10 +268,15 @@ class PretrainingData:
             weights = [source.weight for source in options.data]
             self._source = PackedRows(self._chunks, weights, length=self._length, buffer=options.shuffle_buffer,
                                       seed=self._seed, state=stream)  # fmt: skip
-        self._queue: queue.Queue[_Update | BaseException] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[_Update | BaseException] = queue.Queue(self._ahead())
         self._prepared = (self._state["steps"], self._state["examples"])
         self._thread: threading.Thread = threading.Thread(target=self._prepare_ahead, daemon=True)
         self._thread.start()
+
+    def _ahead(self) -> int:
+        """Updates to prepare ahead. Packed rows come a window at a time: while one is used, the next is read."""
+        least, most = _AHEAD
+        return min(most, max(least, 2 * packed.WINDOW // (self._batch_size * self._length * self._accumulation)))
 
     def _make_encoder(self) -> Encoder:
         options = self._options
@@ -309,7 +316,7 @@ class PretrainingData:
 
     def _finish(self, batches: list[list[list[Document]]], rows: list[list[Document]]) -> _Update:
         """The update of these batches; `rows` are those of all processes."""
-        packed = isinstance(self._source, PackedRows)
+        is_packed = isinstance(self._source, PackedRows)
         steps, first = self._prepared
         numbers: dict[int, int] = {}
         places: list[tuple[str, int]] = []
@@ -318,7 +325,7 @@ class PretrainingData:
                 numbers[id(piece)] = first + len(places)
                 places.append((piece.path, piece.number))
         lengths = sum(len(piece.targets) for row in rows for piece in row)
-        tokens = lengths if packed else lengths - len(rows)
+        tokens = lengths if is_packed else lengths - len(rows)
         positions = len(rows) * self._length
         self._totals.update({"tokens": tokens, "positions": positions, "padding": positions - tokens})
         self._prepared = (steps + 1, first + len(places))
@@ -336,5 +343,5 @@ class PretrainingData:
         for batch in batches:
             examples = tuple(numbers[id(piece)] for row in batch for piece in row)
             bos = self._tokenizer.bos_token_id
-            made.append(pack(batch, self._length, bos, examples) if packed else pad(batch, self._length, examples))
+            made.append(pack(batch, self._length, bos, examples) if is_packed else pad(batch, self._length, examples))
         return _Update(self._source.epoch, made, tokens, first, places, state)

@@ -48,24 +48,26 @@ class _Source:
         self._block, self._taken = state["block"], state["taken"]
         self._start = Position(*state["start"])
         self._counts = Counter(state["counts"])
+        self._is_counted: bool = state.get("counted", False)  # whether they have the current block's
         self._next: Chunk | None = None
         self._documents: list[Document] | None = None
 
     def state(self) -> dict[str, Any]:
         counts = {name: count for name, count in self._counts.items() if count}
-        return {"start": list(self._start), "taken": self._taken, "block": self._block, "counts": counts}
+        place = {"start": list(self._start), "taken": self._taken, "block": self._block}
+        return place | {"counts": counts, "counted": self._is_counted}
 
     @property
     def epoch(self) -> int:
         return self._start.epoch
 
     def counts(self) -> Counter[str]:
-        """What was left out of the blocks before this one."""
+        """The documents read so far, with all of the current block, and those left out; each counts once."""
         return self._counts
 
     def take(self) -> Document:
         if self._documents is None:
-            self._documents, self._block_counts = self._read_block()
+            self._documents = self._read_block()
         searched_from: int | None = None
         while self._taken >= len(self._documents):
             assert self._next is not None
@@ -73,15 +75,14 @@ class _Source:
             if not self._documents and searched_from is not None and self._next.position.epoch > searched_from + 1:
                 raise RequestError(f"There is no text in {self._next.file.path} and the other files of its source.")
             searched_from = self._start.epoch if searched_from is None else searched_from
-            self._counts.update(self._block_counts)
             self._start, self._taken, self._block = self._next.position, 0, self._block + 1
-            self._documents, self._block_counts = self._read_block()
+            self._is_counted = False
+            self._documents = self._read_block()
         self._taken += 1
         return self._documents[self._taken - 1]
 
-    def _read_block(self) -> tuple[list[Document], Counter[str]]:
+    def _read_block(self) -> list[Document]:
         documents: list[Document] = []
-        counts: Counter[str] = Counter()
         chunk = self._next or self._chunks.take(self._number)
         first = chunk.position
         while chunk.position.epoch == first.epoch and (chunk.position == first or len(documents) < self._buffer):
@@ -90,12 +91,13 @@ class _Source:
                 Document(tokens, chunk.file.path, number)
                 for tokens, number in zip(encoded.tokens, encoded.numbers, strict=True)
             ]
-            counts.update(encoded.counts)
+            if not self._is_counted and chunk.position.epoch == 0:
+                self._counts.update(encoded.counts)
             chunk = self._chunks.take(self._number)
-        self._next = chunk
+        self._next, self._is_counted = chunk, True
         if self._buffer > 1:
             random.Random(f"{self._seed} {self._number} block {self._block}").shuffle(documents)
-        return documents, counts
+        return documents
 
 
 class PackedRows:
@@ -139,11 +141,11 @@ class PackedRows:
         return min(source["start"][0] for source in self._start["sources"])
 
     def counts(self) -> Counter[str]:
-        """Documents left out, and those cut to fill a row, so far."""
+        """Documents read up to this window, and those left out, each once; and how often one was cut to fill a row."""
         counts: Counter[str] = Counter()
-        for source in self._start["sources"]:
-            counts.update(source["counts"])
-        return counts + Counter({"documents split": self._start["split"]})
+        for source in self._sources:
+            counts.update(source.counts())
+        return counts + Counter({"documents split": self._split})
 
     @property
     def source_tokens(self) -> list[int]:
