@@ -210,7 +210,7 @@ template <int N, int count, int step = N / 2>
 INLINE Vector<float, N> ordered_sums(Vector<float, N>* vectors) {
   constexpr int pairs = (count + 1) / 2;
   for (int i = 0; i < pairs; i++)
-    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[count == 1 ? 0 : 2 * i + 1],
+    vectors[i] = add_blocks<step>(vectors[2 * i], vectors[2 * i + 1 < count ? 2 * i + 1 : 2 * i],
                                   std::make_integer_sequence<int, N>{});
   if constexpr (step > 1) return ordered_sums<N, pairs, step / 2>(vectors);
   return vectors[0];
