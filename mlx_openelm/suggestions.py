@@ -14,7 +14,6 @@ from .wording import did_you_mean, flag, similar
 _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
     "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
-    "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
