@@ -90,7 +90,7 @@ def formula(o: GRPOOptions, rows: Rows, advantages: Any, old: Any, reference: An
         loss = loss + o.beta * kl
     low, high = (limited < 1 - o.epsilon) & (by_row < 0), (limited > 1 + o.upper_epsilon) & (by_row > 0)
     sums = {
-        name: (value.expand_as(mask) * mask).sum().item()
+        name: (value * mask).sum().item() if value.shape[1] > 1 else value.sum().item()
         for name, value in (
             ("kl", kl.detach()),
             ("entropy", rows.entropies.detach()),
@@ -204,7 +204,12 @@ def test_loss_gradients_and_metrics(options):
         np.testing.assert_allclose(ours, one.states.grad.numpy(), atol=2e-6, rtol=1e-4)
     np.testing.assert_allclose(by_weight, table.grad.numpy(), atol=2e-6, rtol=1e-4)
     assert np.abs(by_weight).max() > 1e-3
-    wanted = {name: value / tokens for name, value in sums.items() if name != "kl" or o.beta}
+    by_row = o.importance_sampling_level == "sequence"
+    wanted = {
+        name: value / (8 if by_row and name.startswith("clip") else tokens)
+        for name, value in sums.items()
+        if name != "kl" or o.beta
+    }
     assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     if o.num_iterations > 1 and o.importance_sampling_level == "token":
         assert wanted["clip_ratio/region_mean"] > 0
@@ -280,9 +285,11 @@ def test_trl_computes_the_same(options):
     for ours, one in zip(by_states, rows, strict=True):
         np.testing.assert_allclose(ours, one.states.grad.numpy(), atol=2e-6, rtol=1e-4)
     np.testing.assert_allclose(by_weight, table.grad.numpy(), atol=2e-6, rtol=1e-4)
-    # TRL averages the means of micro-batches; ours are over all tokens.
+    # TRL averages the means of micro-batches; ours are over all tokens, or all completions.
     shares = [one.mask.sum().item() / tokens.item() for one in rows]
     for name in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
         if name in seen:
-            wanted = sum(share * value for share, value in zip(shares, seen[name], strict=True))
+            by_row = o.importance_sampling_level == "sequence" and name.startswith("clip")
+            parts = [0.5, 0.5] if by_row else shares
+            wanted = sum(share * value for share, value in zip(parts, seen[name], strict=True))
             assert metrics[name] == pytest.approx(wanted, rel=1e-4, abs=1e-6)

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+# The form of an answer, piece by piece.
+FORM = (r"\{", r'"speaker"', r": ", r'"\w+"', r", ", r'"line"', r": ", r'"[^"]+"', r"\}$")
+
+
+def form(completions: list[str]) -> list[float]:
+    """How much of the form the beginning of a completion has, from 0 to 1."""
+    return [_pieces(text) / len(FORM) for text in completions]
 
 
 def is_json(completions: list[str]) -> list[float]:
-    """1 for an object with a speaker and a line, both texts; half for any other JSON."""
-    return [0.5 if found is None else 1.0 if found else 0.0 for found in map(_rating, completions)]
+    """1 for an object with a speaker and a line, both texts, and nothing else."""
+    return [float(_answer(text) is not None) for text in completions]
 
 
 def right_speaker(completions: list[str], speaker: list[str]) -> list[float]:
     """1 if the speaker is the one who was asked; `speaker` is a column of the data."""
-    answers = map(_read, completions)
+    answers = map(_answer, completions)
     return [
-        float(isinstance(answer, dict) and answer.get("speaker") == name)
-        for answer, name in zip(answers, speaker, strict=True)
+        float(answer is not None and answer["speaker"] == name) for answer, name in zip(answers, speaker, strict=True)
     ]
 
 
-def _rating(text: str) -> bool | None:
-    answer = _read(text)
-    if answer is _NOT_JSON:
-        return False
-    has_texts = isinstance(answer, dict) and all(isinstance(value, str) and value for value in answer.values())
-    return True if has_texts and list(answer) == ["speaker", "line"] else None
+def _pieces(text: str) -> int:
+    """The number of pieces of the form that a text begins with."""
+    place = 0
+    for number, piece in enumerate(FORM):
+        found = re.compile(piece).match(text, place)
+        if found is None:
+            return number
+        place = found.end()
+    return len(FORM)
 
 
-_NOT_JSON = object()
-
-
-def _read(text: str) -> Any:
+def _answer(text: str) -> dict[str, Any] | None:
+    """The object that a completion is; None if it is not what was asked for."""
     try:
-        return json.loads(text)
+        answer = json.loads(text)
     except ValueError:
-        return _NOT_JSON
+        return None
+    is_right = isinstance(answer, dict) and list(answer) == ["speaker", "line"]
+    return answer if is_right and all(isinstance(value, str) and value for value in answer.values()) else None

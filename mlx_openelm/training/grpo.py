@@ -134,7 +134,7 @@ class GroupTuning(Method):
         options, prompts = _options(request), prepared.examples["train"]
         assert isinstance(prompts, Prompts)
         held = 0
-        if self._reference not in (None, prepared.model):
+        if self._reference is not None and self._reference is not prepared.model:
             held = sum(value.nbytes for _, value in tree_flatten(self._reference.parameters()))  # type: ignore
         longest = max(prompts.examples, key=lambda prompt: len(prompt.tokens))
         count = options.prompts_per_step * options.num_generations // request.processes.size

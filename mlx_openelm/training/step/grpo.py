@@ -16,7 +16,7 @@ from ..options.grpo import SEQUENCE
 from .likelihoods import log_likelihoods
 from .objectives import Forward, Sums, learned_positions
 
-# Sums over tokens, reported as means over them.
+# Sums over tokens, reported as means over them; where ratios are those of completions, sums and means over these.
 _CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 _TOKENS, _VALID = "tokens", "valid/"
 
@@ -71,8 +71,11 @@ class GroupRelative:
 
     @property
     def metrics(self) -> Sequence[str]:
-        own = (*(("kl",) if self.settings.beta else ()), "entropy", *_CLIPPED, _TOKENS)
-        return (*own, *self.statistics, *(_VALID + name for name in self.statistics))
+        return (*self._of_tokens, _TOKENS, *self.statistics, *(_VALID + name for name in self.statistics))
+
+    @property
+    def _of_tokens(self) -> Sequence[str]:
+        return (*(("kl",) if self.settings.beta else ()), "entropy", *_CLIPPED)
 
     def arrays(self, batch: CompletionBatch) -> dict[str, Any]:
         arrays = position_arrays(batch.tokens)
@@ -87,8 +90,11 @@ class GroupRelative:
         logps, entropy = completion_logps(forward, arrays, settings.temp)
         old = mx.stop_gradient(logps) if arrays["old"] is None else arrays["old"]
         log_ratio = mx.where(learned, logps - old, 0.0)
+        share = mx.array(1.0)  # of a token in what is clipped
         if settings.importance_sampling_level == SEQUENCE:
-            log_ratio = self._by_sequence(log_ratio, learned, owners, arrays["advantages"].size)
+            owned = (mx.arange(arrays["advantages"].size)[:, None] == owners) & learned  # [rows, positions]
+            share = 1 / mx.maximum(mx.sum(owned, axis=1), 1)[owners]
+            log_ratio = mx.sum(mx.where(owned, log_ratio, 0.0), axis=1)[owners] * share
         ratio = mx.exp(log_ratio)
         advantages = arrays["advantages"][owners]
         low, high = 1 - settings.epsilon, 1 + settings.epsilon_high
@@ -102,7 +108,7 @@ class GroupRelative:
             loss = loss + settings.beta * divergence
             of_tokens["kl"] = divergence
         is_low, is_high = (limited < low) & (advantages < 0), (limited > high) & (advantages > 0)
-        of_tokens |= dict(zip(_CLIPPED, (is_low, is_high, is_low | is_high), strict=True))
+        of_tokens |= {n: f * share for n, f in zip(_CLIPPED, (is_low, is_high, is_low | is_high), strict=True)}
         of_tokens[_TOKENS] = mx.ones_like(loss)
         total = mx.sum(mx.where(learned, loss * arrays["weights"][owners], 0.0))
         metrics = {name: mx.sum(mx.where(learned, value, 0.0)) for name, value in of_tokens.items()}
@@ -113,19 +119,14 @@ class GroupRelative:
         """The metrics as they are logged: means over tokens, and statistics of the steps that have them."""
         found = dict(means)
         tokens = found.pop(_TOKENS)
-        for name in set(found) - {*self.statistics} - {_VALID + name for name in self.statistics}:
+        by_completion = _CLIPPED if self.settings.importance_sampling_level == SEQUENCE else ()
+        for name in set(self._of_tokens) - {*by_completion}:
             found[name] = found[name] / tokens if tokens else 0.0
         for name in self.statistics:
             share, value = found.pop(_VALID + name), found.pop(name)
             if share:
                 found[name] = value / share
         return found
-
-    def _by_sequence(self, log_ratio: mx.array, learned: mx.array, owners: mx.array, rows: int) -> mx.array:
-        """The mean of each completion's logarithms of ratios, at each of its positions."""
-        owned = (mx.arange(rows)[:, None] == owners) & learned  # [rows, positions]
-        sums = mx.sum(mx.where(owned, log_ratio, 0.0), axis=1)
-        return (sums / mx.maximum(mx.sum(owned, axis=1), 1))[owners]
 
     def _statistics(self, arrays: dict[str, Any]) -> dict[str, mx.array]:
         """The statistics, and whether there are any, each as often as there are completions."""
