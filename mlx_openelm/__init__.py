@@ -77,8 +77,8 @@ if TYPE_CHECKING:
     from .quantization.options import QuantizeOptions
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
-    from .training.options import FineTuneOptions
     from .training.grpo import grpo
+    from .training.options import FineTuneOptions
     from .training.options.grpo import GRPOOptions
     from .training.options.preference import PreferenceOptions
     from .training.options.pretraining import PretrainOptions

@@ -25,6 +25,8 @@ _RENAMED_COMMANDS = {
     **{method: f"quantize --method {method}" for method in ("awq", "dwq", "gptq")},
     "dynamic-quant": "quantize --target-bpw",
     **{method: f"dpo --loss-type {method}" for method in ("orpo", "kto", "cpo", "simpo", "ipo")},
+    "dapo": "grpo --loss-type dapo",
+    "gspo": "grpo --importance-sampling-level sequence",
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
@@ -51,7 +53,8 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "-t": ("--temp",),
     "-n": ("--max-tokens", "--iters", "--num-samples", "--repetitions"),
     **dict.fromkeys(
-        ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"), ("--max-tokens",)
+        ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"),
+        ("--max-tokens", "--max-completion-length"),
     ),
     "--tokens": ("--max-tokens",),
     "--repeat-penalty": ("--repetition-penalty",),
@@ -96,7 +99,8 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--wandb": ("--report-to wandb",),
     "--tensorboard": ("--report-to tensorboard",),
     "--bits": ("--q-bits",),
-    "--group-size": ("--q-group-size",),
+    "--group-size": ("--q-group-size", "--num-generations"),
+    **dict.fromkeys(("--reward-functions", "--reward-function"), ("--reward-funcs",)),
     "--mode": ("--q-mode",),
     "--de-quantize": ("--dequantize",),
     "--report-ppl": ("--report",),

@@ -137,7 +137,12 @@ def test_a_run_learns_from_rewards_and_writes_its_files(here):
         {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2},
         {"loss_type": "dr_grpo", "scale_rewards": "none", "grad_accumulation_steps": 2},
         {"loss_type": "bnpo", "scale_rewards": "batch", "batch_size": 2, "grad_accumulation_steps": 4},
-        {"importance_sampling_level": "sequence", "epsilon_high": 0.3, "delta": 2.0, "mask_truncated_completions": True},
+        {
+            "importance_sampling_level": "sequence",
+            "epsilon_high": 0.3,
+            "delta": 2.0,
+            "mask_truncated_completions": True,
+        },
         {"fine_tune_type": "full", "learning_rate": 1e-3, "beta": 0.1},
         {"fine_tune_type": "dora", "adapter_format": "peft", "dropout": 0.1, "temp": 0.8, "top_p": 0.9},
         {"reward_funcs": (), "reward_regex": ("e", "^the"), "reward_weights": (0.5, 2.0), "optimizer": "adamw"},

@@ -164,8 +164,7 @@ def computed(options: dict[str, Any]) -> Any:
     def sums(values: list[mx.array], embedding: mx.array) -> Any:
         model.transformer.token_embeddings.weight = embedding
         found = [
-            objective(Given(model, [(part["inputs"], value)]), part)
-            for part, value in zip(arrays, values, strict=True)
+            objective(Given(model, [(part["inputs"], value)]), part) for part, value in zip(arrays, values, strict=True)
         ]
         metrics = {name: sum(one.metrics[name] for one in found) for name in objective.metrics}
         return sum(one.objective for one in found), sum(one.loss for one in found), metrics

@@ -1,8 +1,8 @@
-"""Writes the files beside this script: prompts that ask for JSON, and a few answers to begin with.
+"""Writes the files beside this script: requests to be answered in JSON, and a few answers to begin with.
 
     python lora/json/make.py
 
-The speeches are those of `lora/instruct`, from Shakespeare's plays (public domain). The files are always the same.
+The files are always the same.
 """
 
 from __future__ import annotations
@@ -10,64 +10,46 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from pathlib import Path
 
 SEED = 7
 # The numbers of prompts, and of answers to begin with.
-SIZES = {"train": 240, "valid": 32, "test": 32}
-ANSWERS = 120
+SIZES = {"train": 480, "valid": 32, "test": 32}
+ANSWERS = 160
 
 NAMES = (
     "Hamlet|Ophelia|Romeo|Juliet|Othello|Iago|Macbeth|Banquo|Portia|Shylock|Brutus|Cassius|Rosalind|Orlando|Falstaff|"
     "Hotspur|Kent|Cordelia|Edgar|Cleopatra|Petruchio|Troilus|Cressida|Imogen|Timon|Mercutio|Horatio|Emilia"
 )
-ASK = (
-    "What says {name}?|Let {name} speak.|Speak as {name}.|Give me a line of {name}'s.|Be {name} for a moment.|"
-    "Answer me as {name} would.|I would hear {name}.|Say something, {name}.|A word from {name}, pray.|"
-    "Tell me what {name} says.|How would {name} say it?"
+TOPICS = (
+    "love|death|war|gold|night|grief|fortune|music|sleep|time|virtue|heaven|wine|marriage|revenge|beauty|truth|fear|"
+    "hope|pity|patience|blood"
 )
-IN_JSON = "{request} Answer in JSON."
+ASK = "{name}, speak of {topic}.|What says {name} of {topic}?|Let {name} speak of {topic}."
+PROMPT = "{request} Who, and of what? Answer in JSON."
 
 
-def requests(draw: random.Random) -> list[tuple[str, str]]:
-    """Every request with the name in it, in random order."""
-    pairs = [(name, ask.format(name=name)) for name, ask in itertools.product(NAMES.split("|"), ASK.split("|"))]
-    draw.shuffle(pairs)
-    return pairs
-
-
-def speeches(folder: Path) -> list[str]:
-    """The first lines of the speeches in `lora/instruct`, each once."""
-    found = []
-    for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines():
-        for message in json.loads(line)["messages"]:
-            first = message["content"].splitlines()[0]
-            if message["role"] == "assistant" and 20 <= len(first) <= 50 and re.fullmatch(r"[A-Za-z ',;]+[.!?,;]", first):
-                found.append(first.rstrip(",;"))
-    return list(dict.fromkeys(found))
+def requests() -> list[dict[str, str]]:
+    """Every request, with the values of its answer."""
+    return [
+        {"prompt": PROMPT.format(request=ask.format(name=name, topic=topic)), "speaker": name, "topic": topic}
+        for name, topic, ask in itertools.product(NAMES.split("|"), TOPICS.split("|"), ASK.split("|"))
+    ]
 
 
 def main() -> None:
     here = Path(__file__).parent
-    draw = random.Random(SEED)
-    said = speeches(here.parent / "instruct")
-    left = requests(draw)
+    left = requests()
+    random.Random(SEED).shuffle(left)
     for split, size in SIZES.items():
-        rows = [{"prompt": IN_JSON.format(request=request), "speaker": name} for name, request in left[:size]]
+        write(here / f"{split}.jsonl", left[:size])
         left = left[size:]
-        write(here / f"{split}.jsonl", rows)
-    draw.shuffle(said)
-    pairs = requests(draw)[:ANSWERS]
-    (here / "answers").mkdir(exist_ok=True)
-    rows = [
-        {
-            "prompt": IN_JSON.format(request=request),
-            "completion": json.dumps({"speaker": name, "line": line}),
-        }
-        for (name, request), line in zip(pairs, said, strict=False)
+    answers = [
+        {"prompt": row["prompt"], "completion": json.dumps({key: row[key] for key in ("speaker", "topic")})}
+        for row in left[:ANSWERS]
     ]
-    write(here / "answers" / "train.jsonl", rows)
+    (here / "answers").mkdir(exist_ok=True)
+    write(here / "answers" / "train.jsonl", answers)
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:

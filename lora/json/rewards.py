@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 # The form of an answer, piece by piece.
-FORM = (r"\{", r'"speaker"', r": ", r'"\w+"', r", ", r'"line"', r": ", r'"[^"]+"', r"\}$")
+FORM = (r"\{", r'"speaker"', r": ", r'"\w+"', r", ", r'"topic"', r": ", r'"\w+"', r"\}$")
 
 
 def form(completions: list[str]) -> list[float]:
@@ -16,16 +15,14 @@ def form(completions: list[str]) -> list[float]:
 
 
 def is_json(completions: list[str]) -> list[float]:
-    """1 for an object with a speaker and a line, both texts, and nothing else."""
+    """1 for an object with a speaker and a topic, both texts, and nothing else."""
     return [float(_answer(text) is not None) for text in completions]
 
 
-def right_speaker(completions: list[str], speaker: list[str]) -> list[float]:
-    """1 if the speaker is the one who was asked; `speaker` is a column of the data."""
-    answers = map(_answer, completions)
-    return [
-        float(answer is not None and answer["speaker"] == name) for answer, name in zip(answers, speaker, strict=True)
-    ]
+def is_right(completions: list[str], speaker: list[str], topic: list[str]) -> list[float]:
+    """Half for each of speaker and topic that is the one asked for; `speaker` and `topic` are columns of the data."""
+    wanted = zip(completions, speaker, topic, strict=True)
+    return [_share(_answer(text), {"speaker": name, "topic": what}) for text, name, what in wanted]
 
 
 def _pieces(text: str) -> int:
@@ -39,11 +36,15 @@ def _pieces(text: str) -> int:
     return len(FORM)
 
 
-def _answer(text: str) -> dict[str, Any] | None:
+def _answer(text: str) -> dict[str, str] | None:
     """The object that a completion is; None if it is not what was asked for."""
     try:
         answer = json.loads(text)
     except ValueError:
         return None
-    is_right = isinstance(answer, dict) and list(answer) == ["speaker", "line"]
-    return answer if is_right and all(isinstance(value, str) and value for value in answer.values()) else None
+    is_asked = isinstance(answer, dict) and list(answer) == ["speaker", "topic"]
+    return answer if is_asked and all(isinstance(value, str) and value for value in answer.values()) else None
+
+
+def _share(answer: dict[str, str] | None, wanted: dict[str, str]) -> float:
+    return 0.0 if answer is None else sum(answer[key] == value for key, value in wanted.items()) / len(wanted)

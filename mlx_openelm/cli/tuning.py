@@ -1,4 +1,4 @@
-"""What `lora`, `dpo` and `grpo` share: flags, YAML files and Python arguments are the fields of a dataclass of options."""
+"""What `lora`, `dpo` and `grpo` share: flags, YAML files and Python arguments are fields of a dataclass of options."""
 
 from __future__ import annotations
 

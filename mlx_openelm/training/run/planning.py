@@ -33,8 +33,8 @@ _USABLE_SHARE, _REFUSED_FACTOR = 0.9, 1.5
 class Memory:
     """Bytes of the model, the optimizer's state, gradients and activations, and the peak of their sum.
 
-    `activations` is their peak, including temporary buffers and the gradients that exist at that moment. `generation` is
-    what sampling between updates takes, and `held` what is held beside the model, such as a reference model.
+    `activations` is their peak, including temporary buffers and the gradients that exist at that moment. `generation`
+    is what sampling between updates takes, and `held` what is held beside the model, such as a reference model.
     """
 
     model: int

@@ -74,6 +74,8 @@ class Prepared:
     def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Any]:
         """This process's batches of a split, to measure the loss on; always the same ones."""
         rows = -(-options.held_out_rows // processes.size) * processes.size
+        if num_batches > 0:  # as many examples, in fewer batches
+            num_batches = -(-num_batches * options.held_out_rows // rows)
         return validation_batches(
             self.examples[split].examples,
             rows,

@@ -134,10 +134,11 @@ class RunProgress(Listener):
         left = str(self._left)
         total = f" (CoreNet's total {values['total_loss']:.3f})" if "total_loss" in values else ""
         share = f" ({values['flops_utilization']:.0%} of the peak)" if "flops_utilization" in values else ""
+        loss = f"train loss {values['train_loss']:.3f}{total}{preferred(values)}{_rewarded(values)}"
         self.say(
-            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}{total}{preferred(values)}{_rewarded(values)}, "
-            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s{share}, "
-            f"peak {size(values['peak_memory'] * 1e9)}{left and f', {left}'}"
+            f"Step {step:,} of {self._total:,}: {loss}, learning rate {values['learning_rate']:.3g}, "
+            f"{values['tokens_per_second']:,.0f} tokens/s{share}, peak {size(values['peak_memory'] * 1e9)}"
+            f"{left and f', {left}'}"
         )
 
     def working(self, what: str, done: int, total: int) -> None:

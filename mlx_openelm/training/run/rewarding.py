@@ -118,7 +118,7 @@ def examples_of(sampler: Sampler, model: OpenELM, prompt: Prompt) -> Iterator[st
     """Lines that show completions of a prompt with their rewards."""
     count = sampler.options.num_generations
     found = [one for one, _ in sampler.sample(model, [prompt] * count, sampler.seeds("shown", range(count)))]
-    yield f"Its completions between ⟦ and ⟧, as they are sampled before training, with their rewards ({_names(sampler)}):"
+    yield f"Completions of it between ⟦ and ⟧, sampled before training, with their rewards ({_names(sampler)}):"
     rows = sampler.rewards(found)
     for completion, row in zip(found, rows, strict=True):
         yield f"{', '.join(_number(value) for value in row)}: ⟦{_cut(completion)}⟧"

@@ -17,8 +17,8 @@ from ...inputs import check_file, to_path
 from ...wording import counted
 from ..data.prompts import Prompt
 
-# Called with `prompts`, `completions`, `completion_ids` and the columns of the data, each a list with an entry for every
-# completion; gives as many numbers, or None where it does not apply.
+# Called with `prompts`, `completions`, `completion_ids` and the columns of the data, each a list with an entry for
+# every completion; gives as many numbers, or None where it does not apply.
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -66,7 +66,7 @@ class Rewards:
             values = [math.nan if value is None else float(value) for value in found]
         except Exception as error:
             raise OpenELMError(
-                f"The reward function {name} failed: {type(error).__name__}: {error}{_place(error)}; --debug shows more."
+                f"The reward function {name} failed: {type(error).__name__}: {error}{_place(error)}."
             ) from error
         if len(values) != len(completions):
             raise OpenELMError(

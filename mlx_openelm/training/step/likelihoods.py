@@ -41,7 +41,7 @@ def log_likelihoods(
             return model.logits(rows)
 
     def chunks(hidden_states: mx.array, *weights: mx.array, slopes: bool) -> list[mx.array]:
-        """Log-probabilities, mean logits or entropies, and with `slopes` each log-probability's gradient for its hidden state."""
+        """What `log_likelihoods` gives, and with `slopes` each log-probability's gradient for its hidden state."""
         found: list[list[mx.array]] = []
         for start in range(0, targets.size, chunk):
             part = slice(start, start + chunk)
