@@ -236,30 +236,35 @@ def rewards() -> Any:
 
 def test_answers_in_json_are_rewarded() -> None:
     module = rewards()
-    right = '{"speaker": "Kent", "line": "Ay, sir."}'
-    texts = [right, '{"speaker": "Kent", "line": ""}', '{"speaker": "Kent"', "Ay, sir.", right + "x", "3"]
+    right = '{"speaker": "Kent", "topic": "war"}'
+    texts = [right, '{"speaker": "Kent", "topic": ""}', '{"speaker": "Kent"', "Ay, sir.", right + "x", "3"]
     assert module.form(texts) == [1.0, 7 / 9, 4 / 9, 0.0, 8 / 9, 0.0]
     assert module.is_json(texts) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert module.right_speaker(texts[:1] * 2, ["Kent", "Edgar"]) == [1.0, 0.0]
+    assert module.is_right([right] * 3 + ["x"], ["Kent", "Kent", "Edgar", "x"], ["war", "love", "love", "x"]) == [
+        *(1.0, 0.5, 0.0, 0.0),
+    ]
 
 
 def test_the_prompts_and_answers_in_json_are_those_of_their_script(tmp_path: Path) -> None:
     module = rewards()
-    shutil.copytree(FOLDER / "instruct", tmp_path / "instruct")
-    (tmp_path / "json").mkdir()
-    script = Path(shutil.copy(FOLDER / "json" / "make.py", tmp_path / "json"))
+    script = Path(shutil.copy(FOLDER / "json" / "make.py", tmp_path))
     subprocess.run([sys.executable, script], check=True, timeout=60)
     files = sorted(path.relative_to(FOLDER / "json") for path in (FOLDER / "json").rglob("*.jsonl"))
     assert len(files) == 4
+    read = {}
     for file in files:
-        assert (tmp_path / "json" / file).read_bytes() == (FOLDER / "json" / file).read_bytes()
-    prompts = [json.loads(line) for split in SPLITS for line in (FOLDER / "json" / f"{split}.jsonl").open()]
-    assert len({row["prompt"] for row in prompts}) == len(prompts) == 304
-    assert all(row["speaker"] in row["prompt"] and row["prompt"].endswith(" Answer in JSON.") for row in prompts)
-    answers = [json.loads(line) for line in (FOLDER / "json" / "answers" / "train.jsonl").open()]
+        assert (tmp_path / file).read_bytes() == (FOLDER / "json" / file).read_bytes()
+        read[file.parent.name + file.stem] = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+    answers = read.pop("answerstrain")
+    rows = [row for found in read.values() for row in found]
+    assert {name: len(found) for name, found in read.items()} == {"train": 480, "valid": 32, "test": 32}
+    prompts = {row["prompt"] for row in (*rows, *answers)}
+    assert len(prompts) == len(rows) + len(answers) == 704
+    assert all(row["speaker"] in row["prompt"] and row["topic"] in row["prompt"] for row in rows)
     texts = [row["completion"] for row in answers]
     assert module.form(texts) == module.is_json(texts) == [1.0] * len(answers)
-    assert all(json.loads(row["completion"])["speaker"] in row["prompt"] for row in answers)
+    for row in answers:
+        assert all(value in row["prompt"] for value in json.loads(row["completion"]).values())
 
 
 @pytest.mark.slow
@@ -267,16 +272,15 @@ def test_grpo_learns_to_answer_in_json(tmp_path: Path, monkeypatch: pytest.Monke
     """The commands of the README, whole."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FOLDER, "lora")
-    start, before, learn = [line for line in ours(README) if "json" in line and " generate" not in line][:3]
-    found = []
-    for command in (start, before, learn):
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_openelm", *shlex.split(command)[1:], *(["--json"] if command != start else [])],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        )  # fmt: skip
+    answers, fuse, before, learn, *_ = [line for line in ours(README) if "json" in line]
+    shares = []
+    for command in (answers, fuse, before, learn):
+        words = [sys.executable, "-m", "mlx_openelm", *shlex.split(command)[1:], "--json"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout) if command != start else {})
-    assert found[2]["test_rewards/is_json/mean"] > found[1]["test_rewards/is_json/mean"] + 0.2
+        shares.append(json.loads(done.stdout).get("test_rewards/is_json/mean"))
+    assert 0.1 < shares[2] < 0.5 and shares[3] > shares[2] + 0.2
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -338,5 +342,6 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
 def test_the_json_of_the_readme_is_json() -> None:
     rows = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
     assert rows[0] == examples("train")[0]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert rows[1].keys() == {"prompt", "chosen", "rejected"}
+    assert rows[2] in [json.loads(line) for line in (FOLDER / "json" / "train.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -110,8 +111,9 @@ class Measure:
             return
         own = mx.array([one.sums for one in moments])
         total = mx.distributed.all_sum(own, group=self.processes.group, stream=mx.cpu)
-        for one, row in zip(moments, total.tolist(), strict=True):  # type: ignore[arg-type]
-            one.sums = [float(value) for value in row]
+        rows: Any = total.tolist()
+        for one, row in zip(moments, rows, strict=True):
+            one.sums = row
 
 
 def examples_of(sampler: Sampler, model: OpenELM, prompt: Prompt) -> Iterator[str]:
