@@ -126,7 +126,7 @@ def adapted(command: str) -> list[str]:
     if "configs" in file:  # the file sets a size
         words += ["--model", "270m"]
     elif file:
-        words += ["--iters", "2"]
+        words += ["--iters", "2", "--batch-size", "8"]
     if words[1] == "generate":
         words += ["--max-tokens", "8"]
     for index, word in enumerate(words[:-1]):
