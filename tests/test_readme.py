@@ -38,6 +38,7 @@ FEWEST = {
     "fine-tuning.md": 0,
     "pretraining.md": 2,
     "preference.md": 0,
+    "grpo.md": 0,
     "formats.md": 5,
     "generation.md": 3,
     "publishing.md": 2,
