@@ -14,7 +14,7 @@ MAIN_FLAGS = (
 )
 EXAMPLES = """\
   mlx-openelm grpo --model 270m-instruct --train --data my_prompts --reward-funcs rewards.py:is_short --iters 200
-  mlx-openelm grpo --train --data my_prompts --reward-regex '\\d+' --max-completion-length 64
+  mlx-openelm grpo --train --data my_prompts --reward-regex '[0-9]+' --max-completion-length 64
   mlx-openelm grpo --resume --adapter-path adapters
   mlx-openelm grpo --train -c lora/json/run.yaml"""
 
