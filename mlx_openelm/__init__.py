@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "FineTuneOptions",
     "FineTuned",
+    "GRPOOptions",
     "GenerationOptions",
     "GenerationResult",
     "Listener",
@@ -43,6 +44,7 @@ __all__ = [
     "finetune",
     "fuse",
     "generate",
+    "grpo",
     "load",
     "load_prompt_cache",
     "make_prompt_cache",
@@ -75,7 +77,9 @@ if TYPE_CHECKING:
     from .quantization.options import QuantizeOptions
     from .text.tokenizer import Tokenizer
     from .training.finetune import FineTuned, finetune
+    from .training.grpo import grpo
     from .training.options import FineTuneOptions
+    from .training.options.grpo import GRPOOptions
     from .training.options.preference import PreferenceOptions
     from .training.options.pretraining import PretrainOptions
     from .training.options.tokenizer import TokenizerOptions
@@ -111,6 +115,8 @@ _HOMES = {
     "FineTuned": "training.finetune",
     "FineTuneOptions": "training.options",
     "dpo": "training.preference",
+    "grpo": "training.grpo",
+    "GRPOOptions": "training.options.grpo",
     "PreferenceOptions": "training.options.preference",
     "pretrain": "training.pretrain",
     "Pretrained": "training.pretrain",

@@ -12,7 +12,6 @@ from .wording import did_you_mean, flag, similar
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
-    "grpo": "`mlx-openelm dpo` trains on pairs of answers",
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
@@ -24,6 +23,8 @@ _RENAMED_COMMANDS = {
     **{method: f"quantize --method {method}" for method in ("awq", "dwq", "gptq")},
     "dynamic-quant": "quantize --target-bpw",
     **{method: f"dpo --loss-type {method}" for method in ("orpo", "kto", "cpo", "simpo", "ipo")},
+    "dapo": "grpo --loss-type dapo",
+    "gspo": "grpo --importance-sampling-level sequence",
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
@@ -48,7 +49,8 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "-t": ("--temp",),
     "-n": ("--max-tokens", "--iters", "--num-samples", "--repetitions"),
     **dict.fromkeys(
-        ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"), ("--max-tokens",)
+        ("--max-new-tokens", "--max-length", "--n-predict", "--num-predict", "--num-tokens"),
+        ("--max-tokens", "--max-completion-length"),
     ),
     "--tokens": ("--max-tokens",),
     "--repeat-penalty": ("--repetition-penalty",),
@@ -101,7 +103,8 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--wandb": ("--report-to wandb",),
     "--tensorboard": ("--report-to tensorboard",),
     "--bits": ("--q-bits",),
-    "--group-size": ("--q-group-size",),
+    "--group-size": ("--q-group-size", "--num-generations"),
+    **dict.fromkeys(("--reward-functions", "--reward-function"), ("--reward-funcs",)),
     "--mode": ("--q-mode",),
     "--de-quantize": ("--dequantize",),
     "--report-ppl": ("--report",),

@@ -105,9 +105,9 @@ def test_the_script_writes_these_files(tmp_path: Path) -> None:
 
 # The README, and the guide.
 
-README, GUIDE, PREFERENCES = (
+README, GUIDE, PREFERENCES, REWARDS = (
     FOLDER / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("fine-tuning", "preference")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("fine-tuning", "preference", "grpo")),
 )
 
 
@@ -122,8 +122,11 @@ def ours(document: Path) -> list[str]:
 def adapted(command: str) -> list[str]:
     """A command's words, with `tiny` instead of the published sizes, and only two steps."""
     words = shlex.split(command)
-    if "-c" in words:  # the file sets a size
+    file = words[words.index("-c") + 1] if "-c" in words else ""
+    if "configs" in file:  # the file sets a size
         words += ["--model", "270m"]
+    elif file:
+        words += ["--iters", "2", "--batch-size", "8"]
     if words[1] == "generate":
         words += ["--max-tokens", "8"]
     for index, word in enumerate(words[:-1]):
@@ -137,7 +140,7 @@ def adapted(command: str) -> list[str]:
 
 
 def test_links_have_targets() -> None:
-    for document in (README, FOLDER / "data" / "README.md"):
+    for document in (README, FOLDER / "data" / "README.md", FOLDER / "json" / "README.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).is_file(), target
 
@@ -153,10 +156,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone, with a few of the examples, and `tiny` unpacked."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FOLDER, "lora")
-    for data in ("data", "preferences"):
-        for split, count in {"train": 8, "valid": 2, "test": 2}.items():
-            lines = (FOLDER / data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            (tmp_path / "lora" / data / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    for file in (tmp_path / "lora").rglob("*.jsonl"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[: 8 if file.stem == "train" else 2]), encoding="utf-8")
     convert("tiny", "tiny-unpacked", dequantize=True)
     return tmp_path
 
@@ -212,6 +214,73 @@ def test_the_guide_to_preferences_runs_in_order(clone: Path, capfd: pytest.Captu
     (snippet,) = blocks(PREFERENCES, "python")
     exec(snippet, {})
     assert 0 <= float(capfd.readouterr().out.splitlines()[-1]) <= 1
+
+
+def test_the_guide_to_rewards_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(clone / "lora" / "json", "my_prompts")
+    first, second = blocks(REWARDS, "python")
+    (clone / "rewards.py").write_text(first)
+    for command in ours(REWARDS):
+        run(command, capfd)
+    exec(second, {})
+    assert 0 <= float(capfd.readouterr().out.splitlines()[-1]) <= 1
+
+
+def rewards() -> Any:
+    spec = importlib.util.spec_from_file_location("rewards", FOLDER / "json" / "rewards.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_answers_in_json_are_rewarded() -> None:
+    module = rewards()
+    right = '{"speaker": "Kent", "topic": "war"}'
+    texts = [right, '{"speaker": "Kent", "topic": ""}', '{"speaker": "Kent"', "Ay, sir.", right + "x", "3"]
+    assert module.form(texts) == [1.0, 7 / 9, 4 / 9, 0.0, 8 / 9, 0.0]
+    assert module.is_json(texts) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert module.is_right([right] * 3 + ["x"], ["Kent", "Kent", "Edgar", "x"], ["war", "love", "love", "x"]) == [
+        *(1.0, 0.5, 0.0, 0.0),
+    ]
+
+
+def test_the_prompts_and_answers_in_json_are_those_of_their_script(tmp_path: Path) -> None:
+    module = rewards()
+    script = Path(shutil.copy(FOLDER / "json" / "make.py", tmp_path))
+    subprocess.run([sys.executable, script], check=True, timeout=60)
+    files = sorted(path.relative_to(FOLDER / "json") for path in (FOLDER / "json").rglob("*.jsonl"))
+    assert len(files) == 4
+    read = {}
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (FOLDER / "json" / file).read_bytes()
+        read[file.parent.name + file.stem] = [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+    answers = read.pop("answerstrain")
+    rows = [row for found in read.values() for row in found]
+    assert {name: len(found) for name, found in read.items()} == {"train": 480, "valid": 32, "test": 32}
+    prompts = {row["prompt"] for row in (*rows, *answers)}
+    assert len(prompts) == len(rows) + len(answers) == 704
+    assert all(row["speaker"] in row["prompt"] and row["topic"] in row["prompt"] for row in rows)
+    texts = [row["completion"] for row in answers]
+    assert module.form(texts) == module.is_json(texts) == [1.0] * len(answers)
+    for row in answers:
+        assert all(value in row["prompt"] for value in json.loads(row["completion"]).values())
+
+
+@pytest.mark.slow
+def test_grpo_learns_to_answer_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the README, whole."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FOLDER, "lora")
+    answers, fuse, before, learn, *_ = [line for line in ours(README) if "json" in line]
+    shares = []
+    for command in (answers, fuse, before, learn):
+        words = [sys.executable, "-m", "mlx_openelm", *shlex.split(command)[1:], "--json"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shares.append(json.loads(done.stdout).get("test_rewards/is_json/mean"))
+    assert 0.1 < shares[2] < 0.5 and shares[3] > shares[2] + 0.2
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -273,5 +342,6 @@ def test_the_guide_names_every_setting_with_its_default() -> None:
 def test_the_json_of_the_readme_is_json() -> None:
     rows = [json.loads(line) for block in blocks(README, "json") for line in block.splitlines()]
     assert rows[0] == examples("train")[0]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert rows[1].keys() == {"prompt", "chosen", "rejected"}
+    assert rows[2] in [json.loads(line) for line in (FOLDER / "json" / "train.jsonl").read_text().splitlines()]

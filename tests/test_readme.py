@@ -39,6 +39,7 @@ FEWEST = {
     "fine-tuning.md": 0,
     "pretraining.md": 2,
     "preference.md": 0,
+    "grpo.md": 0,
     "formats.md": 5,
     "generation.md": 15,
     "publishing.md": 2,

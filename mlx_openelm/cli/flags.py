@@ -25,7 +25,19 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 # The headings of every command's `--help`, in their order; one without flags is not shown.
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
-    *("Training", "Loss", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
+    *(
+        "Training",
+        "Rewards",
+        "Generation",
+        "Loss",
+        "Data",
+        "Adapter",
+        "Optimizer",
+        "Memory",
+        "Validation and test",
+        "Checkpoints",
+        "Reports",
+    ),
     *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring", "Load"),
     *("Quantization", "Calibration", "Report"),
     *("Network", "Requests", "Limits"),

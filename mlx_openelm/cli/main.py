@@ -37,6 +37,7 @@ COMMANDS = {
     "lora": "Fine-tune a model on your examples: LoRA, DoRA, or all weights.",
     "pretrain": "Train a model on text, from random weights or a model's own.",
     "dpo": "Train a model to prefer some answers to others: DPO, ORPO, CPO, SimPO, KTO.",
+    "grpo": "Train a model on rewards of its own completions: functions, or regular expressions.",
     "train-tokenizer": "Train a tokenizer on your text, for a model trained from scratch.",
     "fuse": "Fuse adapters into a model, in any precision.",
     "upload": "Publish a model folder on the Hugging Face Hub, with a model card.",

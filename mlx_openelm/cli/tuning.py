@@ -1,4 +1,4 @@
-"""What `lora` and `dpo` share: flags, YAML files and Python arguments are the fields of a dataclass of options."""
+"""What `lora`, `dpo` and `grpo` share: flags, YAML files and Python arguments are fields of a dataclass of options."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from ..training.options import FineTuneOptions
 from ..training.run.distributed import Processes
 from ..training.run.folder import RUN
 from ..training.run.method import Method
-from ..training.run.progress import RunProgress, fitted, preferred
+from ..training.run.progress import RunProgress, fitted, measured, preferred
 from ..training.run.samples import Sample
 from ..training.run.trainer import EARLY, Result
 from ..training.step.evaluation import Evaluation
-from ..wording import counted, size
+from ..wording import counted, flag, size
 from . import flags
 
 # Options whose flags may be repeated, or have several values with commas.
-_LISTS = {"target_modules", "loss_type", "loss_weights"}
+_LISTS = ("target_modules", "loss_type", "loss_weights", "reward_funcs", "reward_weights")
+_NUMBERS = ("loss_weights", "reward_weights")
 # What a command runs: `finetune`, or another function with its arguments.
 Tune = Callable[..., FineTuned]
 
@@ -72,10 +73,12 @@ def run(args: Namespace, method: Method, tune: Tune) -> int:
     """
     given = {key: getattr(args, key) for key in config_file.MODEL_KEYS if getattr(args, key) is not None}
     given |= flags.given(args, method.options)
-    for name in _LISTS & given.keys():
-        given[name] = tuple(part.strip() for text in given[name] for part in text.split(","))
-    if "loss_weights" in given:
-        given["loss_weights"] = tuple(_weight(text) for text in given["loss_weights"])
+    for name in _LISTS:
+        if isinstance(given.get(name), tuple):
+            given[name] = tuple(part.strip() for text in given[name] for part in text.split(","))
+    for name in _NUMBERS:
+        if name in given:
+            given[name] = tuple(_number(name, text) for text in given[name])
     place, values = _file_settings(method, given, args.config or [])
     merged = config_file.merge(method.options, values, given, place=place)
     options, loading = merged.options, merged.model
@@ -102,11 +105,11 @@ def run(args: Namespace, method: Method, tune: Tune) -> int:
     return 130 if done.interrupted else 0
 
 
-def _weight(text: str) -> float:
+def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise RequestError(f"--loss-weights must be numbers, got {quote(text)}.") from None
+        raise RequestError(f"{flag(name)} must be numbers, got {quote(text)}.") from None
 
 
 def _file_settings(method: Method, given: dict[str, Any], configs: list[str]) -> tuple[str, dict[str, Any]]:
@@ -156,6 +159,8 @@ def _counts(done: FineTuned) -> str:
 
 
 def _test(done: FineTuned, test: Evaluation) -> str:
+    if "reward" in test.metrics:
+        return f"Test {measured(test.loss, test.metrics)}, {test.tokens:,} {done.counts}"
     if done.counts == "tokens":
         return f"Test loss {test.loss:.3f}, perplexity {test.perplexity:.3f}, {test.tokens:,} tokens"
     return f"Test loss {test.loss:.3f}{preferred(test.metrics)}, {test.tokens:,} {done.counts}"

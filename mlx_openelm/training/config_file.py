@@ -41,6 +41,8 @@ _NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Pairs of keys that set the same thing.
 _RIVALS = (("alpha", "scale"), ("iters", "epochs"))
 _SPELLINGS = (("sample_prompt", "sample_prompts"),)
+# Keys that are lists, and may be a single text.
+_LISTS = ("sample_prompts", "reward_regex")
 # Keys that decide what other keys mean.
 _OWNERS = ("optimizer", "fine_tune_type")
 _OF_LORA = ("target_modules", "rank", "alpha", "scale", "use_rslora", "dropout", "adapter_format")
@@ -179,9 +181,8 @@ def _respelled(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     flat = dict(values)
     if "sample_prompt" in flat:
         _check_rivals(flat, f"{place} has both {{}} and {{}}, which set the same thing; keep one.", pairs=_SPELLINGS)
-        value = flat.pop("sample_prompt")
-        flat["sample_prompts"] = [value] if isinstance(value, str) else value
-    return flat
+        flat["sample_prompts"] = flat.pop("sample_prompt")
+    return flat | {key: [flat[key]] for key in _LISTS if isinstance(flat.get(key), str)}
 
 
 def _hint(key: Any, known: list[str], command: str) -> str:
@@ -190,7 +191,8 @@ def _hint(key: Any, known: list[str], command: str) -> str:
 
 
 def _conform(kind: Any, key: str, value: Any, place: str) -> Any:
-    if key in ("target_modules", "loss_type") and isinstance(value, str):
+    # `kind` is str for a loss_type that cannot be combined.
+    if key in ("target_modules", "loss_type", "reward_funcs") and isinstance(value, str) and kind is not str:
         value = [name.strip() for name in value.split(",") if name.strip()]
     try:
         return conform(kind, value)

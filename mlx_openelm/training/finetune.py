@@ -40,7 +40,7 @@ from .run.state import Checkpoints, RunState
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .step import schedule
-from .step.evaluation import Evaluation, evaluate
+from .step.evaluation import Evaluation
 from .step.objectives import Objective, reported
 from .step.optimizers import make_optimizer
 from .step.trainable import count, make_trainable
@@ -177,7 +177,8 @@ def _train(method: Method, request: Request, prepared: Prepared, previous: dict[
         if request.processes.leads:
             run_folder.publish(request.folder, partial(_write_adapter, request, model))
         is_whole = result.stopped != INTERRUPTED
-        test = measure_test_loss(request, prepared, setup.updater.evaluate) if is_whole else None
+        measure = method.measure(request, prepared, setup.updater)
+        test = measure_test_loss(request, prepared, measure) if is_whole else None
         if options.fine_tune_type == "full":
             model.set_dtype(setup.updater.compute_dtype)  # the master weights were float32
         model.eval()
@@ -215,16 +216,7 @@ def _set_up(method: Method, request: Request, prepared: Prepared) -> _Setup:
     options, model = request.options, prepared.model
     updater = _make_updater(request, model, method.objective(request))
     model.train()
-    batches = method.batches(
-        prepared.examples["train"].examples,
-        batch_size=options.batch_size,
-        grad_accumulation_steps=options.grad_accumulation_steps,
-        world_size=request.processes.size,
-        packing=options.packing,
-        max_seq_length=prepared.max_seq_length,
-        seed=options.seed,
-        make=prepared.makers.get("train"),
-    )
+    batches = method.batches(request, prepared, updater)
     checkpoints = Checkpoints(
         request.folder / run_folder.CHECKPOINTS,
         keep_last=options.keep_last,
@@ -236,7 +228,7 @@ def _set_up(method: Method, request: Request, prepared: Prepared) -> _Setup:
     if options.fine_tune_type != "full":
         with tempfile.TemporaryDirectory() as folder:  # fails if the format cannot hold the adapter
             _write_adapter(request, model, Path(folder), warn=True)
-    planned = planning.plan(updater, options, batches.largest_shape())
+    planned = planning.plan(updater, options, batches.largest_shape(), method.further_memory(request, prepared))
     updater.recompute = planned.recompute
     request.listener.say(f"Memory: {planned}")
     if (warning := planned.warning()) is not None:
@@ -287,6 +279,9 @@ def _write_adapter(request: Request, model: OpenELM, folder: Path, warn: bool = 
 def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, state: RunState | None) -> Result:
     """The training itself, from `state` on."""
     options, examples = request.options, setup.batches.examples
+    measure = method.measure(request, prepared, setup.updater)
+    if state is not None:
+        setup.batches.restore(state.stream)
     with _open_metrics(method, request, state) as metrics:
         run = TrainingRun(
             updater=setup.updater,
@@ -296,7 +291,8 @@ def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, st
             learning_rate=lambda step: schedule.learning_rate(options, step, setup.total_steps),
             checkpoints=setup.checkpoints,
             metrics=metrics,
-            evaluate=make_validation(request, prepared, setup.updater),
+            position=setup.batches.position,
+            evaluate=make_validation(request, prepared, measure),
             describe=lambda index: examples[index].source,
             counts=method.counts(request),
             report=partial(reported, setup.updater.objective),
@@ -349,8 +345,7 @@ def _test(method: Method, request: Request, prepared: Prepared) -> FineTuned:
     else:
         request.listener.say("There is no adapter: this tests the base model.")
         trained, total = 0, model.config.num_parameters
-    measure = partial(evaluate, model, objective=method.objective(request), group=request.processes.group)
-    test = measure_test_loss(request, prepared, measure)
+    test = measure_test_loss(request, prepared, method.measure(request, prepared, None))
     after = before if path is None else continue_samples(request, prepared)
     samples = tuple(map(Sample, options.sample_prompts, before, after))
     counts = method.counts(request)

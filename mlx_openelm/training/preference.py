@@ -59,7 +59,7 @@ class PreferenceTuning(Method):
     """Training on preferences; the options of its requests are `PreferenceOptions`."""
 
     options = PreferenceOptions
-    batches = PreferenceBatches
+    batches_type = PreferenceBatches
 
     def prepare(self, request: Request) -> Prepared:
         """Load the model and the preferences."""

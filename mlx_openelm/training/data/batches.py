@@ -146,6 +146,13 @@ class Batches:
             examples=indices,
         )
 
+    def position(self, step: int) -> dict[str, Any] | None:
+        """What a checkpoint after `step` updates keeps of the data: nothing, where it derives from the step."""
+        return None
+
+    def restore(self, position: dict[str, Any] | None) -> None:
+        """Continue from what `position` gave."""
+
     def plan(self, epoch: int) -> list[list[Row]]:
         """The micro-batches of an epoch, each a list of rows, each row the indices of its examples."""
         if self._planned[0] != epoch:

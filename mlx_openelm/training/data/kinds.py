@@ -19,6 +19,7 @@ class Kind:
         refused: keys that other programs read as part of the example, and that are not supported here.
         of_lists: whether the values of `keys` are lists of messages.
         fault: what is wrong with the values of a record, or None; by default conversations and texts are checked.
+        keeps_others: whether other keys are part of the example too.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Kind:
     refused: tuple[str, ...] = ()
     of_lists: bool = False
     fault: Callable[[dict[str, Any]], str | None] | None = None
+    keeps_others: bool = False
 
     def fits(self, values: dict[str, Any]) -> bool:
         """Whether a record has all the keys. Null does not count: tables have it for keys of other records."""
@@ -88,6 +90,8 @@ class Faults:
 def columns_to_read(names: Sequence[str], kinds: Sequence[Kind] = KINDS) -> list[str]:
     """The columns of a table that its possible kinds use, in their order; an empty list if it fits no kind."""
     possible = [kind for kind in kinds if set(kind.keys) <= set(names)]
+    if any(kind.keeps_others for kind in possible):
+        return list(names)
     wanted = {key for kind in possible for key in (*kind.keys, *kind.optional, *kind.refused)}
     return [name for name in names if name in wanted]
 

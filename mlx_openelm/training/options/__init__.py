@@ -70,8 +70,9 @@ class TrainOptions(Options):
         RequestError: an invalid value; the message names its flag.
     """
 
-    # The command that takes them.
+    # The command that takes them, and the option that makes rows shorter.
     command = "lora"
+    length_option = "max_seq_length"
 
     batch_size: Annotated[int, Option("Examples per batch.")] = 4
     grad_accumulation_steps: Annotated[
@@ -351,6 +352,11 @@ class FineTuneOptions(TrainOptions):
         ),
     ] = ()
     sample_tokens: Annotated[int, Option("Tokens of each continuation.", group="Reports")] = 64
+
+    @property
+    def held_out_rows(self) -> int:
+        """The examples of a batch of a validation or a test."""
+        return self.batch_size
 
     @property
     def lora_scale(self) -> float:

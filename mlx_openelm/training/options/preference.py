@@ -158,6 +158,8 @@ class PreferenceOptions(FineTuneOptions):
         """
         self._check_losses()
         super().check()
+        if self.beta == 0:
+            raise RequestError("--beta must be more than 0, got 0.0.")
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_seq_length:
             raise RequestError(
                 f"--max-prompt-length must be less than --max-seq-length ({self.max_seq_length}), got "

@@ -56,6 +56,13 @@ _LEAST = {
     "simpo_gamma": 0,
     "desirable_weight": 0,
     "undesirable_weight": 0,
+    "num_generations": 2,  # a single one has nothing to be compared with
+    "num_generations_eval": 1,
+    "max_completion_length": 1,
+    "top_k": 0,
+    "epsilon_high": 0,
+    "num_iterations": 1,
+    "beta": 0,
 }
 _POSITIVE = (
     "epochs",
@@ -67,7 +74,7 @@ _POSITIVE = (
     "embedding_learning_rate",
     "ema_decay",
     "skip_spikes",
-    "beta",
+    "delta",
 )
 _BELOW_ONE = ("beta1", "beta2", "momentum", "label_smoothing", "valid_fraction", "dropout", "ema_decay")
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from ...cuda.compiling import notice
 from ..data.batches import Batch
 from ..step.evaluation import Evaluation
-from ..step.updater import Updater
 from .preparing import Prepared
 from .request import Request
 from .samples import continue_prompts, prompt_tokens
 
 
 def make_validation(
-    request: Request, prepared: Prepared, updater: Updater
+    request: Request, prepared: Prepared, evaluate: Callable[[Iterable[Batch]], Evaluation]
 ) -> Callable[[Callable[[], None]], Evaluation] | None:
     """A function that measures the validation loss, as `TrainingRun.evaluate`; None without validation."""
     if "valid" not in prepared.examples:
@@ -29,7 +28,7 @@ def make_validation(
             with notice("Validating", request.listener.say):
                 yield from batches[index : index + 1]
 
-    return lambda check: updater.evaluate(checked(check))
+    return lambda check: evaluate(checked(check))
 
 
 def measure_test_loss(

@@ -21,11 +21,17 @@ from .trackers import Tracker
 FILE, PICTURE = "metrics.jsonl", "losses.png"
 # The logged values that the plot shows.
 TRAIN_LOSS, VALID_LOSS, LEARNING_RATE = "train_loss", "val_loss", "learning_rate"
-# Those of preference tuning, which are drawn below the losses, by the label of their axis.
-PREFERENCES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+# Those of preference tuning and GRPO, which are drawn below the losses, by the label of their axis.
+OTHERS = {
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "reward": "reward",
+    "KL divergence": "kl",
+    "tokens a completion": "completions/mean_length",
+}
 _CURVES = (
     *(TRAIN_LOSS, VALID_LOSS, LEARNING_RATE),
-    *(prefix + name for name in PREFERENCES.values() for prefix in ("", "val_")),
+    *(prefix + name for name in OTHERS.values() for prefix in ("", "val_")),
 )
 
 # The plot is drawn at most this often, and takes at most this share of the time.
@@ -88,8 +94,8 @@ class Metrics:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line with the values of a step; a value that is not finite is written as null.
 
-        A step may have several lines. The plot shows `train_loss`, `val_loss`, `learning_rate`, and of preference
-        tuning accuracies and margins.
+        A step may have several lines. The plot shows `train_loss`, `val_loss`, `learning_rate`, of preference tuning
+        accuracies and margins, and of GRPO rewards, divergence and lengths.
         """
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -207,32 +213,34 @@ def figure(curves: Mapping[str, Points], title: str = "") -> Any:
 
     picture = Figure(figsize=(8, 6), layout="constrained")
     picture.suptitle(textwrap.fill(title, _TITLE_WIDTH, break_on_hyphens=False), parse_math=False)
-    shares = {label: name for label, name in PREFERENCES.items() if curves.get(name) or curves.get(f"val_{name}")}
+    shares = {label: name for label, name in OTHERS.items() if curves.get(name) or curves.get(f"val_{name}")}
     heights = (3, *([1.5] * len(shares)), 1)
     picture.set_size_inches(8, 2 * sum(heights) - 2)
     losses, *others, rates = picture.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     style = ".-" if len(curves[TRAIN_LOSS]) <= _FEW_REPORTS else "-"
     if curves[TRAIN_LOSS]:
         losses.plot(*zip(*curves[TRAIN_LOSS], strict=True), style, label="training", color="C0", linewidth=1.2)
-    if curves[VALID_LOSS]:
+    # Of rewards it is the reward again, with another sign.
+    validations = [] if curves.get("val_reward") else curves[VALID_LOSS]
+    if validations:
         # Points alone: a line would show values between validations, where nothing was measured.
-        losses.plot(*zip(*curves[VALID_LOSS], strict=True), "o", label="validation", color="C1", markersize=6)
-        step, loss = min(curves[VALID_LOSS], key=lambda point: point[1])
+        losses.plot(*zip(*validations, strict=True), "o", label="validation", color="C1", markersize=6)
+        step, loss = min(validations, key=lambda point: point[1])
         best = f"lowest validation loss: {loss:.3f} at step {step:,}"
         losses.plot(step, loss, "*", label=best, color="C3", markersize=15, zorder=3)
     if curves[LEARNING_RATE]:
         rates.plot(*zip(*curves[LEARNING_RATE], strict=True), style, color="C2", linewidth=1.2)
     for axes, (label, name) in zip(others, shares.items(), strict=True):
-        if curves[name]:
+        if curves.get(name):
             axes.plot(*zip(*curves[name], strict=True), style, color="C0", linewidth=1.2)
-        if curves[f"val_{name}"]:
+        if curves.get(f"val_{name}"):
             axes.plot(*zip(*curves[f"val_{name}"], strict=True), "o", color="C1", markersize=6)
         axes.set(ylabel=label)
         if label == "accuracy":
             axes.set_ylim(-0.05, 1.05)
     unit = "loss" if shares else "loss (nats per token)"
     losses.set(ylabel=unit)
-    shown = [loss for name in (TRAIN_LOSS, VALID_LOSS) for _, loss in curves[name]]
+    shown = [loss for points in (curves[TRAIN_LOSS], validations) for _, loss in points]
     if shown and 0 < _LOG_RATIO * min(shown) <= max(shown):
         losses.set(yscale="log", ylabel=f"{unit}, log scale" if shares else "loss (nats per token, log scale)")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

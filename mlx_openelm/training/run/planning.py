@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from ...adapters.attaching import dropout_layers
 from ...backend import available_memory, total_memory
 from ...config import EMBEDDING, ModelConfig
 from ...errors import RequestError, name_options
-from ...wording import size
+from ...wording import flag, size
 from ..options import AUTO, LAYERS, NOTHING, PARTS, TrainOptions
 from ..step.strategy import fuses_attention_gradient, here
 from ..step.updater import Updater
@@ -33,7 +33,8 @@ _USABLE_SHARE, _REFUSED_FACTOR = 0.9, 1.5
 class Memory:
     """Bytes of the model, the optimizer's state, gradients and activations, and the peak of their sum.
 
-    `activations` is their peak, including temporary buffers and the gradients that exist at that moment.
+    `activations` is their peak, including temporary buffers and the gradients that exist at that moment. `generation`
+    is what sampling between updates takes, and `held` what is held beside the model, such as a reference model.
     """
 
     model: int
@@ -41,12 +42,21 @@ class Memory:
     gradients: int
     activations: int
     peak: int
+    generation: int = 0
+    held: int = 0
 
     def __str__(self) -> str:
+        others = f", the reference model {size(self.held)}" if self.held else ""
+        others += f", generation up to {size(self.generation)}" if self.generation else ""
         return (
             f"about {size(self.peak)}: the model {size(self.model)}, the optimizer {size(self.optimizer)}, "
-            f"gradients {size(self.gradients)}, activations up to {size(self.activations)}"
+            f"gradients {size(self.gradients)}, activations up to {size(self.activations)}{others}"
         )
+
+    def beside(self, held: int, generation: int) -> Memory:
+        """The memory of a run that needs these bytes too: all the time, and between updates."""
+        peak = held + max(self.peak, self.model + self.optimizer + generation)
+        return replace(self, peak=peak, generation=generation, held=held)
 
 
 @dataclass(frozen=True)
@@ -89,14 +99,18 @@ def _room(memory: Memory) -> float:
     return _USABLE_SHARE * min(free + memory.model, total_memory() or math.inf)
 
 
-def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int]) -> Plan:
+def plan(updater: Updater, options: TrainOptions, shape: tuple[int, int], further: tuple[int, int] = (0, 0)) -> Plan:
     """Decide what a run recomputes, by its options or the free memory, and estimate the memory it needs.
 
     Args:
         updater: its model is loaded and made trainable.
         shape: [rows, length] of the largest batch, as `Batches.largest_shape` returns it.
+        further: as `Method.further_memory` gives it.
     """
-    memory_of = partial(_estimate_run, updater)
+
+    def memory_of(rows: int, length: int, recompute: str, accumulates: bool) -> Memory:
+        return _estimate_run(updater, rows, length, recompute, accumulates).beside(*further)
+
     rows, length = shape
     accumulates = options.grad_accumulation_steps > 1
     recompute = options.recomputed
@@ -136,7 +150,8 @@ def _smaller_settings(
         yield " ".join([*flags, split]), (smaller, length, LAYERS, True)
         smaller //= 2
     if length > 512:
-        short = f"--max-seq-length {min(length, options.max_seq_length) // 2}"
+        name = options.length_option
+        short = f"{flag(name)} {min(length, getattr(options, name)) // 2}"
         yield " ".join([*flags, short]), (rows, length // 2, LAYERS, accumulates)
 
 

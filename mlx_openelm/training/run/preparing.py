@@ -24,12 +24,13 @@ from ..data.answers import Preferences
 from ..data.batches import Make, validation_batches
 from ..data.examples import Examples
 from ..data.kinds import KINDS, Kind, Record
+from ..data.prompts import Prompts
 from ..data.read import Splits, read_splits
 from ..options import FineTuneOptions, TrainOptions
 from .distributed import Processes
 from .listener import Listener
 
-AnyExamples = Examples | Preferences
+AnyExamples = Examples | Preferences | Prompts
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,12 @@ class Prepared:
 
     def held_out(self, split: str, num_batches: int, options: FineTuneOptions, processes: Processes) -> list[Any]:
         """This process's batches of a split, to measure the loss on; always the same ones."""
+        rows = -(-options.held_out_rows // processes.size) * processes.size
+        if num_batches > 0:  # as many examples, in fewer batches
+            num_batches = -(-num_batches * options.held_out_rows // rows)
         return validation_batches(
             self.examples[split].examples,
-            options.batch_size,
+            rows,
             num_batches=num_batches,
             max_seq_length=self.max_seq_length,
             world_size=processes.size,

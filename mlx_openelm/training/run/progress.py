@@ -39,6 +39,26 @@ def preferred(values: Mapping[str, Any], prefix: str = "") -> str:
     return "".join(parts)
 
 
+def measured(loss: float, values: Mapping[str, Any], prefix: str = "") -> str:
+    """What a validation or a test measured: the loss; for rewards these, and the length of completions."""
+    if f"{prefix}reward" not in values:
+        return f"loss {loss:.3f}{preferred(values, prefix)}"
+    return f"reward {values[f'{prefix}reward']:.3f}, {_length(values, prefix)}"
+
+
+def _rewarded(values: Mapping[str, Any]) -> str:
+    """Reward, divergence and length of completions, to follow a training loss; empty where there are no rewards."""
+    if "completions/mean_length" not in values:
+        return ""
+    reward = f", reward {values['reward']:.3f}" if "reward" in values else ""
+    divergence = f", KL {values['kl']:.3g}" if "kl" in values else ""
+    return f"{reward}{divergence}, {_length(values)}"
+
+
+def _length(values: Mapping[str, Any], prefix: str = "") -> str:
+    return f"{values[f'{prefix}completions/mean_length']:.1f} tokens a completion"
+
+
 class TimeLeft:
     """The time that a run still takes, estimated from the steps and validations since it was started or resumed."""
 
@@ -114,10 +134,11 @@ class RunProgress(Listener):
         left = str(self._left)
         total = f" (CoreNet's total {values['total_loss']:.3f})" if "total_loss" in values else ""
         share = f" ({values['flops_utilization']:.0%} of the peak)" if "flops_utilization" in values else ""
+        loss = f"train loss {values['train_loss']:.3f}{total}{preferred(values)}{_rewarded(values)}"
         self.say(
-            f"Step {step:,} of {self._total:,}: train loss {values['train_loss']:.3f}{total}{preferred(values)}, "
-            f"learning rate {values['learning_rate']:.3g}, {values['tokens_per_second']:,.0f} tokens/s{share}, "
-            f"peak {size(values['peak_memory'] * 1e9)}{left and f', {left}'}"
+            f"Step {step:,} of {self._total:,}: {loss}, learning rate {values['learning_rate']:.3g}, "
+            f"{values['tokens_per_second']:,.0f} tokens/s{share}, peak {size(values['peak_memory'] * 1e9)}"
+            f"{left and f', {left}'}"
         )
 
     def working(self, what: str, done: int, total: int) -> None:
@@ -136,8 +157,8 @@ class RunProgress(Listener):
         self._left.validated(step, values["val_seconds"])
         self._show(facts=self._facts)
         bits = f", {values['val_bits_per_byte']:.3f} bits per byte" if "val_bits_per_byte" in values else ""
-        loss, seconds = values["val_loss"], values["val_seconds"]
-        self.say(f"Step {step:,}: validation loss {loss:.3f}{bits}{preferred(values, 'val_')}, {seconds:.1f} s")
+        found, seconds = measured(values["val_loss"], values, "val_"), values["val_seconds"]
+        self.say(f"Step {step:,}: validation {found}{bits}, {seconds:.1f} s")
 
     def saved(self, step: int, path: Path) -> None:
         """Print where a checkpoint is."""

@@ -12,6 +12,7 @@ from ...text.tokenizer import Tokenizer
 from ..data.answers import AnswersReport
 from ..data.examples import Report, instruction_prompt
 from ..data.kinds import INSTRUCTION
+from ..data.prompts import PromptsReport
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sample:
 
 
 def prompt_tokens(
-    prompt: str, tokenizer: Tokenizer, report: Report | AnswersReport, chat_template: str | Path | None
+    prompt: str, tokenizer: Tokenizer, report: Report | AnswersReport | PromptsReport, chat_template: str | Path | None
 ) -> list[int]:
     """A prompt in the form that training used: in the examples' chat or instruction template, or as plain text.
 

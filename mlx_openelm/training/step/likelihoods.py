@@ -18,14 +18,20 @@ from .strategy import here
 
 
 def log_likelihoods(
-    model: OpenELM, hidden_states: mx.array, targets: mx.array, *, differentiable: bool = True
+    model: OpenELM,
+    hidden_states: mx.array,
+    targets: mx.array,
+    *,
+    differentiable: bool = True,
+    entropies: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """The log-probability of each target [rows], and the mean of its position's logits [rows], in float32.
 
     Args:
         hidden_states: [rows, model_dim].
         targets: token ids [rows].
-        differentiable: False computes no gradients; the mean logits never have any.
+        differentiable: False computes no gradients; the second result never has any.
+        entropies: give the entropy of each position in place of its mean logit.
     """
     chunk = here().loss_rows
     parameters, weights = trainable([output_layer(model)])
@@ -35,22 +41,22 @@ def log_likelihoods(
             return model.logits(rows)
 
     def chunks(hidden_states: mx.array, *weights: mx.array, slopes: bool) -> list[mx.array]:
-        """Log-probabilities, mean logits, and with `slopes` each log-probability's gradient for its hidden state."""
+        """What `log_likelihoods` gives, and with `slopes` each log-probability's gradient for its hidden state."""
         found: list[list[mx.array]] = []
         for start in range(0, targets.size, chunk):
             part = slice(start, start + chunk)
             # One chunk after the other, so that only one chunk's logits exist at a time.
             rows = mx.depends(hidden_states[part], found[-1]) if found else hidden_states[part]
             logits = logits_of(rows, *weights)
-            likelihood, mean, slope = _chunk(logits, targets[part, None])
-            found.append([likelihood, mean])
+            likelihood, second, slope = _chunk(logits, targets[part, None], entropies)
+            found.append([likelihood, second])
             if slopes:
                 found[-1] += mx.vjp(lambda rows: [logits_of(rows, *weights)], [rows], [slope])[1]
         return [mx.concatenate(list(parts)) for parts in zip(*found, strict=True)]
 
     if not differentiable:
-        likelihoods, means = chunks(hidden_states, *weights, slopes=False)
-        return likelihoods, means
+        likelihoods, others = chunks(hidden_states, *weights, slopes=False)
+        return likelihoods, others
     function = mx.custom_function(lambda *arrays: chunks(*arrays, slopes=not weights))
 
     @function.vjp
@@ -60,8 +66,8 @@ def log_likelihoods(
             return [(outputs[2] * share[:, None]).astype(outputs[2].dtype)]
         return _gradients(logits_of, list(primals), targets, share, chunk)
 
-    likelihoods, means, *_ = function(hidden_states, *weights)  # type: ignore[misc]
-    return likelihoods, mx.stop_gradient(means)
+    likelihoods, others, *_ = function(hidden_states, *weights)  # type: ignore[misc]
+    return likelihoods, mx.stop_gradient(others)
 
 
 def _gradients(
@@ -84,11 +90,12 @@ def _gradients(
     return [mx.concatenate(by_rows), *rounded]
 
 
-def _chunk(logits: mx.array, index: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """For logits [rows, vocab] and ids [rows, 1]: log-probabilities [rows], mean logits [rows], and the gradients of
-    the log-probabilities for the logits [rows, vocab]."""
+def _chunk(logits: mx.array, index: mx.array, entropies: bool = False) -> tuple[mx.array, mx.array, mx.array]:
+    """For logits [rows, vocab] and ids [rows, 1]: log-probabilities [rows], mean logits or entropies [rows], and the
+    gradients of the log-probabilities for the logits [rows, vocab]."""
     exact = logits.astype(mx.float32)
     shares, lse = softmax(exact)
     likelihood = mx.take_along_axis(exact, index, axis=-1) - lse
     slope = mx.where(mx.arange(logits.shape[-1]) == index, 1 - shares, -shares)
-    return likelihood[:, 0], mx.mean(exact, axis=-1), slope.astype(logits.dtype)
+    second = lse[:, 0] - mx.sum(shares * exact, axis=-1) if entropies else mx.mean(exact, axis=-1)
+    return likelihood[:, 0], second, slope.astype(logits.dtype)

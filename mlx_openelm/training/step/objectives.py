@@ -123,10 +123,10 @@ def learned_positions(batch: Batch) -> Learned:
     Logits are computed for these alone. Their number is a multiple of the chunk, and of an eighth of the largest power
     of two in it, so that few different shapes have to be compiled.
     """
-    chunks = -(-batch.num_targets // CHUNK)
+    chunks = max(1, -(-batch.num_targets // CHUNK))
     unit = CHUNK << max(0, chunks.bit_length() - 4)
     targets = batch.targets.reshape(-1)  # [rows * length]
-    count = min(targets.size, -(-batch.num_targets // unit) * unit)
+    count = min(targets.size, -(-chunks * CHUNK // unit) * unit)
     rows = None
     with mx.stream(mx.cpu):  # a GPU would compile a kernel for each of these
         if count < targets.size:

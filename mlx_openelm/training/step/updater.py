@@ -187,8 +187,15 @@ class Updater:
         Args:
             progress: called with each batch when it is done.
         """
-        with substituted(self._parameters, self._cast(self._values())):
+        with self.computing():
             return evaluate(self.model, batches, objective=self.objective, group=self._group, progress=progress)
+
+    @contextmanager
+    def computing(self) -> Iterator[OpenELM]:
+        """The model with its trained weights in the type to compute in, and without dropout, while the block runs."""
+        with substituted(self._parameters, self._cast(self._values())):
+            self.model.eval()
+            yield self.model
 
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; adapters cast their own, some of them after using them."""
