@@ -294,6 +294,16 @@ def test_cached_tokens_are_counted_and_change_nothing(server: Serving) -> None:
     assert first["choices"][0]["text"] == text_of(lone(prompt))
 
 
+def test_several_texts_of_one_prompt_process_it_once(server: Serving) -> None:
+    prompt = "OTHELLO, THE MOOR OF VENICE. " * 20
+    before = server.metric("mlx_openelm_cached_prompt_tokens_total")
+    answer = server.post(COMPLETIONS, {"prompt": prompt, "n": 4, "temperature": 1, "seed": 9, "max_tokens": 5}).json()
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [text_of(lone(prompt, max_tokens=5, temp=1.0, seed=9 + n)) for n in range(4)]
+    held = (answer["usage"]["prompt_tokens"] - 1) // 64 * 64
+    assert server.metric("mlx_openelm_cached_prompt_tokens_total") - before == 3 * held > 0
+
+
 def test_models_are_listed(server: Serving) -> None:
     listed = server.get("/v1/models").json()
     assert listed["object"] == "list"

@@ -174,7 +174,7 @@ def test_a_text_that_fails_leaves_the_others(server: Serving, monkeypatch: pytes
 
 def test_a_thread_that_dies_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """503 everywhere while it is gone, for the requests that it had too."""
-    monkeypatch.setattr(serving_worker, "_RESTART_SECONDS", 1.0)
+    monkeypatch.setattr(serving_worker, "_RESTART_SECONDS", 3600)  # it is started below
     step, dies = Engine.step, [True]
 
     def dying(engine: Engine) -> Any:
@@ -191,6 +191,8 @@ def test_a_thread_that_dies_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
         assert server.post(COMPLETIONS, {"prompt": "a"}).headers["retry-after"]
         assert server.metric("mlx_openelm_engine_up") == 0
         dies[0] = False
+        assert server.worker.loop is not None
+        server.worker.loop.call_soon_threadsafe(server.worker._restart)
         server.wait_until(lambda: server.get("/health").status_code == 200)
         expected = generate(*tiny(), "ROMEO.", max_tokens=16)
         assert server.post(COMPLETIONS, {"prompt": "ROMEO."}).json()["choices"][0]["text"] == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -178,7 +178,7 @@ class _Chat:
             "usage": self.texts.usage([0], generated),
         }
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         wants_usage = self.given.get("stream_options", {}).get("include_usage", False)
         generated = 0
         roles = [{"role": "assistant", "content": ""} for _ in self.texts.texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -72,7 +72,7 @@ async def completions(context: Context, request: Request) -> Response:
 def stream(
     context: Context,
     route: str,
-    events: AsyncIterator[bytes],
+    events: AsyncGenerator[bytes, None],
     texts: Texts,
     failed: Callable[[APIError], bytes] = lambda error: event(error.body),
 ) -> EventStream:
@@ -155,7 +155,7 @@ class _Completion:
         choices = [self._choice(index, result.pieces, is_first=True) for index, result in enumerate(results)]
         return {**self._head, "choices": choices, "usage": self._usage(sum(len(one.pieces) for one in results))}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         wants_usage = self.given.get("stream_options", {}).get("include_usage", False)
         usage = {"usage": None} if wants_usage else {}
         generated, begun = 0, set()

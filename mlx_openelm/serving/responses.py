@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -170,7 +170,7 @@ class _Response:
         (result,) = await self.texts.collect()
         return self._object(result.pieces)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         yield b"".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ class Texts:
     """The texts of one request.
 
     Args:
-        prompts: the ids of each.
+        prompts: the ids of each; one list for several texts is processed once.
         options: of each, for `Engine.submit`.
     """
 
@@ -55,10 +55,12 @@ class Texts:
     ):
         self.worker = worker
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
-        self.texts = [
-            Text(entry, adapter, prompt, chosen, self._events, index)
-            for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True))
-        ]
+        self.texts: list[Text] = []
+        leaders: dict[int, Text] = {}
+        for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True)):
+            text = Text(entry, adapter, prompt, chosen, self._events, index, leaders.get(id(prompt)))
+            self.texts.append(text)
+            leaders.setdefault(id(prompt), text)
 
     def submit(self) -> None:
         """Hand them to the engine; APIError if there is no room."""
@@ -166,7 +168,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        source: AsyncIterator[bytes],
+        source: AsyncGenerator[bytes, None],
         seconds: float,
         ended: Callable[[str], object],
         failed: Callable[[APIError], bytes],
@@ -210,7 +212,7 @@ class EventStream(Response):
             await self._send_error(send, known)
         finally:
             pings.cancel()
-            await source.aclose()  # type: ignore[attr-defined]
+            await source.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
 

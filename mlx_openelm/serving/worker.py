@@ -38,6 +38,9 @@ _RESTART_SECONDS, _MOST_DEATHS = 1.0, 3
 class Text:
     """One text of a request: what to generate, and where its pieces go.
 
+    Args:
+        leader: another text with the same prompt, which is processed first, so that this one finds it held.
+
     Attributes:
         events: (index, `Piece`) for each token, or (index, `APIError`) at the end of a text that failed.
         is_done: whether there will be no more.
@@ -51,13 +54,20 @@ class Text:
         options: dict[str, Any],
         events: asyncio.Queue[tuple[int, Piece | APIError]],
         index: int,
+        leader: Text | None = None,
     ):
         self.entry, self.adapter, self.prompt, self.options = entry, adapter, prompt, options
-        self.events, self.index = events, index
+        self.events, self.index, self.leader = events, index, leader
         self.is_done = self.is_cancelled = False
         self.row: Row | None = None
         self.submitted = time.perf_counter()
         self.last: float | None = None  # when its last piece came
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether its leader's prompt is still being processed."""
+        row = None if self.leader is None else self.leader.row
+        return row is not None and bool(row.prompt) and not row.is_done
 
     @property
     def cached_tokens(self) -> int:
@@ -283,13 +293,15 @@ class Worker:
                 self._has_new = False
 
     def _admit(self) -> None:
-        """Hand to the engines what waits, in order; a model that has to wait for memory lets the others wait too."""
+        """Hand to the engines what waits, in order: one that waits for memory or its leader lets the others wait."""
         while self._pending:
             one = self._pending[0]
             if one.is_cancelled:
                 self._pending.popleft()
                 self._end(one, None)
                 continue
+            if isinstance(one, Text) and one.must_wait:
+                return
             try:
                 resident = self.models.get(one.entry)
                 if resident is None:
