@@ -39,7 +39,7 @@ FEWEST = {
     "pretraining.md": 2,
     "preference.md": 0,
     "formats.md": 5,
-    "generation.md": 3,
+    "generation.md": 4,
     "publishing.md": 2,
     "serving.md": 0,
     "clients.md": 0,
