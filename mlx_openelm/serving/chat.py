@@ -9,24 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..text.chat_messages import ROLES
+from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, check_stream, stream
 from .context import Context, answer, check_length, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
-from .protocol import (
-    COMMON,
-    Check,
-    boolean,
-    choice,
-    integer,
-    only,
-    options_of,
-    read_fields,
-    seeded,
-    short_text,
-    text,
-)
+from .protocol import COMMON, options_of, seeded
 from .texts import Texts, event, while_here
 
 MAX_MESSAGES = 4096

@@ -11,13 +11,14 @@ from starlette.responses import Response
 from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
 from ..model import OpenELM
+from .checks import Check, boolean, integer, only, read_fields
 from .context import Context, answer, as_ids, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
 from .models import Entry
-from .protocol import COMMON, Check, boolean, integer, only, options_of, read_fields, seeded
+from .protocol import COMMON, options_of, seeded
 from .texts import EventStream, Result, Texts, event, while_here
-from .worker import Task
+from .work import Task
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 20

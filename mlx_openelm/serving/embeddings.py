@@ -14,12 +14,13 @@ from starlette.responses import Response
 from ..generation.scoring import embedding
 from ..model import OpenELM
 from .chat import messages, render
+from .checks import Check, boolean, choice, integer, read_fields, short_text, text
 from .completions import read_prompts
 from .context import Context, answer, as_ids, encode
 from .failures import APIError
-from .protocol import ABOUT, Check, boolean, choice, integer, read_fields, short_text, text
+from .protocol import ABOUT
 from .texts import while_here
-from .worker import Task
+from .work import Task
 
 MAX_INPUTS = 2048
 

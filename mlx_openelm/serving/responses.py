@@ -10,27 +10,13 @@ from starlette.responses import Response
 
 from ..generation.piece import Piece
 from .chat import MAX_MESSAGES, render
+from .checks import Check, boolean, choice, integer, mapping, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, stream
 from .context import Context, answer, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
-from .protocol import (
-    ABOUT,
-    SAMPLING,
-    STREAM_OPTIONS,
-    Check,
-    boolean,
-    choice,
-    integer,
-    mapping,
-    only,
-    options_of,
-    read_fields,
-    schema_options,
-    short_text,
-    text,
-)
+from .protocol import ABOUT, SAMPLING, STREAM_OPTIONS, options_of, schema_options
 from .texts import Texts, event, while_here
 
 _LOGPROBS = "message.output_text.logprobs"

@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from ..generation.piece import Piece
 from .failures import APIError, as_api_error, to_json
 from .models import Entry
-from .worker import Text, Worker
+from .work import Text
+from .worker import Worker
 
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
