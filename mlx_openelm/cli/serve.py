@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from copy import copy
@@ -173,6 +174,7 @@ def _serve(
     app = make_app(context, keys=keys, hosts=[] if is_local and keys is None else None)
     server = make_server(app, options.log_level.upper(), lambda: console.say(f"Serving {_listed(models)} at {url}"))
     errors.names_flags = False  # clients know no flags
+    warnings.simplefilter("ignore")  # of single requests, whose clients do not see them
     run_server(server, bound)
     return int(bool(gave_up))
 

@@ -22,6 +22,8 @@ from .worker import Worker
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
 
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second for nginx, which collects events
+
 
 @dataclass
 class Result:
@@ -174,7 +176,7 @@ class EventStream(Response):
         ended: Callable[[str], object],
         failed: Callable[[APIError], bytes],
     ):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
         self._source, self._seconds, self._ended, self._failed = source, seconds, ended, failed
         self._quiet = True
