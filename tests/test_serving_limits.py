@@ -363,3 +363,14 @@ def test_unknown_routes_and_methods(server: Serving) -> None:
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)):
         response = httpx2.request(method, server.url + path, timeout=20)
         assert response.status_code == status and response.json()["error"]["message"]
+
+
+def test_small_answers_are_not_held_back(server: Serving) -> None:
+    """Nagle's algorithm and delayed acknowledgements would cost 40 ms for each answer on a connection that is kept."""
+    with httpx2.Client(timeout=20) as client:
+        took = []
+        for _ in range(20):
+            started = time.perf_counter()
+            client.get(server.url + "/health")
+            took.append(time.perf_counter() - started)
+    assert sorted(took)[5] < 0.03
