@@ -182,6 +182,22 @@ def test_a_prompt_that_is_too_long_is_400(server: Serving) -> None:
     assert fits["usage"]["completion_tokens"] == 1 and fits["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_that_is_far_too_long_is_not_made_into_tokens(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the prompts of others waiting."""
+    entry = server.worker.models.entries["tiny"]
+    monkeypatch.setattr(entry.tokenizer, "encode", lambda *_, **__: pytest.fail("it was"))
+    long = "Enter a KING. " * 200_000
+    for path, body in (
+        (COMPLETIONS, {"prompt": long}),
+        (CHAT, {"messages": [{"role": "user", "content": long}]}),
+        ("/v1/embeddings", {"input": ["a" * 10**6]}),
+        ("/v1/responses", {"input": long}),
+    ):
+        assert server.error(path, body)["code"] == "context_length_exceeded"
+
+
 def test_a_text_that_needs_too_much_memory_is_400() -> None:
     with serving(memory={"text_bytes": 3_000_000}) as server:
         error = server.error(COMPLETIONS, {"prompt": [5] * 900, "max_tokens": 100})

@@ -8,10 +8,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..text.chat_messages import ROLES
+from ..text.chat_messages import ROLES, plain_text
 from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, check_stream, stream
-from .context import Context, answer, check_length, new_id, now
+from .context import Context, answer, check_characters, check_length, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
@@ -133,6 +133,7 @@ def render(context: Context, entry: Entry, conversation: list[dict[str, Any]], c
         RequestError: the template cannot render it.
         APIError: it is too long.
     """
+    check_characters(entry, sum(len(plain_text(message.get("content"))) for message in conversation), "messages")
     template = context.template or (None if entry.tokenizer.chat_template is not None else "plain")
     ids = entry.tokenizer.apply_chat_template(
         conversation, template, add_generation_prompt=not continues, continue_final_message=continues

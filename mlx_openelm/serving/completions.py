@@ -12,7 +12,7 @@ from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
 from ..model import OpenELM
 from .checks import Check, boolean, integer, only, read_fields
-from .context import Context, answer, as_ids, check_length, encode, new_id, now
+from .context import Context, answer, as_ids, check_characters, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
 from .models import Entry
@@ -105,6 +105,8 @@ def read_prompts(entry: Entry, value: Any, name: str = "prompt", most: int = MAX
         raise APIError(f"{name} may have {most} texts at most, got {len(each)}.", param=name)
     found = []
     for one in each:
+        if isinstance(one, str):
+            check_characters(entry, len(one), name)
         ids = (encode(entry, one) if one else []) if isinstance(one, str) else as_ids(entry, one, name)
         if ids is None:
             raise form
