@@ -22,6 +22,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def main() -> None:
     for size in [arguments.size] if arguments.size else list(SPEEDS):
         with tempfile.TemporaryDirectory(prefix="openelm-benchmark-") as temporary:
             folder = make_setup(size, None, None, arguments.quick, temporary).folder
+            fill_vocabulary(folder)
             for row in measure(size, folder, arguments):
                 rows.append(row)
                 if not arguments.json:
@@ -108,9 +110,18 @@ def _at(values: dict[str, Any], keys: tuple[str, ...]) -> float:
     return float(values)  # type: ignore[arg-type]
 
 
-def load_for(options: LoadOptions, model: str, seconds: float, sizes: dict[str, int]) -> Load:
-    from dataclasses import replace
+def fill_vocabulary(folder: Path) -> None:
+    """Give a tokenizer a text for each token of the model, whose random weights take any; mlx-lm needs one."""
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"\u2581filler{token}": token for token in range(max(vocabulary.values()) + 1, size)}
+    file.write_text(json.dumps(tokenizer))
+    (folder / "tokenizer.model").unlink(missing_ok=True)
 
+
+def load_for(options: LoadOptions, model: str, seconds: float, sizes: dict[str, int]) -> Load:
     return measure_load(replace(options, seconds=seconds), model=model, **sizes)
 
 

@@ -15,7 +15,7 @@ _LATER_COMMANDS = {
     **dict.fromkeys(
         ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
     ),
-    **dict.fromkeys(("embed", "classify"), "`mlx-openelm --help` lists what there is"),
+    "classify": "`mlx-openelm --help` lists what there is",
 }
 _RENAMED_COMMANDS = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "sft", "qlora", "dora"), "lora"),
@@ -30,6 +30,7 @@ _RENAMED_COMMANDS = {
     "ppl": "perplexity",
     "benchmark": "bench",
     "server": "serve",
+    **dict.fromkeys(("embedding", "embeddings"), "embed"),
     "publish": "upload",
     "push": "upload",
     "show": "info",

@@ -19,7 +19,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from mlx_openelm import load
+from mlx_openelm import load, native
 from mlx_openelm.model import OpenELM
 from mlx_openelm.serving.app import make_app
 from mlx_openelm.serving.context import Context
@@ -82,6 +82,16 @@ class Serving:
         """The value of a metric, with its labels as written."""
         lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
         return float(lines[0].rpartition(" ")[2]) if lines else 0.0
+
+
+def expected_of(values: list[Any]) -> Any:
+    """Log-probabilities to compare with: bit for bit with the CPU kernels, without them to rounding."""
+    listed = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return listed if native.kernels is not None else pytest.approx(listed, abs=1e-3)
+
+
+def flat(values: list[list[Any]]) -> list[Any]:
+    return [one for value in values for one in value]
 
 
 @cache

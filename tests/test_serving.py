@@ -12,7 +12,7 @@ from mlx_openelm import generate, stream_generate
 from mlx_openelm.generation.piece import Piece
 
 import pytest
-from serving_apps import Serving, serving, tiny
+from serving_apps import Serving, expected_of, flat, serving, tiny
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "ROMEO."}]
@@ -113,10 +113,10 @@ def test_log_probabilities_whole_and_streamed(server: Serving) -> None:
         for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     }
     assert found == streamed
-    assert found["token_logprobs"] == [piece.logprob for piece in expected]
-    assert [list(top.values()) for top in found["top_logprobs"]] == [
-        [logprob for _, logprob in piece.top_logprobs] for piece in expected
-    ]
+    assert found["token_logprobs"] == expected_of([piece.logprob for piece in expected])
+    assert flat([list(top.values()) for top in found["top_logprobs"]]) == expected_of(
+        [[logprob for _, logprob in piece.top_logprobs] for piece in expected]
+    )
     assert "".join(found["tokens"]).strip() == text_of(expected).strip()
     text = text_of(expected)
     for token, start, end in zip(
@@ -192,10 +192,10 @@ def test_a_chat_streams_its_parts(server: Serving) -> None:
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
     assert "".join(delta.get("content", "") for delta in deltas) == text_of(expected)
     listed = [one for chunk in parts for one in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
-    assert [one["logprob"] for one in listed] == [piece.logprob for piece in expected]
-    assert [[top["logprob"] for top in one["top_logprobs"]] for one in listed] == [
-        [logprob for _, logprob in piece.top_logprobs] for piece in expected
-    ]
+    assert [one["logprob"] for one in listed] == expected_of([piece.logprob for piece in expected])
+    assert flat([[top["logprob"] for top in one["top_logprobs"]] for one in listed]) == expected_of(
+        [[logprob for _, logprob in piece.top_logprobs] for piece in expected]
+    )
     assert b"".join(bytes(one["bytes"]) for one in listed).decode().strip() == text_of(expected).strip()
     whole = server.post(CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 3}).json()
     assert whole["choices"][0]["logprobs"]["content"] == listed
@@ -292,6 +292,16 @@ def test_cached_tokens_are_counted_and_change_nothing(server: Serving) -> None:
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
     assert second["choices"] == first["choices"]
     assert first["choices"][0]["text"] == text_of(lone(prompt))
+
+
+def test_several_texts_of_one_prompt_process_it_once(server: Serving) -> None:
+    prompt = "OTHELLO, THE MOOR OF VENICE. " * 20
+    before = server.metric("mlx_openelm_cached_prompt_tokens_total")
+    answer = server.post(COMPLETIONS, {"prompt": prompt, "n": 4, "temperature": 1, "seed": 9, "max_tokens": 5}).json()
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [text_of(lone(prompt, max_tokens=5, temp=1.0, seed=9 + n)) for n in range(4)]
+    held = (answer["usage"]["prompt_tokens"] - 1) // 64 * 64
+    assert server.metric("mlx_openelm_cached_prompt_tokens_total") - before == 3 * held > 0
 
 
 def test_models_are_listed(server: Serving) -> None:

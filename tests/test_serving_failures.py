@@ -67,8 +67,8 @@ def test_a_client_that_leaves_frees_its_row_within_a_step(
     sock = raw_request(server, {**asked, limit: 1000, "logit_bias": {"2": -100}, "stream": is_stream}, path)
     server.wait_until(lambda: server.worker.running == 1 and steps.count > 3)
     cancelled: list[int] = []
-    original = server.worker._cancelled
-    monkeypatch.setattr(server.worker, "_cancelled", lambda one: (cancelled.append(steps.count), original(one)))
+    original = server.worker.thread._cancelled
+    monkeypatch.setattr(server.worker.thread, "_cancelled", lambda one: (cancelled.append(steps.count), original(one)))
     sock.close()
     server.wait_until(lambda: server.worker.running == 0)
     assert cancelled and steps.count - cancelled[0] <= 1
@@ -93,9 +93,9 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server: Serving) -> None:
 
 def test_leaving_an_embedding_ends_it(server: Serving) -> None:
     sock = raw_request(server, {"input": [[5] * 1000] * 500}, "/v1/embeddings")
-    server.wait_until(lambda: bool(server.worker._tasks))
+    server.wait_until(lambda: bool(server.worker.thread.tasks))
     sock.close()
-    server.wait_until(lambda: not server.worker._tasks and not server.worker.in_flight)
+    server.wait_until(lambda: not server.worker.thread.tasks and not server.worker.in_flight)
 
 
 def test_a_client_that_does_not_read_is_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_text_that_fails_leaves_the_others(server: Serving, monkeypatch: pytes
 
 def test_a_thread_that_dies_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """503 everywhere while it is gone, for the requests that it had too."""
-    monkeypatch.setattr(serving_worker, "_RESTART_SECONDS", 1.0)
+    monkeypatch.setattr(serving_worker, "_RESTART_SECONDS", 3600)  # it is started below
     step, dies = Engine.step, [True]
 
     def dying(engine: Engine) -> Any:
@@ -191,6 +191,8 @@ def test_a_thread_that_dies_is_started_again(monkeypatch: pytest.MonkeyPatch) ->
         assert server.post(COMPLETIONS, {"prompt": "a"}).headers["retry-after"]
         assert server.metric("mlx_openelm_engine_up") == 0
         dies[0] = False
+        assert server.worker.loop is not None
+        server.worker.loop.call_soon_threadsafe(server.worker._restart)
         server.wait_until(lambda: server.get("/health").status_code == 200)
         expected = generate(*tiny(), "ROMEO.", max_tokens=16)
         assert server.post(COMPLETIONS, {"prompt": "ROMEO."}).json()["choices"][0]["text"] == expected
@@ -243,4 +245,4 @@ def test_nothing_is_left_of_requests(server: Serving) -> None:
     server.wait_until(lambda: not server.worker.in_flight and server.worker.running == 0)
     (resident,) = server.worker.models.residents
     assert isinstance(resident, Resident)
-    server.wait_until(lambda: not server.worker._texts and not resident.engine.is_busy)
+    server.wait_until(lambda: not server.worker.thread.texts and not resident.engine.is_busy)

@@ -182,6 +182,22 @@ def test_a_prompt_that_is_too_long_is_400(server: Serving) -> None:
     assert fits["usage"]["completion_tokens"] == 1 and fits["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_that_is_far_too_long_is_not_made_into_tokens(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep the prompts of others waiting."""
+    entry = server.worker.models.entries["tiny"]
+    monkeypatch.setattr(entry.tokenizer, "encode", lambda *_, **__: pytest.fail("it was"))
+    long = "Enter a KING. " * 200_000
+    for path, body in (
+        (COMPLETIONS, {"prompt": long}),
+        (CHAT, {"messages": [{"role": "user", "content": long}]}),
+        ("/v1/embeddings", {"input": ["a" * 10**6]}),
+        ("/v1/responses", {"input": long}),
+    ):
+        assert server.error(path, body)["code"] == "context_length_exceeded"
+
+
 def test_a_text_that_needs_too_much_memory_is_400() -> None:
     with serving(memory={"text_bytes": 3_000_000}) as server:
         error = server.error(COMPLETIONS, {"prompt": [5] * 900, "max_tokens": 100})
@@ -363,3 +379,14 @@ def test_unknown_routes_and_methods(server: Serving) -> None:
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)):
         response = httpx2.request(method, server.url + path, timeout=20)
         assert response.status_code == status and response.json()["error"]["message"]
+
+
+def test_small_answers_are_not_held_back(server: Serving) -> None:
+    """Nagle's algorithm and delayed acknowledgements would cost 40 ms for each answer on a connection that is kept."""
+    with httpx2.Client(timeout=20) as client:
+        took = []
+        for _ in range(20):
+            started = time.perf_counter()
+            client.get(server.url + "/health")
+            took.append(time.perf_counter() - started)
+    assert sorted(took)[5] < 0.03

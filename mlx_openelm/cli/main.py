@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": "Print text that follows a prompt.",
     "chat": "Chat with a model on the terminal.",
     "serve": "Serve models over HTTP, with OpenAI's protocol and a chat page.",
+    "embed": "Print a vector for each text, for search and comparison.",
     "convert": "Write a model as an MLX folder, quantized if you like.",
     "quantize": "Quantize a model and measure what it costs.",
     "export": "Write a model for transformers (huggingface) or llama.cpp (gguf).",

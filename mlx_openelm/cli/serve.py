@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from copy import copy
@@ -33,6 +35,8 @@ EXAMPLES = """\
   mlx-openelm serve --model 1.1b-instruct --port 8000 --api-key-file keys.txt
   mlx-openelm serve --model small=270m --model large=3b --model-bytes 8GB
   mlx-openelm serve --model 270m --adapter expenses=my_adapter --prompt-cache-dir held"""
+
+log = logging.getLogger("mlx_openelm.serving")
 
 OWN = "own"
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
@@ -173,6 +177,8 @@ def _serve(
     app = make_app(context, keys=keys, hosts=[] if is_local and keys is None else None)
     server = make_server(app, options.log_level.upper(), lambda: console.say(f"Serving {_listed(models)} at {url}"))
     errors.names_flags = False  # clients know no flags
+    warnings.filterwarnings("ignore", "The (prompt|text) ")  # of single requests, whose clients do not see them
+    warnings.showwarning = lambda message, *_: log.warning("%s", models.without_paths(str(message)))  # type: ignore
     run_server(server, bound)
     return int(bool(gave_up))
 

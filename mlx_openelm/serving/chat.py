@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..text.chat_messages import ROLES
+from ..text.chat_messages import ROLES, plain_text
+from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, check_stream, stream
-from .context import Context, answer, check_length, new_id, now
+from .context import Context, answer, check_characters, check_length, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
-from .protocol import (
-    COMMON,
-    Check,
-    boolean,
-    choice,
-    integer,
-    only,
-    options_of,
-    read_fields,
-    seeded,
-    short_text,
-    text,
-)
+from .protocol import COMMON, options_of, seeded
 from .texts import Texts, event, while_here
 
 MAX_MESSAGES = 4096
@@ -144,6 +133,7 @@ def render(context: Context, entry: Entry, conversation: list[dict[str, Any]], c
         RequestError: the template cannot render it.
         APIError: it is too long.
     """
+    check_characters(entry, sum(len(plain_text(message.get("content"))) for message in conversation), "messages")
     template = context.template or (None if entry.tokenizer.chat_template is not None else "plain")
     ids = entry.tokenizer.apply_chat_template(
         conversation, template, add_generation_prompt=not continues, continue_final_message=continues
@@ -178,7 +168,7 @@ class _Chat:
             "usage": self.texts.usage([0], generated),
         }
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         wants_usage = self.given.get("stream_options", {}).get("include_usage", False)
         generated = 0
         roles = [{"role": "assistant", "content": ""} for _ in self.texts.texts]

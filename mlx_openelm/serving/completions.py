@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -11,13 +11,14 @@ from starlette.responses import Response
 from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
 from ..model import OpenELM
-from .context import Context, answer, as_ids, check_length, encode, new_id, now
+from .checks import Check, boolean, integer, only, read_fields
+from .context import Context, answer, as_ids, check_characters, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
 from .models import Entry
-from .protocol import COMMON, Check, boolean, integer, only, options_of, read_fields, seeded
+from .protocol import COMMON, options_of, seeded
 from .texts import EventStream, Result, Texts, event, while_here
-from .worker import Task
+from .work import Task
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 20
@@ -72,7 +73,7 @@ async def completions(context: Context, request: Request) -> Response:
 def stream(
     context: Context,
     route: str,
-    events: AsyncIterator[bytes],
+    events: AsyncGenerator[bytes, None],
     texts: Texts,
     failed: Callable[[APIError], bytes] = lambda error: event(error.body),
 ) -> EventStream:
@@ -104,6 +105,8 @@ def read_prompts(entry: Entry, value: Any, name: str = "prompt", most: int = MAX
         raise APIError(f"{name} may have {most} texts at most, got {len(each)}.", param=name)
     found = []
     for one in each:
+        if isinstance(one, str):
+            check_characters(entry, len(one), name)
         ids = (encode(entry, one) if one else []) if isinstance(one, str) else as_ids(entry, one, name)
         if ids is None:
             raise form
@@ -155,7 +158,7 @@ class _Completion:
         choices = [self._choice(index, result.pieces, is_first=True) for index, result in enumerate(results)]
         return {**self._head, "choices": choices, "usage": self._usage(sum(len(one.pieces) for one in results))}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         wants_usage = self.given.get("stream_options", {}).get("include_usage", False)
         usage = {"usage": None} if wants_usage else {}
         generated, begun = 0, set()

@@ -132,6 +132,17 @@ def now() -> int:
     return int(time.time())
 
 
+def check_characters(entry: Entry, count: int, param: str) -> None:
+    """Refuse a text that is too long whatever its tokens are, before time is spent on making them.
+
+    Raises:
+        APIError: 400.
+    """
+    if count > entry.most_characters:
+        message = f"{param} has {count} characters, more than the model's context can hold; shorten it."
+        raise APIError(message, param=param, code="context_length_exceeded")
+
+
 def check_length(entry: Entry, ids: Sequence[int], param: str) -> None:
     """Refuse a prompt that is empty or too long for the model's positions.
 

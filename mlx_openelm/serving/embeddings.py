@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from array import array
 from base64 import b64encode
@@ -14,12 +15,13 @@ from starlette.responses import Response
 from ..generation.scoring import embedding
 from ..model import OpenELM
 from .chat import messages, render
+from .checks import Check, boolean, choice, integer, read_fields, short_text, text
 from .completions import read_prompts
 from .context import Context, answer, as_ids, encode
 from .failures import APIError
-from .protocol import ABOUT, Check, boolean, choice, integer, read_fields, short_text, text
+from .protocol import ABOUT
 from .texts import while_here
-from .worker import Task
+from .work import Task
 
 MAX_INPUTS = 2048
 
@@ -97,7 +99,7 @@ async def tokenize(context: Context, request: Request) -> Response:
         ids = encode(entry, given[source])
         return ids if is_whole or ids[:1] != [entry.tokenizer.bos_token_id] else ids[1:]
 
-    ids = await context.prepare(ids_of)
+    ids = await asyncio.to_thread(ids_of)  # beside the prompts of others: it may be long
     tokens: list[Any] = ids
     if given.get("with_pieces"):
         tokens = [{"id": token, "piece": entry.tokenizer.id_to_token(token)} for token in ids]

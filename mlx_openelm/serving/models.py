@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 
@@ -70,6 +71,15 @@ class Entry:
     resident: Resident | None = None
     used: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def most_characters(self) -> int:
+        """So many characters are more tokens than the context has; a text is measured before it is made into tokens.
+
+        Normalization may make a text shorter, hence the margin.
+        """
+        tokens = (self.tokenizer.token_bytes(token) or b"" for token in range(self.tokenizer.vocab_size))
+        return 4 * max(map(len, tokens)) * self.config.rope_max_length
 
 
 class Models:

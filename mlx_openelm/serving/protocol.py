@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import quote
 from ..generation.grammars import is_grammar
 from ..generation.options import BIAS_LIMIT
-from ..wording import did_you_mean, one_of
+from .checks import (
+    Check,
+    boolean,
+    choice,
+    integer,
+    kind_of,
+    mapping,
+    number,
+    only,
+    read_fields,
+    short_text,
+    text,
+    texts,
+    wrong,
+)
 from .failures import APIError
 from .options import ServeOptions
 
-# Takes a key and its value, and returns what to use; raises an `APIError`.
-Check = Callable[[str, Any], Any]
-
 MAX_DEPTH = 64  # of nested JSON
 MAX_N = 128
-_MAX_TEXT = 1 << 16  # of names and other texts that are only passed on
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # UTF-8 that is not valid too
         raise APIError(f"The body is not valid JSON: {_short(error)}.") from None
     if not isinstance(values, dict):
-        raise APIError(f"The body must be a JSON object, got {_kind(values)}.")
+        raise APIError(f"The body must be a JSON object, got {kind_of(values)}.")
     _check_depth(values)
     return values
 
@@ -67,123 +77,6 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise _too_deep()
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def wrong(name: str, expected: str, value: Any) -> APIError:
-    """The error of a value that is not what it should be."""
-    shown = quote(value) if isinstance(value, str | int | float) else _kind(value)
-    return APIError(f"{name} must be {expected}, got {shown}.", param=name)
-
-
-def read_fields(body: Mapping[str, Any], fields: Mapping[str, Check], prefix: str = "") -> dict[str, Any]:
-    """The checked values of a JSON object, without nulls.
-
-    Args:
-        prefix: what names its keys in errors, such as `messages[0].`.
-    """
-    values = {}
-    for key, value in body.items():
-        if key not in fields:
-            hint = did_you_mean(key, fields)
-            name = f"{prefix}{quote(key)[1:-1]}"
-            message = f"The parameter {name} is not known{hint and f'; {hint}'}{'' if hint else '.'}"
-            raise APIError(message, param=name, code="unknown_parameter")
-        if value is not None:
-            values[key] = fields[key](f"{prefix}{key}", value)
-    return values
-
-
-# Checks of single values.
-
-
-def number(low: float, high: float) -> Check:
-    """A number between two bounds."""
-
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise wrong(name, f"a number from {low:g} to {high:g}", value)
-        return float(value)
-
-    return check
-
-
-def integer(low: int, high: int = 2**31 - 1) -> Check:
-    """A whole number between two bounds; 3.0 is one too."""
-
-    def check(name: str, value: Any) -> int:
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_whole or not low <= value <= high:
-            raise wrong(name, f"a whole number from {low} to {high}", value)
-        return int(value)
-
-    return check
-
-
-def boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise wrong(name, "true or false", value)
-    return value
-
-
-def text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise wrong(name, "a text", value)
-    return value
-
-
-def short_text(name: str, value: Any) -> str:
-    """A text that is only passed on."""
-    if not isinstance(value, str) or len(value) > _MAX_TEXT:
-        raise wrong(name, f"a text of at most {_MAX_TEXT} characters", value)
-    return value
-
-
-def mapping(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise wrong(name, "an object", value)
-    return value
-
-
-def choice(*options: str) -> Check:
-    """One of several texts."""
-
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in options:
-            raise wrong(name, one_of([quote(option) for option in options]), value)
-        return value
-
-    return check
-
-
-def only(*values: Any) -> Check:
-    """Something that is not supported: accepted where it asks for what happens anyway."""
-
-    def check(name: str, value: Any) -> Any:
-        if not any(type(value) is type(other) and value == other for other in values):
-            message = f"{name} is not supported; leave it out."
-            raise APIError(message, param=name, code="unsupported_parameter")
-        return value
-
-    return check
-
-
-def texts(most: int, longest: int = _MAX_TEXT) -> Check:
-    """A text or a list of texts, none of them empty; as a list."""
-
-    def check(name: str, value: Any) -> list[str]:
-        listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(one, str) and 0 < len(one) <= longest for one in listed):
-            raise wrong(name, "a text or a list of texts that are not empty", value)
-        if len(listed) > most:
-            raise APIError(f"{name} may have {most} texts at most, got {len(listed)}.", param=name)
-        return listed
-
-    return check
 
 
 def _seed(name: str, value: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -10,27 +10,13 @@ from starlette.responses import Response
 
 from ..generation.piece import Piece
 from .chat import MAX_MESSAGES, render
+from .checks import Check, boolean, choice, integer, mapping, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, stream
 from .context import Context, answer, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
-from .protocol import (
-    ABOUT,
-    SAMPLING,
-    STREAM_OPTIONS,
-    Check,
-    boolean,
-    choice,
-    integer,
-    mapping,
-    only,
-    options_of,
-    read_fields,
-    schema_options,
-    short_text,
-    text,
-)
+from .protocol import ABOUT, SAMPLING, STREAM_OPTIONS, options_of, schema_options
 from .texts import Texts, event, while_here
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -170,7 +156,7 @@ class _Response:
         (result,) = await self.texts.collect()
         return self._object(result.pieces)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         yield b"".join(

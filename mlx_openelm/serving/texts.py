@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,13 @@ from starlette.types import Receive, Scope, Send
 from ..generation.piece import Piece
 from .failures import APIError, as_api_error, to_json
 from .models import Entry
-from .worker import Text, Worker
+from .work import Text
+from .worker import Worker
 
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second for nginx, which collects events
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Texts:
     """The texts of one request.
 
     Args:
-        prompts: the ids of each.
+        prompts: the ids of each; one list for several texts is processed once.
         options: of each, for `Engine.submit`.
     """
 
@@ -55,10 +58,12 @@ class Texts:
     ):
         self.worker = worker
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
-        self.texts = [
-            Text(entry, adapter, prompt, chosen, self._events, index)
-            for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True))
-        ]
+        self.texts: list[Text] = []
+        leaders: dict[int, Text] = {}
+        for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True)):
+            text = Text(entry, adapter, prompt, chosen, self._events, index, leaders.get(id(prompt)))
+            self.texts.append(text)
+            leaders.setdefault(id(prompt), text)
 
     def submit(self) -> None:
         """Hand them to the engine; APIError if there is no room."""
@@ -166,12 +171,12 @@ class EventStream(Response):
 
     def __init__(
         self,
-        source: AsyncIterator[bytes],
+        source: AsyncGenerator[bytes, None],
         seconds: float,
         ended: Callable[[str], object],
         failed: Callable[[APIError], bytes],
     ):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
         self._source, self._seconds, self._ended, self._failed = source, seconds, ended, failed
         self._quiet = True
@@ -210,7 +215,7 @@ class EventStream(Response):
             await self._send_error(send, known)
         finally:
             pings.cancel()
-            await source.aclose()  # type: ignore[attr-defined]
+            await source.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return outcome
 

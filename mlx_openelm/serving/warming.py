@@ -9,10 +9,10 @@ from typing import Any
 from ..errors import OpenELMError, RequestError
 from ..inputs import read_text_source, to_path
 from .chat import messages, render
+from .checks import Check, read_fields, short_text, text
 from .context import Context, check_length, encode
 from .failures import APIError
 from .models import Entry
-from .protocol import Check, read_fields, short_text, text
 
 _LINE: dict[str, Check] = {"model": short_text, "prompt": text, "messages": messages}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -51,7 +51,7 @@ class Client:
         text = b"".join([part async for part in self._answer("GET", path, b"")])
         return json.loads(text)
 
-    async def events(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, path: str, body: Any) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a stream; to close this is to leave.
 
         Raises:
@@ -72,7 +72,7 @@ class Client:
         finally:
             await parts.aclose()
 
-    async def _answer(self, method: str, path: str, body: bytes) -> AsyncIterator[bytes]:
+    async def _answer(self, method: str, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The parts of an answer's body as they arrive."""
         reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._ssl, limit=_MAX_LINE)
         try:
@@ -92,12 +92,12 @@ class Client:
             writer.close()
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+async def _chunks(reader: asyncio.StreamReader) -> AsyncGenerator[bytes, None]:
     while size := int((await reader.readline()).partition(b";")[0] or b"0", 16):
         yield await reader.readexactly(size)
         await reader.readexactly(2)
 
 
-async def _rest(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+async def _rest(reader: asyncio.StreamReader) -> AsyncGenerator[bytes, None]:
     while part := await reader.read(65536):
         yield part

@@ -249,7 +249,7 @@ class _Generator:
             return "".join(parts)
         finally:
             load.tokens += len(parts)
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
 
     def _text(self, count: int) -> str:
         return " ".join(self._random.choices(self._words, k=count))

@@ -1,0 +1,130 @@
+"""Checks of the values in a request; errors name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import quote
+from ..wording import did_you_mean, one_of
+from .failures import APIError
+
+# Takes a key and its value, and returns what to use; raises an `APIError`.
+Check = Callable[[str, Any], Any]
+
+_MAX_TEXT = 1 << 16  # characters of names and other texts that are only passed on
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, for messages."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def wrong(name: str, expected: str, value: Any) -> APIError:
+    """The error of a value that is not what it should be."""
+    shown = quote(value) if isinstance(value, str | int | float) else kind_of(value)
+    return APIError(f"{name} must be {expected}, got {shown}.", param=name)
+
+
+def read_fields(body: Mapping[str, Any], fields: Mapping[str, Check], prefix: str = "") -> dict[str, Any]:
+    """The checked values of a JSON object, without nulls.
+
+    Args:
+        prefix: what names its keys in errors, such as `messages[0].`.
+    """
+    values = {}
+    for key, value in body.items():
+        if key not in fields:
+            hint = did_you_mean(key, fields)
+            name = f"{prefix}{quote(key)[1:-1]}"
+            message = f"The parameter {name} is not known{hint and f'; {hint}'}{'' if hint else '.'}"
+            raise APIError(message, param=name, code="unknown_parameter")
+        if value is not None:
+            values[key] = fields[key](f"{prefix}{key}", value)
+    return values
+
+
+def number(low: float, high: float) -> Check:
+    """A number between two bounds."""
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise wrong(name, f"a number from {low:g} to {high:g}", value)
+        return float(value)
+
+    return check
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Check:
+    """A whole number between two bounds; 3.0 is one too."""
+
+    def check(name: str, value: Any) -> int:
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_whole or not low <= value <= high:
+            raise wrong(name, f"a whole number from {low} to {high}", value)
+        return int(value)
+
+    return check
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise wrong(name, "true or false", value)
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong(name, "a text", value)
+    return value
+
+
+def short_text(name: str, value: Any) -> str:
+    """A text that is only passed on."""
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise wrong(name, f"a text of at most {_MAX_TEXT} characters", value)
+    return value
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(name, "an object", value)
+    return value
+
+
+def choice(*options: str) -> Check:
+    """One of several texts."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise wrong(name, one_of([quote(option) for option in options]), value)
+        return value
+
+    return check
+
+
+def only(*values: Any) -> Check:
+    """Something that is not supported: accepted where it asks for what happens anyway."""
+
+    def check(name: str, value: Any) -> Any:
+        if not any(type(value) is type(other) and value == other for other in values):
+            message = f"{name} is not supported; leave it out."
+            raise APIError(message, param=name, code="unsupported_parameter")
+        return value
+
+    return check
+
+
+def texts(most: int, longest: int = _MAX_TEXT) -> Check:
+    """A text or a list of texts, none of them empty; as a list."""
+
+    def check(name: str, value: Any) -> list[str]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(one, str) and 0 < len(one) <= longest for one in listed):
+            raise wrong(name, "a text or a list of texts that are not empty", value)
+        if len(listed) > most:
+            raise APIError(f"{name} may have {most} texts at most, got {len(listed)}.", param=name)
+        return listed
+
+    return check
