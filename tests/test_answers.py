@@ -25,7 +25,7 @@ def test_answers_are_kept_by_setting_method_arguments_and_repeat(tmp_path):
             Answers({"model": "b"}).key("loglikelihood", ("To be", " or not")),
         ]
         assert len({key, *others}) == 5
-        answers.add(key, [-1.25, True])
+        answers.add({key: [-1.25, True]})
     with Answers({"model": "a"}, path) as answers:
         assert answers.get(key) == [-1.25, True]
         assert answers.get(others[0]) is None
@@ -39,7 +39,7 @@ def test_a_damaged_last_line_is_dropped(tmp_path, end):
     with Answers({}, path) as answers:
         assert answers.get("a") == 1
         assert path.read_text() == whole
-        answers.add("c", 2)
+        answers.add({"c": 2})
     assert path.read_text() == whole + '{"key": "c", "answer": 2}\n'
 
 
@@ -67,7 +67,7 @@ def test_every_answer_survives_kill_9(tmp_path):
 
         answers = Answers({}, Path(sys.argv[1]))
         for number in range(1000):
-            answers.add(f"key {number}", number)
+            answers.add({f"key {number}": number})
             if number == 500:
                 print("ready", flush=True)
                 sys.stdin.read()

@@ -172,7 +172,7 @@ class TestMistakesOfMlxLm:
             type(lm.scorer.model), "hidden_states", lambda self, *given: calls.append(1) or run(self, *given)
         )
         lm.scorer.batch_size = 8
-        lm.loglikelihood(instances("loglikelihood", [("Who goes there?", f" It is {name}") for name in "ABCDEFGH"]))
+        lm.loglikelihood(instances("loglikelihood", [("Who goes there?", f" {name} it is") for name in "ABCDEFGH"]))
         assert len(calls) == 2
 
 

@@ -53,7 +53,7 @@ def test_likelihoods_equal_plain_forward_passes(tiny, either_way):
     assert found.is_greedy  # the last one, which is what greedy decoding gives
 
 
-def test_batch_size_order_and_company_change_no_bit_on_the_kernels(tiny):
+def test_batch_size_order_and_other_questions_change_no_bit_on_the_kernels(tiny):
     if native.kernels is None:
         pytest.skip(f"the kernels are not used: {native.status.detail}")
     model, requests = tiny[0], drawn(60)
@@ -63,7 +63,8 @@ def test_batch_size_order_and_company_change_no_bit_on_the_kernels(tiny):
         random.Random(batch_size).shuffle(order)
         found = log_likelihoods(model, [requests[index] for index in order], batch_size=batch_size)
         assert found == [expected[index] for index in order]
-    assert log_likelihoods(model, requests[5:6]) == expected[5:6]
+    own = [index for index, request in enumerate(requests) if request.context == requests[30].context]
+    assert log_likelihoods(model, [requests[index] for index in own]) == [expected[index] for index in own]
 
 
 def test_a_context_is_processed_once_for_all_its_continuations(tiny, monkeypatch, either_way):
@@ -75,6 +76,21 @@ def test_a_context_is_processed_once_for_all_its_continuations(tiny, monkeypatch
     context = tuple(range(10, 60))
     log_likelihoods(model, [Request(context, (token, token + 1)) for token in range(20, 28)])
     assert sum(seen) == 50 + 8
+    seen.clear()  # and so are the tokens that they all begin with
+    log_likelihoods(model, [Request(context, (5, 6, 7, token)) for token in range(20, 28)])
+    assert sum(seen) == 50 + 3
+    seen.clear()
+    log_likelihoods(model, [Request(context, (5, 6, 7))])
+    assert sum(seen) == 50 + 2
+
+
+def test_equal_and_nested_continuations(tiny, either_way):
+    """One may be the beginning of another, or the same."""
+    context = tuple(range(10, 30))
+    requests = [Request(context, tokens) for tokens in ((5,), (5, 6), (5, 6), (5, 6, 7, 8), (5, 6, 7, 9), (5, 6, 7, 8))]
+    for some in (requests, requests[1:3], requests[:1], requests[3:5]):
+        found = log_likelihoods(tiny[0], some)
+        assert [one.logprob for one in found] == pytest.approx([plain(tiny[0], one)[0] for one in some], abs=2e-4)
 
 
 def test_logits_exist_for_a_few_positions_at_a_time(tiny, monkeypatch):
@@ -92,7 +108,7 @@ def test_logits_exist_for_a_few_positions_at_a_time(tiny, monkeypatch):
 def test_answers_come_as_they_are_known_longest_first(tiny):
     requests = [Request((1, *range(3, 3 + length)), (9,)) for length in (2, 30, 10)]
     order: list[int] = []
-    found = log_likelihoods(tiny[0], requests, batch_size=1, answered=lambda index, _: order.append(index))
+    found = log_likelihoods(tiny[0], requests, batch_size=1, answered=order.extend)
     assert order == [1, 2, 0]
     assert all(isinstance(one, Likelihood) for one in found)
 

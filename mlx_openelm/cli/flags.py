@@ -26,7 +26,7 @@ _OFF = ("false", "f", "no", "n", "off", "0")
 _GROUPS = (
     *("Flags", "Arguments", "Common flags"),
     *("Training", "Loss", "Data", "Adapter", "Optimizer", "Memory", "Validation and test", "Checkpoints", "Reports"),
-    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring"),
+    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Tasks", "Measuring"),
     *("Quantization", "Calibration", "Report"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),
 )

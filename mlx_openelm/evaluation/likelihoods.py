@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations: a question's context is processed once, and its continuations together.
+"""Log-likelihoods of continuations: what those of a question have in common is processed once, the rest together.
 
-On the CPU kernels a result does not depend on what else is asked, bit for bit: contexts are processed one by one, as
-`Decoder.prefill` does it, and continuations as a step of several sequences, whose rows do not affect each other.
-Elsewhere contexts and continuations are batches, padded to their longest row, which changes the last bits of a result.
+On the CPU kernels a result does not depend on other questions or on the size of batches, bit for bit: questions are
+processed one by one, and the ends of continuations as a step of several sequences, whose rows do not affect each other.
+Elsewhere both are batches, padded to their longest row, which changes the last bits of a result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Likelihood:
     is_greedy: bool
 
 
-Answered = Callable[[int, Likelihood], object]
+# Called with the likelihoods of a batch of questions, by the number of the request.
+Answered = Callable[[dict[int, Likelihood]], object]
 
 
 def log_likelihoods(
@@ -60,7 +61,7 @@ def log_likelihoods(
 
     Args:
         batch_size: continuations that are processed together.
-        answered: called with the number of a request and its likelihood, as soon as that is known.
+        answered: called with the likelihoods of each batch, as soon as they are known.
 
     Raises:
         RequestError: a context or a continuation without tokens, or a bad batch size.
@@ -75,31 +76,48 @@ def log_likelihoods(
     score = _score_exactly if exact else _score_padded
     for batch in _batches(requests, batch_size):
         scores = _Scores(model)
-        score(model, batch, requests, batch_size, scores)
-        for index, likelihood in scores.likelihoods():
+        score(model, batch, batch_size, scores)
+        for index, likelihood in scores.likelihoods.items():
             found[index] = likelihood
-            if answered is not None:
-                answered(index, likelihood)
+        if answered is not None:
+            answered(scores.likelihoods)
     return [likelihood for likelihood in found if likelihood is not None]
 
 
-# A context and the numbers of the requests that continue it.
-_Question = tuple[tuple[int, ...], list[int]]
+class _Question:
+    """The continuations of one context, by the numbers of their requests.
+
+    `prefix` is what the model reads for all of them: the context, and the tokens with which all continuations begin. At
+    its last positions, from `start` on, the tokens `shared` come next, and after them the first token that differs.
+    """
+
+    def __init__(self, context: tuple[int, ...], continuations: dict[int, tuple[int, ...]]):
+        self.context, self.continuations = context, continuations
+        first, last = min(continuations.values()), max(continuations.values())  # they differ earliest
+        count = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+        if first == last:  # a single continuation, whose last token is not read
+            count -= 1
+        self.shared = first[:count]
+        self.prefix, self.start = context + self.shared, len(context) - 1
+
+    @property
+    def ends(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The tokens of each continuation after the shared ones, the first of which the prefix predicts."""
+        for index, tokens in self.continuations.items():
+            if len(tokens) > len(self.shared):
+                yield index, tokens[len(self.shared) :]
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[_Question]]:
     """Questions in batches of similar lengths, the longest first, so that a lack of memory shows at once."""
-    questions: dict[tuple[int, ...], list[int]] = {}
+    by_context: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = {}
     for index, request in enumerate(requests):
-        questions.setdefault(request.context, []).append(index)
-
-    def length(question: _Question) -> tuple[int, tuple[int, ...]]:
-        return -len(question[0]) - max(len(requests[i].continuation) for i in question[1]), question[0]
-
+        by_context.setdefault(request.context, {})[index] = request.continuation
+    questions = [_Question(*pair) for pair in by_context.items()]
     batch: list[_Question] = []
-    for question in sorted(questions.items(), key=length):
-        count = sum(len(indices) for _, indices in batch) + len(question[1])
-        if batch and (count > batch_size or (len(batch) + 1) * len(batch[0][0]) > _MOST_TOKENS):
+    for question in sorted(questions, key=lambda one: (-len(one.prefix), one.prefix)):
+        count = sum(len(one.continuations) for one in batch) + len(question.continuations)
+        if batch and (count > batch_size or (len(batch) + 1) * len(batch[0].prefix) > _MOST_TOKENS):
             yield batch
             batch = []
         batch.append(question)
@@ -131,93 +149,99 @@ class _Scores:
             self._sums[owner] = self._sums.get(owner, 0.0) + value
             self._greedy[owner] = self._greedy.get(owner, True) and token == top
 
-    def likelihoods(self) -> Iterator[tuple[int, Likelihood]]:
-        for owner, total in self._sums.items():
-            yield owner, Likelihood(total, self._greedy[owner])
+    @property
+    def likelihoods(self) -> dict[int, Likelihood]:
+        return {owner: Likelihood(total, self._greedy[owner]) for owner, total in self._sums.items()}
+
+    def add_prefix(self, question: _Question, hidden: mx.array) -> None:
+        """Add the shared tokens, and the next one of each continuation, which hidden states [S + 1, dim] predict."""
+        for first in range(0, len(question.shared), _CHUNK):
+            tokens = question.shared[first : first + _CHUNK]
+            logprobs = _logprobs(self._model, hidden[first : first + len(tokens)])
+            for index in question.continuations:
+                self.add(logprobs, range(len(tokens)), [index] * len(tokens), tokens)
+        ends = list(question.ends)
+        owners, following = [index for index, _ in ends], [tokens[0] for _, tokens in ends]
+        self.add(_logprobs(self._model, hidden[-1:]), [0] * len(ends), owners, following)
 
 
-def _score_exactly(
-    model: OpenELM, batch: Sequence[_Question], requests: Sequence[Request], batch_size: int, scores: _Scores
-) -> None:
-    """Score a batch so that no result depends on the others."""
-    waiting: list[tuple[int, list[Any]]] = []  # requests whose other tokens are few, with their caches
-    for context, indices in batch:
-        decoder = Decoder(model)
-        first = decoder.prefill(mx.array([context]))  # [1, vocab]
-        scores.add(first, [0] * len(indices), indices, [requests[i].continuation[0] for i in indices])
-        for index in indices:
-            inputs = requests[index].continuation[:-1]
-            if not inputs:
+# A request's tokens after the shared ones, with caches for those that follow the first of them.
+_End = tuple[int, tuple[int, ...], list[Any]]
+
+
+def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, scores: _Scores) -> None:
+    """Score a batch so that no question depends on the others."""
+    waiting: list[_End] = []
+    for question in batch:
+        decoder, rows = Decoder(model), []
+        size = backend.prefill_step_size()
+        for first in range(0, len(question.prefix), size):
+            hidden = decoder.extend(mx.array([question.prefix[first : first + size]]))
+            rows.append(hidden[0, max(0, question.start - first) :])
+            mx.eval(rows[-1], [layer.state[:2] for layer in decoder.cache])
+        scores.add_prefix(question, mx.concatenate([row for row in rows if row.shape[0]]))
+        for index, tokens in question.ends:
+            if len(tokens) == 1:
                 continue
-            caches = [copy.copy(cache) for cache in decoder.cache]
-            if len(inputs) < MANY_POSITIONS:
-                waiting.append((index, caches))
-            else:
-                _score_alone(model, index, requests[index].continuation, caches, scores)
+            end = index, tokens, [copy.copy(cache) for cache in decoder.cache]
+            if len(tokens) > MANY_POSITIONS:
+                _score_alone(model, end, scores)
+                continue
+            waiting.append(end)
             if len(waiting) == batch_size:
-                _score_step(model, waiting, requests, scores)
+                _score_step(model, waiting, scores)
                 waiting = []
     if waiting:
-        _score_step(model, waiting, requests, scores)
+        _score_step(model, waiting, scores)
 
 
-def _score_alone(model: OpenELM, index: int, tokens: Sequence[int], caches: list[Any], scores: _Scores) -> None:
-    """Score all tokens of a continuation but the first, in the pieces of a prompt."""
+def _score_alone(model: OpenELM, end: _End, scores: _Scores) -> None:
+    """Score the tokens of one continuation that follow the first of its end, in the pieces of a prompt."""
+    index, tokens, caches = end
     size = backend.prefill_step_size()
     for start in range(0, len(tokens) - 1, size):
-        hidden = model.hidden_states(mx.array([tokens[start : len(tokens) - 1][:size]]), caches)
-        for first in range(0, hidden.shape[1], _CHUNK):
-            rows = hidden[:, first : first + _CHUNK]
-            targets = tokens[start + first + 1 :][: rows.shape[1]]
-            logprobs = _logprobs(model, rows)[0]
-            scores.add(logprobs, range(len(targets)), [index] * len(targets), targets)
+        hidden = model.hidden_states(mx.array([tokens[start : len(tokens) - 1][:size]]), caches)[0]
+        _add_rows(model, index, tokens[start + 1 :], hidden, scores)
 
 
-def _score_step(
-    model: OpenELM, waiting: Sequence[tuple[int, list[Any]]], requests: Sequence[Request], scores: _Scores
-) -> None:
-    """Score all tokens of several continuations but their first, as one step of as many sequences."""
-    continuations = [requests[index].continuation for index, _ in waiting]
-    lengths = [len(tokens) - 1 for tokens in continuations]
-    inputs = mx.array([token for tokens in continuations for token in tokens[:-1]])
-    hidden = model.hidden_states(inputs[:, None], step_caches([caches for _, caches in waiting], lengths))
+def _add_rows(model: OpenELM, index: int, tokens: Sequence[int], hidden: mx.array, scores: _Scores) -> None:
+    """Add the tokens of a request that hidden states [L, model_dim] predict, of which there are L or more."""
+    for first in range(0, hidden.shape[0], _CHUNK):
+        rows = hidden[first : first + _CHUNK]
+        targets = tokens[first : first + rows.shape[0]]
+        scores.add(_logprobs(model, rows), range(len(targets)), [index] * len(targets), targets)
+
+
+def _score_step(model: OpenELM, waiting: Sequence[_End], scores: _Scores) -> None:
+    """Score the tokens of several continuations that follow the first of their ends, as one step of sequences."""
+    lengths = [len(tokens) - 1 for _, tokens, _ in waiting]
+    inputs = mx.array([token for _, tokens, _ in waiting for token in tokens[:-1]])
+    hidden = model.hidden_states(inputs[:, None], step_caches([caches for _, _, caches in waiting], lengths))
     logprobs = _logprobs(model, hidden)[:, 0]  # [N, vocab]
-    owners = [index for (index, _), length in zip(waiting, lengths, strict=True) for _ in range(length)]
-    scores.add(logprobs, range(len(owners)), owners, [token for tokens in continuations for token in tokens[1:]])
+    owners = [index for (index, _, _), length in zip(waiting, lengths, strict=True) for _ in range(length)]
+    scores.add(logprobs, range(len(owners)), owners, [token for _, tokens, _ in waiting for token in tokens[1:]])
 
 
-def _score_padded(
-    model: OpenELM, batch: Sequence[_Question], requests: Sequence[Request], batch_size: int, scores: _Scores
-) -> None:
-    """Score a batch of contexts, padded to the longest, and then batches of their continuations."""
-    contexts = [context for context, _ in batch]
-    longest = max(map(len, contexts))
+def _score_padded(model: OpenELM, batch: Sequence[_Question], batch_size: int, scores: _Scores) -> None:
+    """Score a batch of questions, padded to the longest prefix, and then batches of the ends of continuations."""
+    longest = max(len(question.prefix) for question in batch)
     caches: list[Any] = [BatchKVCache([0] * len(batch)) for _ in model.layers]
     for cache in caches:
-        cache.prepare(right_padding=[longest - len(context) for context in contexts])
-    hidden = model.hidden_states(_padded(contexts), caches)  # [B, L, model_dim]
-    ends = mx.array([len(context) - 1 for context in contexts])[:, None, None]
-    first = _logprobs(model, mx.take_along_axis(hidden, ends, axis=1))[:, 0]  # [B, vocab]
-    owners = [(row, index) for row, (_, indices) in enumerate(batch) for index in indices]
-    tokens = [requests[index].continuation[0] for _, index in owners]
-    scores.add(first, [row for row, _ in owners], [index for _, index in owners], tokens)
+        cache.prepare(right_padding=[longest - len(question.prefix) for question in batch])
+    hidden = model.hidden_states(_padded([question.prefix for question in batch]), caches)  # [B, L, model_dim]
+    for row, question in enumerate(batch):
+        scores.add_prefix(question, hidden[row, question.start : len(question.prefix)])
+    ends = [(row, *end) for row, question in enumerate(batch) for end in question.ends if len(end[1]) > 1]
     for cache in caches:
         cache.finalize()
-    mx.eval([cache.state[:2] for cache in caches])
-    longer = [(row, index) for row, index in owners if len(requests[index].continuation) > 1]
-    for start in range(0, len(longer), batch_size):
-        some = longer[start : start + batch_size]
-        repeated = [copy.copy(cache) for cache in caches]
-        for cache in repeated:
-            cache.filter([row for row, _ in some])
-        inputs = [requests[index].continuation[:-1] for _, index in some]
-        hidden = model.hidden_states(_padded(inputs), repeated)
-        for row, (_, index) in enumerate(some):
-            targets = requests[index].continuation[1:]
-            for place in range(0, len(targets), _CHUNK):
-                part = targets[place : place + _CHUNK]
-                logprobs = _logprobs(model, hidden[row, place : place + len(part)])
-                scores.add(logprobs, range(len(part)), [index] * len(part), part)
+    for start in range(0, len(ends), batch_size):
+        some = ends[start : start + batch_size]
+        own = [copy.copy(cache) for cache in caches]
+        for cache in own:
+            cache.filter([row for row, _, _ in some])
+        hidden = model.hidden_states(_padded([tokens[:-1] for _, _, tokens in some]), own)
+        for row, (_, index, tokens) in enumerate(some):
+            _add_rows(model, index, tokens[1:], hidden[row, : len(tokens) - 1], scores)
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> mx.array:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,24 +45,25 @@ class Answers:
         """The answer, or None."""
         return self._known.get(key)
 
-    def add(self, key: str, answer: Any) -> None:
-        """Keep an answer, which is on its way to the disk when this returns.
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers by key, which are on their way to the disk, all of them at once, when this returns.
 
         Raises:
             OpenELMError: the file cannot be written, for example because the disk is full.
         """
-        self._known[key] = answer
+        self._known |= answers
         if self._file is None:
             return
+        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
         try:
-            self._file.write(json.dumps({"key": key, "answer": answer}).encode() + b"\n")
+            self._file.write("".join(lines).encode())
         except OSError as error:
             raise OpenELMError(f"{self.path} cannot be written: {error.strerror}.") from None
 
     def _open(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: each line is one write, which a killed process has made or not.
+            # Unbuffered: what is added is one write, which a killed process has made or not.
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as the run)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or the process dies
             self._read(path)

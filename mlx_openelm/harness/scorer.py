@@ -20,6 +20,8 @@ from .encoding import Encoder
 from .generating import options_of
 
 Progress = Callable[[int, int], None]
+# Called with new answers by the number of the request; those of a batch at once.
+_Done = Callable[[Mapping[int, Any]], None]
 
 
 class Scorer:
@@ -107,7 +109,7 @@ class Scorer:
     ) -> list[tuple[float, bool]]:
         """The likelihoods of what `requests(index)` splits into parts, as sums of the parts."""
 
-        def compute(missing: Sequence[int], done: Callable[[int, Any], None]) -> None:
+        def compute(missing: Sequence[int], done: _Done) -> None:
             parts: list[Request] = []
             owners: list[int] = []
             left: Counter[int] = Counter()
@@ -115,27 +117,28 @@ class Scorer:
             for index in missing:
                 own = requests(index)
                 if not own:  # the likelihood of nothing
-                    done(index, [0.0, True])
+                    done({index: [0.0, True]})
                 parts += own
                 owners += [index] * len(own)
                 left[index], sums[index] = len(own), {}
 
-            def answered(part: int, likelihood: Likelihood) -> None:
-                index = owners[part]
-                sums[index][part] = likelihood
-                left[index] -= 1
-                if not left[index]:
-                    ordered = [found for _, found in sorted(sums.pop(index).items())]
-                    total = sum(found.logprob for found in ordered)
-                    done(index, [total, all(found.is_greedy for found in ordered)])
+            def answered(batch: dict[int, Likelihood]) -> None:
+                complete = {}
+                for part, likelihood in batch.items():
+                    index = owners[part]
+                    sums[index][part] = likelihood
+                    left[index] -= 1
+                    if not left[index]:
+                        ordered = [found for _, found in sorted(sums.pop(index).items())]
+                        total = sum(found.logprob for found in ordered)
+                        complete[index] = [total, all(found.is_greedy for found in ordered)]
+                done(complete)
 
             log_likelihoods(self.model, parts, batch_size=self.batch_size, answered=answered)
 
         return [(logprob, is_greedy) for logprob, is_greedy in self._answered(method, arguments, compute)]
 
-    def _generate(
-        self, prompts: Sequence[tuple[str, Mapping[str, Any]]], missing: Sequence[int], done: Callable[[int, Any], None]
-    ) -> None:
+    def _generate(self, prompts: Sequence[tuple[str, Mapping[str, Any]]], missing: Sequence[int], done: _Done) -> None:
         engine = Engine(self.model, self.tokenizer, max_rows=self.batch_size, prompts_first=True)
         waiting = []
         for index in missing:
@@ -153,13 +156,13 @@ class Scorer:
             for index, row in ended:
                 if row.error is not None:
                     raise row.error
-                done(index, row.text)
+                done({index: row.text})
 
     def _answered(
         self,
         method: str,
         arguments: Sequence[Any],
-        compute: Callable[[Sequence[int], Callable[[int, Any], None]], None],
+        compute: Callable[[Sequence[int], _Done], None],
     ) -> list[Any]:
         """The answers to requests: those known already, and the others as `compute` finds them."""
         seen: Counter[str] = Counter()
@@ -172,14 +175,15 @@ class Scorer:
         missing = [index for index, answer in enumerate(found) if answer is None]
         left = len(missing)
 
-        def done(index: int, answer: Any) -> None:
+        def done(new: Mapping[int, Any]) -> None:
             nonlocal left
-            found[index] = answer
-            self.answers.add(keys[index], answer)
-            if self.listener is not None:
-                self.listener(method, arguments[index], answer)
-            self.computed += 1
-            left -= 1
+            self.answers.add({keys[index]: answer for index, answer in new.items()})
+            for index, answer in new.items():
+                found[index] = answer
+                if self.listener is not None:
+                    self.listener(method, arguments[index], answer)
+            self.computed += len(new)
+            left -= len(new)
             if self.progress is not None:
                 self.progress(len(found) - left, len(found))
 
