@@ -29,6 +29,7 @@ class OpenELMLM(TemplateLM):
         add_bos_token: must be true: OpenELM was trained with BOS.
         chat_template: `plain`, `corenet` or a jinja file, for `apply_chat_template`; by default the model's own.
         adapter_path, dtype, tokenizer, config_yaml, revision, expand: as for `load`.
+        device: ignored, since MLX takes the GPU if there is one; lm-eval's command always gives one.
 
     Raises:
         RequestError: a bad value, or as `load`.
@@ -54,8 +55,6 @@ class OpenELMLM(TemplateLM):
     ):
         if not add_bos_token:
             raise RequestError("add_bos_token must be true: OpenELM was trained with BOS.")
-        if device is not None:
-            raise RequestError("device is not offered: MLX takes the GPU if there is one.")
         size = _batch_size(batch_size)
         model, text = load(
             pretrained,

@@ -20,7 +20,9 @@ from .suites import FOLDERS, Wanted
 
 # Called with a task's name when its requests begin.
 Began = Callable[[str], object]
-_QUIET = ("lm_eval", "datasets", "huggingface_hub", "httpx")
+# Errors of data sets that cannot be had, beside those of files and connections.
+_ABSENT = ("DatasetNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError")
+_QUIET = ("lm_eval", "datasets", "httpx", "httpx2")
 
 
 def prepare() -> None:
@@ -38,7 +40,10 @@ def prepare() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise OpenELMError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
+    import huggingface_hub
+
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # it reports each of its retries
 
 
 def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
@@ -49,21 +54,32 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """
     import lm_eval.tasks
 
-    further = [] if include_path is None else [include_path]
-    root = Path(lm_eval.tasks.__file__).parent
-    folders = {root / FOLDERS[name] for name in names if name in FOLDERS}
-    few = all(name in FOLDERS for name in names) and all(folder.is_dir() for folder in folders)
-    if few or further:
-        manager = lm_eval.tasks.TaskManager(include_path=[*sorted(folders), *further], include_defaults=False)
-        if all(name in manager.all_tasks for name in names):
+    # Reading all of lm-eval's 14,000 files takes seconds.
+    root, own = Path(lm_eval.tasks.__file__).parent, [] if include_path is None else [include_path]
+    folders = sorted({root / FOLDERS[name] for name in names if name in FOLDERS})
+    if folders or own:
+        manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
+        if _knows(manager, names):
             return manager
-    manager = lm_eval.tasks.TaskManager(include_path=further or None)  # reads all of lm-eval's files
+    manager = lm_eval.tasks.TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks)
             hint = hint and f" ({hint})"
             raise RequestError(f"lm-eval has no task {name!r}{hint}; `lm-eval ls tasks` lists them.")
     return manager
+
+
+def _knows(manager: Any, names: Sequence[Any]) -> bool:
+    """Whether a manager has these tasks, and what groups among them have."""
+    for name in names:
+        entry = manager.task_index.get(name) if isinstance(name, str) else None
+        if entry is None:
+            return False
+        parts = (entry.cfg or {}).get("task")
+        if isinstance(parts, list) and not _knows(manager, parts):
+            return False
+    return True
 
 
 def run(
@@ -148,6 +164,8 @@ def _reason(error: Exception, folder: str | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "gated" in text.lower():
         return f"its data set is gated: accept its terms on the hub and run `hf auth login` ({text[:200]})"
+    if not isinstance(error, OSError | EOFError) and type(error).__name__ not in _ABSENT:
+        return f"it cannot be loaded: {type(error).__name__}: {text[:200]}"
     where = f"neither in {folder} nor on the hub" if folder else "not on the hub, or the hub cannot be reached"
     return f"its data is {where} ({text[:200]}); give a folder that has it with --data"
 
