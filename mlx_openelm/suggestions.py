@@ -15,9 +15,6 @@ _LATER_COMMANDS = {
     **dict.fromkeys(("serve", "server"), "`mlx_lm.server --model FOLDER` serves what `mlx-openelm convert` writes"),
     "chat": "`mlx-openelm generate --chat-template corenet` answers one message of an instruct model",
     "grpo": "`mlx-openelm dpo` trains on pairs of answers",
-    **dict.fromkeys(
-        ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
-    ),
     **dict.fromkeys(("embed", "classify"), "`mlx-openelm --help` lists what there is"),
 }
 _RENAMED_COMMANDS = {
@@ -29,6 +26,7 @@ _RENAMED_COMMANDS = {
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
+    **dict.fromkeys(("eval", "lm-eval"), "evaluate"),
     "benchmark": "bench",
     "publish": "upload",
     "push": "upload",
@@ -44,7 +42,7 @@ _REFUSED_COMMANDS = {
 
 _LATER_FLAGS = (
     *("--draft-model", "--prompt-cache-size", "--prompt-cache-bytes"),
-    *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency", "--tasks", "--suite"),
+    *("--host", "--port", "--allowed-origins", "--decode-concurrency", "--prompt-concurrency"),
 )
 # The names that other programs have for our flags; of several, the first that the command has is meant.
 _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
@@ -114,6 +112,7 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--outtype": ("--gguf-type",),
     "--branch": ("--revision",),
     "--repo-id": ("--upload-repo",),
+    **dict.fromkeys(("--shots", "--n-shot", "--fewshot"), ("--num-fewshot",)),
     "--force": ("--overwrite",),
     "-c": ("--config", "--config-yaml"),
     "-v": ("--version", "--verbose"),
@@ -126,6 +125,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("--prompt", "--max-tokens", "--temp", "--top-p", "--top-k", "--min-p", "--stop"), "generate"),
     **dict.fromkeys(("--system-prompt", "--chat-template", "--repetition-penalty"), "generate"),
     **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
+    **dict.fromkeys(("--tasks", "--suite", "--num-fewshot", "--num-shots"), "evaluate"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",
@@ -150,6 +150,8 @@ _REFUSED_FLAGS = {
     "--device": "MLX takes the GPU if there is one",
     "--num-beams": "text is decoded greedily or sampled, without beams",
     "--clear-cache-threshold": "in Python, call mx.set_cache_limit before finetune",
+    "--use-cache": "answers are kept beside --output",
+    "--confirm-run-unsafe-code": "tasks that run what a model writes are not offered",
     "--export-gguf": "run `mlx-openelm export --format gguf` on the fused folder",
     "--gguf-path": "run `mlx-openelm export --format gguf` on the fused folder",
     "--quantized-model": "--method dwq starts from --model and quantizes it itself",

@@ -159,8 +159,7 @@ def test_planned_flags_are_not_offered_yet(flag: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["serve", "chat", "evaluate", "grpo", "leaderboard",
-     "embed", "classify"],
+    ["serve", "chat", "grpo", "embed", "classify"],
 )  # fmt: skip
 def test_planned_commands_are_not_offered_yet(name: str) -> None:
     with pytest.raises(RequestError, match=f"^mlx-openelm {name} is not offered yet; ") as caught:
