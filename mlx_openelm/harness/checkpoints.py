@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, quote
 from ..formats.atomic import new_file
 from ..hub import catalog
 from ..inputs import to_path
@@ -16,21 +15,6 @@ from .evaluating import Progress, evaluate
 from .options import EvaluateOptions
 from .results import Result
 from .tables import percent
-
-
-def models(name: str) -> dict[int, str]:
-    """The names of the published checkpoints of `corenet:SIZE`, by iteration.
-
-    Raises:
-        RequestError: it is no such name.
-    """
-    size = catalog.corenet_name(name)
-    if not size or "/" in size:
-        raise RequestError(f"--checkpoints must be like corenet:270M, got {quote(name)}.")
-    found = {step: f"corenet:{size}/checkpoint_epoch_0_iter_{step - 1}" for step in catalog.CORENET_ITERATIONS}
-    for model in found.values():
-        catalog.corenet_files(model)
-    return found
 
 
 def evaluate_checkpoints(
@@ -51,7 +35,7 @@ def evaluate_checkpoints(
     """
     output = None if options.output is None else to_path(options.output)
     results = {}
-    for step, model in models(name).items():
+    for step, model in catalog.corenet_checkpoints(name).items():
         own = None if output is None else str(output.with_name(f"{output.stem}-{step}{output.suffix}"))
         settings: dict[str, Any] = {"dtype": dtype, "tokenizer": tokenizer, "overwrite": overwrite}
         results[step] = evaluate(model, replace(options, output=own), **settings, progress=progress)
