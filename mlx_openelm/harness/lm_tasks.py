@@ -140,6 +140,21 @@ def run(
         yield one.name, _results(found), _records(found)
 
 
+def check(names: Sequence[str], folder: Path | None) -> None:
+    """Load tasks with their data, to find out before a long run whether that works.
+
+    Raises:
+        RequestError: a task is not known, or has no data.
+    """
+    manager = make_manager(names, None)
+    for name in names:
+        try:
+            with data.local_first(folder):
+                _load(manager, Wanted(name), None)
+        except Exception as error:  # whatever a task's own code and its data raise
+            raise RequestError(f"{name}: {_reason(error, None if folder is None else str(folder))}.") from None
+
+
 def _load(manager: Any, wanted: Wanted, shots: int | None) -> list[Any]:
     """The task, or the group of tasks, or the tasks of a tag, with their number of examples."""
     loaded = manager._load_spec(wanted.name)

@@ -139,6 +139,12 @@ class RunProgress(Listener):
         loss, seconds = values["val_loss"], values["val_seconds"]
         self.say(f"Step {step:,}: validation loss {loss:.3f}{bits}{preferred(values, 'val_')}, {seconds:.1f} s")
 
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Print the scores of tasks, without standard errors."""
+        self._end_work()
+        scores = (f"{name} {value:.4g}" for name, value in values.items() if "_stderr" not in name)
+        self.say(f"Step {step:,}: {', '.join(scores)}")
+
     def saved(self, step: int, path: Path) -> None:
         """Print where a checkpoint is."""
         self.say(f"Step {step:,}: saved {path}")

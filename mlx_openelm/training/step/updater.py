@@ -190,6 +190,13 @@ class Updater:
         with substituted(self._parameters, self._cast(self._values())):
             return evaluate(self.model, batches, objective=self.objective, group=self._group, progress=progress)
 
+    @contextmanager
+    def measuring(self) -> Iterator[OpenELM]:
+        """The model as it is in a validation: without dropout, in the type to compute in."""
+        with substituted(self._parameters, self._cast(self._values())):
+            self.model.eval()
+            yield self.model
+
     def _cast(self, values: Sequence[mx.array]) -> list[mx.array]:
         """The master weights in the type to compute in; adapters cast their own, some of them after using them."""
         if not self.casts:
