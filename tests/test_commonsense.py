@@ -89,7 +89,7 @@ def test_equal_choices_count_as_in_corenet_the_first_one():
             return [(-1.0, False) for _ in pairs]
 
     asked = questions(find_task("openbookqa"), DATA)
-    scores, records = commonsense.score(find_task("openbookqa"), asked, [1, 0], Equal())
+    scores, records = commonsense.score(asked, [1, 0], Equal())
     assert scores["acc"] == [float(asked[1].answer == 0), float(asked[0].answer == 0)]
     assert [record["question"] for record in records] == [1, 0]
 

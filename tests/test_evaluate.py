@@ -143,7 +143,7 @@ def test_chosen_questions(tmp_path):
     ("options", "message"),
     [
         ({}, "nothing to run"),
-        ({"suite": "all"}, "suite must be zero_shot, openllm, llm360 or commonsense"),
+        ({"suite": "all"}, "suite must be zero_shot, openllm, llm360, commonsense, risk or memorization"),
         ({"suite": "openllm", "mode": "old"}, "mode must be paper or current"),
         ({"tasks": "piqa", "limit": 0}, "limit must be 1 or more"),
         ({"tasks": "piqa", "num_fewshot": -1}, "num_fewshot must be 0 or more"),

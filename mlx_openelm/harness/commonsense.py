@@ -188,7 +188,7 @@ def choices_of(instruction: str) -> list[str]:
 
 
 def score(
-    task: Task, asked: Sequence[Question], numbers: Sequence[int], scorer: Scorer
+    asked: Sequence[Question], numbers: Sequence[int], scorer: Scorer
 ) -> tuple[dict[str, list[float]], list[Row]]:
     """Ask the questions of these numbers; returns `acc` and `acc_norm` of each, 0 or 1, and what was asked.
 
@@ -207,7 +207,6 @@ def score(
         scores["acc_norm"].append(right[1])
         records.append(
             {
-                "task": task.name,
                 "question": number,
                 "target": question.answer,
                 "requests": [(question.prompt, choice) for choice in question.choices],

@@ -10,13 +10,13 @@ from typing import Any
 from ..hub import catalog
 from . import commonsense
 from .results import Result, TaskResult
-from .suites import METRICS, metric_of
+from .suites import METRICS, OWN, metric_of
 from .tables import percent
 
 # A difference of more standard errors than this is outside what chance explains, in 19 of 20 cases.
 OUTSIDE = 1.96
 # Metrics that are shares, which tables give in percent.
-_SHARES = ("acc", "acc_norm", "pct_stereotype", "exact_match", "f1")
+_SHARES = ("acc", "acc_norm", "pct_stereotype", "exact_match", "f1", "verbatim")
 AVERAGE = "average"
 
 
@@ -62,7 +62,7 @@ def published(result: Result) -> dict[str, dict[str, float]]:
             f"{method} {size}": {names.get(task, task): value for task, value in table.items()}
             for method, table in scores["peft_commonsense"][size].items()
         }
-    if release is None or result.suite is None:
+    if release is None or result.suite not in scores["scores"]:
         return {}
     return {f"Apple {release.display_name}": release.scores(result.suite)}
 
@@ -77,7 +77,12 @@ def rows(result: Result) -> list[Row]:
             found.append(
                 Row(name, metric, task.metrics[metric], task.metrics.get(f"{metric}_stderr"), task.questions, beside)
             )
-    if len(found) > 1 and not result.missing and all(row.metric in _SHARES for row in found):
+    if (
+        len(found) > 1
+        and result.suite not in OWN
+        and not result.missing
+        and all(row.metric in _SHARES for row in found)
+    ):
         found.append(average(found, columns))
     return found
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,7 @@ from ..model import OpenELM
 from ..sources import Source, open_source
 from ..text.tokenizer import Tokenizer
 from ..version import __version__
-from . import commonsense
+from . import commonsense, memorization
 from .answers import Answers
 from .options import EvaluateOptions
 from .results import Result, TaskResult
@@ -97,7 +97,7 @@ def measure(
     result = Result(
         about,
         suite=options.suite,
-        mode=None if options.suite in (None, "commonsense") else options.mode,
+        mode=None if options.suite is None or options.suite in _PLAIN else options.mode,
         settings=settings_of(options),
         versions={"mlx-openelm": __version__, "python": platform.python_version(), **_versions()},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -151,9 +151,10 @@ _Runner = Callable[[Scorer, _Show], Iterator[_Done]]
 def _runner(options: EvaluateOptions) -> _Runner:
     """The function that runs the tasks; everything that can be checked without a model is checked."""
     _ = options.chosen, options.generation
-    if options.suite == "commonsense":
-        tasks = wanted("commonsense", options.task_names)
-        return lambda scorer, began: _run_commonsense(tasks, scorer, options, began)
+    if options.suite in _PLAIN:
+        tasks = wanted(options.suite, options.task_names)
+        ask = _PLAIN[options.suite]
+        return lambda scorer, began: _run_plain(ask, tasks, scorer, options, began)
     from . import lm_tasks
 
     lm_tasks.prepare()
@@ -165,23 +166,52 @@ def _runner(options: EvaluateOptions) -> _Runner:
     return lambda scorer, began: lm_tasks.run(tasks, scorer, options, manager, paper=paper, began=began)
 
 
-def _run_commonsense(tasks: list[Wanted], scorer: Scorer, options: EvaluateOptions, began: _Show) -> Iterator[_Done]:
-    for one in tasks:
-        task = commonsense.find_task(one.name)
+# A task's questions, the numbers of those to ask, and the function that asks the questions of some numbers.
+_Asked = tuple[Sequence[Any], Sequence[int], Callable[[Sequence[int], Scorer], tuple[dict[str, list[float]], Records]]]
+
+
+def _ask_commonsense(name: str, options: EvaluateOptions) -> _Asked:
+    task = commonsense.find_task(name)
+    questions = commonsense.questions(task, options.data_folder)
+    return (
+        [(question.prompt, question.choices) for question in questions],
+        range(len(questions))[: options.limit],
+        lambda numbers, scorer: commonsense.score(questions, numbers, scorer),
+    )
+
+
+def _ask_memorization(name: str, options: EvaluateOptions) -> _Asked:
+    passages = memorization.passages(options.data_folder, name)
+    numbers = memorization.spread(len(passages), options.limit)
+    return passages, numbers, lambda numbers, scorer: memorization.score(passages, numbers, scorer)
+
+
+# The suites that need no lm-eval.
+_PLAIN = {"commonsense": _ask_commonsense, "memorization": _ask_memorization}
+
+
+def _run_plain(
+    ask: Callable[[str, EvaluateOptions], _Asked],
+    tasks: list[Wanted],
+    scorer: Scorer,
+    options: EvaluateOptions,
+    began: _Show,
+) -> Iterator[_Done]:
+    for name in (task.name for task in tasks):
         try:
-            questions = commonsense.questions(task, options.data_folder)
+            questions, numbers, score = ask(name, options)
         except OpenELMError as error:
-            yield task.name, str(error).rstrip("."), []
+            yield name, str(error).rstrip("."), []
             continue
-        numbers = options.chosen.get(task.name, range(len(questions))[: options.limit])
+        numbers = options.chosen.get(name, numbers)
         if too_high := [number for number in numbers if number >= len(questions)]:
-            raise RequestError(f"--samples asks for question {too_high[0]} of {task.name}, which has {len(questions)}.")
-        began(task.name)
-        scores, records = commonsense.score(task, questions, numbers, scorer)
-        prompts = [(questions[number].prompt, questions[number].choices) for number in numbers]
-        text = json.dumps(prompts, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(text, digest_size=16).hexdigest()
-        yield task.name, {task.name: TaskResult.of(scores, prompts=digest, data=options.data or task.dataset)}, records
+            raise RequestError(f"--samples asks for question {too_high[0]} of {name}, which has {len(questions)}.")
+        began(name)
+        scores, records = score(numbers, scorer)
+        text = json.dumps([questions[number] for number in numbers], ensure_ascii=False)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        result = TaskResult.of(scores, prompts=digest, data=options.data)
+        yield name, {name: result}, [{"task": name, **record} for record in records]
 
 
 def _shown(scorer: Scorer, show: Progress | None) -> _Show:

@@ -14,7 +14,7 @@ from ..inputs import read_json, to_path
 from ..options import Option, Options
 from ..wording import one_of
 
-SUITES = ("zero_shot", "openllm", "llm360", "commonsense")
+SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization")
 MODES = ("paper", "current")
 
 
@@ -31,7 +31,7 @@ class EvaluateOptions(Options):
 
     suite: Annotated[
         str | None,
-        Option("Tasks that belong together: Apple's three tables, or CoreNet's fine-tuning tasks.",
+        Option("Tasks that belong together: Apple's three tables, CoreNet's fine-tuning tasks, risks.",
                metavar="|".join(SUITES)),
     ] = None  # fmt: skip
     tasks: Annotated[

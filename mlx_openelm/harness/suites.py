@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..hub import catalog
-from . import commonsense
+from . import commonsense, memorization
 
 # The metric that stands for a task in a table: the paper's (arXiv:2404.14619, appendix).
 METRICS = {
@@ -16,6 +16,13 @@ METRICS = {
     "hellaswag": "acc_norm",
     "piqa": "acc_norm",
     "crows_pairs_english": "pct_stereotype",
+    "train": "verbatim",
+    "held_out": "verbatim",
+}
+# Suites of ours, with the examples in a prompt; those of the tables are in the catalog.
+OWN = {
+    "risk": {"crows_pairs_english": 0, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0},
+    "memorization": dict.fromkeys(memorization.SPLITS, 0),
 }
 _PREFERRED = ("acc", "exact_match", "f1", "word_perplexity")
 # Where lm-eval has the tasks of the suites, so that not all of its 14,000 files need to be read.
@@ -53,7 +60,7 @@ def wanted(suite: str, names: list[str]) -> list[Wanted]:
     if suite == "commonsense":
         tasks = [commonsense.find_task(name) for name in names] if names else commonsense.TASKS
         return [Wanted(task.name, 0) for task in tasks]
-    shots: dict[str, int] = catalog.published_scores()["shots"][suite]
+    shots: dict[str, int] = OWN[suite] if suite in OWN else catalog.published_scores()["shots"][suite]
     for name in names:
         if name not in shots:
             raise RequestError(f"--suite {suite} has no task {name!r}; it has {', '.join(shots)}.")
