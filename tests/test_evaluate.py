@@ -351,7 +351,7 @@ class TestLmEval:
     def test_names_that_lm_eval_does_not_have(self, capsys):
         code, _, err = run(capsys, "--tasks", "arc_chalenge")
         assert code == 2
-        assert err.startswith("error: lm-eval has no task 'arc_chalenge' (did you mean arc_challenge")
+        assert err.startswith("error: There is no task 'arc_chalenge' in lm-eval (did you mean arc_challenge")
 
     @pytest.mark.slow  # lm-eval reads all of its tasks
     def test_lm_evals_own_command_knows_the_model(self, sets, tmp_path):

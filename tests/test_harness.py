@@ -250,7 +250,7 @@ def test_lm_eval_finds_the_model_by_name():
     assert np.isfinite(lm.loglikelihood(instances("loglikelihood", PAIRS[:1]), disable_tqdm=True)[0][0])
     for wrong, message in (
         ({"batch_size": "many"}, "batch_size must be a whole number or auto"),
-        ({"add_bos_token": False}, "trained with BOS"),
+        ({"add_bos_token": False}, "add_bos_token must be true"),
         ({"max_length": 5000}, "max_length must be from 2 to 1024"),
     ):
         with pytest.raises(RequestError, match=message):

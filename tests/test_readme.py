@@ -35,6 +35,8 @@ FEWEST = {
     "constraints.md": 4,
     "cpu.md": 1,
     "drafts.md": 2,
+    "evaluation.md": 6,
+    "risk.md": 0,
     "fine-tuning.md": 0,
     "pretraining.md": 2,
     "preference.md": 0,
@@ -68,7 +70,7 @@ def why_not_run(command: str) -> str | None:
     given = words(command)
     if not any(tuple(given[: len(start)]) == start for start in OURS):
         return "another program"
-    named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model")]
+    named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model", "--checkpoints")]
     is_release = any(catalog.find(name) or name.startswith("corenet:") for name in named)
     is_repository = any(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not (ROOT / name).exists() for name in named)
     if is_release or is_repository:

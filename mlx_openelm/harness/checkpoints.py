@@ -13,7 +13,7 @@ from ..inputs import to_path
 from . import compare
 from .evaluating import Progress, evaluate
 from .options import EvaluateOptions
-from .results import Result
+from .results import PROGRAM, Result
 from .tables import percent
 
 
@@ -46,7 +46,7 @@ def evaluate_checkpoints(
 
 def save(results: dict[int, Result], path: Path) -> None:
     """Write the metrics of all checkpoints; the file appears complete or not at all."""
-    values = {"program": "mlx-openelm evaluate --checkpoints", "results": to_json(results)}
+    values = {"program": PROGRAM, "kind": "evaluation of checkpoints", "results": to_json(results)}
     with new_file(path) as partial:
         partial.write_text(json.dumps(values, indent=1) + "\n")
 

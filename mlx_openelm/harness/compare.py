@@ -62,7 +62,7 @@ def published(result: Result) -> dict[str, dict[str, float]]:
             f"{method} {size}": {names.get(task, task): value for task, value in table.items()}
             for method, table in scores["peft_commonsense"][size].items()
         }
-    if release is None or result.suite not in scores["scores"]:
+    if release is None or result.suite is None or result.suite not in scores["scores"]:
         return {}
     return {f"Apple {release.display_name}": release.scores(result.suite)}
 

@@ -234,8 +234,9 @@ def _load(
     if adapter is None or adapter_path is None:
         return model, []
     attach(model, adapter)
-    is_list = isinstance(adapter_path, list | tuple)
-    return model, [str(path) for path in adapter_path] if is_list else [str(adapter_path)]
+    if isinstance(adapter_path, list | tuple):
+        return model, [str(path) for path in adapter_path]
+    return model, [str(adapter_path)]
 
 
 def about_model(model: OpenELM, source: Source, adapters: list[str]) -> dict[str, Any]:
@@ -258,8 +259,10 @@ def about_model(model: OpenELM, source: Source, adapters: list[str]) -> dict[str
 
 def settings_of(options: EvaluateOptions) -> dict[str, Any]:
     """The options that change what is asked or answered."""
-    names = ("tasks", "data", "limit", "samples", "num_fewshot", "include_path", "seed", "apply_chat_template")
-    names += ("chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "max_length")
+    names = (
+        *("tasks", "data", "limit", "samples", "num_fewshot", "include_path", "seed", "apply_chat_template"),
+        *("chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "max_length"),
+    )
     values = {name: getattr(options, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

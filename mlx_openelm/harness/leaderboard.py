@@ -83,7 +83,7 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
     tasks = common_tasks(results)
     found = [_entry(result, tasks) for result in results]
     suite = results[0].suite
-    if published and suite in catalog.published_scores()["scores"]:
+    if published and suite is not None and suite in catalog.published_scores()["scores"]:
         for release in catalog.releases():
             scores = {task: value / 100 for task, value in release.scores(suite).items() if task in tasks}
             parameters = ModelConfig.from_name(release.name).num_parameters

@@ -54,7 +54,7 @@ class OpenELMLM(TemplateLM):
         device: str | None = None,
     ):
         if not add_bos_token:
-            raise RequestError("add_bos_token must be true: OpenELM was trained with BOS.")
+            raise RequestError("OpenELM was trained with BOS, so add_bos_token must be true.")
         size = _batch_size(batch_size)
         model, text = load(
             pretrained,

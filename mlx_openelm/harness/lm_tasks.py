@@ -66,7 +66,7 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
         if name not in manager.all_tasks and not Path(name).is_file():
             hint = did_you_mean(name, manager.all_tasks)
             hint = hint and f" ({hint})"
-            raise RequestError(f"lm-eval has no task {name!r}{hint}; `lm-eval ls tasks` lists them.")
+            raise RequestError(f"There is no task {name!r} in lm-eval{hint}; `lm-eval ls tasks` lists them.")
     return manager
 
 

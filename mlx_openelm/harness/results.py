@@ -13,7 +13,7 @@ from ..formats.atomic import new_file
 from ..inputs import MAX_BYTES, read_bytes
 from .statistics import mean, standard_error
 
-PROGRAM = "mlx-openelm evaluate"
+PROGRAM, KIND = "mlx-openelm", "evaluation"
 # More than the scores of all of MMLU's questions take.
 _MAX_BYTES = 16 * MAX_BYTES
 
@@ -88,7 +88,7 @@ class Result:
         tasks = values.pop("tasks")
         for task in tasks.values():
             task.pop("metrics")
-        return {"program": PROGRAM, "results": self.results, **values, "tasks": tasks}
+        return {"program": PROGRAM, "kind": KIND, "results": self.results, **values, "tasks": tasks}
 
     def save(self, path: Path) -> None:
         """Write the result; the file appears complete or not at all."""
@@ -105,7 +105,7 @@ class Result:
         """
         try:
             values = json.loads(read_bytes(path, max_bytes=_MAX_BYTES))
-            if values.pop("program") != PROGRAM:
+            if (values.pop("program"), values.pop("kind")) != (PROGRAM, KIND):
                 raise ValueError
             results, tasks = values.pop("results"), values.pop("tasks")
             found = {name: TaskResult(metrics=results[name], **tasks[name]) for name in results}
