@@ -77,6 +77,7 @@ def log_likelihoods(
     for batch in _batches(requests, batch_size):
         scores = _Scores(model)
         score(model, batch, batch_size, scores)
+        scores.read()
         for index, likelihood in scores.likelihoods.items():
             found[index] = likelihood
         if answered is not None:
@@ -132,6 +133,7 @@ class _Scores:
         self._model = model
         self._sums: dict[int, float] = {}
         self._greedy: dict[int, bool] = {}
+        self._waiting: list[tuple[Sequence[int], Sequence[int], mx.array, mx.array]] = []  # for the device
 
     def add(self, logprobs: mx.array, rows: Sequence[int], owners: Sequence[int], tokens: Sequence[int]) -> None:
         """Add tokens [N] of the requests `owners`, whose log-probabilities are in `rows` of `logprobs` [L, vocab]."""
@@ -140,14 +142,20 @@ class _Scores:
         places, targets = mx.array(list(rows)), mx.array(list(tokens))
         chosen = mx.take_along_axis(logprobs[places], targets[:, None], axis=-1)[:, 0]
         likeliest = mx.argmax(logprobs, axis=-1)[places]
-        mx.eval(chosen, likeliest)
-        values: Any = chosen.tolist()
-        best: Any = likeliest.tolist()
-        for owner, token, value, top in zip(owners, tokens, values, best, strict=True):
-            if not math.isfinite(value):
-                raise not_finite("The model's logits are", self._model)
-            self._sums[owner] = self._sums.get(owner, 0.0) + value
-            self._greedy[owner] = self._greedy.get(owner, True) and token == top
+        mx.async_eval(chosen, likeliest)
+        self._waiting.append((owners, tokens, chosen, likeliest))
+
+    def read(self) -> None:
+        """Sum up what was added; waits for the device."""
+        for owners, tokens, chosen, likeliest in self._waiting:
+            values: Any = chosen.tolist()
+            best: Any = likeliest.tolist()
+            for owner, token, value, top in zip(owners, tokens, values, best, strict=True):
+                if not math.isfinite(value):
+                    raise not_finite("The model's logits are", self._model)
+                self._sums[owner] = self._sums.get(owner, 0.0) + value
+                self._greedy[owner] = self._greedy.get(owner, True) and token == top
+        self._waiting = []
 
     @property
     def likelihoods(self) -> dict[int, Likelihood]:
@@ -171,19 +179,20 @@ _End = tuple[int, tuple[int, ...], list[Any]]
 
 def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, scores: _Scores) -> None:
     """Score a batch so that no question depends on the others."""
-    waiting: list[_End] = []
     for question in batch:
+        waiting: list[_End] = []
         decoder, rows = Decoder(model), []
         size = backend.prefill_step_size()
         for first in range(0, len(question.prefix), size):
             hidden = decoder.extend(mx.array([question.prefix[first : first + size]]))
             rows.append(hidden[0, max(0, question.start - first) :])
-            mx.eval(rows[-1], [layer.state[:2] for layer in decoder.cache])
+            if first + size < len(question.prefix):
+                mx.eval(rows[-1], [layer.state[:2] for layer in decoder.cache])
         scores.add_prefix(question, mx.concatenate([row for row in rows if row.shape[0]]))
         for index, tokens in question.ends:
             if len(tokens) == 1:
                 continue
-            end = index, tokens, [copy.copy(cache) for cache in decoder.cache]
+            end = index, tokens, _copies(decoder.cache, len(tokens))
             if len(tokens) > MANY_POSITIONS:
                 _score_alone(model, end, scores)
                 continue
@@ -191,8 +200,16 @@ def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, 
             if len(waiting) == batch_size:
                 _score_step(model, waiting, scores)
                 waiting = []
-    if waiting:
-        _score_step(model, waiting, scores)
+        if waiting:
+            _score_step(model, waiting, scores)
+
+
+def _copies(caches: Sequence[Any], room: int) -> list[Any]:
+    """Copies of caches that grow by no more than `room` positions, since there is one for each continuation."""
+    copies = [copy.copy(cache) for cache in caches]
+    for cache in copies:
+        cache.step = room
+    return copies
 
 
 def _score_alone(model: OpenELM, end: _End, scores: _Scores) -> None:
