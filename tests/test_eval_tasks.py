@@ -98,7 +98,7 @@ def test_dpo_and_pretraining_measure_too(tmp_path, measured):
         ({"eval_tasks_data": "/nowhere"}, "data must be a folder"),
     ],
 )
-def test_mistakes_are_found_before_training(tmp_path, changes, message):
+def test_mistakes_are_found_before_training(tmp_path, changes, message, hub):
     data = write(tmp_path / "data", [{"text": "The king said no."}] * 4)
     values = {"iters": 1, "val_batches": 0, **TASKS, **changes}
     options = FineTuneOptions(train=True, data=str(data), adapter_path=str(tmp_path / "adapter"), **values)

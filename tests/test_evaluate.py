@@ -116,7 +116,7 @@ def test_an_output_of_something_else_is_kept(capsys, tmp_path):
     assert code == 2 and "is the result of other tasks;" in err
 
 
-def test_missing_data_is_named_and_the_rest_runs(capsys, monkeypatch):
+def test_missing_data_is_named_and_the_rest_runs(capsys, hub):
     code, out, err = run(capsys, "--suite", "commonsense", "--data", DATA, "--limit", 1)
     assert code == 0
     assert {line.split()[0] for line in out.splitlines()[1:4]} == {"winogrande", "ARC-Challenge", "openbookqa"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import OpenELMError, RequestError
 from ..text.instructions import instruction_prompt
 from . import data
 from .scorer import Scorer
@@ -133,18 +133,20 @@ def questions(task: Task, folder: Path | None) -> list[Question]:
         RequestError: there is no data, or a record is not understood; the message names it.
         OpenELMError: a download that failed.
     """
+    absent = ""
     if folder is not None:
         own = folder / task.name / "test.json"
         if own.is_file():
             return [_question(row, f"{own}, record {number}") for number, row in enumerate(data.read_rows([own]), 1)]
         root = data.find(folder, task.dataset)
         files = {} if root is None else data.split_files(root, task.config)
-        if task.split not in files:
-            raise RequestError(
-                f"{folder} has no {own.relative_to(folder)} and no {task.dataset} with the split {task.split}."
-            )
-        return _from_hub(task, files[task.split])
-    return _from_hub(task, data.download_split(task.dataset, task.config, task.split))
+        if task.split in files:
+            return _from_hub(task, files[task.split])
+        absent = f"{folder} has no {own.relative_to(folder)} and no {task.dataset} with the split {task.split}. "
+    try:
+        return _from_hub(task, data.download_split(task.dataset, task.config, task.split))
+    except OpenELMError as error:
+        raise type(error)(f"{absent}{error}") from None
 
 
 def _from_hub(task: Task, files: Sequence[Path]) -> list[Question]:
