@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import load
-from mlx_openelm.evaluation.perplexity import load_documents, make_windows
+from mlx_openelm.evaluation.windows import load_documents, make_windows
 from mlx_openelm.formats.mlx import Checkpoint, Quantization
 from mlx_openelm.formats.packing import bits_per_weight
 from mlx_openelm.formats.safetensors import Weights

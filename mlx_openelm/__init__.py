@@ -17,6 +17,7 @@ __all__ = [
     "AdapterSwitch",
     "CacheOptions",
     "Engine",
+    "EvaluateOptions",
     "FineTuneOptions",
     "FineTuned",
     "GRPOOptions",
@@ -40,6 +41,7 @@ __all__ = [
     "batch_generate",
     "convert",
     "dpo",
+    "evaluate",
     "export",
     "finetune",
     "fuse",
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from .generation.options import CacheOptions, GenerationOptions
     from .generation.piece import Piece
     from .generation.stream import generate, stream_generate
+    from .harness.evaluating import evaluate
+    from .harness.options import EvaluateOptions
     from .jobs.average import average
     from .jobs.convert import convert
     from .jobs.export import export
@@ -125,6 +129,8 @@ _HOMES = {
     "Loading": "training.run.preparing",
     "train_tokenizer": "training.train_tokenizer",
     "perplexity": "evaluation.perplexity",
+    "evaluate": "harness.evaluating",
+    "EvaluateOptions": "harness.options",
     "AdapterSwitch": "adapters.switching",
     "OpenELM": "model",
     "ModelConfig": "config",

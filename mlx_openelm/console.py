@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from .messages import say
-from .wording import size
+from .wording import duration, size
 
 __all__ = ["Progress", "print_json", "say"]
 
@@ -116,10 +116,13 @@ class Progress:
 
     On a terminal it is a bar that disappears at the end; elsewhere, with `lines`, a plain line every few seconds.
     Use it in a `with` block, so that an error removes the bar.
+
+    Args:
+        lines_tell_time: whether lines say how much time is left, as the bar does.
     """
 
-    def __init__(self, label: str, *, unit: str, lines: bool = True):
-        self._label, self._unit, self._lines = label, unit, lines
+    def __init__(self, label: str, *, unit: str, lines: bool = True, lines_tell_time: bool = False):
+        self._label, self._unit, self._lines, self._lines_tell_time = label, unit, lines, lines_tell_time
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -133,13 +136,19 @@ class Progress:
         elif not sys.stderr.isatty():
             if self._lines and now - self._last_line >= _LINE_SECONDS:
                 self._last_line = now
-                say(f"{self._label}: {self._amounts(done, total)}")
+                say(f"{self._label}: {self._amounts(done, total)}{self._left(now, done, total)}")
         elif self._expected_seconds(now, done, total) > QUIET_SECONDS:
             self._open(done, total)
 
     def _expected_seconds(self, now: float, done: int, total: int) -> float:
         spent = now - self._started
         return spent * total / done if done else spent
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        """The time left, where lines show it."""
+        if not self._lines_tell_time or not done:
+            return ""
+        return f", about {duration(self._expected_seconds(now, done, total) - (now - self._started))} left"
 
     def _amounts(self, done: int, total: int) -> str:
         if self._unit == "bytes":
@@ -172,15 +181,20 @@ class Progress:
 
 
 class Stages:
-    """One progress bar after another, each labelled with its stage."""
+    """One progress bar after another, each labelled with its stage.
 
-    def __init__(self) -> None:
-        self._stage, self._bar = "", Progress("", unit="")
+    Args:
+        unit: what all stages count; by default each its own.
+    """
+
+    def __init__(self, unit: str | None = None) -> None:
+        self._stage, self._unit, self._bar = "", unit, Progress("", unit="")
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._bar.close()
-            self._stage, self._bar = stage, Progress(stage, unit=_UNITS.get(stage, ""))
+            unit = _UNITS.get(stage, "") if self._unit is None else self._unit
+            self._stage, self._bar = stage, Progress(stage, unit=unit, lines_tell_time=self._unit is not None)
         self._bar(done, total)
 
     def say(self, line: str) -> None:

@@ -12,9 +12,6 @@ from .wording import did_you_mean, flag, similar
 
 # Planned commands, other names for them, and what can be done until then.
 _LATER_COMMANDS = {
-    **dict.fromkeys(
-        ("evaluate", "eval", "leaderboard"), "`mlx-openelm perplexity` measures how well a model predicts a text"
-    ),
     "classify": "`mlx-openelm --help` lists what there is",
 }
 _RENAMED_COMMANDS = {
@@ -28,6 +25,7 @@ _RENAMED_COMMANDS = {
     "merge": "fuse",
     "gguf": "export --format gguf",
     "ppl": "perplexity",
+    **dict.fromkeys(("eval", "lm-eval"), "evaluate"),
     "benchmark": "bench",
     "server": "serve",
     **dict.fromkeys(("embedding", "embeddings"), "embed"),
@@ -43,7 +41,6 @@ _REFUSED_COMMANDS = {
     "download": "a model is downloaded when it is first used, for example by generate --model 270m",
 }
 
-_LATER_FLAGS = ("--tasks", "--suite")
 # The names that other programs have for our flags; of several, the first that the command has is meant.
 _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--temperature": ("--temp",),
@@ -122,6 +119,7 @@ _RENAMED_FLAGS: dict[str, tuple[str, ...]] = {
     "--outtype": ("--gguf-type",),
     "--branch": ("--revision",),
     "--repo-id": ("--upload-repo",),
+    **dict.fromkeys(("--shots", "--n-shot", "--fewshot"), ("--num-fewshot",)),
     "--force": ("--overwrite",),
     "-c": ("--config", "--config-yaml"),
     "-v": ("--version", "--verbose"),
@@ -136,6 +134,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("--num-draft-tokens", "--prompt-lookup"), "generate"),
     "--draft-model": "generate",
     **dict.fromkeys(("--host", "--port", "--allowed-origins", "--prompt-cache-bytes"), "serve"),
+    **dict.fromkeys(("--tasks", "--suite", "--num-fewshot", "--num-shots"), "evaluate"),
     "--method": "quantize",
     "--target-bpw": "quantize",
     "--format": "export",
@@ -161,6 +160,8 @@ _REFUSED_FLAGS = {
     "--device": "MLX takes the GPU if there is one",
     "--num-beams": "text is decoded greedily or sampled, without beams",
     "--clear-cache-threshold": "in Python, call mx.set_cache_limit before finetune",
+    "--use-cache": "answers are kept beside --output",
+    "--confirm-run-unsafe-code": "tasks that run what a model writes are not offered",
     "--export-gguf": "run `mlx-openelm export --format gguf` on the fused folder",
     "--gguf-path": "run `mlx-openelm export --format gguf` on the fused folder",
     "--quantized-model": "--method dwq starts from --model and quantizes it itself",
@@ -213,8 +214,6 @@ def unknown_flag(program: str, flag: str, known: Collection[str]) -> str:
     """
     plain = flag.replace("_", "-").lower()
     if plain not in known:
-        if plain in _LATER_FLAGS:
-            return f"{plain} is not offered yet; leave it out."
         refused = _REFUSED_FLAGS | (_REFUSED_BY_QUANTIZE if program.endswith(" quantize") else {})
         refused |= _REFUSED_BY_CACHE_PROMPT if program.endswith(" cache-prompt") else {}
         if plain in refused:
@@ -233,8 +232,6 @@ def unknown_keyword(function: str, name: str, places: Mapping[str, Collection[st
         places: its own arguments, by the name ""; and the fields of the options that it takes, by their class.
     """
     typed = f"-{name}" if len(name) == 1 else flag(name)
-    if typed in _LATER_FLAGS:
-        return f"{name} is not offered yet; leave it out."
     wrong = f"{function} has no option {name}"
     renamed = [_RENAMED_KEYWORDS.get(name, name), *map(_keyword, _RENAMED_FLAGS.get(typed, ()))]
     for place, known in places.items():

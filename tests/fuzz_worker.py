@@ -74,7 +74,7 @@ def data(path: Path, kind: str) -> None:
 
 
 def documents(path: Path, kind: str) -> None:
-    from mlx_openelm.evaluation.perplexity import load_documents
+    from mlx_openelm.evaluation.windows import load_documents
 
     load_documents(path)
 

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from mlx_openelm.errors import RequestError
-from mlx_openelm.evaluation.perplexity import load_documents
+from mlx_openelm.evaluation.windows import load_documents
 from mlx_openelm.training.data.read import read_records, read_splits
 
 import pytest

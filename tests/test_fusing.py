@@ -16,7 +16,8 @@ from mlx_openelm.adapters.merging import merge
 from mlx_openelm.adapters.switching import read_mixture
 from mlx_openelm.config import EMBEDDING
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
+from mlx_openelm.evaluation.perplexity import kl_divergence
+from mlx_openelm.evaluation.windows import load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.adapter import Adapter, LowRank
 from mlx_openelm.formats.mlx import Checkpoint

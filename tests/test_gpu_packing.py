@@ -7,7 +7,8 @@ from typing import Any
 
 from mlx_openelm import load
 from mlx_openelm.cache import make_cache
-from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents
+from mlx_openelm.evaluation.perplexity import kl_divergence
+from mlx_openelm.evaluation.windows import load_documents
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.formats.packing import quantize_weights

@@ -15,7 +15,7 @@ PACKAGE = Path(mlx_openelm.__file__).parent
 ROOMS = [
     "__main__", "cli", "serving", "__init__",
     "training", "training.run", "training.step", "training.data.corpus", "training.options", "training.data",
-    "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
+    "harness", "jobs.bench", "jobs", "loading", "quantization", "evaluation", "generation",
     "adapters", "sources", "publishing", "finite", "modules", "model", "formats", "ops", "cuda", "text", "cache", "hub",
     "backend", "blas", "config", "native",
     "inputs", "options", "keywords", "suggestions", "console", "messages", "errors", "wording", "version",

@@ -9,7 +9,8 @@ from pathlib import Path
 from mlx_openelm import convert, errors, load
 from mlx_openelm.cli.main import main, parse
 from mlx_openelm.errors import RequestError
-from mlx_openelm.evaluation.perplexity import EXAMPLE_KEYS, kl_divergence, load_documents, make_windows, mean_nll
+from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll, measure
+from mlx_openelm.evaluation.windows import EXAMPLE_KEYS, cut, load_documents, make_windows
 from mlx_openelm.training.data.kinds import KINDS
 
 import mlx.core as mx
@@ -165,3 +166,86 @@ def test_text_files_are_one_document(tmp_path):
     jsonl = tmp_path / "a.jsonl"
     jsonl.write_text(json.dumps({"text": "a b"}) + "\n" + json.dumps({"text": "c"}) + "\n")
     assert load_documents(jsonl) == ["a b", "c"]
+
+
+def plain_losses(model, window: list[int]) -> list[float]:
+    """The loss of each token of a window but the first, from one forward pass."""
+    logprobs = log_softmax(model(mx.array([window[:-1]]))[0])
+    return [-logprobs[place, token] for place, token in enumerate(window[1:])]
+
+
+@pytest.mark.parametrize(("length", "stride"), [(32, 8), (32, 32), (32, 1), (500, 100)])
+def test_strided_windows_measure_each_token_once(loaded, length, stride):
+    model, tokenizer = loaded
+    documents = ["To be, or not to be, that is the question:", "Whether 'tis nobler in the mind to suffer"] * 2
+    ids = [token for document in documents for token in (*tokenizer.encode(document), 2)]
+    found = measure(model, cut(tokenizer, documents, length, stride), batch_size=3)
+    losses, end = [], 0
+    while end < len(ids):
+        first, end = end, min(len(ids), end + (stride if end else length))
+        losses += plain_losses(model, [1, *ids[max(0, end - length) : end]])[first - end :]
+    assert found.tokens == len(losses) == len(ids)
+    assert found.nll == pytest.approx(np.mean(losses), abs=1e-4)
+    assert found.standard_error == pytest.approx(np.std(losses) / len(losses) ** 0.5, rel=1e-3)
+
+
+def test_bits_per_byte_and_character_are_those_of_the_text(loaded):
+    model, tokenizer = loaded
+    documents = ["Café — to be, or not?\n\nAy 😀", " a space in front", "plain"]
+    text = "".join(documents)
+    found = measure(model, cut(tokenizer, documents, 16, 16))
+    assert (found.bytes, found.characters) == (len(text.encode()), len(text))
+    bits, error = found.bits_per("bytes")
+    assert bits == pytest.approx(found.nll * found.tokens / np.log(2) / len(text.encode()))
+    assert error == pytest.approx(found.standard_error * found.tokens / np.log(2) / len(text.encode()))
+    assert found.bits_per("characters")[0] == pytest.approx(bits * len(text.encode()) / len(text))
+    # Windows without a stride drop what is left over, of the text too.
+    windows = cut(tokenizer, documents, 16)
+    assert sum(window.bytes for window in windows) < len(text.encode())
+
+
+def test_strides_that_cannot_be_are_refused(loaded):
+    for stride in (0, 17, -1):
+        with pytest.raises(RequestError, match="stride must be from 1 to the sequence_length, 16"):
+            cut(loaded[1], ["To be"], 16, stride)
+
+
+def test_parquet_is_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    def write(rows):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    assert load_documents(write([{"text": "a b", "n": 1}, {"text": "c", "n": 2}])) == ["a b", "c"]
+    for rows, message in (
+        ([{"body": "a"}], "has no column 'text'; it has body"),
+        ([{"text": "a"}, {"text": None}], "row 2: 'text' is no text"),
+        ([{"text": ""}], "contains no text"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            load_documents(write(rows))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(RequestError, match="a.parquet cannot be read"):
+        load_documents(tmp_path / "a.parquet")
+
+
+def test_several_models_are_one_table(capsys, tmp_path):
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["perplexity", "--data", str(FIXTURES / "valid.jsonl"), "--num-samples", "2", *words])
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    models = ["tiny", str(FIXTURES / "shakespeare-hf")]
+    words = [word for model in models for word in ("--model", model)]
+    values = json.loads(run(*words, "--json", "--sequence-length", "64"))["models"]
+    assert [value["model"] for value in values] == models
+    alone = json.loads(run("--model", models[1], "--json", "--sequence-length", "64"))
+    assert alone == values[1] and alone["bits_per_byte"] > 0
+    lines = run(*words, "--sequence-length", "64").splitlines()
+    assert lines[0].split() == ["model", "perplexity", "nats/token", "bits/byte", "bits/character", "tokens"]
+    assert f"{values[0]['perplexity']:.4f}" in lines[1] and f"{values[1]['bits_per_character']:.4f}" in lines[2]
+    text = run("--sequence-length", "64", "--stride", "32")
+    assert "2 windows of 64, one every 32" in text and "per byte, " in text

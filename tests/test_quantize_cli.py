@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_openelm.evaluation.perplexity import load_documents
+from mlx_openelm.evaluation.windows import load_documents
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.quantization.recipes import planner
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from mlx_openelm import convert, load
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.evaluation.perplexity import kl_divergence, load_documents, make_windows
+from mlx_openelm.evaluation.perplexity import kl_divergence
+from mlx_openelm.evaluation.windows import load_documents, make_windows
 from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.jobs.quantize import QuantizeOptions, quantize

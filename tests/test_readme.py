@@ -36,6 +36,8 @@ FEWEST = {
     "constraints.md": 4,
     "cpu.md": 1,
     "drafts.md": 2,
+    "evaluation.md": 6,
+    "risk.md": 0,
     "fine-tuning.md": 0,
     "pretraining.md": 2,
     "preference.md": 0,
@@ -74,7 +76,7 @@ def why_not_run(command: str) -> str | None:
         return "another program"
     if given[1] == "chat" and "| " not in command:
         return "somebody who types"
-    named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model")]
+    named = [word for flag, word in pairwise(given) if flag in ("--model", "--reference-model", "--checkpoints")]
     is_release = any(catalog.find(name) or name.startswith("corenet:") for name in named)
     is_repository = any(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not (ROOT / name).exists() for name in named)
     if is_release or is_repository:

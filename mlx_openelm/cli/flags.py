@@ -38,7 +38,7 @@ _GROUPS = (
         "Checkpoints",
         "Reports",
     ),
-    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Measuring", "Load"),
+    *("Prompt", "Sampling", "Penalties", "Constraints", "Drafts", "Windows", "Tasks", "Measuring", "Load"),
     *("Quantization", "Calibration", "Report"),
     *("Network", "Requests", "Limits"),
     *("Model", "Source", "Key-value cache", "Output", "Upload", "Other flags"),

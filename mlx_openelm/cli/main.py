@@ -47,6 +47,8 @@ COMMANDS = {
     "info": "Show a model's layers, its size, and the memory it needs.",
     "doctor": "Show what this machine offers and what is slow or missing.",
     "perplexity": "Measure how well a model predicts a text.",
+    "evaluate": "Measure what a model scores on tasks, beside what Apple published.",
+    "leaderboard": "Show saved results of evaluate side by side.",
     "bench": "Measure how fast a model generates, alone or beside mlx-lm.",
 }
 _HELP = {"help": "Show the help of a command: mlx-openelm help generate."}

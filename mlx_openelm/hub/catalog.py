@@ -123,6 +123,20 @@ def corenet_name(name: object) -> str | None:
     return text[len(_CORENET_PREFIX) :] if text.lower().startswith(_CORENET_PREFIX) else None
 
 
+def corenet_checkpoints(name: str) -> dict[int, str]:
+    """The names of the published checkpoints of `corenet:SIZE` by iteration: `corenet:270M/checkpoint_...`.
+
+    Raises RequestError for a name or a size that was never published.
+    """
+    size = corenet_name(name)
+    if not size or "/" in size:
+        raise RequestError(f"--checkpoints must be {_CORENET_PREFIX} and a size, as in corenet:270M, got {quote(name)}")
+    found = {step: f"{_CORENET_PREFIX}{size}/checkpoint_epoch_0_iter_{step - 1}" for step in CORENET_ITERATIONS}
+    for checkpoint in found.values():
+        corenet_files(checkpoint)
+    return found
+
+
 def corenet_files(name: str) -> tuple[str, ...]:
     """The paths below `CORENET_URL` that `corenet:SIZE/NAME` stands for; the files of one model share a folder.
 

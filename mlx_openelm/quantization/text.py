@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import RequestError
-from ..evaluation.perplexity import load_documents, make_windows
+from ..evaluation.windows import load_documents, make_windows
 from ..hub.catalog import ASSETS
 from ..inputs import to_path
 from ..text.tokenizer import Tokenizer

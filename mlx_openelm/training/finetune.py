@@ -37,6 +37,7 @@ from .run.progress import RunProgress
 from .run.request import Request, check
 from .run.samples import Sample
 from .run.state import Checkpoints, RunState
+from .run.tasks import make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .step import schedule
@@ -293,6 +294,7 @@ def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, st
             metrics=metrics,
             position=setup.batches.position,
             evaluate=make_validation(request, prepared, measure),
+            tasks=make_tasks(options, setup.updater, prepared.tokenizer, request.listener),
             describe=lambda index: examples[index].source,
             counts=method.counts(request),
             report=partial(reported, setup.updater.objective),

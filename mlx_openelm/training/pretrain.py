@@ -32,6 +32,7 @@ from .run.spikes import Spikes
 from .run.starting import Model, Start, describe, start
 from .run.state import Checkpoints, RunState
 from .run.stream import DeviceStream, Stream
+from .run.tasks import make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .run.written_models import write_models
@@ -244,6 +245,7 @@ def _run(
             checkpoints=checkpoints,
             metrics=metrics,
             evaluate=None if validation is None else lambda check: validation.measure(updater, check),
+            tasks=make_tasks(options, updater, origin.tokenizer, request.listener),
             describe=data.describe,
             position=stream.position,
             spikes=None if options.skip_spikes is None else Spikes(options.skip_spikes, options.spike_window),

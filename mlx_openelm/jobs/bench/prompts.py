@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from ...evaluation.perplexity import load_documents
+from ...evaluation.windows import load_documents
 from ...quantization.text import BUNDLED
 from ...text.tokenizer import Tokenizer
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import RequestError, name_options, quote
+from ...text.instructions import instruction_prompt
 from ...text.tokenizer import Tokenizer
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
@@ -18,17 +19,6 @@ Progress = Callable[[int, int], None]
 _PROGRESS_EVERY = 256
 
 LONG_EXAMPLES = ("truncate", "refuse")
-
-# CoreNet's template for CommonSense170k (corenet/data/datasets/language_modeling/commonsense_170k.py). Lines after the
-# first are indented as in its source code, and the first lines end in two spaces and one space.
-_INDENT = "\n" + 16 * " "
-_INSTRUCTION_START = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
-)
-_INPUT_START = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request. \n"
-)
 
 
 @dataclass(frozen=True)
@@ -246,14 +236,6 @@ def _render(
         return render_text(values["prompt"], values["completion"], tokenizer, mask_prompt=mask_prompt)
     prompt = instruction_prompt(values["instruction"], values.get("input") or "")
     return render_text(prompt, values["output"], tokenizer, mask_prompt=mask_prompt)
-
-
-def instruction_prompt(instruction: str, input: str = "") -> str:
-    """CoreNet's template up to the start of the response; nothing is stripped."""
-    text = (_INPUT_START if input else _INSTRUCTION_START) + f"{_INDENT}### Instruction:{_INDENT}{instruction}{_INDENT}"
-    if input:
-        text += f"{_INDENT}### Input:{_INDENT}{input}{_INDENT}"
-    return f"{text}{_INDENT}### Response:{_INDENT}"
 
 
 def _cut(spans: Spans, length: int) -> Spans:

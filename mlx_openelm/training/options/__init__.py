@@ -163,6 +163,30 @@ class TrainOptions(Options):
     val_batches: Annotated[
         int, Option("Batches of a validation; -1 is all, 0 turns validation off.", group="Validation and test")
     ] = 25
+    eval_tasks: Annotated[
+        str | None,
+        Option(
+            "Tasks to measure during training: lm-eval's, or CoreNet's as commonsense/openbookqa. Several with commas.",
+            group="Validation and test",
+            metavar="LIST",
+            default="none",
+        ),
+    ] = None
+    eval_tasks_every: Annotated[
+        int, Option("Steps between two measurements of --eval-tasks; also at the end.", group="Validation and test")
+    ] = 500
+    eval_tasks_data: Annotated[
+        str | None,
+        Option(
+            "Folder with the data of --eval-tasks, as for `evaluate`.",
+            group="Validation and test",
+            metavar="FOLDER",
+            default="the hub",
+        ),
+    ] = None
+    eval_tasks_limit: Annotated[
+        int, Option("Questions of each of --eval-tasks, the first ones.", group="Validation and test")
+    ] = 100
     early_stop: Annotated[
         int | None,
         Option(

@@ -33,6 +33,8 @@ _LEAST = {
     "steps_per_eval": 1,
     "val_batches": -1,
     "early_stop": 1,
+    "eval_tasks_every": 1,
+    "eval_tasks_limit": 1,
     "save_every": 1,
     "keep_last": 1,
     "keep_every": 1,

@@ -25,6 +25,9 @@ class Listener:
     def validated(self, step: int, values: Mapping[str, Any]) -> None:
         """The values that are logged: val_loss, val_seconds."""
 
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """The scores of `--eval-tasks` that are logged, by task and metric: openbookqa_acc."""
+
     def saved(self, step: int, path: Path) -> None:
         """A checkpoint is complete."""
 

@@ -160,6 +160,12 @@ class RunProgress(Listener):
         found, seconds = measured(values["val_loss"], values, "val_"), values["val_seconds"]
         self.say(f"Step {step:,}: validation {found}{bits}, {seconds:.1f} s")
 
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Print the scores of tasks, without standard errors."""
+        self._end_work()
+        scores = (f"{name} {value:.4g}" for name, value in values.items() if "_stderr" not in name)
+        self.say(f"Step {step:,}: {', '.join(scores)}")
+
     def saved(self, step: int, path: Path) -> None:
         """Print where a checkpoint is."""
         self.say(f"Step {step:,}: saved {path}")

@@ -104,6 +104,7 @@ class TrainingRun:
         metrics: where numbers are logged; None in processes that do not lead.
         evaluate: measures the validation loss. Before each batch it calls its argument, which raises if the user asked
             to stop; it must call it equally often in every process. None means no validation.
+        tasks: measures tasks every `eval_tasks_every` steps and at the end; None measures none.
         describe: names an example by its index, for errors.
         position: where a stream of data continues after so many steps; None for data whose order derives from the step.
         spikes: decides which batches are skipped; None skips none.
@@ -120,6 +121,7 @@ class TrainingRun:
     checkpoints: Checkpoints
     metrics: Log | None = None
     evaluate: Callable[[Callable[[], None]], Evaluation] | None = None
+    tasks: Callable[[], Mapping[str, float]] | None = None
     describe: Callable[[int], str] = "example {}".format
     position: Callable[[int], dict[str, Any] | None] = lambda step: None
     spikes: Spikes | None = None
@@ -194,6 +196,8 @@ class _Loop:
                 improved = self._validate()
             except _Stop:
                 stopped = True
+        if not stopped and self.run.tasks is not None and self._tasks_are_due(finished):
+            self._measure()
         limit = self.run.options.early_stop
         early = limit is not None and self.state.stale >= limit
         due = self.state.step > 0 and self.state.step % self.run.options.save_every == 0
@@ -208,6 +212,17 @@ class _Loop:
         if self.run.evaluate is None or self.state.validated == self.state.step:
             return False
         return finished or self.state.step % self.run.options.steps_per_eval == 0
+
+    def _tasks_are_due(self, finished: bool) -> bool:
+        due = finished or (self.state.step > 0 and self.state.step % self.run.options.eval_tasks_every == 0)
+        return due and self.run.processes.leads
+
+    def _measure(self) -> None:
+        """Measure tasks; only the process that leads does, and the others wait at the next update."""
+        assert self.run.tasks is not None
+        values = self.run.tasks()
+        self._log(values)
+        self.run.listener.measured(self.state.step, values)
 
     def _build(self, index: int) -> Step | None:
         return self.run.steps.step(index, self.run.processes.rank) if index < self.run.total_steps else None

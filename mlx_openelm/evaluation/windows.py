@@ -1,0 +1,174 @@
+"""Text to measure on: documents from files, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import RequestError, command_or_call, name_options
+from ..inputs import check_file, read_text_source
+from ..messages import warn
+from ..publishing.command_line import command_line
+from ..text.tokenizer import Tokenizer
+from ..wording import install, some
+
+# The keys of the examples that `lora` reads, apart from plain text (see `training.data.kinds`).
+EXAMPLE_KEYS = ("prompt", "completion", "messages", "instruction", "output", "conversations")
+
+
+@dataclass(frozen=True)
+class Window:
+    """BOS and ids to read, of which the last `scored` count, and the bytes and characters of those."""
+
+    tokens: list[int]
+    scored: int
+    bytes: int
+    characters: int
+
+
+def window_length(length: int | None, config: ModelConfig) -> int:
+    """The tokens in a window: the default, or the number given; warns beyond the context the model was trained on.
+
+    Raises:
+        RequestError: the model's positions do not reach that far.
+    """
+    if length is None:
+        return min(512, config.max_context_length)
+    if not 1 <= length <= config.rope_max_length:
+        raise RequestError(f"--sequence-length must be from 1 to {config.rope_max_length}, got {length}.")
+    if length > config.max_context_length:
+        warning = (
+            f"--sequence-length {length} is more than the {config.max_context_length} tokens "
+            "the model was trained on; expect a higher perplexity."
+        )
+        warn(name_options(warning))
+    return length
+
+
+def load_documents(path: str | Path, loading: Mapping[str, Any] | None = None) -> list[str]:
+    """The documents of a `.jsonl` or `.parquet` file, with `text` in each record, or a text file as one document.
+
+    A pipe opened by the shell, as in `--data <(zcat play.txt.gz)`, is read as a text file.
+
+    Raises:
+        RequestError: the file is unreadable or empty, or a line (named by its number) is not such an object.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        return _parquet_documents(path)
+    try:
+        content = re.sub("\r\n?", "\n", read_text_source(path).decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} cannot be read: not UTF-8 text.") from None
+    if path.suffix != ".jsonl":
+        documents = [content]
+    else:
+        lines = enumerate(content.split("\n"), 1)
+        documents = [_document(path, number, line, loading or {}) for number, line in lines if line.strip()]
+    if not any(documents):
+        raise RequestError(f"{path} contains no text.")
+    return documents
+
+
+def _parquet_documents(path: Path) -> list[str]:
+    """The column `text` of a parquet file."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise RequestError(f"Reading {path} needs pyarrow: {install('data')}.") from None
+    check_file(path)
+    try:
+        with parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise RequestError(f"{path} has no column 'text'; it has {some(file.schema_arrow.names)}.")
+            values = file.read(["text"]).column("text").to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+    wrong = next((number for number, value in enumerate(values, 1) if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise RequestError(f"{path}, row {wrong}: 'text' is no text.")
+    if not any(values):
+        raise RequestError(f"{path} contains no text.")
+    return values
+
+
+def _document(path: Path, number: int, line: str, loading: Mapping[str, Any]) -> str:
+    try:
+        record = json.loads(line)
+        text = record.get("text")
+    except (ValueError, AttributeError, RecursionError):
+        record, text = {}, None
+    if not isinstance(text, str):
+        wrong = f"{path}, line {number}: expected a JSON object with the string 'text'"
+        if keys := [key for key in EXAMPLE_KEYS if key in record]:
+            wrong += f", but this is an example for fine-tuning ({', '.join(keys)})"
+            command = command_line("lora", {"test": True, **loading, "data": path}, whole_paths=True)
+            call = f"`finetune(name, FineTuneOptions(test=True, data={json.dumps(str(path), ensure_ascii=False)}))`"
+            wrong += f"; their perplexity is measured by: {command_or_call(f'`{command}`', call)}"
+        raise RequestError(f"{wrong}.")
+    return text
+
+
+def make_windows(tokenizer: Tokenizer, documents: Sequence[str], length: int) -> list[list[int]]:
+    """Windows of BOS and `length` tokens, cut from the documents joined as BOS, ids, EOS; the remainder is dropped.
+
+    Raises:
+        RequestError: the text is shorter than one window.
+    """
+    return [window.tokens for window in cut(tokenizer, documents, length)]
+
+
+def cut(tokenizer: Tokenizer, documents: Sequence[str], length: int, stride: int | None = None) -> list[Window]:
+    """Windows like those of `make_windows`, or with a `stride` overlapping ones that score every token once.
+
+    With a stride each window begins so many tokens behind the one before it, and scores the tokens that that one did
+    not reach: all but the first windows read `length - stride` tokens more than they score. Nothing is dropped.
+
+    Raises:
+        RequestError: the text is shorter than one window, or a bad stride.
+    """
+    ids, sizes = _joined(tokenizer, documents)
+    if stride is None:
+        starts = range(0, len(ids) - length + 1, length)
+        if length < 1 or not starts:
+            raise RequestError(
+                f"The text has {len(ids)} tokens, fewer than a window of {length}; give a shorter --sequence-length."
+            )
+        spans = [(start, start, start + length) for start in starts]
+    elif not 1 <= stride <= length:
+        raise RequestError(f"--stride must be from 1 to the --sequence-length, {length}, got {stride}.")
+    else:
+        ends = [*range(min(length, len(ids)), len(ids), stride), len(ids)]
+        spans = [(max(0, end - length), first, end) for first, end in zip([0, *ends], ends, strict=False)]
+    return [
+        Window(
+            [tokenizer.bos_token_id, *ids[start:end]],
+            end - first,
+            sum(count for count, _ in sizes[first:end]),
+            sum(count for _, count in sizes[first:end]),
+        )
+        for start, first, end in spans
+    ]
+
+
+def _joined(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
+    """The documents joined, each as BOS, ids, EOS; and the bytes and characters that each token stands for."""
+    joined: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    for document in documents:
+        ids = tokenizer.encode(document)
+        texts = [tokenizer.token_bytes(token) or b"" for token in ids]
+        # The space that a tokenizer puts in front of a text is not in the text.
+        first = next((number for number, text in enumerate(texts) if text), 0)
+        if sum(map(len, texts)) > len(document.encode("utf-8", "surrogatepass")) and texts[first].startswith(b" "):
+            texts[first] = texts[first][1:]
+        joined += [*ids, tokenizer.eos_token_id]
+        sizes += [(len(text), sum(byte & 0xC0 != 0x80 for byte in text)) for text in [*texts, b""]]
+    return joined, sizes

@@ -1,0 +1,44 @@
+"""lm-eval's arguments of generation as the options of our engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import RequestError
+
+# The names that programs have for the number of new tokens; the first that is given counts.
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_OPTIONS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+# What changes nothing at these values.
+_NEUTRAL = {"num_beams": 1, "early_stopping": False, "length_penalty": 1.0, "num_return_sequences": 1}
+
+
+def options_of(arguments: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
+    """The options of a request.
+
+    Args:
+        arguments: `until` (a text or several), a number of new tokens under one of its names, `do_sample`,
+            `temperature`, and options of ours. Without `do_sample` a temperature above 0 samples.
+        max_gen_toks: the number of new tokens where none is given.
+
+    Raises:
+        RequestError: an argument that is not known.
+    """
+    rest = dict(arguments)
+    until = rest.pop("until", None) or []
+    counts = [rest.pop(name, None) for name in _COUNTS]
+    count = next((int(value) for value in counts if value is not None), max_gen_toks)
+    samples, temp = rest.pop("do_sample", None), rest.pop("temperature", None)
+    if samples is False or (samples is None and temp is None):
+        temp = 0.0
+    options: dict[str, Any] = {"max_tokens": count, "temp": 1.0 if temp is None else float(temp), "seed": 0}
+    options["stop"] = [text for text in ([until] if isinstance(until, str) else until) if text]
+    for name in _OPTIONS:
+        if (value := rest.pop(name, None)) is not None:
+            options[name] = value
+    unknown = [name for name, value in rest.items() if name not in _NEUTRAL or value not in (None, _NEUTRAL[name])]
+    if unknown:
+        known = ", ".join(["until", _COUNTS[0], "do_sample", "temperature", *_OPTIONS])
+        raise RequestError(f"--gen-kwargs has no argument {unknown[0]} that this model knows; known: {known}.")
+    return options

@@ -1,0 +1,250 @@
+"""Runs tasks of lm-eval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import OpenELMError, RequestError
+from ..wording import did_you_mean, install
+from . import data, paper_tasks
+from .options import EvaluateOptions
+from .results import TaskResult
+from .scorer import Scorer
+from .suites import FOLDERS, Wanted
+
+# Called with a task's name when its requests begin.
+Began = Callable[[str], object]
+# Errors of data sets that cannot be had, beside those of files and connections.
+_ABSENT = ("DatasetNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError")
+_QUIET = ("lm_eval", "datasets", "httpx", "httpx2")
+
+
+def prepare() -> None:
+    """Import lm-eval, and silence what it and `datasets` print.
+
+    Raises:
+        OpenELMError: it is not installed.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import datasets
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise OpenELMError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # it reports each of its retries
+
+
+def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """lm-eval's task manager, which knows all of these tasks.
+
+    Raises:
+        RequestError: a name that lm-eval does not have.
+    """
+    import lm_eval.tasks
+
+    # Reading all of lm-eval's 14,000 files takes seconds.
+    root, own = Path(lm_eval.tasks.__file__).parent, [] if include_path is None else [include_path]
+    folders = sorted({root / FOLDERS[name] for name in names if name in FOLDERS})
+    if folders or own:
+        manager = lm_eval.tasks.TaskManager(include_path=[*folders, *own], include_defaults=False)
+        if _knows(manager, names):
+            return manager
+    manager = lm_eval.tasks.TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            hint = did_you_mean(name, manager.all_tasks)
+            hint = hint and f" ({hint})"
+            raise RequestError(f"There is no task {name!r} in lm-eval{hint}; `lm-eval ls tasks` lists them.")
+    return manager
+
+
+def _knows(manager: Any, names: Sequence[Any]) -> bool:
+    """Whether a manager has these tasks, and what groups among them have."""
+    for name in names:
+        entry = manager.task_index.get(name) if isinstance(name, str) else None
+        if entry is None:
+            return False
+        parts = (entry.cfg or {}).get("task")
+        if isinstance(parts, list) and not _knows(manager, parts):
+            return False
+    return True
+
+
+def run(
+    wanted: Sequence[Wanted],
+    scorer: Scorer,
+    options: EvaluateOptions,
+    manager: Any,
+    *,
+    paper: bool = False,
+    began: Began | None = None,
+) -> Iterator[tuple[str, dict[str, TaskResult] | str, list[dict[str, Any]]]]:
+    """Run tasks one after the other.
+
+    Args:
+        manager: from `make_manager`.
+        paper: ask and score as Apple did.
+
+    Yields:
+        For each task its name; the results by name, with those of its parts, or the reason why it cannot run; and its
+        questions with what was asked and answered.
+    """
+    from .lm import OpenELMLM
+
+    chat: Any = options.apply_chat_template or options.chat_template is not None
+    lm = OpenELMLM.of(scorer, chat_template=options.chat_template)
+    for one in wanted:
+        try:
+            with data.local_first(options.data_folder):
+                loaded = _load(manager, one, options.num_fewshot)
+        except Exception as error:  # whatever a task's own code and its data raise
+            yield one.name, _reason(error, options.data), []
+            continue
+        if paper:
+            for task in _tasks_of(loaded):
+                paper_tasks.adapt(task)
+        if began is not None:
+            began(one.name)
+        import lm_eval
+
+        numbers = options.chosen.get(one.name)
+        chosen = {} if numbers is None else {task.config.task: numbers for task in _tasks_of(loaded)}
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=loaded,
+            task_manager=manager,
+            limit=options.limit,
+            samples=chosen or None,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=options.fewshot_as_multiturn,
+            system_instruction=options.system_instruction,
+            gen_kwargs=options.generation or None,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=None,
+            fewshot_random_seed=options.seed,
+            bootstrap_iters=1000,
+        )
+        yield one.name, _results(found), _records(found)
+
+
+def check(names: Sequence[str], folder: Path | None) -> None:
+    """Load tasks with their data, to find out before a long run whether that works.
+
+    Raises:
+        RequestError: a task is not known, or has no data.
+    """
+    manager = make_manager(names, None)
+    for name in names:
+        try:
+            with data.local_first(folder):
+                _load(manager, Wanted(name), None)
+        except Exception as error:  # whatever a task's own code and its data raise
+            raise RequestError(f"{name}: {_reason(error, None if folder is None else str(folder))}.") from None
+
+
+def _load(manager: Any, wanted: Wanted, shots: int | None) -> list[Any]:
+    """The task, or the group of tasks, or the tasks of a tag, with their number of examples."""
+    loaded = manager._load_spec(wanted.name)
+    loaded = loaded if isinstance(loaded, list) else [loaded]
+    shots = wanted.shots if shots is None else shots
+    for task in _tasks_of(loaded):
+        own = task.get_config("num_fewshot")
+        if shots is not None and own != 0:  # lm-eval's rule: where a task sets 0, examples would be wrong
+            task.set_config(key="num_fewshot", value=shots)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+    return loaded
+
+
+def _tasks_of(loaded: Sequence[Any]) -> list[Any]:
+    """The tasks in tasks and groups."""
+    return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+
+
+def _reason(error: Exception, folder: str | None) -> str:
+    """Why a task's data cannot be read, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "gated" in text.lower():
+        return f"its data set is gated: accept its terms on the hub and run `hf auth login` ({text[:200]})"
+    if not isinstance(error, OSError | EOFError) and type(error).__name__ not in _ABSENT:
+        return f"it cannot be loaded: {type(error).__name__}: {text[:200]}"
+    where = f"neither in {folder} nor on the hub" if folder else "not on the hub, or the hub cannot be reached"
+    return f"its data is {where} ({text[:200]}); give a folder that has it with --data"
+
+
+def _results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
+    """lm-eval's results by task and group, with one number for each metric."""
+    results: dict[str, TaskResult] = {}
+    for name, values in found["results"].items():
+        samples = found["samples"].get(name, [])
+        config = found["configs"].get(name, {})
+        version = found["versions"].get(name)
+        counts = found["n-samples"].get(name, {})
+        results[name] = TaskResult(
+            metrics=_metrics(values),
+            questions=int(counts.get("effective", len({sample["doc_id"] for sample in samples}))),
+            scores=_scores(samples),
+            prompts=_hash([sample["arguments"] for sample in samples]) if samples else "",
+            num_fewshot=int(found["n-shot"].get(name) or 0) if isinstance(found["n-shot"].get(name), int) else 0,
+            version=None if version is None else str(version),
+            data=config.get("dataset_path"),
+        )
+    return results
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics by name; of a filter other than `none`, with the filter's name behind a comma."""
+    metrics: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key:
+            metrics[key.removesuffix(",none")] = float(value)
+    return metrics
+
+
+def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """For each metric that is a number for each question, the scores in the questions' order."""
+    scores: dict[str, list[float]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            value = sample.get(metric)
+            if isinstance(value, int | float):
+                name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                scores.setdefault(name, []).append(float(value))
+    return scores
+
+
+def _hash(arguments: Any) -> str:
+    text = json.dumps(arguments, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _records(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The questions of all tasks, with their prompts, answers and scores."""
+    records = []
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            metrics = {name: sample[name] for name in sample["metrics"] if name in sample}
+            records.append(
+                {
+                    "task": task,
+                    "question": sample["doc_id"],
+                    "target": sample["target"],
+                    "requests": sample["arguments"],
+                    "answers": sample["filtered_resps"],
+                    **metrics,
+                }
+            )
+    return records

@@ -1,0 +1,179 @@
+"""The options of `evaluate`, for the command line and Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..errors import RequestError, quote
+from ..evaluation.likelihoods import DEFAULT_BATCH_SIZE
+from ..inputs import read_json, to_path
+from ..options import Option, Options
+from ..wording import one_of
+
+SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization")
+MODES = ("paper", "current")
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluateOptions(Options):
+    """What is measured, and how.
+
+    Attributes:
+        tasks: names of tasks; with a suite, those of the suite to run.
+        samples: question numbers by task, instead of `limit`.
+        gen_kwargs: arguments of generated answers, as `name=value`.
+        seed: of the examples that are drawn for a prompt, and of sampled texts.
+    """
+
+    suite: Annotated[
+        str | None,
+        Option("Tasks that belong together: Apple's three tables, CoreNet's fine-tuning tasks, risks.",
+               metavar="|".join(SUITES)),
+    ] = None  # fmt: skip
+    tasks: Annotated[
+        Sequence[str],
+        Option("Tasks to run: any of lm-eval's, or some of the suite's. Several with commas.", metavar="LIST"),
+    ] = ()
+    data: Annotated[
+        str | None,
+        Option(
+            "Folder with data sets: as on the hub (FOLDER/owner/name), or as in LLM-Adapters "
+            "(FOLDER/openbookqa/test.json). What is not there is downloaded.",
+            metavar="FOLDER",
+        ),
+    ] = None
+    limit: Annotated[int | None, Option("Ask the first N questions of each task.", default="all")] = None
+    output: Annotated[
+        str | None,
+        Option("File for the result; answers are kept beside it, so that a stopped run goes on.", metavar="FILE"),
+    ] = None
+    mode: Annotated[
+        str,
+        Option(
+            "The suites' tasks as Apple ran them, or as they are in lm-eval now.",
+            group="Tasks",
+            metavar="paper|current",
+        ),
+    ] = "paper"
+    num_fewshot: Annotated[
+        int | None,
+        Option(
+            "Examples in front of each question.",
+            group="Tasks",
+            flags=("--num-shots",),
+            default="the suite's, or the task's",
+        ),
+    ] = None
+    samples: Annotated[
+        str | None,
+        Option(
+            'Questions to ask, by number: {"openbookqa": [0, 7]}, or a file with that.', group="Tasks", metavar="JSON"
+        ),
+    ] = None
+    include_path: Annotated[
+        str | None, Option("Folder with further tasks as YAML files of lm-eval.", group="Tasks", metavar="FOLDER")
+    ] = None
+    seed: Annotated[
+        int, Option("Seed of the examples that are drawn for prompts, and of sampled texts.", group="Tasks")
+    ] = 1234
+    apply_chat_template: Annotated[bool, Option("Write prompts as a chat.", group="Prompt")] = False
+    chat_template: Annotated[
+        str | None,
+        Option(
+            "How to write chats as text; implies --apply-chat-template.",
+            group="Prompt",
+            metavar="corenet|plain|FILE",
+            default="the tokenizer's own, else corenet",
+        ),
+    ] = None
+    fewshot_as_multiturn: Annotated[
+        bool, Option("In a chat, write each example as turns of its own.", group="Prompt")
+    ] = False
+    system_instruction: Annotated[str | None, Option("Text in front of each prompt.", group="Prompt")] = None
+    gen_kwargs: Annotated[
+        Sequence[str],
+        Option("Arguments for tasks with generated answers: temperature=0.8,max_gen_toks=64.", group="Sampling",
+               metavar="NAME=VALUE"),
+    ] = ()  # fmt: skip
+    batch_size: Annotated[int, Option("Choices or texts to process together.", group="Measuring")] = DEFAULT_BATCH_SIZE
+    max_length: Annotated[
+        int | None,
+        Option("Most tokens of a prompt and its answer.", group="Measuring", default="those the model was trained on"),
+    ] = None
+    log_samples: Annotated[
+        bool, Option("Also write every question with its prompts and answers, into FILE.samples.jsonl.", group="Output")
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("suite", SUITES), ("mode", MODES)):
+            if (value := getattr(self, name)) is not None and value not in choices:
+                raise RequestError(f"--{name} must be {one_of(choices)}, got {quote(value)}.")
+        if isinstance(self.tasks, str):
+            object.__setattr__(self, "tasks", (self.tasks,))
+        if self.suite is None and not self.task_names:
+            raise RequestError("There is nothing to run: give a --suite, or some --tasks.")
+        if self.limit is not None and self.limit < 1:
+            raise RequestError(f"--limit must be 1 or more, got {self.limit}.")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise RequestError(f"--num-fewshot must be 0 or more, got {self.num_fewshot}.")
+        if self.limit is not None and self.samples is not None:
+            raise RequestError("--limit and --samples exclude each other.")
+        if self.log_samples and self.output is None:
+            raise RequestError("--log-samples needs --output.")
+        for name in ("data", "include_path"):
+            if (value := getattr(self, name)) is not None and not to_path(value).is_dir():
+                raise RequestError(f"--{name.replace('_', '-')} must be a folder; {value} is none.")
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names in `tasks`, of which each text may have several with commas."""
+        names = (name.strip() for text in self.tasks for name in text.split(","))
+        return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def data_folder(self) -> Path | None:
+        return None if self.data is None else to_path(self.data)
+
+    @property
+    def chosen(self) -> dict[str, list[int]]:
+        """The numbers of the questions to ask, by task, from `samples`.
+
+        Raises:
+            RequestError: it is not a JSON object of lists of numbers.
+        """
+        if self.samples is None:
+            return {}
+        try:
+            is_text = self.samples.lstrip().startswith("{")
+            values = json.loads(self.samples) if is_text else read_json(to_path(self.samples))
+            found = {name: [int(number) for number in numbers] for name, numbers in values.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            found = {"": [-1]}
+        if any(number < 0 for numbers in found.values() for number in numbers):
+            raise RequestError('--samples must be an object of lists of numbers, like {"openbookqa": [0, 7]}.')
+        return found
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The arguments in `gen_kwargs`, of which each text may have several with commas.
+
+        Raises:
+            RequestError: one has no value.
+        """
+        texts = (self.gen_kwargs,) if isinstance(self.gen_kwargs, str) else self.gen_kwargs
+        found: dict[str, Any] = {}
+        for part in (part for text in texts for part in text.split(",") if part.strip()):
+            name, equals, value = part.partition("=")
+            if not equals:
+                raise RequestError(f"--gen-kwargs needs name=value, got {quote(part)}.")
+            try:
+                found[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
+            except ValueError:
+                found[name.strip()] = value
+        return found
