@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, RequestError
+from ..errors import RequestError
 from ..wording import did_you_mean, install
 from . import data, paper_tasks
 from .options import EvaluateOptions
@@ -29,7 +29,7 @@ def prepare() -> None:
     """Import lm-eval, and silence what it and `datasets` print.
 
     Raises:
-        OpenELMError: it is not installed.
+        RequestError: it is not installed.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,7 +39,7 @@ def prepare() -> None:
         import datasets
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise OpenELMError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
+        raise RequestError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
     import huggingface_hub
 
     datasets.disable_progress_bars()
