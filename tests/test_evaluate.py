@@ -295,6 +295,17 @@ class TestLmEval:
         assert paper.tasks["truthfulqa_mc2"].metrics != current.tasks["truthfulqa_mc2"].metrics
         assert paper.tasks["crows_pairs_english"].scores["pct_stereotype"] != []
 
+    def test_lm_eval_needs_no_pytorch_and_licenses_are_named(self, sets):
+        words = ["evaluate", "--tasks", "race", "--limit", "1", "--data", str(sets)]
+        code = (
+            "import sys\nfrom mlx_openelm.cli.main import main\n"
+            f"try:\n    main({words})\nfinally:\n    print(*sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not {"torch", "transformers"} & set(done.stdout.split("\n")[-2].split())
+        assert "The data set of race is for research that is not commercial." in done.stderr
+
     def test_a_group_has_its_parts(self, sets, tmp_path):
         folder = tmp_path / "tasks"
         folder.mkdir()

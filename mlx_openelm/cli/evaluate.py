@@ -12,6 +12,7 @@ from ..harness import compare, tables
 from ..harness.evaluating import answers_path, evaluate
 from ..harness.options import EvaluateOptions
 from ..harness.results import Result
+from ..harness.suites import LICENSES
 from ..inputs import to_path
 from ..wording import counted
 from . import flags
@@ -91,6 +92,8 @@ def run(args: Namespace) -> int:
         show(result)
     for name, reason in result.missing.items():
         console.say(f"{name} did not run: {reason}")
+    for name in LICENSES.keys() & result.tasks.keys():
+        console.say(f"The data set of {name} is {LICENSES[name]}.")
     if options.output is not None:
         output = to_path(options.output)
         console.say(f"Wrote {output}; the answers are in {answers_path(output)}")

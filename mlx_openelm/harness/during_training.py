@@ -25,8 +25,8 @@ class TrainingTasks:
         limit: how many questions of each are asked.
 
     Raises:
-        RequestError: an unknown task, or one of CoreNet's without data.
-        OpenELMError: a download that failed, or lm-eval is missing.
+        RequestError: an unknown task, one without data, or lm-eval is missing.
+        OpenELMError: a download that failed.
     """
 
     def __init__(self, names: str, data: str | None, limit: int):

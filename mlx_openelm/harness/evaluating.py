@@ -67,8 +67,8 @@ def evaluate(
         progress: by default a bar for each task; False or None shows nothing.
 
     Raises:
-        RequestError: a bad value, an unknown task, an output of something else; or as `load`.
-        OpenELMError: no task could run, lm-eval is missing, or the logits are not finite.
+        RequestError: a bad value, an unknown task, an output of something else, lm-eval is missing; or as `load`.
+        OpenELMError: no task could run, or the logits are not finite.
     """
     options = EvaluateOptions(suite="commonsense") if options is None else options
     check_dtype(model, dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpenELMError, RequestError
+from ..errors import RequestError
 from ..wording import did_you_mean, install
 from . import data, paper_tasks
 from .options import EvaluateOptions
@@ -29,7 +29,7 @@ def prepare() -> None:
     """Import lm-eval, and silence what it and `datasets` print.
 
     Raises:
-        OpenELMError: it is not installed.
+        RequestError: it is not installed.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,7 +39,7 @@ def prepare() -> None:
         import datasets
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise OpenELMError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
+        raise RequestError(f"Tasks of lm-eval need it ({error}): {install('evaluate')}.") from None
     import huggingface_hub
 
     datasets.disable_progress_bars()
@@ -103,7 +103,6 @@ def run(
     """
     from .lm import OpenELMLM
 
-    chat: Any = options.apply_chat_template or options.chat_template is not None
     lm = OpenELMLM.of(scorer, chat_template=options.chat_template)
     for one in wanted:
         try:
@@ -117,27 +116,39 @@ def run(
                 paper_tasks.adapt(task)
         if began is not None:
             began(one.name)
-        import lm_eval
+        yield one.name, *_measure(loaded, one.name, lm, options, manager)
 
-        numbers = options.chosen.get(one.name)
-        chosen = {} if numbers is None else {task.config.task: numbers for task in _tasks_of(loaded)}
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=loaded,
-            task_manager=manager,
-            limit=options.limit,
-            samples=chosen or None,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=options.fewshot_as_multiturn,
-            system_instruction=options.system_instruction,
-            gen_kwargs=options.generation or None,
-            random_seed=options.seed,
-            numpy_random_seed=options.seed,
-            torch_random_seed=None,
-            fewshot_random_seed=options.seed,
-            bootstrap_iters=1000,
-        )
-        yield one.name, _results(found), _records(found)
+
+def _measure(
+    loaded: Sequence[Any], name: str, lm: Any, options: EvaluateOptions, manager: Any
+) -> tuple[dict[str, TaskResult], list[dict[str, Any]]]:
+    """The results of a task or a group, and its questions.
+
+    This is lm-eval's `simple_evaluate` without its description of the machine, which imports PyTorch and asks pip.
+    """
+    import random
+
+    import lm_eval
+    import numpy as np
+
+    random.seed(options.seed)
+    np.random.seed(options.seed)
+    for task in _tasks_of(loaded):
+        if options.generation and task.get_config("output_type") == "generate_until":
+            task.set_config(key="generation_kwargs", value=options.generation, update=True)
+        task.set_fewshot_seed(seed=options.seed)
+    numbers = options.chosen.get(name)
+    found = lm_eval.evaluate(
+        lm=lm,
+        task_dict=manager.load(list(loaded)),
+        limit=options.limit,
+        samples=None if numbers is None else {task.config.task: numbers for task in _tasks_of(loaded)},
+        apply_chat_template=options.apply_chat_template or options.chat_template is not None,
+        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        system_instruction=options.system_instruction,
+        bootstrap_iters=1000,
+    )
+    return _results(found), _records(found)
 
 
 def check(names: Sequence[str], folder: Path | None) -> None:

@@ -43,6 +43,13 @@ FOLDERS = {
 }
 
 
+# Data sets whose licenses do not permit every use.
+LICENSES = {
+    "race": "for research that is not commercial",
+    "sciq": "not for commercial use (CC BY-NC 3.0)",
+}
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A task to run, with its examples in a prompt; None leaves that to the task."""
