@@ -71,6 +71,22 @@ class PseudoTerminal:
         start, self._place = self._place, place + len(text)
         return self._shown[start : self._place]
 
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C at a prompt until `text` is shown.
+
+        Python's readline notices a signal only while it waits for a key; one that comes just before that is noticed
+        with the next key.
+        """
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            self.type("\x03")
+            while self._read(1):
+                if (place := self._shown.find(text, self._place)) >= 0:
+                    self._place = place + len(text)
+                    return
+        raise AssertionError(f"{text!r} is not in {self._shown[self._place :]!r}")
+
     def exit_code(self, seconds: float = SECONDS) -> int:
         """The exit code, once everything was shown."""
         end = time.monotonic() + seconds

@@ -152,8 +152,7 @@ def test_what_was_typed_is_there_in_the_next_session(tmp_path: Path) -> None:
         terminal.expect("> ")
         terminal.type(f"{up}{up}")  # there is nothing before this session
         terminal.expect("secret")
-        terminal.type("\x03")
-        terminal.expect("leave.\n> ")
+        terminal.interrupt("leave.\n> ")
         terminal.type("/exit\r")
         assert terminal.exit_code() == 0
     assert "secret" not in file.read_text()
@@ -177,8 +176,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
         terminal.expect(" ")  # the first words
         terminal.type("\x03")
         terminal.expect("Stopped; the conversation goes on from here.\n\n> ")
-        terminal.type("typed\x03")
-        terminal.expect("Press Ctrl-D or type /exit to leave.\n> ")
+        terminal.type("typed")
+        terminal.expect("typed")
+        terminal.interrupt("Press Ctrl-D or type /exit to leave.\n> ")
         terminal.type("/stats\r")
         assert "stopped" in terminal.expect("Conversation: 2 messages")
         terminal.type("/set max-tokens 3\r")
