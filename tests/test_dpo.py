@@ -153,7 +153,13 @@ def test_testing_alone_measures_what_training_measured(here):
 # Exact resume.
 
 
-@pytest.mark.parametrize("extra", [(), ("--loss-type", "kto", "--dropout", 0.1), ("--fine-tune-type", "full")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--loss-type", "kto", "--dropout", 0.1),
+        *(pytest.param(extra, marks=pytest.mark.slow) for extra in [(), ("--fine-tune-type", "full")]),
+    ],
+)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 8,
              "--learning-rate", 1e-3, "--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2,
@@ -179,7 +185,7 @@ def test_each_command_continues_its_own_runs_alone(here):
 
 
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+@pytest.mark.parametrize("loss", [pytest.param("sigmoid", marks=pytest.mark.slow), "kto"])
 def test_two_processes_train_as_one(here, loss):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 4,
              "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--val-batches", 1,

@@ -22,7 +22,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gpu_devices import FIXTURES, GRADIENT_TOLERANCE, SHAKESPEARE, TOLERANCE, assert_close, computed, needs_gpu, on
+from gpu_devices import (
+    FIXTURES,
+    GRADIENT_TOLERANCE,
+    SHAKESPEARE,
+    TOLERANCE,
+    assert_close,
+    computed,
+    needs_gpu,
+    needs_real_gpu,
+    on,
+)
 from quantization_models import random_windows, write_tiny
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
@@ -160,7 +170,7 @@ def test_gradients_pass_through_a_packed_model(choice, reference):
         {"q_bits": 3, "method": ("gptq",)},
         {"q_bits": 3, "method": ("dwq",)},
         {"target_bpw": 4.2},
-        {"target_bpw": 4.2, "method": ("awq", "gptq", "dwq")},
+        pytest.param({"target_bpw": 4.2, "method": ("awq", "gptq", "dwq")}, marks=needs_real_gpu),
         {"recipe": "mixed_3_6"},
         {"q_mode": "mxfp4"},
     ],

@@ -190,7 +190,10 @@ def test_dropped_gradients_of_equal_rewards_change_nothing(here):
 
 @pytest.mark.parametrize(
     "extra",
-    [(), ("--num-iterations", 3, "--beta", 0.1, "--dropout", 0.1), ("--fine-tune-type", "full", "--beta", 0.1)],
+    [
+        ("--num-iterations", 3, "--beta", 0.1, "--dropout", 0.1),
+        *(pytest.param(extra, marks=pytest.mark.slow) for extra in [(), ("--fine-tune-type", "full", "--beta", 0.1)]),
+    ],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--num-generations", 4,
@@ -231,6 +234,7 @@ def test_each_command_continues_its_own_runs_alone(here):
         tune(replace(SHORT, resume=True, temp=0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
 def test_two_processes_train_as_one(here):
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--batch-size", 4, "--num-generations", 4,

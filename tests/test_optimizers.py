@@ -214,10 +214,10 @@ def test_sgd_without_momentum_has_no_state() -> None:
 
 
 def cases() -> Iterator[Any]:
-    """Every optimizer as it is and compiled; the kernels of two are compiled each time, those of all in slow tests."""
+    """Every optimizer as it is and compiled; the kernels of one are compiled each time, those of all in slow tests."""
     for name in (*OPTIMIZERS, "plain sgd"):
         yield pytest.param(name, False, id=name)
-        marks = [pytest.mark.compiled, *([] if name in ("adamw", "adafactor") else [pytest.mark.slow])]
+        marks = [pytest.mark.compiled, *([] if name == "adamw" else [pytest.mark.slow])]
         yield pytest.param(name, True, id=f"{name}, compiled", marks=marks)
 
 

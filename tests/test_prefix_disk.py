@@ -139,7 +139,9 @@ def test_an_adapter_or_another_model_has_another_origin(model: Any, origin: Orig
     assert Origin.of(again).fingerprint != origin.fingerprint
 
 
-@pytest.mark.parametrize("kind", ["growing", "8 bits", "sliding"])
+@pytest.mark.parametrize(
+    "kind", ["growing", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("8 bits", "sliding"))]
+)
 def test_damaged_files_are_dropped(model: Any, start: Any, tmp_path: Path, kind: str) -> None:
     """Cut off, with a flipped bit anywhere, empty, or another kind of file: a miss, and the file is gone."""
     ids = saved(model, start, kind)

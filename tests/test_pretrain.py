@@ -128,6 +128,7 @@ def test_the_command_runs_a_file_and_its_folder_has_what_it_says(here):
     assert "choose another --output" in again.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(here):
     extra = ("--ema-decay", 0.9, "--average-last", 2, "--skip-spikes", 6, "--embedding-learning-rate", 1e-3)
     for name, workers in (("one", 0), ("two", 2)):
@@ -246,7 +247,13 @@ def test_batch_tokens_set_the_accumulation():
 # Exact resume.
 
 
-@pytest.mark.parametrize("extra", [{}, {"mode": "corenet", "min_tokens": 8, "min_characters": 8, "ftfy": False}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"mode": "corenet", "min_tokens": 8, "min_characters": 8, "ftfy": False},
+    ],
+)
 def test_a_run_stopped_at_any_step_equals_an_uninterrupted_one(here, extra):
     extra |= {"ema_decay": 0.9, "average_last": 2, "skip_spikes": 3.0, "spike_window": 4, "grad_accumulation_steps": 2}
     train(output="whole", **extra)
@@ -406,6 +413,7 @@ def test_it_says_what_was_left_out(here):
 # Several processes.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
 def test_two_processes_train_like_one_and_one_continues_what_they_began(here):
     """SGD: Adam would amplify rounding errors of the smallest gradients. Step 6 reports and validates in either run."""

@@ -270,20 +270,18 @@ def test_methods_keep_the_trained_model_closer_than_plain_rounding(tmp_path, mon
     assert under_budget < 0.65 * plain, under_budget / plain
 
 
-@pytest.mark.parametrize(
-    ("num_samples", "by_gptq", "by_all"), [(8, 0.85, 0.8), pytest.param(20, 0.8, 0.6, marks=pytest.mark.slow)]
-)
-def test_awq_and_distillation_add_to_gptq_on_the_trained_model(num_samples, by_gptq, by_all, tmp_path):
+@pytest.mark.slow
+def test_awq_and_distillation_add_to_gptq_on_the_trained_model(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:16000])
     full, tokenizer = load(SHAKESPEARE, dtype="float32")
     held_out = make_windows(tokenizer, [TEXT[60000:75000]], 128)[:8]
-    learning = {"calibration": str(text), "num_samples": num_samples, "sequence_length": 64}
+    learning = {"calibration": str(text), "num_samples": 20, "sequence_length": 64}
     costs = []
     for values in ({}, {"method": ("gptq",)} | learning, {"method": ("awq", "gptq", "dwq")} | learning):
         path = quantize(SHAKESPEARE, tmp_path / str(len(costs)), QuantizeOptions(q_bits=2, **values)).path
         costs.append(kl_divergence(full, load(path, dtype="float32")[0], held_out))
-    assert costs[1] < by_gptq * costs[0] and costs[2] < min(by_all * costs[0], costs[1]), costs
+    assert costs[1] < 0.8 * costs[0] and costs[2] < min(0.6 * costs[0], costs[1]), costs
 
 
 # Refusals, before anything is read.

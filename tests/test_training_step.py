@@ -173,6 +173,7 @@ def test_half_precision_gradients_do_not_underflow_in_steps_of_many_tokens():
         assert error.item() < 0.01, name
 
 
+@pytest.mark.slow
 @pytest.mark.compiled
 def test_only_the_graphs_of_a_few_shapes_are_kept(model, monkeypatch):
     traced = []
@@ -343,7 +344,6 @@ def test_dropout_differs_between_steps_but_not_between_runs(model):
     assert len({loss(0), loss(1), loss(0, seed=1), evaluate(model, [batch]).loss}) == 4
 
 
-@pytest.mark.compiled
 def test_weights_are_stored_in_float32_and_used_in_bfloat16():
     seen = set()
 
