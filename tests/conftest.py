@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 from fake_hub import FakeHub
 from gpu_devices import HAS_GPU, gpu_tests
 
+# Tests press Ctrl-C; a shell that starts them in the background has them and their processes ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The references were computed in float32 on a CPU; a GPU may use TF32.
 mx.set_default_device(mx.cpu)
 

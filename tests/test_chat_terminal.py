@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def test_ctrl_c_ends_a_program_whose_input_is_piped(tmp_path: Path) -> None:
         process.stdin.write(f"{FIRST}\n".encode())
         process.stdin.flush()
         assert process.stdout.read(4)
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.wait(60) == 130
 
