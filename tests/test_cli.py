@@ -134,7 +134,7 @@ def test_every_way_to_start_the_command_gives_the_same_text(greedy_text: str, tm
     ("args", "line"),
     [
         (["genrate"], "mlx-openelm has no command 'genrate'; did you mean generate?"),
-        (["dance"], "no command 'dance'; there are generate, convert"),
+        (["dance"], "no command 'dance'; there are generate, chat"),
         (["--verson"], "mlx-openelm has no flag --verson (did you mean --version?); see mlx-openelm --help."),
         (["generate", "--max-tokns", "3"], "generate has no flag --max-tokns (did you mean --max-tokens?)"),
         (["generate", "--prompt"], "--prompt"),

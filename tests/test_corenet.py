@@ -113,8 +113,8 @@ def test_a_checkpoint_gives_the_reference_logits(tmp_path: Path, config_yaml: Pa
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_that_loads_a_model_takes_its_training_configuration(name: str) -> None:
     flags = command(name)[0].flags
-    assert ("--config-yaml" in flags) == (name not in ("upload", "doctor", "train-tokenizer"))
-    assert ("--tokenizer" in flags) == (name not in ("upload", "doctor", "info", "train-tokenizer"))
+    assert ("--config-yaml" in flags) == (name not in ("upload", "doctor", "leaderboard", "train-tokenizer"))
+    assert ("--tokenizer" in flags) == (name not in ("upload", "doctor", "info", "leaderboard", "train-tokenizer"))
 
 
 def test_the_training_configuration_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -494,7 +494,7 @@ def test_overwriting_removes_tensorboards_event_files(here):
 def test_options_reach_the_parts_they_configure(here, monkeypatch):
     seen = {}
     homes = {"Updater": finetune_module, "Checkpoints": finetune_module, "CrossEntropy": method_module,
-             "batches": method_module.Method}  # fmt: skip
+             "batches_type": method_module.Method}  # fmt: skip
     for name, home in homes.items():
         make = getattr(home, name)
         note = lambda *args, _make=make, **options: seen.update(options) or _make(*args, **options)  # noqa: E731

@@ -164,7 +164,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Run a document's command, adapted; it must succeed and print something."""
+    """Run a document's command, adapted; it must succeed and print something: after a step or two, a model may not."""
     words = adapted(command)
     if words[0] == "python":
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -177,7 +177,7 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
             main(words[1:])
         code, (output, errors) = stop.value.code, capfd.readouterr()
     assert code == 0, (command, errors)
-    assert output.strip(), command
+    assert output.strip() or words[1] == "generate" and errors.strip(), command
 
 
 def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
