@@ -177,7 +177,7 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
             main(words[1:])
         code, (output, errors) = stop.value.code, capfd.readouterr()
     assert code == 0, (command, errors)
-    assert output.strip() or words[1] == "generate" and errors.strip(), command
+    assert output.strip() or (words[1] == "generate" and errors.strip()), command
 
 
 def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
