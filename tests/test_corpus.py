@@ -280,7 +280,7 @@ def test_other_data_cannot_be_continued(tmp_path: Path) -> None:
         data.step()
         state = data.state()
     write_lines(tmp_path / "a.jsonl", texts(21))
-    with pytest.raises(RequestError, match="files differs"):
+    with pytest.raises(RequestError, match="its files changed"):
         make(str(tmp_path / "a.jsonl"), run={"state": state})
 
 
@@ -359,6 +359,21 @@ def test_corenet_rows_are_those_of_the_facts(tmp_path: Path, number: int, proces
     assert record["documents"]["pieces with too few characters"] > 0
     assert record["documents"]["pieces with too few tokens"] > 0 and record["documents"]["tokens cut off"] > 0
     assert record["mode"] == "corenet" and record["ftfy"] is True
+
+
+def test_corenet_counts_what_was_cut_off_in_a_short_run_and_once_in_a_resumed_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", texts(3, words=(50, 60)))
+    options: dict[str, Any] = {"mode": "corenet", "ftfy": False, "min_characters": 0, "min_tokens": 0, "length": 8}
+    with make(str(tmp_path), batch_size=1, **options) as data:
+        take(data, 1)
+        state, first = data.state(), data.record()["documents"]
+        take(data, 4)
+        whole = data.record()["documents"]
+    lengths = [len(TOKENIZER.encode(text)) + 1 for text in texts(3, words=(50, 60))]
+    assert (first["pieces"], first["tokens cut off"]) == (3, sum(lengths) - 3 * 9)
+    with make(str(tmp_path), batch_size=1, run={"state": state}, **options) as data:
+        take(data, 4)
+        assert data.record()["documents"] == whole
 
 
 def test_lines_are_repaired_as_ftfy_repairs_a_text() -> None:

@@ -17,6 +17,8 @@ from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.loading import load
 from mlx_openelm.training import pretrain as pretrain_module
+from mlx_openelm.training.finetune import finetune
+from mlx_openelm.training.options import FineTuneOptions
 from mlx_openelm.training.options.pretraining import PretrainOptions
 from mlx_openelm.training.pretrain import Pretrained, pretrain
 from mlx_openelm.training.run.listener import Listener
@@ -207,7 +209,7 @@ def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
     ("model", "changes", "message"),
     [
         (SIZES | {"model_dims": 3}, {}, "unknown field 'model_dims'; did you mean model_dim?"),
-        (SIZES | {"name": "7b"}, {}, "name must be one of 270M, .*got '7b'"),
+        (SIZES | {"name": "7b"}, {}, "name must be one of 270m, 450m, 1.1b, 3b, got '7b'"),
         (SIZES | {"vocab_size": 9}, {}, "tokenizer has 2048 tokens, but the model only 9"),
         ({"model_dim": 64}, {}, "has no num_transformer_layers"),
         (SIZES, {"data": ()}, "data is needed"),
@@ -226,6 +228,27 @@ def test_requests_that_cannot_work_are_refused_before_anything_is_written(here, 
     with pytest.raises(RequestError, match=message):
         train(model, **changes)
     assert not (here / "pretrained" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("empty.jsonl", ""), ("blank.jsonl", '{"text": ""}\n'), ("bad.jsonl", "{\n")]
+)
+def test_a_run_before_stays_if_the_new_one_has_no_text(here, name, text):
+    train(iters=3)
+    before = {path: path.read_bytes() for path in (here / "pretrained").rglob("*") if path.is_file()}
+    (here / name).write_text(text)
+    for output, overwrite in (("new", False), ("pretrained", True)):
+        with pytest.raises(RequestError, match=name):
+            train(data=(name,), output=output, overwrite=overwrite)
+    assert not (here / "new" / "run.json").exists()
+    assert {path: path.read_bytes() for path in (here / "pretrained").rglob("*") if path.is_file()} == before
+
+
+def test_missing_text_is_refused_before_the_model_is_made(here, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "start", lambda *args, **options: pytest.fail("The model was made."))
+    for changes in ({"data": ("absent.txt",)}, {"valid": ("absent.txt",)}):
+        with pytest.raises(RequestError, match="no folder or file absent.txt"):
+            train(**changes)
 
 
 def test_a_model_of_own_sizes_needs_a_tokenizer(here):
@@ -303,6 +326,19 @@ def test_another_run_cannot_be_resumed(here):
     (here / "other" / "train.jsonl").write_text(json.dumps({"text": "Other words, and more of them."}) + "\n")
     with pytest.raises(RequestError, match="data is not that of the run to continue"):
         train(resume=True, data=("other",))
+
+
+def test_a_run_of_another_command_is_named(here):
+    train(iters=3)
+    record = json.loads((here / "pretrained" / "run.json").read_text())
+    assert record["kind"] == "pretrain"
+    with pytest.raises(RequestError, match="one of `mlx-openelm pretrain`; continue it with that command"):
+        finetune(
+            "tiny", FineTuneOptions(train=True, resume=True, adapter_path="pretrained", data="data"), progress=False
+        )
+    (here / "pretrained" / "run.json").write_text(json.dumps(record | {"kind": "lora"}))
+    with pytest.raises(RequestError, match="one of `mlx-openelm lora`; continue it with that command"):
+        train(resume=True, iters=3)
 
 
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(here):

@@ -132,7 +132,7 @@ def saved_options(output: str) -> dict[str, Any]:
     """
     processes = Processes()
     with processes.together():
-        text = json.dumps(run_folder.read_run(to_path(output))) if processes.leads else None
+        text = json.dumps(run_folder.read_run(to_path(output), pretraining.COMMAND)) if processes.leads else None
         record = json.loads(processes.share(text))
     defaults = json.loads(json.dumps(to_dict(PretrainOptions())))
     changed = {name: v for name, v in record["options"].items() if name in defaults and v != defaults[name]}
@@ -173,6 +173,8 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
             )
         )
         validation = pretraining.Validation.read(request, origin, length)
+        if state is None:
+            data.wait()  # before the folder is cleared: the text may be damaged, or empty
         listener.say(pretraining.describe_data(data.record()))
         pretraining.begin(request, checkpoints, data.record(), planned.recompute, previous)
         if state is None and origin.training is not None:

@@ -20,6 +20,7 @@ from ...loading import check_dtype
 from ...wording import counted, size
 from ..data.batches import Batch
 from ..data.corpus.encoding import LEFT_OUT
+from ..data.corpus.files import find_files
 from ..data.corpus.validation import read_validation
 from ..options import TrainOptions
 from ..options.pretraining import PretrainOptions
@@ -35,6 +36,7 @@ from .state import Checkpoints, RunState
 
 # The folders of models in the run's folder.
 MODEL, MODEL_EMA, MODEL_AVERAGE = "model", "model-ema", "model-average"
+COMMAND = "pretrain"
 _FLAG = "--output"
 
 
@@ -71,9 +73,12 @@ def check(request: Request) -> dict[str, Any] | None:
     if not request.processes.leads:
         return None
     run_folder.check_folder(request.folder, resume=options.resume, overwrite=request.overwrite, folder_flag=_FLAG)
+    for split, sources in (("train", options.data), ("valid", options.valid)):
+        for source in sources:
+            find_files(source, split, options.text_key)
     if not options.resume:
         return None
-    previous, file = run_folder.read_run(request.folder), request.folder / run_folder.RUN
+    previous, file = run_folder.read_run(request.folder, COMMAND), request.folder / run_folder.RUN
     loading = dataclasses.asdict(request.loading)
     changes = run_folder.compare(describe(request.model), options, loading, previous, file, folder_flag=_FLAG)
     for change in changes:
@@ -122,6 +127,7 @@ def begin(
     record = run_folder.make_record(
         describe(request.model),
         request.options,
+        kind=COMMAND,
         loading=dataclasses.asdict(request.loading),
         data={"fingerprint": None} | dict(data),  # whether it is the same as before, the stream checks itself
         processes=request.processes.size,

@@ -123,7 +123,8 @@ def _from_sizes(sizes: Mapping[str, Any], loading: Loading, seed: int, max_seq_l
     if name is not None:
         release = catalog.find(name) if isinstance(name, str) else None
         if release is None:
-            raise RequestError(f"The model's name must be one of {', '.join(SIZES)}, got {quote(name)}.")
+            sizes_known = ", ".join(size.replace("_", ".").lower() for size in SIZES)
+            raise RequestError(f"The model's name must be one of {sizes_known}, got {quote(name)}.")
         layers, model_dim, head_dim = SIZES[release.size.replace(".", "_")]
         own = {"num_transformer_layers": layers, "model_dim": model_dim, "head_dim": head_dim} | own
     else:

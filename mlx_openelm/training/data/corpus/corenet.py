@@ -40,10 +40,12 @@ class _Rows:
         state = state or {"start": [0, 0, 0], "taken": 0, "counts": {}}
         self._position, self._taken = Position(*state["start"]), state["taken"]
         self._counts = Counter(state["counts"])
+        self._is_counted: bool = state.get("counted", False)  # whether they have the current chunk's
         self._chunk: Chunk | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"start": list(self._position), "taken": self._taken, "counts": dict(self._counts)}
+        place = {"start": list(self._position), "taken": self._taken}
+        return place | {"counts": dict(self._counts), "counted": self._is_counted}
 
     def take(self) -> Document:
         searched_from: int | None = None
@@ -51,16 +53,18 @@ class _Rows:
             if self._chunk is None:
                 self._chunk = self._chunks.take(self._number)
                 self._position = self._chunk.position
+            if not self._is_counted:
+                self._counts.update(self._chunk.encoded.counts)
+                self._is_counted = True
             encoded = self._chunk.encoded
             if self._taken < len(encoded.tokens):
                 self._taken += 1
                 at = self._taken - 1
                 return Document(encoded.tokens[at], self._chunk.file.path, encoded.numbers[at])
-            self._counts.update(encoded.counts)
             # A stream without rows would be searched for ever.
             searched_from = self._position.epoch if searched_from is None else searched_from
             self._chunk = self._chunks.take(self._number)
-            self._position, self._taken = self._chunk.position, 0
+            self._position, self._taken, self._is_counted = self._chunk.position, 0, False
             if self._position.epoch > searched_from + 1:
                 raise RequestError(
                     f"No text in {self._chunk.file.path} passes the filters of --mode corenet; lower --min-tokens and "
@@ -92,7 +96,7 @@ class CorenetBatches:
         return min(stream.state()["start"][0] for stream in self._streams)
 
     def counts(self) -> Counter[str]:
-        """What was skipped and cut off so far."""
+        """What was read, skipped and cut off so far, with all of the current chunks."""
         counts: Counter[str] = Counter()
         for stream in self._streams:
             counts.update(stream.state()["counts"])

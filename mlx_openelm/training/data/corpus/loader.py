@@ -90,6 +90,7 @@ class PretrainingData:
         self.waited = 0.0
         self._totals = Counter(self._state["totals"])
         self._failure: BaseException | None = None
+        self._ready: _Update | None = None
         self._closed = False
         self._known: deque[tuple[int, list[tuple[str, int]]]] = deque(maxlen=_KNOWN)
         self._open()
@@ -102,13 +103,9 @@ class PretrainingData:
             OpenELMError: a worker ended, or the disk is full.
         """
         started = time.perf_counter()
-        if self._failure is not None:
-            raise self._failure
-        update = self._queue.get()
-        if isinstance(update, BaseException):
-            self._failure = update
-            self.close()
-            raise update
+        self.wait()
+        update, self._ready = self._ready, None
+        assert update is not None
         index = self._state["steps"]
         self._state = update.state
         self._known.append((update.first_example, update.places))
@@ -117,6 +114,22 @@ class PretrainingData:
         step = Step(index, update.epoch, batches, update.num_targets, update.num_targets, tuple(examples))
         self.waited += time.perf_counter() - started
         return step
+
+    def wait(self) -> None:
+        """Wait until the next step can be given, so that bad data is refused before anything is written.
+
+        Raises:
+            RequestError, OpenELMError: as `step`.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._ready is None:
+            update = self._queue.get()
+            if isinstance(update, BaseException):
+                self._failure = update
+                self.close()
+                raise update
+            self._ready = update
 
     def state(self) -> dict[str, Any]:
         """The position after the last step that was given, for JSON."""
@@ -226,8 +239,8 @@ class PretrainingData:
             # A damaged document that stopped a run may be skipped when it continues.
             if state["key"].get(name) != value and name != "skip_damaged":
                 raise RequestError(
-                    f"The data is not that of the run to continue: {name} differs; give the same data and options, or "
-                    "start a new run."
+                    f"The data is not that of the run to continue (its {name} changed); give the same data and "
+                    "options, or start a new run."
                 )
         return state
 

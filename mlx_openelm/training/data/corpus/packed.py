@@ -147,11 +147,6 @@ class PackedRows:
             counts.update(source.counts())
         return counts + Counter({"documents split": self._split})
 
-    @property
-    def source_tokens(self) -> list[int]:
-        """The tokens of each source, up to the start of the window."""
-        return list(self._start["tokens"])
-
     def take(self) -> Row:
         if self._rows is None:
             self._rows = self._fill_window()

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .cache import CachedTokens, Encoded
@@ -45,7 +45,6 @@ class Stream:
     files: list[TextFile]
     shuffle: str | None = None
     generator: tuple | None = None
-    _orders: list[list[TextFile]] = field(default_factory=list, repr=False)
 
     def order(self, epoch: int) -> list[TextFile]:
         """The files of an epoch, in order."""
