@@ -332,8 +332,9 @@ def test_adapters_that_do_not_fit_and_models_that_have_one_are_refused() -> None
     odd = Adapter({"transformer.layers.9.attn.qkv_proj": LowRank(mx.zeros((2, 1)), mx.zeros((1, 2)), 1)})
     with pytest.raises(RequestError, match="The adapter odd changes transformer.layers.9"):
         AdapterPool(model, read=lambda name: odd).acquire("odd")
-    with pytest.raises(RequestError, match="max_bytes must be 0 or more"):
-        AdapterPool(model, max_bytes=-1)
+    for wrong in (-1, 1.5, "1GB"):
+        with pytest.raises(RequestError, match="max_bytes must be a whole number of bytes, 0 or above, got"):
+            AdapterPool(model, max_bytes=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="No rows"), AdapterPool(model).rows([]):
         pass
     attach_new(model, rank=2)

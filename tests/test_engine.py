@@ -9,6 +9,7 @@ from typing import Any
 from mlx_openelm import Engine, batch_generate, generate, load, native, stream_generate
 from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.generation.piece import Piece
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
 from mlx_openelm.model import OpenELM
@@ -238,6 +239,24 @@ def test_what_was_generated_is_found_again(loaded: tuple[OpenELM, Tokenizer]) ->
     assert second.cached_tokens >= len(first.request.prompt) + 7
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_callback_may_cancel_another_row(loaded: tuple[OpenELM, Tokenizer], exact: bool) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=exact)
+    rows: list[Row] = []
+
+    def cancel_the_second(piece: Piece) -> None:
+        if piece.generation_tokens == 4:
+            rows[1].cancel()
+
+    rows.append(engine.submit(PLAY, max_tokens=8, on_piece=cancel_the_second))
+    rows.append(engine.submit(PLAY[:20], max_tokens=8))
+    rows.append(engine.submit(PLAY[:20], max_tokens=8))
+    finish(engine)
+    assert [row.finish_reason for row in rows] == ["length", "cancelled", "length"]
+    assert [row.error for row in rows] == [None] * 3
+
+
 def test_batch_generate_takes_one_value_or_one_per_prompt(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     prompts = [PLAY[:20], PLAY[:20], tokenizer.encode(PLAY[:9])]
@@ -263,6 +282,15 @@ def test_batch_generate_takes_one_value_or_one_per_prompt(loaded: tuple[OpenELM,
     assert [result.finish_reason for result in results[::2]] == ["length", "length"]
 
 
+@pytest.mark.parametrize("stop", [[None, ["I"]], [[], "I"]])
+def test_stop_strings_per_prompt_may_be_missing(loaded: tuple[OpenELM, Tokenizer], stop: Any) -> None:
+    model, tokenizer = loaded
+    results = batch_generate(model, tokenizer, [PLAY[:20]] * 2, max_tokens=40, stop=stop)
+    expected = [generate(model, tokenizer, PLAY[:20], max_tokens=40, stop=one) for one in (None, "I")]
+    assert [result.text for result in results] == expected
+    assert expected[0] != expected[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -271,6 +299,13 @@ def test_batch_generate_takes_one_value_or_one_per_prompt(loaded: tuple[OpenELM,
         ({"prompts": ["a", ""]}, r"^Prompt 2: The prompt is empty"),
         ({"temp": [0.0, -1.0]}, r"^Prompt 2: temp must be between"),
         ({"tmp": 1.0}, r"temp"),
+        ({"adapter_path": [None]}, r"^adapter_path has 1 values for 2 prompts"),
+        ({"adapter_path": 3}, r"^Prompt 1: adapter_path must be a path, or several, got 3\.$"),
+        ({"stop": 3}, r"^Prompt 1: stop must be text, or a list of texts, got 3\.$"),
+        ({"stop": {"a": 1}}, r"^Prompt 1: stop must be text, or a list of texts"),
+        ({"echo": "no"}, r"^Prompt 1: echo must be True or False, got 'no'\.$"),
+        ({"prompt_lookup": [True, 0]}, r"^Prompt 2: prompt_lookup must be True or False, got 0\.$"),
+        ({"json_object": "no"}, r"^Prompt 1: json_object must be True or False, got 'no'\.$"),
     ],
 )
 def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: dict[str, Any], message: str) -> None:
@@ -369,3 +404,12 @@ def test_constrained_rows_are_their_lone_runs(loaded: tuple[OpenELM, Tokenizer],
         for row, (prompt, options) in zip(rows, texts, strict=True):
             assert_equal(result_of(row), alone(model, tokenizer, prompt, options))
     assert {row.finish_reason for row in rows} == {"stop", "length"}
+
+
+def test_batch_generate_names_the_texts_that_are_cut_off(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    pytest.importorskip("llguidance")
+    for prompts, place in ((["a"], ""), (["b", "a"], "Prompt 2: ")):
+        with pytest.warns(UserWarning) as found:
+            batch_generate(*loaded, prompts, max_tokens=3, regex=[None, "[a-z]{40}"][-len(prompts) :])
+        rest = "The text was cut off after 3 tokens, at max_tokens; it may be incomplete."
+        assert [str(one.message) for one in found] == [place + rest]

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm import load, stream_generate
+from mlx_openelm import generate, load, stream_generate
 from mlx_openelm.cli.flags import memory_size
 from mlx_openelm.cli.main import main
 
@@ -125,6 +125,34 @@ def test_bad_lines_and_flags_are_named(
     code, output, messages = call(capsys, monkeypatch, "--batch", name, *flags)
     assert (code, output) == (2, "")
     assert message in messages and messages.count("\n") == 1
+
+
+@pytest.mark.parametrize("adapter", [None, str(FIXTURES / "peft-lora")])
+def test_all_lines_go_on_from_a_prompt_cache_with_its_adapter(
+    adapter: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = [] if adapter is None else ["--adapter-path", adapter]
+    with pytest.raises(SystemExit) as stop:
+        main(["cache-prompt", "To be, or", "--model", FOLDER, *named, "--prompt-cache-file", "held"])
+    assert not stop.value.code
+    capsys.readouterr()
+    lines: list[dict[str, Any]] = [{"prompt": " not to be", "max_tokens": 8}, {"prompt": " a king", "max_tokens": 4}]
+    write(tmp_path / "a.jsonl", lines)
+    code, output, messages = call(capsys, monkeypatch, *named, "--prompt-cache-file", "held", "--batch", "a.jsonl")
+    assert code == 0, messages
+    model, tokenizer = load(FOLDER, adapter)
+    for found, line in zip(map(json.loads, output.splitlines()), lines, strict=True):
+        whole = tokenizer.encode(f"To be, or{line['prompt']}")
+        assert found["text"] == generate(model, tokenizer, whole, max_tokens=line["max_tokens"])
+
+    for other in (str(FIXTURES / "peft-dora"), None):
+        write(tmp_path / "a.jsonl", [lines[0], {"prompt": "a", "adapter_path": other}])
+        code, output, messages = call(capsys, monkeypatch, *named, "--prompt-cache-file", "held", "--batch", "a.jsonl")
+        assert (code, output) == (2, "")
+        assert messages == (
+            "error: a.jsonl:2 has an adapter_path, and held was made for one adapter, or none; leave it out.\n"
+        )
 
 
 def test_limits_need_a_batch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

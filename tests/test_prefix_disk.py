@@ -341,3 +341,15 @@ def test_clear_forgets_memory_and_keeps_files(model: Any, start: Any) -> None:
     tree.save()
     tree.clear()
     assert tree.nbytes == 0 and check(model, tree, [*ids, 5], PLAIN) == 40
+
+
+def test_a_wrong_size_removes_nothing(model: Any, start: Any) -> None:
+    tree = start()
+    put(model, tree, [1, 2, 3])
+    tree.save()
+    files = list(tree._disk.folder.iterdir())
+    assert files
+    for wrong in (-1, 1.5, "1GB"):
+        with pytest.raises(RequestError, match="max_bytes must be a whole number of bytes, 0 or above, got"):
+            start(disk_bytes=wrong)
+    assert list(tree._disk.folder.iterdir()) == files

@@ -229,8 +229,9 @@ def test_the_default_budget_is_a_share_of_the_free_memory(model: Any, monkeypatc
     for free, budget in ((8 << 30, 2 << 30), (None, 1 << 30)):
         monkeypatch.setattr(backend, "available_memory", lambda free=free: free)
         assert PrefixTree(model).max_bytes == budget
-    with pytest.raises(RequestError, match="max_bytes must be 0 or more, got -1"):
-        PrefixTree(model, -1)
+    for wrong in (-1, 1.5, "1GB"):
+        with pytest.raises(RequestError, match="max_bytes must be a whole number of bytes, 0 or above, got"):
+            PrefixTree(model, wrong)  # type: ignore[arg-type]
 
 
 def test_nothing_is_left_of_many_dropped_sequences(model: Any) -> None:

@@ -84,8 +84,8 @@ class AdapterPool:
                 "The model was loaded with an adapter, which all rows would have: load it without, and give the "
                 "adapter to the rows that use it."
             )
-        if max_bytes < 0:
-            raise RequestError(f"max_bytes must be 0 or more, got {max_bytes}.")
+        if not isinstance(max_bytes, int) or max_bytes < 0:
+            raise RequestError(f"max_bytes must be a whole number of bytes, 0 or above, got {quote(max_bytes)}.")
         model.eval()
         self.model, self.max_bytes, self.nbytes = model, max_bytes, 0
         self._read = read if read is not None else lambda path: read_adapter(path, model.config)

@@ -189,12 +189,14 @@ def parse_paths(adapter_path: AdapterPaths) -> list[tuple[str, float]]:
     """Adapters with their weights, from one path, several, `PATH=WEIGHT`, or a mapping.
 
     Raises:
-        RequestError: no adapter, or a weight that is not a number.
+        RequestError: no adapter, something that is no path, or a weight that is not a number.
     """
     if isinstance(adapter_path, Mapping):
         found = [(str(path), _to_weight(str(path), weight)) for path, weight in adapter_path.items()]
     else:
         paths = [adapter_path] if isinstance(adapter_path, str | Path) else adapter_path
+        if not isinstance(paths, Sequence) or not all(isinstance(path, str | Path) for path in paths):
+            raise RequestError(f"--adapter-path must be a path, or several, got {quote(adapter_path)}.")
         found = [_parse_path(path) for path in paths]
     if not found:
         raise RequestError("--adapter-path is empty; give an adapter.")

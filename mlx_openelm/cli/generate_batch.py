@@ -55,11 +55,13 @@ def run_batch(args: Namespace) -> int:
         from .cached_prompt import open_cached
 
         cached = open_cached(args)
-    adapter = args.adapter_path
+        _check_adapters(lines, args.prompt_cache_file)
+    # The keys and values of a file are those of one adapter, which then all texts have.
+    shared, adapter = (None, args.adapter_path) if cached is None else (args.adapter_path, None)
     args.model = args.model or catalog.TINY
     model, tokenizer = load(
         args.model,
-        None,
+        shared,
         args.dtype,
         tokenizer=args.tokenizer,
         config_yaml=args.config_yaml,
@@ -103,6 +105,15 @@ def run_batch(args: Namespace) -> int:
             raise type(error)(f"{line.place}: {error}") from None
         seeds.append(seed if _samples(options) else None)
     return _generate(engine, lines, rows, seeds, args)
+
+
+def _check_adapters(lines: list[_Line], cache_file: str) -> None:
+    """Raise a `RequestError` if a line names an adapter, which cannot go on from the keys and values in a file."""
+    for line in lines:
+        if "adapter_path" in line.options:
+            raise RequestError(
+                f"{line.place} has an adapter_path, and {cache_file} was made for one adapter, or none; leave it out."
+            )
 
 
 def _check_flags(args: Namespace) -> None:

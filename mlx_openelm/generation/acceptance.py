@@ -3,7 +3,7 @@
 Two kinds of drafts, both checked in one forward pass of the target over the drafted tokens:
 
 - Drafts that are certain (found in a text, or the most likely tokens of a draft model). The target's own tokens are
-  drawn as in plain decoding, and a drafted token stays while it equals the target's: `matching`. The text is that of
+  drawn as in plain decoding, and a drafted token stays while it equals the target's (`Row.take`). The text is that of
   plain decoding with the same seed, whatever is drafted, and a token d is accepted with probability p(d).
 - Drafts drawn from a distribution q. Token d stays with probability min(1, p(d) / q(d)); after the first one that does
   not, the token is drawn from max(p - q, 0): `accept_drawn` (Leviathan et al., 2023, algorithm 1; Chen et al., 2023).
@@ -12,20 +12,10 @@ Two kinds of drafts, both checked in one forward pass of the target over the dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 from ..ops.layers import log_softmax
 from .sampling import TextSampler
-
-
-def matching(drafted: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many of the first drafted tokens equal the target's own."""
-    for n, (mine, theirs) in enumerate(zip(drafted, tokens, strict=False)):
-        if mine != theirs:
-            return n
-    return min(len(drafted), len(tokens))
 
 
 def draft_key(sampler: TextSampler, place: int) -> mx.array:

@@ -20,7 +20,7 @@ from .row import Row
 # The path of an adapter, or paths with their weights.
 AdapterPath = str | Path | Mapping[str, float]
 
-# Options that may be a sequence for one text: for several, a sequence of sequences, one for each text.
+# Options that may be a sequence of texts for all prompts; one with a value per prompt has sequences, or None, in it.
 _SEQUENCES = ("stop", "choice")
 
 
@@ -71,7 +71,8 @@ def batch_generate(
         callback: called with the number of a prompt and each `Piece` of its text.
         progress: called with the number of texts that are done, and of all.
         options: the fields of `GenerationOptions`, each one value for all prompts, or a list with a value per prompt.
-            `stop` and `choice` may be lists for one text: give a list of lists for values per prompt.
+            `stop` and `choice` may be lists of texts, which are for all prompts: a list per prompt has a list, or None,
+            for at least one of them.
 
     Raises:
         RequestError: a bad value, or a prompt that is empty or too long; before anything is computed.
@@ -79,8 +80,8 @@ def batch_generate(
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise RequestError("prompts must be a list of texts or of lists of token ids; for one text use generate().")
-    each = per_prompt({**options, "adapter": adapter_path}, len(prompts))
-    adapters = AdapterPool(model) if any(chosen["adapter"] is not None for chosen in each) else None
+    each = per_prompt({**options, "adapter_path": adapter_path}, len(prompts))
+    adapters = AdapterPool(model) if any(chosen["adapter_path"] is not None for chosen in each) else None
     engine = Engine(
         model,
         tokenizer,
@@ -93,8 +94,10 @@ def batch_generate(
     rows = []
     for number, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
         on_piece = None if callback is None else _numbered(callback, number)
+        adapter = chosen.pop("adapter_path")
         try:
-            rows.append(engine.submit(prompt, on_piece=on_piece, **chosen))
+            rows.append(engine.submit(prompt, adapter=adapter, on_piece=on_piece, **chosen))
+            rows[-1].warns = False  # with the number of the prompt, below
         except RequestError as error:
             if len(prompts) == 1:
                 raise
@@ -112,6 +115,8 @@ def batch_generate(
                     raise OpenELMError(f"Prompt {number + 1}: {row.error}") from None
                 if row.error is not None:
                     raise row.error
+    for number, row in enumerate(rows, 1):
+        row.warn_if_cut(f"Prompt {number}" if len(rows) > 1 else "")
     return [_result(row) for row in rows]
 
 
@@ -125,7 +130,7 @@ def per_prompt(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     for name, value in options.items():
         listed = isinstance(value, list | tuple)
         if listed and name in _SEQUENCES:
-            listed = bool(value) and all(isinstance(one, list | tuple) for one in value)
+            listed = any(one is None or isinstance(one, list | tuple) for one in value)
         if listed and len(value) != count:
             raise RequestError(f"{name} has {len(value)} values for {count} prompts; give one, or one per prompt.")
         for number, one in enumerate(chosen):

@@ -291,8 +291,13 @@ class GenerationOptions(SamplingParams, CacheOptions):
             check_number("--prefill-step-size", self.prefill_step_size, 1, math.inf, "1 or more", kind=Integral)
         if self.seed is not None:
             check_seed(self.seed)
+        if not isinstance(self.stop, str | Sequence | None):
+            raise RequestError(f"--stop must be text, or a list of texts, got {quote(self.stop)}.")
         for stop in [self.stop] if isinstance(self.stop, str) else self.stop or ():
             check_stop(stop)
+        for name in ("echo", "prompt_lookup", "json_object"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"--{name.replace('_', '-')} must be True or False, got {quote(value)}.")
         check_number("--top-logprobs", self.top_logprobs, 0, math.inf, "a whole number, 0 or above", kind=Integral)
         if self.num_draft_tokens is not None:
             expected = f"a whole number from 0 to {MAX_NUM_DRAFT_TOKENS}"

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..formats import prefix_file
 from ..inputs import to_path
 from ..messages import warn
 from .cache_origin import Origin
+from .options import check_number
 from .segments import Content, Kind
 
 # The largest size of a folder by default, in bytes.
@@ -52,10 +55,11 @@ class PrefixDisk:
             time are removed first.
 
     Raises:
-        RequestError: the folder cannot be made.
+        RequestError: the folder cannot be made, or `max_bytes` is not a whole number, 0 or above.
     """
 
     def __init__(self, folder: str | Path, origin: Origin, config: ModelConfig, max_bytes: int = DEFAULT_BYTES):
+        check_number("--max-bytes", max_bytes, 0, math.inf, "a whole number of bytes, 0 or above", kind=Integral)
         self.folder, self.origin, self.config, self.max_bytes = to_path(folder), origin, config, max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts are private

@@ -9,15 +9,17 @@ all of its tokens; before that, it is in segments like the others.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from .. import backend
 from ..cache import KVCache, QuantizedKVCache, RotatingKVCache, make_cache
 from ..errors import RequestError
 from ..model import OpenELM
-from .options import CacheOptions
+from .options import CacheOptions, check_number
 from .prompt_cache import cache_offset
 from .segments import Content, Kind, join, kind_of, segment, snapshot
 
@@ -70,8 +72,7 @@ class PrefixTree:
         if max_bytes is None:
             free = backend.available_memory()
             max_bytes = _UNKNOWN_FREE if free is None else int(FREE_SHARE * free)
-        if max_bytes < 0:
-            raise RequestError(f"max_bytes must be 0 or more, got {max_bytes}.")
+        check_number("--max-bytes", max_bytes, 0, math.inf, "a whole number of bytes, 0 or above", kind=Integral)
         self.config, self.max_bytes, self.nbytes = model.config, max_bytes, 0
         self._roots: dict[tuple[str, Kind], _Node] = {}
         # Every node comes before its parent, so the first one holds what was used longest ago and has no children.

@@ -306,7 +306,7 @@ class Row:
         self.prompt, self.cached_tokens = self.prompt[count:], count
 
     def processed_ids(self) -> list[int]:
-        """The ids whose keys and values the caches hold; the caches were empty before the prompt."""
+        """The ids that the caches have seen, as far as they are known; the caches were empty before the prompt."""
         return [*self.request.prompt, *self.tokens, *self._forced][: int(self.decoder.cache[0].offset)]
 
 

@@ -45,8 +45,12 @@ class SharedPrefixes:
             self._keep(row)
 
     def _keep(self, row: Row) -> None:
-        """Keep what a row has processed so far, if it is all the row's own."""
-        if row.past == 0 and (ids := row.processed_ids()):
+        """Keep what a row has processed so far, if it is all the row's own.
+
+        A row that another one's callback cancels may have processed a token that it was not told yet.
+        """
+        ids = row.processed_ids()
+        if row.past == 0 and len(ids) == row.decoder.cache[0].offset > 0:
             self._tree.insert(ids, row.decoder.cache, key=self._key(row))
 
     def _key(self, row: Row) -> str:
