@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from pretraining_runs import options, write_folder
 from quantization_models import tiny_config, tiny_model
+from training_runs import Notes
 
 torch = pytest.importorskip("torch")
 
@@ -145,18 +146,11 @@ def test_the_next_updates_are_those_of_pytorch(here):
 def test_a_run_goes_on_at_its_iteration_and_resumes(here):
     parameters, optimizer = make_run()
     path = save(here / "training_checkpoint_last.pt", parameters, optimizer)
-    lines: list[str] = []
-
-    class Notes(Listener):
-        def say(self, line):
-            lines.append(line)
-
-        warn = say
-
+    notes = Notes()
     settings = ADAMW | {"iters": 9, "learning_rate": 1e-3, "warmup": 8, "save_every": 50, "steps_per_report": 1}
-    done = pretrain(path, options(**settings), loading=LOADING, listener=Notes())
-    assert any("continues the CoreNet run" in line and "from iteration 7 on" in line for line in lines)
-    assert any("begins from its start" in line for line in lines)
+    done = pretrain(path, options(**settings), loading=LOADING, listener=notes)
+    assert any("continues the CoreNet run" in line and "from iteration 7 on" in line for line in notes.lines)
+    assert any("begins from its start" in line for line in notes.lines)
     rows = [row for row in read(here / "pretrained" / "metrics.jsonl") if "learning_rate" in row]
     assert [row["step"] for row in rows] == [8, 9] and done.training.steps == 9
     assert rows[0]["learning_rate"] == pytest.approx(1e-3 * 7 / 8)
@@ -168,7 +162,7 @@ def test_a_run_goes_on_at_its_iteration_and_resumes(here):
     # Killed before its first checkpoint, a run continues from the state it took over.
     after = (here / "pretrained/model/model.safetensors").read_bytes()
     shutil.rmtree(here / "pretrained/checkpoints/0000009")
-    pretrain(path, options(**settings, resume=True), loading=LOADING, listener=Notes())
+    pretrain(path, options(**settings, resume=True), loading=LOADING, listener=notes)
     assert (here / "pretrained/model/model.safetensors").read_bytes() == after
 
 

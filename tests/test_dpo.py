@@ -37,7 +37,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, command, kill_after, metrics, run, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, run, trained
 
 SHORT = PreferenceOptions(train=True, data="data", iters=5, batch_size=4, learning_rate=1e-2, max_seq_length=48,
                           steps_per_report=2, steps_per_eval=3, val_batches=-1, save_every=2, rank=4)  # fmt: skip
@@ -55,16 +55,6 @@ def write_pairs(folder: Path, train: int = 13, valid: int = 5, test: int = 5) ->
             lines.append(json.dumps({"prompt": prompt, "chosen": " " + " ".join(words), "rejected": f" {end} to"}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    warn = say
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +128,9 @@ def test_losses_and_methods_train_validate_and_test(here, changes):
 def test_a_quantized_model_trains(here):
     convert("model", "packed", quantize=True, q_bits=4, q_group_size=32)
     tune(replace(SHORT, iters=3), model="packed")
-    load("packed", adapter_path="adapters")
+    (base, _), (tuned, _) = load("packed"), load("packed", adapter_path="adapters")
+    ids = mx.array([[1, 5, 9, 4]])
+    assert mx.abs(tuned(ids) - base(ids)).max().item() > 1e-3
 
 
 def test_testing_alone_measures_what_training_measured(here):

@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from training_runs import kill_after, metrics, run, trained, write_run_folder
+from training_runs import Notes, kill_after, metrics, run, trained, write_run_folder
 
 # Seven steps per epoch, and something to save at nearly every step.
 SHORT = FineTuneOptions(train=True, data="data", iters=9, batch_size=4, learning_rate=1e-2, max_seq_length=48,
@@ -36,16 +36,6 @@ SHORT = FineTuneOptions(train=True, data="data", iters=9, batch_size=4, learning
 FLAGS = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48,
          "--learning-rate", 1e-2, "--rank", 4, "--dropout", 0.1, "--optimizer", "adamw", "--lr-schedule", "cosine",
          "--warmup", 2, "--steps-per-report", 3, "--steps-per-eval", 5, "--val-batches", -1)  # fmt: skip
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    warn = say
 
 
 @pytest.fixture(scope="module")

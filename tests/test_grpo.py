@@ -21,10 +21,11 @@ from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import Metrics, figure, read
 from mlx_openelm.training.run.rewards import Completion, make_rewards
 
+import mlx.core as mx
 import pytest
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, command, kill_after, metrics, run, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, run, trained
 
 REWARDS = """
 def early(completion_ids, **others):
@@ -59,16 +60,6 @@ def write_prompts(folder: Path, train: int = 7, valid: int = 3, test: int = 3) -
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    warn = say
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +156,9 @@ def test_losses_and_methods_train_validate_and_test(here, changes):
 def test_a_quantized_model_trains(here):
     convert("model", "packed", quantize=True, q_bits=4, q_group_size=32)
     tune(replace(SHORT, iters=2, beta=0.1), model="packed")
-    load("packed", adapter_path="adapters")
+    (base, _), (tuned, _) = load("packed"), load("packed", adapter_path="adapters")
+    ids = mx.array([[1, 5, 9, 4]])
+    assert mx.abs(tuned(ids) - base(ids)).max().item() > 1e-3
 
 
 def test_testing_alone_measures_what_training_measured(here):

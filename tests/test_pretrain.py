@@ -34,19 +34,9 @@ from mlx.utils import tree_flatten
 from pretraining_runs import SIZES, command, kill_after, metrics, options, run, trained, write_folder
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import ROOT, environment
+from training_runs import ROOT, Notes, environment
 
 LOADING = Loading(tokenizer="tokenizer")
-
-
-class Notes(Listener):
-    def __init__(self):
-        self.lines: list[str] = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    warn = say
 
 
 @pytest.fixture(scope="module")

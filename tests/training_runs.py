@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import read
 
 from quantization_models import write_tiny
@@ -23,6 +24,18 @@ TIMING = {
     *("peak_memory", "val_seconds"),
 }
 WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
+
+
+class Notes(Listener):
+    """Keeps what a run says and warns of."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    warn = say
 
 
 def write_data(folder: Path, train: int = 23, valid: int = 6, test: int = 6) -> Path:

@@ -170,6 +170,7 @@ class OpenELMLM(TemplateLM):
         return self._template or self.tokenizer.chat_template or "corenet"
 
     def apply_chat_template(self, chat_history: Sequence[Any], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, in the template that was chosen, else the model's own, else CoreNet's."""
         return self.tokenizer.apply_chat_template(
             list(chat_history),
             self._template,

@@ -10,13 +10,13 @@ from starlette.responses import Response
 
 from ..text.chat_messages import ROLES, plain_text
 from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
-from .completions import MAX_LOGPROBS, check_stream, stream
-from .context import Context, answer, check_characters, check_length, new_id, now
+from .completions import MAX_LOGPROBS, check_stream, stream, whole
+from .context import Context, check_characters, check_length, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
 from .protocol import COMMON, options_of, seeded
-from .texts import Texts, event, while_here
+from .texts import Texts, event
 
 MAX_MESSAGES = 4096
 
@@ -103,10 +103,8 @@ FIELDS: dict[str, Check] = {
 
 
 async def chat(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), FIELDS)
-    entry, adapter = context.models.find(given.get("model"))
-    if "messages" not in given:
-        raise APIError("messages is missing.", param="messages")
+    """`POST /v1/chat/completions`."""
+    given, entry, adapter = await context.take(request, FIELDS, "messages")
     check_stream(given)
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise APIError("top_logprobs needs logprobs: true.", param="top_logprobs")
@@ -120,10 +118,7 @@ async def chat(context: Context, request: Request) -> Response:
     texts.submit()
     if given.get("stream"):
         return stream(context, "chat/completions", answers.events(), texts)
-    try:
-        return answer(await while_here(request, answers.whole(), context.options.timeout))
-    finally:
-        texts.cancel()
+    return await whole(context, request, answers.whole(), texts)
 
 
 def render(context: Context, entry: Entry, conversation: list[dict[str, Any]], continues: bool = False) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
 from ..model import OpenELM
-from .checks import Check, boolean, integer, only, read_fields
+from .checks import Check, boolean, integer, only
 from .context import Context, answer, as_ids, check_characters, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
@@ -36,10 +36,8 @@ FIELDS: dict[str, Check] = {
 
 
 async def completions(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), FIELDS)
-    entry, adapter = context.models.find(given.get("model"))
-    if "prompt" not in given:
-        raise APIError("prompt is missing.", param="prompt")
+    """`POST /v1/completions`."""
+    given, entry, adapter = await context.take(request, FIELDS, "prompt")
     check_stream(given)
     prompts = await context.prepare(lambda: read_prompts(entry, given["prompt"]))
     options = options_of(given, context.options)
@@ -64,10 +62,7 @@ async def completions(context: Context, request: Request) -> Response:
     await while_here(request, begin(), context.options.timeout)
     if given.get("stream"):
         return stream(context, "completions", completion.events(), texts)
-    try:
-        return answer(await while_here(request, completion.whole(), context.options.timeout))
-    finally:
-        texts.cancel()
+    return await whole(context, request, completion.whole(), texts)
 
 
 def stream(
@@ -84,6 +79,14 @@ def stream(
         context.metrics.requests.labels(route, outcome).inc()
 
     return EventStream(events, context.options.timeout, ended, failed)
+
+
+async def whole(context: Context, request: Request, body: Awaitable[dict[str, Any]], texts: Texts) -> Response:
+    """An answer in one piece, whose texts end when the client leaves."""
+    try:
+        return answer(await while_here(request, body, context.options.timeout))
+    finally:
+        texts.cancel()
 
 
 def check_stream(given: dict[str, Any]) -> None:

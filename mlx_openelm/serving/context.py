@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ..errors import RequestError
+from .checks import Check, read_fields
 from .failures import APIError, as_api_error, to_json, unavailable
 from .metrics import Metrics
 from .models import Entry, Models
@@ -80,6 +81,21 @@ class Context:
         except ClientDisconnect:
             raise Left from None
         return read_json(bytes(body))
+
+    async def take(
+        self, request: Request, fields: Mapping[str, Check], *needed: str
+    ) -> tuple[dict[str, Any], Entry, str | None]:
+        """The checked values of a request, and the model and the adapter that it names.
+
+        Raises:
+            APIError: as `read`; a value is wrong or `needed` and missing (400), or there is no such model (404).
+        """
+        given = read_fields(await self.read(request), fields)
+        entry, adapter = self.models.find(given.get("model"))
+        for key in needed:
+            if key not in given:
+                raise APIError(f"{key} is missing.", param=key)
+        return given, entry, adapter
 
 
 Handler = Callable[[Context, Request], Awaitable[Response]]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from ..generation.scoring import embedding
 from ..model import OpenELM
 from .chat import messages, render
-from .checks import Check, boolean, choice, integer, read_fields, short_text, text
+from .checks import Check, boolean, choice, integer, short_text, text
 from .completions import read_prompts
 from .context import Context, answer, as_ids, encode
 from .failures import APIError
@@ -45,10 +45,8 @@ _DETOKENIZE: dict[str, Check] = {"model": short_text, "tokens": lambda name, val
 
 
 async def embeddings(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), _EMBEDDINGS)
-    entry, adapter = context.models.find(given.get("model"))
-    if "input" not in given:
-        raise APIError("input is missing.", param="input")
+    """`POST /v1/embeddings`: the mean of the last hidden states [model_dim] of each text."""
+    given, entry, adapter = await context.take(request, _EMBEDDINGS, "input")
     inputs = await context.prepare(lambda: read_prompts(entry, given["input"], "input", MAX_INPUTS))
     size, wanted = entry.config.model_dim, given.get("dimensions", entry.config.model_dim)
     if wanted > size:
@@ -85,8 +83,8 @@ def _pack(vector: Sequence[float]) -> str:
 
 
 async def tokenize(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), _TOKENIZE)
-    entry, _ = context.models.find(given.get("model"))
+    """`POST /tokenize`, in the forms of vLLM and llama.cpp."""
+    given, entry, _ = await context.take(request, _TOKENIZE)
     sources = [key for key in ("prompt", "content", "messages") if key in given]
     if len(sources) != 1:
         raise APIError("Give one of prompt, content and messages.", param="prompt")
@@ -107,10 +105,8 @@ async def tokenize(context: Context, request: Request) -> Response:
 
 
 async def detokenize(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), _DETOKENIZE)
-    entry, _ = context.models.find(given.get("model"))
-    if "tokens" not in given:
-        raise APIError("tokens is missing.", param="tokens")
+    """`POST /detokenize`."""
+    given, entry, _ = await context.take(request, _DETOKENIZE, "tokens")
     ids = [] if given["tokens"] == [] else as_ids(entry, given["tokens"], "tokens")
     if ids is None:
         raise APIError("tokens must be a list of token ids.", param="tokens")

@@ -90,6 +90,7 @@ class EngineThread(threading.Thread):
     # For the thread itself.
 
     def run(self) -> None:
+        """Work until the thread is stopped; if it dies, the sink is told."""
         try:
             with backend.wired_limit():
                 self._work()

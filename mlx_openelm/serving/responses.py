@@ -11,13 +11,13 @@ from starlette.responses import Response
 from ..generation.piece import Piece
 from .chat import MAX_MESSAGES, render
 from .checks import Check, boolean, choice, integer, mapping, only, read_fields, short_text, text
-from .completions import MAX_LOGPROBS, stream
-from .context import Context, answer, new_id, now
+from .completions import MAX_LOGPROBS, stream, whole
+from .context import Context, new_id, now
 from .failures import APIError
 from .logprobs import chat_logprobs
 from .models import Entry
 from .protocol import ABOUT, SAMPLING, STREAM_OPTIONS, options_of, schema_options
-from .texts import Texts, event, while_here
+from .texts import Texts, event
 
 _LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("system", "developer", "user", "assistant")
@@ -120,10 +120,8 @@ FIELDS: dict[str, Check] = {
 
 
 async def responses(context: Context, request: Request) -> Response:
-    given = read_fields(await context.read(request), FIELDS)
-    entry, adapter = context.models.find(given.get("model"))
-    if "input" not in given:
-        raise APIError("input is missing.", param="input")
+    """`POST /v1/responses`."""
+    given, entry, adapter = await context.take(request, FIELDS, "input")
     conversation = given["input"]
     if "instructions" in given:
         conversation = [{"role": "system", "content": given["instructions"]}, *conversation]
@@ -137,10 +135,7 @@ async def responses(context: Context, request: Request) -> Response:
     texts.submit()
     if given.get("stream"):
         return stream(context, "responses", response.events(), texts, response.failed)
-    try:
-        return answer(await while_here(request, response.whole(), context.options.timeout))
-    finally:
-        texts.cancel()
+    return await whole(context, request, response.whole(), texts)
 
 
 class _Response:

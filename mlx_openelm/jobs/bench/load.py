@@ -152,6 +152,7 @@ class _Generator:
         self._load = Load("")
 
     async def run(self, model: str | None, progress: Callable[[int, int], None]) -> Load:
+        """Put the load on the server and measure it; `model` None is the first that the server lists."""
         self._load.model = await self._first_model() if model is None else model
         started = time.perf_counter()
         end = started + self._options.seconds
