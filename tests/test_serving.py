@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlx_openelm import generate, stream_generate
+from mlx_openelm.generation.constraints import make_constraint
 from mlx_openelm.generation.piece import Piece
 
 import pytest
 from serving_apps import Serving, expected_of, flat, serving, tiny
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "ROMEO."}]
+WRONG = {"name": "a", "schema": {"type": "nope"}}
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +262,44 @@ def test_constraints_beyond_openais(server: Serving) -> None:
     for extra in ({"regex": "[0-9]{3}"}, {"choice": ["123"]}, {"grammar": 'root ::= "123"'}):
         (choice,) = server.post(COMPLETIONS, {"prompt": "ROMEO.", **extra}).json()["choices"]
         assert len(choice["text"]) == 3 and choice["text"].isdigit() and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": WRONG}}, "response_format"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", **WRONG}}}, "text.format"),
+        (CHAT, {"regex": "("}, "regex"),
+        (CHAT, {"choice": ["a"], "regex": "a"}, "regex"),
+        (COMPLETIONS, {"logit_bias": {"99999": 1}}, "logit_bias"),
+        (COMPLETIONS, {"kv_bits": 7}, "kv_bits"),
+    ],
+)
+def test_what_is_wrong_is_a_status_in_streams_too(server: Serving, path: str, body: dict[str, Any], param: str) -> None:
+    pytest.importorskip("llguidance")
+    asked = {CHAT: {"messages": HELLO}, COMPLETIONS: {"prompt": "a"}}
+    response = server.post(path, {"stream": True, **asked.get(path, {"input": "a"}), **body})
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+def test_a_grammar_is_compiled_once_while_others_go_on(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    compiled: list[Any] = []
+    others_are_done = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert others_are_done.wait(30)
+        compiled.append(make_constraint(*arguments))
+        return compiled[-1]
+
+    monkeypatch.setattr("mlx_openelm.serving.context.make_constraint", slow)
+    with ThreadPoolExecutor(1) as pool:
+        constrained = pool.submit(server.post, COMPLETIONS, {"prompt": "a", "choice": ["a", "b"], "n": 3})
+        other = server.post(COMPLETIONS, {"prompt": "ROMEO.", "max_tokens": 4}).json()
+        others_are_done.set()
+        texts = [choice["text"] for choice in constrained.result().json()["choices"]]
+    assert other["usage"]["completion_tokens"] == 4
+    assert len(compiled) == 1 and len(texts) == 3 and set(texts) <= {"a", "b"}
 
 
 def test_a_grammar_never_names_a_file(server: Serving) -> None:

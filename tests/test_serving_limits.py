@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mlx_openelm.serving.limits import Keys, read_keys
 import httpx2
 import pytest
 from serving_apps import FIXTURES, Serving, serving, tiny
+from starlette.applications import Starlette
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "ROMEO."}]
@@ -71,15 +73,15 @@ def server() -> Iterator[Serving]:
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias of token 1"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": [1]}, "logit_bias"),
-        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999999": 1}}, None),
+        (COMPLETIONS, {"prompt": "a", "logit_bias": {"99999999": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "stream": "yes"}, "stream"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": {"other": True}}, "stream_options.other"),
         (COMPLETIONS, {"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type"),
         (COMPLETIONS, {"prompt": "a", "response_format": {}}, "response_format.type"),
         (COMPLETIONS, {"prompt": "a", "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (COMPLETIONS, {"prompt": "a", "num_draft_tokens": 3}, None),
-        (COMPLETIONS, {"prompt": "a", "kv_bits": 7}, None),
+        (COMPLETIONS, {"prompt": "a", "num_draft_tokens": 3}, "num_draft_tokens"),
+        (COMPLETIONS, {"prompt": "a", "kv_bits": 7}, "kv_bits"),
         (COMPLETIONS, {"prompt": "a", "model": 7}, "model"),
         (COMPLETIONS, {"prompt": "a", "user": 7}, "user"),
         (CHAT, {}, "messages"),
@@ -167,7 +169,7 @@ def test_defaults_and_what_clients_say_of_themselves_are_accepted(server: Servin
 def test_every_key_may_be_null(server: Serving) -> None:
     for path, fields, asked in ((COMPLETIONS, COMPLETION_FIELDS, "prompt"), (CHAT, CHAT_FIELDS, "messages")):
         body: dict[str, Any] = dict.fromkeys(fields) | {asked: "a" if asked == "prompt" else HELLO}
-        assert server.post(path, body).status_code == 200
+        assert server.post(path, {**body, "a_key_of_next_year": None}).status_code == 200
 
 
 def test_a_prompt_that_is_too_long_is_400(server: Serving) -> None:
@@ -212,6 +214,12 @@ def test_a_body_that_is_too_large_is_413() -> None:
         chunks = iter([b'{"prompt": "', *[b"a " * 500] * 10, b'"}'])  # of unknown length
         response = httpx2.post(server.url + COMPLETIONS, content=chunks, timeout=20)
         assert response.status_code == 413
+        with socket.create_connection(server.url.removeprefix("http://").split(":"), 10) as sock:  # type: ignore[arg-type]
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6000000\r\n\r\n")
+            for _ in range(6):  # many clients read only when they have sent everything
+                sock.sendall(b" " * 1_000_000)
+                time.sleep(0.01)
+            assert sock.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def test_a_full_queue_is_429_with_the_time_to_try_again() -> None:
@@ -225,6 +233,15 @@ def test_a_full_queue_is_429_with_the_time_to_try_again() -> None:
         assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
         error = server.error(COMPLETIONS, {"prompt": "a", "n": 3})
         assert "2 texts at most" in error["message"]
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)):
+        stopped = serving_running.make_server(Starlette(), "ERROR")
+        stopped.handle_exit(first, None)
+        assert stopped.should_exit and not stopped.force_exit
+        stopped.handle_exit(second, None)
+        assert stopped.force_exit
 
 
 def test_a_request_that_takes_too_long_is_408() -> None:

@@ -88,6 +88,28 @@ def test_models_take_turns_in_memory() -> None:
         assert text_of(server, model="b") == expected["b"] and len(loaded) == again
 
 
+def test_what_waits_for_one_model_does_not_hold_up_another() -> None:
+    """The second text of a prompt waits for the first one, which waits for a place."""
+    long = {"model": "a", "prompt": "ROMEO.", "max_tokens": 900, "logit_bias": {2: -100}}
+    with serving({"a": "tiny", "b": "tiny-draft"}, max_rows=1) as server, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.post, COMPLETIONS, long)]
+        server.wait_until(lambda: server.worker.running == 1)
+        answers.append(pool.submit(server.post, COMPLETIONS, {**long, "prompt": "JULIET.", "max_tokens": 1, "n": 2}))
+        server.wait_until(lambda: server.worker.waiting == 2)
+        assert server.post(COMPLETIONS, {"model": "b", "prompt": "a", "max_tokens": 1}).status_code == 200
+        assert server.worker.running == 1 and not any(answer.done() for answer in answers)
+        assert [len(answer.result().json()["choices"]) for answer in answers] == [1, 2]
+
+
+def test_a_model_stays_in_memory_while_something_else_than_texts_needs_it() -> None:
+    with serving({"a": "tiny", "b": "tiny-draft"}, memory={"max_bytes": 1}) as server:
+        models = server.worker.models
+        first, second = models.entries.values()
+        assert server.worker.run(lambda: models.get(second, models.residents)).result() is None
+        assert first.resident is not None
+        assert server.worker.run(lambda: models.get(second)).result() is second.resident is not None
+
+
 def test_a_model_that_cannot_be_loaded_again_is_an_error_of_its_requests(tmp_path: Path) -> None:
     folder = tmp_path / "secret" / "model"
     shutil.copytree(PLAYS, folder)

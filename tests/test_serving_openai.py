@@ -114,7 +114,7 @@ def test_responses(client: Any) -> None:
     assert len(answer.output[0].content[0].logprobs) == 8
     conversation = [
         {"role": "user", "content": [{"type": "input_text", "text": "ROMEO."}]},
-        *[item.model_dump(exclude_none=True) | {"status": "completed"} for item in answer.output],
+        *[item.model_dump() | {"status": "completed"} for item in answer.output],
         {"role": "user", "content": "JULIET."},
     ]
     again = client.responses.create(model="tiny", input=conversation, instructions="HAMLET.", max_output_tokens=4)

@@ -25,7 +25,7 @@ from ..text.tokenizer import Tokenizer
 from ..wording import flag, install
 from .drafting import CheckedDraft, certain
 from .grammars import as_grammar
-from .options import CONSTRAINTS, GenerationOptions
+from .options import GenerationOptions
 from .vocabulary import llguidance_tokenizer
 
 
@@ -36,7 +36,7 @@ def make_constraint(options: GenerationOptions, tokenizer: Tokenizer, vocab_size
         RequestError: llguidance is not installed; the schema, expression, grammar or list is invalid or not supported,
             or no text or only the empty one fits it.
     """
-    (name,) = (name for name in CONSTRAINTS if getattr(options, name) not in (None, False))
+    (name,) = options.constraints
     try:
         import llguidance
     except ImportError:

@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from numbers import Integral
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
@@ -44,6 +44,9 @@ from .row import Row
 from .sampling import LogitsProcessor, Sampler
 from .shared_prefixes import SharedPrefixes, piece_size
 from .speculation import Speculation
+
+if TYPE_CHECKING:
+    from .constraints import Constraint
 
 MAX_ROWS = 32
 
@@ -125,6 +128,7 @@ class Engine:
         sampler: Sampler | None = None,
         logits_processors: Sequence[LogitsProcessor] | None = None,
         on_piece: Callable[[Piece], object] | None = None,
+        constraint: Constraint | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> Row:
         """Add a text; it starts as soon as there is room.
@@ -132,6 +136,8 @@ class Engine:
         Args:
             adapter: of this row alone: what `AdapterPool.acquire` takes.
             on_piece: called with each `Piece` of this row.
+            constraint: what `make_constraint` makes of the options, for this row alone, where that takes too long for
+                the thread that computes; by default it is made here.
             prompt, prompt_cache, prompt_cache_tokens, sampler, logits_processors, options: as in `stream_generate`.
 
         Raises:
@@ -147,6 +153,7 @@ class Engine:
             prompt_cache_tokens=prompt_cache_tokens,
             sampler=sampler,
             logits_processors=logits_processors,
+            constraint=constraint,
         )
         self.speculation.check(request.options)
         row = Row(request, self.tokenizer, adapter, on_piece, self.speculation.drafter(request))

@@ -302,10 +302,14 @@ class GenerationOptions(SamplingParams, CacheOptions):
         if self.num_draft_tokens is not None:
             expected = f"a whole number from 0 to {MAX_NUM_DRAFT_TOKENS}"
             check_number("--num-draft-tokens", self.num_draft_tokens, 0, MAX_NUM_DRAFT_TOKENS, expected, kind=Integral)
-        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
-        if len(given) > 1:
-            named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        if len(self.constraints) > 1:
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in self.constraints)
             raise RequestError(f"{named} cannot be combined; give one.")
+
+    @property
+    def constraints(self) -> list[str]:
+        """The names of those options that say what the text must be; one at most is valid."""
+        return [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
 
     def check_drafts(self, has_draft_model: bool) -> None:
         """Raise a `RequestError` for a number of tokens to draft that nothing can draft."""

@@ -112,8 +112,10 @@ async def chat(context: Context, request: Request) -> Response:
     ids = await context.prepare(lambda: render(context, entry, given["messages"], continues))
     options = options_of(given, context.options)
     options["top_logprobs"] = given.get("top_logprobs", 0)
+    constraint = await context.constrain(entry, options)
     n = given.get("n", 1)
-    texts = Texts(context.worker, entry, adapter, [ids] * n, [seeded(options, index) for index in range(n)])
+    each = [seeded(options, index) for index in range(n)]
+    texts = Texts(context.worker, entry, adapter, [ids] * n, each, constraint)
     answers = _Chat(given, entry, texts)
     texts.submit()
     if given.get("stream"):

@@ -28,20 +28,21 @@ def wrong(name: str, expected: str, value: Any) -> APIError:
 
 
 def read_fields(body: Mapping[str, Any], fields: Mapping[str, Check], prefix: str = "") -> dict[str, Any]:
-    """The checked values of a JSON object, without nulls.
+    """The checked values of a JSON object, without nulls: these ask for nothing, and clients send them for any key.
 
     Args:
         prefix: what names its keys in errors, such as `messages[0].`.
     """
     values = {}
     for key, value in body.items():
+        if value is None:
+            continue
         if key not in fields:
             hint = did_you_mean(key, fields)
             name = f"{prefix}{quote(key)[1:-1]}"
             message = f"The parameter {name} is not known{hint and f'; {hint}'}{'' if hint else '.'}"
             raise APIError(message, param=name, code="unknown_parameter")
-        if value is not None:
-            values[key] = fields[key](f"{prefix}{key}", value)
+        values[key] = fields[key](f"{prefix}{key}", value)
     return values
 
 

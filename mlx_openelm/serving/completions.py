@@ -43,6 +43,7 @@ async def completions(context: Context, request: Request) -> Response:
     options = options_of(given, context.options)
     if "logprobs" in given:
         options["top_logprobs"] = given["logprobs"]
+    constraint = await context.constrain(entry, options) if options["max_tokens"] else None
     n, echo = given.get("n", 1), given.get("echo", False)
     texts = Texts(
         context.worker,
@@ -50,6 +51,7 @@ async def completions(context: Context, request: Request) -> Response:
         adapter,
         [ids for ids in prompts for _ in range(n)],
         [{**seeded(options, index), "echo": echo} for _ in prompts for index in range(n)],
+        constraint,
     )
     completion = _Completion(given, entry, texts, prompts, n)
 

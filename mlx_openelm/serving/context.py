@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ..errors import RequestError
+from ..generation.constraints import Constraint, make_constraint
+from ..generation.options import GenerationOptions
 from .checks import Check, read_fields
 from .failures import APIError, as_api_error, to_json, unavailable
 from .metrics import Metrics
@@ -29,6 +31,8 @@ log = logging.getLogger("mlx_openelm.serving")
 
 # Seconds in which the whole body of a request has to arrive.
 BODY_SECONDS = 30.0
+# Bytes beyond the most that are read and dropped: many clients do not see an answer that comes before they are done.
+_DROPPED_BYTES = 1 << 26
 _CLOSE = {"Connection": "close"}
 
 T = TypeVar("T")
@@ -57,6 +61,31 @@ class Context:
         """Call a function in the thread that makes text into tokens."""
         return await asyncio.get_running_loop().run_in_executor(self.preparing, function)
 
+    async def constrain(
+        self, entry: Entry, options: Mapping[str, Any], param: str = "response_format"
+    ) -> Constraint | None:
+        """What the options of a text, once they are checked, say that it must be; None if that is anything.
+
+        A grammar is compiled in a thread of its own: the texts of others go on, and the tokens of other prompts too.
+
+        Args:
+            param: the key of the request that asks for JSON, for errors.
+
+        Raises:
+            APIError: a value is wrong, 400.
+        """
+        chosen, config = GenerationOptions(**options), entry.config
+        chosen.validate(config.vocab_size, config.head_dim)
+        if not chosen.constraints:
+            return None
+        try:
+            return await asyncio.to_thread(make_constraint, chosen, entry.tokenizer, config.vocab_size)
+        except RequestError as error:
+            failed = as_api_error(error)
+            if chosen.json_object or chosen.json_schema is not None:
+                failed.param = param
+            raise failed from None
+
     async def read(self, request: Request) -> dict[str, Any]:
         """The JSON object that a request sends.
 
@@ -66,20 +95,27 @@ class Context:
         most = self.options.max_body_bytes
         too_large = APIError(f"The body has more than {most} bytes.", 413, code="body_too_large", headers=_CLOSE)
         stated = request.headers.get("content-length", "0")
-        if stated.isdecimal() and (len(stated) > 15 or int(stated) > most):
+        stated_size = int(stated[:15]) if stated.isdecimal() else 0
+        is_large = stated_size > most
+        if stated_size > most + _DROPPED_BYTES or (is_large and "expect" in request.headers):
             raise too_large
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(min(BODY_SECONDS, self.options.timeout)):
                 async for part in request.stream():
-                    body += part
-                    if len(body) > most:
-                        raise too_large
+                    size += len(part)
+                    is_large = is_large or size > most
+                    if size > most + _DROPPED_BYTES:
+                        break
+                    if not is_large:
+                        body += part
         except TimeoutError:
             message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
             raise APIError(message, 408, code="timeout", headers=_CLOSE) from None
         except ClientDisconnect:
             raise Left from None
+        if is_large:
+            raise too_large
         return read_json(bytes(body))
 
     async def take(

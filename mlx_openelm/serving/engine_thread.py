@@ -107,6 +107,9 @@ class EngineThread(threading.Thread):
     def _cancelled(self, work: Text | Task) -> None:
         if isinstance(work, Text) and work.row is not None:
             work.row.cancel()
+        elif work in self.pending:
+            self.pending.remove(work)
+            self._end(work, None)
 
     def _work(self) -> None:
         while True:
@@ -140,30 +143,40 @@ class EngineThread(threading.Thread):
                 self._has_new = False
 
     def _admit(self) -> None:
-        """Hand to the engines what waits, in order: one that waits for memory or its leader lets the others wait."""
+        """Hand to the engines what waits, in order.
+
+        What waits for its leader lets others pass; what waits until its model fits into memory does not, so that the
+        models there come to an end.
+        """
+        behind = []
         while self.pending:
-            one = self.pending[0]
-            if one.is_cancelled:
-                self.pending.popleft()
-                self._end(one, None)
-                continue
+            one = self.pending.popleft()
             if isinstance(one, Text) and one.must_wait:
-                return
-            try:
-                resident = self._models.get(one.entry)
-                if resident is None:
-                    return
-                if isinstance(one, Task):
-                    self.tasks.append((one, resident))
-                else:
-                    resident.engine.budget.max_bytes = self._models.text_bytes
-                    one.row = resident.engine.submit(one.prompt, adapter=one.adapter, **one.options)
-                    one.row.warns = False
-                    self.texts[one.row] = one, resident
-                    self._has_new = True
-            except Exception as error:
-                self._end(one, error)
-            self.pending.popleft()
+                behind.append(one)
+            elif not self._begin(one):
+                behind.append(one)
+                break
+        self.pending.extendleft(reversed(behind))
+
+    def _begin(self, one: Text | Task) -> bool:
+        """Hand something to its model's engine; False if the model has to wait for memory."""
+        try:
+            resident = self._models.get(one.entry, [resident for _, resident in self.tasks])
+            if resident is None:
+                return False
+            if isinstance(one, Task):
+                self.tasks.append((one, resident))
+            else:
+                resident.engine.budget.max_bytes = self._models.text_bytes
+                one.row = resident.engine.submit(
+                    one.prompt, adapter=one.adapter, constraint=one.constraint, **one.options
+                )
+                one.row.warns = False
+                self.texts[one.row] = one, resident
+                self._has_new = True
+        except Exception as error:
+            self._end(one, error)
+        return True
 
     def _step(self, resident: Resident) -> None:
         """A step of a model's texts."""

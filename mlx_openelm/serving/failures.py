@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ..errors import OpenELMError, RequestError
+from ..generation.options import GenerationOptions
+
+# The names that messages of `RequestError` begin with, and the keys of requests where these are called otherwise.
+_OPTIONS = {field.name for field in fields(GenerationOptions)}
+_KEYS = {"temp": "temperature", "json_schema": "response_format", "json_object": "response_format"}
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _TYPES = {
@@ -57,8 +63,8 @@ def unavailable() -> APIError:
     return APIError(message, 503, code="engine_unavailable", headers={"Retry-After": "2"})
 
 
-def as_api_error(error: BaseException, param: str | None = None) -> APIError:
-    """What a failure is answered with.
+def as_api_error(error: BaseException) -> APIError:
+    """What a failure is answered with; what is wrong with an option names its key.
 
     Messages of unexpected errors stay here: they may hold paths or what another request sent.
     """
@@ -66,6 +72,8 @@ def as_api_error(error: BaseException, param: str | None = None) -> APIError:
         return error
     if isinstance(error, RequestError):
         code = "context_length_exceeded" if "too long" in str(error) else None
+        name = str(error).partition(" ")[0].rstrip(":")
+        param = _KEYS.get(name, name) if name in _OPTIONS else None
         return APIError(str(error), 400, param=param, code=code)
     if isinstance(error, OpenELMError):
         return APIError(str(error), 500)

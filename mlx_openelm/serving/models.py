@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -45,7 +45,7 @@ _UNKNOWN_FREE = 8 << 30
 Load = Callable[[str], tuple[OpenELM, Tokenizer, OpenELM | None]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Resident:
     """A model in memory, and what decodes with it."""
 
@@ -204,12 +204,17 @@ class Models:
                 assert pool is not None
                 pool.release(pool.acquire(name))
 
-    def get(self, entry: Entry) -> Resident | None:
-        """A model, in memory; None if it has to wait until others have no texts left. Errors as `load`."""
+    def get(self, entry: Entry, in_use: Sequence[Resident] = ()) -> Resident | None:
+        """A model, in memory; None if it has to wait until others have no texts left. Errors as `load`.
+
+        Args:
+            in_use: models that are needed for other work than texts.
+        """
         if entry.resident is None:
             held = sum(other.nbytes for other in self.residents)
             while self.residents and held + entry.nbytes > self.max_bytes:
-                idle = [one for one in self.entries.values() if one.resident and not one.resident.engine.is_busy]
+                there = [one for one in self.entries.values() if one.resident is not None]
+                idle = [one for one in there if not one.resident.engine.is_busy and one.resident not in in_use]
                 if not idle:
                     return None
                 oldest = min(idle, key=lambda one: one.used)

@@ -57,6 +57,8 @@ def _refuse_constant(name: str) -> Any:
 def _short(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
+    if not isinstance(error, json.JSONDecodeError) and "digits" in str(error):  # Python's advice is not for clients
+        return "a number has too many digits"
     return str(error)[:200]
 
 

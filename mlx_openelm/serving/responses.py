@@ -130,7 +130,8 @@ async def responses(context: Context, request: Request) -> Response:
     options["max_tokens"] = given.get("max_output_tokens", context.options.max_tokens)
     options |= given.get("text", {}).get("options", {})
     options["top_logprobs"] = given.get("top_logprobs", 0)
-    texts = Texts(context.worker, entry, adapter, [ids], [options])
+    constraint = await context.constrain(entry, options, "text.format")
+    texts = Texts(context.worker, entry, adapter, [ids], [options], constraint)
     response = _Response(given, entry, texts, options)
     texts.submit()
     if given.get("stream"):

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -65,7 +66,7 @@ class Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Says when it listens; a second signal, of whatever kind, ends it without waiting for requests."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], object]):
         super().__init__(config)
@@ -74,6 +75,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._when_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.force_exit or self.should_exit
+        super().handle_exit(sig, frame)
 
 
 def listen(host: str, port: int) -> socket.socket:

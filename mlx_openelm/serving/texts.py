@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,6 +18,9 @@ from .failures import APIError, as_api_error, to_json
 from .models import Entry
 from .work import Text
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from ..generation.constraints import Constraint
 
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
@@ -46,6 +49,7 @@ class Texts:
     Args:
         prompts: the ids of each; one list for several texts is processed once.
         options: of each, for `Engine.submit`.
+        constraint: of all of them; see `Context.constrain`.
     """
 
     def __init__(
@@ -55,13 +59,15 @@ class Texts:
         adapter: str | None,
         prompts: Sequence[Sequence[int]],
         options: Sequence[dict[str, Any]],
+        constraint: Constraint | None = None,
     ):
         self.worker = worker
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
         self.texts: list[Text] = []
         leaders: dict[int, Text] = {}
         for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True)):
-            text = Text(entry, adapter, prompt, chosen, self._events, index, leaders.get(id(prompt)))
+            own = None if constraint is None else constraint.copy()
+            text = Text(entry, adapter, prompt, chosen, self._events, index, leaders.get(id(prompt)), own)
             self.texts.append(text)
             leaders.setdefault(id(prompt), text)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..generation.piece import Piece
 from ..generation.row import Row
 from .failures import APIError
 from .models import Entry, Resident
+
+if TYPE_CHECKING:
+    from ..generation.constraints import Constraint
 
 
 class Text:
@@ -18,6 +21,7 @@ class Text:
 
     Args:
         leader: another text with the same prompt, which is processed first, so that this one finds it held.
+        constraint: what `make_constraint` makes of the options, for this text alone.
 
     Attributes:
         events: (index, `Piece`) for each token, or (index, `APIError`) at the end of a text that failed.
@@ -33,9 +37,10 @@ class Text:
         events: asyncio.Queue[tuple[int, Piece | APIError]],
         index: int,
         leader: Text | None = None,
+        constraint: Constraint | None = None,
     ):
         self.entry, self.adapter, self.prompt, self.options = entry, adapter, prompt, options
-        self.events, self.index, self.leader = events, index, leader
+        self.events, self.index, self.leader, self.constraint = events, index, leader, constraint
         self.is_done = self.is_cancelled = False
         self.row: Row | None = None
         self.submitted = time.perf_counter()
