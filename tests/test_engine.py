@@ -145,6 +145,28 @@ def test_others_flow_while_a_long_prompt_is_processed(loaded: tuple[OpenELM, Tok
     assert seen.count(first) >= 9  # one for each of the ten pieces, but for the last
 
 
+def test_short_prompts_share_the_time_of_a_piece(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    """On 64 positions a step: eight prompts at most, each of them alone; a long one takes whole steps."""
+    ids = [list(range(5, 5 + count)) for count in (3, 30, 20, 20, 100, *[2] * 10)]
+    engine = Engine(*loaded)
+    rows = [engine.submit(prompt, max_tokens=3, prefill_step_size=64) for prompt in ids]
+    processed = []
+    while any(row.prompt for row in rows):
+        before = [len(row.prompt) for row in rows]
+        engine.step()
+        processed.append([count - len(row.prompt) for count, row in zip(before, rows, strict=True)])
+    assert processed == [
+        [3, 30, 20, 0, 0, *[0] * 10],  # the first counts as 8
+        [0, 0, 0, 20, 0, *[0] * 10],
+        [0, 0, 0, 0, 64, *[0] * 10],
+        [0, 0, 0, 0, 36, *[2] * 3, *[0] * 7],
+        [0, 0, 0, 0, 0, *[0] * 3, *[2] * 7],
+    ]
+    finish(engine)
+    for row, prompt in zip(rows, ids, strict=True):
+        assert row.tokens == [piece.token for piece in stream_generate(*loaded, prompt, max_tokens=3)]
+
+
 def test_pieces_are_those_of_the_rows(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     engine, heard = Engine(model, tokenizer), []

@@ -7,8 +7,8 @@
             ...
 
 A prompt is processed alone, in the pieces of a lone run, between steps in which all rows that have their prompt behind
-them advance by a token. On the CPU kernels the arithmetic of a step does not depend on the number of rows, so each
-row's tokens and log-probabilities are, bit for bit, those of `stream_generate`.
+them advance by a token; short prompts share the time of a piece. On the CPU kernels the arithmetic of a step does not
+depend on the number of rows, so each row's tokens and log-probabilities are, bit for bit, those of `stream_generate`.
 
 A step builds on tokens that the device is still drawing, so that Python and the device work at the same time. Where
 rows draft, the tokens are read first, and a step checks each row's token and its drafted ones as so many positions.
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .constraints import Constraint
 
 MAX_ROWS = 32
+# The most prompts that are processed between two steps: even the shortest one reads all of the model's weights.
+_MOST_PROMPTS = 8
 
 
 class Engine:
@@ -67,7 +69,7 @@ class Engine:
         exact_prefixes: use them only where they are bit for bit what processing the prompt would give: whole pieces of
             prompts. Otherwise what was generated counts too, whose arithmetic is that of single tokens.
         prompts_first: process the prompts of all rows before the next step, which is faster as a whole; otherwise one
-            piece of a prompt between two steps, so that other rows keep flowing.
+            piece of a prompt between two steps, or a few short prompts, so that other rows keep flowing.
     """
 
     def __init__(
@@ -231,17 +233,21 @@ class Engine:
             row.drop_caches()
 
     def _process_prompts(self) -> list[tuple[Row, Piece]]:
-        """Process a piece of the first prompt, or with `prompts_first` of all rows' prompts."""
+        """Process prompts one after the other: with `prompts_first` all, otherwise as many positions as a piece has."""
         pieces: list[tuple[Row, Piece]] = []
+        taken = 0
         for row in [row for row in self.rows if row.prompt and not row.is_done]:
             self.speculation.disturbed()
             while row.prompt and not row.is_done:
+                most = piece_size(row)
+                count = max(min(len(row.prompt), most), most // _MOST_PROMPTS)
+                if taken and taken + count > most and not self.prompts_first:
+                    return pieces
+                taken += count
                 try:
                     pieces += [(row, piece) for piece in self._process_piece(row)]
                 except Exception as error:
                     row.error = error
-                if not self.prompts_first:
-                    return pieces
         return pieces
 
     def _process_piece(self, row: Row) -> list[Piece]:
