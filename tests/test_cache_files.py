@@ -482,6 +482,17 @@ def test_a_chat_is_joined_inside_the_users_message(capsys: Any, here: Path, tiny
     assert result["prompt_tokens"] + result["prompt_cache_tokens"] == expected["prompt_tokens"]
 
 
+def test_a_model_with_a_template_writes_both_parts_with_it(capsys: Any, here: Path):
+    model = ["--model", "tiny-instruct"]
+    cli(capsys, "cache-prompt", "Good", "--prompt-cache-file", "c", *model)
+    _, out, _ = cli(capsys, "generate", "--prompt-cache-file", "c", "--prompt", " morrow!", *MORE)
+    _, whole, _ = cli(capsys, "generate", "Good morrow!", "--chat-template", "own", *model, *MORE)
+    assert json.loads(out)["text"] == json.loads(whole)["text"]
+    (here / "lines.txt").write_text("Good morrow!\n")
+    _, out, _ = cli(capsys, "generate", "--batch", "lines.txt", *model, *MORE)
+    assert json.loads(out)["text"] == json.loads(whole)["text"]
+
+
 def test_a_system_prompt_alone_is_cached(capsys: Any, here: Path):
     system = ["--system-prompt", "Speak as in a play.", "--chat-template", "corenet"]
     assert cli(capsys, "cache-prompt", "--prompt-cache-file", "c", *system)[0] == 0

@@ -282,12 +282,20 @@ def test_the_folders_own_template_by_name(tiny: Any, capsys: pytest.CaptureFixtu
     messages = [{"role": "user", "content": SAID[0]}]
     ids = tokenizer.apply_chat_template(messages, "corenet")  # which is what the folder has
     assert tokenizer.apply_chat_template(messages, "own") == ids
-    prompt = ["generate", "--prompt", SAID[0], "--max-tokens", "1", "--json", "--chat-template", "own"]
-    with pytest.raises(SystemExit):
-        main([*prompt, "--model", "tiny-instruct"])
-    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(ids)
+    prompt = ["generate", "--prompt", SAID[0], "--max-tokens", "1", "--json"]
+    own = ["--chat-template", "own"]
+    plain, bare = (tokenizer.apply_chat_template(messages, "plain"), tokenizer.encode(SAID[0]))
+    for flags, expected in (
+        ([], ids),  # the model's own, as in a chat
+        (own, ids),
+        (["--chat-template", "plain"], plain),
+        (["--ignore-chat-template"], bare),
+    ):
+        with pytest.raises(SystemExit):
+            main([*prompt, *flags, "--model", "tiny-instruct"])
+        assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len(expected)
     with pytest.raises(SystemExit, match="^2$"):
-        main(prompt)  # `tiny`
+        main([*prompt, *own])  # `tiny`
     assert "no chat template of its own; give plain, corenet or a file" in capsys.readouterr().err
 
 

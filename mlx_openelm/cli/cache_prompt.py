@@ -45,7 +45,7 @@ def add_flags(parser: flags.Parser) -> None:
         "--chat-template",
         metavar=flags.CHAT_TEMPLATES,
         help="How to write a chat. The prompt is then the beginning of the user's message, which "
-        "`generate --prompt-cache-file` goes on with.  [default: plain]",
+        "`generate --prompt-cache-file` goes on with.  [default: the model's own, else plain]",
     )
     chat.add_argument(
         "--system-prompt", metavar="TEXT", help="Instructions that come first, written with the chat template."
@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
         exact_activations=args.exact_activations,
     )
     options.validate(head_dim=model.config.head_dim)
-    is_chat = args.system_prompt is not None or args.chat_template not in (None, "plain")
+    is_chat = args.system_prompt is not None or (args.chat_template or tokenizer.default_template) != "plain"
     if is_chat:
         ids = chat_opening(tokenizer, prompt, args.system_prompt, args.chat_template)
     else:

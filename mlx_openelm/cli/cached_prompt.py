@@ -36,7 +36,8 @@ class CachedPrompt:
 
     def continue_with(self, tokenizer: Tokenizer, prompt: str, args: Namespace) -> list[int]:
         """The ids of a prompt that goes on where the cached one ends."""
-        if args.prefill_response is not None or args.chat_template not in (None, "plain"):
+        template = args.chat_template or tokenizer.default_template
+        if not args.ignore_chat_template and (args.prefill_response is not None or template != "plain"):
             return chat_rest(tokenizer, prompt, args.prefill_response, args.chat_template)
         before = tokenizer.encode(_BREAK, as_message=True)
         ids = tokenizer.encode(_BREAK + prompt, as_message=True)

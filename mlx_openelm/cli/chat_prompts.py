@@ -1,10 +1,21 @@
-"""The token ids of a prompt that is written as a chat: whole, or in two parts, of which a file holds the first."""
+"""The token ids of a prompt that is written as a chat: whole, or in two parts, of which a file holds the first.
+
+Without a template's name it is written with the model's own, else as plain text.
+"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import takewhile
 
 from ..text.tokenizer import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, args: Namespace) -> list[int]:
+    """The token ids of a prompt of `generate`, as its flags say."""
+    if args.ignore_chat_template:
+        return tokenizer.encode(prompt)
+    return encode_chat(tokenizer, prompt, args.system_prompt, args.prefill_response, args.chat_template)
 
 
 def encode_chat(
@@ -16,7 +27,8 @@ def encode_chat(
         messages.insert(0, {"role": "system", "content": system_prompt})
     if prefill is not None:
         messages.append({"role": "assistant", "content": prefill})
-    return tokenizer.apply_chat_template(messages, template or "plain", continue_final_message=prefill is not None)
+    template = template or tokenizer.default_template
+    return tokenizer.apply_chat_template(messages, template, continue_final_message=prefill is not None)
 
 
 def chat_opening(tokenizer: Tokenizer, prompt: str, system_prompt: str | None, template: str | None) -> list[int]:

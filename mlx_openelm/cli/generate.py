@@ -67,7 +67,7 @@ def add_flags(parser: flags.Parser) -> None:
     chat.add_argument(
         "--chat-template",
         metavar=flags.CHAT_TEMPLATES,
-        help="How to write prompt and system prompt as a chat.  [default: plain]",
+        help="How to write prompt and system prompt as a chat.  [default: the model's own, else plain]",
     )
     chat.add_argument(
         "--system-prompt",
@@ -158,14 +158,12 @@ def run(args: Namespace) -> int:
     if cached is not None:
         cached.check(model, args)
         ids = cached.continue_with(tokenizer, prompt, args)
-    elif args.ignore_chat_template:
-        ids = tokenizer.encode(prompt)
-    elif chat in ((None, None, None), (None, None, "plain")):
-        ids = tokenizer.encode(prompt, as_message=True)
+    elif tokenizer.chat_template is None and chat == (None, None, None) and not args.ignore_chat_template:
+        ids = tokenizer.encode(prompt, as_message=True)  # what the template `plain` gives
     else:
-        from .chat_prompts import encode_chat
+        from .chat_prompts import encode_prompt
 
-        ids = encode_chat(tokenizer, prompt, *chat)
+        ids = encode_prompt(tokenizer, prompt, args)
 
     # Show a bar only if the prompt takes several steps.
     is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
@@ -196,7 +194,8 @@ def run(args: Namespace) -> int:
         if args.verbose:
             _say_statistics(model, pieces, chosen, cached)
     if args.verbose and chosen.temp == 0 and not chosen.changes_logits:
-        _say_if_repeating(pieces, "instruct" in args.model.lower() and args.chat_template is None)
+        is_plain = tokenizer.chat_template is None and args.chat_template is None
+        _say_if_repeating(pieces, is_plain and "instruct" in args.model.lower())
     return 130 if interrupted else 0
 
 
@@ -274,9 +273,9 @@ def _say_logprobs(tokenizer: Tokenizer, pieces: list[Piece]) -> None:
             console.say(f"{token:11d}  {logprob:8.4f}  {tokenizer.id_to_token(token)!r}")
 
 
-def _say_if_repeating(pieces: list[Piece], has_template: bool) -> None:
+def _say_if_repeating(pieces: list[Piece], may_want_template: bool) -> None:
     if ends_in_loop([piece.token for piece in pieces]):
-        template = " or --chat-template corenet" if has_template else ""
+        template = " or --chat-template corenet" if may_want_template else ""
         show(
             "note: the text repeats itself, as greedy decoding without a penalty often does; "
             f"try --repetition-penalty 1.2{',' if template else ' or'} --temp 0.7{template}"

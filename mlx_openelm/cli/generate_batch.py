@@ -28,6 +28,7 @@ from ..loading import load
 from ..text.tokenizer import Tokenizer
 from ..wording import counted, did_you_mean, size
 from . import flags
+from .chat_prompts import encode_prompt
 from .drafts import as_json, as_text, load_draft_model
 from .option_values import parse_logit_bias, split_choices
 from .terminal import show
@@ -95,7 +96,7 @@ def run_batch(args: Namespace) -> int:
             seed = options["seed"] = random_seed()
         try:
             if cached is None:
-                ids, past = _encode(tokenizer, line.prompt, args), {}
+                ids, past = encode_prompt(tokenizer, line.prompt, args), {}
             else:
                 ids, past = cached.continue_with(tokenizer, line.prompt, args), cached.arguments()
                 past["prompt_cache"] = [copy(layer) for layer in cached.cache]
@@ -184,18 +185,6 @@ def _parse(place: str, text: str) -> _Line:
     if isinstance(biases, dict):  # keys of JSON are texts
         values["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
     return _Line(place, prompt, values)
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, args: Namespace) -> list[int]:
-    """The ids of a prompt, written as `generate` writes one."""
-    if args.ignore_chat_template:
-        return tokenizer.encode(prompt)
-    chat = (args.system_prompt, args.prefill_response, args.chat_template)
-    if chat in ((None, None, None), (None, None, "plain")):
-        return tokenizer.encode(prompt, as_message=True)
-    from .chat_prompts import encode_chat
-
-    return encode_chat(tokenizer, prompt, *chat)
 
 
 def _generate(engine: Engine, lines: list[_Line], rows: list[Row], seeds: list[int | None], args: Namespace) -> int:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from ..errors import RequestError
 from ..model import OpenELM
 from ..text.chat_messages import Message, check_messages, plain_text
-from ..text.chat_template import OWN
 from ..text.tokenizer import Tokenizer
 from .decoding import Progress
 from .draft_model import DraftModel
@@ -90,7 +89,7 @@ class Conversation:
         options: GenerationOptions | None = None,
     ):
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.template = template or default_template(tokenizer)
+        self.template = template or tokenizer.default_template
         self.messages: list[Message] = []  # without the system prompt
         self.left_out = 0
         self.stats: AnswerStats | None = None  # of the last answer
@@ -306,8 +305,3 @@ class Conversation:
             self.left_out = 0
             self._turns.clear()
         self._turns = [turn for turn in self._turns if turn.messages <= len(self.messages)]
-
-
-def default_template(tokenizer: Tokenizer) -> str:
-    """The name of the template that is used if none is given: the folder's own, else `plain`."""
-    return "plain" if tokenizer.chat_template is None else OWN

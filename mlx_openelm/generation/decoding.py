@@ -28,7 +28,7 @@ from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
-from .options import EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
+from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 
@@ -96,7 +96,7 @@ def make_request(
         prompt_cache_tokens=prompt_cache_tokens,
         logits_processors=processors,
     )
-    if constraint is None and options.constraints:
+    if constraint is None and any(getattr(options, name) not in (None, False) for name in CONSTRAINTS):
         from .constraints import make_constraint
 
         constraint = make_constraint(options, tokenizer, model.config.vocab_size)

@@ -302,8 +302,9 @@ class GenerationOptions(SamplingParams, CacheOptions):
         if self.num_draft_tokens is not None:
             expected = f"a whole number from 0 to {MAX_NUM_DRAFT_TOKENS}"
             check_number("--num-draft-tokens", self.num_draft_tokens, 0, MAX_NUM_DRAFT_TOKENS, expected, kind=Integral)
-        if len(self.constraints) > 1:
-            named = " and ".join(f"--{name.replace('_', '-')}" for name in self.constraints)
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(given) > 1:
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
             raise RequestError(f"{named} cannot be combined; give one.")
 
     @property

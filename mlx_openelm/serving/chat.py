@@ -131,7 +131,7 @@ def render(context: Context, entry: Entry, conversation: list[dict[str, Any]], c
         APIError: it is too long.
     """
     check_characters(entry, sum(len(plain_text(message.get("content"))) for message in conversation), "messages")
-    template = context.template or (None if entry.tokenizer.chat_template is not None else "plain")
+    template = context.template or entry.tokenizer.default_template
     ids = entry.tokenizer.apply_chat_template(
         conversation, template, add_generation_prompt=not continues, continue_final_message=continues
     )

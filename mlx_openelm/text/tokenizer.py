@@ -218,6 +218,11 @@ class Tokenizer(TransformersInterface):
             raise RequestError(f"{quote(token)} is not a token of this tokenizer: give a token such as </s>, or an id")
         self.eos_token_ids.add(token_id)
 
+    @property
+    def default_template(self) -> str:
+        """The template of a chat where none is given: `own` if the folder has one, else `plain`."""
+        return "plain" if self.chat_template is None else chat.OWN
+
     @overload
     def apply_chat_template(
         self,
