@@ -27,6 +27,7 @@ class FakeAPI:
     breaks_after: int | None = None  # tokens, after which the connection ends
     models: list[str] = field(default_factory=lambda: ["tiny", "tiny:polite", "tiny:rude", "other"])
     key: str | None = None
+    context: int | None = None  # messages, each of which counts as a token
     requests: list[dict[str, Any]] = field(default_factory=list)
     sent: int = 0  # tokens of the last answer
     paths: list[str] = field(default_factory=list)
@@ -69,6 +70,14 @@ class FakeAPI:
                     return
                 if api.status != 200:
                     self._json(api.status, {"error": {"message": api.error}}, api.headers)
+                    return
+                count = len(body["messages"])
+                if api.context is not None and count > api.context:
+                    error = {"message": "messages has too many tokens.", "code": "context_length_exceeded"}
+                    self._json(400, {"error": error})
+                    return
+                if self.path == "/tokenize":
+                    self._json(200, {"count": count, "max_model_len": api.context})
                     return
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")

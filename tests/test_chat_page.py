@@ -83,7 +83,7 @@ def tab(browser: Any, api: FakeAPI) -> Iterator[Tab]:
     # What holds for every test: nothing is blocked by the policy, no error, nothing from elsewhere.
     assert opened.problems == []
     assert [url for url in opened.asked if not url.startswith((api.url, "data:", "blob:"))] == []
-    assert set(api.paths) <= {"/", "/v1/models", "/v1/chat/completions"}
+    assert set(api.paths) <= {"/", "/v1/models", "/v1/chat/completions", "/tokenize"}
     context.close()
 
 
@@ -412,6 +412,32 @@ def test_errors_say_what_to_do_and_can_be_tried_again(tab: Tab, api: FakeAPI) ->
     api.breaks_after = 2
     tab.say("more")
     assert "ended the answer too early" in alert.inner_text() and tab.texts()[-1] == "Well met"
+
+
+def test_a_long_conversation_leaves_out_its_oldest_exchanges(tab: Tab, api: FakeAPI) -> None:
+    """As on the terminal: until half of the context is free, and a line says where the model's view begins."""
+    api.context = 6
+    for text in ("one", "two", "three"):
+        tab.say(text)
+    note = tab.page.locator(".left-out")
+    assert note.count() == 0
+    tab.say("four")
+    sent = [message["content"] for message in api.requests[-1]["messages"]]
+    assert sent == ["three", "Well met, sir.", "four"] and len(tab.texts()) == 8
+    assert "does not see the messages above" in note.inner_text()
+    assert tab.page.locator("#messages > li").nth(4).locator(".left-out").count() == 1
+    count = len(api.requests)
+    tab.say("five")  # it goes on from there
+    assert len(api.requests) == count + 1 and api.requests[-1]["messages"][0]["content"] == "three"
+    tab.page.get_by_label("Model", exact=True).select_option("other")  # whose context may be longer
+    assert note.count() == 0
+    api.context = 1
+    tab.say("six")
+    assert [message["content"] for message in api.requests[-1]["messages"]] == ["six"] and note.count() == 1
+    api.context = 0
+    tab.say("seven")
+    assert tab.page.get_by_role("alert").inner_text().startswith("messages has too many tokens.")
+    assert tab.texts()[-1] == "seven"
 
 
 def test_a_server_that_is_gone(tab: Tab, api: FakeAPI) -> None:
