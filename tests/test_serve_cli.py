@@ -16,13 +16,15 @@ from typing import Any
 
 from mlx_openelm import generate
 from mlx_openelm.cli.main import main
-from mlx_openelm.cli.serve import read_adapters, read_names
+from mlx_openelm.cli.serve import read_adapters, read_names, use_template
 from mlx_openelm.errors import RequestError
+from mlx_openelm.serving.models import Models
+from mlx_openelm.sources import open_source
 
 import httpx2
 import pytest
 from serve_processes import process
-from serving_apps import FIXTURES, tiny
+from serving_apps import FIXTURES, load_alone, tiny
 
 COMPLETIONS = "/v1/completions"
 
@@ -193,3 +195,19 @@ def test_other_machines_are_only_let_in_with_a_warning() -> None:
     with process("--host", "0.0.0.0") as server:
         assert any("can be reached from other machines" in line for line in server.messages)
         assert json.loads(httpx2.get(server.url.replace("0.0.0.0", "127.0.0.1") + "/health").text) == {"status": "ok"}
+
+
+def test_a_template_in_a_file_is_read_once(tmp_path: Path) -> None:
+    """Requests neither read it nor, when it is gone, show its path."""
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ bos_token }}{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    models = Models({"a": "tiny", "b": "tiny-instruct"}, {}, open_source, load_alone)
+    assert use_template("plain", models) == "plain" and use_template(None, models) is None
+    with pytest.raises(RequestError, match="a has no chat template of its own"):
+        use_template("own", models)
+    assert use_template(str(file), models) is None
+    file.unlink()
+    for entry in models.entries.values():
+        tokenizer = entry.tokenizer
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hark"}], tokenizer.default_template)
+        assert tokenizer.decode(ids) == "[Hark]"

@@ -23,7 +23,7 @@ import pytest
 from serving_apps import FIXTURES, Serving, serving, tiny
 from starlette.applications import Starlette
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "ROMEO."}]
 LONG = {"prompt": "ROMEO.", "max_tokens": 900}
 
@@ -105,7 +105,8 @@ def server() -> Iterator[Serving]:
         (CHAT, {"messages": HELLO, "logprobs": 2}, "logprobs"),
         (CHAT, {"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens"),
         (CHAT, {"messages": HELLO, "modalities": ["audio"]}, "modalities"),
-        (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}]}, None),
+        (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "b"}]}, "messages"),
+        (RESPONSES, {"input": "a " * 2000}, "input"),
     ],
 )
 def test_what_is_wrong_is_named(server: Serving, path: str, body: dict[str, Any], param: str | None) -> None:

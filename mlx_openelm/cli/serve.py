@@ -156,7 +156,7 @@ def _serve(
         prefix_bytes=args.prompt_cache_bytes,
         folder=None if args.prompt_cache_dir is None else to_path(args.prompt_cache_dir),
     )
-    _check_template(args.chat_template, models)
+    template = use_template(args.chat_template, models)
     gave_up: list[bool] = []
 
     def give_up() -> None:
@@ -165,7 +165,6 @@ def _serve(
 
     metrics = Metrics()
     worker = Worker(models, metrics, options.max_rows + options.max_queue, give_up)
-    template = None if args.chat_template in (None, OWN) else args.chat_template
     context = Context(worker, options, metrics, template)
     worker.start()
     worker.run(models.load_first).result()
@@ -252,8 +251,19 @@ def read_adapters(given: Sequence[str]) -> dict[str, str]:
     return adapters
 
 
-def _check_template(template: str | None, models: Models) -> None:
-    if template == OWN:
+def use_template(template: str | None, models: Models) -> str | None:
+    """The `Context.template` for `--chat-template`; a file is read once, and becomes the own template of every model.
+
+    Raises:
+        RequestError: a model has no template of its own, or the file cannot be read.
+    """
+    if template is None or template in NAMED_TEMPLATES:
+        return template
+    if template != OWN:
+        source = find_template(template)
         for entry in models.entries.values():
-            if entry.tokenizer.chat_template is None:
-                raise RequestError(f"{entry.name} has no chat template of its own; choose plain, corenet or a file.")
+            entry.tokenizer.chat_template = source
+    for entry in models.entries.values():
+        if entry.tokenizer.chat_template is None:
+            raise RequestError(f"{entry.name} has no chat template of its own; choose plain, corenet or a file.")
+    return None

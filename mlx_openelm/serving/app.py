@@ -80,7 +80,10 @@ async def page(request: Request) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    messages = {404: "There is no such route.", 405: f"This route does not take {request.method}."}
+    messages = {
+        404: "There is no such route; those of OpenAI's protocol begin with /v1.",
+        405: f"This route does not take {request.method}.",
+    }
     message = messages.get(error.status_code, str(error.detail))
     return failure(APIError(message, error.status_code, headers=dict(error.headers or {})))
 

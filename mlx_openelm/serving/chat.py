@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..errors import RequestError
 from ..text.chat_messages import ROLES, plain_text
 from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, check_stream, stream, whole
@@ -123,19 +124,30 @@ async def chat(context: Context, request: Request) -> Response:
     return await whole(context, request, answers.whole(), texts)
 
 
-def render(context: Context, entry: Entry, conversation: list[dict[str, Any]], continues: bool = False) -> list[int]:
+def render(
+    context: Context,
+    entry: Entry,
+    conversation: list[dict[str, Any]],
+    continues: bool = False,
+    param: str = "messages",
+) -> list[int]:
     """The ids of a conversation, up to where the answer begins.
 
+    Args:
+        param: the key of the request that has it, for errors.
+
     Raises:
-        RequestError: the template cannot render it.
-        APIError: it is too long.
+        APIError: the template cannot render it, or it is too long.
     """
-    check_characters(entry, sum(len(plain_text(message.get("content"))) for message in conversation), "messages")
+    check_characters(entry, sum(len(plain_text(message.get("content"))) for message in conversation), param)
     template = context.template or entry.tokenizer.default_template
-    ids = entry.tokenizer.apply_chat_template(
-        conversation, template, add_generation_prompt=not continues, continue_final_message=continues
-    )
-    check_length(entry, ids, "messages")
+    try:
+        ids = entry.tokenizer.apply_chat_template(
+            conversation, template, add_generation_prompt=not continues, continue_final_message=continues
+        )
+    except RequestError as error:
+        raise APIError(f"{param}: {error}", param=param) from None
+    check_length(entry, ids, param)
     return ids
 
 

@@ -43,7 +43,7 @@ class Context:
     """What every route needs.
 
     Args:
-        template: the chat template, by name or file; None is the model's own, or plain text without one.
+        template: the name of the chat template; None is the model's own, or plain text without one.
     """
 
     worker: Worker

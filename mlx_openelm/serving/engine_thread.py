@@ -148,7 +148,7 @@ class EngineThread(threading.Thread):
         What waits for its leader lets others pass; what waits until its model fits into memory does not, so that the
         models there come to an end.
         """
-        behind = []
+        behind: list[Text | Task] = []
         while self.pending:
             one = self.pending.popleft()
             if isinstance(one, Text) and one.must_wait:

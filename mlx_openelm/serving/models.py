@@ -213,8 +213,8 @@ class Models:
         if entry.resident is None:
             held = sum(other.nbytes for other in self.residents)
             while self.residents and held + entry.nbytes > self.max_bytes:
-                there = [one for one in self.entries.values() if one.resident is not None]
-                idle = [one for one in there if not one.resident.engine.is_busy and one.resident not in in_use]
+                there = [(one, one.resident) for one in self.entries.values() if one.resident is not None]
+                idle = [one for one, resident in there if not resident.engine.is_busy and resident not in in_use]
                 if not idle:
                     return None
                 oldest = min(idle, key=lambda one: one.used)

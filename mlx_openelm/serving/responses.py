@@ -125,7 +125,7 @@ async def responses(context: Context, request: Request) -> Response:
     conversation = given["input"]
     if "instructions" in given:
         conversation = [{"role": "system", "content": given["instructions"]}, *conversation]
-    ids = await context.prepare(lambda: render(context, entry, conversation))
+    ids = await context.prepare(lambda: render(context, entry, conversation, param="input"))
     options = options_of(given, context.options)
     options["max_tokens"] = given.get("max_output_tokens", context.options.max_tokens)
     options |= given.get("text", {}).get("options", {})
