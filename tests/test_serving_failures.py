@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlx_openelm import generate
@@ -96,6 +97,15 @@ def test_leaving_an_embedding_ends_it(server: Serving) -> None:
     server.wait_until(lambda: bool(server.worker.thread.tasks))
     sock.close()
     server.wait_until(lambda: not server.worker.thread.tasks and not server.worker.in_flight)
+
+
+def test_a_long_list_of_embeddings_does_not_hold_up_others(server: Serving) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(server.post, "/v1/embeddings", {"input": ["ROMEO. " * 20] * 500})
+        server.wait_until(lambda: bool(server.worker.in_flight))
+        assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
+        assert not long.done()
+        assert len(long.result().json()["data"]) == 500
 
 
 def test_a_client_that_does_not_read_is_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,6 +341,8 @@ def test_files_of_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# for the editor\nsk-one\n\n  sk-two  \n")
     assert read_keys(file) == ["sk-one", "sk-two"]
+    file.write_text("\ufeffsk-one\r\n")  # as some editors of Windows write it
+    assert read_keys(file) == ["sk-one"]
     file.write_text("# none\n")
     with pytest.raises(RequestError, match="has no API keys"):
         read_keys(file)

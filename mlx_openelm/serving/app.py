@@ -88,9 +88,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return failure(APIError(message, error.status_code, headers=dict(error.headers or {})))
 
 
-def make_app(
-    context: Context, *, keys: Sequence[str] | None = None, hosts: Sequence[str] | None = None, has_page: bool = True
-) -> Starlette:
+def make_app(context: Context, *, keys: Sequence[str] | None = None, hosts: Sequence[str] | None = None) -> Starlette:
     """The application.
 
     Args:
@@ -126,9 +124,8 @@ def make_app(
         Route("/v1/models/{name:path}", route(model, "models")),
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/", page),
     ]
-    if has_page and PAGE.is_file():
-        routes.append(Route("/", page))
     origins = context.options.origins
     middleware = [
         Middleware(Guard, keys=None if keys is None else Keys(keys), origins=origins, hosts=hosts),

@@ -53,7 +53,7 @@ class EngineThread(threading.Thread):
     Attributes:
         pending: what waits until its model is in memory.
         texts: those that the engines have, by row, with their models.
-        tasks: those that are worked on, the first of them now.
+        tasks: those that are worked on in turns, the first of them now.
     """
 
     def __init__(self, models: Models, sink: Sink, rebuilds: bool = False):
@@ -215,6 +215,7 @@ class EngineThread(threading.Thread):
             if task.running is None:
                 task.running = steps_of(task, resident)
             next(task.running)
+            self.tasks.rotate(-1)
             return
         except StopIteration as stop:
             self._outbox.append(partial(self._sink.solved, task, stop.value, None))

@@ -32,7 +32,7 @@ def read_keys(path: Path) -> list[str]:
     Raises:
         RequestError: the file cannot be read, or has none.
     """
-    lines = [line.strip() for line in read_text(path, max_bytes=_MAX_KEYS_BYTES).splitlines()]
+    lines = [line.strip() for line in read_text(path, max_bytes=_MAX_KEYS_BYTES).removeprefix("\ufeff").splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise RequestError(f"{path} has no API keys; write one on each line.")

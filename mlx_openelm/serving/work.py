@@ -25,7 +25,6 @@ class Text:
 
     Attributes:
         events: (index, `Piece`) for each token, or (index, `APIError`) at the end of a text that failed.
-        is_done: whether there will be no more.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Text:
     ):
         self.entry, self.adapter, self.prompt, self.options = entry, adapter, prompt, options
         self.events, self.index, self.leader, self.constraint = events, index, leader, constraint
-        self.is_done = self.is_cancelled = False
+        self.is_cancelled = False
         self.row: Row | None = None
         self.submitted = time.perf_counter()
         self.last: float | None = None  # when its last piece came

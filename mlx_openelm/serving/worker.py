@@ -130,7 +130,7 @@ class Worker:
         self.metrics.tokens.inc()
         if piece.finish_reason is not None:
             self._durations.append(now - text.submitted)
-            self._leave(text)
+            self.in_flight.discard(text)
             if piece.drafts is not None:
                 self.metrics.drafted.inc(piece.drafts.drafted)
                 self.metrics.accepted.inc(piece.drafts.accepted)
@@ -139,7 +139,7 @@ class Worker:
     def ended(self, text: Text, error: APIError | None) -> None:
         """A text has failed, or was cancelled."""
         if text in self.in_flight:
-            self._leave(text)
+            self.in_flight.discard(text)
             if error is not None:
                 text.events.put_nowait((text.index, error))
 
@@ -152,10 +152,6 @@ class Worker:
                 task.future.set_result(result)
             else:
                 task.future.set_exception(error)
-
-    def _leave(self, text: Text) -> None:
-        self.in_flight.discard(text)
-        text.is_done = True
 
     def died(self) -> None:
         """Fail what was there, and start the thread again."""
