@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -255,6 +256,14 @@ def test_a_request_that_takes_too_long_is_408() -> None:
         assert response.status_code == 200 and json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         server.wait_until(lambda: server.worker.running == 0)
         assert server.metric('mlx_openelm_requests_total{outcome="timeout",route="completions"}') == 2
+
+
+def test_the_time_of_a_request_counts_what_comes_before_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+    monkeypatch.setattr(serving_context, "make_constraint", lambda *_: done.wait(20))
+    with serving(timeout=0.1) as server:
+        assert server.error(COMPLETIONS, {"prompt": "a", "choice": ["a"], "stream": True}, 408)["code"] == "timeout"
+        done.set()
 
 
 def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,18 +110,18 @@ async def chat(context: Context, request: Request) -> Response:
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise APIError("top_logprobs needs logprobs: true.", param="top_logprobs")
     continues = given.get("continue_final_message", False)
-    ids = await context.prepare(lambda: render(context, entry, given["messages"], continues))
+    ids = await context.prepare(request, lambda: render(context, entry, given["messages"], continues))
     options = options_of(given, context.options)
     options["top_logprobs"] = given.get("top_logprobs", 0)
-    constraint = await context.constrain(entry, options)
+    constraint = await context.constrain(request, entry, options)
     n = given.get("n", 1)
     each = [seeded(options, index) for index in range(n)]
     texts = Texts(context.worker, entry, adapter, [ids] * n, each, constraint)
     answers = _Chat(given, entry, texts)
     texts.submit()
     if given.get("stream"):
-        return stream(context, "chat/completions", answers.events(), texts)
-    return await whole(context, request, answers.whole(), texts)
+        return stream(context, request, "chat/completions", answers.events(), texts)
+    return await whole(request, answers.whole(), texts)
 
 
 def render(

@@ -39,11 +39,11 @@ async def completions(context: Context, request: Request) -> Response:
     """`POST /v1/completions`."""
     given, entry, adapter = await context.take(request, FIELDS, "prompt")
     check_stream(given)
-    prompts = await context.prepare(lambda: read_prompts(entry, given["prompt"]))
+    prompts = await context.prepare(request, lambda: read_prompts(entry, given["prompt"]))
     options = options_of(given, context.options)
     if "logprobs" in given:
         options["top_logprobs"] = given["logprobs"]
-    constraint = await context.constrain(entry, options) if options["max_tokens"] else None
+    constraint = await context.constrain(request, entry, options) if options["max_tokens"] else None
     n, echo = given.get("n", 1), given.get("echo", False)
     texts = Texts(
         context.worker,
@@ -61,14 +61,15 @@ async def completions(context: Context, request: Request) -> Response:
         if options["max_tokens"]:
             texts.submit()
 
-    await while_here(request, begin(), context.options.timeout)
+    await while_here(request, begin())
     if given.get("stream"):
-        return stream(context, "completions", completion.events(), texts)
-    return await whole(context, request, completion.whole(), texts)
+        return stream(context, request, "completions", completion.events(), texts)
+    return await whole(request, completion.whole(), texts)
 
 
 def stream(
     context: Context,
+    request: Request,
     route: str,
     events: AsyncGenerator[bytes, None],
     texts: Texts,
@@ -80,13 +81,13 @@ def stream(
         texts.cancel()
         context.metrics.requests.labels(route, outcome).inc()
 
-    return EventStream(events, context.options.timeout, ended, failed)
+    return EventStream(events, request.state.deadline, ended, failed)
 
 
-async def whole(context: Context, request: Request, body: Awaitable[dict[str, Any]], texts: Texts) -> Response:
+async def whole(request: Request, body: Awaitable[dict[str, Any]], texts: Texts) -> Response:
     """An answer in one piece, whose texts end when the client leaves."""
     try:
-        return answer(await while_here(request, body, context.options.timeout))
+        return answer(await while_here(request, body))
     finally:
         texts.cancel()
 

@@ -24,7 +24,7 @@ from .metrics import Metrics
 from .models import Entry, Models
 from .options import ServeOptions
 from .protocol import read_json
-from .texts import Left, outcome_of
+from .texts import Deadline, Left, outcome_of, while_here
 from .worker import Worker
 
 log = logging.getLogger("mlx_openelm.serving")
@@ -57,12 +57,12 @@ class Context:
     def models(self) -> Models:
         return self.worker.models
 
-    async def prepare(self, function: Callable[[], T]) -> T:
-        """Call a function in the thread that makes text into tokens."""
-        return await asyncio.get_running_loop().run_in_executor(self.preparing, function)
+    async def prepare(self, request: Request, function: Callable[[], T]) -> T:
+        """Call a function in the thread that makes text into tokens; errors as `while_here`."""
+        return await while_here(request, asyncio.get_running_loop().run_in_executor(self.preparing, function))
 
     async def constrain(
-        self, entry: Entry, options: Mapping[str, Any], param: str = "response_format"
+        self, request: Request, entry: Entry, options: Mapping[str, Any], param: str = "response_format"
     ) -> Constraint | None:
         """What the options of a text, once they are checked, say that it must be; None if that is anything.
 
@@ -72,14 +72,15 @@ class Context:
             param: the key of the request that asks for JSON, for errors.
 
         Raises:
-            APIError: a value is wrong, 400.
+            APIError: a value is wrong, 400; also as `while_here`.
         """
         chosen, config = GenerationOptions(**options), entry.config
         chosen.validate(config.vocab_size, config.head_dim)
         if not chosen.constraints:
             return None
         try:
-            return await asyncio.to_thread(make_constraint, chosen, entry.tokenizer, config.vocab_size)
+            made = asyncio.to_thread(make_constraint, chosen, entry.tokenizer, config.vocab_size)
+            return await while_here(request, made)
         except RequestError as error:
             failed = as_api_error(error)
             if chosen.json_object or chosen.json_schema is not None:
@@ -101,7 +102,7 @@ class Context:
             raise too_large
         body, size = bytearray(), 0
         try:
-            async with asyncio.timeout(min(BODY_SECONDS, self.options.timeout)):
+            async with asyncio.timeout(min(BODY_SECONDS, request.state.deadline.left)):
                 async for part in request.stream():
                     size += len(part)
                     is_large = is_large or size > most
@@ -146,6 +147,7 @@ def route(handler: Handler, name: str) -> Callable[[Request], Awaitable[Response
     async def endpoint(request: Request) -> Response:
         context: Context = request.app.state.context
         outcome = "ok"
+        request.state.deadline = Deadline(context.options.timeout)
         try:
             if not context.worker.is_alive:
                 raise unavailable()

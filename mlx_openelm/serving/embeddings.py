@@ -47,14 +47,14 @@ _DETOKENIZE: dict[str, Check] = {"model": short_text, "tokens": lambda name, val
 async def embeddings(context: Context, request: Request) -> Response:
     """`POST /v1/embeddings`: the mean of the last hidden states [model_dim] of each text."""
     given, entry, adapter = await context.take(request, _EMBEDDINGS, "input")
-    inputs = await context.prepare(lambda: read_prompts(entry, given["input"], "input", MAX_INPUTS))
+    inputs = await context.prepare(request, lambda: read_prompts(entry, given["input"], "input", MAX_INPUTS))
     size, wanted = entry.config.model_dim, given.get("dimensions", entry.config.model_dim)
     if wanted > size:
         raise APIError(f"dimensions must be at most {size}, the model's, got {wanted}.", param="dimensions")
     task = Task(entry, adapter, lambda model: _embed_all(model, inputs))
     context.worker.submit([task])
     try:
-        vectors = await while_here(request, task.future, context.options.timeout)
+        vectors = await while_here(request, task.future)
     finally:
         context.worker.cancel([task])
     is_packed = given.get("encoding_format") == "base64"
@@ -110,5 +110,5 @@ async def detokenize(context: Context, request: Request) -> Response:
     ids = [] if given["tokens"] == [] else as_ids(entry, given["tokens"], "tokens")
     if ids is None:
         raise APIError("tokens must be a list of token ids.", param="tokens")
-    decoded = await context.prepare(lambda: entry.tokenizer.decode(ids))
+    decoded = await context.prepare(request, lambda: entry.tokenizer.decode(ids))
     return answer({"content": decoded, "prompt": decoded})

@@ -125,18 +125,18 @@ async def responses(context: Context, request: Request) -> Response:
     conversation = given["input"]
     if "instructions" in given:
         conversation = [{"role": "system", "content": given["instructions"]}, *conversation]
-    ids = await context.prepare(lambda: render(context, entry, conversation, param="input"))
+    ids = await context.prepare(request, lambda: render(context, entry, conversation, param="input"))
     options = options_of(given, context.options)
     options["max_tokens"] = given.get("max_output_tokens", context.options.max_tokens)
     options |= given.get("text", {}).get("options", {})
     options["top_logprobs"] = given.get("top_logprobs", 0)
-    constraint = await context.constrain(entry, options, "text.format")
+    constraint = await context.constrain(request, entry, options, "text.format")
     texts = Texts(context.worker, entry, adapter, [ids], [options], constraint)
     response = _Response(given, entry, texts, options)
     texts.submit()
     if given.get("stream"):
-        return stream(context, "responses", response.events(), texts, response.failed)
-    return await whole(context, request, response.whole(), texts)
+        return stream(context, request, "responses", response.events(), texts, response.failed)
+    return await whole(request, response.whole(), texts)
 
 
 class _Response:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +21,8 @@ from .worker import Worker
 
 if TYPE_CHECKING:
     from ..generation.constraints import Constraint
+
+T = TypeVar("T")
 
 # A comment that is sent where no token came for so many seconds, so that nothing between takes the stream for dead.
 _PING, _PING_SECONDS = b": still working\n\n", 10.0
@@ -123,8 +125,27 @@ class Left(Exception):
     """The client has left."""
 
 
-async def while_here(request: Request, work: Awaitable[Any], seconds: float) -> Any:
-    """The result of `work`, which is cancelled when the client leaves or the time is over.
+class Deadline:
+    """When a request must be answered: so many seconds after it began. `request.state.deadline` has it."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._ends = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return max(0.0, self._ends - time.monotonic())
+
+    @property
+    def error(self) -> APIError:
+        """The error of a request that takes longer."""
+        message = f"The request took more than {self.seconds:g} seconds; lower max_tokens, or try again later."
+        return APIError(message, 408, code="timeout")
+
+
+async def while_here(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves or the request's time is over.
 
     Raises:
         Left: the client has left.
@@ -133,24 +154,18 @@ async def while_here(request: Request, work: Awaitable[Any], seconds: float) -> 
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request.receive))
     try:
-        limit = seconds if math.isfinite(seconds) else None
-        await asyncio.wait({task, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        deadline: Deadline = request.state.deadline
+        await asyncio.wait({task, gone}, timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if gone.done():
             raise Left
-        raise too_slow(seconds)
+        raise deadline.error
     finally:
         for one in (task, gone):
             one.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await one
-
-
-def too_slow(seconds: float) -> APIError:
-    """The error of a request that takes too long."""
-    message = f"The request took more than {seconds:g} seconds; lower max_tokens, or try again later."
-    return APIError(message, 408, code="timeout")
 
 
 async def _gone(receive: Receive) -> None:
@@ -170,7 +185,7 @@ class EventStream(Response):
 
     Args:
         source: makes the events; it is closed when the client leaves, when the time is over, and at the end.
-        seconds: the time that the stream may take.
+        deadline: when it has to end.
         ended: called with the outcome.
         failed: makes the event that tells of an error in the middle.
     """
@@ -178,13 +193,13 @@ class EventStream(Response):
     def __init__(
         self,
         source: AsyncGenerator[bytes, None],
-        seconds: float,
+        deadline: Deadline,
         ended: Callable[[str], object],
         failed: Callable[[APIError], bytes],
     ):
         super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
-        self._source, self._seconds, self._ended, self._failed = source, seconds, ended, failed
+        self._source, self._deadline, self._ended, self._failed = source, deadline, ended, failed
         self._quiet = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -208,13 +223,13 @@ class EventStream(Response):
         outcome, source = "ok", self._source
         pings = asyncio.ensure_future(self._send_pings(send))
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._deadline.left):
                 async for data in source:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     self._quiet = False
         except TimeoutError:
             outcome = "timeout"
-            await self._send_error(send, too_slow(self._seconds))
+            await self._send_error(send, self._deadline.error)
         except Exception as error:
             known = as_api_error(error)
             outcome = outcome_of(known)
