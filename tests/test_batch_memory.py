@@ -186,7 +186,10 @@ def test_prefixes_and_adapters_are_told_too() -> None:
         (1, 400, {"max_tokens": 30}),
         (8, 100, {"max_tokens": 40, "num_draft_tokens": 4}),
         (8, 240, {"max_tokens": 30, "num_draft_tokens": [16, 0, None]}),
-        (6, 60, {"max_tokens": 24, "num_draft_tokens": 8, "temp": 0.9, "top_k": 50, "seed": 3}),
+        pytest.param(
+            *(6, 60, {"max_tokens": 24, "num_draft_tokens": 8, "temp": 0.9, "top_k": 50, "seed": 3}),
+            marks=pytest.mark.slow,
+        ),
         (4, 40, {"max_tokens": 24, "num_draft_tokens": 64, "temp": 1.0, "seed": 3, "repetition_penalty": 1.1}),
         (6, 150, {"max_tokens": 16, "num_draft_tokens": 3} | EVERY_KIND),
         (6, 60, {"max_tokens": 30, "prompt_lookup": True, "num_draft_tokens": [8, 0]}),

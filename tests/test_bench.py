@@ -596,6 +596,7 @@ def test_tiny_beside_mlx_lm(tmp_path: Path) -> None:
     assert values["options"]["compare"] == "mlx-lm" and values["model"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_asked_for_once(hub: FakeHub, hub_env: dict[str, str]) -> None:
     """The programs find what the command has downloaded, without asking again: that would be timed as loading."""
     pytest.importorskip("mlx_lm")

@@ -61,7 +61,7 @@ class Fake(BaseHTTPRequestHandler):
 def fake() -> Iterator[tuple[str, type[Fake]]]:
     handler = type("Handler", (Fake,), {"asked": [], "fails": False})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler

@@ -107,14 +107,28 @@ def test_help_lists_every_command_without_importing_mlx() -> None:
     assert run().stdout + "[]\n" == done.stdout.replace("python -c", "mlx-openelm")
 
 
+def helps(*lines: list[str], before: str = "") -> list[str]:
+    """What several command lines print, from one process: starting one for each takes most of the time."""
+    code = (
+        f"import sys\nimport mlx_openelm\n{before}\nfrom mlx_openelm.cli.main import main\n"
+        "sys.argv = ['mlx-openelm']\n"
+        f"for line in {lines!r}:\n"
+        "    try: main(line)\n"
+        "    except SystemExit as stop: print(end=f'\\0{stop.code or 0}\\0')\n"
+    )
+    done = run(start=(sys.executable, "-c", code))
+    assert (done.returncode, done.stderr) == (0, "")
+    texts = done.stdout.split("\0")
+    assert texts[1::2] == ["0"] * len(lines)
+    return texts[:-1:2]
+
+
 def test_every_command_has_help() -> None:
-    for name in COMMANDS:
-        done = run(name, "--help")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
-        assert "--debug" in done.stdout
-        assert re.search("\nCommon flags:\n  (-., )?--", done.stdout)
-        examples = done.stdout.partition("\nExamples:\n")[2].splitlines()
+    for name, text in zip(COMMANDS, helps(*([name, "--help"] for name in COMMANDS)), strict=True):
+        assert text.startswith(f"Usage: mlx-openelm {name}")
+        assert "--debug" in text
+        assert re.search("\nCommon flags:\n  (-., )?--", text)
+        examples = text.partition("\nExamples:\n")[2].splitlines()
         assert examples and all(f"mlx-openelm {name}" in line for line in examples if not line.startswith("      "))
 
 
@@ -736,17 +750,12 @@ def test_doctor_has_advice_about_blas() -> None:
 
 
 def test_help_and_completion_do_not_need_mlx() -> None:
-    code = (
-        "import sys\nimport mlx_openelm\nsys.modules['mlx'] = None\n"
-        "from mlx_openelm.cli.main import main\nmain(sys.argv[1:])"
-    )
-    start = (sys.executable, "-c", code)
-    for name in COMMANDS:
-        done = run("help", name, start=start)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"Usage: mlx-openelm {name}")
-    assert done.stdout == run(name, "-h").stdout
-    assert run("--show-completion", "bash", start=start).stdout == run("--show-completion", "bash").stdout
+    lines = [["help", name] for name in COMMANDS]
+    *texts, completion = helps(*lines, ["--show-completion", "bash"], before="sys.modules['mlx'] = None")
+    for name, text in zip(COMMANDS, texts, strict=True):
+        assert text.startswith(f"Usage: mlx-openelm {name}")
+    assert texts[-1] == run(name, "-h").stdout
+    assert completion == run("--show-completion", "bash").stdout
 
 
 def test_without_mlx_doctor_runs_and_other_commands_name_the_extra() -> None:

@@ -475,6 +475,7 @@ def test_the_card_does_not_give_the_result_the_packaged_models_name(tmp_path: Pa
 # Memory.
 
 
+@pytest.mark.slow
 def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """In a separate process, so that nothing else counts in the peak."""
     code = """

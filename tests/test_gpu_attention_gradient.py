@@ -47,12 +47,12 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
 
 # Whole and padded tiles of queries, single and packed examples; few of them where a CPU stands in.
 CASES = list(itertools.product((256, 200), (1, 3), (NOTHING, PARTS, LAYERS)))
-HERE = [(256, 1, NOTHING), (200, 3, PARTS)]
+MARKS = {(200, 3, PARTS): [], (256, 1, NOTHING): [pytest.mark.slow]}
 
 
 @pytest.mark.parametrize(
     ("length", "examples", "recompute"),
-    [case if case in HERE else pytest.param(*case, marks=needs_real_gpu) for case in CASES],
+    [pytest.param(*case, marks=MARKS.get(case, [needs_real_gpu])) for case in CASES],
 )
 def test_mlxs_attention_gradient_equals_the_block_wise_one(monkeypatch, length, examples, recompute):
     batch = batch_of(length, examples)

@@ -45,6 +45,11 @@ COMPILED = [Quantization(32, 4), Quantization(32, 8), *(Quantization.make(mode) 
 OUT, IN = 256, 384
 
 
+def first_quick(choices: list[Quantization]) -> list[Any]:
+    """All choices, those after the first as slow tests: whole models take seconds each."""
+    return [choices[0], *(pytest.param(choice, marks=pytest.mark.slow) for choice in choices[1:])]
+
+
 def weight_of(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, IN**-0.5, (OUT, IN)).astype(np.float32)
 
@@ -121,7 +126,9 @@ def packed_model(choice: Quantization, dtype: str, *, expand: bool) -> OpenELM:
     return build_model(checkpoint, dtype=dtype, expand=expand)
 
 
-@pytest.mark.parametrize("choice", COMPILED + [Quantization(32, bits) for bits in (2, 3, 5, 6)], ids=str)
+@pytest.mark.parametrize(
+    "choice", first_quick(COMPILED) + first_quick([Quantization(32, bits) for bits in (3, 2, 5, 6)]), ids=str
+)
 def test_a_packed_model_equals_the_unpacked_one_on_a_cpu(choice, reference):
     ids = mx.array([2 * (reference["ids"][3] + reference["greedy"][3])])  # 126 tokens
 
@@ -138,7 +145,7 @@ def test_a_packed_model_equals_the_unpacked_one_on_a_cpu(choice, reference):
         assert_close(computed("gpu", pieces, dtype), expected, 2 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("choice", COMPILED, ids=str)
+@pytest.mark.parametrize("choice", first_quick(COMPILED), ids=str)
 def test_gradients_pass_through_a_packed_model(choice, reference):
     """As adapters need them, for a prompt and for a few tokens."""
 
@@ -169,7 +176,7 @@ def test_gradients_pass_through_a_packed_model(choice, reference):
         {"q_bits": 3, "method": ("awq",)},
         {"q_bits": 3, "method": ("gptq",)},
         {"q_bits": 3, "method": ("dwq",)},
-        {"target_bpw": 4.2},
+        pytest.param({"target_bpw": 4.2}, marks=pytest.mark.slow),
         pytest.param({"target_bpw": 4.2, "method": ("awq", "gptq", "dwq")}, marks=needs_real_gpu),
         {"recipe": "mixed_3_6"},
         {"q_mode": "mxfp4"},

@@ -180,6 +180,7 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert output.strip() or (words[1] == "generate" and errors.strip()), command
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ours(README):
         run(command, capfd)
@@ -216,6 +217,7 @@ def test_the_guide_to_preferences_runs_in_order(clone: Path, capfd: pytest.Captu
     assert 0 <= float(capfd.readouterr().out.splitlines()[-1]) <= 1
 
 
+@pytest.mark.slow
 def test_the_guide_to_rewards_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(clone / "lora" / "json", "my_prompts")
     first, second = blocks(REWARDS, "python")

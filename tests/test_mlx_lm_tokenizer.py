@@ -125,7 +125,7 @@ def address(ours: Any, wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return server.APIHandler(responses, *args, system_fingerprint="test")
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), handle)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{http.server_address[1]}"
     http.shutdown()

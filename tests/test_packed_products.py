@@ -74,7 +74,7 @@ def test_products_and_gradients_of_any_packing(
     gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype
 ) -> None:
     """Of any number of rows, including sizes that do not fill a tile."""
-    for shape, counts in (((128, 128), (1, 3, 7, 8, 255, 256)), ((72, 384), (1, 8))):
+    for shape, counts in (((128, 128), (1, 3, 7, 8, 127, 128)), ((72, 384), (1, 8))):
         layer = layer_of(mode, bits, group_size, shape, dtype)
         weight = exact(layer)
         for rows in counts:

@@ -18,10 +18,10 @@ import pytest
 
 # Layers, width, vocabulary or a published size; what is trained; rows, length, gradient checkpointing.
 SHAPES = [
-    ([6, 192, 2048], "lora", 4, 256, False),
+    pytest.param(([6, 192, 2048], "lora", 4, 256, False), marks=pytest.mark.slow),
     ([6, 192, 2048], "full", 4, 256, False),
     pytest.param(([6, 384, 8000], "lora", 2, 384, True), marks=pytest.mark.slow),
-    ([6, 384, 8000], "full", 2, 192, True),
+    pytest.param(([6, 384, 8000], "full", 2, 192, True), marks=pytest.mark.slow),
     pytest.param(([3, 512, 32000], "dora", 2, 256, False), marks=pytest.mark.slow),
     ([3, 192, 32000], "lora", 1, 1024, False),
     ([6, 192, 2048], "last", 4, 256, False),

@@ -76,8 +76,19 @@ def requests(seed: int, count: int) -> list[tuple[list[int], int]]:
 # Correctness.
 
 
-@pytest.mark.parametrize("budget", [MUCH, 100_000, 5_000], ids=["all", "some", "little"])
-@pytest.mark.parametrize("kind", KINDS)
+BUDGETS = {"all": MUCH, "some": 100_000, "little": 5_000}
+QUICK = {("growing", "all"), ("growing", "some"), ("8 bits", "little"), ("4 bits", "some"), ("sliding", "all"),
+         ("wide", "some")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [
+        pytest.param(kind, BUDGETS[size], id=f"{kind}-{size}", marks=[] if (kind, size) in QUICK else pytest.mark.slow)
+        for kind in KINDS
+        for size in BUDGETS
+    ],
+)
 def test_random_requests_give_the_logits_of_plain_prefill(model: Any, kind: str, budget: int) -> None:
     options, tree, reused = KINDS[kind], PrefixTree(model, budget), 0
     # A difference in rounding can move a value to the next step of a quantized cache.

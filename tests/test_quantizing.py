@@ -227,6 +227,7 @@ def test_dwq_changes_only_the_parts_it_trains(source, text, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"ffn_with_glu": False}, {"share_input_output_layers": False}])
+@pytest.mark.slow
 def test_other_shapes_of_model_are_quantized_too(changes, text, tmp_path):
     folder = write_tiny(tmp_path / "model", **changes)
     result = quantize(folder, tmp_path / "out", options(text, target_bpw=4.5, method=("awq", "gptq", "dwq")))

@@ -215,6 +215,7 @@ def test_every_command_is_accepted_by_its_parser(document: Path) -> None:
         assert callable(command), line
 
 
+@pytest.mark.slow
 def test_fine_tuning_runs_in_order(clone: Path) -> None:
     """The README's section, in two steps instead of many, and with `tiny` instead of the 270M model."""
     lines = [line for line in commands(README) if line in section("Fine-tuning")]

@@ -281,7 +281,6 @@ def test_the_learning_rate_of_each_update_is_used(model):
     assert any(not mx.array_equal(before[name], value).item() for name, value in updater.state().items())
 
 
-@pytest.mark.compiled
 def test_state_restores_bit_for_bit(model):
     adapt(model, dropout=0.2)
     batches = [rows_of(sequences([20, 31], seed=seed)) for seed in range(6)]

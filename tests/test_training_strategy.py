@@ -35,6 +35,10 @@ def cuda(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> OpenELM:
+    return make_model()
+
+
+def make_model() -> OpenELM:
     config = ModelConfig.from_dict(
         {
             "num_transformer_layers": 3, "model_dim": 128, "head_dim": 32, "vocab_size": 300,
@@ -151,7 +155,8 @@ def test_the_gradient_of_swiglu(cuda, dtype):
     assert mx.abs(found.astype(mx.float32) - expected).max().item() < tolerance
 
 
-def test_dropout_and_adapters_agree_at_all_levels(model, cuda):
+def test_dropout_and_adapters_agree_at_all_levels(cuda):
+    model = make_model()
     attach_new(model, rank=4, dropout=0.3, seed=0)
     for name, value in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_b"):
