@@ -122,6 +122,15 @@ def test_generation_stops_at_until(lm, monkeypatch):
     assert len(steps) < all_steps / 2
     with pytest.raises(RequestError, match="has no argument num_beams"):
         lm.scorer.generate([("ROMEO.", {"num_beams": 4})])
+    for wrong, message in (
+        ({"max_gen_toks": "many"}, "a number for max_gen_toks, got 'many'"),
+        ({"temperature": [1]}, "a number for temperature"),
+        ({"until": 3}, "a text, or a list of texts, for until"),
+        ({"until": ["a", 3]}, "a text, or a list of texts, for until"),
+        ({"until": {"a": 1}}, "a text, or a list of texts, for until"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            lm.scorer.generate([("ROMEO.", wrong)])
     with pytest.raises(RequestError, match="up to 64 tokens"):
         lm.scorer.generate([("ROMEO.", {"max_gen_toks": 64})])
 

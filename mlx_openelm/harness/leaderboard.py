@@ -100,14 +100,15 @@ def _entry(result: Result, tasks: Sequence[str]) -> Entry:
         metric = metric_of(task, metrics)
         assert metric is not None
         scores[task] = metrics[metric]
-        errors.append(metrics.get(f"{metric}_stderr", math.nan))
-    error = math.hypot(*errors) / len(errors)
+        errors.append(result.tasks[task].error(metric))
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     speed = result.speed.get("requests_per_second") if result.speed.get("requests") else None
     return Entry(
         result.name,
         scores,
         math.fsum(scores.values()) / len(scores),
-        None if math.isnan(error) else error,
+        error,
         result.model["parameters"],
         result.model["bytes"],
         speed,
@@ -135,13 +136,20 @@ def tests(first: Result, second: Result) -> dict[str, Paired]:
     """
     found = {}
     for name in common_tasks([first, second]):
-        one, other = first.tasks[name], second.tasks[name]
-        metric = metric_of(name, one.metrics)
-        if metric is None or one.prompts != other.prompts or not one.prompts:
-            continue
-        if metric in one.scores and metric in other.scores:
-            found[name] = paired(one.scores[metric], other.scores[metric])
+        metric = metric_of(name, first.tasks[name].metrics)
+        (asked, ours), (same, theirs) = (_answers(name, metric, result) for result in (first, second))
+        if asked and asked == same and ours and len(ours) == len(theirs):
+            found[name] = paired(ours, theirs)
     return found
+
+
+def _answers(name: str, metric: str | None, result: Result) -> tuple[list[str], list[float]]:
+    """The hashes of the prompts of a task, or of all tasks of a group, and the score of each question."""
+    task = result.tasks[name]
+    if not task.parts:
+        return ([task.prompts] if task.prompts else []), task.scores.get(metric or "", [])
+    found = [_answers(part, metric, result) for part in task.parts if part in result.tasks]
+    return [text for texts, _ in found for text in texts], [score for _, scores in found for score in scores]
 
 
 def tests_table(first: Result, second: Result) -> list[list[str]]:
