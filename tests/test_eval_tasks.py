@@ -94,6 +94,7 @@ def test_dpo_and_pretraining_measure_too(tmp_path, measured):
         ({"eval_tasks": "commonsense/piqa"}, "has no piqa/test.json"),
         ({"eval_tasks": "commonsense/gsm8k"}, "has no task 'gsm8k'"),
         ({"eval_tasks": " , "}, "names no task"),
+        ({"eval_tasks": "commonsense/obqa,openbookqa"}, "eval_tasks names openbookqa of lm-eval and of CoreNet"),
         ({"eval_tasks_every": 0}, "eval_tasks_every must be 1 or more"),
         ({"eval_tasks_limit": 0}, "eval_tasks_limit must be 1 or more"),
         ({"eval_tasks_data": "/nowhere"}, "data must be a folder"),

@@ -356,6 +356,12 @@ class TestLmEval:
             wrong = dataclasses.replace(options, limit=None, **{"samples": None, "num_fewshot": None, **values})
             with pytest.raises(OpenELMError, match=message):
                 evaluate("tiny", wrong, progress=False)
+        (folder / "more.yaml").write_text("group: more\ntask:\n  - task: my_anatomy\n    num_fewshot: 1\n")
+        twice = dataclasses.replace(options, tasks=("my_anatomy,more",), num_fewshot=None, limit=1)
+        with pytest.raises(
+            RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"
+        ):
+            evaluate("tiny", twice, progress=False)
 
     def test_own_tasks_generate_and_write_what_was_asked(self, capsys, tmp_path):
         folder = tmp_path / "tasks"
@@ -412,3 +418,6 @@ class TestLmEval:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "own" in done.stdout and "perplexity" in done.stdout
+        command[5] = "pretrained=nowhere"
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and "\nerror: There is no model named 'nowhere'" in f"\n{done.stderr}"

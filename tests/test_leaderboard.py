@@ -168,6 +168,8 @@ def test_bad_files_and_unlike_results_are_refused(capsys, tmp_path):
     other.tasks = {"new": TaskResult({"acc": 1.0}, 1)}
     with pytest.raises(RequestError, match="no task in common"):
         leaderboard.entries([result(), other])
+    with pytest.raises(RequestError, match="Apple has no such table for results of suite commonsense"):
+        leaderboard.entries([result(suite="commonsense")], published=True)
 
 
 def test_paired_tests_equal_the_textbooks():
@@ -184,10 +186,17 @@ def test_paired_tests_equal_the_textbooks():
     assert standard_error([0.0, 1.0, 1.0]) == pytest.approx(plain.stdev([0, 1, 1]) / 3**0.5)
 
 
-def test_only_equal_prompts_are_paired():
+def test_only_equal_prompts_are_paired(capsys, tmp_path):
     first, second = result(), result()
     second.tasks["mmlu_anatomy"].prompts = "others"
     assert set(leaderboard.tests(first, second)) == APPLE.keys() - {"mmlu"}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    first.save(paths[0])
+    second.save(paths[1])
+    assert "warning: The results asked different questions, or with other prompts, in mmlu." in run(
+        capsys, "leaderboard", *paths
+    )[2]  # fmt: skip
+    assert run(capsys, "leaderboard", paths[0], paths[0])[2] == ""
 
 
 def test_scores_over_the_published_checkpoints(capsys, tmp_path, monkeypatch):
@@ -226,3 +235,5 @@ def test_scores_over_the_published_checkpoints(capsys, tmp_path, monkeypatch):
             checkpoints.evaluate_checkpoints(name, EvaluateOptions(suite="commonsense"))
     code, _, err = run(capsys, *words[:3], "--suite", "commonsense", "--adapter-path", "a")
     assert code == 2 and "--checkpoints and --adapter-path exclude each other" in err
+    code, _, err = run(capsys, *words[:3], "--suite", "commonsense", "--model", "270m")
+    assert code == 2 and "--checkpoints and --model exclude each other" in err

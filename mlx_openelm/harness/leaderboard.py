@@ -11,7 +11,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..hub import catalog
-from ..wording import counted, size, some
+from ..wording import counted, one_of, size, some
 from . import compare
 from .results import Result
 from .statistics import Paired, paired
@@ -78,12 +78,19 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
         published: add Apple's numbers of all eight models, if they have these tasks.
 
     Raises:
-        RequestError: as `common_tasks`.
+        RequestError: as `common_tasks`; or Apple published nothing of the suite.
     """
     tasks = common_tasks(results)
     found = [_entry(result, tasks) for result in results]
     suite = results[0].suite
-    if published and suite is not None and suite in catalog.published_scores()["scores"]:
+    if published:
+        suites = list(catalog.published_scores()["scores"])
+        if suite not in suites:
+            what = "without a suite" if suite is None else f"of --suite {suite}"
+            raise RequestError(
+                f"--published is for results of --suite {one_of(suites)}; Apple has no such table for results {what}."
+            )
+        assert suite is not None
         for release in catalog.releases():
             scores = {task: value / 100 for task, value in release.scores(suite).items() if task in tasks}
             parameters = ModelConfig.from_name(release.name).num_parameters
@@ -91,6 +98,11 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
             name = f"{release.display_name} (Apple)"
             found.append(Entry(name, scores, average, None, parameters, 4 * parameters, published=True))
     return sorted(found, key=lambda entry: -entry.average)
+
+
+def asked_differently(results: Sequence[Result]) -> list[str]:
+    """The common tasks in which not all results asked the same questions with the same prompts, as far as is known."""
+    return [name for name in common_tasks(results) if len({tuple(_answers(name, None, one)[0]) for one in results}) > 1]
 
 
 def _entry(result: Result, tasks: Sequence[str]) -> Entry:

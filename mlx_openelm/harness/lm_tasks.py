@@ -107,6 +107,7 @@ def run(
 
     _check_samples(options.chosen, [one.name for one in wanted], manager)
     lm = OpenELMLM.of(scorer, chat_template=options.chat_template)
+    shots: dict[str, int] = {}
     for one in wanted:
         try:
             with data.local_first(options.data_folder):
@@ -114,8 +115,14 @@ def run(
         except Exception as error:  # whatever a task's own code and its data raise
             yield one.name, _reason(error, options.data), []
             continue
-        if paper:
-            for task in _tasks_of(loaded):
+        for task in _tasks_of(loaded):
+            name, count = task.config.task, task.config.num_fewshot
+            if shots.setdefault(name, count) != count:
+                raise RequestError(
+                    f"{one.name} has the task {name} with {count} examples, and another of --tasks has it with "
+                    f"{shots[name]}; run one after the other."
+                )
+            if paper:
                 paper_tasks.adapt(task)
         if began is not None:
             began(one.name)
