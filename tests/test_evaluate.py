@@ -358,9 +358,7 @@ class TestLmEval:
                 evaluate("tiny", wrong, progress=False)
         (folder / "more.yaml").write_text("group: more\ntask:\n  - task: my_anatomy\n    num_fewshot: 1\n")
         twice = dataclasses.replace(options, tasks=("my_anatomy,more",), num_fewshot=None, limit=1)
-        with pytest.raises(
-            RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"
-        ):
+        with pytest.raises(RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"):
             evaluate("tiny", twice, progress=False)
 
     def test_own_tasks_generate_and_write_what_was_asked(self, capsys, tmp_path):

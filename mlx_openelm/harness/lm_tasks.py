@@ -71,10 +71,14 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
 def _knows(manager: Any, names: Sequence[Any]) -> bool:
     """Whether a manager has these tasks, and what groups among them have."""
     for name in names:
-        entry = manager.task_index.get(name) if isinstance(name, str) else None
-        if entry is None:
+        if isinstance(name, dict):  # within a group: a task with other settings, a whole task, or a group
+            parts = name.get("task")
+            if isinstance(parts, str) and "dataset_path" not in name:
+                parts = [parts]
+        elif (entry := manager.task_index.get(name)) is not None:
+            parts = (entry.cfg or {}).get("task")
+        else:
             return False
-        parts = (entry.cfg or {}).get("task")
         if isinstance(parts, list) and not _knows(manager, parts):
             return False
     return True
@@ -177,8 +181,11 @@ def _check_samples(chosen: Iterable[str], names: Sequence[str], manager: Any) ->
 def _with_parts(names: Sequence[Any], manager: Any) -> set[str]:
     """These tasks, and those of groups and tags among them."""
     found: set[str] = set()
-    for name in (one.get("task") if isinstance(one, dict) else one for one in names):
-        if isinstance(name, str) and name not in found and (entry := manager.task_index.get(name)) is not None:
+    for name in names:
+        if isinstance(name, dict):
+            parts = name.get("task") or []
+            found |= _with_parts([parts] if isinstance(parts, str) else parts, manager)
+        elif name not in found and (entry := manager.task_index.get(name)) is not None:
             parts = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
             found |= {name} | (set() if isinstance(parts, str | None) else _with_parts(list(parts), manager))
     return found
