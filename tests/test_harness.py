@@ -15,6 +15,7 @@ from mlx_openelm.evaluation.likelihoods import Request
 from mlx_openelm.generation.engine import Engine
 from mlx_openelm.harness.encoding import Encoder
 from mlx_openelm.harness.scorer import Scorer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -242,6 +243,14 @@ def test_an_answered_request_is_not_asked_again(model, tokenizer, tmp_path):
     with Answers(Scorer(other, tokenizer).setting, tmp_path / "a.jsonl") as answers:
         scorer = Scorer(other, tokenizer, answers=answers)
         assert scorer.log_likelihoods(PAIRS)[0] != pytest.approx(some[0], abs=1e-3)
+    # The same texts with another tokenizer are other tokens, and another limit ends other texts.
+    file = Path(__file__).parent / "fixtures/shakespeare-hf/tokenizer.model"
+    settings = [
+        Scorer(model, Tokenizer.from_file(file, eos_token_ids=ends), max_gen_toks=count).setting
+        for ends, count in (([2], 256), ([5], 256), ([2], 8))
+    ]
+    assert settings[0] == first.setting
+    assert settings[1] != first.setting and settings[2] != first.setting
 
 
 def test_lm_evals_cache_keeps_models_apart(model, tokenizer, tmp_path):
