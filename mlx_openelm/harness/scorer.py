@@ -74,6 +74,7 @@ class Scorer:
         return {
             "model": fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "eos": sorted(self.tokenizer.eos_token_ids),
             "dtype": dtype_of(self.model),
             "max_length": encoder.max_length,
             "max_gen_toks": self.max_gen_toks,
