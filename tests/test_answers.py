@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 
-from mlx_openelm.errors import RequestError
+from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.harness.answers import Answers
 
 import pytest
@@ -79,3 +79,16 @@ def test_every_answer_survives_kill_9(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     with Answers({}, path) as answers:
         assert [answers.get(f"key {number}") for number in range(502)] == [*range(501), None]
+
+
+def test_what_does_not_fit_on_the_disk_ends_the_run(tmp_path):
+    """A write may take a part, after which nothing may follow."""
+
+    class Full:
+        def write(self, content: bytes) -> int:
+            return len(content) // 2
+
+    answers = Answers({})
+    answers.path, answers._file = tmp_path / "answers.jsonl", Full()
+    with pytest.raises(OpenELMError, match="answers.jsonl cannot be written: the disk is full"):
+        answers.add({"key": 1})

@@ -161,6 +161,10 @@ def test_bad_records_and_names_are_refused(tmp_path):
         (folder / "test.json").write_text(json.dumps([record]))
         with pytest.raises(RequestError, match=message):
             questions(find_task("obqa"), tmp_path)
+    for text in ("[]", ""):
+        (folder / "test.json").write_text(text)
+        with pytest.raises(RequestError, match="openbookqa/test.json has no questions"):
+            questions(find_task("obqa"), tmp_path)
     hub_datasets.write(tmp_path / "baber/piqa", "validation", [{"goal": "a"}])
     with pytest.raises(RequestError, match="record 1, is not one of baber/piqa: KeyError: 'sol1'"):
         questions(find_task("piqa"), tmp_path)

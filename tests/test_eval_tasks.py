@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_dpo_and_pretraining_measure_too(tmp_path, measured):
         ({"eval_tasks": "commonsense/piqa"}, "has no piqa/test.json"),
         ({"eval_tasks": "commonsense/gsm8k"}, "has no task 'gsm8k'"),
         ({"eval_tasks": " , "}, "names no task"),
+        ({"eval_tasks": "commonsense/obqa,openbookqa"}, "eval_tasks names openbookqa of lm-eval and of CoreNet"),
         ({"eval_tasks_every": 0}, "eval_tasks_every must be 1 or more"),
         ({"eval_tasks_limit": 0}, "eval_tasks_limit must be 1 or more"),
         ({"eval_tasks_data": "/nowhere"}, "data must be a folder"),
@@ -104,3 +106,27 @@ def test_mistakes_are_found_before_training(tmp_path, changes, message, hub):
     options = FineTuneOptions(train=True, data=str(data), adapter_path=str(tmp_path / "adapter"), **values)
     with pytest.raises(RequestError, match=message):
         finetune("tiny", options)
+
+
+def test_a_mistake_leaves_the_run_that_would_be_replaced(tmp_path, hub):
+    kept = tmp_path / "adapter/run.json"
+    data = write(tmp_path / "data", [{"text": "The king said no."}] * 4)
+    options = FineTuneOptions(
+        train=True, data=str(data), adapter_path=str(kept.parent), iters=1, val_batches=0, **TASKS
+    )  # fmt: skip
+    finetune("tiny", options)
+    before = kept.read_bytes()
+    with pytest.raises(RequestError, match="has no task 'gsm8k'"):
+        finetune("tiny", dataclasses.replace(options, eval_tasks="commonsense/gsm8k"), overwrite=True)
+    assert kept.read_bytes() == before and (kept.parent / "adapters.safetensors").exists()
+    kept = tmp_path / "pretrained/run.json"
+    (tmp_path / "run").mkdir()
+    folder = pretraining_runs.write_folder(tmp_path / "run")
+    given = {"data": (str(folder / "data"),), "output": str(kept.parent), "iters": 3}
+    loading = Loading(tokenizer=str(folder / "tokenizer"))
+    pretrain(pretraining_runs.SIZES, pretraining_runs.options(**given), loading=loading)
+    before = kept.read_bytes()
+    wrong = pretraining_runs.options(**given, **{**TASKS, "eval_tasks": "commonsense/gsm8k"})
+    with pytest.raises(RequestError, match="has no task 'gsm8k'"):
+        pretrain(pretraining_runs.SIZES, wrong, loading=loading, overwrite=True)
+    assert kept.read_bytes() == before

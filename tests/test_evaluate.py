@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mlx_openelm.cli.main import main
 from mlx_openelm.errors import OpenELMError, RequestError
-from mlx_openelm.harness import data, paper_tasks
+from mlx_openelm.harness import compare, data, paper_tasks
 from mlx_openelm.harness.commonsense import find_task, questions
 from mlx_openelm.harness.evaluating import evaluate
 from mlx_openelm.harness.options import EvaluateOptions
@@ -111,6 +112,8 @@ def test_an_output_of_something_else_is_kept(capsys, tmp_path):
     assert run(capsys, *words)[0] == 0  # the same again
     code, _, err = run(capsys, *words, "--model", "tiny-draft")
     assert code == 2 and "is the result of another model, tiny;" in err
+    code, _, err = run(capsys, *words, "--max-length", 400)
+    assert code == 2 and "is a result with another --max-length;" in err
     words[3] = "winogrande"
     code, _, err = run(capsys, *words)
     assert code == 2 and "is the result of other tasks;" in err
@@ -131,7 +134,7 @@ def test_chosen_questions(tmp_path):
     numbers.write_text('{"openbookqa": [3, 1]}')
     found = [
         evaluate("tiny", EvaluateOptions(suite="commonsense", tasks=("obqa",), data=str(DATA), **chosen), progress=None)
-        for chosen in ({}, {"samples": '{"openbookqa": [3, 1]}'}, {"samples": str(numbers)})
+        for chosen in ({}, {"samples": '{"obqa": [3, 1]}'}, {"samples": str(numbers)})
     ]
     every, some, same = (result.tasks["openbookqa"].scores["acc"] for result in found)
     assert some == same == [every[3], every[1]]
@@ -152,7 +155,14 @@ def test_chosen_questions(tmp_path):
         ({"tasks": "piqa", "data": "/nowhere"}, "data must be a folder"),
         ({"suite": "commonsense", "samples": '{"a": "b"}'}, "samples must be an object of lists"),
         ({"suite": "commonsense", "samples": '{"a": [-1]}'}, "samples must be an object of lists"),
-        ({"suite": "commonsense", "gen_kwargs": ("temperature",)}, "gen_kwargs needs name=value"),
+        ({"suite": "commonsense", "samples": '{"obqa": []}'}, "samples must be an object of lists"),
+        ({"suite": "commonsense", "tasks": "obqa", "samples": '{"boolq": [1]}'}, "samples names 'boolq', which is not"),
+        ({"suite": "commonsense", "num_fewshot": 5}, "commonsense has prompts of its own, without num_fewshot"),
+        ({"suite": "memorization", "apply_chat_template": True}, "of its own, without apply_chat_template"),
+        ({"tasks": "piqa", "fewshot_as_multiturn": True}, "fewshot_as_multiturn needs apply_chat_template"),
+        ({"tasks": "piqa", "gen_kwargs": ("temperature",)}, "gen_kwargs needs name=value"),
+        ({"tasks": "piqa", "gen_kwargs": ('{"a": ',)}, "gen_kwargs is not JSON"),
+        ({"tasks": "piqa", "batch_size": "many"}, "batch_size must be a whole number or auto"),
         ({"suite": "commonsense", "tasks": ("gsm8k",)}, "suite commonsense has no task 'gsm8k'"),
         ({"suite": "commonsense", "batch_size": 0}, "batch_size must be 1 or more"),
     ],
@@ -168,6 +178,12 @@ def test_options_as_users_type_them():
     )
     assert options.task_names == ["arc_easy", "piqa"]
     assert options.generation == {"temperature": 0.5, "until": "\\n", "do_sample": True}
+    assert EvaluateOptions(tasks="a", gen_kwargs='{"until": ["a,b"], "top_k": 4}').generation == {
+        "until": ["a,b"], "top_k": 4
+    }  # fmt: skip
+    assert [EvaluateOptions(tasks="a", batch_size=size).batch_size for size in ("auto", "auto:4", "8", 3)] == [
+        16, 16, 8, 3
+    ]  # fmt: skip
 
 
 def test_the_suites_are_the_papers():
@@ -324,7 +340,26 @@ class TestLmEval:
         assert set(result.tasks) == {"few", "my_anatomy", "my_virology"}
         parts = [result.results[f"my_{name}"]["acc"] for name in ("anatomy", "virology")]
         assert result.results["few"]["acc"] == pytest.approx(sum(parts) / 2)
-        assert result.tasks["my_anatomy"].num_fewshot == 2
+        assert result.tasks["my_anatomy"].num_fewshot == result.tasks["few"].num_fewshot == 2
+        assert result.tasks["few"].questions == 4
+        assert [row.task for row in compare.rows(result)] == ["few"]
+        chosen = EvaluateOptions(
+            tasks=("few",), include_path=str(folder), data=str(sets), samples='{"few": [0, 1], "my_virology": [1]}'
+        )
+        result = evaluate("tiny", chosen, progress=False)
+        assert [result.tasks[name].questions for name in ("my_anatomy", "my_virology", "few")] == [2, 1, 3]
+        for values, message in (
+            ({"samples": '{"my_physics": [0]}'}, "samples names 'my_physics', which is not among the tasks"),
+            ({"samples": '{"my_anatomy": [999]}'}, "asks for question 999 of my_anatomy, which has"),
+            ({"num_fewshot": 99}, "few: The task has 5 examples for its prompts, and 99 are wanted"),
+        ):
+            wrong = dataclasses.replace(options, limit=None, **{"samples": None, "num_fewshot": None, **values})
+            with pytest.raises(OpenELMError, match=message):
+                evaluate("tiny", wrong, progress=False)
+        (folder / "more.yaml").write_text("group: more\ntask:\n  - task: my_anatomy\n    num_fewshot: 1\n")
+        twice = dataclasses.replace(options, tasks=("my_anatomy,more",), num_fewshot=None, limit=1)
+        with pytest.raises(RequestError, match="more has the task my_anatomy with 1 examples, and another of tasks"):
+            evaluate("tiny", twice, progress=False)
 
     def test_own_tasks_generate_and_write_what_was_asked(self, capsys, tmp_path):
         folder = tmp_path / "tasks"
@@ -350,13 +385,13 @@ class TestLmEval:
         assert records[0]["answers"] and records[0]["target"] == "0"
         # As a chat: the examples as turns of their own, or all in one.
         seen = []
-        for flags in (["--fewshot-as-multiturn"], []):
+        for flags in (["--no-fewshot-as-multiturn"], []):
             words[-1] = tmp_path / f"chat{len(flags)}.json"
             code, _, _ = run(capsys, *words, "--num-fewshot", 2, "--log-samples", "--chat-template", "corenet", *flags)
             line = (tmp_path / f"chat{len(flags)}.samples.jsonl").read_text().splitlines()[0]
             seen.append(json.loads(line)["requests"][0][0])
         assert all(text.startswith("<s><|user|>\n") and text.endswith("<|assistant|>\n") for text in seen)
-        assert [text.count("<|user|>") for text in seen] == [3, 1]
+        assert [text.count("<|user|>") for text in seen] == [1, 3]
 
     @pytest.mark.slow  # lm-eval reads all of its tasks
     def test_names_that_lm_eval_does_not_have(self, capsys):
@@ -381,3 +416,6 @@ class TestLmEval:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "own" in done.stdout and "perplexity" in done.stdout
+        command[5] = "pretrained=nowhere"
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 2 and "\nerror: There is no model named 'nowhere'" in f"\n{done.stderr}"

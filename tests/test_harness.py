@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from mlx_openelm.evaluation.likelihoods import Request
 from mlx_openelm.generation.engine import Engine
 from mlx_openelm.harness.encoding import Encoder
 from mlx_openelm.harness.scorer import Scorer
+from mlx_openelm.text.tokenizer import Tokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +30,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 TEXTS = [json.loads(line)["text"] for line in (Path(__file__).parent / "fixtures/valid.jsonl").open()]
+RECORDED = json.loads((Path(__file__).parent / "fixtures/evaluation/hugging-face.json").read_text())["answers"]
 PAIRS = [
     ("ROMEO. But soft, what", " light"),
     ("To be, or not", "  to be"),
@@ -57,11 +61,32 @@ def lm(model, tokenizer):
     return OpenELMLM.of(Scorer(model, tokenizer, batch_size=3))
 
 
+class HuggingFace:
+    """lm-eval's own model with the same weights; where PyTorch is not installed, what it answered elsewhere.
+
+    Args:
+        lm: the model; None takes the answers of the fixture.
+    """
+
+    def __init__(self, add_bos_token: bool, lm: Any):
+        self._add_bos_token, self._lm = add_bos_token, lm
+
+    def ask(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """The answers to requests. A model that is here must give those of the fixture."""
+        text = json.dumps([self._add_bos_token, method, arguments])
+        recorded = RECORDED[hashlib.sha256(text.encode()).hexdigest()[:16]]
+        if self._lm is not None:
+            found = getattr(self._lm, method)(instances(method, arguments), disable_tqdm=True)
+            is_same = found == recorded if method == "generate_until" else np.allclose(found, recorded, atol=1e-4)
+            assert is_same, found
+        return recorded
+
+
 @pytest.fixture(scope="module")
 def theirs(model):
-    """lm-eval's model with the same weights, for a value of `add_bos_token`."""
-    for package in ("torch", "transformers", "accelerate"):
-        pytest.importorskip(package)
+    """lm-eval's model, for a value of `add_bos_token`."""
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "transformers", "accelerate")):
+        return lambda add_bos_token: HuggingFace(add_bos_token, None)
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
@@ -69,19 +94,19 @@ def theirs(model):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     network = llama(model)
 
-    def make(add_bos_token: bool) -> Any:
-        return HFLM(
+    def make(add_bos_token: bool) -> HuggingFace:
+        lm = HFLM(
             pretrained=network, tokenizer=tokenizer, batch_size=4, max_length=LENGTH, device="cpu",
             add_bos_token=add_bos_token,
         )  # fmt: skip
+        return HuggingFace(add_bos_token, lm)
 
     return make
 
 
 def test_likelihoods_equal_lm_evals_own_model(lm, theirs, either_way):
-    requests = instances("loglikelihood", PAIRS)
-    expected = theirs(True).loglikelihood(requests, disable_tqdm=True)
-    found = lm.loglikelihood(requests)
+    expected = theirs(True).ask("loglikelihood", PAIRS)
+    found = lm.loglikelihood(instances("loglikelihood", PAIRS))
     for one, other in zip(found, expected, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-3)
         assert one[1] == other[1]
@@ -89,7 +114,7 @@ def test_likelihoods_equal_lm_evals_own_model(lm, theirs, either_way):
 
 def test_without_bos_a_long_prompt_is_cut_as_in_lm_evals_own_model(model, tokenizer, theirs):
     long = [(f"{TEXTS[0][:400]} ", TEXTS[0][400:430])]
-    expected = theirs(True).loglikelihood(instances("loglikelihood", long), disable_tqdm=True)[0][0]
+    expected = theirs(True).ask("loglikelihood", long)[0][0]
     with pytest.warns(UserWarning, match="1 prompt did not fit into the 64 tokens"):
         found = Scorer(model, tokenizer, keep_bos=False).log_likelihoods(long)[0][0]
         with_bos = Scorer(model, tokenizer).log_likelihoods(long)[0][0]
@@ -99,15 +124,14 @@ def test_without_bos_a_long_prompt_is_cut_as_in_lm_evals_own_model(model, tokeni
 
 def test_rolling_likelihoods_equal_lm_evals_own_model(lm, theirs):
     texts = [("a",), ("To be, or not to be",), (TEXTS[0][:900],), (TEXTS[1][:200],)]
-    requests = instances("loglikelihood_rolling", texts)
-    expected = theirs(False).loglikelihood_rolling(requests, disable_tqdm=True)  # it puts BOS in front itself
-    assert lm.loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-3)
+    expected = theirs(False).ask("loglikelihood_rolling", texts)  # it puts BOS in front itself
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_generated_texts_equal_lm_evals_own_model(lm, theirs):
     arguments = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
-    requests = instances("generate_until", [("To be, or not", arguments), ("ROMEO. But", {**arguments, "until": "o"})])
-    assert lm.generate_until(requests) == theirs(True).generate_until(requests, disable_tqdm=True)
+    prompts = [("To be, or not", arguments), ("ROMEO. But", {**arguments, "until": "o"})]
+    assert lm.generate_until(instances("generate_until", prompts)) == theirs(True).ask("generate_until", prompts)
 
 
 def test_generation_stops_at_until(lm, monkeypatch):
@@ -122,6 +146,15 @@ def test_generation_stops_at_until(lm, monkeypatch):
     assert len(steps) < all_steps / 2
     with pytest.raises(RequestError, match="has no argument num_beams"):
         lm.scorer.generate([("ROMEO.", {"num_beams": 4})])
+    for wrong, message in (
+        ({"max_gen_toks": "many"}, "a number for max_gen_toks, got 'many'"),
+        ({"temperature": [1]}, "a number for temperature"),
+        ({"until": 3}, "a text, or a list of texts, for until"),
+        ({"until": ["a", 3]}, "a text, or a list of texts, for until"),
+        ({"until": {"a": 1}}, "a text, or a list of texts, for until"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            lm.scorer.generate([("ROMEO.", wrong)])
     with pytest.raises(RequestError, match="up to 64 tokens"):
         lm.scorer.generate([("ROMEO.", {"max_gen_toks": 64})])
 
@@ -210,6 +243,14 @@ def test_an_answered_request_is_not_asked_again(model, tokenizer, tmp_path):
     with Answers(Scorer(other, tokenizer).setting, tmp_path / "a.jsonl") as answers:
         scorer = Scorer(other, tokenizer, answers=answers)
         assert scorer.log_likelihoods(PAIRS)[0] != pytest.approx(some[0], abs=1e-3)
+    # The same texts with another tokenizer are other tokens, and another limit ends other texts.
+    file = Path(__file__).parent / "fixtures/shakespeare-hf/tokenizer.model"
+    settings = [
+        Scorer(model, Tokenizer.from_file(file, eos_token_ids=ends), max_gen_toks=count).setting
+        for ends, count in (([2], 256), ([5], 256), ([2], 8))
+    ]
+    assert settings[0] == first.setting
+    assert settings[1] != first.setting and settings[2] != first.setting
 
 
 def test_lm_evals_cache_keeps_models_apart(model, tokenizer, tmp_path):

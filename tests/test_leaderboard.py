@@ -37,7 +37,9 @@ def result(shift: float = 0.0, error: float = 0.01, *, name: str = "1.1b", suite
         metric = METRIC.get(task, "acc")
         metrics = {metric: value / 100 + shift, f"{metric}_stderr": error, "other": 0.9}
         tasks[task] = TaskResult(metrics, 100, {metric: [0.0, 1.0, 1.0, 0.0]}, "prompts", 5)
-    tasks["mmlu_anatomy"] = TaskResult({"acc": 0.3, "acc_stderr": 0.1}, 10)
+    scores = {"acc": [1.0, 0.0, 0.0, shift]}
+    tasks["mmlu_anatomy"] = TaskResult({"acc": 0.3, "acc_stderr": 0.1}, 10, scores, "of anatomy")
+    tasks["mmlu"].parts, tasks["mmlu"].scores, tasks["mmlu"].prompts = ["mmlu_anatomy"], {}, ""
     return Result(model, tasks, suite=suite, mode="paper", speed={"requests": 5, "requests_per_second": 12.5})
 
 
@@ -56,6 +58,32 @@ def test_differences_from_apples_table():
     assert average.error == pytest.approx(0.01 / math.sqrt(5))
     assert average.is_outside("Apple OpenELM-1.1B")  # 0.015 is more than 1.96 * 0.0045
     assert all(row.is_outside("Apple OpenELM-1.1B") for row in compare.rows(result(0.02)))
+
+
+def test_tasks_of_a_group_count_once_and_are_tested_with_it():
+    rows = compare.rows(result())
+    assert [row.task for row in rows if row.task.startswith("mmlu")] == ["mmlu"]
+    assert leaderboard.common_tasks([result()]) == list(APPLE)
+    assert leaderboard.tests(result(1.0), result(0.0))["mmlu"].better == 1
+    plain = result()
+    plain.tasks["mmlu"].metrics = {}  # a group without a score of its own stands for none of its tasks
+    assert "mmlu_anatomy" in {row.task for row in compare.rows(plain)}
+
+
+def test_metrics_behind_a_filter_have_their_errors(capsys):
+    metrics = {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1, "exact_match,loose": 0.5,
+               "exact_match_stderr,loose": 0.2, "word_perplexity": 12.0}  # fmt: skip
+    found = Result({"name": "a", "parameters": 1, "bytes": 1}, {"sums": TaskResult(metrics, 4)})
+    [row] = compare.rows(found)
+    assert (row.metric, row.error) == ("exact_match,strict", 0.1)
+    assert [line[-1] for line in compare.table(found)[1:]] == ["25.00 ± 10.00", "50.00 ± 20.00", "12.0000"]
+    assert leaderboard.entries([found])[0].error == pytest.approx(0.1)
+
+
+def test_an_error_of_zero_shows_nothing():
+    """All of a few questions answered alike: the difference may well be chance."""
+    row = compare.Row("a", "acc", 1.0, 0.0, 2, {"Apple": 0.5})
+    assert row.is_outside("Apple") is None
 
 
 def test_the_average_needs_all_tasks():
@@ -140,6 +168,8 @@ def test_bad_files_and_unlike_results_are_refused(capsys, tmp_path):
     other.tasks = {"new": TaskResult({"acc": 1.0}, 1)}
     with pytest.raises(RequestError, match="no task in common"):
         leaderboard.entries([result(), other])
+    with pytest.raises(RequestError, match="Apple has no such table for results of suite commonsense"):
+        leaderboard.entries([result(suite="commonsense")], published=True)
 
 
 def test_paired_tests_equal_the_textbooks():
@@ -156,10 +186,17 @@ def test_paired_tests_equal_the_textbooks():
     assert standard_error([0.0, 1.0, 1.0]) == pytest.approx(plain.stdev([0, 1, 1]) / 3**0.5)
 
 
-def test_only_equal_prompts_are_paired():
+def test_only_equal_prompts_are_paired(capsys, tmp_path):
     first, second = result(), result()
-    second.tasks["mmlu"].prompts = "others"
+    second.tasks["mmlu_anatomy"].prompts = "others"
     assert set(leaderboard.tests(first, second)) == APPLE.keys() - {"mmlu"}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    first.save(paths[0])
+    second.save(paths[1])
+    assert "warning: The results asked different questions, or with other prompts, in mmlu." in run(
+        capsys, "leaderboard", *paths
+    )[2]  # fmt: skip
+    assert run(capsys, "leaderboard", paths[0], paths[0])[2] == ""
 
 
 def test_scores_over_the_published_checkpoints(capsys, tmp_path, monkeypatch):
@@ -187,8 +224,16 @@ def test_scores_over_the_published_checkpoints(capsys, tmp_path, monkeypatch):
     assert list(values) == ["50000", "100000", "150000", "200000", "250000", "300000", "330000", "335000", "340000",
                             "345000", "350000"]  # fmt: skip
     assert (tmp_path / "course-50000.answers.jsonl").exists()
+    other = tmp_path / "270m.json"
+    other.write_text("the result of another run")
+    words[words.index(output)] = other
+    code, _, err = run(capsys, *words[: words.index(other) + 1])
+    assert code == 2 and "is no evaluation of checkpoints; give another --output" in err and len(asked) == 11
+    assert other.read_text() == "the result of another run"
     for name in ("270M", "corenet:270M/mlx", "corenet:", "corenet:7B"):
         with pytest.raises(RequestError):
             checkpoints.evaluate_checkpoints(name, EvaluateOptions(suite="commonsense"))
     code, _, err = run(capsys, *words[:3], "--suite", "commonsense", "--adapter-path", "a")
     assert code == 2 and "--checkpoints and --adapter-path exclude each other" in err
+    code, _, err = run(capsys, *words[:3], "--suite", "commonsense", "--model", "270m")
+    assert code == 2 and "--checkpoints and --model exclude each other" in err

@@ -13,6 +13,7 @@ from ..harness.evaluating import answers_path, evaluate
 from ..harness.options import EvaluateOptions
 from ..harness.results import Result
 from ..harness.suites import LICENSES
+from ..hub import catalog
 from ..inputs import to_path
 from ..wording import counted
 from . import flags
@@ -109,8 +110,10 @@ def _run_checkpoints(args: Namespace, options: EvaluateOptions, plot: Path | Non
     """Measure the published checkpoints of a size."""
     from ..harness import checkpoints
 
-    for flag in ("adapter_path", "config_yaml", "revision"):
-        if getattr(args, flag) is not None:
+    given = {name: getattr(args, name) for name in ("adapter_path", "config_yaml", "revision", "expand")}
+    given["model"] = None if args.model == catalog.TINY else args.model  # which is the default
+    for flag, value in given.items():
+        if value is not None:
             raise RequestError(f"--checkpoints and --{flag.replace('_', '-')} exclude each other.")
     results = checkpoints.evaluate_checkpoints(
         args.checkpoints, options, dtype=args.dtype, tokenizer=args.tokenizer, overwrite=args.overwrite

@@ -11,6 +11,8 @@ from ..errors import RequestError
 from ..harness import compare, leaderboard, plots, tables
 from ..harness.results import Result
 from ..inputs import to_path
+from ..messages import warn
+from ..wording import some
 from . import evaluate, flags
 
 MAIN_FLAGS = ("--published", "--plot", "--format", "--json")
@@ -60,6 +62,8 @@ def run(args: Namespace) -> int:
             plots.draw_comparison(results[0], plot)
     else:
         entries = leaderboard.entries(results, published=args.published)
+        if differing := leaderboard.asked_differently(results):
+            warn(f"The results asked different questions, or with other prompts, in {some(differing)}.")
         _show_all(results, entries, args)
         if plot is not None:
             plots.draw_leaderboard(entries, plot, leaderboard.describe(results))

@@ -90,7 +90,7 @@ def _parquet_documents(path: Path) -> list[str]:
     except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise RequestError(f"{path} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
     wrong = next((number for number, value in enumerate(values, 1) if not isinstance(value, str)), None)
     if wrong is not None:
         raise RequestError(f"{path}, row {wrong}: 'text' is no text.")

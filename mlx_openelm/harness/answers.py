@@ -55,10 +55,13 @@ class Answers:
         if self._file is None:
             return
         lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
+        content = "".join(lines).encode()
         try:
-            self._file.write("".join(lines).encode())
+            written = self._file.write(content)
         except OSError as error:
             raise OpenELMError(f"{self.path} cannot be written: {error.strerror}.") from None
+        if written != len(content):  # the rest did not fit; what follows must not be joined to it
+            raise OpenELMError(f"{self.path} cannot be written: the disk is full.")
 
     def _open(self, path: Path) -> None:
         try:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import RequestError
 from ..formats.atomic import new_file
 from ..hub import catalog
-from ..inputs import to_path
+from ..inputs import read_json, to_path
 from . import compare
 from .evaluating import Progress, evaluate
 from .options import EvaluateOptions
 from .results import PROGRAM, Result
 from .tables import percent
+
+KIND = "evaluation of checkpoints"
 
 
 def evaluate_checkpoints(
@@ -34,6 +38,8 @@ def evaluate_checkpoints(
         RequestError, OpenELMError: as `evaluate`.
     """
     output = None if options.output is None else to_path(options.output)
+    if output is not None and not overwrite:
+        _check_output(output)
     results = {}
     for step, model in catalog.corenet_checkpoints(name).items():
         own = None if output is None else str(output.with_name(f"{output.stem}-{step}{output.suffix}"))
@@ -44,9 +50,21 @@ def evaluate_checkpoints(
     return results
 
 
+def _check_output(output: Path) -> None:
+    """Refuse an output that holds something else, before anything is computed."""
+    if not output.exists():
+        return
+    values: dict[str, Any] = {}
+    with contextlib.suppress(RequestError):
+        values = read_json(output)
+    if (values.get("program"), values.get("kind")) == (PROGRAM, KIND):
+        return
+    raise RequestError(f"{output} exists, and is no evaluation of checkpoints; give another --output, or --overwrite.")
+
+
 def save(results: dict[int, Result], path: Path) -> None:
     """Write the metrics of all checkpoints; the file appears complete or not at all."""
-    values = {"program": PROGRAM, "kind": "evaluation of checkpoints", "results": to_json(results)}
+    values = {"program": PROGRAM, "kind": KIND, "results": to_json(results)}
     with new_file(path) as partial:
         partial.write_text(json.dumps(values, indent=1) + "\n")
 

@@ -137,7 +137,8 @@ def questions(task: Task, folder: Path | None) -> list[Question]:
     if folder is not None:
         own = folder / task.name / "test.json"
         if own.is_file():
-            return [_question(row, f"{own}, record {number}") for number, row in enumerate(data.read_rows([own]), 1)]
+            rows = enumerate(data.read_rows([own]), 1)
+            return _some([_question(row, f"{own}, record {number}") for number, row in rows], own)
         root = data.find(folder, task.dataset)
         files = {} if root is None else data.split_files(root, task.config)
         if task.split in files:
@@ -159,6 +160,12 @@ def _from_hub(task: Task, files: Sequence[Path]) -> list[Question]:
                 f"{files[0]}, record {number}, is not one of {task.dataset}: {type(error).__name__}: {error}."
             ) from None
         found.append(_ask(instruction, choices_of(instruction), answer))
+    return _some(found, files[0])
+
+
+def _some(found: list[Question], file: Path) -> list[Question]:
+    if not found:
+        raise RequestError(f"{file} has no questions.")
     return found
 
 

@@ -10,12 +10,11 @@ from typing import Any
 from ..hub import catalog
 from . import commonsense
 from .results import Result, TaskResult
-from .suites import METRICS, OWN, metric_of
+from .suites import METRICS, OWN, metric_names, metric_of
 from .tables import percent
 
 # A difference of more standard errors than this is outside what chance explains, in 19 of 20 cases.
 OUTSIDE = 1.96
-# Metrics that are shares, which tables give in percent.
 _SHARES = ("acc", "acc_norm", "pct_stereotype", "exact_match", "f1", "verbatim")
 AVERAGE = "average"
 
@@ -42,7 +41,7 @@ class Row:
     def is_outside(self, column: str) -> bool | None:
         """Whether the difference is more than chance explains; None where that is not known."""
         difference = self.difference(column)
-        if difference is None or self.error is None:
+        if difference is None or not self.error:  # equal answers to a few questions have an error of 0
             return None
         return abs(difference) > OUTSIDE * self.error
 
@@ -74,22 +73,20 @@ def rows(result: Result) -> list[Row]:
     for name, task in result.tasks.items():
         if not is_part(name, result) and (metric := metric_of(name, task.metrics)) is not None:
             beside = {column: table[name] / 100 for column, table in columns.items() if name in table}
-            found.append(
-                Row(name, metric, task.metrics[metric], task.metrics.get(f"{metric}_stderr"), task.questions, beside)
-            )
-    if (
-        len(found) > 1
-        and result.suite not in OWN
-        and not result.missing
-        and all(row.metric in _SHARES for row in found)
-    ):
+            found.append(Row(name, metric, task.metrics[metric], task.error(metric), task.questions, beside))
+    if len(found) > 1 and result.suite not in OWN and not result.missing and all(is_share(row.metric) for row in found):
         found.append(average(found, columns))
     return found
 
 
 def is_part(name: str, result: Result) -> bool:
-    """Whether a task is part of a group that is in the result too."""
-    return "mmlu" in result.tasks and name.startswith("mmlu_")
+    """Whether a task is part of a group in the result that has a score of its own."""
+    return any(name in task.parts and metric_of(group, task.metrics) for group, task in result.tasks.items())
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share, which tables give in percent."""
+    return metric.partition(",")[0] in _SHARES
 
 
 def average(tasks: Sequence[Row], columns: Mapping[str, Mapping[str, float]]) -> Row:
@@ -107,7 +104,10 @@ def average(tasks: Sequence[Row], columns: Mapping[str, Mapping[str, float]]) ->
 
 
 def table(result: Result) -> list[list[str]]:
-    """The comparison as a table, in percent: ours, and for each published column its number and the difference."""
+    """The comparison as a table, shares in percent: ours, and for each published column its number and the difference.
+
+    Where nothing was published, all metrics of a task are in it.
+    """
     found = rows(result)
     columns = list(published(result))
     shots = any(result.tasks[row.task].num_fewshot for row in found if row.task in result.tasks)
@@ -118,11 +118,22 @@ def table(result: Result) -> list[list[str]]:
     for row in found:
         task: TaskResult | None = result.tasks.get(row.task)
         line = [row.task, *([f"{task.num_fewshot}" if task else ""] if shots else []), row.metric, f"{row.questions:,}"]
-        line.append(percent(row.ours, row.error) if row.metric in (*_SHARES, "") else f"{row.ours:.4f}")
+        line.append(_value(row.metric or AVERAGE, row.ours, row.error))
         for column in columns:
             line += [percent(row.published.get(column)), _difference(row, column)]
         lines.append(line)
+        if task is not None and not columns:
+            blank = [""] * (2 if shots else 1)
+            others = [name for name in metric_names(task.metrics) if name != row.metric]
+            lines += [[*blank, name, "", _value(name, task.metrics[name], task.error(name))] for name in others]
     return lines
+
+
+def _value(metric: str, value: float, error: float | None) -> str:
+    """A metric with its standard error, if there is one."""
+    if metric == AVERAGE or is_share(metric):
+        return percent(value, error)
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _difference(row: Row, column: str) -> str:

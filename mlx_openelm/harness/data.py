@@ -100,7 +100,7 @@ def _read_parquet(file: Path) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(file).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
-        raise RequestError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise RequestError(f"{file} cannot be read: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
 def download_split(dataset: str, config: str | None, split: str) -> list[Path]:

@@ -35,6 +35,10 @@ class TrainingTasks:
         others = [name for name in listed if not name.startswith(_OURS)]
         common: dict[str, Any] = {"data": data, "limit": limit}
         self._options = []
+        if both := {commonsense.find_task(name).name for name in ours} & set(others):
+            raise RequestError(
+                f"--eval-tasks names {min(both)} of lm-eval and of CoreNet, whose metrics have one name; take one."
+            )
         if ours:
             self._options.append(EvaluateOptions(suite="commonsense", tasks=tuple(ours), **common))
             for name in ours:  # before a long run, not in it

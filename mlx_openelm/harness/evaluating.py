@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,10 +25,11 @@ from ..model import OpenELM
 from ..sources import Source, open_source
 from ..text.tokenizer import Tokenizer
 from ..version import __version__
-from . import commonsense, memorization
+from . import own_suites
 from .answers import Answers
-from .options import EvaluateOptions
-from .results import Result, TaskResult
+from .options import OWN_PROMPTS, EvaluateOptions
+from .own_suites import Began, Records, Runner
+from .results import Result
 from .scorer import Scorer
 from .suites import Wanted, wanted
 
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 _PACKAGES = ("mlx", "lm-eval", "datasets")
 # Called with a task's name before it runs, and then with its number of answered requests and of all.
 Progress = Callable[[str, int, int], None]
-Records = list[dict[str, Any]]
-_Done = tuple[str, dict[str, TaskResult] | str, Records]
 
 
 def evaluate(
@@ -88,7 +86,7 @@ def measure(
     options: EvaluateOptions,
     about: dict[str, Any],
     *,
-    runner: _Runner | None = None,
+    runner: Runner | None = None,
     progress: Progress | bool | None = True,
 ) -> Result:
     """`evaluate` for a model that is loaded already; `about` describes it (see `about_model`)."""
@@ -97,7 +95,7 @@ def measure(
     result = Result(
         about,
         suite=options.suite,
-        mode=None if options.suite is None or options.suite in _PLAIN else options.mode,
+        mode=None if options.suite is None or options.suite in OWN_PROMPTS else options.mode,
         settings=settings_of(options),
         versions={"mlx-openelm": __version__, "python": platform.python_version(), **_versions()},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -105,7 +103,7 @@ def measure(
     scorer = Scorer(
         model,
         tokenizer,
-        batch_size=options.batch_size,
+        batch_size=int(options.batch_size),
         max_length=options.max_length,
         keep_bos=result.mode != "paper",
     )
@@ -144,17 +142,11 @@ def samples_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.samples.jsonl")
 
 
-_Show = Callable[[str], None]
-_Runner = Callable[[Scorer, _Show], Iterator[_Done]]
-
-
-def _runner(options: EvaluateOptions) -> _Runner:
+def _runner(options: EvaluateOptions) -> Runner:
     """The function that runs the tasks; everything that can be checked without a model is checked."""
     _ = options.chosen, options.generation
-    if options.suite in _PLAIN:
-        tasks = wanted(options.suite, options.task_names)
-        ask = _PLAIN[options.suite]
-        return lambda scorer, began: _run_plain(ask, tasks, scorer, options, began)
+    if options.suite in OWN_PROMPTS:
+        return own_suites.runner(options)
     from . import lm_tasks
 
     lm_tasks.prepare()
@@ -166,55 +158,7 @@ def _runner(options: EvaluateOptions) -> _Runner:
     return lambda scorer, began: lm_tasks.run(tasks, scorer, options, manager, paper=paper, began=began)
 
 
-# A task's questions, the numbers of those to ask, and the function that asks the questions of some numbers.
-_Asked = tuple[Sequence[Any], Sequence[int], Callable[[Sequence[int], Scorer], tuple[dict[str, list[float]], Records]]]
-
-
-def _ask_commonsense(name: str, options: EvaluateOptions) -> _Asked:
-    task = commonsense.find_task(name)
-    questions = commonsense.questions(task, options.data_folder)
-    return (
-        [(question.prompt, question.choices) for question in questions],
-        range(len(questions))[: options.limit],
-        lambda numbers, scorer: commonsense.score(questions, numbers, scorer),
-    )
-
-
-def _ask_memorization(name: str, options: EvaluateOptions) -> _Asked:
-    passages = memorization.passages(options.data_folder, name)
-    numbers = memorization.spread(len(passages), options.limit)
-    return passages, numbers, lambda numbers, scorer: memorization.score(passages, numbers, scorer)
-
-
-# The suites that need no lm-eval.
-_PLAIN = {"commonsense": _ask_commonsense, "memorization": _ask_memorization}
-
-
-def _run_plain(
-    ask: Callable[[str, EvaluateOptions], _Asked],
-    tasks: list[Wanted],
-    scorer: Scorer,
-    options: EvaluateOptions,
-    began: _Show,
-) -> Iterator[_Done]:
-    for name in (task.name for task in tasks):
-        try:
-            questions, numbers, score = ask(name, options)
-        except OpenELMError as error:
-            yield name, str(error).rstrip("."), []
-            continue
-        numbers = options.chosen.get(name, numbers)
-        if too_high := [number for number in numbers if number >= len(questions)]:
-            raise RequestError(f"--samples asks for question {too_high[0]} of {name}, which has {len(questions)}.")
-        began(name)
-        scores, records = score(numbers, scorer)
-        text = json.dumps([questions[number] for number in numbers], ensure_ascii=False)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        result = TaskResult.of(scores, prompts=digest, data=options.data)
-        yield name, {name: result}, [{"task": name, **record} for record in records]
-
-
-def _shown(scorer: Scorer, show: Progress | None) -> _Show:
+def _shown(scorer: Scorer, show: Progress | None) -> Began:
     def began(task: str) -> None:
         scorer.progress = None if show is None else lambda done, total: show(task, done, total)
 
@@ -263,8 +207,12 @@ def settings_of(options: EvaluateOptions) -> dict[str, Any]:
         *("tasks", "data", "limit", "samples", "num_fewshot", "include_path", "seed", "apply_chat_template"),
         *("chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "max_length"),
     )
-    values = {name: getattr(options, name) for name in names}
+    values = {name: getattr(options, name) for name in names} | {"tasks": options.task_names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+# Options that may change when a run goes on: its answers are kept, and count for more questions or fewer.
+_MAY_CHANGE = ("limit", "samples")
 
 
 def _check_output(output: Path, about: dict[str, Any], options: EvaluateOptions, overwrite: bool) -> None:
@@ -276,10 +224,17 @@ def _check_output(output: Path, about: dict[str, Any], options: EvaluateOptions,
         there = Result.read(output)
     except RequestError:
         raise RequestError(f"{output} exists, and is no result of an evaluation; {hint}.") from None
-    if there.model.get("fingerprint") != about["fingerprint"]:
+    if any(there.model.get(name) != about[name] for name in ("fingerprint", "dtype")):
         raise RequestError(f"{output} is the result of another model, {there.name}; {hint}.")
-    if (there.suite, there.settings.get("tasks")) != (options.suite, settings_of(options)["tasks"]):
+    settings = settings_of(options)
+    if (there.suite, there.settings.get("tasks")) != (options.suite, settings["tasks"]):
         raise RequestError(f"{output} is the result of other tasks; {hint}.")
+    changed = [name for name in settings if name not in _MAY_CHANGE and there.settings.get(name) != settings[name]]
+    if there.mode not in (None, options.mode):
+        changed.append("mode")
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise RequestError(f"{output} is a result with another {flags}; {hint}.")
 
 
 def _versions() -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, quote
 
 # The names that programs have for the number of new tokens; the first that is given counts.
 _COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -23,17 +23,22 @@ def options_of(arguments: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any
         max_gen_toks: the number of new tokens where none is given.
 
     Raises:
-        RequestError: an argument that is not known.
+        RequestError: an argument that is not known, or has a wrong value.
     """
     rest = dict(arguments)
     until = rest.pop("until", None) or []
     counts = [rest.pop(name, None) for name in _COUNTS]
-    count = next((int(value) for value in counts if value is not None), max_gen_toks)
+    count = next((_number("max_gen_toks", value, int) for value in counts if value is not None), max_gen_toks)
     samples, temp = rest.pop("do_sample", None), rest.pop("temperature", None)
     if samples is False or (samples is None and temp is None):
         temp = 0.0
-    options: dict[str, Any] = {"max_tokens": count, "temp": 1.0 if temp is None else float(temp), "seed": 0}
-    options["stop"] = [text for text in ([until] if isinstance(until, str) else until) if text]
+    options: dict[str, Any] = {"max_tokens": count, "temp": 1.0, "seed": 0}
+    if temp is not None:
+        options["temp"] = _number("temperature", temp, float)
+    texts = [until] if isinstance(until, str) else until
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"--gen-kwargs needs a text, or a list of texts, for until, got {quote(until)}.")
+    options["stop"] = [text for text in texts if text]
     for name in _OPTIONS:
         if (value := rest.pop(name, None)) is not None:
             options[name] = value
@@ -42,3 +47,10 @@ def options_of(arguments: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any
         known = ", ".join(["until", _COUNTS[0], "do_sample", "temperature", *_OPTIONS])
         raise RequestError(f"--gen-kwargs has no argument {unknown[0]} that this model knows; known: {known}.")
     return options
+
+
+def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"--gen-kwargs needs a number for {name}, got {quote(value)}.") from None

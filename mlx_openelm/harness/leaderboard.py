@@ -11,7 +11,7 @@ from typing import Any
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..hub import catalog
-from ..wording import counted, size, some
+from ..wording import counted, one_of, size, some
 from . import compare
 from .results import Result
 from .statistics import Paired, paired
@@ -78,12 +78,19 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
         published: add Apple's numbers of all eight models, if they have these tasks.
 
     Raises:
-        RequestError: as `common_tasks`.
+        RequestError: as `common_tasks`; or Apple published nothing of the suite.
     """
     tasks = common_tasks(results)
     found = [_entry(result, tasks) for result in results]
     suite = results[0].suite
-    if published and suite is not None and suite in catalog.published_scores()["scores"]:
+    if published:
+        suites = list(catalog.published_scores()["scores"])
+        if suite not in suites:
+            what = "without a suite" if suite is None else f"of --suite {suite}"
+            raise RequestError(
+                f"--published is for results of --suite {one_of(suites)}; Apple has no such table for results {what}."
+            )
+        assert suite is not None
         for release in catalog.releases():
             scores = {task: value / 100 for task, value in release.scores(suite).items() if task in tasks}
             parameters = ModelConfig.from_name(release.name).num_parameters
@@ -93,6 +100,11 @@ def entries(results: Sequence[Result], *, published: bool = False) -> list[Entry
     return sorted(found, key=lambda entry: -entry.average)
 
 
+def asked_differently(results: Sequence[Result]) -> list[str]:
+    """The common tasks in which not all results asked the same questions with the same prompts, as far as is known."""
+    return [name for name in common_tasks(results) if len({tuple(_answers(name, None, one)[0]) for one in results}) > 1]
+
+
 def _entry(result: Result, tasks: Sequence[str]) -> Entry:
     scores, errors = {}, []
     for task in tasks:
@@ -100,14 +112,15 @@ def _entry(result: Result, tasks: Sequence[str]) -> Entry:
         metric = metric_of(task, metrics)
         assert metric is not None
         scores[task] = metrics[metric]
-        errors.append(metrics.get(f"{metric}_stderr", math.nan))
-    error = math.hypot(*errors) / len(errors)
+        errors.append(result.tasks[task].error(metric))
+    known = [error for error in errors if error is not None]
+    error = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     speed = result.speed.get("requests_per_second") if result.speed.get("requests") else None
     return Entry(
         result.name,
         scores,
         math.fsum(scores.values()) / len(scores),
-        None if math.isnan(error) else error,
+        error,
         result.model["parameters"],
         result.model["bytes"],
         speed,
@@ -135,13 +148,20 @@ def tests(first: Result, second: Result) -> dict[str, Paired]:
     """
     found = {}
     for name in common_tasks([first, second]):
-        one, other = first.tasks[name], second.tasks[name]
-        metric = metric_of(name, one.metrics)
-        if metric is None or one.prompts != other.prompts or not one.prompts:
-            continue
-        if metric in one.scores and metric in other.scores:
-            found[name] = paired(one.scores[metric], other.scores[metric])
+        metric = metric_of(name, first.tasks[name].metrics)
+        (asked, ours), (same, theirs) = (_answers(name, metric, result) for result in (first, second))
+        if asked and asked == same and ours and len(ours) == len(theirs):
+            found[name] = paired(ours, theirs)
     return found
+
+
+def _answers(name: str, metric: str | None, result: Result) -> tuple[list[str], list[float]]:
+    """The hashes of the prompts of a task, or of all tasks of a group, and the score of each question."""
+    task = result.tasks[name]
+    if not task.parts:
+        return ([task.prompts] if task.prompts else []), task.scores.get(metric or "", [])
+    found = [_answers(part, metric, result) for part in task.parts if part in result.tasks]
+    return [text for texts, _ in found for text in texts], [score for _, scores in found for score in scores]
 
 
 def tests_table(first: Result, second: Result) -> list[list[str]]:

@@ -10,9 +10,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from .. import console
-from ..errors import RequestError, quote
-from ..evaluation.likelihoods import DEFAULT_BATCH_SIZE
+from ..errors import RequestError
 from ..loading import load
+from .options import batch_size as to_size
 from .scorer import Scorer
 
 
@@ -55,7 +55,7 @@ class OpenELMLM(TemplateLM):
     ):
         if not add_bos_token:
             raise RequestError("OpenELM was trained with BOS, so add_bos_token must be true.")
-        size = _batch_size(batch_size)
+        size = to_size(batch_size)
         model, text = load(
             pretrained,
             adapter_path,
@@ -192,12 +192,3 @@ class _Bar:
     def __exit__(self, *error: Any) -> None:
         self._scorer.progress = None
         self._bar.__exit__(*error)
-
-
-def _batch_size(value: int | str | None) -> int:
-    if value is None or value == "auto":
-        return DEFAULT_BATCH_SIZE
-    try:
-        return int(value)
-    except ValueError:
-        raise RequestError(f"--batch-size must be a whole number or auto, got {quote(value)}.") from None

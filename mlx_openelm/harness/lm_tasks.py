@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import OpenELMError, RequestError
 from ..wording import did_you_mean, install
-from . import data, paper_tasks
+from . import data, lm_results, paper_tasks
 from .options import EvaluateOptions
 from .results import TaskResult
 from .scorer import Scorer
@@ -73,10 +71,14 @@ def make_manager(names: Sequence[str], include_path: Path | None) -> Any:
 def _knows(manager: Any, names: Sequence[Any]) -> bool:
     """Whether a manager has these tasks, and what groups among them have."""
     for name in names:
-        entry = manager.task_index.get(name) if isinstance(name, str) else None
-        if entry is None:
+        if isinstance(name, dict):  # within a group: a task with other settings, a whole task, or a group
+            parts = name.get("task")
+            if isinstance(parts, str) and "dataset_path" not in name:
+                parts = [parts]
+        elif (entry := manager.task_index.get(name)) is not None:
+            parts = (entry.cfg or {}).get("task")
+        else:
             return False
-        parts = (entry.cfg or {}).get("task")
         if isinstance(parts, list) and not _knows(manager, parts):
             return False
     return True
@@ -100,10 +102,16 @@ def run(
     Yields:
         For each task its name; the results by name, with those of its parts, or the reason why it cannot run; and its
         questions with what was asked and answered.
+
+    Raises:
+        RequestError: `samples` names a task that is not among these, or a question that a task does not have.
+        OpenELMError: a task's own code failed.
     """
     from .lm import OpenELMLM
 
+    _check_samples(options.chosen, [one.name for one in wanted], manager)
     lm = OpenELMLM.of(scorer, chat_template=options.chat_template)
+    shots: dict[str, int] = {}
     for one in wanted:
         try:
             with data.local_first(options.data_folder):
@@ -111,12 +119,25 @@ def run(
         except Exception as error:  # whatever a task's own code and its data raise
             yield one.name, _reason(error, options.data), []
             continue
-        if paper:
-            for task in _tasks_of(loaded):
+        for task in _tasks_of(loaded):
+            name, count = task.config.task, task.config.num_fewshot
+            if shots.setdefault(name, count) != count:
+                raise RequestError(
+                    f"{one.name} has the task {name} with {count} examples, and another of --tasks has it with "
+                    f"{shots[name]}; run one after the other."
+                )
+            if paper:
                 paper_tasks.adapt(task)
         if began is not None:
             began(one.name)
-        yield one.name, *_measure(loaded, one.name, lm, options, manager)
+        try:
+            found = _measure(loaded, one.name, lm, options, manager)
+        except OpenELMError:
+            raise
+        except Exception as error:  # a mistake in the task's templates or its code
+            text = " ".join(str(error).split()).rstrip(".")
+            raise OpenELMError(f"The task {one.name} failed: {type(error).__name__}: {text}.") from error
+        yield one.name, *found
 
 
 def _measure(
@@ -137,18 +158,53 @@ def _measure(
         if options.generation and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=options.generation, update=True)
         task.set_fewshot_seed(seed=options.seed)
-    numbers = options.chosen.get(name)
     found = lm_eval.evaluate(
         lm=lm,
         task_dict=manager.load(list(loaded)),
         limit=options.limit,
-        samples=None if numbers is None else {task.config.task: numbers for task in _tasks_of(loaded)},
-        apply_chat_template=options.apply_chat_template or options.chat_template is not None,
-        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        samples=_samples(loaded, name, options.chosen, manager) or None,
+        apply_chat_template=options.as_chat,
+        fewshot_as_multiturn=options.as_chat and options.fewshot_as_multiturn is not False,
         system_instruction=options.system_instruction,
         bootstrap_iters=1000,
     )
-    return _results(found), _records(found)
+    return lm_results.results(found), lm_results.records(found)
+
+
+def _check_samples(chosen: Iterable[str], names: Sequence[str], manager: Any) -> None:
+    """Refuse question numbers of a task that does not run, before any does; not if a task is named by its file."""
+    known = _with_parts(names, manager)
+    if all(name in manager.task_index for name in names) and (unknown := set(chosen) - known):
+        raise RequestError(f"--samples names {min(unknown)!r}, which is not among the tasks.")
+
+
+def _with_parts(names: Sequence[Any], manager: Any) -> set[str]:
+    """These tasks, and those of groups and tags among them."""
+    found: set[str] = set()
+    for name in names:
+        if isinstance(name, dict):
+            parts = name.get("task") or []
+            found |= _with_parts([parts] if isinstance(parts, str) else parts, manager)
+        elif name not in found and (entry := manager.task_index.get(name)) is not None:
+            parts = entry.tags if entry.kind.name == "TAG" else (entry.cfg or {}).get("task")
+            found |= {name} | (set() if isinstance(parts, str | None) else _with_parts(list(parts), manager))
+    return found
+
+
+def _samples(loaded: Sequence[Any], name: str, chosen: Mapping[str, list[int]], manager: Any) -> dict[str, list[int]]:
+    """The numbers of the questions to ask by task; those of a group count for each of its tasks."""
+    found = {}
+    for task in _tasks_of(loaded):
+        own = task.config.task
+        keys = [own, *(key for key in chosen if own in _with_parts([key], manager)), name]
+        numbers = next((chosen[key] for key in keys if key in chosen), None)
+        if numbers is None:
+            continue
+        count = len(list(task.eval_docs))
+        if max(numbers) >= count:
+            raise RequestError(f"--samples asks for question {max(numbers)} of {own}, which has {count}.")
+        found[own] = numbers
+    return found
 
 
 def check(names: Sequence[str], folder: Path | None) -> None:
@@ -177,7 +233,20 @@ def _load(manager: Any, wanted: Wanted, shots: int | None) -> list[Any]:
             task.set_config(key="num_fewshot", value=shots)
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
+        _check_examples(task)
     return loaded
+
+
+def _check_examples(task: Any) -> None:
+    """Refuse more examples in front of a question than the task has."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted:
+        return
+    count = len(list(task.fewshot_docs()))
+    # Where examples come from the questions themselves, one more is drawn, since one may be the question.
+    most = count - (task.config.fewshot_split == task.config.test_split)
+    if wanted > most:
+        raise RequestError(f"The task has {most} examples for its prompts, and {wanted} are wanted; see --num-fewshot.")
 
 
 def _tasks_of(loaded: Sequence[Any]) -> list[Any]:
@@ -187,75 +256,12 @@ def _tasks_of(loaded: Sequence[Any]) -> list[Any]:
 
 def _reason(error: Exception, folder: str | None) -> str:
     """Why a task's data cannot be read, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, RequestError):
+        return text
     if "gated" in text.lower():
         return f"its data set is gated: accept its terms on the hub and run `hf auth login` ({text[:200]})"
     if not isinstance(error, OSError | EOFError) and type(error).__name__ not in _ABSENT:
         return f"it cannot be loaded: {type(error).__name__}: {text[:200]}"
     where = f"neither in {folder} nor on the hub" if folder else "not on the hub, or the hub cannot be reached"
     return f"its data is {where} ({text[:200]}); give a folder that has it with --data"
-
-
-def _results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
-    """lm-eval's results by task and group, with one number for each metric."""
-    results: dict[str, TaskResult] = {}
-    for name, values in found["results"].items():
-        samples = found["samples"].get(name, [])
-        config = found["configs"].get(name, {})
-        version = found["versions"].get(name)
-        counts = found["n-samples"].get(name, {})
-        results[name] = TaskResult(
-            metrics=_metrics(values),
-            questions=int(counts.get("effective", len({sample["doc_id"] for sample in samples}))),
-            scores=_scores(samples),
-            prompts=_hash([sample["arguments"] for sample in samples]) if samples else "",
-            num_fewshot=int(found["n-shot"].get(name) or 0) if isinstance(found["n-shot"].get(name), int) else 0,
-            version=None if version is None else str(version),
-            data=config.get("dataset_path"),
-        )
-    return results
-
-
-def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics by name; of a filter other than `none`, with the filter's name behind a comma."""
-    metrics: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key:
-            metrics[key.removesuffix(",none")] = float(value)
-    return metrics
-
-
-def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """For each metric that is a number for each question, the scores in the questions' order."""
-    scores: dict[str, list[float]] = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            value = sample.get(metric)
-            if isinstance(value, int | float):
-                name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                scores.setdefault(name, []).append(float(value))
-    return scores
-
-
-def _hash(arguments: Any) -> str:
-    text = json.dumps(arguments, ensure_ascii=False, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _records(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The questions of all tasks, with their prompts, answers and scores."""
-    records = []
-    for task, samples in found["samples"].items():
-        for sample in samples:
-            metrics = {name: sample[name] for name in sample["metrics"] if name in sample}
-            records.append(
-                {
-                    "task": task,
-                    "question": sample["doc_id"],
-                    "target": sample["target"],
-                    "requests": sample["arguments"],
-                    "answers": sample["filtered_resps"],
-                    **metrics,
-                }
-            )
-    return records

@@ -16,6 +16,12 @@ from ..wording import one_of
 
 SUITES = ("zero_shot", "openllm", "llm360", "commonsense", "risk", "memorization")
 MODES = ("paper", "current")
+# Suites that need no lm-eval, and the options that are only for its tasks.
+OWN_PROMPTS = ("commonsense", "memorization")
+_OF_LM_EVAL = (
+    *("num_fewshot", "include_path", "apply_chat_template", "chat_template", "fewshot_as_multiturn"),
+    *("system_instruction", "gen_kwargs"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,15 +97,19 @@ class EvaluateOptions(Options):
         ),
     ] = None
     fewshot_as_multiturn: Annotated[
-        bool, Option("In a chat, write each example as turns of its own.", group="Prompt")
-    ] = False
+        bool | None,
+        Option("In a chat, write each example as turns of its own, as lm-eval does.", group="Prompt", default="on"),
+    ] = None
     system_instruction: Annotated[str | None, Option("Text in front of each prompt.", group="Prompt")] = None
     gen_kwargs: Annotated[
         Sequence[str],
-        Option("Arguments for tasks with generated answers: temperature=0.8,max_gen_toks=64.", group="Sampling",
-               metavar="NAME=VALUE"),
+        Option("Arguments for tasks with generated answers: temperature=0.8,max_gen_toks=64, or a JSON object.",
+               group="Sampling", metavar="NAME=VALUE"),
     ] = ()  # fmt: skip
-    batch_size: Annotated[int, Option("Choices or texts to process together.", group="Measuring")] = DEFAULT_BATCH_SIZE
+    batch_size: Annotated[
+        str | int,
+        Option("Choices or texts to process together; auto is the default.", group="Measuring", metavar="N"),
+    ] = DEFAULT_BATCH_SIZE
     max_length: Annotated[
         int | None,
         Option("Most tokens of a prompt and its answer.", group="Measuring", default="those the model was trained on"),
@@ -114,6 +124,7 @@ class EvaluateOptions(Options):
                 raise RequestError(f"--{name} must be {one_of(choices)}, got {quote(value)}.")
         if isinstance(self.tasks, str):
             object.__setattr__(self, "tasks", (self.tasks,))
+        object.__setattr__(self, "batch_size", batch_size(self.batch_size))
         if self.suite is None and not self.task_names:
             raise RequestError("There is nothing to run: give a --suite, or some --tasks.")
         if self.limit is not None and self.limit < 1:
@@ -124,6 +135,14 @@ class EvaluateOptions(Options):
             raise RequestError("--limit and --samples exclude each other.")
         if self.log_samples and self.output is None:
             raise RequestError("--log-samples needs --output.")
+        if self.fewshot_as_multiturn and not self.as_chat:
+            raise RequestError("--fewshot-as-multiturn needs --apply-chat-template.")
+        if self.suite in OWN_PROMPTS:
+            for name in _OF_LM_EVAL:
+                if getattr(self, name) not in (None, False, ()):
+                    raise RequestError(
+                        f"--suite {self.suite} has prompts of its own, without --{name.replace('_', '-')}."
+                    )
         for name in ("data", "include_path"):
             if (value := getattr(self, name)) is not None and not to_path(value).is_dir():
                 raise RequestError(f"--{name.replace('_', '-')} must be a folder; {value} is none.")
@@ -133,6 +152,11 @@ class EvaluateOptions(Options):
         """The names in `tasks`, of which each text may have several with commas."""
         names = (name.strip() for text in self.tasks for name in text.split(","))
         return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def as_chat(self) -> bool:
+        """Whether prompts are written as a chat."""
+        return self.apply_chat_template or self.chat_template is not None
 
     @property
     def data_folder(self) -> Path | None:
@@ -155,20 +179,26 @@ class EvaluateOptions(Options):
             if isinstance(error, RequestError):
                 raise
             found = {"": [-1]}
-        if any(number < 0 for numbers in found.values() for number in numbers):
+        if any(not numbers or min(numbers) < 0 for numbers in found.values()):
             raise RequestError('--samples must be an object of lists of numbers, like {"openbookqa": [0, 7]}.')
         return found
 
     @property
     def generation(self) -> dict[str, Any]:
-        """The arguments in `gen_kwargs`, of which each text may have several with commas.
+        """The arguments in `gen_kwargs`, of which each text may have several with commas, or is a JSON object.
 
         Raises:
-            RequestError: one has no value.
+            RequestError: one has no value, or an object is not JSON.
         """
         texts = (self.gen_kwargs,) if isinstance(self.gen_kwargs, str) else self.gen_kwargs
         found: dict[str, Any] = {}
-        for part in (part for text in texts for part in text.split(",") if part.strip()):
+        for text in (text for text in texts if text.lstrip().startswith("{")):
+            try:
+                found |= json.loads(text)
+            except ValueError as error:
+                raise RequestError(f"--gen-kwargs is not JSON: {error}.") from None
+        pairs = [text for text in texts if not text.lstrip().startswith("{")]
+        for part in (part for text in pairs for part in text.split(",") if part.strip()):
             name, equals, value = part.partition("=")
             if not equals:
                 raise RequestError(f"--gen-kwargs needs name=value, got {quote(part)}.")
@@ -177,3 +207,20 @@ class EvaluateOptions(Options):
             except ValueError:
                 found[name.strip()] = value
         return found
+
+
+def batch_size(value: int | str | None) -> int:
+    """The number that `--batch-size` means; lm-eval's `auto`, and `auto:4`, are the default.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if value is None or (isinstance(value, str) and value.partition(":")[0] == "auto"):
+        return DEFAULT_BATCH_SIZE
+    try:
+        size = int(value)
+    except ValueError:
+        raise RequestError(f"--batch-size must be a whole number or auto, got {quote(value)}.") from None
+    if size < 1:
+        raise RequestError(f"--batch-size must be 1 or more, got {size}.")
+    return size

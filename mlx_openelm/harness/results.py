@@ -23,11 +23,13 @@ class TaskResult:
     """What a task found.
 
     Attributes:
-        metrics: by name, with the standard error as `NAME_stderr`.
+        metrics: by name, with the standard error as `NAME_stderr`; behind a comma the filter of lm-eval that answers
+            went through, as in `exact_match,strict-match` and `exact_match_stderr,strict-match`.
         questions: how many were asked.
         scores: for each metric the score of each question, in order.
         prompts: a hash of all prompts and choices, so that equal prompts can be recognized.
         num_fewshot, version, data: examples in a prompt, the task's version in lm-eval, and where questions are from.
+        parts: of a group, the tasks and groups in it.
     """
 
     metrics: dict[str, float]
@@ -37,6 +39,12 @@ class TaskResult:
     num_fewshot: int = 0
     version: str | None = None
     data: str | None = None
+    parts: list[str] = field(default_factory=list)
+
+    def error(self, metric: str) -> float | None:
+        """The standard error of a metric, if it is known."""
+        name, comma, its_filter = metric.partition(",")
+        return self.metrics.get(f"{name}_stderr{comma}{its_filter}")
 
     @classmethod
     def of(cls, scores: Mapping[str, Sequence[float]], **about: Any) -> TaskResult:

@@ -13,6 +13,7 @@ from ..generation.engine import Engine
 from ..generation.row import Row
 from ..messages import warn
 from ..model import OpenELM
+from ..text.fingerprint import fingerprint as tokenizer_fingerprint
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from .answers import Answers
@@ -72,8 +73,11 @@ class Scorer:
         encoder = self.encoder
         return {
             "model": fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "eos": sorted(self.tokenizer.eos_token_ids),
             "dtype": dtype_of(self.model),
             "max_length": encoder.max_length,
+            "max_gen_toks": self.max_gen_toks,
             "keep_bos": encoder.keep_bos,
         }
 

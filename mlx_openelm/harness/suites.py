@@ -76,9 +76,14 @@ def wanted(suite: str, names: list[str]) -> list[Wanted]:
 
 def metric_of(task: str, metrics: dict[str, Any]) -> str | None:
     """The metric that stands for a task in a table; None if it has none."""
-    known = METRICS.get(task)
-    names = [name for name in metrics if "_stderr" not in name]
-    for name in (known, *_PREFERRED, *names):
-        if name in names:
-            return name
-    return None
+    names = metric_names(metrics)
+    for wanted_name in (METRICS.get(task), *_PREFERRED):
+        for name in names:
+            if name.partition(",")[0] == wanted_name:  # whatever the filter
+                return name
+    return names[0] if names else None
+
+
+def metric_names(metrics: dict[str, Any]) -> list[str]:
+    """The metrics without their standard errors."""
+    return [name for name in metrics if "_stderr" not in name]

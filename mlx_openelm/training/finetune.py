@@ -37,7 +37,7 @@ from .run.progress import RunProgress
 from .run.request import Request, check
 from .run.samples import Sample
 from .run.state import Checkpoints, RunState
-from .run.tasks import make_tasks
+from .run.tasks import Tasks, make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .step import schedule
@@ -209,6 +209,7 @@ class _Setup:
     batches: Batches
     checkpoints: Checkpoints
     total_steps: int
+    tasks: Tasks | None
     planned_memory: int
 
 
@@ -234,7 +235,8 @@ def _set_up(method: Method, request: Request, prepared: Prepared) -> _Setup:
     request.listener.say(f"Memory: {planned}")
     if (warning := planned.warning()) is not None:
         request.listener.warn(warning)
-    return _Setup(updater, batches, checkpoints, total_steps, planned.memory.peak)
+    tasks = make_tasks(options, updater, prepared.tokenizer, request.listener)
+    return _Setup(updater, batches, checkpoints, total_steps, tasks, planned.memory.peak)
 
 
 def _best_checkpoint(checkpoints: Checkpoints, result: Result, kept: int) -> str | None:
@@ -294,7 +296,7 @@ def _run(method: Method, request: Request, prepared: Prepared, setup: _Setup, st
             metrics=metrics,
             position=setup.batches.position,
             evaluate=make_validation(request, prepared, measure),
-            tasks=make_tasks(options, setup.updater, prepared.tokenizer, request.listener),
+            tasks=setup.tasks,
             describe=lambda index: examples[index].source,
             counts=method.counts(request),
             report=partial(reported, setup.updater.objective),

@@ -32,7 +32,7 @@ from .run.spikes import Spikes
 from .run.starting import Model, Start, describe, start
 from .run.state import Checkpoints, RunState
 from .run.stream import DeviceStream, Stream
-from .run.tasks import make_tasks
+from .run.tasks import Tasks, make_tasks
 from .run.trackers import make_trackers
 from .run.trainer import INTERRUPTED, Result, TrainingRun, train
 from .run.written_models import write_models
@@ -157,6 +157,7 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
         listener.say(f"Memory: {planned}")
         if (warning := planned.warning()) is not None:
             listener.warn(warning)
+        tasks = make_tasks(options, updater, origin.tokenizer, listener)
         checkpoints = pretraining.make_checkpoints(request)
         state = resuming.restore(request, updater, checkpoints, options.iters) if options.resume else None
         data = stack.enter_context(
@@ -180,7 +181,7 @@ def _train(request: Request, origin: Start, previous: dict[str, Any] | None) -> 
         if state is None and origin.training is not None:
             state = pretraining.continue_corenet(request, origin.training, updater, checkpoints)
         speed = pretraining.Speed(training_flops(model.config, length), measured_peak(updater.compute_dtype), data)
-        result = _run(request, origin, updater, checkpoints, state, data, validation, speed)
+        result = _run(request, origin, updater, checkpoints, state, data, validation, tasks, speed)
         if (left_out := pretraining.describe_left_out(data.record())) is not None:
             listener.say(left_out)
         kept = resuming.restore_best(request, updater, checkpoints, result)
@@ -231,6 +232,7 @@ def _run(
     state: RunState | None,
     data: PretrainingData,
     validation: pretraining.Validation | None,
+    tasks: Tasks | None,
     speed: pretraining.Speed,
 ) -> Result:
     """The training itself, from `state` on."""
@@ -247,7 +249,7 @@ def _run(
             checkpoints=checkpoints,
             metrics=metrics,
             evaluate=None if validation is None else lambda check: validation.measure(updater, check),
-            tasks=make_tasks(options, updater, origin.tokenizer, request.listener),
+            tasks=tasks,
             describe=data.describe,
             position=stream.position,
             spikes=None if options.skip_spikes is None else Spikes(options.skip_spikes, options.spike_window),

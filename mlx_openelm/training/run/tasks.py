@@ -12,11 +12,14 @@ from .listener import Listener
 if TYPE_CHECKING:
     from ..step.updater import Updater
 
+# Measures the tasks; metrics by name.
+Tasks = Callable[[], Mapping[str, float]]
 
-def make_tasks(
-    options: TrainOptions, updater: Updater, tokenizer: Tokenizer, listener: Listener
-) -> Callable[[], Mapping[str, float]] | None:
+
+def make_tasks(options: TrainOptions, updater: Updater, tokenizer: Tokenizer, listener: Listener) -> Tasks | None:
     """A function that measures the tasks on the weights of the moment; None if there are none.
+
+    To be called before the run's folder is cleared, since it finds mistakes in `--eval-tasks`.
 
     Raises:
         RequestError: an unknown task, or one without data.

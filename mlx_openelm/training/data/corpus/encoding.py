@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ....errors import RequestError
+from ....text.fingerprint import fingerprint
 from ....text.tokenizer import Tokenizer
 from ....wording import install
 
@@ -112,19 +113,6 @@ def check_ftfy() -> None:
         RequestError: it is not installed.
     """
     _ftfy()
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of a tokenizer: its tokens, how it splits text into them, and its BOS and EOS."""
-    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    try:
-        spec = tokenizer.spec
-    except RequestError:  # a SentencePiece model that no tokenizer.json can reproduce
-        assert tokenizer.model_file is not None
-        return hashlib.sha256(tokenizer.model_file.read_bytes() + repr(ids).encode()).hexdigest()[:32]
-    parts = [sorted(spec.vocab.items(), key=lambda item: item[1]), spec.merges, spec.added, spec.scores]
-    parts += [spec.adds_space, spec.first_only, spec.splits, spec.byte_fallback, spec.fuse_unk, spec.ignore_merges]
-    return hashlib.sha256(repr([*parts, *ids]).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _counted_characters(text: str) -> int:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 from ....errors import RequestError
 from ....inputs import to_path
+from ....text.fingerprint import fingerprint
 from ....text.tokenizer import Tokenizer
 from ...options.corpus import CORENET, DataOptions
 from ..batches import Step
 from . import corenet, packed
 from .caching import CachingChunks
 from .documents import CHUNK, place_of
-from .encoding import Encoder, check_ftfy, fingerprint
+from .encoding import Encoder, check_ftfy
 from .files import find_files
 from .packed import Document, PackedRows
 from .reader import Job, Position, Stream
