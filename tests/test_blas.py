@@ -239,6 +239,7 @@ def test_mlx_for_cuda_is_left_alone(monkeypatch, tmp_path):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "mlx")])
     monkeypatch.setattr(blas, "find_spec", lambda name: spec)
     monkeypatch.setattr(blas, "state", "loaded")
+    monkeypatch.setattr(blas, "library", blas.library)  # to be restored
     monkeypatch.setattr(ctypes, "CDLL", lambda name, *_, **__: pytest.fail(f"{name} is opened"))
     blas.preload()
     assert (blas.state, blas.library) == ("unneeded", "")

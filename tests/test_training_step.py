@@ -421,6 +421,7 @@ def kept(model: OpenELM, batch: Batch, objective: Objective, recompute: str = PA
         with substituted(parameters, values):
             return objective(Forward(model, recompute), arrays).objective
 
+    mx.eval(total(values))  # what a first pass makes once and keeps, such as tables of positions
     mx.synchronize()
     before = mx.get_active_memory()
     loss, gradients = mx.value_and_grad(total)(values)
