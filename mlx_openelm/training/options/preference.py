@@ -150,6 +150,10 @@ class PreferenceOptions(FineTuneOptions):
         given = self.desirable_weight, self.undesirable_weight
         return tuple(_DEFAULT_WEIGHT if weight is None else weight for weight in given)  # type: ignore[return-value]
 
+    def packs(self, split: str) -> bool:
+        """Whether pairs of a split share rows: those of training alone, as held-out ones are measured in batches."""
+        return self.packing and split == "train"
+
     def check(self) -> None:
         """Check all values, before any work.
 
