@@ -44,6 +44,15 @@ def too_few(completions):
 async def later(completions):
     return []
 
+class Called:
+    async def __call__(self, completions):
+        return []
+
+called_later = Called()
+
+def never(completions):
+    return [None] * len(completions)
+
 not_a_function = 3
 """
 FUNCTIONS = ("rewards.py:early", "rewards.py:short")
@@ -275,6 +284,16 @@ def test_functions_are_called_as_trl_calls_them():
     assert make_rewards((), ("a", "b"), (1.0, 2.0)).names == ["regex_1", "regex_2"]
 
 
+def test_what_a_function_prints_is_no_result(capsys):
+    def chatty(completions):
+        print("Look at", completions)
+        return [0.0] * len(completions)
+
+    make_rewards((), (), None, (chatty,))(completions("a"))
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == "Look at ['a']\n"
+
+
 def test_functions_of_a_python_caller_train(here):
     def vowels(completions):
         return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
@@ -291,7 +310,8 @@ def test_functions_of_a_python_caller_train(here):
         ({"reward_funcs": ("none.py:a",)}, "none.py does not exist"),
         ({"reward_funcs": ("rewards.py:none",)}, "rewards.py has no function 'none'"),
         ({"reward_funcs": ("rewards.py:not_a_function",)}, "rewards.py has no function 'not_a_function'"),
-        ({"reward_funcs": ("rewards.py:later",)}, "rewards.py:later is an async function"),
+        ({"reward_funcs": ("rewards.py:later",)}, "later is an async function"),
+        ({"reward_funcs": ("rewards.py:called_later",)}, "called_later is an async function"),
         ({"reward_funcs": ("bad.py:a",)}, r"bad.py cannot be imported: ZeroDivisionError: .* \(bad.py, line 2\)"),
         ({"reward_funcs": ("rewards.py:early",) * 2}, "Two rewards are called early"),
         ({"reward_regex": ("(",)}, r"reward_regex '\(' is not a regular expression"),
@@ -327,6 +347,11 @@ def test_a_function_that_fails_stops_before_anything_is_written(here, name, mess
     with pytest.raises(OpenELMError, match=f"^{message}"):
         tune(replace(SHORT, reward_funcs=(f"rewards.py:{name}",)))
     assert not (here / "adapters" / "run.json").exists()
+
+
+def test_held_out_prompts_to_which_no_reward_applies_are_named(here):
+    with pytest.raises(OpenELMError, match=r"^No reward applies to any of the 4 completions .*: never returned None"):
+        tune(replace(SHORT, reward_funcs=("rewards.py:never",), val_batches=1))
 
 
 def test_prompts_are_rendered_as_fine_tuning_renders_them():
