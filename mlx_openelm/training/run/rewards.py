@@ -134,7 +134,7 @@ def _load(spec: str) -> tuple[str, RewardFunction]:
 
 def _is_async(function: RewardFunction) -> bool:
     """Whether a function, or an object that is called, returns something to await."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _module(path: Path) -> Any:
