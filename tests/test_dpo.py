@@ -37,7 +37,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, Notes, command, kill_after, metrics, run, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, run_here, trained
 
 SHORT = PreferenceOptions(train=True, data="data", iters=5, batch_size=4, learning_rate=1e-2, max_seq_length=48,
                           steps_per_report=2, steps_per_eval=3, val_batches=-1, save_every=2, rank=4)  # fmt: skip
@@ -84,11 +84,13 @@ def tune(options: PreferenceOptions = SHORT, listener: Listener | None = None, m
 
 def test_a_run_learns_the_preference_and_writes_its_files(here):
     notes = Notes()
-    done = tune(replace(SHORT, iters=20, epochs=None, test=True, sample_prompts=("the king",), sample_tokens=4), notes)
+    done = tune(
+        replace(SHORT, iters=8, learning_rate=2e-2, test=True, sample_prompts=("the king",), sample_tokens=4), notes
+    )
     assert done.counts == "pairs" and done.test is not None and done.test.tokens == 5
-    assert done.training.trained_tokens == 5 * 13  # 20 steps, of which every fourth has the last pair alone
+    assert done.training.trained_tokens == 2 * 13  # 8 steps, of which two have the last pair alone
     rows = read(here / "adapters" / "metrics.jsonl")
-    first, last = (row for row in rows if row["step"] in (0, 20) and "val_loss" in row)
+    first, last = (row for row in rows if row["step"] in (0, 8) and "val_loss" in row)
     # Before training the model is its own reference, exactly.
     assert first["val_loss"] == pytest.approx(np.log(2)) and first["val_rewards/margins"] == 0
     assert last["val_loss"] < 0.5 and last["val_rewards/accuracies"] > 0.7
@@ -107,7 +109,8 @@ def test_a_run_learns_the_preference_and_writes_its_files(here):
     "changes",
     [
         {"loss_type": ("hinge",), "beta": 0.01},
-        {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.2), "packing": True},
+        # Both answers of a pair together are longer than a row of a validation.
+        {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.2), "packing": True, "max_seq_length": 24},
         {"loss_type": ("orpo",)},
         {"loss_type": ("simpo",), "beta": 2.0},
         {"loss_type": ("kto",)},
@@ -156,11 +159,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 8,
              "--learning-rate", 1e-3, "--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2,
              *extra)  # fmt: skip
-    whole = run(*flags, "--adapter-path", "whole", folder=here, name="dpo")
+    whole = run_here(*flags, "--adapter-path", "whole", name="dpo")
     assert whole.returncode == 0, whole.stderr
     output = kill_after(2, 0.01, *flags, "--adapter-path", "parts", folder=here, name="dpo")
     assert "error" not in output
-    last = run("--resume", "--adapter-path", "parts", "--json", folder=here, name="dpo")
+    last = run_here("--resume", "--adapter-path", "parts", "--json", name="dpo")
     assert last.returncode == 0, last.stderr
     assert json.loads(last.stdout)["stopped"] == "finished"
     assert trained(here / "parts") == trained(here / "whole")
@@ -169,7 +172,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
 
 def test_each_command_continues_its_own_runs_alone(here):
     tune(replace(SHORT, iters=1))
-    other = run("--resume", folder=here)
+    other = run_here("--resume")
     assert other.returncode == 2
     assert "The run in adapters is one of `mlx-openelm dpo`; continue it with that command." in other.stderr
     with pytest.raises(RequestError, match="has loss_type sigmoid, not hinge"):
@@ -182,7 +185,7 @@ def test_two_processes_train_as_one(here, loss):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 4,
              "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--val-batches", 1,
              "--loss-type", loss)  # fmt: skip
-    one = run(*flags, "--adapter-path", "one", folder=here, name="dpo", timeout=300)
+    one = run_here(*flags, "--adapter-path", "one", name="dpo")
     assert one.returncode == 0, one.stderr
     two = launch(*command(*flags, "--adapter-path", "two", python=(), name="dpo"), folder=here)
     output, _ = two.communicate(timeout=400)
@@ -306,7 +309,8 @@ def test_packed_pairs_and_recomputation_give_the_same_update(here, names):
         ({"loss_type": ("sigmiod",)}, "loss_type must be .*; did you mean sigmoid"),
         ({"loss_type": ("sigmoid", "kto")}, "loss_type kto cannot be combined with others"),
         ({"loss_type": ("sigmoid", "sigmoid")}, "loss_type names a loss twice"),
-        ({"loss_weights": (1.0, 2.0)}, "loss_weights must have a number for each of the 1 losses, got 2"),
+        ({"loss_weights": (1.0, 2.0)}, "loss_weights must have a number for each of loss_type's 1, got 2"),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (0.0, 0.0)}, "loss_weights are all 0, so nothing would be"),
         ({"loss_weights": ("a",)}, "loss_weights must be a list of numbers"),
         ({"loss_type": ("hinge",), "label_smoothing": 0.1}, "label_smoothing is for loss_type sigmoid, sigmoid_norm, "),
         ({"loss_type": ("robust",), "label_smoothing": 0.5}, "label_smoothing must be less than 0.5 for robust"),
@@ -314,6 +318,7 @@ def test_packed_pairs_and_recomputation_give_the_same_update(here, names):
         ({"loss_type": ("cpo",), "ref_model": "x"}, "ref_model is a reference model, and loss_type cpo takes none"),
         ({"reference_free": True, "ref_model": "x"}, "ref_model is a reference model, and reference_free has none"),
         ({"simpo_gamma": 1.0}, "simpo_gamma is for loss_type simpo"),
+        ({"simpo_gamma": 0.0}, "simpo_gamma is for loss_type simpo"),
         ({"desirable_weight": 2.0}, "desirable_weight is for loss_type kto"),
         ({"beta": 0.0}, "beta must be more than 0"),
         ({"max_prompt_length": 48}, "max_prompt_length must be less than max_seq_length"),
@@ -364,15 +369,16 @@ def test_flags_and_files_give_the_same_options(here, monkeypatch):
     assert seen == [seen[0]] * 3
 
 
-def test_the_command_prints_pairs_accuracy_and_margin(here):
+def test_the_command_prints_pairs_accuracy_and_margin(here, monkeypatch):
+    monkeypatch.setattr(finetune_module, "Metrics", Metrics)  # which plots
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--max-seq-length", 48)
-    done = run(*flags, folder=here, name="dpo")
+    done = run_here(*flags, name="dpo")
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps, 8 pairs, " in done.stdout
     assert "Test loss 0." in done.stdout and ", accuracy " in done.stdout and ", 5 pairs" in done.stdout
     assert "Step 0: validation loss 0.693, accuracy 0.0%, margin 0.000" in done.stderr
     assert (here / "adapters" / "losses.png").stat().st_size > 1000
-    done = run("--train", "--model", "model", "--data", "data", "--loss-weights", "x", folder=here, name="dpo")
+    done = run_here("--train", "--model", "model", "--data", "data", "--loss-weights", "x", name="dpo")
     assert (done.returncode, done.stderr) == (2, "error: --loss-weights must be numbers, got 'x'.\n")
 
 

@@ -25,7 +25,7 @@ import mlx.core as mx
 import pytest
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, Notes, command, kill_after, metrics, run, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, run_here, trained
 
 REWARDS = """
 def early(completion_ids, **others):
@@ -43,6 +43,15 @@ def too_few(completions):
 
 async def later(completions):
     return []
+
+class Called:
+    async def __call__(self, completions):
+        return []
+
+called_later = Called()
+
+def never(completions):
+    return [None] * len(completions)
 
 not_a_function = 3
 """
@@ -94,10 +103,11 @@ def rows_of(here: Path) -> list[dict[str, Any]]:
 
 def test_a_run_learns_from_rewards_and_writes_its_files(here):
     notes = Notes()
-    options = replace(SHORT, iters=25, steps_per_eval=25, batch_size=8, num_generations=8, test=True,
-                      reward_weights=(1.0, 0.0), sample_prompts=("the king",), sample_tokens=4)  # fmt: skip
+    options = replace(SHORT, iters=12, steps_per_eval=12, batch_size=8, num_generations=8, learning_rate=2e-2,
+                      test=True, reward_weights=(1.0, 0.0), sample_prompts=("the king",),
+                      sample_tokens=4)  # fmt: skip
     done = tune(options, notes)
-    assert done.counts == "completions" and done.training.trained_tokens == 25 * 8
+    assert done.counts == "completions" and done.training.trained_tokens == 12 * 8
     rows = rows_of(here)
     first, last = (row for row in rows if "val_loss" in row)
     assert last["val_reward"] > first["val_reward"] + 0.1
@@ -190,14 +200,14 @@ def test_dropped_gradients_of_equal_rewards_change_nothing(here):
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--num-generations", 4,
-             "--max-completion-length", 6, "--max-seq-length", 48, "--iters", 7, "--learning-rate", 1e-3,
+             "--max-completion-length", 6, "--max-seq-length", 48, "--iters", 5, "--learning-rate", 1e-3,
              "--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 1, "--val-batches", 1,
              "--reward-funcs", ",".join(FUNCTIONS), *extra)  # fmt: skip
-    whole = run(*flags, "--adapter-path", "whole", folder=here, name="grpo")
+    whole = run_here(*flags, "--adapter-path", "whole", name="grpo")
     assert whole.returncode == 0, whole.stderr
-    output = kill_after(6, 0.01, *flags, "--adapter-path", "parts", folder=here, name="grpo")
+    output = kill_after(3, 0.01, *flags, "--adapter-path", "parts", folder=here, name="grpo")
     assert "error" not in output
-    last = run("--resume", "--adapter-path", "parts", "--json", folder=here, name="grpo")
+    last = run_here("--resume", "--adapter-path", "parts", "--json", name="grpo")
     assert last.returncode == 0, last.stderr
     assert json.loads(last.stdout)["stopped"] == "finished"
     assert trained(here / "parts") == trained(here / "whole")
@@ -221,7 +231,7 @@ def test_a_checkpoint_between_two_updates_keeps_their_completions(here, monkeypa
 
 def test_each_command_continues_its_own_runs_alone(here):
     tune(replace(SHORT, iters=1))
-    other = run("--resume", folder=here)
+    other = run_here("--resume")
     assert "The run in adapters is one of `mlx-openelm grpo`; continue it with that command." in other.stderr
     with pytest.raises(RequestError, match="has temp 1.0, not 0.5"):
         tune(replace(SHORT, resume=True, temp=0.5))
@@ -234,7 +244,7 @@ def test_two_processes_train_as_one(here):
              "--max-completion-length", 6, "--max-seq-length", 48, "--iters", 4, "--optimizer", "sgd",
              "--learning-rate", 1e-2, "--steps-per-report", 1, "--val-batches", 2, "--num-iterations", 2,
              "--beta", 0.1, "--reward-funcs", ",".join(FUNCTIONS))  # fmt: skip
-    one = run(*flags, "--adapter-path", "one", folder=here, name="grpo", timeout=300)
+    one = run_here(*flags, "--adapter-path", "one", name="grpo")
     assert one.returncode == 0, one.stderr
     two = launch(*command(*flags, "--adapter-path", "two", python=(), name="grpo"), folder=here)
     output, _ = two.communicate(timeout=400)
@@ -275,6 +285,16 @@ def test_functions_are_called_as_trl_calls_them():
     assert make_rewards((), ("a", "b"), (1.0, 2.0)).names == ["regex_1", "regex_2"]
 
 
+def test_what_a_function_prints_is_no_result(capsys):
+    def chatty(completions):
+        print("Look at", completions)
+        return [0.0] * len(completions)
+
+    make_rewards((), (), None, (chatty,))(completions("a"))
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == "Look at ['a']\n"
+
+
 def test_functions_of_a_python_caller_train(here):
     def vowels(completions):
         return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
@@ -291,7 +311,8 @@ def test_functions_of_a_python_caller_train(here):
         ({"reward_funcs": ("none.py:a",)}, "none.py does not exist"),
         ({"reward_funcs": ("rewards.py:none",)}, "rewards.py has no function 'none'"),
         ({"reward_funcs": ("rewards.py:not_a_function",)}, "rewards.py has no function 'not_a_function'"),
-        ({"reward_funcs": ("rewards.py:later",)}, "rewards.py:later is an async function"),
+        ({"reward_funcs": ("rewards.py:later",)}, "later is an async function"),
+        ({"reward_funcs": ("rewards.py:called_later",)}, "called_later is an async function"),
         ({"reward_funcs": ("bad.py:a",)}, r"bad.py cannot be imported: ZeroDivisionError: .* \(bad.py, line 2\)"),
         ({"reward_funcs": ("rewards.py:early",) * 2}, "Two rewards are called early"),
         ({"reward_regex": ("(",)}, r"reward_regex '\(' is not a regular expression"),
@@ -327,6 +348,11 @@ def test_a_function_that_fails_stops_before_anything_is_written(here, name, mess
     with pytest.raises(OpenELMError, match=f"^{message}"):
         tune(replace(SHORT, reward_funcs=(f"rewards.py:{name}",)))
     assert not (here / "adapters" / "run.json").exists()
+
+
+def test_held_out_prompts_to_which_no_reward_applies_are_named(here):
+    with pytest.raises(OpenELMError, match=r"^No reward applies to any of the 4 completions .*: never returned None"):
+        tune(replace(SHORT, reward_funcs=("rewards.py:never",), val_batches=1))
 
 
 def test_prompts_are_rendered_as_fine_tuning_renders_them():
@@ -410,11 +436,12 @@ def test_flags_and_files_give_the_same_options(here, monkeypatch):
     assert seen[0].reward_weights == (1.0, 2.0, 3.0) and seen == [seen[0]] * 4
 
 
-def test_the_command_prints_rewards(here):
+def test_the_command_prints_rewards(here, monkeypatch):
+    monkeypatch.setattr(finetune_module, "Metrics", Metrics)  # which plots
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--batch-size", 4,
              "--num-generations", 4, "--max-completion-length", 6, "--max-seq-length", 48, "--val-batches", 1,
              "--reward-funcs", ",".join(FUNCTIONS), "--beta", 0.1)  # fmt: skip
-    done = run(*flags, folder=here, name="grpo")
+    done = run_here(*flags, name="grpo")
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps, 8 completions, " in done.stdout
     assert "Test reward " in done.stdout and " tokens a completion, 12 completions" in done.stdout

@@ -200,9 +200,12 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder):
     assert (folder / "stopped run" / "adapters.safetensors").exists()
 
 
-def summary(*, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None) -> list[str]:
+def summary(
+    *, steps=60, val=(1.1, 60), best=(1.1, 60), stopped="finished", kept=60, checkpoint=None, counts="tokens"
+) -> list[str]:
     result = Result(steps, 60, stopped, 1.0, *val, best[1], best[0], 5000, 9.0, 555.0, 0.056)
-    done = FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint)
+    done = FineTuned("tiny", "my run", 1, 2, result, adapter_step=kept, best_checkpoint=checkpoint,
+                     counts=counts)  # fmt: skip
     return list(tuning.summary(done))
 
 
@@ -235,6 +238,13 @@ def test_the_summary_names_the_steps_of_losses_and_weights():
     later = summary(steps=18, val=(3.275, 10), best=(3.275, 10), stopped="interrupted", kept=18)
     assert later[1] == "Validation loss 3.275 at step 10, the lowest (not validated after that)"
     assert summary(val=(None, None), best=(None, None))[1].startswith("Wrote")
+    # The validation loss of rewards is minus their mean.
+    rewarded = summary(val=(-0.5, 60), best=(-0.75, 40), kept=40, checkpoint="x", counts="completions")
+    assert rewarded[1:] == [
+        "Validation reward 0.500 at step 60; the highest was 0.750 at step 40",
+        f"Wrote my run: the weights of step 40, where the validation reward was highest; {wrote}",
+        "The weights with the highest validation reward are in x",
+    ]
 
 
 def test_errors_about_settings_name_the_file_they_came_from(folder, tmp_path, monkeypatch, capsys):

@@ -143,15 +143,21 @@ def summary(done: FineTuned) -> Iterator[str]:
             f"Trained {counted(result.steps, 'step')}, {result.trained_tokens:,} {_counts(done)}{speed}, "
             f"peak memory {size(result.peak_memory * 1e9)}"
         )
-        yield from validation_lines(result)
+        yield from validation_lines(result, rewarded=_is_rewarded(done))
         folder = shlex.quote(str(done.adapter_path))
         yield f"Wrote {done.adapter_path}: {_content(done)}; use it with --adapter-path {folder}"
         if done.best_checkpoint is not None:
-            yield f"The weights with the lowest validation loss are in {done.best_checkpoint}"
+            best = "highest validation reward" if _is_rewarded(done) else "lowest validation loss"
+            yield f"The weights with the {best} are in {done.best_checkpoint}"
     if done.test is not None:
         yield _test(done, done.test)
     if result is not None and done.interrupted:
         yield f"Stopped after step {result.steps:,} of {result.total_steps:,}, and saved; continue with:"
+
+
+def _is_rewarded(done: FineTuned) -> bool:
+    """Whether the run learned from rewards, whose validation loss is minus the mean reward."""
+    return done.counts == "completions"
 
 
 def _counts(done: FineTuned) -> str:
@@ -166,15 +172,17 @@ def _test(done: FineTuned, test: Evaluation) -> str:
     return f"Test loss {test.loss:.3f}{preferred(test.metrics)}, {test.tokens:,} {done.counts}"
 
 
-def validation_lines(result: Result) -> Iterator[str]:
-    """The last validation loss, and the lowest, each with its step."""
+def validation_lines(result: Result, *, rewarded: bool = False) -> Iterator[str]:
+    """The last validation loss, and the lowest, each with its step; `rewarded` gives the mean rewards instead."""
     if result.val_loss is None:
         return
-    line = f"Validation loss {result.val_loss:.3f} at {_step(result.val_step)}"
+    what, best, sign = ("reward", "highest", -1) if rewarded else ("loss", "lowest", 1)
+    line = f"Validation {what} {sign * result.val_loss:.3f} at {_step(result.val_step)}"
     if result.best_step != result.val_step:
-        line += f"; the lowest was {result.best_val_loss:.3f} at {_step(result.best_step)}"
+        assert result.best_val_loss is not None
+        line += f"; the {best} was {sign * result.best_val_loss:.3f} at {_step(result.best_step)}"
     elif result.val_step:
-        line += ", the lowest"
+        line += f", the {best}"
     if result.val_step != result.steps:
         line += " (not validated after that)"
     yield line
@@ -188,7 +196,8 @@ def _content(done: FineTuned) -> str:
     """Which weights the run's folder has."""
     result = done.training
     assert result is not None
-    which = "the last" if done.adapter_step == result.steps else "where the validation loss was lowest"
+    best = "where the validation reward was highest" if _is_rewarded(done) else "where the validation loss was lowest"
+    which = "the last" if done.adapter_step == result.steps else best
     early = f" (stopped early, after step {result.steps:,} of {result.total_steps:,})"
     return f"the weights of step {done.adapter_step:,}, {which}{early if result.stopped == EARLY else ''}"
 

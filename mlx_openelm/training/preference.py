@@ -75,7 +75,7 @@ class PreferenceTuning(Method):
                 learns_prompts="orpo" in options.loss_type,
                 chat_template=request.loading.chat_template,
                 refuse_long=options.long_examples == "refuse",
-                packing=options.packing,
+                packing=options.packs(split),
                 progress=partial(request.listener.working, f"Tokenizing {split}"),
             )
 
@@ -109,7 +109,7 @@ class PreferenceTuning(Method):
         else:
             likelihoods = reference.zeros(splits)
         for name, split in splits.items():
-            packed = options.packing and name == "train"
+            packed = options.packs(name)
             length = prepared.max_seq_length * (2 if packed else 1)
             prepared.makers[name] = PreferenceMaker(split.examples, likelihoods[name], length, packed)
 

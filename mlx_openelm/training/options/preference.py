@@ -150,6 +150,10 @@ class PreferenceOptions(FineTuneOptions):
         given = self.desirable_weight, self.undesirable_weight
         return tuple(_DEFAULT_WEIGHT if weight is None else weight for weight in given)  # type: ignore[return-value]
 
+    def packs(self, split: str) -> bool:
+        """Whether pairs of a split share rows: those of training alone, as held-out ones are measured in batches."""
+        return self.packing and split == "train"
+
     def check(self) -> None:
         """Check all values, before any work.
 
@@ -193,12 +197,15 @@ class PreferenceOptions(FineTuneOptions):
             raise RequestError("--loss-type names a loss twice; give each once, with --loss-weights.")
         if self.loss_weights is not None and len(self.loss_weights) != len(names):
             raise RequestError(
-                f"--loss-weights must have a number for each of the {len(names)} losses, got {len(self.loss_weights)}."
+                f"--loss-weights must have a number for each of --loss-type's {len(names)}, got "
+                f"{len(self.loss_weights)}."
             )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise RequestError("--loss-weights are all 0, so nothing would be learned; give one above 0.")
         if self.reference_free and names[0] in REFERENCE_FREE:
             raise RequestError(f"--loss-type {names[0]} takes no reference model anyway; leave out --reference-free.")
         for option, owners in _OF_LOSSES.items():
-            if getattr(self, option) and not set(owners) & set(names):
+            if getattr(self, option) != getattr(type(self), option) and not set(owners) & set(names):
                 raise RequestError(f"{flag(option)} is for --loss-type {one_of(owners)}.")
         if "robust" in names and not 0 <= self.label_smoothing < 0.5:
             raise RequestError(f"--label-smoothing must be less than 0.5 for robust, got {self.label_smoothing:g}.")

@@ -10,7 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...errors import OpenELMError
 from ...model import OpenELM
+from ...wording import counted
 from ..data.batches import Row
 from ..data.prompts import Prompt
 from ..step.advantages import mean, weighted
@@ -79,7 +81,11 @@ class Measure:
     computing: Callable[[], AbstractContextManager[OpenELM]]
 
     def __call__(self, batches: Iterable[PromptBatch]) -> Evaluation:
-        """The loss is minus the mean reward, so that the best adapter is that with the highest."""
+        """The loss is minus the mean reward, so that the best adapter is that with the highest.
+
+        Raises:
+            OpenELMError: a reward function fails, or no reward applies to any of the completions.
+        """
         sampler, each = self.sampler, self.sampler.options.generations_eval
         names = sampler.rewards.names
         reward, length, clipped = _Moments(), _Moments(), _Moments()
@@ -99,6 +105,11 @@ class Measure:
                         by_name[name].add(value)
                 completions += len(found)
         self._add_up([reward, length, clipped, *by_name.values()])
+        if math.isnan(reward.mean):
+            raise OpenELMError(
+                f"No reward applies to any of the {counted(int(length.sums[0]), 'completion')} of held-out prompts: "
+                f"{', '.join(names)} returned None or NaN for all of them; look at --reward-funcs, or give other data."
+            )
         values = {"reward": reward.mean, "reward_std": reward.deviation}
         for name, moments in by_name.items():
             values |= {f"rewards/{name}/mean": moments.mean, f"rewards/{name}/std": moments.deviation}

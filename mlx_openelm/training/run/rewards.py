@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import math
@@ -62,7 +63,8 @@ class Rewards:
         function = self.functions[name]
         arguments = _accepted(function, _arguments(completions))
         try:
-            found = function(**arguments)
+            with contextlib.redirect_stdout(sys.stderr):  # stdout has the results, which may be JSON
+                found = function(**arguments)
             values = [math.nan if value is None else float(value) for value in found]
         except Exception as error:
             raise OpenELMError(
@@ -101,6 +103,9 @@ def make_rewards(
         named.append(("regex" if len(patterns) == 1 else f"regex_{index}", _found(pattern)))
     if not named:
         raise RequestError("There are no rewards; give --reward-funcs FILE.py:NAME, or --reward-regex.")
+    for name, function in named:
+        if _is_async(function):
+            raise RequestError(f"{name} is an async function, which is not offered; make it an ordinary one.")
     names = [name for name, _ in named]
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
         raise RequestError(f"Two rewards are called {twice}; their metrics need different names.")
@@ -124,9 +129,12 @@ def _load(spec: str) -> tuple[str, RewardFunction]:
         raise RequestError(f"{file} cannot be imported: {type(error).__name__}: {error}{_place(error)}.") from error
     if not callable(function):
         raise RequestError(f"{file} has no function {quote(name)}.")
-    if inspect.iscoroutinefunction(function):
-        raise RequestError(f"{spec} is an async function, which is not offered; make it an ordinary one.")
     return name, function
+
+
+def _is_async(function: RewardFunction) -> bool:
+    """Whether a function, or an object that is called, returns something to await."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _module(path: Path) -> Any:
