@@ -192,7 +192,14 @@ def test_pictures_are_small_and_are_drawn_by_a_command_of_the_readme(monkeypatch
     assert why_not_run(f"mlx-openelm {shlex.join(pictures.training_command())}") == "minutes"  # no download
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
+# Those with the most commands; that their commands can be parsed is checked for all below.
+SLOW = ("benchmarks.md", "evaluation.md", "generation.md")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(d, marks=pytest.mark.slow if by_name(d) in SLOW else [], id=by_name(d)) for d in DOCUMENTS],
+)
 def test_commands_run_as_written(document: Path, clone: Path) -> None:
     if any("gguf" in command for command in commands(document)):
         pytest.importorskip("gguf")
