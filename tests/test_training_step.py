@@ -473,7 +473,7 @@ class Plain(CrossEntropy):
         return super().__call__(PlainForward(forward.model), arrays)
 
 
-@pytest.mark.parametrize("recompute", [PARTS, LAYERS])
+@pytest.mark.parametrize("recompute", [PARTS, pytest.param(LAYERS, marks=pytest.mark.slow)])
 def test_the_loss_adds_little_memory_to_a_step(wide, recompute):
     batch = rows_of(sequences([513, 513], vocab=4000))
     ours = peak(wide, batch, recompute=recompute)
