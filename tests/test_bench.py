@@ -610,6 +610,7 @@ def test_a_model_of_the_hub_is_asked_for_once(hub: FakeHub, hub_env: dict[str, s
     assert len(hub.files_sent) == sent
 
 
+@pytest.mark.slow
 def test_what_mlx_lm_cannot_read_is_converted_for_both(tmp_path: Path) -> None:
     pytest.importorskip("mlx_lm")
     pytest.importorskip("matplotlib")

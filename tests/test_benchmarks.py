@@ -51,6 +51,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_every_row_is_printed(tmp_path: Path) -> None:
     done = run("--smoke", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,7 @@ def plain_scores(model, tokenizer, task: str) -> tuple[list[float], list[float]]
 
 
 @pytest.mark.parametrize("name", ["tiny", str(FIXTURES / "shakespeare-hf")])
-@pytest.mark.parametrize("task", ["ARC-Challenge", "openbookqa", "winogrande"])
+@pytest.mark.parametrize("task", [pytest.param("ARC-Challenge", marks=pytest.mark.slow), "openbookqa", "winogrande"])
 def test_accuracies_equal_plain_forward_passes(task, name):
     options = EvaluateOptions(suite="commonsense", tasks=(task,), data=str(DATA))
     result = evaluate(name, options, progress=False)

@@ -114,7 +114,7 @@ def calls(compiled, monkeypatch: pytest.MonkeyPatch) -> list[decoding.Shape]:
         (mx.bfloat16, [None], 64),
         pytest.param(mx.float16, [None], 128, marks=pytest.mark.slow),
         (mx.bfloat16, [(4, 64)], 128),
-        (mx.float16, ALL_PACKINGS, 64),
+        pytest.param(mx.float16, ALL_PACKINGS, 64, marks=pytest.mark.slow),
     ],
 )
 def test_steps_give_the_reference_logits(calls, dtype, packings, head_dim):

@@ -180,7 +180,7 @@ def test_each_command_continues_its_own_runs_alone(here):
 
 
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
-@pytest.mark.parametrize("loss", [pytest.param("sigmoid", marks=pytest.mark.slow), "kto"])
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=pytest.mark.slow) for loss in ("sigmoid", "kto")])
 def test_two_processes_train_as_one(here, loss):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 4,
              "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--val-batches", 1,

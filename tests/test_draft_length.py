@@ -68,7 +68,7 @@ def test_the_speed_is_close_to_that_of_the_best_number(cost, rate, draft_seconds
     assert Simulation(cost, [rate], draft_seconds, noise=0.2).run(1500) > 0.9 * best
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("draft_seconds", [0.0, 0.25])
 @pytest.mark.parametrize("cost", [*COSTS.values()], ids=[*COSTS])
 def test_bad_drafts_cost_little_even_in_a_short_text(cost, draft_seconds, seed):

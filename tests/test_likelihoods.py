@@ -41,7 +41,7 @@ def drawn(count: int, seed: int = 0) -> list[Request]:
 
 
 def test_likelihoods_equal_plain_forward_passes(tiny, either_way):
-    model, requests = tiny[0], drawn(14)
+    model, requests = tiny[0], drawn(8)
     greedy = [1, *tiny[1].encode("To be, or not", add_bos=False)]
     for _ in range(3):
         greedy.append(int(mx.argmax(model(mx.array([greedy]))[0, -1]).item()))

@@ -191,6 +191,7 @@ def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.Ca
     load("expenses-mixed")
 
 
+@pytest.mark.slow
 def test_the_guide_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With stand-ins for the reader's files: data, two other adapters, a quantized model."""
     shutil.copytree(clone / "lora" / "data", "my_data")

@@ -74,7 +74,7 @@ def test_what_was_saved_is_found_after_a_restart(model: Any, start: Any, tmp_pat
     assert check(model, again, [9, 9], options) == 0
 
 
-@pytest.mark.parametrize("kind", ["growing", "8 bits", "sliding", "wide"])
+@pytest.mark.parametrize("kind", ["growing", pytest.param("8 bits", marks=pytest.mark.slow), "sliding", "wide"])
 def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, kind: str) -> None:
     """A memory that holds little, so that almost everything comes from files; a new process now and then."""
     options, reused = KINDS[kind], 0

@@ -485,6 +485,7 @@ def test_micro_batches_are_computed_one_after_the_other(wide):
     assert peak(wide, *[batch] * 3) <= 1.2 * peak(wide, batch)
 
 
+@pytest.mark.slow
 def test_recomputing_saves_memory(wide):
     batch = rows_of(sequences([513, 513], vocab=4000))
     # Four layers keep little; one layer's gradients are most of the peak.
