@@ -1,8 +1,10 @@
 // Products of few rows with a matrix in bfloat16, by AMX: y += x W^T.
 //
-// A float is the sum of three numbers in bfloat16, exactly, and the product of two numbers in bfloat16 is a float. So
-// with each number of x split into three, products are those of floats. That is three times the arithmetic, and still
-// several times faster than memory: whatever the number of rows, up to a tile's, W is read as fast as for one.
+// A float is exactly the sum of three numbers in bfloat16, and the product of two such numbers is exactly a float. With each
+// number of x split into three, nothing is lost that floats would keep. That is three times the arithmetic, and still
+// several times as fast as memory: for one row and for sixteen, the time is that of reading W.
+//
+// Each number of y is the sum of the same products in the same order for any number of rows.
 //
 // Tiles of W are read as they are stored. A block of rows of W is multiplied with all rows of x while the next one is
 // prefetched, evenly. A thread takes its next block before it multiplies one, so that it knows what to prefetch.
@@ -18,8 +20,8 @@
 #if defined(OPENELM_AMX)
 namespace openelm {
 
-constexpr int kSplit = 3;                    // numbers in bfloat16 of a float
-constexpr int kPairs = kTileDepth / 2;       // of a row of a tile
+constexpr int kSplit = 3;                      // parts of a float
+constexpr int kPairs = kTileDepth / 2;         // in a row of a tile
 constexpr int kBlockHeight = 2 * kTileHeight;  // rows of W in a block
 
 // Rows of x as tiles, in groups of `width` rows, the last one with zeros: for each 32 columns and each part of their
@@ -93,8 +95,7 @@ inline void split_rows(const float* x, int64_t columns, const SplitRows& to) {
         uint32_t packed[(kSplit * kPairs + 1) * kTileHeight], *next = packed;
         for (auto& part : parts) {
           if (to.width > 1) transpose<uint32_t>(part);
-          for (int i = 0; i < (to.width > 1 ? kPairs : 1); i++)
-            write(next + i * to.width, part[i]);
+          for (int i = 0; i < (to.width > 1 ? kPairs : 1); i++) write(next + i * to.width, part[i]);
           next += kPairs * to.width;
         }
         std::memcpy(to.group(g) + step * size, packed, size * sizeof(uint32_t));
@@ -103,21 +104,20 @@ inline void split_rows(const float* x, int64_t columns, const SplitRows& to) {
   });
 }
 
-// What to prefetch while tiles are multiplied: as many bytes, of kParallel parts at a time. (Memory answers one stream
-// more slowly than several.)
+// The next block of W, which is prefetched into L2 from kParallel places of it in turn. (Memory answers one stream more
+// slowly than several.)
 constexpr int kParallel = 4;
 struct Prefetch {
   const char* line;
   int64_t apart;
-  // As much as a tile of W.
-  INLINE void tile() {
+  INLINE void tile() {  // as many bytes as a tile has
     for (int i = 0; i < kTileHeight / kParallel; i++, line += kTileBytes)
       for (int part = 0; part < kParallel; part++) __builtin_prefetch(line + part * apart, 0, 2);
   }
 };
 
 // results [kBlockHeight, width] = a block of W, whose rows are `stride` bytes apart, times split rows of x.
-INLINE void block_products(const char* w, int64_t stride, int64_t steps, const uint32_t* x, int64_t width,
+INLINE void multiply_block(const char* w, int64_t stride, int64_t steps, const uint32_t* x, int64_t width,
                            Prefetch& next, float* results) {
   int64_t row = width * sizeof(float);
   _tile_zero(6);
@@ -137,7 +137,7 @@ INLINE void block_products(const char* w, int64_t stride, int64_t steps, const u
   _tile_stored(7, results + kTileHeight * width, row);
 }
 
-// y [.., outputs] += results [outputs, width].
+// y [rows, outputs], with `apart` numbers from row to row, += the first columns of results [outputs, width].
 INLINE void add_results(const float* results, int64_t outputs, int64_t width, int64_t rows, int64_t apart, float* y) {
   for (int64_t i = 0; i < outputs; i += kTileHeight, results += kTileHeight * width, y += kTileHeight) {
     Sixteen<float> some[kTileHeight];
@@ -146,11 +146,25 @@ INLINE void add_results(const float* results, int64_t outputs, int64_t width, in
     int64_t count = outputs - i < kTileHeight ? outputs - i : kTileHeight;
     for (int64_t r = 0; r < rows; r++) {
       float* to = y + r * apart;
-      if (count == kTileHeight) write(to, read<Sixteen<float>>(to) + some[r]);
-      else
+      if (count == kTileHeight) {
+        write(to, read<Sixteen<float>>(to) + some[r]);
+      } else {
         for (int k = 0; k < count; k++) to[k] += some[r][k];
+      }
     }
   }
+}
+
+// A block of W for tiles: itself, or if it is not whole, a copy with zeros for what is missing. `apart`: from row to row.
+inline const char* whole_block(const Matrix& m, int64_t row, int64_t outputs, Scratch& scratch, int64_t& apart) {
+  apart = m.row_bytes();
+  if (outputs == kBlockHeight && m.columns % kTileDepth == 0) return reinterpret_cast<const char*>(m.row(row));
+  apart = (m.columns + kTileDepth - 1) / kTileDepth * kTileBytes;
+  char* copy = scratch.get<char>(kBlockHeight * apart);
+  std::memset(copy, 0, kBlockHeight * apart);
+  for (int64_t i = 0; i < outputs; i++) std::memcpy(copy + i * apart, m.row(row + i), m.columns * sizeof(BFloat16));
+  settle(copy);
+  return copy;
 }
 
 // y [rows, m.rows] += x [rows, m.columns] W^T; alone: on this thread only.
@@ -158,7 +172,7 @@ inline void amx_few_rows(const Matrix& m, const float* x, int64_t rows, float* y
   thread_local Scratch scratch;
   SplitRows split(rows, m.columns, scratch);
   split_rows(x, m.columns, split);
-  int64_t blocks = (m.rows + kBlockHeight - 1) / kBlockHeight, stride = m.row_bytes();
+  int64_t blocks = (m.rows + kBlockHeight - 1) / kBlockHeight;
   std::atomic<int64_t> untaken{0};
   auto take = [&] { return untaken.fetch_add(1, std::memory_order_relaxed); };
   Pool::shared().run(alone ? 1 : Pool::shared().threads(), [&](int64_t) {
@@ -168,22 +182,13 @@ inline void amx_few_rows(const Matrix& m, const float* x, int64_t rows, float* y
     for (int64_t block = take(), after; block < blocks; block = after) {
       after = take();
       int64_t row = block * kBlockHeight, outputs = m.rows - row < kBlockHeight ? m.rows - row : kBlockHeight;
-      const char* w = reinterpret_cast<const char*>(m.row(row));
-      int64_t apart = stride;
-      if (outputs < kBlockHeight || m.columns % kTileDepth) {  // tiles need whole ones: a copy with zeros
-        apart = split.steps * kTileBytes;
-        char* copy = scratch.get<char>(kBlockHeight * apart);
-        std::memset(copy, 0, kBlockHeight * apart);
-        for (int64_t i = 0; i < outputs; i++)
-          std::memcpy(copy + i * apart, m.row(row + i), m.columns * sizeof(BFloat16));
-        settle(copy);
-        w = copy;
-      }
+      int64_t apart;
+      const char* w = whole_block(m, row, outputs, scratch, apart);
       const void* next = m.row(after < blocks ? after * kBlockHeight : row);
       for (int64_t g = 0; g < split.groups; g++) {
-        Prefetch ahead{static_cast<const char*>(next), kBlockHeight * stride / kParallel};
+        Prefetch ahead{static_cast<const char*>(next), kBlockHeight * m.row_bytes() / kParallel};
         float results[(kBlockHeight + 1) * kTileHeight];
-        block_products(w, apart, split.steps, split.group(g), split.width, ahead, results);
+        multiply_block(w, apart, split.steps, split.group(g), split.width, ahead, results);
         add_results(results, outputs, split.width, split.rows_of(g), m.rows, y + g * split.width * m.rows + row);
       }
     }

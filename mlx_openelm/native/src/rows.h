@@ -1,4 +1,5 @@
-// Products of few rows with a matrix: y = x W^T, where reading W is most of the work. (Plain ones: `plain_rows.h`.)
+// Products of few rows with a matrix: y = x W^T, where reading W is most of the work. (Plain ones: `plain_rows.h` and
+// `amx_rows.h`.)
 //
 // Each row of a packed W is read once, for up to kSharing rows of x at a time, and unpacked in registers. For a single
 // row of x two rows of W, far apart in memory, are read at the same time where that pays.
