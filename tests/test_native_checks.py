@@ -19,6 +19,7 @@ TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
 # Products take a minute to compile; `test_native.py` checks them in the compiled library.
 WITHOUT_PRODUCTS = "-DOPENELM_WITHOUT_PRODUCTS"
 EMULATED_AVX512 = "-DOPENELM_EMULATE_AVX512"
+EMULATED_AMX = "-DOPENELM_EMULATE_AMX"
 
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86 machines")
 
@@ -103,6 +104,15 @@ def test_avx512(tmp_path: Path) -> None:
         pytest.skip("AVX-512 is emulated on top of AVX2")
     compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), EMULATED_AVX512)
     assert run_checks(tmp_path / "checks").startswith("16 lanes, 32 registers")
+
+
+@pytest.mark.slow
+def test_amx(tmp_path: Path) -> None:
+    compiler = a_compiler()
+    if "amx_bf16" in used_instructions(compiler):
+        pytest.skip("this machine has AMX, so test_on_this_machine covers it")
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), EMULATED_AMX)
+    run_checks(tmp_path / "checks", "few_rows", "extreme_plain_rows", "pool")
 
 
 @pytest.mark.slow

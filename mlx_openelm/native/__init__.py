@@ -28,7 +28,7 @@ LIBRARY = f"kernels{EXTENSION_SUFFIXES[0]}"
 # that this processor lacks.
 FACTS = f"{LIBRARY}.json"
 # The instructions that the kernels are written for, by their names in /proc/cpuinfo.
-KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimddp")
+KNOWN = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "amx_bf16", "asimddp")
 
 # Set to 0 to turn the kernels off.
 VARIABLE = "MLX_OPENELM_NATIVE"

@@ -27,7 +27,8 @@ INSTRUCTIONS = {
     "__POPCNT__": "popcnt", "__LZCNT__": "abm", "__BMI__": "bmi1", "__VPCLMULQDQ__": "vpclmulqdq",
     "__AVXVNNI__": "avx_vnni", "__AVX512VBMI2__": "avx512_vbmi2", "__AVX512VNNI__": "avx512_vnni",
     "__AVX512BITALG__": "avx512_bitalg", "__AVX512VPOPCNTDQ__": "avx512_vpopcntdq", "__AVX512BF16__": "avx512_bf16",
-    "__AVX512FP16__": "avx512_fp16", "__ARM_FEATURE_DOTPROD": "asimddp", "__ARM_FEATURE_QRDMX": "asimdrdm",
+    "__AVX512FP16__": "avx512_fp16", "__AMX_TILE__": "amx_tile", "__AMX_BF16__": "amx_bf16", "__AMX_INT8__": "amx_int8",
+    "__ARM_FEATURE_DOTPROD": "asimddp", "__ARM_FEATURE_QRDMX": "asimdrdm",
     "__ARM_FEATURE_FP16_VECTOR_ARITHMETIC": "asimdhp", "__ARM_FEATURE_ATOMICS": "atomics", "__ARM_FEATURE_SVE": "sve",
     "__ARM_FEATURE_BF16": "bf16", "__ARM_FEATURE_MATMUL_INT8": "i8mm", "__ARM_FEATURE_SVE2": "sve2",
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "checking.h"
+#include "check_instructions.h"
 #include "matmul.h"
 #include "rows.h"
 
@@ -123,6 +123,34 @@ void check_extreme_rows() {
         few_rows(w.matrix, x.data(), 1, y.data(), round);
         for (float got : y)
           check(!std::isfinite(got), text("few_rows of", nothing, "at", place, "round", round, "got", got));
+      }
+    }
+  }
+}
+
+// Plain weights: tiny and huge numbers, infinity, and NaN, one of which has no bits where bfloat16 has them.
+void check_extreme_plain_rows() {
+  const float nan = bits_of<float>(0x7f800001u);
+  for (Type type : kTypes) {
+    for (float most : {1e-44f, 1e-38f, 1e-30f, 1e30f}) {
+      Stored w({type}, 3, 64);
+      Floats x = random_floats(64, most), y(3);
+      ExpectedNumbers expected = product(w, x, 1, y, false);
+      few_rows(w.matrix, x.data(), 1, y.data(), false);
+      for (auto& number : expected) number.size += 1e-31;  // subnormal numbers may count as zeros
+      compare(y, expected, 1e-6, text("few_rows of plain weights, numbers up to", most));
+    }
+    for (float number : {NAN, nan, INFINITY, -INFINITY}) {
+      for (int place : {0, 1, 31, 40}) {
+        Stored w({type}, 3, 64);
+        Floats x = random_floats(2 * 64), y(2 * 3), alone(3);
+        few_rows(w.matrix, x.data(), 1, alone.data(), false);
+        x[64 + place] = number;
+        few_rows(w.matrix, x.data(), 2, y.data(), false);
+        check(std::equal(alone.begin(), alone.end(), y.begin()), text("few_rows beside", number));
+        for (int n = 0; n < 3; n++)
+          check(is_same(y[3 + n], number * w.values[n * 64 + place]),
+                text("few_rows of plain weights, type", int(type), "of", number, "at", place, "got", y[3 + n]));
       }
     }
   }

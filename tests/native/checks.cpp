@@ -24,6 +24,7 @@ int main(int count, char** arguments) {
 #ifndef OPENELM_WITHOUT_PRODUCTS
       {"few_rows", check_few_rows},
       {"extreme_rows", check_extreme_rows},
+      {"extreme_plain_rows", check_extreme_plain_rows},
       {"many_rows", check_many_rows},
       {"pool", check_pool},
 #endif

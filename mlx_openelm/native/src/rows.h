@@ -1,4 +1,5 @@
-// Products of few rows with a matrix: y = x W^T, where reading W is most of the work. (Plain ones: `plain_rows.h`.)
+// Products of few rows with a matrix: y = x W^T, where reading W is most of the work. (Plain ones: `plain_rows.h` and
+// `amx_rows.h`.)
 //
 // Each row of a packed W is read once, for up to kSharing rows of x at a time, and unpacked in registers. For a single
 // row of x two rows of W, far apart in memory, are read at the same time where that pays.
@@ -11,6 +12,7 @@
 
 #include <cmath>
 
+#include "amx_rows.h"
 #include "plain_rows.h"
 
 namespace openelm {
@@ -170,6 +172,9 @@ inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bo
   int64_t grain = (kBytesAtATime + m.row_bytes() - 1) / m.row_bytes();
   if (m.rows * m.row_bytes() * rows < kBytesWorthHelp) grain = m.rows;
   if (!m.bits) {
+#if defined(OPENELM_AMX)
+    if (m.type == Type::bfloat16 && has_tiles()) return amx_few_rows(m, x, rows, y, grain >= m.rows);
+#endif
     with_type(m.type, [&](auto* t) { plain_few_rows<std::remove_cvref_t<decltype(*t)>>(m, x, rows, y, grain); });
     return;
   }

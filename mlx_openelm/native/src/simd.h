@@ -1,4 +1,4 @@
-// Vectors: the only file that depends on the instruction set.
+// Vectors: the only file, with `amx.h`, that depends on the instruction set.
 //
 // `Float` holds as many floats as the widest register (16, 8 or 4). Sums, products and comparisons are the compiler's
 // vector arithmetic (`vector_size` of GCC and Clang works on every machine), which fuses a * b + c into one rounding;
