@@ -2,7 +2,7 @@
 //
 // A float is exactly the sum of three numbers in bfloat16, and the product of two such numbers is exactly a float. With each
 // number of x split into three, nothing is lost that floats would keep. That is three times the arithmetic, and still
-// several times as fast as memory: for one row and for sixteen, the time is that of reading W.
+// faster than memory: most of the time is that of reading W, up to sixteen rows.
 //
 // Each number of y is the sum of the same products in the same order for any number of rows.
 //
