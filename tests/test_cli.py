@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -19,14 +18,14 @@ from typing import Any, get_type_hints
 
 from mlx_openelm import blas, console, load, native, stream_generate
 from mlx_openelm.cli import doctor
-from mlx_openelm.cli.main import COMMANDS, main
+from mlx_openelm.cli.main import COMMANDS
 from mlx_openelm.generation.options import GenerationOptions
 from mlx_openelm.hub import corenet
 
 import mlx.core as mx
 import pytest
 from fake_hub import FakeHub
-from huggingface_hub import constants
+from in_process import run_here
 from test_sources import Server
 
 ROOT = Path(__file__).parent.parent
@@ -48,28 +47,14 @@ def run(
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def run_here(*args: object, stdin: str | bytes = b"", **more: Any) -> subprocess.CompletedProcess[str]:
-    """As `run`, but in this process, unless something else is asked for: that takes a tenth of the time."""
-    if more:
-        return run(*args, stdin=stdin, **more)
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["mlx-openelm"])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", errors)
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        patch.delenv("COLUMNS", raising=False)
-        with pytest.raises(SystemExit) as end:
-            main([str(word) for word in args])
-        texts = [file.buffer.getvalue().decode() for file in (out, errors) if file.flush() is None]
-    return subprocess.CompletedProcess(args, int(end.value.code or 0), *texts)
+def quick(*args: object, stdin: str | bytes = b"", **more: Any) -> subprocess.CompletedProcess[str]:
+    """As `run`, but in this process, unless something else is asked for."""
+    return run(*args, stdin=stdin, **more) if more else run_here(*args, stdin=stdin)
 
 
 def result(*args: object, **more: Any) -> dict[str, Any]:
     """The JSON of a command that must succeed."""
-    done = run_here(*args, "--json", **more)
+    done = quick(*args, "--json", **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -80,7 +65,7 @@ def generated(*args: object, prompt: str = PROMPT, tokens: int = 24, **more: Any
 
 def refused(*args: object, code: int = 2, **more: Any) -> str:
     """The one-line error of a command that must fail."""
-    done = run_here(*args, **more)
+    done = quick(*args, **more)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

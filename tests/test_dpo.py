@@ -34,10 +34,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from in_process import run_here
 from mlx.utils import tree_flatten, tree_unflatten
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, Notes, command, kill_after, metrics, run_here, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, trained
 
 SHORT = PreferenceOptions(train=True, data="data", iters=5, batch_size=4, learning_rate=1e-2, max_seq_length=48,
                           steps_per_report=2, steps_per_eval=3, val_batches=-1, save_every=2, rank=4)  # fmt: skip
@@ -159,11 +160,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 8,
              "--learning-rate", 1e-3, "--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 2,
              *extra)  # fmt: skip
-    whole = run_here(*flags, "--adapter-path", "whole", name="dpo")
+    whole = run_here("dpo", *flags, "--adapter-path", "whole")
     assert whole.returncode == 0, whole.stderr
     output = kill_after(2, 0.01, *flags, "--adapter-path", "parts", folder=here, name="dpo")
     assert "error" not in output
-    last = run_here("--resume", "--adapter-path", "parts", "--json", name="dpo")
+    last = run_here("dpo", "--resume", "--adapter-path", "parts", "--json")
     assert last.returncode == 0, last.stderr
     assert json.loads(last.stdout)["stopped"] == "finished"
     assert trained(here / "parts") == trained(here / "whole")
@@ -172,7 +173,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
 
 def test_each_command_continues_its_own_runs_alone(here):
     tune(replace(SHORT, iters=1))
-    other = run_here("--resume")
+    other = run_here("lora", "--resume")
     assert other.returncode == 2
     assert "The run in adapters is one of `mlx-openelm dpo`; continue it with that command." in other.stderr
     with pytest.raises(RequestError, match="has loss_type sigmoid, not hinge"):
@@ -185,7 +186,7 @@ def test_two_processes_train_as_one(here, loss):
     flags = ("--train", "--model", "model", "--data", "data", "--batch-size", 4, "--max-seq-length", 48, "--iters", 4,
              "--optimizer", "sgd", "--learning-rate", 1e-2, "--steps-per-report", 2, "--val-batches", 1,
              "--loss-type", loss)  # fmt: skip
-    one = run_here(*flags, "--adapter-path", "one", name="dpo")
+    one = run_here("dpo", *flags, "--adapter-path", "one")
     assert one.returncode == 0, one.stderr
     two = launch(*command(*flags, "--adapter-path", "two", python=(), name="dpo"), folder=here)
     output, _ = two.communicate(timeout=400)
@@ -372,13 +373,13 @@ def test_flags_and_files_give_the_same_options(here, monkeypatch):
 def test_the_command_prints_pairs_accuracy_and_margin(here, monkeypatch):
     monkeypatch.setattr(finetune_module, "Metrics", Metrics)  # which plots
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--max-seq-length", 48)
-    done = run_here(*flags, name="dpo")
+    done = run_here("dpo", *flags)
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps, 8 pairs, " in done.stdout
     assert "Test loss 0." in done.stdout and ", accuracy " in done.stdout and ", 5 pairs" in done.stdout
     assert "Step 0: validation loss 0.693, accuracy 0.0%, margin 0.000" in done.stderr
     assert (here / "adapters" / "losses.png").stat().st_size > 1000
-    done = run_here("--train", "--model", "model", "--data", "data", "--loss-weights", "x", name="dpo")
+    done = run_here("dpo", "--train", "--model", "model", "--data", "data", "--loss-weights", "x")
     assert (done.returncode, done.stderr) == (2, "error: --loss-weights must be numbers, got 'x'.\n")
 
 

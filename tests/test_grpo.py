@@ -23,9 +23,10 @@ from mlx_openelm.training.run.rewards import Completion, make_rewards
 
 import mlx.core as mx
 import pytest
+from in_process import run_here
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import WORDS, Notes, command, kill_after, metrics, run_here, trained
+from training_runs import WORDS, Notes, command, kill_after, metrics, trained
 
 REWARDS = """
 def early(completion_ids, **others):
@@ -203,11 +204,11 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(here, extra):
              "--max-completion-length", 6, "--max-seq-length", 48, "--iters", 5, "--learning-rate", 1e-3,
              "--steps-per-report", 3, "--steps-per-eval", 4, "--save-every", 1, "--val-batches", 1,
              "--reward-funcs", ",".join(FUNCTIONS), *extra)  # fmt: skip
-    whole = run_here(*flags, "--adapter-path", "whole", name="grpo")
+    whole = run_here("grpo", *flags, "--adapter-path", "whole")
     assert whole.returncode == 0, whole.stderr
     output = kill_after(3, 0.01, *flags, "--adapter-path", "parts", folder=here, name="grpo")
     assert "error" not in output
-    last = run_here("--resume", "--adapter-path", "parts", "--json", name="grpo")
+    last = run_here("grpo", "--resume", "--adapter-path", "parts", "--json")
     assert last.returncode == 0, last.stderr
     assert json.loads(last.stdout)["stopped"] == "finished"
     assert trained(here / "parts") == trained(here / "whole")
@@ -231,7 +232,7 @@ def test_a_checkpoint_between_two_updates_keeps_their_completions(here, monkeypa
 
 def test_each_command_continues_its_own_runs_alone(here):
     tune(replace(SHORT, iters=1))
-    other = run_here("--resume")
+    other = run_here("lora", "--resume")
     assert "The run in adapters is one of `mlx-openelm grpo`; continue it with that command." in other.stderr
     with pytest.raises(RequestError, match="has temp 1.0, not 0.5"):
         tune(replace(SHORT, resume=True, temp=0.5))
@@ -244,7 +245,7 @@ def test_two_processes_train_as_one(here):
              "--max-completion-length", 6, "--max-seq-length", 48, "--iters", 4, "--optimizer", "sgd",
              "--learning-rate", 1e-2, "--steps-per-report", 1, "--val-batches", 2, "--num-iterations", 2,
              "--beta", 0.1, "--reward-funcs", ",".join(FUNCTIONS))  # fmt: skip
-    one = run_here(*flags, "--adapter-path", "one", name="grpo")
+    one = run_here("grpo", *flags, "--adapter-path", "one")
     assert one.returncode == 0, one.stderr
     two = launch(*command(*flags, "--adapter-path", "two", python=(), name="grpo"), folder=here)
     output, _ = two.communicate(timeout=400)
@@ -441,7 +442,7 @@ def test_the_command_prints_rewards(here, monkeypatch):
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--batch-size", 4,
              "--num-generations", 4, "--max-completion-length", 6, "--max-seq-length", 48, "--val-batches", 1,
              "--reward-funcs", ",".join(FUNCTIONS), "--beta", 0.1)  # fmt: skip
-    done = run_here(*flags, name="grpo")
+    done = run_here("grpo", *flags)
     assert done.returncode == 0, done.stderr
     assert "Trained 2 steps, 8 completions, " in done.stdout
     assert "Test reward " in done.stdout and " tokens a completion, 12 completions" in done.stdout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -13,11 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_openelm.cli.main import main
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import read
 
-import pytest
 from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -73,15 +69,6 @@ def run(*args: object, folder: Path, timeout: float = 120, name: str = "lora") -
     return subprocess.run(
         command(*args, name=name), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
     )
-
-
-def run_here(*args: object, name: str = "lora") -> subprocess.CompletedProcess[str]:
-    """As `run`, in this process and the current folder, which is much faster than starting another one."""
-    words = [name, *map(str, args)]
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-        main(words)
-    return subprocess.CompletedProcess(words, int(end.value.code or 0), out.getvalue(), errors.getvalue())
 
 
 def kill_after(lines: int, delay: float, *args: object, folder: Path, name: str = "lora") -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import TaskResult
+from .results import TaskResult, prompts_hash
 
 
 def results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
@@ -22,7 +20,7 @@ def results(found: Mapping[str, Any]) -> dict[str, TaskResult]:
             metrics=_metrics(values),
             questions=sum(found["n-samples"].get(task, {}).get("effective", 0) for task in tasks),
             scores=_scores(samples),
-            prompts=_hash([sample["arguments"] for sample in samples]) if samples else "",
+            prompts=prompts_hash([sample["arguments"] for sample in samples]) if samples else "",
             num_fewshot=max(int(found["n-shot"].get(task) or 0) for task in tasks),
             version=None if version is None else str(version),
             data=found["configs"].get(name, {}).get("dataset_path"),
@@ -55,11 +53,6 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
                 name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
                 scores.setdefault(name, []).append(float(value))
     return scores
-
-
-def _hash(arguments: Any) -> str:
-    text = json.dumps(arguments, ensure_ascii=False, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def records(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import OpenELMError, RequestError
 from . import commonsense, memorization
 from .options import EvaluateOptions
-from .results import TaskResult
+from .results import TaskResult, prompts_hash
 from .scorer import Scorer
 from .suites import wanted
 
@@ -73,7 +71,6 @@ def _run(
             raise RequestError(f"--samples asks for question {too_high[0]} of {name}, which has {len(questions)}.")
         began(name)
         scores, records = score(numbers, scorer)
-        text = json.dumps([questions[number] for number in numbers], ensure_ascii=False)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        result = TaskResult.of(scores, prompts=digest, data=options.data)
+        asked = prompts_hash([questions[number] for number in numbers])
+        result = TaskResult.of(scores, prompts=asked, data=options.data)
         yield name, {name: result}, [{"task": name, **record} for record in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,12 @@ PROGRAM, KIND = "mlx-openelm", "evaluation"
 _MAX_BYTES = 16 * MAX_BYTES
 
 
+def prompts_hash(asked: Any) -> str:
+    """A hash of all prompts and choices of a task, so that equal ones can be recognized."""
+    text = json.dumps(asked, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 @dataclass
 class TaskResult:
     """What a task found.
@@ -27,7 +34,7 @@ class TaskResult:
             went through, as in `exact_match,strict-match` and `exact_match_stderr,strict-match`.
         questions: how many were asked.
         scores: for each metric the score of each question, in order.
-        prompts: a hash of all prompts and choices, so that equal prompts can be recognized.
+        prompts: their `prompts_hash`.
         num_fewshot, version, data: examples in a prompt, the task's version in lm-eval, and where questions are from.
         parts: of a group, the tasks and groups in it.
     """
