@@ -170,7 +170,7 @@ def our_step(folder: str) -> Callable[[Any], float]:
         if number == 0:
             updater.recompute = plan(updater, options, batch.inputs.shape).recompute
         update = updater.update([batch], batch.num_targets, RATE, number)
-        mx.eval(update.loss, updater.state())
+        mx.eval(update.loss, update.objective, update.grad_norm, updater.state())
         return float(update.loss.item())
 
     return step

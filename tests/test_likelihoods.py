@@ -123,3 +123,23 @@ def test_bad_requests_and_bad_models_are_refused(tiny):
     model.transformer.norm.weight = model.transformer.norm.weight * float("nan")
     with pytest.raises(OpenELMError, match="not finite"):
         log_likelihoods(model, [Request((1,), (5,))])
+
+
+def test_few_copies_of_a_long_context_are_in_memory(tiny, monkeypatch):
+    if native.kernels is None:
+        pytest.skip(f"the kernels are not used: {native.status.detail}")
+    model, context = tiny[0], tuple(range(3, 1027))
+    requests = [Request(context, (token, token + 1, token + 2)) for token in range(20, 36)]
+    log_likelihoods(model, requests[:1])
+    cache = 1024 * sum(2 * heads * model.config.head_dim * 4 for heads in model.config.num_kv_heads)
+    peaks = {}
+    for most in (1, 8 * cache):
+        monkeypatch.setattr(likelihoods, "_MOST_COPIED", most)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = log_likelihoods(model, requests)
+        peaks[most] = (mx.get_peak_memory() - before) / cache, found
+    one, several = peaks.values()
+    assert one[0] < 4 < 6 < several[0] < 11
+    assert one[1] == several[1]

@@ -626,6 +626,20 @@ def test_rounding_activations_costs_less_than_quantizing_weights(bits, tmp_path)
 
 
 @needs_kernels
+def test_few_activations_of_many_layers_are_in_memory_at_once():
+    """MLX evaluates ahead of the processor: it would allocate the outputs of all 64 products before the first ends."""
+    weight, x = normal(1024, 1024), normal(256, 1024, seed=1)  # 1 MiB each time
+    mx.eval(weight, x)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(64):
+        x = linear(x, weight)
+    mx.eval(x)
+    assert mx.get_peak_memory() - before < 12 << 20
+
+
+@needs_kernels
 def test_concurrent_generations_give_the_same_text_as_alone():
     model, tokenizer = load("tiny")
     prompts = ["ROMEO.", "To be, or not to be"]

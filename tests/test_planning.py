@@ -63,7 +63,7 @@ for step in range(2):
     mx.clear_cache()
     mx.reset_peak_memory()
     update = updater.update([batch], batch.num_targets, 1e-5, step)
-    mx.eval(update.loss, updater.state())
+    mx.eval([update.loss, update.objective, update.grad_norm], updater.state())
 print(json.dumps([planned, mx.get_peak_memory()]))
 """
 

@@ -28,6 +28,9 @@ DEFAULT_BATCH_SIZE = 16
 _MOST_TOKENS = 1 << 13
 # Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
 _CHUNK = 256
+# Bytes of the caches that continuations processed together have copies of. Fewer continuations at a time cost reading
+# the weights more often, which is little beside processing a context of that size.
+_MOST_COPIED = 20 << 20
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, 
             if first + size < len(question.prefix):
                 mx.eval(rows[-1], [layer.state[:2] for layer in decoder.cache])
         scores.add_prefix(question, mx.concatenate([row for row in rows if row.shape[0]]))
+        together = max(1, min(batch_size, _MOST_COPIED // sum(layer.nbytes for layer in decoder.cache)))
         for index, tokens in question.ends:
             if len(tokens) == 1:
                 continue
@@ -197,7 +201,7 @@ def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, 
                 _score_alone(model, end, scores)
                 continue
             waiting.append(end)
-            if len(waiting) == batch_size:
+            if len(waiting) == together:
                 _score_step(model, waiting, scores)
                 waiting = []
         if waiting:

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "matrix.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -46,7 +47,7 @@ inline Matrix as_matrix(const Projection& p) {
   return m;
 }
 
-// The numbers of kernels that were dispatched to a stream, and that have finished.
+// The kernels that were dispatched to a stream: how many, how many have finished, and what the others will write.
 class Dispatched {
  public:
   static Dispatched& to(mx::Stream stream) {
@@ -56,12 +57,21 @@ class Dispatched {
     return (*all)[stream.index];
   }
 
+  // Counts memory that the next kernel will write; first waits, for a limited time, until others have finished. MLX
+  // evaluates far ahead of the processor: all activations of a prompt would be in memory at once.
+  void reserve(int64_t bytes) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, kPatience, [&] { return finished_ == started_ || bytes_ + bytes <= kMostBytes; });
+    bytes_ += bytes, reserved_ += bytes;
+  }
+
   // Counts a kernel, which must hold the returned object until it has finished or is dropped.
   std::shared_ptr<void> one_more() {
-    (std::lock_guard(mutex_), started_++);
-    return {nullptr, [this](void*) {
+    std::lock_guard lock(mutex_);
+    started_++;
+    return {nullptr, [this, bytes = std::exchange(reserved_, 0)](void*) {
               std::lock_guard lock(mutex_);
-              finished_++;
+              finished_++, bytes_ -= bytes;
               changed_.notify_all();
             }};
   }
@@ -69,13 +79,17 @@ class Dispatched {
   // Waits, for a limited time, until nothing else references an array, or all kernels have finished.
   void wait_for(const mx::array& a) {
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(1), [&] { return a.is_donatable() || finished_ == started_; });
+    changed_.wait_for(lock, kPatience, [&] { return a.is_donatable() || finished_ == started_; });
   }
 
  private:
+  static constexpr std::chrono::seconds kPatience{1};
+  static constexpr int64_t kMostBytes = 4 << 20;
+
   std::mutex mutex_;
   std::condition_variable changed_;
   int64_t started_ = 0, finished_ = 0;
+  int64_t bytes_ = 0, reserved_ = 0;  // of all kernels that have not finished, and of the next one
 };
 
 // An operation on the CPU. Gradients that a kernel does not define, and MLX's other transformations, use `fallback`,
@@ -153,7 +167,8 @@ class Kernel : public mx::Primitive {
     dispatch([to = allocate(out), from = from.data<float>(), bytes = out.nbytes()] { std::memcpy(to, from, bytes); });
   }
 
-  static float* allocate(mx::array& out) {
+  float* allocate(mx::array& out) {
+    Dispatched::to(stream()).reserve(out.nbytes());
     out.set_data(mx::allocator::malloc(out.nbytes()));
     return out.data<float>();
   }

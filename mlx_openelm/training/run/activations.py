@@ -5,20 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ... import backend
 from ...config import ModelConfig
 from ..options import LAYERS, NOTHING
 from ..step.attention import BLOCK
 from ..step.strategy import here
 
-# On a CPU, MLX allocates for about ten operations ahead of the one it runs. The numbers below count temporary buffers
-# that were measured there.
-# Loss: copies of a chunk's logits, for the first chunk, for each further one, and at most. Output layer, if trained:
-# copies of its gradient.
-_LOGITS_FIRST, _LOGITS_MORE, _LOGITS_MOST, _HEAD = 8.0, 4.0, 17.0, 6.0
-# Gradients of a feed-forward: [rows, inner] arrays.
-_INNER = 14.5
-# Gradients of attention: copies of a block's attention weights, and of queries, keys and values.
-_WEIGHTS, _QKV = 10.0, 6.4
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Temporary buffers of a step, counted as copies of the arrays that they are as large as.
+
+    Args:
+        logits_first, logits_more, logits_most: of a chunk's logits in the loss, for the first chunk, for each further
+            one, and at most.
+        head: of the output layer's gradient, if that is trained.
+        inner: [rows, inner] arrays in the gradients of a feed-forward.
+        weights, qkv: of a block's attention weights, and of queries, keys and values, in the gradients of attention.
+        ahead: bytes of small arrays.
+    """
+
+    logits_first: float
+    logits_more: float
+    logits_most: float
+    head: float
+    inner: float
+    weights: float
+    qkv: float
+    ahead: int = 0
+
+
+# As measured on a CPU, where MLX allocates for about ten operations ahead of the one it runs.
+_BUFFERS = _Buffers(8.0, 4.0, 17.0, 6.0, 14.5, 10.0, 6.4)
+# Our CPU kernels let MLX allocate only a few megabytes ahead.
+_BUFFERS_OF_KERNELS = _Buffers(6.6, 0.0, 6.6, 2.8, 4.4, 0.0, 4.4, 6_000_000)
 
 # On CUDA, MLX submits graphs of up to a hundred operations, up to eleven ahead of the running one, and holds their
 # arrays until they are done. The numbers below were fitted to runs on an H100 (in `test_recompute_plan.py`; the largest
@@ -95,11 +115,12 @@ def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     chunks, chunk = _chunks(config, shape)
     if shape.fused:
         return sum(saved) + _ahead(layers[first:], shape, chunks, chunk, outside) + outside + sum(by_layer)
-    in_loss = sum(saved) + 5 * shape.width * config.model_dim + _HEAD * outside
-    most = in_loss + chunk * min(_LOGITS_MOST, _LOGITS_FIRST + _LOGITS_MORE * (chunks - 1))
+    buffers = _BUFFERS_OF_KERNELS if backend.has_kernels() else _BUFFERS
+    in_loss = sum(saved) + 5 * shape.width * config.model_dim + buffers.head * outside
+    most = in_loss + chunk * min(buffers.logits_most, buffers.logits_first + buffers.logits_more * (chunks - 1))
     for index, layer in list(enumerate(layers))[first:]:
         gradients = outside + sum(by_layer[index:])
-        most = max(most, sum(saved[: index + 1]) + _temporary(layer, shape) + gradients)
+        most = max(most, sum(saved[: index + 1]) + _temporary(layer, shape, buffers) + gradients)
     return most
 
 
@@ -117,12 +138,12 @@ def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
     return -(-positions // rows), min(rows, positions) * config.vocab_size * 4
 
 
-def _temporary(layer: _Layer, shape: Shape) -> float:
+def _temporary(layer: _Layer, shape: Shape, buffers: _Buffers) -> float:
     """Bytes of temporary buffers while the gradients of a layer are computed."""
     recomputed = _recomputed(layer, shape) + 3 * shape.width * layer.dim
     block = shape.rows * layer.heads * min(BLOCK, shape.length) * shape.length * 4
-    attention = _WEIGHTS * block + _QKV * shape.width * layer.qkv
-    return recomputed + max(attention, _INNER * shape.width * layer.inner)
+    attention = buffers.weights * block + buffers.qkv * shape.width * layer.qkv
+    return recomputed + max(attention, buffers.inner * shape.width * layer.inner) + buffers.ahead
 
 
 def _recomputed(layer: _Layer, shape: Shape) -> float:
