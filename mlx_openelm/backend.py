@@ -6,6 +6,7 @@ This module is imported before `blas.preload`, so it does not import MLX at the 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from .wording import install
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+# Our CPU kernels multiply as in a prompt from this many positions of a sequence on, and with fewer as in a step.
+MANY_POSITIONS = 12
 
 _GIB = 1 << 30
 
@@ -101,13 +105,21 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     return stored if stored in (mx.float16, mx.bfloat16) else mx.bfloat16
 
 
-def prefill_step_size() -> int:
-    """Prompt tokens to process at a time.
+def prefill_step_size(left: float = math.inf, size: int | None = None) -> int:
+    """Prompt tokens to process next.
 
-    On a CPU, 64 rows are as fast per row as 512, and take a third of the memory (270M: 225 tokens/s either way, 43 MB
-    against 125).
+    On a CPU, 128 rows are nearly as fast per row as 512 (270M in bfloat16: 7% slower, and 12% faster than 64), and
+    other texts wait less. A rest of a few tokens joins the piece before it: alone, it would take almost as long, since
+    all weights are read for it, and on the CPU kernels have the arithmetic of single tokens.
+
+    Args:
+        left: the number of tokens that are left.
+        size: the usual number at a time; by default what suits the device.
     """
-    return 2048 if on_gpu() else 64
+    size = size or (2048 if on_gpu() else 128)
+    if left > size and (size < MANY_POSITIONS or left >= size + MANY_POSITIONS):
+        return size
+    return int(left)
 
 
 def available_memory() -> int | None:

@@ -107,6 +107,23 @@ def test_a_gpu_computes_in_half_precision(monkeypatch: pytest.MonkeyPatch):
     assert backend.prefill_step_size() == 2048
 
 
+@pytest.mark.parametrize(
+    ("left", "size", "expected"),
+    [
+        (1, None, 1),
+        (128, None, 128),
+        (139, None, 139),  # a short rest joins the piece before it
+        (140, None, 128),
+        (27, 16, 27),
+        (28, 16, 16),
+        (12, 11, 11),  # pieces that are short anyway
+        (5, 1, 1),
+    ],
+)
+def test_a_prompt_is_cut_without_a_short_rest(left: int, size: int | None, expected: int):
+    assert backend.prefill_step_size(left, size) == expected
+
+
 def test_load_says_when_the_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch):
     for state in ("stale", "foreign", "failed"):
         monkeypatch.setattr(native, "status", native.Status(state, "what is wrong", "what to do"))

@@ -567,6 +567,25 @@ def test_a_cache_in_half_precision_stays_usable():
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", [FOLDER, "tiny"], ids=["plain", "packed"])
+def test_where_a_prompt_is_cut_changes_no_bit(name):
+    model, ids = load(name)[0], [3 + i * i % 500 for i in range(1100)]
+
+    def run(lengths: list[int]) -> list[mx.array]:
+        cache, start, parts = make_cache(len(model.layers)), 0, []
+        for length in lengths:
+            parts.append(model.hidden_states(mx.array([ids[start : start + length]]), cache)[0])
+            start += length
+        assert start == len(ids)
+        return [mx.concatenate(parts), *(array for layer in cache for array in layer.keys_and_values())]
+
+    whole = run([1100])
+    for lengths in ([64] * 16 + [76], [12, 500, 13, 575], [128] * 8 + [64, 12]):
+        assert all(mx.array_equal(one, other).item() for one, other in zip(whole, run(lengths), strict=True))
+    assert not mx.array_equal(whole[0], run([1089, 11])[0]).item()  # few positions, as in a step
+
+
+@needs_kernels
 def test_trimmed_caches_forget(reference):
     model, _ = load(FOLDER)
     cache, ids = make_cache(len(model.layers)), reference["ids"][0]

@@ -330,7 +330,7 @@ def test_cached_tokens_are_counted_and_change_nothing(server: Serving) -> None:
     prompt = "HAMLET, PRINCE OF DENMARK. " * 20
     first, second = (server.post(COMPLETIONS, {"prompt": prompt}).json() for _ in range(2))
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 64
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 12
     assert second["choices"] == first["choices"]
     assert first["choices"][0]["text"] == text_of(lone(prompt))
 
@@ -341,7 +341,7 @@ def test_several_texts_of_one_prompt_process_it_once(server: Serving) -> None:
     answer = server.post(COMPLETIONS, {"prompt": prompt, "n": 4, "temperature": 1, "seed": 9, "max_tokens": 5}).json()
     texts = [choice["text"] for choice in answer["choices"]]
     assert texts == [text_of(lone(prompt, max_tokens=5, temp=1.0, seed=9 + n)) for n in range(4)]
-    held = (answer["usage"]["prompt_tokens"] - 1) // 64 * 64
+    held = answer["usage"]["prompt_tokens"] - 12  # what is left is enough to be processed like a prompt
     assert server.metric("mlx_openelm_cached_prompt_tokens_total") - before == 3 * held > 0
 
 

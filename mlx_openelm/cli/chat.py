@@ -212,7 +212,7 @@ class _Reading:
     def __call__(self, done: int, total: int) -> None:
         if self._is_stopped() and done < total:
             raise StopAnswerError
-        if total > backend.prefill_step_size():
+        if backend.prefill_step_size(total) < total:
             self.bar(done, total)
 
 

@@ -166,7 +166,7 @@ def run(args: Namespace) -> int:
         ids = encode_prompt(tokenizer, prompt, args)
 
     # Show a bar only if the prompt takes several steps.
-    is_long = len(ids) > (options.get("prefill_step_size") or backend.prefill_step_size())
+    is_long = backend.prefill_step_size(len(ids), options.get("prefill_step_size")) < len(ids)
     progress = console.Progress("Reading the prompt", unit="tokens", lines=False) if is_long else None
     pieces: list[Piece] = []
     chosen = GenerationOptions(**options)

@@ -19,7 +19,7 @@ from .. import backend, native
 from ..cache import BatchKVCache, step_caches
 from ..errors import RequestError
 from ..finite import not_finite
-from ..generation.decoding import MANY_POSITIONS, Decoder
+from ..generation.decoding import Decoder
 from ..model import OpenELM
 from ..ops.layers import log_softmax
 
@@ -197,7 +197,7 @@ def _score_exactly(model: OpenELM, batch: Sequence[_Question], batch_size: int, 
             if len(tokens) == 1:
                 continue
             end = index, tokens, _copies(decoder.cache, len(tokens))
-            if len(tokens) > MANY_POSITIONS:
+            if len(tokens) > backend.MANY_POSITIONS:
                 _score_alone(model, end, scores)
                 continue
             waiting.append(end)

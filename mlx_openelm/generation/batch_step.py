@@ -71,7 +71,7 @@ class BatchStep:
             self._process(rows, mx.array([token for each in ids for token in each]), [len(each) for each in ids])
 
     def prompt_piece(self, row: Row, size: int) -> mx.array | None:
-        """Process at most `size` tokens of a row's prompt; after the last ones, the next log-probabilities [1, vocab].
+        """Process `size` tokens of a row's prompt; after the last ones, the next log-probabilities [1, vocab].
 
         Caches stay as they were until the next step unless they are quantized.
         """

@@ -24,7 +24,6 @@ from ..cache import make_cache, step_caches
 from ..errors import RequestError
 from ..messages import warn
 from ..model import OpenELM
-from ..ops.attention import MANY_LAYER_ROWS as MANY_POSITIONS
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
@@ -132,23 +131,24 @@ class Decoder:
     def prefill(self, prompt: mx.array, step_size: int | None = None, progress: Progress | None = None) -> mx.array:
         """Extend the caches by a prompt [B, L]; returns the next token's log-probabilities [B, vocab].
 
-        The prompt is processed in pieces. The caches are evaluated after each piece but the last, which is left lazy,
-        as in `step`.
+        The prompt is processed in pieces, as `backend.prefill_step_size` cuts it. The caches are evaluated after each
+        piece but the last, which is left lazy, as in `step`.
 
         Args:
             step_size: tokens of a row in a piece; by default what suits the device.
             progress: called before each piece with the tokens of a row processed so far and in total.
         """
-        step_size = step_size or backend.prefill_step_size()
-        last = (prompt.shape[1] - 1) // step_size * step_size  # where the last piece begins
-        for start in range(0, last + 1, step_size):
+        start, total = 0, prompt.shape[1]
+        while True:
             if progress is not None:
-                progress(start, prompt.shape[1])
-            hidden_states = self.extend(prompt[:, start : start + step_size])
-            if start < last:
-                mx.eval([layer.state[:2] for layer in self.cache])
-                mx.clear_cache()
-        return self.logprobs(hidden_states)
+                progress(start, total)
+            end = start + backend.prefill_step_size(total - start, step_size)
+            hidden_states = self.extend(prompt[:, start:end])
+            if end == total:
+                return self.logprobs(hidden_states)
+            mx.eval([layer.state[:2] for layer in self.cache])
+            mx.clear_cache()
+            start = end
 
     def step(self, tokens: mx.array) -> mx.array:
         """Extend the caches by one token per row, [B]; returns the next token's log-probabilities [B, vocab], lazy."""
@@ -295,7 +295,7 @@ def decode(
             forced = constraint.advance(value)[: count - n - 1]
             ready += [forced_step(token, top) for token in forced]
             if n + len(ready) < count and not constraint.done:
-                if len(forced) >= MANY_POSITIONS:
+                if len(forced) >= backend.MANY_POSITIONS:
                     following = decoder.prefill(mx.array([forced]), prefill_step_size)
                 elif forced:
                     following = decoder.steps(mx.array(forced))

@@ -6,7 +6,7 @@
         for row, piece in engine.step():
             ...
 
-A prompt is processed alone, in the pieces of a lone run, between steps in which all rows that have their prompt behind
+A prompt is processed alone, in the pieces of a lone run, before steps in which all rows that have their prompt behind
 them advance by a token; short prompts share the time of a piece. On the CPU kernels the arithmetic of a step does not
 depend on the number of rows, so each row's tokens and log-probabilities are, bit for bit, those of `stream_generate`.
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
+from .. import backend
 from ..adapters.pool import AdapterPool, PoolFullError
 from ..adapters.switching import AdapterPaths
 from ..errors import RequestError
@@ -42,7 +43,7 @@ from .piece import Piece
 from .prefix_tree import PrefixTree
 from .row import Row
 from .sampling import LogitsProcessor, Sampler
-from .shared_prefixes import SharedPrefixes, piece_size
+from .shared_prefixes import SharedPrefixes, next_piece
 from .speculation import Speculation
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ class Engine:
             default only these.
         adapters: what rows may name as their `adapter`.
         prefixes: where rows find and leave the keys and values of prompts.
-        exact_prefixes: use them only where they are bit for bit what processing the prompt would give: whole pieces of
-            prompts. Otherwise what was generated counts too, whose arithmetic is that of single tokens.
+        exact_prefixes: use them only where they are bit for bit what processing the prompt would give, as far as
+            `SharedPrefixes` knows. Otherwise what was generated counts too, whose arithmetic is that of single tokens.
         prompts_first: process the prompts of all rows before the next step, which is faster as a whole; otherwise one
-            piece of a prompt between two steps, or a few short prompts, so that other rows keep flowing.
+            piece of a prompt before each step, or a few short prompts, so that other rows keep flowing.
     """
 
     def __init__(
@@ -98,7 +99,6 @@ class Engine:
         self._shared = None if prefixes is None else SharedPrefixes(prefixes, exact_prefixes)
         self._draws = Draws()
         self._calls = BatchStep(model, adapters, self._draws, self.speculation)
-        self._reads_first = False  # whether the next step needs to know the drawn tokens
         self._steps = 0
 
     @property
@@ -176,20 +176,22 @@ class Engine:
         speculation = self.speculation
         speculation.entered()
         self._admit()
-        drawn, step = self._draws.take(), speculation.take_step()
-        following = [] if self._reads_first else self._calls.after_drawn(self.rows, drawn)
-        pieces = read(drawn)
+        step = speculation.take_step()
+        # First, so that the first token of a text is drawn now, and read before the step that it is part of.
+        pieces = self._process_prompts()
+        drawn = self._draws.take()
+        # Whether the step needs to know the drawn tokens.
+        reads_first = any(row.draft is not None for row in self.rows) or speculation.wants(self.rows, unread=1)
+        following = [] if reads_first else self._calls.after_drawn(self.rows, drawn)
+        pieces += read(drawn)
         speculation.ended(step, Counter(row for row, _ in pieces))
-        if self._reads_first:
+        if reads_first:
             self._calls.after_known(self.rows)
         for row, logprobs in following:
             # Forced tokens are pending if the constraint had no choice to offer; then this row's turn comes later.
             if not row.is_done and not row.prompt and not row.pending:
                 self._draws.start(row, logprobs)
-        pieces += self._process_prompts()
         self._retire()
-        drafting = any(row.draft is not None for row in self.rows)
-        self._reads_first = drafting or speculation.wants(self.rows, unread=1)
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -239,8 +241,8 @@ class Engine:
         for row in [row for row in self.rows if row.prompt and not row.is_done]:
             self.speculation.disturbed()
             while row.prompt and not row.is_done:
-                most = piece_size(row)
-                count = max(min(len(row.prompt), most), most // _MOST_PROMPTS)
+                most = backend.prefill_step_size(size=row.request.options.prefill_step_size)
+                count = max(next_piece(row), most // _MOST_PROMPTS)
                 if taken and taken + count > most and not self.prompts_first:
                     return pieces
                 taken += count
@@ -252,11 +254,11 @@ class Engine:
 
     def _process_piece(self, row: Row) -> list[Piece]:
         """Process a piece of a row's prompt, the draft model's first; after the last one, draw the next token."""
-        if row.prepare_draft(piece_size(row)):
+        if row.prepare_draft(next_piece(row)):
             return []
         if self._shared is not None:
             self._shared.before_piece(row)
-        logprobs = self._calls.prompt_piece(row, piece_size(row))
+        logprobs = self._calls.prompt_piece(row, next_piece(row))
         if logprobs is None:
             return []
         if self._shared is not None:

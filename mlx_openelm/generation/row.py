@@ -10,10 +10,11 @@ import mlx.core as mx
 
 from ..adapters.pool import AdapterHandle
 from ..adapters.switching import AdapterPaths
+from ..backend import MANY_POSITIONS
 from ..cache import rewind
 from ..errors import OpenELMError
 from ..text.tokenizer import Tokenizer
-from .decoding import MANY_POSITIONS, Request
+from .decoding import Request
 from .draft_length import MAX_DRAFT_TOKENS
 from .drafting import MAX_CHECKED_TOKENS, CheckedDraft, Draft, DraftCounts, Drafter
 from .drawing import failed_draw, warn_past_context

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from .. import backend
+from ..backend import MANY_POSITIONS
 from .prefix_tree import PrefixTree
 from .row import Row
+
+# Fewer positions, such as BOS alone, cost more to join than to process.
+_WORTH_SHARING = 8
 
 
 class SharedPrefixes:
@@ -12,7 +16,9 @@ class SharedPrefixes:
 
     Args:
         tree: where they are held.
-        exact: share only what is, bit for bit, what processing the prompt would give: whole pieces of prompts.
+        exact: share only what is, bit for bit, what processing the prompt would give: no generated tokens. On the CPU
+            kernels keys and values do not depend on where a prompt is cut, as long as its last piece has many
+            positions; but in sliding and quantized caches they do, so that only whole pieces of these are shared.
     """
 
     def __init__(self, tree: PrefixTree, exact: bool):
@@ -22,26 +28,27 @@ class SharedPrefixes:
         """Give a new row what its prompt begins with."""
         if row.past:
             return
-        ids, size = row.prompt, piece_size(row)
+        ids, unit = row.prompt, self._unit(row)
         if self._exact:
-            ids = ids[: (len(ids) - 1) // size * size + 1]
+            least = min(MANY_POSITIONS, _usual_piece(row))  # that are left to process
+            ids = ids[: max(0, len(ids) - least) // unit * unit + 1]
         cache, count = self._tree.fetch(ids, row.request.options, key=self._key(row))
-        excess = count % size if self._exact else 0
-        if count > excess and all(layer.trim(excess) == excess for layer in cache):
+        excess = count % unit
+        if count - excess >= _WORTH_SHARING and all(layer.trim(excess) == excess for layer in cache):
             row.start_after(count - excess, cache)
 
     def before_piece(self, row: Row) -> None:
-        """Keep the whole pieces of a row's prompt, before the last one.
-
-        Nothing is kept later, when tokens that a constraint forces are processed like a prompt: the tokens before them
-        were processed one by one.
-        """
-        if self._exact and not row.tokens and len(row.prompt) <= piece_size(row):
+        """Keep the whole pieces of a row's prompt, before the last one, where only these are shared."""
+        if self._unit(row) > 1 and not row.tokens and next_piece(row) == len(row.prompt):
             self._keep(row)
 
     def after_prompt(self, row: Row) -> None:
-        """Keep a row's prompt; also what was generated after it, at the row's end."""
-        if not self._exact:
+        """Keep a row's prompt; also what was generated after it, at the row's end.
+
+        What was generated is not exact, nor are tokens that a constraint forces later, which come after it.
+        """
+        is_prompt = not row.tokens and int(row.decoder.cache[0].offset) >= MANY_POSITIONS
+        if not self._exact or (is_prompt and self._unit(row) == 1):
             self._keep(row)
 
     def _keep(self, row: Row) -> None:
@@ -53,6 +60,12 @@ class SharedPrefixes:
         if row.past == 0 and len(ids) == row.decoder.cache[0].offset > 0:
             self._tree.insert(ids, row.decoder.cache, key=self._key(row))
 
+    def _unit(self, row: Row) -> int:
+        """What is shared of a row has a multiple of this many positions."""
+        options = row.request.options
+        is_plain = options.max_kv_size is None and options.kv_bits is None
+        return 1 if not self._exact or is_plain else _usual_piece(row)
+
     def _key(self, row: Row) -> str:
         """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
         options = row.request.options
@@ -62,6 +75,10 @@ class SharedPrefixes:
         return f"{row.key}, {options.prefill_step_size}, {start}"
 
 
-def piece_size(row: Row) -> int:
-    """The most tokens of a row's prompt that are processed at a time."""
-    return row.request.options.prefill_step_size or backend.prefill_step_size()
+def next_piece(row: Row) -> int:
+    """The tokens of a row's prompt that are processed next."""
+    return backend.prefill_step_size(len(row.prompt), row.request.options.prefill_step_size)
+
+
+def _usual_piece(row: Row) -> int:
+    return backend.prefill_step_size(size=row.request.options.prefill_step_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from .. import backend
@@ -64,7 +65,7 @@ def text_needs(
     Args:
         past: positions that its caches hold before the prompt.
         prompt, count: tokens of the prompt, and of the text.
-        piece: tokens of the prompt that are processed at a time.
+        piece: the usual number of tokens of the prompt that are processed at a time.
         itemsize: bytes of an activation.
         drafted: the most tokens that a step processes and may take back, after which buffers grow at other places.
     """
@@ -72,7 +73,7 @@ def text_needs(
     width = values * itemsize
     total = past + prompt + max(count - 1, 0)  # nothing is computed from the last token
     spare = _rounded(drafted + 1) if drafted else 0
-    ends = [past + min(end, prompt) for end in range(piece, prompt + piece, piece)]
+    ends = [past + end for end in accumulate(_pieces(prompt, piece))]
     if kind.bits is None or total < kind.start:
         columns, grows = _columns(kind.window, past, ends, total)
         if kind.window is None and total > ends[-1]:
@@ -91,10 +92,20 @@ def text_needs(
         # After the first piece already, the other texts need not wait for the memory of plain ones.
         held = max(columns * packed, plain * width if reached > ends[0] else 0)
         replaced = max(columns * packed if grows else 0, plain * (width + packed))
-    layers, longest = config.num_transformer_layers, min(piece, prompt)
+    # Where the beginning of a prompt is held already, the rest is cut elsewhere.
+    layers, longest = config.num_transformer_layers, min(prompt, piece + backend.MANY_POSITIONS - 1)
     share = 1.0 if backend.on_gpu() else min(1.0, _COPIES_AHEAD / (2 * layers))
     activations = _most_of(activations_of(config, itemsize), layers if backend.on_gpu() else _LAYERS_AHEAD) * longest
     return TextNeeds(held, int(replaced * share), activations + _masks(kind, past + prompt, longest, itemsize))
+
+
+def _pieces(prompt: int, size: int) -> list[int]:
+    """The lengths of the pieces in which a prompt is processed."""
+    lengths = []
+    while prompt:
+        lengths.append(backend.prefill_step_size(prompt, size))
+        prompt -= lengths[-1]
+    return lengths or [0]
 
 
 def _columns(window: int | None, past: int, ends: Sequence[int], total: int) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ Heads = tuple[mx.array, mx.array, mx.array]
 
 # With this many positions a row, per-operation overhead no longer matters, so a layer need not be one kernel. And when
 # a prompt only fills the cache, separate operations let MLX skip all of the last layer but its keys and values.
-MANY_LAYER_ROWS = 12
+MANY_LAYER_ROWS = backend.MANY_POSITIONS
 
 
 def choose(

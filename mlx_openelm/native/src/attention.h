@@ -3,6 +3,9 @@
 // A task is a block of queries that share a key-value head: some positions, and all query heads of the group. It goes
 // through keys and values in blocks of kKeys, and corrects the softmax's maximum and sum when larger scores appear. The
 // products are the tiles of `matmul.h`, with the keys of a block transposed so that each lane is a key.
+//
+// From kManyRows positions on, a position gets the same numbers bit for bit, whatever others are processed with it: keys
+// are cut into spans at fixed places.
 
 #pragma once
 
@@ -47,6 +50,7 @@ struct Attention {
 constexpr int64_t kKeys = 64;
 constexpr int64_t kQueryRows = 64;
 constexpr int64_t kFewQueries = 8;          // with fewer rows transposing the keys costs more than it saves
+constexpr int64_t kSpan = 512;              // keys of a prompt in a part of a task
 constexpr int64_t kTasks = 64;              // enough to keep all threads busy
 constexpr int64_t kWorthAThread = 1 << 15;  // multiplications
 
@@ -76,10 +80,11 @@ INLINE const float* some_rows(const Matrix& m, int64_t first, int64_t count, int
   return memory;
 }
 
-// scores[row][key] = rows of a [rows, width] times rows of b [count, dim], for one block of keys.
-inline void block_products(const float* a, int64_t rows, const float* b, int64_t stride, int64_t count, int64_t dim,
-                           int64_t width, float* turned, float* scores) {
-  if (rows <= kFewQueries && dim % kLanes == 0) {
+// scores[row][key] = rows of a [rows, width] times rows of b [count, dim], for one block of keys. `length`, the number of
+// new positions, decides how.
+inline void block_products(const float* a, int64_t rows, int64_t length, const float* b, int64_t stride, int64_t count,
+                           int64_t dim, int64_t width, float* turned, float* scores) {
+  if (length < kManyRows && rows <= kFewQueries && dim % kLanes == 0) {
     int64_t key = 0;
     for (; key + kLanes <= count; key += kLanes) {
       for (int64_t r = 0; r < rows; r++) {
@@ -149,7 +154,7 @@ inline void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int
   for (int64_t key = start; key < end; key += kKeys) {
     int64_t count = end - key < kKeys ? end - key : kKeys, stride;
     const float* block = some_rows(keys, key, count, width, false, opened, stride);
-    block_products(queries, rows, block, stride, count, a.dim, width, turned, scores);
+    block_products(queries, rows, a.length, block, stride, count, a.dim, width, turned, scores);
     scale_and_hide(a, b, first, rows, key, count, scores);
     for (int64_t r = 0; r < rows; r++) {
       float* row = scores + r * kKeys;
@@ -213,6 +218,7 @@ struct Plan {
   int64_t positions, blocks, tasks, rows;  // positions in a task, tasks of a head and in all, rows of a task
   int64_t parts = 1, span, size;           // parts of the past, keys in a part, floats of a part's results
   bool alone;                              // too little work for several threads
+  bool apart;                              // whether a task's parts are tasks of their own
 
   explicit Plan(const Attention& a) {
     positions = kQueryRows / a.group() > 1 ? kQueryRows / a.group() : 1;
@@ -221,10 +227,15 @@ struct Plan {
     rows = positions * a.group();
     alone = a.batch * a.length * a.heads * a.total * a.dim < kWorthAThread;
     // Few queries with a long past: the past is split too, and the parts are merged.
-    int64_t least = 2 * kKeys;
-    if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
-    if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
-    span = ((a.total + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
+    if (a.length >= kManyRows) {
+      parts = (a.total + kSpan - 1) / kSpan, span = kSpan;
+    } else {
+      int64_t least = 2 * kKeys;
+      if (!alone && tasks < kTasks) parts = (kTasks + tasks - 1) / tasks;
+      if (parts > (a.total + least - 1) / least) parts = (a.total + least - 1) / least;
+      span = ((a.total + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
+    }
+    apart = parts > 1 && !alone && tasks < kTasks;
     size = (Partial::size(rows, a.width()) + 15) / 16 * 16;
   }
 };
@@ -235,8 +246,7 @@ inline void attention(const Attention& a, float* y, float* sums) {
   Plan plan(a);
   int64_t positions = plan.positions, blocks = plan.blocks, tasks = plan.tasks, rows = plan.rows;
   int64_t parts = plan.parts, span = plan.span, size = plan.size;
-  bool alone = plan.alone;
-  float* memory = scratch.get<float>((parts > 1 ? tasks * parts : 1) * size);
+  float* memory = plan.apart ? scratch.get<float>(tasks * parts * size) : nullptr;
 
   auto run = [&](int64_t task, int64_t part, float* memory) {
     int64_t first = task % blocks * positions, head = task / blocks;
@@ -251,12 +261,15 @@ inline void attention(const Attention& a, float* y, float* sums) {
     int64_t last = first + positions < a.length ? first + positions : a.length;
     finish(a, head / a.kv, head % a.kv, first, last, partial, y, sums);
   };
-  if (parts == 1) {
+  if (!plan.apart) {
     auto whole = [&](int64_t task) {
       thread_local Scratch own;
-      write_out(task, run(task, 0, own.get<float>(size)));
+      float* results = own.get<float>(2 * size);
+      Partial all = run(task, 0, results);
+      for (int64_t part = 1; part < parts; part++) join(all, run(task, part, results + size), rows, a.width());
+      write_out(task, all);
     };
-    return for_ranges(tasks, alone ? tasks : 1, [&](int64_t begin, int64_t end) {
+    return for_ranges(tasks, plan.alone ? tasks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) whole(task);
     });
   }
@@ -340,9 +353,9 @@ inline void attention_gradient(const Attention& a, const float* y, const float* 
         int64_t end = a.visible(last), count = end - key < kKeys ? end - key : kKeys, stride, values_stride;
         const float* k = some_rows(keys, key, count, width, true, opened, stride);
         const float* v = some_rows(values, key, count, width, false, opened_values, values_stride);
-        block_products(queries, rows, k, stride, count, a.dim, width, turned, weights);
+        block_products(queries, rows, a.length, k, stride, count, a.dim, width, turned, weights);
         scale_and_hide(a, b, first, rows, key, count, weights);
-        block_products(wanted, rows, v, values_stride, count, a.dim, width, turned, slopes);
+        block_products(wanted, rows, a.length, v, values_stride, count, a.dim, width, turned, slopes);
         for (int64_t r = 0; r < rows; r++) {
           int64_t head = kv * a.group() + r % a.group(), l = first + r / a.group();
           float logsum = sums[(b * a.heads + head) * a.length + l];
