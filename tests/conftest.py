@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx_openelm  # noqa: F401 (before MLX, which binds its BLAS when it is imported)
 from mlx_openelm import native
+from mlx_openelm.training.run import metrics
 
 import mlx.core as mx
 import numpy as np
@@ -50,6 +51,13 @@ def plain_unless_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of a run's losses, most of the time of a short run, is only drawn in tests marked `pictures`."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(metrics, "draw", lambda curves, path, title="": path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(params=["kernels", "plain"])
