@@ -15,7 +15,6 @@ CHECKS = Path(__file__).parent / "native" / "checks.cpp"
 FLAGS = ("-std=c++20", "-pthread", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{SOURCES}", f"-I{CHECKS.parent}")
 # The flags of the library; sanitizers need fewer.
 FAST = ("-O2", "-fno-math-errno", "-fno-trapping-math", *FUSED)
-QUICK = ("-O1", *FAST[1:])  # compiles in half the time
 TRACED = ("-O1", "-g1", "-fno-sanitize-recover=all")
 # Products take a minute to compile; `test_native.py` checks them in the compiled library.
 WITHOUT_PRODUCTS = "-DOPENELM_WITHOUT_PRODUCTS"
@@ -64,7 +63,7 @@ def sanitized(tmp_path: Path, sanitizers: str) -> Path:
 @pytest.mark.parametrize("some", [(WITHOUT_PRODUCTS,), pytest.param((), marks=pytest.mark.slow)])
 def test_on_this_machine(some: tuple[str, ...], tmp_path: Path) -> None:
     compiler = a_compiler()
-    compile_checks(tmp_path / "checks", compiler, *(QUICK if some else FAST), native_flag(compiler), *some)
+    compile_checks(tmp_path / "checks", compiler, *FAST, native_flag(compiler), *some)
     output = run_checks(tmp_path / "checks")
     assert "attention_gradient" in output and ("few_rows" in output) == (not some)
 

@@ -30,7 +30,9 @@ def constants_of(tree: ast.AST) -> list[object]:
 def files_with(constant: object) -> list[str]:
     """The files of the package whose code, docstrings aside, holds a constant."""
     return sorted(
-        file for file, values in package_constants().items() if any(type(v) is type(constant) and v == constant for v in values)
+        file
+        for file, values in package_constants().items()
+        if any(type(v) is type(constant) and v == constant for v in values)
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, load
-from mlx_openelm.config import ModelConfig
 from mlx_openelm.errors import OpenELMError, RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence
 from mlx_openelm.evaluation.windows import load_documents, make_windows
@@ -24,7 +23,7 @@ from mlx_openelm.quantization.text import read_text
 import mlx.core as mx
 import numpy as np
 import pytest
-from quantization_models import FIXTURES, SHAKESPEARE, write_tiny
+from quantization_models import FIXTURES, SHAKESPEARE, measure_few_choices, write_tiny
 
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
 # A few short windows: quality is not tested here.
@@ -52,13 +51,7 @@ def budgeted(source, text, tmp_path_factory):
 
 @pytest.fixture
 def few_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the choices for a matrix, only those of one size of group are measured."""
-    every = sensitivity.candidates
-
-    def fewer(config: ModelConfig) -> dict[str, list[Quantization]]:
-        return {path: [one for one in some if one.group_size == 32] for path, some in every(config).items()}
-
-    monkeypatch.setattr(sensitivity, "candidates", fewer)
+    measure_few_choices(monkeypatch)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -458,7 +451,9 @@ def test_calibration_is_in_float32_unless_a_gpu_lacks_the_memory(
         quantize(source, tmp_path / "out", options(text, method=("gptq",)))
 
 
-def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path, few_choices):
+def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path, few_choices, monkeypatch):
+    some = dict(list(report.plain_choices(mlx_format.read_config(source)[0]).items())[:2])
+    monkeypatch.setattr(report, "plain_choices", lambda _: some)
     reported: dict[str, list[tuple[int, int]]] = {}
     quantize(
         source,
