@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import mlx_openelm  # noqa: F401 (before MLX, which binds its BLAS when it is imported)
 from mlx_openelm import native
+from mlx_openelm.training.run import metrics
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
 
 
+def pytest_collection_finish() -> None:
+    """Leave the thousands of tests and all modules out of garbage collections, a third of a second each otherwise."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def plain_unless_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On a CPU, `mx.compile` only acts in tests marked `compiled`, and in all tests with `--run-slow`.
@@ -50,6 +58,13 @@ def plain_unless_compiled(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of a run's losses, most of the time of a short run, is only drawn in tests marked `pictures`."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(metrics, "draw", lambda curves, path, title="": path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(params=["kernels", "plain"])

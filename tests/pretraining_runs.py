@@ -64,10 +64,10 @@ def command(*args: object, python: tuple[str, ...] = (sys.executable,)) -> list[
     return [*python, "-m", "mlx_openelm", "pretrain", *map(str, args)]
 
 
-def run(*args: object, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*args: object, folder: Path, timeout: float = 300, pictures: bool = False) -> subprocess.CompletedProcess[str]:
     """`mlx-openelm pretrain` in `folder`."""
     return subprocess.run(
-        command(*args), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
+        command(*args), capture_output=True, text=True, env=environment(pictures), cwd=folder, timeout=timeout
     )
 
 

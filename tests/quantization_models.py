@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.config import ModelConfig
+from mlx_openelm.formats.mlx import Quantization
 from mlx_openelm.model import OpenELM
+from mlx_openelm.quantization import sensitivity
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,6 +68,16 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(SHAKESPEARE / name, folder / name)
     return folder
+
+
+def measure_few_choices(patch: pytest.MonkeyPatch) -> None:
+    """Of the choices for a matrix, only those with groups of 32 are measured."""
+    every = sensitivity.candidates
+
+    def few(config: ModelConfig) -> dict[str, list[Quantization]]:
+        return {path: [one for one in some if one.group_size == 32] for path, some in every(config).items()}
+
+    patch.setattr(sensitivity, "candidates", few)
 
 
 def unpack_levels(words: np.ndarray, bits: int) -> np.ndarray:

@@ -281,8 +281,8 @@ def test_dropped_adapters_leave_no_memory() -> None:
 
     size = pool.acquire("0").nbytes
     assert 8 * size < 30_000_000
-    levels = [use(number) for number in range(0, 120, 2)]
-    assert max(levels[30:]) <= max(levels[15:30]) + size
+    levels = [use(number) for number in range(0, 72, 2)]
+    assert max(levels[18:]) <= max(levels[9:18]) + size
 
 
 def test_an_adapter_that_alone_is_too_large_is_refused() -> None:

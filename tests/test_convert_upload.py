@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from mlx_openelm.jobs.convert import Conversion
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import metadata_load
+from in_process import run_here
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 REPO = "me/shakespeare-4bit"
@@ -24,10 +23,7 @@ WRITER = {"HF_TOKEN": "hf_writer"}
 
 
 def convert(*args: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run the command in a separate process."""
-    command = [sys.executable, "-m", "mlx_openelm", "convert", *map(str, args)]
-    root = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(command, env=os.environ | env | root, capture_output=True, text=True, timeout=60)
+    return run_here("convert", *args, env=env, offline=False)
 
 
 @pytest.fixture

@@ -370,6 +370,7 @@ def test_flags_and_files_give_the_same_options(here, monkeypatch):
     assert seen == [seen[0]] * 3
 
 
+@pytest.mark.pictures
 def test_the_command_prints_pairs_accuracy_and_margin(here, monkeypatch):
     monkeypatch.setattr(finetune_module, "Metrics", Metrics)  # which plots
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--max-seq-length", 48)

@@ -43,7 +43,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["shakespeare-hf", "tiny"])
+@pytest.fixture(scope="module", params=["shakespeare-hf", pytest.param("tiny", marks=pytest.mark.slow)])
 def loaded(request: pytest.FixtureRequest) -> tuple[OpenELM, Tokenizer]:
     return load("tiny" if request.param == "tiny" else FIXTURES / request.param)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from mlx_openelm import convert
@@ -16,6 +14,7 @@ from mlx_openelm.publishing.upload import UploadOptions, publish
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import metadata_load
+from in_process import run_here
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 PARAMETERS = "2,485,056"
@@ -25,10 +24,7 @@ GGUF, FOLDER = ("--format", "gguf"), ("--format", "huggingface")
 
 
 def run_export(*args: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a separate process, in `folder`."""
-    command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | env
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
+    return run_here("export", *args, env=env, folder=folder, offline=False)
 
 
 @pytest.fixture

@@ -48,12 +48,14 @@ def refused(capfd: pytest.CaptureFixture[str], *args: object) -> str:
 
 # Quantizing what is quantized.
 
+SHORT_TEXT = ("--num-samples", "2", "--sequence-length", "32")
+
 
 @pytest.mark.parametrize(
     ("args", "bits"),
     [
         (("convert", "-q", "--q-bits", "3"), 3),
-        (("quantize", "--mlx-path", "mlx_model", "--method", "gptq", "--num-samples", "2"), 4),
+        (("quantize", "--mlx-path", "mlx_model", "--method", "gptq", *SHORT_TEXT), 4),
         (("convert", "--model", "my model.gguf", "-q", "--tokenizer", TINY_FOLDER / "tokenizer.model"), 4),
         (("convert", "--model", "packed", "-q", "--q-bits", "8"), 8),
     ],

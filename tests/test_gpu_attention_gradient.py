@@ -46,8 +46,8 @@ def step(batch: Batch, recompute: str) -> tuple[float, mx.array]:
 
 
 # Whole and padded tiles of queries, single and packed examples; few of them where a CPU stands in.
-CASES = list(itertools.product((256, 200), (1, 3), (NOTHING, PARTS, LAYERS)))
-MARKS = {(200, 3, PARTS): [], (256, 1, NOTHING): [pytest.mark.slow]}
+CASES = list(itertools.product((256, 136), (1, 3), (NOTHING, PARTS, LAYERS)))
+MARKS = {(136, 3, PARTS): [], (256, 1, NOTHING): [pytest.mark.slow]}
 
 
 @pytest.mark.parametrize(

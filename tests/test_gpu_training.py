@@ -218,7 +218,9 @@ def learned(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in mx.load(str(folder / "adapters.safetensors")).items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"fine_tune_type": "dora"}, {"packing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"fine_tune_type": "dora"}, marks=pytest.mark.slow), {"packing": True}], ids=str
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path, monkeypatch):
     """Up to rounding: a GPU may sum in varying order."""
     write_run_folder(tmp_path)

@@ -437,6 +437,7 @@ def test_flags_and_files_give_the_same_options(here, monkeypatch):
     assert seen[0].reward_weights == (1.0, 2.0, 3.0) and seen == [seen[0]] * 4
 
 
+@pytest.mark.pictures
 def test_the_command_prints_rewards(here, monkeypatch):
     monkeypatch.setattr(finetune_module, "Metrics", Metrics)  # which plots
     flags = ("--train", "--test", "--model", "model", "--data", "data", "--iters", 2, "--batch-size", 4,

@@ -628,7 +628,7 @@ def test_signed_addresses_and_tokens_stay_out_of_messages(
 
 def test_an_endpoint_with_a_password_is_not_shown(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.stop()
-    endpoint = hub.url.replace("127", "me:SECRET@127")
+    endpoint = hub.url.replace("//", "//me:SECRET@")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     with pytest.raises(OpenELMError, match=r"Cannot reach 127\.0\.0\.1 ") as error:
         resolve.resolve("270m")

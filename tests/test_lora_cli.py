@@ -297,7 +297,7 @@ def test_on_a_terminal_there_is_one_live_line(folder):
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is visible again
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [60, pytest.param(80, marks=pytest.mark.slow)])
 def test_lines_are_broken_between_words(columns, folder):
     words = command(*SMALL, "--overwrite", "--adapter-path", f"narrow{columns}")
     terminal, theirs = pty.openpty()

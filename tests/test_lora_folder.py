@@ -180,6 +180,7 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert output.strip() or (words[1] == "generate" and errors.strip()), command
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_order(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ours(README):

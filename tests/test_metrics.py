@@ -22,6 +22,8 @@ from mlx_openelm.training.run.metrics import Metrics
 
 import pytest
 
+pytestmark = pytest.mark.pictures
+
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     text = (folder / "metrics.jsonl").read_text()

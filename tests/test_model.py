@@ -6,6 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,31 @@ def rule_weights(config: ModelConfig) -> Iterator[tuple[str, mx.array]]:
         yield name, weight
 
 
-@pytest.mark.parametrize("size", ["270M", pytest.param("450M", marks=pytest.mark.slow)])
+def test_the_largest_layer_gives_the_logits_of_plain_loops() -> None:
+    """As wide as the 270M model; the slow test below has all of its layers."""
+    full = ModelConfig.from_name("270M")
+    last = {name: getattr(full, name)[-1:] for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers")}
+    config = replace(full, num_transformer_layers=1, vocab_size=8000, **last)
+    model = OpenELM(config)
+    model.load_weights(list(rule_weights(config)))
+    weights = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
+    ids = np.array([[1, 7999, 20, 300, 4000, 20, 5]])
+    expected = numpy_model.logits(config, weights, ids)[0]
+    cache = make_cache(1)
+    assert_close(model(mx.array(ids), cache)[0], expected)
+    # A single row takes another path through the large products.
+    cache[0].trim(1)
+    assert_close(model(mx.array(ids[:, -1:]), cache)[0, -1], expected[-1])
+
+
+@pytest.mark.parametrize("size", ["270M", "450M"])
+def test_true_sizes_have_the_parameters_of_the_reference(size: str) -> None:
+    with np.load(FIXTURES / f"true-size-OpenELM-{size}.npz") as reference:
+        assert ModelConfig.from_name(size).num_parameters == int(reference["num_parameters"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["270M", "450M"])
 def test_true_sizes_give_the_reference_logits(size: str) -> None:
     reference = np.load(FIXTURES / f"true-size-OpenELM-{size}.npz")
     config = ModelConfig.from_name(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def constants_of(tree: ast.AST) -> list[object]:
 def files_with(constant: object) -> list[str]:
     """The files of the package whose code, docstrings aside, holds a constant."""
     return sorted(
-        file for file, values in CONSTANTS.items() if any(type(v) is type(constant) and v == constant for v in values)
+        file
+        for file, values in package_constants().items()
+        if any(type(v) is type(constant) and v == constant for v in values)
     )
 
 
@@ -38,7 +41,7 @@ def files_with_path(path: str) -> list[str]:
     inside = path if path.endswith(".") else f"{path}."
     return sorted(
         file
-        for file, values in CONSTANTS.items()
+        for file, values in package_constants().items()
         if any(isinstance(v, str) and f"{v}.".startswith(inside) for v in values)
     )
 
@@ -49,9 +52,9 @@ def _is_constant(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant)
 
 
-CONSTANTS = {
-    str(path.relative_to(PACKAGE)): constants_of(ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")
-}
+@functools.cache  # not at import: every process that collects the tests imports this module
+def package_constants() -> dict[str, list[object]]:
+    return {str(path.relative_to(PACKAGE)): constants_of(ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")}
 
 
 @pytest.mark.parametrize("path", [EMBEDDING, LAYERS, NORM, HEAD])

@@ -36,6 +36,7 @@ def log_softmax(logits: mx.array) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_the_mean_loss_equals_the_reference(loaded, windows, reference):
     expected = reference["valid"]
     assert len(windows) == expected["windows"]

@@ -79,8 +79,8 @@ def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, ki
     """A memory that holds little, so that almost everything comes from files; a new process now and then."""
     options, reused = KINDS[kind], 0
     tree = start(60_000)
-    for n, (ids, _) in enumerate(requests(5, 60)):
-        if n % 20 == 19:
+    for n, (ids, _) in enumerate(requests(5, 40)):
+        if n % 13 == 12:
             tree.save()
             tree = start(60_000)
         reused += check(model, tree, ids, options)
@@ -88,7 +88,7 @@ def test_random_requests_over_both_tiers_and_restarts(model: Any, start: Any, ki
         process(model, ids, cache, 8)
         tree.insert(ids, cache)
         assert tree.nbytes == contents(tree) <= 60_000
-    assert reused > 300
+    assert reused > 200
 
 
 def test_what_memory_drops_is_written_and_read_again(model: Any, start: Any, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_damaged_files_are_dropped(model: Any, start: Any, tmp_path: Path, kind:
     (path,) = files(tmp_path)
     data = path.read_bytes()
     broken = [data[: len(data) * n // 7] for n in range(7)]
-    for place in range(8, len(data), len(data) // 40):
+    for place in range(8, len(data), len(data) // 16):
         broken.append(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
     for content in [*broken, b"text", b"\0" * 100]:
         path.write_bytes(content)

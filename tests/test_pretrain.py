@@ -108,12 +108,13 @@ def test_a_run_learns_and_its_model_loads(here):
 
 
 def test_the_command_runs_a_file_and_its_folder_has_what_it_says(here):
-    done = run("--config", "run.yaml", "--output", "out", "--json", folder=here)
+    done = run("--config", "run.yaml", "--output", "out", "--json", folder=here, pictures=True)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["steps"] == 9 and values["models"] == {"model": "out/model"} and values["validation"]["model"] > 0
     names = {path.name for path in (here / "out").iterdir() if not path.name.startswith(".")}
     assert names == {"model", "checkpoints", "metrics.jsonl", "run.json", "losses.png"}
+    assert (here / "out" / "losses.png").stat().st_size > 1000
     record = json.loads((here / "out" / "run.json").read_text())
     assert record["data"]["mode"] == "packed" and record["data"]["positions"] >= 9 * 2 * 48
     assert "The model is new: own sizes" in done.stderr and "train: 1 file, " in done.stderr

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub
 from huggingface_hub import HfApi, metadata_load
+from in_process import run_here
 
 SHAKESPEARE = Path(__file__).parent / "fixtures" / "shakespeare-hf"
 REPO = "me/OpenELM-4bit"
@@ -93,8 +94,7 @@ def arrived(hub: FakeHub, repo: str = REPO) -> dict[str, bytes]:
 
 
 def run(*args: Any, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    return run_here(*args, env=env, offline=False)
 
 
 def message_of(error: pytest.ExceptionInfo[OpenELMError]) -> str:
@@ -109,7 +109,9 @@ def message_of(error: pytest.ExceptionInfo[OpenELMError]) -> str:
 def test_upload_and_download_give_the_same_model(
     folder: Path, writer: FakeHub, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
-    done = run("upload", "--path", folder, "--upload-repo", REPO, env=hub_env | {"HF_TOKEN": "hf_writer"})
+    command = [sys.executable, "-m", "mlx_openelm", "upload", "--path", str(folder), "--upload-repo", REPO]
+    env = os.environ | hub_env | {"HF_TOKEN": "hf_writer"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)  # as everybody does, in another process
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith(f": {writer.url}/{REPO}")
     assert done.stderr == f"Uploading {folder} to {REPO} ...\nUploaded {REPO}\n"

@@ -1,11 +1,9 @@
-"""The `quantize` command, and recipes in `convert`, each in a separate process."""
+"""The `quantize` command, and recipes in `convert`."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from mlx_openelm.evaluation.windows import load_documents
@@ -13,16 +11,15 @@ from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.quantization.recipes import planner
 
 import pytest
-from quantization_models import FIXTURES, write_tiny
+from in_process import run_here
+from quantization_models import FIXTURES, measure_few_choices, write_tiny
 
 LEARNING = ("--calibration", "play.txt", "--num-samples", 4, "--sequence-length", 32)
 
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in `folder`, which has a model and a text."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", "mlx_openelm", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120)
+    return run_here(*args, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,8 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder):
+def test_a_budget_a_report_and_a_dry_run_of_an_upload(folder, monkeypatch):
+    measure_few_choices(monkeypatch)
     upload = ("--q-bits", 4, "--upload-repo", "me/small", "--dry-run")
     before = sorted(folder.rglob("*"))
     done = run("quantize", "--model", "model", "--mlx-path", "small", *upload, folder=folder)

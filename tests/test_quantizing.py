@@ -23,7 +23,7 @@ from mlx_openelm.quantization.text import read_text
 import mlx.core as mx
 import numpy as np
 import pytest
-from quantization_models import FIXTURES, SHAKESPEARE, write_tiny
+from quantization_models import FIXTURES, SHAKESPEARE, measure_few_choices, write_tiny
 
 TEXT = "\n".join(load_documents(FIXTURES / "valid.jsonl"))
 # A few short windows: quality is not tested here.
@@ -47,6 +47,11 @@ def budgeted(source, text, tmp_path_factory):
     """A model quantized to a budget, shared by the tests."""
     target = tmp_path_factory.mktemp("budgeted") / "out"
     return quantize(source, target, QuantizeOptions(target_bpw=4.2, calibration=str(text), **SMALL))
+
+
+@pytest.fixture
+def few_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_few_choices(monkeypatch)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -199,8 +204,9 @@ def test_methods_are_applied_in_a_fixed_order(source, text, tmp_path):
     for spelling in (("dwq,gptq", "awq"), ("awq", "gptq", "dwq", "gptq"), (" AWQ , gptq,dwq",)):
         chosen = options(text, q_bits=3, method=spelling)
         assert chosen.method == ("awq", "gptq", "dwq")
-        folders.append(contents(quantize(source, tmp_path / str(len(folders)), chosen).path))
-    assert folders[0] == folders[1] == folders[2]
+        if len(folders) < 2:
+            folders.append(contents(quantize(source, tmp_path / str(len(folders)), chosen).path))
+    assert folders[0] == folders[1]
     assert "AWQ + GPTQ + DWQ" in (tmp_path / "0" / "README.md").read_text()
 
 
@@ -392,7 +398,7 @@ def test_a_budget_that_is_too_small_and_a_strange_type_are_refused(source, text,
 
 
 @pytest.mark.parametrize("place", ["weights", "sensitivities", "distilling"])
-def test_a_failure_in_the_middle_leaves_no_model(place, source, text, tmp_path, monkeypatch):
+def test_a_failure_in_the_middle_leaves_no_model(place, source, text, tmp_path, few_choices, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -413,14 +419,14 @@ def test_a_failure_in_the_middle_leaves_no_model(place, source, text, tmp_path, 
         assert sensitivity.read(tmp_path / kept[0], config).text == "play.txt"
 
 
-def test_a_failure_is_reported_if_sensitivities_cannot_be_saved(source, text, tmp_path, monkeypatch):
+def test_a_failure_is_reported_if_sensitivities_cannot_be_saved(source, text, tmp_path, few_choices, monkeypatch):
     monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     with pytest.raises(OpenELMError, match="leave dwq out"):
         quantize(source, tmp_path / "new" / "out", options(text, target_bpw=4.5, method=("dwq",)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sensitivities_of_an_earlier_failure_are_not_replaced(source, text, tmp_path, monkeypatch):
+def test_sensitivities_of_an_earlier_failure_are_not_replaced(source, text, tmp_path, few_choices, monkeypatch):
     monkeypatch.setattr(dwq, "kl_divergence", lambda *_: mx.array(float("nan")))
     earlier = tmp_path / "out-sensitivities.json"
     earlier.write_text("measured on more text")
@@ -445,7 +451,9 @@ def test_calibration_is_in_float32_unless_a_gpu_lacks_the_memory(
         quantize(source, tmp_path / "out", options(text, method=("gptq",)))
 
 
-def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path):
+def test_progress_reaches_the_total_in_every_stage(source, text, tmp_path, few_choices, monkeypatch):
+    some = dict(list(report.plain_choices(mlx_format.read_config(source)[0]).items())[:2])
+    monkeypatch.setattr(report, "plain_choices", lambda _: some)
     reported: dict[str, list[tuple[int, int]]] = {}
     quantize(
         source,

@@ -478,13 +478,13 @@ def test_hostile_files_are_refused_cheaply(tmp_path: Path) -> None:
     """Read in a separate process with a limit on its memory."""
     for name, code in HOSTILE.items():
         pack(tmp_path / f"{name}.pt", {"data.pkl": b"\x80\x02" + code})
-    pack(tmp_path / "zeros.pt", {"data.pkl": b"}" * 100_000_000}, zipfile.ZIP_DEFLATED)
-    lying = pack(tmp_path / "lying.pt", {"data.pkl": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)
+    pack(tmp_path / "zeros.pt", {"data.pkl": b"}" * 20_000_000}, zipfile.ZIP_DEFLATED)
+    lying = pack(tmp_path / "lying.pt", {"data.pkl": bytes(20_000_000)}, zipfile.ZIP_DEFLATED)
     with lying.open("r+b") as file:
         file.seek(zipfile.ZipFile(lying).start_dir + 24)
         file.write(struct.pack("<I", 1000))
     with zipfile.ZipFile(tmp_path / "members.pt", "w") as archive:
-        for number in range(50_000):
+        for number in range(10_000):
             archive.writestr(str(number), b"")
     code = f"""
 import resource, sys, time

@@ -133,7 +133,7 @@ def test_the_first_merges_are_the_most_frequent_pairs(folder: Path) -> None:
             if text:
                 words.update(map(tuple, re.findall("▁*[^▁]+|▁+", "▁" + text.replace(" ", "▁"))))
     expected = []
-    for _ in range(40):
+    for _ in range(25):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, count in words.items():
             for pair in pairwise(word):
