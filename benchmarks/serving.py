@@ -84,7 +84,8 @@ def measure(size: str, folder: Path, arguments: argparse.Namespace) -> Iterator[
                 )
                 sizes = {"prompt_tokens": arguments.prompt_tokens, "generation_tokens": arguments.generation_tokens}
                 model = "tiny" if name == "ours" else "default_model"
-                load_for(options, model, 1.0, sizes)  # whatever is compiled or read at first
+                # Whatever is compiled or read at first. With other texts: those of the turn are not held by then.
+                load_for(replace(options, load_seed=turn + 1000), model, 1.0, sizes)
                 found[name].append(load_for(options, model, arguments.seconds, sizes).to_json())
     errors = [error for values in found.values() for one in values for error in one["errors"]]
     if errors:
