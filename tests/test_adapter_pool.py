@@ -30,7 +30,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 PEFT = ["peft-lora", "peft-rslora-attention", "peft-dora", "peft-lora-embedding"]
 BASES = {"float32": None, "8bit": Quantization(32, 8), "4bit": Quantization(32, 4)}
 # Numbers of rows. From 12 on the CPU kernels change their arithmetic with the number of rows.
-ROWS = [1, 2, 5, 11]
+ROWS = [1, pytest.param(2, marks=pytest.mark.slow), 5, 11]
 
 needs_kernels = pytest.mark.skipif(native.kernels is None, reason="a BLAS rounds a row of several differently")
 

@@ -56,7 +56,7 @@ def plain_scores(model, tokenizer, task: str) -> tuple[list[float], list[float]]
     return accuracies
 
 
-@pytest.mark.parametrize("name", ["tiny", str(FIXTURES / "shakespeare-hf")])
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), str(FIXTURES / "shakespeare-hf")])
 @pytest.mark.parametrize("task", [pytest.param("ARC-Challenge", marks=pytest.mark.slow), "openbookqa", "winogrande"])
 def test_accuracies_equal_plain_forward_passes(task, name):
     options = EvaluateOptions(suite="commonsense", tasks=(task,), data=str(DATA))

@@ -54,10 +54,10 @@ SHORT_TEXT = ("--num-samples", "2", "--sequence-length", "32")
 @pytest.mark.parametrize(
     ("args", "bits"),
     [
-        (("convert", "-q", "--q-bits", "3"), 3),
+        pytest.param(("convert", "-q", "--q-bits", "3"), 3, marks=pytest.mark.slow),
         (("quantize", "--mlx-path", "mlx_model", "--method", "gptq", *SHORT_TEXT), 4),
         (("convert", "--model", "my model.gguf", "-q", "--tokenizer", TINY_FOLDER / "tokenizer.model"), 4),
-        (("convert", "--model", "packed", "-q", "--q-bits", "8"), 8),
+        pytest.param(("convert", "--model", "packed", "-q", "--q-bits", "8"), 8, marks=pytest.mark.slow),
     ],
 )
 def test_a_quantized_model_is_quantized_by_the_two_commands_of_the_message(

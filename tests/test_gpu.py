@@ -86,10 +86,10 @@ def test_pieces_and_caches_do_not_change_the_first_tokens(reference, options):
 
 # Sampling.
 
-SAMPLERS: list[dict[str, Any]] = [
+SAMPLERS: list[Any] = [
     {"temp": 1.0},
     {"temp": 0.8, "top_p": 0.9},
-    {"temp": 0.8, "top_k": 20},
+    pytest.param({"temp": 0.8, "top_k": 20}, marks=pytest.mark.slow),
     {"temp": 1.5, "min_p": 0.05, "min_tokens_to_keep": 2},
     {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05},
     {"temp": 0.7, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2},

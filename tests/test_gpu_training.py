@@ -92,7 +92,9 @@ def ids() -> mx.array:
     return mx.array(np.random.default_rng(5).integers(3, VOCAB, (2, 41)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "lora, embeddings too" else ()) for kind in KINDS]
+)
 @pytest.mark.parametrize("packing", BASES)
 def test_adapters(kind, packing):
     """Logits of a prompt and of a few tokens, and the gradients of all trained parameters."""

@@ -68,7 +68,7 @@ def close(found: mx.array, expected: np.ndarray, dtype: mx.Dtype) -> None:
     assert np.abs(found - expected).max() < {mx.float32: 1e-5, mx.float16: 0.01, mx.bfloat16: 0.04}[dtype] * scale
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("mode", "bits", "group_size"), PACKINGS)
 def test_products_and_gradients_of_any_packing(
     gpu: str, mode: str, bits: int, group_size: int, dtype: mx.Dtype

@@ -161,7 +161,9 @@ def test_several_positions_of_a_sequence_equal_single_steps(kind: str, form: str
 
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("before", [1, 6, 7, 8, 9, 20])
+@pytest.mark.parametrize(
+    "before", [1, 7, 8, pytest.param(6, marks=pytest.mark.slow), 9, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_rejected_positions_are_taken_back_exactly(kind: str, before: int) -> None:
     model = a_model()
     rng = np.random.default_rng(before)
