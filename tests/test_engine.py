@@ -233,6 +233,20 @@ def test_prompts_share_prefixes(loaded: tuple[OpenELM, Tokenizer], exact: bool, 
             assert row.tokens == expected[1]
 
 
+def test_rows_that_come_together_share_what_the_first_processes(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=True)
+    ends = " and kill the envious moon,", " Who is already sick and pale,", " with grief, that"
+    prompts = [PLAY + end for end in ends]
+    rows = [engine.submit(prompt, max_tokens=4) for prompt in prompts]
+    finish(engine)
+    shared = len(tokenizer.encode(PLAY))
+    assert [row.cached_tokens == 0 for row in rows] == [True, False, False]
+    assert all(abs(row.cached_tokens - min(shared, len(row.request.prompt) - 12)) <= 1 for row in rows[1:])
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert_equal(result_of(row), alone(model, tokenizer, prompt, {"max_tokens": 4}))
+
+
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 24}], ids=str)
 def test_only_prompts_are_exact(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any]) -> None:
     """Not what a constraint forces, though it is processed like a prompt: the tokens before it were not."""

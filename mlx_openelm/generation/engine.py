@@ -216,8 +216,6 @@ class Engine:
             self.waiting.popleft()
             if row.error is None:
                 self.budget.take(row)
-                if self._shared is not None:
-                    self._shared.reuse(row)
                 self.rows.append(row)
 
     def _retire(self) -> None:
@@ -240,6 +238,8 @@ class Engine:
         taken = 0
         for row in [row for row in self.rows if row.prompt and not row.is_done]:
             self.speculation.disturbed()
+            if self._shared is not None:
+                self._shared.reuse(row)
             while row.prompt and not row.is_done:
                 most = backend.prefill_step_size(size=row.request.options.prefill_step_size)
                 count = max(next_piece(row), most // _MOST_PROMPTS)

@@ -212,7 +212,8 @@ class GenerationOptions(SamplingParams, CacheOptions):
     - `seed`: the same seed gives the same text; None draws a random one.
     - `stop`: strings that end the text; they are not part of it.
     - `echo`: the text begins with the prompt's.
-    - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device.
+    - `prefill_step_size`: prompt tokens processed at a time; None is what suits the device. A rest of fewer than 12
+      tokens joins the piece before it.
     - `top_logprobs`: how many of the most likely tokens each `Piece` lists; 0 is none.
     - `json_schema`, `json_object`, `regex`, `grammar`, `choice`: what the text must be, one of them: JSON for a schema
       (a mapping, its text, or a file), any JSON object, a match of a whole regular expression, a sentence of a Lark or
@@ -235,7 +236,7 @@ class GenerationOptions(SamplingParams, CacheOptions):
     prefill_step_size: Annotated[
         int | None,
         Option(
-            "Tokens of the prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+            "Tokens of the prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 128 on a CPU"
         ),
     ] = None
     top_logprobs: Annotated[

@@ -25,8 +25,11 @@ class SharedPrefixes:
         self._tree, self._exact = tree, exact
 
     def reuse(self, row: Row) -> None:
-        """Give a new row what its prompt begins with."""
-        if row.past:
+        """Give a row what its prompt begins with, unless it has been begun.
+
+        As late as that, so that rows which came together share what the first of them processes.
+        """
+        if int(row.decoder.cache[0].offset):
             return
         ids, unit = row.prompt, self._unit(row)
         if self._exact:

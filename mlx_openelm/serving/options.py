@@ -61,7 +61,7 @@ class ServeOptions(CacheOptions):
     prefill_step_size: Annotated[
         int | None,
         Option(
-            "Tokens of a prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 64 on a CPU"
+            "Tokens of a prompt to process at a time.", group="Key-value cache", default="2048 on a GPU, 128 on a CPU"
         ),
     ] = None
     num_draft_tokens: Annotated[
