@@ -414,6 +414,22 @@ def test_errors_say_what_to_do_and_can_be_tried_again(tab: Tab, api: FakeAPI) ->
     assert "ended the answer too early" in alert.inner_text() and tab.texts()[-1] == "Well met"
 
 
+def test_an_error_is_shown_with_its_own_conversation(tab: Tab, api: FakeAPI) -> None:
+    api.delay, api.breaks_after = 0.2, 2
+    tab.say("first", answered=False)
+    tab.until("document.querySelector('.assistant .text')?.textContent.startsWith('Well')")
+    tab.page.get_by_role("button", name="New conversation").click()
+    tab.wait_for_end()
+    alert = tab.page.get_by_role("alert")
+    assert alert.inner_text() == ""
+    tab.page.get_by_role("button", name="first", exact=True).click()
+    assert "ended the answer too early" in alert.inner_text()
+    api.delay, api.breaks_after = 0, None
+    tab.page.get_by_role("button", name="Try again").click()
+    tab.page.locator(".assistant .stats", has_text="prompt of").wait_for()
+    assert tab.texts() == ["first", "Well met, sir."] and alert.inner_text() == ""
+
+
 def test_a_long_conversation_leaves_out_its_oldest_exchanges(tab: Tab, api: FakeAPI) -> None:
     """As on the terminal: until half of the context is free, and a line says where the model's view begins."""
     api.context = 6

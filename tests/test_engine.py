@@ -247,6 +247,21 @@ def test_rows_that_come_together_share_what_the_first_processes(loaded: tuple[Op
         assert_equal(result_of(row), alone(model, tokenizer, prompt, {"max_tokens": 4}))
 
 
+@pytest.mark.parametrize("adapter", [None, "peft-lora"])
+@pytest.mark.parametrize("size", [None, 5, 16])
+def test_shared_prompts_are_exact_wherever_they_part(adapter: str | None, size: int | None) -> None:
+    """Also where bits depend on how a prompt is cut: with adapters, and in pieces as short as steps."""
+    model, tokenizer = load(FIXTURES / "shakespeare-hf", None if adapter is None else FIXTURES / adapter)
+    engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=True)
+    ids = tokenizer.encode(PLAY * 3)
+    for count in (len(ids), 13, 30, 31, 64, 77, len(ids)):
+        options = {"max_tokens": 3, "prefill_step_size": size}
+        row = engine.submit([*ids[:count], 50, 60, 70, 80, 90, 100], **options)
+        finish(engine)
+        assert_equal(result_of(row), alone(model, tokenizer, row.request.prompt, options))
+    assert row.cached_tokens >= (len(ids) - 24 if size or adapter is None else 0)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 24}], ids=str)
 def test_only_prompts_are_exact(loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any]) -> None:
     """Not what a constraint forces, though it is processed like a prompt: the tokens before it were not."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from .. import backend
 from ..backend import MANY_POSITIONS
+from ..model import collect_parts
 from .prefix_tree import PrefixTree
 from .row import Row
 
@@ -16,9 +19,8 @@ class SharedPrefixes:
 
     Args:
         tree: where they are held.
-        exact: share only what is, bit for bit, what processing the prompt would give: no generated tokens. On the CPU
-            kernels keys and values do not depend on where a prompt is cut, as long as its last piece has many
-            positions; but in sliding and quantized caches they do, so that only whole pieces of these are shared.
+        exact: share only what is, bit for bit, what processing the prompt would give: no generated tokens, and where
+            bits depend on where a prompt is cut, only its whole pieces.
     """
 
     def __init__(self, tree: PrefixTree, exact: bool):
@@ -33,7 +35,7 @@ class SharedPrefixes:
             return
         ids, unit = row.prompt, self._unit(row)
         if self._exact:
-            least = min(MANY_POSITIONS, _usual_piece(row))  # that are left to process
+            least = MANY_POSITIONS if _usual_piece(row) >= MANY_POSITIONS else 1  # that are left to process
             ids = ids[: max(0, len(ids) - least) // unit * unit + 1]
         cache, count = self._tree.fetch(ids, row.request.options, key=self._key(row))
         excess = count % unit
@@ -65,9 +67,7 @@ class SharedPrefixes:
 
     def _unit(self, row: Row) -> int:
         """What is shared of a row has a multiple of this many positions."""
-        options = row.request.options
-        is_plain = options.max_kv_size is None and options.kv_bits is None
-        return 1 if not self._exact or is_plain else _usual_piece(row)
+        return 1 if not self._exact or _is_cut_anywhere(row) else _usual_piece(row)
 
     def _key(self, row: Row) -> str:
         """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
@@ -81,6 +81,20 @@ class SharedPrefixes:
 def next_piece(row: Row) -> int:
     """The tokens of a row's prompt that are processed next."""
     return backend.prefill_step_size(len(row.prompt), row.request.options.prefill_step_size)
+
+
+def _is_cut_anywhere(row: Row) -> bool:
+    """Whether keys and values are the same bits wherever the prompt is cut: of plain layers on our CPU kernels."""
+    model, options = row.decoder.model, row.request.options
+    return (
+        backend.has_kernels()
+        and options.max_kv_size is None
+        and options.kv_bits is None
+        and row.handle is None
+        and _usual_piece(row) >= MANY_POSITIONS
+        and model.transformer.norm["weight"].dtype == mx.float32
+        and collect_parts(model.layers, model.config.rms_norm_eps) is not None
+    )
 
 
 def _usual_piece(row: Row) -> int:
