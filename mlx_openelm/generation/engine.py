@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 
-from .. import backend
 from ..adapters.pool import AdapterPool, PoolFullError
 from ..adapters.switching import AdapterPaths
 from ..errors import RequestError
@@ -43,7 +42,7 @@ from .piece import Piece
 from .prefix_tree import PrefixTree
 from .row import Row
 from .sampling import LogitsProcessor, Sampler
-from .shared_prefixes import SharedPrefixes, next_piece
+from .shared_prefixes import SharedPrefixes, next_piece, usual_piece
 from .speculation import Speculation
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ class Engine:
             if self._shared is not None:
                 self._shared.reuse(row)
             while row.prompt and not row.is_done:
-                most = backend.prefill_step_size(size=row.request.options.prefill_step_size)
+                most = usual_piece(row)
                 count = max(next_piece(row), most // _MOST_PROMPTS)
                 if taken and taken + count > most and not self.prompts_first:
                     return pieces
@@ -254,7 +253,8 @@ class Engine:
 
     def _process_piece(self, row: Row) -> list[Piece]:
         """Process a piece of a row's prompt, the draft model's first; after the last one, draw the next token."""
-        if row.prepare_draft(next_piece(row)):
+        # In pieces that do not depend on what the target need not process, so that drawn drafts do not either.
+        if row.prepare_draft(usual_piece(row)):
             return []
         if self._shared is not None:
             self._shared.before_piece(row)

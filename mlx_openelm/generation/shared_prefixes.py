@@ -35,7 +35,7 @@ class SharedPrefixes:
             return
         ids, unit = row.prompt, self._unit(row)
         if self._exact:
-            least = MANY_POSITIONS if _usual_piece(row) >= MANY_POSITIONS else 1  # that are left to process
+            least = MANY_POSITIONS if usual_piece(row) >= MANY_POSITIONS else 1  # that are left to process
             ids = ids[: max(0, len(ids) - least) // unit * unit + 1]
         cache, count = self._tree.fetch(ids, row.request.options, key=self._key(row))
         excess = count % unit
@@ -67,7 +67,7 @@ class SharedPrefixes:
 
     def _unit(self, row: Row) -> int:
         """What is shared of a row has a multiple of this many positions."""
-        return 1 if not self._exact or _is_cut_anywhere(row) else _usual_piece(row)
+        return 1 if not self._exact or _is_cut_anywhere(row) else usual_piece(row)
 
     def _key(self, row: Row) -> str:
         """What keys and values depend on besides the ids: bit for bit on pieces, and on when they are packed, too."""
@@ -91,11 +91,12 @@ def _is_cut_anywhere(row: Row) -> bool:
         and options.max_kv_size is None
         and options.kv_bits is None
         and row.handle is None
-        and _usual_piece(row) >= MANY_POSITIONS
+        and usual_piece(row) >= MANY_POSITIONS
         and model.transformer.norm["weight"].dtype == mx.float32
         and collect_parts(model.layers, model.config.rms_norm_eps) is not None
     )
 
 
-def _usual_piece(row: Row) -> int:
+def usual_piece(row: Row) -> int:
+    """The tokens of a row's prompt that are processed at a time, where there are enough."""
     return backend.prefill_step_size(size=row.request.options.prefill_step_size)
