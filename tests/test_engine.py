@@ -247,6 +247,24 @@ def test_rows_that_come_together_share_what_the_first_processes(loaded: tuple[Op
         assert_equal(result_of(row), alone(model, tokenizer, prompt, {"max_tokens": 4}))
 
 
+def test_a_row_that_fails_while_its_draft_is_checked_harms_no_neighbor(loaded: tuple[OpenELM, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    ids = tokenizer.encode("the king, the king, the king, the king")
+
+    def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > len(ids) + 2:
+            raise ValueError
+        return logits
+
+    engine = Engine(model, tokenizer)
+    options = {"prompt_lookup": True, "num_draft_tokens": 4, "logits_processors": [fail]}
+    failing = engine.submit(ids, max_tokens=20, **options)  # type: ignore[arg-type]
+    row = engine.submit(PLAY, max_tokens=12)
+    finish(engine)
+    assert isinstance(failing.error, ValueError) and failing.drafts is not None
+    assert_equal(result_of(row), alone(model, tokenizer, PLAY, {"max_tokens": 12}))
+
+
 @pytest.mark.parametrize("adapter", [None, "peft-lora"])
 @pytest.mark.parametrize("size", [None, 5, 16])
 def test_shared_prompts_are_exact_wherever_they_part(adapter: str | None, size: int | None) -> None:

@@ -43,12 +43,14 @@ class BatchStep:
         """
         taking, parts = [], []
         for group in drawn:
-            kept = [
-                i for i, row in enumerate(group.rows) if not row.is_done and len(row.tokens) + 1 < row.request.count
-            ]
-            taking += [group.rows[i] for i in kept]
-            if kept:
-                parts.append(group.tokens if len(kept) == len(group.rows) else group.tokens[mx.array(kept)])
+            places = []
+            # A row that has more than one token here was drafting, and has ended: otherwise they would be known.
+            for row, end in zip(group.rows, accumulate(group.counts), strict=True):
+                if not row.is_done and len(row.tokens) + 1 < row.request.count:
+                    taking.append(row)
+                    places.append(end - 1)
+            if places:
+                parts.append(group.tokens if len(places) == group.tokens.size else group.tokens[mx.array(places)])
         lengths = [1] * len(taking)
         for row in rows:
             if row.pending and not row.is_done:
