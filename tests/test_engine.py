@@ -233,6 +233,7 @@ def test_prompts_share_prefixes(loaded: tuple[OpenELM, Tokenizer], exact: bool, 
             assert row.tokens == expected[1]
 
 
+@pytest.mark.skipif(native.kernels is None, reason="only whole pieces are shared without the kernels")
 def test_rows_that_come_together_share_what_the_first_processes(loaded: tuple[OpenELM, Tokenizer]) -> None:
     model, tokenizer = loaded
     engine = Engine(model, tokenizer, prefixes=PrefixTree(model, 1 << 24), exact_prefixes=True)
@@ -277,7 +278,8 @@ def test_shared_prompts_are_exact_wherever_they_part(adapter: str | None, size: 
         row = engine.submit([*ids[:count], 50, 60, 70, 80, 90, 100], **options)
         finish(engine)
         assert_equal(result_of(row), alone(model, tokenizer, row.request.prompt, options))
-    assert row.cached_tokens >= (len(ids) - 24 if size or adapter is None else 0)
+    to_the_token = adapter is None and native.kernels is not None
+    assert row.cached_tokens >= (len(ids) - 24 if size or to_the_token else 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_kv_size": 24}], ids=str)
