@@ -20,6 +20,7 @@ from ..errors import RequestError
 from ..model import OpenELM
 from ..wording import size
 from .options import check_number
+from .shared_prefixes import usual_piece
 from .text_needs import CacheKind, activations_of, text_needs
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Budget:
     def _needs(self, row: Row) -> Needs:
         request, cache, config = row.request, row.decoder.cache, self.model.config
         options, prompt, count = request.options, len(row.prompt), request.count
-        piece = options.prefill_step_size or backend.prefill_step_size()
+        piece = usual_piece(row)
         kind = CacheKind.of(cache[0], options, config.head_dim)
         held, replaced, activations = text_needs(
             config, kind, row.past, prompt, count, piece, self._itemsize, row.most_drafted
