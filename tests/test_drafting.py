@@ -48,6 +48,15 @@ def test_lookup_proposes_what_followed_and_learns_from_the_text_alone():
     assert drafter.propose(4).logprobs is None
 
 
+def test_lookup_counts_on_tokens_that_come_before_the_draft():
+    drafter = LookupDrafter()
+    drafter.extend([*range(20), *range(5)])
+    known = drafter.plan(8).chances
+    assert drafter.plan(7, unread=1).chances == known[1:]
+    drafter.extend([30])  # nothing is expected after it
+    assert drafter.plan(7, unread=1).chances == []
+
+
 def test_lookup_learns_that_matches_mislead():
     drafter, rng = LookupDrafter(), random.Random(0)
     drafter.extend([rng.randrange(40) for _ in range(3000)])
@@ -63,6 +72,9 @@ def test_lookup_finds_earlier_texts():
     drafter.extend([1, 4, 5])
     assert drafter.propose(9).tokens == [6, 7]
     assert len(drafter.plan(9).chances) == 2
+    assert len(drafter.plan(9, unread=1).chances) == 1
+    drafter.extend([6, 7])  # and there the earlier text ends
+    assert drafter.plan(9).chances == []
 
 
 def test_a_draft_model_proposes_its_greedy_tokens_whatever_was_accepted_before(model):

@@ -70,7 +70,7 @@ class Oracle:
     def extend(self, tokens: Sequence[int]) -> None:
         self.heard += tokens
 
-    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
+    def plan(self, limit: int, least: float = LEAST_CHANCE, unread: int = 0) -> Plan:
         return Plan([1.0] * limit)
 
     def propose(self, count: int, place: int = 0) -> Draft:

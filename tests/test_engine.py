@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_openelm import Engine, batch_generate, generate, load, native, stream_generate
 from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.errors import OpenELMError, RequestError
+from mlx_openelm.generation import drawn
+from mlx_openelm.generation import engine as engine_module
+from mlx_openelm.generation.drawing import listed
 from mlx_openelm.generation.piece import Piece
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
@@ -484,3 +488,45 @@ def test_batch_generate_names_the_texts_that_are_cut_off(loaded: tuple[OpenELM, 
             batch_generate(*loaded, prompts, max_tokens=3, regex=[None, "[a-z]{40}"][-len(prompts) :])
         rest = "The text was cut off after 3 tokens, at max_tokens; it may be incomplete."
         assert [str(one.message) for one in found] == [place + rest]
+
+
+@pytest.mark.parametrize("options", [{}, {"temp": 0.9, "seed": 1, "top_logprobs": 2}, {"repetition_penalty": 1.2}])
+def test_reading_tokens_waits_for_nothing_that_was_started_after_them(
+    loaded: tuple[OpenELM, Tokenizer], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view that is made when a token is read would be computed after the next step, which has begun by then."""
+    started: list[mx.array] = []
+    start, read = mx.async_eval, drawn.read
+    read_steps = 0
+
+    def noting(*arrays: mx.array) -> None:
+        started.extend(arrays)
+        start(*arrays)
+
+    def checking(groups: Sequence[drawn.Drawn]) -> Any:
+        nonlocal read_steps
+        for group in groups:
+            for array in (group.tokens, group.logprobs, *(group.likeliest or ())):
+                assert any(array is one for one in started)
+            read_steps += 1
+        return read(groups)
+
+    monkeypatch.setattr(mx, "async_eval", noting)
+    monkeypatch.setattr(engine_module, "read", checking)
+    engine = Engine(*loaded)
+    rows = [engine.submit(PLAY, max_tokens=4, **options), engine.submit("ROMEO.", max_tokens=4, **options)]
+    while engine.is_busy:
+        engine.step()
+    assert [len(row.tokens) for row in rows] == [4, 4]
+    assert read_steps >= 4
+
+
+def test_listing_the_likeliest_tokens_computes_nothing() -> None:
+    class Values:
+        """Like an array, but no part of it can be taken on the device."""
+
+        def __init__(self, values: list[list[float]]):
+            self.tolist = lambda: values
+
+    likeliest: Any = Values([[1, 2], [3, 4]]), Values([[-2.0, -1.0], [-0.5, -float("inf")]])
+    assert [listed(likeliest, row) for row in (0, 1)] == [[(2, -1.0), (1, -2.0)], [(3, -0.5)]]

@@ -17,7 +17,7 @@ from ..model import OpenELM
 from ..ops.layers import log_softmax
 from .drawing import process_logits
 from .drawn import Drawn, Draws
-from .row import Row
+from .row import Row, part
 from .speculation import Speculation
 
 
@@ -60,7 +60,8 @@ class BatchStep:
         if not taking:
             return []
         limited = self._process(taking, parts[0] if len(parts) == 1 else mx.concatenate(parts), lengths)
-        mx.async_eval(*(logprobs for _, logprobs in limited))
+        if limited:
+            mx.async_eval(*(logprobs for _, logprobs in limited))
         return limited
 
     def after_known(self, rows: Sequence[Row]) -> None:
@@ -78,7 +79,7 @@ class BatchStep:
         Caches stay as they were until the next step unless they are quantized.
         """
         piece, row.prompt = row.prompt[:size], row.prompt[size:]
-        with self._adapters_of([row]):
+        with self._adapters_of([row], [1]):
             hidden_states = row.decoder.extend(mx.array([piece]))
             states = [layer.state[:2] for layer in row.decoder.cache]
             if row.prompt:
@@ -105,22 +106,21 @@ class BatchStep:
             row.pending = []
         if logprobs is None:
             return []
-        plain, places, limited = [], list[slice](), []
+        plain, places, limited = [], list[range](), []
         for row, count, end in zip(rows, counts, accumulate(counts), strict=True):
-            place = slice(end - count, end)
             if not count:
                 continue
             if row.is_plain and (row.draft is None or row.draft.logprobs is None):
                 plain.append(row)
-                places.append(place)
+                places.append(range(end - count, end))
             elif row.constraint is not None and row not in known:
-                limited.append((row, logprobs[place]))
+                limited.append((row, part(logprobs, end - count, end)))
             else:
-                self._draws.start(row, logprobs[place])
+                self._draws.start(row, part(logprobs, end - count, end))
         if plain:
-            kept = [n for place in places for n in range(place.start, place.stop)]
-            source = logprobs if len(kept) == logprobs.shape[0] else logprobs[mx.array(kept)]
-            self._draws.start_plain(plain, [place.stop - place.start for place in places], source)
+            kept = [n for place in places for n in place]
+            source = logprobs if len(kept) == len(logprobs) else logprobs[mx.array(kept)]
+            self._draws.start_plain(plain, [len(place) for place in places], source)
         return limited
 
     def _forward(
@@ -131,33 +131,43 @@ class BatchStep:
         Args:
             tokens: [sum(lengths)], `lengths` of each row.
         """
-        # One position of one row is what a lone run processes, in fewer operations.
-        caches = rows[0].decoder.cache if tokens.size == 1 else step_caches([r.decoder.cache for r in rows], lengths)
-        with self._adapters_of(_repeated(rows, lengths)):
+        if tokens.size == sum(counts) == 1:
+            return self._forward_alone(rows[0], tokens)
+        caches = step_caches([row.decoder.cache for row in rows], lengths)
+        with self._adapters_of(rows, lengths):
             hidden_states = self._model.hidden_states(tokens[:, None], caches)  # [N, 1, model_dim]
         for row in rows:
             if row.decoder.options.kv_bits is not None:
                 row.decoder.quantize_cache()
         ends = list(accumulate(lengths))
         for row, length, end in zip(rows, lengths, ends, strict=True):
-            row.see(tokens[end - length : end])
+            row.see(part(tokens, end - length, end))
         places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
         if not places:
             return None
         if len(places) < tokens.size:
             hidden_states = hidden_states[mx.array(places)]
-        with self._adapters_of(_repeated(rows, counts)):
+        with self._adapters_of(rows, counts):
             logits = self._model.logits(hidden_states)[:, 0].astype(mx.float32)
         for row, count, end in zip(rows, counts, accumulate(counts), strict=True):
             if row.decoder.logits_processors and count:
                 logits[end - count : end] = _processed(row, logits[end - count : end])
         return log_softmax(logits)
 
-    def _adapters_of(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        """Inside, each row of the model's calls has the adapter of the text in that place."""
+    def _forward_alone(self, row: Row, token: mx.array) -> mx.array | None:
+        """`_forward` for one token [1] of one row: what a lone run processes, in fewer operations."""
+        try:
+            with self._adapters_of([row], [1]):
+                return row.decoder.step(token)
+        except Exception as error:
+            row.error = error
+            return None
+
+    def _adapters_of(self, rows: Sequence[Row], counts: Sequence[int]) -> AbstractContextManager[None]:
+        """Inside, the model's calls have `counts` positions of each row, with its adapter."""
         if self._adapters is None:
             return nullcontext()
-        return self._adapters.rows([row.handle for row in rows])
+        return self._adapters.rows([row.handle for row, count in zip(rows, counts, strict=True) for _ in range(count)])
 
 
 def _processed(row: Row, logits: mx.array) -> mx.array:
@@ -179,8 +189,3 @@ def _processed(row: Row, logits: mx.array) -> mx.array:
         row.error = error
         return logits
     return mx.concatenate(found)
-
-
-def _repeated(rows: Sequence[Row], counts: Sequence[int]) -> list[Row]:
-    """Each row as many times as its count says."""
-    return [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]

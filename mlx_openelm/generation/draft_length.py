@@ -88,6 +88,7 @@ class StepCosts:
         self.step = 0
         self.last: dict[int, int] = {}  # the step in which each number of positions was measured last
         self._samples: dict[int, deque[float]] = {}
+        self._quartiles: dict[int, float] = {}  # of numbers of positions that were measured often enough
         self._known: dict[int, float] = {}
 
     def observe(self, positions: int, seconds: float) -> None:
@@ -95,15 +96,17 @@ class StepCosts:
         self.step += 1
         for old in [n for n, step in self.last.items() if self.step - step > self._MAX_AGE]:
             del self.last[old], self._samples[old]
-        self._samples.setdefault(positions, deque(maxlen=self._KEPT)).append(seconds)
+            self._quartiles.pop(old, None)
+        if (samples := self._samples.get(positions)) is None:
+            samples = self._samples[positions] = deque(maxlen=self._KEPT)
+        samples.append(seconds)
         self.last[positions] = self.step
+        if len(samples) >= self._TRUSTED:
+            self._quartiles[positions] = sorted(samples)[len(samples) // 4]
         self._known = {}
         least = math.inf
-        for n in sorted(self._samples, reverse=True):
-            samples = self._samples[n]
-            if len(samples) >= self._TRUSTED:
-                least = min(least, sorted(samples)[len(samples) // 4])
-                self._known[n] = least
+        for n in sorted(self._quartiles, reverse=True):
+            self._known[n] = least = min(least, self._quartiles[n])
 
     def known(self) -> dict[int, float]:
         """The seconds of each number of positions that was measured often and lately enough."""
@@ -197,6 +200,12 @@ class DraftLengths:
 
     def _fastest(self, plans: Sequence[Plan], known: dict[int, float], base: int) -> list[int]:
         """The row of each token to draft, for the most tokens a second; without them a step has `base` positions."""
+        expected, checking = float(len(plans)), known[base]
+        best = self._MARGIN * expected / checking
+        # Most texts seldom repeat: if all drafts at the price of one position would not pay, no part of them does.
+        gain = sum(chance for plan in plans for chance in plan.chances)
+        if expected + gain <= best * known.get(base + 1, checking):
+            return []
         # A row's tokens are ever less likely, so the likeliest of all rows are the first ones of each.
         tokens = [
             (chance, row, plan.start_seconds + n * plan.token_seconds)
@@ -204,8 +213,7 @@ class DraftLengths:
             for n, chance in enumerate(plan.chances[: self.limit], 1)
         ]
         tokens.sort(key=lambda token: -token[0])
-        chosen, expected, drafting, checking = 0, float(len(plans)), 0.0, known[base]
-        best = self._MARGIN * expected / checking
+        chosen, drafting = 0, 0.0
         # Longer steps than were measured are tried little by little, on credit. Sure tokens need none: n positions
         # never cost more than n steps, so little can be lost.
         limit = 2 * max(known) - base if self._credit > 0 else 0

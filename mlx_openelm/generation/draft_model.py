@@ -184,7 +184,7 @@ class ModelDrafter:
         if last is not None:
             self.cache, self._held = last.cache, last._held
 
-    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
+    def plan(self, limit: int, least: float = LEAST_CHANCE, unread: int = 0) -> Plan:
         """At most `limit` tokens, as positions allow, their chances, and the seconds that they take."""
         draft_model = self.draft_model
         count = max(0, min(limit, draft_model.model.config.rope_max_length - len(self._input)))

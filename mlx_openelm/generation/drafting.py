@@ -145,8 +145,12 @@ class Drafter(Protocol):
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
 
-    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
-        """What could be drafted next: at most `limit` tokens with these chances or better, and what they cost."""
+    def plan(self, limit: int, least: float = LEAST_CHANCE, unread: int = 0) -> Plan:
+        """What could be drafted next: at most `limit` tokens with these chances or better, and what they cost.
+
+        Args:
+            unread: tokens that come first and are not known yet.
+        """
 
     def propose(self, count: int, place: int = 0) -> Draft:
         """At most `count` tokens that may follow the text; `place` counts the tokens drawn for the text so far."""
@@ -166,6 +170,7 @@ class LookupDrafter:
 
     def __init__(self, earlier: EarlierTexts | None = None):
         self._lookup = Lookup(earlier)
+        self._match = self._lookup.match()
         self._rates = AcceptanceRates(self._EXPECTED)
 
     def begin(self, prompt: Sequence[int], known: int = 0) -> None:
@@ -184,22 +189,25 @@ class LookupDrafter:
     def extend(self, tokens: Sequence[int]) -> None:
         """Take tokens that became part of the text."""
         for token in tokens:
-            match = self._lookup.match()
-            if match.length and (expected := match.following(1)):
-                self._rates.observe(match.length, token == expected[0])
+            match = self._match
+            if match.length and (expected := match.next) is not None:
+                self._rates.observe(match.length, token == expected)
             self._lookup.extend(token)
+            self._match = self._lookup.match()
 
-    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
-        """At most `limit` tokens, which cost nothing, and their chances."""
-        match = self._lookup.match()
+    def plan(self, limit: int, least: float = LEAST_CHANCE, unread: int = 0) -> Plan:
+        """At most `limit` tokens, which cost nothing, and their chances: the unread ones must be right too."""
+        match = self._match
         if not match.length:
             return Plan([])
-        count = limit if match.in_text_itself else min(limit, len(match.tokens) - match.end)
-        return Plan(self._rates.chances(match.length, count, least))
+        count = limit + unread
+        if not match.in_text_itself:
+            count = min(count, len(match.tokens) - match.end)
+        return Plan(self._rates.chances(match.length, count, least)[unread:])
 
     def propose(self, count: int, place: int = 0) -> Draft:
         """At most `count` tokens that follow the longest match."""
-        return Draft(self._lookup.match().following(count))
+        return Draft(self._match.following(count))
 
     def observe(self, accepted: int, proposed: int) -> None:
         """Nothing: `extend` has seen the tokens."""
@@ -234,9 +242,9 @@ class EitherDrafter:
         for drafter in self._both:
             drafter.extend(tokens)
 
-    def plan(self, limit: int, least: float = LEAST_CHANCE) -> Plan:
+    def plan(self, limit: int, least: float = LEAST_CHANCE, unread: int = 0) -> Plan:
         """The plan of the drafter whose first token is more likely to be right."""
-        plans = [drafter.plan(limit, least) for drafter in self._both]
+        plans = [drafter.plan(limit, least, unread) for drafter in self._both]
         first, second = (plan.chances[0] if plan.chances else 0.0 for plan in plans)
         number = int(second > first)
         self.chosen = self._both[number]

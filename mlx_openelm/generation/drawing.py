@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # A token, its log-probability, the likeliest tokens with theirs, and the log-probabilities of all tokens, [vocab].
 Step = tuple[int, float, list[tuple[int, float]], mx.array | None]
-# The same on the device: a token [1], its log-probability [1, 1], the likeliest tokens and theirs, each [1, top], and
-# those of all tokens, [1, vocab].
+# The same of N rows on the device: tokens [N], their log-probabilities [N], the likeliest tokens and theirs, each
+# [N, top], and those of all tokens, [N, vocab].
 Draw = tuple[mx.array, mx.array, tuple[mx.array, mx.array] | None, mx.array]
 
 
@@ -39,27 +39,28 @@ def process_logits(processors: Sequence[LogitsProcessor], context: mx.array, log
 
 
 def draw(logprobs: mx.array, sampler: Sampler, top: int) -> Draw:
-    """A token [1], its log-probability [1, 1], the `top` likeliest tokens and theirs, each [1, top], and `logprobs`.
+    """What is drawn from log-probabilities [N, vocab], with the `top` likeliest tokens.
 
-    Starts computing all but the last.
+    Starts computing all of it. What is read must be exactly these arrays: the device would compute anything made from
+    them, even a view, only after all that was started meanwhile, such as the next step.
     """
-    token = sampler(logprobs)
-    logprob = mx.take_along_axis(logprobs, token[:, None], axis=-1)
+    tokens = sampler(logprobs)
+    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     if not top:
-        mx.async_eval(token, logprob)
-        return token, logprob, None, logprobs
+        mx.async_eval(tokens, chosen)
+        return tokens, chosen, None, logprobs
     top = min(top, logprobs.shape[-1])
     likeliest = mx.argpartition(-logprobs, kth=top - 1, axis=-1)[:, :top]
     likelihoods = mx.take_along_axis(logprobs, likeliest, axis=-1)
-    mx.async_eval(token, logprob, likeliest, likelihoods)
-    return token, logprob, (likeliest, likelihoods), logprobs
+    mx.async_eval(tokens, chosen, likeliest, likelihoods)
+    return tokens, chosen, (likeliest, likelihoods), logprobs
 
 
 def listed(likeliest: tuple[mx.array, mx.array] | None, row: int = 0) -> list[tuple[int, float]]:
     """Pairs of tokens and their log-probabilities, the most likely first; tokens without a probability are left out."""
     if likeliest is None:
         return []
-    tokens, logprobs = (cast(Any, values[row].tolist()) for values in likeliest)
+    tokens, logprobs = (cast(Any, values.tolist())[row] for values in likeliest)
     pairs = [pair for pair in zip(tokens, logprobs, strict=True) if pair[1] > -math.inf]
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
 

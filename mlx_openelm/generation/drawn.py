@@ -13,7 +13,7 @@ from .acceptance import accept_drawn
 from .drafting import CheckedDraft, certain
 from .drawing import draw, listed
 from .piece import Piece
-from .row import Choice, Row
+from .row import Choice, Row, part
 from .sampling import Sampler, TextSampler, greedy
 
 
@@ -84,7 +84,7 @@ def read(groups: Sequence[Drawn]) -> list[tuple[Row, Piece]]:
                 accepted, places = int(drawn.accepted.item()), row.draft.choices  # type: ignore[arg-type]
             choices: list[Choice] = [(tokens[i], likelihoods[i], listed(drawn.likeliest, i)) for i in places]
             try:
-                taken = row.take(choices, drawn.source[end - count : end], accepted)
+                taken = row.take(choices, part(drawn.source, end - count, end), accepted)
                 pieces += [(row, piece) for piece in taken]
             except Exception as error:
                 row.error = error
@@ -101,7 +101,7 @@ def _draw(row: Row, logprobs: mx.array) -> Drawn:
         limited, lambda logprobs: _tokens(sampler, logprobs, place), int(row.request.options.top_logprobs)
     )
     row.place += count
-    return Drawn([row], [count], tokens, likelihoods[:, 0], logprobs, likeliest)
+    return Drawn([row], [count], tokens, likelihoods, logprobs, likeliest)
 
 
 def _draw_after_drawn(row: Row, logprobs: mx.array) -> Drawn:
@@ -116,7 +116,7 @@ def _draw_after_drawn(row: Row, logprobs: mx.array) -> Drawn:
     found = mx.where(mx.arange(count) == accepted, token, mx.concatenate([drafted, drafted[:1]]))
     tokens, likelihoods, likeliest, _ = draw(limited, lambda _: found, int(row.request.options.top_logprobs))
     mx.async_eval(accepted)
-    return Drawn([row], [count], tokens, likelihoods[:, 0], logprobs, likeliest, accepted)
+    return Drawn([row], [count], tokens, likelihoods, logprobs, likeliest, accepted)
 
 
 def _limited(row: Row, logprobs: mx.array) -> mx.array:

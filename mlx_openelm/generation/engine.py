@@ -200,7 +200,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting rows join, in order, while there is room."""
-        self.waiting = deque(row for row in self.waiting if not row.is_done)
+        if self.waiting:
+            self.waiting = deque(row for row in self.waiting if not row.is_done)
         while self.waiting and len(self.rows) < self.max_rows and self.budget.has_room(self.waiting[0]):
             row = self.waiting[0]
             try:

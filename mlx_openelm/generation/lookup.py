@@ -26,6 +26,12 @@ class Match(NamedTuple):
     end: int
     in_text_itself: bool
 
+    @property
+    def next(self) -> int | None:
+        """The first token that follows; None where another text begins."""
+        token = self.tokens[self.end] if self.end < len(self.tokens) else -1
+        return None if token < 0 else token
+
     def following(self, count: int) -> list[int]:
         """At most `count` tokens that follow; a match in the text itself goes on into its own continuation."""
         found = list(self.tokens[self.end : self.end + count])

@@ -75,13 +75,9 @@ class Budget:
         expected = "a whole number of bytes, 1 or above"
         check_number("--max-bytes", max_bytes, 1, float("inf"), expected, kind=Integral)
         self.model, self.max_bytes, self.draft_model = model, max_bytes, draft_model
+        self.reserved = 0  # the most bytes that the rows which have their memory will take together
         self._rows: list[Row] = []
         self._itemsize = _itemsize(model)
-
-    @property
-    def reserved(self) -> int:
-        """The most bytes that the rows which have their memory will take together; 0 without rows."""
-        return self.total(self._rows)
 
     def needs(self, row: Row) -> Needs:
         """The most bytes that a row takes."""
@@ -156,9 +152,12 @@ class Budget:
     def take(self, row: Row) -> None:
         """Reserve a row's bytes."""
         self._rows.append(row)
+        self.reserved = self.total(self._rows)
 
     def release(self, row: Row) -> None:
+        """Free a row's bytes for others."""
         self._rows.remove(row)
+        self.reserved = self.total(self._rows)
 
     def clear_unused(self) -> None:
         """Free the buffers that MLX keeps for reuse, if with the rows they would take more than there may be."""

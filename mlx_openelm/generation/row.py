@@ -311,5 +311,10 @@ class Row:
         return [*self.request.prompt, *self.tokens, *self._forced][: int(self.decoder.cache[0].offset)]
 
 
+def part(array: mx.array, start: int, end: int) -> mx.array:
+    """array[start:end], which is the array itself if it has no others: MLX takes time to cut off nothing."""
+    return array if end - start == len(array) else array[start:end]
+
+
 def _ids_of(context: mx.array) -> list[int]:
     return context.tolist()  # type: ignore[return-value]

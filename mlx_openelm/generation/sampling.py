@@ -119,6 +119,8 @@ class TextSampler:
     def tokens(self, logprobs: mx.array, start: int) -> mx.array:
         """The tokens [L] that calls would draw one by one, given these log-probabilities [L, vocab]."""
         scores = self.scores(logprobs, start)
+        if len(scores) == 1:
+            return mx.random.categorical(scores, key=self.key_at(start))
         # Row by row: a draw from several rows with one key, or with mapped keys, is not the draw from each alone.
         rows = [mx.random.categorical(scores[i : i + 1], key=self.key_at(start + i)) for i in range(scores.shape[0])]
         return mx.concatenate(rows)

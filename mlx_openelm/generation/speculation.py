@@ -162,9 +162,10 @@ class Speculation:
                 continue
             row.tell_drafter()
             fixed = _fixed(row)
-            room = row.room_for_draft(0 if row.pending else unread)
+            ahead = 0 if row.pending else unread
+            room = row.room_for_draft(ahead)
             if fixed is None:
-                plans.append(row.drafter.plan(min(room, MAX_DRAFT_TOKENS)))
+                plans.append(row.drafter.plan(min(room, MAX_DRAFT_TOKENS), unread=ahead))
             else:
                 plans.append(row.drafter.plan(min(room, fixed), 0.0)._replace(fixed=fixed))
         return plans
