@@ -52,7 +52,7 @@ constexpr int64_t kQueryRows = 64;
 constexpr int64_t kFewQueries = 8;          // with fewer rows transposing the keys costs more than it saves
 constexpr int64_t kSpan = 512;              // keys of a prompt in a part of a task
 constexpr int64_t kTasks = 64;              // enough to keep all threads busy
-constexpr int64_t kWorthAThread = 1 << 15;  // multiplications
+constexpr int64_t kWorthAThread = 1 << 16;  // multiplications
 
 // Queries (or another array of their shape) of positions [first, last) as rows (position, head of the group) of `width`
 // floats, padded with zeros.

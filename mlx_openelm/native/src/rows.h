@@ -164,13 +164,20 @@ INLINE void packed_rows(const Matrix& m, int64_t row, int64_t apart, const Prepa
 // Rows of x that share one unpacking of packed weights; AVX-512 has registers for more.
 constexpr int kSharing = kLanes == 16 ? 8 : 4;
 
-// In weights: the share a thread takes at a time, and the smallest product that uses other threads.
-constexpr int64_t kBytesAtATime = 24 << 10, kBytesWorthHelp = 256 << 10;
+// The share of the weights that a thread takes at a time.
+constexpr int64_t kBytesAtATime = 24 << 10;
+
+// Whether a product is large enough for several threads, by the bytes that are read or by the numbers in them: 20 to 50
+// microseconds on one thread. A smaller one gains little, and takes a core from the thread that prepares the next step.
+inline bool is_worth_help(const Matrix& m, int64_t rows) {
+  constexpr int64_t kBytes = 1 << 20, kNumbers = 1 << 20;
+  return m.rows * m.row_bytes() * rows >= kBytes || m.rows * m.columns * rows >= kNumbers;
+}
 
 // y [rows, m.rows] += x [rows, m.columns] W^T for few rows.
 inline void few_rows(const Matrix& m, const float* x, int64_t rows, float* y, bool round) {
   int64_t grain = (kBytesAtATime + m.row_bytes() - 1) / m.row_bytes();
-  if (m.rows * m.row_bytes() * rows < kBytesWorthHelp) grain = m.rows;
+  if (!is_worth_help(m, rows)) grain = m.rows;
   if (!m.bits) {
 #if defined(OPENELM_AMX)
     if (m.type == Type::bfloat16 && has_tiles()) return amx_few_rows(m, x, rows, y, grain >= m.rows);
