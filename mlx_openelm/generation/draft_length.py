@@ -3,6 +3,9 @@
 A step of the target checks n positions: one for each row of the batch, and one for each drafted token. It takes t(n)
 seconds and gives one token for each row and one for each drafted token that is right. `DraftLengths` drafts as many
 tokens as bring the most tokens a second; none where none pay.
+
+A step that checks drafts, and the one after it, begin late: the last tokens must be read first, so that the host's work
+does not overlap with the device's. t(n) of a drafting step includes that, and t(n) of a plain step does not.
 """
 
 from __future__ import annotations
@@ -152,10 +155,15 @@ class DraftLengths:
     def __init__(self, limit: int = MAX_DRAFT_TOKENS):
         self.limit = limit
         self._costs = StepCosts()
+        self._late_costs = StepCosts()  # of steps without drafts that began late
         self._credit = self._START  # in plain steps
 
-    def choose(self, plans: Sequence[Plan]) -> list[int]:
-        """The number of tokens to draft for each row of a step; rows that share a draft model draft together."""
+    def choose(self, plans: Sequence[Plan], is_late: bool = True) -> list[int]:
+        """The number of tokens to draft for each row of a step; rows that share a draft model draft together.
+
+        Args:
+            is_late: whether the step begins late in any case.
+        """
         lengths = [0 if plan.fixed is None else min(plan.fixed, len(plan.chances)) for plan in plans]
         if not any(plan.chances and plan.fixed is None for plan in plans):
             return lengths
@@ -165,15 +173,24 @@ class DraftLengths:
         if base not in known or age >= self._PLAIN_EVERY:
             return lengths
         free = [plan if plan.fixed is None else Plan(()) for plan in plans]
-        chosen = self._fastest(free, known, base)
-        if not chosen and (tried := self._trial(free, known, base)) is not None:
+        # If drafts make this step late, the one after them is late too.
+        further = 0.0 if is_late else max(0.0, self._late_costs.known().get(base, 0.0) - known[base])
+        chosen = self._fastest(free, known, base, further)
+        if not chosen and (tried := self._trial(free, known, base, further)) is not None:
             chosen = [tried]
         for row in chosen:
             lengths[row] += 1
         return lengths
 
     def observe(
-        self, rows: int, positions: int, tokens: int, seconds: float, draft_seconds: float = 0.0, is_fixed: bool = False
+        self,
+        rows: int,
+        positions: int,
+        tokens: int,
+        seconds: float,
+        draft_seconds: float = 0.0,
+        is_fixed: bool = False,
+        is_late: bool = False,
     ) -> float | None:
         """Learn from a step that gave `tokens` tokens for `rows` rows; returns what it took, in plain steps.
 
@@ -184,27 +201,32 @@ class DraftLengths:
             seconds: what that took, including the choice of tokens.
             draft_seconds: what drafting took.
             is_fixed: whether numbers of drafted tokens were fixed; then neither gain nor loss is booked.
+            is_late: whether it began late.
         """
-        self._costs.observe(positions, seconds)
-        known = self._costs.known()
-        plain = known.get(rows)
+        is_plain = positions == rows
+        costs = self._late_costs if is_plain and is_late else self._costs
+        costs.observe(positions, seconds)
+        plain = self._costs.known().get(rows)
         if plain is None:
             return None
         # What was measured once may be an accident, but n positions never take longer than n steps.
-        checking = known.get(positions, min(seconds, plain * positions / rows))
+        checking = costs.known().get(positions, min(seconds, plain * positions / rows))
         spent = (checking + draft_seconds) / plain
         if not is_fixed:
-            won = 0.0 if positions == rows else tokens / rows - min(spent, self._CHARGE + tokens / rows)
+            won = 0.0 if is_plain and not is_late else tokens / rows - min(spent, self._CHARGE + tokens / rows)
             self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
         return spent
 
-    def _fastest(self, plans: Sequence[Plan], known: dict[int, float], base: int) -> list[int]:
-        """The row of each token to draft, for the most tokens a second; without them a step has `base` positions."""
+    def _fastest(self, plans: Sequence[Plan], known: dict[int, float], base: int, further: float) -> list[int]:
+        """The row of each token to draft, for the most tokens a second; without them a step has `base` positions.
+
+        Drafting at all takes `further` seconds.
+        """
         expected, checking = float(len(plans)), known[base]
         best = self._MARGIN * expected / checking
         # Most texts seldom repeat: if all drafts at the price of one position would not pay, no part of them does.
         gain = sum(chance for plan in plans for chance in plan.chances)
-        if expected + gain <= best * known.get(base + 1, checking):
+        if expected + gain <= best * (known.get(base + 1, checking) + further):
             return []
         # A row's tokens are ever less likely, so the likeliest of all rows are the first ones of each.
         tokens = [
@@ -220,18 +242,18 @@ class DraftLengths:
         sure = sum(chance >= self._SURE for chance, *_ in tokens)
         for count, (chance, _, seconds) in enumerate(tokens[: max(limit, sure)], 1):
             expected += chance
-            drafting = max(drafting, seconds)
+            drafting = max(drafting, further + seconds)
             checking = known.get(base + count, checking * (1 + self._SLOPE))
             if expected / (checking + drafting) > best:
                 chosen, best = count, expected / (checking + drafting)
         return [row for _, row, _ in tokens[:chosen]]
 
-    def _trial(self, plans: Sequence[Plan], known: dict[int, float], base: int) -> int | None:
+    def _trial(self, plans: Sequence[Plan], known: dict[int, float], base: int, further: float) -> int | None:
         """A row to draft one token for although it is not expected to pay, each in turn; None if it costs too much."""
         rows = [row for row, plan in enumerate(plans) if plan.token_seconds > 0 and plan.chances]
         if not rows:
             return None
         row = rows[self._costs.step % len(rows)]
         plain = known[base]
-        cost = plans[row].start_seconds + plans[row].token_seconds + known.get(base + 1, plain) - plain
+        cost = further + plans[row].start_seconds + plans[row].token_seconds + known.get(base + 1, plain) - plain
         return row if self._credit > 0 and cost <= self._credit * plain else None

@@ -27,7 +27,8 @@ from .sampling import TextSampler
 class Step:
     """A step on the device: its rows, its positions, how many of them are drafts, and what drafting took.
 
-    `is_fixed` says that the number of some drafted tokens was not chosen here.
+    `is_fixed` says that the number of some drafted tokens was not chosen here, `is_late` that the tokens before it had
+    to be read first.
     """
 
     rows: list[Row]
@@ -35,6 +36,7 @@ class Step:
     drafted: int
     draft_seconds: float
     is_fixed: bool
+    is_late: bool
 
 
 class Speculation:
@@ -51,6 +53,7 @@ class Speculation:
         self._lengths = DraftLengths()
         self._step: Step | None = None
         self._draft_seconds = 0.0  # since the last step began
+        self._is_late = False  # whether the next step must know the tokens before it
         self._read = 0.0  # when tokens were read last
         self._idle = 0.0  # seconds since then outside of the engine
         self._left = 0.0  # when the engine was left
@@ -81,11 +84,12 @@ class Speculation:
         """Whether drafting would pay if the next `unread` tokens of the rows were known."""
         if not any(row.drafter is not None and not row.is_done for row in rows):
             return False
-        return any(self._lengths.choose(self._plans(rows, unread)))
+        return any(self._lengths.choose(self._plans(rows, unread), is_late=False))
 
     def draft(self, rows: Sequence[Row]) -> None:
         """Give the rows of the next step, whose tokens are all known, their drafts."""
         started = time.perf_counter()
+        self._is_late = True
         plans = self._plans(rows, 0)
         lengths = self._lengths.choose(plans)
         drafts: list[tuple[Row, Draft]] = []
@@ -115,8 +119,8 @@ class Speculation:
         drafting = [row for row in rows if row.draft is not None]
         drafted = sum(len(row.draft.tokens) for row in drafting if row.draft is not None)
         is_fixed = any(_fixed(row) is not None for row in drafting)
-        self._step = Step(rows, positions, drafted, self._draft_seconds, is_fixed)
-        self._draft_seconds = 0.0
+        self._step = Step(rows, positions, drafted, self._draft_seconds, is_fixed, self._is_late)
+        self._draft_seconds, self._is_late = 0.0, False
         for row in rows:
             row.kept = 0
 
@@ -144,7 +148,9 @@ class Speculation:
             base = step.positions - step.drafted
             tokens = base + sum(row.kept for row in step.rows)
             seconds -= step.draft_seconds
-            spent = self._lengths.observe(base, step.positions, tokens, seconds, step.draft_seconds, step.is_fixed)
+            spent = self._lengths.observe(
+                base, step.positions, tokens, seconds, step.draft_seconds, step.is_fixed, step.is_late
+            )
         for row in step.rows:
             if row.drafts is not None:
                 row.drafts.count(gained[row], row.kept, spent)
