@@ -147,7 +147,8 @@ class DraftLengths:
     _SURE = 0.8  # the chance of tokens that are drafted without credit
     _SLOPE = 0.02  # what a position adds at least to a step whose time is not known
     _PLAIN_EVERY = 128  # steps
-    _START = 2.0
+    _PLAIN_SAMPLED = 4  # one in so many plain steps is measured once their time is known
+    _START = 1.0
     _SHARE = 0.0125
     # In plain steps: the most that can be saved up, the most debt, and the most that one step is charged.
     _MOST, _DEBT, _CHARGE = 8.0, 2.0, 4.0
@@ -204,6 +205,10 @@ class DraftLengths:
             is_late: whether it began late.
         """
         is_plain = positions == rows
+        if is_plain and not is_late and rows in self._costs.known() and self._costs.step % self._PLAIN_SAMPLED:
+            self._costs.step += 1
+            self._credit = min(self._MOST, self._credit + self._SHARE)
+            return 1.0
         costs = self._late_costs if is_plain and is_late else self._costs
         costs.observe(positions, seconds)
         plain = self._costs.known().get(rows)

@@ -82,9 +82,8 @@ class Speculation:
 
     def wants(self, rows: Sequence[Row], unread: int) -> bool:
         """Whether drafting would pay if the next `unread` tokens of the rows were known."""
-        if not any(row.drafter is not None and not row.is_done for row in rows):
-            return False
-        return any(self._lengths.choose(self._plans(rows, unread), is_late=False))
+        plans = self._plans(rows, unread)
+        return any(plan.chances for plan in plans) and any(self._lengths.choose(plans, is_late=False))
 
     def draft(self, rows: Sequence[Row]) -> None:
         """Give the rows of the next step, whose tokens are all known, their drafts."""
