@@ -7,7 +7,8 @@
 // Each number of y is the sum of the same products in the same order for any number of rows.
 //
 // Tiles of W are read as they are stored. A block of rows of W is multiplied with all rows of x while the next one is
-// prefetched, evenly. A thread takes its next block before it multiplies one, so that it knows what to prefetch.
+// prefetched, evenly. A thread takes its next block before it multiplies one, so that it knows what to prefetch; after
+// its last one it will begin with a block of the matrix that follows.
 
 #pragma once
 
@@ -184,9 +185,13 @@ inline void amx_few_rows(const Matrix& m, const float* x, int64_t rows, float* y
       int64_t row = block * kBlockHeight, outputs = m.rows - row < kBlockHeight ? m.rows - row : kBlockHeight;
       int64_t apart;
       const char* w = whole_block(m, row, outputs, scratch, apart);
-      const void* next = m.row(after < blocks ? after * kBlockHeight : row);
+      const char* next = reinterpret_cast<const char*>(m.row(after * kBlockHeight));
+      if (after >= blocks) {
+        next = static_cast<const char*>(m.following ? m.following : m.data);
+        next += (after - blocks) * kBlockHeight * m.row_bytes();
+      }
       for (int64_t g = 0; g < split.groups; g++) {
-        Prefetch ahead{static_cast<const char*>(next), kBlockHeight * m.row_bytes() / kParallel};
+        Prefetch ahead{next, kBlockHeight * m.row_bytes() / kParallel};
         float results[(kBlockHeight + 1) * kTileHeight];
         multiply_block(w, apart, split.steps, split.group(g), split.width, ahead, results);
         add_results(results, outputs, split.width, split.rows_of(g), m.rows, y + g * split.width * m.rows + row);

@@ -300,12 +300,27 @@ inline void attention_of_each(const std::vector<Attention>& all, float* y) {
   int64_t width = all[0].width(), rows = plans[0].rows, size = plans[0].size, count = tasks.size();
   float* memory = scratch.get<float>(count * size);
   auto partial = [&](int64_t task) { return Partial::in(memory + task * size, rows, width); };
+  // The keys [first, second) of a task.
+  auto keys_of = [&](const Task& task) {
+    int64_t start = task.part * plans[task.row].span, end = start + plans[task.row].span;
+    end = end < all[task.row].total ? end : all[task.row].total;
+    return std::pair(start, end > start ? end : start);
+  };
+  // Each task's keys and values are somewhere else, and too few for the processor to see a pattern.
+  auto prefetch = [&](const Task& task) {
+    auto [start, end] = keys_of(task);
+    for (auto* past : {&all[task.row].keys, &all[task.row].values}) {
+      Matrix m = past->at(0, task.head);
+      auto *line = m.row(start), *last = m.row(end < start + kKeys ? end : start + kKeys);
+      for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
+    }
+  };
   for_ranges(count, alone ? count : 1, [&](int64_t begin, int64_t end) {
+    prefetch(tasks[begin]);
     for (int64_t i = begin; i < end; i++) {
-      auto [row, head, part] = tasks[i];
-      int64_t start = part * plans[row].span, last = start + plans[row].span;
-      last = last < all[row].total ? last : all[row].total;
-      attend(all[row], 0, head, 0, 1, start, last > start ? last : start, partial(i));
+      auto [start, last] = keys_of(tasks[i]);
+      if (i + 1 < end) prefetch(tasks[i + 1]);
+      attend(all[tasks[i].row], 0, tasks[i].head, 0, 1, start, last, partial(i));
     }
   });
   for (int64_t i = 0; i < count;) {

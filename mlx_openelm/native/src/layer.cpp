@@ -58,9 +58,10 @@ struct LayerParts {
   // y = the layer of x [rows, dim]; `attend` maps projections to the mixed values [rows, out.columns], with `queries`
   // as memory of that size. `length`: of each sequence.
   template <class Attend>
-  void run(const float* x, int64_t rows, int64_t length, float* y, Attend&& attend) const {
+  void run(const float* x, int64_t rows, int64_t length, float* y, Attend&& attend) {
     int64_t dim = out.rows, wide = std::max(qkv.rows, gate_and_up.rows), narrow = std::max(out.columns, down.columns);
     thread_local Scratch scratch;
+    qkv.following = out.data, out.following = gate_and_up.data, gate_and_up.following = down.data;
     float* normed = scratch.get<float>(rows * (dim + wide + narrow + out.columns));
     float *projected = normed + rows * dim, *joined = projected + rows * wide, *queries = joined + rows * narrow;
 

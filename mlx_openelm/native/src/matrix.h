@@ -44,6 +44,7 @@ struct Matrix {
   int group = 0;
   int64_t rows = 0, columns = 0;
   int64_t stride = 0;  // plain: from row to row, in values
+  const void* following = nullptr;  // what is read next, if that is known: a hint for prefetching
 
   int64_t row_bytes() const {
     if (bits) return columns * bits / 8;
