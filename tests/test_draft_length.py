@@ -18,22 +18,27 @@ COSTS = {
 
 
 class Simulation:
-    """Rows whose drafted tokens are right with a chance each; a clock that only the steps move."""
+    """Rows whose drafted tokens are right with a chance each; a clock that only the steps move.
 
-    def __init__(self, cost, rates, draft_seconds=0.0, seed=0, noise=0.0, fixed=None, **options):
+    A step that begins late takes `lateness` longer; by default there is no difference.
+    """
+
+    def __init__(self, cost, rates, draft_seconds=0.0, seed=0, noise=0.0, fixed=None, lateness=0.0, **options):
         self.cost, self.rates, self.draft_seconds, self.noise = cost, rates, draft_seconds, noise
         self.random = random.Random(seed)
-        self.fixed = fixed
+        self.fixed, self.lateness = fixed, lateness
         self.lengths = DraftLengths(**options)
         self.seen = [AcceptanceRates([0.7]) for _ in rates]
         self.drafted: list[list[int]] = []
 
     def run(self, steps):
         """Tokens a second, where a plain step of one row takes a second."""
-        tokens, clock, rows = 0.0, 0.0, len(self.rates)
+        tokens, clock, rows, drafted = 0.0, 0.0, len(self.rates), False
         for _ in range(steps):
             plans = [Plan(seen.chances(0, 16), 0.0, self.draft_seconds, self.fixed) for seen in self.seen]
-            lengths = self.lengths.choose(plans)
+            is_late = drafted or any(self.lengths.choose(plans, is_late=False))
+            lengths = self.lengths.choose(plans) if is_late else [0] * rows
+            drafted = any(lengths)
             right = []
             for rate, seen, length in zip(self.rates, self.seen, lengths, strict=True):
                 count = 0
@@ -41,12 +46,14 @@ class Simulation:
                     count += 1
                 for place in range(min(count + 1, length)):
                     seen.observe(place, place < count)
+                if not length and not self.draft_seconds:  # lookup sees what would have been right
+                    seen.observe(0, self.random.random() < rate)
                 right.append(count)
             positions = rows + sum(lengths)
-            seconds = self.cost(positions)
+            seconds = self.cost(positions) + is_late * self.lateness
             disturbed = seconds * (1 + self.noise * self.random.expovariate(1))
             drafting = self.draft_seconds * max(lengths)
-            self.lengths.observe(rows, positions, rows + sum(right), disturbed, drafting)
+            self.lengths.observe(rows, positions, rows + sum(right), disturbed, drafting, is_late=is_late)
             clock += seconds + drafting
             chosen = zip(self.rates, lengths, strict=True)
             tokens += sum(rate**n for rate, length in chosen for n in range(length + 1))  # expected, without luck
@@ -74,6 +81,14 @@ def test_the_speed_is_close_to_that_of_the_best_number(cost, rate, draft_seconds
 def test_bad_drafts_cost_little_even_in_a_short_text(cost, draft_seconds, seed):
     for steps in (250, 2000):
         assert Simulation(cost, [0.01], draft_seconds, seed, noise=0.1).run(steps) > 0.97
+
+
+@pytest.mark.parametrize("cost", ["nearly free", "linear"])
+def test_what_late_steps_cost_is_counted(cost):
+    for steps in (250, 2000):
+        assert Simulation(COSTS[cost], [0.05], noise=0.1, lateness=0.8).run(steps) > 0.97
+    best = max(speed(lambda n: COSTS[cost](n) + 0.8, 0.95, 0.0, length) for length in range(17))
+    assert Simulation(COSTS[cost], [0.95], noise=0.1, lateness=0.8).run(1500) > 0.9 * best
 
 
 def test_drafting_pauses_and_comes_back():

@@ -146,7 +146,7 @@ class DraftLengths:
     _MARGIN = 1.03  # how much faster than plain decoding drafting must look
     _SURE = 0.8  # the chance of tokens that are drafted without credit
     _SLOPE = 0.02  # what a position adds at least to a step whose time is not known
-    _PLAIN_EVERY = 128  # steps
+    _PLAIN_EVERY = 256  # steps
     _PLAIN_SAMPLED = 4  # one in so many plain steps is measured once their time is known
     _START = 1.0
     _SHARE = 0.0125
