@@ -82,6 +82,8 @@ class Speculation:
 
     def wants(self, rows: Sequence[Row], unread: int) -> bool:
         """Whether drafting would pay if the next `unread` tokens of the rows were known."""
+        if not any(row.drafter is not None for row in rows):
+            return False
         plans = self._plans(rows, unread)
         return any(plan.chances for plan in plans) and any(self._lengths.choose(plans, is_late=False))
 

@@ -185,13 +185,11 @@ inline void amx_few_rows(const Matrix& m, const float* x, int64_t rows, float* y
       int64_t row = block * kBlockHeight, outputs = m.rows - row < kBlockHeight ? m.rows - row : kBlockHeight;
       int64_t apart;
       const char* w = whole_block(m, row, outputs, scratch, apart);
-      const char* next = reinterpret_cast<const char*>(m.row(after * kBlockHeight));
-      if (after >= blocks) {
-        next = static_cast<const char*>(m.following ? m.following : m.data);
-        next += (after - blocks) * kBlockHeight * m.row_bytes();
-      }
+      const void* next = m.row(row);  // it is in the cache: prefetching it costs nothing
+      if (after < blocks) next = m.row(after * kBlockHeight);
+      else if (m.following) next = static_cast<const char*>(m.following) + (after - blocks) * kBlockHeight * m.row_bytes();
       for (int64_t g = 0; g < split.groups; g++) {
-        Prefetch ahead{next, kBlockHeight * m.row_bytes() / kParallel};
+        Prefetch ahead{static_cast<const char*>(next), kBlockHeight * m.row_bytes() / kParallel};
         float results[(kBlockHeight + 1) * kTileHeight];
         multiply_block(w, apart, split.steps, split.group(g), split.width, ahead, results);
         add_results(results, outputs, split.width, split.rows_of(g), m.rows, y + g * split.width * m.rows + row);
