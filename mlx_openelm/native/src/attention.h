@@ -42,6 +42,7 @@ struct Attention {
   const float* mask;          // numbers to add [batch or 1, length, total], or null
   int64_t mask_stride;        // from one row of the batch to the next
   int64_t group() const { return heads / kv; }
+  int64_t work() const { return batch * length * heads * total * dim; }  // multiplications with keys
   // Rows of tiles are padded to whole panels.
   int64_t width() const { return (dim + kPanel - 1) / kPanel * kPanel; }
   int64_t visible(int64_t end) const { return causal ? total - length + end : total; }
@@ -225,7 +226,7 @@ struct Plan {
     positions = positions < a.length ? positions : a.length;
     blocks = (a.length + positions - 1) / positions, tasks = a.batch * a.kv * blocks;
     rows = positions * a.group();
-    alone = a.batch * a.length * a.heads * a.total * a.dim < kWorthAThread;
+    alone = a.work() < kWorthAThread;
     // Few queries with a long past: the past is split too, and the parts are merged.
     if (a.length >= kManyRows) {
       parts = (a.total + kSpan - 1) / kSpan, span = kSpan;
@@ -290,10 +291,10 @@ inline void attention_of_each(const std::vector<Attention>& all, float* y) {
   };
   std::vector<Task> tasks;
   std::vector<Plan> plans;
-  bool alone = true;
+  int64_t work = 0;
   for (auto& a : all) {
     auto& plan = plans.emplace_back(a);
-    alone = alone && plan.alone;
+    work += a.work();
     for (int64_t head = 0; head < a.kv; head++)
       for (int64_t part = 0; part < plan.parts; part++) tasks.push_back({int64_t(plans.size()) - 1, head, part});
   }
@@ -315,7 +316,7 @@ inline void attention_of_each(const std::vector<Attention>& all, float* y) {
       for (; line < last; line += 64) __builtin_prefetch(line, 0, 2);
     }
   };
-  for_ranges(count, alone ? count : 1, [&](int64_t begin, int64_t end) {
+  for_ranges(count, work < kWorthAThread ? count : 1, [&](int64_t begin, int64_t end) {
     prefetch(tasks[begin]);
     for (int64_t i = begin; i < end; i++) {
       auto [start, last] = keys_of(tasks[i]);
