@@ -141,7 +141,7 @@ class BatchStep:
                 row.decoder.quantize_cache()
         ends = list(accumulate(lengths))
         for row, length, end in zip(rows, lengths, ends, strict=True):
-            row.see(part(tokens, end - length, end))
+            row.see(tokens, end - length, end)
         places = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
         if not places:
             return None

@@ -295,10 +295,10 @@ class Row:
                 self.warn_if_cut()
         return [piece]
 
-    def see(self, tokens: mx.array) -> None:
-        """Add tokens [L] to what the logits processors are given."""
+    def see(self, tokens: mx.array, start: int, end: int) -> None:
+        """Add tokens[start:end] to what the logits processors are given, if there are any."""
         if self.decoder.logits_processors:
-            self.decoder.context = mx.concatenate([self.decoder.context, tokens])
+            self.decoder.context = mx.concatenate([self.decoder.context, tokens[start:end]])
 
     def start_after(self, count: int, cache: list[Any]) -> None:
         """Leave out the first `count` tokens of the prompt, which `cache` holds."""
