@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -366,6 +367,64 @@ def test_weights_are_stored_in_float32_and_used_in_bfloat16():
     assert updater.evaluate([batch]).loss == pytest.approx(loss, rel=0.05)
     assert seen == {mx.bfloat16}
     assert {value.dtype for _, value in tree_flatten(model.trainable_parameters())} == {mx.float32}
+
+
+def test_a_replaced_weight_is_noticed():
+    """The update keeps copies of the weights in the type to compute in."""
+    model = small(mx.bfloat16)
+    model.unfreeze()
+    batch = rows_of(sequences([30, 30], vocab=200))
+    updater = Updater(model, optim.SGD(1e-3), compute_dtype=mx.bfloat16)
+    first = updater.update([batch], batch.num_targets, 1e-1, 0).loss.item()
+    after = updater.evaluate([batch]).loss
+    saved = updater.state()
+    norm = model.transformer.norm
+    norm.weight = 0 * norm.weight
+    assert updater.evaluate([batch]).loss == pytest.approx(math.log(200), rel=1e-3)
+    assert updater.update([batch], batch.num_targets, 0.0, 1).loss.item() == pytest.approx(math.log(200), rel=1e-3)
+    updater.restore(saved)
+    assert updater.evaluate([batch]).loss == after != first
+
+
+def test_gradients_of_several_batches_are_added_up_in_float32():
+    """In bfloat16 the second of two batches, a thousandth of the first, would be lost."""
+    model = small(mx.bfloat16)
+    model.unfreeze()
+    large, little = rows_of(sequences([200], vocab=200)), rows_of(sequences([2], vocab=200))
+    batches = [large, *[little] * 20]
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    found = {}
+    for name, given in (("both", batches), ("large", [large]), ("little", [little])):
+        model.update(tree_unflatten(list(weights.items())))
+        updater = Updater(model, optim.SGD(1.0), compute_dtype=mx.bfloat16)
+        before = dict(tree_flatten(model.trainable_parameters()))
+        updater.update(given, 1, 1.0, 0)
+        after = dict(tree_flatten(model.trainable_parameters()))
+        found[name] = {key: before[key] - after[key] for key in before}
+    for key, both in found["both"].items():
+        expected = found["large"][key] + 20 * found["little"][key]
+        assert mx.abs(both - expected).max().item() <= 1e-4 * mx.abs(expected).max().item(), key
+
+
+@pytest.mark.compiled
+def test_an_update_of_a_weight_and_its_copy_are_one_kernel(tmp_path):
+    model = small(mx.bfloat16)
+    model.freeze()
+    model.layers[0].attn.out_proj.unfreeze()
+    updater = Updater(model, optim.AdamW(1e-3), compute_dtype=mx.bfloat16)
+    batch = rows_of(sequences([20], vocab=200))
+    mx.eval(updater.update([batch], batch.num_targets, 1e-3, 0).loss, updater.state())
+    gradients = [mx.ones(value.shape, mx.bfloat16) for value in updater._values()]
+    numbers = [mx.array(1.0)] * 2
+    mx.eval(gradients, numbers)
+    weights, copies, state, *_ = updater._apply(
+        updater._values(), gradients, numbers, numbers[0], updater.optimizer.state, *numbers, None
+    )
+    moments = [value for name, value in tree_flatten(state) if name.endswith((".m", ".v"))]
+    mx.export_to_dot(str(tmp_path / "graph.dot"), [*weights, *copies, *moments])
+    operations = re.findall(r'label ?="([A-Z][A-Za-z]+)", shape=rect', (tmp_path / "graph.dot").read_text())
+    # The other one is of a number, the learning rate.
+    assert sorted(name[:8] for name in operations) == ["Compiled", "Multiply"]
 
 
 def test_training_learns_and_leaves_the_base_unchanged(model):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from mlx_openelm import backend
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
@@ -10,15 +13,18 @@ from mlx_openelm.training.data.batches import Batch
 from mlx_openelm.training.options import LAYERS, NOTHING, PARTS
 from mlx_openelm.training.step import attention as attention_module
 from mlx_openelm.training.step import forward as forward_module
+from mlx_openelm.training.step import gradients as gradients_module
+from mlx_openelm.training.step import loss as loss_module
 from mlx_openelm.training.step import strategy
 from mlx_openelm.training.step.evaluation import evaluate
 from mlx_openelm.training.step.forward import hidden_states
-from mlx_openelm.training.step.swiglu import swiglu
+from mlx_openelm.training.step.gradients import swiglu
 from mlx_openelm.training.step.updater import Updater
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 from devices import pretend
 from gpu_devices import H100
@@ -121,6 +127,32 @@ def test_queries_fill_whole_tiles(model, cuda, monkeypatch):
     assert set(seen) == {(256, 256, "causal"), (256, 256, ((2, 1, 256, 256), mx.float32))}
 
 
+def test_attentions_gradient_has_the_memory_order_of_its_output(model, cuda, monkeypatch):
+    """cuDNN's gradients are wrong otherwise: MLX does not tell it that the incoming gradient's strides are others."""
+    seen = []
+    fused = mx.fast.scaled_dot_product_attention
+
+    def noted(queries, keys, values, *, scale, mask):
+        @mx.custom_function
+        def attend(*heads):
+            return fused(*heads, scale=scale, mask=mask)
+
+        @attend.vjp
+        def _(heads, cotangent, _):
+            seen.append((cotangent.shape, np.array(cotangent, copy=False).strides))
+            return mx.vjp(lambda *heads: [fused(*heads, scale=scale, mask=mask)], heads, [cotangent])[1]
+
+        return attend(queries, keys, values)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noted)
+    model.unfreeze()
+    for length, examples in ((256, 1), (200, 1), (200, 2), (40, 1)):
+        ours(model, batch_of(2, length, examples), NOTHING)
+    for (_, heads, length, dim), strides in seen:
+        assert strides == (4 * length * heads * dim, 4 * dim, 4 * heads * dim, 4)  # [B, L, H, D] in memory
+    assert {shape[2] for shape, _ in seen} == {128, 256} and len(seen) == 4 * len(model.layers)
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_masks_have_no_infinities(dtype):
     segments = mx.array([[0, 0, 1, -1]])
@@ -155,6 +187,76 @@ def test_the_gradient_of_swiglu(cuda, dtype):
     assert mx.abs(found.astype(mx.float32) - expected).max().item() < tolerance
 
 
+@pytest.mark.compiled
+def test_the_gradient_of_swiglu_is_one_kernel(tmp_path):
+    arrays = mx.ones((3, 16), mx.bfloat16), mx.ones((3, 8), mx.bfloat16)
+    mx.eval(arrays)
+    assert compiled_kernels(gradients_module._swiglu_gradient(*arrays), tmp_path) == 1
+
+
+def compiled_kernels(output: mx.array, folder: Path) -> int:
+    """The fused kernels among the operations of an output; none of the others may compute anything."""
+    mx.export_to_dot(str(folder / "graph.dot"), output)
+    operations = re.findall(r'label ?="([A-Z][A-Za-z]+)", shape=rect', (folder / "graph.dot").read_text())
+    fused = [name for name in operations if name.startswith("Compiled")]
+    assert set(operations) - set(fused) <= {"Reshape", "Slice", "ExpandDims", "Split"}
+    return len(fused)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_gradients_of_products(cuda, dtype, adds):
+    x, weight, residual, slope = (
+        mx.random.normal(shape, key=mx.random.key(n)).astype(dtype)
+        for n, shape in enumerate([(7, 64), (32, 64), (7, 32), (7, 32)])
+    )
+    given = [x, weight, residual] if adds else [x, weight]
+
+    def exact(x: mx.array, weight: mx.array, residual: mx.array | float = 0.0) -> mx.array:
+        return x.astype(mx.float32) @ weight.astype(mx.float32).T + residual
+
+    expected = mx.vjp(lambda *a: [exact(*a)], given, [slope.astype(mx.float32)])
+    found = mx.vjp(lambda *a: [gradients_module.linear(*a)], given, [slope])
+    for parts, others in zip(found, expected, strict=True):
+        for part, other in zip(parts, others, strict=True):
+            assert part.dtype == dtype and part.shape == other.shape
+            assert mx.abs(part - other).max().item() < (1e-4 if dtype == mx.float32 else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_gradient_of_a_frozen_norm(dtype):
+    x, slope = (mx.random.normal((7, 64), key=mx.random.key(n)).astype(dtype) for n in range(2))
+    weight = mx.random.uniform(0.5, 2, (64,)).astype(dtype)
+    expected = mx.vjp(lambda x: [mx.fast.rms_norm(x, weight, 1e-6)], [x], [slope])
+    found = mx.vjp(lambda x: [gradients_module.frozen_rms_norm(x, weight, 1e-6)], [x], [slope])
+    assert mx.array_equal(found[0][0], expected[0][0]).item()
+    assert mx.allclose(found[1][0], expected[1][0], atol=1e-5 if dtype == mx.float32 else 0.05).item()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_only_frozen_norms_have_a_gradient_of_their_own(model, cuda, monkeypatch, trains):
+    calls = []
+    own = gradients_module.frozen_rms_norm
+    monkeypatch.setattr(gradients_module, "frozen_rms_norm", lambda *a: calls.append(a) or own(*a))
+    (model.unfreeze if trains else model.freeze)()
+    model.layers[0].attn.qkv_proj.unfreeze()
+    batch = batch_of(1, 9)
+    mx.eval(hidden_states(model, batch.inputs, None))
+    assert len(calls) == (0 if trains else 2 * len(model.layers))
+
+
+def test_the_fused_loss_equals_our_own():
+    logits = 3 * mx.random.normal((9, 40), key=mx.random.key(0))
+    index, learned = mx.arange(9)[:, None], (mx.arange(9) % 4 > 0)[:, None]
+    logits[0, 0] = float("nan")  # a row that is not learned
+    (found, likelihood), slope = loss_module._fused_chunk(logits[1:], index[1:], learned[1:])
+    (expected, _), other = loss_module._chunk(logits[1:], index[1:], learned[1:], 0.0, 0.0)
+    assert found.item() == likelihood.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert mx.allclose(slope, other, atol=1e-6).item()
+    assert loss_module._fused_chunk(logits.astype(mx.bfloat16), index, learned)[1].dtype == mx.bfloat16
+    assert mx.isfinite(loss_module._fused_chunk(logits, index, learned)[0][0]).item()
+
+
 def test_dropout_and_adapters_agree_at_all_levels(cuda):
     model = make_model()
     attach_new(model, rank=4, dropout=0.3, seed=0)
@@ -185,7 +287,7 @@ def test_the_fused_gradient_is_for_half_precision_on_new_enough_gpus(monkeypatch
 def test_metal_and_cpus_use_the_careful_strategy(monkeypatch):
     for gpu in (False, True):
         pretend(monkeypatch, "Metal" if gpu else "CPU")
-        assert strategy.here() == strategy.Strategy(False, PARTS, 128, 200_000_000)
+        assert strategy.here() == strategy.Strategy(False, PARTS, 128, 200_000_000, False)
         assert not strategy.fuses_attention_gradient(mx.bfloat16, 64)
 
 

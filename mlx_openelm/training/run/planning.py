@@ -188,22 +188,23 @@ def estimate(
     Args:
         model_bytes: the model's parameters, including those that are trained.
         optimizer_bytes: the optimizer's state.
-        trained: the bytes of each trained parameter in float32, by name; its gradient takes as many.
-        casts: whether trained parameters are cast to the activations' type; the copies exist while they are used.
+        trained: the bytes of each trained parameter in float32, by name.
+        casts: whether copies of trained parameters in the activations' type are kept; gradients then have that type.
         accumulates: whether the gradients of several micro-batches are added up.
     """
-    gradients = sum(trained.values())
+    masters = sum(trained.values())
+    share = shape.itemsize / 4 if casts else 1.0
+    gradients = int(share * masters)
     by_layer = [
-        sum(size for name, size in trained.items() if f".layers.{layer}." in name)
+        int(share * sum(size for name, size in trained.items() if f".layers.{layer}." in name))
         for layer in range(config.num_transformer_layers)
     ]
     # Nothing is kept below the first layer with trained parameters; if the embedding is trained, all layers keep.
     trains_embedding = any(EMBEDDING in name for name in trained)
     first = 0 if trains_embedding else next((layer for layer, size in enumerate(by_layer) if size), 0)
     held = activations.peak(config, shape, first=first, by_layer=by_layer, outside=gradients - sum(by_layer))
-    if casts:
-        held += gradients * shape.itemsize / 4
-    updating = gradients + min(gradients + optimizer_bytes, _UPDATE_FACTOR * here().settled_bytes)
-    added = gradients if accumulates else 0
-    peak = model_bytes + optimizer_bytes + added + max(held, updating)
+    updating = gradients + min(masters + optimizer_bytes, _UPDATE_FACTOR * here().settled_bytes)
+    added = masters if accumulates else 0
+    copies = gradients if casts else 0
+    peak = model_bytes + copies + optimizer_bytes + added + max(held, updating)
     return Memory(model_bytes, optimizer_bytes, gradients, int(held), int(peak))

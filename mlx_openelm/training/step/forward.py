@@ -10,13 +10,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ... import backend
-from ...model import Attention, FeedForward, OpenELM, TransformerLayer, add_to
+from ...model import Attention, FeedForward, Linear, OpenELM, RMSNorm, TransformerLayer, add_to
 from ...ops.attention import PlainAttention, choose
 from ..options import LAYERS, NOTHING, PARTS
+from . import gradients
 from .attention import attention, fused_mask, packed_mask
 from .recompute import recomputed
 from .strategy import fuses_attention_gradient, here
-from .swiglu import swiglu
 
 
 def hidden_states(model: OpenELM, inputs: mx.array, segments: mx.array | None, *, recompute: str = PARTS) -> mx.array:
@@ -54,14 +54,28 @@ def _run(layer: nn.Module, x: mx.array, attend: PlainAttention, _: Any, stage: A
     if not _has_stages(layer):
         return stage([layer], lambda x: layer(x, _without_padding(attend)), x)
     attn, ffn = layer.attn, layer.ffn
-    qkv = stage([layer.attn_norm, attn.qkv_proj], lambda x: attn.qkv_proj(layer.attn_norm(x)), x)
+    qkv = stage([layer.attn_norm, attn.qkv_proj], lambda x: _project(attn.qkv_proj, _normalize(layer.attn_norm, x)), x)
     qkv, norms = attn.head_norms(qkv)
     mixed = attention(qkv, attend, attn.num_heads, norms)
-    h = stage([attn.out_proj], lambda mixed, x: add_to(x, attn.out_proj, mixed), mixed, x)
-    inner = stage([layer.ffn_norm, ffn.proj_1], lambda h: ffn.proj_1(layer.ffn_norm(h)), h)
+    h = stage([attn.out_proj], lambda mixed, x: _project(attn.out_proj, mixed, x), mixed, x)
+    inner = stage([layer.ffn_norm, ffn.proj_1], lambda h: _project(ffn.proj_1, _normalize(layer.ffn_norm, h)), h)
     # On a GPU SwiGLU has a gradient that keeps nothing but its input.
-    activate = swiglu if ffn.is_swiglu and backend.on_gpu() else ffn.activate
-    return stage([ffn.proj_2], lambda inner, h: add_to(h, ffn.proj_2, activate(inner)), inner, h)
+    activate = gradients.swiglu if ffn.is_swiglu and backend.on_gpu() else ffn.activate
+    return stage([ffn.proj_2], lambda inner, h: _project(ffn.proj_2, activate(inner), h), inner, h)
+
+
+def _project(module: nn.Module, x: mx.array, residual: mx.array | None = None) -> mx.array:
+    """module(x), plus the residual if there is one."""
+    if type(module) is Linear and backend.on_cuda():
+        return gradients.linear(x, module["weight"], residual)
+    return module(x) if residual is None else add_to(residual, module, x)
+
+
+def _normalize(module: nn.Module, x: mx.array) -> mx.array:
+    """module(x) for a norm."""
+    if type(module) is RMSNorm and not module.trainable_parameters() and backend.on_cuda():
+        return gradients.frozen_rms_norm(x, module["weight"], module.eps)
+    return module(x)
 
 
 def _has_stages(layer: nn.Module) -> bool:

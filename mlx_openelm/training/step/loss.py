@@ -16,6 +16,8 @@ from ..data.batches import IGNORED
 from .recompute import substituted, trainable
 from .strategy import here
 
+_HAS_FUSED = hasattr(mx.fast, "cross_entropy")  # later than MLX 0.32.0
+
 
 def cross_entropy(
     model: OpenELM,
@@ -99,6 +101,8 @@ def _chunk(
         index: the ids to predict [rows, 1].
         learned: the rows that count, booleans [rows, 1].
     """
+    if not (z_loss or label_smoothing) and backend.on_gpu() and _HAS_FUSED:
+        return _fused_chunk(logits, index, learned)
     exact = logits.astype(mx.float32)
     shares, lse = softmax(exact)
     likelihood = lse - mx.take_along_axis(exact, index, axis=-1)
@@ -115,6 +119,15 @@ def _chunk(
     slope = shares - mx.where(hit, 1 - label_smoothing, 0.0) - label_smoothing / logits.shape[-1]
     slope = mx.where(learned, slope, 0.0).astype(logits.dtype)
     return (mx.sum(mx.where(learned, objective, 0.0)), mx.sum(mx.where(learned, likelihood, 0.0))), slope
+
+
+def _fused_chunk(logits: mx.array, index: mx.array, learned: mx.array) -> tuple[tuple[mx.array, mx.array], mx.array]:
+    """`_chunk` for the likelihood alone, in one kernel of MLX's each way: it writes no float32 logits."""
+    learned = learned[:, 0]
+    counts = learned.astype(mx.float32)
+    (losses,), (slope,) = mx.vjp(lambda x: [mx.fast.cross_entropy(x, index[:, 0])], [logits], [counts])
+    likelihood = mx.sum(mx.where(learned, losses, 0.0))
+    return (likelihood, likelihood), slope
 
 
 def softmax(logits: mx.array) -> tuple[mx.array, mx.array]:

@@ -31,17 +31,23 @@ class Strategy:
         within_layers: what is recomputed inside a layer that is itself recomputed as a whole.
         loss_rows: positions whose logits exist at the same time.
         settled_bytes: after an update, large weights and their optimizer state are evaluated in groups of this size.
+        starts_early: whether a step's gradients begin to be computed before its update is set up.
     """
 
     chooses: bool
     within_layers: str
     loss_rows: int
     settled_bytes: int
+    starts_early: bool
 
 
-_CAREFUL = Strategy(chooses=False, within_layers=PARTS, loss_rows=CHUNK, settled_bytes=200_000_000)
-# A GPU needs more rows per product, synchronizing costs more, and temporary buffers are small beside its memory.
-_CUDA = Strategy(chooses=True, within_layers=NOTHING, loss_rows=8 * CHUNK, settled_bytes=2_000_000_000)
+_CAREFUL = Strategy(chooses=False, within_layers=PARTS, loss_rows=CHUNK, settled_bytes=200_000_000, starts_early=False)
+# A GPU needs more rows per product, and temporary buffers are small beside its memory. While MLX sets up a graph of
+# thousands of operations, or waits between two of them, a fast GPU idles for milliseconds: with groups of 2 GB, and
+# without an early start, a step of full fine-tuning (270M, 8 x 1024, on an H200) took 48 and 57 ms instead of 44.
+_CUDA = Strategy(
+    chooses=True, within_layers=NOTHING, loss_rows=8 * CHUNK, settled_bytes=16_000_000_000, starts_early=True
+)
 
 
 def here() -> Strategy:

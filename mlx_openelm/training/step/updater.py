@@ -65,7 +65,7 @@ class Updater:
         optimizer: as `optimizers.make_optimizer` gives it.
         objective: what is minimized.
         compute_dtype: trainable parameters are cast to this in the forward pass; None leaves them float32. `casts`
-            says whether they are cast.
+            says whether they are cast. The copies are kept, since an update then writes them along with the masters.
         recompute: what the backward pass computes again, as in `forward.hidden_states`; it may be set until the first
             update.
         max_grad_norm: scale gradients down to this norm.
@@ -97,9 +97,12 @@ class Updater:
         for (module, name), value in zip(self._parameters, values, strict=True):
             module[name] = value.astype(mx.float32)
         optimizer.init(self._tree(self._values()))
+        self._masters: list[mx.array] = []  # those that the copies are of
+        self._copies: list[mx.array] = []
         self._evaluates_in_groups = sum(value.nbytes for value in self.state().values()) > here().settled_bytes
         # Bound once: MLX traces a function again for every new function object and every new combination of shapes.
         self._gradients: Callable[..., Any] = mx.compile(self._compute_gradients)
+        self._add_up: Callable[..., Any] = mx.compile(self._sums_and_norm)
         self._apply: Callable[..., Any] = mx.compile(self._apply_gradients)
         self._shapes: set[tuple[Any, ...]] = set()
 
@@ -121,26 +124,33 @@ class Updater:
             step: the number of the update, from which random numbers derive.
             limits: beyond them, or if they are not finite, loss and gradient change nothing.
         """
-        weights = self._values()
+        weights, copies = self._values(), self._cast_weights()
         sums, gradients = [mx.array(0.0) for _ in range(2 + len(self.objective.metrics))], None
         for index, batch in enumerate(batch for batch in batches if batch.num_targets):
-            if index:
+            if gradients is not None:
+                gradients = [gradient.astype(mx.float32) for gradient in gradients]
                 mx.eval(gradients)  # otherwise MLX could compute several micro-batches at the same time
             arrays = self.objective.arrays(batch)
             self._limit_graphs(arrays, gradients is None)
-            sums, gradients = self._gradients(weights, gradients, sums, arrays, self._keys(step, index))
+            sums, gradients = self._gradients(copies, gradients, sums, arrays, self._keys(step, index))
         if gradients is None:
             gradients = [mx.zeros_like(weight) for weight in weights]
+        elif here().starts_early:
+            mx.async_eval(sums, gradients)
         state = self.optimizer.state
-        numbers = mx.array(1.0 / max(1, num_targets)), mx.array(learning_rate)
+        share, rate = mx.array(1.0 / max(1, num_targets)), mx.array(learning_rate)
         bounds = None if limits is None else [mx.array(limit) for limit in limits]
-        values, state, scalars, skipped = self._apply(weights, gradients, sums, state, *numbers, bounds)
+        sums, gradients, norm = self._add_up(sums, gradients, share)
+        values, copies, state, scalars, skipped = self._apply(
+            weights, gradients, sums, norm, state, share, rate, bounds
+        )
         self.optimizer.state = state
-        self._set(values)
-        del weights, gradients, values, state  # free the old arrays before the new ones are evaluated
+        self._set(values, copies)
+        # Free the old arrays before the new ones are evaluated.
+        del weights, copies, gradients, values, state
         if self._evaluates_in_groups:
             self._evaluate_in_groups()
-        (loss, objective, norm), metrics = scalars[:3], scalars[3:]
+        (loss, objective), metrics = scalars[:2], scalars[2:]
         return Update(loss, objective, norm, dict(zip(self.objective.metrics, metrics, strict=True)), skipped)
 
     def _limit_graphs(self, arrays: Any, is_first: bool) -> None:
@@ -157,8 +167,8 @@ class Updater:
         by_parameter: dict[str, list[mx.array]] = {}
         for name, value in self._flat_state():
             by_parameter.setdefault(name.rpartition(".")[0], []).append(value)
-        for name, value in zip(self._names, self._values(), strict=True):
-            by_parameter.setdefault(name, []).append(value)
+        for name, *values in zip(self._names, self._values(), self._copies, strict=True):
+            by_parameter.setdefault(name, []).extend(values)
         group: list[mx.array] = []
         size = 0
         for arrays in by_parameter.values():
@@ -193,7 +203,7 @@ class Updater:
     @contextmanager
     def computing(self) -> Iterator[OpenELM]:
         """The model with its trained weights in the type to compute in, and without dropout, while the block runs."""
-        with substituted(self._parameters, self._cast(self._values())):
+        with substituted(self._parameters, self._cast_weights()):
             self.model.eval()
             yield self.model
 
@@ -205,12 +215,21 @@ class Updater:
         dtype = self.compute_dtype
         return [value if id(module) in self._adapted else value.astype(dtype) for (module, _), value in pairs]
 
+    def _cast_weights(self) -> list[mx.array]:
+        """`_cast` of the masters, kept until one is replaced."""
+        values = self._values()
+        if not self._masters or any(a is not b for a, b in zip(self._masters, values, strict=True)):
+            self._masters, self._copies = values, self._cast(values)
+        return self._copies
+
     def _values(self) -> list[mx.array]:
         return [module[name] for module, name in self._parameters]
 
-    def _set(self, values: Sequence[mx.array]) -> None:
+    def _set(self, values: Sequence[mx.array], copies: Sequence[mx.array] = ()) -> None:
+        """Replace the masters, and their copies if they are known."""
         for (module, name), value in zip(self._parameters, values, strict=True):
             module[name] = value
+        self._masters, self._copies = list(values) if copies else [], list(copies)
 
     def _flat_state(self) -> list[tuple[str, mx.array]]:
         return tree_flatten(self.optimizer.state)  # type: ignore[return-value]
@@ -237,14 +256,15 @@ class Updater:
         """Add the objective's sums and their gradients for one batch to `sums` and `gradients`.
 
         Args:
+            weights: in the type to compute in; so are the gradients of a step's first batch.
+            gradients: of the batches before, in float32; None for the first one of a step.
             sums: objective, loss, then the objective's metrics.
-            gradients: None for the first batch of a step.
         """
         self.model.train()
         forward = Forward(self.model, self.recompute)
 
         def sums_of(weights: list[mx.array]) -> tuple[mx.array, ...]:
-            with substituted(self._parameters, self._cast(weights)):
+            with substituted(self._parameters, weights):
                 found = self.objective(forward, arrays)
             return found.objective, found.loss, *(found.metrics[name] for name in self.objective.metrics)
 
@@ -264,47 +284,60 @@ class Updater:
             for layer in layers:
                 layer.set_dropout_key(None)
 
+    def _sums_and_norm(
+        self, sums: list[mx.array], gradients: list[mx.array], share: mx.array
+    ) -> tuple[list[mx.array], list[mx.array], mx.array]:
+        """Sums and gradients over all processes, and the norm of the gradient of the mean.
+
+        It is compiled apart from the update, which would share its float32 gradients: they would be written to memory.
+        """
+        sums, gradients = self._over_all_processes(sums, gradients)
+        squares = [mx.sum(mx.square(gradient.astype(mx.float32))) for gradient in gradients]
+        return sums, gradients, share * mx.sqrt(mx.sum(mx.stack(squares)))
+
     def _apply_gradients(
         self,
         weights: list[mx.array],
         gradients: list[mx.array],
         sums: list[mx.array],
+        norm: mx.array,
         state: Any,
         share: mx.array,
         rate: mx.array,
         bounds: list[mx.array] | None,
-    ) -> tuple[list[mx.array], Any, list[mx.array], mx.array | None]:
-        """New weights, the optimizer's new state, the step's loss, objective, gradient norm and metrics, and whether
+    ) -> tuple[list[mx.array], list[mx.array], Any, list[mx.array], mx.array | None]:
+        """New weights, their copies, the optimizer's new state, the step's loss, objective and metrics, and whether
         loss and norm exceed their `bounds`, so that weights and state are the old ones.
 
         `share`, one over the number of learned tokens, turns sums into means. It is applied last: multiplied earlier,
         so small a number would make float16 gradients of activations zero. Here it is also fused into the optimizer's
         kernels.
         """
-        (objective, loss, *metrics), gradients = self._over_all_processes(sums, gradients)
-        squares = [mx.sum(mx.square(gradient)) for gradient in gradients]
-        norm, factor = share * mx.sqrt(mx.sum(mx.stack(squares))), share
+        objective, loss, *metrics = sums
+        factor = share
         if self._max_grad_norm is not None:
             factor = share * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
-        gradients = [gradient * factor for gradient in gradients]
+        gradients = [gradient.astype(mx.float32) * factor for gradient in gradients]
         self.optimizer.state = tree_map(lambda value: value, state)  # a copy, which the optimizer changes
         set_learning_rate(self.optimizer, rate)
         updated = self.optimizer.apply_gradients(self._tree(gradients), self._tree(weights))
         by_name = dict(tree_flatten(updated))
         values, new_state = [by_name[name] for name in self._names], self.optimizer.state
-        scalars = [share * loss, share * objective, norm, *(share * metric for metric in metrics)]
-        if bounds is None:
-            return values, new_state, scalars, None
-        learns = (scalars[0] <= bounds[0]) & (norm <= bounds[1])  # false for NaN
-        values, new_state = tree_map(partial(mx.where, learns), (values, new_state), (weights, state))
-        return values, new_state, scalars, mx.logical_not(learns)
+        scalars = [share * loss, share * objective, *(share * metric for metric in metrics)]
+        skipped = None
+        if bounds is not None:
+            learns = (scalars[0] <= bounds[0]) & (norm <= bounds[1])  # false for NaN
+            values, new_state = tree_map(partial(mx.where, learns), (values, new_state), (weights, state))
+            skipped = mx.logical_not(learns)
+        return values, self._cast(values), new_state, scalars, skipped
 
     def _over_all_processes(self, *trees: list[mx.array]) -> Any:
-        """The sums over all processes."""
+        """The sums over all processes, of several in float32."""
         if self._group is None or self._group.size() == 1:
             return trees
         size = self._group.size()
-        return tree_map(lambda a: a * size, nn.average_gradients(trees, self._group))
+        exact = tree_map(lambda a: a.astype(mx.float32), trees)
+        return tree_map(lambda a: a * size, nn.average_gradients(exact, self._group))
 
 
 def _names(model: nn.Module, parameters: Parameters) -> list[str]:
