@@ -41,14 +41,10 @@ _BUFFERS = _Buffers(8.0, 4.0, 17.0, 6.0, 14.5, 10.0, 6.4)
 _BUFFERS_OF_KERNELS = _Buffers(6.6, 0.0, 6.6, 2.8, 4.4, 0.0, 4.4, 6_000_000)
 
 # On CUDA, MLX submits graphs of up to a hundred operations, up to eleven ahead of the running one, and holds their
-# arrays until they are done. The numbers below were fitted to runs on an H100 (in `test_recompute_plan.py`; the largest
-# error is 11%).
-# In each layer: arrays as wide as the model, arrays as wide as the feed-forward's inner size, and a share of the
-# recomputed activations.
-_AHEAD_DIM, _AHEAD_INNER, _AHEAD_RECOMPUTED = 13.9, 3.35, 0.11
-# In the loss: copies of all logits in float32, and of the output layer's gradient for each chunk. Then the upper limit
-# of everything, in bytes.
-_AHEAD_LOGITS, _AHEAD_HEAD, _AHEAD_MOST = 1.67, 4.4, 14.7e9
+# arrays until they are done. So a step that follows others holds these bytes in addition: in small steps the first for
+# each byte of all layers' inputs, in large ones the second and a constant. They were fitted to runs on an H200, with a
+# largest error of 9% (`test_recompute_plan.py`). If memory is short, MLX waits instead.
+_AHEAD_SMALL, _AHEAD, _AHEAD_BYTES = 50, 19, 5_250_000_000
 
 
 @dataclass(frozen=True)
@@ -112,10 +108,10 @@ def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     layers = list(_layers(config))
     saved = [shape.width * layer.kept(shape, shape.recompute) for layer in layers]
     saved[:first] = [0] * first
-    chunks, chunk = _chunks(config, shape)
     if shape.fused:
-        return sum(saved) + _ahead(layers[first:], shape, chunks, chunk, outside) + outside + sum(by_layer)
+        return sum(saved) + _ahead(layers[first:], shape) + outside + sum(by_layer)
     buffers = _BUFFERS_OF_KERNELS if backend.has_kernels() else _BUFFERS
+    chunks, chunk = _chunks(config, shape)
     in_loss = sum(saved) + 5 * shape.width * config.model_dim + buffers.head * outside
     most = in_loss + chunk * min(buffers.logits_most, buffers.logits_first + buffers.logits_more * (chunks - 1))
     for index, layer in list(enumerate(layers))[first:]:
@@ -124,12 +120,10 @@ def peak(config: ModelConfig, shape: Shape, *, first: int, by_layer: list[int], 
     return most
 
 
-def _ahead(layers: list[_Layer], shape: Shape, chunks: int, chunk: int, outside: int) -> float:
+def _ahead(layers: list[_Layer], shape: Shape) -> float:
     """Bytes that MLX holds because it works ahead on a GPU."""
-    recomputed = sum(_recomputed(layer, shape) for layer in layers)
-    widths = sum(_AHEAD_DIM * layer.dim + _AHEAD_INNER * layer.inner for layer in layers)
-    loss = chunks * (_AHEAD_LOGITS * chunk + _AHEAD_HEAD * outside)
-    return min(shape.width * widths + _AHEAD_RECOMPUTED * recomputed + loss, _AHEAD_MOST)
+    width = shape.width * sum(layer.dim for layer in layers)
+    return min(_AHEAD_SMALL * width, _AHEAD_BYTES + _AHEAD * width)
 
 
 def _chunks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
