@@ -1,84 +1,28 @@
-"""Many texts at once on a GPU, if there is one: batches, drafts, adapters, prefixes, scores and the server.
-
-A GPU sums in another order for another number of rows, so where two tokens are about equally likely a batch may choose
-the other one, and from there on its text is another one. So each token of a text is compared with what a lone run over
-the tokens before it gives, on the GPU and, in float32, on the CPU.
-"""
+"""Many texts at once on a GPU, if there is one: batches, drafts, adapters and prefixes."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlx_openelm import Engine, GenerationOptions, GenerationResult, OpenELM, Tokenizer, backend, batch_generate, load
+from mlx_openelm import Engine, GenerationOptions, batch_generate, load
 from mlx_openelm.adapters.pool import AdapterPool
-from mlx_openelm.evaluation.likelihoods import Request, log_likelihoods
-from mlx_openelm.generation import decoding
+from mlx_openelm.generation.decoding import make_request
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
-from mlx_openelm.generation.sampling import TextSampler
-from mlx_openelm.generation.scoring import embedding, prompt_logprobs
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from decoding_models import make_model
-from gpu_devices import FIXTURES, SHAKESPEARE, TOLERANCE, assert_close, computed, needs_gpu, needs_real_gpu, on
-from test_engine import ADAPTERS, PLAY
-from test_likelihoods import drawn
+from gpu_devices import FIXTURES, SHAKESPEARE, computed, needs_gpu
+from lone_runs import ERROR, TOKENIZER, Subject, check, each_subject, lone, plays, wide
+from test_engine import ADAPTERS
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 
-TOKENIZER = Tokenizer.from_folder(SHAKESPEARE, eos_token_ids=())  # texts do not end early
-# The largest error of a log-probability, in nats.
-ERROR = {"float32": 0.05, "bfloat16": 0.15}
-KV_BITS = {"kv_bits": 8, "kv_group_size": 32}
-
-
-class Subject(NamedTuple):
-    """A model, the same weights in float32 for the CPU, and the largest error of a log-probability."""
-
-    model: OpenELM
-    exact: OpenELM
-    error: float
-
-    def prompt(self, length: int, start: int = 0) -> list[int]:
-        """Ids of a play, or as good as random ones if the model has fewer tokens."""
-        return [token % self.model.config.vocab_size for token in TOKENIZER.encode(PLAY * 9)[start : start + length]]
-
-
-def plays(dtype: str = "float32", adapter: Any = None) -> Subject:
-    """Shakespeare's plays; the adapter is that of the CPU's model alone."""
-    with on("cpu"):
-        exact, _ = load(SHAKESPEARE, adapter, dtype="float32")
-    return Subject(load(SHAKESPEARE, dtype=dtype)[0], exact, ERROR[dtype])
-
-
-def wide(packing: tuple[int, int] | None, head_dim: int) -> Subject:
-    """Random weights in bfloat16, of sizes that MLX's attention of few positions and our kernel of a token support."""
-    model = make_model(mx.bfloat16, [packing], head_dim)
-    mx.eval(model.parameters())
-    with on("cpu"):
-        exact = copy.deepcopy(model)
-        exact.set_dtype(mx.float32)
-        mx.eval(exact.parameters())
-    return Subject(model, exact, ERROR["bfloat16"] if packing is None else 4 * ERROR["bfloat16"])
-
-
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "plays": plays,
-    "wide": lambda: wide(None, 64),
-    "4 bits": lambda: wide((4, 64), 128),
-}
-
-
-@pytest.fixture(params=["plays", "wide", pytest.param("4 bits", marks=needs_real_gpu)])
-def subject(request: pytest.FixtureRequest) -> Subject:
-    return SUBJECTS[request.param]()
+KV_BITS: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32}
 
 
 def finish(engine: Engine) -> Counter[int]:
@@ -88,40 +32,6 @@ def finish(engine: Engine) -> Counter[int]:
         engine.step()
         sizes[len(engine.rows)] += 1
     return sizes
-
-
-def lone(model: OpenELM, request: decoding.Request, tokens: list[int]) -> mx.array:
-    """The log-probabilities [n, vocab] from which a lone run chooses each of these tokens."""
-    decoder = decoding.Decoder(model, options=request.options, logits_processors=request.decoder.logits_processors)
-    parts = [decoder.prefill(mx.array([request.prompt]), request.options.prefill_step_size)]
-    for token in tokens[:-1]:
-        parts.append(decoder.step(mx.array([token])))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
-
-
-def check(found: Row | GenerationResult, subject: Subject, request: decoding.Request, devices: Any = None) -> None:
-    """Each token and its log-probability are those of a lone run, to within rounding."""
-    error, count = subject.error, request.count
-    assert len(found.tokens) == len(found.logprobs) == count and found.finish_reason == "length"
-    for device, model in (devices or {"gpu": subject.model, "cpu": subject.exact}).items():
-        expected = computed(device, lone, model, request, found.tokens)
-        chosen = expected[np.arange(count), found.tokens]
-        assert np.abs(np.array(found.logprobs) - chosen).max() < error
-        for listed, row in zip(found.top_logprobs, expected, strict=False):
-            best = np.sort(row)[::-1][: len(listed)]
-            assert np.abs(np.array([logprob for _, logprob in listed]) - best).max(initial=0) < error
-        if not isinstance(request.sampler, TextSampler):
-            assert (expected.max(axis=1) - chosen).max() < 2 * error
-        else:
-            again = computed(device, lambda rows=expected: request.sampler.tokens(mx.array(rows), 0))
-            assert (again == found.tokens).mean() >= 0.7
-
-
-def check_row(row: Row, subject: Subject, devices: Any = None) -> None:
-    if row.error is not None:
-        raise row.error
-    check(row, subject, row.request, devices)
 
 
 def every_third(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -141,37 +51,41 @@ ROWS: list[tuple[int, dict[str, Any]]] = [
     (7, {"max_tokens": 20, "max_kv_size": 12, "temp": 0.7, "seed": 5}),
     (15, {"max_tokens": 12, "repetition_penalty": 1.3, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}}),
     (33, {"max_tokens": 12, "prefill_step_size": 7, "top_logprobs": 2}),
+    (254, {"max_tokens": 6}),
     (18, {"max_tokens": 12, "logits_processors": [every_third]}),
 ]
 
 
-def test_rows_join_and_leave(subject):
-    """With a single row in the end: the others' step gives its place to our kernel, where that is supported."""
+@each_subject
+def test_rows_join_and_leave(make):
+    """Until a single one is left, which our kernel of a token takes over where it is supported."""
+    subject = make()
     engine = Engine(subject.model, TOKENIZER, max_rows=4)
     rows = [engine.submit(subject.prompt(length, 3 * n), **options) for n, (length, options) in enumerate(ROWS)]
-    last = engine.submit(subject.prompt(5), max_tokens=40)
-    sizes = finish(engine)
-    assert set(sizes) >= {1, 2, 3, 4}
-    for row in (*rows, last):
-        check_row(row, subject)
-    start = len(rows[-1].request.prompt)
-    assert [token % 3 for token in rows[-1].tokens] == [(start + n) % 3 for n in range(12)]
+    rows.append(engine.submit(subject.prompt(5), max_tokens=40))
+    assert set(finish(engine)) >= {1, 2, 3, 4}
+    for row in rows:
+        check(row, subject)
+    start = len(rows[-2].request.prompt)
+    assert [token % 3 for token in rows[-2].tokens] == [(start + n) % 3 for n in range(12)]
 
 
-def test_a_row_that_is_not_finite_harms_no_neighbor(subject):
+@each_subject
+def test_a_row_that_is_not_finite_harms_no_neighbor(make):
+    subject = make()
     engine = Engine(subject.model, TOKENIZER)
     bad = engine.submit(subject.prompt(9), max_tokens=9, logits_processors=[lambda tokens, logits: logits * mx.nan])
     good = engine.submit(subject.prompt(9), max_tokens=9)
     finish(engine)
     assert "not finite" in str(bad.error)
-    check_row(good, subject)
+    check(good, subject)
 
 
 def test_an_engine_works_in_a_thread_of_its_own():
     """As the server's does."""
 
     def run() -> tuple[Subject, list[Row]]:
-        subject = wide(None, 64)
+        subject = wide(mx.bfloat16)
         engine = Engine(subject.model, TOKENIZER)
         rows = [engine.submit(subject.prompt(length), max_tokens=9) for length in (3, 20)]
         finish(engine)
@@ -180,10 +94,10 @@ def test_an_engine_works_in_a_thread_of_its_own():
     with ThreadPoolExecutor(1) as pool:
         subject, rows = pool.submit(run).result()
     for row in rows:
-        check_row(row, subject)
+        check(row, subject)
 
 
-def test_a_constraint_is_kept_in_a_batch():
+def test_constraints_in_a_batch():
     pytest.importorskip("llguidance")
     subject, (_, tokenizer) = plays(), load(SHAKESPEARE)
     pattern = r"[A-Z]{3,8}\. (My lord|Your grace), [a-z ]{20}"
@@ -194,152 +108,100 @@ def test_a_constraint_is_kept_in_a_batch():
     finish(engine)
     for row in rows:
         assert row.error is None and row.finish_reason == "stop" and re.fullmatch(pattern, row.text.strip())
-    check_row(free, subject)
+    check(free, subject)
 
 
-# Drafts.
+@each_subject
+def test_batch_generate(make):
+    subject = make()
+    options: dict[str, Any] = {"temp": [0.0, 0.9, 0.0], "seed": [0, 7, 1], "max_kv_size": [None, None, 16]}
+    prompts = [subject.prompt(length) for length in (20, 7, 31)]
+    results = batch_generate(subject.model, TOKENIZER, prompts, max_tokens=12, max_rows=2, **options)
+    for n, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        each = GenerationOptions(max_tokens=12, **{name: values[n] for name, values in options.items()})
+        check(result, subject, make_request(subject.model, TOKENIZER, prompt, each))
 
-# Number of drafted tokens, with these options.
-DRAFTS: list[tuple[int, dict[str, Any]]] = [
-    (1, {}),
-    (2, {"top_logprobs": 2}),
-    (6, {}),
-    (3, KV_BITS),
-    (3, {"max_kv_size": 24}),
-    (2, {"logits_processors": [every_third]}),
-    (0, {}),
+
+# Drafts: so many drafted tokens after prompts of these lengths, twice, with these options.
+DRAFTS: list[tuple[int, int, dict[str, Any]]] = [
+    (1, 20, {}),
+    (2, 21, {"top_logprobs": 2}),
+    (6, 22, {}),
+    (4, 130, {}),
+    (3, 23, KV_BITS),
+    (3, 24, {"max_kv_size": 24}),
+    (2, 25, {"logits_processors": [every_third]}),
+    (0, 26, {}),
 ]
 
 
 @pytest.mark.parametrize("source", ["lookup", "draft model"])
-def test_drafts_change_nothing(subject, source):
+@each_subject
+def test_drafts_change_nothing(make, source):
     """Several positions of each row in a step, some of which are taken back."""
+    subject = make()
     by_lookup = source == "lookup"
-    kinds = [*DRAFTS, (2, {"temp": 0.5, "seed": 2})] if by_lookup else DRAFTS
+    kinds = [*DRAFTS, (2, 27, {"temp": 0.5, "seed": 2})] if by_lookup else DRAFTS
     engine = Engine(subject.model, TOKENIZER, draft_model=None if by_lookup else subject.model)
+    common: dict[str, Any] = {"max_tokens": 16, "prompt_lookup": by_lookup}
     rows = [
-        engine.submit(
-            subject.prompt(20 + n) * 2, max_tokens=24, num_draft_tokens=count, prompt_lookup=by_lookup, **options
-        )
-        for n, (count, options) in enumerate(kinds)
+        engine.submit(subject.prompt(length) * 2, num_draft_tokens=count, **common, **options)
+        for count, length, options in kinds
     ]
     finish(engine)
-    for row, (count, _) in zip(rows, kinds, strict=True):
-        check_row(row, subject)
-        drafts = row.drafts
-        assert (drafts is not None and drafts.drafted > 0) == (count > 0)
-    drafted, accepted = (sum(getattr(row.drafts, name) for row in rows if row.drafts) for name in ("drafted", "accepted"))
-    print(source, drafted, accepted)
-    assert 0 < accepted < drafted
+    for row, (count, *_) in zip(rows, kinds, strict=True):
+        check(row, subject)
+        assert (row.drafts is not None and row.drafts.drafted > 0) == (count > 0)
+    counts = [row.drafts for row in rows if row.drafts is not None]
+    assert 0 < sum(one.accepted for one in counts) < sum(one.drafted for one in counts)
 
 
-def test_drawn_drafts_follow_their_seed(subject):
-    """Alone and beside other rows; a draw may be as close as two tokens are."""
+@each_subject
+def test_drawn_drafts_follow_their_seed(make):
+    """Beside other rows as alone, unless a draw is as close as two tokens can be."""
+    subject = make()
     draft = load("tiny", dtype="float32")[0] if subject.model.config.vocab_size == 2048 else subject.model
-    options = [{"temp": 0.8, "seed": seed, "num_draft_tokens": 3, "max_tokens": 12} for seed in range(6)]
     together = Engine(subject.model, TOKENIZER, draft_model=draft)
-    rows = [together.submit(subject.prompt(12 + n), **each) for n, each in enumerate(options)]
+    options: dict[str, Any] = {"temp": 0.8, "num_draft_tokens": 3, "max_tokens": 12}
+    rows = [together.submit(subject.prompt(12 + seed), seed=seed, **options) for seed in range(6)]
     finish(together)
-    same = 0
-    for row, each in zip(rows, options, strict=True):
+    same = 0  # texts
+    for seed, row in enumerate(rows):
+        check(row, subject, draws=False)
         alone = Engine(subject.model, TOKENIZER, draft_model=draft)
-        again = alone.submit(row.request.prompt, **each)
+        again = alone.submit(row.request.prompt, seed=seed, **options)
         finish(alone)
-        same += again.tokens == row.tokens
-        found = computed("cpu", lone, subject.exact, row.request, row.tokens)[np.arange(12), row.tokens]
-        assert np.abs(np.array(row.logprobs) - found).max() < subject.error
-    assert same >= 3 and sum(row.drafts.accepted for row in rows) > 6
+        same += int(again.tokens == row.tokens)
+    assert same >= 3 and sum(row.drafts.accepted for row in rows if row.drafts is not None) > 6
 
 
-# Adapters and prefixes.
-
-
-@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_have_adapters_of_their_own(dtype):
     subjects = {name: plays(dtype, None if name is None else FIXTURES / name) for name in ADAPTERS}
     base = subjects[None].model
     engine = Engine(base, TOKENIZER, max_rows=6, adapters=AdapterPool(base))
     names = [*ADAPTERS, "peft-lora", *ADAPTERS]
-    rows = [
-        engine.submit(
-            subjects[None].prompt(5 + 6 * n), max_tokens=8, adapter=None if name is None else FIXTURES / name,
-            prompt_lookup=n % 2 == 0, num_draft_tokens=2 * (n % 2 == 0),
-        )
-        for n, name in enumerate(names)
-    ]  # fmt: skip
+    rows = []
+    for n, name in enumerate(names):
+        options: dict[str, Any] = {"adapter": None if name is None else FIXTURES / name, "num_draft_tokens": n % 3}
+        rows.append(engine.submit(subjects[None].prompt(5 + 6 * n), max_tokens=8, prompt_lookup=n % 3 > 0, **options))
     finish(engine)
     for row, name in zip(rows, names, strict=True):
-        check_row(row, subjects[name], {"cpu": subjects[name].exact})
+        check(row, subjects[name])
     other = computed("cpu", lone, subjects[None].exact, rows[0].request, rows[0].tokens)
     assert np.abs(other[np.arange(8), rows[0].tokens] - rows[0].logprobs).max() > ERROR[dtype]  # adapters matter
 
 
 @pytest.mark.parametrize("options", [{}, KV_BITS, {"max_kv_size": 64}], ids=str)
-def test_prompts_share_prefixes(subject, options):
+@each_subject
+def test_prompts_share_prefixes(make, options):
+    subject = make()
     engine = Engine(subject.model, TOKENIZER, prefixes=PrefixTree(subject.model, 1 << 24))
     start = subject.prompt(50)
     prompts = [start, start + subject.prompt(9, 60), start[:40] + subject.prompt(20, 70), start]
-    for together in (1, 3):
-        rows = [engine.submit(prompt, max_tokens=6, prefill_step_size=16, **options) for prompt in prompts[:together]]
-        prompts = prompts[together:]
+    for some in (prompts[:1], prompts[1:]):
+        rows = [engine.submit(prompt, max_tokens=6, prefill_step_size=16, **options) for prompt in some]
         finish(engine)
         for row in rows:
-            check_row(row, subject)
-            assert (row.cached_tokens >= 39) == (together > 1)
-
-
-# All texts of a call.
-
-
-def test_batch_generate(subject):
-    options = {"temp": [0.0, 0.9, 0.0], "seed": [0, 7, 1], "max_kv_size": [None, None, 16]}
-    prompts = [subject.prompt(length) for length in (20, 7, 31)]
-    results = batch_generate(subject.model, TOKENIZER, prompts, max_tokens=12, max_rows=2, **options)
-    for n, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        each = GenerationOptions(max_tokens=12, **{name: values[n] for name, values in options.items()})
-        check(result, subject, decoding.make_request(subject.model, TOKENIZER, prompt, each))
-
-
-@pytest.mark.parametrize("dtype", ERROR)
-def test_likelihoods_of_padded_texts(dtype, reference):
-    """Contexts of many lengths, each with several continuations."""
-    subject, requests = plays(dtype), drawn(40)
-    for ids, following in zip(reference["ids"], reference["greedy"], strict=True):
-        requests += [Request(tuple(ids), tuple(following[:6])), Request(tuple(ids), (*following[:5], 700))]
-    together = computed("gpu", log_likelihoods, subject.model, requests)
-    for device, model, size in (("gpu", subject.model, 1), ("cpu", subject.exact, 16)):
-        for request, one, other in zip(
-            requests, together, computed(device, lambda m=model, s=size: log_likelihoods(m, requests, batch_size=s)),
-            strict=True,
-        ):  # fmt: skip
-            assert abs(one.logprob - other.logprob) < ERROR[dtype] * len(request.continuation)
-    assert [one.is_greedy for one in together[-8:]] == [True, False] * 4
-
-
-def result_of(steps: Generator[None, None, Any]) -> tuple[int, Any]:
-    """How many pieces were done in between, and what a generator returns."""
-    count = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return count, stop.value
-        count += 1
-
-
-def test_scores_and_embeddings_of_a_text(subject, monkeypatch):
-    monkeypatch.setattr(backend, "prefill_step_size", lambda *sizes: 100)
-    ids = subject.prompt(250)
-    found, expected = (
-        computed(device, lambda m=model: result_of(prompt_logprobs(m, ids, 2)))
-        for device, model in (("gpu", subject.model), ("cpu", subject.exact))
-    )
-    assert found[0] == 3 and len(found[1]) == 249
-    for (one, listed), (other, best) in zip(found[1], expected[1], strict=True):
-        assert abs(one - other) < subject.error
-        assert [logprob for _, logprob in listed] == pytest.approx([logprob for _, logprob in best], abs=subject.error)
-    found, expected = (
-        computed(device, lambda m=model: mx.array(result_of(embedding(m, ids))[1]))
-        for device, model in (("gpu", subject.model), ("cpu", subject.exact))
-    )
-    assert_close(found, expected, TOLERANCE["bfloat16"])
+            check(row, subject)
+            assert (row.cached_tokens >= 39) == (len(some) > 1)
