@@ -389,6 +389,14 @@ def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: d
         batch_generate(*loaded, **arguments)
 
 
+@pytest.mark.parametrize("function", [generate, lambda *a: next(stream_generate(*a)), batch_generate, Engine])
+def test_the_name_of_a_model_is_not_a_model(loaded: tuple[OpenELM, Tokenizer], function: Any) -> None:
+    further = [] if function is Engine else [["a"]] if function is batch_generate else ["a"]
+    message = r'^model must be a loaded model, not its name: model, tokenizer = load\(.tiny.\)$'
+    with pytest.raises(RequestError, match=message):
+        function("tiny", loaded[1], *further)
+
+
 def test_no_prompts_give_no_results(loaded: tuple[OpenELM, Tokenizer]) -> None:
     assert batch_generate(*loaded, []) == []
 

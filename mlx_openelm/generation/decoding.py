@@ -27,7 +27,7 @@ from ..model import OpenELM
 from ..ops.layers import log_softmax
 from ..text.tokenizer import Tokenizer
 from .drawing import Step, draw, failed_draw, forced_step, listed, process_logits, warn_past_context
-from .options import CONSTRAINTS, EMPTY_PROMPT, PENALTIES, CacheOptions, GenerationOptions, token_ids
+from .options import CONSTRAINTS, EMPTY_PROMPT, NOT_LOADED, PENALTIES, CacheOptions, GenerationOptions, token_ids
 from .prompt_cache import cache_offset, check_cache, check_sizes
 from .sampling import LogitsProcessor, Sampler, greedy, make_key, make_logits_processors, make_sampler
 
@@ -72,6 +72,8 @@ def make_request(
     Args:
         constraint: what `make_constraint` makes of `options`; by default it is made here.
     """
+    if isinstance(model, str):
+        raise RequestError(NOT_LOADED.format(model))
     options.validate(model.config.vocab_size, model.config.head_dim)
     if isinstance(prompt, str):
         if not prompt:

@@ -29,6 +29,7 @@ PENALTIES = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_
 # The options that say what the text must be; at most one is given.
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 EMPTY_PROMPT = "The prompt is empty; give some text."
+NOT_LOADED = "model must be a loaded model, not its name: model, tokenizer = load({!r})"
 
 
 @dataclass(frozen=True, repr=False)

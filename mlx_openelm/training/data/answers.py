@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
+from ...wording import counted
 from .conversations import conversation
 from .examples import OWN_TEMPLATE, Example, Progress, marked, show
 from .kinds import Record
@@ -94,8 +95,9 @@ class AnswersReport:
         """Lines about the preferences of a split: kind and size, and how many were cut or left out."""
         template = "" if self.chat_template is None else f", chat template: {self.chat_template}"
         desirable = f", {self.num_desirable:,} of them desirable" if self.num_desirable else ""
+        items = counted(self.num_examples, self.kind.removesuffix("s"))
         yield (
-            f"{split}: {self.num_examples:,} {self.kind}{desirable}{template}, {self.num_tokens:,} tokens, "
+            f"{split}: {items}{desirable}{template}, {self.num_tokens:,} tokens, "
             f"{self.num_targets:,} of them in completions; the longest has {self.longest:,}"
         )
         if self.num_prompts_cut:

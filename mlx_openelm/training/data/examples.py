@@ -11,6 +11,7 @@ from pathlib import Path
 from ...errors import RequestError, name_options, quote
 from ...text.instructions import instruction_prompt
 from ...text.tokenizer import Tokenizer
+from ...wording import counted
 from .kinds import CHAT, COMPLETION, SHAREGPT, TEXT, TURNS, Kind, Record, conversation_of, recognize
 from .rendering import Spans, render_chat, render_text
 
@@ -89,7 +90,7 @@ class Report:
         """Lines about the examples of a split: kind and size, how many were cut, how many have nothing to learn."""
         template = "" if self.chat_template is None else f", chat template: {self.chat_template}"
         yield (
-            f"{split}: {self.num_examples:,} examples ({self.kind}{template}), {self.num_tokens:,} tokens, "
+            f"{split}: {counted(self.num_examples, 'example')} ({self.kind}{template}), {self.num_tokens:,} tokens, "
             f"{self.num_targets:,} of them learned; the longest has {self.longest:,}"
         )
         if self.num_truncated:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import RequestError, name_options
 from ...text.tokenizer import Tokenizer
+from ...wording import counted
 from .conversations import conversation, read_turns
 from .examples import OWN_TEMPLATE, Progress
 from .kinds import OF_TEMPLATES, TYPES, Kind, Record, recognize
@@ -87,7 +88,7 @@ class PromptsReport:
         """Lines about the prompts of a split: their number and size, and how many were left out."""
         template = "" if self.chat_template is None else f", chat template: {self.chat_template}"
         yield (
-            f"{split}: {self.num_examples:,} prompts{template}, {self.num_tokens:,} tokens; the longest has "
+            f"{split}: {counted(self.num_examples, 'prompt')}{template}, {self.num_tokens:,} tokens; the longest has "
             f"{self.longest:,}"
         )
         if self.num_dropped:
