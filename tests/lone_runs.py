@@ -24,7 +24,7 @@ from gpu_devices import SHAKESPEARE, computed, needs_real_gpu, on
 from test_engine import PLAY
 
 # The largest error of a log-probability, in nats; with packed weights MLX's kernels sum in bfloat16.
-ERROR = {"float32": 0.05, "bfloat16": 0.15, "4 bits": 0.6}
+ERROR = {"float32": 0.1, "bfloat16": 0.2, "4 bits": 0.6}
 # The least part of drawn tokens that are the same in spite of these errors; of unrelated draws few are.
 SAME = 0.5
 TOKENIZER = Tokenizer.from_folder(SHAKESPEARE, eos_token_ids=())  # without an end of texts: they have their full length

@@ -1,6 +1,6 @@
 """Logits and text on a GPU, where there is one: Metal's and CUDA's own kernels against the reference.
 
-`test_gpu_*.py` do the same for caches, packed weights, adapters and training.
+`test_gpu_*.py` do the same for caches, packed weights, batches, adapters, the server and training.
 """
 
 from __future__ import annotations
