@@ -392,7 +392,7 @@ def test_bad_batches_are_refused(loaded: tuple[OpenELM, Tokenizer], arguments: d
 @pytest.mark.parametrize("function", [generate, lambda *a: next(stream_generate(*a)), batch_generate, Engine])
 def test_the_name_of_a_model_is_not_a_model(loaded: tuple[OpenELM, Tokenizer], function: Any) -> None:
     further = [] if function is Engine else [["a"]] if function is batch_generate else ["a"]
-    message = r'^model must be a loaded model, not its name: model, tokenizer = load\(.tiny.\)$'
+    message = r"^model must be a loaded model, not its name: model, tokenizer = load\(.tiny.\)\.$"
     with pytest.raises(RequestError, match=message):
         function("tiny", loaded[1], *further)
 

@@ -182,7 +182,7 @@ def test_drawn_drafts_follow_their_seed(make):
         finish(alone)
         same += int(again.tokens == row.tokens)
     counts = DraftCounts.sum(row.drafts for row in rows if row.drafts is not None)
-    assert same >= 3 and 0 < counts.accepted < counts.drafted
+    assert same >= 1 and 0 < counts.accepted < counts.drafted
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
