@@ -318,6 +318,19 @@ def test_earlier_texts_are_looked_up(loaded: tuple[OpenELM, Tokenizer]) -> None:
     assert rows[1].drafts.acceptance > 0.9
 
 
+def test_later_texts_know_what_drafting_costs() -> None:
+    """Otherwise each would try again whether it pays."""
+    model, tokenizer = load(FIXTURES / "shakespeare-hf")
+    found = []
+    for temp in (1.0, 1.0, 0.0):
+        pieces = stream_generate(model, tokenizer, PLAY[:40], temp=temp, max_tokens=12, prompt_lookup=True)
+        assert len(list(pieces)) == 12
+        found.append({key: lengths._costs.step for key, lengths in vars(model)["_draft_lengths"].items()})
+    (key, first), *_ = found[0].items()
+    assert found[1] == {key: pytest.approx(2 * first, abs=3)} and first > 3
+    assert len(found[2]) == 2 and found[2][key] == found[1][key]
+
+
 def test_acceptance_is_the_overlap_of_the_distributions() -> None:
     """sum(min(p, q)) of the first drafted token, computed from both models' distributions."""
     (target, tokenizer), (draft, _) = load("tiny"), load("tiny")

@@ -96,7 +96,7 @@ class StepCosts:
 
     def observe(self, positions: int, seconds: float) -> None:
         """Count a step of this many positions."""
-        self.step += 1
+        self.skip()
         for old in [n for n, step in self.last.items() if self.step - step > self._MAX_AGE]:
             del self.last[old], self._samples[old]
             self._quartiles.pop(old, None)
@@ -110,6 +110,10 @@ class StepCosts:
         least = math.inf
         for n in sorted(self._quartiles, reverse=True):
             self._known[n] = least = min(least, self._quartiles[n])
+
+    def skip(self) -> None:
+        """Count a step without its time."""
+        self.step += 1
 
     def known(self) -> dict[int, float]:
         """The seconds of each number of positions that was measured often and lately enough."""
@@ -204,21 +208,21 @@ class DraftLengths:
             is_fixed: whether numbers of drafted tokens were fixed; then neither gain nor loss is booked.
             is_late: whether it began late.
         """
-        is_plain = positions == rows
-        if is_plain and not is_late and rows in self._costs.known() and self._costs.step % self._PLAIN_SAMPLED:
-            self._costs.step += 1
-            self._credit = min(self._MOST, self._credit + self._SHARE)
-            return 1.0
-        costs = self._late_costs if is_plain and is_late else self._costs
-        costs.observe(positions, seconds)
-        plain = self._costs.known().get(rows)
-        if plain is None:
-            return None
-        # What was measured once may be an accident, but n positions never take longer than n steps.
-        checking = costs.known().get(positions, min(seconds, plain * positions / rows))
-        spent = (checking + draft_seconds) / plain
+        is_plain = positions == rows and not is_late
+        if is_plain and rows in self._costs.known() and self._costs.step % self._PLAIN_SAMPLED:
+            self._costs.skip()
+            spent = 1.0
+        else:
+            costs = self._late_costs if positions == rows and is_late else self._costs
+            costs.observe(positions, seconds)
+            plain = self._costs.known().get(rows)
+            if plain is None:
+                return None
+            # What was measured once may be an accident, but n positions never take longer than n steps.
+            checking = costs.known().get(positions, min(seconds, plain * positions / rows))
+            spent = (checking + draft_seconds) / plain
         if not is_fixed:
-            won = 0.0 if is_plain and not is_late else tokens / rows - min(spent, self._CHARGE + tokens / rows)
+            won = 0.0 if is_plain else tokens / rows - min(spent, self._CHARGE + tokens / rows)
             self._credit = max(-self._DEBT, min(self._MOST, self._credit + self._SHARE * spent + won))
         return spent
 

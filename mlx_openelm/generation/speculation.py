@@ -45,12 +45,18 @@ class Speculation:
     Args:
         draft_model: what rows draft with, unless their number of drafted tokens is 0.
         earlier: texts that `prompt_lookup` finds besides a row's own, and to which finished ones are added.
+        lengths: what other engines have measured with rows like these, to go on from.
     """
 
-    def __init__(self, draft_model: OpenELM | None = None, earlier: EarlierTexts | None = None):
+    def __init__(
+        self,
+        draft_model: OpenELM | None = None,
+        earlier: EarlierTexts | None = None,
+        lengths: DraftLengths | None = None,
+    ):
         self.draft_model = None if draft_model is None else DraftModel(draft_model)
         self.earlier = EarlierTexts() if earlier is None else earlier
-        self._lengths = DraftLengths()
+        self.lengths = DraftLengths() if lengths is None else lengths
         self._step: Step | None = None
         self._draft_seconds = 0.0  # since the last step began
         self._is_late = False  # whether the next step must know the tokens before it
@@ -85,14 +91,14 @@ class Speculation:
         if not any(row.drafter is not None for row in rows):
             return False
         plans = self._plans(rows, unread)
-        return any(plan.chances for plan in plans) and any(self._lengths.choose(plans, is_late=False))
+        return any(plan.chances for plan in plans) and any(self.lengths.choose(plans, is_late=False))
 
     def draft(self, rows: Sequence[Row]) -> None:
         """Give the rows of the next step, whose tokens are all known, their drafts."""
         started = time.perf_counter()
         self._is_late = True
         plans = self._plans(rows, 0)
-        lengths = self._lengths.choose(plans)
+        lengths = self.lengths.choose(plans)
         drafts: list[tuple[Row, Draft]] = []
         models: list[tuple[Row, ModelDrafter, int]] = []
         for row, length in zip(rows, lengths, strict=True):
@@ -149,7 +155,7 @@ class Speculation:
             base = step.positions - step.drafted
             tokens = base + sum(row.kept for row in step.rows)
             seconds -= step.draft_seconds
-            spent = self._lengths.observe(
+            spent = self.lengths.observe(
                 base, step.positions, tokens, seconds, step.draft_seconds, step.is_fixed, step.is_late
             )
         for row in step.rows:
@@ -159,6 +165,7 @@ class Speculation:
     def take_step(self) -> Step | None:
         """The step that was begun last, once."""
         step, self._step = self._step, None
+        self._is_late = False  # no step may have followed the tokens that were read
         return step
 
     def _plans(self, rows: Sequence[Row], unread: int) -> list[Plan]:
