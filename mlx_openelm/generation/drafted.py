@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from .engine import Engine
 from .lookup import EarlierTexts
 from .piece import Piece
 from .row import Row
+from .sampling import greedy
 
 # What was generated in this process, for lookup.
 _earlier: weakref.WeakKeyDictionary[Tokenizer, EarlierTexts] = weakref.WeakKeyDictionary()
@@ -41,19 +42,19 @@ def drafted_pieces(
     engine = Engine(model, tokenizer, max_bytes=sys.maxsize, draft_model=drafts, earlier=earlier)
     if isinstance(draft_model, DraftModel):
         engine.speculation.draft_model = draft_model
-    engine.speculation.lengths = _known_lengths(model, drafts, arguments)
     row = engine.submit(prompt, **arguments)
+    engine.speculation.lengths = _known_lengths(row, drafts)
     row.warns = False
     return _pieces(engine, row, progress)
 
 
-def _known_lengths(model: OpenELM, draft_model: OpenELM | None, arguments: Mapping[str, Any]) -> DraftLengths:
-    """What drafting gained and cost with this model in this process, by what changes the time of a step most.
+def _known_lengths(row: Row, draft_model: OpenELM | None) -> DraftLengths:
+    """What drafting gained and cost with a row's model in this process, by what changes the time of a step most.
 
     Without it each text would try anew whether drafting pays, and lose a few steps where it does not.
     """
-    known = vars(model).setdefault("_draft_lengths", {})  # a module cannot be the key of a dictionary
-    key = id(draft_model), arguments.get("temp", 0.0) > 0, arguments.get("kv_bits")
+    known = vars(row.decoder.model).setdefault("_draft_lengths", {})  # a module cannot be the key of a dictionary
+    key = id(draft_model), row.request.sampler is greedy, row.request.options.kv_bits
     return known.setdefault(key, DraftLengths())  # type: ignore[no-any-return]
 
 

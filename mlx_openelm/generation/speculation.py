@@ -45,18 +45,12 @@ class Speculation:
     Args:
         draft_model: what rows draft with, unless their number of drafted tokens is 0.
         earlier: texts that `prompt_lookup` finds besides a row's own, and to which finished ones are added.
-        lengths: what other engines have measured with rows like these, to go on from.
     """
 
-    def __init__(
-        self,
-        draft_model: OpenELM | None = None,
-        earlier: EarlierTexts | None = None,
-        lengths: DraftLengths | None = None,
-    ):
+    def __init__(self, draft_model: OpenELM | None = None, earlier: EarlierTexts | None = None):
         self.draft_model = None if draft_model is None else DraftModel(draft_model)
         self.earlier = EarlierTexts() if earlier is None else earlier
-        self.lengths = DraftLengths() if lengths is None else lengths
+        self.lengths = DraftLengths()
         self._step: Step | None = None
         self._draft_seconds = 0.0  # since the last step began
         self._is_late = False  # whether the next step must know the tokens before it
