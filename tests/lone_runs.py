@@ -62,11 +62,12 @@ def wide(dtype: mx.Dtype, packing: tuple[int, int] | None = None) -> Subject:
     return Subject(model, exact, ERROR[str(dtype).removeprefix("mlx.core.") if packing is None else "4 bits"])
 
 
+each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=needs_real_gpu)])
 each_subject = pytest.mark.parametrize(
     "make",
     [
         pytest.param(plays, id="plays"),
-        pytest.param(lambda: wide(mx.bfloat16), id="bfloat16"),
+        pytest.param(lambda: wide(mx.bfloat16), id="bfloat16", marks=needs_real_gpu),
         pytest.param(lambda: wide(mx.float32), id="float32", marks=needs_real_gpu),
         pytest.param(lambda: wide(mx.bfloat16, (4, 64)), id="4 bits", marks=needs_real_gpu),
     ],

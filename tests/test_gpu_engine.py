@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from decoding_models import make_model
 from gpu_devices import FIXTURES, SHAKESPEARE, computed, needs_gpu
-from lone_runs import ERROR, TOKENIZER, Subject, check, each_subject, lone, plays, wide
+from lone_runs import ERROR, TOKENIZER, Subject, check, each_dtype, each_subject, lone, plays, wide
 from test_engine import ADAPTERS
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
@@ -185,7 +185,7 @@ def test_drawn_drafts_follow_their_seed(make):
     assert same >= 1 and 0 < counts.accepted < counts.drafted
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each_dtype
 def test_rows_have_adapters_of_their_own(dtype):
     subjects = {name: plays(dtype, None if name is None else FIXTURES / name) for name in ADAPTERS}
     base = subjects[None].model

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_devices import FIXTURES, SHAKESPEARE, TOLERANCE, assert_close, computed, needs_gpu, on
-from lone_runs import ERROR, Subject, each_subject, plays
+from lone_runs import ERROR, Subject, each_dtype, each_subject, plays
 from test_likelihoods import drawn
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
@@ -22,7 +22,7 @@ pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 HELLO = [{"role": "user", "content": "ROMEO."}]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each_dtype
 def test_likelihoods_of_padded_texts(dtype, reference):
     """Contexts of many lengths, some with several continuations."""
     subject, requests = plays(dtype), drawn(12)
