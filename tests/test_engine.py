@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,13 @@ def result_of(row: Row) -> tuple[Any, ...]:
     return row.text, row.tokens, row.logprobs, row.top_logprobs, row.finish_reason
 
 
-def finish(engine: Engine) -> None:
+def finish(engine: Engine) -> Counter[int]:
+    """Decode all texts; how many steps ended with so many rows."""
+    sizes: Counter[int] = Counter()
     while engine.is_busy:
         engine.step()
+        sizes[len(engine.rows)] += 1
+    return sizes
 
 
 def assert_equal(found: tuple[Any, ...], expected: tuple[Any, ...]) -> None:

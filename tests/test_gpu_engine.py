@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,20 +19,11 @@ import pytest
 from decoding_models import make_model
 from gpu_devices import FIXTURES, SHAKESPEARE, computed, needs_gpu
 from lone_runs import ERROR, TOKENIZER, Subject, check, each_dtype, each_subject, lone, plays, wide
-from test_engine import ADAPTERS
+from test_engine import ADAPTERS, finish
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
 
 KV_BITS: dict[str, Any] = {"kv_bits": 8, "kv_group_size": 32}
-
-
-def finish(engine: Engine) -> Counter[int]:
-    """How many steps had so many rows."""
-    sizes: Counter[int] = Counter()
-    while engine.is_busy:
-        engine.step()
-        sizes[len(engine.rows)] += 1
-    return sizes
 
 
 def every_third(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 from mlx_openelm import backend
 from mlx_openelm.adapters.attaching import attach_new
 from mlx_openelm.config import ModelConfig
@@ -28,6 +25,7 @@ import numpy as np
 import pytest
 from devices import pretend
 from gpu_devices import H100
+from graphs import operations
 from mlx.utils import tree_flatten
 
 
@@ -128,7 +126,7 @@ def test_queries_fill_whole_tiles(model, cuda, monkeypatch):
 
 
 def test_attentions_gradient_has_the_memory_order_of_its_output(model, cuda, monkeypatch):
-    """cuDNN's gradients are wrong otherwise: MLX does not tell it that the incoming gradient's strides are others."""
+    """On CUDA MLX's gradient is wrong otherwise, without an error."""
     seen = []
     fused = mx.fast.scaled_dot_product_attention
 
@@ -191,16 +189,10 @@ def test_the_gradient_of_swiglu(cuda, dtype):
 def test_the_gradient_of_swiglu_is_one_kernel(tmp_path):
     arrays = mx.ones((3, 16), mx.bfloat16), mx.ones((3, 8), mx.bfloat16)
     mx.eval(arrays)
-    assert compiled_kernels(gradients_module._swiglu_gradient(*arrays), tmp_path) == 1
-
-
-def compiled_kernels(output: mx.array, folder: Path) -> int:
-    """The fused kernels among the operations of an output; none of the others may compute anything."""
-    mx.export_to_dot(str(folder / "graph.dot"), output)
-    operations = re.findall(r'label ?="([A-Z][A-Za-z]+)", shape=rect', (folder / "graph.dot").read_text())
-    fused = [name for name in operations if name.startswith("Compiled")]
-    assert set(operations) - set(fused) <= {"Reshape", "Slice", "ExpandDims", "Split"}
-    return len(fused)
+    found = operations([gradients_module._swiglu_gradient(*arrays)], tmp_path)
+    fused = [name for name in found if name.startswith("Compiled")]
+    assert len(fused) == 1
+    assert set(found) - set(fused) <= {"Reshape", "Slice", "ExpandDims", "Split"}  # these compute nothing
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

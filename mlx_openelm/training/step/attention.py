@@ -142,7 +142,7 @@ def _fused(qkv: mx.array, attend: PlainAttention, num_heads: tuple[int, int], no
     queries, keys, values = fused.heads(padded, num_heads, norms)
     mask = attend.mask if isinstance(attend.mask, mx.array) else "causal"  # a single position has no mask
     mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attend.scale, mask=mask)
-    # Cut off here, so that the incoming gradient has the order of `mixed` in memory: cuDNN's is wrong otherwise.
+    # Cut off here, so that the incoming gradient has the order of `mixed` in memory: on CUDA MLX's is wrong otherwise.
     by_position = mixed.swapaxes(1, 2).reshape(-1, whole, num_heads[0] * attend.head_dim)  # [B, L, H * D]
     return by_position[:, :length].reshape(-1, by_position.shape[-1])
 

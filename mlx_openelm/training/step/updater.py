@@ -167,8 +167,9 @@ class Updater:
         by_parameter: dict[str, list[mx.array]] = {}
         for name, value in self._flat_state():
             by_parameter.setdefault(name.rpartition(".")[0], []).append(value)
-        for name, *values in zip(self._names, self._values(), self._copies, strict=True):
-            by_parameter.setdefault(name, []).extend(values)
+        for name, value, copy in zip(self._names, self._values(), self._copies, strict=True):
+            # A weight that is not cast is its own copy, and counts once.
+            by_parameter.setdefault(name, []).extend([value] if copy is value else [value, copy])
         group: list[mx.array] = []
         size = 0
         for arrays in by_parameter.values():
