@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,20 +171,36 @@ def _cgroup_headroom() -> int | None:
     return None
 
 
+class _Wired:
+    """How many need Metal's memory resident now, and the limit before the first of them."""
+
+    lock = threading.Lock()
+    users, previous = 0, 0
+
+
 @contextlib.contextmanager
 def wired_limit() -> Iterator[None]:
-    """Let Metal keep the model's memory resident while generating, as macOS 15 and newer allow."""
+    """Let Metal keep the model's memory resident while generating, as macOS 15 and newer allow.
+
+    Generators and threads may hold it at the same time and end in any order.
+    """
     import mlx.core as mx
 
     if not (mx.metal.is_available() and on_gpu()):
         yield
         return
-    previous = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    with _Wired.lock:
+        if not _Wired.users:
+            _Wired.previous = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        _Wired.users += 1
     try:
         yield
     finally:
         mx.synchronize()
-        mx.set_wired_limit(previous)
+        with _Wired.lock:
+            _Wired.users -= 1
+            if not _Wired.users:
+                mx.set_wired_limit(_Wired.previous)
 
 
 def describe() -> dict[str, Any]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-ROOT = Path(__file__).parent.parent
+from processes import environment
+
 SECONDS = 90.0
 # Colors, and what readline sends to move the cursor and to ask for marked pastes.
 _ESCAPES = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]|\x1b[=>]|\x07")
@@ -31,8 +32,7 @@ class PseudoTerminal:
     def __init__(self, *words: object, cwd: Path, stdout: int | None = None, module: bool = True):
         parent, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-        variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        variables |= {"TERM": "xterm", "INPUTRC": "/dev/null", "XDG_STATE_HOME": str(cwd)}
+        variables = environment(TERM="xterm", INPUTRC="/dev/null", XDG_STATE_HOME=str(cwd))
         for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them
             variables.pop(name, None)
         self.process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,9 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from processes import environment
 
 
 @dataclass
@@ -56,10 +54,7 @@ class Process:
 def process(*flags: str) -> Iterator[Process]:
     """A server with these flags, on a free port."""
     command = [sys.executable, "-m", "mlx_openelm", "serve", "--port", "0", *flags]
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    started = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-    )
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     server = Process(started)
     try:
         server.wait_until_it_serves()

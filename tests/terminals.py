@@ -11,6 +11,8 @@ import sys
 import termios
 from pathlib import Path
 
+from processes import environment
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,11 +20,11 @@ def run_on_terminal(columns: int, *words: object, cwd: Path = ROOT, stdout: int 
     """What a command shows on a terminal; with `stdout`, what it shows there on standard error alone."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("COLUMNS", None)  # pytest-xdist sets it
+    variables = environment()
+    variables.pop("COLUMNS", None)  # pytest-xdist sets it
     command = [sys.executable, "-m", "mlx_openelm", *map(str, words)]
     out = child if stdout is None else stdout
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=child, env=environment, cwd=cwd) as run:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=child, env=variables, cwd=cwd) as run:
         os.close(child)
         shown = b""
         while part := _read(parent):

@@ -12,6 +12,7 @@ from mlx_openelm.errors import OpenELMError
 
 import mlx.core as mx
 import pytest
+from processes import PACKAGE
 
 linux_cpu = pytest.mark.skipif(
     not sys.platform.startswith("linux") or blas.state == "unneeded",
@@ -71,14 +72,13 @@ def test_a_missing_mlx_names_the_extra(tmp_path: Path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
     code = """
-import sys; sys.path.insert(0, sys.argv[1]) if len(sys.argv) > 1 else None
 from mlx_openelm.errors import OpenELMError
 try:
     from mlx_openelm import load
 except OpenELMError as error:
     print(error)
 """
-    done = python(code, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}")
+    done = python(code, PYTHONPATH=f"{tmp_path}:{PACKAGE}")
     assert "pip install '.[cpu]'" in done.stdout
     assert "Traceback" not in done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from processes import environment
 
 pytest.importorskip("mlx_lm")
 
@@ -46,9 +46,8 @@ def benchmark(gpu: ModuleType) -> Any:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(FOLDER / "gpu.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

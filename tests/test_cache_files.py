@@ -24,6 +24,7 @@ from mlx_openelm.model import OpenELM
 
 import mlx.core as mx
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).parents[1]
 TEXT = "To be, or not to be, that is the question: whether it is nobler in the mind to suffer"
@@ -463,9 +464,8 @@ def test_what_is_shown(capsys: Any, here: Path):
 def test_the_prompt_from_a_file_and_from_standard_input(here: Path):
     (here / "text.txt").write_text("To be, or not\n")
     run = [sys.executable, "-m", "mlx_openelm", "cache-prompt", "--prompt-cache-file"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for name, words, text in (("a", ["--prompt-file", "text.txt"], ""), ("b", ["--prompt", "-"], "To be, or not\n")):
-        subprocess.run([*run, name, *words], input=text, text=True, env=environment, check=True, capture_output=True)
+        subprocess.run([*run, name, *words], input=text, text=True, env=environment(), check=True, capture_output=True)
     files = [load_prompt_cache(name, return_metadata=True)[1] for name in "ab"]
     assert files[0] == files[1] and files[0]["model"] == "tiny" and files[0]["dtype"] == "float32"
 

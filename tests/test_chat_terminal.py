@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 import stat
@@ -17,9 +16,9 @@ from mlx_openelm import generate, load
 from mlx_openelm.cli.main import main
 
 import pytest
+from processes import environment
 from pseudo_terminal import PseudoTerminal
 
-ROOT = Path(__file__).parent.parent
 BEGIN_PASTE, END_PASTE = "\x1b[200~", "\x1b[201~"
 FIRST = "Good morrow!"
 SECOND = "Who art thou?"
@@ -39,9 +38,8 @@ def answers() -> list[str]:
 
 def piped(text: str | bytes, *words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     data = text.encode() if isinstance(text, str) else text
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "mlx_openelm", "chat", *map(str, words)]
-    done = subprocess.run(command, input=data, capture_output=True, cwd=cwd, env=environment, timeout=120)
+    done = subprocess.run(command, input=data, capture_output=True, cwd=cwd, env=environment(), timeout=120)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -196,9 +194,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_program_whose_input_is_piped(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlx_openelm", "chat", "--max-tokens", "-1", "--logit-bias=2=-inf"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment()
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(f"{FIRST}\n".encode())

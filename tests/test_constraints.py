@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -34,10 +33,11 @@ pytest.importorskip("llguidance")
 from mlx_openelm.generation.constraints import Constraint, make_constraint
 from mlx_openelm.generation.vocabulary import Vocabulary
 
+from processes import environment
+
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 LLAMA = Path(__file__).parents[2] / "shared" / "reference" / "llama2-tokenizer"
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 NEEDS_LLAMA = pytest.mark.skipif(not LLAMA.is_dir(), reason="Llama 2's tokenizer is not here")
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -541,7 +541,7 @@ def test_llguidance_is_missing(model: OpenELM, tokenizer: Tokenizer, monkeypatch
 def test_the_python_of_the_guide() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "constraints.md").read_text(), re.DOTALL)
     command = [sys.executable, "-c", block]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(ROMEO|JULIET)\n(not )?to be\n", done.stdout)
 

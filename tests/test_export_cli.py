@@ -27,6 +27,7 @@ from mlx_openelm.text.tokenizer import Tokenizer
 import mlx.core as mx
 import numpy as np
 import pytest
+from processes import environment
 
 gguf = pytest.importorskip("gguf")
 
@@ -36,9 +37,8 @@ PARAMETERS = 2_485_056
 
 def run(*args: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in a separate process, in `folder`."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "mlx_openelm", "export", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder, timeout=60)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.hub.catalog import TINY_FOLDER
 
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,8 +112,7 @@ def test_a_closed_log_does_not_end_a_training_run(here: Path) -> None:
     (here / "train.jsonl").write_text('{"text": "To be, or not to be, that is the question."}\n' * 40)
     command = [sys.executable, "-m", "mlx_openelm", "lora", "--train", "--data", "train.jsonl", "--iters", "6"]
     command += ["--steps-per-report", "1", "--save-every", "3", "--batch-size", "1", "--num-layers", "1"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stderr.readline()
         process.stderr.close()  # as `2>&1 | head -1` does

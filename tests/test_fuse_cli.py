@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,8 @@ from mlx_openelm.jobs.fuse import Fusion, fuse
 
 import pytest
 from fake_hub import FakeHub
+from processes import environment
 from quantization_models import FIXTURES, SHAKESPEARE
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -193,9 +191,9 @@ def test_a_dry_run_leaves_nothing_and_makes_no_request(
 
 def test_the_result_is_uploaded(folder: Path, hub: FakeHub, hub_env: dict[str, str]) -> None:
     """In a separate process, with a token that may write."""
-    environment = os.environ | hub_env | {"HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT)}
+    variables = environment() | hub_env | {"HF_TOKEN": "hf_writer"}
     command = [sys.executable, "-m", "mlx_openelm", "fuse", "--model", "model", "--upload-repo", "me/fused", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=folder)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["upload"]["repo"] == "me/fused"
     sent = hub.repos["me/fused"].folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from fuzzing import KINDS, write_good
+from processes import environment
 
 TESTS = Path(__file__).parent
 # Seconds until a worker counts as hung; a case that answers is a fault from 4 seconds on.
@@ -29,12 +29,10 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def _start(self) -> subprocess.Popen[str]:
-        paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         with self._errors.open("a") as errors:
             process = subprocess.Popen(
                 self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=environment,
+                env=environment(TESTS),
             )  # fmt: skip
         assert process.stdout is not None
         if not (line := process.stdout.readline()):

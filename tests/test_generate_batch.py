@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from mlx_openelm.cli.flags import memory_size
 from mlx_openelm.cli.main import main
 
 import pytest
+from processes import environment
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = str(FIXTURES / "shakespeare-hf")
@@ -180,9 +180,8 @@ main()
 def test_ctrl_c_keeps_what_was_printed() -> None:
     command = [sys.executable, "-c", INTERRUPTED, "generate", "--batch", "-", "--max-tokens", "-1"]
     lines = [{"prompt": "ROMEO.", "max_tokens": 1}, *[{"prompt": "To be", "logit_bias": {"2": -1e9}}] * 9]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 130
     assert [json.loads(line)["generation_tokens"] for line in done.stdout.splitlines()] == [1]
     assert "Texts: 1 of 10" in done.stderr and "Traceback" not in done.stderr

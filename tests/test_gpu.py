@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from mlx_openelm import convert, generate, load
@@ -24,11 +22,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_devices import FIXTURES, SHAKESPEARE, assert_close, computed, needs_gpu, needs_real_gpu
+from processes import environment
 from test_model import rule_weights
 
 pytestmark = [needs_gpu, pytest.mark.usefixtures("gpu")]
-
-ROOT = Path(__file__).parent.parent
 
 
 # CUDA multiplies float32 in TF32, whose 10-bit mantissa is visible in logits around 10.
@@ -139,11 +136,9 @@ def test_draws_follow_the_distribution():
 def test_the_generate_command(flags):
     command = [sys.executable, "-m", "mlx_openelm", "generate", "--prompt", "To be, or not to be", "--max-tokens", "24",
                "--temp", "0.8", "--seed", "7", "--json", *flags]  # fmt: skip
-    folders = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": folders, "HF_HUB_OFFLINE": "1"}
     texts = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
         assert done.returncode == 0, done.stderr
         texts.append(json.loads(done.stdout)["text"])
     assert texts[0] == texts[1] and len(texts[0]) > 24

@@ -7,7 +7,6 @@ import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from mlx_openelm import console
 from mlx_openelm.cli.help_text import render
@@ -15,6 +14,7 @@ from mlx_openelm.cli.main import COMMANDS, _program, command, main
 from mlx_openelm.training.run.progress import RunProgress
 
 import pytest
+from processes import environment
 
 WIDTHS = (60, 80, 120)
 
@@ -117,7 +117,7 @@ def test_examples_can_be_copied() -> None:
 @pytest.mark.parametrize("words", [["doctor"], ["info", "tiny"], ["info", "3b"]])
 def test_reports_fit_the_width(words: list[str], columns: int) -> None:
     command_line = [sys.executable, "-m", "mlx_openelm", *words]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = environment()
     env.pop("COLUMNS", None)
     whole = subprocess.run(command_line, capture_output=True, text=True, env=env).stdout
     narrow = subprocess.run(command_line, capture_output=True, text=True, env=env | {"COLUMNS": str(columns)}).stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from mlx_openelm.formats import mlx as mlx_format
 from mlx_openelm.training.options import FineTuneOptions
 
 import pytest
+from processes import environment
 from test_readme import blocks
 
 ROOT = Path(__file__).parent.parent
@@ -167,9 +167,8 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Run a document's command, adapted; it must succeed and print something: after a step or two, a model may not."""
     words = adapted(command)
     if words[0] == "python":
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, *words[1:]], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *words[1:]], env=environment(), capture_output=True, text=True, timeout=120
         )
         code, output, errors = done.returncode, done.stdout, done.stderr
     else:
@@ -280,8 +279,7 @@ def test_grpo_learns_to_answer_in_json(tmp_path: Path, monkeypatch: pytest.Monke
     shares = []
     for command in (answers, fuse, before, learn):
         words = [sys.executable, "-m", "mlx_openelm", *shlex.split(command)[1:], "--json"]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         shares.append(json.loads(done.stdout).get("test_rewards/is_json/mean"))
     assert 0.1 < shares[2] < 0.5 and shares[3] > shares[2] + 0.2

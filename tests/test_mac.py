@@ -79,6 +79,16 @@ def test_metal_keeps_the_model_resident_while_it_works(metal):
     assert metal[3:] == [12 * GIB, "synchronize", 7]
 
 
+def test_two_that_need_it_may_end_in_any_order(metal):
+    one, other = backend.wired_limit(), backend.wired_limit()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert metal == [12 * GIB, "synchronize"]
+    other.__exit__(None, None, None)
+    assert metal == [12 * GIB, "synchronize", "synchronize", 7]
+
+
 def test_on_a_macs_cpu_nothing_is_kept_resident(metal, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.cpu))
     with backend.wired_limit():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import pickle
 import re
 import subprocess
@@ -38,6 +37,7 @@ from mlx_openelm.keywords import KeywordError
 from mlx_openelm.quantization.options import QuantizeKeywords
 
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,9 +191,8 @@ def test_help_begins_with_what_the_package_is(tmp_path):
 
 def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A script that has our package, and no network."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment(), timeout=120
     )
 
 

@@ -17,6 +17,7 @@ from mlx_openelm.training.run.state import Checkpoints, RunState
 
 import mlx.core as mx
 import pytest
+from processes import environment
 
 
 def tensors(step: int) -> dict[str, mx.array]:
@@ -186,10 +187,9 @@ for step in range(start + 1, start + 1000000):
 
 def test_checkpoints_are_complete_whenever_the_process_is_killed(tmp_path):
     script = SAVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     reached = 0
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
         assert process.stdout.readline() == b"ready\n"
         time.sleep(0.1 + 0.0137 * attempt)
         process.send_signal(signal.SIGKILL)

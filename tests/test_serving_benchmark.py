@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 pytest.importorskip("mlx_lm")
 pytest.importorskip("uvicorn")
@@ -18,11 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_every_row_is_printed() -> None:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--size", "tiny", "--quick", "--json"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["name"].removeprefix("tiny, 8 clients: ") for row in rows] == [

@@ -15,6 +15,7 @@ from mlx_openelm.serving import running as serving_running
 from mlx_openelm.serving import texts as serving_texts
 from mlx_openelm.serving import worker as serving_worker
 from mlx_openelm.serving.models import Resident
+from mlx_openelm.serving.worker import Worker
 
 import httpx2
 import pytest
@@ -185,15 +186,21 @@ def test_a_text_that_fails_leaves_the_others(server: Serving, monkeypatch: pytes
 def test_a_thread_that_dies_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """503 everywhere while it is gone, for the requests that it had too."""
     monkeypatch.setattr(serving_worker, "_RESTART_SECONDS", 3600)  # it is started below
-    step, dies = Engine.step, [True]
+    step, deliver, dies = Engine.step, Worker.deliver, [True]
 
     def dying(engine: Engine) -> Any:
         if dies[0] and engine.rows and engine.rows[0].tokens:
             raise SystemExit  # as an error in MLX's thread would, it passes every `except Exception`
         return step(engine)
 
+    def lingering(worker: Worker, batch: Any) -> None:
+        deliver(worker, batch)
+        if batch == [worker.died]:
+            time.sleep(1)
+
     with serving() as server:
         monkeypatch.setattr(Engine, "step", dying)
+        monkeypatch.setattr(Worker, "deliver", lingering)
         error = server.error(COMPLETIONS, {"prompt": "ROMEO."}, 503)
         assert error["code"] == "engine_unavailable"
         for path in ("/health", "/v1/models"):
@@ -223,6 +230,23 @@ def test_a_thread_that_cannot_be_kept_alive_ends_the_server(monkeypatch: pytest.
             assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 503
         server.wait_until(lambda: server.gave_up == [True])
         assert server.get("/health").status_code == 503
+
+
+def test_a_thread_that_dies_while_it_is_to_end_answers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(engine: Engine) -> Any:
+        if engine_thread.is_stopping:
+            raise SystemExit
+        time.sleep(0.01)
+        return []
+
+    with serving() as server:
+        engine_thread = server.worker.thread
+        monkeypatch.setattr(Engine, "step", dying)
+        sock = raw_request(server, {"prompt": "a"})
+        server.wait_until(lambda: bool(server.worker.in_flight))
+        server.worker.stop()
+    assert b" 503 " in sock.recv(65536).splitlines()[0]
+    assert server.worker.thread is engine_thread and not server.gave_up
 
 
 def test_a_stop_finishes_what_runs() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import re
 import signal
@@ -23,6 +22,7 @@ from mlx_openelm.training.train_tokenizer import _drawn
 import pytest
 import sentencepiece
 import tokenizers
+from processes import environment
 from tokenizer_texts import random_texts
 
 ROOT = Path(__file__).parents[1]
@@ -292,7 +292,7 @@ def test_ctrl_c_ends_the_training_process_and_leaves_nothing(tmp_path: Path) -> 
     process = subprocess.Popen(
         [sys.executable, "-m", "mlx_openelm", "train-tokenizer", "--data", data, "--output", tmp_path / "out"],
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

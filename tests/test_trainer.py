@@ -25,6 +25,7 @@ from mlx_openelm.training.step.updater import Update
 
 import mlx.core as mx
 import pytest
+from processes import environment
 
 TIMING = {"tokens_per_second", "iterations_per_second", "peak_memory", "val_seconds"}
 
@@ -273,8 +274,7 @@ run(Path({folder!r}), Slow(), 100)
 
 def test_a_second_interrupt_stops_at_once_even_within_a_step(tmp_path):
     script = SLOW.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
     assert process.stdout.readline() == b"step\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 from mlx_openelm.training.run.listener import Listener
 from mlx_openelm.training.run.metrics import read
 
+import processes
 from quantization_models import write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -59,8 +59,7 @@ def write_run_folder(folder: Path) -> Path:
 
 def environment(pictures: bool = False) -> dict[str, str]:
     """The variables of a process with a training run; without `pictures`, that of its losses is blank."""
-    path = str(ROOT) if pictures else f"{ROOT}{os.pathsep}{BLANK_PICTURES}"
-    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "COLUMNS": "160"}
+    return processes.environment(*([] if pictures else [BLANK_PICTURES]), COLUMNS="160")
 
 
 def command(*args: object, python: tuple[str, ...] = (sys.executable,), name: str = "lora") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from .sampling import greedy
 
 # What was generated in this process, for lookup.
 _earlier: weakref.WeakKeyDictionary[Tokenizer, EarlierTexts] = weakref.WeakKeyDictionary()
+# What drafting gained and cost in this process, by models, which cannot be keys themselves, and what else changes the
+# time of a step most. Threads that generate at the same time slow each other down, and each has its own.
+_lengths: dict[tuple[Any, ...], DraftLengths] = {}
 
 
 def drafted_pieces(
@@ -49,13 +53,18 @@ def drafted_pieces(
 
 
 def _known_lengths(row: Row, draft_model: OpenELM | None) -> DraftLengths:
-    """What drafting gained and cost with a row's model in this process, by what changes the time of a step most.
+    """What drafting gained and cost with a row's model so far.
 
     Without it each text would try anew whether drafting pays, and lose a few steps where it does not.
     """
-    known = vars(row.decoder.model).setdefault("_draft_lengths", {})  # a module cannot be the key of a dictionary
-    key = id(draft_model), row.request.sampler is greedy, row.request.options.kv_bits
-    return known.setdefault(key, DraftLengths())  # type: ignore[no-any-return]
+    request, models = row.request, (row.decoder.model, draft_model)
+    key = *map(id, models), threading.get_ident(), request.sampler is greedy, request.options.kv_bits
+    if key not in _lengths:
+        _lengths[key] = DraftLengths()
+        for model in models:
+            if model is not None:  # another one may have its id later
+                weakref.finalize(model, _lengths.pop, key, None)
+    return _lengths[key]
 
 
 def _pieces(engine: Engine, row: Row, progress: Progress | None) -> Iterator[Piece]:

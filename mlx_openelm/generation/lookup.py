@@ -7,6 +7,7 @@ time a token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -133,19 +134,24 @@ class Follower:
 class EarlierTexts:
     """Texts that later ones may repeat, `max_tokens` tokens at most in total; the oldest are dropped first.
 
-    They are held in two automata, and dropped with the older one when the younger one is full.
+    They are held in two automata, and dropped with the older one when the younger one is full. Several threads may add
+    and read them.
     """
 
     def __init__(self, max_tokens: int = MAX_EARLIER_TOKENS):
         self._half = max(1, max_tokens // 2)
         self._breaks = 0
+        self._adding = threading.Lock()
         self.automata: tuple[SuffixAutomaton, ...] = ()  # from the youngest
 
     def add(self, tokens: Sequence[int]) -> None:
         """Keep a text, or the end of one that is too long."""
         tokens = tokens[-(self._half - 1) :] if self._half > 1 else ()
-        if not tokens:
-            return
+        if tokens:
+            with self._adding:
+                self._add(tokens)
+
+    def _add(self, tokens: Sequence[int]) -> None:
         if not self.automata or len(self.automata[0].tokens) + 1 + len(tokens) > self._half:
             self.automata = (SuffixAutomaton(), *self.automata[:1])
         self._breaks += 1

@@ -97,8 +97,7 @@ class EngineThread(threading.Thread):
         except BaseException as error:
             log.critical("The engine's thread died: %s", type(error).__name__)
             log.debug("The reason:", exc_info=error)
-            if not self.is_stopping:
-                self._sink.deliver([self._sink.died])
+            self._sink.deliver([self._sink.died])
 
     def _rebuild_all(self) -> None:
         for resident in self._models.residents:

@@ -37,13 +37,14 @@ class Worker:
         self.loop: asyncio.AbstractEventLoop | None = None  # set when the server starts
         self.in_flight: set[Text | Task] = set()  # of the event loop
         self.thread = EngineThread(models, self)
+        self._is_up = True  # a thread that dies still runs when the event loop hears of it
         self._deaths: deque[float] = deque(maxlen=_MOST_DEATHS)
         self._durations: deque[float] = deque(maxlen=32)
 
     @property
     def is_alive(self) -> bool:
         """Whether requests can be served."""
-        return self.thread.is_alive()
+        return self._is_up and self.thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -154,9 +155,12 @@ class Worker:
                 task.future.set_exception(error)
 
     def died(self) -> None:
-        """Fail what was there, and start the thread again."""
+        """Fail what was there, and start the thread again unless it was to end."""
+        self._is_up = False
         for one in list(self.in_flight):
             self.ended(one, unavailable()) if isinstance(one, Text) else self.solved(one, None, unavailable())
+        if self.thread.is_stopping:
+            return
         now = time.monotonic()
         self._deaths.append(now)
         if len(self._deaths) == _MOST_DEATHS and now - self._deaths[0] < 60:
@@ -166,8 +170,11 @@ class Worker:
             self.loop.call_later(_RESTART_SECONDS, self._restart)
 
     def _restart(self) -> None:
+        if self.thread.is_stopping:
+            return
         self.thread = EngineThread(self.models, self, rebuilds=True)
         self.start()
+        self._is_up = True
         self.metrics.restarts.inc()
         log.warning("The engine's thread was started again")
 
