@@ -19,12 +19,14 @@ from mlx_openelm.cli.main import main
 from mlx_openelm.cli.serve import read_adapters, read_names, use_template
 from mlx_openelm.errors import RequestError
 from mlx_openelm.serving.models import Models
+from mlx_openelm.serving.running import listen, make_server
 from mlx_openelm.sources import open_source
 
 import httpx2
 import pytest
 from serve_processes import process
 from serving_apps import FIXTURES, load_alone, tiny
+from starlette.applications import Starlette
 
 COMPLETIONS = "/v1/completions"
 
@@ -164,6 +166,16 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(capsys: pytest.CaptureFi
         taken.listen()
         port = str(taken.getsockname()[1])
         assert f"on port {port}" in refusal(capsys, "--port", port, "--model", "no-such-model")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the second server cannot bind the port")
+def test_two_servers_that_bind_a_port_at_once_say_the_same() -> None:
+    with listen("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        with listen("127.0.0.1", port) as bound:
+            other.listen()
+            with pytest.raises(RequestError, match=f"on port {port}: address already in use; choose others"):
+                make_server(Starlette(), "WARNING").run(sockets=[bound])
 
 
 def test_packages_that_are_missing_are_named(

@@ -35,6 +35,11 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+def continuation(prompt: str, **options: Any) -> str:
+    """The text of a lone run as it follows the prompt: with the space between them."""
+    return text_of(lone(prompt, echo=True, **options)).removeprefix(prompt)
+
+
 def test_a_completion_is_the_text_of_a_lone_run(server: Serving) -> None:
     answer = server.post(COMPLETIONS, {"model": "tiny", "prompt": "ROMEO.", "max_tokens": 8}).json()
     assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
@@ -74,9 +79,10 @@ def test_keys_are_options_of_the_engine(server: Serving, keys: dict[str, Any], o
     expected = lone("JULIET. O", **options)
     body = {"prompt": "JULIET. O", **keys}
     (choice,) = server.post(COMPLETIONS, body).json()["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (text_of(expected), expected[-1].finish_reason)
+    text = continuation("JULIET. O", **options)
+    assert (choice["text"], choice["finish_reason"]) == (text, expected[-1].finish_reason)
     chunks = server.stream(COMPLETIONS, {**body, "stream": True})
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(expected)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks if chunk["choices"][0]["finish_reason"]] == [
         expected[-1].finish_reason
     ]
@@ -87,14 +93,12 @@ def test_prompts_in_every_form(server: Serving) -> None:
     for prompt, count in (("JULIET. O", 1), (ids, 1), (["ROMEO.", "JULIET. O"], 2), ([[1, 5], ids], 2)):
         choices = server.post(COMPLETIONS, {"prompt": prompt}).json()["choices"]
         assert [choice["index"] for choice in choices] == list(range(count))
-        assert choices[-1]["text"] == text_of(lone("JULIET. O"))
+        assert choices[-1]["text"] == continuation("JULIET. O")
 
 
 def test_several_texts_have_seeds_of_their_own(server: Serving) -> None:
     body = {"prompt": ["ROMEO.", "JULIET."], "n": 3, "temperature": 1, "seed": 5, "max_tokens": 6}
-    expected = [
-        text_of(lone(prompt, temp=1.0, seed=5 + i, max_tokens=6)) for prompt in body["prompt"] for i in range(3)
-    ]
+    expected = [continuation(prompt, temp=1.0, seed=5 + i, max_tokens=6) for prompt in body["prompt"] for i in range(3)]
     answer = server.post(COMPLETIONS, body).json()
     assert [choice["text"] for choice in answer["choices"]] == expected
     assert answer["usage"]["completion_tokens"] == 36
@@ -120,13 +124,13 @@ def test_log_probabilities_whole_and_streamed(server: Serving) -> None:
     assert flat([list(top.values()) for top in found["top_logprobs"]]) == expected_of(
         [[logprob for _, logprob in piece.top_logprobs] for piece in expected]
     )
-    assert "".join(found["tokens"]).strip() == text_of(expected).strip()
-    text = text_of(expected)
+    text = continuation("ROMEO.")
+    assert "".join(found["tokens"]) == text
     for token, start, end in zip(
         found["tokens"], found["text_offset"], [*found["text_offset"][1:], len(text)], strict=True
     ):
         assert text[start:end] == token
-    assert tokenizer.decode([piece.token for piece in expected]) == text
+    assert tokenizer.decode([piece.token for piece in expected]) == text.removeprefix(" ")
 
 
 def test_echo_with_log_probabilities_scores_the_prompt(server: Serving) -> None:
@@ -158,6 +162,30 @@ def test_echo_begins_with_the_prompt(server: Serving) -> None:
     answer = server.post(COMPLETIONS, {"prompt": "JULIET. O", "echo": True}).json()
     assert answer["choices"][0]["text"] == text_of(lone("JULIET. O", echo=True))
     assert answer["choices"][0]["text"].startswith("JULIET. O")
+
+
+def test_a_text_that_is_read_after_another_keeps_the_space_between_them(server: Serving) -> None:
+    """Of a completion, and of a message that goes on; an answer of a chat begins with its first word."""
+    assert generate(*tiny(), "I am", max_tokens=4)[0] != " "
+    asked = {"prompt": "I am", "max_tokens": 4, "logprobs": 0}
+    choice = server.post(COMPLETIONS, asked).json()["choices"][0]
+    assert choice["text"].startswith(" ") and choice["text"] == "".join(choice["logprobs"]["tokens"])
+    assert choice["logprobs"]["text_offset"][:2] == [0, len(choice["logprobs"]["tokens"][0])]
+    echoed = server.post(COMPLETIONS, {**asked, "echo": True}).json()["choices"][0]["text"]
+    assert echoed == "I am" + choice["text"]
+    streamed = server.stream(COMPLETIONS, {**asked, "stream": True})
+    assert "".join(event["choices"][0]["text"] for event in streamed) == choice["text"]
+    alone = server.post(COMPLETIONS, {"prompt": [tiny()[1].bos_token_id], "max_tokens": 4}).json()["choices"][0]
+    assert alone["text"] == generate(*tiny(), [tiny()[1].bos_token_id], max_tokens=4)
+    conversation = [*HELLO, {"role": "assistant", "content": "I am"}]
+    body = {"messages": conversation, "continue_final_message": True, "max_tokens": 4, "logit_bias": {"2": -100}}
+    assert server.post(CHAT, body).json()["choices"][0]["message"]["content"].startswith(" ")
+
+
+def test_a_text_may_go_up_to_the_end_of_the_context(server: Serving) -> None:
+    most = tiny()[0].config.rope_max_length
+    body = {"prompt": [5] * (most - 20), "max_tokens": -1, "logit_bias": {"2": -100}}
+    assert server.post(COMPLETIONS, body).json()["usage"]["total_tokens"] in (most, most + 1)
 
 
 def test_a_chat_is_written_with_the_template_and_answered(server: Serving) -> None:
@@ -323,7 +351,7 @@ def test_many_at_once_are_each_their_lone_run(server: Serving) -> None:
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(ask, range(18)))
     for number, text in enumerate(found):
-        assert text == text_of(lone(f"Enter KING {number}", temp=number % 3 / 2, **options(number))), number
+        assert text == continuation(f"Enter KING {number}", temp=number % 3 / 2, **options(number)), number
 
 
 def shared_of(tokens: int) -> int:
@@ -337,7 +365,7 @@ def test_cached_tokens_are_counted_and_change_nothing(server: Serving) -> None:
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == shared_of(first["usage"]["prompt_tokens"])
     assert second["choices"] == first["choices"]
-    assert first["choices"][0]["text"] == text_of(lone(prompt))
+    assert first["choices"][0]["text"] == continuation(prompt)
 
 
 def test_several_texts_of_one_prompt_process_it_once(server: Serving) -> None:
@@ -345,7 +373,7 @@ def test_several_texts_of_one_prompt_process_it_once(server: Serving) -> None:
     before = server.metric("mlx_openelm_cached_prompt_tokens_total")
     answer = server.post(COMPLETIONS, {"prompt": prompt, "n": 4, "temperature": 1, "seed": 9, "max_tokens": 5}).json()
     texts = [choice["text"] for choice in answer["choices"]]
-    assert texts == [text_of(lone(prompt, max_tokens=5, temp=1.0, seed=9 + n)) for n in range(4)]
+    assert texts == [continuation(prompt, max_tokens=5, temp=1.0, seed=9 + n) for n in range(4)]
     held = shared_of(answer["usage"]["prompt_tokens"])
     assert server.metric("mlx_openelm_cached_prompt_tokens_total") - before == 3 * held > 0
 

@@ -46,11 +46,17 @@ class Steps:
         monkeypatch.setattr(Engine, "step", counted)
 
 
-def raw_request(server: Serving, body: dict[str, Any], path: str = COMPLETIONS) -> socket.socket:
-    """A request that was sent and not read."""
+def raw_request(
+    server: Serving, body: dict[str, Any], path: str = COMPLETIONS, buffer: int | None = None
+) -> socket.socket:
+    """A request that was sent and not read; of the answer `buffer` bytes may wait to be read."""
     host, port = server.url.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
-    sock = socket.create_connection((host, int(port)), 20)
+    sock = socket.socket()
+    sock.settimeout(20)
+    if buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    sock.connect((host, int(port)))
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
     sock.sendall(head.encode() + content)
     return sock
@@ -109,8 +115,9 @@ def test_a_long_list_of_embeddings_does_not_hold_up_others(server: Serving) -> N
         assert len(long.result().json()["data"]) == 250
 
 
-def test_a_client_that_does_not_read_is_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others go on meanwhile, and the row is freed."""
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that read slowly are noticed after half a second and a few kilobytes."""
     monkeypatch.setattr(serving_running, "READ_SECONDS", 0.5)
     made = serving_running.Connection.connection_made
 
@@ -119,19 +126,34 @@ def test_a_client_that_does_not_read_is_cut_off(server: Serving, monkeypatch: py
         made(self, transport)
 
     monkeypatch.setattr(serving_running.Connection, "connection_made", with_small_buffer)
+
+
+def test_a_client_that_does_not_read_is_cut_off(server: Serving, small_buffers: None) -> None:
+    """Others go on meanwhile, and the row is freed."""
     body = {**LONG, "stream": True, "logprobs": 20}  # a megabyte
-    host, port = server.url.removeprefix("http://").split(":")
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.connect((host, int(port)))
-    content = json.dumps(body).encode()
-    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+    sock = raw_request(server, body, buffer=4096)
     server.wait_until(lambda: server.worker.running == 1)
     expected = generate(*tiny(), "JULIET.", max_tokens=16)
     assert server.post(COMPLETIONS, {"prompt": "JULIET."}).json()["choices"][0]["text"] == expected
     server.wait_until(lambda: not server.worker.in_flight)
     name = 'mlx_openelm_requests_total{outcome="cancelled",route="completions"}'
     server.wait_until(lambda: server.metric(name) == 1)
+    sock.close()
+
+
+def test_a_client_that_reads_slowly_gets_all(server: Serving, small_buffers: None) -> None:
+    """Though for longer than it may read nothing, too much is left for the server to go on writing."""
+    sock = raw_request(server, {"input": ["ROMEO."] * 400}, "/v1/embeddings", buffer=4096)
+    content, end = b"", time.monotonic() + 1.5
+    while time.monotonic() < end:
+        content += sock.recv(4096)
+        time.sleep(0.02)
+    head, _, body = content.partition(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length: ")[2].splitlines()[0])
+    assert len(body) < size / 2
+    while len(body) < size and (part := sock.recv(1 << 20)):
+        body += part
+    assert len(json.loads(body)["data"]) == 400
     sock.close()
 
 

@@ -67,12 +67,14 @@ HEADS = [
 
 
 def expected() -> list[tuple[str, list[float]]]:
-    """The texts and log-probabilities of lone runs."""
+    """The texts, as they follow their prompts, and log-probabilities of lone runs."""
     model, tokenizer = tiny()
     found = []
     for prompt, keys, options in GOOD:
-        pieces = list(stream_generate(model, tokenizer, prompt, max_tokens=keys["max_tokens"], **options))
-        found.append(("".join(piece.text for piece in pieces), [piece.logprob for piece in pieces]))
+        options |= {"max_tokens": keys["max_tokens"], "echo": True}
+        pieces = list(stream_generate(model, tokenizer, prompt, **options))
+        text = "".join(piece.text for piece in pieces).removeprefix(prompt)
+        found.append((text, [piece.logprob for piece in pieces]))
     return found
 
 

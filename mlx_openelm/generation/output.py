@@ -25,6 +25,7 @@ class Output:
     Args:
         prompt: its ids.
         count: the number of tokens after which the text ends.
+        continues: whether the text is read right after the prompt's, so that a space before its first word counts.
         constraint: says when the text is complete.
         prompt_seconds: the time from the start of the prompt to the first token. The speed of generation counts from
             the second token on.
@@ -38,13 +39,14 @@ class Output:
         options: GenerationOptions,
         constraint: Constraint | None,
         prompt_seconds: float,
+        continues: bool = False,
     ):
         self.tokenizer, self.prompt, self.count, self.options = tokenizer, prompt, count, options
         self.constraint = constraint
         self.length = 0  # tokens so far
         self._is_cut = False
         self._stops = StopStrings(self.options.stop) if self.options.stop else None
-        seen = prompt if self.options.echo else ()
+        seen = prompt if self.options.echo or continues else ()
         self._decoder = tokenizer.streaming_decoder(seen, keeps_space=constraint is not None)
         self._prompt_seconds, self._started = prompt_seconds, time.perf_counter()
 

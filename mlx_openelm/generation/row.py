@@ -74,6 +74,7 @@ class Row:
         self._tokenizer = tokenizer
         self._output: Output | None = None
         self.warns = True  # else the caller does, when it has shown the last piece
+        self.continues = False  # set before the first token: as in `Output`
         self._submitted = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -276,7 +277,13 @@ class Row:
         if self._output is None:
             seconds, request = time.perf_counter() - self._submitted, self.request
             self._output = Output(
-                self._tokenizer, request.prompt, request.count, request.options, request.constraint, seconds
+                self._tokenizer,
+                request.prompt,
+                request.count,
+                request.options,
+                request.constraint,
+                seconds,
+                self.continues,
             )
         if self.tokens:
             warn_past_context(self.decoder.model, self.past + len(self.request.prompt) + len(self.tokens) - 1)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ..errors import RequestError
 from ..text.chat_messages import ROLES, plain_text
-from .checks import Check, boolean, choice, integer, only, read_fields, short_text, text
+from .checks import Check, boolean, choice, integer, max_tokens, only, read_fields, short_text, text, wrong
 from .completions import MAX_LOGPROBS, check_stream, stream, whole
 from .context import Context, check_characters, check_length, new_id, now
 from .failures import APIError
@@ -46,6 +46,12 @@ def _calls(name: str, value: Any) -> Any:
     return value
 
 
+def _tools(name: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        raise wrong(name, "a list", value)
+    return value
+
+
 _PART: dict[str, Check] = {"type": choice("text"), "text": text}
 _MESSAGE: dict[str, Check] = {
     "role": choice(*ROLES),
@@ -55,6 +61,7 @@ _MESSAGE: dict[str, Check] = {
     "tool_call_id": short_text,
     "reasoning_content": text,
     "refusal": only(""),
+    "parsed": lambda name, value: None,  # what OpenAI's clients made of `content`, in a message that they send back
     "annotations": only([]),
     "audio": only(),
     "function_call": only(),
@@ -73,6 +80,7 @@ def messages(name: str, value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise APIError(f'{place} must be {{"role": ..., "content": ...}}.', param=place)
         given = read_fields(message, _MESSAGE, f"{place}.")
+        given.pop("parsed", None)
         if not given.get("tool_calls", True):
             del given["tool_calls"]
         for key in ("role",) if "tool_calls" in given else ("role", "content"):
@@ -85,11 +93,11 @@ def messages(name: str, value: Any) -> list[dict[str, Any]]:
 FIELDS: dict[str, Check] = {
     **COMMON,
     "messages": messages,
-    "max_completion_tokens": integer(1),
+    "max_completion_tokens": max_tokens(1),
     "logprobs": boolean,
     "top_logprobs": integer(0, MAX_LOGPROBS),
     "continue_final_message": boolean,
-    "tools": only([]),
+    "tools": _tools,
     "tool_choice": only("none", "auto"),
     "functions": only([]),
     "function_call": only("none", "auto"),
@@ -109,6 +117,8 @@ async def chat(context: Context, request: Request) -> Response:
     check_stream(given)
     if given.get("top_logprobs") and not given.get("logprobs"):
         raise APIError("top_logprobs needs logprobs: true.", param="top_logprobs")
+    if given.get("tools") and given.get("tool_choice") != "none":
+        only()("tools", given["tools"])
     continues = given.get("continue_final_message", False)
     ids = await context.prepare(request, lambda: render(context, entry, given["messages"], continues))
     options = options_of(given, context.options)
@@ -116,7 +126,7 @@ async def chat(context: Context, request: Request) -> Response:
     constraint = await context.constrain(request, entry, options)
     n = given.get("n", 1)
     each = [seeded(options, index) for index in range(n)]
-    texts = Texts(context.worker, entry, adapter, [ids] * n, each, constraint)
+    texts = Texts(context.worker, entry, adapter, [ids] * n, each, constraint, continues=continues)
     answers = _Chat(given, entry, texts)
     texts.submit()
     if given.get("stream"):

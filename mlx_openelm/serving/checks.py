@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +22,19 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def wrong(name: str, expected: str, value: Any) -> APIError:
-    """The error of a value that is not what it should be."""
-    shown = quote(value) if isinstance(value, str | int | float) else kind_of(value)
-    return APIError(f"{name} must be {expected}, got {shown}.", param=name)
+def wrong(name: str, expected: str, value: Any, param: str | None = None) -> APIError:
+    """The error of a value that is not what it should be.
+
+    Args:
+        param: the key that the error names, if `name` says more.
+    """
+    if isinstance(value, bool):
+        shown = str(value).lower()  # as JSON writes it
+    elif isinstance(value, float) and math.isinf(value):
+        shown = "a number that is too large"
+    else:
+        shown = quote(value) if isinstance(value, str | int | float) else kind_of(value)
+    return APIError(f"{name} must be {expected}, got {shown}.", param=param or name)
 
 
 def read_fields(body: Mapping[str, Any], fields: Mapping[str, Check], prefix: str = "") -> dict[str, Any]:
@@ -67,6 +77,11 @@ def integer(low: int, high: int = 2**31 - 1) -> Check:
         return int(value)
 
     return check
+
+
+def max_tokens(low: int) -> Check:
+    """A number of tokens; -1 is up to the end of the context, as for the server itself."""
+    return lambda name, value: -1 if type(value) is int and value == -1 else integer(low)(name, value)
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from ..generation.piece import Piece
 from ..generation.scoring import prompt_logprobs
 from ..model import OpenELM
-from .checks import Check, boolean, integer, only
+from .checks import Check, boolean, integer, max_tokens, only
 from .context import Context, answer, as_ids, check_characters, check_length, encode, new_id, now
 from .failures import APIError
 from .logprobs import Place, completion_logprobs, shown
@@ -27,7 +27,7 @@ MAX_LOGPROBS = 20
 FIELDS: dict[str, Check] = {
     **COMMON,
     "prompt": lambda name, value: value,  # it depends on the model: see `read_prompts`
-    "max_tokens": integer(0),
+    "max_tokens": max_tokens(0),
     "echo": boolean,
     "logprobs": integer(0, MAX_LOGPROBS),
     "best_of": only(1),
@@ -52,6 +52,7 @@ async def completions(context: Context, request: Request) -> Response:
         [ids for ids in prompts for _ in range(n)],
         [{**seeded(options, index), "echo": echo} for _ in prompts for index in range(n)],
         constraint,
+        continues=True,
     )
     completion = _Completion(given, entry, texts, prompts, n)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from array import array
 from base64 import b64encode
@@ -97,7 +96,7 @@ async def tokenize(context: Context, request: Request) -> Response:
         ids = encode(entry, given[source])
         return ids if is_whole or ids[:1] != [entry.tokenizer.bos_token_id] else ids[1:]
 
-    ids = await asyncio.to_thread(ids_of)  # beside the prompts of others: it may be long
+    ids = await context.prepare(request, ids_of)
     tokens: list[Any] = ids
     if given.get("with_pieces"):
         tokens = [{"id": token, "piece": entry.tokenizer.id_to_token(token)} for token in ids]

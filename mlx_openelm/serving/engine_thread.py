@@ -170,7 +170,7 @@ class EngineThread(threading.Thread):
                 one.row = resident.engine.submit(
                     one.prompt, adapter=one.adapter, constraint=one.constraint, **one.options
                 )
-                one.row.warns = False
+                one.row.warns, one.row.continues = False, one.continues
                 self.texts[one.row] = one, resident
                 self._has_new = True
         except Exception as error:

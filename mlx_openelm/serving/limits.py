@@ -34,6 +34,8 @@ def read_keys(path: Path) -> list[str]:
     """
     lines = [line.strip() for line in read_text(path, max_bytes=_MAX_KEYS_BYTES).removeprefix("\ufeff").splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
+    if not all(key.isascii() for key in keys):
+        raise RequestError(f"{path} has an API key with other characters than ASCII's, which headers cannot carry.")
     if not keys:
         raise RequestError(f"{path} has no API keys; write one on each line.")
     return keys
@@ -100,7 +102,7 @@ class Guard:
             message = "The server does not answer to that name; call it by its address, or see --allowed-origins."
             return APIError(message, 403, code="host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and not {origin.rstrip("/"), "*"} & self.origins and urlsplit(origin).netloc != host:
+        if origin is not None and not {origin.rstrip("/"), "*"} & self.origins and _netloc(origin) != host:
             message = "Pages of this origin may not use the server; allow it with --allowed-origins."
             return APIError(message, 403, code="origin_not_allowed")
         if self.keys is None or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
@@ -121,7 +123,15 @@ class Guard:
 
 
 def _host_of(origin: str) -> str:
-    return _name(urlsplit(origin).netloc)
+    return _name(_netloc(origin))
+
+
+def _netloc(origin: str) -> str:
+    """The host and port of an origin; empty if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # an address in brackets that is none
+        return ""
 
 
 def _name(host: str) -> str:

@@ -21,6 +21,7 @@ from .checks import (
     integer,
     kind_of,
     mapping,
+    max_tokens,
     number,
     only,
     read_fields,
@@ -92,7 +93,7 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
         if not key.isascii() or not key.isdecimal() or len(key) > 9:
             raise APIError(f"{name} has the key {quote(key)}, which is not a token id.", param=name)
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not abs(bias) <= min(100.0, BIAS_LIMIT):
-            raise wrong(f"{name} of token {key}", "a number from -100 to 100", bias)
+            raise wrong(f"{name} of token {key}", "a number from -100 to 100", bias, param=name)
         biases[int(key)] = float(bias)
     return biases
 
@@ -189,7 +190,7 @@ COMMON: dict[str, Check] = {
     "model": short_text,
     "stream": boolean,
     "n": integer(1, MAX_N),
-    "max_tokens": integer(1),
+    "max_tokens": max_tokens(1),
     "stream_options": stream_options,
     **{key: check for key, (_, check) in SAMPLING.items()},
     **ABOUT,

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ..generation.piece import Piece
 from .chat import MAX_MESSAGES, render
-from .checks import Check, boolean, choice, integer, mapping, only, read_fields, short_text, text
+from .checks import Check, boolean, choice, integer, mapping, max_tokens, only, read_fields, short_text, text
 from .completions import MAX_LOGPROBS, stream, whole
 from .context import Context, new_id, now
 from .failures import APIError
@@ -96,7 +96,7 @@ FIELDS: dict[str, Check] = {
     "model": short_text,
     "input": _input,
     "instructions": text,
-    "max_output_tokens": integer(1),
+    "max_output_tokens": max_tokens(1),
     "stream": boolean,
     "stream_options": lambda name, value: read_fields(
         mapping(name, value), {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}, f"{name}."

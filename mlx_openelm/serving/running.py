@@ -26,22 +26,23 @@ _KEEP_ALIVE_SECONDS = 30
 
 
 class Connection(H11Protocol):
-    """A connection that ends if its client sends the head of a request, or reads the answer, too slowly."""
+    """A connection that ends if its client sends the head of a request too slowly, or reads nothing of an answer."""
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._unread = 0  # bytes of the answer, when the client was last seen to be slow
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect("head", HEAD_SECONDS)
+        self._expect("head", HEAD_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._got("head")
         elif "head" not in self._timers:
-            self._expect("head", HEAD_SECONDS)
+            self._expect("head", HEAD_SECONDS, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for name in list(self._timers):
@@ -49,16 +50,27 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        self._expect("read", READ_SECONDS)
+        self._wait_for_reading()
         super().pause_writing()
 
     def resume_writing(self) -> None:
         self._got("read")
         super().resume_writing()
 
-    def _expect(self, name: str, seconds: float) -> None:
+    def _wait_for_reading(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._expect("read", READ_SECONDS, self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unread:
+            self._wait_for_reading()
+        else:
+            self.transport.abort()
+
+    def _expect(self, name: str, seconds: float, otherwise: Callable[[], object]) -> None:
+        """Call `otherwise` after so many seconds unless `_got` is called before."""
         self._got(name)
-        self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+        self._timers[name] = self.loop.call_later(seconds, otherwise)
 
     def _got(self, name: str) -> None:
         if (timer := self._timers.pop(name, None)) is not None:
@@ -73,7 +85,11 @@ class _Server(uvicorn.Server):
         self._when_started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # two servers may bind a port, until one of them listens
+            host, port, *_ = sockets[0].getsockname() if sockets else ("", 0)
+            raise _cannot_listen(host, port, error) from None
         self._when_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -95,11 +111,15 @@ def listen(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise RequestError(
-            f"The server cannot listen at {host} on port {port}: {reason}; choose others with --host and --port."
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return bound
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> RequestError:
+    reason = (error.strerror or str(error)).lower()
+    return RequestError(
+        f"The server cannot listen at {host} on port {port}: {reason}; choose others with --host and --port."
+    )
 
 
 def url_of(bound: socket.socket) -> str:

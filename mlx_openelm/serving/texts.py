@@ -52,6 +52,7 @@ class Texts:
         prompts: the ids of each; one list for several texts is processed once.
         options: of each, for `Engine.submit`.
         constraint: of all of them; see `Context.constrain`.
+        continues: whether each text is read right after its prompt, as in `generation.output.Output`.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Texts:
         prompts: Sequence[Sequence[int]],
         options: Sequence[dict[str, Any]],
         constraint: Constraint | None = None,
+        *,
+        continues: bool = False,
     ):
         self.worker = worker
         self._events: asyncio.Queue[tuple[int, Piece | APIError]] = asyncio.Queue()
@@ -69,7 +72,8 @@ class Texts:
         leaders: dict[int, Text] = {}
         for index, (prompt, chosen) in enumerate(zip(prompts, options, strict=True)):
             own = None if constraint is None else constraint.copy()
-            text = Text(entry, adapter, prompt, chosen, self._events, index, leaders.get(id(prompt)), own)
+            leader = leaders.get(id(prompt))
+            text = Text(entry, adapter, prompt, chosen, self._events, index, leader, own, continues)
             self.texts.append(text)
             leaders.setdefault(id(prompt), text)
 
@@ -141,7 +145,8 @@ class Deadline:
     def error(self) -> APIError:
         """The error of a request that takes longer."""
         message = f"The request took more than {self.seconds:g} seconds; lower max_tokens, or try again later."
-        return APIError(message, 408, code="timeout")
+        # OpenAI's clients repeat what got 408, and would wait as long again, twice.
+        return APIError(message, 408, code="timeout", headers={"x-should-retry": "false"})
 
 
 async def while_here(request: Request, work: Awaitable[T]) -> T:

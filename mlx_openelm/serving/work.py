@@ -22,6 +22,7 @@ class Text:
     Args:
         leader: another text with the same prompt, which is processed first, so that this one finds it held.
         constraint: what `make_constraint` makes of the options, for this text alone.
+        continues: as in `generation.output.Output`.
 
     Attributes:
         events: (index, `Piece`) for each token, or (index, `APIError`) at the end of a text that failed.
@@ -37,9 +38,11 @@ class Text:
         index: int,
         leader: Text | None = None,
         constraint: Constraint | None = None,
+        continues: bool = False,
     ):
         self.entry, self.adapter, self.prompt, self.options = entry, adapter, prompt, options
         self.events, self.index, self.leader, self.constraint = events, index, leader, constraint
+        self.continues = continues
         self.is_cancelled = False
         self.row: Row | None = None
         self.submitted = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import secrets
 import warnings
@@ -27,6 +28,8 @@ _LLAMA2_SIZE, _LLAMA2_FIRST = 32000, 259
 _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045"
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
+# Characters from which on a text takes tens of milliseconds.
+_LONG = 20_000
 
 
 class TokenizersEngine:
@@ -129,7 +132,7 @@ class TokenizersEngine:
 
         Added tokens are found in the text, but not the model's own control tokens.
         """
-        ids: list[int] = (self._start if start else self._later).encode(text, add_special_tokens=False).ids
+        ids = _encode(self._start if start else self._later, text)
         if start and self._own and text.startswith(self._own) and self._pieces[ids[0]] in self._own:
             ids = [*(token.id for token in self._start.model.tokenize(SPACE)), *ids]
         return ids
@@ -227,6 +230,17 @@ def _difference(engine: TokenizersEngine, model_file: Path) -> str | None:
         if kind == NORMAL and engine.token_to_id(piece) != token_id:
             return f"{quote(piece)} is token {engine.token_to_id(piece)} and token {token_id}"
     return None
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text for a `tokenizers.Tokenizer`; while a long one is encoded, Python's other threads go on."""
+    if len(text) < _LONG:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+    # Unless this is set, a batch of one counts as parallel work, and the package warns when the process forks later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return list(encoding.ids)
 
 
 def _after_the_first(pieces: Iterable[str]) -> str:
