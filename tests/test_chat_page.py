@@ -238,6 +238,28 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(tab: Tab, api: Fa
     assert tab.texts() == ["first", "Well met, sir."]
 
 
+def test_what_another_tab_writes_is_shown_and_disturbs_nothing(tab: Tab, api: FakeAPI) -> None:
+    tab.say("one")
+    other = Tab(tab.page.context, api.url)
+    tab.page.get_by_role("button", name="Edit").first.click()
+    area = tab.page.get_by_role("textbox", name="Text", exact=True)
+    area.fill("one, edited")
+    other.say("two")  # in the same conversation, the last one that was open
+    other.page.get_by_role("button", name="New conversation").click()
+    other.say("elsewhere")
+    tab.page.get_by_role("button", name="elsewhere", exact=True).wait_for()
+    assert area.input_value() == "one, edited"
+    tab.page.get_by_role("button", name="Cancel").click()
+    assert tab.texts() == ["one", "Well met, sir.", "two", "Well met, sir."]
+    other.page.get_by_role("button", name="one", exact=True).click()
+    other.say("three")
+    tab.until("document.querySelectorAll('#messages .text').length === 6")
+    other.page.once("dialog", lambda dialog: dialog.accept())
+    other.page.get_by_role("button", name="Delete").click()
+    tab.page.get_by_role("button", name="one", exact=True).wait_for(state="detached")
+    assert tab.texts() == ["elsewhere", "Well met, sir."] and other.problems == []
+
+
 def test_damaged_storage_and_a_deleted_conversation_do_no_harm(tab: Tab, api: FakeAPI) -> None:
     tab.page.evaluate(
         """() => {
@@ -429,7 +451,15 @@ def test_an_error_is_shown_with_its_own_conversation(tab: Tab, api: FakeAPI) -> 
         new.click()
         assert alert.inner_text() == ""
     first.click()
-    api.delay, api.breaks_after = 0, None
+    api.delay, api.breaks_after = 0.1, None
+    new.click()
+    tab.say("second", answered=False)
+    first.click()
+    again = tab.page.get_by_role("button", name="Try again")
+    assert again.is_disabled()  # while another conversation is answered
+    tab.wait_for_end()
+    assert again.is_enabled()
+    api.delay = 0
     tab.page.get_by_role("button", name="Try again").click()
     tab.page.locator(".assistant .stats", has_text="prompt of").wait_for()
     assert tab.texts() == ["first", "Well met, sir."] and alert.inner_text() == ""
