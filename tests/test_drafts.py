@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import re
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from typing import Any
 from mlx_openelm import Engine, Piece, RequestError, load, make_prompt_cache, native, stream_generate
 from mlx_openelm.adapters.pool import AdapterPool
 from mlx_openelm.cache import RowCaches
+from mlx_openelm.generation import drafted
 from mlx_openelm.generation.draft_length import Plan, StepCosts
 from mlx_openelm.generation.draft_model import DraftModel, ModelDrafter, propose_together
 from mlx_openelm.generation.drafting import LEAST_CHANCE, Draft
+from mlx_openelm.generation.lookup import EarlierTexts, Lookup
 from mlx_openelm.generation.prefix_tree import PrefixTree
 from mlx_openelm.generation.row import Row
 from mlx_openelm.generation.sampling import SamplingParams, TextSampler, make_key
@@ -319,16 +324,50 @@ def test_earlier_texts_are_looked_up(loaded: tuple[OpenELM, Tokenizer]) -> None:
 
 
 def test_later_texts_know_what_drafting_costs() -> None:
-    """Otherwise each would try again whether it pays."""
-    model, tokenizer = load(FIXTURES / "shakespeare-hf")
+    """Otherwise each would try again whether it pays. Other threads do, and other models later."""
+    drafted._lengths.clear()
+    pair = [*load(FIXTURES / "shakespeare-hf")]
     found = []
-    for temp in (1.0, 1.0, 0.0):
-        pieces = stream_generate(model, tokenizer, PLAY[:40], temp=temp, max_tokens=12, prompt_lookup=True)
+
+    def generate_some(temp: float) -> None:
+        pieces = stream_generate(*pair, PLAY[:40], temp=temp, max_tokens=12, prompt_lookup=True)
         assert len(list(pieces)) == 12
-        found.append({key: lengths._costs.step for key, lengths in vars(model)["_draft_lengths"].items()})
+        found.append({key: lengths._costs.step for key, lengths in drafted._lengths.items()})
+
+    for temp in (1.0, 1.0, 0.0):
+        generate_some(temp)
     (key, first), *_ = found[0].items()
     assert found[1] == {key: pytest.approx(2 * first, abs=3)} and first > 3
     assert len(found[2]) == 2 and found[2][key] == found[1][key]
+    thread = threading.Thread(target=generate_some, args=(0.0,))
+    thread.start()
+    thread.join()
+    assert len(found[3]) == 3 and found[2].items() <= found[3].items()
+    pair.clear()
+    gc.collect()
+    assert not drafted._lengths
+
+
+def test_threads_that_look_up_share_what_was_generated() -> None:
+    """The automata stay right, so that a text is found again."""
+    earlier = EarlierTexts(1 << 16)
+    texts = [random.Random(number).choices(range(3, 1000), k=400) for number in range(8)]
+    threads = [threading.Thread(target=earlier.add, args=(text,)) for text in texts]
+    previous = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(previous)
+    for text in texts:
+        lookup = Lookup(earlier)
+        for token in text[:200]:
+            lookup.extend(token)
+        match = lookup.match()
+        assert match.length == 200 and match.following(100) == text[200:300]
 
 
 def test_acceptance_is_the_overlap_of_the_distributions() -> None:
