@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import threading
@@ -21,6 +20,8 @@ class FakeAPI:
 
     tokens: list[str] = field(default_factory=lambda: ["Well", " met", ", sir", "."])
     delay: float = 0.0  # seconds before each token
+    pauses_after: int | None = None  # tokens, after which an answer waits until `goes_on` is set
+    goes_on: threading.Event = field(default_factory=threading.Event)
     status: int = 200
     error: str = ""
     headers: dict[str, str] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class FakeAPI:
     context: int | None = None  # messages, each of which counts as a token
     requests: list[dict[str, Any]] = field(default_factory=list)
     sent: int = 0  # tokens of the last answer
+    left: int = 0  # answers whose connection was closed before their end
     paths: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -82,14 +84,18 @@ class FakeAPI:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()
-                with contextlib.suppress(OSError):  # the page has left
+                try:
                     self._stream(body)
+                except OSError:
+                    api.left += 1
 
             def _stream(self, body: dict[str, Any]) -> None:
                 api.sent = 0
                 self._event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
                 for token in api.tokens[: api.breaks_after]:
                     time.sleep(api.delay)
+                    if api.sent == api.pauses_after:
+                        api.goes_on.wait(60)
                     logprobs = None
                     if body.get("logprobs"):
                         top = [{"token": token, "logprob": math.log(0.75)}, {"token": "<b>", "logprob": math.log(0.2)}]

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from mlx_openelm import generate, load
@@ -220,27 +219,32 @@ def test_answers_go_to_a_file_without_the_prompts(tmp_path: Path, answers: list[
 
 
 def test_a_second_ctrl_c_takes_the_message_back(tmp_path: Path) -> None:
-    """At once, in the middle of a step, which is slow here."""
-    slow = (
-        "import sys, time, mlx_openelm\n"
+    """At once, in the middle of a step, which has no end here."""
+    endless = (
+        "import signal, socket, mlx_openelm\n"
         "from mlx_openelm.model import OpenELM\n"
         "whole = OpenELM.hidden_states\n"
-        "def slowly(self, tokens, cache=None, **named):\n"
-        "    time.sleep(0 if tokens.size > 1 else 3)\n"
-        "    return whole(self, tokens, cache, **named)\n"
-        "OpenELM.hidden_states = slowly\n"
+        "ours, theirs = socket.socketpair()\n"
+        "theirs.setblocking(False)\n"
+        "signal.set_wakeup_fd(theirs.fileno())\n"
+        "def wait(self, tokens, cache=None, **named):\n"
+        "    if tokens.size > 1:\n"
+        "        return whole(self, tokens, cache, **named)\n"
+        "    print('[a step]', flush=True)\n"
+        "    while ours.recv(1):\n"
+        "        print('[a signal]', flush=True)\n"
+        "OpenELM.hidden_states = wait\n"
         "from mlx_openelm.cli.main import main\n"
         "main(['chat', '--no-history'])\n"
     )
-    with PseudoTerminal("-c", slow, cwd=tmp_path, module=False) as terminal:
+    with PseudoTerminal("-c", endless, cwd=tmp_path, module=False) as terminal:
         terminal.expect("> ")
         terminal.type(f"{FIRST}\r")
-        terminal.expect(f"{FIRST}\n")
-        time.sleep(1)  # the first step takes longer
+        terminal.expect("[a step]\n")
         terminal.type("\x03")
-        time.sleep(0.5)
+        terminal.expect("[a signal]\n")
         terminal.type("\x03")
-        terminal.expect("Stopped; the message was taken back.\n> ", 2)
+        terminal.expect("Stopped; the message was taken back.\n> ")
         terminal.type("/undo\r")
         terminal.expect("error: There is no message to take back.\n> ")
         terminal.type("/exit\r")

@@ -13,20 +13,33 @@ import pytest
 
 
 class Machine:
-    """A GPU, a short `PATIENCE`, and a fresh process; `announced` collects the lines."""
+    """A GPU and a fresh process; `announced` collects the lines."""
 
     def __init__(self, compiling: ModuleType, cache: Path):
         self.compiling = compiling
         self.cache = cache
         self.announced: list[str] = []
 
-    def work(self, name: str, seconds: float = 0.3, kernels: int = 0) -> None:
+    def compile(self, kernels: int) -> None:
+        for _ in range(kernels):
+            file = self.cache / "a long name" / f"{len(list(self.cache.rglob('*')))}.ptx"
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+
+    def quick_work(self, name: str, kernels: int = 0) -> None:
+        """Work that ends long before `PATIENCE`."""
+        self.compiling.PATIENCE = 60.0
         with self.compiling.notice(name, self.announced.append):
-            for _ in range(kernels):
-                file = self.cache / "a long name" / f"{len(list(self.cache.rglob('*')))}.ptx"
-                file.parent.mkdir(exist_ok=True)
-                file.touch()
-            time.sleep(seconds)
+            self.compile(kernels)
+
+    def long_work(self, name: str, kernels: int = 0, is_announced: bool = False) -> None:
+        """Work that takes much longer than `PATIENCE`, or as long as it takes to be announced."""
+        self.compiling.PATIENCE = 0.05
+        end = time.monotonic() + (20.0 if is_announced else 0.3)
+        with self.compiling.notice(name, self.announced.append):
+            self.compile(kernels)
+            while time.monotonic() < end and not (is_announced and self.announced):
+                time.sleep(0.01)
 
 
 @pytest.fixture
@@ -35,42 +48,41 @@ def machine(monkeypatch, tmp_path) -> Machine:
     spec = importlib.util.find_spec("mlx_openelm.cuda.compiling")
     compiling = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiling)
-    compiling.PATIENCE = 0.05
     monkeypatch.setattr(backend, "on_cuda", lambda: True)
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
     return Machine(compiling, tmp_path)
 
 
 def test_long_first_work_is_announced_once(machine):
-    machine.work("Validating", kernels=2)
-    machine.work("Training", kernels=2)
+    machine.long_work("Validating", kernels=2, is_announced=True)
+    machine.long_work("Training", kernels=2)
     assert machine.announced == [machine.compiling.LINE]
 
 
 def test_quick_work_and_later_work_are_not_announced(machine):
-    machine.work("Training", seconds=0.0, kernels=1)
-    machine.work("Training", kernels=1)
+    machine.quick_work("Training", kernels=1)
+    machine.long_work("Training", kernels=1)
     assert machine.announced == []
-    machine.work("Testing", kernels=1)
+    machine.long_work("Testing", kernels=1, is_announced=True)
     assert machine.announced == [machine.compiling.LINE]
 
 
 def test_long_work_without_new_kernels_is_not_announced(machine):
-    machine.work("Training", kernels=3, seconds=0.0)
-    machine.work("Testing")
+    machine.quick_work("Training", kernels=3)
+    machine.long_work("Testing")
     assert machine.announced == []
 
 
 def test_nothing_is_announced_on_other_devices(machine, monkeypatch):
     monkeypatch.setattr(backend, "on_cuda", lambda: False)
-    machine.work("Training", kernels=1)
+    machine.long_work("Training", kernels=1)
     assert machine.announced == []
 
 
 def test_work_that_fails_ends_the_wait(machine):
+    machine.compiling.PATIENCE = 0.05
     with pytest.raises(ZeroDivisionError), machine.compiling.notice("Training", machine.announced.append):
         print(1 / 0)
-    time.sleep(0.1)
-    machine.work("Testing", seconds=0.0, kernels=1)
-    time.sleep(0.2)
+    machine.compile(1)
+    time.sleep(0.3)
     assert machine.announced == []

@@ -191,10 +191,12 @@ def test_checkpoints_are_complete_whenever_the_process_is_killed(tmp_path):
     for attempt in range(4):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
         assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.1 + 0.0137 * attempt)
+        kept, deadline = checkpoints(tmp_path), time.monotonic() + 60
+        while max(kept.steps(), default=0) < reached + 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.0137 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kept = checkpoints(tmp_path)
         for step in kept.steps():  # all of them, not only the newest
             assert mx.array_equal(kept.tensors(step)["optimizer.step"], mx.array(step)).item()
             record = json.loads((kept.path(step) / "state.json").read_text())

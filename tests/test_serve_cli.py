@@ -60,14 +60,17 @@ def test_ctrl_c_finishes_what_runs() -> None:
     found: list[dict[str, Any]] = []
     with process() as server:
         body = {"max_tokens": 300, "logit_bias": {"2": -100}}
-        thread = threading.Thread(target=lambda: found.append(ask(server.url, **body)))
-        thread.start()
-        while "texts_running 1.0" not in httpx2.get(server.url + "/metrics").text:
-            time.sleep(0.01)
+        is_running, end = False, time.monotonic() + 60
+        while not is_running:  # again if a text ended before it was seen, which takes half a second
+            assert time.monotonic() < end
+            thread = threading.Thread(target=lambda: found.append(ask(server.url, **body)))
+            thread.start()
+            while thread.is_alive() and not is_running:
+                is_running = "texts_running 1.0" in httpx2.get(server.url + "/metrics", timeout=60).text
         code, messages = server.end(signal.SIGINT)
         thread.join(20)
     assert code == 130 and "Traceback" not in messages
-    assert found[0]["usage"]["completion_tokens"] == 300
+    assert found[-1]["usage"]["completion_tokens"] == 300
 
 
 def test_flags_are_defaults_of_requests(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_openelm import generate
 from mlx_openelm.generation.engine import Engine
+from mlx_openelm.serving import embeddings as serving_embeddings
 from mlx_openelm.serving import running as serving_running
 from mlx_openelm.serving import texts as serving_texts
 from mlx_openelm.serving import worker as serving_worker
@@ -32,15 +33,15 @@ def server() -> Iterator[Serving]:
 
 
 class Steps:
-    """Counts the steps of all engines, and of those the ones that a cancelled text still takes part in."""
+    """Counts the steps of all engines, each of which takes `seconds` longer."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0):
-        self.count = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
+        self.count, self.seconds = 0, seconds
         step = Engine.step
 
         def counted(engine: Engine) -> Any:
             self.count += 1
-            time.sleep(seconds)
+            time.sleep(self.seconds)
             return step(engine)
 
         monkeypatch.setattr(Engine, "step", counted)
@@ -86,7 +87,8 @@ def test_a_client_that_leaves_frees_its_row_within_a_step(
     server.wait_until(lambda: server.metric(name) == 1)
 
 
-def test_a_client_that_leaves_the_queue_is_forgotten(server: Serving) -> None:
+def test_a_client_that_leaves_the_queue_is_forgotten(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, 0.03)
     running = [raw_request(server, LONG) for _ in range(2)]
     server.wait_until(lambda: server.worker.running == 2)
     waiting = raw_request(server, LONG)
@@ -96,6 +98,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server: Serving) -> None:
     for sock in running:
         sock.close()
     server.wait_until(lambda: server.worker.running == 0)
+    steps.seconds = 0.0
     assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
 
 
@@ -106,12 +109,20 @@ def test_leaving_an_embedding_ends_it(server: Serving) -> None:
     server.wait_until(lambda: not server.worker.thread.tasks and not server.worker.in_flight)
 
 
-def test_a_long_list_of_embeddings_does_not_hold_up_others(server: Serving) -> None:
+def test_a_long_list_of_embeddings_does_not_hold_up_others(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, seconds = serving_embeddings.embedding, [0.02]
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds[0])
+        return whole(*arguments)
+
+    monkeypatch.setattr(serving_embeddings, "embedding", slow)
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(server.post, "/v1/embeddings", {"input": ["ROMEO. " * 20] * 250})
         server.wait_until(lambda: bool(server.worker.in_flight))
         assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
         assert not long.done()
+        seconds[0] = 0.0
         assert len(long.result().json()["data"]) == 250
 
 
@@ -128,11 +139,14 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_running.Connection, "connection_made", with_small_buffer)
 
 
-def test_a_client_that_does_not_read_is_cut_off(server: Serving, small_buffers: None) -> None:
+def test_a_client_that_does_not_read_is_cut_off(
+    server: Serving, small_buffers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Others go on meanwhile, and the row is freed."""
+    steps = Steps(monkeypatch, 0.0)
     body = {**LONG, "stream": True, "logprobs": 20}  # a megabyte
     sock = raw_request(server, body, buffer=4096)
-    server.wait_until(lambda: server.worker.running == 1)
+    server.wait_until(lambda: steps.count > 0)
     expected = generate(*tiny(), "JULIET.", max_tokens=16)
     assert server.post(COMPLETIONS, {"prompt": "JULIET."}).json()["choices"][0]["text"] == expected
     server.wait_until(lambda: not server.worker.in_flight)
@@ -271,10 +285,12 @@ def test_a_thread_that_dies_while_it_is_to_end_answers_too(monkeypatch: pytest.M
     assert server.worker.thread is engine_thread and not server.gave_up
 
 
-def test_a_stop_finishes_what_runs() -> None:
+def test_a_stop_finishes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, 0.03)
     with serving() as server:
         sock = raw_request(server, {**LONG, "max_tokens": 200})
         server.wait_until(lambda: server.worker.running == 1)
+        steps.seconds = 0.0
     content = b""
     while part := sock.recv(65536):
         content += part

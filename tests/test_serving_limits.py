@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.errors import RequestError
+from mlx_openelm.generation.engine import Engine
 from mlx_openelm.serving import context as serving_context
 from mlx_openelm.serving import running as serving_running
 from mlx_openelm.serving.chat import FIELDS as CHAT_FIELDS
@@ -26,7 +27,6 @@ from starlette.applications import Starlette
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "ROMEO."}]
-LONG = {"prompt": "ROMEO.", "max_tokens": 900}
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +229,15 @@ def test_a_body_that_is_too_large_is_413() -> None:
             assert sock.recv(1000).startswith(b"HTTP/1.1 413")
 
 
-def test_a_full_queue_is_429_with_the_time_to_try_again() -> None:
+def test_a_full_queue_is_429_with_the_time_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, goes_on = Engine.step, threading.Event()
+    monkeypatch.setattr(Engine, "step", lambda engine: goes_on.wait(20) and step(engine))
     with serving(max_rows=1, max_queue=1) as server, ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: server.post(COMPLETIONS, {**LONG, "max_tokens": 400}), range(6)))
-        codes = sorted(answer.status_code for answer in answers)
-        assert codes.count(200) >= 2 and set(codes) == {200, 429}
-        refused = next(answer for answer in answers if answer.status_code == 429)
+        answers = [pool.submit(server.post, COMPLETIONS, {"prompt": "ROMEO."}) for _ in range(6)]
+        server.wait_until(lambda: sum(answer.done() for answer in answers) == 4)
+        goes_on.set()
+        assert sorted(answer.result().status_code for answer in answers) == [200] * 2 + [429] * 4
+        refused = next(answer.result() for answer in answers if answer.result().status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
         assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
@@ -251,18 +254,25 @@ def test_a_second_signal_does_not_wait() -> None:
         assert stopped.force_exit
 
 
-def test_a_request_that_takes_too_long_is_408() -> None:
-    with serving(timeout=0.2) as server:
-        body = {"prompt": "ROMEO.", "max_tokens": 1000, "n": 8}
-        late = server.post(COMPLETIONS, body)
-        assert late.status_code == 408 and late.json()["error"]["code"] == "timeout"
-        assert late.headers["x-should-retry"] == "false"
-        server.wait_until(lambda: server.worker.running == 0)
-        with httpx2.stream("POST", server.url + COMPLETIONS, json={**body, "stream": True}, timeout=20) as response:
-            *_, last = [line for line in response.iter_lines() if line]
-        assert response.status_code == 200 and json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-        server.wait_until(lambda: server.worker.running == 0)
-        assert server.metric('mlx_openelm_requests_total{outcome="timeout",route="completions"}') == 2
+def test_a_request_that_takes_too_long_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.02) or step(engine))
+    body = {"prompt": "ROMEO.", "max_tokens": 1000, "n": 8, "logit_bias": {"2": -100}}  # 20 seconds
+    # A stream that has not begun by then is a 408 too; on a slow machine it begins in the longer time.
+    for seconds in (0.2, 4.0):
+        with serving(timeout=seconds) as server:
+            late = server.post(COMPLETIONS, body)
+            assert late.status_code == 408 and late.json()["error"]["code"] == "timeout"
+            assert late.headers["x-should-retry"] == "false"
+            server.wait_until(lambda: server.worker.running == 0)
+            with httpx2.stream("POST", server.url + COMPLETIONS, json={**body, "stream": True}, timeout=60) as response:
+                *_, last = [line for line in response.iter_lines() if line]
+            server.wait_until(lambda: server.worker.running == 0)
+            assert server.metric('mlx_openelm_requests_total{outcome="timeout",route="completions"}') == 2
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        if response.status_code == 200:
+            break
+    assert response.status_code == 200
 
 
 def test_the_time_of_a_request_counts_what_comes_before_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,11 +289,12 @@ def test_a_body_that_does_not_arrive_is_408(monkeypatch: pytest.MonkeyPatch) -> 
         with socket.create_connection(server.url.removeprefix("http://").split(":"), 10) as sock:  # type: ignore[arg-type]
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             assert sock.recv(1000).startswith(b"HTTP/1.1 408")
+        monkeypatch.setattr(serving_context, "BODY_SECONDS", 20)
         assert server.post(COMPLETIONS, {"prompt": "a"}).status_code == 200
 
 
 def test_heads_one_byte_at_a_time_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_running, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(serving_running, "HEAD_SECONDS", 20)
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with serving() as server:
         address: Any = server.url.removeprefix("http://").split(":")
@@ -292,13 +303,16 @@ def test_heads_one_byte_at_a_time_are_cut_off(monkeypatch: pytest.MonkeyPatch) -
                 sock.sendall(bytes([byte]))
                 time.sleep(0.002)
             assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+            monkeypatch.setattr(serving_running, "HEAD_SECONDS", 0.5)
+            end = time.monotonic() + 15
             with pytest.raises(OSError):  # the second request on the connection never comes
-                for _ in range(100):
+                while time.monotonic() < end:
                     sock.sendall(b"X")
                     time.sleep(0.02)
         with socket.create_connection(address, 10) as sock:
-            sock.settimeout(5)
+            sock.settimeout(15)
             assert sock.recv(10) == b""  # nothing was sent at all
+        monkeypatch.setattr(serving_running, "HEAD_SECONDS", 20)
         assert server.get("/health").status_code == 200
 
 
