@@ -23,7 +23,7 @@ from ..generation.options import GenerationOptions
 from ..generation.row import Row
 from ..generation.sampling import random_seed
 from ..hub import catalog
-from ..inputs import kind_of, read_stream, read_text_source, to_path
+from ..inputs import kind_of, read_stream, read_text_source, split_lines, to_path
 from ..loading import load
 from ..text.tokenizer import Tokenizer
 from ..wording import counted, did_you_mean, size
@@ -153,10 +153,10 @@ def _read_lines(name: str) -> list[_Line]:
     source = "Standard input" if is_stdin else name
     data = read_stream(sys.stdin.buffer, source) if is_stdin else read_text_source(to_path(name))
     try:
-        texts = data.decode("utf-8-sig").split("\n")
+        texts = split_lines(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{source} is not UTF-8 text (byte {error.start}).") from None
-    numbered = [(n, text.removesuffix("\r")) for n, text in enumerate(texts, 1) if text.strip()]
+    numbered = [(n, text) for n, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
         raise RequestError(f"{source} has no prompts; write one on each line.")
     is_json = name.lower().endswith((".jsonl", ".ndjson")) or (is_stdin and numbered[0][1].startswith("{"))
