@@ -216,6 +216,7 @@ def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
         (SIZES, {"output": " "}, "output must name a folder"),
         (SIZES, {"mode": "corenet", "label_smoothing": 0.1}, "label_smoothing is for mode packed"),
         ("nowhere/at/all", {}, "nowhere/at/all"),
+        (["270m"], {}, r"model must be a name, a path, or sizes by their names, got \['270m'\]"),
     ],
 )
 def test_requests_that_cannot_work_are_refused_before_anything_is_written(here, model, changes, message):
