@@ -14,7 +14,7 @@ def parse_logit_bias(given: tuple[str, ...]) -> dict[int, float]:
         try:
             pairs = json.loads(text).items() if text.lstrip().startswith("{") else [text.split("=", 1)]
             biases.update({int(token): float(value) for token, value in pairs})
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise RequestError(
                 f"--logit-bias must be ID=VALUE or a JSON object of token ids and numbers, got {quote(text)}."
             ) from None
@@ -27,6 +27,6 @@ def split_choices(given: tuple[str, ...]) -> list[str]:
     for text in given:
         try:
             choices += json.loads(text) if text.lstrip().startswith("[") else text.split(",")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(f"--choice must be a,b,c or a JSON list of texts, got {quote(text)}.") from None
     return choices
