@@ -184,7 +184,7 @@ def _serve(
 
 
 def is_loopback(bound: socket) -> bool:
-    """Whether only this machine can reach a socket. Its address says so; a name, like localhost.example.com, may lie."""
+    """Whether only this machine can reach a socket: its address says so, not a name like localhost.example.com."""
     return ip_address(bound.getsockname()[0]).is_loopback
 
 

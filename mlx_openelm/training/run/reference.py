@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -148,8 +149,9 @@ def _keys(model: OpenELM, splits: dict[str, Preferences]) -> dict[str, str]:
 def _read(path: Path, keys: dict[str, str], splits: dict[str, Preferences]) -> dict[str, mx.array]:
     """What the file has for these models and answers; a damaged file has nothing."""
     with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
-        kept: dict[str, mx.array] = {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}  # type: ignore[union-attr, call-overload, index]
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
+        kept: dict[str, mx.array] = {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}
         mx.eval(kept)  # a file that was cut off fails only when it is read
         if all(value.shape == (len(splits[split].examples), 2) for split, value in kept.items()):
             return kept
