@@ -32,10 +32,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from pretraining_runs import SIZES, command, kill_after, metrics, options, run, trained, write_folder
+from pretraining_runs import SIZES, command, kill_after, options, run, write_folder
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import ROOT, Notes, environment
+from training_runs import ROOT, Notes, environment, metrics, trained
 
 LOADING = Loading(tokenizer="tokenizer")
 
