@@ -235,7 +235,7 @@ def make_model(size: str, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def make_pt(size: str, folder: Path) -> None:
+def make_pt(_: str, folder: Path) -> None:
     """Write the same weights as a CoreNet checkpoint, next to `folder`."""
     import torch
     from safetensors.torch import load_file

@@ -273,7 +273,7 @@ class Models:
 # Workers, each in its own process. They return numbers by name.
 
 
-def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
+def weights(size: str, folder: str, _: Sequence[str]) -> dict[str, float]:
     """Make the float32 folder that all others are made from, with the tokenizer of `tiny`."""
     from mlx_openelm.hub.catalog import TINY_FOLDER
 
@@ -281,7 +281,7 @@ def weights(size: str, folder: str, keys: Sequence[str]) -> dict[str, float]:
     return {}
 
 
-def bandwidth(_: str, __: str, keys: Sequence[str]) -> dict[str, float]:
+def bandwidth(_: str, __: str, ___: Sequence[str]) -> dict[str, float]:
     """GB (1e9 bytes) per second of threads that together read 1 GiB, the best of ten times.
 
     The maximum is cheap to compute with SIMD, so only memory limits the speed.
@@ -381,7 +381,7 @@ def bytes_of_matrices(folder: str) -> int:
     return sum(array.nbytes for file in files for array in mx.load(str(file)).values() if array.ndim > 1)
 
 
-def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+def memory(program: str, path: str, _: Sequence[str]) -> dict[str, float]:
     """Peak MB (1e6 bytes) of loading, a prompt of 512 and 16 tokens, above a bare interpreter.
 
     Resident pages count, including those of mapped files, which llama.cpp reads its weights from: the system may drop
@@ -394,7 +394,7 @@ def memory(program: str, path: str, keys: Sequence[str]) -> dict[str, float]:
     return {"peak": (own_kib - bare_kib) * 1024 / 1e6}
 
 
-def qlora(_: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+def qlora(_: str, path: str, __: Sequence[str]) -> dict[str, float]:
     """Tokens per second of one update of both programs, with the same adapter on the same packed weights."""
     answer = {}
     programs = training.both(path, "lora")

@@ -69,7 +69,7 @@ def steps_of_passage(model: Any, tokenizer: Any) -> tuple[int, int]:
     """Steps of the target and tokens of a passage that stands in the prompt, with one word changed."""
     from mlx_openelm import Engine
 
-    text = PROMPT + " Arise, fair sun, and kill the envious moon, who is already sick and pale with grief. " * 1
+    text = PROMPT + " Arise, fair sun, and kill the envious moon, who is already sick and pale with grief. "
     words = text.split()
     ids = tokenizer.encode(" ".join(f"{word} {words[-n]}" for n, word in enumerate(words)))
     half = len(ids) // 2

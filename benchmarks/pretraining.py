@@ -127,7 +127,7 @@ class Measured(TypedDict):
     gpu: bool
 
 
-def make(folder: str, size: str, layers: int | None, rows: int, length: int) -> None:
+def make(folder: str, size: str, layers: int | None, **_: int) -> None:
     """Write a float32 folder with CoreNet's initial weights."""
     import mlx_openelm  # noqa: F401 (before MLX, for BLAS)
     from mlx_openelm.config import ModelConfig
@@ -240,7 +240,7 @@ def random_tokens(rows: int, length: int, seed: int) -> Any:
     return tokens
 
 
-def run(whose: str, steps: int, folder: str, size: str, layers: int | None, rows: int, length: int) -> Measured:
+def run(whose: str, steps: int, folder: str, rows: int, length: int, **_: Any) -> Measured:
     """Make a step, which traces and compiles, and measure the following ones."""
     import mlx_openelm  # noqa: F401 (before MLX; the same BLAS for both)
     from mlx_openelm import backend

@@ -141,6 +141,12 @@ def available_memory() -> int | None:
     return min((v for v in (available, limit) if v is not None), default=None)
 
 
+def free_memory() -> int:
+    """`available_memory`, or 8 GiB where it is not known."""
+    known = available_memory()
+    return 8 * _GIB if known is None else known
+
+
 def total_memory() -> int | None:
     """Bytes of memory in this machine, on CUDA in the GPU; None if unknown."""
     if on_cuda():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,6 +121,11 @@ def read_text_source(path: Path) -> bytes:
             return read_stream(file, str(path))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {_reason(error)}.") from None
+
+
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text, which end with \n, \r\n or \r. `str.splitlines` also breaks at U+2028, U+0085 and \x0b."""
+    return re.split("\r\n?|\n", text)
 
 
 def read_json(

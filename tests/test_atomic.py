@@ -177,6 +177,23 @@ def test_a_failed_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytes
     assert (target / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
 
 
+def test_the_source_cannot_be_the_target_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").touch()
+    os.link(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    with pytest.raises(RequestError, match=r"b\.gguf is the model"):
+        atomic.keep_apart(tmp_path / "b.gguf", tmp_path / "a.gguf", "the model")
+    # A file system that ignores case.
+    monkeypatch.setattr(os.path, "samefile", lambda one, other: str(one).lower() == str(other).lower())
+    (tmp_path / "OUT").mkdir(exist_ok=True)
+    model(tmp_path / "out" / "model", "old")
+    for source in (tmp_path / "out", tmp_path / "out" / "model" / "config.json"):
+        with pytest.raises(RequestError, match="OUT is the model, or contains it"):
+            atomic.keep_apart(tmp_path / "OUT", source, "the model")
+    monkeypatch.chdir(tmp_path / "out" / "model")
+    with pytest.raises(RequestError, match="is the current folder or a parent of it"):
+        atomic.check_target(tmp_path / "OUT", overwrite=True)
+
+
 def test_the_source_cannot_be_the_target(tmp_path: Path) -> None:
     atomic.keep_apart(tmp_path / "out", tmp_path / "model", "the model")
     atomic.keep_apart(tmp_path / "model" / "out", tmp_path / "model", "the model")  # beside its files

@@ -144,3 +144,9 @@ def test_memory_is_reported_in_bytes():
     assert total > 1 << 30
     available = backend.available_memory()
     assert available is None or 0 < available <= total
+
+
+@pytest.mark.parametrize(("known", "free"), [(5, 5), (0, 0), (None, 8 << 30)])
+def test_memory_that_is_not_known_is_assumed(monkeypatch, known, free):
+    monkeypatch.setattr(backend, "available_memory", lambda: known)
+    assert backend.free_memory() == free

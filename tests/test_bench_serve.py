@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ def test_errors_are_counted_by_kind() -> None:
 
 def test_our_server_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("# mine\nsk-one\n")
+    keys.write_text("\ufeff# mine\nsk-one\n")
     with serving(keys=["sk-one"]) as server:
         flags = ["bench", "--serve", f"{server.url}/v1", "--seconds", "1", "-g", "8", "-p", "40", "--clients", "3"]
         flags += ["--api-key-file", str(keys), "--disconnects", "0.2"]
@@ -167,6 +168,10 @@ def test_wrong_options_are_named(values: dict[str, Any], message: str) -> None:
     [
         (["--rate", "2"], "--rate is for a server"),
         (["--serve", "http://a", "--kv-bits", "8"], "--kv-bits cannot be combined with --serve"),
+        (["--api-key-file", "keys"], "--api-key-file is for a server"),
+        (["--serve", "http://a", "--exact-activations"], "--exact-activations cannot be combined with --serve"),
+        (["--serve", "http://a", "--no-expand"], "--expand cannot be combined with --serve"),
+        (["--serve", "http://a", "--api-key-file", os.devnull], "null is a pipe or a device"),
         (["--serve", "http://a", "--plot", "a.png"], "--plot cannot be combined with --serve"),
         (["--serve", "http://a", "-p", "1,2"], "--prompt-tokens must be one number"),
     ],

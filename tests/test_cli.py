@@ -469,7 +469,7 @@ def test_logit_bias_in_both_spellings(greedy: list[Any]) -> None:
     assert pairs["tokens"][0] != token
     both = result("generate", "-p", PROMPT, "-m", 4, "--logprobs", "--logit-bias", '{"5": 100}', "--logit-bias", "9=90")
     assert both["tokens"] == [5, 5, 5, 5]
-    for bad in ("5", "x=1", "[1]", '{"1": "much"}', "{"):
+    for bad in ("5", "x=1", "[1]", '{"1": "much"}', '{"1": [2]}', "{", '{"1": ' + "[" * 5000, f'{{"1": 1{"0" * 400}}}'):
         assert "--logit-bias must be ID=VALUE" in refused("generate", "-p", "x", "--logit-bias", bad)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,14 @@ from mlx_openelm import errors
 from mlx_openelm.errors import RequestError
 from mlx_openelm.formats.adapter import TARGET_MODULES
 from mlx_openelm.training import config_file
+from mlx_openelm.training import options as training_options
 from mlx_openelm.training.config_file import merge, read, to_dict, with_place
+from mlx_openelm.training.mlx_lm_config import KEYS
 from mlx_openelm.training.options import FineTuneOptions, TrainOptions
+from mlx_openelm.training.options.grpo import GRPOOptions
+from mlx_openelm.training.options.preference import PreferenceOptions
+from mlx_openelm.training.options.pretraining import PretrainOptions
+from mlx_openelm.training.options.values import field_types
 
 import pytest
 
@@ -242,6 +252,11 @@ def test_schedules(schedule: str, expected: tuple[Any, ...], tmp_path: Path) -> 
             "lora_parameters.keys has 'self_attn.q_proj', which OpenELM does not have; choose from token_"
             "embeddings, qkv_proj,",
         ),
+        ("lora_parameters: {keys: [[a]]}", "lora_parameters.keys has ['a'], which OpenELM does not have;"),
+        ("lr_schedule: {name: [a]}", "lr_schedule.name must be cosine_decay or linear_schedule, got ['a']."),
+        ("optimizer: [adam]\noptimizer_config: {adam: {}}", "optimizer must be text, got ['adam']."),
+        (f"learning_rate: 1{'0' * 400}", "learning_rate must be a number, got 1000"),
+        (f"seed: 1{'0' * 400}", "seed must be a whole number below 2**63, got 1000"),
         ("lora_parameters: {keys: attn}", "lora_parameters.keys must be a list, got 'attn'."),
         (
             "lr_schedule: {name: step_decay, arguments: [1, 2]}",
@@ -269,6 +284,40 @@ def test_invalid_settings_are_named(text: str, message: str, tmp_path: Path) -> 
     assert "\n" not in found
 
 
+# What YAML can hold where something else is expected.
+STRANGE = [["a"], [["a"]], [{"a": 1}], [None], [10**400], {"a": 1}, {}, None, True, 10**400, math.nan, 1.5, "text", ""]
+# A file with such a value in a nested place.
+NESTED: list[Callable[[Any], dict[str, Any]]] = [
+    *((lambda value, key=key: {"lora_parameters": {key: value}}) for key in ("rank", "scale", "alpha", "keys")),
+    lambda value: {"lr_schedule": {"name": value, "arguments": [1e-3, 9]}},
+    lambda value: {"lr_schedule": {"name": "cosine_decay", "arguments": value}},
+    lambda value: {"lr_schedule": {"name": "linear_schedule", "arguments": [value, value, value]}},
+    lambda value: {"lr_schedule": {"name": "cosine_decay", "arguments": [1, 9], "warmup": 1, "warmup_init": value}},
+    lambda value: {"optimizer": value, "optimizer_config": {"adam": {}}},
+    lambda value: {"optimizer": "sgd", "optimizer_config": {"sgd": {"dampening": value}}},
+    lambda value: {"optimizer_config": {"adam": value}},
+    *((lambda value, key=key: {"optimizer_config": {"adam": {key: value}}}) for key in ("betas", "eps")),
+    lambda value: {"optimizer_config": {"adam": {"betas": [value, value]}}},
+    lambda value: {"fine_tune_type": value, "lora_parameters": {"rank": 2}},
+    lambda value: {"data": [value]},
+    lambda value: {"data": {"path": "a", "weight": value}},
+    lambda value: {"data": {"path": value, "text_key": value}},
+]
+
+
+@pytest.mark.parametrize("options", [FineTuneOptions, PretrainOptions, PreferenceOptions, GRPOOptions])
+def test_a_value_of_any_type_is_read_or_refused(options: type[TrainOptions], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (config_file, training_options):
+        monkeypatch.setattr(module, "field_types", functools.cache(field_types))
+    keys = (*field_types(options), *config_file.MODEL_KEYS, *config_file._NOT_OFFERED, *KEYS, "sample_prompt")
+    flat: list[Callable[[Any], dict[str, Any]]] = [lambda value, key=key: {key: value} for key in keys]
+    for place, value in itertools.product([*flat, *NESTED], STRANGE):
+        try:
+            merge(options, place(value), {}).options.check()
+        except RequestError as error:
+            assert "\n" not in str(error)
+
+
 def test_flags_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
     assert refusal("", tmp_path, alpha=1.0, scale=2.0).startswith("alpha and scale set the same thing")
 
@@ -294,6 +343,8 @@ def test_other_kinds_of_training_have_their_own_options(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("rank: 5\n")
     with pytest.raises(RequestError, match="unknown key 'rank'"):
         merge(TrainOptions, read(tmp_path / "c.yaml"), {}, place="c.yaml")
+    with pytest.raises(RequestError, match="unknown key 'lora_parameters'"):
+        merge(PretrainOptions, {"lora_parameters": {"rank": 5}}, {})
 
 
 @pytest.mark.parametrize("flags", [{}, {"epochs": 2.0}, {"iters": 5, "target_modules": ["proj_1"]}])

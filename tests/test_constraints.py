@@ -587,7 +587,7 @@ def test_flags(capsys: pytest.CaptureFixture[str], words: list[str], pattern: st
     assert code == 0 and re.fullmatch(pattern, out.removesuffix("\n"), re.DOTALL)
 
 
-@pytest.mark.parametrize("value", ["[a", "[1]", ","])
+@pytest.mark.parametrize("value", ["[a", "[1]", ",", "[" * 100_000])
 def test_bad_choices(capsys: pytest.CaptureFixture[str], value: str) -> None:
     code, out, err = command(capsys, "--choice", value)
     assert (code, out) == (2, "") and err.startswith("error: --choice must be ") and err.count("\n") == 1

@@ -576,11 +576,14 @@ def test_a_cache_gives_the_same_data_and_is_rebuilt_if_damaged_or_stale(tmp_path
         patch.setattr(Tokenizer, "encode", lambda *args, **kwargs: pytest.fail("it was tokenized again"))
         with make(str(tmp_path / "a.jsonl"), **options) as data:
             assert take(data, 40) == expected
-    for damage in (whole[:-20], bytes([whole[0] ^ 1]) + whole[1:], b""):
-        file.write_bytes(damage)
-        with make(str(tmp_path / "a.jsonl"), **options) as data:
-            assert take(data, 40) == expected
-        assert file.read_bytes() == whole
+    end = int.from_bytes(whole[-8:], "little")  # of the tokens; the last ones are of the last chunk
+    for damage in (whole[:-20], bytes([whole[0] ^ 1]) + whole[1:], whole[: end - 1] + b"\xff" + whole[end:], b""):
+        for workers in (0, 2):
+            file.write_bytes(damage)
+            with make(str(tmp_path / "a.jsonl"), workers=workers, **options) as data:
+                assert take(data, 40) == expected
+                take(data, 120)  # the chunks after it were read already: some epochs until it is written
+            assert file.read_bytes() == whole
     assert Tokenizer.encode is encode
     write_lines(tmp_path / "a.jsonl", texts(60, seed=1))
     with make(str(tmp_path / "a.jsonl"), **options) as data:
@@ -622,6 +625,23 @@ def test_a_worker_that_dies_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(OpenELMError, match=r"ended unexpectedly \(by signal 9\)"):
             take(data, 3000)
     assert children(os.getpid()) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_closed_data_leaves_no_pipes(tmp_path: Path) -> None:
+    def pipes() -> int:
+        return sum(os.path.realpath(file).startswith(f"/proc/{os.getpid()}/fd/pipe:") for file in files.iterdir())
+
+    files = Path("/proc/self/fd")
+    write_lines(tmp_path / "a.jsonl", texts(400))
+    before = pipes()
+    with make(str(tmp_path), workers=2) as data:
+        data.step()
+        assert pipes() == before + 4
+    deadline = time.monotonic() + 30
+    while pipes() > before:  # the threads that read from them end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

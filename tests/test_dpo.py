@@ -215,9 +215,26 @@ def test_the_reference_is_computed_once_for_a_model_and_its_data(here, monkeypat
     write_tiny(here / "other", seed=1)
     tune(replace(SHORT, iters=1, max_seq_length=12), overwrite=True, model="other")
     assert len(computed) == 7
-    (here / "adapters" / reference_module.FILE).write_bytes(b"damaged")
-    tune(replace(SHORT, iters=1, max_seq_length=12), overwrite=True, model="other")
-    assert len(computed) == 9
+
+
+def test_a_damaged_file_of_the_reference_is_computed_again(here, monkeypatch):
+    options, path = replace(SHORT, iters=1), here / "adapters" / reference_module.FILE
+    tune(options)
+    whole = path.read_bytes()
+    arrays, keys = mx.load(str(path), return_metadata=True)
+    mx.eval(arrays)
+    other = here / "other.safetensors"
+    kept = []
+    for changed in ({"valid": arrays["valid"]}, arrays | {"valid": arrays["valid"][1:]}):  # a split or a row less
+        mx.save_safetensors(str(other), changed, keys)
+        kept.append(other.read_bytes())
+    compute, computed = reference_module._compute, []
+    monkeypatch.setattr(reference_module, "_compute", lambda *a: computed.append(len(a[1])) or compute(*a))
+    for damaged in (b"damaged", whole[:-20], *kept):
+        path.write_bytes(damaged)
+        tune(options, overwrite=True)
+        assert path.read_bytes() == whole
+    assert computed == [13, 5] * 4
 
 
 def test_another_model_as_the_reference(here):

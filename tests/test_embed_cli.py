@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-TEXTS = ["ROMEO.", "Enter a KING, with attendants. " * 20]
+TEXTS = ["ROMEO.\u2028O.\x0bO.\x85", "Enter a KING, with attendants. " * 20]
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -38,7 +38,7 @@ def test_vectors_are_means_of_hidden_states(capsys: pytest.CaptureFixture[str], 
     for words in (TEXTS, ["--text-file", str(file)]):
         code, output, _ = call(capsys, *words)
         assert code == 0
-        found = [json.loads(line) for line in output.splitlines()]
+        found = [json.loads(line) for line in output.rstrip("\n").split("\n")]
         assert [one["text"] for one in found] == TEXTS
         assert found[1]["tokens"] == len(load("tiny")[1].encode(TEXTS[1])) > 64
         for one, mean in zip(found, means(TEXTS), strict=True):

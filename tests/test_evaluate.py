@@ -227,18 +227,29 @@ class TestData:
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
 
-        rows = [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z"}]
+        rows = [{"a": "1", "b": "x, y"}, {"a": "2", "b": "z\u2028\x0b\x85z"}]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
         (tmp_path / "train.json").write_text(json.dumps(rows))
         (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        (tmp_path / "train.csv").write_text('a,b\n1,"x, y"\n2,z\n')
+        (tmp_path / "train.csv").write_text('a,b\n1,"x, y"\n2,z\u2028\x0b\x85z\n')
         for suffix in data.SUFFIXES:
             assert data.read_rows([tmp_path / f"train{suffix}"]) == rows
         (tmp_path / "train.parquet").write_bytes(b"PAR1")
         (tmp_path / "train.json").write_text("[1]")
-        for suffix in (".parquet", ".json"):
+        (tmp_path / "train.jsonl").write_text("[" * 100_000)
+        (tmp_path / "train.csv").write_text(f"a\n{'x' * 200_000}\n")  # more than csv takes
+        for suffix in data.SUFFIXES:
             with pytest.raises(RequestError, match=f"train{suffix}"):
                 data.read_rows([tmp_path / f"train{suffix}"])
+
+    def test_splits_may_have_different_formats(self, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        (tmp_path / "mixed").mkdir()
+        (tmp_path / "mixed" / "train.csv").write_text("a\nx\n")
+        (tmp_path / "mixed" / "test.jsonl").write_text('{"a": "y"}\n')
+        with data.local_first(tmp_path):
+            found = datasets.load_dataset("owner/mixed")
+        assert {split: rows.to_list() for split, rows in found.items()} == {"train": [{"a": "x"}], "test": [{"a": "y"}]}
 
     def test_what_is_not_in_a_folder_comes_from_the_hub(self, hub, tmp_path):
         hub_datasets.make(tmp_path / "sets", mmlu=False)

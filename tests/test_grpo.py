@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -294,6 +295,17 @@ def test_what_a_function_prints_is_no_result(capsys):
     make_rewards((), (), None, (chatty,))(completions("a"))
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err == "Look at ['a']\n"
+
+
+@pytest.mark.parametrize("change", ["path", "path.remove(FOLDER)", "path.insert(0, FOLDER)"])
+def test_importing_rewards_leaves_the_path_as_the_file_does(tmp_path, monkeypatch, change):
+    path = [*sys.path, str(tmp_path), "after"]
+    monkeypatch.setattr(sys, "path", [*path])
+    lines = ("from sys import path", f"FOLDER = {str(tmp_path)!r}", change, "def one(**_): pass")
+    (tmp_path / "r.py").write_text("\n".join(lines))
+    make_rewards((f"{tmp_path}/r.py:one",), (), None)
+    eval(change, {"path": path, "FOLDER": str(tmp_path)})
+    assert sys.path == path
 
 
 def test_functions_of_a_python_caller_train(here):

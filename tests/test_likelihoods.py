@@ -96,7 +96,7 @@ def test_equal_and_nested_continuations(tiny, either_way):
 def test_logits_exist_for_a_few_positions_at_a_time(tiny, monkeypatch):
     model, seen = tiny[0], []
     logits = type(model).logits
-    monkeypatch.setattr(likelihoods, "_CHUNK", 32)
+    monkeypatch.setattr(likelihoods, "LOGIT_ROWS", 32)
     monkeypatch.setattr(
         type(model), "logits", lambda self, rows: seen.append(rows.size // rows.shape[-1]) or logits(self, rows)
     )

@@ -23,8 +23,7 @@ from mlx_openelm.training.run.starting import start
 import mlx.core as mx
 import pytest
 import yaml
-from pretraining_runs import metrics
-from training_runs import environment
+from training_runs import environment, metrics
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "shakespeare"

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from mlx_openelm import convert, errors, load
+from mlx_openelm.cli import perplexity as cli
 from mlx_openelm.cli.main import main, parse
 from mlx_openelm.errors import RequestError
 from mlx_openelm.evaluation.perplexity import kl_divergence, mean_nll, measure
@@ -230,6 +231,18 @@ def test_parquet_is_read(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(RequestError, match=r"a.parquet cannot be read: .*[^.]\.$"):
         load_documents(tmp_path / "a.parquet")
+
+
+def test_the_reference_is_loaded_once_and_refused_before_anything_is(capsys, monkeypatch):
+    loaded: list[str] = []
+    monkeypatch.setattr(cli, "load", lambda name, *args, **keys: loaded.append(str(name)) or load(name, *args, **keys))
+    words = ["perplexity", "--data", str(FIXTURES / "valid.jsonl"), "--num-samples", "1", "--sequence-length", "32"]
+    words += ["--model", "tiny", "--model", "tiny", "--reference-model", "tiny-draft", "--json"]
+    for more, code, expected in (["--stride", "8"], 2, []), ([], None, ["tiny-draft", "tiny", "tiny"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, *more])
+        assert (stop.value.code or None, loaded) == (code, expected)
+    assert "--stride and --reference-model exclude each other." in capsys.readouterr().err
 
 
 def test_several_models_are_one_table(capsys, tmp_path):

@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_not_held(model: Any) -> None:
 
 
 def test_the_default_budget_is_a_share_of_the_free_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for free, budget in ((8 << 30, 2 << 30), (None, 1 << 30)):
+    for free, budget in ((8 << 30, 2 << 30), (None, 2 << 30)):
         monkeypatch.setattr(backend, "available_memory", lambda free=free: free)
         assert PrefixTree(model).max_bytes == budget
     for wrong in (-1, 1.5, "1GB"):

@@ -32,10 +32,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from pretraining_runs import SIZES, command, kill_after, metrics, options, run, trained, write_folder
+from pretraining_runs import SIZES, command, kill_after, options, run, write_folder
 from quantization_models import write_tiny
 from test_distributed import LAUNCH, launch
-from training_runs import ROOT, Notes, environment
+from training_runs import ROOT, Notes, environment, metrics, trained
 
 LOADING = Loading(tokenizer="tokenizer")
 
@@ -216,6 +216,7 @@ def test_rows_of_the_vocabulary_that_no_token_uses_are_dropped_at_the_end(here):
         (SIZES, {"output": " "}, "output must name a folder"),
         (SIZES, {"mode": "corenet", "label_smoothing": 0.1}, "label_smoothing is for mode packed"),
         ("nowhere/at/all", {}, "nowhere/at/all"),
+        (["270m"], {}, r"model must be a name, a path, or sizes by their names, got \['270m'\]"),
     ],
 )
 def test_requests_that_cannot_work_are_refused_before_anything_is_written(here, model, changes, message):

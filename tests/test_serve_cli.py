@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_openelm import generate
 from mlx_openelm.cli.main import main
-from mlx_openelm.cli.serve import read_adapters, read_names, use_template
+from mlx_openelm.cli.serve import is_loopback, read_adapters, read_names, use_template
 from mlx_openelm.errors import RequestError
 from mlx_openelm.serving.models import Models
 from mlx_openelm.serving.running import listen, make_server
@@ -209,6 +209,30 @@ def test_other_machines_are_only_let_in_with_a_warning() -> None:
     with process("--host", "0.0.0.0") as server:
         assert any("can be reached from other machines" in line for line in server.messages)
         assert json.loads(httpx2.get(server.url.replace("0.0.0.0", "127.0.0.1") + "/health").text) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "local"),
+    [
+        ("localhost", "127.0.0.1", True),
+        ("my-machine", "127.0.1.1", True),
+        ("127.example.com", "0.0.0.0", False),
+        ("localhost.example.com", "0.0.0.0", False),
+    ],
+)
+def test_an_address_not_a_name_says_who_can_reach_the_server(
+    monkeypatch: pytest.MonkeyPatch, host: str, address: str, local: bool
+) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda asked, *_, **__: found if asked == host else [])
+    with listen(host, 0) as bound:
+        assert is_loopback(bound) == local
+
+
+def test_a_local_server_answers_to_the_name_it_was_given() -> None:
+    with process("--host", "LocalHost") as server:
+        for name, status in (("localhost", 200), ("elsewhere", 403)):
+            assert httpx2.get(server.url + "/health", headers={"Host": name}).status_code == status
 
 
 def test_a_template_in_a_file_is_read_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_openelm.cli.main import parse
+from mlx_openelm.serving.protocol import ABOUT
 
 import httpx2
 import pytest
@@ -80,6 +81,11 @@ def test_the_load_generator_runs(server: Serving) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["errors"] == {} if "--json" in words else re.search("Errors +none", done.stdout)
+
+
+def test_keys_that_change_nothing_are_listed() -> None:
+    (line,) = (line for line in SERVING.read_text().splitlines() if line.endswith(" change nothing."))
+    assert re.findall("`(.+?)`", line) == list(ABOUT)
 
 
 def test_the_lines_of_a_warm_file_are_right(server: Serving, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_held_prompts_survive_a_restart(tmp_path: Path) -> None:
 
 def test_prompts_of_a_file_are_warm_at_the_start(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
-    lines.write_text(f"{LONG}\n\nJULIET.\n")
+    lines.write_text(f"{LONG}\n\nJULIET.\u2028O.\x85\n")
     objects = tmp_path / "prompts.jsonl"
     objects.write_text(f'{{"model": "tiny", "messages": [{{"role": "user", "content": "{LONG}"}}]}}\n')
     for file, count in ((lines, 2), (objects, 1)):

@@ -23,6 +23,7 @@ TIMING = {
     *("tokens_per_second", "iterations_per_second", "pairs_per_second", "answers_per_second"),
     "completions_per_second",
     *("peak_memory", "val_seconds"),
+    *("flops_per_second", "flops_utilization", "data_seconds"),  # of pretraining
 }
 WORDS = ["the", "king", "and", "his", "friends", "went", "to", "see", "if", "winter", "comes", "before", "wine"]
 
@@ -66,10 +67,17 @@ def command(*args: object, python: tuple[str, ...] = (sys.executable,), name: st
     return [*python, "-m", "mlx_openelm", name, *map(str, args)]
 
 
-def run(*args: object, folder: Path, timeout: float = 120, name: str = "lora") -> subprocess.CompletedProcess[str]:
+def run(
+    *args: object, folder: Path, timeout: float = 120, name: str = "lora", pictures: bool = False
+) -> subprocess.CompletedProcess[str]:
     """`mlx-openelm lora`, or the command `name`, in `folder`."""
     return subprocess.run(
-        command(*args, name=name), capture_output=True, text=True, env=environment(), cwd=folder, timeout=timeout
+        command(*args, name=name),
+        capture_output=True,
+        text=True,
+        env=environment(pictures),
+        cwd=folder,
+        timeout=timeout,
     )
 
 
@@ -99,7 +107,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def trained(folder: Path) -> dict[str, bytes]:
-    """The learned state of a run: files of the adapter, and of the last checkpoint's weights and optimizer."""
+    """What a run has learned: the adapter or the models, and the last checkpoint's weights and optimizer."""
     last = max(path for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
-    files = [folder / "adapters.safetensors", last / "weights.safetensors", last / "optimizer.safetensors"]
-    return {f"{file.parent.name}/{file.name}".removeprefix(folder.name): file.read_bytes() for file in files}
+    results = [*folder.glob("adapters.safetensors"), *sorted(folder.glob("model*/*"))]
+    assert results
+    files = [*results, last / "weights.safetensors", last / "optimizer.safetensors"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import backend
-from ..formats.adapter import LowRank
+from ..formats.adapter import MIN_NORM, LowRank
 from ..formats.mlx import Quantization
 from ..model import add_to
 from ..ops import layers, packed
@@ -26,9 +26,6 @@ from ..ops.derived import Derived
 from ..ops.packed import PARTS
 
 Factors = tuple[mx.array, ...]
-
-# The smallest norm of a row, to avoid dividing by zero.
-_MIN_NORM = 1e-12
 
 
 class _Adapted(nn.Module):
@@ -288,7 +285,7 @@ def _row_squares(matrix: mx.array) -> mx.array:
 
 
 def _lengths(squares: mx.array) -> mx.array:
-    return mx.sqrt(mx.maximum(squares, _MIN_NORM**2))
+    return mx.sqrt(mx.maximum(squares, MIN_NORM**2))
 
 
 def _changed_lengths(squares: mx.array, products: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from ..formats.adapter import LowRank
+from ..formats.adapter import MIN_NORM, LowRank
 from ..formats.mlx import Quantization, scale_dtype
 from ..formats.safetensors import Tensor
 from .repacking import pack_again
 
 PIECE = 1 << 20  # values computed at a time
-# The smallest norm of a row or column, to avoid dividing by zero.
-_MIN_NORM = 1e-12
 
 
 @dataclass
@@ -97,8 +95,8 @@ class Change:
             return total
         magnitude = self.value.magnitude.astype(mx.float32)
         if column_lengths is not None:
-            return total * (magnitude / mx.maximum(column_lengths, _MIN_NORM))
-        lengths = mx.maximum(mx.linalg.norm(total, axis=1), _MIN_NORM)
+            return total * (magnitude / mx.maximum(column_lengths, MIN_NORM))
+        lengths = mx.maximum(mx.linalg.norm(total, axis=1), MIN_NORM)
         return total * (magnitude[rows] / lengths)[:, None]
 
 

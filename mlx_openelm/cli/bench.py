@@ -65,8 +65,9 @@ def run(args: Namespace) -> int:
         from .bench_serve import run_load
 
         return run_load(args)
-    if load := flags.given(args, LoadOptions):
-        raise RequestError(f"{flag(next(iter(load)))} is for a server; give its address with --serve.")
+    load = [*flags.given(args, LoadOptions), *(["api_key_file"] if args.api_key_file is not None else [])]
+    if load:
+        raise RequestError(f"{flag(load[0])} is for a server; give its address with --serve.")
     args.model = args.model or catalog.TINY
     options = BenchOptions(**flags.given(args, BenchOptions))
     plot = None if args.plot is None else to_path(args.plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 from .. import console
 from ..errors import RequestError, quote
@@ -24,13 +25,11 @@ def run_load(args: Namespace) -> int:
     sizes = flags.given(args, BenchOptions)
     others = [name for name in sizes if name not in _SHARED]
     others += [name for name in _LOADING if getattr(args, name, None) is not None]
+    others += ["exact_activations"] if args.exact_activations else []
     if others:
         raise RequestError(f"{flag(others[0])} cannot be combined with --serve, which measures a server as it is.")
     counts = {name: _count(name, value) for name, value in sizes.items()}
-    key = None
-    if args.api_key_file is not None:
-        lines = [line.strip() for line in read_text(to_path(args.api_key_file)).splitlines()]
-        key = next((line for line in lines if line and not line.startswith("#")), None)
+    key = None if args.api_key_file is None else _first_key(to_path(args.api_key_file))
     with console.Progress("Measuring", unit="seconds") as progress:
         load = measure_load(options, model=args.model, key=key, progress=progress, **counts)
     if args.json:
@@ -38,6 +37,15 @@ def run_load(args: Namespace) -> int:
     else:
         console.print_rows(report(load))
     return 0 if load.answered or load.left else 1
+
+
+def _first_key(path: Path) -> str:
+    """The first API key of a file, as `serve` reads it; this command does not need the server's packages."""
+    lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").splitlines()]
+    key = next((line for line in lines if line and not line.startswith("#")), None)
+    if key is None:
+        raise RequestError(f"{path} has no API key; write it on a line.")
+    return key
 
 
 def _count(name: str, text: str) -> int:

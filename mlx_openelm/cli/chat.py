@@ -18,7 +18,7 @@ from ..hub import catalog
 from ..loading import load
 from ..wording import counted
 from . import flags
-from .chat_commands import WITHOUT, Session, complete, is_command, obey, read_options, say_stats
+from .chat_commands import WITHOUT, Session, complete, is_command, obey, say_stats
 from .chat_input import PipedInput, TerminalInput, history_file
 from .terminal import show, write
 
@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
     If standard input is not a terminal, each line is a message. Answers go to standard output, everything else to
     standard error.
     """
-    options = read_options(flags.given(args, GenerationOptions))
+    options = GenerationOptions(**flags.given(args, GenerationOptions))
     options.validate()
     model, tokenizer = load(
         args.model,

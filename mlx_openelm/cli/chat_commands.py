@@ -17,7 +17,6 @@ from ..generation.chat_files import conversation_file, load_messages, save_messa
 from ..generation.options import GenerationOptions
 from ..wording import counted, did_you_mean, size
 from . import flags
-from .option_values import parse_logit_bias, split_choices
 
 if TYPE_CHECKING:
     from ..adapters.switching import AdapterSwitch
@@ -123,16 +122,6 @@ def complete(line: str) -> list[str]:
     return []
 
 
-def read_options(given: dict[str, Any], options: GenerationOptions | None = None) -> GenerationOptions:
-    """Options from the values of flags, the others as in `options`."""
-    values = dict(given)
-    if "logit_bias" in values:
-        values["logit_bias"] = parse_logit_bias(values["logit_bias"]) or None
-    if "choice" in values:
-        values["choice"] = split_choices(values["choice"])
-    return dataclasses.replace(options or GenerationOptions(), **values)
-
-
 def say_stats(session: Session) -> None:
     """Show what the last answer took, and what the conversation takes."""
     chat = session.conversation
@@ -231,7 +220,7 @@ def _set(session: Session, argument: str, answer: Answer) -> None:
         parser = flags.Parser("/set", "", "")
         flags.add_fields(parser, GenerationOptions, WITHOUT)
         given = flags.given(parser.parse([f"--{_dashed(field)}={value}"]), GenerationOptions)
-        chat.options = read_options(given, chat.options)
+        chat.options = dataclasses.replace(chat.options, **given)
     console.say(f"{_dashed(field)}: {_shown(getattr(chat.options, name))}")
 
 

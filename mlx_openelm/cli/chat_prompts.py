@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from itertools import takewhile
 
+from ..errors import RequestError
 from ..text.tokenizer import Tokenizer
 
 
@@ -16,6 +17,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, args: Namespace) -> list[in
     if args.ignore_chat_template:
         return tokenizer.encode(prompt)
     return encode_chat(tokenizer, prompt, args.system_prompt, args.prefill_response, args.chat_template)
+
+
+def check_no_chat(args: Namespace) -> None:
+    """Refuse flags of chats beside --ignore-chat-template."""
+    if (args.system_prompt, args.prefill_response, args.chat_template) != (None, None, None):
+        raise RequestError(
+            "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
+        )
 
 
 def encode_chat(

@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from .. import console
 from ..errors import RequestError
 from ..generation.scoring import embedding
-from ..inputs import read_stream, read_text_source, to_path
+from ..inputs import read_stream, read_text_source, split_lines, to_path
 from ..loading import load
 from . import flags
 
@@ -109,4 +109,4 @@ def _lines(data: bytes, source: str) -> list[str]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{source} is not UTF-8 text (byte {error.start}).") from None
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in split_lines(text) if line.strip()]

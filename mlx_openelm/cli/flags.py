@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 from ..console import columns
 from ..errors import RequestError, quote
 from ..hub import catalog
+from .option_values import PARSERS
 from .terminal import show
 
 # The values that a switch may be given, as in mlx-lm's `--verbose False`.
@@ -320,7 +321,8 @@ def add_fields(parser: Parser, options: type, without: Collection[str] = ()) -> 
 
 
 def given(args: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The values of the dataclass's fields whose flags were given; lists as tuples."""
+    """The values of the dataclass's fields whose flags were given; lists as tuples, texts that need it parsed."""
     values = vars(args)
     found = {field.name: values[field.name] for field in dataclasses.fields(options) if field.name in values}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return found | {name: parse(found[name]) for name, parse in PARSERS.items() if name in found}

@@ -22,7 +22,6 @@ from ..model import OpenELM
 from ..text.tokenizer import Tokenizer
 from ..wording import counted
 from . import flags
-from .option_values import parse_logit_bias, split_choices
 from .terminal import show, write
 
 if TYPE_CHECKING:
@@ -119,17 +118,12 @@ def run(args: Namespace) -> int:
         return run_batch(args)
     if args.max_rows is not None or args.memory_limit is not None:
         raise RequestError("--max-rows and --memory-limit are for many prompts at once; give them with --batch.")
-    chat = (args.system_prompt, args.prefill_response, args.chat_template)
-    if args.ignore_chat_template and chat != (None, None, None):
-        raise RequestError(
-            "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
-        )
+    if args.ignore_chat_template:
+        from .chat_prompts import check_no_chat
+
+        check_no_chat(args)
     prompt = read_prompt(args.words, args.prompt, args.prompt_file)
     options = flags.given(args, GenerationOptions)
-    if "logit_bias" in options:
-        options["logit_bias"] = parse_logit_bias(options["logit_bias"]) or None
-    if "choice" in options:
-        options["choice"] = split_choices(options["choice"])
     if "seed" not in options and options.get("temp", 0) > 0:
         options["seed"] = random_seed()
     cached: CachedPrompt | None = None
@@ -155,6 +149,7 @@ def run(args: Namespace) -> int:
         drafts["draft_model"] = load_draft_model(args, model, tokenizer)
     for token in args.extra_eos_token or ():
         tokenizer.add_eos_token(token)
+    chat = (args.system_prompt, args.prefill_response, args.chat_template)
     if cached is not None:
         cached.check(model, args)
         ids = cached.continue_with(tokenizer, prompt, args)

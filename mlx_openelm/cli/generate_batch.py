@@ -23,14 +23,13 @@ from ..generation.options import GenerationOptions
 from ..generation.row import Row
 from ..generation.sampling import random_seed
 from ..hub import catalog
-from ..inputs import kind_of, read_stream, read_text_source, to_path
+from ..inputs import kind_of, read_stream, read_text_source, split_lines, to_path
 from ..loading import load
 from ..text.tokenizer import Tokenizer
 from ..wording import counted, did_you_mean, size
 from . import flags
-from .chat_prompts import encode_prompt
+from .chat_prompts import check_no_chat, encode_prompt
 from .drafts import as_json, as_text, load_draft_model
-from .option_values import parse_logit_bias, split_choices
 from .terminal import show
 
 _OPTIONS = tuple(field.name for field in fields(GenerationOptions))
@@ -50,7 +49,7 @@ def run_batch(args: Namespace) -> int:
     """Print a JSON object a line for each prompt of `--batch`, in their order, as soon as it is there."""
     _check_flags(args)
     lines = _read_lines(args.batch)
-    defaults = _defaults(args)
+    defaults = flags.given(args, GenerationOptions)
     cached = None
     if args.prompt_cache_file is not None:
         from .cached_prompt import open_cached
@@ -121,21 +120,8 @@ def _check_flags(args: Namespace) -> None:
     """Raise a `RequestError` if flags do not go together."""
     if args.words or args.prompt is not None or args.prompt_file is not None:
         raise RequestError("Give the prompts once: with --batch, or one as the argument, --prompt or --prompt-file.")
-    chat = (args.system_prompt, args.prefill_response, args.chat_template)
-    if args.ignore_chat_template and chat != (None, None, None):
-        raise RequestError(
-            "--ignore-chat-template cannot be combined with --system-prompt, --prefill-response or --chat-template."
-        )
-
-
-def _defaults(args: Namespace) -> dict[str, Any]:
-    """The options that the flags give to all prompts."""
-    options = flags.given(args, GenerationOptions)
-    if "logit_bias" in options:
-        options["logit_bias"] = parse_logit_bias(options["logit_bias"]) or None
-    if "choice" in options:
-        options["choice"] = split_choices(options["choice"])
-    return options
+    if args.ignore_chat_template:
+        check_no_chat(args)
 
 
 def _samples(options: dict[str, Any]) -> bool:
@@ -153,10 +139,10 @@ def _read_lines(name: str) -> list[_Line]:
     source = "Standard input" if is_stdin else name
     data = read_stream(sys.stdin.buffer, source) if is_stdin else read_text_source(to_path(name))
     try:
-        texts = data.decode("utf-8-sig").split("\n")
+        texts = split_lines(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{source} is not UTF-8 text (byte {error.start}).") from None
-    numbered = [(n, text.removesuffix("\r")) for n, text in enumerate(texts, 1) if text.strip()]
+    numbered = [(n, text) for n, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
         raise RequestError(f"{source} has no prompts; write one on each line.")
     is_json = name.lower().endswith((".jsonl", ".ndjson")) or (is_stdin and numbered[0][1].startswith("{"))

@@ -15,6 +15,7 @@ from ..evaluation.windows import Window, cut, load_documents, window_length
 from ..hub import catalog
 from ..inputs import to_path
 from ..loading import load
+from ..model import OpenELM
 from ..wording import counted
 from . import flags
 
@@ -86,9 +87,14 @@ def run(args: Namespace) -> int:
     The text is cut into windows, each read from its beginning. The loss is the mean over tokens, in nats. Bits per byte
     and per character can be compared between models with different tokenizers.
     """
+    if args.reference_model is not None and args.stride is not None:
+        raise RequestError("--stride and --reference-model exclude each other.")
     names: list[str] = args.model or [catalog.TINY]
     documents = load_documents(to_path(args.data), _loading(args, names[0]))
-    results = [_measure(name, documents, args) for name in names]
+    reference = None
+    if args.reference_model is not None:
+        reference, _ = load(args.reference_model, dtype=args.dtype, **_settings(args))
+    results = [_measure(name, documents, reference, args) for name in names]
     if args.json:
         console.print_json(results[0] if len(results) == 1 else {"models": results})
     elif len(results) == 1:
@@ -98,20 +104,21 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _measure(name: str, documents: Sequence[str], args: Namespace) -> dict[str, Any]:
+def _settings(args: Namespace) -> dict[str, Any]:
+    """How the reference model is loaded, and the models that are compared with it."""
+    return {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
+
+
+def _measure(name: str, documents: Sequence[str], reference: OpenELM | None, args: Namespace) -> dict[str, Any]:
     """What is reported of one model."""
-    settings = {"tokenizer": args.tokenizer, "expand": args.expand, "exact_activations": True}
     given = {"config_yaml": args.config_yaml, "revision": args.revision}  # of --model alone
-    model, tokenizer = load(name, args.adapter_path, args.dtype, **given, **settings)
+    model, tokenizer = load(name, args.adapter_path, args.dtype, **given, **_settings(args))
     length = window_length(args.sequence_length, model.config)
     windows = _sample(cut(tokenizer, documents, length, args.stride), args.num_samples, args.seed)
     with console.Progress("Measuring", unit="windows") as progress:
         measured = measure(model, windows, batch_size=args.batch_size, progress=progress)
     values = _values(name, measured, args, length, len(windows))
-    if args.reference_model is not None:
-        if args.stride is not None:
-            raise RequestError("--stride and --reference-model exclude each other.")
-        reference, _ = load(args.reference_model, dtype=args.dtype, **settings)
+    if reference is not None:
         tokens = [window.tokens for window in windows]
         with console.Progress("Comparing", unit="windows") as progress:
             divergence = kl_divergence(reference, model, tokens, batch_size=args.batch_size, progress=progress)

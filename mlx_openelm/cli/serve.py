@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from .. import console, errors
@@ -40,7 +42,6 @@ log = logging.getLogger("mlx_openelm.serving")
 
 OWN = "own"
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
-_LOOPBACK = ("127.", "localhost", "::1")
 
 
 def add_flags(parser: flags.Parser) -> None:
@@ -170,16 +171,21 @@ def _serve(
     worker.run(models.load_first).result()
     if args.warm is not None:
         _warm(context, args.warm)
-    is_local = options.host.lower().startswith(_LOOPBACK)
+    is_local = is_loopback(bound)
     if not is_local and keys is None:
         warn("The server can be reached from other machines, and asks nobody for an API key; see --api-key-file.")
-    app = make_app(context, keys=keys, hosts=[] if is_local and keys is None else None)
+    app = make_app(context, keys=keys, hosts=[options.host.lower()] if is_local and keys is None else None)
     server = make_server(app, options.log_level.upper(), lambda: console.say(f"Serving {_listed(models)} at {url}"))
     errors.names_flags = False  # clients know no flags
     warnings.filterwarnings("ignore", "The (prompt|text) ")  # of single requests, whose clients do not see them
     warnings.showwarning = lambda message, *_: log.warning("%s", models.without_paths(str(message)))  # type: ignore
     run_server(server, bound)
     return int(bool(gave_up))
+
+
+def is_loopback(bound: socket) -> bool:
+    """Whether only this machine can reach a socket: its address says so, not a name like localhost.example.com."""
+    return ip_address(bound.getsockname()[0]).is_loopback
 
 
 def _listed(models: Models) -> str:

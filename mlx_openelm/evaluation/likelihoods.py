@@ -21,13 +21,12 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..generation.decoding import Decoder
 from ..model import OpenELM
+from ..ops.distributions import LOGIT_ROWS
 from ..ops.layers import log_softmax
 
 DEFAULT_BATCH_SIZE = 16
 # The most tokens of contexts that are processed at a time where they are a batch.
 _MOST_TOKENS = 1 << 13
-# Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
-_CHUNK = 256
 # Bytes of the caches that continuations processed together have copies of. Fewer continuations at a time cost reading
 # the weights more often, which is little beside processing a context of that size.
 _MOST_COPIED = 20 << 20
@@ -166,8 +165,8 @@ class _Scores:
 
     def add_prefix(self, question: _Question, hidden: mx.array) -> None:
         """Add the shared tokens, and the next one of each continuation, which hidden states [S + 1, dim] predict."""
-        for first in range(0, len(question.shared), _CHUNK):
-            tokens = question.shared[first : first + _CHUNK]
+        for first in range(0, len(question.shared), LOGIT_ROWS):
+            tokens = question.shared[first : first + LOGIT_ROWS]
             logprobs = _logprobs(self._model, hidden[first : first + len(tokens)])
             for index in question.continuations:
                 self.add(logprobs, range(len(tokens)), [index] * len(tokens), tokens)
@@ -227,8 +226,8 @@ def _score_alone(model: OpenELM, end: _End, scores: _Scores) -> None:
 
 def _add_rows(model: OpenELM, index: int, tokens: Sequence[int], hidden: mx.array, scores: _Scores) -> None:
     """Add the tokens of a request that hidden states [L, model_dim] predict, of which there are L or more."""
-    for first in range(0, hidden.shape[0], _CHUNK):
-        rows = hidden[first : first + _CHUNK]
+    for first in range(0, hidden.shape[0], LOGIT_ROWS):
+        rows = hidden[first : first + LOGIT_ROWS]
         targets = tokens[first : first + rows.shape[0]]
         scores.add(_logprobs(model, rows), range(len(targets)), [index] * len(targets), targets)
 

@@ -16,11 +16,9 @@ from ..errors import RequestError
 from ..finite import not_finite
 from ..model import OpenELM
 from ..ops import distributions
+from ..ops.distributions import LOGIT_ROWS
 from ..text.tokenizer import Tokenizer
 from .windows import Window, cut, load_documents, window_length
-
-# Positions whose logits are in memory at once: 256 rows of 32000 float32 numbers take 33 MB.
-_CHUNK = 256
 
 Progress = Callable[[int, int], None]
 
@@ -199,8 +197,8 @@ def _last(hidden_states: mx.array, targets: mx.array, counts: Sequence[int]) -> 
 def _chunks(hidden_states: mx.array, targets: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
     """Hidden states [rows, model_dim] with their targets [rows], a few rows at a time."""
     rows, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
-    for start in range(0, targets.size, _CHUNK):
-        yield rows[start : start + _CHUNK], targets[start : start + _CHUNK]
+    for start in range(0, targets.size, LOGIT_ROWS):
+        yield rows[start : start + LOGIT_ROWS], targets[start : start + LOGIT_ROWS]
 
 
 def _number(scalar: mx.array) -> float:

@@ -16,6 +16,9 @@ FILES = (CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS)
 PROJECTIONS = tuple(path.rpartition(".")[2] for path in LAYER_MATRICES)
 TARGET_MODULES = (EMBEDDING.rpartition(".")[2], *PROJECTIONS)
 
+# The smallest length of a row or column that DoRA divides by.
+MIN_NORM = 1e-12
+
 
 @dataclass(frozen=True)
 class LowRank:

@@ -97,7 +97,7 @@ def check_target(path: Path, *, overwrite: bool = False, flag: str = "--mlx-path
         RequestError: an empty path, the current folder, a file, a folder that exists while `overwrite` is false, or one
             that is not a model folder, which is never replaced.
     """
-    if str(path) in ("", ".") or Path.cwd().is_relative_to(os.path.realpath(to_path(path))):
+    if str(path) in ("", ".") or _contains(Path(os.path.realpath(to_path(path))), Path.cwd()):
         raise RequestError(f"{quote(str(path))} is the current folder or a parent of it; give a new one with {flag}.")
     given, path = to_path(path), Path(os.path.realpath(to_path(path)))
     with _lock:  # another thread may be in the middle of replacing it
@@ -128,8 +128,17 @@ def keep_apart(target: Path, source: Path, what: str, flag: str = "--mlx-path") 
     Raises:
         RequestError: it is, or contains it.
     """
-    if source.resolve().is_relative_to(target):
+    if _contains(target, source.resolve()):
         raise RequestError(f"{target} is {what}, or contains it; choose another {flag}.")
+
+
+def _contains(target: Path, path: Path) -> bool:
+    """Whether `path` is `target` or in it; both without links."""
+    if path.is_relative_to(target):
+        return True
+    # Names that differ may be of one file: macOS ignores case, and a file may be mounted in two places.
+    places = (path, *path.parents)
+    return target.exists() and any(os.path.samefile(target, place) for place in places if os.path.exists(place))
 
 
 def _replace(partial: Path, path: Path, *, overwrite: bool, flag: str) -> None:

@@ -26,9 +26,8 @@ from .text_needs import CacheKind, activations_of, text_needs
 if TYPE_CHECKING:
     from .row import Row
 
-# The part of the free memory that rows may fill by default, and what they may where that is not known.
+# The part of the free memory that rows may fill by default.
 FREE_SHARE = 0.5
-_UNKNOWN_FREE = 4 << 30
 
 # Rows whose samplers are at work at a time on a CPU, where MLX begins operations before those before them are done.
 _SAMPLERS_AHEAD = 4
@@ -70,8 +69,7 @@ class Budget:
 
     def __init__(self, model: OpenELM, max_bytes: int | None = None, draft_model: OpenELM | None = None):
         if max_bytes is None:
-            free = backend.available_memory()
-            max_bytes = _UNKNOWN_FREE if free is None else max(1, int(FREE_SHARE * free))
+            max_bytes = max(1, int(FREE_SHARE * backend.free_memory()))
         expected = "a whole number of bytes, 1 or above"
         check_number("--max-bytes", max_bytes, 1, float("inf"), expected, kind=Integral)
         self.model, self.max_bytes, self.draft_model = model, max_bytes, draft_model

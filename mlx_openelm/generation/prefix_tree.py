@@ -26,9 +26,8 @@ from .segments import Content, Kind, join, kind_of, segment, snapshot
 if TYPE_CHECKING:
     from .prefix_disk import Entry, PrefixDisk
 
-# The part of the free memory that a tree may fill by default, and what it may where that is not known.
+# The part of the free memory that a tree may fill by default.
 FREE_SHARE = 0.25
-_UNKNOWN_FREE = 1 << 30
 
 
 class _Node:
@@ -64,14 +63,13 @@ class PrefixTree:
     Args:
         model: the model that fills the caches.
         max_bytes: the most memory that is held; by default a quarter of what is free when the tree is made
-            (`FREE_SHARE`), or 1 GiB if that is not known. What was least recently used is dropped first.
+            (`FREE_SHARE`). What was least recently used is dropped first.
         disk: a second tier, which gets what is dropped, and has what an earlier process left there.
     """
 
     def __init__(self, model: OpenELM, max_bytes: int | None = None, disk: PrefixDisk | None = None):
         if max_bytes is None:
-            free = backend.available_memory()
-            max_bytes = _UNKNOWN_FREE if free is None else int(FREE_SHARE * free)
+            max_bytes = int(FREE_SHARE * backend.free_memory())
         check_number("--max-bytes", max_bytes, 0, math.inf, "a whole number of bytes, 0 or above", kind=Integral)
         self.config, self.max_bytes, self.nbytes = model.config, max_bytes, 0
         self._roots: dict[tuple[str, Kind], _Node] = {}

@@ -12,19 +12,17 @@ import mlx.core as mx
 
 from .. import backend
 from ..model import OpenELM
+from ..ops.distributions import LOGIT_ROWS
 from ..ops.layers import log_softmax
 from .decoding import Decoder
 from .drawing import listed
-
-# Tokens at a time: more would hold [tokens, vocab] of a long text at once.
-_MOST_LOGITS = 256
 
 
 def prompt_logprobs(
     model: OpenELM, ids: Sequence[int], top: int
 ) -> Generator[None, None, list[tuple[float, list[tuple[int, float]]]]]:
     """For each token from the second on its log-probability, and the `top` likeliest in its place with theirs."""
-    decoder, size = Decoder(model), min(_MOST_LOGITS, backend.prefill_step_size())
+    decoder, size = Decoder(model), min(LOGIT_ROWS, backend.prefill_step_size())
     found: list[tuple[float, list[tuple[int, float]]]] = []
     for start in range(0, len(ids) - 1, size):
         following = list(ids[start + 1 : start + size + 1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,14 +80,12 @@ def read_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
         content = read_bytes(file, max_bytes=_MAX_BYTES).decode("utf-8-sig", "replace")
         try:
             if file.suffix == ".csv":
-                import csv
-
-                rows += csv.DictReader(content.splitlines(keepends=True))
+                rows += csv.DictReader(io.StringIO(content, newline=""))
             elif content.lstrip().startswith("["):
                 rows += json.loads(content)
             else:
                 rows += [json.loads(line) for line in content.split("\n") if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise RequestError(f"{file} cannot be read: {error}.") from None
     if wrong := next((number for number, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
         raise RequestError(f"{files[0]}: record {wrong} is no JSON object.")
@@ -145,10 +145,11 @@ def local_first(folder: Path | None) -> Iterator[None]:
         files = split_files(root, name)
         if not files:
             return original(str(root), name, *args, **kwargs)
-        [suffix] = {file.suffix for file in next(iter(files.values()))}
-        kind = {".parquet": "parquet", ".csv": "csv"}.get(suffix, "json")
-        names = {split: [str(file) for file in those] for split, those in files.items()}
-        return original(kind, data_files=names)
+        splits = datasets.DatasetDict()
+        for split, those in files.items():  # each with files of one format, which may be another than the others'
+            kind = {".parquet": "parquet", ".csv": "csv"}.get(those[0].suffix, "json")
+            splits |= original(kind, data_files={split: [str(file) for file in those]})
+        return splits
 
     datasets.load_dataset = load
     try:

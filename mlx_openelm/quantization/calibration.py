@@ -15,10 +15,7 @@ from ..model import OpenELM, TransformerLayer
 from ..modules import module_at, output_layer, replace_at
 from ..ops import attention
 from ..ops import layers as ops
-from ..ops.distributions import cross_entropy, kl_divergence
-
-# Positions whose logits are held in memory at once.
-CHUNK = 256
+from ..ops.distributions import LOGIT_ROWS, cross_entropy, kl_divergence
 
 Batches = Sequence[mx.array]
 # Called with the amount done and the total.
@@ -135,8 +132,8 @@ class Teacher:
         distance = loss = 0.0
         for index, (output, expected) in enumerate(zip(outputs, self.hidden, strict=True)):
             hidden = model.transformer.norm(output)
-            for start in range(0, hidden.shape[0], CHUNK):
-                rows = slice(start, start + CHUNK)
+            for start in range(0, hidden.shape[0], LOGIT_ROWS):
+                rows = slice(start, start + LOGIT_ROWS)
                 logits = model.logits(hidden[rows])
                 parts = [kl_divergence(self.logits(expected[rows]), logits).sum()]
                 if targets is not None:

@@ -20,8 +20,8 @@ from ..formats.rounding import Grid
 from ..model import OpenELM
 from ..modules import output_layer, replace_at
 from ..ops import attention
-from ..ops.distributions import kl_divergence
-from .calibration import CHUNK, Batches, Progress, Teacher
+from ..ops.distributions import LOGIT_ROWS, kl_divergence
+from .calibration import Batches, Progress, Teacher
 
 # In steps of a matrix's grid. A larger rate overfits the calibration text.
 LEARNING_RATE = 0.002
@@ -175,6 +175,6 @@ def divergence(model: OpenELM, teacher: Teacher, batches: Batches, index: int) -
     # Unpacked once for all rows: [vocab, model_dim].
     weight = (head.full() if isinstance(head, Distilled) else head["weight"]).astype(hidden.dtype)
     part = mx.checkpoint(lambda rows, target, matrix: kl_divergence(teacher.logits(target), rows @ matrix.T).sum())
-    starts = range(0, hidden.shape[0], CHUNK)
-    total = sum((part(hidden[s : s + CHUNK], expected[s : s + CHUNK], weight) for s in starts), mx.array(0.0))
+    starts = range(0, hidden.shape[0], LOGIT_ROWS)
+    total = sum((part(hidden[s : s + LOGIT_ROWS], expected[s : s + LOGIT_ROWS], weight) for s in starts), mx.array(0.0))
     return total / hidden.shape[0]

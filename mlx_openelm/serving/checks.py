@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import quote
+from ..inputs import kind_of
 from ..wording import did_you_mean, one_of
 from .failures import APIError
 
@@ -14,12 +15,6 @@ from .failures import APIError
 Check = Callable[[str, Any], Any]
 
 _MAX_TEXT = 1 << 16  # characters of names and other texts that are only passed on
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls a value, for messages."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def wrong(name: str, expected: str, value: Any, param: str | None = None) -> APIError:

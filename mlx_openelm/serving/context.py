@@ -101,8 +101,9 @@ class Context:
         if stated_size > most + _DROPPED_BYTES or (is_large and "expect" in request.headers):
             raise too_large
         body, size = bytearray(), 0
+        seconds = min(BODY_SECONDS, request.state.deadline.left)
         try:
-            async with asyncio.timeout(min(BODY_SECONDS, request.state.deadline.left)):
+            async with asyncio.timeout(seconds):
                 async for part in request.stream():
                     size += len(part)
                     is_large = is_large or size > most
@@ -111,7 +112,7 @@ class Context:
                     if not is_large:
                         body += part
         except TimeoutError:
-            message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
+            message = f"The body did not arrive within {seconds:.2g} seconds."
             raise APIError(message, 408, code="timeout", headers=_CLOSE) from None
         except ClientDisconnect:
             raise Left from None

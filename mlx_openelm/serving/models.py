@@ -39,7 +39,6 @@ log = logging.getLogger("mlx_openelm.serving")
 _TEXTS, _PREFIXES = 0.5, 0.25
 # The part of the memory that is free at the start which models may fill.
 _MODELS = 0.7
-_UNKNOWN_FREE = 8 << 30
 
 # A model, its tokenizer, and the model that drafts for it.
 Load = Callable[[str], tuple[OpenELM, Tokenizer, OpenELM | None]]
@@ -115,8 +114,7 @@ class Models:
         self._paths = {path: name for name, path in (*adapters.items(), *names.items())}
         if folder is not None:
             self._paths[str(folder)] = "the prompt cache"
-        free = backend.available_memory()
-        self.max_bytes = int(_MODELS * (_UNKNOWN_FREE if free is None else free)) if max_bytes is None else max_bytes
+        self.max_bytes = int(_MODELS * backend.free_memory()) if max_bytes is None else max_bytes
         self._text_bytes, self._prefix_bytes = text_bytes, prefix_bytes
         self.entries: dict[str, Entry] = {}
         for name, model in names.items():
@@ -191,8 +189,7 @@ class Models:
             entry.nbytes = _nbytes(model, draft)
             total += entry.nbytes
             loaded.append((entry, model, draft))
-        free = backend.available_memory()
-        free = _UNKNOWN_FREE if free is None else free
+        free = backend.free_memory()
         if self._text_bytes is None:
             self._text_bytes = max(1, int(_TEXTS * free))
         if self._prefix_bytes is None:

@@ -14,12 +14,12 @@ from typing import Any
 from ..errors import quote
 from ..generation.grammars import is_grammar
 from ..generation.options import BIAS_LIMIT
+from ..inputs import kind_of
 from .checks import (
     Check,
     boolean,
     choice,
     integer,
-    kind_of,
     mapping,
     max_tokens,
     number,

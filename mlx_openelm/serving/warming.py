@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OpenELMError, RequestError
-from ..inputs import read_text_source, to_path
+from ..inputs import read_text_source, split_lines, to_path
 from .chat import messages, render
 from .checks import Check, read_fields, short_text, text
 from .context import Context, check_length, encode
@@ -34,7 +34,7 @@ def read_warm(context: Context, name: str) -> list[Warm]:
     """
     path = to_path(name)
     try:
-        lines = read_text_source(path).decode("utf-8-sig").splitlines()
+        lines = split_lines(read_text_source(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 text (byte {error.start}).") from None
     is_json = name.lower().endswith((".jsonl", ".ndjson"))

@@ -99,10 +99,11 @@ def merge(
     types = {**{key: str | None for key in model_keys}, **field_types(options)}
     values = {key: value for key, value in file_values.items() if value is not None}
     values = _respelled(_offered(values, place), place)
-    for key in values.keys() - types.keys() - set(mlx_lm_config.KEYS):
-        raise RequestError(
-            f"{place} has an unknown key {quote(key)}; {_hint(key, [*types, *mlx_lm_config.KEYS], options.command)}"
-        )
+    # Pretraining has no adapters.
+    known = [*types, *(key for key in mlx_lm_config.KEYS if key != "lora_parameters" or "rank" in types)]
+    for key in values.keys() - set(known):
+        raise RequestError(f"{place} has an unknown key {quote(key)}; {_hint(key, known, options.command)}")
+    values |= {key: _conform(types[key], key, values[key], place) for key in _OWNERS if key in values}
     given = {key: value for key, value in flags.items() if value is not None}
     if "optimizer" in values and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
         values = {key: value for key, value in values.items() if key not in _OF_OPTIMIZER}

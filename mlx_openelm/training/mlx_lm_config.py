@@ -71,10 +71,10 @@ def _lora(section: dict[str, Any], where: str) -> dict[str, Any]:
         keys = section["keys"]
         if not isinstance(keys, list):
             raise RequestError(f"{where}.keys must be a list, got {quote(keys)}.")
-        unknown = next((key for key in keys if key not in _MODULES), None)
-        if unknown is not None:
+        unknown = [key for key in keys if not isinstance(key, str) or key not in _MODULES]
+        if unknown:
             raise RequestError(
-                f"{where}.keys has {quote(unknown)}, which OpenELM does not have; "
+                f"{where}.keys has {quote(unknown[0])}, which OpenELM does not have; "
                 f"choose from {', '.join(TARGET_MODULES)}."
             )
         flat["target_modules"] = [_MODULES[key] for key in dict.fromkeys(keys)]
@@ -85,7 +85,7 @@ def _schedule(section: dict[str, Any], where: str) -> dict[str, Any]:
     """mlx-lm's schedules are MLX functions with their positional arguments: rates and steps, in each one's order."""
     _refuse_others(section, ("name", "warmup", "warmup_init", "arguments"), where)
     name, arguments = section.get("name"), section.get("arguments")
-    if name not in _SCHEDULES:
+    if not isinstance(name, str) or name not in _SCHEDULES:
         raise RequestError(f"{where}.name must be {' or '.join(_SCHEDULES)}, got {quote(name)}.")
     order = ("learning_rate", "decay_steps", "min_learning_rate")
     if name == "linear_schedule":

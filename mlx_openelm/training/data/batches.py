@@ -196,11 +196,6 @@ class Batches:
         longest = self.max_seq_length if self.packing else max(self._lengths)
         return rows, min(padded(longest), self.max_seq_length)
 
-    def padding_overhead(self, epoch: int = 0) -> float:
-        """Padding positions as a share of the examples' positions, in an epoch."""
-        positions = sum(rows * length * number for (rows, length), number in self.shapes(epoch).items())
-        return positions / sum(self._lengths) - 1
-
 
 def validation_batches(
     examples: Sequence[Any],

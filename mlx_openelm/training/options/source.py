@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,6 @@ def _to_source(value: Any) -> Source:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not isinstance(path, str) or not isinstance(text_key, str | None):
         raise ValueError(_EXPECTED)
-    if not is_number or not 0 < weight < math.inf:
+    if not is_number or not 0 < weight <= sys.float_info.max:
         raise ValueError(f"{_EXPECTED}, with a weight of more than 0")
     return Source(path, float(weight), text_key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 import typing
 from dataclasses import fields
@@ -103,9 +103,10 @@ def conform(kind: Any, value: Any) -> Any:
         return value
     if kind is int:
         _expect(number and value == value // 1, "a whole number")
+        _expect(abs(value) < 1 << 63, "a whole number below 2**63")
         return int(value)
     if kind is float:
-        _expect(number and abs(value) < math.inf, "a number")
+        _expect(number and abs(value) <= sys.float_info.max, "a number")
         return float(value)
     if kind is str:
         _expect(isinstance(value, str), "text")

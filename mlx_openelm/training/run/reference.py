@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -65,7 +66,7 @@ def reference_likelihoods(
     model = load_model()
     path = folder / FILE if processes.leads and folder is not None else None
     keys = {} if path is None else _keys(model, splits)
-    kept = {} if path is None else _read(path, keys)
+    kept = {} if path is None else _read(path, keys, splits)
     found = {split: kept.get(split) for split in json.loads(processes.share(json.dumps(list(kept))))}
     values: dict[str, mx.array] = {}
     for split, preferences in splits.items():
@@ -145,12 +146,15 @@ def _keys(model: OpenELM, splits: dict[str, Preferences]) -> dict[str, str]:
     }
 
 
-def _read(path: Path, keys: dict[str, str]) -> dict[str, mx.array]:
+def _read(path: Path, keys: dict[str, str], splits: dict[str, Preferences]) -> dict[str, mx.array]:
     """What the file has for these models and answers; a damaged file has nothing."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError):
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
-        assert isinstance(arrays, dict) and isinstance(metadata, dict)
-        return {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}
+    with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
+        kept: dict[str, mx.array] = {split: arrays[split] for split, key in keys.items() if metadata.get(split) == key}
+        mx.eval(kept)  # a file that was cut off fails only when it is read
+        if all(value.shape == (len(splits[split].examples), 2) for split, value in kept.items()):
+            return kept
     return {}
 
 

@@ -154,8 +154,14 @@ def _module(path: Path) -> Any:
         del sys.modules[key]
         raise
     finally:
-        sys.path.remove(folder)
+        _remove_last(sys.path, folder)
     return module
+
+
+def _remove_last(path: list[str], folder: str) -> None:
+    """Remove the entry that was appended, not one that was there before; the module may have removed it itself."""
+    if folder in path:
+        del path[len(path) - 1 - path[::-1].index(folder)]
 
 
 def _found(pattern: str) -> RewardFunction:

@@ -90,7 +90,8 @@ class Sampler:
 
     Args:
         tokenizer: the model's.
-        max_seq_length: tokens of a prompt with its completion.
+        options: how completions are sampled, and the seed of all.
+        rewards: what each is given.
     """
 
     tokenizer: Tokenizer

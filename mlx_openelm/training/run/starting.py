@@ -80,6 +80,8 @@ def start(model: Model, loading: Loading, *, seed: int, max_seq_length: int) -> 
         return _from_sizes(model, loading, seed, max_seq_length)
     if isinstance(model, ModelConfig):
         return _new(model, _named_tokenizer(loading), seed, "own sizes")
+    if not isinstance(model, str | Path):
+        raise RequestError(f"model must be a name, a path, or sizes by their names, got {quote(model)}.")
     is_local = os.path.exists(to_path(model))
     if not is_local and (str(model) in catalog.PACKAGED or catalog.find(str(model))):
         return _from_name(str(model), loading, seed)

@@ -39,7 +39,7 @@ def write_models(
     losses: dict[str, float] = {}
     for name, weights in _models(request, updater, checkpoints):
         if request.processes.leads:
-            _write(request, start, request.folder / name, weights, result)
+            _write(start, request.folder / name, weights, result)
         paths[name] = str(Path(request.options.output) / name)
         if name != MODEL and validation is not None and result.stopped != INTERRUPTED:
             state = updater.state()
@@ -67,7 +67,7 @@ def _models(request: Request, updater: Updater, checkpoints: Checkpoints) -> Ite
     yield MODEL_AVERAGE, request.processes.share_tensors(means)
 
 
-def _write(request: Request, start: Start, path: Path, weights: Mapping[str, mx.array], result: Result) -> None:
+def _write(start: Start, path: Path, weights: Mapping[str, mx.array], result: Result) -> None:
     """Write one model; rows of the vocabulary that belong to no token are dropped."""
     config, arrays = _without_padding(start.model.config, weights, start.tokenizer.vocab_size)
     checkpoint = Checkpoint(config, Weights.of_arrays(arrays))

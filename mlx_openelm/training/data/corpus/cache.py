@@ -1,8 +1,8 @@
 """The token cache: the tokens of a file as a file of their own, which is memory-mapped and needs no tokenizing.
 
 A cache file holds the tokens of all chunks one after another, 2 or 4 bytes each, then JSON with the fingerprints, the
-lengths and a checksum of each chunk, then the position of that JSON. A file with another fingerprint or a damaged chunk
-counts as missing, and is written again.
+lengths and a checksum of each chunk, then the position of that JSON. A file with another fingerprint counts as missing,
+and one with a damaged chunk is removed; either is written when the text is next read from its beginning.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class CachedTokens:
     def __init__(self, path: Path, content: mmap.mmap, index: dict[str, Any]):
         self.path, self._content, self._index = path, content, index
         self.num_chunks: int = len(index["chunks"])
-        self.is_damaged = False
 
     @classmethod
     def open(cls, folder: str, file: TextFile, encoder: str) -> CachedTokens | None:
@@ -78,12 +77,13 @@ class CachedTokens:
         return None
 
     def read(self, number: int) -> Encoded | None:
-        """A chunk; None if it is damaged."""
+        """A chunk; None if it is damaged, and then the file is removed: the next epoch or run writes it again."""
         entry = self._index["chunks"][number]
         size = self._index["itemsize"]
         data = self._content[entry["start"] : entry["start"] + size * sum(entry["lengths"])]
         if zlib.crc32(data) != entry["crc32"]:
-            self.is_damaged = True
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
             return None
         values = array("H" if size == 2 else "i")
         values.frombytes(data)

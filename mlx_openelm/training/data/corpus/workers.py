@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from typing import IO
 
 from .... import errors
 from ....errors import OpenELMError, RequestError
@@ -103,6 +105,9 @@ class Workers:
             process.kill()
         for process in self._processes:
             process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # what is buffered has no reader any more
+                process.stdin.close()
 
     def _worker_of(self, stream: int, chunk: int) -> int:
         return (chunk if self._shares else stream) % self._count
@@ -137,27 +142,29 @@ class Workers:
         self._send(worker, setup)
 
     def _receive(self, worker: int, process: subprocess.Popen[bytes]) -> None:
-        """Collect the answers of a process until it ends; one thread for each process."""
+        """Collect what a process answers until it ends or fails; one thread for each process."""
         assert process.stdout is not None
-        failure: OpenELMError | None = None
-        while failure is None:
-            try:
-                stream, answer = pickle.load(process.stdout)
-            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-                status = process.wait()
-                reason = f"by signal {-status}" if status < 0 else f"with status {status}"
-                failure = OpenELMError(
-                    f"A process that reads the data ended unexpectedly ({reason}); if memory is short, give fewer "
-                    "--num-workers. Continue with --resume."
-                )
-                break
-            if isinstance(answer, Chunk):
-                with self._changed:
-                    self._arrived[stream].setdefault(worker, deque()).append(answer)
-                    self._changed.notify_all()
-            else:
-                name, message = answer
-                failure = (RequestError if name == RequestError.__name__ else OpenELMError)(message)
+        with process.stdout as answers:
+            failure = self._collect(worker, process, answers)
         with self._changed:
             self._failure = self._failure or failure
             self._changed.notify_all()
+
+    def _collect(self, worker: int, process: subprocess.Popen[bytes], answers: IO[bytes]) -> OpenELMError:
+        """Collect the chunks of a process; returns why there are no more."""
+        while True:
+            try:
+                stream, answer = pickle.load(answers)
+            except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+                status = process.wait()
+                reason = f"by signal {-status}" if status < 0 else f"with status {status}"
+                return OpenELMError(
+                    f"A process that reads the data ended unexpectedly ({reason}); if memory is short, give fewer "
+                    "--num-workers. Continue with --resume."
+                )
+            if not isinstance(answer, Chunk):
+                name, message = answer
+                return (RequestError if name == RequestError.__name__ else OpenELMError)(message)
+            with self._changed:
+                self._arrived[stream].setdefault(worker, deque()).append(answer)
+                self._changed.notify_all()
