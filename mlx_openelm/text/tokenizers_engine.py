@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RequestError, quote
 from ..hub import catalog
-from .sentencepiece import NORMAL, UNUSED, SentencePieceModel, bpe_merges, first_pieces, read_model, to_spec
+from .sentencepiece import NORMAL, UNUSED, SentencePieceModel, bpe_merges, first_pieces, to_spec
 from .sentencepiece_engine import SentencePieceEngine
 from .tokenizer_json import Named, damaged, read_added, read_spec, resolve
 from .tokenizer_spec import BYTE_TOKENS, SPACE, AddedToken, TokenizerSpec
@@ -25,6 +25,8 @@ LITERAL = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
 # Llama 2's pieces: their number, the SHA-256 of their lines, and the first id after control and byte pieces.
 _LLAMA2_SIZE, _LLAMA2_FIRST = 32000, 259
 _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045"
+# transformers builds these classes' rules for spaces from `tokenizer_config.json`.
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
 
@@ -165,6 +167,9 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
     if path.suffix != ".json":
         return _open_model(path, config, named, rows), config
     spec = read_spec(path)
+    adds_space = _forced_space(config)
+    if adds_space is not None and adds_space != spec.adds_space:
+        spec.adds_space, spec.first_only = adds_space, adds_space and not _is_legacy(config)
     if spec.merges[:1] == [(SPACE, SPACE)] and len(spec.vocab) == _LLAMA2_SIZE:
         _order_llamas_merges(spec)
     known = {token.content: token for token in spec.added}
@@ -208,17 +213,30 @@ def _order_llamas_merges(spec: TokenizerSpec) -> None:
 
 def _open_model(path: Path, config: dict[str, Any], named: Iterable[Named], rows: int | None) -> Engine:
     """The engine for a `tokenizer.model`: the tokenizers package if the files beside it add tokens."""
-    engine = SentencePieceEngine(path)
+    engine = SentencePieceEngine(path, adds_space=_forced_space(config))
     tokens = resolve(named, engine.token_to_id, engine.vocab_size, rows)
     if all(engine.is_special(token.id) for token in tokens):
         return engine
     # The sentencepiece package knows only the model's own pieces.
-    legacy = config.get("legacy", config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"))
     try:
-        spec = to_spec(read_model(path), tokens, first_only=not legacy)
+        spec = to_spec(engine.model, tokens, first_only=not _is_legacy(config))
     except RequestError as error:
         raise RequestError(f"{path} has added tokens beside it, which need merges: {error}") from None
     return TokenizersEngine(spec, path, model_file=path)
+
+
+def _forced_space(config: dict[str, Any]) -> bool | None:
+    """The rule for the space in front that a `tokenizer_config.json` sets in place of the file's own, or None.
+
+    transformers heeds `add_prefix_space` for Llama's classes alone.
+    """
+    value = config.get("add_prefix_space")
+    return value if isinstance(value, bool) and config.get("tokenizer_class") in _LLAMA_CLASSES else None
+
+
+def _is_legacy(config: dict[str, Any]) -> bool:
+    """Whether text after an added token gets a space too."""
+    return bool(config.get("legacy", config.get("tokenizer_class") not in _LLAMA_CLASSES))
 
 
 def _difference(engine: TokenizersEngine, model_file: Path) -> str | None:
