@@ -311,6 +311,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     checkpoint, tokenizer = gguf_format.read(tmp_path / "a.gguf")
     config = checkpoint.config
     assert (config.num_query_heads, config.num_kv_heads, config.ffn_dims) == ((4, 4), (2, 2), (40, 40))
+    assert (config.qkv_multipliers, config.ffn_multipliers) == (1, (0.625, 0.625))  # not rounded as two bounds would be
     assert (config.max_context_length, config.rope_max_length, config.rope_freq_constant) == (100, 200, 10000)
     gate_up = np.concatenate([tensors["blk.1.ffn_gate.weight"], tensors["blk.1.ffn_up.weight"]])
     assert np.array_equal(np.array(checkpoint.weights["transformer.layers.1.ffn.proj_1.weight"]), gate_up)
