@@ -281,6 +281,15 @@ def test_add_prefix_space_is_heeded_as_in_transformers(saved, tmp_path, files, c
     assert (tmp_path / "saved" / "tokenizer.model").exists() == (files != "tokenizer.json" and ids == plain)
 
 
+@pytest.mark.parametrize("value", [None, "no", [], 7])
+def test_an_odd_add_prefix_space_is_ignored(saved, tmp_path, value):
+    config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": value}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.model", "tokenizer.json"):
+        shutil.copy(saved / name, tmp_path)
+        assert Tokenizer.from_folder(tmp_path).encode("To be") == from_model.encode("To be")
+
+
 def test_added_tokens_beside_a_model_without_the_space_in_front(tmp_path):
     shutil.copy(FOLDER / "tokenizer.model", tmp_path)
     config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}

@@ -25,7 +25,7 @@ LITERAL = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
 # Llama 2's pieces: their number, the SHA-256 of their lines, and the first id after control and byte pieces.
 _LLAMA2_SIZE, _LLAMA2_FIRST = 32000, 259
 _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045"
-# transformers builds these classes' rules for spaces from `tokenizer_config.json`.
+# transformers makes the rules for spaces of these classes from `tokenizer_config.json`.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
@@ -164,10 +164,13 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
         RequestError: a damaged file, a tokenizer of another kind, added tokens that do not fit.
     """
     config, named = read_added(path.parent)
+    # For Llama's classes alone, transformers replaces the file's own rule for the space in front.
+    adds_space = config.get("add_prefix_space")
+    if adds_space not in (True, False) or config.get("tokenizer_class") not in _LLAMA_CLASSES:
+        adds_space = None
     if path.suffix != ".json":
-        return _open_model(path, config, named, rows), config
+        return _open_model(path, config, named, rows, adds_space), config
     spec = read_spec(path)
-    adds_space = _forced_space(config)
     if adds_space is not None and adds_space != spec.adds_space:
         spec.adds_space, spec.first_only = adds_space, adds_space and not _is_legacy(config)
     if spec.merges[:1] == [(SPACE, SPACE)] and len(spec.vocab) == _LLAMA2_SIZE:
@@ -194,7 +197,7 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
         "since a tokenizer.json is made from one. Remove the one that is not the model's.",
         stacklevel=3,
     )
-    return _open_model(model_file, config, named, rows), config
+    return _open_model(model_file, config, named, rows, adds_space), config
 
 
 def _order_llamas_merges(spec: TokenizerSpec) -> None:
@@ -211,9 +214,11 @@ def _order_llamas_merges(spec: TokenizerSpec) -> None:
     spec.merges = bpe_merges(SentencePieceModel(pieces, scores, types))
 
 
-def _open_model(path: Path, config: dict[str, Any], named: Iterable[Named], rows: int | None) -> Engine:
+def _open_model(
+    path: Path, config: dict[str, Any], named: Iterable[Named], rows: int | None, adds_space: bool | None
+) -> Engine:
     """The engine for a `tokenizer.model`: the tokenizers package if the files beside it add tokens."""
-    engine = SentencePieceEngine(path, adds_space=_forced_space(config))
+    engine = SentencePieceEngine(path, adds_space=adds_space)
     tokens = resolve(named, engine.token_to_id, engine.vocab_size, rows)
     if all(engine.is_special(token.id) for token in tokens):
         return engine
@@ -223,15 +228,6 @@ def _open_model(path: Path, config: dict[str, Any], named: Iterable[Named], rows
     except RequestError as error:
         raise RequestError(f"{path} has added tokens beside it, which need merges: {error}") from None
     return TokenizersEngine(spec, path, model_file=path)
-
-
-def _forced_space(config: dict[str, Any]) -> bool | None:
-    """The rule for the space in front that a `tokenizer_config.json` sets in place of the file's own, or None.
-
-    transformers heeds `add_prefix_space` for Llama's classes alone.
-    """
-    value = config.get("add_prefix_space")
-    return value if isinstance(value, bool) and config.get("tokenizer_class") in _LLAMA_CLASSES else None
 
 
 def _is_legacy(config: dict[str, Any]) -> bool:
