@@ -425,6 +425,20 @@ def test_harmless_peft_settings_are_accepted(model: OpenELM, tmp_path: Path) -> 
     assert len(read_adapter(folder, model.config).modules) == 24
 
 
+def test_an_adapter_of_apples_unused_classifier_is_left_out(model: OpenELM, tmp_path: Path) -> None:
+    """PEFT's `all-linear` adapts it in a model whose output layer is not shared; only there does it exist."""
+    unused = f"{PREFIX}transformer.classifier"
+    more = {f"{unused}.lora_A.weight": mx.zeros((8, DIM)), f"{unused}.lora_B.weight": mx.ones((ROWS, 8))}
+    folder = change_tensors(FIXTURES / "peft-lora", tmp_path / "a", lambda tensors: tensors.update(more))
+    targets = [*settings(folder)["target_modules"], "transformer.classifier"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings(folder) | {"target_modules": targets}))
+    untied = replace(model.config, share_input_output_layers=False)
+    plain, found = (read_adapter(path, untied) for path in (FIXTURES / "peft-lora", folder))
+    assert found.modules.keys() == plain.modules.keys()
+    with pytest.raises(RequestError, match=r"changes transformer\.classifier, which the model does not have"):
+        read_adapter(folder, model.config)
+
+
 # Files that do not fit.
 
 

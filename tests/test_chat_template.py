@@ -144,6 +144,7 @@ def test_the_folders_template_is_the_default(tmp_path):
     for value in (
         '"Q: {{ messages[0].content }}"',
         '[{"name": "default", "template": "Q: {{ messages[0].content }}"}]',
+        '{"tool_use": "no", "default": "Q: {{ messages[0].content }}"}',
     ):
         (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ' + value + "}")
         assert Tokenizer.from_folder(tmp_path).apply_chat_template(HI) == tokenizer.encode("Q: Hi")  # BOS added

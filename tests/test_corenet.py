@@ -25,7 +25,7 @@ from mlx_openelm.sources import open_source
 import mlx.core as mx
 import numpy as np
 import pytest
-from torch_files import members, pack
+from torch_files import members, pack, write_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDER = FIXTURES / "shakespeare-hf"
@@ -191,6 +191,59 @@ def test_an_untied_head(tmp_path: Path) -> None:
     head = source.checkpoint.weights["lm_head.weight"]
     assert np.array_equal(np.array(head), weights["classifier.weight"][:2048])
     assert not source.checkpoint.config.share_input_output_layers
+
+
+def test_a_copy_of_a_shared_output_layer_is_dropped(tmp_path: Path, config_yaml: Path) -> None:
+    weights = fixture_weights()
+    copied = weights | {"classifier.weight": weights["token_embeddings.weight"]}
+    checkpoint, _ = corenet.read(write_state(tmp_path / "c.pt", copied), config_yaml)
+    assert checkpoint.config.share_input_output_layers
+    assert checkpoint.weights.keys() == {f"transformer.{name}" for name in weights}
+    copied["classifier.weight"] = weights["token_embeddings.weight"] + 1
+    message = error_of(write_state(tmp_path / "c.pt", copied), tokenizer=TOKENIZER, config_yaml=config_yaml)
+    assert f"classifier.weight, which differs from the embedding, though {config_yaml} says they are shared" in message
+
+
+@pytest.mark.parametrize(
+    ("under", "prefix"),
+    [
+        ([], "module."),
+        ([], "transformer."),
+        ([], "_fsdp_wrapped_module._orig_mod."),
+        (["model_state_dict", "ema_model_state_dict"], "module."),
+        (["model_state_dict", "model"], ""),
+        (["state_dict"], "model._orig_mod."),
+        (["model"], ""),
+        (["module"], ""),
+    ],
+)
+def test_what_wrappers_and_trainers_add_to_names_is_removed(
+    tmp_path: Path, config_yaml: Path, under: list[str], prefix: str
+) -> None:
+    weights = fixture_weights()
+    path = write_state(tmp_path / "c.pt", {f"{prefix}{name}": value for name, value in weights.items()}, under)
+    checkpoint, _ = corenet.read(path, config_yaml)
+    assert checkpoint.weights.keys() == {f"transformer.{name}" for name in weights}
+    norm = checkpoint.weights["transformer.layers.3.attn_norm.weight"]
+    assert np.array_equal(np.array(norm), weights["layers.3.attn_norm.weight"])
+
+
+def test_wrappers_within_names_are_removed(tmp_path: Path, config_yaml: Path) -> None:
+    """As PyTorch inserts them into the path of wrapped layers."""
+    weights = fixture_weights()
+    wrapped = {name.replace(".attn.", "._checkpoint_wrapped_module.attn."): value for name, value in weights.items()}
+    checkpoint, _ = corenet.read(write_state(tmp_path / "c.pt", wrapped), config_yaml)
+    assert checkpoint.weights.keys() == {f"transformer.{name}" for name in weights}
+
+
+def test_other_prefixes_and_ambiguous_dictionaries_are_refused(tmp_path: Path, config_yaml: Path) -> None:
+    weights = fixture_weights()
+    path, named = tmp_path / "c.pt", {"tokenizer": TOKENIZER, "config_yaml": config_yaml}
+    write_state(path, {name if name == "norm.weight" else f"module.{name}": value for name, value in weights.items()})
+    assert "missing: transformer.token_embeddings.weight" in error_of(path, **named)
+    for under in (["model", "state_dict"], ["net"]):
+        message = error_of(write_state(path, weights, under), **named)
+        assert f"(not tensors: {', '.join(under)}); save the weights alone" in message
 
 
 def test_tensors_that_are_not_contiguous(tmp_path: Path, config_yaml: Path) -> None:

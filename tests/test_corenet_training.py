@@ -166,6 +166,14 @@ def test_a_run_goes_on_at_its_iteration_and_resumes(here):
     assert (here / "pretrained/model/model.safetensors").read_bytes() == after
 
 
+def test_a_prefix_of_all_names_is_removed(here):
+    parameters, optimizer = make_run()
+    plain = corenet_training.read(save(here / "a.pt", parameters, optimizer))
+    weights = {f"module.{name}": parameter.detach() for name, parameter in parameters.items()}
+    found = corenet_training.read(save(here / "b.pt", parameters, optimizer, model_state_dict=weights))
+    assert list(found.moments) == list(plain.moments)
+
+
 def test_names_of_a_sharded_run_serve_as_well(here):
     """FSDP's state names parameters, with the wrapper of recomputed layers in their path."""
     parameters, optimizer = make_run()

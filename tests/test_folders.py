@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -482,8 +483,34 @@ def test_an_unused_twin_of_the_output_layer_is_dropped(folder: Path) -> None:
     assert mx.array_equal(checkpoint.weights[HEAD], own[HEAD]).item()
 
 
-def test_a_twin_without_an_output_layer_is_ambiguous(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(UNTIED))
+@pytest.mark.parametrize("has_twin", [True, False])
+@pytest.mark.parametrize("ties", [None, True])
+def test_an_output_layer_that_transformers_4_tied_is_the_embedding(
+    folder: Path, ties: bool | None, has_twin: bool
+) -> None:
+    """It ties them by default and then stores no lm_head, but Apple's unused twin, unless another program drops it."""
+    (folder / "config.json").write_text(json.dumps(UNTIED | ({} if ties is None else {"tie_word_embeddings": ties})))
+    save(folder, MODEL | ({TWIN: MODEL[EMBEDDING] + 1} if has_twin else {}))
+    if ties is None and not has_twin:  # as if a file were incomplete
+        assert "missing: lm_head.weight" in refusal(folder)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint = mlx_format.read(folder)
+    assert is_model(checkpoint.weights)
+    assert checkpoint.config == ModelConfig.from_dict(CONFIG)
+    assert ["its output layer is the embedding" in str(warning.message) for warning in caught] == [True] * has_twin
+
+
+def test_an_output_layer_beside_a_setting_that_ties_it_is_kept(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(UNTIED | {"tie_word_embeddings": True}))
+    own = tensors_of(UNTIED)
+    save(folder, own)
+    assert mx.array_equal(mlx_format.read(folder).weights[HEAD], own[HEAD]).item()
+
+
+def test_a_twin_without_an_output_layer_is_ambiguous_if_nothing_is_tied(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(UNTIED | {"tie_word_embeddings": False}))
     own = tensors_of(UNTIED)
     save(folder, {TWIN if name == HEAD else name: value for name, value in own.items()})
     message = refusal(folder)

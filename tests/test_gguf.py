@@ -311,6 +311,7 @@ def test_files_of_other_programs(tmp_path: Path) -> None:
     checkpoint, tokenizer = gguf_format.read(tmp_path / "a.gguf")
     config = checkpoint.config
     assert (config.num_query_heads, config.num_kv_heads, config.ffn_dims) == ((4, 4), (2, 2), (40, 40))
+    assert (config.qkv_multipliers, config.ffn_multipliers) == (1, (0.625, 0.625))  # not rounded as two bounds would be
     assert (config.max_context_length, config.rope_max_length, config.rope_freq_constant) == (100, 200, 10000)
     gate_up = np.concatenate([tensors["blk.1.ffn_gate.weight"], tensors["blk.1.ffn_up.weight"]])
     assert np.array_equal(np.array(checkpoint.weights["transformer.layers.1.ffn.proj_1.weight"]), gate_up)
@@ -327,6 +328,24 @@ def change_key(name: str, value: Any) -> Callable[[Any, Any], None]:
             writer.kv_data[0][name].value = value
 
     return change
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_converter_of_llama_cpp_may_call_the_unknown_token_a_control_token(tmp_path: Path, named: bool) -> None:
+    """It does for tokenizers that transformers 4 saved; for some it writes no unknown_token_id."""
+
+    def change(writer: Any, _: Any) -> None:
+        kinds = writer.kv_data[0]["tokenizer.ggml.token_type"].value
+        assert kinds[:4] == [2, 3, 3, 6]
+        writer.kv_data[0]["tokenizer.ggml.token_type"].value = [3, *kinds[1:]]
+        if named:
+            writer.add_unk_token_id(0)
+
+    other_file(tmp_path / "a.gguf", change)
+    _, tokenizer = gguf_format.read(tmp_path / "a.gguf")
+    source = Tokenizer.from_folder(SHAKESPEARE)
+    assert [tokenizer.encode(text) for text in TEXTS] == [source.encode(text) for text in TEXTS]
+    assert tokenizer.decode(range(2048)) == source.decode(range(2048))
 
 
 CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
@@ -361,6 +380,13 @@ CHANGES: dict[str, tuple[Callable[[Any, dict[str, np.ndarray]], None], str]] = {
     "a bad bos": (lambda w, _: w.add_bos_token_id(5000), "bos_token_id is 5000"),
     "pieces twice": (change_key("tokenizer.ggml.tokens", ["a"] * 2048), "are not a valid SentencePiece model"),
     "no unknown piece": (change_key("tokenizer.ggml.token_type", [1] * 2048), "no unknown token"),
+    "a bad unknown id": (
+        lambda w, t: (
+            change_key("tokenizer.ggml.token_type", [3] * 3 + [1] * 2045)(w, t),
+            w.add_unk_token_id(5000),
+        ),
+        "no unknown token",
+    ),
 }
 
 
@@ -495,6 +521,28 @@ def test_merges_that_scores_cannot_express_are_refused(json_only: Path, tmp_path
     (json_only / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(RequestError, match="not those of a SentencePiece model"):
         write(tmp_path / "a.gguf", tokenizer=Tokenizer.from_folder(json_only))
+
+
+@pytest.mark.parametrize("difference", ["no space in front", "other merges"])
+def test_a_contradicting_tokenizer_model_is_not_used(json_only: Path, tmp_path: Path, difference: str) -> None:
+    """The ids are those of the tokenizer.json, which is read, also if both files have the same pieces."""
+    spec = json.loads((json_only / "tokenizer.json").read_text())
+    if difference == "other merges":
+        groups: dict[str, list[str]] = {}
+        for merge in spec["model"]["merges"]:
+            groups.setdefault(merge.replace(" ", ""), []).append(merge)
+        spec["model"]["merges"] = [merge for group in reversed(groups.values()) for merge in group]
+    else:
+        spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    (json_only / "tokenizer.json").write_text(json.dumps(spec))
+    alone = Tokenizer.from_folder(json_only)
+    shutil.copy(SHAKESPEARE / "tokenizer.model", json_only)
+    tokenizer = Tokenizer.from_folder(json_only)
+    write(tmp_path / "a.gguf", tokenizer=tokenizer)
+    _, read = gguf_format.read(tmp_path / "a.gguf")
+    expected = [alone.encode(text) for text in TEXTS]
+    assert [tokenizer.encode(text) for text in TEXTS] == [read.encode(text) for text in TEXTS] == expected
+    assert expected != [Tokenizer.from_folder(SHAKESPEARE).encode(text) for text in TEXTS]
 
 
 def test_no_prefix_space_and_a_chat_template_survive(json_only: Path, tmp_path: Path) -> None:

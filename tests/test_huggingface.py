@@ -164,7 +164,9 @@ def test_an_untied_head_is_kept(tmp_path: Path) -> None:
     untied = Weights.of_arrays(dict(checkpoint.weights) | {"lm_head.weight": head})
     huggingface.write(tmp_path, Checkpoint(config, untied))
     assert np.array_equal(weights(tmp_path)["lm_head.weight"].ravel(), np.arange(2048 * 192))
-    assert read_json(tmp_path / "config.json")["share_input_output_layers"] is False
+    written = read_json(tmp_path / "config.json")
+    assert written["share_input_output_layers"] is False
+    assert written["tie_word_embeddings"] is False  # transformers 4 would put the embedding in its place
 
 
 def test_a_release_names_its_repository_and_an_instruct_model_gets_its_template(tmp_path: Path) -> None:
@@ -187,6 +189,72 @@ def test_models_that_apples_code_computes_differently_are_refused(tmp_path: Path
     with pytest.raises(RequestError, match="float16 cannot hold the 3B model's activations"):
         export("apple/OpenELM-3B", tmp_path / "hf", format="huggingface", dtype="float16")
     assert not (tmp_path / "hf").exists()
+
+
+def apples_sizes(values: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Query heads and inner sizes as in `__post_init__` of Apple's configuration and its feed-forward."""
+
+    def divisible(value: float, divisor: int) -> int:
+        size = max(divisor, int(value + divisor / 2) // divisor * divisor)
+        return size + divisor if size < 0.9 * value else size
+
+    layers, dim, head_dim = values["num_transformer_layers"], values["model_dim"], values["head_dim"]
+
+    def expand(multipliers: Any, lengths: tuple[int, ...]) -> list[float]:
+        if not isinstance(multipliers, list):
+            return [multipliers] * layers
+        assert len(multipliers) in lengths
+        return [round(m, 2) for m in np.linspace(*multipliers, layers)] if len(multipliers) == 2 else multipliers
+
+    divisor = head_dim * values["num_gqa_groups"]
+    heads = [divisible(dim * m, divisor) // head_dim for m in expand(values["qkv_multipliers"], (2,))]
+    widths = [divisible(m * dim, values["ffn_dim_divisor"]) for m in expand(values["ffn_multipliers"], (2, layers))]
+    return heads, widths
+
+
+SIZES = {
+    "num_transformer_layers": 4,
+    "model_dim": 64,
+    "head_dim": 16,
+    "vocab_size": 32,
+    "ffn_dim_divisor": 8,
+    "ffn_multipliers": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_multipliers": [0.5, 1.0], "num_gqa_groups": 2},
+        {"qkv_multipliers": 0.8},
+        {"qkv_multipliers": [0.5, 0.5, 1.0, 1.0], "num_gqa_groups": 2},
+        {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "qkv_multipliers": [1.0] * 4},
+        {"num_query_heads": [4] * 4, "num_kv_heads": [1, 2, 4, 1], "qkv_multipliers": 0.5},
+        {"num_query_heads": [2, 2, 4, 6], "num_kv_heads": [1, 1, 2, 3]},
+        {"num_query_heads": [3, 4, 5, 6], "num_kv_heads": [3, 2, 1, 2]},
+        {"num_transformer_layers": 2, "ffn_multipliers": 0.625, "ffn_dim_divisor": 1, "model_dim": 640},
+        {"num_transformer_layers": 2, "qkv_multipliers": [0.333, 1]},
+        {"num_transformer_layers": 1, "qkv_multipliers": [0.5]},
+    ],
+    ids=str,
+)
+def test_apples_code_computes_the_same_sizes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(SIZES | {"share_input_output_layers": True} | changes)
+    arrays = {name: mx.zeros(shape) for name, shape in config.tensor_shapes().items()}
+    huggingface.write(tmp_path, Checkpoint(config, Weights.of_arrays(arrays)))
+    values = read_json(tmp_path / "config.json")
+    assert apples_sizes(values) == (list(config.num_query_heads), list(config.ffn_dims))
+    assert ModelConfig.from_dict(values).tensor_shapes() == config.tensor_shapes()
+    assert mlx_format.read(tmp_path).config.num_kv_heads == config.num_kv_heads
+    assert "tie_word_embeddings" not in values
+
+
+def test_heads_that_apples_code_cannot_compute_are_refused(tmp_path: Path) -> None:
+    config = ModelConfig.from_dict(SIZES | {"num_query_heads": [2, 4, 4, 2], "num_kv_heads": [1, 2, 2, 1]})
+    arrays = {name: mx.zeros(shape) for name, shape in config.tensor_shapes().items()}
+    with pytest.raises(RequestError, match=r"query heads are \[2, 4, 4, 2\], which Apple's code cannot compute"):
+        huggingface.write(tmp_path, Checkpoint(config, Weights.of_arrays(arrays)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_transformers_reads_the_tokenizer_to_the_same_ids(exported: Path) -> None:

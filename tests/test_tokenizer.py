@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from mlx_openelm.errors import RequestError
 from mlx_openelm.text.saving import write_spec
 from mlx_openelm.text.sentencepiece import read_model, to_spec
 from mlx_openelm.text.tokenizer import Tokenizer
+from mlx_openelm.text.tokenizer_spec import SPACE
 
 import pytest
 import sentencepiece
@@ -245,6 +247,62 @@ def test_transformers_and_mlx_lm_read_the_same_ids(saved):
         ids = from_model.encode(text)
         assert [tokenizer.encode(text) for tokenizer in theirs] == [ids, ids]
         assert theirs[0].decode(ids, skip_special_tokens=True) == from_model.decode(ids)
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+@pytest.mark.parametrize("cls", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("files", ["tokenizer.model", "tokenizer.json", "both"])
+def test_add_prefix_space_is_heeded_as_in_transformers(saved, tmp_path, files, cls, adds_space):
+    """For Llama's classes it replaces the files' own rule, also where the tokenizer.json has the other one."""
+    transformers = pytest.importorskip("transformers")
+    if files != "tokenizer.json":
+        shutil.copy(saved / "tokenizer.model", tmp_path)
+    if files != "tokenizer.model":
+
+        def edit(spec):
+            spec["pre_tokenizer"] = None
+            prepend = [] if adds_space else [{"type": "Prepend", "prepend": SPACE}]
+            replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+            spec["normalizer"] = {"type": "Sequence", "normalizers": [*prepend, replace]}
+
+        edited_json(saved, tmp_path, edit)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {**names, "tokenizer_class": cls, "add_prefix_space": adds_space}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+    texts = ["To be", "\n", "naïve café"]
+    ids = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    assert [ours.encode(text, add_bos=False) for text in texts] == ids
+    assert [ours.decode(line) for line in ids] == texts
+    ours.save(tmp_path / "saved")
+    again = Tokenizer.from_folder(tmp_path / "saved")
+    assert [again.encode(text, add_bos=False) for text in texts] == ids
+    plain = [from_model.encode(text, add_bos=False) for text in texts]
+    assert (tmp_path / "saved" / "tokenizer.model").exists() == (files != "tokenizer.json" and ids == plain)
+
+
+@pytest.mark.parametrize("value", [None, "no", [], 7])
+def test_an_odd_add_prefix_space_is_ignored(saved, tmp_path, value):
+    config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": value}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.model", "tokenizer.json"):
+        shutil.copy(saved / name, tmp_path)
+        assert Tokenizer.from_folder(tmp_path).encode("To be") == from_model.encode("To be")
+
+
+def test_added_tokens_beside_a_model_without_the_space_in_front(tmp_path):
+    shutil.copy(FOLDER / "tokenizer.model", tmp_path)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    without = Tokenizer.from_folder(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": VOCAB}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("To<|a|>be", add_bos=False) == [
+        *without.encode("To", add_bos=False),
+        VOCAB,
+        *without.encode("be", add_bos=False),
+    ]
+    assert without.encode("To") != from_model.encode("To")
 
 
 def test_a_tokenizer_json_with_metaspace_is_corrected(saved, tmp_path):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +87,18 @@ def pickled(
     return b"\x80\x02}" + _text("weight") + tensor + b"s."
 
 
-def write_state(path: Path, weights: dict[str, np.ndarray]) -> Path:
-    """Write float32 tensors by name as `torch.save` does."""
+def write_state(path: Path, weights: dict[str, np.ndarray], under: Sequence[str] = ()) -> Path:
+    """Write float32 tensors by name as `torch.save` does; with `under`, in a dictionary that holds them by each key."""
     items, contents = b"", {"byteorder": b"little", "version": b"3\n"}
     for key, (name, weight) in enumerate(weights.items()):
         strides = tuple(stride // weight.itemsize for stride in weight.strides)
         place = str(key), "_rebuild_tensor_v2", "FloatStorage", "cpu", weight.size
         items += _text(name) + _tensor(*place, 0, weight.shape, strides) + b"s"
         contents[f"data/{key}"] = weight.astype("<f4").tobytes()
-    return pack(path, {"data.pkl": b"\x80\x02}" + items + b"."} | contents)
+    state = b"}" + items
+    if under:
+        state = b"}" + b"".join(_text(key) + state + b"s" for key in under)
+    return pack(path, {"data.pkl": b"\x80\x02" + state + b"."} | contents)
 
 
 def _tensor(

@@ -81,9 +81,13 @@ class Tensors:
             raise RequestError(f"{self.file} is incomplete: the adapter's {name} is missing.")
         return self._left.pop(name)
 
-    def discard(self, suffix: str) -> None:
-        """Drop the tensors whose names have this suffix."""
-        self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(suffix)}
+    def discard(self, *, prefix: str = "", suffix: str = "") -> None:
+        """Drop the tensors whose names have this prefix and this suffix."""
+        self._left = {
+            name: tensor
+            for name, tensor in self._left.items()
+            if not (name.startswith(prefix) and name.endswith(suffix))
+        }
 
     def take_whole(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
         """Those of the named tensors that are in the file, as stored; errors as `take`."""

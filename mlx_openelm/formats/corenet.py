@@ -6,27 +6,34 @@ embedding has rows that belong to no token: `cut_vocabulary` drops them once the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import inputs
 from ..config import EMBEDDING, HEAD, SIZES, ModelConfig
 from ..errors import RequestError, quote
 from ..inputs import read_json
-from ..wording import one_of
+from ..wording import one_of, some
+from . import leftovers, safetensors, torch_file
 from . import mlx as mlx_format
-from . import safetensors, torch_file
 from .mlx import Checkpoint
 from .safetensors import Tensor, Weights
 from .torch_tensors import StoredTensor
 
+_CORENET_EMBEDDING = "token_embeddings"
 _CORENET_HEAD = "classifier"  # where the output layer is not shared with the embedding
+Value = TypeVar("Value")
 _PUBLISHED = tuple(f"OpenELM-{size}" for size in SIZES)
 _NEEDED_SIZES = ("num_transformer_layers", "model_dim", "head_dim")
 # Full training checkpoints keep the weights under one of these; the first one found is read.
 _STATE_KEYS = ("model_state_dict", "ema_model_state_dict")
+# Those of other trainers (PyTorch Lightning's, DeepSpeed's) do so under one of these.
+_OTHER_STATE_KEYS = ("state_dict", "model", "module")
+# PyTorch's wrappers insert these into names.
+_WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
@@ -56,9 +63,22 @@ def read(path: Path, config_yaml: Path | None = None) -> tuple[Checkpoint, int]:
         config, pieces = published_config(path, infos)
     else:
         config, pieces = config_from_section(section, str(config_yaml))
-    mlx_format.check(path, config, {}, infos, described_by=str(config_yaml or "a published model"))
+    described_by = str(config_yaml or "a published model")
+    if config.share_input_output_layers and _has_copy(path, tensors, described_by):
+        del tensors[f"{_CORENET_HEAD}.weight"], infos[f"{HEAD}.weight"]
+    mlx_format.check(path, config, {}, infos, described_by)
     weights = torch_file.tensors(path, tensors)
     return Checkpoint(config, Weights({hub_name(name): weight for name, weight in weights.items()})), pieces
+
+
+def _has_copy(path: Path, tensors: Mapping[str, StoredTensor], described_by: str) -> bool:
+    """Whether a file repeats the embedding as a separate output layer; RequestError if they differ."""
+    names = (f"{_CORENET_HEAD}.weight", f"{_CORENET_EMBEDDING}.weight")
+    if any(name not in tensors for name in names):
+        return False
+    copy, own = torch_file.tensors(path, {name: tensors[name] for name in names}).values()
+    leftovers.check_copy(path, names[0], copy.read(), own.read(), described_by)
+    return True
 
 
 def read_port(folder: Path) -> tuple[Checkpoint, int]:
@@ -186,14 +206,28 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
         RequestError: the file is damaged, or contains more than tensors by name.
     """
     state = torch_file.read(path)
-    for key in _STATE_KEYS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
+    if isinstance(state, dict):
+        nested = [key for key in (*_STATE_KEYS, *_OTHER_STATE_KEYS) if isinstance(state.get(key), dict)]
+        if nested and (nested[0] in _STATE_KEYS or len(nested) == 1):
+            state = state[nested[0]]
     is_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     is_tensor = {name: isinstance(value, StoredTensor) for name, value in state.items()} if is_named else {}
     if not is_tensor or not all(is_tensor.values()):
         odd = [name for name, fits in is_tensor.items() if not fits]
-        what = f" ({', '.join(odd[:4])} are not tensors)" if odd else ""
-        raise RequestError(f"{path} is not a CoreNet checkpoint, a dictionary of tensors by name{what}.")
-    return dict(state)
+        what = f" (not tensors: {some(odd)})" if odd else ""
+        raise RequestError(
+            f"{path} is not a CoreNet checkpoint, a dictionary of tensors by name{what}; save the weights alone, with "
+            "torch.save(model.state_dict(), ...)."
+        )
+    return plain_names(state)
+
+
+def plain_names(state: Mapping[str, Value]) -> dict[str, Value]:
+    """A model's parameters without what wrappers add to their names: PyTorch's own, and a prefix that all names share,
+    such as `module.` of DistributedDataParallel or `model.` of Lightning."""
+    plain = {_WRAPPERS.sub("", name): value for name, value in state.items()}
+    known = f"{_CORENET_EMBEDDING}."
+    prefix = next((name.partition(known)[0] for name in plain if known in name), "")
+    if len(plain) < len(state) or not all(name.startswith(prefix) for name in plain):
+        return dict(state)
+    return {name.removeprefix(prefix): value for name, value in plain.items()}

@@ -14,13 +14,11 @@ from typing import Any
 
 from ..errors import RequestError, quote
 from . import torch_file
-from .corenet import hub_name
+from .corenet import hub_name, plain_names
 from .safetensors import Tensor
 from .torch_tensors import StoredTensor
 
 _OPTIMIZER, _MODEL = "optim_state_dict", "model_state_dict"
-# PyTorch's wrapper of layers whose activations are recomputed adds this to the names of parameters.
-_WRAPPER = "_checkpoint_wrapped_module."
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -61,7 +59,7 @@ def read(path: Path) -> TrainingState:
         raise RequestError(
             f"{path} is not a training checkpoint of CoreNet: it lacks weights, optimizer or iterations."
         )
-    states = optimizer.get("state")
+    weights, states = plain_names(weights), optimizer.get("state")
     if not isinstance(states, dict):
         raise _unfit(path, "it has no state")
     by_name: dict[str, Mapping[str, Any]] = {}
@@ -87,7 +85,7 @@ def _keys(path: Path, weights: Mapping[str, Any], optimizer: Mapping[str, Any]) 
         raise _unfit(path, "it has no groups of parameters")
     keys: list[Any] = [key for params in listed for key in params]  # type: ignore[union-attr]
     if all(isinstance(key, str) for key in keys):
-        found = {key.replace(_WRAPPER, ""): key for key in keys}
+        found = plain_names({key: key for key in keys})
     else:
         dimensions = {name: len(tensor.shape) for name, tensor in weights.items()}
         names = [name for name, count in dimensions.items() if count != 1]

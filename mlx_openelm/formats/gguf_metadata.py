@@ -105,8 +105,8 @@ def read(values: Mapping[str, Any], path: Path, *, vocab_size: int, max_layers: 
             vocab_size=vocab_size,
             num_query_heads=heads,
             num_kv_heads=kv_heads,
-            ffn_multipliers=ffn_multipliers,
-            qkv_multipliers=(0.5, 1.0) if qkv_multipliers == spread((0.5, 1.0), layers) else qkv_multipliers,
+            ffn_multipliers=ffn_multipliers,  # type: ignore[arg-type]
+            qkv_multipliers=qkv_multipliers,
             num_gqa_groups=groups,
             ffn_dim_divisor=divisor,
             normalize_qk_projections=True,
@@ -177,16 +177,17 @@ def _check_positions(values: Mapping[str, Any], path: Path) -> None:
 
 def _multipliers(
     widths: tuple[int, ...], bounds: tuple[float, float], model_dim: int, divisors: tuple[int, ...]
-) -> tuple[tuple[float, ...], int]:
+) -> tuple[float | tuple[float, ...], int]:
     """Multipliers of model_dim that give the layers' widths, and the divisor that these are rounded to.
 
-    They are the paper's, evenly spaced between the bounds, if those give the widths; otherwise exact ratios.
+    They are the paper's bounds if multipliers evenly spaced between them give the widths; otherwise exact ratios, one
+    number if all are equal: Apple's code takes no list for query heads, and two numbers for bounds.
     """
-    spaced = spread(bounds, len(widths))
     for divisor in divisors:
-        if tuple(make_divisible(m * model_dim, divisor) for m in spaced) == widths:
-            return spaced, divisor
-    return tuple(width / model_dim for width in widths), math.gcd(*widths)
+        if tuple(make_divisible(m * model_dim, divisor) for m in spread(bounds, len(widths))) == widths:
+            return bounds, divisor
+    ratios = tuple(width / model_dim for width in widths)
+    return ratios[0] if len(set(ratios)) == 1 else ratios, math.gcd(*widths)
 
 
 def _decimal(value: float) -> float:

@@ -40,13 +40,14 @@ MODEL = "llama"
 _PREFIX = "tokenizer.ggml."
 # Our own key: llama.cpp always adds a space after an added token.
 _FIRST_ONLY = "mlx_openelm.no_space_after_added_tokens"
+_UNKNOWN_PIECE = "<unk>"
 _ADDED_SCORE = -1000.0  # of added and unused tokens, as llama.cpp's converter writes it
 
 
 def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
     """Pieces, scores and types that make llama.cpp give the tokenizer's ids; added tokens come last.
 
-    They come from its `tokenizer.model`; with only a `tokenizer.json`, scores are computed from the merges.
+    They come from its `tokenizer.model`; without one that merges alike, scores are computed from the `tokenizer.json`.
 
     Raises:
         RequestError: llama.cpp would give other ids.
@@ -59,12 +60,13 @@ def vocabulary(tokenizer: Tokenizer) -> SentencePieceModel:
             "model's tokenizer.model with --tokenizer."
         )
     model = None if file is None else read_model(file)
-    if model is None or model.pieces != spec.pieces:
+    if model is None or model.pieces != spec.pieces or bpe_merges(model) != spec.merges:
         model = _from_merges(spec)
     added = {token.id: CONTROL if token.special else USER_DEFINED for token in spec.added}
     types = [kind if kind in (UNKNOWN, BYTE) else added.get(i, kind) for i, kind in enumerate(model.types)]
     return replace(
         model,
+        add_dummy_prefix=spec.adds_space,  # a `tokenizer_config.json` may overrule the file
         pieces=[*model.pieces, *(token.content for token in spec.beyond)],
         scores=[*model.scores, *(_ADDED_SCORE for _ in spec.beyond)],
         types=[*types, *(added[token.id] for token in spec.beyond)],
@@ -251,8 +253,7 @@ def _read_vocabulary(values: dict[str, Any], path: Path) -> tuple[SentencePieceM
         raise _damaged(path, f"it has tokens of unknown type {min(unknown)}")
     if not all(map(math.isfinite, scores)):
         raise _damaged(path, "a score is not finite")
-    if UNKNOWN not in types:
-        raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
+    _mark_unknown(values, pieces, types, path)
     while types[-1] == UNUSED:  # padding up to the rows of the embedding
         types.pop()
     added = []
@@ -270,6 +271,25 @@ def _read_vocabulary(values: dict[str, Any], path: Path) -> tuple[SentencePieceM
         remove_extra_whitespaces=False,
     )
     return model, added[::-1]
+
+
+def _mark_unknown(values: dict[str, Any], pieces: list[str], types: list[int], path: Path) -> None:
+    """Give the unknown token its type if none has it.
+
+    llama.cpp's converter writes `CONTROL` for every special token in transformers 4's `added_tokens_decoder`, which
+    includes the unknown one.
+
+    Raises:
+        RequestError: no control token can be it.
+    """
+    if UNKNOWN in types:
+        return
+    named = values.get(_PREFIX + "unknown_token_id")
+    if named is None:
+        named = pieces.index(_UNKNOWN_PIECE) if _UNKNOWN_PIECE in pieces else 0  # llama.cpp's default
+    if type(named) is not int or not 0 <= named < len(types) or types[named] != CONTROL:
+        raise RequestError(f"The tokenizer in {path} has no unknown token, which SentencePiece needs.")
+    types[named] = UNKNOWN
 
 
 def _read_special(values: dict[str, Any], pieces: list[str], path: Path) -> dict[str, str]:

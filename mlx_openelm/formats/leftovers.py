@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,9 +15,27 @@ from ..ops.packed import PARTS
 from .safetensors import Tensor, read_tensors
 
 # Apple's code creates it if the output layer is not shared, but computes logits with `lm_head` alone.
-_TWIN = "transformer.classifier.weight"
+UNUSED = "transformer.classifier"
+_TWIN = f"{UNUSED}.weight"
 _FREQUENCIES = ".inv_freq"
 _CLOSE = 0.01  # relative; rounding to bfloat16 changes a number by less
+
+
+def drop_tied(folder: Path, values: Mapping[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether the output layer is the embedding, though `share_input_output_layers` in a `config.json` is false.
+
+    transformers 4 ties Apple's `lm_head` to the embedding unless `tie_word_embeddings` is false, and then stores only
+    the unused classifier, which is taken out of `tensors`, with a warning.
+    """
+    if f"{HEAD}.weight" in tensors or values.get("tie_word_embeddings", _TWIN in tensors) is not True:
+        return False
+    if tensors.pop(_TWIN, None) is not None:
+        warnings.warn(
+            f"{folder} has no {HEAD}.weight, so its output layer is the embedding, as in transformers 4; {_TWIN} is "
+            "left out, since Apple's code never computes with it.",
+            stacklevel=3,
+        )
+    return True
 
 
 def drop(folder: Path, files: Sequence[Path], config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -33,7 +53,7 @@ def drop(folder: Path, files: Sequence[Path], config: ModelConfig, tensors: Mapp
         for part in PARTS:
             if (name := f"{HEAD}.{part}") in kept:
                 if (own := f"{EMBEDDING}.{part}") in kept:  # else comparing the weight is enough
-                    _check_copy(folder, name, copies[name].read(), copies[own].read())
+                    check_copy(folder, name, copies[name].read(), copies[own].read(), "its config.json")
                 del kept[name]
     elif _TWIN in kept:
         if f"{HEAD}.weight" not in kept:
@@ -49,15 +69,16 @@ def drop(folder: Path, files: Sequence[Path], config: ModelConfig, tensors: Mapp
     return kept
 
 
-def _check_copy(folder: Path, name: str, copy: mx.array, own: mx.array) -> None:
-    """Raise RequestError if a part of the output layer differs from the same part of the embedding."""
+def check_copy(source: Path, name: str, copy: mx.array, own: mx.array, described_by: str) -> None:
+    """Raise RequestError if a part of the output layer, `name`, differs from the same part of the embedding, though
+    the configuration in `described_by` says that they are shared."""
     if mx.issubdtype(copy.dtype, mx.floating) and mx.issubdtype(own.dtype, mx.floating):
         # Compare in the type with fewer bits: one may have been rounded from the other.
         dtype = min(copy.dtype, own.dtype, key=lambda dtype: dtype.size)
         copy, own = copy.astype(dtype), own.astype(dtype)
     if copy.dtype != own.dtype or not mx.array_equal(copy, own, equal_nan=True).item():
         raise RequestError(
-            f"{folder} has {name}, which differs from the embedding, though its config.json says they are shared: "
+            f"{source} has {name}, which differs from the embedding, though {described_by} says they are shared: "
             "set share_input_output_layers to false if the model was trained that way, or remove the tensor."
         )
 

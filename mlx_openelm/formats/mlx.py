@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,8 @@ def read(folder: Path) -> Checkpoint:
         foreign.check_method(folder / "config.json", values)
     files = safetensors.weight_files(folder)
     tensors = safetensors.read_tensors(files)
+    if not config.share_input_output_layers and leftovers.drop_tied(folder, values, tensors):
+        config = replace(config, share_input_output_layers=True)
     shapes = config.tensor_shapes()
     for name in tensors:
         path, _, part = name.rpartition(".")

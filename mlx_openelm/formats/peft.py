@@ -20,6 +20,7 @@ from ..errors import RequestError
 from . import adapter_tensors
 from .adapter import CONFIG, PEFT_WEIGHTS, Adapter, BaseCopy, LowRank
 from .adapter_tensors import Tensors
+from .leftovers import UNUSED
 from .mlx_adapter import uses_dora
 from .peft_settings import Settings
 
@@ -46,6 +47,8 @@ def read(file: Path, config: ModelConfig) -> Adapter:
     """
     settings = Settings(file.parent / CONFIG)
     tensors = Tensors.read(file, _usual_name)
+    if not config.share_input_output_layers:  # PEFT's `all-linear` adapts it too
+        tensors.discard(prefix=f"{_PREFIX}{UNUSED}.")
     adapter = Adapter(base_model=settings.base_model, dropout=settings.dropout)
     for name in tensors.paths(_ENDINGS):
         path = name.removeprefix(_PREFIX)
@@ -55,7 +58,7 @@ def read(file: Path, config: ModelConfig) -> Adapter:
                 f"{file} has weights for {path}, but {setting} in {CONFIG} excludes it, so PEFT would ignore them."
             )
     adapter.base_copies = _take_copies(tensors, settings, config)
-    tensors.discard(_TRAINING_ONLY)
+    tensors.discard(suffix=_TRAINING_ONLY)
     tensors.check_empty("a LoRA adapter" if not settings.is_dora else "a DoRA adapter")
     _warn_of_missing(adapter, settings, file, config)
     return adapter

@@ -45,10 +45,12 @@ def find_template(name: str | Path) -> str:
 
 
 def default_template(value: Any, path: Path) -> str | None:
-    """The template in a `tokenizer_config.json`: text, or of a list of several the one named "default"."""
+    """The template in a `tokenizer_config.json`: text, or of a list or an object of several the one named "default"."""
     if isinstance(value, list):
         named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
         value = named[-1].get("template") if named else None
+    elif isinstance(value, dict):
+        value = value.get("default")
     if value is not None and not isinstance(value, str):
         raise RequestError(f"chat_template in {path} must be text")
     return value

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .sentencepiece import read_model
 from .tokenizer_spec import SPACE, TokenizerSpec
 
 
@@ -27,7 +28,8 @@ def save(
     Args:
         named: the texts of BOS, EOS and the unknown token, by their keys in `tokenizer_config.json`.
         config: the `tokenizer_config.json` that was read.
-        model_file: the `tokenizer.model` to copy.
+        model_file: the `tokenizer.model` to copy; left out if it has another rule for the space in front, which would
+            give other ids.
         chat_template: jinja source.
     """
     kept = {key: config[key] for key in ("pad_token", "model_max_length") if config.get(key) is not None}
@@ -54,7 +56,9 @@ def save(
     if chat_template:
         _write(folder / "chat_template.jinja", chat_template)
     target = folder / "tokenizer.model"
-    if model_file is not None and not (target.exists() and target.samefile(model_file)):
+    if model_file is None or (target.exists() and target.samefile(model_file)):
+        return
+    if read_model(model_file).add_dummy_prefix == spec.adds_space:
         shutil.copyfile(model_file, target)
 
 

@@ -58,9 +58,9 @@ def parse_model(data: bytes) -> SentencePieceModel:
             scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
             types.append(piece.get(3, NORMAL))
         elif number == 2:
-            trainer = dict(_fields(value))
+            trainer |= dict(_fields(value))
         elif number == 3:
-            normalizer = dict(_fields(value))
+            normalizer |= dict(_fields(value))
     if not pieces:
         raise ValueError("it has no pieces")
     return SentencePieceModel(
@@ -143,6 +143,12 @@ def serialize_model(model: SentencePieceModel, *, bos_piece: str, eos_piece: str
         for piece, score, kind in zip(model.pieces, model.scores, model.types, strict=True)
     )
     return b"".join(_bytes(1, piece) for piece in pieces) + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def with_dummy_prefix(data: bytes, adds_space: bool) -> bytes:
+    """The bytes of a `tokenizer.model` with another `add_dummy_prefix`: of a field that occurs twice the last counts,
+    and messages are merged."""
+    return data + _bytes(3, _integer(3, int(adds_space)))
 
 
 def _bytes(field: int, value: bytes) -> bytes:

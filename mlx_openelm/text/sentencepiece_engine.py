@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import RequestError
 from ..inputs import read_bytes
-from .sentencepiece import damaged, read_model, to_spec
+from .sentencepiece import SentencePieceModel, damaged, read_model, to_spec, with_dummy_prefix
 from .tokenizer_spec import REWRITES, SPACE, TokenizerSpec
 
 # An identity normalization keeps this: spaces at both ends, and a character that NFKC rewrites.
@@ -17,13 +18,15 @@ PROBE = "  \u2460 x "
 class SentencePieceEngine:
     """Encodes with a `tokenizer.model`. Raises `RequestError` for a damaged one, and for one that rewrites text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, adds_space: bool | None = None):
+        """`adds_space` replaces the file's own rule for the space in front of a text."""
         from sentencepiece import SentencePieceProcessor
 
         self.model_file = path
         self._processor = SentencePieceProcessor()
+        data = read_bytes(path)
         try:
-            self._processor.LoadFromSerializedProto(read_bytes(path))
+            self._processor.LoadFromSerializedProto(data if adds_space is None else with_dummy_prefix(data, adds_space))
         except (RuntimeError, UnicodeDecodeError):  # a message that is not UTF-8
             raise RequestError(f"{path} is damaged or not a SentencePiece model: download it again") from None
         self.adds_space = self._adds_space()
@@ -39,17 +42,22 @@ class SentencePieceEngine:
             raise RequestError(REWRITES.format(self.model_file))
         return normalized != kept
 
+    @property
+    def model(self) -> SentencePieceModel:
+        """The file's contents, with the rule for the space in front that applies here."""
+        return replace(read_model(self.model_file), add_dummy_prefix=self.adds_space)
+
     @cached_property
     def spec(self) -> TokenizerSpec:
         """How the model splits text, for other programs; `RequestError` if merges cannot reproduce it exactly."""
-        return to_spec(read_model(self.model_file))
+        return to_spec(self.model)
 
     @staticmethod
     def _optional(token_id: int) -> int | None:
         return None if token_id < 0 else token_id
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
-        """The ids of `text` without BOS; `start` changes nothing, since SentencePiece adds the space to every text."""
+        """The ids of `text` without BOS; `start` changes nothing, since SentencePiece treats all texts alike."""
         return self._processor.encode(text)
 
     def id_to_token(self, token_id: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import RequestError, quote
 from ..hub import catalog
-from .sentencepiece import NORMAL, UNUSED, SentencePieceModel, bpe_merges, first_pieces, read_model, to_spec
+from .sentencepiece import NORMAL, UNUSED, SentencePieceModel, bpe_merges, first_pieces, to_spec
 from .sentencepiece_engine import SentencePieceEngine
 from .tokenizer_json import Named, damaged, read_added, read_spec, resolve
 from .tokenizer_spec import BYTE_TOKENS, SPACE, AddedToken, TokenizerSpec
@@ -26,6 +26,8 @@ LITERAL = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
 # Llama 2's pieces: their number, the SHA-256 of their lines, and the first id after control and byte pieces.
 _LLAMA2_SIZE, _LLAMA2_FIRST = 32000, 259
 _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045"
+# transformers makes the rules for spaces of these classes from `tokenizer_config.json`.
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
 # Characters from which on a text takes tens of milliseconds.
@@ -165,9 +167,15 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
         RequestError: a damaged file, a tokenizer of another kind, added tokens that do not fit.
     """
     config, named = read_added(path.parent)
+    # For Llama's classes alone, transformers replaces the file's own rule for the space in front.
+    adds_space = config.get("add_prefix_space")
+    if adds_space not in (True, False) or config.get("tokenizer_class") not in _LLAMA_CLASSES:
+        adds_space = None
     if path.suffix != ".json":
-        return _open_model(path, config, named, rows), config
+        return _open_model(path, config, named, rows, adds_space), config
     spec = read_spec(path)
+    if adds_space is not None and adds_space != spec.adds_space:
+        spec.adds_space, spec.first_only = adds_space, adds_space and not _is_legacy(config)
     if spec.merges[:1] == [(SPACE, SPACE)] and len(spec.vocab) == _LLAMA2_SIZE:
         _order_llamas_merges(spec)
     known = {token.content: token for token in spec.added}
@@ -192,7 +200,7 @@ def open_engine(path: Path, *, rows: int | None = None, beside: bool = False) ->
         "since a tokenizer.json is made from one. Remove the one that is not the model's.",
         stacklevel=3,
     )
-    return _open_model(model_file, config, named, rows), config
+    return _open_model(model_file, config, named, rows, adds_space), config
 
 
 def _order_llamas_merges(spec: TokenizerSpec) -> None:
@@ -209,19 +217,25 @@ def _order_llamas_merges(spec: TokenizerSpec) -> None:
     spec.merges = bpe_merges(SentencePieceModel(pieces, scores, types))
 
 
-def _open_model(path: Path, config: dict[str, Any], named: Iterable[Named], rows: int | None) -> Engine:
+def _open_model(
+    path: Path, config: dict[str, Any], named: Iterable[Named], rows: int | None, adds_space: bool | None
+) -> Engine:
     """The engine for a `tokenizer.model`: the tokenizers package if the files beside it add tokens."""
-    engine = SentencePieceEngine(path)
+    engine = SentencePieceEngine(path, adds_space=adds_space)
     tokens = resolve(named, engine.token_to_id, engine.vocab_size, rows)
     if all(engine.is_special(token.id) for token in tokens):
         return engine
     # The sentencepiece package knows only the model's own pieces.
-    legacy = config.get("legacy", config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"))
     try:
-        spec = to_spec(read_model(path), tokens, first_only=not legacy)
+        spec = to_spec(engine.model, tokens, first_only=not _is_legacy(config))
     except RequestError as error:
         raise RequestError(f"{path} has added tokens beside it, which need merges: {error}") from None
     return TokenizersEngine(spec, path, model_file=path)
+
+
+def _is_legacy(config: dict[str, Any]) -> bool:
+    """Whether text after an added token gets a space too."""
+    return bool(config.get("legacy", config.get("tokenizer_class") not in _LLAMA_CLASSES))
 
 
 def _difference(engine: TokenizersEngine, model_file: Path) -> str | None:
