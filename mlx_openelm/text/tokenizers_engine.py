@@ -30,7 +30,7 @@ _LLAMA2_PIECES = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e9950
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The number of pieces that are compared between two files; different vocabularies differ in their first merges.
 _COMPARED = 400
-# Characters from which on a text takes tens of milliseconds.
+# Characters from which on encoding takes tens of milliseconds.
 _LONG = 20_000
 
 
@@ -132,9 +132,16 @@ class TokenizersEngine:
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """The ids of `text` without BOS; `start` is false for text that follows a token.
 
-        Added tokens are found in the text, but not the model's own control tokens.
+        Added tokens are found in the text, but not the model's own control tokens. While a long text is encoded, Python's
+        other threads go on.
         """
-        ids = _encode(self._start if start else self._later, text)
+        tokenizer = self._start if start else self._later
+        if len(text) < _LONG:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            # Unless this is set, a batch of one counts as parallel work, and the package warns when the process forks.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if start and self._own and text.startswith(self._own) and self._pieces[ids[0]] in self._own:
             ids = [*(token.id for token in self._start.model.tokenize(SPACE)), *ids]
         return ids
@@ -244,17 +251,6 @@ def _difference(engine: TokenizersEngine, model_file: Path) -> str | None:
         if kind == NORMAL and engine.token_to_id(piece) != token_id:
             return f"{quote(piece)} is token {engine.token_to_id(piece)} and token {token_id}"
     return None
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text for a `tokenizers.Tokenizer`; while a long one is encoded, Python's other threads go on."""
-    if len(text) < _LONG:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-    # Unless this is set, a batch of one counts as parallel work, and the package warns when the process forks later.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    return list(encoding.ids)
 
 
 def _after_the_first(pieces: Iterable[str]) -> str:
