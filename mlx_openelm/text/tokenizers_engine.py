@@ -132,8 +132,8 @@ class TokenizersEngine:
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """The ids of `text` without BOS; `start` is false for text that follows a token.
 
-        Added tokens are found in the text, but not the model's own control tokens. While a long text is encoded, Python's
-        other threads go on.
+        Added tokens are found in the text, but not the model's own control tokens. While a long text is encoded, other
+        threads go on.
         """
         tokenizer = self._start if start else self._later
         if len(text) < _LONG:
