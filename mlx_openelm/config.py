@@ -83,7 +83,7 @@ class ModelConfig:
     vocab_size: int
     num_query_heads: tuple[int, ...] = ()
     num_kv_heads: tuple[int, ...] = ()
-    ffn_multipliers: tuple[float, ...] = (4.0,)
+    ffn_multipliers: tuple[float, ...] = 4.0  # type: ignore[assignment]  # Apple's default, for every layer
     qkv_multipliers: float | tuple[float, ...] = 1.0
     num_gqa_groups: int = 1
     ffn_dim_divisor: int = 256

@@ -198,6 +198,12 @@ def test_one_number_for_all_layers() -> None:
     assert config.ffn_dims == (128, 128, 128, 128)
 
 
+def test_multipliers_that_are_left_out_are_apples() -> None:
+    sizes = {name: value for name, value in SMALL.items() if not name.endswith("multipliers")}
+    config = ModelConfig.from_dict(sizes)
+    assert config == small(qkv_multipliers=1.0, ffn_multipliers=[4.0] * 4) and config.ffn_dims == (256,) * 4
+
+
 def test_scalar_num_query_heads() -> None:
     config = small(num_query_heads=6, num_kv_heads=3)
     assert config.num_query_heads == (6, 6, 6, 6)
