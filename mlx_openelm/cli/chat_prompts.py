@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from itertools import takewhile
 
+from ..inputs import check_characters
 from ..text.tokenizer import Tokenizer
 
 
@@ -21,7 +22,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, args: Namespace) -> list[in
 def encode_chat(
     tokenizer: Tokenizer, prompt: str, system_prompt: str | None, prefill: str | None, template: str | None
 ) -> list[int]:
-    """The token ids of the conversation, written with a chat template; BOS comes first."""
+    """The token ids of the conversation, written with a chat template; BOS comes first.
+
+    Raises:
+        RequestError: a text is not UTF-8, or the template fails.
+    """
+    for flag, text in (("--prompt", prompt), ("--system-prompt", system_prompt), ("--prefill-response", prefill)):
+        check_characters(flag, text or "")
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
