@@ -11,11 +11,17 @@ from processes import environment
 
 TRAIN = """
 import sys, threading
-import mlx.core as mx
+import mlx.core as mx, mlx.nn as nn
 from mlx_openelm import FineTuneOptions, finetune
 
 options = FineTuneOptions(train=True, data=sys.argv[1], iters=1, batch_size=4, adapter_path=sys.argv[2])
-thread = threading.Thread(target=finetune, args=("tiny", options), kwargs={"progress": False})
+
+def train():
+    finetune("tiny", options, progress=False)
+    for dimensions in range(1, 60):  # compiled functions that take the thread some time to free
+        mx.eval(nn.silu(mx.ones((1,) * dimensions)), nn.gelu(mx.ones((1,) * dimensions)))
+
+thread = threading.Thread(target=train)
 thread.start()
 thread.join()
 """
